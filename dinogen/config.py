@@ -1,0 +1,338 @@
+"""The schema of a dinogen YAML file, its overrides and its errors.
+
+Every key of a config is declared here, with its unit and default. An unknown key is refused
+together with the nearest valid name, because a misspelt option that is silently ignored costs a
+cluster job. Options of one family live with the family (``Family.Options``) and are checked when
+the family is built.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names the file or key and the mend."""
+
+
+class Section(BaseModel):
+    """One mapping of the YAML file; refuses keys that it does not declare."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class FacesConfig(Section):
+    """Photo -> aligned face."""
+
+    size: int = Field(256, ge=8, le=2048, description="side of the aligned crop, pixels")
+    align: Literal["landmarks", "ffhq", "box", "none"] = Field(
+        "landmarks",
+        description="landmarks: five points on the reference; ffhq: the FFHQ quad; "
+        "box: square around the face; none: no detection, centre crop of the picture",
+    )
+    which: Literal["largest", "all"] = Field(
+        "largest", description="the largest face of a photo, or every face"
+    )
+    margin: float = Field(0.3, ge=0, le=4, description="for box: margin as a share of its side")
+    min_face: int = Field(20, ge=1, description="smallest face box side accepted, pixels")
+    min_probability: float = Field(0.95, ge=0, le=1, description="lowest MTCNN probability")
+    min_blur: float = Field(
+        0.0, ge=0, description="lowest variance of Laplacian of the crop; 0 accepts all"
+    )
+    max_duplicate_distance: int = Field(
+        -1,
+        ge=-1,
+        le=64,
+        description="perceptual hashes this near or nearer are duplicates; -1: off",
+    )
+    max_pixels: int = Field(
+        100_000_000, ge=1, description="a photo with more pixels is rejected before decoding"
+    )
+    format: Literal["jpg", "png"] = Field("jpg", description="encoding of the crops")
+    quality: int = Field(95, ge=1, le=100, description="JPEG quality (4:4:4 chroma)")
+    batch: int = Field(16, ge=1, description="photos of equal size that are detected together")
+    num_threads: int = Field(2, ge=1, description="threads that decode photos")
+
+
+class PyramidsConfig(Section):
+    """Aligned face -> pyramid of guide features."""
+
+    grids: tuple[int, ...] = Field((4, 8, 16), description="grids of the pyramid")
+    kinds: tuple[Literal["pooled", "native"], ...] = Field(
+        ("pooled", "native"),
+        description="pooled: exact 2x2 means of the 16x16 grid; "
+        "native: features of the picture shrunk to g x g pixels",
+    )
+    batch: int = Field(32, ge=1, description="pictures per forward of the guide")
+    shard_size: int = Field(256, ge=1, description="pictures per intermediate part")
+
+
+class PackConfig(Section):
+    """Samples -> tar shards."""
+
+    shard_size: int = Field(1000, ge=1, description="samples per shard")
+    val_fraction: float = Field(0.0, ge=0, lt=1, description="share of keys in the val split")
+    test_fraction: float = Field(0.0, ge=0, lt=1, description="share of keys in the test split")
+
+
+class PrepareConfig(Section):
+    """Photos to shards: ``dinogen prepare`` and its three steps."""
+
+    faces: FacesConfig = FacesConfig()
+    pyramids: PyramidsConfig = PyramidsConfig()
+    pack: PackConfig = PackConfig()
+
+
+class GuideConfig(Section):
+    """The frozen feature network."""
+
+    name: Literal["dinov2", "inception"] = Field("dinov2", description="which encoder")
+    path: str = Field(
+        "facebook/dinov2-small", description="hub name, local checkpoint folder or weights file"
+    )
+    revision: str | None = Field(None, description="hub revision (commit, tag or branch)")
+    layer: int = Field(-1, description="which layer's tokens; -1 is the last")
+
+
+class DataConfig(Section):
+    """Which shards are read, and how."""
+
+    path: str = Field("data/faces", description="folder or fsspec URL of packed shards")
+    split: Literal["train", "val", "test"] = Field("train", description="split trained on")
+    num_lanes: int = Field(64, ge=1, description="lanes of the global order")
+    window_shards: int = Field(4, ge=1, description="shards' worth of samples shuffled together")
+    num_threads: int = Field(1, ge=0, le=16, description="reader threads; 0 reads in the step")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="a corrupt sample stops the run, or is replaced and counted"
+    )
+    cache_dir: Path | None = Field(None, description="where remote shards are kept")
+
+
+class FamilyConfig(BaseModel):
+    """Which family; every other key belongs to the family's own Options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field("guided", description="a file of dinogen/families")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The family's own keys, unchecked."""
+        return dict(self.model_extra or {})
+
+
+class StageConfig(Section):
+    """One resolution of the progressive plan."""
+
+    resolution: int = Field(..., ge=4, le=1024, description="pixels; 4, 8, 16, ...")
+    kimg: float = Field(..., gt=0, description="thousands of images shown in the whole stage")
+    fade_kimg: float = Field(0.0, ge=0, description="of these, while the new block fades in")
+    batch: int = Field(64, ge=1, description="global batch, over all ranks")
+    lr: float = Field(1e-3, gt=0, description="learning rate")
+
+    @model_validator(mode="after")
+    def _check(self) -> StageConfig:
+        if self.resolution & (self.resolution - 1):
+            raise ValueError(
+                f"resolution {self.resolution} is not a power of two: use 4, 8, 16, ..."
+            )
+        if self.fade_kimg > self.kimg:
+            raise ValueError(
+                f"fade_kimg {self.fade_kimg} is longer than the stage's kimg {self.kimg}: "
+                "shorten fade_kimg or lengthen kimg"
+            )
+        return self
+
+
+class OptimConfig(Section):
+    """The optimizer of every trained network."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's decay rates")
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class EngineConfig(Section):
+    """How the step is computed."""
+
+    name: Literal["auto", "single", "ddp"] = Field(
+        "auto", description="auto: ddp under torchrun with several ranks, else single"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 where the GPU has it, fp32 on CPU"
+    )
+    micro_batch: int | None = Field(
+        None, ge=1, description="samples per forward and rank; the rest is accumulated"
+    )
+    clip_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm")
+    compile: bool = Field(False, description="torch.compile the trained networks")
+    max_nonfinite: int = Field(
+        20, ge=1, description="so many non-finite updates in a row end the run"
+    )
+
+
+class EmaConfig(Section):
+    """Moving average of the generator's weights."""
+
+    halflife_kimg: float = Field(10.0, gt=0, description="half-life, thousands of images")
+    rampup: float = Field(0.05, gt=0, description="half-life is at most this share of images seen")
+
+
+class CheckpointConfig(Section):
+    """When and how many checkpoints are kept."""
+
+    every_kimg: float = Field(10.0, gt=0, description="thousands of images between checkpoints")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints that stay")
+    keep_every_kimg: float | None = Field(
+        None, gt=0, description="also keep one each so many thousand images, for good"
+    )
+
+
+class LogConfig(Section):
+    """What is written for TensorBoard, stats.jsonl and the page."""
+
+    every_kimg: float = Field(0.5, gt=0, description="thousands of images between log lines")
+    probe_kimg: float = Field(5.0, gt=0, description="between probes of the family (diversity)")
+    samples_kimg: float = Field(10.0, gt=0, description="between sample grids")
+    num_samples: int = Field(64, ge=1, le=1024, description="pictures in a sample grid")
+
+
+class Config(Section):
+    """A whole run, from photos to pictures."""
+
+    run: Path = Field(Path("runs/run"), description="folder of the run")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of every derived draw")
+    prepare: PrepareConfig = PrepareConfig()
+    guide: GuideConfig = GuideConfig()
+    data: DataConfig = DataConfig()
+    family: FamilyConfig = FamilyConfig()
+    stages: tuple[StageConfig, ...] = Field(
+        (StageConfig(resolution=4, kimg=50),), min_length=1, description="trained in this order"
+    )
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _stages_grow(self) -> Config:
+        sizes = [stage.resolution for stage in self.stages]
+        if any(b != 2 * a for a, b in itertools.pairwise(sizes)):
+            raise ValueError(f"stages {sizes}: each stage has to double the resolution before it")
+        return self
+
+
+def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides, and check the result.
+
+    Args:
+        path: YAML file.
+        overrides: ``a.b=value`` items; the value is parsed as YAML, list items are addressed by
+            their number (``stages.0.kimg=2``).
+
+    Raises:
+        ConfigError: naming the file and key, with the nearest valid name or the mend.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys, not a {type(data).__name__}")
+    return parse_config(data, overrides, source=str(path))
+
+
+def parse_config(
+    data: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), source: str = "config"
+) -> Config:
+    """Check a mapping as :func:`load_config` does; ``source`` is named in errors.
+
+    Raises:
+        ConfigError: naming the key, with the nearest valid name or the mend.
+    """
+    for item in overrides:
+        _override(data, item)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(describe_errors(error, Config, source)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The whole resolved config as YAML; reading it gives the same config again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def describe_errors(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    """Pydantic's errors as one line each: ``source: key: what is wrong and the nearest name``."""
+    lines = []
+    for item in error.errors():
+        location = [str(part) for part in item["loc"]]
+        key = ".".join(location)
+        if item["type"] == "extra_forbidden":
+            names = _names_at(model, location[:-1])
+            near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(names)}"
+            lines.append(f"{source}: unknown key '{key}': {hint}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{source}: {key + ': ' if key else ''}{message}")
+    return "\n".join(lines)
+
+
+def _names_at(model: type[BaseModel], location: list[str]) -> list[str]:
+    """Valid keys of the section at ``location``."""
+    schema = model.model_json_schema()
+    node: dict[str, Any] = schema
+    for part in location:
+        node = node.get("items", {}) if part.isdigit() else node.get("properties", {}).get(part, {})
+        reference = node.get("$ref") or next((a["$ref"] for a in node.get("allOf", [])), None)
+        if reference:
+            node = schema["$defs"][reference.rsplit("/", 1)[-1]]
+    return list(node.get("properties", {}))
+
+
+def _override(data: dict[str, Any], item: str) -> None:
+    """Set ``a.b.c=value`` inside ``data``; what is on the way is made."""
+    key, found, text = item.partition("=")
+    if not found or not key.strip():
+        raise ConfigError(f"override '{item}': write key=value, as in stages.0.kimg=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{item}': the value is not valid YAML: {error}") from None
+    node: Any = data
+    parts = key.strip().split(".")
+    for depth, part in enumerate(parts):
+        here = ".".join(parts[:depth]) or "the config"
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(f"override '{item}': {here} has items 0 to {len(node) - 1}")
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            index = part
+        else:
+            raise ConfigError(f"override '{item}': {here} is a single value, not a section")
+        if depth == len(parts) - 1:
+            node[index] = value
+        elif isinstance(node, dict):
+            if node.get(index) is None:
+                node[index] = {}
+            node = node[index]
+        else:
+            node = node[index]

@@ -1,0 +1,1 @@
+"""Frozen feature networks behind one Guide protocol."""

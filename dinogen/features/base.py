@@ -1,0 +1,62 @@
+"""The Guide protocol: a frozen feature network that can be differentiated to its input pixels."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GuideInfo:
+    """Who the guide is; stored in manifests and results.
+
+    Attributes:
+        name: ``dinov2``, ``inception``, ...
+        path: hub name or local path that it was loaded from.
+        revision: hub commit, or None for local files.
+        weights_sha256: hash of the weights, so that two guides are never confused.
+        num_channels: C of its feature maps.
+        layer: which layer the features are taken from.
+        random: True if the weights are random; then every result says so.
+    """
+
+    name: str
+    path: str
+    revision: str | None
+    weights_sha256: str
+    num_channels: int
+    layer: int
+    random: bool
+
+    @property
+    def label(self) -> str:
+        """Short text for pages and logs; says loudly when the weights are random."""
+        return f"RANDOM guide ({self.name})" if self.random else f"{self.name} ({self.path})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a JSON-ready mapping."""
+        return asdict(self)
+
+
+@runtime_checkable
+class Guide(Protocol):
+    """Frozen, in eval mode, differentiable to the pixels. Every encoder implements this."""
+
+    info: GuideInfo
+
+    def input_size(self, grid: int) -> int:
+        """Side in pixels of the picture whose feature map is exactly grid x grid."""
+        ...
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Feature map of pictures.
+
+        Args:
+            images: (B, 3, S, S), RGB in [-1, 1], S = ``input_size(grid)``.
+
+        Returns:
+            (B, C, grid, grid).
+        """
+        ...
