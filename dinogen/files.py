@@ -1,0 +1,60 @@
+"""Files that appear whole or not at all: temporary name, fsync, rename.
+
+A job may be killed at any moment, and the next one decides by a file's presence what is done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def open_whole(path: Path) -> Iterator[BinaryIO]:
+    """Binary file that takes its place at ``path`` when the block ends without an exception.
+
+    The folder of ``path`` is made. While the block runs the data lie beside ``path`` under a
+    name that begins with ``.`` and ends with ``.tmp``; after an exception nothing is left and an
+    older file at ``path`` is as it was.
+
+    Raises:
+        OSError: the folder or file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not the final name with something added: that could be longer than the 255 bytes allowed.
+    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, whole or not at all; see :func:`open_whole`."""
+    with open_whole(path) as file:
+        file.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8 to ``path``, whole or not at all; line ends stay as they are."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON to ``path``, whole or not at all.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON does not know.
+        TypeError: a value that JSON cannot hold.
+    """
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
