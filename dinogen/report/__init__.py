@@ -1,0 +1,1 @@
+"""Pictures, curves and the page of a run, made from the run's files alone."""
