@@ -8,7 +8,6 @@ the family is built.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +15,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dinogen.errors import UserError
-
-
-class ConfigError(UserError, ValueError):
-    """A config that cannot be used; the message names the file or key and the mend."""
+from dinogen.config_errors import describe_errors as describe_errors
+from dinogen.config_file import override, read_mapping
+from dinogen.errors import ConfigError as ConfigError
 
 
 class Section(BaseModel):
@@ -243,20 +240,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ConfigError: naming the file and key, with the nearest valid name or the mend.
     """
-    path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys, not a {type(data).__name__}")
-    return parse_config(data, overrides, source=str(path))
+    return parse_config(read_mapping(Path(path)), overrides, source=str(path))
 
 
 def parse_config(
@@ -268,7 +252,7 @@ def parse_config(
         ConfigError: naming the key, with the nearest valid name or the mend.
     """
     for item in overrides:
-        _override(data, item)
+        override(data, item)
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -278,63 +262,3 @@ def parse_config(
 def dump_config(config: Config) -> str:
     """The whole resolved config as YAML; reading it gives the same config again."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def describe_errors(error: ValidationError, model: type[BaseModel], source: str) -> str:
-    """Pydantic's errors as one line each: ``source: key: what is wrong and the nearest name``."""
-    lines = []
-    for item in error.errors():
-        location = [str(part) for part in item["loc"]]
-        key = ".".join(location)
-        if item["type"] == "extra_forbidden":
-            names = _names_at(model, location[:-1])
-            near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(names)}"
-            lines.append(f"{source}: unknown key '{key}': {hint}")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{source}: {key + ': ' if key else ''}{message}")
-    return "\n".join(lines)
-
-
-def _names_at(model: type[BaseModel], location: list[str]) -> list[str]:
-    """Valid keys of the section at ``location``."""
-    schema = model.model_json_schema()
-    node: dict[str, Any] = schema
-    for part in location:
-        node = node.get("items", {}) if part.isdigit() else node.get("properties", {}).get(part, {})
-        reference = node.get("$ref") or next((a["$ref"] for a in node.get("allOf", [])), None)
-        if reference:
-            node = schema["$defs"][reference.rsplit("/", 1)[-1]]
-    return list(node.get("properties", {}))
-
-
-def _override(data: dict[str, Any], item: str) -> None:
-    """Set ``a.b.c=value`` inside ``data``; what is on the way is made."""
-    key, found, text = item.partition("=")
-    if not found or not key.strip():
-        raise ConfigError(f"override '{item}': write key=value, as in stages.0.kimg=2")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override '{item}': the value is not valid YAML: {error}") from None
-    node: Any = data
-    parts = key.strip().split(".")
-    for depth, part in enumerate(parts):
-        here = ".".join(parts[:depth]) or "the config"
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(f"override '{item}': {here} has items 0 to {len(node) - 1}")
-            index: Any = int(part)
-        elif isinstance(node, dict):
-            index = part
-        else:
-            raise ConfigError(f"override '{item}': {here} is a single value, not a section")
-        if depth == len(parts) - 1:
-            node[index] = value
-        elif isinstance(node, dict):
-            if node.get(index) is None:
-                node[index] = {}
-            node = node[index]
-        else:
-            node = node[index]

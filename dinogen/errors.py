@@ -4,4 +4,20 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something outside the code is wrong; the message names the file or key and the mend."""
+    """Something outside the code is wrong; the message names the file or key and the mend.
+
+    Attributes:
+        exit_code: what the process ends with.
+    """
+
+    exit_code: int = 1
+
+
+class ConfigError(UserError, ValueError):
+    """A config that cannot be used; the message names the file or key and the mend.
+
+    Attributes:
+        exit_code: what the process ends with.
+    """
+
+    exit_code: int = 1

@@ -70,7 +70,7 @@ def _draw_loss(axes: Axes, lines: list[Line]) -> None:
     _draw_floor(axes, lines)
     faded, _ = series([line for line in lines if line.get("alpha", 1.0) < 1.0], "nimg")
     if faded:
-        axes.axvspan(0, faded[-1], color=GREY, alpha=0.18, linewidth=0, label="fade-in")
+        axes.axvspan(faded[0], faded[-1], color=GREY, alpha=0.18, linewidth=0, label="fade-in")
     whole = set(kimg)
     lost = [
         line["nimg"] / 1000 for line in lines if "loss" in line and line["nimg"] / 1000 not in whole

@@ -1,0 +1,97 @@
+"""``dinogen config``: show a resolved config, write the JSON schema that editors use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dinogen.config import Config
+
+app = typer.Typer(help="Show a whole resolved config, or write the schema for editors.")
+
+
+def register(parent: typer.Typer) -> None:
+    """Add ``dinogen config`` to the command line."""
+    parent.add_typer(app, name="config", no_args_is_help=True)
+
+
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="YAML file of a run.", metavar="FILE")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, as in train.")
+    ] = None,
+) -> None:
+    """Print the whole resolved config as YAML: defaults, then the file, then KEY=VALUE changes.
+
+    [bold]Example[/bold]  dinogen config show configs/demo.yaml stages.0.kimg=2
+    """
+    from dinogen.config import load_config
+
+    typer.echo(resolved_yaml(load_config(file, overrides or ())), nl=False)
+
+
+@app.command()
+def schema(
+    out: Annotated[
+        Path | None, typer.Argument(help="File to write; printed if left out.", metavar="[OUT]")
+    ] = None,
+) -> None:
+    """Write the JSON schema by which editors complete and check configs.
+
+    A YAML file names it in its first line: # yaml-language-server: $schema=schema.json
+
+    [bold]Example[/bold]  dinogen config schema configs/schema.json
+    """
+    import json
+
+    from dinogen.files import write_text
+
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_text(out, text)
+        typer.echo(f"wrote {out}")
+
+
+def resolved_yaml(config: Config) -> str:
+    """The config with every default written out, the family's own options included.
+
+    Raises:
+        ConfigError: an option of the family is unknown or out of range.
+    """
+    import yaml
+
+    from dinogen.families.base import family_options
+
+    whole = config.model_dump(mode="json")
+    options = family_options(config).model_dump(mode="json")
+    whole["family"] = {"name": config.family.name, **options}
+    return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """Schema of a whole config; ``family`` takes the options of the family that it names."""
+    from dinogen.config import Config, FamilyConfig
+    from dinogen.families.base import family_class, family_names
+
+    whole = Config.model_json_schema()
+    choices = []
+    for name in family_names():
+        options = family_class(name).Options.model_json_schema()
+        whole["$defs"].update(options.pop("$defs", {}))
+        options["title"] = f"family {name}"
+        options["properties"] = {
+            "name": {"const": name, "description": "a file of dinogen/families"},
+            **options.get("properties", {}),
+        }
+        if name != FamilyConfig().name:
+            options["required"] = ["name", *options.get("required", ())]
+        choices.append(options)
+    whole["$defs"].pop("FamilyConfig")
+    whole["properties"]["family"] = {"oneOf": choices}
+    return whole

@@ -1,0 +1,230 @@
+"""Looks at this machine: what dinogen will find here, and what to do about each gap."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+Status = Literal["ok", "note", "warn", "broken"]
+
+LOW_DISK_GB = 20
+INSTALL = "run `make install`"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor.
+
+    Attributes:
+        name: what was looked at.
+        status: ``note`` is fine as it is; ``warn`` costs something; ``broken`` stops dinogen.
+        found: what is here.
+        mend: what to do about it; empty if nothing has to be done.
+    """
+
+    name: str
+    status: Status
+    found: str
+    mend: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        """As a JSON-ready mapping."""
+        return asdict(self)
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything, yielding each finding as soon as it is known."""
+    for name, check in CHECKS.items():
+        try:
+            yield check()
+        except Exception as error:  # a check that dies is a finding too, the others still run
+            yield Finding(name, "broken", f"{type(error).__name__}: {error}", INSTALL)
+
+
+def check_python() -> Finding:
+    """The interpreter and where it stands."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("Python", "ok", f"{version} at {sys.prefix}")
+
+
+def check_packages() -> Finding:
+    """Every package that dinogen requires is installed."""
+    required = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in required_packages()]
+    missing = [name for name in required if not _version(name)]
+    if missing:
+        return Finding("packages", "broken", f"not installed: {', '.join(missing)}", INSTALL)
+    return Finding("packages", "ok", f"all {len(required)} required packages are installed")
+
+
+def required_packages() -> list[str]:
+    """Requirement lines of dinogen itself, without extras."""
+    return [line for line in metadata.requires("dinogen") or [] if "extra ==" not in line]
+
+
+def check_torch() -> Finding:
+    """Which build of torch."""
+    import torch
+
+    build = "CPU build"
+    if torch.version.cuda:
+        build = f"CUDA {torch.version.cuda} build"
+    elif torch.version.hip:
+        build = f"ROCm {torch.version.hip} build"
+    return Finding("torch", "ok", f"{torch.__version__}, {build}")
+
+
+def check_gpus() -> Finding:
+    """GPUs that torch can use."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count:
+        names = []
+        for index in range(count):
+            properties = torch.cuda.get_device_properties(index)
+            names.append(f"{properties.name} {properties.total_memory / 2**30:.0f} GiB")
+        mend = f"use all: torchrun --nproc-per-node {count} -m launch.cli train CONFIG"
+        return Finding("GPUs", "ok", f"{count}: {', '.join(names)}", mend if count > 1 else "")
+    if shutil.which("nvidia-smi"):
+        return Finding(
+            "GPUs",
+            "warn",
+            "nvidia-smi is here, but torch sees no GPU",
+            "install a CUDA build of torch that fits the driver shown by `nvidia-smi`, "
+            "and check CUDA_VISIBLE_DEVICES",
+        )
+    return Finding(
+        "GPUs", "note", "none", "training runs on the CPU: fine for the demo, slow beyond 16x16"
+    )
+
+
+def check_collectives() -> Finding:
+    """Backends by which several processes train together."""
+    import torch
+    import torch.distributed as dist
+
+    backends = [
+        name
+        for name, here in (
+            ("nccl", dist.is_available() and dist.is_nccl_available()),
+            ("gloo", dist.is_available() and dist.is_gloo_available()),
+        )
+        if here
+    ]
+    found = ", ".join(backends) or "none"
+    if not backends:
+        return Finding(
+            "collectives", "warn", found, "one process only: install another torch build"
+        )
+    if torch.cuda.is_available() and "nccl" not in backends:
+        return Finding("collectives", "warn", found, "several GPUs need NCCL: install a CUDA build")
+    return Finding("collectives", "ok", found)
+
+
+def check_deepspeed() -> Finding:
+    """DeepSpeed, by its version alone: importing it takes seconds."""
+    version = _version("deepspeed")
+    if version:
+        return Finding("DeepSpeed", "ok", version)
+    return Finding(
+        "DeepSpeed",
+        "note",
+        "not installed",
+        "only for ZeRO: pip install -c constraints.txt -e '.[deepspeed]'",
+    )
+
+
+def check_turbojpeg() -> Finding:
+    """TurboJPEG, by a picture encoded and decoded again."""
+    import numpy as np
+    import simplejpeg
+
+    grey = np.full((16, 16, 3), 128, np.uint8)
+    again = simplejpeg.decode_jpeg(simplejpeg.encode_jpeg(grey, quality=95))
+    if int(np.abs(again.astype(int) - 128).max()) > 2:
+        return Finding("TurboJPEG", "broken", "a decoded picture differs from the encoded", INSTALL)
+    return Finding("TurboJPEG", "ok", f"simplejpeg {_version('simplejpeg')}")
+
+
+def check_slurm() -> Finding:
+    """Slurm's sbatch on the PATH, and whether it answers."""
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        return Finding(
+            "Slurm", "note", "no sbatch on the PATH", "only for clusters: try on a login node"
+        )
+    answer = subprocess.run(
+        [sbatch, "--version"], capture_output=True, text=True, timeout=3, check=False
+    )
+    if answer.returncode:
+        return Finding(
+            "Slurm", "warn", f"{sbatch} fails: {answer.stderr.strip()}", "ask the cluster's admin"
+        )
+    return Finding("Slurm", "ok", f"{answer.stdout.strip()} ({sbatch})")
+
+
+def check_disk() -> Finding:
+    """Free space where the command is run."""
+    here = Path.cwd()
+    free = shutil.disk_usage(here).free / 1e9
+    found = f"{free:.0f} GB free at {here}"
+    if free < LOW_DISK_GB:
+        return Finding("disk", "warn", found, "70,000 faces take about 30 GB packed: make room")
+    return Finding("disk", "ok", found)
+
+
+def check_cores() -> Finding:
+    """Cores that this process may use against the threads that OpenMP will start."""
+    import torch
+
+    cores = usable_cores()
+    threads = torch.get_num_threads()
+    found = f"{cores} usable, {threads} OpenMP threads"
+    if threads > cores:
+        return Finding(
+            "CPU cores", "warn", found, f"too many threads spin: export OMP_NUM_THREADS={cores}"
+        )
+    return Finding("CPU cores", "ok", found)
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores of this process: its affinity, or less if the container's quota is lower."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = cgroup.read_text().split()[:2]
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
+
+
+def _version(name: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+CHECKS: dict[str, Callable[[], Finding]] = {
+    "Python": check_python,
+    "packages": check_packages,
+    "torch": check_torch,
+    "GPUs": check_gpus,
+    "collectives": check_collectives,
+    "DeepSpeed": check_deepspeed,
+    "TurboJPEG": check_turbojpeg,
+    "Slurm": check_slurm,
+    "disk": check_disk,
+    "CPU cores": check_cores,
+}
