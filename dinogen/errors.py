@@ -14,10 +14,4 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """A config that cannot be used; the message names the file or key and the mend.
-
-    Attributes:
-        exit_code: what the process ends with.
-    """
-
-    exit_code: int = 1
+    """A config that cannot be used; the message names the file or key and the mend."""

@@ -1,0 +1,175 @@
+"""Family `guided`: a progressive generator taught by frozen guide features, no discriminator."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from shards.stream import Dataset
+from torch import Tensor, nn
+
+from dinogen import draws
+from dinogen.config import Config, ConfigError, Section, StageConfig
+from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars, Verdict
+from dinogen.features.base import Guide
+from dinogen.features.load import load_guide
+from dinogen.features.pyramid import native_pyramid, pooled_pyramid
+from dinogen.losses.pyramid import collapse_floor, mean_pairwise_distance, pyramid_mse
+from dinogen.networks.progressive import ProgressiveGenerator
+
+NATIVE_UP_TO = 16
+COLLAPSING_BELOW = 0.5
+COLLAPSED_BELOW = 0.1
+COLLAPSED_NEAR_FLOOR = 1.02
+
+
+class Guided(Family):
+    """The original experiment: mean squared error between the guide's features of a generated
+    picture and the stored pyramid of a random real one.
+
+    That objective has one best answer, the same features for every z (see
+    :func:`dinogen.losses.pyramid.pyramid_mse`), so each curve is drawn with its floor and each
+    probe measures the diversity that is left.
+    """
+
+    class Options(Section):
+        """Keys of ``family:`` for ``name: guided``."""
+
+        objective: Literal["mse"] = Field("mse", description="how pyramids are compared")
+        pyramid: Literal["native", "pooled"] = Field(
+            "native",
+            description="targets up to 16x16: features of the shrunk picture, or pooled features "
+            "of the full one; above 16x16 always pooled",
+        )
+        z_dim: int = Field(512, ge=1, description="size of the latent")
+        channel_base: int = Field(16384, ge=4, description="channels at R are base / R ...")
+        channel_max: int = Field(512, ge=1, description="... and at most this")
+        probe_samples: int = Field(64, ge=2, description="pictures per diversity probe")
+
+    def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
+        super().__init__(config, stage, device)
+        self.options = self.Options(**config.family.options)
+        self.G = ProgressiveGenerator(
+            stage.resolution,
+            z_dim=self.options.z_dim,
+            channel_base=self.options.channel_base,
+            channel_max=self.options.channel_max,
+        ).to(device)
+        if stage.resolution <= NATIVE_UP_TO:
+            self.grids: tuple[int, ...] = (stage.resolution,)
+            kind = self.options.pyramid
+        else:
+            self.grids = (16, 8, 4)
+            kind = "pooled"
+        self.levels = tuple(f"{kind[0]}{grid}" for grid in self.grids)
+        self.guide: Guide | None = None
+        self.floor = float("nan")
+        self.real_distance: dict[int, float] = {}
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """G alone."""
+        return {"G": self.G}
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """One update of G."""
+        return (Phase("G", "G", self._losses),)
+
+    @property
+    def inputs(self) -> Inputs:
+        """Only the levels compared; no picture is decoded."""
+        return Inputs(image_size=None, levels=self.levels)
+
+    def begin(self, data: Dataset) -> None:
+        """Load the guide, check that it made these shards, and measure how far reals differ."""
+        missing = [level for level in self.levels if level not in data.manifest.levels]
+        if missing:
+            raise ConfigError(
+                f"{self.config.data.path}: the shards have no level {', '.join(missing)} "
+                f"(they have {', '.join(data.manifest.levels) or 'none'}): set "
+                "family.pyramid, or prepare again with prepare.pyramids.kinds: [pooled, native]"
+            )
+        self.guide = load_guide(self.config.guide, self.device)
+        made_by = data.manifest.guide or {}
+        if made_by.get("weights_sha256") != self.guide.info.weights_sha256:
+            raise ConfigError(
+                f"guide.path: {self.guide.info.label} is not the guide that made the pyramids of "
+                f"{self.config.data.path} ({made_by.get('name')}, {made_by.get('path')}): use that "
+                "one, or run `dinogen prepare` again"
+            )
+        self.floor = collapse_floor([data.total_variance(level) for level in self.levels])
+        split = self.config.data.split
+        num_real = data.num_samples(split)
+        chosen = np.linspace(0, num_real - 1, min(num_real, 2 * self.options.probe_samples))
+        real = data.read(chosen.astype(int).tolist(), split=split, levels=self.levels)
+        self.real_distance = {g: mean_pairwise_distance(real["pyramid"][g]) for g in self.grids}
+
+    def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
+        """Pictures (N, 3, R, R) in [-1, 1]; the same seed and index give the same picture."""
+        z = draws.normal(seed, "sample", indices, (self.options.z_dim,))
+        images: Tensor = networks["G"](z.to(self.device))
+        return images
+
+    def new_parameters(self, network: str) -> set[str]:
+        """The block and ToRGB of the stage's resolution."""
+        return self.G.new_parameters()
+
+    def trainable(self, network: str) -> set[str]:
+        """While fading in only what is new; afterwards all that is in use."""
+        if self.G.fading:
+            return self.G.new_parameters()
+        return {name for name, _ in self.G.named_parameters()} - self.G.old_to_rgb()
+
+    def set_fade(self, networks: Networks, alpha: float, fading: bool) -> None:
+        """Set alpha in every copy of G."""
+        for network in networks.values():
+            if isinstance(network, ProgressiveGenerator):
+                network.set_fade(alpha, fading)
+
+    def constants(self) -> dict[str, float]:
+        """The collapse floor of this stage's levels."""
+        return {"floor": self.floor}
+
+    def probe(self, networks: Networks, loss: float | None) -> Verdict:
+        """Diversity of samples: mean pairwise feature distance over that of real pictures."""
+        indices = torch.arange(self.options.probe_samples)
+        pyramid = self._pyramid(self.sample(networks, indices, self.config.seed))
+        ratios = [
+            mean_pairwise_distance(pyramid[g].cpu()) / self.real_distance[g] for g in self.grids
+        ]
+        diversity = sum(ratios) / len(ratios)
+        scalars = {"diversity": diversity}
+        if loss is not None:
+            scalars["loss_over_floor"] = loss / self.floor
+        share = f"samples differ {diversity:.1%} as much as real pictures"
+        if diversity < COLLAPSED_BELOW:
+            return Verdict(scalars, "COLLAPSED", (f"COLLAPSED: {share}",))
+        if loss is not None and loss <= COLLAPSED_NEAR_FLOOR * self.floor:
+            text = (
+                f"COLLAPSED: loss {loss:.4g} is within 2 % of the floor {self.floor:.4g}; {share}"
+            )
+            return Verdict(scalars, "COLLAPSED", (text,))
+        if diversity < COLLAPSING_BELOW:
+            return Verdict(scalars, "COLLAPSING", (f"COLLAPSING: {share}",))
+        return Verdict(scalars)
+
+    def describe(self) -> dict[str, Any]:
+        """Which guide taught the run."""
+        if self.guide is None:
+            return {}
+        info = self.guide.info
+        return {"guide": info.to_dict(), "guide_label": info.label, "random_guide": info.random}
+
+    def _pyramid(self, images: Tensor) -> dict[int, Tensor]:
+        assert self.guide is not None, "begin() comes first"
+        if self.stage.resolution <= NATIVE_UP_TO:
+            return native_pyramid(self.guide, images, self.grids)
+        return pooled_pyramid(self.guide, images, self.grids)
+
+    def _losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+        z = draws.normal(self.config.seed, "z", batch["position"], (self.options.z_dim,))
+        generated = self._pyramid(self.G(z.to(self.device)))
+        return {"mse": pyramid_mse(generated, batch["pyramid"])}, {}

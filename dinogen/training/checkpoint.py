@@ -1,0 +1,132 @@
+"""Checkpoints: folders that appear whole or not at all, read back without pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dinogen.files import fsync_folder, write_json
+
+log = logging.getLogger(__name__)
+
+STATE = "state.json"
+TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk.
+
+    Attributes:
+        folder: ``.../checkpoints/000012800``.
+        state: the JSON-ready rest: progress, config, versions, logger.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """One file's tensors on the CPU, such as ``G``, ``G.ema`` or ``optim``."""
+        return load_file(self.folder / f"{name}.safetensors")
+
+
+def save_checkpoint(
+    parent: Path, nimg: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+) -> Path:
+    """Write ``parent/<nimg>``: a temporary folder, fsync, rename.
+
+    Args:
+        parent: the stage's ``checkpoints`` folder.
+        nimg: images seen; names the folder.
+        tensors: {file name without suffix: {name: tensor}}.
+        state: JSON-ready; ``files`` (hashes) is added.
+
+    Returns:
+        The folder. If it is there already, it is left as it is.
+    """
+    final = parent / f"{nimg:09d}"
+    if final.exists():
+        return final
+    temporary = parent / f"{TEMPORARY}{nimg:09d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    hashes = {}
+    for name, items in tensors.items():
+        path = temporary / f"{name}.safetensors"
+        # clones: safetensors refuses tensors that share memory, and views of larger storage
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in items.items()}, path)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    write_json(temporary / STATE, state | {"files": hashes})
+    fsync_folder(temporary)
+    temporary.rename(final)
+    fsync_folder(parent)
+    return final
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read and verify one checkpoint.
+
+    Raises:
+        ValueError: a file is missing, cut off or changed; names it.
+    """
+    path = folder / STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        hashes = dict(state["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is missing or not readable ({error})") from error
+    for name, expected in hashes.items():
+        try:
+            with (folder / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ValueError(f"{folder / name} cannot be read ({error})") from error
+        if found != expected:
+            raise ValueError(f"{folder / name} is cut off or changed (its hash differs)")
+    return Checkpoint(folder, state)
+
+
+def newest_checkpoint(parent: Path) -> Checkpoint | None:
+    """The newest complete checkpoint; a broken one is skipped with a warning."""
+    for folder in reversed(_folders(parent)):
+        try:
+            return load_checkpoint(folder)
+        except ValueError as error:
+            log.warning("checkpoint %s is broken and skipped: %s", folder, error)
+    return None
+
+
+def prune(parent: Path, keep_last: int) -> None:
+    """Delete all but the newest ``keep_last`` checkpoints and those saved to be kept.
+
+    What a killed save left is deleted too.
+    """
+    for folder in _folders(parent)[:-keep_last]:
+        try:
+            kept = json.loads((folder / STATE).read_text(encoding="utf-8")).get("keep", False)
+        except (OSError, ValueError):
+            kept = False
+        if not kept:
+            # renamed first, so that a kill in the midst leaves no half checkpoint
+            doomed = folder.with_name(f"{TEMPORARY}{folder.name}")
+            folder.rename(doomed)
+    for left in parent.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _folders(parent: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    if not parent.is_dir():
+        return []
+    return sorted(p for p in parent.iterdir() if p.is_dir() and p.name.isdigit())

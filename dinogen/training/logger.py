@@ -1,0 +1,140 @@
+"""What a stage logs: stats.jsonl and TensorBoard, both against nimg, without overlap on resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from dinogen import dist
+from dinogen.families.base import Scalars
+from dinogen.files import write_text
+
+
+class Logger:
+    """Means since the last line, over samples of all ranks.
+
+    Sums are kept on the device, so that adding never waits for it, and are part of the checkpoint:
+    a run that was interrupted between two lines writes the same next line.
+
+    Args:
+        folder: of the stage; None on ranks that do not write.
+        stage: resolution, part of each line.
+    """
+
+    def __init__(self, folder: Path | None, stage: int) -> None:
+        self.folder = folder
+        self.stage = stage
+        self.sums: dict[str, Tensor] = {}
+        self.weights: dict[str, float] = {}
+        self.writer: SummaryWriter | None = None
+
+    def start(self, nimg: int, state: dict[str, Any] | None) -> None:
+        """Open the files at ``nimg``; what was written past it is dropped.
+
+        Args:
+            nimg: where the run starts or resumes.
+            state: what :meth:`state` gave, or None.
+        """
+        if state is not None and dist.is_main():
+            self.sums = {k: torch.tensor(v, dtype=torch.float64) for k, v in state["sums"].items()}
+            self.weights = dict(state["weights"])
+        if self.folder is None:
+            return
+        path = self.folder / "stats.jsonl"
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if _nimg(line) <= nimg]
+            if kept != lines:
+                write_text(path, "".join(kept))
+        self.writer = SummaryWriter(str(self.folder / "tb"), purge_step=nimg + 1)
+
+    def add(self, losses: Scalars, weight: float, prefix: str = "") -> None:
+        """Add a microbatch's means.
+
+        Args:
+            losses: scalar tensors.
+            weight: the microbatch's share of the global batch.
+            prefix: put before each name.
+        """
+        for name, value in losses.items():
+            key = prefix + name
+            item = value.detach().double() * weight
+            # device of the newest value: after a resume the sum comes from the CPU
+            self.sums[key] = self.sums[key].to(item.device) + item if key in self.sums else item
+            self.weights[key] = self.weights.get(key, 0.0) + weight
+
+    def flush(self) -> dict[str, float]:
+        """Means over all ranks since the last flush; every rank has to call it."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        sums = torch.stack([self.sums[name] for name in names])
+        weights = torch.tensor([self.weights[name] for name in names], dtype=torch.float64)
+        total, weight = dist.all_reduce_sum(sums).cpu(), dist.all_reduce_sum(weights)
+        self.sums.clear()
+        self.weights.clear()
+        return dict(zip(names, (total / weight).tolist(), strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """Unwritten sums over all ranks, JSON-ready; every rank has to call it."""
+        names = sorted(self.sums)
+        if not names:
+            return {"sums": {}, "weights": {}}
+        sums = dist.all_reduce_sum(torch.stack([self.sums[name] for name in names])).tolist()
+        weights = dist.all_reduce_sum(
+            torch.tensor([self.weights[name] for name in names], dtype=torch.float64)
+        ).tolist()
+        return {
+            "sums": dict(zip(names, sums, strict=True)),
+            "weights": dict(zip(names, weights, strict=True)),
+        }
+
+    def write(self, nimg: int, values: dict[str, float | None]) -> None:
+        """One line to stats.jsonl and the same numbers to TensorBoard; rank 0 only writes."""
+        if self.folder is None or self.writer is None:
+            return
+        line = {"nimg": nimg, "stage": self.stage} | {
+            # JSON knows no NaN; readers meet null
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in values.items()
+        }
+        with (self.folder / "stats.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in values.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, nimg)
+
+    def write_text(self, tag: str, text: str, nimg: int) -> None:
+        """A note, such as a warning, to TensorBoard."""
+        if self.writer is not None:
+            self.writer.add_text(tag, text, nimg)
+
+    def write_image(self, tag: str, image: np.ndarray, nimg: int) -> None:
+        """A picture (H, W, 3) uint8 to TensorBoard."""
+        if self.writer is not None:
+            self.writer.add_image(tag, image, nimg, dataformats="HWC")
+
+    def sync(self) -> None:
+        """Bring TensorBoard's events to disk; done before each checkpoint."""
+        if self.writer is not None:
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _nimg(line: str) -> float:
+    """nimg of a line; infinite if the line was cut off by a kill."""
+    try:
+        return float(json.loads(line)["nimg"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

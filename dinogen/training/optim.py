@@ -1,0 +1,46 @@
+"""Optimizers, and their state by parameter name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dinogen.config import OptimConfig
+
+
+def build_optimizer(network: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """Adam over all parameters of a network; those frozen now have no gradient and are skipped."""
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    return kinds[config.name](
+        network.parameters(),
+        lr=lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State tensors as ``PARAMETER/KEY`` (``dense.weight/exp_avg``)."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in network.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_state(
+    network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
+) -> None:
+    """Put back what :func:`optimizer_state` gave.
+
+    Raises:
+        KeyError: a state tensor belongs to no parameter of the network.
+    """
+    parameters = dict(network.named_parameters())
+    for full_name, value in state.items():
+        name, _, key = full_name.rpartition("/")
+        parameter = parameters[name]
+        # Adam keeps its step count on the CPU, the moments beside the parameter
+        where = value.device if key == "step" else parameter.device
+        optimizer.state[parameter][key] = value.to(where)

@@ -1,0 +1,95 @@
+"""Walks the stages of a run: each goes on where it was, or is passed over if it is finished."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from dinogen import dist
+from dinogen.config import Config, ConfigError, dump_config
+from dinogen.errors import UserError
+from dinogen.families.base import resolve
+from dinogen.files import write_text
+from dinogen.report.page import write_page
+from dinogen.report.stats import read_stats
+from dinogen.training.artifacts import finish_stage
+from dinogen.training.stages import find_stage
+from dinogen.training.state import StageState, stage_checkpoint
+from dinogen.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config, resolution: int | None = None) -> list[dict[str, Any]]:
+    """Train all stages of a config, or one; the same call again goes on where it was.
+
+    Args:
+        config: the whole run.
+        resolution: train the stage of this resolution only.
+
+    Returns:
+        The stages' results, as in their result.json.
+
+    Raises:
+        ConfigError: the config does not fit the data, the checkpoints or this machine.
+        Stopped: a signal asked for it; everything is saved.
+        TrainingError: too many updates in a row were not finite.
+    """
+    dist.init()
+    dist.set_cpu_threads()
+    config = resolve(config)
+    indices = range(len(config.stages)) if resolution is None else [find_stage(config, resolution)]
+    if dist.is_main():
+        config.run.mkdir(parents=True, exist_ok=True)
+        write_text(config.run / "config.yaml", dump_config(config))
+    return [_train_stage(config, index) for index in indices]
+
+
+def _train_stage(config: Config, index: int) -> dict[str, Any]:
+    """Train one stage to its end and write what it leaves."""
+    stage = config.stages[index]
+    finished = _finished_result(config, index)
+    if finished is not None:
+        log.info("stage %dx%d is finished already", stage.resolution, stage.resolution)
+        return finished
+    state = StageState(config, index)
+    if not state.finished:
+        Trainer(state).run()
+    result = None
+    if dist.is_main():
+        try:
+            lines = read_stats(state.folder / "stats.jsonl")
+        except UserError as error:
+            raise ConfigError(f"{error}") from None
+        result = finish_stage(state, lines[-1])
+        log.info("page: %s", write_page(config.run))
+    written: dict[str, Any] = dist.broadcast_object(result)
+    return written
+
+
+def _finished_result(config: Config, index: int) -> dict[str, Any] | None:
+    """result.json of a stage whose newest checkpoint is at the end that the config asks for."""
+    stage = config.stages[index]
+    checkpoint = stage_checkpoint(config, stage)
+    if checkpoint is None:
+        return None
+    state = checkpoint.state
+    end = state["start"] + round(stage.kimg * 1000)
+    path = checkpoint.folder.parent.parent / "result.json"
+    result = None
+    if dist.is_main() and state["progress"]["nimg"] >= end:
+        result = _read_json(path)
+        if result is not None and result.get("nimg") != state["progress"]["nimg"]:
+            result = None
+    found: dict[str, Any] | None = dist.broadcast_object(result)
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data

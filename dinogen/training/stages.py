@@ -1,0 +1,83 @@
+"""The plan of one stage: when it ends, how far it is faded in, and how it grows from the last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from dinogen.config import Config, ConfigError, StageConfig
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage on the clock of the run.
+
+    Attributes:
+        stage: its config.
+        start: nimg at which it begins, where the stage before ended.
+    """
+
+    stage: StageConfig
+    start: int
+
+    @property
+    def end(self) -> int:
+        """nimg from which on it is done."""
+        return self.start + round(self.stage.kimg * 1000)
+
+    @property
+    def fade_end(self) -> int:
+        """nimg from which on everything trains."""
+        return self.start + round(self.stage.fade_kimg * 1000)
+
+    def fading(self, nimg: int) -> bool:
+        """Whether only the new block trains."""
+        return nimg < self.fade_end
+
+    def alpha(self, nimg: int) -> float:
+        """Share of the new block in the picture, 0 to 1."""
+        return (nimg - self.start) / (self.fade_end - self.start) if self.fading(nimg) else 1.0
+
+
+def find_stage(config: Config, resolution: int) -> int:
+    """Index of the stage of this resolution.
+
+    Raises:
+        ConfigError: the config has no such stage.
+    """
+    sizes = [stage.resolution for stage in config.stages]
+    if resolution not in sizes:
+        raise ConfigError(f"stage {resolution} is not in the config: stages are {sizes}")
+    return sizes.index(resolution)
+
+
+def due(before: int, now: int, every_kimg: float) -> bool:
+    """Whether a multiple of ``every_kimg`` thousand images lies in (before, now]."""
+    every = every_kimg * 1000
+    return int(now // every) > int(before // every)
+
+
+def grow(
+    network: nn.Module,
+    state: dict[str, Tensor],
+    new: set[str],
+    fail: Callable[[str], Exception],
+) -> None:
+    """Load the stage before into a grown network; what is new keeps its initialisation.
+
+    Args:
+        network: the grown network, changed in place.
+        state: state dict of the stage before; what the grown network dropped is passed over.
+        new: names of the parameters that it did not have.
+        fail: makes the error of a message.
+    """
+    own = network.state_dict()
+    kept = {name: value for name, value in state.items() if name in own}
+    missing = set(own) - set(kept) - new
+    wrong = [name for name, value in kept.items() if value.shape != own[name].shape]
+    if missing or wrong:
+        names = ", ".join(sorted(missing | set(wrong))[:4])
+        raise fail(f"the network of the stage before does not fit ({names}): same family options?")
+    network.load_state_dict(kept, strict=False)

@@ -1,0 +1,277 @@
+"""Everything a stage is made of: built fresh, grown from the stage before, or resumed."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from shards.stream import Dataset
+from torch import nn
+
+from dinogen import __version__, dist, draws
+from dinogen.config import Config, ConfigError, StageConfig
+from dinogen.families.base import Family, Verdict, family_class
+from dinogen.training.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    prune,
+    save_checkpoint,
+)
+from dinogen.training.ema import Ema
+from dinogen.training.engine import SingleEngine, make_engine
+from dinogen.training.stages import StagePlan, due, grow
+from shards import open_dataset
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a run is; part of each checkpoint.
+
+    Attributes:
+        nimg: images shown since the first stage began, over all ranks.
+        step: optimizer steps since the first stage began.
+        num_nonfinite: updates in a row that were left out.
+        seconds: training time of this stage so far.
+        loss: headline loss of the newest log line.
+        verdict: what the newest probe found.
+        warnings: its words.
+    """
+
+    nimg: int = 0
+    step: int = 0
+    num_nonfinite: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    verdict: str = "ok"
+    warnings: list[str] = field(default_factory=list)
+
+
+def stage_folder(config: Config, stage: StageConfig) -> Path:
+    """Folder of one stage inside the run's."""
+    return config.run / f"{stage.resolution}x{stage.resolution}"
+
+
+def stage_checkpoint(config: Config, stage: StageConfig) -> Checkpoint | None:
+    """The newest complete checkpoint of a stage, the same one on every rank."""
+    parent = stage_folder(config, stage) / "checkpoints"
+    # rank 0 alone verifies hashes; the others read what it chose
+    found = newest_checkpoint(parent) if dist.is_main() else None
+    name = dist.broadcast_object(found.folder.name if found else None)
+    if name is None:
+        return None
+    return found or load_checkpoint(parent / name)
+
+
+def stage_plan(config: Config, index: int) -> tuple[StagePlan, Checkpoint | None]:
+    """When a stage begins, and the finished checkpoint it grows from (None for the first).
+
+    Raises:
+        ConfigError: the stage before is not finished.
+    """
+    stage = config.stages[index]
+    if index == 0:
+        return StagePlan(stage, 0), None
+    previous = config.stages[index - 1]
+    checkpoint = stage_checkpoint(config, previous)
+    if checkpoint is None or checkpoint.state["progress"]["nimg"] < checkpoint.state["end"]:
+        raise ConfigError(
+            f"stage {stage.resolution} grows from stage {previous.resolution}, which is not "
+            f"finished in {stage_folder(config, previous)}: train it first "
+            f"(--stage {previous.resolution}, or no --stage for all)"
+        )
+    return StagePlan(stage, checkpoint.state["progress"]["nimg"]), checkpoint
+
+
+class StageState:
+    """Networks, moving averages, optimizers and progress of one stage.
+
+    Args:
+        config: the whole run.
+        index: which of its stages.
+
+    Raises:
+        ConfigError: the stage before is not finished, the checkpoint contradicts the config, or
+            the shards do not fit.
+    """
+
+    def __init__(self, config: Config, index: int) -> None:
+        self.config = config
+        self.stage = config.stages[index]
+        self.folder = stage_folder(config, self.stage)
+        self.device = dist.device()
+        self.plan, previous = stage_plan(config, index)
+        with draws.torch_seed(config.seed, f"init/{self.stage.resolution}"):
+            cls = family_class(config.family.name)
+            self.family: Family = cls(config, self.stage, self.device)
+        if previous is not None:
+            for name, network in self.family.networks.items():
+                new = self.family.new_parameters(name)
+                grow(network, previous.tensors(name), new, ConfigError)
+        averaged = {name: self.family.networks[name] for name in self.family.ema_networks}
+        self.ema = Ema(averaged, config.ema)
+        if previous is not None:
+            for name, network in self.ema.networks.items():
+                new = self.family.new_parameters(name)
+                grow(network, previous.tensors(f"{name}.ema"), new, ConfigError)
+        self.data: Dataset = open_dataset(config.data.path, cache_dir=config.data.cache_dir)
+        self.family.begin(self.data)
+        self.engine: SingleEngine = make_engine(config, self.family, self.stage.lr, self.device)
+        self.progress = Progress(nimg=self.plan.start)
+        if previous is not None:
+            self.progress.step = previous.state["progress"]["step"]
+        self.logger_state: dict[str, Any] | None = None
+        self.fading = False
+        self.last_saved = self.plan.start
+        self._resume()
+        self.set_fade()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every image of the stage was shown."""
+        return self.progress.nimg >= self.plan.end
+
+    def set_fade(self) -> None:
+        """Tell all copies of the networks how far the new block is faded in."""
+        nimg = self.progress.nimg
+        alpha, fading = self.plan.alpha(nimg), self.plan.fading(nimg)
+        for networks in (self.family.networks, self.ema.networks):
+            self.family.set_fade(networks, alpha, fading)
+
+    @torch.no_grad()
+    def sample(self, num: int) -> torch.Tensor:
+        """The first ``num`` pictures of the run's seed, (N, 3, R, R) in [-1, 1] on the CPU."""
+        return sample_in_parts(self.family, self.ema.networks, num, self.config.seed)
+
+    @torch.no_grad()
+    def probe(self) -> Verdict:
+        """The family's judgement of its samples."""
+        return self.family.probe(self.ema.networks, self.progress.loss)
+
+    def save(self, logger_state: dict[str, Any]) -> None:
+        """Write a checkpoint and delete those that need not stay; rank 0 only."""
+        tensors = {name: net.state_dict() for name, net in self.family.networks.items()}
+        tensors |= {f"{name}.ema": net.state_dict() for name, net in self.ema.networks.items()}
+        tensors["optim"], rest = self.engine.state()
+        every = self.config.checkpoint.keep_every_kimg
+        nimg = self.progress.nimg
+        state = {
+            "progress": asdict(self.progress),
+            "start": self.plan.start,
+            "end": self.plan.end,
+            "keep": every is not None and due(self.last_saved, nimg, every),
+            "engine": rest,
+            "logger": logger_state,
+            "data": self.data.fingerprint,
+            "config": self.config.model_dump(mode="json"),
+            "versions": versions(),
+            "facts": self.family.describe(),
+        }
+        parent = self.folder / "checkpoints"
+        save_checkpoint(parent, nimg, tensors, state)
+        self.last_saved = nimg
+        prune(parent, self.config.checkpoint.keep_last)
+
+    def _resume(self) -> None:
+        """Take over the newest checkpoint of this stage, if there is one."""
+        checkpoint = stage_checkpoint(self.config, self.stage)
+        if checkpoint is None:
+            return
+        state = checkpoint.state
+        check_same_run(checkpoint, self.config, self.stage, self.data.fingerprint)
+        if state["start"] != self.plan.start:
+            raise ConfigError(
+                f"{checkpoint.folder}: began at {state['start']} images, but the stage before now "
+                f"ends at {self.plan.start}: it was trained further. Give run: another folder"
+            )
+        for name, network in self.family.networks.items():
+            network.load_state_dict(checkpoint.tensors(name))
+        for name, network in self.ema.networks.items():
+            network.load_state_dict(checkpoint.tensors(f"{name}.ema"))
+        self.engine.load_state(checkpoint.tensors("optim"), state["engine"])
+        self.progress = Progress(**state["progress"])
+        self.logger_state = state["logger"]
+        self.last_saved = self.progress.nimg
+        if dist.is_main():
+            log.info("resumed from %s", checkpoint.folder)
+
+
+def check_same_run(
+    checkpoint: Checkpoint, config: Config, stage: StageConfig, fingerprint: str
+) -> None:
+    """Refuse to go on from a checkpoint that another experiment wrote.
+
+    Lengths (kimg), logging, checkpoint rhythm and engine may change: they do not alter what a step
+    computes. Keys that the older config lacked count as equal to today's defaults.
+
+    Raises:
+        ConfigError: naming the first key that contradicts.
+    """
+    then, now = checkpoint.state["config"], config.model_dump(mode="json")
+    index = [s["resolution"] for s in now["stages"]].index(stage.resolution)
+    sizes = [s["resolution"] for s in then["stages"]]
+    pairs: list[tuple[str, Any, Any]] = [
+        (f"{name}", then.get(name), now[name]) for name in ("seed", "family", "optim", "ema")
+    ]
+    old_stage = then["stages"][sizes.index(stage.resolution)]
+    pairs += [
+        (f"stages.{index}.{key}", old_stage.get(key), now["stages"][index][key])
+        for key in ("fade_kimg", "batch", "lr")
+    ]
+    pairs += [
+        (f"data.{key}", then["data"].get(key), now["data"][key])
+        for key in ("split", "num_lanes", "window_shards", "on_error")
+    ]
+    pairs += [
+        (f"guide.{key}", then["guide"].get(key), now["guide"][key]) for key in ("name", "layer")
+    ]
+    for key, old, new in _leaves(pairs):
+        if old is not None and old != new:
+            raise ConfigError(
+                f"{key}: the checkpoint {checkpoint.folder} was trained with {old}, the config "
+                f"says {new}: put it back, or give run: another folder"
+            )
+    if checkpoint.state["data"] != fingerprint:
+        raise ConfigError(
+            f"data.path: {config.data.path} holds other shards than the checkpoint "
+            f"{checkpoint.folder} was trained on: put them back, or give run: another folder"
+        )
+
+
+def file_mark(facts: dict[str, Any]) -> str:
+    """Part of file names that says loudly when a random guide, which teaches nothing, was used."""
+    return ".random-guide" if facts.get("random_guide") else ""
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {"dinogen": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+@torch.no_grad()
+def sample_in_parts(
+    family: Family, networks: dict[str, nn.Module], num: int, seed: int, part: int = 64
+) -> torch.Tensor:
+    """Pictures 0 to ``num - 1`` under ``seed``, (N, 3, R, R) in [-1, 1] on the CPU."""
+    parts = [
+        family.sample(networks, torch.arange(first, min(first + part, num)), seed).float().cpu()
+        for first in range(0, num, part)
+    ]
+    return torch.cat(parts)
+
+
+def _leaves(pairs: list[tuple[str, Any, Any]]) -> Iterator[tuple[str, Any, Any]]:
+    """Single values of nested sections; a key missing on the old side counts as None."""
+    for key, old, new in pairs:
+        if isinstance(new, dict) and isinstance(old, dict):
+            names = sorted(set(old) | set(new))
+            yield from _leaves([(f"{key}.{name}", old.get(name), new.get(name)) for name in names])
+        else:
+            yield key, old, new

@@ -1,0 +1,244 @@
+"""The one training loop: a stage from its first image to its last checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dinogen import dist
+from dinogen.config import Config, ConfigError
+from dinogen.errors import UserError
+from dinogen.families.base import Batch, Verdict
+from dinogen.training.artifacts import save_samples
+from dinogen.training.console import ProgressLine
+from dinogen.training.logger import Logger
+from dinogen.training.stages import due
+from dinogen.training.state import StageState
+from dinogen.training.stop import StopFlag, Stopped
+
+log = logging.getLogger(__name__)
+
+
+class TrainingError(UserError):
+    """The run cannot go on; the message says what to try."""
+
+
+@dataclass
+class Window:
+    """Wall-clock measurements since the last log line."""
+
+    began: float
+    images: int = 0
+    waited: float = 0.0
+
+
+class Trainer:
+    """Runs the phases of a family, stage by stage alike; it knows no family.
+
+    Args:
+        state: the stage's networks, optimizers, averages and progress, fresh or resumed.
+    """
+
+    def __init__(self, state: StageState) -> None:
+        self.state = state
+        self.config: Config = state.config
+        self.family, self.engine, self.progress = state.family, state.engine, state.progress
+        self.plan, self.stage = state.plan, state.plan.stage
+        self.headline = self.family.phases[-1].name
+        self.logger = Logger(state.folder if dist.is_main() else None, self.stage.resolution)
+        self.window = Window(time.monotonic())
+        if self.stage.batch < dist.world_size():
+            raise ConfigError(
+                f"stages: batch {self.stage.batch} of stage {self.stage.resolution} is smaller "
+                f"than the number of ranks {dist.world_size()}: each rank needs a picture"
+            )
+
+    def run(self) -> None:
+        """Train to the end of the stage.
+
+        Raises:
+            Stopped: a signal asked for it; a checkpoint was saved.
+            TrainingError: too many updates in a row were not finite.
+        """
+        progress = self.progress
+        self.logger.start(progress.nimg, self.state.logger_state)
+        line = ProgressLine(
+            f"stage {self.stage.resolution}x{self.stage.resolution}",
+            self.plan.start,
+            self.plan.end,
+            dist.is_main(),
+        )
+        inputs = self.family.inputs
+        self.stream = self.state.data.stream(
+            batch_size=self.stage.batch,
+            seed=self.config.seed,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            start=progress.nimg,
+            image_size=inputs.image_size,
+            levels=inputs.levels,
+            split=self.config.data.split,
+            num_threads=self.config.data.num_threads,
+            num_lanes=self.config.data.num_lanes,
+            window_shards=self.config.data.window_shards,
+            on_error=self.config.data.on_error,
+            pin_memory=self.engine.device.type == "cuda",
+        )
+        try:
+            with StopFlag() as stop, self.stream:
+                self._set_fade(first=True)
+                self.window = Window(time.monotonic())
+                batches = iter(self.stream)
+                while progress.nimg < self.plan.end:
+                    before = time.monotonic()
+                    batch = next(batches)
+                    self.window.waited += time.monotonic() - before
+                    self._set_fade()
+                    self.train_step(batch)
+                    self._after_step(line)
+                    if dist.any_rank(stop.name is not None):
+                        self.save()
+                        raise Stopped(
+                            f"stopped by {stop.name or 'another rank'} at {progress.nimg} images, "
+                            "all of it saved: run the same command to go on"
+                        )
+        finally:
+            line.close()
+            self.logger.close()
+
+    def train_step(self, batch: Batch) -> None:
+        """All due phases on one global batch, of which this rank holds its part."""
+        micros = list(split(batch, self.config.engine.micro_batch, self.engine.device))
+        for phase in self.family.phases:
+            if not phase.due(self.progress.step):
+                continue
+            for i, micro in enumerate(micros):
+                losses, report = self.engine.losses(phase, micro, last=i == len(micros) - 1)
+                weight = len(micro["key"]) / self.stage.batch
+                self.engine.backward(phase, losses, weight)
+                self.logger.add(losses | report, weight, f"{phase.name}/")
+                if phase.name == self.headline:
+                    self.logger.add({"loss": torch.stack(list(losses.values())).sum()}, weight)
+            update = self.engine.step(phase)
+            self.logger.add({f"{phase.name}/grad_norm": torch.tensor(update.grad_norm)}, 1.0)
+            self._guard(update.applied, phase.name)
+        self.progress.step += 1
+        self.progress.nimg += self.stage.batch
+        self.window.images += self.stage.batch
+        self.family.after_step(self.progress.nimg)
+        self.state.ema.update(self.stage.batch, self.progress.nimg - self.plan.start)
+
+    def save(self) -> None:
+        """Write a checkpoint; every rank has to call it."""
+        logger_state = self.logger.state()
+        if dist.is_main():
+            self.logger.sync()
+            self.state.save(logger_state)
+        dist.barrier()
+
+    def _set_fade(self, first: bool = False) -> None:
+        """Tell the family how far the fade-in is; the engine is prepared again where it ends."""
+        fading = self.plan.fading(self.progress.nimg)
+        self.state.set_fade()
+        if first or fading != self.state.fading:
+            self.state.fading = fading
+            self.engine.prepare()
+
+    def _guard(self, applied: bool, phase: str) -> None:
+        """Count updates in a row that were not finite, and end the run after too many."""
+        progress = self.progress
+        if applied:
+            progress.num_nonfinite = 0
+            return
+        progress.num_nonfinite += 1
+        limit = self.config.engine.max_nonfinite
+        log.warning(
+            "phase %s at %d images: loss or gradient is not finite, the update is left out (%d in "
+            "a row, %d end the run)",
+            phase,
+            progress.nimg,
+            progress.num_nonfinite,
+            limit,
+        )
+        if progress.num_nonfinite >= limit:
+            raise TrainingError(
+                f"{limit} updates in a row were not finite (phase {phase}, {progress.nimg} "
+                f"images): the last good checkpoint is in {self.state.folder / 'checkpoints'}; lower "
+                f"lr of stage {self.stage.resolution}, set engine.clip_grad_norm, or use fp32"
+            )
+
+    def _after_step(self, line: ProgressLine) -> None:
+        """Log, probe, draw samples and save, where the clock says so."""
+        now = self.progress.nimg
+        last = now >= self.plan.end
+        passed = now - self.stage.batch
+        every = self.config.log
+        probe = last or due(passed, now, every.probe_kimg)
+        if probe or due(passed, now, every.every_kimg):
+            self._log(line, probe)
+        if dist.is_main() and (last or due(passed, now, every.samples_kimg)):
+            path = self.state.folder / "samples" / f"{now:09d}.png"
+            self.logger.write_image("samples", save_samples(self.state, path), now)
+        if last or due(passed, now, self.config.checkpoint.every_kimg):
+            self.save()
+
+    def _log(self, line: ProgressLine, probe: bool) -> None:
+        """One line of numbers; the probe looks at samples on rank 0."""
+        means = self.logger.flush()
+        window, elapsed = self.window, max(time.monotonic() - self.window.began, 1e-9)
+        self.progress.seconds += elapsed
+        self.progress.loss = means.get("loss")
+        values: dict[str, float | None] = {
+            **means,
+            **self.family.constants(),
+            "alpha": self.plan.alpha(self.progress.nimg - self.stage.batch),
+            "images_per_s": window.images / elapsed,
+            "data_wait": window.waited / elapsed,
+            "num_skipped": float(self.stream.num_skipped),
+        }
+        if self.engine.device.type == "cuda":
+            values["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        if probe and dist.is_main():
+            verdict = self.state.probe()
+            values |= verdict.scalars
+            self._warn(verdict)
+        self.logger.write(self.progress.nimg, values)
+        line.update(self.progress.nimg, values)
+        self.window = Window(time.monotonic())
+
+    def _warn(self, verdict: Verdict) -> None:
+        """Say loudly what the probe found; again only when the verdict changes."""
+        if verdict.verdict != self.progress.verdict:
+            for warning in verdict.warnings:
+                log.warning("at %d images: %s", self.progress.nimg, warning)
+                self.logger.write_text("warnings", warning, self.progress.nimg)
+        self.progress.verdict = verdict.verdict
+        self.progress.warnings = list(verdict.warnings)
+
+
+def split(batch: Batch, micro_batch: int | None, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Cut a rank's batch into microbatches on the device; ``position`` stays on the CPU.
+
+    Args:
+        batch: as the stream gives it.
+        micro_batch: most samples in one part; None gives the batch whole.
+        device: where tensors go.
+    """
+    size = len(batch["key"])
+    step = micro_batch or size
+    for first in range(0, size, step):
+        part = slice(first, first + step)
+        micro: dict[str, Any] = {}
+        for name, value in batch.items():
+            if name == "pyramid":
+                micro[name] = {g: v[part].to(device, non_blocking=True) for g, v in value.items()}
+            elif isinstance(value, torch.Tensor) and name != "position":
+                micro[name] = value[part].to(device, non_blocking=True)
+            else:
+                micro[name] = value[part]
+        yield micro

@@ -1,0 +1,85 @@
+"""``dinogen train`` and ``dinogen sample``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(train)
+    app.command()(sample)
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the config.")
+    ] = None,
+    stage: Annotated[
+        int | None, typer.Option(help="Train only the stage of this resolution.", metavar="R")
+    ] = None,
+) -> None:
+    """Train all stages of CONFIG, or one. The same command again goes on where it was.
+
+    [bold]Examples[/bold]
+
+      dinogen train configs/guided_256.yaml
+
+      dinogen train configs/guided_256.yaml run=runs/b seed=1 stages.0.kimg=20
+
+      dinogen train configs/guided_256.yaml --stage 16
+
+      torchrun --standalone --nproc-per-node 4 -m launch.cli train configs/guided_256.yaml
+    """
+    from dinogen import dist
+    from dinogen.config import load_config
+    from dinogen.training.run import train as train_run
+    from launch.logs import setup_logging
+
+    settings = load_config(config, overrides or ())
+    setup_logging(quiet=not dist.is_main())
+    results = train_run(settings, stage)
+    if dist.is_main():
+        for result in results:
+            name = f"{result['resolution']}x{result['resolution']}"
+            typer.echo(f"{name}: {settings.run / name / result['files']['final']}")
+        typer.echo(f"page: {settings.run / 'index.html'}")
+        typer.echo(f"curves: tensorboard --logdir {settings.run}")
+    dist.shutdown()
+
+
+def sample(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    num: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
+    stage: Annotated[
+        int | None, typer.Option(help="Resolution; the largest trained by default.", metavar="R")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; RUN/samples/... by default.", metavar="DIR")
+    ] = None,
+) -> None:
+    """Make pictures from the moving average of a run: PNGs and one grid.
+
+    [bold]Example[/bold]  dinogen sample runs/first --num 64 --seed 0 --stage 32
+    """
+    from PIL import Image
+
+    from dinogen.report.pictures import save_grid, to_uint8
+    from dinogen.training.snapshot import load_snapshot
+    from launch.logs import setup_logging
+
+    setup_logging()
+    snapshot = load_snapshot(run, stage)
+    size = f"{snapshot.resolution}x{snapshot.resolution}"
+    folder = out or run / "samples" / f"{size}_{snapshot.nimg:09d}_seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    images = snapshot.sample(num, seed).numpy()
+    for number, picture in enumerate(to_uint8(images)):
+        Image.fromarray(picture).save(folder / f"{number:05d}{snapshot.mark}.png")
+    grid = save_grid(images, folder / f"grid_{size}{snapshot.mark}.png")
+    typer.echo(f"{num} pictures of stage {size} at {snapshot.nimg} images: {grid}")
