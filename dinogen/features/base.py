@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+
+from dinogen.errors import UserError
+
+
+class GuideError(UserError):
+    """A guide cannot be loaded; the message names ``guide.path`` and the mend."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +67,8 @@ class Guide(Protocol):
             (B, C, grid, grid).
         """
         ...
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether guides run in bfloat16 there: on GPUs that compute in it; on CPUs it is slower."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

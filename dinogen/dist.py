@@ -1,0 +1,203 @@
+"""The only reader of RANK, LOCAL_RANK, WORLD_SIZE and SLURM_*: process group, device, collectives.
+
+Everything here also works without a process group, as a world of one rank. Rank 0 is not always
+on the first node, so nothing may be concluded from the host's name or place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+from dinogen.errors import UserError
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+class DistError(UserError):
+    """The processes cannot form one run; the message says how to start them."""
+
+
+def rank() -> int:
+    """This process's number over all nodes, 0 to ``world_size() - 1``."""
+    return td.get_rank() if _grouped() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes over all nodes; 1 without torchrun."""
+    return td.get_world_size() if _grouped() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Number of processes on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """True on rank 0, which alone writes what all ranks share."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The GPU of this local rank, or the CPU where there is none.
+
+    Raises:
+        DistError: more local ranks than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise DistError(
+            f"local rank {local_rank()} finds only {torch.cuda.device_count()} GPU(s): start at "
+            "most one process per GPU (torchrun --nproc-per-node)"
+        )
+    return torch.device("cuda", local_rank())
+
+
+def init() -> None:
+    """Join the other processes of torchrun and choose the device; does nothing the second time.
+
+    NCCL on GPUs, gloo on CPUs. One process alone gets no process group.
+
+    Raises:
+        DistError: several tasks were started by srun without torchrun, so none knows the others;
+            or there are more local ranks than GPUs.
+    """
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise DistError(
+            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks that do not know each other: "
+            "start one task per node and torchrun in it, as the scripts in slurm/ do"
+        )
+    place = device()
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if world_size() == 1 or _grouped():
+        return
+    on_gpu = place.type == "cuda"
+    td.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=_store(),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=_TIMEOUT,
+        device_id=place if on_gpu else None,
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if _grouped():
+        td.destroy_process_group()
+
+
+def set_cpu_threads() -> None:
+    """Share this node's cores among its processes; more threads than cores only spin.
+
+    An OMP_NUM_THREADS in the environment wins. torchrun sets it to 1 where it is unset, so who
+    starts torchrun by hand on CPUs should set it to cores / processes.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+        num_cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        torch.set_num_threads(max(1, num_cores // local_world_size()))
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if _grouped():
+        td.barrier(device_ids=[local_rank()] if td.get_backend() == "nccl" else None)
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over all ranks, as a new tensor on the same device; not differentiable."""
+    total = tensor.detach().to(_collective_device(tensor), copy=True)
+    if _grouped():
+        td.all_reduce(total)
+    return total.to(tensor.device)
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if ``flag`` is true on at least one."""
+    return bool(all_reduce_sum(torch.tensor(int(flag))).item())
+
+
+def broadcast_object(obj: Any) -> Any:
+    """Rank 0's ``obj`` on every rank, sent as JSON (so tuples arrive as lists, on rank 0 too).
+
+    Raises:
+        TypeError: the object of rank 0 cannot be written as JSON.
+    """
+    if not _grouped():
+        return json.loads(json.dumps(obj))
+    place = _collective_device(torch.empty(0))
+    data = bytearray(json.dumps(obj).encode()) if is_main() else bytearray()
+    size = torch.tensor(len(data), device=place)
+    td.broadcast(size, src=0)
+    if is_main():
+        payload = torch.frombuffer(data, dtype=torch.uint8).to(place)
+    else:
+        payload = torch.empty(int(size), dtype=torch.uint8, device=place)
+    td.broadcast(payload, src=0)
+    return json.loads(payload.cpu().numpy().tobytes())
+
+
+def gather_tensors(tensor: Tensor) -> list[Tensor]:
+    """Every rank's tensor, in rank order, on every rank; all must have one shape and dtype.
+
+    Not differentiable.
+    """
+    local = tensor.detach().to(_collective_device(tensor)).contiguous()
+    if not _grouped():
+        return [local.to(tensor.device)]
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    td.all_gather(parts, local)
+    return [part.to(tensor.device) for part in parts]
+
+
+def _grouped() -> bool:
+    return td.is_available() and td.is_initialized()
+
+
+def _collective_device(tensor: Tensor) -> torch.device:
+    """Where the backend can move the tensor: NCCL knows GPUs only."""
+    if _grouped() and td.get_backend() == "nccl" and tensor.device.type != "cuda":
+        return device()
+    return tensor.device
+
+
+def _store() -> Any:
+    """The store on which ranks find each other.
+
+    After a restart by torchrun the keys of the dead attempt may still be there, and ranks that
+    meet them wait for processes that are gone. Hence every attempt has its own prefix. Where the
+    torchrun agent hosts the store, all ranks are its clients; otherwise rank 0 hosts it.
+    """
+    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except KeyError as error:
+        raise DistError(
+            f"WORLD_SIZE is {world_size()} but {error.args[0]} is not set: start with torchrun"
+        ) from None
+    store = td.TCPStore(  # type: ignore[attr-defined]
+        address,
+        port,
+        world_size(),
+        is_master=rank() == 0 and not agent_hosts,
+        timeout=_TIMEOUT,
+        wait_for_workers=False,
+        multi_tenant=not agent_hosts,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return td.PrefixStore(f"attempt{attempt}", store)  # type: ignore[attr-defined]

@@ -1,0 +1,225 @@
+"""The DINOv2 guide: patch tokens of a frozen vision transformer, with or without registers.
+
+Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", 2023; Darcet et al.,
+"Vision Transformers Need Registers", 2023. The networks are those of transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dinogen._torchvision import ensure_torchvision
+from dinogen.config import GuideConfig
+from dinogen.features.base import GuideError, GuideInfo, has_bf16
+from dinogen.features.hub import checkpoint_folder, quiet_transformers
+from dinogen.features.weights import weights_sha256
+
+RANDOM_KEY = "dinogen_random_weights"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_logger = logging.getLogger(__name__)
+
+
+class Dinov2Guide(nn.Module):
+    """Patch tokens behind the final layer norm, as a map; CLS and registers are dropped.
+
+    In bfloat16 on GPUs that have it, else float32; always returns float32. The position embedding
+    is interpolated to the picture's size by the network. Stays in eval mode whatever its parent
+    does.
+
+    Args:
+        model: ``Dinov2Model`` or ``Dinov2WithRegistersModel``.
+        info: who it is.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, info: GuideInfo) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.info = info
+        config: Any = model.config
+        self.patch_size = int(config.patch_size)
+        self.num_prefix = 1 + int(getattr(config, "num_register_tokens", 0))
+        mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
+        std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
+        self.register_buffer("scale", 0.5 / std, persistent=False)
+        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
+
+    def train(self, mode: bool = True) -> Dinov2Guide:
+        """Does nothing: a guide is frozen in eval mode."""
+        return self
+
+    def input_size(self, grid: int) -> int:
+        """Side in pixels of the picture whose feature map is exactly grid x grid."""
+        return self.patch_size * grid
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) RGB in [-1, 1], S a multiple of the patch -> (B, C, S/patch, S/patch).
+
+        Raises:
+            ValueError: another shape.
+        """
+        height, width = images.shape[-2:]
+        if height != width or height % self.patch_size:
+            raise ValueError(
+                f"DINOv2 wants square pictures of a multiple of {self.patch_size} pixels, "
+                f"not {height}x{width}"
+            )
+        pixels = images.float() * self.scale + self.shift
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=has_bf16(images.device)):
+            hidden: Tensor = self.model(pixel_values=pixels).last_hidden_state
+        patches = hidden[:, self.num_prefix :].float().transpose(1, 2)
+        grid = height // self.patch_size
+        return patches.reshape(len(images), -1, grid, grid)
+
+
+def load(config: GuideConfig, device: torch.device) -> Dinov2Guide:
+    """Load DINOv2 by hub name or from a local checkpoint folder; safetensors only.
+
+    Args:
+        config: ``path`` and ``revision`` say which; ``layer`` counts blocks: 1 is behind the first
+            block, -1 behind the last. The final layer norm is applied to every layer.
+        device: where it will run.
+
+    Raises:
+        GuideError: the weights cannot be had, are incomplete or belong to another network; or
+            there is no such layer.
+    """
+    ensure_torchvision()
+    import transformers
+
+    folder, revision = checkpoint_folder(config.path, config.revision)
+    model_config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    classes: dict[str, Any] = {
+        "dinov2": transformers.Dinov2Model,
+        "dinov2_with_registers": transformers.Dinov2WithRegistersModel,
+    }
+    if model_config.model_type not in classes:
+        raise GuideError(
+            f"guide.path: {config.path} holds a {model_config.model_type!r} network: give a "
+            "DINOv2 checkpoint, such as facebook/dinov2-small"
+        )
+    with quiet_transformers():
+        model, report = classes[model_config.model_type].from_pretrained(
+            folder,
+            config=model_config,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise GuideError(
+            f"guide.path: {config.path} lacks {len(names)} weights ({', '.join(names[:3])}, ...): "
+            "get the checkpoint again, whole"
+        )
+    layer = _keep_layers(model, config.layer)
+    random = bool(getattr(model_config, RANDOM_KEY, False))
+    if random:
+        _logger.warning(
+            "RANDOM GUIDE: %s has seeded random weights; its features mean nothing beyond a trial",
+            config.path,
+        )
+    info = GuideInfo(
+        name="dinov2",
+        path=config.path,
+        revision=revision,
+        weights_sha256=_hash_folder(folder),
+        num_channels=int(model_config.hidden_size),
+        layer=layer,
+        random=random,
+    )
+    return Dinov2Guide(model, info).to(device)
+
+
+def make_random_dinov2(
+    folder: Path,
+    *,
+    seed: int,
+    hidden_size: int = 384,
+    num_layers: int = 12,
+    num_heads: int = 6,
+    patch_size: int = 14,
+    image_size: int = 224,
+    num_registers: int = 0,
+) -> None:
+    """Write a checkpoint folder of DINOv2's architecture with seeded random weights.
+
+    Its config says that the weights are random, and whoever loads it is told so. The same
+    arguments give the same weights.
+
+    Args:
+        folder: written whole or not at all; must not exist yet.
+        seed: of the weights.
+        hidden_size: C; the default shape is DINOv2-small's.
+        num_layers: transformer blocks.
+        num_heads: attention heads; divides ``hidden_size``.
+        patch_size: pixels.
+        image_size: pixels; sets the grid of the position embedding.
+        num_registers: register tokens; 0 makes the network without registers.
+
+    Raises:
+        GuideError: the folder exists.
+    """
+    ensure_torchvision()
+    import transformers
+
+    if folder.exists():
+        raise GuideError(f"{folder} exists: remove it, or write the random guide elsewhere")
+    shape: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "patch_size": patch_size,
+        "image_size": image_size,
+        RANDOM_KEY: True,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any
+        if num_registers:
+            model = transformers.Dinov2WithRegistersModel(
+                transformers.Dinov2WithRegistersConfig(num_register_tokens=num_registers, **shape)
+            )
+        else:
+            model = transformers.Dinov2Model(transformers.Dinov2Config(**shape))
+    partial = folder.with_name(f".{folder.name}.partial")
+    with quiet_transformers():
+        model.save_pretrained(partial)
+    for file in partial.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    partial.rename(folder)
+
+
+def _keep_layers(model: Any, layer: int) -> int:
+    """Cut off the blocks behind ``layer``, so that they cost nothing; the layer from the front."""
+    num_layers = len(model.encoder.layer)
+    resolved = layer if layer >= 0 else num_layers + 1 + layer
+    if not 1 <= resolved <= num_layers:
+        raise GuideError(
+            f"guide.layer: {layer} is none of the network's {num_layers} blocks: "
+            f"give 1 to {num_layers}, or -1 for the last"
+        )
+    model.encoder.layer = model.encoder.layer[:resolved]
+    return resolved
+
+
+def _hash_folder(folder: Path) -> str:
+    """Hash of the weights as they lie on disk, whatever transformers renames them to."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(file))
+    return weights_sha256(tensors)

@@ -1,0 +1,126 @@
+"""Checkpoint folders: from disk, from the Hugging Face cache, or downloaded from its hub."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dinogen.features.base import GuideError
+
+_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_PROBE_SECONDS = 4.0
+
+
+def checkpoint_folder(path: str, revision: str | None) -> tuple[Path, str | None]:
+    """The folder with ``config.json`` and safetensors that ``guide.path`` names.
+
+    Args:
+        path: local folder, or hub name (a folder of that name wins).
+        revision: hub commit, tag or branch.
+
+    Returns:
+        The folder, and the hub commit (None for a local folder).
+
+    Raises:
+        GuideError: it cannot be had; the message says what to do.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not _is_checkpoint(folder):
+            raise GuideError(
+                f"guide.path: {path} lacks config.json or *.safetensors: give the folder of a "
+                "whole checkpoint, as `hf download` or save_pretrained writes it"
+            )
+        return folder, None
+    if not _HUB_NAME.fullmatch(path):
+        raise GuideError(
+            f"guide.path: {path} is neither a folder nor a hub name such as facebook/dinov2-small"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
+    except Exception as error:  # the hub's client raises many kinds; all mean this
+        reason = str(error).strip().splitlines()
+        why = reason[0] if reason else repr(error)
+        raise GuideError(_cannot_have(path, revision, why)) from error
+    if not _is_checkpoint(folder):
+        raise GuideError(_cannot_have(path, revision, "only a part of it is in the cache"))
+    return folder, folder.name
+
+
+def weights_reachable(path: str, revision: str | None = None) -> str | None:
+    """Whether a checkpoint could be loaded, without loading or downloading it.
+
+    Answers within about five seconds whatever the network does, and honours HF_HUB_OFFLINE.
+
+    Returns:
+        ``"local folder"``, ``"hub cache"`` or ``"hub"``; None if it cannot be had.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return "local folder" if _is_checkpoint(folder) else None
+    if not _HUB_NAME.fullmatch(path):
+        return None
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        cached = snapshot_download(
+            path, revision=revision, allow_patterns=_FILES, local_files_only=True
+        )
+        if _is_checkpoint(Path(cached)):
+            return "hub cache"
+    except (OSError, ValueError):
+        pass  # not cached: the network may still have it
+    if constants.HF_HUB_OFFLINE:
+        return None
+    return "hub" if _hub_answers(path, revision) else None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own progress bars, which tear those of the CLI."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def _hub_answers(path: str, revision: str | None) -> bool:
+    """One HEAD request; in a thread, because resolving a name can hang beyond any timeout."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    found = []
+
+    def ask() -> None:
+        try:
+            url = hf_hub_url(path, "config.json", revision=revision)
+            found.append(get_hf_file_metadata(url, timeout=_PROBE_SECONDS))
+        except Exception:  # the hub's client raises many kinds; all mean: it cannot be had
+            pass
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PROBE_SECONDS)
+    return bool(found)
+
+
+def _cannot_have(path: str, revision: str | None, reason: str) -> str:
+    at = f" at revision {revision}" if revision else ""
+    return (
+        f"guide.path: {path}{at} cannot be had ({reason}). On a machine with network run "
+        f"`hf download {path} --local-dir dinov2`, copy that folder here and set guide.path to it"
+    )

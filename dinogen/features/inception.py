@@ -1,0 +1,247 @@
+"""The Inception guide: the Mixed_6e map of the FID InceptionV3, batch norm folded into biases.
+
+Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, in the weights
+inception-2015-12-05 with which FID is defined (Heusel et al., 2017). Its average pools do not
+count padding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dinogen.config import GuideConfig
+from dinogen.features.base import GuideError, GuideInfo, has_bf16
+from dinogen.features.weights import weights_sha256
+
+NUM_CHANNELS = 768
+_STRIDE = 16
+_MARGIN = 27  # what the convolutions without padding eat
+_REFERENCE_SIZE = 299
+
+
+class ConvReLU(nn.Module):
+    """Convolution with bias, then ReLU."""
+
+    def __init__(
+        self,
+        num_in: int,
+        num_out: int,
+        kernel: int | tuple[int, int],
+        stride: int = 1,
+        padding: int | tuple[int, int] = 0,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(num_in, num_out, kernel, stride, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, num_in, H, W) -> (B, num_out, H', W'), not negative."""
+        return F.relu(self.conv(x), inplace=True)
+
+
+class MixedA(nn.Module):
+    """Mixed_5b to 5d: 1x1, 5x5, double 3x3 and pooled branches at one resolution."""
+
+    def __init__(self, num_in: int, num_pool: int) -> None:
+        super().__init__()
+        self.branch1x1 = ConvReLU(num_in, 64, 1)
+        self.branch5x5_1 = ConvReLU(num_in, 48, 1)
+        self.branch5x5_2 = ConvReLU(48, 64, 5, padding=2)
+        self.branch3x3dbl_1 = ConvReLU(num_in, 64, 1)
+        self.branch3x3dbl_2 = ConvReLU(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = ConvReLU(96, 96, 3, padding=1)
+        self.branch_pool = ConvReLU(num_in, num_pool, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, num_in, H, W) -> (B, 224 + num_pool, H, W)."""
+        wide = self.branch5x5_2(self.branch5x5_1(x))
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat((self.branch1x1(x), wide, double, self.branch_pool(_mean3x3(x))), 1)
+
+
+class MixedB(nn.Module):
+    """Mixed_6a: halves the resolution."""
+
+    def __init__(self, num_in: int) -> None:
+        super().__init__()
+        self.branch3x3 = ConvReLU(num_in, 384, 3, stride=2)
+        self.branch3x3dbl_1 = ConvReLU(num_in, 64, 1)
+        self.branch3x3dbl_2 = ConvReLU(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = ConvReLU(96, 96, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, num_in, H, W) -> (B, 480 + num_in, (H - 1) // 2, (W - 1) // 2)."""
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat((self.branch3x3(x), double, F.max_pool2d(x, 3, 2)), 1)
+
+
+class MixedC(nn.Module):
+    """Mixed_6b to 6e: 7x7 convolutions taken apart into 1x7 and 7x1."""
+
+    def __init__(self, num_middle: int) -> None:
+        super().__init__()
+        row, column = ((1, 7), (0, 3)), ((7, 1), (3, 0))
+        self.branch1x1 = ConvReLU(768, 192, 1)
+        self.branch7x7_1 = ConvReLU(768, num_middle, 1)
+        self.branch7x7_2 = ConvReLU(num_middle, num_middle, row[0], padding=row[1])
+        self.branch7x7_3 = ConvReLU(num_middle, 192, column[0], padding=column[1])
+        self.branch7x7dbl_1 = ConvReLU(768, num_middle, 1)
+        self.branch7x7dbl_2 = ConvReLU(num_middle, num_middle, column[0], padding=column[1])
+        self.branch7x7dbl_3 = ConvReLU(num_middle, num_middle, row[0], padding=row[1])
+        self.branch7x7dbl_4 = ConvReLU(num_middle, num_middle, column[0], padding=column[1])
+        self.branch7x7dbl_5 = ConvReLU(num_middle, 192, row[0], padding=row[1])
+        self.branch_pool = ConvReLU(768, 192, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 768, H, W) -> (B, 768, H, W)."""
+        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
+        return torch.cat((self.branch1x1(x), single, double, self.branch_pool(_mean3x3(x))), 1)
+
+
+class InceptionTrunk(nn.Module):
+    """InceptionV3 from the pixels to Mixed_6e; module names are those of the weights file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvReLU(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = ConvReLU(32, 32, 3)
+        self.Conv2d_2b_3x3 = ConvReLU(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = ConvReLU(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvReLU(80, 192, 3)
+        self.Mixed_5b = MixedA(192, 32)
+        self.Mixed_5c = MixedA(256, 64)
+        self.Mixed_5d = MixedA(288, 64)
+        self.Mixed_6a = MixedB(288)
+        self.Mixed_6b = MixedC(128)
+        self.Mixed_6c = MixedC(160)
+        self.Mixed_6d = MixedC(160)
+        self.Mixed_6e = MixedC(192)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, S, S) RGB in [-1, 1] -> maps of the first pool (64 channels), the second pool
+        (192) and Mixed_6e (768).
+        """
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        first = F.max_pool2d(x, 3, 2)
+        second = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(first)), 3, 2)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(second)))
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
+        return first, second, self.Mixed_6e(self.Mixed_6d(x))
+
+
+class InceptionGuide(nn.Module):
+    """The Mixed_6e map, 768 channels; frozen, and in eval mode whatever its parent does.
+
+    In bfloat16 on GPUs that have it, else float32; always returns float32.
+
+    Args:
+        trunk: the network.
+        info: who it is.
+    """
+
+    def __init__(self, trunk: InceptionTrunk, info: GuideInfo) -> None:
+        super().__init__()
+        self.trunk = trunk.eval().requires_grad_(False)
+        self.info = info
+
+    def train(self, mode: bool = True) -> InceptionGuide:
+        """Does nothing: a guide is frozen in eval mode."""
+        return self
+
+    def input_size(self, grid: int) -> int:
+        """Side in pixels of the picture whose feature map is exactly grid x grid."""
+        return _STRIDE * grid + _MARGIN
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) RGB in [-1, 1] with S = ``input_size(g)`` -> (B, 768, g, g).
+
+        Raises:
+            ValueError: another shape.
+        """
+        height, width = images.shape[-2:]
+        if height != width or height <= _MARGIN or (height - _MARGIN) % _STRIDE:
+            raise ValueError(
+                f"Inception wants square pictures of {_STRIDE} * grid + {_MARGIN} pixels, "
+                f"not {height}x{width}"
+            )
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=has_bf16(images.device)):
+            features: Tensor = self.trunk(images.float())[2]
+        return features.float()
+
+    @torch.no_grad()
+    def reference_features(self, images: Tensor) -> Tensor:
+        """The features that Frechet distances compare, in full float32.
+
+        Args:
+            images: (B, 3, H, W), RGB in [0, 1], resized bilinearly to 299x299 without antialias.
+
+        Returns:
+            (B, 1024) float32: spatial means of the first pool (64), the second pool (192) and
+            Mixed_6e (768).
+        """
+        size = (_REFERENCE_SIZE, _REFERENCE_SIZE)
+        pixels = F.interpolate(images.float(), size, mode="bilinear", align_corners=False)
+        with (
+            torch.autocast(images.device.type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        ):
+            maps = self.trunk(2 * pixels - 1)
+        return torch.cat([features.mean((2, 3)) for features in maps], 1)
+
+
+def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
+    """Load the folded weights from one safetensors file.
+
+    Args:
+        config: ``path`` is the file; its tensors are named ``Mixed_6e.branch1x1.conv.weight``,
+            ``....bias`` and so on; layers behind Mixed_6e are left aside.
+        device: where it will run.
+
+    Raises:
+        GuideError: no such file, other tensors in it, or a layer other than -1 is asked for.
+    """
+    if config.layer != -1:
+        raise GuideError(
+            f"guide.layer: {config.layer}: the Inception guide has Mixed_6e alone: set it to -1"
+        )
+    file = Path(config.path).expanduser()
+    if not file.is_file():
+        raise GuideError(
+            f"guide.path: {config.path} is no file: give the safetensors file of the FID "
+            "InceptionV3 with batch norm folded into X.conv.weight and X.conv.bias"
+        )
+    trunk = InceptionTrunk()
+    try:
+        stored = load_file(file)
+        wanted = {name: stored[name] for name in trunk.state_dict() if name in stored}
+        trunk.load_state_dict(wanted)
+    except (SafetensorError, RuntimeError) as error:
+        raise GuideError(
+            f"guide.path: {config.path} does not hold the folded FID InceptionV3: "
+            f"{_first_lines(error)}"
+        ) from error
+    info = GuideInfo(
+        name="inception",
+        path=config.path,
+        revision=None,
+        weights_sha256=weights_sha256(wanted),
+        num_channels=NUM_CHANNELS,
+        layer=config.layer,
+        random=False,
+    )
+    return InceptionGuide(trunk, info).to(device)
+
+
+def _mean3x3(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
