@@ -1,0 +1,37 @@
+# The usual ways in: `make demo`, `make test`. Each installs into .venv first if need be.
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+# A bare interpreter of another version may stand under each of these names: ask it.
+PYTHON ?= $(shell for name in python3.11 python3 python; do \
+	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	then command -v $$name; break; fi; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint
+
+help:  ## say what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+install: $(STAMP)  ## make .venv and install dinogen with the exact versions of constraints.txt
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer on the PATH: install it, \
+	or name it: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "installing into $(VENV) with $(PYTHON) (1.5 GB, some minutes)"
+	@"$(PYTHON)" -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e '.[dev,deepspeed]'
+	@touch $@
+
+demo: $(STAMP)  ## photos to a trained generator, offline; own photos: make demo ARGS="--photos DIR"
+	@$(VENV)/bin/dinogen demo $(ARGS)
+
+# One thread: the tests' tensors are tiny, and those that start several ranks share the cores.
+test: $(STAMP)  ## run the tests
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
