@@ -6,37 +6,27 @@ A job may be killed at any moment, and the next one decides by a file's presence
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from shards.files import atomic_write
 
 
 @contextmanager
 def open_whole(path: Path) -> Iterator[BinaryIO]:
     """Binary file that takes its place at ``path`` when the block ends without an exception.
 
-    The folder of ``path`` is made. While the block runs the data lie beside ``path`` under a
-    name that begins with ``.`` and ends with ``.tmp``; after an exception nothing is left and an
-    older file at ``path`` is as it was.
+    The folder of ``path`` is made. After an exception nothing is left and an older file at
+    ``path`` is as it was.
 
     Raises:
         OSError: the folder or file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the final name with something added: that could be longer than the 255 bytes allowed.
-    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as file:
+        yield file
 
 
 def write_bytes(path: Path, data: bytes) -> None:

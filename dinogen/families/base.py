@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from shards.stream import Dataset
 from torch import Tensor, nn
 
 from dinogen.config import Config, ConfigError, Section, StageConfig, describe_errors
+from shards.dataset import Dataset
 
 Batch = dict[str, Any]
 Scalars = dict[str, Tensor]

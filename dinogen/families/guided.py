@@ -7,7 +7,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from shards.stream import Dataset
 from torch import Tensor, nn
 
 from dinogen import draws
@@ -18,6 +17,7 @@ from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid, pooled_pyramid
 from dinogen.losses.pyramid import collapse_floor, mean_pairwise_distance, pyramid_mse
 from dinogen.networks.progressive import ProgressiveGenerator
+from shards.dataset import Dataset
 
 NATIVE_UP_TO = 16
 COLLAPSING_BELOW = 0.5
@@ -103,6 +103,11 @@ class Guided(Family):
         self.floor = collapse_floor([data.total_variance(level) for level in self.levels])
         split = self.config.data.split
         num_real = data.num_samples(split)
+        if num_real < 2:
+            raise ConfigError(
+                f"data.split: {self.config.data.path} has {num_real} samples in split {split}: "
+                "two are the least that differ; prepare more photos or name another split"
+            )
         chosen = np.linspace(0, num_real - 1, min(num_real, 2 * self.options.probe_samples))
         real = data.read(chosen.astype(int).tolist(), split=split, levels=self.levels)
         self.real_distance = {g: mean_pairwise_distance(real["pyramid"][g]) for g in self.grids}

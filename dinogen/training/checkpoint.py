@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -14,7 +13,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinogen.files import fsync_folder, write_json
+from dinogen.files import write_json
+from shards.files import sha256_file, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +66,11 @@ def save_checkpoint(
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in items.items()}, path)
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        hashes[path.name] = sha256_file(path)
     write_json(temporary / STATE, state | {"files": hashes})
-    fsync_folder(temporary)
+    sync_folder(temporary)
     temporary.rename(final)
-    fsync_folder(parent)
+    sync_folder(parent)
     return final
 
 
@@ -88,8 +88,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(f"{path} is missing or not readable ({error})") from error
     for name, expected in hashes.items():
         try:
-            with (folder / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = sha256_file(folder / name)
         except OSError as error:
             raise ValueError(f"{folder / name} cannot be read ({error})") from error
         if found != expected:

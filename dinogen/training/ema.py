@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dinogen.config import EmaConfig
 
@@ -22,7 +22,8 @@ def ema_decay(batch: int, nimg: float, config: EmaConfig) -> float:
         nimg: images seen since the average began.
     """
     halflife = min(config.halflife_kimg * 1000, config.rampup * nimg)
-    return 0.5 ** (batch / max(halflife, 1e-8))
+    decay: float = 0.5 ** (batch / max(halflife, 1e-8))
+    return decay
 
 
 class Ema:
@@ -47,7 +48,7 @@ class Ema:
         decay = ema_decay(batch, nimg, self.config)
         for name, average in self.networks.items():
             source = self.sources[name]
-            targets = list(average.parameters())
+            targets: list[Tensor] = list(average.parameters())
             torch._foreach_lerp_(targets, [p.detach() for p in source.parameters()], 1 - decay)
             for a, b in zip(average.buffers(), source.buffers(), strict=True):
                 a.copy_(b)

@@ -10,8 +10,8 @@ from dinogen.config import OptimConfig
 
 def build_optimizer(network: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """Adam over all parameters of a network; those frozen now have no gradient and are skipped."""
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    return kinds[config.name](
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(
         network.parameters(),
         lr=lr,
         betas=config.betas,

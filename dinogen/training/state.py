@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import platform
 from collections.abc import Iterator
@@ -10,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shards.stream import Dataset
 from torch import nn
 
 from dinogen import __version__, dist, draws
@@ -26,7 +27,7 @@ from dinogen.training.checkpoint import (
 from dinogen.training.ema import Ema
 from dinogen.training.engine import SingleEngine, make_engine
 from dinogen.training.stages import StagePlan, due, grow
-from shards import open_dataset
+from shards.dataset import Dataset, open_dataset
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class StageState:
             "keep": every is not None and due(self.last_saved, nimg, every),
             "engine": rest,
             "logger": logger_state,
-            "data": self.data.fingerprint,
+            "data": data_fingerprint(self.data),
             "config": self.config.model_dump(mode="json"),
             "versions": versions(),
             "facts": self.family.describe(),
@@ -185,7 +186,7 @@ class StageState:
         if checkpoint is None:
             return
         state = checkpoint.state
-        check_same_run(checkpoint, self.config, self.stage, self.data.fingerprint)
+        check_same_run(checkpoint, self.config, self.stage, data_fingerprint(self.data))
         if state["start"] != self.plan.start:
             raise ConfigError(
                 f"{checkpoint.folder}: began at {state['start']} images, but the stage before now "
@@ -243,6 +244,12 @@ def check_same_run(
             f"data.path: {config.data.path} holds other shards than the checkpoint "
             f"{checkpoint.folder} was trained on: put them back, or give run: another folder"
         )
+
+
+def data_fingerprint(data: Dataset) -> str:
+    """Hash of what the shards hold; the folder's place does not matter."""
+    shards = [(s.name, s.num_samples, s.num_bytes, s.sha256) for s in data.manifest.shards]
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
 
 def file_mark(facts: dict[str, Any]) -> str:

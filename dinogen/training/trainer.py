@@ -167,9 +167,9 @@ class Trainer:
         )
         if progress.num_nonfinite >= limit:
             raise TrainingError(
-                f"{limit} updates in a row were not finite (phase {phase}, {progress.nimg} "
-                f"images): the last good checkpoint is in {self.state.folder / 'checkpoints'}; lower "
-                f"lr of stage {self.stage.resolution}, set engine.clip_grad_norm, or use fp32"
+                f"{limit} updates in a row were not finite ({phase}, {progress.nimg} images): "
+                f"lower lr of stage {self.stage.resolution}, set engine.clip_grad_norm, or use "
+                f"fp32; the last good checkpoint is in {self.state.folder / 'checkpoints'}"
             )
 
     def _after_step(self, line: ProgressLine) -> None:

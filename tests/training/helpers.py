@@ -1,0 +1,71 @@
+"""Runs trainings in other processes and compares what they leave."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from dinogen.config import Config, dump_config, parse_config
+from dinogen.training.checkpoint import newest_checkpoint
+
+# what a clock measures; everything else in a line is a function of config and seed
+WALL_CLOCK = {"images_per_s", "data_wait"}
+
+
+def train_here(dumped: dict) -> None:
+    """Train in this process; target of :func:`start`."""
+    from dinogen.training.run import train
+
+    torch.set_num_threads(1)
+    train(parse_config(dumped))
+
+
+def start(config: Config) -> multiprocessing.process.BaseProcess:
+    """A fresh process that trains. It is forked from one that has only imported, not computed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dinogen.training.run", "dinogen.features.dinov2"])
+    process = context.Process(target=train_here, args=(config.model_dump(mode="json"),))
+    process.start()
+    return process
+
+
+def torchrun(config: Config, num_ranks: int) -> None:
+    """Train on several gloo ranks by the same command that a user gives."""
+    config.run.mkdir(parents=True, exist_ok=True)
+    path = config.run.with_suffix(".yaml")
+    path.write_text(dump_config(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(num_ranks), "-m", "launch.cli", "train", str(path)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def weights(config: Config, resolution: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a stage's newest checkpoint, networks, averages and optimizer."""
+    found = newest_checkpoint(stage(config, resolution) / "checkpoints")
+    assert found is not None
+    return {
+        f"{name}/{key}": value
+        for name in ("G", "G.ema", "optim")
+        for key, value in found.tensors(name).items()
+    }
+
+
+def curve(config: Config, resolution: int) -> list[dict]:
+    """The logged lines of a stage without what a clock measured."""
+    lines = (stage(config, resolution) / "stats.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in WALL_CLOCK} for line in lines]
+
+
+def stage(config: Config, resolution: int) -> Path:
+    """Folder of a stage."""
+    return config.run / f"{resolution}x{resolution}"
