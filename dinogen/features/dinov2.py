@@ -47,6 +47,7 @@ class Dinov2Guide(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.info = info
+        self.training = False
         config: Any = model.config
         self.patch_size = int(config.patch_size)
         self.num_prefix = 1 + int(getattr(config, "num_register_tokens", 0))

@@ -150,6 +150,7 @@ class InceptionGuide(nn.Module):
         super().__init__()
         self.trunk = trunk.eval().requires_grad_(False)
         self.info = info
+        self.training = False
 
     def train(self, mode: bool = True) -> InceptionGuide:
         """Does nothing: a guide is frozen in eval mode."""

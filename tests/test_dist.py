@@ -1,0 +1,143 @@
+"""Ranks under a real torchrun with gloo, a restart after a crash, and the world of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinogen import dist
+
+REPO = Path(__file__).parents[1]
+
+RANKS = """
+import json, os, sys
+from pathlib import Path
+import torch
+from dinogen import dist
+
+out = Path(sys.argv[1])
+before = [dist.rank(), dist.world_size()]
+dist.init()
+dist.init()
+rank = dist.rank()
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+if attempt == 0:
+    # Keys of this attempt stay in the agent's store, and one rank dies amid a collective.
+    dist.all_reduce_sum(torch.ones(1))
+    if rank == 1:
+        os._exit(3)
+mine = torch.tensor([rank + 1.0, 10.0])
+total = dist.all_reduce_sum(mine)
+dist.barrier()
+result = {
+    "attempt": attempt,
+    "before": before,
+    "after": [dist.rank(), dist.world_size()],
+    "local": [dist.local_rank(), dist.local_world_size()],
+    "main": dist.is_main(),
+    "device": str(dist.device()),
+    "sum": total.tolist(),
+    "mine": mine.tolist(),
+    "any": [dist.any_rank(rank == 1), dist.any_rank(False), dist.any_rank(True)],
+    "object": dist.broadcast_object({"rank": rank, "name": "Zoë", "pair": (1, None)}),
+    "empty": dist.broadcast_object(None),
+    "gathered": [t.tolist() for t in dist.gather_tensors(torch.tensor([[rank, 7]]))],
+}
+(out / f"{rank}.json").write_text(json.dumps(result))
+dist.shutdown()
+dist.shutdown()
+"""
+
+
+def torchrun(script: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", "--max-restarts=1", str(script), *arguments]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    environment |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_two_ranks_agree_after_a_crash_and_a_restart(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    done = torchrun(script, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
+            "attempt": 1,
+            "before": [rank, 2],
+            "after": [rank, 2],
+            "local": [rank, 2],
+            "main": rank == 0,
+            "device": "cpu",
+            "sum": [3.0, 20.0],
+            "mine": [rank + 1.0, 10.0],
+            "any": [True, False, True],
+            "object": {"rank": 0, "name": "Zoë", "pair": [1, None]},
+            "empty": None,
+            "gathered": [[[0, 7]], [[1, 7]]],
+        }
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_without_torchrun_it_is_a_world_of_one(alone):
+    dist.init()
+    dist.barrier()
+    assert (dist.rank(), dist.world_size(), dist.local_rank()) == (0, 1, 0)
+    assert dist.is_main() and not torch.distributed.is_initialized()
+    tensor = torch.tensor([1, 2])
+    total = dist.all_reduce_sum(tensor)
+    assert total.tolist() == [1, 2] and total.data_ptr() != tensor.data_ptr()
+    assert dist.any_rank(True) and not dist.any_rank(False)
+    assert dist.broadcast_object({"pair": (1, 2)}) == {"pair": [1, 2]}
+    assert [t.tolist() for t in dist.gather_tensors(tensor)] == [[1, 2]]
+    dist.shutdown()
+
+
+def test_what_is_no_json_is_not_sent(alone):
+    with pytest.raises(TypeError):
+        dist.broadcast_object({"path": Path()})
+
+
+def test_srun_without_torchrun_is_refused(alone):
+    alone.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(dist.DistError, match=r"srun started 4 tasks .* torchrun"):
+        dist.init()
+
+
+def test_a_world_without_an_address_is_refused(alone):
+    alone.setenv("WORLD_SIZE", "2")
+    alone.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(dist.DistError, match="MASTER_ADDR is not set: start with torchrun"):
+        dist.init()
+
+
+@pytest.mark.parametrize(("num_local", "expected"), [("1", 6), ("4", 1), ("9", 1)])
+def test_cores_are_shared_among_local_ranks(alone, num_local, expected):
+    chosen = []
+    alone.delenv("OMP_NUM_THREADS", raising=False)
+    alone.setenv("LOCAL_WORLD_SIZE", num_local)
+    alone.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    alone.setattr(torch, "set_num_threads", chosen.append)
+    dist.set_cpu_threads()
+    assert chosen == [expected]
+
+
+def test_the_users_number_of_threads_wins(alone):
+    alone.setenv("OMP_NUM_THREADS", "3")
+    alone.setattr(torch, "set_num_threads", lambda number: pytest.fail("changed"))
+    dist.set_cpu_threads()
