@@ -1,1 +1,16 @@
-"""shards."""
+"""Samples on disk: packed into tar shards, read back fast in a known order."""
+
+from shards.dataset import Dataset, open_dataset
+from shards.errors import CorruptSample, ShardsError
+from shards.pack import ShardSink, pack
+from shards.sample import Sample
+
+__all__ = [
+    "CorruptSample",
+    "Dataset",
+    "Sample",
+    "ShardSink",
+    "ShardsError",
+    "open_dataset",
+    "pack",
+]

@@ -1,0 +1,41 @@
+"""The errors of this package: each names the file and says how to mend it."""
+
+from __future__ import annotations
+
+
+class ShardsError(Exception):
+    """Base of all errors about data on disk; the message names the file and the mend."""
+
+
+class ManifestError(ShardsError):
+    """`manifest.json` or the file of statistics is missing, unreadable or contradicts itself."""
+
+
+class IndexFileError(ShardsError):
+    """A shard's index is unreadable or does not fit its tar."""
+
+
+class PackError(ShardsError):
+    """Samples cannot be packed as asked: duplicate key, wrong shape, folder in use."""
+
+
+class CorruptSample(ShardsError):
+    """One sample cannot be read as it was written.
+
+    Attributes:
+        shard: file name of the tar.
+        key: key of the sample, or `sample N` where even the key is lost.
+        member: suffix of the damaged member (`jpg`, `p4.npy`), or "" for the whole sample.
+        what: what is wrong.
+    """
+
+    def __init__(self, shard: str, key: str, member: str, what: str) -> None:
+        self.shard, self.key, self.member, self.what = shard, key, member, what
+        place = f"{key}.{member}" if member else key
+        super().__init__(
+            f"{shard}: {place}: {what}; run `dinogen shards verify` for the whole list and "
+            f"`dinogen shards repair` to rewrite the shard without it, or read with on_error='skip'"
+        )
+
+    def __reduce__(self) -> tuple[type[CorruptSample], tuple[str, str, str, str]]:
+        return CorruptSample, (self.shard, self.key, self.member, self.what)

@@ -1,0 +1,219 @@
+"""The one file that knows the members of a sample: how they are named, encoded and decoded."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.image import decode_image as decode_image
+from shards.image import shrink as shrink
+
+RESIZE_FILTER = "box"
+IMAGE_SUFFIXES = {"jpg": "jpg", "jpeg": "jpg", "png": "png"}
+META_SUFFIX = "json"
+_LEVEL = re.compile(r"[pn][1-9][0-9]*")
+# A USTAR name holds 100 bytes; 20 of them are kept for the longest suffix.
+_MAX_KEY_BYTES = 80
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training example as it lies on disk.
+
+    Attributes:
+        key: unique name; no `.` (WebDataset splits a name at its first dot), no `/`.
+        image: the encoded image file, stored as it is.
+        image_format: "jpg" or "png".
+        meta: free JSON object (`label` is reserved).
+        levels: features by level, {"p4": (16, C), "p8": (64, C), "p16": (256, C)}: `p` pooled,
+            `n` native, the number is the grid's side. Stored as float16.
+        label: class number, or None.
+
+    Raises:
+        ValueError: naming the key and what is wrong with it.
+    """
+
+    key: str
+    image: bytes
+    image_format: str
+    meta: dict[str, Any] = field(default_factory=dict)
+    levels: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    label: int | None = None
+
+    def __post_init__(self) -> None:
+        check_key(self.key)
+        if self.image_format not in ("jpg", "png"):
+            raise ValueError(f"{self.key}: image_format {self.image_format!r} is not jpg or png")
+        if "label" in self.meta:
+            raise ValueError(f"{self.key}: give the label as Sample.label, not inside meta")
+        for name, values in self.levels.items():
+            places = level_grid(name) ** 2
+            if values.ndim != 2 or values.shape[0] != places or values.shape[1] < 1:
+                raise ValueError(
+                    f"{self.key}: level {name} has shape {values.shape}, needed is ({places}, C)"
+                )
+
+
+def check_key(key: str) -> None:
+    """Raise ValueError unless `key` can name a sample in a WebDataset tar."""
+    if not key or len(key.encode()) > _MAX_KEY_BYTES:
+        raise ValueError(f"key {key!r} must have 1 to {_MAX_KEY_BYTES} bytes in UTF-8")
+    if key.startswith("__") or any(c in "./\\" or not c.isprintable() for c in key):
+        raise ValueError(
+            f"key {key!r} must not contain '.', '/', '\\' or unprintable characters, "
+            f"nor begin with '__': WebDataset would split or skip it"
+        )
+
+
+def level_name(level: int | str) -> str:
+    """Name of a level: 4 means "p4", names stay as they are.
+
+    Raises:
+        ValueError: if it is not the name of a level.
+    """
+    name = f"p{level}" if isinstance(level, int) else level
+    if not _LEVEL.fullmatch(name):
+        raise ValueError(f"{level!r} names no level; levels are p4, p8, p16 or n4, n8, n16")
+    return name
+
+
+def level_grid(name: str) -> int:
+    """Side of the grid of a level: 4 for "p4"."""
+    return int(level_name(name)[1:])
+
+
+def level_of_suffix(suffix: str) -> str | None:
+    """Level held by the member with this suffix ("p4.npy" gives "p4"), or None."""
+    name, dot, kind = suffix.partition(".")
+    return name if dot and kind == "npy" and _LEVEL.fullmatch(name) else None
+
+
+def level_suffix(name: str) -> str:
+    """Suffix of the member that holds a level: "p4.npy" for "p4"."""
+    return f"{name}.npy"
+
+
+def image_suffix(suffixes: Sequence[str]) -> str | None:
+    """The image among the suffixes of a sample, or None."""
+    return next((s for s in suffixes if s in IMAGE_SUFFIXES), None)
+
+
+def encode(sample: Sample) -> dict[str, bytes]:
+    """Members of a sample by suffix, in the order in which they are written.
+
+    Raises:
+        ValueError: if features are not finite in float16, or meta is not JSON.
+    """
+    meta = dict(sample.meta)
+    if sample.label is not None:
+        meta["label"] = int(sample.label)
+    try:
+        text = json.dumps(
+            meta, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{sample.key}: meta is not JSON: {error}") from error
+    members = {sample.image_format: sample.image, META_SUFFIX: text.encode()}
+    for name, values in sample.levels.items():
+        members[level_suffix(name)] = _npy(to_float16(sample.key, name, values))
+    return dict(sorted(members.items()))
+
+
+def decode(key: str, members: Mapping[str, bytes]) -> Sample:
+    """The sample that `encode` turned into these members; unknown members are left alone.
+
+    Raises:
+        ValueError: naming the key and the member that cannot be decoded.
+    """
+    suffix = image_suffix(list(members))
+    if suffix is None:
+        raise ValueError(f"{key}: has no image; its members are {', '.join(members)}")
+    meta = decode_meta(members.get(META_SUFFIX, b"{}"), key)
+    label = meta.pop("label", None)
+    levels = {
+        name: decode_npy(data, f"{key}.{member}")
+        for member, data in members.items()
+        if (name := level_of_suffix(member))
+    }
+    return Sample(key, bytes(members[suffix]), IMAGE_SUFFIXES[suffix], meta, levels, label)
+
+
+def decode_meta(data: bytes, key: str) -> dict[str, Any]:
+    """The JSON object of a sample.
+
+    Raises:
+        ValueError: if it is no JSON object, or its `label` is not an integer.
+    """
+    try:
+        meta = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{key}.json: not JSON: {error}") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"{key}.json: holds a {type(meta).__name__}, needed is an object")
+    label = meta.get("label")
+    if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
+        raise ValueError(f"{key}.json: label {label!r} is not an integer")
+    return meta
+
+
+def to_float16(key: str, name: str, values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
+    """Features as contiguous float16.
+
+    Raises:
+        ValueError: if any of them is not finite, or too large for float16 (65504).
+    """
+    with np.errstate(over="ignore"):
+        small = np.ascontiguousarray(values, dtype=np.float16)
+    if not np.isfinite(small).all():
+        worst = np.abs(values.astype(np.float64)).max()
+        raise ValueError(
+            f"{key}: level {name} is not finite in float16 (largest magnitude {worst}); "
+            f"float16 ends at 65504: check the guide, or scale its features"
+        )
+    return small
+
+
+def _npy(array: npt.NDArray[np.float16]) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
+    return file.getvalue()
+
+
+def npy_header(data: bytes, name: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape, dtype and header length of a .npy file from its first bytes.
+
+    Raises:
+        ValueError: if it is no npy file, is Fortran-ordered, or would need unpickling.
+    """
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = read(file)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{name}: not a .npy file: {error}") from error
+    if fortran or dtype.hasobject:
+        raise ValueError(f"{name}: Fortran order and object arrays are not read")
+    return shape, dtype, file.tell()
+
+
+def decode_npy(data: bytes, name: str) -> npt.NDArray[Any]:
+    """Array of a .npy file as a read-only view of `data`.
+
+    Raises:
+        ValueError: as `npy_header`, or if the length does not fit the shape.
+    """
+    shape, dtype, header = npy_header(data, name)
+    if len(data) - header != int(np.prod(shape)) * dtype.itemsize:
+        raise ValueError(f"{name}: {len(data) - header} bytes do not fit {shape} {dtype}")
+    return np.frombuffer(data, dtype, offset=header).reshape(shape)

@@ -1,0 +1,108 @@
+"""Mean and variance of features, merged shard by shard without losing digits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save
+
+from shards.files import atomic_write
+from shards.index import ShardIndex
+from shards.manifest import STATISTICS, StatisticsInfo
+from shards.reader import read_sample
+
+Doubles = npt.NDArray[np.float64]
+
+
+class Moments:
+    """Running mean and population variance of arrays of one shape, in float64.
+
+    Sums are taken of differences from the first array, so that a feature with a large mean and a
+    small spread keeps its digits; two such runs are joined by Chan's formula.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._shift: Doubles | None = None
+        self._sum: Doubles | None = None
+        self._square: Doubles | None = None
+
+    def add(self, values: npt.NDArray[Any]) -> None:
+        """Take in one array."""
+        wide = values.astype(np.float64)
+        if self._shift is None or self._sum is None or self._square is None:
+            self._shift = wide
+            self._sum, self._square = np.zeros_like(wide), np.zeros_like(wide)
+        else:
+            wide -= self._shift
+            self._sum += wide
+            wide *= wide
+            self._square += wide
+        self.count += 1
+
+    def result(self) -> tuple[int, Doubles, Doubles]:
+        """(count, mean, sum of squared differences from the mean)."""
+        if self._shift is None or self._sum is None or self._square is None:
+            raise ValueError("no array was added")
+        mean = self._sum / self.count
+        spread = np.maximum(self._square - self.count * mean**2, 0.0)
+        return self.count, self._shift + mean, spread
+
+
+class Statistics:
+    """Moments of every level of a split, from those of its shards in their order."""
+
+    def __init__(self) -> None:
+        self._levels: dict[str, tuple[int, Doubles, Doubles]] = {}
+
+    def merge(self, shard: dict[str, Moments]) -> None:
+        """Take in the moments of one shard; the order of shards decides the last bits."""
+        for name, moments in shard.items():
+            count, mean, spread = moments.result()
+            if name in self._levels:
+                before, old_mean, old_spread = self._levels[name]
+                total, step = before + count, mean - old_mean
+                mean = old_mean + step * (count / total)
+                spread = old_spread + spread + step**2 * (before * count / total)
+                count = total
+            self._levels[name] = (count, mean, spread)
+
+    def arrays(self) -> dict[str, npt.NDArray[np.float32]]:
+        """ "p4.mean" and "p4.var" float32 (places, channels) for every level."""
+        found: dict[str, npt.NDArray[np.float32]] = {}
+        for name, (count, mean, spread) in sorted(self._levels.items()):
+            found[f"{name}.mean"] = mean.astype(np.float32)
+            found[f"{name}.var"] = (spread / count).astype(np.float32)
+        return found
+
+    def total_variances(self) -> dict[str, float]:
+        """By level, the variance averaged over places and channels."""
+        return {name: float(s.mean() / n) for name, (n, _, s) in self._levels.items()}
+
+
+def shard_moments(tar: Path, index: ShardIndex) -> dict[str, Moments]:
+    """Moments of every level over one finished shard.
+
+    Raises:
+        CorruptSample: if a sample cannot be read.
+    """
+    moments: dict[str, Moments] = {}
+    descriptor = os.open(tar, os.O_RDONLY)
+    try:
+        for row in range(len(index)):
+            for name, values in read_sample(index, row, tar.name, descriptor).levels.items():
+                moments.setdefault(name, Moments()).add(values)
+    finally:
+        os.close(descriptor)
+    return moments
+
+
+def save_statistics(statistics: Statistics, folder: Path) -> StatisticsInfo:
+    """Write the file of statistics of a dataset; returns what the manifest says about it."""
+    with atomic_write(folder / STATISTICS) as file:
+        file.write(save(statistics.arrays()))
+    return StatisticsInfo(file=STATISTICS, sha256=file.hexdigest())

@@ -1,0 +1,258 @@
+"""Positions of the order to decoded batches; all state is one integer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shards.errors import CorruptSample
+from shards.order import Order, Place
+from shards.reader import Arrays, BatchReader
+from shards.sample import level_grid
+
+if TYPE_CHECKING:
+    from shards.dataset import Dataset
+
+Batch = dict[str, Any]
+log = logging.getLogger(__name__)
+_FREE_KEPT = 4
+# A second batch in hand hides the jitter of a slow read; more only costs memory.
+_SPARE_BATCHES = 1
+
+
+class _Buffers:
+    """Memory for batches, used again as soon as nobody holds the tensors made from it.
+
+    Fresh memory costs a page fault per 4 KiB, which takes as long as reading into it.
+    """
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
+        self._free: dict[tuple[tuple[int, ...], np.dtype[Any]], deque[npt.NDArray[Any]]] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
+        """An uninitialised tensor; its `.numpy()` shares the memory."""
+        if self._pinned:
+            # torch's own allocator of pinned memory waits for copies that are still under way.
+            kind = getattr(torch, dtype.name)
+            return torch.empty(shape, dtype=kind, pin_memory=True)
+        free = self._free.setdefault((shape, dtype), deque(maxlen=_FREE_KEPT))
+        try:
+            buffer = free.pop()
+        except IndexError:
+            buffer = np.empty(shape, dtype)
+        # The tensor's storage keeps `view` alive, and all tensors made from it share the storage.
+        view = buffer[:]
+        weakref.finalize(view, free.append, buffer).atexit = False
+        return torch.from_numpy(view)
+
+
+@dataclass
+class _Work:
+    """What a stream reads with: shared by its threads, without a way back to the stream."""
+
+    dataset: Dataset
+    reader: BatchReader
+    buffers: _Buffers
+    order: Order | None
+    split: str
+    order_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def batch(self, places: Place) -> tuple[Batch, list[CorruptSample]]:
+        """Read the samples at some places.
+
+        With an order, a damaged sample is replaced by the next sound one and reported.
+
+        Raises:
+            CorruptSample: if one is damaged and there is no order.
+        """
+        count = len(places.position)
+        shapes = self.reader.shapes(count)
+        tensors = {name: self.buffers.take(*shape) for name, shape in shapes.items()}
+        out: Arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        failures = self.reader.read(places, list(range(count)), out)
+        skipped = []
+        for item, failure in sorted(failures.items()):
+            if self.order is None:
+                raise failure
+            skipped.append(failure)
+            self._replace(places, item, out, failure)
+        table = self.dataset.table(self.split)
+        rows = list(zip(places.shard.tolist(), places.sample.tolist(), strict=True))
+        batch: Batch = {
+            "key": [table.key(shard, row) for shard, row in rows],
+            "position": torch.from_numpy(places.position.copy()),
+        }
+        if "image" in tensors:
+            batch["image"] = tensors.pop("image")
+        batch["pyramid"] = {level_grid(name): tensor for name, tensor in tensors.items()}
+        if self.dataset.manifest.has_labels:
+            batch["label"] = torch.from_numpy(table.labels(rows))
+        return batch, skipped
+
+    def _replace(self, places: Place, item: int, out: Arrays, failure: CorruptSample) -> None:
+        """Fill a row from the next sound sample of the order, which is the same for every rank."""
+        assert self.order is not None
+        position = int(places.position[item])
+        for step in range(1, self.order.num_samples):
+            with self.order_lock:
+                other = self.order.places(position + step, 1)
+            if not self.reader.read(other, [item], out):
+                places.shard[item] = other.shard[0]
+                places.sample[item] = other.sample[0]
+                places.index[item] = other.index[0]
+                return
+        raise failure
+
+
+class Stream:
+    """Endless iterator over one rank's share of each batch; made by `Dataset.stream`.
+
+    A batch is a dict: `image` float32 (B, 3, R, R) in [-1, 1]; `pyramid` {grid: (B, grid * grid,
+    C)} as stored; `key` list of str; `position` int64 (B,), global positions; `label` int64 (B,)
+    if all samples have one. Its tensors are the caller's for as long as the caller holds them.
+
+    Attributes:
+        num_skipped: damaged samples that were replaced in the batches yielded so far.
+        num_samples: length of an epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        start: int,
+        image_size: int | None,
+        levels: Sequence[int | str],
+        split: str,
+        num_threads: int,
+        num_lanes: int,
+        window_shards: int,
+        on_error: Literal["stop", "skip"],
+        pin_memory: bool,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size} ranks")
+        if batch_size < world_size:
+            raise ValueError(f"batch_size {batch_size} leaves some of {world_size} ranks without")
+        if start < 0 or num_threads < 0:
+            raise ValueError("start and num_threads must not be negative")
+        if on_error not in ("stop", "skip"):
+            raise ValueError(f"on_error is 'stop' or 'skip', not {on_error!r}")
+        if pin_memory and not torch.cuda.is_available():
+            raise ValueError("pin_memory needs a GPU; set it to False on this machine")
+        sizes = [shard.num_samples for shard in dataset.manifest.of_split(split)]
+        self._order = Order(sizes, seed, num_lanes, window_shards)
+        self._work = _Work(
+            dataset,
+            _reader(dataset, split, image_size, levels),
+            _Buffers(pin_memory),
+            # Its own: the reading threads use it, the one above belongs to the caller.
+            Order(sizes, seed, num_lanes, window_shards) if on_error == "skip" else None,
+            split,
+        )
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self._position = self._next_read = start
+        self._pending: deque[Future[tuple[Batch, list[CorruptSample]]]] = deque()
+        self._num_ahead = num_threads + _SPARE_BATCHES if num_threads else 0
+        self._pool = ThreadPoolExecutor(num_threads, "shards") if num_threads else None
+        self._closed = False
+        self._named: set[tuple[str, str]] = set()
+        self.num_skipped = 0
+        self.num_samples = self._order.num_samples
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise ValueError("the stream is closed")
+        try:
+            batch, skipped = self._take()
+        except BaseException:
+            self.close()
+            raise
+        for failure in skipped:
+            if (failure.shard, failure.key) not in self._named:
+                self._named.add((failure.shard, failure.key))
+                log.error("SKIPPED a damaged sample, the next one takes its place: %s", failure)
+        self.num_skipped += len(skipped)
+        self._position += self._batch_size
+        return batch
+
+    def _take(self) -> tuple[Batch, list[CorruptSample]]:
+        if self._pool is None:
+            return self._work.batch(self._next_places())
+        while len(self._pending) < self._num_ahead:
+            self._pending.append(self._pool.submit(self._work.batch, self._next_places()))
+        return self._pending.popleft().result()
+
+    def _next_places(self) -> Place:
+        start = self._next_read
+        self._next_read += self._batch_size
+        return self._order.share(start, self._batch_size, self._rank, self._world_size)
+
+    def state_dict(self) -> dict[str, int]:
+        """{"position": global position of the next batch to be yielded}; give it as `start`."""
+        return {"position": self._position}
+
+    def close(self) -> None:
+        """Stop reading ahead and end the threads. A closed stream yields nothing more."""
+        self._closed = True
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_batch(
+    dataset: Dataset,
+    numbers: list[int],
+    split: str,
+    image_size: int | None,
+    levels: Sequence[int | str],
+) -> Batch:
+    """Batch of samples by their numbers in packed order; see `Dataset.read`."""
+    table = dataset.table(split)
+    index = np.array(numbers, np.int64)
+    if len(index) == 0 or index.min() < 0 or index.max() >= table.num_samples:
+        raise IndexError(f"{split} has samples 0 to {table.num_samples - 1}; asked for {numbers}")
+    shard = np.searchsorted(table.starts, index, side="right") - 1
+    places = Place(index, shard, index - table.starts[shard], index)
+    reader = _reader(dataset, split, image_size, levels)
+    batch, _ = _Work(dataset, reader, _Buffers(pinned=False), None, split).batch(places)
+    return batch
+
+
+def _reader(
+    dataset: Dataset, split: str, image_size: int | None, levels: Sequence[int | str]
+) -> BatchReader:
+    stored = dataset.manifest.image_size
+    if image_size is not None and (image_size < 1 or (stored is not None and image_size > stored)):
+        raise ValueError(f"image_size {image_size} is not between 1 and the stored {stored}")
+    return BatchReader(dataset.table(split), dataset.level_shapes(levels), image_size)

@@ -1,0 +1,247 @@
+"""The samples of one split as flat arrays: which file, which bytes, checked already or not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from shards import index as index_files
+from shards.errors import CorruptSample, IndexFileError, ShardsError
+from shards.files import sha256_file
+from shards.index import ShardIndex
+from shards.manifest import ShardInfo
+
+log = logging.getLogger(__name__)
+# Each rank walks its own lanes, 64 at most by default, each within a few shards.
+_FILES_OPEN = 256
+
+
+class Source(Protocol):
+    """Where the files of a dataset are: a folder, or a cache that is filled on demand."""
+
+    def path(self, name: str) -> Path:
+        """Local path of a file of the dataset; FileNotFoundError if the dataset lacks it."""
+        ...
+
+
+class OpenFile:
+    """A file opened for scattered reading; closed when the last user lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        # Readahead around scattered reads fetches up to 20 times the bytes needed.
+        os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@dataclass
+class ColumnTable:
+    """One kind of member of all samples; rows of shards not yet loaded are undefined."""
+
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    sums: npt.NDArray[np.uint64]
+    unchecked: npt.NDArray[np.bool_]
+
+
+class SampleTable:
+    """Samples of one split, numbered in packed order. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        source: Source,
+        shards: tuple[ShardInfo, ...],
+        indexes: dict[str, ShardIndex] | None = None,
+    ) -> None:
+        self.shards = shards
+        self.starts = np.concatenate(([0], np.cumsum([s.num_samples for s in shards])))
+        self.num_samples = int(self.starts[-1])
+        self._source = source
+        self._indexes = [(indexes or {}).get(shard.name) for shard in shards]
+        self._broken: dict[int, ShardsError] = {}
+        self._columns: dict[str, tuple[ColumnTable, npt.NDArray[np.bool_]]] = {}
+        self._files: dict[int, OpenFile] = {}
+        self._lock = threading.Lock()
+
+    def index(self, shard: int) -> ShardIndex:
+        """Index of a shard, made from the tar if there is none.
+
+        Raises:
+            IndexFileError: if neither the index nor the tar can be used.
+        """
+        found = self._indexes[shard]
+        if found is not None:
+            return found
+        with self._lock:
+            return self._load_index(shard)
+
+    def _load_index(self, shard: int) -> ShardIndex:
+        if (found := self._indexes[shard]) is not None:
+            return found
+        if shard in self._broken:
+            raise self._broken[shard]
+        try:
+            found = load_index(self._source, self.shards[shard])
+        except ShardsError as error:
+            # Remembered, so that skipping a thousand samples does not try a thousand times.
+            self._broken[shard] = error
+            raise
+        self._indexes[shard] = found
+        return found
+
+    def column(self, suffix: str, shards: Iterable[int]) -> ColumnTable:
+        """Places of a kind of member, valid for the samples of `shards`.
+
+        Raises:
+            IndexFileError: as `index`.
+        """
+        entry = self._columns.get(suffix)
+        if entry is not None and all(entry[1][shard] for shard in shards):
+            return entry[0]
+        with self._lock:
+            if suffix not in self._columns:
+                n = self.num_samples
+                table = ColumnTable(
+                    np.full(n, -1, np.int64), np.zeros(n, np.int64), np.zeros(n, np.uint64),
+                    np.zeros(n, np.bool_),
+                )  # fmt: skip
+                self._columns[suffix] = (table, np.zeros(len(self.shards), np.bool_))
+            table, loaded = self._columns[suffix]
+            for shard in shards:
+                if not loaded[shard]:
+                    self._fill(table, suffix, shard)
+                    loaded[shard] = True
+            return table
+
+    def _fill(self, table: ColumnTable, suffix: str, shard: int) -> None:
+        index = self._load_index(shard)
+        number = index.column(suffix)
+        if number is None:
+            return
+        rows = slice(int(self.starts[shard]), int(self.starts[shard + 1]))
+        table.offsets[rows] = index.offsets[:, number]
+        table.sizes[rows] = index.sizes[:, number]
+        if index.sums is not None:
+            table.sums[rows] = index.sums[:, number]
+            table.unchecked[rows] = True
+
+    def key(self, shard: int, sample: int) -> str:
+        """Key of a sample, or `sample N` if the shard's index cannot be had."""
+        try:
+            return self.index(shard).key(sample)
+        except ShardsError:
+            return f"sample {sample}"
+
+    def labels(self, rows: list[tuple[int, int]]) -> npt.NDArray[np.int64]:
+        """Labels of samples given as (shard, sample); all of them have one.
+
+        Raises:
+            IndexFileError: if a shard's index lacks them against the manifest's word.
+        """
+        found = np.empty(len(rows), np.int64)
+        for i, (shard, sample) in enumerate(rows):
+            labels = self.index(shard).labels
+            if labels is None:
+                raise IndexFileError(
+                    f"{self.shards[shard].name}: its index has no labels, manifest.json says it "
+                    f"has; run `dinogen shards repair`"
+                )
+            found[i] = labels[sample]
+        return found
+
+    def file(self, shard: int) -> OpenFile:
+        """The open tar of a shard.
+
+        Raises:
+            OSError: if it cannot be opened.
+        """
+        found = self._files.get(shard)
+        if found is not None:
+            return found
+        with self._lock:
+            if shard not in self._files:
+                while len(self._files) >= _FILES_OPEN:
+                    del self._files[next(iter(self._files))]
+                self._files[shard] = OpenFile(self._source.path(self.shards[shard].name))
+            return self._files[shard]
+
+
+def load_index(source: Source, shard: ShardInfo) -> ShardIndex:
+    """Index of a shard of a manifest, made anew if it is missing or does not fit.
+
+    Raises:
+        IndexFileError: if it cannot be used, and the tar is missing or does not fit the manifest.
+    """
+    name = index_files.index_name(shard.name)
+    try:
+        index = index_files.load(source.path(name))
+        if (len(index), index.num_bytes) == (shard.num_samples, shard.num_bytes):
+            return index
+        log.warning("%s does not fit %s; making it anew", name, shard.name)
+    except FileNotFoundError:
+        log.warning("%s is missing; making it anew", name)
+    except IndexFileError as error:
+        log.warning("%s", error)
+    try:
+        tar = source.path(shard.name)
+    except FileNotFoundError as error:
+        raise IndexFileError(
+            f"{shard.name} and its index are missing; restore them, or run `dinogen shards repair` "
+            f"to go on without them"
+        ) from error
+    if sha256_file(tar) != shard.sha256:
+        raise IndexFileError(
+            f"{shard.name} differs from what manifest.json says and has no usable index; "
+            f"run `dinogen shards verify`, then restore it or run `dinogen shards repair`"
+        )
+    return build_index(tar, with_sums=True)
+
+
+def load_plain_index(tar: Path) -> ShardIndex:
+    """Index of a tar that no manifest describes, made from its headers on first use.
+
+    Raises:
+        IndexFileError: if the tar is damaged.
+    """
+    path = tar.with_name(index_files.index_name(tar.name))
+    try:
+        index = index_files.load(path)
+        status = tar.stat()
+        # Nothing else tells that a plain tar was written anew since.
+        if index.num_bytes == status.st_size and path.stat().st_mtime_ns >= status.st_mtime_ns:
+            return index
+        log.warning("%s does not fit %s; making it anew", path.name, tar.name)
+    except FileNotFoundError:
+        log.info("%s has no index yet; making it", tar.name)
+    except IndexFileError as error:
+        log.warning("%s", error)
+    return build_index(tar, with_sums=False)
+
+
+def build_index(tar: Path, with_sums: bool) -> ShardIndex:
+    """Scan a tar and write its index beside it; in a read-only folder it lives in memory.
+
+    Raises:
+        IndexFileError: if the tar is damaged.
+    """
+    try:
+        index = index_files.scan(tar, with_sums)
+    except CorruptSample as error:
+        raise IndexFileError(str(error)) from error
+    path = tar.with_name(index_files.index_name(tar.name))
+    try:
+        index_files.save(index, path)
+    except OSError as error:
+        log.warning("%s cannot be written (%s); it is kept in memory", path, error)
+    return index
