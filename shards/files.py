@@ -40,7 +40,7 @@ class AtomicFile:
         os.fsync(self._file.fileno())
         self._file.close()
         self._temporary.rename(self._path)
-        _sync_folder(self._path.parent)
+        sync_folder(self._path.parent)
 
     def abandon(self) -> None:
         """Remove the temporary file; `path` stays as it was."""
@@ -60,7 +60,7 @@ def atomic_write(path: Path) -> Iterator[AtomicFile]:
     file.commit()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable: a rename is lost in a power cut until then."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
