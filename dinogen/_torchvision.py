@@ -62,25 +62,21 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torc
     Returns:
         ``(K,)`` int64 indices of the kept boxes, highest score first.
     """
+    import numpy as np
     import torch
 
-    order = torch.argsort(scores, descending=True, stable=True)
-    sorted_boxes = boxes[order]
-    low, high = sorted_boxes[:, :2], sorted_boxes[:, 2:]
-    areas = (high - low).prod(dim=1)
-    alive = torch.ones(len(order), dtype=torch.bool)
+    # numpy, because a loop of small torch operations costs ten times as much
+    order = torch.argsort(scores, descending=True, stable=True).numpy()
+    corners = boxes.numpy()
+    low, high = corners[:, :2], corners[:, 2:]
+    areas = (high - low).prod(axis=1)
     kept: list[int] = []
-    # Only kept boxes start an iteration, and each compares one row: the full N x N matrix of a
-    # crowded photo would not fit in memory.
-    position = 0
-    while position < len(order):
-        kept.append(position)
-        overlap = (torch.minimum(high, high[position]) - torch.maximum(low, low[position])).clamp(
-            min=0
-        )
-        intersection = overlap.prod(dim=1)
-        union = areas + areas[position] - intersection
-        alive &= ~(intersection / union > iou_threshold)
-        rest = torch.nonzero(alive[position + 1 :])
-        position = position + 1 + int(rest[0]) if len(rest) else len(order)
-    return order[torch.tensor(kept, dtype=torch.int64)]
+    while len(order):
+        best, order = order[0], order[1:]
+        kept.append(int(best))
+        overlap = np.minimum(high[order], high[best]) - np.maximum(low[order], low[best])
+        intersection = overlap.clip(min=0).prod(axis=1)
+        # multiplied, not divided: two boxes without area have no overlap
+        union = areas[order] + areas[best] - intersection
+        order = order[~(intersection > iou_threshold * union)]
+    return torch.tensor(kept, dtype=torch.int64)

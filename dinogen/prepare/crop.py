@@ -1,0 +1,199 @@
+"""One photo to its aligned face crops, or to the reasons why it has none."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dinogen.config import FacesConfig
+from dinogen.prepare import align, curate
+from dinogen.prepare.read import Photo, Unusable, read_photo
+
+if TYPE_CHECKING:
+    from dinogen.prepare.detect import Detection, FaceDetector
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One aligned face.
+
+    Attributes:
+        key: the photo's key; with ``which: all`` followed by ``_1``, ``_2``, ... for its second,
+            third, ... accepted face.
+        image: encoded RGB picture, ``size`` x ``size`` pixels.
+        image_format: ``jpg`` or ``png``.
+        meta: JSON values. ``source`` (path relative to the folder searched), ``original_size``
+            ([width, height] of the upright photo, pixels), ``align``, ``size`` (pixels), ``blur``
+            (variance of the Laplacian), ``num_crops`` (of this photo) and ``rejected`` ([reason,
+            detail] of this photo's other faces, in its first crop only); if faces are detected
+            ``box`` ([left, top, right, bottom], pixels), ``landmarks`` (five [x, y], pixels) and
+            ``probability``; if duplicates are looked for ``phash`` (16 hex digits). Empty for a
+            picture that lay there without metadata.
+    """
+
+    key: str
+    image: bytes
+    image_format: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """One photo, or one face of it, that is not used.
+
+    Attributes:
+        source: the photo's path relative to the folder searched.
+        reason: ``unreadable``, ``empty``, ``not_an_image``, ``truncated``, ``corrupt``,
+            ``too_large``, ``unsupported``, ``no_face``, ``low_probability``, ``small_face``,
+            ``bad_landmarks``, ``blurred`` or ``duplicate``.
+        detail: what was found, for a person.
+    """
+
+    source: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A crop before the comparison with other photos' crops."""
+
+    image: bytes
+    meta: dict[str, Any]
+    phash: int | None
+
+
+@dataclass
+class Result:
+    """What became of one photo."""
+
+    photo: Photo
+    candidates: list[Candidate] = field(default_factory=list)
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read(photo: Photo, config: FacesConfig) -> Pixels | Unusable:
+    """The photo's ``(H, W, 3)`` uint8 RGB pixels, or why it has none."""
+    try:
+        return read_photo(photo.path, config.max_pixels)
+    except Unusable as error:
+        return error
+
+
+def read_and_cut(photo: Photo, config: FacesConfig, detector: FaceDetector | None) -> Result:
+    """All steps for one photo; without a detector the whole picture is one face."""
+    pixels = read(photo, config)
+    if detector is None or isinstance(pixels, Unusable):
+        return cut(photo, pixels, config, None)
+    return cut(photo, pixels, config, detector.detect([pixels])[0])
+
+
+def cut(
+    photo: Photo,
+    pixels: Pixels | Unusable,
+    config: FacesConfig,
+    detections: Sequence[Detection] | None,
+) -> Result:
+    """Align, judge and encode the accepted faces of one photo.
+
+    Args:
+        photo: which.
+        pixels: ``(H, W, 3)`` uint8 RGB, or why there are none.
+        config: what is accepted, and how it is cut out.
+        detections: faces, largest first; None takes the whole picture as one face.
+    """
+    if isinstance(pixels, Unusable):
+        return Result(photo, rejected=[(pixels.reason, pixels.detail)])
+    result = Result(photo)
+    faces: Sequence[Detection | None] = [None]
+    if detections is not None:
+        faces, result.rejected = _select(detections, config)
+    for face in faces:
+        try:
+            crop = _align(pixels, face, config)
+        except align.AlignError as error:
+            result.rejected.append(("bad_landmarks", str(error)))
+            continue
+        blur = curate.laplacian_variance(crop)
+        if blur < config.min_blur:
+            detail = f"variance of Laplacian {blur:.1f}, wanted {config.min_blur:g}"
+            result.rejected.append(("blurred", detail))
+            continue
+        phash = curate.perceptual_hash(crop) if config.max_duplicate_distance >= 0 else None
+        meta = _meta(photo, pixels, face, blur, phash, config)
+        result.candidates.append(Candidate(_encode(crop, config), meta, phash))
+    return result
+
+
+def _select(
+    detections: Sequence[Detection], config: FacesConfig
+) -> tuple[list[Detection], list[tuple[str, str]]]:
+    """Which faces are used, and the reasons against the others."""
+    good = []
+    unlikely = []
+    small = []
+    for face in detections:
+        if face.probability < config.min_probability:
+            detail = f"{face.probability:.3f}, wanted {config.min_probability:g}"
+            unlikely.append(("low_probability", detail))
+        elif face.side < config.min_face:
+            small.append(("small_face", f"{face.side:.0f} px, wanted {config.min_face}"))
+        else:
+            good.append(face)
+    rejected = [*small, *unlikely] or [("no_face", "no face found")]
+    if config.which == "all":
+        return good, rejected if small or unlikely or not good else []
+    # One line per photo: what came nearest to being used.
+    return good[:1], [] if good else rejected[:1]
+
+
+def _align(pixels: Pixels, face: Detection | None, config: FacesConfig) -> Pixels:
+    if face is None:
+        return align.centre_crop(pixels, config.size)
+    if config.align == "landmarks":
+        return align.align_landmarks(pixels, face.landmarks, config.size)
+    if config.align == "ffhq":
+        return align.align_ffhq(pixels, face.landmarks, config.size)
+    return align.align_box(pixels, face.box, config.size, config.margin)
+
+
+def _meta(
+    photo: Photo,
+    pixels: Pixels,
+    face: Detection | None,
+    blur: float,
+    phash: int | None,
+    config: FacesConfig,
+) -> dict[str, Any]:
+    meta: dict[str, Any] = {
+        "source": photo.source,
+        "original_size": [pixels.shape[1], pixels.shape[0]],
+        "align": config.align,
+        "size": config.size,
+        "blur": round(blur, 3),
+    }
+    if face is not None:
+        meta["box"] = [round(value, 3) for value in face.box]
+        meta["landmarks"] = [[round(x, 3), round(y, 3)] for x, y in face.landmarks]
+        meta["probability"] = round(face.probability, 6)
+    if phash is not None:
+        meta["phash"] = f"{phash:016x}"
+    return meta
+
+
+def _encode(crop: Pixels, config: FacesConfig) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.fromarray(crop)
+    if config.format == "png":
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, "JPEG", quality=config.quality, subsampling="4:4:4")
+    return buffer.getvalue()

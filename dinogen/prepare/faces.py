@@ -1,0 +1,258 @@
+"""A folder of aligned faces: ``dinogen faces`` writes it, the later steps read it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from dinogen.config import FacesConfig
+from dinogen.files import write_bytes, write_json, write_text
+from dinogen.prepare.crop import Crop, Rejection
+from dinogen.prepare.curate import Duplicates
+from dinogen.prepare.read import (
+    Photo,
+    PrepareError,
+    Unusable,
+    find_photos,
+    read_photo,
+)
+from dinogen.prepare.stream import Progress, iter_faces, iter_photos
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Crop",
+    "FacesSummary",
+    "PrepareError",
+    "Rejection",
+    "iter_faces",
+    "read_faces",
+    "write_faces",
+]
+
+_SETTINGS = "settings.json"
+_SUMMARY = "summary.json"
+_REJECTED = "rejected.csv"
+# How fast the work is done does not change what comes out.
+_SPEED_ONLY = {"batch", "num_threads"}
+
+
+@dataclass(frozen=True)
+class FacesSummary:
+    """What became of a folder of photos.
+
+    Attributes:
+        num_photos: files with an image suffix.
+        num_skipped: of these, photos done by an earlier run.
+        num_ignored: files with another suffix.
+        num_crops: crops in the folder now, those of earlier runs included.
+        num_new: of these, crops of this run.
+        rejected: number of rejected photos or faces for each reason, most frequent first.
+        seconds: of this run.
+    """
+
+    num_photos: int
+    num_skipped: int
+    num_ignored: int
+    num_crops: int
+    num_new: int
+    rejected: dict[str, int]
+    seconds: float
+
+
+def write_faces(
+    src: Path,
+    out: Path,
+    config: FacesConfig,
+    *,
+    device: str | torch.device = "auto",
+    progress: Progress | None = None,
+) -> FacesSummary:
+    """Write the faces of all photos below ``src`` as ``out/KEY.jpg`` (or png) and ``KEY.json``.
+
+    Beside them: ``rejected.csv`` (source, reason, detail), ``summary.json`` and
+    ``settings.json``. Photos whose crops are there already are skipped; a rejected photo is tried
+    again, so a mended file is taken up. After a kill the same call completes the folder.
+
+    Args:
+        src: folder of photos.
+        out: folder to write; made if missing.
+        config: what is accepted, and how it is cut out.
+        device: as in :func:`iter_faces`.
+        progress: as in :func:`iter_faces`.
+
+    Raises:
+        PrepareError: ``src`` is missing or holds no photo; ``out`` lies below ``src``, or holds
+            something else or faces made with other settings.
+        OSError: ``out`` cannot be written.
+    """
+    started = time.monotonic()
+    if out.resolve().is_relative_to(src.resolve()):
+        raise PrepareError(f"{out}: lies below the photos in {src}: choose a folder outside it")
+    photos = find_photos(src)
+    _check_settings(src, out, config)
+    done: set[str] = set()
+    rejections: dict[str, list[Rejection]] = {}
+    duplicates = Duplicates(config.max_duplicate_distance)
+    num_crops = 0
+    for photo in photos.photos:
+        metas = _finished(out, photo, config)
+        if metas:
+            done.add(photo.key)
+            num_crops += len(metas)
+            rejections[photo.source] = [Rejection(photo.source, *i) for i in metas[0]["rejected"]]
+            for meta in metas:
+                if "phash" in meta:
+                    duplicates.add(meta["key"], int(meta["phash"], 16))
+    num_new = 0
+    try:
+        for item in iter_photos(
+            photos,
+            config,
+            device=device,
+            skip=done.__contains__,
+            progress=progress,
+            duplicates=duplicates,
+        ):
+            if isinstance(item, Rejection):
+                rejections.setdefault(item.source, []).append(item)
+                continue
+            # The picture comes last: where it is, its metadata are too.
+            write_json(out / f"{item.key}.json", {"key": item.key, **item.meta})
+            write_bytes(out / f"{item.key}.{item.image_format}", item.image)
+            num_new += 1
+    finally:
+        # In the order of the photos, also after an interruption.
+        lines = [line for photo in photos.photos for line in rejections.get(photo.source, [])]
+        _write_rejected(out / _REJECTED, lines)
+    summary = FacesSummary(
+        num_photos=len(photos.photos),
+        num_skipped=len(done),
+        num_ignored=photos.num_ignored,
+        num_crops=num_crops + num_new,
+        num_new=num_new,
+        rejected=dict(Counter(line.reason for line in lines).most_common()),
+        seconds=round(time.monotonic() - started, 3),
+    )
+    write_json(out / _SUMMARY, asdict(summary))
+    return summary
+
+
+def read_faces(folder: Path) -> Iterator[Crop]:
+    """Read aligned faces back, sorted by key.
+
+    Args:
+        folder: written by :func:`write_faces`, or any folder of aligned pictures, searched with
+            its subfolders. There each picture's key comes from its path (see
+            :func:`dinogen.prepare.read.photo_key`), and what is no plain RGB JPEG or PNG is
+            encoded anew as PNG, upright.
+
+    Raises:
+        PrepareError: the folder is missing or empty (at once), or a file cannot be used (when it
+            is reached).
+    """
+    pictures = find_photos(folder).photos
+    if (folder / _SETTINGS).is_file():
+        return _read_written(pictures)
+    return _read_plain(sorted(pictures, key=lambda picture: picture.key))
+
+
+def _read_written(pictures: tuple[Photo, ...]) -> Iterator[Crop]:
+    for path in sorted((picture.path for picture in pictures), key=lambda path: path.stem):
+        meta = _read_json(path.with_suffix(".json"))
+        yield Crop(meta.pop("key"), path.read_bytes(), path.suffix[1:], meta)
+
+
+def _read_plain(pictures: list[Photo]) -> Iterator[Crop]:
+    for picture in pictures:
+        try:
+            pixels = read_photo(picture.path, FacesConfig().max_pixels)
+        except Unusable as error:
+            raise PrepareError(
+                f"{picture.path}: {error.reason}: {error.detail}: remove the file, or run "
+                "'dinogen faces' with prepare.faces.align=none, which lists such files and goes on"
+            ) from None
+        with Image.open(picture.path) as image:
+            image_format = {"JPEG": "jpg", "PNG": "png"}.get(image.format or "")
+            plain = (
+                image.mode == "RGB" and not image.getexif() and not image.info.get("transparency")
+            )
+        if image_format and plain:
+            yield Crop(picture.key, picture.path.read_bytes(), image_format, {})
+            continue
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        yield Crop(picture.key, buffer.getvalue(), "png", {})
+
+
+def _check_settings(src: Path, out: Path, config: FacesConfig) -> None:
+    """Refuse to mix faces of different settings or photos in one folder."""
+    settings: dict[str, Any] = {
+        "src": str(src.resolve()),
+        "faces": config.model_dump(mode="json", exclude=_SPEED_ONLY),
+    }
+    if out.exists() and not out.is_dir():
+        raise PrepareError(f"{out}: is a file: choose a folder")
+    path = out / _SETTINGS
+    if path.exists():
+        before = _read_json(path)
+        if before["src"] != settings["src"]:
+            raise PrepareError(
+                f"{out}: holds faces of other photos ({before['src']}): choose another folder; "
+                f"if the photos have only moved, write their place into {path}"
+            )
+        changed = [
+            f"{name} {before['faces'].get(name)} is now {value}"
+            for name, value in settings["faces"].items()
+            if before["faces"].get(name) != value
+        ]
+        if changed:
+            raise PrepareError(
+                f"{out}: holds faces made with other settings ({', '.join(changed)}): choose "
+                "another folder, or delete this one"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise PrepareError(
+            f"{out}: is not empty and was not written by 'dinogen faces': choose another folder"
+        )
+    else:
+        write_json(path, settings)
+
+
+def _finished(out: Path, photo: Photo, config: FacesConfig) -> list[dict[str, Any]]:
+    """The metadata of a photo's crops, or nothing unless all of them are there."""
+    if not (out / f"{photo.key}.{config.format}").exists():
+        return []
+    first = _read_json(out / f"{photo.key}.json")
+    keys = [photo.key, *(f"{photo.key}_{i}" for i in range(1, first["num_crops"]))]
+    if not all((out / f"{key}.{config.format}").exists() for key in keys):
+        return []
+    return [first, *(_read_json(out / f"{key}.json") for key in keys[1:])]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise PrepareError(f"{path}: missing: delete the picture beside it and run again") from None
+    except ValueError as error:
+        raise PrepareError(f"{path}: not JSON ({error}): delete it and run again") from None
+    return value
+
+
+def _write_rejected(path: Path, rejections: list[Rejection]) -> None:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["source", "reason", "detail"])
+    writer.writerows([line.source, line.reason, line.detail] for line in rejections)
+    write_text(path, buffer.getvalue())

@@ -1,0 +1,212 @@
+"""Many photos to a stream of crops and rejections, in the order of the photos."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinogen.config import FacesConfig
+from dinogen.prepare.crop import Candidate, Crop, Rejection, Result, cut, read, read_and_cut
+from dinogen.prepare.curate import Duplicates
+from dinogen.prepare.read import Photo, Photos, Unusable, find_photos, probe_photo
+
+if TYPE_CHECKING:
+    import torch
+
+    from dinogen.prepare.detect import FaceDetector
+
+Progress = Callable[[int, int], None]
+
+# Photos are decoded one group ahead of their use; a group has at most so many photos and pixels,
+# or is one single photo.
+_GROUP_PHOTOS = 64
+_GROUP_PIXELS = 50_000_000
+
+
+def iter_faces(
+    src: Path,
+    config: FacesConfig,
+    *,
+    device: str | torch.device = "auto",
+    skip: Callable[[str], bool] | None = None,
+    progress: Progress | None = None,
+    duplicates: Duplicates | None = None,
+) -> Iterator[Crop | Rejection]:
+    """Find, align and judge the faces of every photo below ``src``.
+
+    The order is that of the photos' paths. Memory is bounded by a few dozen photos. The result
+    does not depend on ``num_threads``; on CPU it does not depend on ``batch`` or ``skip`` either,
+    on a GPU these may change the networks' rounding. On CPU each thread works on its own photo,
+    because threads inside these small networks spend their time waiting for each other.
+
+    Args:
+        src: folder, searched with all its subfolders.
+        config: what is accepted, and how it is cut out.
+        device: where faces are detected; ``auto`` is the GPU of this rank if there is one.
+        skip: called with a photo's key; photos for which it is true are passed over.
+        progress: called with the number of photos done (or skipped) and of all photos.
+        duplicates: what is compared against, besides the crops of this call: fill it with the
+            crops of the photos that are skipped. Unused while ``max_duplicate_distance`` is -1.
+
+    Returns:
+        Crops and rejections. Those of one photo follow each other.
+
+    Raises:
+        PrepareError: at once, if ``src`` is missing or holds no photo.
+    """
+    return iter_photos(
+        find_photos(src),
+        config,
+        device=device,
+        skip=skip,
+        progress=progress,
+        duplicates=duplicates,
+    )
+
+
+def iter_photos(
+    photos: Photos,
+    config: FacesConfig,
+    *,
+    device: str | torch.device = "auto",
+    skip: Callable[[str], bool] | None = None,
+    progress: Progress | None = None,
+    duplicates: Duplicates | None = None,
+) -> Iterator[Crop | Rejection]:
+    """:func:`iter_faces` on photos that were already listed."""
+    known = duplicates or Duplicates(config.max_duplicate_distance)
+    total = len(photos.photos)
+    wanted = [p for p in photos.photos if skip is None or not skip(p.key)]
+    num_done = total - len(wanted)
+    if progress is not None:
+        progress(num_done, total)
+    if not wanted:
+        return
+    detector = None
+    if config.align != "none":
+        from dinogen.prepare.detect import FaceDetector
+
+        detector = FaceDetector(device, config.min_face)
+    with _workers(config.num_threads) as pool:
+        for result in _results(wanted, config, detector, pool):
+            yield from _compare(result, config, known)
+            num_done += 1
+            if progress is not None:
+                progress(num_done, total)
+
+
+def _compare(result: Result, config: FacesConfig, known: Duplicates) -> Iterator[Crop | Rejection]:
+    """Drop what repeats an earlier crop, and name the rest."""
+    kept: list[tuple[str, Candidate]] = []
+    rejected = list(result.rejected)
+    for candidate in result.candidates:
+        key = f"{result.photo.key}_{len(kept)}" if kept else result.photo.key
+        if candidate.phash is not None:
+            twin = known.find(candidate.phash)
+            if twin is not None:
+                detail = f"differs from {twin[0]} in {twin[1]} of 64 bits"
+                rejected.append(("duplicate", detail))
+                continue
+            known.add(key, candidate.phash)
+        kept.append((key, candidate))
+    for number, (key, candidate) in enumerate(kept):
+        meta = {**candidate.meta, "num_crops": len(kept)}
+        if number == 0:
+            meta["rejected"] = [list(item) for item in rejected]
+        yield Crop(key, candidate.image, config.format, meta)
+    for reason, detail in rejected:
+        yield Rejection(result.photo.source, reason, detail)
+
+
+@contextmanager
+def _workers(num_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads in which torch starts no threads of its own; the caller's setting stays."""
+    import torch
+
+    before = torch.get_num_threads()
+    ready = threading.Barrier(num_threads + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+
+    with ThreadPoolExecutor(num_threads, "faces", initializer=start) as pool:
+        for _ in range(num_threads):
+            pool.submit(int)  # a thread starts with its first task
+        ready.wait()
+        # Matrix products have one setting for the whole process, and the threads changed it.
+        torch.set_num_threads(before)
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _results(
+    photos: Sequence[Photo],
+    config: FacesConfig,
+    detector: FaceDetector | None,
+    pool: ThreadPoolExecutor,
+) -> Iterator[Result]:
+    """Results in the order of the photos; the next group is read while this one is used."""
+    together = detector is not None and detector.device.type != "cpu"
+
+    def start(group: list[Photo]) -> list[Future[Any]]:
+        if together:
+            return [pool.submit(read, photo, config) for photo in group]
+        return [pool.submit(read_and_cut, photo, config, detector) for photo in group]
+
+    def finish(group: list[Photo], futures: list[Future[Any]]) -> Iterator[Result]:
+        if not together:
+            yield from (future.result() for future in futures)
+            return
+        assert detector is not None
+        read = [future.result() for future in futures]
+        good = [pixels for pixels in read if not isinstance(pixels, Unusable)]
+        found = iter(detector.detect(good, config.batch))
+        results = [
+            pool.submit(cut, photo, pixels, config, None)
+            if isinstance(pixels, Unusable)
+            else pool.submit(cut, photo, pixels, config, next(found))
+            for photo, pixels in zip(group, read, strict=True)
+        ]
+        yield from (future.result() for future in results)
+
+    ahead: tuple[list[Photo], list[Future[Any]]] | None = None
+    for group in _groups(photos, config, pool):
+        futures = start(group)
+        if ahead is not None:
+            yield from finish(*ahead)
+        ahead = (group, futures)
+    if ahead is not None:
+        yield from finish(*ahead)
+
+
+def _groups(
+    photos: Sequence[Photo], config: FacesConfig, pool: ThreadPoolExecutor
+) -> Iterator[list[Photo]]:
+    """Runs of photos whose pixels fit in memory together, by their headers."""
+
+    def num_pixels(photo: Photo) -> int:
+        try:
+            width, height = probe_photo(photo.path, config.max_pixels)
+        except Unusable:
+            return 0  # reported when it is read
+        return width * height
+
+    group: list[Photo] = []
+    room = _GROUP_PIXELS
+    for start in range(0, len(photos), _GROUP_PHOTOS):
+        part = photos[start : start + _GROUP_PHOTOS]
+        for photo, pixels in zip(part, pool.map(num_pixels, part), strict=True):
+            if group and (pixels > room or len(group) == _GROUP_PHOTOS):
+                yield group
+                group, room = [], _GROUP_PIXELS
+            group.append(photo)
+            room -= pixels
+    if group:
+        yield group
