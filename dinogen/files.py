@@ -6,32 +6,20 @@ A job may be killed at any moment, and the next one decides by a file's presence
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from shards.files import atomic_write
 
 
-@contextmanager
-def open_whole(path: Path) -> Iterator[BinaryIO]:
-    """Binary file that takes its place at ``path`` when the block ends without an exception.
-
-    The folder of ``path`` is made. After an exception nothing is left and an older file at
-    ``path`` is as it was.
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, whole or not at all; the folder of ``path`` is made.
 
     Raises:
-        OSError: the folder or file cannot be written.
+        OSError: the folder or file cannot be written; an older file at ``path`` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
-        yield file
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, whole or not at all; see :func:`open_whole`."""
-    with open_whole(path) as file:
         file.write(data)
 
 

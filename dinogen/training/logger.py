@@ -43,7 +43,10 @@ class Logger:
             state: what :meth:`state` gave, or None.
         """
         if state is not None and dist.is_main():
-            self.sums = {k: torch.tensor(v, dtype=torch.float64) for k, v in state["sums"].items()}
+            self.sums = {
+                name: torch.tensor(math.nan if value is None else value, dtype=torch.float64)
+                for name, value in state["sums"].items()
+            }
             self.weights = dict(state["weights"])
         if self.folder is None:
             return
@@ -92,7 +95,7 @@ class Logger:
             torch.tensor([self.weights[name] for name in names], dtype=torch.float64)
         ).tolist()
         return {
-            "sums": dict(zip(names, sums, strict=True)),
+            "sums": {name: _json_number(value) for name, value in zip(names, sums, strict=True)},
             "weights": dict(zip(names, weights, strict=True)),
         }
 
@@ -101,9 +104,7 @@ class Logger:
         if self.folder is None or self.writer is None:
             return
         line = {"nimg": nimg, "stage": self.stage} | {
-            # JSON knows no NaN; readers meet null
-            name: value if value is not None and math.isfinite(value) else None
-            for name, value in values.items()
+            name: _json_number(value) for name, value in values.items()
         }
         with (self.folder / "stats.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -130,6 +131,11 @@ class Logger:
         """Close the files."""
         if self.writer is not None:
             self.writer.close()
+
+
+def _json_number(value: float | None) -> float | None:
+    """JSON knows no NaN and no infinity; readers meet null."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _nimg(line: str) -> float:

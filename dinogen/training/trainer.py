@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -192,7 +193,8 @@ class Trainer:
         means = self.logger.flush()
         window, elapsed = self.window, max(time.monotonic() - self.window.began, 1e-9)
         self.progress.seconds += elapsed
-        self.progress.loss = means.get("loss")
+        loss = means.get("loss", math.nan)
+        self.progress.loss = loss if math.isfinite(loss) else None
         values: dict[str, float | None] = {
             **means,
             **self.family.constants(),

@@ -1,4 +1,4 @@
-"""A tiny packed dataset of drawn pictures with a tiny random DINOv2, and configs that train on it."""
+"""A tiny packed dataset of drawn pictures, a tiny random DINOv2, and configs that train on it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def data_folder(tmp_path_factory, guide_folder) -> Path:
     yy, xx = np.mgrid[:32, :32]
     samples = []
     for number in range(NUM_SAMPLES):
-        cx, cy, radius = rng.uniform(10, 22, 2).tolist() + [rng.uniform(4, 10)]
+        cx, cy, radius = [*rng.uniform(10, 22, 2).tolist(), rng.uniform(4, 10)]
         inside = (xx - cx) ** 2 + (yy - cy) ** 2 < radius**2
         pixels = np.where(inside[..., None], rng.integers(128, 255, 3), rng.integers(0, 100, 3))
         file = io.BytesIO()

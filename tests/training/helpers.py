@@ -18,19 +18,23 @@ from dinogen.training.checkpoint import newest_checkpoint
 WALL_CLOCK = {"images_per_s", "data_wait"}
 
 
-def train_here(dumped: dict) -> None:
+def train_here(dumped: dict | None) -> None:
     """Train in this process; target of :func:`start`."""
     from dinogen.training.run import train
 
     torch.set_num_threads(1)
-    train(parse_config(dumped))
+    if dumped is not None:
+        train(parse_config(dumped))
 
 
-def start(config: Config) -> multiprocessing.process.BaseProcess:
-    """A fresh process that trains. It is forked from one that has only imported, not computed."""
+def start(config: Config | None) -> multiprocessing.process.BaseProcess:
+    """A fresh process that trains, or does nothing for None.
+
+    It is forked from one that has only imported, not computed.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dinogen.training.run", "dinogen.features.dinov2"])
-    process = context.Process(target=train_here, args=(config.model_dump(mode="json"),))
+    process = context.Process(target=train_here, args=(config and config.model_dump(mode="json"),))
     process.start()
     return process
 

@@ -34,6 +34,7 @@ def assert_same_run(config, reference):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_at_random_moments_it_ends_bitwise_the_same(make_config, seed):
+    start(None).join(60)  # the imports are done before the clock starts
     reference = make_config(run="whole")
     began = time.monotonic()
     process = start(reference)
@@ -44,16 +45,16 @@ def test_killed_at_random_moments_it_ends_bitwise_the_same(make_config, seed):
     config = make_config(run="killed")
     rng = random.Random(seed)
     num_kills = 0
-    while num_kills < 40:
+    for delay in [*(rng.uniform(0.3, 0.9) * whole for _ in range(5)), 120]:
         process = start(config)
-        process.join(rng.uniform(0.2, 0.9) * whole)
+        process.join(delay)
         if process.exitcode is not None:
             assert process.exitcode == 0
             break
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         num_kills += 1
-    assert 1 <= num_kills < 40
+    assert 1 <= num_kills <= 5
     assert_same_run(config, reference)
 
 
