@@ -1,12 +1,10 @@
-"""The offset index of a shard: made by walking over the tar, kept beside it, checked on loading."""
+"""The offset index of a shard: what it holds, and its file beside the tar."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import CorruptSample, IndexFileError
-from shards.files import atomic_write, sum64
-from shards.manifest import LevelInfo as LevelInfo
-from shards.manifest import Manifest as Manifest
-from shards.manifest import ShardInfo as ShardInfo
-from shards.sample import META_SUFFIX, decode_meta, level_of_suffix, npy_header
-from shards.tar import Member, TarError, walk
+from shards.errors import IndexFileError
+from shards.files import atomic_write
 
 FORMAT = "dinogen-index"
 VERSION = 1
@@ -90,127 +83,6 @@ class ShardIndex:
 def index_name(shard: str) -> str:
     """File name of the index of a shard."""
     return shard.removesuffix(".tar") + ".index.npz"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One sample found in a tar: its members by suffix."""
-
-    key: str
-    members: dict[str, Member]
-
-
-def entries(descriptor: int, shard: str) -> Iterator[Entry]:
-    """Samples of a tar, as WebDataset groups them: neighbours with the same key.
-
-    Raises:
-        TarError: where the tar is damaged, after the last sample that is whole.
-        CorruptSample: if a sample has one member twice.
-    """
-    key: str | None = None
-    members: dict[str, Member] = {}
-    for member in walk(descriptor):
-        folder, slash, base = member.name.rpartition("/")
-        stem, dot, suffix = base.partition(".")
-        if not dot or not stem:
-            continue
-        mine = folder + slash + stem
-        if mine != key:
-            if key is not None:
-                yield Entry(key, members)
-            key, members = mine, {}
-        if suffix.lower() in members:
-            raise CorruptSample(shard, mine, suffix, "the sample has this member twice")
-        members[suffix.lower()] = member
-    if key is not None:
-        yield Entry(key, members)
-
-
-def payload_start(member: Member, suffix: str, shard: str, key: str) -> tuple[int, Column]:
-    """Bytes before the payload of a member, and the column it belongs to.
-
-    Raises:
-        CorruptSample: if a level's .npy header is damaged or does not fit its size.
-    """
-    if level_of_suffix(suffix) is None:
-        return 0, Column(suffix)
-    try:
-        shape, dtype, header = npy_header(member.head, member.name)
-    except ValueError as error:
-        raise CorruptSample(shard, key, suffix, str(error)) from error
-    if dtype.str not in ("<f2", "<f4") or len(shape) != 2:
-        raise CorruptSample(
-            shard, key, suffix, f"is {dtype} {shape}; needed is float16 or float32 (places, C)"
-        )
-    if header + int(np.prod(shape)) * dtype.itemsize != member.size:
-        raise CorruptSample(shard, key, suffix, f"{member.size} bytes do not fit {shape} {dtype}")
-    return header, Column(suffix, dtype.str, shape)
-
-
-def scan(path: Path, with_sums: bool) -> ShardIndex:
-    """Index of a tar, from its headers alone or (with_sums) from all its bytes.
-
-    Raises:
-        IndexFileError: if the tar is damaged or empty.
-        CorruptSample: if a sample's members contradict the others'.
-    """
-    columns: dict[str, Column] = {}
-    keys: list[bytes] = []
-    rows: list[dict[str, tuple[int, int, int]]] = []
-    labels: list[int | None] = []
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        num_bytes = os.fstat(descriptor).st_size
-        for entry in entries(descriptor, path.name):
-            row = {}
-            for suffix, member in entry.members.items():
-                header, column = payload_start(member, suffix, path.name, entry.key)
-                known = columns.setdefault(suffix, column)
-                if known != column:
-                    what = f"is {column.dtype} {column.shape}, others {known.dtype} {known.shape}"
-                    raise CorruptSample(path.name, entry.key, suffix, what)
-                offset, size = member.offset + header, member.size - header
-                total = sum64(os.pread(descriptor, size, offset)) if with_sums else 0
-                row[suffix] = (offset, size, total)
-            keys.append(entry.key.encode("utf-8", "surrogateescape"))
-            rows.append(row)
-            labels.append(_label(descriptor, entry, path.name))
-    except TarError as error:
-        raise IndexFileError(
-            f"{path}: {error}; run `dinogen shards repair` to keep the samples before it"
-        ) from error
-    finally:
-        os.close(descriptor)
-    if not keys:
-        raise IndexFileError(f"{path}: holds no sample; delete the file")
-    if len(set(keys)) != len(keys):
-        raise IndexFileError(f"{path}: a key occurs twice; pack the data anew with unique keys")
-    table = np.full((len(rows), len(columns), 3), -1, dtype=object)
-    for i, row in enumerate(rows):
-        for j, suffix in enumerate(columns):
-            table[i, j] = row.get(suffix, (-1, 0, 0))
-    return ShardIndex(
-        num_bytes=num_bytes,
-        columns=tuple(columns.values()),
-        keys=np.array(keys),
-        offsets=table[:, :, 0].astype(np.int64),
-        sizes=table[:, :, 1].astype(np.int64),
-        sums=table[:, :, 2].astype(np.uint64) if with_sums else None,
-        labels=None if None in labels else np.array(labels, np.int64),
-    )
-
-
-def _label(descriptor: int, entry: Entry, shard: str) -> int | None:
-    member = entry.members.get(META_SUFFIX)
-    if member is None:
-        return None
-    whole = len(member.head) == member.size
-    data = member.head if whole else os.pread(descriptor, member.size, member.offset)
-    try:
-        label: int | None = decode_meta(data, entry.key).get("label")
-    except ValueError as error:
-        raise CorruptSample(shard, entry.key, META_SUFFIX, str(error)) from error
-    return label
 
 
 def save(index: ShardIndex, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A folder of plain WebDataset tars, described as if it had a manifest."""
+"""A folder of plain WebDataset tars: described as if it had a manifest, or given one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from shards import index as index_files
 from shards.errors import ManifestError
+from shards.files import sha256_file
 from shards.index import ShardIndex
 from shards.manifest import SPLITS, LevelInfo, Manifest, ShardInfo, split_table
 from shards.sample import level_grid, level_of_suffix
-from shards.table import load_plain_index
+from shards.stats import Statistics, save_statistics, shard_moments
+from shards.table import build_index, load_plain_index
 
 _SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d+\.tar")
 
@@ -75,3 +78,57 @@ def levels_of(index: ShardIndex, shard: str) -> dict[str, LevelInfo]:
         dtype = np.dtype(column.dtype).name
         levels[name] = LevelInfo(grid=grid, channels=column.shape[1], dtype=dtype)
     return levels
+
+
+def adopt(folder: Path) -> Manifest:
+    """Give a folder of plain tars whole indexes, statistics and a manifest, by reading it all.
+
+    Raises:
+        ManifestError: if there are no tars, or they hold different levels.
+        IndexFileError: if a tar is damaged.
+    """
+    for tar in sorted(folder.glob("*.tar")):
+        build_index(tar, with_sums=True)
+    manifest, _ = describe_plain(folder)
+    shards = tuple(
+        shard.model_copy(update={"sha256": sha256_file(folder / shard.name)})
+        for shard in manifest.shards
+    )
+    return complete(folder, manifest.model_copy(update={"shards": shards}))
+
+
+def complete(folder: Path, manifest: Manifest) -> Manifest:
+    """Count and measure anew what a manifest says about its shards, and save it.
+
+    Args:
+        folder: of the dataset.
+        manifest: with the right shards; splits, labels and statistics are made from them.
+
+    Raises:
+        IndexFileError: if a shard and its index do not fit.
+        CorruptSample: if a sample of the train split cannot be read.
+    """
+    statistics = Statistics()
+    has_labels = True
+    for shard in manifest.shards:
+        index = index_files.load(folder / index_files.index_name(shard.name))
+        has_labels &= index.labels is not None
+        if shard.split == "train" and manifest.levels:
+            statistics.merge(shard_moments(folder / shard.name, index))
+    variances = statistics.total_variances()
+    fractions = {
+        name: info.fraction for name, info in manifest.splits.items() if info.fraction is not None
+    }
+    manifest = manifest.model_copy(
+        update={
+            "has_labels": has_labels,
+            "splits": split_table(manifest.shards, fractions),
+            "levels": {
+                name: info.model_copy(update={"total_variance": variances.get(name)})
+                for name, info in manifest.levels.items()
+            },
+            "statistics": save_statistics(statistics, folder) if variances else None,
+        }
+    )
+    manifest.save(folder)
+    return manifest

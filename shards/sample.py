@@ -122,7 +122,7 @@ def encode(sample: Sample) -> dict[str, bytes]:
         raise ValueError(f"{sample.key}: meta is not JSON: {error}") from error
     members = {sample.image_format: sample.image, META_SUFFIX: text.encode()}
     for name, values in sample.levels.items():
-        members[level_suffix(name)] = _npy(to_float16(sample.key, name, values))
+        members[level_suffix(name)] = encode_npy(to_float16(sample.key, name, values))
     return dict(sorted(members.items()))
 
 
@@ -180,7 +180,8 @@ def to_float16(key: str, name: str, values: npt.NDArray[Any]) -> npt.NDArray[np.
     return small
 
 
-def _npy(array: npt.NDArray[np.float16]) -> bytes:
+def encode_npy(array: npt.NDArray[Any]) -> bytes:
+    """A .npy file whose payload begins at byte 128, aligned for reading without a copy."""
     file = io.BytesIO()
     np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
     return file.getvalue()

@@ -18,6 +18,7 @@ from shards.errors import CorruptSample, IndexFileError, ShardsError
 from shards.files import sha256_file
 from shards.index import ShardIndex
 from shards.manifest import ShardInfo
+from shards.scan import scan
 
 log = logging.getLogger(__name__)
 # Each rank walks its own lanes, 64 at most by default, each within a few shards.
@@ -236,7 +237,7 @@ def build_index(tar: Path, with_sums: bool) -> ShardIndex:
         IndexFileError: if the tar is damaged.
     """
     try:
-        index = index_files.scan(tar, with_sums)
+        index = scan(tar, with_sums)
     except CorruptSample as error:
         raise IndexFileError(str(error)) from error
     path = tar.with_name(index_files.index_name(tar.name))

@@ -9,6 +9,7 @@ from shards import index as index_files
 from shards.files import AtomicFile
 from shards.index import ShardIndex
 from shards.manifest import ShardInfo
+from shards.scan import scan
 
 
 class ShardWriter:
@@ -49,7 +50,7 @@ class ShardWriter:
         self._tar.close()
         self._file.commit()
         # Read back from what was written: no second way to compute an offset.
-        index = index_files.scan(self._path, with_sums=True)
+        index = scan(self._path, with_sums=True)
         index_files.save(index, self._path.with_name(index_files.index_name(self._path.name)))
         info = ShardInfo(
             name=self._path.name,

@@ -1,0 +1,125 @@
+"""``dinogen shards``: look at packed data, check it, rebuild what can be rebuilt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Look at packed data, check it, mend it.")
+
+Location = Annotated[
+    str, typer.Argument(help="Folder of a dataset, or its URL (s3://, gs://, ...).", metavar="DATA")
+]
+Folder = Annotated[
+    Path, typer.Argument(help="Folder of a dataset.", metavar="DATA", exists=True, file_okay=False)
+]
+CacheDir = Annotated[
+    Path | None, typer.Option(help="Where the shards of a URL are kept [~/.cache/dinogen/shards].")
+]
+
+
+def register(parent: typer.Typer) -> None:
+    """Add ``dinogen shards`` to the command line."""
+    parent.add_typer(app, name="shards", no_args_is_help=True)
+
+
+@app.command("ls")
+def ls(data: Location, cache_dir: CacheDir = None) -> None:
+    """List splits, levels and shards, and where the features came from.
+
+    [bold]Example[/bold]  dinogen shards ls data/faces
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from shards import open_dataset
+
+    manifest = open_dataset(data, cache_dir=cache_dir).manifest
+    console = Console()
+    splits = Table("split", "samples", "shards", "MB", title=f"{data}")
+    for name, split in manifest.splits.items():
+        size = sum(shard.num_bytes for shard in manifest.shards if shard.split == name)
+        splits.add_row(name, f"{split.num_samples:,}", str(split.num_shards), f"{size / 1e6:,.1f}")
+    console.print(splits)
+    levels = Table("level", "grid", "channels", "dtype", "collapse floor (total variance)")
+    for name, level in manifest.levels.items():
+        floor = "unknown" if level.total_variance is None else f"{level.total_variance:.6g}"
+        levels.add_row(name, f"{level.grid}x{level.grid}", str(level.channels), level.dtype, floor)
+    console.print(levels)
+    shards = Table("shard", "samples", "MB", "sha256")
+    for shard in manifest.shards:
+        digest = shard.sha256[:16] if shard.sha256 else "never checked"
+        shards.add_row(
+            shard.name, f"{shard.num_samples:,}", f"{shard.num_bytes / 1e6:,.1f}", digest
+        )
+    console.print(shards)
+    size = manifest.image_size
+    console.print(f"images: {f'{size}x{size}' if size else 'never checked'}")
+    console.print(f"labels: {'yes' if manifest.has_labels else 'no'}")
+    for title, facts in (("guide", manifest.guide), ("prepare", manifest.prepare)):
+        text = ", ".join(f"{key}={value}" for key, value in facts.items())
+        console.print(f"{title}: {text or 'not recorded'}", markup=False)
+
+
+@app.command()
+def verify(data: Location, cache_dir: CacheDir = None) -> None:
+    """Reread every byte and name each damaged shard and sample; exits 1 if there is any.
+
+    [bold]Example[/bold]  dinogen shards verify data/faces
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from shards import open_dataset
+    from shards.verify import verify as verify_dataset
+
+    dataset = open_dataset(data, cache_dir=cache_dir)
+    total = sum(shard.num_samples for shard in dataset.manifest.shards)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("samples", total=total)
+        problems = verify_dataset(dataset, lambda count: bar.advance(task, count))
+    console = Console()
+    if not problems:
+        console.print(f"{data}: {total:,} samples in {len(dataset.manifest.shards)} shards, sound")
+        return
+    table = Table("file", "sample", "member", "what is wrong", "what to do", title=data)
+    for problem in problems:
+        table.add_row(problem.shard, problem.key, problem.member, problem.what, problem.mend)
+    console.print(table)
+    console.print(f"{data}: {len(problems)} problems")
+    raise typer.Exit(1)
+
+
+@app.command("index")
+def make_index(data: Folder) -> None:
+    """Make missing or wrong indexes anew; give plain WebDataset tars a manifest and statistics.
+
+    [bold]Example[/bold]  dinogen shards index data/tars-from-elsewhere
+    """
+    from shards.repair import rebuild_indexes
+
+    for line in rebuild_indexes(data) or ["all indexes fit their shards"]:
+        typer.echo(line)
+
+
+@app.command()
+def repair(
+    data: Folder,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
+) -> None:
+    """Rewrite damaged shards without their damaged samples; bring manifest and indexes up to date.
+
+    What is lost stays lost: look at [bold]dinogen shards verify[/bold] first, and restore shards
+    from a copy where there is one.
+
+    [bold]Example[/bold]  dinogen shards repair data/faces
+    """
+    from shards.repair import repair as repair_dataset
+
+    if not yes:
+        typer.confirm(f"{data}: drop every sample that cannot be read?", abort=True)
+    for line in repair_dataset(data) or ["nothing to repair"]:
+        typer.echo(line)
