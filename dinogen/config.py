@@ -226,6 +226,11 @@ class Config(Section):
         sizes = [stage.resolution for stage in self.stages]
         if any(b != 2 * a for a, b in itertools.pairwise(sizes)):
             raise ValueError(f"stages {sizes}: each stage has to double the resolution before it")
+        if self.stages[0].fade_kimg:
+            raise ValueError(
+                f"stages.0: fade_kimg is {self.stages[0].fade_kimg}, but the first stage has none "
+                "before it to fade in from: leave it out"
+            )
         return self
 
 

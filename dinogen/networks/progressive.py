@@ -66,12 +66,13 @@ class ProgressiveGenerator(nn.Module):
         )
         self.register_buffer("alpha", torch.ones(()))
         self.fading = False
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, a=LEAK)
-                nn.init.zeros_(module.bias)
-        for module in self.to_rgb.values():
-            nn.init.xavier_normal_(module.weight)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.startswith("to_rgb"):
+                nn.init.xavier_normal_(parameter)
+            else:
+                nn.init.kaiming_normal_(parameter, a=LEAK)
 
     def new_parameters(self) -> set[str]:
         """Names of the parameters that this resolution adds: its block and its ToRGB."""
