@@ -14,7 +14,7 @@ import typer
 from typer.models import CommandInfo
 
 from dinogen.errors import UserError
-from launch.commands import config, doctor
+from launch.commands import config, doctor, train
 
 HELP = """Train image generators that are guided by frozen DINOv2 features.
 
@@ -77,8 +77,8 @@ def _options(
         os.environ["DINOGEN_DEBUG"] = "1"
 
 
-config.register(app)
-doctor.register(app)
+for group in (train, config, doctor):
+    group.register(app)
 
 
 def _arrange() -> None:
@@ -104,14 +104,14 @@ _arrange()
 
 
 def main() -> None:
-    """Run the command line; known errors end as one line with exit code 1."""
+    """Run the command line; known errors end as one line with the error's exit code."""
     try:
         app()
     except Exception as error:
         if os.environ.get("DINOGEN_DEBUG") or not _known(error):
             raise
         print(f"dinogen: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(getattr(error, "exit_code", 1))
 
 
 def _known(error: Exception) -> bool:

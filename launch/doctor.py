@@ -154,6 +154,38 @@ def check_turbojpeg() -> Finding:
     return Finding("TurboJPEG", "ok", f"simplejpeg {_version('simplejpeg')}")
 
 
+def check_torchvision() -> Finding:
+    """torchvision, which on some machines is linked to another build of torch."""
+    from dinogen._torchvision import ensure_torchvision
+
+    ensure_torchvision()
+    import torchvision
+    from torchvision.extension import _has_ops
+
+    if _has_ops():
+        return Finding("torchvision", "ok", torchvision.__version__)
+    found = f"{torchvision.__version__}, built for another torch: dinogen's own nms stands in"
+    return Finding("torchvision", "note", found, "none needed: nothing else of it is used")
+
+
+def check_weights() -> Finding:
+    """Weights of the default guide: here, on the network, or out of reach."""
+    from dinogen.config import GuideConfig
+    from dinogen.features.hub import weights_reachable
+
+    path = GuideConfig().path
+    place = weights_reachable(path)
+    if place is None:
+        return Finding(
+            "guide weights",
+            "warn",
+            f"{path} cannot be reached",
+            f"on a machine with network: hf download {path} --local-dir dinov2; copy that folder "
+            "here and set guide.path to it; without it the demo uses a random guide",
+        )
+    return Finding("guide weights", "ok", f"{path}: {place}")
+
+
 def check_slurm() -> Finding:
     """Slurm's sbatch on the PATH, and whether it answers."""
     sbatch = shutil.which("sbatch")
@@ -220,10 +252,12 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "Python": check_python,
     "packages": check_packages,
     "torch": check_torch,
+    "torchvision": check_torchvision,
     "GPUs": check_gpus,
     "collectives": check_collectives,
     "DeepSpeed": check_deepspeed,
     "TurboJPEG": check_turbojpeg,
+    "guide weights": check_weights,
     "Slurm": check_slurm,
     "disk": check_disk,
     "CPU cores": check_cores,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from dinogen.config import Config
 
 app = typer.Typer(help="Show a whole resolved config, or write the schema for editors.")
 
@@ -29,9 +26,12 @@ def show(
 
     [bold]Example[/bold]  dinogen config show configs/demo.yaml stages.0.kimg=2
     """
-    from dinogen.config import load_config
+    from dinogen.config import dump_config, load_config
 
-    typer.echo(resolved_yaml(load_config(file, overrides or ())), nl=False)
+    config = load_config(file, overrides or ())
+    from dinogen.families.base import resolve  # waits for torch: a mistake is told before
+
+    typer.echo(dump_config(resolve(config)), nl=False)
 
 
 @app.command()
@@ -56,22 +56,6 @@ def schema(
     else:
         write_text(out, text)
         typer.echo(f"wrote {out}")
-
-
-def resolved_yaml(config: Config) -> str:
-    """The config with every default written out, the family's own options included.
-
-    Raises:
-        ConfigError: an option of the family is unknown or out of range.
-    """
-    import yaml
-
-    from dinogen.families.base import family_options
-
-    whole = config.model_dump(mode="json")
-    options = family_options(config).model_dump(mode="json")
-    whole["family"] = {"name": config.family.name, **options}
-    return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> dict[str, Any]:

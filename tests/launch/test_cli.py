@@ -1,0 +1,146 @@
+"""The command line: instant help, one clear line for known errors, commands under headings."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dinogen.errors import UserError
+from launch import cli
+from shards.errors import ManifestError
+
+ROOT = Path(__file__).parents[2]
+HELP_SECONDS = 0.5
+
+
+def dinogen(*arguments, **variables):
+    environment = {**os.environ, "DINOGEN_DEBUG": "", **variables}
+    return subprocess.run(
+        [sys.executable, "-m", "launch.cli", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['dinogen', '--help']\n"
+        "from launch.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "Usage" in done.stdout
+    loaded = set(done.stderr.replace("'", " ").replace(",", " ").split())
+    assert "typer" in loaded
+    assert loaded & {"torch", "numpy", "transformers", "pydantic", "matplotlib", "PIL"} == set()
+
+
+def cpu_of_help():
+    before = os.times()
+    assert dinogen("--help").returncode == 0
+    after = os.times()
+    return after[2] + after[3] - before[2] - before[3]
+
+
+def test_help_costs_little_cpu():
+    assert min(cpu_of_help() for _ in range(3)) < HELP_SECONDS
+
+
+def every_command(group=cli.app, path=()):
+    for command in group.registered_commands:
+        yield (*path, cli._name(command))
+    for sub in group.registered_groups:
+        yield from every_command(sub.typer_instance, (*path, sub.name))
+
+
+@pytest.mark.parametrize("path", list(every_command()), ids=" ".join)
+def test_every_command_explains_itself_by_an_example(path):
+    result = CliRunner().invoke(cli.app, [*path, "--help"], terminal_width=200)
+    assert result.exit_code == 0, result.output
+    assert "Example" in result.output
+    assert f"dinogen {' '.join(path)}" in result.output
+
+
+def test_every_command_has_its_heading():
+    panels = {cli._name(c): c.rich_help_panel for c in cli.app.registered_commands}
+    panels |= {str(g.name): g.rich_help_panel for g in cli.app.registered_groups}
+    assert set(panels.values()) <= set(cli.PANELS)
+    assert panels["train"] == "Train"
+    assert panels["doctor"] == "Machine"
+
+
+def test_a_known_error_is_one_line_and_no_traceback(tmp_path):
+    done = dinogen("config", "show", tmp_path / "nope.yaml")
+    assert done.returncode == 1
+    assert done.stderr == f"dinogen: {tmp_path / 'nope.yaml'}: no such config file\n"
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables"), [(("--debug",), {}), ((), {"DINOGEN_DEBUG": "1"})]
+)
+def test_debug_shows_where_it_came_from(tmp_path, arguments, variables):
+    done = dinogen(*arguments, "config", "show", tmp_path / "nope.yaml", **variables)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "read_mapping" in done.stderr
+
+
+class TakesTwo(UserError):
+    exit_code = 75
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError("a"), 1), (TakesTwo("b"), 75), (ManifestError("c"), 1)]
+)
+def test_errors_of_all_packages_are_known(monkeypatch, capsys, error, code):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.delenv("DINOGEN_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    assert capsys.readouterr().err == f"dinogen: {error}\n"
+
+
+def test_an_error_of_ours_is_not_hidden(monkeypatch):
+    def fail():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_a_misspelt_command_is_refused():
+    done = dinogen("trian")
+    assert done.returncode == 2
+    assert "trian" in done.stderr
+
+
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert dinogen("--version").stdout == f"dinogen {version('dinogen')}\n"
+
+
+def test_doctor_speaks_json_and_finds_this_interpreter():
+    done = dinogen("doctor", "--json", HF_HUB_OFFLINE="1")
+    findings = {item["name"]: item for item in json.loads(done.stdout)}
+    broken = [item for item in findings.values() if item["status"] == "broken"]
+    assert broken == []
+    assert done.returncode == 0
+    assert ".".join(map(str, sys.version_info[:3])) in findings["Python"]["found"]

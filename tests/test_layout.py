@@ -1,0 +1,205 @@
+"""The house rules that no linter knows: which way imports run, who may know what."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("shards", "dinogen", "launch")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MAX_LINES = 320
+
+# What each part may import of ours, besides itself and the basics below. A part that is not
+# listed here fails, so that a new one has to find its place first.
+BASICS = {
+    "dinogen",
+    "dinogen.config",
+    "dinogen.config_errors",
+    "dinogen.config_file",
+    "dinogen.draws",
+    "dinogen.errors",
+    "dinogen.files",
+    "dinogen._torchvision",
+}
+MAY_IMPORT = {
+    "dinogen.features": set(),
+    "dinogen.networks": set(),
+    "dinogen.losses": set(),
+    "dinogen.diffusion": set(),
+    "dinogen.report": set(),
+    "dinogen.prepare": {"dinogen.features", "dinogen.dist", "dinogen.report.pictures"},
+    "dinogen.metrics": {"dinogen.features", "dinogen.dist"},
+    "dinogen.families": {
+        "dinogen.features",
+        "dinogen.networks",
+        "dinogen.losses",
+        "dinogen.diffusion",
+    },
+    "dinogen.training": {"dinogen.families.base", "dinogen.dist", "dinogen.report"},
+    "dinogen.dist": set(),
+}
+HEAVY = {"torch", "torchvision", "transformers", "deepspeed", "facenet_pytorch"}
+STARTUP = HEAVY | {"numpy", "PIL", "matplotlib", "pydantic", "jinja2", "huggingface_hub", "yaml"}
+
+
+@cache
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def module(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module(path) for path in FILES}
+
+
+def imports(path, nodes=None):
+    """Modules that a file imports, anywhere in it: ours by their full name."""
+    found = set()
+    for node in ast.walk(tree(path)) if nodes is None else nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return found
+
+
+def ours(path):
+    return {name for name in imports(path) if name.partition(".")[0] in PACKAGES}
+
+
+def inside(name, part):
+    return name == part or name.startswith(part + ".")
+
+
+def part_of(name):
+    """``dinogen.features.hub`` -> ``dinogen.features``."""
+    return ".".join(name.split(".")[:2])
+
+
+def under(*folders):
+    return [path for folder in folders for path in FILES if (ROOT / folder) in path.parents]
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def test_the_files_are_found():
+    assert {"launch.cli", "dinogen.config", "dinogen.training.trainer", "shards.order"} <= MODULES
+
+
+@pytest.mark.parametrize("path", under("shards"), ids=name_of)
+def test_shards_imports_nothing_of_ours_and_no_model(path):
+    assert {name for name in ours(path) if not inside(name, "shards")} == set()
+    foreign = {name.partition(".")[0] for name in imports(path)}
+    assert foreign & (HEAVY - {"torch"}) == set()
+
+
+@pytest.mark.parametrize("path", under("dinogen"), ids=name_of)
+def test_dinogen_does_not_know_how_it_is_started(path):
+    assert {name for name in ours(path) if inside(name, "launch")} == set()
+
+
+@pytest.mark.parametrize("path", under("dinogen"), ids=name_of)
+def test_imports_inside_dinogen_run_one_way(path):
+    here = module(path)
+    part = part_of(here)
+    if here in BASICS:
+        wrong = {name for name in ours(path) if inside(name, "dinogen") and name not in BASICS}
+    elif part == "dinogen.demo":
+        wrong = set()  # the demo stands above all of it, as a user does
+    else:
+        allowed = BASICS | MAY_IMPORT[part] | {part}
+        wrong = {
+            name
+            for name in ours(path)
+            if inside(name, "dinogen") and not any(inside(name, ok) for ok in allowed - {"dinogen"})
+        } - {"dinogen"}
+    assert wrong == set()
+
+
+@pytest.mark.parametrize("path", under("dinogen/report"), ids=name_of)
+def test_the_report_reads_files_only(path):
+    foreign = {name.partition(".")[0] for name in imports(path)}
+    assert foreign & (HEAVY | {"shards"}) == set()
+
+
+@pytest.mark.parametrize("path", under("launch"), ids=name_of)
+def test_help_waits_for_nothing_heavy(path):
+    if path.parent.name != "commands" and path.name != "cli.py":
+        return  # imported by the commands when they run
+    at_start = [
+        node
+        for node in tree(path).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))  # not those below TYPE_CHECKING
+    ]
+    found = {name.partition(".")[0] for name in imports(path, at_start)}
+    assert found & STARTUP == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_dist_reads_where_this_process_stands(path):
+    if module(path) == "dinogen.dist":
+        return
+    words = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    strings = {
+        node.value
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert {text for text in strings if text in words or text.startswith("SLURM_")} == set()
+
+
+@pytest.mark.parametrize("path", under("dinogen/training", "launch"), ids=name_of)
+def test_trainer_and_launcher_name_no_family(path):
+    folder = ROOT / "dinogen" / "families"
+    families = {file.stem for file in folder.glob("*.py")} - {"__init__", "base"}
+    assert families
+    strings = {
+        node.value
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert strings & families == set()
+    modules = {f"dinogen.families.{family}" for family in families}
+    assert imports(path) & modules == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_each_file_states_its_job_in_its_first_line(path):
+    text = ast.get_docstring(tree(path))
+    assert text, "no docstring"
+    assert 10 <= len(text.splitlines()[0]) <= 100
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_stay_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nothing_is_unpickled(path):
+    assert {name.partition(".")[0] for name in imports(path)} & {
+        "pickle",
+        "dill",
+        "cloudpickle",
+        "joblib",
+        "marshal",
+        "shelve",
+    } == set()
+    for node in ast.walk(tree(path)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        called = ast.unparse(node.func)
+        given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        if called == "torch.load":
+            assert given.get("weights_only") == "True", f"line {node.lineno}: torch.load"
+        if called in ("np.load", "numpy.load"):
+            assert given.get("allow_pickle") == "False", f"line {node.lineno}: {called}"
