@@ -1,0 +1,244 @@
+"""``dinogen pyramids``: the pyramids of a folder of faces, in part files that survive a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from dinogen import dist
+from dinogen.features import GuideInfo
+from dinogen.files import write_bytes
+from dinogen.prepare.crop import Crop
+from dinogen.prepare.faces import read_faces
+from dinogen.prepare.pyramid import Levels, PyramidMaker, batched
+from dinogen.prepare.read import PrepareError, find_photos
+
+_FORMAT = "dinogen-pyramids"
+_VERSION = 1
+_HEADER = "dinogen"
+# Two guides with these alike give the same features, wherever they were loaded from.
+_GUIDE_IDENTITY = ("name", "weights_sha256", "layer")
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PartsSummary:
+    """What one rank did.
+
+    Attributes:
+        num_parts: part files of the whole folder.
+        num_done: parts that this rank computed.
+        num_kept: parts of this rank's share that an earlier run had finished.
+    """
+
+    num_parts: int
+    num_done: int
+    num_kept: int
+
+
+def write_pyramids(
+    faces: Path,
+    out: Path,
+    maker: PyramidMaker,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> PartsSummary:
+    """Write ``out/part-00000.safetensors``, ...: the levels of the faces, in order of their keys.
+
+    Parts hold ``prepare.pyramids.shard_size`` faces each. Under torchrun rank r makes the parts
+    r, r + world_size, ...; finished parts of the same guide, settings and faces are kept, so after
+    a kill the same call redoes at most one part per rank.
+
+    Args:
+        faces: as :func:`dinogen.prepare.faces.read_faces` reads it.
+        out: folder; made if missing.
+        maker: guide and settings.
+        progress: called with this rank's number of faces done and to do.
+
+    Raises:
+        PrepareError: ``faces`` cannot be read, or ``out`` holds pyramids of another guide, other
+            settings or other faces.
+    """
+    size = maker.config.shard_size
+    num_faces = len(find_photos(faces).photos)
+    num_parts = -(-num_faces // size)
+    header = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "guide": maker.guide.info.to_dict(),
+        "settings": {**maker.settings(), "shard_size": size},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    _check_parts(out, num_parts, header, num_faces)
+    if dist.is_main():
+        for leftover in out.glob(".*.tmp"):
+            leftover.unlink()
+    dist.barrier()
+    rank, world_size = dist.rank(), dist.world_size()
+    mine = range(rank, num_parts, world_size)
+    total = sum(min(size, num_faces - number * size) for number in mine)
+    num_done, num_seen = 0, 0
+    for number, crops in enumerate(batched(read_faces(faces), size)):
+        if number not in mine:
+            continue
+        path = out / _part_name(number)
+        written = {**header, "faces": _faces_hash(crops), "keys": [crop.key for crop in crops]}
+        if _is_done(path, written):
+            num_seen += len(crops)
+        else:
+            tensors: Levels = {}
+            for crop, levels in maker.levels(crops):
+                tensors |= {f"{crop.key}/{name}": array for name, array in levels.items()}
+                num_seen += 1
+                if progress is not None:
+                    progress(num_seen, total)
+            write_bytes(path, save(tensors, {_HEADER: json.dumps(written)}))
+            num_done += 1
+        if progress is not None:
+            progress(num_seen, total)
+    return PartsSummary(num_parts, num_done, len(mine) - num_done)
+
+
+class PartFiles:
+    """Pyramids that :func:`write_pyramids` wrote, by key.
+
+    Attributes:
+        folder: where they lie.
+        guide: identity of the guide that made them.
+        settings: their grids and kinds.
+
+    Raises:
+        PrepareError: there are none, or one is damaged or does not belong to the others.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        paths = sorted(folder.glob("part-*.safetensors"))
+        if not paths:
+            raise PrepareError(f"{folder}: holds no part-*.safetensors: run `dinogen pyramids`")
+        self.folder = folder
+        headers = [_read_header(path) for path in paths]
+        self.guide: dict[str, Any] | None = headers[0]["guide"]
+        self.settings: dict[str, Any] = headers[0]["settings"]
+        self._names = [
+            f"{kind[0]}{grid}" for kind in self.settings["kinds"] for grid in self.settings["grids"]
+        ]
+        self._paths: dict[str, Path] = {}
+        for path, header in zip(paths, headers, strict=True):
+            if changed := _changes(headers[0], header):
+                raise PrepareError(
+                    f"{path}: differs from {paths[0].name} in {changed}: delete {folder} and run "
+                    "`dinogen pyramids` again"
+                )
+            self._paths |= dict.fromkeys(header["keys"], path)
+        self._open: tuple[Path, Any] | None = None
+
+    def keys(self) -> set[str]:
+        """Keys of all faces that have a pyramid."""
+        return set(self._paths)
+
+    def levels(self, key: str) -> Levels:
+        """The levels of one face; fastest in order of the keys.
+
+        Raises:
+            PrepareError: the part is damaged.
+        """
+        path = self._paths[key]
+        try:
+            if self._open is None or self._open[0] != path:
+                self._open = (path, safe_open(path, "numpy"))
+            return {name: self._open[1].get_tensor(f"{key}/{name}") for name in self._names}
+        except SafetensorError as error:
+            raise _damaged(path, error) from error
+
+
+def same_guide(mine: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two guides, as ``GuideInfo.to_dict`` describes them, give the same features."""
+    return all(mine.get(name) == other.get(name) for name in _GUIDE_IDENTITY)
+
+
+def _part_name(number: int) -> str:
+    return f"part-{number:05d}.safetensors"
+
+
+def _check_parts(out: Path, num_parts: int, header: dict[str, Any], num_faces: int) -> None:
+    """Refuse a folder with parts of something else before any work is done."""
+    wanted = {_part_name(number) for number in range(num_parts)}
+    for path in sorted(out.glob("part-*.safetensors")):
+        if path.name not in wanted:
+            raise _foreign(path, f"{num_faces} faces have {num_parts} parts")
+        try:
+            found = _read_header(path)
+        except PrepareError:
+            continue  # made anew when its turn comes
+        if changed := _changes(found, header):
+            raise _foreign(path, changed)
+
+
+def _is_done(path: Path, written: dict[str, Any]) -> bool:
+    if not path.exists():
+        return False
+    try:
+        found = _read_header(path)
+    except PrepareError as error:
+        _logger.warning("%s; it is made anew", error)
+        return False
+    if (found["faces"], found["keys"]) != (written["faces"], written["keys"]):
+        raise _foreign(path, "the faces have changed")
+    return True
+
+
+def _foreign(path: Path, what: str) -> PrepareError:
+    return PrepareError(
+        f"{path}: belongs to other pyramids ({what}): choose another folder, or delete "
+        f"{path.parent}"
+    )
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What differs between the headers of two parts, in words; empty if nothing."""
+    changed = [
+        f"prepare.pyramids.{name}: {old['settings'].get(name)}, now {value}"
+        for name, value in new["settings"].items()
+        if old["settings"].get(name) != value
+    ]
+    if not same_guide(old["guide"], new["guide"]):
+        labels = [GuideInfo(**header["guide"]).label for header in (old, new)]
+        layers = [header["guide"]["layer"] for header in (old, new)]
+        changed.append(f"guide: {labels[0]} layer {layers[0]}, now {labels[1]} layer {layers[1]}")
+    return "; ".join(changed)
+
+
+def _faces_hash(crops: list[Crop]) -> str:
+    digest = hashlib.sha256()
+    for crop in crops:
+        digest.update(hashlib.sha256(crop.image).digest())
+    return digest.hexdigest()
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, "numpy") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise PrepareError(f"{path}: was not written by `dinogen pyramids`: delete it")
+    if header["version"] != _VERSION:
+        raise PrepareError(
+            f"{path}: has version {header['version']}, this dinogen reads {_VERSION}: delete "
+            f"{path.parent} and run `dinogen pyramids` again"
+        )
+    return header
+
+
+def _damaged(path: Path, error: Exception) -> PrepareError:
+    return PrepareError(f"{path}: damaged ({error}): delete it and run `dinogen pyramids` again")

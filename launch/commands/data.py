@@ -1,0 +1,215 @@
+"""``dinogen pyramids``, ``pack``, ``prepare`` and ``export-pt``: from faces or photos to shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from dinogen.config import Config
+    from dinogen.prepare.pyramid import PyramidMaker
+    from shards.manifest import Manifest
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file; defaults if left out.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the config.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(prepare)
+    app.command()(pyramids)
+    app.command()(pack)
+    app.command("export-pt")(export_pt)
+
+
+def prepare(
+    src: Annotated[Path, typer.Argument(help="Folder of photos.", metavar="SRC")],
+    data: Annotated[Path, typer.Argument(help="Folder of the dataset.", metavar="DATA")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+) -> None:
+    """Photos to shards in one pass: find faces, compute their pyramids, pack both.
+
+    The same command again goes on after an interruption. DATA/rejected.csv says which photos were
+    not used and why. On several GPUs run faces, pyramids and pack one after the other.
+
+    [bold]Examples[/bold]
+
+      dinogen prepare photos data/faces
+
+      dinogen prepare photos data/faces -c my.yaml guide.path=facebook/dinov2-base
+
+      dinogen prepare cats data/cats prepare.faces.align=none prepare.pack.val_fraction=0.05
+    """
+    from dinogen.prepare import pipeline
+
+    settings = _settings(config, overrides)
+    maker = _maker(settings)
+    with _bar("photos") as progress:
+        summary, manifest = pipeline.prepare(src, data, settings.prepare, maker, progress=progress)
+    rejected = ", ".join(f"{count} {reason}" for reason, count in summary.rejected.items())
+    typer.echo(f"{summary.num_photos} photos, {summary.num_crops} faces; {rejected or 'all used'}")
+    if rejected:
+        typer.echo(f"why not: {data / 'rejected.csv'}")
+    _tell(data, manifest)
+
+
+def pyramids(
+    faces: Annotated[Path, typer.Argument(help="Folder of aligned faces.", metavar="FACES")],
+    out: Annotated[Path, typer.Argument(help="Folder of the pyramids.", metavar="OUT")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+) -> None:
+    """Compute the guide's features of aligned faces, at grids 4, 8 and 16.
+
+    The same command again goes on after an interruption. Under torchrun the processes share the
+    work.
+
+    [bold]Examples[/bold]
+
+      dinogen pyramids faces pyramids -c my.yaml
+
+      torchrun --standalone --nproc-per-node 8 -m launch.cli pyramids faces pyramids -c my.yaml
+    """
+    from dinogen import dist
+    from dinogen.prepare.parts import write_pyramids
+
+    settings = _settings(config, overrides)
+    dist.init()
+    maker = _maker(settings)
+    with _bar("faces" if dist.world_size() == 1 else "faces of rank 0") as progress:
+        summary = write_pyramids(faces, out, maker, progress=progress)
+    if dist.is_main():
+        typer.echo(
+            f"{out}: {summary.num_parts} parts of {maker.guide.info.label}; this process made "
+            f"{summary.num_done} and kept {summary.num_kept}"
+        )
+        typer.echo(f"next: dinogen pack {faces} {out} DATA")
+    dist.shutdown()
+
+
+def pack(
+    faces: Annotated[Path, typer.Argument(help="Folder of aligned faces.", metavar="FACES")],
+    pyramids: Annotated[
+        Path,
+        typer.Argument(help="Their pyramids: parts, or one .pt per face.", metavar="PYRAMIDS"),
+    ],
+    data: Annotated[Path, typer.Argument(help="Folder of the dataset.", metavar="DATA")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+) -> None:
+    """Join faces and their pyramids and pack them as tar shards with an index and a manifest.
+
+    The same command again goes on after an interruption.
+
+    [bold]Examples[/bold]
+
+      dinogen pack faces pyramids data/faces prepare.pack.val_fraction=0.05
+
+      dinogen pack faces old_experiment/pt data/faces guide.path=facebook/dinov2-base
+    """
+    from dinogen.prepare import pipeline
+
+    settings = _settings(config, overrides)
+    source = pipeline.open_pyramids(pyramids)
+    named = config is not None or any(item.startswith("guide.") for item in overrides or ())
+    guide = pipeline.guide_of(source, settings.guide if named else None)
+    with _bar("faces") as progress:
+        manifest = pipeline.pack_faces(
+            faces, source, data, settings.prepare.pack, guide, progress=progress
+        )
+    _tell(data, manifest)
+
+
+def export_pt(
+    data: Annotated[Path, typer.Argument(help="Packed dataset.", metavar="DATA")],
+    out: Annotated[Path, typer.Argument(help="Folder of the .pt files.", metavar="DIR")],
+) -> None:
+    """Write one .pt per picture: {'4x4': (1, 16, C), '8x8': ..., '16x16': ...} float32.
+
+    dinogen pack reads such a folder back.
+
+    [bold]Example[/bold]  dinogen export-pt data/faces pt
+    """
+    from dinogen.prepare import export_pt as exchange
+    from launch.logs import setup_logging
+
+    setup_logging()
+    with _bar("samples") as progress:
+        num_files = exchange.export_pt(data, out, progress=progress)
+    typer.echo(f"{num_files} files: {out}")
+
+
+def _settings(config: Path | None, overrides: list[str] | None) -> Config:
+    from dinogen import dist
+    from dinogen.config import load_config, parse_config
+    from launch.logs import setup_logging
+
+    setup_logging(quiet=not dist.is_main())
+    if config is None:
+        return parse_config({}, overrides or (), source="command line")
+    return load_config(config, overrides or ())
+
+
+def _maker(settings: Config) -> PyramidMaker:
+    from dinogen import dist
+    from dinogen.features import load_guide
+    from dinogen.prepare.pyramid import PyramidMaker
+
+    dist.set_cpu_threads()
+    device = dist.device()
+    guide = load_guide(settings.guide, device)
+    return PyramidMaker(guide, settings.prepare.pyramids, device)
+
+
+def _tell(data: Path, manifest: Manifest) -> None:
+    splits = ", ".join(f"{info.num_samples} {name}" for name, info in manifest.splits.items())
+    typer.echo(f"{data}: {splits} in {len(manifest.shards)} shards")
+    for name, level in manifest.levels.items():
+        typer.echo(
+            f"  {name}: {level.channels} channels, total variance {level.total_variance:.4g}"
+        )
+    typer.echo(f"next: dinogen train CONFIG data.path={data}")
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with images/s on stderr, of rank 0 alone; yields what moves it."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from dinogen import dist
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]} images/s"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not dist.is_main()) as bar:
+        task = bar.add_task(what, total=None, rate="-")
+
+        def move(num_done: int, total: int) -> None:
+            speed = bar.tasks[task].speed
+            rate = "-" if speed is None else f"{speed:.1f}"
+            bar.update(task, completed=num_done, total=total, rate=rate)
+
+        yield move
