@@ -62,14 +62,30 @@ class FacesConfig(Section):
 class PyramidsConfig(Section):
     """Aligned face -> pyramid of guide features."""
 
-    grids: tuple[int, ...] = Field((4, 8, 16), description="grids of the pyramid")
+    grids: tuple[int, ...] = Field(
+        (4, 8, 16), min_length=1, description="grids of the pyramid; pooled has 16, 8, 4, 2 and 1"
+    )
     kinds: tuple[Literal["pooled", "native"], ...] = Field(
         ("pooled", "native"),
+        min_length=1,
         description="pooled: exact 2x2 means of the 16x16 grid; "
         "native: features of the picture shrunk to g x g pixels",
     )
     batch: int = Field(32, ge=1, description="pictures per forward of the guide")
     shard_size: int = Field(256, ge=1, description="pictures per intermediate part")
+
+    @model_validator(mode="after")
+    def _check(self) -> PyramidsConfig:
+        if len(set(self.grids)) < len(self.grids) or len(set(self.kinds)) < len(self.kinds):
+            raise ValueError("grids and kinds: name each of them once")
+        allowed = {16, 8, 4, 2, 1} if "pooled" in self.kinds else set(range(1, 129))
+        if wrong := sorted(set(self.grids) - allowed):
+            raise ValueError(
+                f"grids: {wrong[0]} is no pooled grid: use 16, 8, 4, 2 or 1"
+                if "pooled" in self.kinds
+                else f"grids: {wrong[0]} is not from 1 to 128"
+            )
+        return self
 
 
 class PackConfig(Section):
