@@ -75,7 +75,7 @@ class FaceDetector:
         ]
         # On CPU always the same number, because matrix products of another shape may round
         # otherwise; small, because a photo seldom has more candidates.
-        self._chunk = 16 if self.device.type == "cpu" else 256
+        self._chunk = 8 if self.device.type == "cpu" else 256
 
     def detect(self, photos: Sequence[NDArray[np.uint8]], batch: int = 1) -> list[list[Detection]]:
         """Find the faces of each photo, largest box first.
@@ -165,6 +165,8 @@ class FaceDetector:
         num = len(patches)
         rest = -num % self._chunk if num else self._chunk
         padded = F.pad(_normalise(patches), (0, 0, 0, 0, 0, 0, 0, rest))
+        # pools these few channels twice as fast on CPU
+        padded = padded.contiguous(memory_format=torch.channels_last)
         parts = [self._nets[stage](chunk) for chunk in padded.split(self._chunk)]
         return tuple(torch.cat(part)[:num] for part in zip(*parts, strict=True))
 

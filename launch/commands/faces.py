@@ -1,0 +1,192 @@
+"""``dinogen faces`` and ``dinogen download``: photos from a list, faces from photos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from dinogen.prepare.download import DownloadSummary
+    from dinogen.prepare.faces import FacesSummary
+
+_NUM_SHOWN = 10
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(faces)
+    app.command()(download)
+
+
+def faces(
+    src: Annotated[Path, typer.Argument(help="Folder of photos.", metavar="SRC")],
+    out: Annotated[Path, typer.Argument(help="Folder for the faces.", metavar="OUT")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the config.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file; defaults if left out.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where faces are detected: auto, cpu, cuda:1, ...")
+    ] = "auto",
+) -> None:
+    """Find the faces in photos and write them as aligned square pictures.
+
+    Reads JPEG, PNG, WebP, TIFF and BMP below SRC. What is not used stands in OUT/rejected.csv
+    with the reason. The same command again goes on after an interruption.
+
+    [bold]Examples[/bold]
+
+      dinogen faces photos faces
+
+      dinogen faces photos faces_ffhq prepare.faces.align=ffhq prepare.faces.size=512
+
+      dinogen faces party faces_all prepare.faces.which=all prepare.faces.min_face=40
+
+      dinogen faces cats cats_256 prepare.faces.align=none     (already cropped: no detection)
+
+    [bold]Options, with their defaults[/bold]  dinogen config show FILE
+    """
+    from dinogen import dist
+    from dinogen.config import load_config, parse_config
+    from dinogen.prepare.faces import write_faces
+    from launch.logs import setup_logging
+
+    setup_logging()
+    if config is None:
+        settings = parse_config({}, overrides or (), source="command line")
+    else:
+        settings = load_config(config, overrides or ())
+    dist.set_cpu_threads()
+    with _bar("photos/s") as bar:
+        task = bar.add_task("faces", total=None, rate="")
+
+        def progress(num_done: int, total: int) -> None:
+            speed = bar.tasks[task].speed
+            rate = f"{speed:.1f}" if speed else "-"
+            bar.update(task, completed=num_done, total=total, rate=rate)
+
+        summary = write_faces(src, out, settings.prepare.faces, device=device, progress=progress)
+    _tell_faces(summary, out)
+    if not summary.num_crops:
+        raise typer.Exit(1)
+
+
+def download(
+    listing: Annotated[
+        Path, typer.Argument(help="Lines of URL [SHA256] [FILENAME], or CSV.", metavar="LIST")
+    ],
+    folder: Annotated[Path, typer.Argument(help="Folder for the files.", metavar="DIR")],
+    num_parallel: Annotated[
+        int, typer.Option(min=1, max=64, help="Files fetched at the same time.")
+    ] = 8,
+    num_attempts: Annotated[
+        int, typer.Option(min=1, help="In a row without a new byte, then a file has failed.")
+    ] = 5,
+) -> None:
+    """Fetch a list of files: checked, retried, resumed after an interruption.
+
+    What could not be had stands in DIR/failed.csv, and the exit code is 1; the same command again
+    tries it once more.
+
+    [bold]Examples[/bold]
+
+      dinogen download urls.txt photos
+
+      dinogen download urls.csv photos --num-parallel 16
+
+    [bold]A list[/bold], the checksum and the name may be left out
+
+      https://example.org/a.jpg
+
+      https://example.org/b.jpg 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 b2.jpg
+    """
+    from dinogen.prepare.download import download as fetch
+    from launch.logs import setup_logging
+
+    setup_logging()
+    with _bar("MB") as bar:
+        task = bar.add_task("download", total=None, rate="0")
+
+        def progress(num_done: int, total: int, num_bytes: int) -> None:
+            bar.update(task, completed=num_done, total=total, rate=f"{num_bytes / 1e6:.1f}")
+
+        summary = fetch(
+            listing,
+            folder,
+            num_parallel=num_parallel,
+            num_attempts=num_attempts,
+            progress=progress,
+        )
+    _tell_download(summary, folder)
+    if summary.failures:
+        raise typer.Exit(1)
+
+
+def _bar(unit: str) -> Progress:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{{task.fields[rate]}} {unit}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _tell_faces(summary: FacesSummary, out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{summary.num_photos} photos", title_justify="left")
+    table.add_column("outcome")
+    table.add_column("number", justify="right")
+    table.add_row("faces", str(summary.num_crops), style="green" if summary.num_crops else "red")
+    for reason, number in summary.rejected.items():
+        table.add_row(f"rejected: {reason}", str(number), style="yellow")
+    table.add_row("photos done before", str(summary.num_skipped))
+    table.add_row("files with another suffix", str(summary.num_ignored))
+    console.print(table)
+    if summary.rejected:
+        console.print(f"why: {out / 'rejected.csv'}", soft_wrap=True, highlight=False)
+    if summary.num_crops:
+        console.print(f"next: dinogen pyramids {out} PYRAMIDS", soft_wrap=True, highlight=False)
+    else:
+        console.print(
+            "[bold red]NO FACE AT ALL.[/bold red] Look into rejected.csv; for pictures that are "
+            "already cropped use prepare.faces.align=none."
+        )
+
+
+def _tell_download(summary: DownloadSummary, folder: Path) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(
+        f"{folder}: {summary.num_fetched} fetched ({summary.num_bytes / 1e6:.1f} MB), "
+        f"{summary.num_present} there before, {len(summary.failures)} failed",
+        soft_wrap=True,
+        highlight=False,
+    )
+    for failure in summary.failures[:_NUM_SHOWN]:
+        line = f"  {failure.reason}: {failure.url}: {failure.detail}"
+        console.print(line, style="red", soft_wrap=True, highlight=False, markup=False)
+    if summary.failures:
+        console.print(f"all of them: {folder / 'failed.csv'}", soft_wrap=True, highlight=False)
