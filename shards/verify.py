@@ -187,6 +187,7 @@ def _scanned_index(
 
 def _check_samples(tar: Path, manifest: Manifest, report: ShardReport) -> None:
     assert report.index is not None
+    named = {(problem.key, problem.member) for problem in report.problems}
     descriptor = os.open(tar, os.O_RDONLY)
     try:
         for row in range(len(report.index)):
@@ -194,8 +195,9 @@ def _check_samples(tar: Path, manifest: Manifest, report: ShardReport) -> None:
                 _check_sample(report.index, row, tar.name, descriptor, manifest)
             except CorruptSample as error:
                 report.damaged.add(row)
-                problem = Problem(tar.name, error.key, error.member, error.what, MEND_SHARD)
-                report.problems.append(problem)
+                if (error.key, error.member) not in named:
+                    problem = Problem(tar.name, error.key, error.member, error.what, MEND_SHARD)
+                    report.problems.append(problem)
     finally:
         os.close(descriptor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -63,6 +64,9 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Remove the temporary file."""
+        # Closed first, or tarfile writes to the closed file when it is collected.
+        with contextlib.suppress(OSError):
+            self._tar.close()
         self._file.abandon()
 
 

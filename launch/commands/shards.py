@@ -40,8 +40,10 @@ def ls(data: Location, cache_dir: CacheDir = None) -> None:
     console = Console()
     splits = Table("split", "samples", "shards", "MB", title=f"{data}")
     for name, split in manifest.splits.items():
-        size = sum(shard.num_bytes for shard in manifest.shards if shard.split == name)
-        splits.add_row(name, f"{split.num_samples:,}", str(split.num_shards), f"{size / 1e6:,.1f}")
+        num_bytes = sum(shard.num_bytes for shard in manifest.shards if shard.split == name)
+        splits.add_row(
+            name, f"{split.num_samples:,}", str(split.num_shards), f"{num_bytes / 1e6:,.1f}"
+        )
     console.print(splits)
     levels = Table("level", "grid", "channels", "dtype", "collapse floor (total variance)")
     for name, level in manifest.levels.items():
