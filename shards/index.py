@@ -62,22 +62,27 @@ class ShardIndex:
         """Number of the column with this suffix, or None."""
         return next((i for i, c in enumerate(self.columns) if c.suffix == suffix), None)
 
-    def same_as(self, other: ShardIndex) -> bool:
-        """Whether both describe the same tar (sums are compared only where both have them)."""
-        if (self.num_bytes, self.columns) != (other.num_bytes, other.columns):
-            return False
-        pairs: list[tuple[Any, Any]] = [
-            (self.keys, other.keys),
-            (self.offsets, other.offsets),
-            (self.sizes, other.sizes),
-            (self.labels, other.labels),
-        ]
-        if self.sums is not None and other.sums is not None:
-            pairs.append((self.sums, other.sums))
-        return all(
-            a is b is None or (a is not None and b is not None and np.array_equal(a, b))
-            for a, b in pairs
+    def same_layout(self, other: ShardIndex) -> bool:
+        """Whether both have the same samples at the same places."""
+        return (
+            (self.num_bytes, self.columns) == (other.num_bytes, other.columns)
+            and np.array_equal(self.keys, other.keys)
+            and np.array_equal(self.offsets, other.offsets)
+            and np.array_equal(self.sizes, other.sizes)
         )
+
+    def same_as(self, other: ShardIndex) -> bool:
+        """Whether both describe the same tar; sums are compared only where both have them."""
+        both_summed = self.sums is not None and other.sums is not None
+        return (
+            self.same_layout(other)
+            and np.array_equal(_or_empty(self.labels), _or_empty(other.labels))
+            and (not both_summed or np.array_equal(_or_empty(self.sums), _or_empty(other.sums)))
+        )
+
+
+def _or_empty(values: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    return np.empty(0) if values is None else values
 
 
 def index_name(shard: str) -> str:

@@ -127,9 +127,12 @@ def inspect_shard(source: Source, manifest: Manifest, shard: ShardInfo) -> Shard
     # Sums of an altered tar would hide what was altered; those of the index show it.
     with_sums = stored is None or not report.altered
     scanned = _scanned_index(tar, with_sums, manifest.levels, report)
-    if stored and scanned and not report.torn and not stored.same_as(scanned):
-        _blame_index(report, shard, "does not fit its tar")
-        stored = None
+    if stored and scanned and not report.torn:
+        # What an altered tar holds is no witness against its index, only where it holds it.
+        fits = stored.same_layout if report.altered else stored.same_as
+        if not fits(scanned):
+            _blame_index(report, shard, "does not fit its tar")
+            stored = None
     report.index = stored or scanned
     if report.index is None:
         return report
