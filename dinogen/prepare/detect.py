@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dinogen import dist
 from dinogen._torchvision import ensure_torchvision
+from dinogen.prepare.read import PrepareError
 
 ensure_torchvision()
 
@@ -64,10 +65,13 @@ class FaceDetector:
         device: ``auto`` (the GPU of this rank if there is one), or a torch device.
         min_face: smallest face searched for, pixels; above 20 it has no effect, so that a small
             face can be told from none.
+
+    Raises:
+        PrepareError: there is no such device.
     """
 
     def __init__(self, device: str | torch.device = "auto", min_face: int = MIN_FACE) -> None:
-        self.device = dist.device() if device == "auto" else torch.device(device)
+        self.device = dist.device() if device == "auto" else _device(device)
         self._min_face = max(_WINDOW, min(min_face, MIN_FACE))
         self._nets = [
             _load(net, name).to(self.device)
@@ -169,6 +173,16 @@ class FaceDetector:
         padded = padded.contiguous(memory_format=torch.channels_last)
         parts = [self._nets[stage](chunk) for chunk in padded.split(self._chunk)]
         return tuple(torch.cat(part)[:num] for part in zip(*parts, strict=True))
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise PrepareError(f"device '{name}': {reason}: use auto or cpu") from None
+    return device
 
 
 def _load(net: type[nn.Module], name: str) -> nn.Module:

@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import unicodedata
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,9 @@ _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"II*\x00", b"MM\x00*", b"BM")
 # Pillow's own guard refuses a picture at a fixed size, and warns at half of it. Here the limit is
 # the caller's max_pixels, checked from the header before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
+
+# It also warns of damaged tags, which say nothing about the pixels.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 # https://www.cipa.jp/std/documents/e/DC-X008-Translation-2019-E.pdf, tag 0x0112
 _TURN_UPRIGHT = {

@@ -104,7 +104,7 @@ def download(
 
       https://example.org/a.jpg
 
-      https://example.org/b.jpg 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 b2.jpg
+      https://example.org/b.jpg 9f86d081...(64 digits)...0f00a08 b2.jpg
     """
     from dinogen.prepare.download import download as fetch
     from launch.logs import setup_logging
