@@ -20,7 +20,8 @@ from dinogen.errors import UserError
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".dib"}
 )
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP")
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # JPEG's plugin also opens phones' MPO
+_PNG_END = b"IEND\xaeB`\x82"
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"II*\x00", b"MM\x00*", b"BM")
 
 # Pillow's own guard refuses a picture at a fixed size, and warns at half of it. Here the limit is
@@ -198,7 +199,7 @@ def read_photo(path: Path, max_pixels: int) -> NDArray[np.uint8]:
             reason = "truncated" if _says_truncated(error) else "corrupt"
             raise Unusable(reason, str(error) or type(error).__name__) from None
         # Pillow accepts a PNG that ends before its last chunk once every row is there.
-        if image.format == "PNG" and b"IEND" not in path.read_bytes():
+        if image.format == "PNG" and _PNG_END not in path.read_bytes():
             raise Unusable("truncated", "no end marker")
         return _to_rgb(_upright(image))
 
