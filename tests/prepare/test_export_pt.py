@@ -1,0 +1,184 @@
+"""The exchange format: there and back, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from dinogen.features.inception import InceptionTrunk
+from dinogen.prepare.export_pt import PtFiles, export_pt
+from dinogen.prepare.read import PrepareError
+from launch.commands import data as commands
+from shards import Sample, open_dataset, pack
+
+NUM_CHANNELS = 5
+GUIDE = {"name": "patch", "weights_sha256": "ab", "layer": 3}
+
+
+def image(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def samples(num_channels=NUM_CHANNELS, kinds="pn"):
+    generator = np.random.default_rng(0)
+    for number in range(7):
+        levels = {
+            f"{kind}{grid}": generator.normal(size=(grid * grid, num_channels)).astype(np.float16)
+            for kind in kinds
+            for grid in (4, 8, 16)
+        }
+        yield Sample(f"face{number}", image(number), "png", {"number": number}, levels)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    pack(samples(), tmp_path / "data", shard_size=3, val_fraction=0.3, guide=GUIDE)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def faces(tmp_path):
+    (tmp_path / "faces").mkdir()
+    for sample in samples():
+        (tmp_path / "faces" / f"{sample.key}.png").write_bytes(sample.image)
+        meta = {"key": sample.key, "number": sample.meta["number"]}
+        (tmp_path / "faces" / f"{sample.key}.json").write_text(json.dumps(meta))
+    (tmp_path / "faces" / "settings.json").write_text("{}")
+    return tmp_path / "faces"
+
+
+def command(*arguments):
+    app = typer.Typer()
+    commands.register(app)
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=True)
+
+
+def test_every_file_is_what_the_experiment_expects(dataset, tmp_path):
+    seen = []
+    assert export_pt(dataset, tmp_path / "pt", progress=lambda *step: seen.append(step)) == 7
+    assert seen[-1] == (7, 7)
+    for sample in samples():
+        pyramid = torch.load(tmp_path / "pt" / f"{sample.key}.pt", weights_only=True)
+        assert list(pyramid) == ["4x4", "8x8", "16x16"]
+        for grid in (4, 8, 16):
+            tensor = pyramid[f"{grid}x{grid}"]
+            assert tensor.dtype == torch.float32
+            assert tensor.shape == (1, grid * grid, NUM_CHANNELS)
+            assert np.array_equal(tensor[0].numpy(), sample.levels[f"p{grid}"].astype(np.float32))
+    assert len(list((tmp_path / "pt").iterdir())) == 7 + 1
+
+
+def test_exported_and_packed_again_nothing_has_changed(dataset, faces, tmp_path):
+    assert command("export-pt", dataset, tmp_path / "pt").exit_code == 0
+    done = command("pack", faces, tmp_path / "pt", tmp_path / "again", "prepare.pack.shard_size=4")
+    assert done.exit_code == 0, done.output
+    again = open_dataset(tmp_path / "again")
+    assert again.manifest.guide == GUIDE
+    assert again.manifest.prepare["pyramids"] == {"grids": [4, 8, 16], "kinds": ["pooled"]}
+    for number, before in enumerate(samples()):
+        after = again.sample(number)
+        assert (after.key, after.image, after.meta) == (before.key, before.image, before.meta)
+        assert sorted(after.levels) == ["p16", "p4", "p8"]
+        assert all(np.array_equal(after.levels[name], before.levels[name]) for name in after.levels)
+
+
+def test_a_dataset_without_pooled_levels_cannot_be_exported(tmp_path):
+    pack(samples(kinds="n"), tmp_path / "data")
+    with pytest.raises(PrepareError, match=r"lacks the level p4, p8, p16: .*pooled"):
+        export_pt(tmp_path / "data", tmp_path / "pt")
+    assert not (tmp_path / "pt").exists()
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path):
+    torch.save({"4x4": Evil(tmp_path / "owned")}, tmp_path / "evil.pt")
+    with pytest.raises(PrepareError, match=r"evil\.pt: no file of plain tensors"):
+        PtFiles(tmp_path).levels("evil")
+    assert not (tmp_path / "owned").exists()
+
+
+def pyramid(**changes):
+    levels = {f"{grid}x{grid}": torch.zeros(1, grid * grid, 3) for grid in (4, 8, 16)}
+    return {**levels, **changes}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (torch.zeros(3), "holds Tensor, needed is a dict"),
+        ({"4x4": torch.zeros(1, 16, 3)}, r"holds \['4x4'\], needed is a dict"),
+        (pyramid(**{"8x8": torch.zeros(1, 63, 3)}), r"8x8 is \(1, 63, 3\), needed is \(1, 64, C\)"),
+        (pyramid(**{"8x8": torch.zeros(64, 3)}), r"8x8 is \(64, 3\), needed"),
+        (pyramid(**{"8x8": [1.0]}), r"8x8 is list, needed"),
+        (
+            pyramid(**{"4x4": torch.zeros(1, 16, 4)}),
+            "its levels have different",
+        ),
+        (pyramid(**{"4x4": torch.full((1, 16, 3), 1e6)}), "4x4 is not finite in float16"),
+        (pyramid(**{"4x4": torch.full((1, 16, 3), torch.nan)}), "4x4 is not finite in float16"),
+        (None, "no file of plain tensors"),
+    ],
+)
+def test_files_of_another_shape_are_named(tmp_path, content, message):
+    if content is None:
+        (tmp_path / "x.pt").write_bytes(b"PK\x03\x04 cut off")
+    else:
+        torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(PrepareError, match=rf"x\.pt: {message}"):
+        PtFiles(tmp_path).levels("x")
+
+
+def test_files_of_unknown_origin_need_their_guide_named(dataset, faces, tmp_path):
+    """Training compares the guide's weights; a dataset must not claim a guide nobody named."""
+    export_pt(dataset, tmp_path / "pt")
+    (tmp_path / "pt" / "guide.json").unlink()
+    arguments = ("pack", faces, tmp_path / "pt", tmp_path / "again")
+    unnamed = command(*arguments)
+    assert isinstance(unnamed.exception, PrepareError)
+    assert "has no guide.json: name the guide" in str(unnamed.exception)
+
+    save_file(InceptionTrunk().state_dict(), tmp_path / "inception.safetensors")
+    named = ("guide.name=inception", f"guide.path={tmp_path / 'inception.safetensors'}")
+    wrong = command(*arguments, *named)
+    assert "has 768 channels, face0.pt has 5: name the guide" in str(wrong.exception)
+
+    for sample in samples(num_channels=768):
+        levels = {
+            f"{grid}x{grid}": torch.from_numpy(sample.levels[f"p{grid}"].astype(np.float32))[None]
+            for grid in (4, 8, 16)
+        }
+        torch.save(levels, tmp_path / "pt" / f"{sample.key}.pt")
+    right = command(*arguments, *named)
+    assert right.exit_code == 0, right.output
+    assert open_dataset(tmp_path / "again").manifest.guide["name"] == "inception"
+
+
+def test_a_broken_guide_file_is_named(tmp_path):
+    torch.save(pyramid(), tmp_path / "x.pt")
+    (tmp_path / "guide.json").write_text("{")
+    with pytest.raises(PrepareError, match=r"guide\.json: not JSON"):
+        PtFiles(tmp_path)
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    with pytest.raises(PrepareError, match=r"holds no \.pt files"):
+        PtFiles(tmp_path)

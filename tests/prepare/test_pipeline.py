@@ -1,0 +1,334 @@
+"""All steps in one pass against the three steps, interruptions, and the join of faces."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinogen import dist
+from dinogen.config import GuideConfig, PackConfig, parse_config
+from dinogen.features import load_guide
+from dinogen.features.dinov2 import make_random_dinov2
+from dinogen.prepare import pipeline
+from dinogen.prepare.faces import write_faces
+from dinogen.prepare.parts import write_pyramids
+from dinogen.prepare.pyramid import PyramidMaker
+from dinogen.prepare.read import PrepareError
+from shards import ShardsError, open_dataset
+
+CPU = torch.device("cpu")
+REPO = Path(__file__).parents[2]
+SETTINGS = {
+    "faces": {"size": 32, "align": "none", "max_duplicate_distance": 2},
+    "pyramids": {"batch": 4, "shard_size": 3},
+    "pack": {"shard_size": 3, "val_fraction": 0.3},
+}
+# The order of these paths is not that of their keys, and three of them share a stem.
+NAMES = [
+    "b.jpg",
+    "b.png",
+    "Zoë 1.png",
+    "a/b.png",
+    "a-b.jpg",
+    "a.jpg",
+    "z/é/ü.jpg",
+    "10.jpg",
+    "9.jpg",
+]
+NAMES += [f"many/{number}.png" for number in range(9)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("guide") / "tiny"
+    make_random_dinov2(folder, seed=3, hidden_size=16, num_layers=1, num_heads=2, image_size=56)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guide(checkpoint):
+    return load_guide(GuideConfig(path=str(checkpoint)), CPU)
+
+
+def settings(**changes):
+    values = {name: {**section, **changes.get(name, {})} for name, section in SETTINGS.items()}
+    return parse_config({"prepare": values}).prepare
+
+
+def picture(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((48, 40), Image.Resampling.BICUBIC)
+
+
+def fill(folder):
+    for seed, name in enumerate(NAMES):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(seed).save(path)
+    picture(2).save(folder / "many/0-again.png")
+    (folder / "many/5-empty.jpg").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return fill(tmp_path / "photos")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, guide):
+    """An uninterrupted preparation of the same photos."""
+    folder = tmp_path_factory.mktemp("whole")
+    fill(folder / "photos")
+    config = settings()
+    maker = PyramidMaker(guide, config.pyramids, CPU)
+    summary, _ = pipeline.prepare(folder / "photos", folder / "data", config, maker)
+    return folder / "data", summary
+
+
+def run(photos, data, guide, config=None, progress=None):
+    config = config or settings()
+    maker = PyramidMaker(guide, config.pyramids, CPU)
+    return pipeline.prepare(photos, data, config, maker, progress=progress)
+
+
+def contents(data):
+    return {
+        path.name: path.read_bytes()
+        for path in data.iterdir()
+        if path.suffix == ".tar" or path.name in ("manifest.json", "rejected.csv")
+    }
+
+
+def test_one_pass_gives_the_bytes_of_the_three_steps(photos, whole, guide, tmp_path):
+    config = settings()
+    faces, parts, data = (tmp_path / name for name in ("faces", "parts", "data"))
+    write_faces(photos, faces, config.faces)
+    write_pyramids(faces, parts, PyramidMaker(guide, config.pyramids, CPU))
+    source = pipeline.open_pyramids(parts)
+    made_by = pipeline.guide_of(source, None)
+    seen = []
+    pipeline.pack_faces(
+        faces, source, data, config.pack, made_by, progress=lambda *step: seen.append(step)
+    )
+    assert seen[-1] == (len(NAMES), len(NAMES))
+    one_pass = contents(whole[0])
+    assert (faces / "rejected.csv").read_bytes() == one_pass.pop("rejected.csv")
+    assert contents(data) == one_pass
+    assert len([name for name in one_pass if name.startswith("train")]) > 2
+    assert any(name.startswith("val") for name in one_pass)
+
+
+def test_what_lies_in_the_dataset(whole, guide):
+    data, summary = whole
+    dataset = open_dataset(data)
+    assert dataset.manifest.guide == guide.info.to_dict()
+    assert dataset.manifest.prepare["faces"]["size"] == 32
+    assert dataset.manifest.prepare["pyramids"]["kinds"] == ["pooled", "native"]
+    assert sorted(dataset.manifest.levels) == ["n16", "n4", "n8", "p16", "p4", "p8"]
+    assert dataset.manifest.image_size == 32
+    samples = [
+        dataset.sample(number, split)
+        for split in dataset.manifest.splits
+        for number in range(dataset.num_samples(split))
+    ]
+    assert {sample.meta["source"] for sample in samples} == set(NAMES)
+    for split in dataset.manifest.splits:
+        order = [
+            dataset.sample(number, split).meta["source"].encode()
+            for number in range(dataset.num_samples(split))
+        ]
+        assert order == sorted(order)
+    rows = list(csv.reader(io.StringIO((data / "rejected.csv").read_text(encoding="utf-8"))))
+    assert rows[0] == ["source", "reason", "detail"]
+    assert [row[:2] for row in rows[1:]] == [
+        ["many/0-again.png", "duplicate"],
+        ["many/5-empty.jpg", "empty"],
+    ]
+    assert summary.num_photos == len(NAMES) + 2 and summary.num_crops == len(NAMES)
+    assert json.loads((data / "summary.json").read_text())["rejected"] == {
+        "duplicate": 1,
+        "empty": 1,
+    }
+    assert not (data / "prepare.jsonl").exists()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 8, 13, 19])
+def test_after_an_interruption_the_rest_gives_the_same_bytes(
+    photos, whole, guide, tmp_path, after, monkeypatch
+):
+    def kill(done, total):
+        if done > after:
+            raise Killed
+
+    data = tmp_path / "data"
+    with pytest.raises(Killed):
+        run(photos, data, guide, progress=kill)
+    with (data / "prepare.jsonl").open("ab") as journal:
+        journal.write(b'{"source": "torn')
+    num_packed = len(list(data.glob("*.tar"))) * SETTINGS["pack"]["shard_size"]
+    summary, _ = run(photos, data, guide)
+    assert summary.num_new == len(NAMES) - num_packed
+    # What is gone through again is what filled no shard: less than a shard of each split, and
+    # what the guide and the reader had not handed on yet.
+    assert after - summary.num_skipped <= 2 * 3 + 2 * SETTINGS["pyramids"]["batch"]
+    assert contents(data) == contents(whole[0])
+
+
+def test_a_second_interruption_is_no_worse(photos, whole, guide, tmp_path):
+    data = tmp_path / "data"
+    for after in (9, 11, 12, 16):
+
+        def kill(done, total, after=after):
+            if done > after:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run(photos, data, guide, progress=kill)
+    run(photos, data, guide)
+    assert contents(data) == contents(whole[0])
+
+
+def test_killed_for_real(photos, whole, checkpoint, guide, tmp_path):
+    data, config = tmp_path / "data", tmp_path / "c.yaml"
+    config.write_text(json.dumps({"guide": {"path": str(checkpoint)}, "prepare": SETTINGS}))
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import time, typer\nfrom launch.commands import data\nfrom shards import ShardSink\n"
+        "add = ShardSink.add\n"
+        "ShardSink.add = lambda *a: (time.sleep(0.1), add(*a))\n"  # so that there is time to kill
+        "app = typer.Typer()\ndata.register(app)\napp()\n"
+    )
+    command = [sys.executable, str(script), "prepare", str(photos), str(data), "-c", str(config)]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    # The second tar: the first is surely recorded by then.
+    while not list(data.glob("train-00001.tar")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (data / "manifest.json").exists()
+    summary, _ = run(photos, data, guide)
+    assert summary.num_skipped >= 3
+    assert contents(data) == contents(whole[0])
+
+
+def test_a_photo_that_is_gone_is_not_kept_in_silence(photos, guide, tmp_path):
+    def kill(done, total):
+        if done > 12:
+            raise Killed
+
+    data = tmp_path / "data"
+    with pytest.raises(Killed):
+        run(photos, data, guide, progress=kill)
+    (photos / "10.jpg").unlink()
+    with pytest.raises(PrepareError, match=r"the photo of 10, .* is gone or changed"):
+        run(photos, data, guide)
+    picture(NAMES.index("10.jpg")).save(photos / "10.jpg")
+    summary, _ = run(photos, data, guide)
+    assert summary.num_crops == len(NAMES)
+
+
+def test_other_photos_and_other_settings_are_refused(photos, guide, tmp_path):
+    def kill(done, total):
+        if done > 8:
+            raise Killed
+
+    data = tmp_path / "data"
+    with pytest.raises(Killed):
+        run(photos, data, guide, progress=kill)
+    (tmp_path / "others").mkdir()
+    picture(99).save(tmp_path / "others" / "x.png")
+    with pytest.raises(PrepareError, match=r"prepare\.jsonl: .*other photos \(.*photos\)"):
+        run(tmp_path / "others", data, guide)
+    with pytest.raises(ShardsError, match="other settings"):
+        run(photos, data, guide, settings(faces={"size": 64}))
+    journal = data / "prepare.jsonl"
+    text = journal.read_text()
+    journal.write_text(text.replace('{"source"', '"source"', 1))
+    with pytest.raises(PrepareError, match=r"prepare\.jsonl: damaged"):
+        run(photos, data, guide)
+    journal.write_text(text)
+    run(photos, data, guide)
+    with pytest.raises(ShardsError, match="finished dataset"):
+        run(photos, data, guide)
+
+
+def test_what_cannot_be_prepared_is_said_at_once(photos, guide, tmp_path, monkeypatch):
+    with pytest.raises(PrepareError, match="lies below the photos"):
+        run(photos, photos / "data", guide)
+    with pytest.raises(PrepareError, match=r"prepare\.faces\.size: 40"):
+        run(photos, tmp_path / "data", guide, settings(faces={"size": 40}))
+    with pytest.raises(PrepareError, match="does not exist"):
+        run(tmp_path / "none", tmp_path / "data", guide)
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    with pytest.raises(
+        PrepareError, match=r"one process, not 4: .* `dinogen pyramids` under torchrun"
+    ):
+        run(photos, tmp_path / "data", guide)
+    assert not (tmp_path / "data").exists()
+
+
+def test_without_one_face_the_reasons_are_there(guide, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"")
+    with pytest.raises(PrepareError, match=r"none of 1 photos gave a face: see .*rejected\.csv"):
+        run(photos, tmp_path / "data", guide)
+    assert "a.jpg,empty" in (tmp_path / "data" / "rejected.csv").read_text()
+
+
+def test_a_photo_with_many_faces_keeps_their_order_on_both_ways(guide, tmp_path):
+    """KEY_10 comes behind KEY_9, and the further faces of `a` before the photo `a0`."""
+    faces = tmp_path / "faces"
+    faces.mkdir()
+    (faces / "settings.json").write_text("{}")
+    keys = ["a", *(f"a_{number}" for number in range(1, 12)), "a0", "b"]
+    for seed, key in enumerate(keys):
+        picture(seed).resize((32, 32)).save(faces / f"{key}.png")
+        meta = {"key": key, "source": f"{key.split('_')[0]}.jpg"}
+        (faces / f"{key}.json").write_text(json.dumps(meta))
+    config = settings()
+    write_pyramids(faces, tmp_path / "parts", PyramidMaker(guide, config.pyramids, CPU))
+    source = pipeline.open_pyramids(tmp_path / "parts")
+    pipeline.pack_faces(faces, source, tmp_path / "data", PackConfig(), guide.info.to_dict())
+    assert open_dataset(tmp_path / "data").keys() == [*keys[:12], "a0", "b"]
+
+
+def test_faces_and_pyramids_have_to_match(photos, guide, tmp_path):
+    config = settings(faces={"max_duplicate_distance": -1})
+    faces, parts = tmp_path / "faces", tmp_path / "parts"
+    write_faces(photos, faces, config.faces)
+    write_pyramids(faces, parts, PyramidMaker(guide, config.pyramids, CPU))
+    source = pipeline.open_pyramids(parts)
+    for name in ("10", "9"):
+        (faces / f"{name}.jpg").rename(faces / f"new{name}.jpg")
+        (faces / f"new{name}.json").write_text(json.dumps({"key": f"new{name}"}))
+    with pytest.raises(PrepareError) as caught:
+        pipeline.pack_faces(faces, source, tmp_path / "data", config.pack, {})
+    assert "2 of 19 faces have no pyramid (new10, new9)" in str(caught.value)
+    assert "2 pyramids have no face (10, 9)" in str(caught.value)
+    assert not (tmp_path / "data").exists()
+    with pytest.raises(PrepareError, match="holds no pyramids"):
+        pipeline.open_pyramids(faces)
+    (parts / "x.pt").write_bytes(b"")
+    with pytest.raises(PrepareError, match="holds both"):
+        pipeline.open_pyramids(parts)

@@ -1,0 +1,327 @@
+"""Part files of pyramids: what is in them, who makes which, and what survives a kill."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinogen import dist
+from dinogen.config import GuideConfig, PyramidsConfig
+from dinogen.features import load_guide, native_pyramid, pooled_pyramid
+from dinogen.features.dinov2 import make_random_dinov2
+from dinogen.prepare.crop import Crop
+from dinogen.prepare.parts import PartFiles, write_pyramids
+from dinogen.prepare.pyramid import PyramidMaker
+from dinogen.prepare.read import PrepareError
+
+CPU = torch.device("cpu")
+REPO = Path(__file__).parents[2]
+NUM_FACES = 8
+CONFIG = PyramidsConfig(batch=2, shard_size=3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("guide") / "tiny"
+    make_random_dinov2(folder, seed=3, hidden_size=16, num_layers=1, num_heads=2, image_size=56)
+    return folder
+
+
+class Counting:
+    """The guide, counting pictures."""
+
+    def __init__(self, guide):
+        self.guide, self.info, self.num_pictures = guide, guide.info, 0
+
+    def input_size(self, grid):
+        return self.guide.input_size(grid)
+
+    def __call__(self, images):
+        self.num_pictures += len(images)
+        return self.guide(images)
+
+
+@pytest.fixture
+def guide(checkpoint):
+    return Counting(load_guide(GuideConfig(path=str(checkpoint)), CPU))
+
+
+@pytest.fixture
+def make(guide):
+    return lambda **changes: PyramidMaker(guide, CONFIG.model_copy(update=changes), CPU)
+
+
+def picture(seed, size=32, file_format="PNG"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC).save(buffer, file_format)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def faces(tmp_path):
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for number in range(NUM_FACES):
+        (folder / f"f{number}.jpg").write_bytes(picture(number, file_format="JPEG"))
+    return folder
+
+
+def whole(folder):
+    """Every level of every face."""
+    parts = PartFiles(folder)
+    return {
+        (key, name): array
+        for key in sorted(parts.keys())
+        for name, array in parts.levels(key).items()
+    }
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_levels_are_those_of_each_picture_alone(faces, tmp_path, make, guide):
+    write_pyramids(faces, tmp_path / "out", make())
+    found = whole(tmp_path / "out")
+    assert {name for _, name in found} == {"p4", "p8", "p16", "n4", "n8", "n16"}
+    for number in range(NUM_FACES):
+        pixels = np.asarray(Image.open(faces / f"f{number}.jpg")).astype(np.float32)
+        images = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+        pooled = pooled_pyramid(guide, images, (4, 8, 16))
+        native = native_pyramid(guide, images, (4, 8, 16))
+        for grid in (4, 8, 16):
+            for name, levels in ((f"p{grid}", pooled), (f"n{grid}", native)):
+                array = found[f"f{number}", name]
+                assert array.dtype == np.float16 and array.shape == (grid * grid, 16)
+                np.testing.assert_allclose(array, levels[grid][0], rtol=1e-3, atol=1e-4)
+
+
+def test_the_guide_always_sees_the_same_batch_so_neighbours_do_not_matter(make, guide):
+    crops = [Crop(f"f{i}", picture(i), "png") for i in range(5)]
+    seen = []
+
+    class Watched(Counting):
+        def __call__(self, images):
+            seen.append(len(images))
+            return super().__call__(images)
+
+    maker = make(batch=4, kinds=("pooled",))
+    maker.guide = Watched(guide)
+    together = {crop.key: levels for crop, levels in maker.levels(crops)}
+    assert seen == [4, 4]
+    assert list(together) == [crop.key for crop in crops]
+    for crop in crops:
+        ((_, levels),) = maker.levels([crop])
+        assert all(np.array_equal(levels[name], together[crop.key][name]) for name in levels)
+
+
+def test_parts_follow_the_keys_and_kinds_and_grids_the_config(faces, tmp_path, make):
+    summary = write_pyramids(faces, tmp_path / "out", make(kinds=("native",), grids=(8,)))
+    assert (summary.num_parts, summary.num_done, summary.num_kept) == (3, 3, 0)
+    names = [f"part-{number:05d}.safetensors" for number in range(3)]
+    assert names_in(tmp_path / "out") == names
+    parts = PartFiles(tmp_path / "out")
+    assert parts.keys() == {f"f{number}" for number in range(NUM_FACES)}
+    assert {key: array.shape for key, array in parts.levels("f7").items()} == {"n8": (64, 16)}
+    assert parts.guide["random"] is True
+
+
+def test_a_second_run_computes_nothing(faces, tmp_path, make, guide):
+    out = tmp_path / "out"
+    write_pyramids(faces, out, make())
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    num_before = guide.num_pictures
+    seen = []
+    summary = write_pyramids(
+        faces, out, make(), progress=lambda done, total: seen.append((done, total))
+    )
+    assert (summary.num_done, summary.num_kept) == (0, 3)
+    assert guide.num_pictures == num_before
+    assert times == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert seen == [(3, 8), (6, 8), (8, 8)]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 4, 6, 7])
+def test_after_an_interruption_at_most_one_part_is_made_again(faces, tmp_path, make, guide, after):
+    write_pyramids(faces, tmp_path / "whole", make())
+
+    def kill(done, total):
+        if done > after:
+            raise Killed
+
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        write_pyramids(faces, out, make(), progress=kill)
+    (out / ".part-00001.safetensors.77.tmp").write_bytes(b"left by SIGKILL")
+    num_whole = sum(not path.name.startswith(".") for path in out.iterdir())
+    assert num_whole in (after // 3, after // 3 + 1)
+    summary = write_pyramids(faces, out, make())
+    assert (summary.num_kept, summary.num_done) == (num_whole, 3 - num_whole)
+    assert same(whole(out), whole(tmp_path / "whole"))
+    assert len(list(out.iterdir())) == 3
+
+
+def test_ranks_share_the_parts_and_together_make_the_same(faces, tmp_path, make, monkeypatch):
+    write_pyramids(faces, tmp_path / "one", make())
+    out = tmp_path / "two"
+    made = []
+    for rank in (1, 0):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(dist, "world_size", lambda: 2)
+        before = set(names_in(out)) if out.exists() else set()
+        summary = write_pyramids(faces, out, make())
+        made.append(sorted(set(names_in(out)) - before))
+        assert summary.num_done == len(made[-1])
+    assert made == [
+        ["part-00001.safetensors"],
+        ["part-00000.safetensors", "part-00002.safetensors"],
+    ]
+    assert same(whole(out), whole(tmp_path / "one"))
+
+
+def test_two_real_ranks_from_the_command_line(faces, tmp_path, make, checkpoint):
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import typer\nfrom launch.commands import data\n"
+        "app = typer.Typer()\ndata.register(app)\napp()\n"
+    )
+    config = tmp_path / "c.yaml"
+    config.write_text(f"guide: {{path: {checkpoint}}}\nprepare: {{pyramids: {{batch: 2}}}}\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(script), "pyramids", str(faces), str(tmp_path / "out"), "-c", str(config)]
+    command += ["prepare.pyramids.shard_size=3"]
+    environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("RANDOM guide") == 1, "rank 0 alone says it, loudly"
+    write_pyramids(faces, tmp_path / "here", make())
+    assert same(whole(tmp_path / "out"), whole(tmp_path / "here"))
+
+
+def changed_guide(make, tmp_path):
+    folder = tmp_path / "other"
+    make_random_dinov2(folder, seed=4, hidden_size=16, num_layers=1, num_heads=2, image_size=56)
+    return PyramidMaker(load_guide(GuideConfig(path=str(folder)), CPU), CONFIG, CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("guide", r"guide: RANDOM guide \(dinov2\) layer 1, now"),
+        ("grids", r"prepare\.pyramids\.grids: \[4, 8, 16\], now \[4\]"),
+        ("shard_size", r"prepare\.pyramids\.shard_size: 3, now 4"),
+        ("pixels", r"part-00001.safetensors: .*the faces have changed"),
+        ("one more", r"part-00002.safetensors: .*the faces have changed"),
+        ("fewer", r"part-00002.safetensors: .*4 faces have 2 parts"),
+    ],
+)
+def test_pyramids_of_something_else_are_never_mixed(faces, tmp_path, make, change, message):
+    out = tmp_path / "out"
+    write_pyramids(faces, out, make())
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    maker = make()
+    if change == "guide":
+        maker = changed_guide(make, tmp_path)
+    elif change == "grids":
+        maker = make(grids=(4,))
+    elif change == "shard_size":
+        maker = make(shard_size=4)
+    elif change == "pixels":
+        shutil.copy(faces / "f0.jpg", faces / "f4.jpg")
+    elif change == "one more":
+        shutil.copy(faces / "f0.jpg", faces / "f8.jpg")
+    else:
+        for number in range(4):
+            (faces / f"f{number}.jpg").unlink()
+    with pytest.raises(PrepareError, match=message):
+        write_pyramids(faces, out, maker)
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "empty"])
+def test_a_damaged_part_is_named_and_made_anew(faces, tmp_path, make, caplog, damage):
+    out = tmp_path / "out"
+    write_pyramids(faces, out, make())
+    expected = whole(out)
+    path = out / "part-00001.safetensors"
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[:-10], "header": b"\xff" * 8 + data[8:], "empty": b""}[damage])
+    with pytest.raises(PrepareError, match=r"part-00001.safetensors: damaged .*delete it and run"):
+        PartFiles(out)
+    summary = write_pyramids(faces, out, make())
+    assert (summary.num_done, summary.num_kept) == (1, 2)
+    assert "part-00001.safetensors" in caplog.text
+    assert same(whole(out), expected)
+
+
+def test_parts_that_do_not_belong_together_are_refused(faces, tmp_path, make):
+    write_pyramids(faces, tmp_path / "a", make())
+    write_pyramids(faces, tmp_path / "b", make(kinds=("pooled",)))
+    shutil.copy(tmp_path / "b" / "part-00001.safetensors", tmp_path / "a")
+    with pytest.raises(PrepareError, match=r"part-00001.safetensors: differs .*kinds"):
+        PartFiles(tmp_path / "a")
+
+
+def test_faces_that_cannot_be_used_are_named(make):
+    good = Crop("good", picture(0), "png")
+    with pytest.raises(PrepareError, match=r"odd: the face is 24x24 pixels, others are 32x32"):
+        list(make().levels([good, Crop("odd", picture(1, 24), "png")]))
+    for file_format in ("png", "jpg"):
+        data = picture(1, file_format={"png": "PNG", "jpg": "JPEG"}[file_format])
+        broken = Crop("broken", data[: len(data) // 2], file_format)
+        with pytest.raises(PrepareError, match=rf"broken\.{file_format}: cannot be decoded"):
+            list(make().levels([good, broken]))
+
+
+def test_sizes_without_an_exact_native_grid_are_refused_at_once(make):
+    crops = [Crop("a", picture(0, 40), "png")]
+    with pytest.raises(PrepareError, match=r"prepare\.faces\.size: 40 .* native grid 16"):
+        list(make().levels(crops))
+    assert len(list(make(kinds=("pooled",)).levels(crops))) == 1
+
+
+def test_features_beyond_float16_are_refused(make, guide):
+    class Loud(Counting):
+        def __call__(self, images):
+            return super().__call__(images) * 1e5
+
+    maker = make()
+    maker.guide = Loud(guide)
+    with pytest.raises(PrepareError, match=r"a: level p4 is not finite in float16"):
+        list(maker.levels([Crop("a", picture(0), "png")]))
+
+
+def test_the_header_is_plain_json(faces, tmp_path, make):
+    from safetensors import safe_open
+
+    write_pyramids(faces, tmp_path / "out", make())
+    with safe_open(tmp_path / "out" / "part-00000.safetensors", "numpy") as file:
+        header = json.loads(file.metadata()["dinogen"])
+        assert header["keys"] == ["f0", "f1", "f2"]
+        assert sorted(file.keys()) == sorted(
+            f"{key}/{name}"
+            for key in header["keys"]
+            for name in ("p4", "p8", "p16", "n4", "n8", "n16")
+        )
