@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,14 @@ from shards.errors import CorruptSample, ShardsError
 from shards.files import sum64
 from shards.image import decode_rgbx, scale_into, shrink
 from shards.index import ShardIndex
-from shards.order import Ints, Place
+from shards.order import Place
 from shards.sample import IMAGE_SUFFIXES, Sample, decode, level_of_suffix, level_suffix
 from shards.table import OpenFile, SampleTable
 
 Arrays = dict[str, npt.NDArray[Any]]
 Failures = dict[int, CorruptSample]
-# (file, offset, target, item of the batch, suffix)
-_Late = list[tuple[OpenFile, int, memoryview, int, str]]
+# (descriptor, offset, target, item of the batch, suffix)
+_Read = tuple[int, int, memoryview, int, str]
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,13 @@ class BatchReader:
         for name in self._levels:
             batch.queue_level(level_suffix(name), out[name], rows)
         images = batch.queue_images() if self._image_size is not None else {}
-        batch.finish_reads()
+        batch.read()
         for name in self._levels:
-            batch.check_level(level_suffix(name), out[name], rows)
+            payload = partial(_row_bytes, out[name], rows)
+            batch.check(level_suffix(name), payload)
+        for suffix in {suffix for suffix, _ in images.values()}:
+            batch.check(suffix, lambda item: images[item][1])
         for item, (suffix, data) in images.items():
-            batch.check_image(item, suffix, data)
             if item in batch.failures:
                 continue
             try:
@@ -84,6 +88,10 @@ class BatchReader:
         return batch.failures
 
 
+def _row_bytes(out: npt.NDArray[Any], rows: list[int], item: int) -> memoryview:
+    return memoryview(out[rows[item]].reshape(-1).view(np.uint8).data)
+
+
 class _Batch:
     """The reads of one batch. Each failed item is recorded once and left alone from then on."""
 
@@ -91,26 +99,25 @@ class _Batch:
         self._table = table
         self._places = places
         self._shards: list[int] = places.shard.tolist()
-        self._files: list[OpenFile | None] = []
-        self._late: _Late = []
+        self._queue: list[_Read] = []
         self.failures: Failures = {}
-        sound: dict[int, OpenFile | None] = {}
-        for item, shard in enumerate(self._shards):
-            if shard not in sound:
-                sound[shard] = self._open(item, shard)
-            elif sound[shard] is None:
-                self._open(item, shard)
-            self._files.append(sound[shard])
-        self._sound = [shard for shard, file in sound.items() if file is not None]
+        # Held until the batch is read: a file is closed when the last holder lets go of it.
+        self._files = {shard: self._open(shard) for shard in dict.fromkeys(self._shards)}
+        self._sound = [shard for shard, file in self._files.items() if file is not None]
+        numbers = {shard: file.descriptor if file else -1 for shard, file in self._files.items()}
+        self._descriptors = [numbers[shard] for shard in self._shards]
 
-    def _open(self, item: int, shard: int) -> OpenFile | None:
+    def _open(self, shard: int) -> OpenFile | None:
         try:
             self._table.index(shard)
             return self._table.file(shard)
         except FileNotFoundError:
-            self.fail(item, "", "its shard is missing")
+            what = "its shard is missing"
         except (OSError, ShardsError) as error:
-            self.fail(item, "", str(error))
+            what = str(error)
+        for item, other in enumerate(self._shards):
+            if other == shard:
+                self.fail(item, "", what)
         return None
 
     def fail(self, item: int, suffix: str, what: str) -> None:
@@ -121,22 +128,27 @@ class _Batch:
         self.failures.setdefault(item, CorruptSample(name, key, suffix, what))
 
     def queue_level(self, suffix: str, out: npt.NDArray[Any], rows: list[int]) -> None:
-        """Read one level of every item, as far as the page cache has it; queue the rest."""
+        """Plan to read one level of every item straight into its row of `out`."""
         column = self._table.column(suffix, self._sound)
         offsets = column.offsets[self._places.index].tolist()
         size = out[0].nbytes
         target = out.reshape(-1).view(np.uint8).data
+        reads = [
+            (descriptor, offset, target[row * size : row * size + size], item, suffix)
+            for item, (descriptor, offset, row) in enumerate(
+                zip(self._descriptors, offsets, rows, strict=True)
+            )
+        ]
         wrong = column.sizes[self._places.index] != size
-        for item in np.flatnonzero(wrong).tolist():
-            if self._files[item] is not None:
-                what = "is missing" if offsets[item] < 0 else "has another shape than the manifest"
-                self.fail(item, suffix, what)
-        for item, (file, offset, row) in enumerate(zip(self._files, offsets, rows, strict=True)):
-            if file is not None and not wrong[item]:
-                self._read(file, offset, target[row * size : (row + 1) * size], item, suffix)
+        if wrong.any():
+            for item in np.flatnonzero(wrong).tolist():
+                lost = offsets[item] < 0
+                self.fail(item, suffix, "is missing" if lost else "has not the manifest's shape")
+            reads = [read for read in reads if not wrong[read[3]]]
+        self._queue += reads
 
     def queue_images(self) -> dict[int, tuple[str, memoryview]]:
-        """Read the encoded image of every item; returns suffix and bytes by item."""
+        """Plan to read the encoded image of every item; returns suffix and bytes by item."""
         images: dict[int, tuple[str, memoryview]] = {}
         for suffix in IMAGE_SUFFIXES:
             if all(self._table.index(shard).column(suffix) is None for shard in self._sound):
@@ -146,70 +158,59 @@ class _Batch:
             sizes = column.sizes[self._places.index].tolist()
             space = memoryview(bytearray(sum(sizes)))
             start = 0
-            for item, (file, offset, size) in enumerate(
-                zip(self._files, offsets, sizes, strict=True)
+            for item, (descriptor, offset, size) in enumerate(
+                zip(self._descriptors, offsets, sizes, strict=True)
             ):
-                if file is not None and offset >= 0 and item not in images:
+                if descriptor >= 0 and offset >= 0 and item not in images:
                     images[item] = (suffix, space[start : start + size])
-                    self._read(file, offset, images[item][1], item, suffix)
+                    self._queue.append((descriptor, offset, images[item][1], item, suffix))
                 start += size
-        for item, file in enumerate(self._files):
-            if file is not None and item not in images:
+        for item, descriptor in enumerate(self._descriptors):
+            if descriptor >= 0 and item not in images:
                 self.fail(item, "", "has no image")
         return images
 
-    def _read(
-        self, file: OpenFile, offset: int, target: memoryview, item: int, suffix: str
-    ) -> None:
-        try:
-            # Without waiting: what is cached costs one call, and the disk sees the rest at once.
-            if os.preadv(file.descriptor, [target], offset, os.RWF_NOWAIT) == len(target):
-                return
-        except OSError:
-            pass
-        self._late.append((file, offset, target, item, suffix))
+    def read(self) -> None:
+        """Carry out what was planned: first what the page cache has, then the rest.
 
-    def finish_reads(self) -> None:
-        """Read what the page cache did not have: announced as a whole, then fetched."""
-        for file, offset, target, _, _ in self._late:
-            os.posix_fadvise(file.descriptor, offset, len(target), os.POSIX_FADV_WILLNEED)
-        for file, offset, target, item, suffix in self._late:
+        The first pass does not wait for the disk, but sets it going; the rest is announced as a
+        whole, so that the disk can sort it, before it is waited for.
+        """
+        late = []
+        for read in self._queue:
+            descriptor, offset, target, _, _ = read
+            try:
+                if os.preadv(descriptor, (target,), offset, os.RWF_NOWAIT) == len(target):
+                    continue
+            except OSError:
+                pass
+            late.append(read)
+        for descriptor, offset, target, _, _ in late:
+            os.posix_fadvise(descriptor, offset, len(target), os.POSIX_FADV_WILLNEED)
+        for descriptor, offset, target, item, suffix in late:
             done = 0
             try:
                 while done < len(target):
-                    got = os.preadv(file.descriptor, [target[done:]], offset + done)
+                    got = os.preadv(descriptor, (target[done:],), offset + done)
                     if got == 0:
                         self.fail(item, suffix, "its tar is cut off before this member's end")
                         break
                     done += got
             except OSError as error:
                 self.fail(item, suffix, f"cannot be read: {error.strerror}")
-        self._late = []
 
-    def _unchecked(self, suffix: str) -> Ints:
+    def check(self, suffix: str, payloads: Callable[[int], memoryview]) -> None:
+        """Compare checksums of the payloads that this process reads for the first time."""
         column = self._table.column(suffix, self._sound)
-        return np.flatnonzero(column.unchecked[self._places.index])
-
-    def check_level(self, suffix: str, out: npt.NDArray[Any], rows: list[int]) -> None:
-        """Compare checksums of the payloads that are read for the first time."""
-        for item in self._unchecked(suffix).tolist():
-            if item not in self.failures:
-                self._check(item, suffix, out[rows[item]].reshape(-1).view(np.uint8).data)
-
-    def check_image(self, item: int, suffix: str, data: memoryview) -> None:
-        """Compare the checksum of an image that is read for the first time."""
-        column = self._table.column(suffix, self._sound)
-        if item not in self.failures and column.unchecked[self._places.index[item]]:
-            self._check(item, suffix, data)
-
-    def _check(self, item: int, suffix: str, data: memoryview) -> None:
-        column = self._table.column(suffix, self._sound)
-        index = self._places.index[item]
-        if sum64(data) == int(column.sums[index]):
-            # Once per process is enough: what it guards against is decay on disk.
-            column.unchecked[index] = False
-        else:
-            self.fail(item, suffix, "its bytes differ from its checksum")
+        for item in np.flatnonzero(column.unchecked[self._places.index]).tolist():
+            if item in self.failures:
+                continue
+            index = self._places.index[item]
+            if sum64(payloads(item)) == int(column.sums[index]):
+                # Once per process is enough: what it guards against is decay on disk.
+                column.unchecked[index] = False
+            else:
+                self.fail(item, suffix, "its bytes differ from its checksum")
 
 
 def read_sample(index: ShardIndex, row: int, shard: str, descriptor: int) -> Sample:

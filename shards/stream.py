@@ -91,7 +91,7 @@ class _Work:
         table = self.dataset.table(self.split)
         rows = list(zip(places.shard.tolist(), places.sample.tolist(), strict=True))
         batch: Batch = {
-            "key": [table.key(shard, row) for shard, row in rows],
+            "key": table.keys(rows),
             "position": torch.from_numpy(places.position.copy()),
         }
         if "image" in tensors:

@@ -135,7 +135,7 @@ class SampleTable:
         table.sizes[rows] = index.sizes[:, number]
         if index.sums is not None:
             table.sums[rows] = index.sums[:, number]
-            table.unchecked[rows] = True
+            table.unchecked[rows] = index.offsets[:, number] >= 0
 
     def key(self, shard: int, sample: int) -> str:
         """Key of a sample, or `sample N` if the shard's index cannot be had."""
@@ -143,6 +143,11 @@ class SampleTable:
             return self.index(shard).key(sample)
         except ShardsError:
             return f"sample {sample}"
+
+    def keys(self, rows: list[tuple[int, int]]) -> list[str]:
+        """Keys of samples given as (shard, sample)."""
+        arrays = {shard: self.index(shard).keys for shard in {shard for shard, _ in rows}}
+        return [str(arrays[shard][row], "utf-8", "surrogateescape") for shard, row in rows]
 
     def labels(self, rows: list[tuple[int, int]]) -> npt.NDArray[np.int64]:
         """Labels of samples given as (shard, sample); all of them have one.

@@ -1,0 +1,269 @@
+"""Loader benchmark: our stream against the best webdataset pipeline over the very same tars.
+
+    python benchmarks/loader.py --photos PHOTOS [--rounds 3] [--json out.json]
+
+Real photos, cropped, resized to 256x256 JPEG, mirrored too; features are noise of the size of
+DINOv2-base's (16x16x768 float16 and its 8x8 and 4x4 pools), because their values do not matter to
+a reader. All readers take turns in one run; medians of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+import webdataset
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from shards import Dataset, Sample, open_dataset, pack
+from shards.image import scale_into
+
+BATCH = 64
+CHANNELS = 768
+SIZE = 256
+TASKS: dict[str, tuple[tuple[int, ...], bool]] = {
+    "4x4": ((4,), False),
+    "16x16": ((16,), False),
+    "image + 16x16": ((16,), True),
+}
+TARGETS = {"4x4": 40.0, "16x16": 10.0, "image + 16x16": 3.0}
+COLD_TARGET = 1.2
+WARM_UP_BATCHES = 4
+
+
+def samples(photos: Path, limit: int | None) -> Iterator[Sample]:
+    """Every photo and its mirror image, with features of noise."""
+    paths = sorted(p for p in photos.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    rng = np.random.default_rng(0)
+    variants = itertools.product(enumerate(paths), (False, True))
+    for (number, path), mirrored in itertools.islice(variants, limit):
+        image = Image.open(path).convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+        image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box)
+        if mirrored:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=95)
+        fine = rng.standard_normal((16, 16, CHANNELS), np.float32)
+        levels = {}
+        for grid in (16, 8, 4):
+            f = 16 // grid
+            pooled = fine.reshape(grid, f, grid, f, CHANNELS).mean((1, 3))
+            levels[f"p{grid}"] = pooled.reshape(grid * grid, CHANNELS).astype(np.float16)
+        key = f"{number:05d}{'m' if mirrored else ''}"
+        yield Sample(key, file.getvalue(), "jpg", {}, levels)
+
+
+def ours(data: Dataset, levels: tuple[int, ...], image: bool, threads: int) -> Iterator[Any]:
+    """Our stream, shuffled as in training."""
+    size = SIZE if image else None
+    with data.stream(BATCH, image_size=size, levels=levels, num_threads=threads) as stream:
+        yield from stream
+
+
+def webdataset_pipeline(
+    tars: list[str], levels: tuple[int, ...], image: bool, workers: int
+) -> Iterator[Any]:
+    """webdataset at its best: only the members needed, raw buffers, simplejpeg, batches built in
+    place; without a shuffle buffer, which would only cost it more."""
+    suffixes = tuple(f".p{grid}.npy" for grid in levels) + ((".jpg",) if image else ())
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = {"key": [row["__key__"] for row in rows], "pyramid": {}}
+        for grid in levels:
+            out = np.empty((len(rows), grid * grid, CHANNELS), np.float16)
+            for i, row in enumerate(rows):
+                values = np.frombuffer(row[f"p{grid}.npy"], np.float16, offset=128)
+                out[i] = values.reshape(grid * grid, CHANNELS)
+            batch["pyramid"][grid] = torch.from_numpy(out)
+        if image:
+            pixels = np.empty((len(rows), 3, SIZE, SIZE), np.float32)
+            for i, row in enumerate(rows):
+                scale_into(simplejpeg.decode_jpeg(row["jpg"], "RGBX"), pixels[i])
+            batch["image"] = torch.from_numpy(pixels)
+        return batch
+
+    dataset = webdataset.WebDataset(
+        tars,
+        shardshuffle=len(tars),
+        select_files=lambda name: name.endswith(suffixes),
+        nodesplitter=None,
+        empty_check=False,
+    )
+    pipeline = dataset.repeat().batched(BATCH, collation_fn=collate)
+    loader = torch.utils.data.DataLoader(pipeline, batch_size=None, num_workers=workers)
+    return iter(loader)
+
+
+def speed(batches: Iterator[Any], seconds: float) -> float:
+    """Samples per second, after a warm-up and for at least `seconds`."""
+    for _ in range(WARM_UP_BATCHES):
+        next(batches)
+    count, start = 0, time.perf_counter()
+    while (took := time.perf_counter() - start) < seconds:
+        count += len(next(batches)["key"])
+    close = getattr(batches, "close", None)
+    if close is not None:
+        close()
+    return count / took
+
+
+def forget(paths: list[Path]) -> None:
+    """Drop files from the page cache."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def bytes_from_disk() -> int:
+    """Bytes that this process has made the disk read."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+def cold(data: Dataset, tars: list[Path], levels: tuple[int, ...], image: bool) -> dict[str, float]:
+    """One epoch out of a cold cache: samples/s, and bytes read from disk over bytes needed."""
+    table = data.table("train")
+    suffixes = [f"p{grid}.npy" for grid in levels] + (["jpg"] if image else [])
+    everything = range(len(table.shards))
+    needed = sum(int(table.column(suffix, everything).sizes.sum()) for suffix in suffixes)
+    forget(tars)
+    batches = data.num_samples() // BATCH
+    before, start = bytes_from_disk(), time.perf_counter()
+    for _ in itertools.islice(ours(data, levels, image, 2), batches):
+        pass
+    took = time.perf_counter() - start
+    # The stream reads a few batches ahead of the last one: whole epochs keep that small.
+    shown = batches * BATCH / data.num_samples()
+    return {
+        "samples_per_s": batches * BATCH / took,
+        "read_over_needed": (bytes_from_disk() - before) / (needed * shown),
+    }
+
+
+def measure(data: Dataset, folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
+    """Medians of all readers, all tasks, in turn."""
+    tars = sorted(folder.glob("train-*.tar"))
+    names = [str(tar) for tar in tars]
+    found: dict[str, dict[str, list[float]]] = {task: {} for task in TASKS}
+    cold_found: dict[str, list[dict[str, float]]] = {task: [] for task in TASKS}
+    for _ in range(rounds):
+        for task, (levels, image) in TASKS.items():
+            # Bytes are checked once per process: a dataset opened anew checks them again.
+            checking = open_dataset(folder)
+            readers: dict[str, Callable[[], Iterator[Any]]] = {}
+            for n in (0, 1, 2):
+                readers[f"dinogen, {n} threads"] = lambda n=n: ours(data, levels, image, n)  # noqa: B023
+            for n in (0, 1, 2):
+                readers[f"webdataset, {n} workers"] = lambda n=n: webdataset_pipeline(  # noqa: B023
+                    names,
+                    levels,
+                    image,
+                    n,  # noqa: B023
+                )
+            for reader, start in readers.items():
+                found[task].setdefault(reader, []).append(speed(start(), seconds))
+            first = found[task].setdefault("dinogen, 2 threads, first epoch", [])
+            first.append(first_epoch(checking, levels, image))
+            cold_found[task].append(cold(data, tars, levels, image))
+    result: dict[str, Any] = {"warm": {}, "cold": {}, "ratio": {}}
+    for task in TASKS:
+        medians = {name: statistics.median(values) for name, values in found[task].items()}
+        result["warm"][task] = medians
+        best = {
+            who: max(
+                v for name, v in medians.items() if name.startswith(who) and "first" not in name
+            )
+            for who in ("dinogen", "webdataset")
+        }
+        result["ratio"][task] = best["dinogen"] / best["webdataset"]
+        result["cold"][task] = {
+            key: statistics.median(run[key] for run in cold_found[task])
+            for key in ("samples_per_s", "read_over_needed")
+        }
+    return result
+
+
+def first_epoch(data: Dataset, levels: tuple[int, ...], image: bool) -> float:
+    """Samples per second of the first epoch, in which every checksum is computed."""
+    batches = data.num_samples() // BATCH
+    start = time.perf_counter()
+    for _ in itertools.islice(ours(data, levels, image, 2), batches):
+        pass
+    return batches * BATCH / (time.perf_counter() - start)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the figures beside their targets."""
+    console = Console()
+    warm = Table("reader", *TASKS, title="warm cache, samples/s, medians")
+    for reader in next(iter(result["warm"].values())):
+        warm.add_row(reader, *(f"{result['warm'][task][reader]:,.0f}" for task in TASKS))
+    for label, values in (
+        ("best of ours / best of webdataset", result["ratio"]),
+        ("wanted at least", TARGETS),
+    ):
+        warm.add_row(label, *(f"{values[task]:.1f}x" for task in TASKS))
+    console.print(warm)
+    table = Table("cold cache, 2 threads", *TASKS)
+    for label, key, form in (
+        ("samples/s", "samples_per_s", ",.0f"),
+        ("bytes from disk / bytes needed", "read_over_needed", ".2f"),
+    ):
+        table.add_row(label, *(format(result["cold"][task][key], form) for task in TASKS))
+    table.add_row("wanted at most", *(f"{COLD_TARGET}" for _ in TASKS))
+    console.print(table)
+
+
+def main() -> None:
+    """Pack the photos, measure, print a table and JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=Path, required=True, help="folder of JPEG photos")
+    parser.add_argument("--data", type=Path, help="keep the packed dataset here and use it again")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.0, help="per measurement")
+    parser.add_argument("--num-samples", type=int, help="at most so many")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as temporary:
+        folder = args.data or Path(temporary) / "data"
+        if not (folder / "manifest.json").exists():
+            guide = {"name": "noise", "random": True}
+            pack(samples(args.photos, args.num_samples), folder, shard_size=150, guide=guide)
+        data = open_dataset(folder)
+        result = {
+            "num_samples": data.num_samples(),
+            "num_shards": len(data.manifest.shards),
+            "batch": BATCH,
+            "channels": CHANNELS,
+            "cores": os.cpu_count(),
+            "rounds": args.rounds,
+            **measure(data, folder, args.rounds, args.seconds),
+        }
+    show(result)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.json:
+        args.json.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
