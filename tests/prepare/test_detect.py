@@ -1,0 +1,139 @@
+"""Faces are found where they are, alone or in company, in small and in huge photos."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinogen.prepare import detect
+from dinogen.prepare.detect import FaceDetector
+from dinogen.prepare.read import PrepareError, read_photo
+
+
+@pytest.fixture(scope="module")
+def detector():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the threads of the stream
+    yield FaceDetector("cpu")
+    torch.set_num_threads(before)
+
+
+def centre(face):
+    left, top, right, bottom = face.box
+    return np.array([(left + right) / 2, (top + bottom) / 2])
+
+
+def test_one_photo_as_facenet_pytorch_finds_it(detector, astronaut):
+    from facenet_pytorch import MTCNN
+
+    boxes, probabilities, points = MTCNN(keep_all=True).detect(astronaut, landmarks=True)
+    (face,) = detector.detect([astronaut])[0]
+    np.testing.assert_allclose(face.box, boxes[0].astype(float), atol=1e-3)
+    np.testing.assert_allclose(face.landmarks, points[0].astype(float), atol=1e-3)
+    assert face.probability == pytest.approx(float(probabilities[0]), abs=1e-5)
+    assert all(isinstance(value, float) for value in (*face.box, *face.landmarks[0]))
+    np.testing.assert_allclose(face.box, (181, 62, 268, 172), atol=2)
+
+
+def test_company_changes_nothing(detector, astronaut):
+    """Also beside faces at the edge, whose boxes stick out of their photo."""
+    edge = np.ascontiguousarray(astronaut[:, 210:466])  # the face is cut by the left edge
+    plain = np.full_like(edge, 128)
+    photos = [edge, astronaut[:300, :300], plain, edge[::-1].copy(), astronaut[:, :256].copy()]
+    alone = [detector.detect([photo])[0] for photo in photos]
+    assert len(alone[1]) == 1
+    assert alone[2] == []
+    assert detector.detect(photos) == alone
+    together = detector.detect(photos, batch=4)
+    assert [len(faces) for faces in together] == [len(faces) for faces in alone]
+    for found, expected in zip(together, alone, strict=True):
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a.box, b.box, atol=1e-3)
+            np.testing.assert_allclose(a.landmarks, b.landmarks, atol=1e-3)
+
+
+def test_many_faces_each_once(detector, astronaut):
+    face = astronaut[30:230, 120:320]
+    sheet = np.tile(face, (2, 3, 1))
+    found = [f for f in detector.detect([sheet])[0] if f.probability > 0.95]
+    expected = np.array(
+        [(224.5 - 120 + 200 * i, 117 - 30 + 200 * j) for i in range(3) for j in (0, 1)]
+    )
+    assert len(found) == 6
+    for place in expected:
+        assert min(np.hypot(*(centre(f) - place)) for f in found) < 12
+
+
+def test_landmarks_of_a_mirrored_photo_are_mirrored(detector, astronaut):
+    (face,) = detector.detect([astronaut])[0]
+    (mirrored,) = detector.detect([np.ascontiguousarray(astronaut[:, ::-1])])[0]
+    swapped = np.array(mirrored.landmarks)[[1, 0, 2, 4, 3]]
+    swapped[:, 0] = 512 - swapped[:, 0]
+    np.testing.assert_allclose(swapped, face.landmarks, atol=3)
+
+
+def test_the_largest_comes_first(detector, astronaut):
+    face = Image.fromarray(astronaut[30:230, 120:320])
+    sheet = Image.new("RGB", (700, 420), "gray")
+    sheet.paste(face.resize((120, 120)), (20, 20))
+    sheet.paste(face.resize((400, 400)), (250, 10))
+    faces = [f for f in detector.detect([np.asarray(sheet)])[0] if f.probability > 0.95]
+    assert len(faces) == 2
+    assert centre(faces[0])[0] > 250 > centre(faces[1])[0]
+
+
+def test_a_huge_photo_is_searched_smaller_and_boxes_come_back(detector, astronaut, monkeypatch):
+    wide = np.asarray(Image.fromarray(astronaut).resize((1000, 980), Image.Resampling.BICUBIC))
+    searched = []
+    cascade = FaceDetector._cascade
+    monkeypatch.setattr(
+        FaceDetector,
+        "_cascade",
+        lambda self, pixels: searched.append(tuple(pixels.shape[2:])) or cascade(self, pixels),
+    )
+    monkeypatch.setattr(detect, "MAX_SIDE", 500)
+    (face,) = detector.detect([wide])[0]
+    assert searched == [(490, 500)]
+    expected = np.array([(181, 62), (268, 172)]) * np.array([1000, 980]) / 512
+    np.testing.assert_allclose(np.reshape(face.box, (2, 2)), expected, atol=12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (11, 11), (19, 400), (20, 20), (24, 31)])
+def test_photos_too_small_for_a_face(detector, shape):
+    rng = np.random.default_rng(0)
+    assert detector.detect([rng.integers(0, 256, (*shape, 3), np.uint8)]) == [[]]
+
+
+def test_no_photos(detector):
+    assert detector.detect([]) == []
+
+
+def test_weights_are_read_without_unpickling(monkeypatch):
+    load, options = torch.load, []
+    monkeypatch.setattr(
+        torch, "load", lambda *args, **kwargs: options.append(kwargs) or load(*args, **kwargs)
+    )
+    FaceDetector("cpu")
+    assert [kwargs["weights_only"] for kwargs in options] == [True, True, True]
+
+
+def test_a_device_that_is_not_there():
+    with pytest.raises(PrepareError, match=r"device 'teapot'.*use auto or cpu"):
+        FaceDetector("teapot")
+
+
+@pytest.mark.parametrize(
+    ("name", "num_faces"),
+    [
+        ("group-1.jpg", 15),
+        ("multiface.jpg", 6),
+        ("two_people.jpg", 2),
+        ("astronaut.png", 1),
+        ("biden.jpg", 1),
+        ("chelsea.png", 0),
+        ("coffee.png", 0),
+    ],
+)
+def test_known_photos(detector, assets, name, num_faces):
+    photo = read_photo(assets / "detection" / name, 10**8)
+    assert sum(face.probability > 0.95 for face in detector.detect([photo])[0]) == num_faces
