@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,14 +172,10 @@ def measure(data: Dataset, folder: Path, rounds: int, seconds: float) -> dict[st
             checking = open_dataset(folder)
             readers: dict[str, Callable[[], Iterator[Any]]] = {}
             for n in (0, 1, 2):
-                readers[f"dinogen, {n} threads"] = lambda n=n: ours(data, levels, image, n)  # noqa: B023
+                readers[f"dinogen, {n} threads"] = partial(ours, data, levels, image, n)
             for n in (0, 1, 2):
-                readers[f"webdataset, {n} workers"] = lambda n=n: webdataset_pipeline(  # noqa: B023
-                    names,
-                    levels,
-                    image,
-                    n,  # noqa: B023
-                )
+                start_loader = partial(webdataset_pipeline, names, levels, image, n)
+                readers[f"webdataset, {n} workers"] = start_loader
             for reader, start in readers.items():
                 found[task].setdefault(reader, []).append(speed(start(), seconds))
             first = found[task].setdefault("dinogen, 2 threads, first epoch", [])
@@ -189,10 +186,8 @@ def measure(data: Dataset, folder: Path, rounds: int, seconds: float) -> dict[st
         medians = {name: statistics.median(values) for name, values in found[task].items()}
         result["warm"][task] = medians
         best = {
-            who: max(
-                v for name, v in medians.items() if name.startswith(who) and "first" not in name
-            )
-            for who in ("dinogen", "webdataset")
+            who: max(medians[f"{who}, {n} {kind}"] for n in (0, 1, 2))
+            for who, kind in (("dinogen", "threads"), ("webdataset", "workers"))
         }
         result["ratio"][task] = best["dinogen"] / best["webdataset"]
         result["cold"][task] = {

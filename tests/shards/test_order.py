@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -103,6 +105,41 @@ GOLDEN = [
     [6, 8, 12, 3, 5, 9, 15, 1, 7, 11, 14, 2, 4, 10, 13, 0],
     [5, 12, 11, 3, 6, 15, 8, 4, 7, 14, 9, 1, 0, 13, 10, 2],
 ]
+
+
+@pytest.mark.parametrize("sizes", [[5, 3, 8], [1], [40, 40, 7], [9] * 7])
+@pytest.mark.parametrize("num_lanes, window_shards", [(4, 1), (64, 4), (1, 2)])
+def test_the_order_is_the_documented_one(sizes, num_lanes, window_shards):
+    """docs/data-format.md followed step by step, one sample at a time."""
+    n, seed, epoch = sum(sizes), 11, 3
+
+    def words(purpose: str, count: int) -> list[int]:
+        digest = hashlib.sha256(f"dinogen order {seed} {epoch} {purpose}".encode()).digest()
+        key = int.from_bytes(digest[:16], "little")
+        return [int(word) for word in np.random.Philox(key=key).random_raw(count)]
+
+    def argsort(values: list[int]) -> list[int]:
+        return sorted(range(len(values)), key=values.__getitem__)
+
+    first, *rest = words("shards", len(sizes) + 1)
+    ring = [(s, i) for s in argsort(rest) for i in range(sizes[s])]
+    ring = ring[first % n :] + ring[: first % n]
+    lanes = min(num_lanes, n)
+    lane_entries: dict[int, list] = {}
+    for lane in argsort(words("lanes", lanes)):
+        length = n // lanes + (lane < n % lanes)
+        lane_entries[lane], ring = ring[:length], ring[length:]
+    size = window_shards * -(-n // len(sizes))
+    for start in range(0, -(-n // lanes), size):
+        full = min(size, n // lanes - start)
+        table = words(f"window {start // size}", (full + 1) * lanes)
+        for lane, entries in lane_entries.items():
+            window = entries[start : start + size]
+            column = [table[row * lanes + lane] for row in range(len(window))]
+            entries[start : start + size] = [window[i] for i in argsort(column)]
+    places = Order(sizes, seed, num_lanes, window_shards).places(epoch * n, n)
+    found = list(zip(places.shard.tolist(), places.sample.tolist(), strict=True))
+    assert found == [lane_entries[p % lanes][p // lanes] for p in range(n)]
 
 
 def test_resuming_late_in_a_large_dataset_needs_no_walk():
