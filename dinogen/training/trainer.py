@@ -201,7 +201,7 @@ class Trainer:
             "alpha": self.plan.alpha(self.progress.nimg - self.stage.batch),
             "images_per_s": window.images / elapsed,
             "data_wait": window.waited / elapsed,
-            "num_skipped": float(self.stream.num_skipped),
+            "num_skipped": dist.all_reduce_sum(torch.tensor(float(self.stream.num_skipped))).item(),
         }
         if self.engine.device.type == "cuda":
             values["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20

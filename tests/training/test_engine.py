@@ -8,6 +8,7 @@ from torch import nn
 
 from dinogen.config import ConfigError, parse_config
 from dinogen.families.base import Phase
+from dinogen.training import engine as engine_module
 from dinogen.training.engine import SingleEngine, make_engine, resolve_precision
 
 CPU = torch.device("cpu")
@@ -146,3 +147,25 @@ def test_single_on_several_ranks_is_refused(monkeypatch):
     config = parse_config({}, ["engine.name=single"])
     with pytest.raises(ConfigError, match=r"engine\.name"):
         make_engine(config, Toy(), 0.01, CPU)
+
+
+def test_fp16_scales_losses_and_backs_off_where_gradients_overflow(monkeypatch):
+    """The scaler's arithmetic, on the CPU: autocast and the scaler work there too."""
+    monkeypatch.setattr(engine_module, "resolve_precision", lambda precision, device: "fp16")
+    family, engine = make("engine.precision=fp16")
+    phase, scaler = family.phases[1], engine.scalers["G"]
+    losses, _ = engine.losses(phase, data(), last=True)
+    assert losses["b"].dtype == torch.float16
+    first = scaler.get_scale()
+    huge = data()
+    huge["y"] *= 1e4
+    assert not step(engine, phase, huge, 1).applied, "the scaled gradient overflows in fp16"
+    assert scaler.get_scale() == first / 2
+    start = engine.losses(phase, data(), last=True)[0]["a"].item()
+    updates = [step(engine, phase, data(), 2) for _ in range(60)]
+    assert sum(u.applied for u in updates) > 40
+    assert engine.losses(phase, data(), last=True)[0]["a"].item() < 0.9 * start
+    tensors, rest = engine.state()
+    _, other = make("engine.precision=fp16")
+    other.load_state({k: v.clone() for k, v in tensors.items()}, rest)
+    assert other.scalers["G"].get_scale() == scaler.get_scale()
