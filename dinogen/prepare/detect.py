@@ -66,12 +66,18 @@ class FaceDetector:
         min_face: smallest face searched for, pixels; above 20 it has no effect, so that a small
             face can be told from none.
 
+    Attributes:
+        device: where the networks are.
+        prefers_batches: whether photos of equal size are faster together; on CPU they are faster
+            in a thread each.
+
     Raises:
         PrepareError: there is no such device.
     """
 
     def __init__(self, device: str | torch.device = "auto", min_face: int = MIN_FACE) -> None:
         self.device = dist.device() if device == "auto" else _device(device)
+        self.prefers_batches = self.device.type != "cpu"
         self._min_face = max(_WINDOW, min(min_face, MIN_FACE))
         self._nets = [
             _load(net, name).to(self.device)

@@ -219,8 +219,7 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
-        detail = "link to nothing" if path.is_symlink() and not path.exists() else error.strerror
-        raise Unusable("unreadable", str(detail)) from None
+        raise Unusable("unreadable", str(error.strerror)) from None
     try:
         image = Image.open(path, formats=_FORMATS)
     except UnidentifiedImageError:

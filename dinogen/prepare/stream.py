@@ -91,7 +91,7 @@ def iter_photos(
         from dinogen.prepare.detect import FaceDetector
 
         detector = FaceDetector(device, config.min_face)
-    with _workers(config.num_threads) as pool:
+    with _workers(config.num_threads, detector) as pool:
         for result in _results(wanted, config, detector, pool):
             yield from _compare(result, config, known)
             num_done += 1
@@ -123,27 +123,31 @@ def _compare(result: Result, config: FacesConfig, known: Duplicates) -> Iterator
 
 
 @contextmanager
-def _workers(num_threads: int) -> Iterator[ThreadPoolExecutor]:
+def _workers(num_threads: int, detector: FaceDetector | None) -> Iterator[ThreadPoolExecutor]:
     """Threads in which torch starts no threads of its own; the caller's setting stays."""
-    import torch
-
-    before = torch.get_num_threads()
-    ready = threading.Barrier(num_threads + 1)
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        ready.wait()
-
-    with ThreadPoolExecutor(num_threads, "faces", initializer=start) as pool:
-        for _ in range(num_threads):
-            pool.submit(int)  # a thread starts with its first task
-        ready.wait()
-        # Matrix products have one setting for the whole process, and the threads changed it.
-        torch.set_num_threads(before)
+    with ThreadPoolExecutor(num_threads, "faces") as pool:
+        if detector is not None:
+            _limit_torch(pool, num_threads)
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _limit_torch(pool: ThreadPoolExecutor, num_threads: int) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    everyone = threading.Barrier(num_threads)
+
+    def limit() -> None:
+        torch.set_num_threads(1)
+        everyone.wait()  # so that no thread takes the turn of another
+
+    for future in [pool.submit(limit) for _ in range(num_threads)]:
+        future.result()
+    # Matrix products have one setting for the whole process, and the threads changed it.
+    torch.set_num_threads(before)
 
 
 def _results(
@@ -153,26 +157,26 @@ def _results(
     pool: ThreadPoolExecutor,
 ) -> Iterator[Result]:
     """Results in the order of the photos; the next group is read while this one is used."""
-    together = detector is not None and detector.device.type != "cpu"
+    batched = detector is not None and detector.prefers_batches
 
     def start(group: list[Photo]) -> list[Future[Any]]:
-        if together:
+        if batched:
             return [pool.submit(read, photo, config) for photo in group]
         return [pool.submit(read_and_cut, photo, config, detector) for photo in group]
 
     def finish(group: list[Photo], futures: list[Future[Any]]) -> Iterator[Result]:
-        if not together:
+        if not batched:
             yield from (future.result() for future in futures)
             return
         assert detector is not None
-        read = [future.result() for future in futures]
-        good = [pixels for pixels in read if not isinstance(pixels, Unusable)]
+        photo_pixels = [future.result() for future in futures]
+        good = [pixels for pixels in photo_pixels if not isinstance(pixels, Unusable)]
         found = iter(detector.detect(good, config.batch))
         results = [
             pool.submit(cut, photo, pixels, config, None)
             if isinstance(pixels, Unusable)
             else pool.submit(cut, photo, pixels, config, next(found))
-            for photo, pixels in zip(group, read, strict=True)
+            for photo, pixels in zip(group, photo_pixels, strict=True)
         ]
         yield from (future.result() for future in results)
 

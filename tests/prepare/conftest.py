@@ -1,10 +1,13 @@
 """Photos for the tests: a real face from scikit-image, real portraits where they are at hand."""
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from skimage import data
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +27,46 @@ def assets():
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """Small networks on shared cores: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def noise():
     """64x48 RGB in which every pixel is different."""
     return np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+
+
+def png_chunk(name, data):
+    body = name + data
+    return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+@pytest.fixture(scope="session")
+def encode_png():
+    """A PNG from its raw rows, filter byte included; kinds that Pillow cannot write, too."""
+
+    def encode(width, height, rows, bits, colours):
+        packer = zlib.compressobj(1)
+        data = b"".join(map(packer.compress, rows)) + packer.flush()
+        header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
+        chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
+        return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def write_bomb(encode_png):
+    """A valid black PNG of 1 bit per pixel: kilobytes on disk, gigabytes as RGB."""
+
+    def write(path, side=20000):
+        rows = (bytes(1 + side // 8) for _ in range(side))
+        path.write_bytes(encode_png(side, side, rows, bits=1, colours=0))
+
+    return write

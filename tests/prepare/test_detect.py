@@ -11,11 +11,8 @@ from dinogen.prepare.read import PrepareError, read_photo
 
 
 @pytest.fixture(scope="module")
-def detector():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the threads of the stream
-    yield FaceDetector("cpu")
-    torch.set_num_threads(before)
+def detector(one_torch_thread):
+    return FaceDetector("cpu")
 
 
 def centre(face):
