@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,7 +205,7 @@ def _check_settings(src: Path, out: Path, config: FacesConfig) -> None:
     if out.exists() and not out.is_dir():
         raise PrepareError(f"{out}: is a file: choose a folder")
     path = out / _SETTINGS
-    if path.exists():
+    if path.exists() and any(chain(out.glob("*.jpg"), out.glob("*.png"))):
         before = _read_json(path)
         if before["src"] != settings["src"]:
             raise PrepareError(
@@ -221,7 +222,7 @@ def _check_settings(src: Path, out: Path, config: FacesConfig) -> None:
                 f"{out}: holds faces made with other settings ({', '.join(changed)}): choose "
                 "another folder, or delete this one"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif not path.exists() and out.exists() and any(out.iterdir()):
         raise PrepareError(
             f"{out}: is not empty and was not written by 'dinogen faces': choose another folder"
         )

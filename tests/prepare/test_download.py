@@ -1,0 +1,435 @@
+"""Lists are fetched from a server that does everything wrong."""
+
+import csv
+import email.utils
+import gzip
+import hashlib
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dinogen.prepare.download import download
+from dinogen.prepare.fetch import Failure
+from dinogen.prepare.links import read_list
+from dinogen.prepare.read import PrepareError
+
+BODY = bytes(i * i % 251 for i in range(300_000))
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Plays one script per path: a list of what each request in turn meets."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.scripts = {}
+        self.requests = []
+        self.together = self.most_together = 0
+        self.lock = threading.Lock()
+
+    def url(self, path, *script):
+        self.scripts[f"/{path.partition('?')[0]}"] = list(script)
+        return f"http://127.0.0.1:{self.server_port}/{path}"
+
+    def ranges(self, path):
+        return [headers.get("Range") for name, headers in self.requests if name == f"/{path}"]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_GET(self):
+        server, path = self.server, self.path.partition("?")[0]
+        with server.lock:
+            server.requests.append((path, dict(self.headers)))
+            script = server.scripts[path]
+            act = script.pop(0) if len(script) > 1 else script[0]
+            server.together += 1
+            server.most_together = max(server.most_together, server.together)
+        try:
+            act(self)
+        finally:
+            with server.lock:
+                server.together -= 1
+
+
+def status(code, **headers):
+    def act(handler):
+        handler.send_response(code)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return act
+
+
+def serve(body=BODY, stop_after=None, ranges=True, etag='"one"', delay=0.0, **headers):
+    """The file; ``stop_after`` so many bytes of the answer the connection breaks."""
+
+    def act(handler):
+        asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+        same = handler.headers.get("If-Range") in (None, etag, headers.get("Last_Modified"))
+        start = int(asked[1]) if asked and ranges and same else 0
+        if start >= len(body) > 0:
+            status(416, Content_Range=f"bytes */{len(body)}")(handler)
+            return
+        handler.send_response(206 if start else 200)
+        if start:
+            handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        if etag:
+            handler.send_header("ETag", etag)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.send_header("Content-Length", str(len(body) - start))
+        handler.end_headers()
+        time.sleep(delay)
+        end = len(body) if stop_after is None else min(len(body), start + stop_after)
+        handler.wfile.write(body[start:end])
+        handler.wfile.flush()
+        if end < len(body):
+            handler.close_connection = True
+            handler.connection.close()
+
+    return act
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def fetch(tmp_path):
+    """Downloads the lines into a folder; waits are noted, not waited."""
+
+    def run(*lines, suffix="txt", **options):
+        listing = tmp_path / f"list.{suffix}"
+        listing.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        options.setdefault("num_attempts", 3)
+        return download(listing, tmp_path / "out", sleep=run.waits.append, **options)
+
+    run.waits = []
+    run.out = tmp_path / "out"
+    return run
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def failed(folder):
+    with (folder / "failed.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_list_is_fetched(server, fetch):
+    calls = []
+    summary = fetch(
+        "# photos",
+        server.url("plain.jpg", serve()),
+        "",
+        f"{server.url('dir/checked.jpg', serve())}  {SHA256}",
+        f"{server.url('x', serve(b'other'))} {hashlib.sha256(b'other').hexdigest()} my own.jpg",
+        f"{server.url('y', serve(b''))} named.png",
+        progress=lambda *numbers: calls.append(numbers),
+    )
+    assert names(fetch.out) == ["checked.jpg", "my own.jpg", "named.png", "plain.jpg"]
+    assert (fetch.out / "plain.jpg").read_bytes() == BODY
+    assert (fetch.out / "my own.jpg").read_bytes() == b"other"
+    assert (fetch.out / "named.png").read_bytes() == b""
+    assert (summary.num_files, summary.num_fetched, summary.num_present) == (4, 4, 0)
+    assert summary.failures == ()
+    assert calls[-1] == (4, 4, 2 * len(BODY) + 5)
+    assert [call[0] for call in calls] == [1, 2, 3, 4]
+
+
+def test_csv_with_and_without_header(server, fetch):
+    url = server.url("a.jpg", serve())
+    fetch("filename,url", f'"b, c.jpg",{url}', suffix="csv")
+    assert names(fetch.out) == ["b, c.jpg"]
+    fetch(f"{url},{SHA256},d.jpg", suffix="csv")
+    assert names(fetch.out) == ["b, c.jpg", "d.jpg"]
+
+
+def test_what_is_there_is_not_fetched_again(server, fetch):
+    lines = [
+        server.url("a.jpg", serve()),
+        f"{server.url('b.jpg', serve())} {SHA256}",
+        f"{server.url('c.jpg', serve())} {SHA256}",
+    ]
+    fetch(*lines)
+    (fetch.out / "c.jpg").write_bytes(BODY[:-1] + b"!")
+    server.requests.clear()
+    summary = fetch(*lines)
+    assert [path for path, _ in server.requests] == ["/c.jpg"]
+    assert (summary.num_fetched, summary.num_present) == (1, 2)
+    assert (fetch.out / "c.jpg").read_bytes() == BODY
+
+
+def test_a_dropped_connection_is_resumed(server, fetch):
+    url = server.url("a.jpg", serve(stop_after=100_000), serve(stop_after=50_000), serve())
+    summary = fetch(url)
+    assert server.ranges("a.jpg") == [None, "bytes=100000-", "bytes=150000-"]
+    assert (fetch.out / "a.jpg").read_bytes() == BODY
+    assert summary.num_bytes == len(BODY)
+    assert names(fetch.out) == ["a.jpg"]
+
+
+def test_a_server_that_always_breaks_off_still_gets_the_file_across(server, fetch):
+    summary = fetch(server.url("a.jpg", serve(stop_after=30_000)), num_attempts=1)
+    assert summary.failures == ()
+    assert (fetch.out / "a.jpg").read_bytes() == BODY
+    assert len(server.ranges("a.jpg")) == 10
+
+
+def test_the_next_run_goes_on_where_the_last_one_ended(server, fetch):
+    url = server.url("a.jpg", serve(stop_after=120_000), status(503))
+    summary = fetch(url, num_attempts=1)
+    assert [failure.reason for failure in summary.failures] == ["http_503"]
+    assert names(fetch.out) == [".a.jpg.part", ".a.jpg.part.json", "failed.csv"]
+    server.requests.clear()
+    server.url("a.jpg", serve())
+    assert fetch(url).num_bytes == len(BODY) - 120_000
+    assert server.ranges("a.jpg") == ["bytes=120000-"]
+    assert (fetch.out / "a.jpg").read_bytes() == BODY
+    assert names(fetch.out) == ["a.jpg"]
+
+
+def test_killed_between_the_last_byte_and_the_name(server, fetch):
+    url = server.url("a.jpg", serve(stop_after=120_000), status(503))
+    fetch(url, num_attempts=1)
+    (fetch.out / ".a.jpg.part").write_bytes(BODY)
+    server.url("a.jpg", serve())
+    assert fetch(url).num_bytes == 0
+    assert (fetch.out / "a.jpg").read_bytes() == BODY
+
+
+def test_a_file_that_changed_on_the_server_is_not_patched_together(server, fetch):
+    newer = BODY[::-1]
+    url = server.url("a.jpg", serve(stop_after=100_000), serve(newer, etag='"two"'))
+    fetch(url)
+    assert (fetch.out / "a.jpg").read_bytes() == newer
+
+
+@pytest.mark.parametrize("options", [{"etag": None}, {"etag": 'W/"weak"'}])
+def test_without_proof_that_it_is_the_same_a_file_begins_again(server, fetch, options):
+    fetch(server.url("a.jpg", serve(stop_after=100_000, **options), serve(**options)))
+    assert server.ranges("a.jpg") == [None, None]
+    assert (fetch.out / "a.jpg").read_bytes() == BODY
+
+
+def test_a_date_or_a_checksum_is_proof_too(server, fetch):
+    date = "Wed, 21 Oct 2015 07:28:00 GMT"
+    fetch(
+        server.url(
+            "a.jpg",
+            serve(stop_after=9000, etag=None, Last_Modified=date),
+            serve(etag=None, Last_Modified=date),
+        ),
+        f"{server.url('b.jpg', serve(stop_after=9000, etag=None), serve(etag=None))} {SHA256}",
+    )
+    assert server.ranges("a.jpg") == server.ranges("b.jpg") == [None, "bytes=9000-"]
+    assert (fetch.out / "a.jpg").read_bytes() == (fetch.out / "b.jpg").read_bytes() == BODY
+
+
+def test_a_server_without_ranges(server, fetch):
+    fetch(server.url("a.jpg", serve(stop_after=100_000), serve(ranges=False)))
+    assert server.ranges("a.jpg") == [None, "bytes=100000-"]
+    assert (fetch.out / "a.jpg").read_bytes() == BODY
+
+
+def test_a_server_without_ranges_that_always_breaks_off_is_given_up(server, fetch):
+    url = server.url("a.jpg", serve(stop_after=100_000, ranges=False))
+    summary = fetch(url, num_attempts=3)
+    assert [failure.reason for failure in summary.failures] == ["connection"]
+    assert len(server.ranges("a.jpg")) == 4
+    assert "a.jpg" not in names(fetch.out)
+
+
+def test_server_errors_are_retried_with_growing_waits(server, fetch):
+    fetch(server.url("a.jpg", status(500), status(502), status(429), serve()), num_attempts=4)
+    assert (fetch.out / "a.jpg").read_bytes() == BODY
+    assert len(fetch.waits) == 3
+    for wait, longest in zip(fetch.waits, (1, 2, 4), strict=True):
+        assert longest / 2 <= wait <= longest
+
+
+def test_retry_after_is_honoured(server, fetch):
+    soon = email.utils.formatdate(time.time() + 100, usegmt=True)
+    url = server.url("a.jpg", status(429, Retry_After="7"), status(503, Retry_After=soon), serve())
+    fetch(url)
+    assert fetch.waits[0] == 7
+    assert 90 < fetch.waits[1] <= 100
+    summary = fetch(server.url("b.jpg", status(503, Retry_After="86400")))
+    assert summary.failures[0].reason == "retry_after"
+    assert "86400" in summary.failures[0].detail
+
+
+def test_failures_are_listed_and_gone_once_mended(server, fetch):
+    lines = [
+        server.url("gone.jpg", status(404)),
+        server.url("down.jpg", status(500)),
+        server.url("good.jpg", serve()),
+        f"{server.url('wrong.jpg', serve())} {'0' * 64}",
+        f"{server.url('zip.jpg', serve(gzip.compress(b'x'), Content_Encoding='gzip'))}",
+        server.url("loop.jpg", lambda h: status(302, Location=h.path)(h)),
+    ]
+    summary = fetch(*lines)
+    rows = failed(fetch.out)
+    assert [(row["filename"], row["reason"]) for row in rows] == [
+        ("gone.jpg", "http_404"),
+        ("down.jpg", "http_500"),
+        ("wrong.jpg", "checksum"),
+        ("zip.jpg", "protocol"),
+        ("loop.jpg", "protocol"),
+    ]
+    assert rows[0]["url"] == lines[0]
+    assert SHA256 in rows[2]["detail"]
+    assert isinstance(summary.failures[0], Failure)
+    assert len(server.ranges("gone.jpg")) == 1
+    assert len(server.ranges("down.jpg")) == 3
+    assert names(fetch.out) == ["failed.csv", "good.jpg"]
+    for name in ("gone.jpg", "down.jpg"):
+        server.url(name, serve())
+    assert fetch(*lines[:3]).failures == ()
+    assert names(fetch.out) == ["down.jpg", "gone.jpg", "good.jpg"]
+
+
+def test_nobody_listens(server, fetch):
+    url = server.url("a.jpg", serve())
+    server.shutdown()
+    server.server_close()
+    summary = fetch(url, num_attempts=2)
+    assert [failure.reason for failure in summary.failures] == ["connection"]
+
+
+def test_several_at_a_time(server, fetch):
+    lines = [server.url(f"{n}.jpg", serve(delay=0.15)) for n in range(8)]
+    fetch(*lines, num_parallel=4)
+    assert 2 <= server.most_together <= 4
+
+
+def test_redirects_are_followed(server, fetch):
+    target = server.url("target", serve())
+    fetch(server.url("a.jpg", status(302, Location=target)))
+    assert (fetch.out / "a.jpg").read_bytes() == BODY
+
+
+def test_an_interruption_ends_at_once_and_keeps_the_parts(server, fetch):
+    lines = [server.url("a.jpg", serve()), server.url("b.jpg", serve(stop_after=1000), status(503))]
+
+    def interrupt(*numbers):
+        while not (fetch.out / ".b.jpg.part").exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    begin = time.monotonic()
+    listing = fetch.out.parent / "list.txt"
+    listing.write_text("\n".join(lines))
+    with pytest.raises(KeyboardInterrupt):
+        download(listing, fetch.out, num_attempts=1000, progress=interrupt)
+    assert time.monotonic() - begin < 5
+    assert (fetch.out / ".b.jpg.part").read_bytes() == BODY[:1000]
+
+
+def test_the_same_name_from_other_addresses(server, fetch):
+    lines = [
+        server.url("a/x.jpg", serve(b"1")),
+        server.url("b/x.jpg", serve(b"2")),
+        server.url("a/x.jpg?size=2", serve(b"1")),
+        server.url("b/x.jpg", serve(b"2")),
+    ]
+    fetch(*lines)
+    found = names(fetch.out)
+    assert len(found) == 3
+    assert "x.jpg" in found
+    assert all(re.fullmatch(r"x(-[0-9a-f]{16})?\.jpg", name) for name in found)
+    assert sorted((fetch.out / name).read_bytes() for name in found) == [b"1", b"1", b"2"]
+    server.requests.clear()
+    fetch(*lines)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("ftp://example.org/a.jpg", "no http"),
+        ("file:///etc/passwd", "no http"),
+        ("http://[::1/a.jpg", "no http"),
+        ("photo.jpg", "no http"),
+        ("http://example.org/a.jpg ../b.jpg", "no plain file name"),
+        ("http://example.org/a.jpg /etc/b.jpg", "no plain file name"),
+        ("http://example.org/a.jpg c\\b.jpg", "no plain file name"),
+        ("http://example.org/a.jpg ..", "no plain file name"),
+        ("http://example.org/a.jpg .hidden", "no plain file name"),
+        ("http://example.org/a.jpg failed.csv", "written by dinogen"),
+        ("http://example.org/a.jpg first.jpg", "already the name"),
+    ],
+)
+def test_a_wrong_line_is_named_before_anything_is_fetched(server, fetch, line, part):
+    first = f"{server.url('first', serve())} first.jpg"
+    with pytest.raises(PrepareError, match=f"line 2: .*{part}"):
+        fetch(first, line)
+    assert server.requests == []
+
+
+def test_wrong_lists(tmp_path, fetch):
+    with pytest.raises(PrepareError, match="no such list"):
+        download(tmp_path / "absent.txt", tmp_path)
+    with pytest.raises(PrepareError, match="no address"):
+        fetch("# nothing")
+    with pytest.raises(PrepareError, match="64 hex digits"):
+        fetch("http://example.org/a.jpg,abc", suffix="csv")
+    with pytest.raises(PrepareError, match="different checksums"):
+        fetch(*(f"http://example.org/a.jpg {digit * 64}" for digit in "01"))
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PrepareError, match="cannot be read as text"):
+        download(tmp_path / "binary.txt", tmp_path)
+
+
+PARTS = st.text(st.characters(codec="utf-8", exclude_categories=("Z", "C")), max_size=300)
+
+
+@settings(max_examples=60)
+@given(st.lists(PARTS, max_size=8))
+def test_names_from_addresses_are_plain_and_differ(tmp_path_factory, parts):
+    listing = tmp_path_factory.mktemp("list") / "list.txt"
+    awkward = [
+        "..",
+        "%2e%2e%2f%2e%2e%2fetc%2fpasswd",
+        "a%00b.jpg",
+        "",
+        "failed.csv",
+        "x" * 300 + ".jpg",
+    ]
+    urls = [f"http://example.org/{n}/{part}" for n, part in enumerate([*parts, *awkward])]
+    listing.write_text("\n".join(urls), encoding="utf-8")
+    items = read_list(listing, reserved={"failed.csv"})
+    assert [item.url for item in items] == urls
+    found = [item.filename for item in items]
+    assert len(set(found)) == len(found)
+    for name in found:
+        assert name
+        assert len(name.encode()) <= 220
+        assert name == name.strip()
+        assert not set(name) & set("/\\\0")
+        assert not name.startswith(".")
+        assert name != "failed.csv"
