@@ -2,8 +2,9 @@
 
 from shards.dataset import Dataset, open_dataset
 from shards.errors import CorruptSample, ShardsError
-from shards.pack import ShardSink, pack
+from shards.pack import pack
 from shards.sample import Sample
+from shards.sink import ShardSink
 
 __all__ = [
     "CorruptSample",

@@ -54,10 +54,10 @@ def atomic_write(path: Path) -> Iterator[AtomicFile]:
     file = AtomicFile(path)
     try:
         yield file
+        file.commit()
     except BaseException:
         file.abandon()
         raise
-    file.commit()
 
 
 def sync_folder(folder: Path) -> None:

@@ -82,19 +82,32 @@ class Order:
                 (block[0][inside:][:take], block[1][inside:][:take], block[2][inside:][:take])
             )
             position += take
-        shard, sample, index = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        if len(parts) == 1:
+            shard, sample, index = (array.copy() for array in parts[0])
+        else:
+            shard, sample, index = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return Place(np.arange(start, end), shard, sample, index)
 
-    def share(self, start: int, batch_size: int, rank: int, world_size: int) -> Place:
-        """Places of one rank's part of the global batch [start, start + batch_size).
+    def shares(
+        self, start: int, batch_size: int, rank: int, world_size: int, num_batches: int
+    ) -> list[Place]:
+        """Places of one rank's part of `num_batches` global batches that follow `start`.
 
-        The batch is sorted by lane and cut into contiguous runs, as equal as can be, the longer
+        Each batch is sorted by lane and cut into contiguous runs, as equal as can be, the longer
         ones first: a rank stays with its own lanes, and so with their shards.
         """
-        whole = self.places(start, batch_size)
-        by_lane = np.argsort(whole.position % self.num_samples % self.num_lanes, kind="stable")
-        mine = np.array_split(by_lane, world_size)[rank]
-        return Place(whole.position[mine], whole.shard[mine], whole.sample[mine], whole.index[mine])
+        whole = self.places(start, batch_size * num_batches)
+        lane = (whole.position % self.num_samples % self.num_lanes).reshape(-1, batch_size)
+        each, longer = divmod(batch_size, world_size)
+        first = rank * each + min(rank, longer)
+        mine = np.argsort(lane, axis=1, kind="stable")[:, first : first + each + (rank < longer)]
+        mine += np.arange(0, batch_size * num_batches, batch_size)[:, None]
+        arrays = (whole.position, whole.shard, whole.sample, whole.index)
+        return [Place(*rows) for rows in zip(*(array[mine] for array in arrays), strict=True)]
+
+    def share(self, start: int, batch_size: int, rank: int, world_size: int) -> Place:
+        """Places of one rank's part of the global batch [start, start + batch_size)."""
+        return self.shares(start, batch_size, rank, world_size, 1)[0]
 
     def _block(self, epoch: int, window: int) -> tuple[Ints, Ints, Ints]:
         """(shard, sample, index) of all positions in one window of all lanes of an epoch."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import accumulate, compress, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,6 @@ from shards.table import OpenFile, SampleTable
 
 Arrays = dict[str, npt.NDArray[Any]]
 Failures = dict[int, CorruptSample]
-# (descriptor, offset, target, item of the batch, suffix)
-_Read = tuple[int, int, memoryview, int, str]
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,26 @@ class LevelShape:
     places: int
     channels: int
     dtype: np.dtype[Any]
+
+
+class _Reads(NamedTuple):
+    """Planned reads of one kind of member, one entry per item of the batch in every list."""
+
+    suffix: str
+    items: list[int]
+    descriptors: list[int]
+    targets: list[tuple[memoryview]]
+    offsets: list[int]
+
+    def only(self, mask: Sequence[bool]) -> _Reads:
+        """Those whose entry in `mask` is true."""
+        return _Reads(
+            self.suffix,
+            list(compress(self.items, mask)),
+            list(compress(self.descriptors, mask)),
+            list(compress(self.targets, mask)),
+            list(compress(self.offsets, mask)),
+        )
 
 
 class BatchReader:
@@ -99,7 +118,7 @@ class _Batch:
         self._table = table
         self._places = places
         self._shards: list[int] = places.shard.tolist()
-        self._queue: list[_Read] = []
+        self._queue: list[_Reads] = []
         self.failures: Failures = {}
         # Held until the batch is read: a file is closed when the last holder lets go of it.
         self._files = {shard: self._open(shard) for shard in dict.fromkeys(self._shards)}
@@ -133,19 +152,18 @@ class _Batch:
         offsets = column.offsets[self._places.index].tolist()
         size = out[0].nbytes
         target = out.reshape(-1).view(np.uint8).data
-        reads = [
-            (descriptor, offset, target[row * size : row * size + size], item, suffix)
-            for item, (descriptor, offset, row) in enumerate(
-                zip(self._descriptors, offsets, rows, strict=True)
-            )
-        ]
+        targets = [(target[row * size : row * size + size],) for row in rows]
+        items = list(range(len(rows)))
+        reads = _Reads(suffix, items, self._descriptors, targets, offsets)
         wrong = column.sizes[self._places.index] != size
+        if len(self._sound) < len(self._files):
+            wrong |= np.array(self._descriptors) < 0
         if wrong.any():
             for item in np.flatnonzero(wrong).tolist():
                 lost = offsets[item] < 0
                 self.fail(item, suffix, "is missing" if lost else "has not the manifest's shape")
-            reads = [read for read in reads if not wrong[read[3]]]
-        self._queue += reads
+            reads = reads.only((~wrong).tolist())
+        self._queue.append(reads)
 
     def queue_images(self) -> dict[int, tuple[str, memoryview]]:
         """Plan to read the encoded image of every item; returns suffix and bytes by item."""
@@ -157,14 +175,20 @@ class _Batch:
             offsets = column.offsets[self._places.index].tolist()
             sizes = column.sizes[self._places.index].tolist()
             space = memoryview(bytearray(sum(sizes)))
-            start = 0
-            for item, (descriptor, offset, size) in enumerate(
-                zip(self._descriptors, offsets, sizes, strict=True)
-            ):
-                if descriptor >= 0 and offset >= 0 and item not in images:
-                    images[item] = (suffix, space[start : start + size])
-                    self._queue.append((descriptor, offset, images[item][1], item, suffix))
-                start += size
+            ends = list(accumulate(sizes, initial=0))
+            targets = [(space[start:end],) for start, end in pairwise(ends)]
+            items = list(range(len(targets)))
+            reads = _Reads(suffix, items, self._descriptors, targets, offsets).only(
+                [
+                    descriptor >= 0 and offset >= 0 and item not in images
+                    for item, descriptor, offset in zip(
+                        items, self._descriptors, offsets, strict=True
+                    )
+                ]
+            )
+            for item, (target,) in zip(reads.items, reads.targets, strict=True):
+                images[item] = (suffix, target)
+            self._queue.append(reads)
         for item, descriptor in enumerate(self._descriptors):
             if descriptor >= 0 and item not in images:
                 self.fail(item, "", "has no image")
@@ -177,17 +201,18 @@ class _Batch:
         whole, so that the disk can sort it, before it is waited for.
         """
         late = []
-        for read in self._queue:
-            descriptor, offset, target, _, _ = read
-            try:
-                if os.preadv(descriptor, (target,), offset, os.RWF_NOWAIT) == len(target):
-                    continue
-            except OSError:
-                pass
-            late.append(read)
-        for descriptor, offset, target, _, _ in late:
+        preadv, no_wait = os.preadv, os.RWF_NOWAIT
+        for suffix, items, *reads in self._queue:
+            for number, (descriptor, targets, offset) in enumerate(zip(*reads, strict=True)):
+                try:
+                    if preadv(descriptor, targets, offset, no_wait) == len(targets[0]):
+                        continue
+                except OSError:
+                    pass
+                late.append((descriptor, targets[0], offset, items[number], suffix))
+        for descriptor, target, offset, _, _ in late:
             os.posix_fadvise(descriptor, offset, len(target), os.POSIX_FADV_WILLNEED)
-        for descriptor, offset, target, item, suffix in late:
+        for descriptor, target, offset, item, suffix in late:
             done = 0
             try:
                 while done < len(target):

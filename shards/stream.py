@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 _FREE_KEPT = 4
 # A second batch in hand hides the jitter of a slow read; more only costs memory.
 _SPARE_BATCHES = 1
+# Finding places costs much the same for one batch as for several.
+_BATCHES_PLACED = 8
 
 
 class _Buffers:
@@ -168,6 +170,7 @@ class Stream:
         )
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._position = self._next_read = start
+        self._places: deque[Place] = deque()
         self._pending: deque[Future[tuple[Batch, list[CorruptSample]]]] = deque()
         self._num_ahead = num_threads + _SPARE_BATCHES if num_threads else 0
         self._pool = ThreadPoolExecutor(num_threads, "shards") if num_threads else None
@@ -203,9 +206,11 @@ class Stream:
         return self._pending.popleft().result()
 
     def _next_places(self) -> Place:
-        start = self._next_read
-        self._next_read += self._batch_size
-        return self._order.share(start, self._batch_size, self._rank, self._world_size)
+        if not self._places:
+            part = (self._batch_size, self._rank, self._world_size, _BATCHES_PLACED)
+            self._places.extend(self._order.shares(self._next_read, *part))
+            self._next_read += self._batch_size * _BATCHES_PLACED
+        return self._places.popleft()
 
     def state_dict(self) -> dict[str, int]:
         """{"position": global position of the next batch to be yielded}; give it as `start`."""

@@ -71,7 +71,7 @@ class SampleTable:
         self._source = source
         self._indexes = [(indexes or {}).get(shard.name) for shard in shards]
         self._broken: dict[int, ShardsError] = {}
-        self._columns: dict[str, tuple[ColumnTable, npt.NDArray[np.bool_]]] = {}
+        self._columns: dict[str, tuple[ColumnTable, set[int]]] = {}
         self._files: dict[int, OpenFile] = {}
         self._lock = threading.Lock()
 
@@ -108,7 +108,7 @@ class SampleTable:
             IndexFileError: as `index`.
         """
         entry = self._columns.get(suffix)
-        if entry is not None and all(entry[1][shard] for shard in shards):
+        if entry is not None and entry[1].issuperset(shards):
             return entry[0]
         with self._lock:
             if suffix not in self._columns:
@@ -117,12 +117,12 @@ class SampleTable:
                     np.full(n, -1, np.int64), np.zeros(n, np.int64), np.zeros(n, np.uint64),
                     np.zeros(n, np.bool_),
                 )  # fmt: skip
-                self._columns[suffix] = (table, np.zeros(len(self.shards), np.bool_))
+                self._columns[suffix] = (table, set())
             table, loaded = self._columns[suffix]
             for shard in shards:
-                if not loaded[shard]:
+                if shard not in loaded:
                     self._fill(table, suffix, shard)
-                    loaded[shard] = True
+                    loaded.add(shard)
             return table
 
     def _fill(self, table: ColumnTable, suffix: str, shard: int) -> None:
@@ -146,8 +146,8 @@ class SampleTable:
 
     def keys(self, rows: list[tuple[int, int]]) -> list[str]:
         """Keys of samples given as (shard, sample)."""
-        arrays = {shard: self.index(shard).keys for shard in {shard for shard, _ in rows}}
-        return [str(arrays[shard][row], "utf-8", "surrogateescape") for shard, row in rows]
+        key_at = {shard: self.index(shard).keys.item for shard in {shard for shard, _ in rows}}
+        return [key_at[shard](row).decode("utf-8", "surrogateescape") for shard, row in rows]
 
     def labels(self, rows: list[tuple[int, int]]) -> npt.NDArray[np.int64]:
         """Labels of samples given as (shard, sample); all of them have one.
@@ -211,7 +211,13 @@ def load_index(source: Source, shard: ShardInfo) -> ShardIndex:
             f"{shard.name} differs from what manifest.json says and has no usable index; "
             f"run `dinogen shards verify`, then restore it or run `dinogen shards repair`"
         )
-    return build_index(tar, with_sums=True)
+    index = build_index(tar, with_sums=True)
+    if len(index) != shard.num_samples:
+        raise IndexFileError(
+            f"{shard.name} holds {len(index)} samples, manifest.json says {shard.num_samples}; "
+            f"run `dinogen shards repair`"
+        )
+    return index
 
 
 def load_plain_index(tar: Path) -> ShardIndex:

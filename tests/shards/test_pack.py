@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from shards import Sample, ShardsError, ShardSink, open_dataset, pack
 from shards.errors import PackError
-from shards.pack import split_of
+from shards.sink import split_of
 
 from .conftest import CHANNELS, files_of, jpeg, make_samples
 

@@ -273,6 +273,16 @@ def test_a_missing_shard_and_a_cut_off_tar_are_named_or_skipped(copy):
     assert stream.num_skipped > len(lost)
 
 
+def test_a_shard_lost_in_the_middle_of_a_run_is_named(copy, monkeypatch):
+    monkeypatch.setattr("shards.table._FILES_OPEN", 1)
+    data = open_dataset(copy)
+    data.read([0], levels=(4,))
+    data.read([16], levels=(4,))  # which closes the first tar
+    (copy / "train-00000.tar").unlink()
+    with pytest.raises(CorruptSample, match=r"train-00000\.tar: .*its shard is missing"):
+        data.read([0, 16], levels=(4,))
+
+
 def test_when_nothing_is_left_it_says_so(copy):
     for tar in copy.glob("val-*.tar"):
         tar.unlink()

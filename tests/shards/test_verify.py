@@ -16,9 +16,9 @@ from shards import Sample, open_dataset, pack
 from shards.errors import IndexFileError, ManifestError, ShardsError
 from shards.files import sha256_file
 from shards.index import load, save
-from shards.pack import split_of
 from shards.repair import rebuild_indexes, repair
 from shards.sample import encode
+from shards.sink import split_of
 from shards.verify import Problem, verify
 
 from .conftest import files_of

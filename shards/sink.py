@@ -1,0 +1,294 @@
+"""Takes samples one by one and makes a dataset of them, going on where it was interrupted."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from shards.errors import IndexFileError, PackError
+from shards.files import TEMPORARY, atomic_write, sha256_file
+from shards.image import image_header
+from shards.index import index_name, load
+from shards.manifest import (
+    MANIFEST,
+    PACKING,
+    SPLITS,
+    LevelInfo,
+    Manifest,
+    ShardInfo,
+    split_table,
+)
+from shards.plain import levels_of
+from shards.sample import Sample, encode, to_float16
+from shards.stats import Moments, Statistics, save_statistics, shard_moments
+from shards.writer import ShardWriter
+
+_LOCK = ".packing.lock"
+
+
+def split_of(key: str, val_fraction: float, test_fraction: float) -> str:
+    """Split of a key: a function of nothing else, so adding samples never moves one."""
+    word = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2.0**64
+    if word < val_fraction:
+        return "val"
+    return "test" if word >= 1.0 - test_fraction else "train"
+
+
+class ShardSink:
+    """Takes samples one by one; `finish` completes the dataset. Use it as a context manager.
+
+    Shards are put in place as they fill up. After an interruption, a new sink on the same folder
+    with the same settings keeps them: `completed_keys()` need not be produced again (if they are
+    added nevertheless they are passed over), the rest must come in the same order as before.
+
+    Attributes:
+        seen: keys that were added to this sink.
+
+    Raises:
+        PackError: if `out` holds a finished dataset, another packing, or is in use.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        shard_size: int = 1000,
+        val_fraction: float = 0.0,
+        test_fraction: float = 0.0,
+        guide: dict[str, Any] | None = None,
+        prepare: dict[str, Any] | None = None,
+    ) -> None:
+        if shard_size < 1:
+            raise PackError("shard_size must be at least 1")
+        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+            raise PackError("val_fraction and test_fraction must not be negative, nor reach 1")
+        self.seen: set[str] = set()
+        self._out = Path(out)
+        self._settings = _as_json(
+            {
+                "shard_size": shard_size,
+                "val_fraction": val_fraction,
+                "test_fraction": test_fraction,
+                "guide": guide or {},
+                "prepare": prepare or {},
+            }
+        )
+        self._fractions = {
+            "train": 1.0 - val_fraction - test_fraction,
+            "val": val_fraction,
+            "test": test_fraction,
+        }
+        self._completed: set[str] = set()
+        self._shards: list[ShardInfo] = []
+        self._writers: dict[str, ShardWriter] = {}
+        self._moments: dict[str, Moments] = {}
+        self._statistics = Statistics()
+        self._levels: dict[str, LevelInfo] | None = None
+        self._image_size: int | None = None
+        self._has_labels = True
+        self._out.mkdir(parents=True, exist_ok=True)
+        if (self._out / MANIFEST).exists():
+            raise PackError(
+                f"{self._out} holds a finished dataset; delete it or choose another folder"
+            )
+        self._lock: TextIO | None = self._take_lock()
+        try:
+            self._resume()
+        except BaseException:
+            self.close()
+            raise
+
+    def completed_keys(self) -> set[str]:
+        """Keys that lie in whole shards of an interrupted packing."""
+        return set(self._completed)
+
+    def add(self, sample: Sample) -> None:
+        """Write one sample.
+
+        Raises:
+            PackError: if its key came before, its image is not square, or it differs from the
+                others in image size or levels, or has features that float16 cannot hold.
+        """
+        if sample.key in self.seen:
+            raise PackError(f"key {sample.key!r} occurs twice; give every sample its own")
+        self.seen.add(sample.key)
+        if sample.key in self._completed:
+            return
+        try:
+            self._check(sample)
+            members = encode(sample)
+        except ValueError as error:
+            raise PackError(str(error)) from error
+        split = split_of(sample.key, self._fractions["val"], self._fractions["test"])
+        if split not in self._writers:
+            number = sum(shard.split == split for shard in self._shards)
+            self._writers[split] = ShardWriter(self._out / f"{split}-{number:05d}.tar", split)
+        self._writers[split].write(sample.key, members)
+        if split == "train":
+            for name, values in sample.levels.items():
+                # Of what is stored, not of what was given: the floor is that of the file.
+                stored = to_float16(sample.key, name, values)
+                self._moments.setdefault(name, Moments()).add(stored)
+        if self._writers[split].num_samples == self._settings["shard_size"]:
+            self._finish_shard(split)
+
+    def finish(self) -> Manifest:
+        """Write the last shards, the statistics and, last of all, the manifest.
+
+        Raises:
+            PackError: if no sample fell into the train split.
+        """
+        for split in SPLITS:
+            if split in self._writers:
+                self._finish_shard(split)
+        shards = tuple(sorted(self._shards, key=lambda s: (SPLITS.index(s.split), s.name)))
+        if not any(shard.split == "train" for shard in shards):
+            raise PackError(f"{self._out}: no sample for the train split; check the input")
+        levels = self._levels or {}
+        variances = self._statistics.total_variances()
+        manifest = Manifest(
+            image_size=self._image_size,
+            has_labels=self._has_labels,
+            splits=split_table(shards, self._fractions),
+            levels={
+                name: info.model_copy(update={"total_variance": variances[name]})
+                for name, info in sorted(levels.items())
+            },
+            guide=self._settings["guide"],
+            prepare=self._settings["prepare"],
+            statistics=save_statistics(self._statistics, self._out) if levels else None,
+            shards=shards,
+        )
+        manifest.save(self._out)
+        (self._out / PACKING).unlink()
+        (self._out / _LOCK).unlink()
+        self.close()
+        return manifest
+
+    def close(self) -> None:
+        """Drop unfinished shards and let go of the folder; what is finished stays."""
+        for writer in self._writers.values():
+            writer.abandon()
+        self._writers = {}
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> ShardSink:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _take_lock(self) -> TextIO:
+        lock = (self._out / _LOCK).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise PackError(f"{self._out}: another process is packing into it") from error
+        return lock
+
+    def _check(self, sample: Sample) -> None:
+        width, height = image_header(sample.image, f"{sample.key}.{sample.image_format}")
+        if width != height:
+            raise ValueError(f"{sample.key}: the image is {width}x{height}; crop it to a square")
+        levels = {
+            name: LevelInfo(grid=round(v.shape[0] ** 0.5), channels=v.shape[1], dtype="float16")
+            for name, v in sorted(sample.levels.items())
+        }
+        if self._levels is None:
+            self._levels, self._image_size = levels, width
+        if width != self._image_size:
+            raise ValueError(
+                f"{sample.key}: the image is {width}x{width}, those before it "
+                f"{self._image_size}x{self._image_size}; make them all alike"
+            )
+        if levels != self._levels:
+            mine, others = (
+                ", ".join(f"{name} ({info.grid**2}, {info.channels})" for name, info in x.items())
+                for x in (levels, self._levels)
+            )
+            raise ValueError(f"{sample.key}: has levels {mine or 'none'}, those before: {others}")
+
+    def _finish_shard(self, split: str) -> None:
+        info, index = self._writers.pop(split).finish()
+        self._shards.append(info)
+        self._has_labels &= index.labels is not None
+        if split == "train":
+            self._statistics.merge(self._moments)
+            self._moments = {}
+        self._save_state()
+
+    def _save_state(self) -> None:
+        state = {
+            "format": "dinogen-packing",
+            "version": 1,
+            "settings": self._settings,
+            "image_size": self._image_size,
+            "shards": [shard.model_dump() for shard in self._shards],
+        }
+        with atomic_write(self._out / PACKING) as file:
+            file.write(json.dumps(state, indent=1, ensure_ascii=False).encode())
+
+    def _resume(self) -> None:
+        for path in self._out.glob(f".*{TEMPORARY}"):
+            path.unlink()
+        path = self._out / PACKING
+        if not path.exists():
+            if tars := sorted(self._out.glob("*.tar")):
+                raise PackError(
+                    f"{self._out} holds {tars[0].name} of something else; choose another folder"
+                )
+            self._save_state()
+            return
+        state = json.loads(path.read_bytes())
+        if state["settings"] != self._settings:
+            mine, theirs = self._settings, state["settings"]
+            names = ", ".join(k for k in mine if mine[k] != theirs.get(k))
+            raise PackError(
+                f"{self._out}: an unfinished packing lies here with other settings ({names}); "
+                f"use the same ones again, or delete the folder"
+            )
+        self._image_size = state["image_size"]
+        self._shards = [ShardInfo(**shard) for shard in state["shards"]]
+        for shard in self._shards:
+            self._take_up(shard)
+        kept = {shard.name for shard in self._shards}
+        for tar in self._out.glob("*.tar"):
+            # Put in place, but killed before it was recorded.
+            if tar.name not in kept:
+                tar.unlink()
+                (self._out / index_name(tar.name)).unlink(missing_ok=True)
+
+    def _take_up(self, shard: ShardInfo) -> None:
+        tar = self._out / shard.name
+        try:
+            sound = sha256_file(tar) == shard.sha256
+            index = load(tar.with_name(index_name(shard.name)))
+        except (FileNotFoundError, IndexFileError) as error:
+            raise PackError(f"{error}; delete {self._out} and pack anew") from error
+        if not sound:
+            raise PackError(f"{tar} was changed since; delete {self._out} and pack anew")
+        self._completed |= {index.key(row) for row in range(len(index))}
+        self._has_labels &= index.labels is not None
+        self._levels = levels_of(index, shard.name)
+        if shard.split == "train":
+            self._statistics.merge(shard_moments(tar, index))
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise PackError(f"guide and prepare must be plain JSON: {error}") from error
+    return found
