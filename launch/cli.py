@@ -14,7 +14,7 @@ import typer
 from typer.models import CommandInfo
 
 from dinogen.errors import UserError
-from launch.commands import config, doctor, train
+from launch.commands import config, data, demo, doctor, faces, shards, train
 
 HELP = """Train image generators that are guided by frozen DINOv2 features.
 
@@ -77,7 +77,7 @@ def _options(
         os.environ["DINOGEN_DEBUG"] = "1"
 
 
-for group in (train, config, doctor):
+for group in (faces, data, shards, train, demo, config, doctor):
     group.register(app)
 
 
