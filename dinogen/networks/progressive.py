@@ -95,9 +95,11 @@ class ProgressiveGenerator(nn.Module):
         before = x
         for block in self.blocks.values():
             before, x = x, block(x)
-        rgb = torch.tanh(self.to_rgb[str(self.resolution)](x))
-        if not self.fading:
-            return rgb
-        old = torch.tanh(self.to_rgb[str(self.resolution // 2)](before))
-        old = F.interpolate(old, scale_factor=2, mode="nearest")
-        return torch.lerp(old, rgb, self.alpha.to(rgb.dtype))
+        rgb = self.to_rgb[str(self.resolution)](x)
+        if self.fading:
+            old = self.to_rgb[str(self.resolution // 2)](before)
+            old = F.interpolate(old, scale_factor=2, mode="nearest")
+            # Blended before tanh: while alpha is small the new block overshoots, and a picture of
+            # its own would be driven to where tanh is flat and nothing is learned any more.
+            rgb = torch.lerp(old, rgb, self.alpha.to(rgb.dtype))
+        return torch.tanh(rgb)

@@ -1,6 +1,8 @@
 """The command line: instant help, one clear line for known errors, commands under headings."""
 
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 
 from dinogen.errors import UserError
 from launch import cli
+from launch.logs import setup_logging
 from shards.errors import ManifestError
 
 ROOT = Path(__file__).parents[2]
@@ -144,3 +147,17 @@ def test_doctor_speaks_json_and_finds_this_interpreter():
     assert broken == []
     assert done.returncode == 0
     assert ".".join(map(str, sys.version_info[:3])) in findings["Python"]["found"]
+
+
+def test_a_log_file_has_whole_lines(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    setup_logging()
+    logging.getLogger("dinogen.test").warning("long %s end", "x" * 200)
+    logging.getLogger("elsewhere").info("not ours")
+    (line,) = stream.getvalue().splitlines()
+    assert line.endswith(f"WARNING long {'x' * 200} end")
+    stream.truncate(0)
+    setup_logging(quiet=True)
+    logging.getLogger("dinogen.test").warning("of another rank")
+    assert "another rank" not in stream.getvalue()
