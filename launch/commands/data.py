@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from launch.bars import Move, progress_bar
 
 if TYPE_CHECKING:
     from dinogen.config import Config
@@ -180,36 +181,7 @@ def _tell(data: Path, manifest: Manifest) -> None:
     typer.echo(f"next: dinogen train CONFIG data.path={data}")
 
 
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with images/s on stderr, of rank 0 alone; yields what moves it."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
+def _bar(what: str) -> AbstractContextManager[Move]:
     from dinogen import dist
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]} images/s"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not dist.is_main()) as bar:
-        task = bar.add_task(what, total=None, rate="-")
-
-        def move(num_done: int, total: int) -> None:
-            speed = bar.tasks[task].speed
-            rate = "-" if speed is None else f"{speed:.1f}"
-            bar.update(task, completed=num_done, total=total, rate=rate)
-
-        yield move
+    return progress_bar(what, "images/s", show=dist.is_main())

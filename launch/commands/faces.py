@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from launch.bars import progress_bar
 
+if TYPE_CHECKING:
     from dinogen.prepare.download import DownloadSummary
     from dinogen.prepare.faces import FacesSummary
 
@@ -63,15 +63,8 @@ def faces(
     else:
         settings = load_config(config, overrides or ())
     dist.set_cpu_threads()
-    with _bar("photos/s") as bar:
-        task = bar.add_task("faces", total=None, rate="")
-
-        def progress(num_done: int, total: int) -> None:
-            speed = bar.tasks[task].speed
-            rate = f"{speed:.1f}" if speed else "-"
-            bar.update(task, completed=num_done, total=total, rate=rate)
-
-        summary = write_faces(src, out, settings.prepare.faces, device=device, progress=progress)
+    with progress_bar("faces", "photos/s") as move:
+        summary = write_faces(src, out, settings.prepare.faces, device=device, progress=move)
     _tell_faces(summary, out)
     if not summary.num_crops:
         raise typer.Exit(1)
@@ -110,11 +103,10 @@ def download(
     from launch.logs import setup_logging
 
     setup_logging()
-    with _bar("MB") as bar:
-        task = bar.add_task("download", total=None, rate="0")
+    with progress_bar("download", "MB") as move:
 
         def progress(num_done: int, total: int, num_bytes: int) -> None:
-            bar.update(task, completed=num_done, total=total, rate=f"{num_bytes / 1e6:.1f}")
+            move(num_done, total, f"{num_bytes / 1e6:.1f}")
 
         summary = fetch(
             listing,
@@ -126,28 +118,6 @@ def download(
     _tell_download(summary, folder)
     if summary.failures:
         raise typer.Exit(1)
-
-
-def _bar(unit: str) -> Progress:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(f"{{task.fields[rate]}} {unit}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
 
 
 def _tell_faces(summary: FacesSummary, out: Path) -> None:
