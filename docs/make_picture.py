@@ -79,7 +79,7 @@ def main() -> None:
     for n, (caption, image) in enumerate(sheets):
         place(image, caption, MARGIN + n // 2 * (side + 12), y + n % 2 * (side + CAPTION), side)
     room = WIDTH - 2 * MARGIN - 3 * (side + 12)
-    scale = min(room / curve.width, (2 * (side + CAPTION)) / curve.height)
+    scale = min(room / curve.width, (2 * side + CAPTION) / curve.height)
     curve = curve.resize((round(curve.width * scale), round(curve.height * scale)))
     sheet.paste(curve, (WIDTH - MARGIN - curve.width, y + CAPTION))
     sheet = sheet.crop((0, 0, WIDTH, y + 2 * (side + CAPTION) + 10))

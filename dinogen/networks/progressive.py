@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LEAK = 0.2
+# Pictures begin near grey: noise of full contrast drives tanh flat before the mean is learnt.
+TO_RGB_GAIN = 0.1
 
 
 class UpBlock(nn.Module):
@@ -70,7 +72,7 @@ class ProgressiveGenerator(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif name.startswith("to_rgb"):
-                nn.init.xavier_normal_(parameter)
+                nn.init.xavier_normal_(parameter, TO_RGB_GAIN)
             else:
                 nn.init.kaiming_normal_(parameter, a=LEAK)
 
@@ -95,11 +97,12 @@ class ProgressiveGenerator(nn.Module):
         before = x
         for block in self.blocks.values():
             before, x = x, block(x)
-        rgb = self.to_rgb[str(self.resolution)](x)
+        rgb = self.to_rgb[str(self.resolution)](x).float()
         if self.fading:
             old = self.to_rgb[str(self.resolution // 2)](before)
-            old = F.interpolate(old, scale_factor=2, mode="nearest")
+            # float32 by hand: CUDA's autocast upsamples in float32, and lerp takes no two types.
+            old = F.interpolate(old.float(), scale_factor=2, mode="nearest")
             # Blended before tanh: while alpha is small the new block overshoots, and a picture of
             # its own would be driven to where tanh is flat and nothing is learned any more.
-            rgb = torch.lerp(old, rgb, self.alpha.to(rgb.dtype))
+            rgb = torch.lerp(old, rgb, self.alpha)
         return torch.tanh(rgb)
