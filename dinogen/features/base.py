@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor
 
 from dinogen.errors import UserError
+
+
+# Two guides with these alike give the same features. Not the path: weights are copied about.
+_IDENTITY = ("name", "weights_sha256", "layer")
 
 
 class GuideError(UserError):
@@ -67,6 +72,17 @@ class Guide(Protocol):
             (B, C, grid, grid).
         """
         ...
+
+
+def same_guide(made_by: Mapping[str, Any], info: GuideInfo) -> bool:
+    """Whether a guide gives the features that another one made, wherever the two were loaded from.
+
+    Args:
+        made_by: that other one, as ``GuideInfo.to_dict`` described it in a manifest or a part.
+        info: the guide at hand; its ``layer`` is counted from the front, as loading resolves it.
+    """
+    mine = info.to_dict()
+    return all(made_by.get(name) == mine[name] for name in _IDENTITY)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dinogen import dist
-from dinogen.features import GuideInfo
+from dinogen.features import GuideInfo, same_guide
 from dinogen.files import write_bytes
 from dinogen.prepare.crop import Crop
 from dinogen.prepare.faces import read_faces
@@ -24,8 +24,6 @@ from dinogen.prepare.read import PrepareError, find_photos
 _FORMAT = "dinogen-pyramids"
 _VERSION = 1
 _HEADER = "dinogen"
-# Two guides with these alike give the same features, wherever they were loaded from.
-_GUIDE_IDENTITY = ("name", "weights_sha256", "layer")
 
 _logger = logging.getLogger(__name__)
 
@@ -160,11 +158,6 @@ class PartFiles:
             raise _damaged(path, error) from error
 
 
-def same_guide(mine: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two guides, as ``GuideInfo.to_dict`` describes them, give the same features."""
-    return all(mine.get(name) == other.get(name) for name in _GUIDE_IDENTITY)
-
-
 def _part_name(number: int) -> str:
     return f"part-{number:05d}.safetensors"
 
@@ -210,10 +203,11 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
         for name, value in new["settings"].items()
         if old["settings"].get(name) != value
     ]
-    if not same_guide(old["guide"], new["guide"]):
-        labels = [GuideInfo(**header["guide"]).label for header in (old, new)]
-        layers = [header["guide"]["layer"] for header in (old, new)]
-        changed.append(f"guide: {labels[0]} layer {layers[0]}, now {labels[1]} layer {layers[1]}")
+    before, now = GuideInfo(**old["guide"]), GuideInfo(**new["guide"])
+    if not same_guide(old["guide"], now):
+        changed.append(
+            f"guide: {before.label} layer {before.layer}, now {now.label} layer {now.layer}"
+        )
     return "; ".join(changed)
 
 
