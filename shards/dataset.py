@@ -176,19 +176,29 @@ class Dataset:
     def read(
         self,
         numbers: Iterable[int],
+        *,
         split: str = "train",
         image_size: int | None = None,
         levels: Sequence[int | str] = (),
+        on_error: Literal["stop", "skip"] = "stop",
     ) -> Batch:
         """One batch of samples by their numbers in packed order; `position` holds the numbers.
 
+        Args:
+            numbers: of the samples.
+            split: "train", "val" or "test".
+            image_size: side of the images, as in `stream`.
+            levels: as in `stream`.
+            on_error: "stop" raises on a damaged sample; "skip" gives the next sound one in packed
+                order (behind the last comes the first) in its place, and names it in the log.
+
         Raises:
-            CorruptSample: if one cannot be read.
+            CorruptSample: if one cannot be read, or none of the split can.
             IndexError: if the split has no such sample.
         """
         from shards.stream import read_batch
 
-        return read_batch(self, list(numbers), split, image_size, levels)
+        return read_batch(self, list(numbers), split, image_size, levels, on_error)
 
     def stream(
         self,

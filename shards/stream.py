@@ -6,9 +6,9 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,11 +20,14 @@ from shards.errors import CorruptSample
 from shards.order import Order, Place
 from shards.reader import Arrays, BatchReader
 from shards.sample import level_grid
+from shards.table import SampleTable
 
 if TYPE_CHECKING:
     from shards.dataset import Dataset
 
 Batch = dict[str, Any]
+# The place so many steps behind a position: where to look for a sound sample.
+Successor = Callable[[int, int], Place]
 log = logging.getLogger(__name__)
 _FREE_KEPT = 4
 # A second batch in hand hides the jitter of a slow read; more only costs memory.
@@ -67,17 +70,16 @@ class _Work:
     dataset: Dataset
     reader: BatchReader
     buffers: _Buffers
-    order: Order | None
     split: str
-    order_lock: threading.Lock = field(default_factory=threading.Lock)
+    successor: Successor | None
 
     def batch(self, places: Place) -> tuple[Batch, list[CorruptSample]]:
         """Read the samples at some places.
 
-        With an order, a damaged sample is replaced by the next sound one and reported.
+        With a successor, a damaged sample is replaced by the next sound one and reported.
 
         Raises:
-            CorruptSample: if one is damaged and there is no order.
+            CorruptSample: if one is damaged and there is no successor, or none that is sound.
         """
         count = len(places.position)
         shapes = self.reader.shapes(count)
@@ -86,10 +88,9 @@ class _Work:
         failures = self.reader.read(places, list(range(count)), out)
         skipped = []
         for item, failure in sorted(failures.items()):
-            if self.order is None:
+            if self.successor is None or not self._replace(self.successor, places, item, out):
                 raise failure
             skipped.append(failure)
-            self._replace(places, item, out, failure)
         table = self.dataset.table(self.split)
         rows = list(zip(places.shard.tolist(), places.sample.tolist(), strict=True))
         batch: Batch = {
@@ -103,19 +104,16 @@ class _Work:
             batch["label"] = torch.from_numpy(table.labels(rows))
         return batch, skipped
 
-    def _replace(self, places: Place, item: int, out: Arrays, failure: CorruptSample) -> None:
-        """Fill a row from the next sound sample of the order, which is the same for every rank."""
-        assert self.order is not None
+    def _replace(self, successor: Successor, places: Place, item: int, out: Arrays) -> bool:
+        """Fill a row from the next sound sample; False if there is none."""
         position = int(places.position[item])
-        for step in range(1, self.order.num_samples):
-            with self.order_lock:
-                other = self.order.places(position + step, 1)
+        for step in range(1, self.dataset.num_samples(self.split)):
+            other = successor(position, step)
             if not self.reader.read(other, [item], out):
                 places.shard[item] = other.shard[0]
                 places.sample[item] = other.sample[0]
-                places.index[item] = other.index[0]
-                return
-        raise failure
+                return True
+        return False
 
 
 class Stream:
@@ -154,8 +152,7 @@ class Stream:
             raise ValueError(f"batch_size {batch_size} leaves some of {world_size} ranks without")
         if start < 0 or num_threads < 0:
             raise ValueError("start and num_threads must not be negative")
-        if on_error not in ("stop", "skip"):
-            raise ValueError(f"on_error is 'stop' or 'skip', not {on_error!r}")
+        _check_on_error(on_error)
         if pin_memory and not torch.cuda.is_available():
             raise ValueError("pin_memory needs a GPU; set it to False on this machine")
         sizes = [shard.num_samples for shard in dataset.manifest.of_split(split)]
@@ -164,9 +161,9 @@ class Stream:
             dataset,
             _reader(dataset, split, image_size, levels),
             _Buffers(pin_memory),
-            # Its own: the reading threads use it, the one above belongs to the caller.
-            Order(sizes, seed, num_lanes, window_shards) if on_error == "skip" else None,
             split,
+            # Its own: the reading threads use it, the one above belongs to the caller.
+            _along(Order(sizes, seed, num_lanes, window_shards)) if on_error == "skip" else None,
         )
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._position = self._next_read = start
@@ -190,10 +187,7 @@ class Stream:
         except BaseException:
             self.close()
             raise
-        for failure in skipped:
-            if (failure.shard, failure.key) not in self._named:
-                self._named.add((failure.shard, failure.key))
-                log.error("SKIPPED a damaged sample, the next one takes its place: %s", failure)
+        _name(skipped, self._named)
         self.num_skipped += len(skipped)
         self._position += self._batch_size
         return batch
@@ -241,17 +235,54 @@ def read_batch(
     split: str,
     image_size: int | None,
     levels: Sequence[int | str],
+    on_error: Literal["stop", "skip"],
 ) -> Batch:
     """Batch of samples by their numbers in packed order; see `Dataset.read`."""
+    _check_on_error(on_error)
     table = dataset.table(split)
-    index = np.array(numbers, np.int64)
-    if len(index) == 0 or index.min() < 0 or index.max() >= table.num_samples:
-        raise IndexError(f"{split} has samples 0 to {table.num_samples - 1}; asked for {numbers}")
-    shard = np.searchsorted(table.starts, index, side="right") - 1
-    places = Place(index, shard, index - table.starts[shard], index)
+    count = table.num_samples
+    if not numbers or min(numbers) < 0 or max(numbers) >= count:
+        raise IndexError(f"{split} has samples 0 to {count - 1}; asked for {numbers}")
+
+    def following(number: int, step: int) -> Place:
+        return _places(table, [(number + step) % count])
+
     reader = _reader(dataset, split, image_size, levels)
-    batch, _ = _Work(dataset, reader, _Buffers(pinned=False), None, split).batch(places)
+    successor = following if on_error == "skip" else None
+    work = _Work(dataset, reader, _Buffers(pinned=False), split, successor)
+    batch, skipped = work.batch(_places(table, numbers))
+    _name(skipped, set())
     return batch
+
+
+def _places(table: SampleTable, numbers: list[int]) -> Place:
+    index = np.array(numbers, np.int64)
+    shard = np.searchsorted(table.starts, index, side="right") - 1
+    return Place(index, shard, index - table.starts[shard], index)
+
+
+def _along(order: Order) -> Successor:
+    """The order, which is the same for every rank, for several threads."""
+    lock = threading.Lock()
+
+    def following(position: int, step: int) -> Place:
+        with lock:
+            return order.places(position + step, 1)
+
+    return following
+
+
+def _name(skipped: list[CorruptSample], named: set[tuple[str, str]]) -> None:
+    """Write into the log what was skipped, each sample once; `named` remembers them."""
+    for failure in skipped:
+        if (failure.shard, failure.key) not in named:
+            named.add((failure.shard, failure.key))
+            log.error("SKIPPED a damaged sample, the next one takes its place: %s", failure)
+
+
+def _check_on_error(on_error: str) -> None:
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error is 'stop' or 'skip', not {on_error!r}")
 
 
 def _reader(
