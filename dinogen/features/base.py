@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dinogen.errors import UserError
 
-
 # Two guides with these alike give the same features. Not the path: weights are copied about.
 _IDENTITY = ("name", "weights_sha256", "layer")
 
@@ -85,6 +84,12 @@ def same_guide(made_by: Mapping[str, Any], info: GuideInfo) -> bool:
     return all(made_by.get(name) == mine[name] for name in _IDENTITY)
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether guides run in bfloat16 there: on GPUs that compute in it; on CPUs it is slower."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+def guide_dtype(device: torch.device) -> torch.dtype:
+    """What a guide's weights are kept in there: bfloat16 on GPUs that compute in it.
+
+    Kept so, not cast by autocast: it casts frozen weights anew in every forward. On CPUs bfloat16
+    is slower than float32.
+    """
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import GuideConfig
-from dinogen.features.base import GuideError, GuideInfo, has_bf16
+from dinogen.features.base import GuideError, GuideInfo, guide_dtype
 from dinogen.features.hub import checkpoint_folder, quiet_transformers
 from dinogen.features.weights import weights_sha256
 
@@ -31,12 +34,12 @@ _logger = logging.getLogger(__name__)
 class Dinov2Guide(nn.Module):
     """Patch tokens behind the final layer norm, as a map; CLS and registers are dropped.
 
-    In bfloat16 on GPUs that have it, else float32; always returns float32. The position embedding
-    is interpolated to the picture's size by the network. Stays in eval mode whatever its parent
-    does.
+    Computes in the dtype of the model's weights, whatever autocast surrounds it, and returns
+    float32. The position embedding is interpolated to the picture's size by the network. Stays in
+    eval mode whatever its parent does.
 
     Args:
-        model: ``Dinov2Model`` or ``Dinov2WithRegistersModel``.
+        model: ``Dinov2Model`` or ``Dinov2WithRegistersModel``, in float32 or bfloat16.
         info: who it is.
     """
 
@@ -50,6 +53,7 @@ class Dinov2Guide(nn.Module):
         self.training = False
         config: Any = model.config
         self.patch_size = int(config.patch_size)
+        self.dtype: torch.dtype = next(model.parameters()).dtype
         self.num_prefix = 1 + int(getattr(config, "num_register_tokens", 0))
         mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
         std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
@@ -77,8 +81,8 @@ class Dinov2Guide(nn.Module):
                 f"not {height}x{width}"
             )
         pixels = images.float() * self.scale + self.shift
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=has_bf16(images.device)):
-            hidden: Tensor = self.model(pixel_values=pixels).last_hidden_state
+        with torch.autocast(images.device.type, enabled=False):
+            hidden: Tensor = self.model(pixel_values=pixels.to(self.dtype)).last_hidden_state
         patches = hidden[:, self.num_prefix :].float().transpose(1, 2)
         grid = height // self.patch_size
         return patches.reshape(len(images), -1, grid, grid)
@@ -90,42 +94,16 @@ def load(config: GuideConfig, device: torch.device) -> Dinov2Guide:
     Args:
         config: ``path`` and ``revision`` say which; ``layer`` counts blocks: 1 is behind the first
             block, -1 behind the last. The final layer norm is applied to every layer.
-        device: where it will run.
+        device: where it will run; its weights are in :func:`guide_dtype` there.
 
     Raises:
-        GuideError: the weights cannot be had, are incomplete or belong to another network; or
-            there is no such layer.
+        GuideError: the weights cannot be had, are damaged or incomplete, or belong to another
+            network; or there is no such layer.
     """
-    ensure_torchvision()
-    import transformers
-
     folder, revision = checkpoint_folder(config.path, config.revision)
-    model_config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    classes: dict[str, Any] = {
-        "dinov2": transformers.Dinov2Model,
-        "dinov2_with_registers": transformers.Dinov2WithRegistersModel,
-    }
-    if model_config.model_type not in classes:
-        raise GuideError(
-            f"guide.path: {config.path} holds a {model_config.model_type!r} network: give a "
-            "DINOv2 checkpoint, such as facebook/dinov2-small"
-        )
-    with quiet_transformers():
-        model, report = classes[model_config.model_type].from_pretrained(
-            folder,
-            config=model_config,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
-    if report["missing_keys"]:
-        names = sorted(report["missing_keys"])
-        raise GuideError(
-            f"guide.path: {config.path} lacks {len(names)} weights ({', '.join(names[:3])}, ...): "
-            "get the checkpoint again, whole"
-        )
+    with _damage_told(config.path):
+        model, model_config = _read_model(folder, config.path)
+        weights = _hash_folder(folder)
     layer = _keep_layers(model, config.layer)
     random = bool(getattr(model_config, RANDOM_KEY, False))
     if random:
@@ -137,12 +115,12 @@ def load(config: GuideConfig, device: torch.device) -> Dinov2Guide:
         name="dinov2",
         path=config.path,
         revision=revision,
-        weights_sha256=_hash_folder(folder),
+        weights_sha256=weights,
         num_channels=int(model_config.hidden_size),
         layer=layer,
         random=random,
     )
-    return Dinov2Guide(model, info).to(device)
+    return Dinov2Guide(model.to(guide_dtype(device)), info).to(device)
 
 
 def make_random_dinov2(
@@ -203,6 +181,60 @@ def make_random_dinov2(
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
     partial.rename(folder)
+
+
+@contextmanager
+def _damage_told(path: str) -> Iterator[None]:
+    """What transformers and safetensors raise on damaged files, as one GuideError."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()
+        raise GuideError(
+            f"guide.path: {path} is damaged ({reason[0] if reason else repr(error)}): get the "
+            "checkpoint again, whole"
+        ) from error
+
+
+def _read_model(folder: Path, path: str) -> tuple[Any, Any]:
+    """The network in float32, and its config; ``path`` is how the user names the folder."""
+    ensure_torchvision()
+    import transformers
+
+    config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    classes: dict[str, Any] = {
+        "dinov2": transformers.Dinov2Model,
+        "dinov2_with_registers": transformers.Dinov2WithRegistersModel,
+    }
+    if config.model_type not in classes:
+        raise GuideError(
+            f"guide.path: {path} holds a {config.model_type!r} network: give a DINOv2 checkpoint, "
+            "such as facebook/dinov2-small"
+        )
+    with quiet_transformers():
+        model, report = classes[config.model_type].from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, in one line
+        )
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise GuideError(
+            f"guide.path: {path} lacks {len(names)} weights ({', '.join(names[:3])}, ...): get the "
+            "checkpoint again, whole"
+        )
+    if report["mismatched_keys"]:
+        name, stored, wanted = min(report["mismatched_keys"])
+        raise GuideError(
+            f"guide.path: {path} is damaged ({name} is {list(stored)}, by config.json it is "
+            f"{list(wanted)}): get the checkpoint again, whole"
+        )
+    return model, config
 
 
 def _keep_layers(model: Any, layer: int) -> int:

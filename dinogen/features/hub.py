@@ -29,6 +29,8 @@ def checkpoint_folder(path: str, revision: str | None) -> tuple[Path, str | None
         GuideError: it cannot be had; the message says what to do.
     """
     folder = Path(path).expanduser()
+    if folder.is_file():
+        raise GuideError(f"guide.path: {path} is a file: give the folder it lies in")
     if folder.is_dir():
         if not _is_checkpoint(folder):
             raise GuideError(
@@ -64,7 +66,7 @@ def weights_reachable(path: str, revision: str | None = None) -> str | None:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return "local folder" if _is_checkpoint(folder) else None
-    if not _HUB_NAME.fullmatch(path):
+    if folder.is_file() or not _HUB_NAME.fullmatch(path):
         return None
     from huggingface_hub import constants, snapshot_download
 
@@ -83,14 +85,19 @@ def weights_reachable(path: str, revision: str | None = None) -> str | None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars, which tear those of the CLI."""
+    """Without transformers' own progress bars, which tear those of the CLI, and its warnings.
+
+    What it warns of when it loads, keys and shapes that do not fit, is our error in one line.
+    """
     from transformers.utils import logging
 
-    enabled = logging.is_progress_bar_enabled()
+    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if enabled:
             logging.enable_progress_bar()
 
@@ -121,6 +128,7 @@ def _hub_answers(path: str, revision: str | None) -> bool:
 def _cannot_have(path: str, revision: str | None, reason: str) -> str:
     at = f" at revision {revision}" if revision else ""
     return (
-        f"guide.path: {path}{at} cannot be had ({reason}). On a machine with network run "
-        f"`hf download {path} --local-dir dinov2`, copy that folder here and set guide.path to it"
+        f"guide.path: {path}{at}: no folder of that name here, and the hub does not give it "
+        f"({reason}): set guide.path to a checkpoint's folder, or on a machine with network run "
+        f"`hf download {path} --local-dir dinov2`, and copy that folder here"
     )

@@ -16,13 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dinogen.config import GuideConfig
-from dinogen.features.base import GuideError, GuideInfo, has_bf16
+from dinogen.features.base import GuideError, GuideInfo, guide_dtype
 from dinogen.features.weights import weights_sha256
 
 NUM_CHANNELS = 768
 _STRIDE = 16
 _MARGIN = 27  # what the convolutions without padding eat
-_REFERENCE_SIZE = 299
 
 
 class ConvReLU(nn.Module):
@@ -124,25 +123,24 @@ class InceptionTrunk(nn.Module):
         self.Mixed_6d = MixedC(160)
         self.Mixed_6e = MixedC(192)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, S, S) RGB in [-1, 1] -> maps of the first pool (64 channels), the second pool
-        (192) and Mixed_6e (768).
-        """
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) RGB in [-1, 1] -> the map of Mixed_6e, 768 channels."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        first = F.max_pool2d(x, 3, 2)
-        second = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(first)), 3, 2)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(second)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
-        return first, second, self.Mixed_6e(self.Mixed_6d(x))
+        features: Tensor = self.Mixed_6e(self.Mixed_6d(x))
+        return features
 
 
 class InceptionGuide(nn.Module):
     """The Mixed_6e map, 768 channels; frozen, and in eval mode whatever its parent does.
 
-    In bfloat16 on GPUs that have it, else float32; always returns float32.
+    Computes in the dtype of the trunk's weights, whatever autocast surrounds it, and returns
+    float32.
 
     Args:
-        trunk: the network.
+        trunk: the network, in float32 or bfloat16.
         info: who it is.
     """
 
@@ -150,6 +148,7 @@ class InceptionGuide(nn.Module):
         super().__init__()
         self.trunk = trunk.eval().requires_grad_(False)
         self.info = info
+        self.dtype: torch.dtype = next(trunk.parameters()).dtype
         self.training = False
 
     def train(self, mode: bool = True) -> InceptionGuide:
@@ -172,38 +171,19 @@ class InceptionGuide(nn.Module):
                 f"Inception wants square pictures of {_STRIDE} * grid + {_MARGIN} pixels, "
                 f"not {height}x{width}"
             )
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=has_bf16(images.device)):
-            features: Tensor = self.trunk(images.float())[2]
+        with torch.autocast(images.device.type, enabled=False):
+            features: Tensor = self.trunk(images.to(self.dtype))
         return features.float()
-
-    @torch.no_grad()
-    def reference_features(self, images: Tensor) -> Tensor:
-        """The features that Frechet distances compare, in full float32.
-
-        Args:
-            images: (B, 3, H, W), RGB in [0, 1], resized bilinearly to 299x299 without antialias.
-
-        Returns:
-            (B, 1024) float32: spatial means of the first pool (64), the second pool (192) and
-            Mixed_6e (768).
-        """
-        size = (_REFERENCE_SIZE, _REFERENCE_SIZE)
-        pixels = F.interpolate(images.float(), size, mode="bilinear", align_corners=False)
-        with (
-            torch.autocast(images.device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-        ):
-            maps = self.trunk(2 * pixels - 1)
-        return torch.cat([features.mean((2, 3)) for features in maps], 1)
 
 
 def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
     """Load the folded weights from one safetensors file.
 
     Args:
-        config: ``path`` is the file; its tensors are named ``Mixed_6e.branch1x1.conv.weight``,
-            ``....bias`` and so on; layers behind Mixed_6e are left aside.
-        device: where it will run.
+        config: ``path`` is the file, or the folder in which no other lies; its tensors are named
+            ``Mixed_6e.branch1x1.conv.weight``, ``....bias`` and so on; layers behind Mixed_6e are
+            left aside.
+        device: where it will run; its weights are in :func:`guide_dtype` there.
 
     Raises:
         GuideError: no such file, other tensors in it, or a layer other than -1 is asked for.
@@ -212,12 +192,7 @@ def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
         raise GuideError(
             f"guide.layer: {config.layer}: the Inception guide has Mixed_6e alone: set it to -1"
         )
-    file = Path(config.path).expanduser()
-    if not file.is_file():
-        raise GuideError(
-            f"guide.path: {config.path} is no file: give the safetensors file of the FID "
-            "InceptionV3 with batch norm folded into X.conv.weight and X.conv.bias"
-        )
+    file = _weights_file(config.path)
     trunk = InceptionTrunk()
     try:
         stored = load_file(file)
@@ -237,7 +212,25 @@ def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
         layer=config.layer,
         random=False,
     )
-    return InceptionGuide(trunk, info).to(device)
+    return InceptionGuide(trunk.to(guide_dtype(device)), info).to(device)
+
+
+def _weights_file(path: str) -> Path:
+    file = Path(path).expanduser()
+    if file.is_dir():
+        found = list(file.glob("*.safetensors"))
+        if len(found) != 1:
+            raise GuideError(
+                f"guide.path: {path} is a folder: give the file in it (it holds "
+                f"{len(found) or 'no'} .safetensors files)"
+            )
+        return found[0]
+    if not file.is_file():
+        raise GuideError(
+            f"guide.path: {path} is no file: give the safetensors file of the FID "
+            "InceptionV3 with batch norm folded into X.conv.weight and X.conv.bias"
+        )
+    return file
 
 
 def _mean3x3(x: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from dinogen.config import GuideConfig
-from dinogen.features import Guide, GuideError, load_guide
+from dinogen.features import Guide, GuideError, dinov2, load_guide
 from dinogen.features.dinov2 import make_random_dinov2
 
 CPU = torch.device("cpu")
@@ -125,6 +126,54 @@ def test_a_checkpoint_that_lacks_weights_is_refused_not_filled_with_noise(checkp
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(GuideError, match=r"guide\.path: .* lacks 1 weights"):
         guide_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("config.json", b"{", "config.json"),
+        ("config.json", b"{}", "model_type"),
+        ("model.safetensors", 500, "header"),
+        ("model.safetensors", -5, "incomplete"),
+        ("config.json", {"hidden_size": 48}, r"is \[.*32\], by config.json it is \[.*48\]"),
+        ("config.json", {"num_attention_heads": 3}, r"is \[32\], by config.json it is \[30\]"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(checkpoint, tmp_path, capfd, file, damage, message):
+    shutil.copytree(checkpoint, tmp_path / "c")
+    content = (tmp_path / "c" / file).read_bytes()
+    if isinstance(damage, dict):
+        content = json.dumps({**json.loads(content), **damage}).encode()
+    else:
+        content = damage if isinstance(damage, bytes) else content[:damage]
+    (tmp_path / "c" / file).write_bytes(content)
+    with pytest.raises(
+        GuideError, match=r"^guide\.path: .*c is damaged \(.*\): get .* again, whole"
+    ):
+        guide_of(tmp_path / "c")
+    with pytest.raises(GuideError, match=message) as caught:
+        guide_of(tmp_path / "c")
+    assert "\n" not in str(caught.value)
+    assert "MISMATCH" not in "".join(capfd.readouterr())
+
+
+def test_in_bfloat16_it_answers_in_float32_and_nearly_the_same(checkpoint, monkeypatch):
+    """As on a GPU: the weights are bfloat16, the identity that of the file."""
+    plain = guide_of(checkpoint)
+    monkeypatch.setattr(dinov2, "guide_dtype", lambda device: torch.bfloat16)
+    guide = guide_of(checkpoint)
+    assert {parameter.dtype for parameter in guide.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in guide.buffers()} == {torch.float32}
+    assert guide.info == plain.info
+    images = pictures(4 * PATCH).requires_grad_()
+    features = guide(images)
+    assert features.dtype == torch.float32
+    assert (features - plain(images)).norm() < 0.03 * plain(images).norm()
+    (gradient,) = torch.autograd.grad(features.square().sum(), images)
+    assert gradient.dtype == torch.float32 and gradient.abs().max() > 0
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(guide(images), features)
 
 
 def test_another_network_is_refused(tmp_path):

@@ -117,7 +117,9 @@ def test_without_network_the_error_says_what_to_do(hub, offline):
     hub("http://127.0.0.1:9", offline=offline)
     start = time.monotonic()
     assert weights_reachable(NAME) is None
-    with pytest.raises(GuideError, match=rf"guide\.path: {NAME} cannot be had") as caught:
+    with pytest.raises(
+        GuideError, match=rf"guide\.path: {NAME}: no folder of that name here, and "
+    ) as caught:
         load(NAME)
     assert time.monotonic() - start < 5
     assert f"hf download {NAME}" in str(caught.value)
@@ -151,3 +153,14 @@ def test_local_folders(checkpoint, tmp_path, hub):
     assert weights_reachable(str(tmp_path)) is None
     with pytest.raises(GuideError, match=r"lacks config\.json or \*\.safetensors"):
         load(str(tmp_path))
+
+
+def test_a_file_is_never_asked_of_the_hub(checkpoint, monkeypatch):
+    """With one slash in it, `guide/model.safetensors` looks like a hub name."""
+    import huggingface_hub
+
+    monkeypatch.chdir(checkpoint.parent)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: 1 / 0)
+    assert weights_reachable("checkpoint/model.safetensors") is None
+    with pytest.raises(GuideError, match=r"model\.safetensors is a file: give the folder it lies"):
+        load("checkpoint/model.safetensors")

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dinogen.config import GuideConfig
-from dinogen.features import Guide, GuideError, load_guide
+from dinogen.features import Guide, GuideError, inception, load_guide
 from dinogen.features.inception import InceptionTrunk
 
 CPU = torch.device("cpu")
@@ -97,6 +97,34 @@ def test_pictures_of_another_size_are_refused(folded_file, size):
         guide_of(folded_file)(torch.zeros(1, 3, size, size))
 
 
+def test_a_folder_is_taken_for_the_one_file_in_it(folded_file, tmp_path):
+    assert (
+        guide_of(folded_file.parent).info.weights_sha256
+        == guide_of(folded_file).info.weights_sha256
+    )
+    with pytest.raises(GuideError, match=r"is a folder: give the file in it \(it holds no "):
+        guide_of(tmp_path)
+    for name in "ab":
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    with pytest.raises(GuideError, match=r"is a folder: give the file in it \(it holds 2 "):
+        guide_of(tmp_path)
+
+
+def test_in_bfloat16_it_answers_in_float32_and_nearly_the_same(folded_file, monkeypatch):
+    """As on a GPU: the weights are bfloat16, the identity that of the file."""
+    plain = guide_of(folded_file)
+    monkeypatch.setattr(inception, "guide_dtype", lambda device: torch.bfloat16)
+    guide = guide_of(folded_file)
+    assert {parameter.dtype for parameter in guide.parameters()} == {torch.bfloat16}
+    assert guide.info == plain.info
+    images = (torch.rand(1, 3, 91, 91) * 2 - 1).requires_grad_()
+    features = guide(images)
+    assert features.dtype == torch.float32
+    assert (features - plain(images)).norm() < 0.05 * plain(images).norm()
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(guide(images), features)
+
+
 def test_wrong_files_and_layers_are_refused_by_name(folded_file, tmp_path):
     with pytest.raises(GuideError, match=r"guide\.path: facebook/dinov2-small is no file"):
         guide_of("facebook/dinov2-small")
@@ -118,9 +146,19 @@ def test_reference_features_of_real_pictures_are_reproduced(assets):
     assert not guide.info.random and guide.info.num_channels == 768
     expected = np.load(assets / "inception" / "reference_features.npz")
     assert len(expected.files) == 8
+    maps = {}
+    for stage in ("Conv2d_3b_1x1", "Mixed_5b"):  # what enters them is what the two pools give
+        module = getattr(guide.trunk, stage)
+        module.register_forward_pre_hook(lambda m, given, stage=stage: maps.update({stage: given}))
     for name in expected.files:
         with Image.open(assets / name) as picture:
             pixels = torch.from_numpy(np.array(picture.convert("RGB")))
-        features = guide.reference_features(pixels.permute(2, 0, 1)[None] / 255)[0].numpy()
+        pixels = torch.nn.functional.interpolate(
+            pixels.permute(2, 0, 1)[None] / 255, (299, 299), mode="bilinear", align_corners=False
+        )
+        with torch.no_grad():
+            last = guide.trunk(2 * pixels - 1)
+        given = (maps["Conv2d_3b_1x1"][0], maps["Mixed_5b"][0], last)
+        features = torch.cat([array.mean((2, 3)) for array in given], 1)[0].numpy()
         error = np.linalg.norm(features - expected[name]) / np.linalg.norm(expected[name])
         assert error < 1e-3, name
