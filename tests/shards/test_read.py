@@ -40,16 +40,12 @@ def test_skipping_takes_the_next_sound_one_in_packed_order(copy, flip, caplog):
 
 
 def test_behind_the_last_sample_comes_the_first(copy):
-    keys = open_dataset(copy).keys("val")
-    last = sorted(copy.glob("val-*.tar"))[-1]
-    last.unlink()
+    keys = open_dataset(copy).keys()
+    sorted(copy.glob("train-*.tar"))[-1].unlink()
     data = open_dataset(copy)
-    batch = data.read([len(keys) - 1], split="val", image_size=8, on_error="skip")
-    sound = data.manifest.of_split("val")[0].num_samples
-    assert len(data.manifest.of_split("val")) > 1
-    assert sound < len(keys)
+    batch = data.read([len(keys) - 1], image_size=8, on_error="skip")
     assert batch["key"] == [keys[0]]
-    assert torch.equal(batch["image"], data.read([0], split="val", image_size=8)["image"])
+    assert torch.equal(batch["image"], data.read([0], image_size=8)["image"])
 
 
 def test_when_nothing_is_left_reading_says_so(copy):
