@@ -272,8 +272,10 @@ def parse_config(
     Raises:
         ConfigError: naming the key, with the nearest valid name or the mend.
     """
-    for item in overrides:
-        override(data, item)
+    if overrides:
+        defaults = Config().model_dump(mode="json")
+        for item in overrides:
+            override(data, item, defaults)
     try:
         return Config.model_validate(data)
     except ValidationError as error:

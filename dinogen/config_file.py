@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,18 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return data
 
 
-def override(data: dict[str, Any], item: str) -> None:
-    """Set ``a.b.c=value`` inside ``data``; what is on the way is made."""
+def override(data: dict[str, Any], item: str, defaults: Mapping[str, Any]) -> None:
+    """Set ``a.b.c=value`` inside ``data``; what is on the way is made.
+
+    Args:
+        data: changed in place.
+        item: ``key=value``.
+        defaults: the whole config where nothing is set; a list that ``data`` lacks is taken from
+            it, since its items are addressed by number.
+
+    Raises:
+        ConfigError: no ``key=value``, no YAML, or a key below a single value or beyond a list.
+    """
     key, found, text = item.partition("=")
     if not found or not key.strip():
         raise ConfigError(f"override '{item}': write key=value, as in stages.0.kimg=2")
@@ -45,6 +57,7 @@ def override(data: dict[str, Any], item: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"override '{item}': the value is not valid YAML: {error}") from None
     node: Any = data
+    default: Any = defaults
     parts = key.strip().split(".")
     for depth, part in enumerate(parts):
         here = ".".join(parts[:depth]) or "the config"
@@ -58,12 +71,11 @@ def override(data: dict[str, Any], item: str) -> None:
             raise ConfigError(f"override '{item}': {here} is a single value, not a section")
         if depth == len(parts) - 1:
             node[index] = value
-        elif isinstance(node, dict):
-            if node.get(index) is None:
-                node[index] = {}
-            node = node[index]
-        else:
-            node = node[index]
+            return
+        default = default.get(part) if isinstance(default, Mapping) else None
+        if isinstance(node, dict) and node.get(index) is None:
+            node[index] = copy.deepcopy(default) if isinstance(default, list) else {}
+        node = node[index]
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

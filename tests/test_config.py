@@ -35,6 +35,17 @@ def test_overrides_win_and_reach_lists_and_options_of_the_family():
     assert config.family.options == {"z_dim": 9}
 
 
+def test_items_of_a_list_that_the_file_lacks_are_those_of_the_defaults():
+    config = parse_config(
+        {}, ["stages.0.kimg=2", "optim.betas.0=0.5", "prepare.pyramids.grids.2=2"]
+    )
+    assert config.stages == (Config().stages[0].model_copy(update={"kimg": 2}),)
+    assert config.optim.betas == (0.5, 0.99)
+    assert config.prepare.pyramids.grids == (4, 8, 2)
+    assert parse_config({}).stages == Config().stages
+    assert "stages has items 0 to 0" in complaint({}, ["stages.1.kimg=2"])
+
+
 def test_a_number_like_1e_4_is_a_number():
     assert parse_config({"stages": STAGES}, ["stages.0.lr=1e-4"]).stages[0].lr == 1e-4
 
