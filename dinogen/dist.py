@@ -152,19 +152,6 @@ def broadcast_object(obj: Any) -> Any:
     return json.loads(payload.cpu().numpy().tobytes())
 
 
-def gather_tensors(tensor: Tensor) -> list[Tensor]:
-    """Every rank's tensor, in rank order, on every rank; all must have one shape and dtype.
-
-    Not differentiable.
-    """
-    local = tensor.detach().to(_collective_device(tensor)).contiguous()
-    if not _grouped():
-        return [local.to(tensor.device)]
-    parts = [torch.empty_like(local) for _ in range(world_size())]
-    td.all_gather(parts, local)
-    return [part.to(tensor.device) for part in parts]
-
-
 def _grouped() -> bool:
     return td.is_available() and td.is_initialized()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from dinogen import draws
 from dinogen.config import Config, ConfigError, Section, StageConfig
 from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars, Verdict
-from dinogen.features.base import Guide
+from dinogen.features.base import Guide, same_guide
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid, pooled_pyramid
 from dinogen.losses.pyramid import collapse_floor, mean_pairwise_distance, pyramid_mse
@@ -85,32 +86,45 @@ class Guided(Family):
 
     def begin(self, data: Dataset) -> None:
         """Load the guide, check that it made these shards, and measure how far reals differ."""
-        missing = [level for level in self.levels if level not in data.manifest.levels]
-        if missing:
-            raise ConfigError(
-                f"{self.config.data.path}: the shards have no level {', '.join(missing)} "
-                f"(they have {', '.join(data.manifest.levels) or 'none'}): set "
-                "family.pyramid, or prepare again with prepare.pyramids.kinds: [pooled, native]"
-            )
         self.guide = load_guide(self.config.guide, self.device)
-        made_by = data.manifest.guide or {}
-        if made_by.get("weights_sha256") != self.guide.info.weights_sha256:
+        made_by, path = data.manifest.guide or {}, self.config.data.path
+        if not made_by:
             raise ConfigError(
-                f"guide.path: {self.guide.info.label} is not the guide that made the pyramids of "
-                f"{self.config.data.path} ({made_by.get('name')}, {made_by.get('path')}): use that "
-                "one, or run `dinogen prepare` again"
+                f"{path}: its manifest does not say which guide made the pyramids, so none can be "
+                "trusted to fit: run `dinogen prepare` again"
+            )
+        if not same_guide(made_by, self.guide.info):
+            mine = self.guide.info.to_dict()
+            other = ", ".join(
+                f"{key} {mine[key]} instead of {made_by.get(key)}"
+                for key in ("name", "path", "layer", "weights_sha256")
+                if mine[key] != made_by.get(key)
+            )
+            raise ConfigError(
+                f"guide: not the one that made the pyramids of {path} ({other}): use that one, or "
+                "run `dinogen prepare` again"
             )
         self.floor = collapse_floor([data.total_variance(level) for level in self.levels])
         split = self.config.data.split
         num_real = data.num_samples(split)
         if num_real < 2:
             raise ConfigError(
-                f"data.split: {self.config.data.path} has {num_real} samples in split {split}: "
+                f"data.split: {path} has {num_real} samples in split {split}: "
                 "two are the least that differ; prepare more photos or name another split"
             )
         chosen = np.linspace(0, num_real - 1, min(num_real, 2 * self.options.probe_samples))
-        real = data.read(chosen.astype(int).tolist(), split=split, levels=self.levels)
+        real = data.read(
+            chosen.astype(int).tolist(),
+            split=split,
+            levels=self.levels,
+            on_error=self.config.data.on_error,
+        )
         self.real_distance = {g: mean_pairwise_distance(real["pyramid"][g]) for g in self.grids}
+        if not all(self.real_distance.values()):
+            raise ConfigError(
+                f"data.path: the samples of {path} in split {split} are all the same: prepare "
+                "photos that differ"
+            )
 
     def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
         """Pictures (N, 3, R, R) in [-1, 1]; the same seed and index give the same picture."""
@@ -149,6 +163,8 @@ class Guided(Family):
         scalars = {"diversity": diversity}
         if loss is not None:
             scalars["loss_over_floor"] = loss / self.floor
+        if not math.isfinite(diversity) or (loss is not None and not math.isfinite(loss)):
+            return Verdict(scalars, "BROKEN", ("BROKEN: loss or samples are not finite",))
         share = f"samples differ {diversity:.1%} as much as real pictures"
         if diversity < COLLAPSED_BELOW:
             return Verdict(scalars, "COLLAPSED", (f"COLLAPSED: {share}",))

@@ -168,6 +168,7 @@ ROWS: dict[str, Show] = {
     "diversity / real": _number("diversity", "{:.1%}"),
     "images/s": _number("images_per_s", "{:,.1f}"),
     "waiting for data": _number("data_wait", "{:.1%}"),
+    "damaged samples replaced": _number("num_skipped", "{:,.0f}"),
     "time, (h:)m:s": _time,
     "peak GPU memory, MiB": _number("peak_memory_mb", "{:,.0f}"),
     "parameters, million": _number("num_parameters", "{:.2f}", 1e-6),

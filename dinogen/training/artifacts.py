@@ -66,6 +66,7 @@ def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]
         **facts,
         "images_per_s": (progress.nimg - state.plan.start) / max(progress.seconds, 1e-9),
         "data_wait": last_line.get("data_wait"),
+        "num_skipped": progress.num_skipped,
         "seconds": progress.seconds,
         "peak_memory_mb": last_line.get("peak_memory_mb"),
         "num_parameters": sum(p.numel() for p in network.parameters()),
@@ -84,7 +85,10 @@ def _real_pictures(state: StageState) -> np.ndarray:
     split = state.config.data.split
     num_real = state.data.num_samples(split)
     chosen = np.linspace(0, num_real - 1, min(num_real, state.config.log.num_samples)).astype(int)
-    batch = state.data.read(chosen.tolist(), split=split, image_size=state.stage.resolution)
+    # A damaged picture is named in the log, and costs no finished stage.
+    batch = state.data.read(
+        chosen.tolist(), split=split, image_size=state.stage.resolution, on_error="skip"
+    )
     images: np.ndarray = batch["image"].numpy()
     return images
 

@@ -13,6 +13,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dinogen import dist
+from dinogen.config import Config, StageConfig
 from dinogen.files import write_json
 from shards.files import sha256_file, sync_folder
 
@@ -20,6 +22,7 @@ log = logging.getLogger(__name__)
 
 STATE = "state.json"
 TEMPORARY = ".tmp-"
+BROKEN = ".broken-"
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,18 @@ def save_checkpoint(
         state: JSON-ready; ``files`` (hashes) is added.
 
     Returns:
-        The folder. If it is there already, it is left as it is.
+        The folder. If it is there already and whole, it is left as it is. What lies further on is
+        broken, or the run would have gone on from there: it is set aside as ``.broken-<nimg>``.
     """
     final = parent / f"{nimg:09d}"
-    if final.exists():
-        return final
+    for folder in _folders(parent):
+        if folder.name < final.name:
+            continue
+        if folder == final and _whole(final):
+            return final
+        aside = folder.with_name(f"{BROKEN}{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
     temporary = parent / f"{TEMPORARY}{nimg:09d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -74,8 +84,8 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read and verify one checkpoint.
+def load_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
+    """Read one checkpoint, and compare the hashes of its files unless told otherwise.
 
     Raises:
         ValueError: a file is missing, cut off or changed; names it.
@@ -86,7 +96,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         hashes = dict(state["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is missing or not readable ({error})") from error
-    for name, expected in hashes.items():
+    for name, expected in hashes.items() if verify else ():
         try:
             found = sha256_file(folder / name)
         except OSError as error:
@@ -106,6 +116,22 @@ def newest_checkpoint(parent: Path) -> Checkpoint | None:
     return None
 
 
+def stage_folder(config: Config, stage: StageConfig) -> Path:
+    """Folder of one stage inside the run's."""
+    return config.run / f"{stage.resolution}x{stage.resolution}"
+
+
+def stage_checkpoint(config: Config, stage: StageConfig) -> Checkpoint | None:
+    """The newest complete checkpoint of a stage, the same one on every rank."""
+    parent = stage_folder(config, stage) / "checkpoints"
+    # rank 0 alone verifies hashes: the others read what it chose
+    found = newest_checkpoint(parent) if dist.is_main() else None
+    name = dist.broadcast_object(found.folder.name if found else None)
+    if name is None:
+        return None
+    return found or load_checkpoint(parent / name, verify=False)
+
+
 def prune(parent: Path, keep_last: int) -> None:
     """Delete all but the newest ``keep_last`` checkpoints and those saved to be kept.
 
@@ -122,6 +148,14 @@ def prune(parent: Path, keep_last: int) -> None:
             folder.rename(doomed)
     for left in parent.glob(f"{TEMPORARY}*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        load_checkpoint(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -47,8 +46,7 @@ class ProgressLine:
             if value is not None:
                 parts.append(f"{name} {value:.4g}")
         if speed:
-            left = max(0.0, (self.end - nimg) / speed)
-            parts.append(f"ETA {time.strftime('%H:%M:%S', time.gmtime(left))}")
+            parts.append(f"ETA {duration(max(0.0, (self.end - nimg) / speed))}")
         text = ", ".join(parts)
         if self.bar is not None:
             self.bar.update(self.task, completed=min(nimg, self.end) - self.start, text=text)
@@ -59,3 +57,11 @@ class ProgressLine:
         """Leave the terminal as it was."""
         if self.bar is not None:
             self.bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03``, or ``2 d 3:04:05`` from a day on."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days} d " if days else "") + f"{hour}:{minute:02d}:{second:02d}"

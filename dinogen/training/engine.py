@@ -164,7 +164,7 @@ class DdpEngine(SingleEngine):
         for name, network in self.family.networks.items():
             self._train_only(name)
             self.wrapped[name] = DistributedDataParallel(
-                _PhaseLosses(network), broadcast_buffers=False, gradient_as_bucket_view=True
+                _PhaseLosses(network), forward_sync_buffers=False, gradient_as_bucket_view=True
             )
 
     def backward(self, phase: Phase, losses: Scalars, weight: float) -> None:

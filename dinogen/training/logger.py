@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ class Logger:
     Args:
         folder: of the stage; None on ranks that do not write.
         stage: resolution, part of each line.
+        device: where the sums are kept.
     """
 
-    def __init__(self, folder: Path | None, stage: int) -> None:
+    def __init__(self, folder: Path | None, stage: int, device: torch.device) -> None:
         self.folder = folder
         self.stage = stage
+        self.device = device
         self.sums: dict[str, Tensor] = {}
         self.weights: dict[str, float] = {}
         self.writer: SummaryWriter | None = None
@@ -42,12 +45,14 @@ class Logger:
             nimg: where the run starts or resumes.
             state: what :meth:`state` gave, or None.
         """
-        if state is not None and dist.is_main():
+        if state is not None:
+            # Every rank has every name, as all of them are summed; the values count once.
+            main = dist.is_main()
             self.sums = {
-                name: torch.tensor(math.nan if value is None else value, dtype=torch.float64)
+                name: self._scalar(torch.tensor(_number(value) if main else 0.0))
                 for name, value in state["sums"].items()
             }
-            self.weights = dict(state["weights"])
+            self.weights = {name: main * value for name, value in state["weights"].items()}
         if self.folder is None:
             return
         path = self.folder / "stats.jsonl"
@@ -68,9 +73,8 @@ class Logger:
         """
         for name, value in losses.items():
             key = prefix + name
-            item = value.detach().double() * weight
-            # device of the newest value: after a resume the sum comes from the CPU
-            self.sums[key] = self.sums[key].to(item.device) + item if key in self.sums else item
+            item = self._scalar(value) * weight
+            self.sums[key] = self.sums[key] + item if key in self.sums else item
             self.weights[key] = self.weights.get(key, 0.0) + weight
 
     def flush(self) -> dict[str, float]:
@@ -123,14 +127,26 @@ class Logger:
             self.writer.add_image(tag, image, nimg, dataformats="HWC")
 
     def sync(self) -> None:
-        """Bring TensorBoard's events to disk; done before each checkpoint."""
-        if self.writer is not None:
-            self.writer.flush()
+        """Bring what was written to disk; done before each checkpoint."""
+        if self.folder is None or self.writer is None:
+            return
+        self.writer.flush()
+        path = self.folder / "stats.jsonl"
+        if path.exists():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """Close the files."""
         if self.writer is not None:
             self.writer.close()
+
+    def _scalar(self, value: Tensor) -> Tensor:
+        return value.detach().to(self.device, torch.float64)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _json_number(value: float | None) -> float | None:

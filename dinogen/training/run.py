@@ -15,8 +15,12 @@ from dinogen.files import write_text
 from dinogen.report.page import write_page
 from dinogen.report.stats import read_stats
 from dinogen.training.artifacts import finish_stage
+from dinogen.training.checkpoint import stage_checkpoint
+from dinogen.training.lock import run_lock
+from dinogen.training.preflight import check_run
 from dinogen.training.stages import find_stage
-from dinogen.training.state import StageState, stage_checkpoint
+from dinogen.training.state import StageState
+from dinogen.training.stop import StopFlag
 from dinogen.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -40,14 +44,25 @@ def train(config: Config, resolution: int | None = None) -> list[dict[str, Any]]
     dist.init()
     dist.set_cpu_threads()
     config = resolve(config)
-    indices = range(len(config.stages)) if resolution is None else [find_stage(config, resolution)]
-    if dist.is_main():
-        config.run.mkdir(parents=True, exist_ok=True)
-        write_text(config.run / "config.yaml", dump_config(config))
-    return [_train_stage(config, index) for index in indices]
+    indices = (
+        list(range(len(config.stages))) if resolution is None else [find_stage(config, resolution)]
+    )
+    with run_lock(config.run), StopFlag() as stop:
+        check_run(config, indices)
+        if dist.is_main():
+            write_text(config.run / "config.yaml", dump_config(config))
+        results = []
+        for index in indices:
+            results.append(_train_stage(config, index, stop))
+            if index != indices[-1] and stop.agreed():
+                raise stop.error(f"after stage {config.stages[index].resolution}")
+        if dist.is_main():
+            # Also when all stages were passed over: a kill may have come before it was written.
+            log.info("page: %s", write_page(config.run))
+        return results
 
 
-def _train_stage(config: Config, index: int) -> dict[str, Any]:
+def _train_stage(config: Config, index: int, stop: StopFlag) -> dict[str, Any]:
     """Train one stage to its end and write what it leaves."""
     stage = config.stages[index]
     finished = _finished_result(config, index)
@@ -56,7 +71,7 @@ def _train_stage(config: Config, index: int) -> dict[str, Any]:
         return finished
     state = StageState(config, index)
     if not state.finished:
-        Trainer(state).run()
+        Trainer(state, stop).run()
     result = None
     if dist.is_main():
         try:
@@ -64,7 +79,7 @@ def _train_stage(config: Config, index: int) -> dict[str, Any]:
         except UserError as error:
             raise ConfigError(f"{error}") from None
         result = finish_stage(state, lines[-1])
-        log.info("page: %s", write_page(config.run))
+        write_page(config.run)
     written: dict[str, Any] = dist.broadcast_object(result)
     return written
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from dinogen import dist
 from dinogen.config import Config, ConfigError, load_config
 from dinogen.families.base import Family, family_class
-from dinogen.training.checkpoint import newest_checkpoint
+from dinogen.training.checkpoint import newest_checkpoint, stage_folder
 from dinogen.training.ema import Ema
 from dinogen.training.stages import StagePlan, find_stage
-from dinogen.training.state import file_mark, sample_in_parts, stage_folder
+from dinogen.training.state import file_mark, sample_in_parts
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def load_snapshot(run: Path, resolution: int | None = None) -> Snapshot:
     device = dist.device()
     # the checkpoint's own config: the file beside the run may have been edited since
     config = Config.model_validate(checkpoint.state["config"])
+    stage = config.stages[find_stage(config, stage.resolution)]
     family = family_class(config.family.name)(config, stage, device)
     ema = Ema({name: family.networks[name] for name in family.ema_networks}, config.ema)
     for name, network in ema.networks.items():

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import platform
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from dinogen import __version__, dist, draws
-from dinogen.config import Config, ConfigError, StageConfig
+from dinogen.config import Config, ConfigError
 from dinogen.families.base import Family, Verdict, family_class
 from dinogen.training.checkpoint import (
     Checkpoint,
-    load_checkpoint,
-    newest_checkpoint,
     prune,
     save_checkpoint,
+    stage_checkpoint,
+    stage_folder,
 )
 from dinogen.training.ema import Ema
 from dinogen.training.engine import SingleEngine, make_engine
+from dinogen.training.preflight import data_fingerprint
 from dinogen.training.stages import StagePlan, due, grow
 from shards.dataset import Dataset, open_dataset
 
@@ -39,7 +36,7 @@ class Progress:
     Attributes:
         nimg: images shown since the first stage began, over all ranks.
         step: optimizer steps since the first stage began.
-        num_nonfinite: updates in a row that were left out.
+        num_skipped: damaged samples that were replaced, in this stage, on all ranks.
         seconds: training time of this stage so far.
         loss: headline loss of the newest log line.
         verdict: what the newest probe found.
@@ -48,27 +45,11 @@ class Progress:
 
     nimg: int = 0
     step: int = 0
-    num_nonfinite: int = 0
+    num_skipped: int = 0
     seconds: float = 0.0
     loss: float | None = None
     verdict: str = "ok"
     warnings: list[str] = field(default_factory=list)
-
-
-def stage_folder(config: Config, stage: StageConfig) -> Path:
-    """Folder of one stage inside the run's."""
-    return config.run / f"{stage.resolution}x{stage.resolution}"
-
-
-def stage_checkpoint(config: Config, stage: StageConfig) -> Checkpoint | None:
-    """The newest complete checkpoint of a stage, the same one on every rank."""
-    parent = stage_folder(config, stage) / "checkpoints"
-    # rank 0 alone verifies hashes; the others read what it chose
-    found = newest_checkpoint(parent) if dist.is_main() else None
-    name = dist.broadcast_object(found.folder.name if found else None)
-    if name is None:
-        return None
-    return found or load_checkpoint(parent / name)
 
 
 def stage_plan(config: Config, index: int) -> tuple[StagePlan, Checkpoint | None]:
@@ -82,13 +63,14 @@ def stage_plan(config: Config, index: int) -> tuple[StagePlan, Checkpoint | None
         return StagePlan(stage, 0), None
     previous = config.stages[index - 1]
     checkpoint = stage_checkpoint(config, previous)
-    if checkpoint is None or checkpoint.state["progress"]["nimg"] < checkpoint.state["end"]:
+    nimg = checkpoint.state["progress"]["nimg"] if checkpoint else 0
+    if checkpoint is None or nimg < StagePlan(previous, checkpoint.state["start"]).end:
         raise ConfigError(
             f"stage {stage.resolution} grows from stage {previous.resolution}, which is not "
             f"finished in {stage_folder(config, previous)}: train it first "
             f"(--stage {previous.resolution}, or no --stage for all)"
         )
-    return StagePlan(stage, checkpoint.state["progress"]["nimg"]), checkpoint
+    return StagePlan(stage, nimg), checkpoint
 
 
 class StageState:
@@ -166,7 +148,6 @@ class StageState:
         state = {
             "progress": asdict(self.progress),
             "start": self.plan.start,
-            "end": self.plan.end,
             "keep": every is not None and due(self.last_saved, nimg, every),
             "engine": rest,
             "logger": logger_state,
@@ -186,7 +167,6 @@ class StageState:
         if checkpoint is None:
             return
         state = checkpoint.state
-        check_same_run(checkpoint, self.config, self.stage, data_fingerprint(self.data))
         if state["start"] != self.plan.start:
             raise ConfigError(
                 f"{checkpoint.folder}: began at {state['start']} images, but the stage before now "
@@ -202,54 +182,6 @@ class StageState:
         self.last_saved = self.progress.nimg
         if dist.is_main():
             log.info("resumed from %s", checkpoint.folder)
-
-
-def check_same_run(
-    checkpoint: Checkpoint, config: Config, stage: StageConfig, fingerprint: str
-) -> None:
-    """Refuse to go on from a checkpoint that another experiment wrote.
-
-    Lengths (kimg), logging, checkpoint rhythm and engine may change: they do not alter what a step
-    computes. Keys that the older config lacked count as equal to today's defaults.
-
-    Raises:
-        ConfigError: naming the first key that contradicts.
-    """
-    then, now = checkpoint.state["config"], config.model_dump(mode="json")
-    index = [s["resolution"] for s in now["stages"]].index(stage.resolution)
-    sizes = [s["resolution"] for s in then["stages"]]
-    pairs: list[tuple[str, Any, Any]] = [
-        (f"{name}", then.get(name), now[name]) for name in ("seed", "family", "optim", "ema")
-    ]
-    old_stage = then["stages"][sizes.index(stage.resolution)]
-    pairs += [
-        (f"stages.{index}.{key}", old_stage.get(key), now["stages"][index][key])
-        for key in ("fade_kimg", "batch", "lr")
-    ]
-    pairs += [
-        (f"data.{key}", then["data"].get(key), now["data"][key])
-        for key in ("split", "num_lanes", "window_shards", "on_error")
-    ]
-    pairs += [
-        (f"guide.{key}", then["guide"].get(key), now["guide"][key]) for key in ("name", "layer")
-    ]
-    for key, old, new in _leaves(pairs):
-        if old is not None and old != new:
-            raise ConfigError(
-                f"{key}: the checkpoint {checkpoint.folder} was trained with {old}, the config "
-                f"says {new}: put it back, or give run: another folder"
-            )
-    if checkpoint.state["data"] != fingerprint:
-        raise ConfigError(
-            f"data.path: {config.data.path} holds other shards than the checkpoint "
-            f"{checkpoint.folder} was trained on: put them back, or give run: another folder"
-        )
-
-
-def data_fingerprint(data: Dataset) -> str:
-    """Hash of what the shards hold; the folder's place does not matter."""
-    shards = [(s.name, s.num_samples, s.num_bytes, s.sha256) for s in data.manifest.shards]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
 
 def file_mark(facts: dict[str, Any]) -> str:
@@ -272,13 +204,3 @@ def sample_in_parts(
         for first in range(0, num, part)
     ]
     return torch.cat(parts)
-
-
-def _leaves(pairs: list[tuple[str, Any, Any]]) -> Iterator[tuple[str, Any, Any]]:
-    """Single values of nested sections; a key missing on the old side counts as None."""
-    for key, old, new in pairs:
-        if isinstance(new, dict) and isinstance(old, dict):
-            names = sorted(set(old) | set(new))
-            yield from _leaves([(f"{key}.{name}", old.get(name), new.get(name)) for name in names])
-        else:
-            yield key, old, new

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+from dinogen import dist
 from dinogen.errors import UserError
 
 # EX_TEMPFAIL: not an error, run the same command again to go on
@@ -34,6 +35,17 @@ class StopFlag:
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop; every rank has to call it."""
+        return dist.any_rank(self.name is not None)
+
+    def error(self, where: str) -> Stopped:
+        """What to raise after everything was saved."""
+        return Stopped(
+            f"stopped by {self.name or 'another rank'} {where}, all of it saved: run the same "
+            "command to go on"
+        )
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.name is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dinogen import dist
-from dinogen.config import Config, ConfigError
+from dinogen.config import Config
 from dinogen.errors import UserError
 from dinogen.families.base import Batch, Verdict
 from dinogen.training.artifacts import save_samples
@@ -20,9 +20,12 @@ from dinogen.training.console import ProgressLine
 from dinogen.training.logger import Logger
 from dinogen.training.stages import due
 from dinogen.training.state import StageState
-from dinogen.training.stop import StopFlag, Stopped
+from dinogen.training.stop import StopFlag
 
 log = logging.getLogger(__name__)
+
+# fp16 leaves out an update now and then; so many in a row are a sign that the weights blew up.
+UNSOUND_AFTER = 3
 
 
 class TrainingError(UserError):
@@ -43,21 +46,21 @@ class Trainer:
 
     Args:
         state: the stage's networks, optimizers, averages and progress, fresh or resumed.
+        stop: set by the signals that ask for an end.
     """
 
-    def __init__(self, state: StageState) -> None:
+    def __init__(self, state: StageState, stop: StopFlag) -> None:
         self.state = state
         self.config: Config = state.config
         self.family, self.engine, self.progress = state.family, state.engine, state.progress
         self.plan, self.stage = state.plan, state.plan.stage
         self.headline = self.family.phases[-1].name
-        self.logger = Logger(state.folder if dist.is_main() else None, self.stage.resolution)
-        self.window = Window(time.monotonic())
-        if self.stage.batch < dist.world_size():
-            raise ConfigError(
-                f"stages: batch {self.stage.batch} of stage {self.stage.resolution} is smaller "
-                f"than the number of ranks {dist.world_size()}: each rank needs a picture"
-            )
+        self.logger = Logger(
+            state.folder if dist.is_main() else None, self.stage.resolution, self.engine.device
+        )
+        self.stop = stop
+        self.num_nonfinite: dict[str, int] = {}
+        self.num_skipped_before = state.progress.num_skipped
 
     def run(self) -> None:
         """Train to the end of the stage.
@@ -68,6 +71,8 @@ class Trainer:
         """
         progress = self.progress
         self.logger.start(progress.nimg, self.state.logger_state)
+        if self.engine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.engine.device)
         line = ProgressLine(
             f"stage {self.stage.resolution}x{self.stage.resolution}",
             self.plan.start,
@@ -91,9 +96,10 @@ class Trainer:
             pin_memory=self.engine.device.type == "cuda",
         )
         try:
-            with StopFlag() as stop, self.stream:
+            with self.stream:
                 self._set_fade(first=True)
                 self.window = Window(time.monotonic())
+                self.counted_until = self.window.began
                 batches = iter(self.stream)
                 while progress.nimg < self.plan.end:
                     before = time.monotonic()
@@ -102,15 +108,17 @@ class Trainer:
                     self._set_fade()
                     self.train_step(batch)
                     self._after_step(line)
-                    if dist.any_rank(stop.name is not None):
+                    if self.stop.agreed():
                         self.save()
-                        raise Stopped(
-                            f"stopped by {stop.name or 'another rank'} at {progress.nimg} images, "
-                            "all of it saved: run the same command to go on"
-                        )
+                        raise self.stop.error(f"at {progress.nimg} images")
         finally:
             line.close()
             self.logger.close()
+
+    @property
+    def now(self) -> int:
+        """Images shown so far."""
+        return self.progress.nimg
 
     def train_step(self, batch: Batch) -> None:
         """All due phases on one global batch, of which this rank holds its part."""
@@ -131,11 +139,17 @@ class Trainer:
         self.progress.step += 1
         self.progress.nimg += self.stage.batch
         self.window.images += self.stage.batch
+        # What is sampled, judged and saved now is the network at this point of the clock.
+        self.state.set_fade()
         self.family.after_step(self.progress.nimg)
         self.state.ema.update(self.stage.batch, self.progress.nimg - self.plan.start)
 
     def save(self) -> None:
-        """Write a checkpoint; every rank has to call it."""
+        """Write a checkpoint, unless the weights have blown up; every rank has to call it."""
+        if max(self.num_nonfinite.values(), default=0) >= UNSOUND_AFTER:
+            log.warning("at %d images: not saved, for the updates are not finite", self.now)
+            return
+        self._count()
         logger_state = self.logger.state()
         if dist.is_main():
             self.logger.sync()
@@ -145,38 +159,40 @@ class Trainer:
     def _set_fade(self, first: bool = False) -> None:
         """Tell the family how far the fade-in is; the engine is prepared again where it ends."""
         fading = self.plan.fading(self.progress.nimg)
-        self.state.set_fade()
         if first or fading != self.state.fading:
             self.state.fading = fading
             self.engine.prepare()
 
     def _guard(self, applied: bool, phase: str) -> None:
         """Count updates in a row that were not finite, and end the run after too many."""
-        progress = self.progress
-        if applied:
-            progress.num_nonfinite = 0
+        num = self.num_nonfinite[phase] = 0 if applied else self.num_nonfinite.get(phase, 0) + 1
+        if not num:
             return
-        progress.num_nonfinite += 1
         limit = self.config.engine.max_nonfinite
         log.warning(
             "phase %s at %d images: loss or gradient is not finite, the update is left out (%d in "
             "a row, %d end the run)",
             phase,
-            progress.nimg,
-            progress.num_nonfinite,
+            self.now,
+            num,
             limit,
         )
-        if progress.num_nonfinite >= limit:
-            raise TrainingError(
-                f"{limit} updates in a row were not finite ({phase}, {progress.nimg} images): "
-                f"lower lr of stage {self.stage.resolution}, set engine.clip_grad_norm, or use "
-                f"fp32; the last good checkpoint is in {self.state.folder / 'checkpoints'}"
-            )
+        if num >= limit:
+            raise self._blown_up(f"{limit} updates in a row were not finite ({phase})")
+
+    def _blown_up(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what} at {self.now} images: give run: another folder with a lower lr of stage "
+            f"{self.stage.resolution}, engine.clip_grad_norm, or engine.precision=fp32; nothing "
+            f"was saved since: the same command goes on from the last checkpoint, if there is one"
+        )
 
     def _after_step(self, line: ProgressLine) -> None:
         """Log, probe, draw samples and save, where the clock says so."""
-        now = self.progress.nimg
+        now = self.now
         last = now >= self.plan.end
+        if last and max(self.num_nonfinite.values(), default=0) >= UNSOUND_AFTER:
+            raise self._blown_up("the stage's last updates were not finite")
         passed = now - self.stage.batch
         every = self.config.log
         probe = last or due(passed, now, every.probe_kimg)
@@ -192,7 +208,7 @@ class Trainer:
         """One line of numbers; the probe looks at samples on rank 0."""
         means = self.logger.flush()
         window, elapsed = self.window, max(time.monotonic() - self.window.began, 1e-9)
-        self.progress.seconds += elapsed
+        self._count()
         loss = means.get("loss", math.nan)
         self.progress.loss = loss if math.isfinite(loss) else None
         values: dict[str, float | None] = {
@@ -201,7 +217,7 @@ class Trainer:
             "alpha": self.plan.alpha(self.progress.nimg - self.stage.batch),
             "images_per_s": window.images / elapsed,
             "data_wait": window.waited / elapsed,
-            "num_skipped": dist.all_reduce_sum(torch.tensor(float(self.stream.num_skipped))).item(),
+            "num_skipped": self.progress.num_skipped,
         }
         if self.engine.device.type == "cuda":
             values["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
@@ -212,6 +228,14 @@ class Trainer:
         self.logger.write(self.progress.nimg, values)
         line.update(self.progress.nimg, values)
         self.window = Window(time.monotonic())
+
+    def _count(self) -> None:
+        """Bring time and skipped samples up to now; every rank has to call it."""
+        now = time.monotonic()
+        self.progress.seconds += now - self.counted_until
+        self.counted_until = now
+        skipped = dist.all_reduce_sum(torch.tensor(self.stream.num_skipped))
+        self.progress.num_skipped = self.num_skipped_before + int(skipped)
 
     def _warn(self, verdict: Verdict) -> None:
         """Say loudly what the probe found; again only when the verdict changes."""

@@ -104,7 +104,7 @@ def test_a_config_that_contradicts_the_checkpoint_is_refused(make_config, change
 
 def test_another_guide_than_the_shards_were_made_by_is_refused(make_config, tmp_path):
     make_random_dinov2(tmp_path / "other", seed=1, hidden_size=32, num_layers=2, num_heads=2)
-    with pytest.raises(ConfigError, match=r"guide\.path: .* is not the guide that made"):
+    with pytest.raises(ConfigError, match=r"guide: not the one that made .*weights_sha256"):
         train(make_config(f"guide.path={tmp_path / 'other'}"))
 
 
@@ -147,3 +147,12 @@ def test_a_generator_that_ignores_z_is_called_collapsed(make_config):
     with torch.no_grad():
         near_floor = state.family.probe(state.family.networks, 1.01 * floor)
     assert near_floor.verdict == "COLLAPSED"
+
+
+def test_samples_that_are_not_finite_are_called_broken(make_config):
+    config = make_config()
+    train(config, 4)
+    state = StageState(resolve(config), 0)
+    with torch.no_grad():
+        state.ema.networks["G"].dense.weight.fill_(float("nan"))
+    assert state.probe().verdict == "BROKEN"

@@ -1,0 +1,39 @@
+"""One training at a time in the folder of a run."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dinogen import dist
+from dinogen.config import ConfigError
+
+
+@contextmanager
+def run_lock(run: Path) -> Iterator[None]:
+    """Hold ``RUN/.lock`` on rank 0; the system lets go of it however the process ends.
+
+    Raises:
+        ConfigError: on every rank, if another process trains there.
+    """
+    file = None
+    if dist.is_main():
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / ".lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            file = None
+    try:
+        if dist.any_rank(dist.is_main() and file is None):
+            raise ConfigError(
+                f"run: another process trains in {run}: wait until it has ended, or give run: "
+                "another folder"
+            )
+        yield
+    finally:
+        if file is not None:
+            file.close()
