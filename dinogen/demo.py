@@ -17,16 +17,19 @@ from dinogen.config import Config, GuideConfig, load_config
 from dinogen.errors import UserError
 from dinogen.features import Guide, GuideError, load_guide
 from dinogen.files import write_bytes, write_json
+from dinogen.prepare.read import Photos, find_photos
 
 log = logging.getLogger(__name__)
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 NUM_FACES = 100
+MIN_FACES = 2  # the least that differ
 # Faces of the built-in set are 25 pixels wide: more than 64 would only be blur.
 BUILTIN_SIZE = 64
+_ASKED = "demo.json"
 RANDOM_SHAPE = {"hidden_size": 128, "num_layers": 3, "num_heads": 2}
 # It costs a tenth of DINOv2-small, so the same minutes show more images.
-RANDOM_KIMG = (7.68, 5.12, 2.048)
+RANDOM_KIMG = (7.68, 5.12, 3.072)
 RANDOM_FADE_KIMG = (0.0, 1.536, 0.512)
 # As they are initialised for training, the blocks hardly mix, and the last layer norm divides
 # brightness away, since little besides the pixels enters a token. These factors mend both.
@@ -70,8 +73,9 @@ def run_demo(
         config_file: the run; configs/demo.yaml if None.
 
     Raises:
-        UserError: ``out`` holds a demo of other photos or another guide; no face was found; the
-            guide that was asked for cannot be had.
+        UserError: ``out`` holds a demo of other photos or another guide; fewer than two faces were
+            found; the guide that was asked for cannot be had. If nothing was in ``out`` before,
+            nothing is left there.
     """
     config_file = config_file or CONFIG
     if not config_file.is_file():
@@ -79,9 +83,28 @@ def run_demo(
     seconds: dict[str, float] = {}
     dist.set_cpu_threads()
     config = load_config(config_file)
+    with _nothing_left(out):
+        config, random_guide = _until_training(out, photos, guide_path, config, seconds)
+    with _timed("train", seconds):
+        from dinogen.training.run import train
+
+        results = train(config)
+    return Demo(config, config.run / "index.html", random_guide, results, seconds)
+
+
+def _until_training(
+    out: Path,
+    photos: Path | None,
+    guide_path: str | None,
+    config: Config,
+    seconds: dict[str, float],
+) -> tuple[Config, bool]:
+    """All that comes before training: its config, and whether the guide is random."""
     _check_same(out, photos, guide_path)
+    found = find_photos(photos) if photos else None
     with _timed("guide", seconds):
         config, guide = _choose_guide(config, guide_path, out)
+    write_json(out / _ASKED, _asked(photos, guide_path))
     mark = ".random-guide" if guide.info.random else ""
     data = config.data.model_copy(update={"path": str(out / f"data{mark}")})
     config = config.model_copy(update={"run": out / f"run{mark}", "data": data})
@@ -90,12 +113,23 @@ def run_demo(
             photos = _builtin_faces(out, config)
         config = _without_detection(config)
     with _timed("prepare", seconds):
-        _prepare(photos, config, guide)
-    with _timed("train", seconds):
-        from dinogen.training.run import train
+        _prepare(photos, found, config, guide)
+    return config, guide.info.random
 
-        results = train(config)
-    return Demo(config, config.run / "index.html", guide.info.random, results, seconds)
+
+@contextmanager
+def _nothing_left(out: Path) -> Iterator[None]:
+    """Clear away what a demo that cannot run has begun, so that the mended command finds no trace.
+
+    An interruption leaves all as it is: the same command goes on there.
+    """
+    fresh = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    try:
+        yield
+    except UserError:
+        if fresh:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 @contextmanager
@@ -107,21 +141,24 @@ def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     log.info("demo: %s took %.0f s", name, seconds[name])
 
 
+def _asked(photos: Path | None, guide_path: str | None) -> dict[str, str | None]:
+    """What must not change from one call to the next in the same folder."""
+    return {"photos": str(photos.resolve()) if photos else None, "guide": guide_path}
+
+
 def _check_same(out: Path, photos: Path | None, guide_path: str | None) -> None:
     """Refuse to mix two demos in one folder."""
-    asked = {"photos": str(photos.resolve()) if photos else None, "guide": guide_path}
-    path = out / "demo.json"
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in asked.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"{out}: holds a demo with {name} {before.get(name) or 'built in'}, not "
-                    f"{value or 'built in'}: choose another folder with --out, or delete this one"
-                )
-        log.info("demo: %s is there already and goes on where it was", out)
-    else:
-        write_json(path, asked)
+    path = out / _ASKED
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in _asked(photos, guide_path).items():
+        if before.get(name) != value:
+            raise UserError(
+                f"{out}: holds a demo with {name} {before.get(name) or 'built in'}, not "
+                f"{value or 'built in'}: choose another folder with --out, or delete this one"
+            )
+    log.info("demo: %s is there already and goes on where it was", out)
 
 
 def _choose_guide(config: Config, path: str | None, out: Path) -> tuple[Config, Guide]:
@@ -217,9 +254,9 @@ def _builtin_faces(out: Path, config: Config) -> Path:
     return aligned
 
 
-def _prepare(photos: Path, config: Config, guide: Guide) -> None:
+def _prepare(photos: Path, found: Photos | None, config: Config, guide: Guide) -> None:
     """Pack the photos, unless this guide has done so before."""
-    from dinogen.prepare.pipeline import prepare
+    from dinogen.prepare.pipeline import NoFaceError, in_words, prepare
     from dinogen.prepare.pyramid import PyramidMaker
 
     data = Path(config.data.path)
@@ -227,13 +264,27 @@ def _prepare(photos: Path, config: Config, guide: Guide) -> None:
         log.info("demo: %s is packed already", data)
         return
     maker = PyramidMaker(guide, config.prepare.pyramids, dist.device())
-    summary, manifest = prepare(photos, data, config.prepare, maker)
-    num_rejected = sum(summary.rejected.values())
+    try:
+        summary, manifest = prepare(photos, data, config.prepare, maker, photos=found)
+    except NoFaceError as error:
+        raise _too_few(photos, "no face", in_words(error.rejected)) from error
+    rejected = in_words(summary.rejected)
+    if summary.num_crops < MIN_FACES:
+        shutil.rmtree(data)
+        raise _too_few(photos, f"{summary.num_crops} face", rejected)
     log.info(
-        "demo: %d faces of %d photos in %d shards (%d rejected, see %s)",
+        "demo: %d faces of %d photos in %d shards (rejected: %s; see %s)",
         summary.num_crops,
         summary.num_photos,
         len(manifest.shards),
-        num_rejected,
+        rejected or "none",
         data / "rejected.csv",
+    )
+
+
+def _too_few(photos: Path, num_faces: str, rejected: str) -> UserError:
+    reasons = f" (rejected: {rejected})" if rejected else ""
+    return UserError(
+        f"{photos}: {num_faces} found{reasons}, too few to train on: give photos of at least "
+        f"{MIN_FACES} faces, better of {NUM_FACES}"
     )

@@ -108,19 +108,24 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if os.environ.get("DINOGEN_DEBUG") or not _known(error):
+        line = _line(error)
+        if os.environ.get("DINOGEN_DEBUG") or line is None:
             raise
-        print(f"dinogen: {error}", file=sys.stderr)
+        print(f"dinogen: {line}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
 
 
-def _known(error: Exception) -> bool:
-    """Whether the message alone tells the user what to mend."""
+def _line(error: Exception) -> str | None:
+    """What tells the user alone what to mend; None if it takes a traceback."""
     # shards stands alone and has a base of its own; it is loaded already if the error is its.
     shards = sys.modules.get("shards.errors")
-    return isinstance(error, UserError) or (
+    if isinstance(error, UserError) or (
         shards is not None and isinstance(error, shards.ShardsError)
-    )
+    ):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}: choose a folder that can be written"
+    return None
 
 
 if __name__ == "__main__":

@@ -80,8 +80,12 @@ def same_guide(made_by: Mapping[str, Any], info: GuideInfo) -> bool:
         made_by: that other one, as ``GuideInfo.to_dict`` described it in a manifest or a part.
         info: the guide at hand; its ``layer`` is counted from the front, as loading resolves it.
     """
-    mine = info.to_dict()
-    return all(made_by.get(name) == mine[name] for name in _IDENTITY)
+    return guide_identity(made_by) == guide_identity(info.to_dict())
+
+
+def guide_identity(described: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two guides share if they give the same features, out of ``GuideInfo.to_dict``."""
+    return tuple(described.get(name) for name in _IDENTITY)
 
 
 def guide_dtype(device: torch.device) -> torch.dtype:

@@ -35,8 +35,8 @@ class Crop:
             (variance of the Laplacian), ``num_crops`` (of this photo) and ``rejected`` ([reason,
             detail] of this photo's other faces, in its first crop only); if faces are detected
             ``box`` ([left, top, right, bottom], pixels), ``landmarks`` (five [x, y], pixels) and
-            ``probability``; if duplicates are looked for ``phash`` (16 hex digits). Empty for a
-            picture that lay there without metadata.
+            ``probability``; if duplicates are looked for ``phash`` (16 hex digits). For a
+            picture that lay there without metadata ``source`` alone.
     """
 
     key: str

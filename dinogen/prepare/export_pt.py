@@ -1,11 +1,14 @@
-"""The exchange format: one ``KEY.pt`` per picture with its pooled pyramid in float32."""
+"""The exchange format: one ``.pt`` per picture, named after it: its pooled pyramid in float32."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
-from pathlib import Path
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -15,16 +18,19 @@ from dinogen.files import write_bytes, write_json
 from dinogen.prepare.pyramid import Levels
 from dinogen.prepare.read import PrepareError
 from shards import open_dataset
+from shards.dataset import Dataset
+from shards.sample import decode_meta
 
 GRIDS = (4, 8, 16)
 _GUIDE = "guide.json"
 
 
 def export_pt(data: Path, out: Path, *, progress: Callable[[int, int], None] | None = None) -> int:
-    """Write the pooled pyramid of every sample, of all splits, as ``out/KEY.pt``.
+    """Write the pooled pyramid of every sample, of all splits, as ``out/NAME.pt``.
 
-    A file holds ``{"4x4": (1, 16, C), "8x8": (1, 64, C), "16x16": (1, 256, C)}`` float32. Beside
-    them ``guide.json`` says which guide made them, if the dataset knows.
+    NAME is the picture's, without its suffix, see :func:`file_names`. A file holds
+    ``{"4x4": (1, 16, C), "8x8": (1, 64, C), "16x16": (1, 256, C)}`` float32. Beside them
+    ``guide.json`` says which guide made them, if the dataset knows.
 
     Args:
         data: packed dataset.
@@ -48,6 +54,7 @@ def export_pt(data: Path, out: Path, *, progress: Callable[[int, int], None] | N
     out.mkdir(parents=True, exist_ok=True)
     splits = dataset.manifest.splits
     total = sum(info.num_samples for info in splits.values())
+    names = file_names(_sources(dataset))
     num_done = 0
     for split in splits:
         for number in range(dataset.num_samples(split)):
@@ -60,7 +67,7 @@ def export_pt(data: Path, out: Path, *, progress: Callable[[int, int], None] | N
             }
             buffer = io.BytesIO()
             torch.save(pyramid, buffer)
-            write_bytes(out / f"{sample.key}.pt", buffer.getvalue())
+            write_bytes(out / f"{names[sample.key]}.pt", buffer.getvalue())
             num_done += 1
             if progress is not None:
                 progress(num_done, total)
@@ -69,8 +76,47 @@ def export_pt(data: Path, out: Path, *, progress: Callable[[int, int], None] | N
     return num_done
 
 
+def file_names(sources: Mapping[str, Any]) -> dict[str, str]:
+    """How the pictures' files are called, without ``.pt``.
+
+    Args:
+        sources: by key, the path of the picture that a sample comes from.
+
+    Returns:
+        By key, the path's last part without its suffix, as the original experiment has it; where
+        that names several pictures, or is another one's key, the key.
+    """
+    stems = {key: PurePosixPath(str(source)).stem for key, source in sources.items()}
+    count = Counter(stems.values())
+    return {
+        key: stem if stem and count[stem] == 1 and (stem == key or stem not in stems) else key
+        for key, stem in stems.items()
+    }
+
+
+def _sources(dataset: Dataset) -> dict[str, Any]:
+    """By key, the path of each sample's picture; reads the samples' metadata alone."""
+    found: dict[str, Any] = {}
+    for split in dataset.manifest.splits:
+        table = dataset.table(split)
+        for shard in range(len(table.shards)):
+            index, descriptor = table.index(shard), table.file(shard).descriptor
+            column = index.column("json")
+            for row in range(len(index)):
+                key = index.key(row)
+                found[key] = ""
+                if column is None or index.offsets[row, column] < 0:
+                    continue
+                data = os.pread(
+                    descriptor, int(index.sizes[row, column]), int(index.offsets[row, column])
+                )
+                with suppress(ValueError):  # told when the whole sample is read
+                    found[key] = decode_meta(data, key).get("source", "")
+    return found
+
+
 class PtFiles:
-    """A folder of the exchange format, by key; nothing in it is unpickled.
+    """A folder of the exchange format, by file name; nothing in it is unpickled.
 
     Attributes:
         folder: where they lie.
@@ -98,6 +144,15 @@ class PtFiles:
     def keys(self) -> set[str]:
         """Names of the files without ``.pt``."""
         return set(self._paths)
+
+    def names(self, sources: Mapping[str, str]) -> dict[str, str]:
+        """Which file is that of each face: of its key, else of its picture's name.
+
+        Args:
+            sources: by the face's key, the path of the picture that it comes from.
+        """
+        called = file_names(sources)
+        return {key: key if key in self._paths else called[key] for key in sources}
 
     def levels(self, key: str) -> Levels:
         """The pooled levels of one picture, ``{"p4": (16, C), ...}`` float16.

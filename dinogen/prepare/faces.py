@@ -7,7 +7,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -36,16 +36,16 @@ __all__ = [
     "FacesSummary",
     "PrepareError",
     "Rejection",
+    "faces_settings",
     "iter_faces",
     "read_faces",
+    "read_metas",
     "write_faces",
 ]
 
 _SETTINGS = "settings.json"
 _SUMMARY = "summary.json"
 _REJECTED = "rejected.csv"
-# How fast the work is done does not change what comes out.
-_SPEED_ONLY = {"batch", "num_threads"}
 
 
 @dataclass(frozen=True)
@@ -149,59 +149,80 @@ def write_faces(
     return summary
 
 
-def read_faces(folder: Path) -> Iterator[Crop]:
+def read_faces(folder: Path, numbers: Iterable[int] | None = None) -> Iterator[Crop]:
     """Read aligned faces back, sorted by key.
 
     Args:
         folder: written by :func:`write_faces`, or any folder of aligned pictures, searched with
             its subfolders. There each picture's key comes from its path (see
-            :func:`dinogen.prepare.read.photo_key`), and what is no plain RGB JPEG or PNG is
-            encoded anew as PNG, upright.
+            :func:`dinogen.prepare.read.photo_key`), its metadata are that path alone, and what is
+            no plain RGB JPEG or PNG is encoded anew as PNG, upright.
+        numbers: read these faces alone, in this order; they are counted in the order of the keys.
 
     Raises:
         PrepareError: the folder is missing or empty (at once), or a file cannot be used (when it
             is reached).
     """
+    pictures, written = _list_faces(folder)
+    chosen = pictures if numbers is None else (pictures[number] for number in numbers)
+    return (_read_written(photo) if written else _read_plain(photo) for photo in chosen)
+
+
+def read_metas(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Key and metadata of every face that :func:`read_faces` reads, without its picture."""
+    pictures, written = _list_faces(folder)
+    return (_read_meta(photo) if written else (photo.key, _plain_meta(photo)) for photo in pictures)
+
+
+def faces_settings(config: FacesConfig) -> dict[str, Any]:
+    """What decides the crops, besides the photos; JSON values."""
+    # How fast the work is done does not change what comes out.
+    return config.model_dump(mode="json", exclude={"batch", "num_threads"})
+
+
+def _list_faces(folder: Path) -> tuple[list[Photo], bool]:
+    """The pictures in the order of their keys, and whether write_faces wrote them."""
     pictures = find_photos(folder).photos
     if (folder / _SETTINGS).is_file():
-        return _read_written(pictures)
-    return _read_plain(sorted(pictures, key=lambda picture: picture.key))
+        return sorted(pictures, key=lambda picture: picture.path.stem), True
+    return sorted(pictures, key=lambda picture: picture.key), False
 
 
-def _read_written(pictures: tuple[Photo, ...]) -> Iterator[Crop]:
-    for path in sorted((picture.path for picture in pictures), key=lambda path: path.stem):
-        meta = _read_json(path.with_suffix(".json"))
-        yield Crop(meta.pop("key"), path.read_bytes(), path.suffix[1:], meta)
+def _read_meta(picture: Photo) -> tuple[str, dict[str, Any]]:
+    meta = _read_json(picture.path.with_suffix(".json"))
+    return meta.pop("key"), meta
 
 
-def _read_plain(pictures: list[Photo]) -> Iterator[Crop]:
-    for picture in pictures:
-        try:
-            pixels = read_photo(picture.path, FacesConfig().max_pixels)
-        except Unusable as error:
-            raise PrepareError(
-                f"{picture.path}: {error.reason}: {error.detail}: remove the file, or run "
-                "'dinogen faces' with prepare.faces.align=none, which lists such files and goes on"
-            ) from None
-        with Image.open(picture.path) as image:
-            image_format = {"JPEG": "jpg", "PNG": "png"}.get(image.format or "")
-            plain = (
-                image.mode == "RGB" and not image.getexif() and not image.info.get("transparency")
-            )
-        if image_format and plain:
-            yield Crop(picture.key, picture.path.read_bytes(), image_format, {})
-            continue
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        yield Crop(picture.key, buffer.getvalue(), "png", {})
+def _plain_meta(picture: Photo) -> dict[str, Any]:
+    return {"source": picture.source}
+
+
+def _read_written(picture: Photo) -> Crop:
+    key, meta = _read_meta(picture)
+    return Crop(key, picture.path.read_bytes(), picture.path.suffix[1:], meta)
+
+
+def _read_plain(picture: Photo) -> Crop:
+    try:
+        pixels = read_photo(picture.path, FacesConfig().max_pixels)
+    except Unusable as error:
+        raise PrepareError(
+            f"{picture.path}: {error.reason}: {error.detail}: remove the file, or run "
+            "'dinogen faces' with prepare.faces.align=none, which lists such files and goes on"
+        ) from None
+    with Image.open(picture.path) as image:
+        image_format = {"JPEG": "jpg", "PNG": "png"}.get(image.format or "")
+        plain = image.mode == "RGB" and not image.getexif() and not image.info.get("transparency")
+    if image_format and plain:
+        return Crop(picture.key, picture.path.read_bytes(), image_format, _plain_meta(picture))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return Crop(picture.key, buffer.getvalue(), "png", _plain_meta(picture))
 
 
 def _check_settings(src: Path, out: Path, config: FacesConfig) -> None:
     """Refuse to mix faces of different settings or photos in one folder."""
-    settings: dict[str, Any] = {
-        "src": str(src.resolve()),
-        "faces": config.model_dump(mode="json", exclude=_SPEED_ONLY),
-    }
+    settings: dict[str, Any] = {"src": str(src.resolve()), "faces": faces_settings(config)}
     if out.exists() and not out.is_dir():
         raise PrepareError(f"{out}: is a file: choose a folder")
     path = out / _SETTINGS

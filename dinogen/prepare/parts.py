@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,11 @@ def write_pyramids(
         progress: called with this rank's number of faces done and to do.
 
     Raises:
-        PrepareError: ``faces`` cannot be read, or ``out`` holds pyramids of another guide, other
-            settings or other faces.
+        PrepareError: ``faces`` cannot be read, or ``out`` lies below it or holds pyramids of
+            another guide, other settings or other faces.
     """
+    if out.resolve().is_relative_to(faces.resolve()):
+        raise PrepareError(f"{out}: lies below the faces in {faces}: choose a folder outside it")
     size = maker.config.shard_size
     num_faces = len(find_photos(faces).photos)
     num_parts = -(-num_faces // size)
@@ -83,11 +86,11 @@ def write_pyramids(
     dist.barrier()
     rank, world_size = dist.rank(), dist.world_size()
     mine = range(rank, num_parts, world_size)
-    total = sum(min(size, num_faces - number * size) for number in mine)
+    shares = [range(number * size, min((number + 1) * size, num_faces)) for number in mine]
+    total = sum(map(len, shares))
     num_done, num_seen = 0, 0
-    for number, crops in enumerate(batched(read_faces(faces), size)):
-        if number not in mine:
-            continue
+    crops_of_parts = batched(read_faces(faces, chain.from_iterable(shares)), size)
+    for number, crops in zip(mine, crops_of_parts, strict=True):
         path = out / _part_name(number)
         written = {**header, "faces": _faces_hash(crops), "keys": [crop.key for crop in crops]}
         if _is_done(path, written):
@@ -142,6 +145,14 @@ class PartFiles:
     def keys(self) -> set[str]:
         """Keys of all faces that have a pyramid."""
         return set(self._paths)
+
+    def names(self, sources: Mapping[str, str]) -> dict[str, str]:
+        """Under which key each face's pyramid lies: its own.
+
+        Args:
+            sources: by the face's key, the path of the picture that it comes from.
+        """
+        return {key: key for key in sources}
 
     def levels(self, key: str) -> Levels:
         """The levels of one face; fastest in order of the keys.

@@ -51,12 +51,19 @@ def prepare(
       dinogen prepare cats data/cats prepare.faces.align=none prepare.pack.val_fraction=0.05
     """
     from dinogen.prepare import pipeline
+    from dinogen.prepare.read import find_photos
 
     settings = _settings(config, overrides)
+    photos = find_photos(src)  # a mistyped folder is told before the guide is loaded
     maker = _maker(settings)
+    finished = _is_finished(data)
     with _bar("photos") as progress:
-        summary, manifest = pipeline.prepare(src, data, settings.prepare, maker, progress=progress)
-    rejected = ", ".join(f"{count} {reason}" for reason, count in summary.rejected.items())
+        summary, manifest = pipeline.prepare(
+            src, data, settings.prepare, maker, photos=photos, progress=progress
+        )
+    rejected = pipeline.in_words(summary.rejected)
+    if finished:
+        typer.echo("finished already")
     typer.echo(f"{summary.num_photos} photos, {summary.num_crops} faces; {rejected or 'all used'}")
     if rejected:
         typer.echo(f"why not: {data / 'rejected.csv'}")
@@ -117,16 +124,19 @@ def pack(
 
       dinogen pack faces old_experiment/pt data/faces guide.path=facebook/dinov2-base
     """
-    from dinogen.prepare import pipeline
+    from dinogen.prepare import join
 
     settings = _settings(config, overrides)
-    source = pipeline.open_pyramids(pyramids)
+    source = join.open_pyramids(pyramids)
     named = config is not None or any(item.startswith("guide.") for item in overrides or ())
-    guide = pipeline.guide_of(source, settings.guide if named else None)
+    guide = join.guide_of(source, settings.guide if named else None)
+    finished = _is_finished(data)
     with _bar("faces") as progress:
-        manifest = pipeline.pack_faces(
+        manifest = join.pack_faces(
             faces, source, data, settings.prepare.pack, guide, progress=progress
         )
+    if finished:
+        typer.echo("finished already")
     _tell(data, manifest)
 
 
@@ -169,6 +179,13 @@ def _maker(settings: Config) -> PyramidMaker:
     device = dist.device()
     guide = load_guide(settings.guide, device)
     return PyramidMaker(guide, settings.prepare.pyramids, device)
+
+
+def _is_finished(data: Path) -> bool:
+    """Whether a dataset lies there; work on it then returns at once, or fails."""
+    from shards.manifest import MANIFEST
+
+    return (data / MANIFEST).is_file()
 
 
 def _tell(data: Path, manifest: Manifest) -> None:

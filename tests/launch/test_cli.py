@@ -4,14 +4,17 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from dinogen.errors import UserError
+from dinogen.features.dinov2 import make_random_dinov2
 from launch import cli
 from launch.logs import setup_logging
 from shards.errors import ManifestError
@@ -117,6 +120,51 @@ def test_errors_of_all_packages_are_known(monkeypatch, capsys, error, code):
         cli.main()
     assert ended.value.code == code
     assert capsys.readouterr().err == f"dinogen: {error}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "configs/demo.yaml", "run={}"),
+        ("prepare", "{photos}", "{}"),
+        ("faces", "{photos}", "{}/faces", "prepare.faces.align=none"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_path_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys, arguments):
+    """A file stands where a folder has to be."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "a.png")
+    make_random_dinov2(tmp_path / "guide", seed=0, hidden_size=16, num_layers=1, num_heads=2)
+    file = tmp_path / "afile"
+    file.write_text("x")
+    typed = [item.format(file, photos=tmp_path / "photos") for item in arguments]
+    typed += [f"guide.path={tmp_path / 'guide'}"]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["dinogen", *typed])
+    monkeypatch.delenv("DINOGEN_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"dinogen: {file}\S*: .*: choose a folder.*", last), last
+    assert file.read_text() == "x"
+
+
+def test_an_error_of_the_system_without_a_path_keeps_its_traceback(monkeypatch):
+    def fail():
+        raise OSError("of nothing")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(OSError, match="of nothing"):
+        cli.main()
+
+
+def test_debug_shows_where_a_path_failed(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "app", (tmp_path / "none" / "x").mkdir)
+    monkeypatch.setenv("DINOGEN_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        cli.main()
 
 
 def test_an_error_of_ours_is_not_hidden(monkeypatch):

@@ -107,8 +107,10 @@ def test_a_second_run_keeps_what_is_there(made):
 
 def test_other_photos_do_not_mix_with_it(made, tmp_path):
     out, _ = made
+    before = sorted(out.rglob("*"))
     with pytest.raises(UserError, match="choose another folder with --out"):
         demo.run_demo(out, photos=tmp_path)
+    assert sorted(out.rglob("*")) == before
 
 
 def test_own_photos_go_through_detection(small, tmp_path):
@@ -127,9 +129,59 @@ def test_own_photos_go_through_detection(small, tmp_path):
     assert "no face.png,no_face" in rejected
 
 
-def test_a_guide_that_cannot_be_had_is_an_error_if_asked_for(small, tmp_path):
+@pytest.fixture
+def photos(tmp_path):
+    """One face, and a picture without any."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    with Image.open(skimage.data_dir + "/astronaut.png") as photo:
+        photo.save(folder / "one.png")
+        photo.crop((0, 300, 200, 500)).save(folder / "none.png")
+    return folder
+
+
+def test_a_guide_that_cannot_be_had_is_an_error_if_asked_for_and_leaves_nothing(small, tmp_path):
     with pytest.raises(UserError, match=r"guide\.path: .*nothing-here"):
         demo.run_demo(tmp_path / "demo", guide_path=str(tmp_path / "nothing-here"))
+    assert not (tmp_path / "demo").exists()
+
+
+def test_mistyped_photos_are_told_before_the_guide_is_loaded_and_leave_nothing(
+    small, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(demo, "load_guide", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match="fotos: does not exist"):
+        demo.run_demo(tmp_path / "demo", photos=tmp_path / "fotos")
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(("num_faces", "found"), [(1, "1 face"), (0, "no face")])
+def test_too_few_faces_are_told_before_training_and_leave_nothing(
+    small, photos, tmp_path, num_faces, found
+):
+    if num_faces == 0:
+        (photos / "one.png").unlink()
+    out = tmp_path / "demo"
+    message = rf"photos: {found} found \(rejected: 1 no_face\), .* at least 2 faces"
+    with pytest.raises(UserError, match=message):
+        demo.run_demo(out, photos=photos)
+    assert not out.exists()
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=found):
+        demo.run_demo(out, photos=photos)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_an_interrupted_demo_goes_on(small, photos, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "_prepare", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            demo.run_demo(tmp_path / "demo", photos=photos)
+    assert (tmp_path / "demo" / "demo.json").is_file()
 
 
 def test_without_its_config_it_says_where_it_runs(tmp_path):

@@ -15,9 +15,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from dinogen.config import FacesConfig
 from dinogen.features.inception import InceptionTrunk
-from dinogen.prepare.export_pt import PtFiles, export_pt
-from dinogen.prepare.read import PrepareError
+from dinogen.prepare.export_pt import PtFiles, export_pt, file_names
+from dinogen.prepare.faces import read_faces, write_faces
+from dinogen.prepare.read import PrepareError, photo_key
 from launch.commands import data as commands
 from shards import Sample, open_dataset, pack
 
@@ -93,6 +95,53 @@ def test_exported_and_packed_again_nothing_has_changed(dataset, faces, tmp_path)
         assert (after.key, after.image, after.meta) == (before.key, before.image, before.meta)
         assert sorted(after.levels) == ["p16", "p4", "p8"]
         assert all(np.array_equal(after.levels[name], before.levels[name]) for name in after.levels)
+
+
+FFHQ = ["00000/00000.png", "00000/00001.png", "01000/01000.png", "plain.jpg"]
+ALIKE = ["a/x.png", "b/x.png", "00000/x.png", "y/a_1.png"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (FFHQ, {"00000", "00001", "01000", "plain"}),
+        (ALIKE, {photo_key(source) for source in ALIKE[:3]} | {"a_1"}),
+    ],
+)
+@pytest.mark.parametrize("written", [False, True], ids=["plain", "written"])
+def test_files_are_named_after_the_pictures(tmp_path, sources, names, written):
+    """FFHQ is PNG in subfolders: its keys carry a hash, the experiment's files do not."""
+    folder, faces, pt = (tmp_path / name for name in ("pictures", "faces", "pt"))
+    for seed, source in enumerate(sources):
+        (folder / source).parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(io.BytesIO(image(seed))) as picture:
+            picture.save(folder / source)
+    if written:
+        write_faces(folder, faces, FacesConfig(align="none", size=16, format="png"))
+    else:
+        faces = folder
+    generator = np.random.default_rng(0)
+    made = {}
+    for crop in read_faces(faces):
+        levels = {f"p{g}": generator.normal(size=(g * g, 3)).astype("f2") for g in (4, 8, 16)}
+        made[crop.key] = Sample(crop.key, crop.image, crop.image_format, crop.meta, levels)
+    pack(made.values(), tmp_path / "data", shard_size=3, val_fraction=0.3, guide=GUIDE)
+    assert export_pt(tmp_path / "data", pt) == 4
+    assert {path.stem for path in pt.glob("*.pt")} == names
+
+    done = command("pack", faces, pt, tmp_path / "again", "prepare.pack.shard_size=4")
+    assert done.exit_code == 0, done.output
+    again = open_dataset(tmp_path / "again")
+    assert set(again.keys()) == set(made)
+    for number, key in enumerate(again.keys()):
+        assert np.array_equal(again.sample(number).levels["p8"], made[key].levels["p8"])
+
+
+def test_a_picture_s_name_never_hides_a_key():
+    named = file_names(
+        {"a": "a.jpg", "a_1": "a.jpg", "a_1-00": "other/a_1.png", "b": "", "c": "../.."}
+    )
+    assert named == {"a": "a", "a_1": "a_1", "a_1-00": "a_1-00", "b": "b", "c": ".."}
 
 
 def test_a_dataset_without_pooled_levels_cannot_be_exported(tmp_path):

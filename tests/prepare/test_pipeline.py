@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,17 +16,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
+from typer.testing import CliRunner
 
 from dinogen import dist
 from dinogen.config import GuideConfig, PackConfig, parse_config
 from dinogen.features import load_guide
 from dinogen.features.dinov2 import make_random_dinov2
-from dinogen.prepare import pipeline
+from dinogen.prepare import join, pipeline
 from dinogen.prepare.faces import write_faces
 from dinogen.prepare.parts import write_pyramids
 from dinogen.prepare.pyramid import PyramidMaker
 from dinogen.prepare.read import PrepareError
+from launch.commands import data as commands
 from shards import ShardsError, open_dataset
 
 CPU = torch.device("cpu")
@@ -104,6 +108,12 @@ def run(photos, data, guide, config=None, progress=None):
     return pipeline.prepare(photos, data, config, maker, progress=progress)
 
 
+def dinogen(*arguments):
+    app = typer.Typer()
+    commands.register(app)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
 def contents(data):
     return {
         path.name: path.read_bytes()
@@ -117,10 +127,10 @@ def test_one_pass_gives_the_bytes_of_the_three_steps(photos, whole, guide, tmp_p
     faces, parts, data = (tmp_path / name for name in ("faces", "parts", "data"))
     write_faces(photos, faces, config.faces)
     write_pyramids(faces, parts, PyramidMaker(guide, config.pyramids, CPU))
-    source = pipeline.open_pyramids(parts)
-    made_by = pipeline.guide_of(source, None)
+    source = join.open_pyramids(parts)
+    made_by = join.guide_of(source, None)
     seen = []
-    pipeline.pack_faces(
+    join.pack_faces(
         faces, source, data, config.pack, made_by, progress=lambda *step: seen.append(step)
     )
     assert seen[-1] == (len(NAMES), len(NAMES))
@@ -268,8 +278,91 @@ def test_other_photos_and_other_settings_are_refused(photos, guide, tmp_path):
         run(photos, data, guide)
     journal.write_text(text)
     run(photos, data, guide)
-    with pytest.raises(ShardsError, match="finished dataset"):
+
+
+def files(data):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in data.rglob("*.*")}
+
+
+def test_finished_work_is_passed_over(photos, guide, checkpoint, tmp_path):
+    data = tmp_path / "data"
+    first, manifest = run(photos, data, guide)
+    before = files(data)
+    summary, again = run(photos, data, guide)
+    assert again == manifest
+    assert (summary.num_new, summary.num_crops) == (0, first.num_crops)
+    assert (summary.num_photos, summary.rejected) == (first.num_photos, first.rejected)
+    copied = tmp_path / "guide of the same weights"
+    shutil.copytree(checkpoint, copied)
+    run(photos, data, load_guide(GuideConfig(path=str(copied)), CPU))
+    assert files(data) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"faces": {"size": 64}}, r"prepare\.faces\.size: 32, now 64"),
+        ({"pyramids": {"kinds": ["pooled"]}}, r"pyramids\.kinds: \['pooled', 'native'\], now"),
+        ({"pack": {"shard_size": 4}}, r"prepare\.pack\.shard_size: 3, now 4"),
+        ({"pack": {"val_fraction": 0.1}}, r"share of train: 0\.7, now 0\.9; share of val: 0\.3,"),
+    ],
+    ids=str,
+)
+def test_a_finished_dataset_of_other_settings_is_named(whole, photos, guide, changes, message):
+    data = whole[0]
+    before = files(data)
+    with pytest.raises(PrepareError, match=f"holds a finished dataset .*{message}"):
+        run(photos, data, guide, settings(**changes))
+    assert files(data) == before
+
+
+def test_a_finished_dataset_of_another_guide_or_other_photos_is_named(
+    whole, photos, guide, tmp_path
+):
+    data = whole[0]
+    folder = tmp_path / "other"
+    make_random_dinov2(folder, seed=4, hidden_size=16, num_layers=1, num_heads=2, image_size=56)
+    with pytest.raises(
+        PrepareError, match=r"finished dataset .*guide: dinov2 \(.*tiny\) layer 1, "
+    ):
+        run(photos, data, load_guide(GuideConfig(path=str(folder)), CPU))
+    (photos / "10.jpg").rename(photos / "11.jpg")
+    with pytest.raises(PrepareError, match="the photo of 10 is not in"):
         run(photos, data, guide)
+    picture(50).save(photos / "one more.png")
+    with pytest.raises(PrepareError, match="photos: 20, now 21"):
+        run(photos, data, guide)
+
+
+def test_packed_faces_are_not_packed_again(photos, guide, tmp_path):
+    config = settings()
+    faces, parts, data = (tmp_path / name for name in ("faces", "parts", "data"))
+    write_faces(photos, faces, config.faces)
+    write_pyramids(faces, parts, PyramidMaker(guide, config.pyramids, CPU))
+    command = ("pack", faces, parts, data, "prepare.pack.shard_size=3")
+    first, second = dinogen(*command), dinogen(*command)
+    assert (first.exit_code, second.exit_code) == (0, 0), second.output
+    assert second.stdout == "finished already\n" + first.stdout
+    other = dinogen("pack", faces, parts, data, "prepare.pack.shard_size=4")
+    assert "prepare.pack.shard_size: 3, now 4" in str(other.exception)
+    # A summary of the photos is missing here, and the settings are those of another way.
+    config = [f"guide.path={guide.info.path}", "prepare.faces.align=none", "prepare.faces.size=32"]
+    config += ["prepare.faces.max_duplicate_distance=2", "prepare.pack.shard_size=3"]
+    done = dinogen("prepare", photos, data, *config)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("finished already\n20 photos, 18 faces")
+    shutil.rmtree(parts)
+    (faces / "10.jpg").unlink()
+    write_pyramids(faces, parts, PyramidMaker(guide, settings().pyramids, CPU))
+    fewer = dinogen(*command)
+    assert "of other faces: 10 is not in both" in str(fewer.exception)
+
+
+def test_a_mistyped_folder_is_told_before_the_guide_is_loaded(tmp_path):
+    done = dinogen("prepare", tmp_path / "fotos", tmp_path / "data", "guide.path=/nowhere")
+    assert isinstance(done.exception, PrepareError)
+    assert "fotos: does not exist" in str(done.exception)
+    assert not (tmp_path / "data").exists()
 
 
 def test_what_cannot_be_prepared_is_said_at_once(photos, guide, tmp_path, monkeypatch):
@@ -291,7 +384,9 @@ def test_without_one_face_the_reasons_are_there(guide, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "a.jpg").write_bytes(b"")
-    with pytest.raises(PrepareError, match=r"none of 1 photos gave a face: see .*rejected\.csv"):
+    with pytest.raises(
+        PrepareError, match=r"none of 1 photos gave a face \(1 empty\): see .*rejected\.csv"
+    ):
         run(photos, tmp_path / "data", guide)
     assert "a.jpg,empty" in (tmp_path / "data" / "rejected.csv").read_text()
 
@@ -308,8 +403,8 @@ def test_a_photo_with_many_faces_keeps_their_order_on_both_ways(guide, tmp_path)
         (faces / f"{key}.json").write_text(json.dumps(meta))
     config = settings()
     write_pyramids(faces, tmp_path / "parts", PyramidMaker(guide, config.pyramids, CPU))
-    source = pipeline.open_pyramids(tmp_path / "parts")
-    pipeline.pack_faces(faces, source, tmp_path / "data", PackConfig(), guide.info.to_dict())
+    source = join.open_pyramids(tmp_path / "parts")
+    join.pack_faces(faces, source, tmp_path / "data", PackConfig(), guide.info.to_dict())
     assert open_dataset(tmp_path / "data").keys() == [*keys[:12], "a0", "b"]
 
 
@@ -318,17 +413,17 @@ def test_faces_and_pyramids_have_to_match(photos, guide, tmp_path):
     faces, parts = tmp_path / "faces", tmp_path / "parts"
     write_faces(photos, faces, config.faces)
     write_pyramids(faces, parts, PyramidMaker(guide, config.pyramids, CPU))
-    source = pipeline.open_pyramids(parts)
+    source = join.open_pyramids(parts)
     for name in ("10", "9"):
         (faces / f"{name}.jpg").rename(faces / f"new{name}.jpg")
         (faces / f"new{name}.json").write_text(json.dumps({"key": f"new{name}"}))
     with pytest.raises(PrepareError) as caught:
-        pipeline.pack_faces(faces, source, tmp_path / "data", config.pack, {})
+        join.pack_faces(faces, source, tmp_path / "data", config.pack, {})
     assert "2 of 19 faces have no pyramid (new10, new9)" in str(caught.value)
     assert "2 pyramids have no face (10, 9)" in str(caught.value)
     assert not (tmp_path / "data").exists()
     with pytest.raises(PrepareError, match="holds no pyramids"):
-        pipeline.open_pyramids(faces)
+        join.open_pyramids(faces)
     (parts / "x.pt").write_bytes(b"")
     with pytest.raises(PrepareError, match="holds both"):
-        pipeline.open_pyramids(parts)
+        join.open_pyramids(parts)

@@ -22,7 +22,7 @@ from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.prepare.crop import Crop
 from dinogen.prepare.parts import PartFiles, write_pyramids
 from dinogen.prepare.pyramid import PyramidMaker
-from dinogen.prepare.read import PrepareError
+from dinogen.prepare.read import PrepareError, read_photo
 
 CPU = torch.device("cpu")
 REPO = Path(__file__).parents[2]
@@ -196,6 +196,26 @@ def test_ranks_share_the_parts_and_together_make_the_same(faces, tmp_path, make,
         ["part-00000.safetensors", "part-00002.safetensors"],
     ]
     assert same(whole(out), whole(tmp_path / "one"))
+
+
+def test_a_rank_reads_its_own_faces_alone(faces, tmp_path, make, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        "dinogen.prepare.faces.read_photo",
+        lambda path, most: (read.append(path.stem), read_photo(path, most))[1],
+    )
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    write_pyramids(faces, tmp_path / "out", make())
+    assert read == ["f3", "f4", "f5"]
+
+
+def test_the_folder_of_the_faces_is_refused(faces, make):
+    before = names_in(faces)
+    for out in (faces, faces / "pyramids"):
+        with pytest.raises(PrepareError, match="lies below the faces in"):
+            write_pyramids(faces, out, make())
+    assert names_in(faces) == before
 
 
 def test_two_real_ranks_from_the_command_line(faces, tmp_path, make, checkpoint):

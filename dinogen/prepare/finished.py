@@ -1,0 +1,120 @@
+"""Whether a folder holds the finished dataset that is asked for, or another one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+from dinogen.config import PackConfig
+from dinogen.features.base import guide_identity
+from dinogen.prepare.faces import FacesSummary
+from dinogen.prepare.read import Photos, PrepareError
+from shards import open_dataset
+from shards.manifest import MANIFEST, Manifest
+
+SUMMARY = "summary.json"
+
+
+def finished_dataset(
+    out: Path, config: PackConfig, guide: dict[str, Any], prepare: dict[str, Any]
+) -> Manifest | None:
+    """The manifest of the finished dataset in ``out``; None if there is none yet.
+
+    Args:
+        out: folder of the dataset.
+        config: shards and splits asked for.
+        guide: who would make the pyramids, as the manifest says it.
+        prepare: settings asked for, as the manifest says them.
+
+    Raises:
+        PrepareError: it was made with another guide or other settings; naming them.
+        ShardsError: its manifest cannot be read.
+    """
+    if not (out / MANIFEST).is_file():
+        return None
+    manifest = open_dataset(out).manifest
+    changed = [*_changed("prepare", manifest.prepare, json.loads(json.dumps(prepare)))]
+    if guide_identity(manifest.guide) != guide_identity(guide):
+        changed.append(f"guide: {_label(manifest.guide)}, now {_label(guide)}")
+    wanted = {
+        "train": 1.0 - config.val_fraction - config.test_fraction,
+        "val": config.val_fraction,
+        "test": config.test_fraction,
+    }
+    for split, info in manifest.splits.items():
+        # A split that got no sample is not in the manifest, but then the others' shares tell.
+        if info.fraction is not None and not isclose(info.fraction, wanted[split], abs_tol=1e-9):
+            changed.append(f"share of {split}: {info.fraction:g}, now {wanted[split]:g}")
+        sizes = [shard.num_samples for shard in manifest.of_split(split)]
+        # The last shard of a split is smaller, and repaired ones may be.
+        most, full = max(sizes), config.shard_size
+        if most > full or (len(sizes) > 1 and most < full):
+            changed.append(f"prepare.pack.shard_size: {most}, now {full}")
+            break
+    if changed:
+        raise _other(out, "; ".join(changed))
+    return manifest
+
+
+def finished_summary(src: Path, out: Path, photos: Photos) -> FacesSummary:
+    """What became of the photos of a finished dataset.
+
+    Raises:
+        PrepareError: the dataset was made of other photos than those in ``src``.
+    """
+    started = time.monotonic()
+    path = out / SUMMARY
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    num_photos = before.get("num_photos", len(photos.photos))
+    if num_photos != len(photos.photos):
+        raise _other(out, f"photos: {num_photos}, now {len(photos.photos)} in {src}")
+    keys, known = _keys_of(out), {photo.key for photo in photos.photos}
+    for key in sorted(keys):
+        # The second, third, ... face of a photo is KEY_1, KEY_2, ...
+        if key not in known and key.rpartition("_")[0] not in known:
+            raise _other(out, f"the photo of {key} is not in {src}")
+    return FacesSummary(
+        num_photos=num_photos,
+        num_skipped=num_photos,
+        num_ignored=photos.num_ignored,
+        num_crops=len(keys),
+        num_new=0,
+        rejected=before.get("rejected", {}),
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def check_faces(out: Path, keys: set[str]) -> None:
+    """Raise PrepareError unless these are the keys of a finished dataset's faces."""
+    if odd := keys ^ _keys_of(out):
+        raise _other(out, f"of other faces: {min(odd)} is not in both, nor are {len(odd) - 1} more")
+
+
+def _keys_of(data: Path) -> set[str]:
+    dataset = open_dataset(data)
+    return set(itertools.chain.from_iterable(map(dataset.keys, dataset.manifest.splits)))
+
+
+def _changed(name: str, old: Any, new: Any) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in {**old, **new}
+            for line in _changed(f"{name}.{key}", old.get(key), new.get(key))
+        ]
+    return [] if old == new else [f"{name}: {old}, now {new}"]
+
+
+def _label(guide: dict[str, Any]) -> str:
+    return f"{guide.get('name')} ({guide.get('path')}) layer {guide.get('layer')}"
+
+
+def _other(out: Path, what: str) -> PrepareError:
+    return PrepareError(
+        f"{out}: holds a finished dataset that was made otherwise ({what}): choose another folder, "
+        "or delete this one"
+    )
