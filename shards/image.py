@@ -51,9 +51,10 @@ def decode_rgbx(data: bytes | memoryview, image_format: str) -> Pixels:
         pixels: Pixels = simplejpeg.decode_jpeg(data, "RGBX")
         return pixels
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        # No other plugin: that of EPS would hand the bytes to Ghostscript.
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
             return np.asarray(image.convert("RGB").convert("RGBX"))
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error
 
 

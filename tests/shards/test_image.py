@@ -70,3 +70,15 @@ def test_cut_off_images_raise(kind: str, name: str):
     data = jpeg(0, 64, kind)
     with pytest.raises(ValueError):
         decode_image(data[: len(data) // 2], name)
+
+
+@pytest.mark.parametrize("kind", ["BMP", "JPEG"])
+def test_only_png_is_read_as_png(kind: str):
+    with pytest.raises(ValueError, match="cannot identify"):
+        decode_image(jpeg(0, 8, kind), "png")
+
+
+def test_a_picture_too_large_to_be_honest_is_damage(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="decompression bomb"):
+        decode_image(jpeg(0, 32, "PNG"), "png")
