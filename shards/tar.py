@@ -9,6 +9,7 @@ from dataclasses import dataclass
 BLOCK = 512
 # One read takes a header and enough of what follows for a .npy header or a small JSON.
 _HEAD = 4096
+_MAX_DIGITS = 20
 
 
 class TarError(Exception):
@@ -50,17 +51,17 @@ def walk(descriptor: int) -> Iterator[Member]:
         if start + size > num_bytes:
             raise TarError(position, f"{name} is cut off")
         head = block[BLOCK : BLOCK + min(size, _HEAD)]
-        position = start + -(-size // BLOCK) * BLOCK
         if kind in (b"L", b"x"):
             text = os.pread(descriptor, size, start)
-            long_name = _pax_path(text) if kind == b"x" else _string(text)
+            long_name = _pax_path(text, position) if kind == b"x" else _string(text)
         elif kind in (b"0", b"\0"):
             yield Member(long_name or name, start, size, head)
             long_name = None
         elif kind in (b"5", b"g", b"K"):
             long_name = None if kind == b"5" else long_name
         else:
-            raise TarError(start - BLOCK, f"{name} is no plain file (type {kind!r})")
+            raise TarError(position, f"{name} is no plain file (type {kind!r})")
+        position = start + -(-size // BLOCK) * BLOCK
 
 
 def _parse(header: bytes, position: int) -> tuple[str, int, bytes]:
@@ -72,6 +73,8 @@ def _parse(header: bytes, position: int) -> tuple[str, int, bytes]:
             size = int(header[124:136].rstrip(b"\0 ") or b"0", 8)
     except ValueError as error:
         raise TarError(position, "the header is damaged") from error
+    if size < 0:
+        raise TarError(position, "the header is damaged (its size is negative)")
     if sum(header) - sum(header[148:156]) + 8 * 32 != stored:
         raise TarError(position, "the header is damaged (its checksum does not fit)")
     name = _string(header[:100])
@@ -84,13 +87,16 @@ def _string(data: bytes) -> str:
     return data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-def _pax_path(data: bytes) -> str | None:
+def _pax_path(data: bytes, position: int) -> str | None:
     path = None
     while data:
-        length, _, rest = data.partition(b" ")
-        record = rest[: int(length) - len(length) - 1]
-        keyword, _, value = record.partition(b"=")
+        digits = data.partition(b" ")[0]
+        # int() would take signs and thousands of digits.
+        length = int(digits) if digits.isdigit() and len(digits) < _MAX_DIGITS else 0
+        if not len(digits) < length <= len(data):
+            raise TarError(position, "the PAX header is damaged")
+        keyword, _, value = data[len(digits) + 1 : length].partition(b"=")
         if keyword == b"path":
-            path = value.rstrip(b"\n").decode()
-        data = data[int(length) :]
+            path = value.rstrip(b"\n").decode("utf-8", "surrogateescape")
+        data = data[length:]
     return path
