@@ -124,15 +124,20 @@ class Dataset:
         shard = int(np.searchsorted(table.starts, number, side="right")) - 1
         row = number - int(table.starts[shard])
         index = table.index(shard)
-        return read_sample(index, row, table.shards[shard].name, table.file(shard).descriptor)
-
-    def level_mean(self, level: int | str) -> npt.NDArray[np.float32]:
-        """Mean of a level's features over the train split, float32 (grid * grid, C)."""
-        return self._statistic(level, "mean")
+        # Held until it is read: another thread may drop it from the table meanwhile.
+        file = table.file(shard)
+        return read_sample(index, row, table.shards[shard].name, file.descriptor)
 
     def level_variance(self, level: int | str) -> npt.NDArray[np.float32]:
-        """Population variance of a level's features over train, float32 (grid * grid, C)."""
-        return self._statistic(level, "var")
+        """Population variance of a level's features over train, float32 (grid * grid, C).
+
+        Raises:
+            ManifestError: if the dataset lacks the level, or has no sound statistics.
+        """
+        self.level_info(level)
+        if self._statistics is None:
+            self._statistics = self._load_statistics()
+        return self._statistics[f"{level_name(level)}.var"]
 
     def total_variance(self, level: int | str) -> float:
         """Mean over places and channels of the variance: the loss of the best constant answer.
@@ -257,13 +262,6 @@ class Dataset:
             on_error=on_error,
             pin_memory=pin_memory,
         )
-
-    def _statistic(self, level: int | str, kind: str) -> npt.NDArray[np.float32]:
-        name = level_name(level)
-        self.level_info(name)
-        if self._statistics is None:
-            self._statistics = self._load_statistics()
-        return self._statistics[f"{name}.{kind}"]
 
     def _load_statistics(self) -> dict[str, npt.NDArray[np.float32]]:
         from safetensors.numpy import load_file

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class ShardsError(Exception):
     """Base of all errors about data on disk; the message names the file and the mend."""
@@ -19,6 +21,20 @@ class PackError(ShardsError):
     """Samples cannot be packed as asked: duplicate key, wrong shape, folder in use."""
 
 
+class FinishedError(PackError):
+    """The folder to pack into holds a finished dataset.
+
+    Attributes:
+        manifest: path of its manifest.
+    """
+
+    def __init__(self, manifest: Path) -> None:
+        self.manifest = manifest
+        super().__init__(
+            f"{manifest.parent} holds a finished dataset; delete it or choose another folder"
+        )
+
+
 class CorruptSample(ShardsError):
     """One sample cannot be read as it was written.
 
@@ -34,7 +50,8 @@ class CorruptSample(ShardsError):
         place = f"{key}.{member}" if member else key
         super().__init__(
             f"{shard}: {place}: {what}; run `dinogen shards verify` for the whole list and "
-            f"`dinogen shards repair` to rewrite the shard without it, or read with on_error='skip'"
+            f"`dinogen shards repair` to rewrite the shard without it, or pass over it with "
+            f"data.on_error=skip (in Python on_error='skip')"
         )
 
     def __reduce__(self) -> tuple[type[CorruptSample], tuple[str, str, str, str]]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 TEMPORARY = ".tmp"
+# To be held while numpy reads the header of a .npy: it uses `ast`, which in CPython 3.11 ends in
+# a SystemError ("AST constructor recursion depth mismatch") where two threads are in it at once.
+NPY_HEADERS = threading.Lock()
 _CHUNK = 1 << 20
 
 
@@ -44,7 +48,9 @@ class AtomicFile:
 
     def abandon(self) -> None:
         """Remove the temporary file; `path` stays as it was."""
-        self._file.close()
+        # Closing writes what is left in the buffer, for which a full disk has no room.
+        with suppress(OSError):
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

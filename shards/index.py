@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import IndexFileError
-from shards.files import atomic_write
+from shards.files import NPY_HEADERS, atomic_write
 
 FORMAT = "dinogen-index"
 VERSION = 1
@@ -122,7 +122,7 @@ def load(path: Path) -> ShardIndex:
         FileNotFoundError: if there is none.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with NPY_HEADERS, np.load(path, allow_pickle=False) as file:
             header = json.loads(file["header"].tobytes())
             if (header["format"], header["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"format {header['format']} version {header['version']}")

@@ -105,10 +105,6 @@ class Order:
         arrays = (whole.position, whole.shard, whole.sample, whole.index)
         return [Place(*rows) for rows in zip(*(array[mine] for array in arrays), strict=True)]
 
-    def share(self, start: int, batch_size: int, rank: int, world_size: int) -> Place:
-        """Places of one rank's part of the global batch [start, start + batch_size)."""
-        return self.shares(start, batch_size, rank, world_size, 1)[0]
-
     def _block(self, epoch: int, window: int) -> tuple[Ints, Ints, Ints]:
         """(shard, sample, index) of all positions in one window of all lanes of an epoch."""
         found = self._blocks.get((epoch, window))

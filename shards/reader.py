@@ -94,16 +94,16 @@ class BatchReader:
         for name in self._levels:
             payload = partial(_row_bytes, out[name], rows)
             batch.check(level_suffix(name), payload)
-        for suffix in {suffix for suffix, _ in images.values()}:
-            batch.check(suffix, lambda item: images[item][1])
-        for item, (suffix, data) in images.items():
-            if item in batch.failures:
-                continue
-            try:
-                pixels = shrink(decode_rgbx(data, IMAGE_SUFFIXES[suffix]), out["image"].shape[-1])
-                scale_into(pixels, out["image"][rows[item]])
-            except ValueError as error:
-                batch.fail(item, suffix, str(error))
+        for suffix, encoded in images.items():
+            batch.check(suffix, encoded.get)
+            for item, data in encoded.items():
+                if item in batch.failures:
+                    continue
+                try:
+                    pixels = decode_rgbx(data, IMAGE_SUFFIXES[suffix])
+                    scale_into(shrink(pixels, out["image"].shape[-1]), out["image"][rows[item]])
+                except ValueError as error:
+                    batch.fail(item, suffix, str(error))
         return batch.failures
 
 
@@ -165,9 +165,10 @@ class _Batch:
             reads = reads.only((~wrong).tolist())
         self._queue.append(reads)
 
-    def queue_images(self) -> dict[int, tuple[str, memoryview]]:
-        """Plan to read the encoded image of every item; returns suffix and bytes by item."""
-        images: dict[int, tuple[str, memoryview]] = {}
+    def queue_images(self) -> dict[str, dict[int, memoryview]]:
+        """Plan to read one encoded image of every item; returns their bytes by suffix and item."""
+        images: dict[str, dict[int, memoryview]] = {}
+        found: set[int] = set()
         for suffix in IMAGE_SUFFIXES:
             if all(self._table.index(shard).column(suffix) is None for shard in self._sound):
                 continue
@@ -180,17 +181,19 @@ class _Batch:
             items = list(range(len(targets)))
             reads = _Reads(suffix, items, self._descriptors, targets, offsets).only(
                 [
-                    descriptor >= 0 and offset >= 0 and item not in images
+                    descriptor >= 0 and offset >= 0 and item not in found
                     for item, descriptor, offset in zip(
                         items, self._descriptors, offsets, strict=True
                     )
                 ]
             )
-            for item, (target,) in zip(reads.items, reads.targets, strict=True):
-                images[item] = (suffix, target)
+            images[suffix] = {
+                item: target for item, (target,) in zip(reads.items, reads.targets, strict=True)
+            }
+            found.update(reads.items)
             self._queue.append(reads)
         for item, descriptor in enumerate(self._descriptors):
-            if descriptor >= 0 and item not in images:
+            if descriptor >= 0 and item not in found:
                 self.fail(item, "", "has no image")
         return images
 
@@ -224,14 +227,20 @@ class _Batch:
             except OSError as error:
                 self.fail(item, suffix, f"cannot be read: {error.strerror}")
 
-    def check(self, suffix: str, payloads: Callable[[int], memoryview]) -> None:
-        """Compare checksums of the payloads that this process reads for the first time."""
+    def check(self, suffix: str, payloads: Callable[[int], memoryview | None]) -> None:
+        """Compare checksums of the payloads that this process reads for the first time.
+
+        Args:
+            suffix: of the members.
+            payloads: bytes by item; None where another member was read instead.
+        """
         column = self._table.column(suffix, self._sound)
         for item in np.flatnonzero(column.unchecked[self._places.index]).tolist():
-            if item in self.failures:
+            payload = payloads(item)
+            if payload is None or item in self.failures:
                 continue
             index = self._places.index[item]
-            if sum64(payloads(item)) == int(column.sums[index]):
+            if sum64(payload) == int(column.sums[index]):
                 # Once per process is enough: what it guards against is decay on disk.
                 column.unchecked[index] = False
             else:

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.image import decode_image as decode_image
-from shards.image import shrink as shrink
+from shards.files import NPY_HEADERS
 
-RESIZE_FILTER = "box"
+# The first of them that a sample has is its image.
 IMAGE_SUFFIXES = {"jpg": "jpg", "jpeg": "jpg", "png": "png"}
 META_SUFFIX = "json"
 _LEVEL = re.compile(r"[pn][1-9][0-9]*")
@@ -102,7 +101,7 @@ def level_suffix(name: str) -> str:
 
 def image_suffix(suffixes: Sequence[str]) -> str | None:
     """The image among the suffixes of a sample, or None."""
-    return next((s for s in suffixes if s in IMAGE_SUFFIXES), None)
+    return next((s for s in IMAGE_SUFFIXES if s in suffixes), None)
 
 
 def encode(sample: Sample) -> dict[str, bytes]:
@@ -200,7 +199,8 @@ def npy_header(data: bytes, name: str) -> tuple[tuple[int, ...], np.dtype[Any], 
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, fortran, dtype = read(file)
+        with NPY_HEADERS:
+            shape, fortran, dtype = read(file)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{name}: not a .npy file: {error}") from error
     if fortran or dtype.hasobject:

@@ -74,6 +74,8 @@ class SampleTable:
         self._columns: dict[str, tuple[ColumnTable, set[int]]] = {}
         self._files: dict[int, OpenFile] = {}
         self._lock = threading.Lock()
+        # One per shard: a fetch of one must not stall those who read others.
+        self._loading = [threading.Lock() for _ in shards]
 
     def index(self, shard: int) -> ShardIndex:
         """Index of a shard, made from the tar if there is none.
@@ -84,22 +86,19 @@ class SampleTable:
         found = self._indexes[shard]
         if found is not None:
             return found
-        with self._lock:
-            return self._load_index(shard)
-
-    def _load_index(self, shard: int) -> ShardIndex:
-        if (found := self._indexes[shard]) is not None:
+        with self._loading[shard]:
+            if (found := self._indexes[shard]) is not None:
+                return found
+            if shard in self._broken:
+                raise self._broken[shard]
+            try:
+                found = load_index(self._source, self.shards[shard])
+            except ShardsError as error:
+                # Remembered, so that skipping a thousand samples does not try a thousand times.
+                self._broken[shard] = error
+                raise
+            self._indexes[shard] = found
             return found
-        if shard in self._broken:
-            raise self._broken[shard]
-        try:
-            found = load_index(self._source, self.shards[shard])
-        except ShardsError as error:
-            # Remembered, so that skipping a thousand samples does not try a thousand times.
-            self._broken[shard] = error
-            raise
-        self._indexes[shard] = found
-        return found
 
     def column(self, suffix: str, shards: Iterable[int]) -> ColumnTable:
         """Places of a kind of member, valid for the samples of `shards`.
@@ -110,6 +109,7 @@ class SampleTable:
         entry = self._columns.get(suffix)
         if entry is not None and entry[1].issuperset(shards):
             return entry[0]
+        indexes = {shard: self.index(shard) for shard in shards}
         with self._lock:
             if suffix not in self._columns:
                 n = self.num_samples
@@ -119,14 +119,13 @@ class SampleTable:
                 )  # fmt: skip
                 self._columns[suffix] = (table, set())
             table, loaded = self._columns[suffix]
-            for shard in shards:
+            for shard, index in indexes.items():
                 if shard not in loaded:
-                    self._fill(table, suffix, shard)
+                    self._fill(table, suffix, shard, index)
                     loaded.add(shard)
             return table
 
-    def _fill(self, table: ColumnTable, suffix: str, shard: int) -> None:
-        index = self._load_index(shard)
+    def _fill(self, table: ColumnTable, suffix: str, shard: int, index: ShardIndex) -> None:
         number = index.column(suffix)
         if number is None:
             return
@@ -175,11 +174,14 @@ class SampleTable:
         found = self._files.get(shard)
         if found is not None:
             return found
+        # Outside of the lock: it may take as long as fetching a whole shard.
+        path = self._source.path(self.shards[shard].name)
         with self._lock:
             if shard not in self._files:
+                opened = OpenFile(path)
                 while len(self._files) >= _FILES_OPEN:
                     del self._files[next(iter(self._files))]
-                self._files[shard] = OpenFile(self._source.path(self.shards[shard].name))
+                self._files[shard] = opened
             return self._files[shard]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,6 +164,24 @@ def test_indexes_that_contradict_themselves_are_refused(packed: Path, tmp_path: 
         np.savez(path, header=np.array([{}], object), allow_pickle=True)
     with pytest.raises(IndexFileError, match=r"x\.npz: not a usable index"):
         load(path)
+
+
+def test_threads_may_read_indexes_at_once(packed: Path):
+    """CPython 3.11's `ast`, which numpy reads headers with, does not stand two threads."""
+
+    def let_others_in(phase: str, info: dict[str, int]) -> None:
+        time.sleep(0)
+
+    before = gc.get_threshold()
+    gc.callbacks.append(let_others_in)
+    gc.set_threshold(5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(load, [packed / "train-00000.index.npz"] * 120))
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(let_others_in)
+    assert {len(index) for index in found} == {8}
 
 
 def npy(shape: tuple[int, ...], dtype: str = "<f2") -> bytes:

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.order import Order
+from shards.order import Order, Place
+
+
+def share(order: Order, start: int, batch_size: int, rank: int, world_size: int) -> Place:
+    """One rank's part of a single batch."""
+    (part,) = order.shares(start, batch_size, rank, world_size, num_batches=1)
+    return part
+
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=9)
 
@@ -37,8 +44,8 @@ def test_any_start_gives_the_same_order(sizes, lanes, window, start, count):
 def test_ranks_share_each_batch(sizes, extra, world_size, start):
     batch_size = world_size + extra
     order = Order(sizes, 2, 8)
-    whole = order.share(start, batch_size, 0, 1)
-    parts = [order.share(start, batch_size, rank, world_size) for rank in range(world_size)]
+    whole = share(order, start, batch_size, 0, 1)
+    parts = [share(order, start, batch_size, rank, world_size) for rank in range(world_size)]
     np.testing.assert_array_equal(np.concatenate([p.index for p in parts]), whole.index)
     assert sorted(whole.position.tolist()) == list(range(start, start + batch_size))
     sizes_of_parts = [len(p.index) for p in parts]
@@ -51,10 +58,10 @@ def test_a_rank_keeps_to_its_own_lanes():
     shards = [set[int](), set[int]()]
     for batch in range(100):
         for rank in (0, 1):
-            shards[rank] |= set(order.share(batch * 64, 64, rank, 2).shard.tolist())
+            shards[rank] |= set(share(order, batch * 64, 64, rank, 2).shard.tolist())
     # 32 lanes of exactly one shard's length each touch at most two shards apiece.
     assert all(len(mine) <= 64 for mine in shards)
-    lanes = [{int(p) % 64 for p in order.share(64 * 7, 64, rank, 2).position} for rank in (0, 1)]
+    lanes = [{int(p) % 64 for p in share(order, 64 * 7, 64, rank, 2).position} for rank in (0, 1)]
     assert lanes == [set(range(32)), set(range(32, 64))]
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import webdataset
+from PIL import Image
 
+import shards.dataset
 from shards import CorruptSample, open_dataset
+from shards.repair import rebuild_indexes
+from shards.sample import encode
+from shards.verify import verify
 
+from .conftest import jpeg, make_samples
 from .test_stream import damage
 
 
@@ -58,3 +68,75 @@ def test_when_nothing_is_left_reading_says_so(copy):
 def test_other_words_are_refused(packed):
     with pytest.raises(ValueError, match="on_error is 'stop' or 'skip', not 'pass'"):
         open_dataset(packed).read([0], on_error="pass")
+
+
+def test_a_picture_too_large_to_be_honest_is_skipped(packed, samples, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    data = open_dataset(packed)
+    png = {sample.key for sample in samples if sample.image_format == "png"}
+    assert png & set(data.keys())
+    batch = data.read(range(data.num_samples()), image_size=8, on_error="skip")
+    assert not png & set(batch["key"])
+
+
+def test_a_sample_with_two_images_is_checked_by_the_one_that_is_read(tmp_path: Path):
+    first, second, third = make_samples(3)
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        both = {"png": jpeg(7, image_format="PNG"), **encode(first)}
+        writer.write({"__key__": first.key, **both})
+        writer.write({"__key__": second.key, **encode(second)})
+        only = {**encode(third), "png": jpeg(2, image_format="PNG")}
+        del only["jpg"]
+        writer.write({"__key__": third.key, **only})
+    rebuild_indexes(tmp_path)
+    data = open_dataset(tmp_path)
+    batch = data.read(range(3), image_size=32)
+    for row, encoded in enumerate((first.image, second.image, only["png"])):
+        pixels = np.asarray(Image.open(io.BytesIO(encoded)), np.float32).transpose(2, 0, 1)
+        np.testing.assert_allclose(batch["image"][row], (pixels - 127.5) / 127.5, atol=1e-6)
+    # One sample at a time and the whole batch choose alike.
+    assert data.sample(0).image == first.image
+    assert verify(data) == []
+
+
+def test_a_file_is_not_closed_while_a_sample_is_read_from_it(packed, monkeypatch):
+    data = open_dataset(packed)
+    original = shards.dataset.read_sample
+
+    def evicted_meanwhile(*args):
+        data.table("train")._files.clear()
+        return original(*args)
+
+    monkeypatch.setattr(shards.dataset, "read_sample", evicted_meanwhile)
+    assert data.sample(0).key == data.keys()[0]
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".index.npz"])
+def test_a_slow_fetch_stalls_nobody_else(copy, suffix):
+    data = open_dataset(copy)
+    folder, asked, go_on = data.source, threading.Event(), threading.Event()
+
+    class Slow:
+        def path(self, name: str) -> Path:
+            if name == f"train-00000{suffix}":
+                asked.set()
+                assert go_on.wait(30)
+            return folder.path(name)
+
+    data.source = Slow()
+    slow = threading.Thread(target=data.read, args=([0],), kwargs={"levels": (4,)})
+    other = threading.Thread(target=data.read, args=([16],), kwargs={"levels": (4,)})
+    slow.start()
+    assert asked.wait(30)
+    other.start()
+    other.join(5)
+    stalled = other.is_alive()
+    go_on.set()
+    slow.join(30)
+    other.join(30)
+    assert not stalled
+
+
+def test_the_error_names_the_way_out_in_python_and_in_the_config():
+    error = CorruptSample("a.tar", "key", "jpg", "is damaged")
+    assert "data.on_error=skip (in Python on_error='skip')" in str(error)

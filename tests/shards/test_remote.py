@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 
@@ -31,9 +32,7 @@ def url(packed: Path) -> Iterator[str]:
 def test_remote_equals_local(url: str, packed: Path, tmp_path: Path):
     local, remote = open_dataset(packed), open_dataset(url, cache_dir=tmp_path)
     assert remote.manifest == local.manifest
-    assert torch.equal(
-        torch.from_numpy(remote.level_mean(4)), torch.from_numpy(local.level_mean(4))
-    )
+    np.testing.assert_array_equal(remote.level_variance(4), local.level_variance(4))
     for _, a, b in zip(
         range(12),
         local.stream(8, levels=(8,), image_size=8, num_threads=0),
