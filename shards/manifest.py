@@ -125,9 +125,19 @@ def parse_manifest(data: bytes, name: str, counted: bool = True) -> Manifest:
                 f"run `dinogen shards repair`"
             )
     names = [shard.name for shard in manifest.shards]
-    if len(set(names)) != len(names) or any("/" in name or "\\" in name for name in names):
-        raise ManifestError(f"{name}: shard names must be plain and unique; restore the file")
+    if manifest.statistics is not None:
+        names.append(manifest.statistics.file)
+    # What a manifest from elsewhere names is read, fetched and written in the dataset's folder.
+    if len(set(names)) != len(names) or not all(map(_is_plain, names)):
+        raise ManifestError(
+            f"{name}: shards.name and statistics.file must be unique names of files in its own "
+            f"folder; restore the file from its source"
+        )
     return manifest
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and not any(c in "/\\\0" for c in name)
 
 
 def split_table(

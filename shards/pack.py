@@ -37,6 +37,7 @@ def pack(
         prepare: settings of the preparation, for the manifest.
 
     Raises:
+        FinishedError: if `out` holds a finished dataset.
         PackError: naming the key or folder and what is wrong with it.
     """
     sink = ShardSink(

@@ -11,9 +11,9 @@ from shards import index as index_files
 from shards.errors import ManifestError
 from shards.files import sha256_file
 from shards.index import ShardIndex
-from shards.manifest import SPLITS, LevelInfo, Manifest, ShardInfo, split_table
+from shards.manifest import SPLITS, STATISTICS, LevelInfo, Manifest, ShardInfo, split_table
 from shards.sample import level_grid, level_of_suffix
-from shards.stats import Statistics, save_statistics, shard_moments
+from shards.stats import Statistics, recall, save_statistics, shard_moments
 from shards.table import build_index, load_plain_index
 
 _SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d+\.tar")
@@ -83,9 +83,12 @@ def levels_of(index: ShardIndex, shard: str) -> dict[str, LevelInfo]:
 def adopt(folder: Path) -> Manifest:
     """Give a folder of plain tars whole indexes, statistics and a manifest, by reading it all.
 
+    Where only the manifest of a dataset was lost, its `guide` and `prepare` come back with it.
+
     Raises:
         ManifestError: if there are no tars, or they hold different levels.
         IndexFileError: if a tar is damaged.
+        CorruptSample: if a sample of the train split cannot be read.
     """
     for tar in sorted(folder.glob("*.tar")):
         build_index(tar, with_sums=True)
@@ -94,7 +97,10 @@ def adopt(folder: Path) -> Manifest:
         shard.model_copy(update={"sha256": sha256_file(folder / shard.name)})
         for shard in manifest.shards
     )
-    return complete(folder, manifest.model_copy(update={"shards": shards}))
+    manifest = manifest.model_copy(update={"shards": shards})
+    statistics, has_labels = _measure(folder, manifest)
+    identity = recall(folder / STATISTICS, statistics.arrays())
+    return _save(folder, manifest.model_copy(update=identity), statistics, has_labels)
 
 
 def complete(folder: Path, manifest: Manifest) -> Manifest:
@@ -108,6 +114,11 @@ def complete(folder: Path, manifest: Manifest) -> Manifest:
         IndexFileError: if a shard and its index do not fit.
         CorruptSample: if a sample of the train split cannot be read.
     """
+    return _save(folder, manifest, *_measure(folder, manifest))
+
+
+def _measure(folder: Path, manifest: Manifest) -> tuple[Statistics, bool]:
+    """Statistics of the train split, and whether all samples have labels."""
     statistics = Statistics()
     has_labels = True
     for shard in manifest.shards:
@@ -115,7 +126,14 @@ def complete(folder: Path, manifest: Manifest) -> Manifest:
         has_labels &= index.labels is not None
         if shard.split == "train" and manifest.levels:
             statistics.merge(shard_moments(folder / shard.name, index))
+    return statistics, has_labels
+
+
+def _save(folder: Path, manifest: Manifest, statistics: Statistics, has_labels: bool) -> Manifest:
     variances = statistics.total_variances()
+    measured = (
+        save_statistics(statistics, folder, manifest.guide, manifest.prepare) if variances else None
+    )
     fractions = {
         name: info.fraction for name, info in manifest.splits.items() if info.fraction is not None
     }
@@ -127,7 +145,7 @@ def complete(folder: Path, manifest: Manifest) -> Manifest:
                 name: info.model_copy(update={"total_variance": variances.get(name)})
                 for name, info in manifest.levels.items()
             },
-            "statistics": save_statistics(statistics, folder) if variances else None,
+            "statistics": measured,
         }
     )
     manifest.save(folder)

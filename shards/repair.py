@@ -13,7 +13,7 @@ from shards.dataset import Folder
 from shards.errors import CorruptSample, IndexFileError, ManifestError
 from shards.files import sha256_file
 from shards.index import ShardIndex
-from shards.manifest import MANIFEST, Manifest, ShardInfo, parse_manifest
+from shards.manifest import MANIFEST, STATISTICS, Manifest, ShardInfo, parse_manifest
 from shards.plain import adopt, complete
 from shards.sample import encode_npy
 from shards.scan import scan
@@ -32,8 +32,7 @@ def rebuild_indexes(folder: Path) -> list[str]:
         IndexFileError: if a tar is damaged or differs from the manifest.
     """
     if not (folder / MANIFEST).is_file():
-        manifest = adopt(folder)
-        return [f"{MANIFEST}: made from {len(manifest.shards)} plain tars, with their indexes"]
+        return _adopt(folder)
     manifest = _manifest(folder)
     done = []
     for shard in manifest.shards:
@@ -123,8 +122,16 @@ def _repair_plain(folder: Path) -> list[str]:
             rows = list(range(len(index)))
             info, _ = write_shard(tar, "train", _members(tar, index, rows))
             done.append(f"{tar.name}: rewritten with the {info.num_samples} samples that are whole")
+    return done + _adopt(folder)
+
+
+def _adopt(folder: Path) -> list[str]:
     manifest = adopt(folder)
-    done.append(f"{MANIFEST}: made from {len(manifest.shards)} plain tars, with their indexes")
+    done = [f"{MANIFEST}: made from {len(manifest.shards)} plain tars, with their indexes"]
+    if manifest.guide:
+        done.append(f"{MANIFEST}: guide and prepare taken from {STATISTICS}")
+    elif manifest.levels:
+        done.append(f"{MANIFEST}: guide is empty, for nothing here says which one made the levels")
     return done
 
 

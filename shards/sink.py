@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from shards.errors import IndexFileError, PackError
+from shards.errors import FinishedError, IndexFileError, PackError
 from shards.files import TEMPORARY, atomic_write, sha256_file
 from shards.image import image_header
 from shards.index import index_name, load
@@ -49,7 +49,8 @@ class ShardSink:
         seen: keys that were added to this sink.
 
     Raises:
-        PackError: if `out` holds a finished dataset, another packing, or is in use.
+        FinishedError: if `out` holds a finished dataset.
+        PackError: if it holds another packing, or is in use.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class ShardSink:
                 "prepare": prepare or {},
             }
         )
+        self._identity = {name: self._settings[name] for name in ("guide", "prepare")}
         self._fractions = {
             "train": 1.0 - val_fraction - test_fraction,
             "val": val_fraction,
@@ -92,9 +94,7 @@ class ShardSink:
         self._has_labels = True
         self._out.mkdir(parents=True, exist_ok=True)
         if (self._out / MANIFEST).exists():
-            raise PackError(
-                f"{self._out} holds a finished dataset; delete it or choose another folder"
-            )
+            raise FinishedError(self._out / MANIFEST)
         self._lock: TextIO | None = self._take_lock()
         try:
             self._resume()
@@ -158,9 +158,10 @@ class ShardSink:
                 name: info.model_copy(update={"total_variance": variances[name]})
                 for name, info in sorted(levels.items())
             },
-            guide=self._settings["guide"],
-            prepare=self._settings["prepare"],
-            statistics=save_statistics(self._statistics, self._out) if levels else None,
+            **self._identity,
+            statistics=(
+                save_statistics(self._statistics, self._out, **self._identity) if levels else None
+            ),
             shards=shards,
         )
         manifest.save(self._out)
@@ -221,7 +222,9 @@ class ShardSink:
             raise ValueError(f"{sample.key}: has levels {mine or 'none'}, those before: {others}")
 
     def _finish_shard(self, split: str) -> None:
-        info, index = self._writers.pop(split).finish()
+        info, index = self._writers[split].finish()
+        # Not before: until it is finished, `close` has to abandon it.
+        del self._writers[split]
         self._shards.append(info)
         self._has_labels &= index.labels is not None
         if split == "train":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from shards.files import atomic_write
@@ -16,6 +20,9 @@ from shards.manifest import STATISTICS, StatisticsInfo
 from shards.reader import read_sample
 
 Doubles = npt.NDArray[np.float64]
+log = logging.getLogger(__name__)
+# The one key of the file's metadata; safetensors would write several in an order of its own.
+_METADATA = "dinogen"
 
 
 class Moments:
@@ -101,8 +108,55 @@ def shard_moments(tar: Path, index: ShardIndex) -> dict[str, Moments]:
     return moments
 
 
-def save_statistics(statistics: Statistics, folder: Path) -> StatisticsInfo:
-    """Write the file of statistics of a dataset; returns what the manifest says about it."""
+def save_statistics(
+    statistics: Statistics, folder: Path, guide: dict[str, Any], prepare: dict[str, Any]
+) -> StatisticsInfo:
+    """Write the file of statistics of a dataset; returns what the manifest says about it.
+
+    `guide` and `prepare` are repeated in it: without them nothing can be trained on the features,
+    and no tar tells them if the manifest is lost.
+    """
+    identity = json.dumps({"guide": guide, "prepare": prepare}, ensure_ascii=False)
     with atomic_write(folder / STATISTICS) as file:
-        file.write(save(statistics.arrays()))
+        file.write(save(statistics.arrays(), {_METADATA: identity}))
     return StatisticsInfo(file=STATISTICS, sha256=file.hexdigest())
+
+
+def recall(path: Path, arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, dict[str, Any]]:
+    """`guide` and `prepare` as an older file of statistics repeats them.
+
+    Args:
+        path: of that file.
+        arrays: the statistics of the features found now.
+
+    Returns:
+        Nothing if the file does not tell, or describes other features than those.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            identity = json.loads(file.metadata()[_METADATA])
+            before = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = {"guide": dict(identity["guide"]), "prepare": dict(identity["prepare"])}
+    except FileNotFoundError:
+        return {}
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s does not tell which guide made the features: %r", path, error)
+        return {}
+    if not _alike(before, arrays):
+        log.warning("%s is about other features than the tars hold; passed over", path)
+        return {}
+    return found
+
+
+def _alike(
+    before: Mapping[str, npt.NDArray[Any]], now: Mapping[str, npt.NDArray[np.float32]]
+) -> bool:
+    """Whether both may be of one guide's features, though samples were lost in between."""
+    if {name: a.shape for name, a in before.items()} != {name: a.shape for name, a in now.items()}:
+        return False
+    levels = {name.partition(".")[0] for name in now}
+    return all(
+        np.square(before[f"{level}.mean"] - now[f"{level}.mean"]).mean()
+        <= now[f"{level}.var"].mean()
+        for level in levels
+    )

@@ -78,7 +78,7 @@ def write_shard(
     try:
         for key, members in samples:
             writer.write(key, members)
+        return writer.finish()
     except BaseException:
         writer.abandon()
         raise
-    return writer.finish()

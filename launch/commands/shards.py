@@ -99,6 +99,8 @@ def verify(data: Location, cache_dir: CacheDir = None) -> None:
 def make_index(data: Folder) -> None:
     """Make missing or wrong indexes anew; give plain WebDataset tars a manifest and statistics.
 
+    A lost manifest.json is made anew as well; stats.safetensors still knows the guide.
+
     [bold]Example[/bold]  dinogen shards index data/tars-from-elsewhere
     """
     from shards.repair import rebuild_indexes

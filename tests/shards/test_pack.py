@@ -19,7 +19,7 @@ import webdataset
 from PIL import Image
 from safetensors.numpy import load_file
 
-from shards import Sample, ShardsError, ShardSink, open_dataset, pack
+from shards import FinishedError, Sample, ShardsError, ShardSink, open_dataset, pack
 from shards.errors import PackError
 from shards.sink import split_of
 
@@ -76,15 +76,16 @@ def test_statistics_are_those_of_the_train_split(packed: Path, samples: list[Sam
     data = open_dataset(packed)
     train = [s for s in samples if split_of(s.key, 0.15, 0.1) == "train"]
     assert data.keys("train") == [s.key for s in train]
+    stored = load_file(packed / "stats.safetensors")
     for name in ("p4", "p8", "p16"):
         stack = np.stack([s.levels[name] for s in train]).astype(np.float64)
-        np.testing.assert_allclose(data.level_mean(name), stack.mean(0), rtol=1e-6)
+        np.testing.assert_allclose(stored[f"{name}.mean"], stack.mean(0), rtol=1e-6)
         np.testing.assert_allclose(data.level_variance(name), stack.var(0), rtol=1e-6)
         np.testing.assert_allclose(data.total_variance(name), stack.var(0).mean(), rtol=1e-12)
         # What a generator that always answers with the mean would lose.
         constant = ((stack - stack.mean(0)) ** 2).mean()
         np.testing.assert_allclose(data.total_variance(name), constant, rtol=1e-12)
-    assert set(load_file(packed / "stats.safetensors")) == {
+    assert set(stored) == {
         f"{name}.{kind}" for name in ("p4", "p8", "p16") for kind in ("mean", "var")
     }
 
@@ -171,8 +172,10 @@ def test_resuming_refuses_other_settings_and_other_samples(tmp_path: Path):
 
 
 def test_a_finished_dataset_and_foreign_tars_are_left_alone(packed: Path, tmp_path: Path):
-    with pytest.raises(PackError, match="finished dataset"):
+    with pytest.raises(FinishedError, match="finished dataset") as caught:
         pack(make_samples(3), packed)
+    assert isinstance(caught.value, PackError)
+    assert caught.value.manifest == packed / "manifest.json"
     (tmp_path / "mine.tar").write_bytes(b"")
     with pytest.raises(PackError, match=r"mine\.tar of something else"):
         pack(make_samples(3), tmp_path)
@@ -229,4 +232,4 @@ def test_datasets_without_levels_or_labels(tmp_path: Path):
     assert "label" not in batch
     assert batch["pyramid"] == {}
     with pytest.raises(ShardsError, match="no level p4; its levels are: none"):
-        open_dataset(tmp_path / "x").level_mean(4)
+        open_dataset(tmp_path / "x").level_variance(4)
