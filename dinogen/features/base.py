@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -44,7 +45,11 @@ class GuideInfo:
     @property
     def label(self) -> str:
         """Short text for pages and logs; says loudly when the weights are random."""
-        return f"RANDOM guide ({self.name})" if self.random else f"{self.name} ({self.path})"
+        if self.random:
+            return f"RANDOM guide ({self.name})"
+        # A folder's own name says enough, and a whole path does not fit above a curve.
+        local = self.path.startswith(("/", "."))
+        return f"{self.name} ({Path(self.path).name if local else self.path})"
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON-ready mapping."""

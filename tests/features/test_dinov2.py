@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,5 +207,6 @@ def test_random_weights_are_seeded_and_said_loudly(tmp_path, caplog):
 
 def test_trained_weights_are_not_called_random(checkpoint, caplog):
     guide = guide_of(checkpoint)
-    assert not guide.info.random and "RANDOM" not in guide.info.label
+    assert not guide.info.random
+    assert guide.info.label == f"dinov2 ({Path(checkpoint).name})"
     assert not caplog.records
