@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -38,7 +39,8 @@ class Progress:
         step: optimizer steps since the first stage began.
         num_skipped: damaged samples that were replaced, in this stage, on all ranks.
         seconds: training time of this stage so far.
-        loss: headline loss of the newest log line.
+        loss: headline loss of the newest log lines, see :meth:`add_loss`.
+        logged: nimg of the newest log line.
         verdict: what the newest probe found.
         warnings: its words.
     """
@@ -48,8 +50,22 @@ class Progress:
     num_skipped: int = 0
     seconds: float = 0.0
     loss: float | None = None
+    logged: int = 0
     verdict: str = "ok"
     warnings: list[str] = field(default_factory=list)
+
+    def add_loss(self, loss: float, every: float) -> None:
+        """Take over the mean loss of a log line at ``nimg``.
+
+        A line that comes early, at a probe or at the end, may stand for a single batch: it counts
+        by its share of the ``every`` images of a whole line, so that no verdict hangs on chance.
+        """
+        share = min(1.0, (self.nimg - self.logged) / every)
+        self.logged = self.nimg
+        if not math.isfinite(loss):
+            self.loss = None
+        else:
+            self.loss = loss if self.loss is None else share * loss + (1 - share) * self.loss
 
 
 def stage_plan(config: Config, index: int) -> tuple[StagePlan, Checkpoint | None]:
@@ -107,7 +123,7 @@ class StageState:
         self.data: Dataset = open_dataset(config.data.path, cache_dir=config.data.cache_dir)
         self.family.begin(self.data)
         self.engine: SingleEngine = make_engine(config, self.family, self.stage.lr, self.device)
-        self.progress = Progress(nimg=self.plan.start)
+        self.progress = Progress(nimg=self.plan.start, logged=self.plan.start)
         if previous is not None:
             self.progress.step = previous.state["progress"]["step"]
         self.logger_state: dict[str, Any] | None = None

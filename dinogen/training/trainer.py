@@ -209,8 +209,7 @@ class Trainer:
         means = self.logger.flush()
         window, elapsed = self.window, max(time.monotonic() - self.window.began, 1e-9)
         self._count()
-        loss = means.get("loss", math.nan)
-        self.progress.loss = loss if math.isfinite(loss) else None
+        self.progress.add_loss(means.get("loss", math.nan), every=self.config.log.every_kimg * 1000)
         values: dict[str, float | None] = {
             **means,
             **self.family.constants(),

@@ -12,7 +12,7 @@ from dinogen.families.base import resolve
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.training.run import train
 from dinogen.training.snapshot import load_snapshot
-from dinogen.training.state import StageState
+from dinogen.training.state import Progress, StageState
 from dinogen.training.trainer import TrainingError
 from tests.training.helpers import curve, stage, weights
 
@@ -156,3 +156,17 @@ def test_samples_that_are_not_finite_are_called_broken(make_config):
     with torch.no_grad():
         state.ema.networks["G"].dense.weight.fill_(float("nan"))
     assert state.probe().verdict == "BROKEN"
+
+
+def test_the_loss_of_a_result_does_not_hang_on_one_batch():
+    progress = Progress(nimg=1000, logged=0)
+    progress.add_loss(4.0, every=1000)
+    assert progress.loss == 4.0
+    progress.nimg = 1100
+    progress.add_loss(2.0, every=1000)
+    assert progress.loss == pytest.approx(0.9 * 4.0 + 0.1 * 2.0)
+    progress.nimg = 2100
+    progress.add_loss(3.0, every=1000)
+    assert progress.loss == 3.0
+    progress.add_loss(float("nan"), every=1000)
+    assert progress.loss is None
