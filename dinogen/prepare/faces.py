@@ -26,7 +26,7 @@ from dinogen.prepare.read import (
     find_photos,
     read_photo,
 )
-from dinogen.prepare.stream import Progress, iter_faces, iter_photos
+from dinogen.prepare.stream import Progress, iter_faces
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ def write_faces(
                     duplicates.add(meta["key"], int(meta["phash"], 16))
     num_new = 0
     try:
-        for item in iter_photos(
+        for item in iter_faces(
             photos,
             config,
             device=device,

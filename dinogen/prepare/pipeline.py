@@ -20,7 +20,7 @@ from dinogen.prepare.join import sample_of, settings_of
 from dinogen.prepare.journal import Journal
 from dinogen.prepare.pyramid import PyramidMaker
 from dinogen.prepare.read import Photos, PrepareError, find_photos
-from dinogen.prepare.stream import iter_photos
+from dinogen.prepare.stream import iter_faces
 from shards import ShardSink
 from shards.manifest import Manifest
 
@@ -116,7 +116,7 @@ def prepare(
                 for key, value in journal.outcomes[photo.source].hashes.items():
                     if value is not None:
                         duplicates.add(key, int(value, 16))
-        items = iter_photos(
+        items = iter_faces(
             photos,
             config.faces,
             device=maker.device,

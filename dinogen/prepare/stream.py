@@ -6,13 +6,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinogen.config import FacesConfig
 from dinogen.prepare.crop import Candidate, Crop, Rejection, Result, cut, read, read_and_cut
 from dinogen.prepare.curate import Duplicates
-from dinogen.prepare.read import Photo, Photos, Unusable, find_photos, probe_photo
+from dinogen.prepare.read import Photo, Photos, Unusable, probe_photo
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +27,7 @@ _GROUP_PIXELS = 50_000_000
 
 
 def iter_faces(
-    src: Path,
+    photos: Photos,
     config: FacesConfig,
     *,
     device: str | torch.device = "auto",
@@ -36,7 +35,7 @@ def iter_faces(
     progress: Progress | None = None,
     duplicates: Duplicates | None = None,
 ) -> Iterator[Crop | Rejection]:
-    """Find, align and judge the faces of every photo below ``src``.
+    """Find, align and judge the faces of photos.
 
     The order is that of the photos' paths. Memory is bounded by a few dozen photos. The result
     does not depend on ``num_threads``; on CPU it does not depend on ``batch`` or ``skip`` either,
@@ -44,7 +43,7 @@ def iter_faces(
     because threads inside these small networks spend their time waiting for each other.
 
     Args:
-        src: folder, searched with all its subfolders.
+        photos: as :func:`dinogen.prepare.read.find_photos` lists them.
         config: what is accepted, and how it is cut out.
         device: where faces are detected; ``auto`` is the GPU of this rank if there is one.
         skip: called with a photo's key; photos for which it is true are passed over.
@@ -54,30 +53,7 @@ def iter_faces(
 
     Returns:
         Crops and rejections. Those of one photo follow each other.
-
-    Raises:
-        PrepareError: at once, if ``src`` is missing or holds no photo.
     """
-    return iter_photos(
-        find_photos(src),
-        config,
-        device=device,
-        skip=skip,
-        progress=progress,
-        duplicates=duplicates,
-    )
-
-
-def iter_photos(
-    photos: Photos,
-    config: FacesConfig,
-    *,
-    device: str | torch.device = "auto",
-    skip: Callable[[str], bool] | None = None,
-    progress: Progress | None = None,
-    duplicates: Duplicates | None = None,
-) -> Iterator[Crop | Rejection]:
-    """:func:`iter_faces` on photos that were already listed."""
     known = duplicates or Duplicates(config.max_duplicate_distance)
     total = len(photos.photos)
     wanted = [p for p in photos.photos if skip is None or not skip(p.key)]

@@ -54,11 +54,11 @@ def train(config: Config, resolution: int | None = None) -> list[dict[str, Any]]
         results = []
         for index in indices:
             results.append(_train_stage(config, index, stop))
+            if dist.is_main():
+                # Also for a stage passed over: a kill may have come before its page was written.
+                log.info("page: %s", write_page(config.run))
             if index != indices[-1] and stop.agreed():
                 raise stop.error(f"after stage {config.stages[index].resolution}")
-        if dist.is_main():
-            # Also when all stages were passed over: a kill may have come before it was written.
-            log.info("page: %s", write_page(config.run))
         return results
 
 
@@ -79,7 +79,6 @@ def _train_stage(config: Config, index: int, stop: StopFlag) -> dict[str, Any]:
         except UserError as error:
             raise ConfigError(f"{error}") from None
         result = finish_stage(state, lines[-1])
-        write_page(config.run)
     written: dict[str, Any] = dist.broadcast_object(result)
     return written
 

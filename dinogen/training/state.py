@@ -127,7 +127,6 @@ class StageState:
         if previous is not None:
             self.progress.step = previous.state["progress"]["step"]
         self.logger_state: dict[str, Any] | None = None
-        self.fading = False
         self.last_saved = self.plan.start
         self._resume()
         self.set_fade()

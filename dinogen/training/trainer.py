@@ -60,6 +60,7 @@ class Trainer:
         )
         self.stop = stop
         self.num_nonfinite: dict[str, int] = {}
+        self.fading: bool | None = None
         self.num_skipped_before = state.progress.num_skipped
 
     def run(self) -> None:
@@ -97,7 +98,6 @@ class Trainer:
         )
         try:
             with self.stream:
-                self._set_fade(first=True)
                 self.window = Window(time.monotonic())
                 self.counted_until = self.window.began
                 batches = iter(self.stream)
@@ -105,10 +105,12 @@ class Trainer:
                     before = time.monotonic()
                     batch = next(batches)
                     self.window.waited += time.monotonic() - before
-                    self._set_fade()
+                    self._prepare_engine()
                     self.train_step(batch)
                     self._after_step(line)
                     if self.stop.agreed():
+                        if self._unsound:
+                            raise self._blown_up("stopped while updates were not finite,")
                         self.save()
                         raise self.stop.error(f"at {progress.nimg} images")
         finally:
@@ -146,7 +148,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint, unless the weights have blown up; every rank has to call it."""
-        if max(self.num_nonfinite.values(), default=0) >= UNSOUND_AFTER:
+        if self._unsound:
             log.warning("at %d images: not saved, for the updates are not finite", self.now)
             return
         self._count()
@@ -156,11 +158,16 @@ class Trainer:
             self.state.save(logger_state)
         dist.barrier()
 
-    def _set_fade(self, first: bool = False) -> None:
-        """Tell the family how far the fade-in is; the engine is prepared again where it ends."""
-        fading = self.plan.fading(self.progress.nimg)
-        if first or fading != self.state.fading:
-            self.state.fading = fading
+    @property
+    def _unsound(self) -> bool:
+        """Whether the weights have blown up, as the updates left out in a row tell."""
+        return max(self.num_nonfinite.values(), default=0) >= UNSOUND_AFTER
+
+    def _prepare_engine(self) -> None:
+        """Before the first step, and again where the fade-in ends: other parameters train then."""
+        fading = self.plan.fading(self.now)
+        if fading != self.fading:
+            self.fading = fading
             self.engine.prepare()
 
     def _guard(self, applied: bool, phase: str) -> None:
@@ -191,7 +198,7 @@ class Trainer:
         """Log, probe, draw samples and save, where the clock says so."""
         now = self.now
         last = now >= self.plan.end
-        if last and max(self.num_nonfinite.values(), default=0) >= UNSOUND_AFTER:
+        if last and self._unsound:
             raise self._blown_up("the stage's last updates were not finite")
         passed = now - self.stage.batch
         every = self.config.log

@@ -25,7 +25,7 @@ from dinogen.prepare.faces import (
     read_faces,
     write_faces,
 )
-from dinogen.prepare.read import photo_key
+from dinogen.prepare.read import find_photos, photo_key
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -92,7 +92,7 @@ def test_every_alignment_shows_the_face(photos, tmp_path, align, astronaut):
     """Detected again in the crop, the eyes are level and the face is centred."""
     (crop,) = [
         item
-        for item in iter_faces(photos, FacesConfig(align=align), device="cpu")
+        for item in iter_faces(find_photos(photos), FacesConfig(align=align), device="cpu")
         if isinstance(item, Crop) and item.key == "0"
     ]
     assert crop.meta["align"] == align
@@ -150,7 +150,7 @@ def test_a_file_without_permission_has_its_line(photos, tmp_path, monkeypatch):
         return stat(self, **options)
 
     monkeypatch.setattr(Path, "stat", refuse)
-    items = list(iter_faces(photos, FacesConfig(align="none", size=32)))
+    items = list(iter_faces(find_photos(photos), FacesConfig(align="none", size=32)))
     assert [item for item in items if isinstance(item, Rejection)] == [
         Rejection("1.jpg", "unreadable", "Permission denied")
     ]
@@ -162,7 +162,7 @@ def test_the_output_does_not_depend_on_batch_threads_or_groups(photos, tmp_path,
     for batch, num_threads, group in ((16, 2, 64), (1, 1, 64), (3, 3, 2)):
         monkeypatch.setattr(stream, "_GROUP_PHOTOS", group)
         config = FacesConfig(size=64, batch=batch, num_threads=num_threads)
-        results.append(list(iter_faces(photos, config, device="cpu")))
+        results.append(list(iter_faces(find_photos(photos), config, device="cpu")))
     assert results[0] == results[1] == results[2]
 
 
@@ -170,7 +170,7 @@ def test_photos_detected_together_give_the_same_faces(photos, monkeypatch):
     """The way of a GPU, where one thread detects batches of equal size, walked on a CPU."""
 
     def faces():
-        items = iter_faces(photos, FacesConfig(size=64, batch=4), device="cpu")
+        items = iter_faces(find_photos(photos), FacesConfig(size=64, batch=4), device="cpu")
         return [i if isinstance(i, Rejection) else (i.key, i.meta["landmarks"]) for i in items]
 
     class BatchedDetector(FaceDetector):
@@ -205,7 +205,7 @@ def test_all_faces_of_a_photo(tmp_path, astronaut):
     sheet.paste(face.resize((60, 60)), (600, 100))
     save(tmp_path / "src" / "party.jpg", np.asarray(sheet))
     every = FacesConfig(which="all", size=64, min_face=40)
-    items = list(iter_faces(tmp_path / "src", every, device="cpu"))
+    items = list(iter_faces(find_photos(tmp_path / "src"), every, device="cpu"))
     crops = [item for item in items if isinstance(item, Crop)]
     assert [crop.key for crop in crops] == ["party", "party_1"]
     widths = [crop.meta["box"][2] - crop.meta["box"][0] for crop in crops]
@@ -213,7 +213,7 @@ def test_all_faces_of_a_photo(tmp_path, astronaut):
     small = [item for item in items if isinstance(item, Rejection) and item.reason == "small_face"]
     assert len(small) == 1
     assert ["small_face", small[0].detail] in crops[0].meta["rejected"]
-    (largest,) = iter_faces(tmp_path / "src", FacesConfig(size=64), device="cpu")
+    (largest,) = iter_faces(find_photos(tmp_path / "src"), FacesConfig(size=64), device="cpu")
     assert largest.image == crops[0].image
 
 
@@ -227,7 +227,7 @@ def test_all_faces_of_a_photo(tmp_path, astronaut):
 )
 def test_thresholds(photos, options, reason):
     (photos / "wall.png").unlink()
-    items = list(iter_faces(photos, FacesConfig(size=64, **options), device="cpu"))
+    items = list(iter_faces(find_photos(photos), FacesConfig(size=64, **options), device="cpu"))
     reasons = {item.reason for item in items if isinstance(item, Rejection)}
     assert reason in reasons
     if reason != "low_probability":  # some faces have a probability of exactly 1
@@ -242,7 +242,7 @@ def test_the_first_of_near_duplicates_stays(tmp_path, astronaut, noise):
     save(src / "c.png", np.kron(noise, np.ones((8, 8, 1), np.uint8)))
     save(src / "d.png", astronaut)
     config = FacesConfig(align="none", size=64, max_duplicate_distance=6)
-    items = list(iter_faces(src, config))
+    items = list(iter_faces(find_photos(src), config))
     assert [i.key if isinstance(i, Crop) else (i.source, i.reason) for i in items] == [
         "a",
         ("b.jpg", "duplicate"),
@@ -252,7 +252,9 @@ def test_the_first_of_near_duplicates_stays(tmp_path, astronaut, noise):
     assert "differs from a in" in items[1].detail
     known = Duplicates(6)
     known.add("a", int(items[0].meta["phash"], 16))
-    again = list(iter_faces(src, config, skip=lambda key: key == "a", duplicates=known))
+    again = list(
+        iter_faces(find_photos(src), config, skip=lambda key: key == "a", duplicates=known)
+    )
     assert again == items[1:]
 
 
@@ -378,14 +380,16 @@ def test_missing_and_empty_folders_are_told_before_anything_is_written(tmp_path)
         write_faces(tmp_path / "absent", tmp_path / "out", FacesConfig())
     (tmp_path / "empty").mkdir()
     with pytest.raises(PrepareError, match="no photo below"):
-        iter_faces(tmp_path / "empty", FacesConfig())
+        write_faces(tmp_path / "empty", tmp_path / "out", FacesConfig())
     assert not (tmp_path / "out").exists()
 
 
 def test_faces_are_read_back(photos, tmp_path):
     out = tmp_path / "faces"
     config = FacesConfig(size=64, format="png")
-    written = [i for i in iter_faces(photos, config, device="cpu") if isinstance(i, Crop)]
+    written = [
+        i for i in iter_faces(find_photos(photos), config, device="cpu") if isinstance(i, Crop)
+    ]
     write_faces(photos, out, config, device="cpu")
     assert list(read_faces(out)) == sorted(written, key=lambda crop: crop.key)
 
@@ -417,7 +421,7 @@ def test_torch_keeps_its_threads(photos):
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    items = iter_faces(photos, FacesConfig(size=32, num_threads=3), device="cpu")
+    items = iter_faces(find_photos(photos), FacesConfig(size=32, num_threads=3), device="cpu")
     next(items)
     assert torch.get_num_threads() == 2
     items.close()
@@ -435,7 +439,9 @@ def test_memory_stays_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(
         stream, "read_and_cut", lambda p, *a: started.append(p.source) or original(p, *a)
     )
-    for number, _ in enumerate(iter_faces(tmp_path / "src", FacesConfig(align="none", size=16))):
+    for number, _ in enumerate(
+        iter_faces(find_photos(tmp_path / "src"), FacesConfig(align="none", size=16))
+    ):
         assert len(started) <= number + 1 + 4
     assert len(started) == 12
 
