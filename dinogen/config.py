@@ -13,95 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dinogen.config_cluster import ClusterConfig
 from dinogen.config_errors import describe_errors as describe_errors
 from dinogen.config_file import override, read_mapping
+from dinogen.config_prepare import PrepareConfig
+from dinogen.config_section import Section as Section
 from dinogen.errors import ConfigError as ConfigError
-
-
-class Section(BaseModel):
-    """One mapping of the YAML file; refuses keys that it does not declare."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True)
-
-
-class FacesConfig(Section):
-    """Photo -> aligned face."""
-
-    size: int = Field(256, ge=8, le=2048, description="side of the aligned crop, pixels")
-    align: Literal["landmarks", "ffhq", "box", "none"] = Field(
-        "landmarks",
-        description="landmarks: five points on the reference; ffhq: the FFHQ quad; "
-        "box: square around the face; none: no detection, centre crop of the picture",
-    )
-    which: Literal["largest", "all"] = Field(
-        "largest", description="the largest face of a photo, or every face"
-    )
-    margin: float = Field(0.3, ge=0, le=4, description="for box: margin as a share of its side")
-    min_face: int = Field(20, ge=1, description="smallest face box side accepted, pixels")
-    min_probability: float = Field(0.95, ge=0, le=1, description="lowest MTCNN probability")
-    min_blur: float = Field(
-        0.0, ge=0, description="lowest variance of Laplacian of the crop; 0 accepts all"
-    )
-    max_duplicate_distance: int = Field(
-        -1,
-        ge=-1,
-        le=64,
-        description="perceptual hashes this near or nearer are duplicates; -1: off",
-    )
-    max_pixels: int = Field(
-        100_000_000, ge=1, description="a photo with more pixels is rejected before decoding"
-    )
-    format: Literal["jpg", "png"] = Field("jpg", description="encoding of the crops")
-    quality: int = Field(95, ge=1, le=100, description="JPEG quality (4:4:4 chroma)")
-    batch: int = Field(16, ge=1, description="photos of equal size that are detected together")
-    num_threads: int = Field(2, ge=1, description="threads that decode photos")
-
-
-class PyramidsConfig(Section):
-    """Aligned face -> pyramid of guide features."""
-
-    grids: tuple[int, ...] = Field(
-        (4, 8, 16), min_length=1, description="grids of the pyramid; pooled has 16, 8, 4, 2 and 1"
-    )
-    kinds: tuple[Literal["pooled", "native"], ...] = Field(
-        ("pooled", "native"),
-        min_length=1,
-        description="pooled: exact 2x2 means of the 16x16 grid; "
-        "native: features of the picture shrunk to g x g pixels",
-    )
-    batch: int = Field(32, ge=1, description="pictures per forward of the guide")
-    shard_size: int = Field(256, ge=1, description="pictures per intermediate part")
-
-    @model_validator(mode="after")
-    def _check(self) -> PyramidsConfig:
-        if len(set(self.grids)) < len(self.grids) or len(set(self.kinds)) < len(self.kinds):
-            raise ValueError("grids and kinds: name each of them once")
-        allowed = {16, 8, 4, 2, 1} if "pooled" in self.kinds else set(range(1, 129))
-        if wrong := sorted(set(self.grids) - allowed):
-            raise ValueError(
-                f"grids: {wrong[0]} is no pooled grid: use 16, 8, 4, 2 or 1"
-                if "pooled" in self.kinds
-                else f"grids: {wrong[0]} is not from 1 to 128"
-            )
-        return self
-
-
-class PackConfig(Section):
-    """Samples -> tar shards."""
-
-    shard_size: int = Field(1000, ge=1, description="samples per shard")
-    val_fraction: float = Field(0.0, ge=0, lt=1, description="share of keys in the val split")
-    test_fraction: float = Field(0.0, ge=0, lt=1, description="share of keys in the test split")
-
-
-class PrepareConfig(Section):
-    """Photos to shards: ``dinogen prepare`` and its three steps."""
-
-    faces: FacesConfig = FacesConfig()
-    pyramids: PyramidsConfig = PyramidsConfig()
-    pack: PackConfig = PackConfig()
 
 
 class GuideConfig(Section):
@@ -127,6 +46,9 @@ class DataConfig(Section):
         "stop", description="a corrupt sample stops the run, or is replaced and counted"
     )
     cache_dir: Path | None = Field(None, description="where remote shards are kept")
+    cache_gb: float | None = Field(
+        None, gt=0, description="most that the cache of remote shards holds; the oldest used go"
+    )
 
 
 class FamilyConfig(BaseModel):
@@ -177,8 +99,11 @@ class OptimConfig(Section):
 class EngineConfig(Section):
     """How the step is computed."""
 
-    name: Literal["auto", "single", "ddp"] = Field(
+    name: Literal["auto", "single", "ddp", "deepspeed"] = Field(
         "auto", description="auto: ddp under torchrun with several ranks, else single"
+    )
+    zero: int = Field(
+        1, description="for deepspeed: 0 nothing, 1 optimizer state, 2 gradients too are sharded"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 where the GPU has it, fp32 on CPU"
@@ -191,6 +116,18 @@ class EngineConfig(Section):
     max_nonfinite: int = Field(
         20, ge=1, description="so many non-finite updates in a row end the run"
     )
+
+    @field_validator("zero")
+    @classmethod
+    def _known_zero(cls, zero: int) -> int:
+        if zero == 3:
+            raise ValueError(
+                "ZeRO 3 shards the weights themselves, which second derivatives (R1, path length) "
+                "do not survive, and these networks fit into one GPU: use 0, 1 or 2"
+            )
+        if zero not in (0, 1, 2):
+            raise ValueError(f"there is no ZeRO {zero}: use 0, 1 or 2")
+        return zero
 
 
 class EmaConfig(Section):
@@ -236,6 +173,7 @@ class Config(Section):
     ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _stages_grow(self) -> Config:

@@ -16,8 +16,11 @@ MAX_LINES = 320
 BASICS = {
     "dinogen",
     "dinogen.config",
+    "dinogen.config_cluster",
     "dinogen.config_errors",
     "dinogen.config_file",
+    "dinogen.config_prepare",
+    "dinogen.config_section",
     "dinogen.draws",
     "dinogen.errors",
     "dinogen.files",

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinogen.config import FacesConfig
+from dinogen.config_prepare import FacesConfig
 from dinogen.prepare import align, curate
 from dinogen.prepare.read import Photo, Unusable, read_photo
 

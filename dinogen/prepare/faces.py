@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from dinogen.config import FacesConfig
+from dinogen.config_prepare import FacesConfig
 from dinogen.files import write_bytes, write_json, write_text
 from dinogen.prepare.crop import Crop, Rejection
 from dinogen.prepare.curate import Duplicates

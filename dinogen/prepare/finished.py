@@ -9,7 +9,7 @@ from math import isclose
 from pathlib import Path
 from typing import Any
 
-from dinogen.config import PackConfig
+from dinogen.config_prepare import PackConfig
 from dinogen.features.base import guide_identity
 from dinogen.prepare.faces import FacesSummary
 from dinogen.prepare.read import Photos, PrepareError

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from dinogen.config import GuideConfig, PackConfig
+from dinogen.config import GuideConfig
+from dinogen.config_prepare import PackConfig
 from dinogen.features import load_guide
 from dinogen.prepare.crop import Crop
 from dinogen.prepare.export_pt import PtFiles

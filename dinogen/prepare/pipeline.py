@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dinogen import dist
-from dinogen.config import PrepareConfig
+from dinogen.config_prepare import PrepareConfig
 from dinogen.files import write_json, write_text
 from dinogen.prepare.curate import Duplicates
 from dinogen.prepare.faces import FacesSummary, faces_settings

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinogen.config import PyramidsConfig
+from dinogen.config_prepare import PyramidsConfig
 from dinogen.features import Guide, native_pyramid, pooled_pyramid
 from dinogen.prepare.crop import Crop
 from dinogen.prepare.read import PrepareError

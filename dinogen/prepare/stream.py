@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dinogen.config import FacesConfig
+from dinogen.config_prepare import FacesConfig
 from dinogen.prepare.crop import Candidate, Crop, Rejection, Result, cut, read, read_and_cut
 from dinogen.prepare.curate import Duplicates
 from dinogen.prepare.read import Photo, Photos, Unusable, probe_photo

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from dinogen.config import FacesConfig
+from dinogen.config_prepare import FacesConfig
 from dinogen.features.inception import InceptionTrunk
 from dinogen.prepare.export_pt import PtFiles, export_pt, file_names
 from dinogen.prepare.faces import read_faces, write_faces

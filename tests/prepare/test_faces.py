@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinogen.config import FacesConfig
+from dinogen.config_prepare import FacesConfig
 from dinogen.prepare import detect, stream
 from dinogen.prepare.curate import Duplicates
 from dinogen.prepare.detect import FaceDetector
@@ -312,7 +312,7 @@ def test_a_killed_run_is_completed_by_the_same_call(tmp_path, noise):
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from dinogen.config import FacesConfig\n"
+        "from dinogen.config_prepare import FacesConfig\n"
         "from dinogen.prepare.faces import write_faces\n"
         "print('start', flush=True)\n"
         "slow = lambda done, total: (print(done, flush=True), time.sleep(0.02))\n"

@@ -21,7 +21,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dinogen import dist
-from dinogen.config import GuideConfig, PackConfig, parse_config
+from dinogen.config import GuideConfig, parse_config
+from dinogen.config_prepare import PackConfig
 from dinogen.features import load_guide
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.prepare import join, pipeline

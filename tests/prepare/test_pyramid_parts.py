@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from dinogen import dist
-from dinogen.config import GuideConfig, PyramidsConfig
+from dinogen.config import GuideConfig
+from dinogen.config_prepare import PyramidsConfig
 from dinogen.features import load_guide, native_pyramid, pooled_pyramid
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.prepare.crop import Crop
