@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor
 from dinogen.errors import UserError
 
 _TIMEOUT = timedelta(minutes=30)
+_LONGEST_NAP = 0.1  # seconds between two looks at the store
 
 
 class DistError(UserError):
@@ -65,10 +69,13 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank())
 
 
-def init() -> None:
+def init(alone: bool = False) -> None:
     """Join the other processes of torchrun and choose the device; does nothing the second time.
 
-    NCCL on GPUs, gloo on CPUs. One process alone gets no process group.
+    NCCL on GPUs, gloo on CPUs. One process alone gets no process group, unless it asks for one.
+
+    Args:
+        alone: make a process group of one rank too, for libraries that cannot do without.
 
     Raises:
         DistError: several tasks were started by srun without torchrun, so none knows the others;
@@ -82,23 +89,46 @@ def init() -> None:
     place = device()
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    if world_size() == 1 or _grouped():
+    if _grouped() or (world_size() == 1 and not alone):
         return
     on_gpu = place.type == "cuda"
+    store: Any = _store() if world_size() > 1 else td.HashStore()  # type: ignore[attr-defined]
     td.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=_store(),
+        store=store,
         rank=rank(),
         world_size=world_size(),
         timeout=_TIMEOUT,
         device_id=place if on_gpu else None,
     )
+    # A connection of its own: the process group waits on the other one, and holds it meanwhile.
+    _Control.store = None if world_size() == 1 else td.PrefixStore("control", store.clone())  # type: ignore[attr-defined]
+    _Control.num_waits = 0
 
 
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     if _grouped():
+        _Control.store = None
         td.destroy_process_group()
+
+
+def control_store() -> Any | None:
+    """The store by which ranks tell each other things without a collective; None if alone."""
+    return _Control.store
+
+
+def lost_connection(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    if isinstance(error, td.DistBackendError | td.DistNetworkError | td.DistStoreError):
+        return True
+    broken = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in broken)
+
+
+def under_agent() -> bool:
+    """Whether torchrun started this process: it takes any exit code but 0 for a failure."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def set_cpu_threads() -> None:
@@ -117,6 +147,27 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if _grouped():
         td.barrier(device_ids=[local_rank()] if td.get_backend() == "nccl" else None)
+
+
+@contextmanager
+def main_section() -> Iterator[bool]:
+    """Rank 0's own work, such as sampling; the others wait at its end for as long as it takes.
+
+    Waiting in a collective would end in its time-out. Every rank has to enter; the value says
+    whether this one has to do the work.
+    """
+    yield is_main()
+    store = _Control.store
+    if store is None:
+        return
+    _Control.num_waits += 1
+    if is_main():
+        store.set("main", str(_Control.num_waits))
+        return
+    nap = 0.001
+    while not (store.check(["main"]) and int(store.get("main")) >= _Control.num_waits):
+        time.sleep(nap)
+        nap = min(2 * nap, _LONGEST_NAP)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -150,6 +201,13 @@ def broadcast_object(obj: Any) -> Any:
         payload = torch.empty(int(size), dtype=torch.uint8, device=place)
     td.broadcast(payload, src=0)
     return json.loads(payload.cpu().numpy().tobytes())
+
+
+class _Control:
+    """State of the way beside the collectives; the same on every rank."""
+
+    store: Any | None = None
+    num_waits = 0
 
 
 def _grouped() -> bool:

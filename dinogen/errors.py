@@ -8,9 +8,11 @@ class UserError(Exception):
 
     Attributes:
         exit_code: what the process ends with.
+        agreed: every rank raises it at the same step, so none has to be told by another.
     """
 
     exit_code: int = 1
+    agreed: bool = False
 
 
 class ConfigError(UserError, ValueError):

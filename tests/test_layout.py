@@ -40,7 +40,13 @@ MAY_IMPORT = {
         "dinogen.losses",
         "dinogen.diffusion",
     },
-    "dinogen.training": {"dinogen.families.base", "dinogen.dist", "dinogen.report"},
+    "dinogen.training": {
+        "dinogen.families.base",
+        "dinogen.dist",
+        "dinogen.takedown",
+        "dinogen.report",
+    },
+    "dinogen.takedown": {"dinogen.dist"},
     "dinogen.dist": set(),
 }
 HEAVY = {"torch", "torchvision", "transformers", "deepspeed", "facenet_pytorch"}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,6 +43,18 @@ class Checkpoint:
         return load_file(self.folder / f"{name}.safetensors")
 
 
+def on_host(tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Copies in host memory, which training does not change while they are written."""
+    # one by one: safetensors refuses tensors that share memory, and views of larger storage
+    return {
+        file: {
+            name: torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
+            for name, value in items.items()
+        }
+        for file, items in tensors.items()
+    }
+
+
 def save_checkpoint(
     parent: Path, nimg: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
 ) -> Path:
@@ -50,12 +63,15 @@ def save_checkpoint(
     Args:
         parent: the stage's ``checkpoints`` folder.
         nimg: images seen; names the folder.
-        tensors: {file name without suffix: {name: tensor}}.
+        tensors: {file name without suffix: {name: tensor}}, as :func:`on_host` gives them.
         state: JSON-ready; ``files`` (hashes) is added.
 
     Returns:
         The folder. If it is there already and whole, it is left as it is. What lies further on is
         broken, or the run would have gone on from there: it is set aside as ``.broken-<nimg>``.
+
+    Raises:
+        OSError: the disk is full or cannot be written; nothing half-written stays.
     """
     final = parent / f"{nimg:09d}"
     for folder in _folders(parent):
@@ -69,16 +85,19 @@ def save_checkpoint(
     temporary = parent / f"{TEMPORARY}{nimg:09d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    hashes = {}
-    for name, items in tensors.items():
-        path = temporary / f"{name}.safetensors"
-        # clones: safetensors refuses tensors that share memory, and views of larger storage
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in items.items()}, path)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-        hashes[path.name] = sha256_file(path)
-    write_json(temporary / STATE, state | {"files": hashes})
-    sync_folder(temporary)
+    try:
+        hashes = {}
+        for name, items in tensors.items():
+            path = temporary / f"{name}.safetensors"
+            save_file(items, path)
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+            hashes[path.name] = sha256_file(path)
+        write_json(temporary / STATE, state | {"files": hashes})
+        sync_folder(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     temporary.rename(final)
     sync_folder(parent)
     return final
@@ -125,7 +144,8 @@ def stage_checkpoint(config: Config, stage: StageConfig) -> Checkpoint | None:
     """The newest complete checkpoint of a stage, the same one on every rank."""
     parent = stage_folder(config, stage) / "checkpoints"
     # rank 0 alone verifies hashes: the others read what it chose
-    found = newest_checkpoint(parent) if dist.is_main() else None
+    with dist.main_section() as mine:
+        found = newest_checkpoint(parent) if mine else None
     name = dist.broadcast_object(found.folder.name if found else None)
     if name is None:
         return None

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dinogen import dist
-from dinogen.config import Config, ConfigError, StageConfig
-from dinogen.families.base import family_class
-from dinogen.training.checkpoint import Checkpoint, stage_checkpoint
+from dinogen import __version__, dist
+from dinogen.config import Config, ConfigError, StageConfig, parse_config
+from dinogen.families.base import family_class, resolve
+from dinogen.training.checkpoint import STATE, Checkpoint, stage_checkpoint
+from dinogen.training.stages import find_stage
 from shards.dataset import Dataset, open_dataset
 
-_MISSING = object()
+# What may differ from one part of a run to the next: places, lengths, what is logged and kept, and
+# what alters a step by rounding at most. Guide and data are compared by the hashes of what they hold.
+MAY_CHANGE: dict[str, Any] = {
+    "run": True,
+    "prepare": True,
+    "checkpoint": True,
+    "log": True,
+    "cluster": True,
+    "stages": True,  # all but the one at hand, which is compared without its length
+    "guide": {"path", "revision"},
+    "data": {"path", "num_threads", "cache_dir", "cache_gb"},
+    "engine": {"name", "zero", "precision", "micro_batch", "compile", "max_nonfinite"},
+}
 
 
 def check_run(config: Config, indices: list[int]) -> None:
@@ -58,43 +71,70 @@ def _check_stage(config: Config, stage: StageConfig, data: Dataset) -> None:
         )
 
 
+def past_config(then: dict[str, Any], source: Path | str, version: str) -> Config:
+    """The config in a checkpoint or an export, maybe by another dinogen, as today's schema reads it.
+
+    Keys that it lacks get today's defaults, for a new key's default has to leave what a run
+    computes as it was.
+
+    Args:
+        then: the config as it was saved.
+        source: what holds it, named in errors.
+        version: the dinogen that wrote it.
+
+    Raises:
+        ConfigError: naming a key that today's schema does not know, or a value that it refuses.
+    """
+    try:
+        return resolve(parse_config(then))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{source}: {error}\nit was written by dinogen {version}, this is {__version__}: "
+            "use the version that wrote it"
+        ) from None
+
+
+def checkpoint_config(checkpoint: Checkpoint) -> Config:
+    """What a checkpoint was trained with, as :func:`past_config` reads it."""
+    state = checkpoint.state
+    return past_config(state["config"], checkpoint.folder / STATE, state["versions"]["dinogen"])
+
+
 def check_same_run(
     checkpoint: Checkpoint, config: Config, stage: StageConfig, fingerprint: str
 ) -> None:
     """Refuse to go on from a checkpoint that another experiment wrote.
 
-    Lengths (kimg), logging, checkpoint rhythm, engine, precision and microbatch may change: they
-    alter what a step computes by rounding at most. Keys that the older config lacked count as equal
-    to today's.
+    All keys have to be what they were, but for :data:`MAY_CHANGE` and other stages.
+
+    Args:
+        checkpoint: of the stage.
+        config: today's.
+        stage: of ``config``.
+        fingerprint: of today's data.
 
     Raises:
-        ConfigError: naming the first key that contradicts.
+        ConfigError: naming the first key that contradicts, or that is not known any more.
     """
-    then, now = checkpoint.state["config"], config.model_dump(mode="json")
-    index = [s["resolution"] for s in now["stages"]].index(stage.resolution)
-    sizes = [s["resolution"] for s in then["stages"]]
-    pairs: list[tuple[str, Any, Any]] = [
-        (name, then.get(name, _MISSING), now[name]) for name in ("seed", "family", "optim", "ema")
-    ]
-    old_stage = then["stages"][sizes.index(stage.resolution)]
-    pairs += [
-        (f"stages.{index}.{key}", old_stage.get(key, _MISSING), now["stages"][index][key])
-        for key in ("fade_kimg", "batch", "lr")
-    ]
-    pairs += [
-        (f"data.{key}", then["data"].get(key, _MISSING), now["data"][key])
-        for key in ("split", "num_lanes", "window_shards", "on_error")
-    ]
-    pairs += [
-        (f"{section}.{key}", then[section].get(key, _MISSING), now[section][key])
-        for section, key in (("guide", "name"), ("guide", "layer"), ("engine", "clip_grad_norm"))
-    ]
-    for key, old, new in _leaves(pairs):
-        if old is not _MISSING and old != new:
+    resolution = stage.resolution
+    then = _leaves(_compared(checkpoint_config(checkpoint), config, resolution))
+    now = _leaves(_compared(resolve(config), config, resolution))
+    for key in then | now:
+        old, new = then.get(key, "nothing"), now.get(key, "nothing")
+        if old != new:
             raise ConfigError(
                 f"{key}: the checkpoint {checkpoint.folder} was trained with {old}, the config "
                 f"says {new}: put it back, or give run: another folder"
             )
+    check_same_data(checkpoint, config, fingerprint)
+
+
+def check_same_data(checkpoint: Checkpoint, config: Config, fingerprint: str) -> None:
+    """Refuse other shards than a checkpoint was trained on.
+
+    Raises:
+        ConfigError: naming ``data.path``.
+    """
     if checkpoint.state["data"] != fingerprint:
         raise ConfigError(
             f"data.path: {config.data.path} holds other shards than the checkpoint "
@@ -108,12 +148,20 @@ def data_fingerprint(data: Dataset) -> str:
     return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
 
-def _leaves(pairs: list[tuple[str, Any, Any]]) -> Iterator[tuple[str, Any, Any]]:
-    """Single values of nested sections."""
-    for key, old, new in pairs:
-        if isinstance(new, dict) and isinstance(old, dict):
-            names = sorted(set(old) | set(new))
-            inner = [(f"{key}.{n}", old.get(n, _MISSING), new.get(n)) for n in names]
-            yield from _leaves(inner)
+def _compared(config: Config, today: Config, resolution: int) -> dict[str, Any]:
+    """The sections that matter to one stage, whose place in the list is today's."""
+    dumped = config.model_dump(mode="json", exclude=MAY_CHANGE)
+    stage = config.stages[find_stage(config, resolution)]
+    dumped["stages"] = {find_stage(today, resolution): stage.model_dump(exclude={"kimg"})}
+    return dumped
+
+
+def _leaves(section: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Single values of nested sections by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            found |= _leaves(value, f"{prefix}{key}.")
         else:
-            yield key, old, new
+            found[f"{prefix}{key}"] = value
+    return found

@@ -14,6 +14,7 @@ from dinogen.families.base import resolve
 from dinogen.files import write_text
 from dinogen.report.page import write_page
 from dinogen.report.stats import read_stats
+from dinogen.takedown import takedown
 from dinogen.training.artifacts import finish_stage
 from dinogen.training.checkpoint import stage_checkpoint
 from dinogen.training.lock import run_lock
@@ -47,16 +48,17 @@ def train(config: Config, resolution: int | None = None) -> list[dict[str, Any]]
     indices = (
         list(range(len(config.stages))) if resolution is None else [find_stage(config, resolution)]
     )
-    with run_lock(config.run), StopFlag() as stop:
+    with takedown(), run_lock(config.run), StopFlag() as stop:
         check_run(config, indices)
         if dist.is_main():
             write_text(config.run / "config.yaml", dump_config(config))
         results = []
         for index in indices:
             results.append(_train_stage(config, index, stop))
-            if dist.is_main():
-                # Also for a stage passed over: a kill may have come before its page was written.
-                log.info("page: %s", write_page(config.run))
+            with dist.main_section() as mine:
+                if mine:
+                    # Also for a stage passed over: a kill may have come before its page was written
+                    log.info("page: %s", write_page(config.run))
             if index != indices[-1] and stop.agreed():
                 raise stop.error(f"after stage {config.stages[index].resolution}")
         return results
@@ -73,12 +75,13 @@ def _train_stage(config: Config, index: int, stop: StopFlag) -> dict[str, Any]:
     if not state.finished:
         Trainer(state, stop).run()
     result = None
-    if dist.is_main():
-        try:
-            lines = read_stats(state.folder / "stats.jsonl")
-        except UserError as error:
-            raise ConfigError(f"{error}") from None
-        result = finish_stage(state, lines[-1])
+    with dist.main_section() as mine:
+        if mine:
+            try:
+                lines = read_stats(state.folder / "stats.jsonl")
+            except UserError as error:
+                raise ConfigError(f"{error}") from None
+            result = finish_stage(state, lines[-1])
     written: dict[str, Any] = dist.broadcast_object(result)
     return written
 

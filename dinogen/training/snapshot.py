@@ -1,24 +1,31 @@
-"""Reads what a run has learnt, to make pictures from it."""
+"""Reads what a run has learnt: the averaged networks of one checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from dinogen import dist
-from dinogen.config import Config, ConfigError, load_config
+from dinogen.config import Config, ConfigError, StageConfig, load_config
 from dinogen.families.base import Family, family_class
-from dinogen.training.checkpoint import newest_checkpoint, stage_folder
+from dinogen.training.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    stage_checkpoint,
+    stage_folder,
+)
 from dinogen.training.ema import Ema
+from dinogen.training.preflight import checkpoint_config
 from dinogen.training.stages import StagePlan, find_stage
 from dinogen.training.state import file_mark, sample_in_parts
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Averaged networks of one stage, ready to sample.
+    """Averaged networks of one checkpoint, ready to sample.
 
     Attributes:
         resolution: side of its pictures.
@@ -26,6 +33,8 @@ class Snapshot:
         family: knows how to sample.
         ema: the averaged networks.
         mark: ``.random-guide`` if the guide was random, else empty; part of file names.
+        plan: how far the stage is faded in, and when.
+        checkpoint: what it was read from.
     """
 
     resolution: int
@@ -33,6 +42,8 @@ class Snapshot:
     family: Family
     ema: Ema
     mark: str
+    plan: StagePlan
+    checkpoint: Checkpoint
 
     def sample(self, num: int, seed: int) -> Tensor:
         """Pictures 0 to ``num - 1`` under ``seed``, (N, 3, R, R) in [-1, 1] on the CPU.
@@ -42,39 +53,74 @@ class Snapshot:
         return sample_in_parts(self.family, self.ema.networks, num, seed, part=1)
 
 
-def load_snapshot(run: Path, resolution: int | None = None) -> Snapshot:
-    """The newest checkpoint of a stage; by default of the largest stage that has one.
+def load_snapshot(run: Path, resolution: int | None = None, nimg: int | None = None) -> Snapshot:
+    """A checkpoint of a run: by default the newest of the largest stage that has one.
+
+    Every rank has to call it, and gets the same one.
 
     Args:
         run: folder of the run.
         resolution: which stage.
+        nimg: which checkpoint, by the images that the run had been shown.
 
     Raises:
-        ConfigError: ``run`` is no run, or the stage has no checkpoint.
+        ConfigError: ``run`` is no run, there is no such checkpoint, or it is of a dinogen whose
+            config this one does not know.
     """
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: no run here (config.yaml is missing): give the folder of a run")
-    config = load_config(run / "config.yaml").model_copy(update={"run": run})
+    today = load_config(run / "config.yaml").model_copy(update={"run": run})
     if resolution is None:
-        stages = config.stages[::-1]
+        stages = today.stages[::-1]
     else:
-        stages = (config.stages[find_stage(config, resolution)],)
-    for stage in stages:
-        checkpoint = newest_checkpoint(stage_folder(config, stage) / "checkpoints")
-        if checkpoint is not None:
-            break
+        stages = (today.stages[find_stage(today, resolution)],)
+    if nimg is None:
+        found = ((stage, stage_checkpoint(today, stage)) for stage in stages)
     else:
-        names = " or ".join(f"{s.resolution}x{s.resolution}" for s in stages)
-        raise ConfigError(f"{run}: no complete checkpoint of stage {names}: train it first")
-    device = dist.device()
-    # the checkpoint's own config: the file beside the run may have been edited since
-    config = Config.model_validate(checkpoint.state["config"])
+        found = ((stage, _checkpoint_at(today, stage, nimg)) for stage in stages)
+    stage, checkpoint = next(((s, c) for s, c in found if c), (None, None))
+    if stage is None or checkpoint is None:
+        raise ConfigError(_nothing(today, stages, nimg))
+    # the checkpoint's own config: the file beside the run may have been edited since; but that
+    # file knows where data and guide lie now, and what they hold is compared where they are read
+    config = checkpoint_config(checkpoint)
+    config = config.model_copy(update={"run": run, "data": today.data, "guide": today.guide})
     stage = config.stages[find_stage(config, stage.resolution)]
-    family = family_class(config.family.name)(config, stage, device)
+    family = family_class(config.family.name)(config, stage, dist.device())
     ema = Ema({name: family.networks[name] for name in family.ema_networks}, config.ema)
     for name, network in ema.networks.items():
         network.load_state_dict(checkpoint.tensors(f"{name}.ema"))
-    nimg = checkpoint.state["progress"]["nimg"]
+    progress = checkpoint.state["progress"]
     plan = StagePlan(stage, checkpoint.state["start"])
-    family.set_fade(ema.networks, plan.alpha(nimg), plan.fading(nimg))
-    return Snapshot(stage.resolution, nimg, family, ema, file_mark(checkpoint.state["facts"]))
+    family.set_fade(ema.networks, plan.alpha(progress["nimg"]), plan.fading(progress["nimg"]))
+    mark = file_mark(checkpoint.state["facts"])
+    return Snapshot(stage.resolution, progress["nimg"], family, ema, mark, plan, checkpoint)
+
+
+def _checkpoint_at(config: Config, stage: StageConfig, nimg: int) -> Checkpoint | None:
+    """The stage's checkpoint at ``nimg``, None if there is none.
+
+    Raises:
+        ConfigError: it is broken.
+    """
+    folder = stage_folder(config, stage) / "checkpoints" / f"{nimg:09d}"
+    if not folder.is_dir():
+        return None
+    try:
+        return load_checkpoint(folder)
+    except ValueError as error:
+        raise ConfigError(f"{error}: take another checkpoint") from None
+
+
+def _nothing(config: Config, stages: Sequence[StageConfig], nimg: int | None) -> str:
+    """What to say when no checkpoint fits."""
+    names = " or ".join(f"{s.resolution}x{s.resolution}" for s in stages)
+    lists = []
+    for stage in reversed(stages):
+        parent = stage_folder(config, stage) / "checkpoints"
+        kept = sorted(int(p.name) for p in parent.glob("*") if p.name.isdigit())
+        if kept:
+            lists.append(f"{stage.resolution}x{stage.resolution}: {', '.join(map(str, kept))}")
+    if nimg is None or not lists:
+        return f"{config.run}: no complete checkpoint of stage {names}: train it first"
+    return f"{config.run}: no checkpoint at {nimg} images; there are {'; '.join(lists)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from dinogen.config import Config, ConfigError
 from dinogen.families.base import Family, Verdict, family_class
 from dinogen.training.checkpoint import (
     Checkpoint,
+    on_host,
     prune,
     save_checkpoint,
     stage_checkpoint,
@@ -153,11 +155,18 @@ class StageState:
         """The family's judgement of its samples."""
         return self.family.probe(self.ema.networks, self.progress.loss)
 
-    def save(self, logger_state: dict[str, Any]) -> None:
-        """Write a checkpoint and delete those that need not stay; rank 0 only."""
+    def capture(self, logger_state: dict[str, Any]) -> Callable[[], None] | None:
+        """Copy all that a checkpoint holds to host memory; every rank has to call it.
+
+        Returns:
+            What writes it and deletes the checkpoints that need not stay; None but on rank 0.
+        """
+        optimizers, rest = self.engine.state()
+        if not dist.is_main():
+            return None
         tensors = {name: net.state_dict() for name, net in self.family.networks.items()}
         tensors |= {f"{name}.ema": net.state_dict() for name, net in self.ema.networks.items()}
-        tensors["optim"], rest = self.engine.state()
+        tensors = on_host(tensors | {"optim": optimizers})
         every = self.config.checkpoint.keep_every_kimg
         nimg = self.progress.nimg
         state = {
@@ -171,10 +180,14 @@ class StageState:
             "versions": versions(),
             "facts": self.family.describe(),
         }
-        parent = self.folder / "checkpoints"
-        save_checkpoint(parent, nimg, tensors, state)
         self.last_saved = nimg
-        prune(parent, self.config.checkpoint.keep_last)
+        parent, keep_last = self.folder / "checkpoints", self.config.checkpoint.keep_last
+
+        def write() -> None:
+            save_checkpoint(parent, nimg, tensors, state)
+            prune(parent, keep_last)
+
+        return write
 
     def _resume(self) -> None:
         """Take over the newest checkpoint of this stage, if there is one."""

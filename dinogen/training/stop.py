@@ -16,6 +16,7 @@ class Stopped(UserError):
     """The run was asked to stop; everything up to now is saved."""
 
     exit_code = EXIT_STOPPED
+    agreed = True
 
 
 class StopFlag:

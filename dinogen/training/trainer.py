@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -16,8 +14,10 @@ from dinogen.config import Config
 from dinogen.errors import UserError
 from dinogen.families.base import Batch, Verdict
 from dinogen.training.artifacts import save_samples
+from dinogen.training.batches import num_micros, split
 from dinogen.training.console import ProgressLine
 from dinogen.training.logger import Logger
+from dinogen.training.saver import Saver
 from dinogen.training.stages import due
 from dinogen.training.state import StageState
 from dinogen.training.stop import StopFlag
@@ -39,6 +39,7 @@ class Window:
     began: float
     images: int = 0
     waited: float = 0.0
+    saving: float = 0.0
 
 
 class Trainer:
@@ -55,9 +56,13 @@ class Trainer:
         self.family, self.engine, self.progress = state.family, state.engine, state.progress
         self.plan, self.stage = state.plan, state.plan.stage
         self.headline = self.family.phases[-1].name
+        self.num_micros = num_micros(
+            self.stage.batch, dist.world_size(), self.config.engine.micro_batch
+        )
         self.logger = Logger(
             state.folder if dist.is_main() else None, self.stage.resolution, self.engine.device
         )
+        self.saver = Saver()
         self.stop = stop
         self.num_nonfinite: dict[str, int] = {}
         self.fading: bool | None = None
@@ -69,6 +74,7 @@ class Trainer:
         Raises:
             Stopped: a signal asked for it; a checkpoint was saved.
             TrainingError: too many updates in a row were not finite.
+            SaveError: a checkpoint could not be written.
         """
         progress = self.progress
         self.logger.start(progress.nimg, self.state.logger_state)
@@ -108,13 +114,17 @@ class Trainer:
                     self._prepare_engine()
                     self.train_step(batch)
                     self._after_step(line)
+                    self.saver.check()
                     if self.stop.agreed():
                         if self._unsound:
                             raise self._blown_up("stopped while updates were not finite,")
                         self.save()
+                        self._saved()
                         raise self.stop.error(f"at {progress.nimg} images")
+                self._saved()
         finally:
             line.close()
+            self.saver.close()
             self.logger.close()
 
     @property
@@ -124,13 +134,13 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> None:
         """All due phases on one global batch, of which this rank holds its part."""
-        micros = list(split(batch, self.config.engine.micro_batch, self.engine.device))
+        micros = split(batch, self.num_micros, self.engine.device)
         for phase in self.family.phases:
             if not phase.due(self.progress.step):
                 continue
-            for i, micro in enumerate(micros):
+            for i, (micro, num_samples) in enumerate(micros):
                 losses, report = self.engine.losses(phase, micro, last=i == len(micros) - 1)
-                weight = len(micro["key"]) / self.stage.batch
+                weight = num_samples / self.stage.batch
                 self.engine.backward(phase, losses, weight)
                 self.logger.add(losses | report, weight, f"{phase.name}/")
                 if phase.name == self.headline:
@@ -147,16 +157,29 @@ class Trainer:
         self.state.ema.update(self.stage.batch, self.progress.nimg - self.plan.start)
 
     def save(self) -> None:
-        """Write a checkpoint, unless the weights have blown up; every rank has to call it."""
+        """Begin a checkpoint, unless the weights have blown up; every rank has to call it.
+
+        Training goes on while a thread of rank 0 writes it.
+        """
         if self._unsound:
             log.warning("at %d images: not saved, for the updates are not finite", self.now)
             return
+        before = time.monotonic()
         self._count()
-        logger_state = self.logger.state()
-        if dist.is_main():
-            self.logger.sync()
-            self.state.save(logger_state)
-        dist.barrier()
+        write = self.state.capture(self.logger.state())
+        if write is not None:
+
+            def synced() -> None:
+                self.logger.sync()
+                write()
+
+            self.saver.submit(self.state.folder / "checkpoints", synced)
+        self.window.saving += time.monotonic() - before
+
+    def _saved(self) -> None:
+        """Wait until the checkpoint on its way is on disk; every rank has to call it."""
+        with dist.main_section():
+            self.saver.wait()
 
     @property
     def _unsound(self) -> bool:
@@ -205,9 +228,11 @@ class Trainer:
         probe = last or due(passed, now, every.probe_kimg)
         if probe or due(passed, now, every.every_kimg):
             self._log(line, probe)
-        if dist.is_main() and (last or due(passed, now, every.samples_kimg)):
-            path = self.state.folder / "samples" / f"{now:09d}.png"
-            self.logger.write_image("samples", save_samples(self.state, path), now)
+        if last or due(passed, now, every.samples_kimg):
+            with dist.main_section() as mine:
+                if mine:
+                    path = self.state.folder / "samples" / f"{now:09d}.png"
+                    self.logger.write_image("samples", save_samples(self.state, path), now)
         if last or due(passed, now, self.config.checkpoint.every_kimg):
             self.save()
 
@@ -223,14 +248,17 @@ class Trainer:
             "alpha": self.plan.alpha(self.progress.nimg - self.stage.batch),
             "images_per_s": window.images / elapsed,
             "data_wait": window.waited / elapsed,
+            "save_share": window.saving / elapsed,
             "num_skipped": self.progress.num_skipped,
         }
         if self.engine.device.type == "cuda":
             values["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-        if probe and dist.is_main():
-            verdict = self.state.probe()
-            values |= verdict.scalars
-            self._warn(verdict)
+        if probe:
+            with dist.main_section() as mine:
+                if mine:
+                    verdict = self.state.probe()
+                    values |= verdict.scalars
+                    self._warn(verdict)
         self.logger.write(self.progress.nimg, values)
         line.update(self.progress.nimg, values)
         self.window = Window(time.monotonic())
@@ -251,26 +279,3 @@ class Trainer:
                 self.logger.write_text("warnings", warning, self.progress.nimg)
         self.progress.verdict = verdict.verdict
         self.progress.warnings = list(verdict.warnings)
-
-
-def split(batch: Batch, micro_batch: int | None, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Cut a rank's batch into microbatches on the device; ``position`` stays on the CPU.
-
-    Args:
-        batch: as the stream gives it.
-        micro_batch: most samples in one part; None gives the batch whole.
-        device: where tensors go.
-    """
-    size = len(batch["key"])
-    step = micro_batch or size
-    for first in range(0, size, step):
-        part = slice(first, first + step)
-        micro: dict[str, Any] = {}
-        for name, value in batch.items():
-            if name == "pyramid":
-                micro[name] = {g: v[part].to(device, non_blocking=True) for g, v in value.items()}
-            elif isinstance(value, torch.Tensor) and name != "position":
-                micro[name] = value[part].to(device, non_blocking=True)
-            else:
-                micro[name] = value[part]
-        yield micro

@@ -6,13 +6,20 @@ import pytest
 import torch
 
 from dinogen.training import checkpoint as module
-from dinogen.training.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
+from dinogen.training.checkpoint import (
+    load_checkpoint,
+    newest_checkpoint,
+    on_host,
+    prune,
+    save_checkpoint,
+)
 
 
 def save(parent, nimg, **state):
     torch.manual_seed(nimg)
     weights = torch.randn(5, 3)
-    return save_checkpoint(parent, nimg, {"G": {"a": weights, "a_view": weights[1:]}}, state)
+    tensors = on_host({"G": {"a": weights, "a_view": weights[1:]}})
+    return save_checkpoint(parent, nimg, tensors, state)
 
 
 def test_it_comes_back_bit_for_bit(tmp_path):

@@ -1,0 +1,112 @@
+"""One rank's failure ends all ranks within seconds, with its message.
+
+Otherwise the others wait for it in a collective until that times out, half an hour later, and the
+last thing in the log is the time-out instead of the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dinogen import dist
+from dinogen.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_EVERY = 0.3  # seconds between two looks
+_GRACE = 3.0  # seconds that a rank has to end by itself, once another one failed
+
+
+@contextmanager
+def takedown() -> Iterator[None]:
+    """Context of all that ranks do together; does nothing for one process alone.
+
+    The rank that fails first keeps its exception and says what happened. The others end with the
+    same exit code: by their own exception, such as a broken connection, or by force.
+
+    Raises:
+        dist.DistError: another rank is gone without a word: killed, or its node died.
+        SystemExit: another rank failed before this one.
+    """
+    store = dist.control_store()
+    if store is None:
+        yield
+        return
+    watcher = _Watcher(store)
+    watcher.start()
+    try:
+        yield
+    except UserError as error:
+        if not error.agreed:
+            watcher.report(str(error), error.exit_code)
+        raise
+    except Exception as error:
+        if not dist.lost_connection(error):
+            watcher.report(f"{type(error).__name__}: {error}", 1)
+            raise
+        text = "the connection to another rank is lost: it was killed, or its node died"
+        watcher.report(text, 1)
+        raise dist.DistError(
+            f"{text}; the same command goes on from the last checkpoint ({error})"
+        ) from error
+    finally:
+        watcher.stop()
+
+
+class _Watcher(threading.Thread):
+    """Looks whether another rank has failed, and ends this process if it does not end itself."""
+
+    def __init__(self, store: Any) -> None:
+        super().__init__(name="takedown", daemon=True)
+        self.store = store
+        self.done = threading.Event()
+
+    def report(self, text: str, code: int) -> None:
+        """Tell the others that this rank fails.
+
+        Raises:
+            SystemExit: another one was first, and has said why.
+        """
+        mine = json.dumps({"rank": dist.rank(), "text": text, "code": code})
+        try:
+            first = self.store.compare_set("failed", "", mine).decode()
+        except RuntimeError:  # the store went down with its rank
+            return
+        if first != mine:
+            self._tell(json.loads(first))
+            raise SystemExit(json.loads(first)["code"])
+
+    def run(self) -> None:
+        """Look until :meth:`stop`."""
+        while not self.done.wait(_EVERY):
+            try:
+                if not self.store.check(["failed"]):
+                    continue
+                failure = json.loads(self.store.get("failed"))
+            except RuntimeError:
+                return  # its host is gone: torchrun or the connections will tell
+            if failure["rank"] == dist.rank() or self.done.wait(_GRACE):
+                return
+            self._tell(failure)
+            sys.stderr.flush()
+            os._exit(failure["code"])
+
+    def stop(self) -> None:
+        """This process ends by itself."""
+        self.done.set()
+
+    def _tell(self, failure: dict[str, Any]) -> None:
+        if dist.local_rank() == 0:
+            log.error(
+                "rank %d ends, because rank %d failed: %s",
+                dist.rank(),
+                failure["rank"],
+                failure["text"],
+            )
