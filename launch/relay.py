@@ -1,0 +1,95 @@
+"""Hands signals that ask for a stop on to worker processes, as soon as these can take them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+_EVERY = 0.2  # seconds between two looks for workers that can take the signal
+
+
+class Relay:
+    """Signal handlers of a launcher whose workers save and leave when they are asked to.
+
+    USR1 is kept until there are workers that catch it, and given to those that come later too: a
+    worker that is only starting would die of it. TERM and INT are handed on as TERM if every
+    worker catches it; otherwise nothing is there to be saved, and ``end`` is called. So it is at
+    the second of them.
+
+    Args:
+        workers: process ids of the workers that are there now.
+        end: ends the launcher and its workers; called in the main thread with the signal.
+    """
+
+    def __init__(
+        self, workers: Callable[[], list[int]], end: Callable[[signal.Signals], None]
+    ) -> None:
+        self.stopping = False
+        self._workers = workers
+        self._end = end
+        self._wanted: set[signal.Signals] = set()
+        self._given: set[tuple[int, signal.Signals]] = set()
+        self._thread: threading.Thread | None = None
+
+    def install(self) -> None:
+        """Take over USR1, TERM and INT; main thread only."""
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGUSR1:
+            # A second one is meant; and a worker that does not catch it has nothing to save.
+            workers = self._workers()
+            ready = bool(workers) and all(catches(pid, signal.SIGTERM) for pid in workers)
+            if signal.SIGTERM in self._wanted or not ready:
+                self._end(signal.Signals(number))
+                return
+        self.stopping = True
+        # Python catches INT from its first moment on, so only TERM tells who is ready to save.
+        self._wanted.add(signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._give, name="relay", daemon=True)
+            self._thread.start()
+
+    def _give(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(_EVERY):
+            for pid in self._workers():
+                for number in tuple(self._wanted):
+                    if (pid, number) not in self._given and catches(pid, number):
+                        self._given.add((pid, number))
+                        _kill(pid, number)
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of the children of a process; none if it is gone."""
+    import psutil
+
+    try:
+        return [child.pid for child in psutil.Process(pid).children()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal; systems without /proc are taken to have."""
+    status = Path(f"/proc/{pid}/status")
+    try:
+        lines = status.read_text().splitlines()
+    except FileNotFoundError:
+        return not Path("/proc/self").exists()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def _kill(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return  # it was on its way out

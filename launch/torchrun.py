@@ -1,0 +1,52 @@
+"""torchrun that hands signals on: asked to stop, its workers save and it ends with code 75.
+
+``python -m launch.torchrun`` takes what torchrun takes. torchrun itself dies of USR1, by which
+SLURM tells that the time is nearly up, and gives its workers 30 s after a TERM.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from launch.relay import Relay, children
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run torchrun in this process.
+
+    Raises:
+        SystemExit: 75 if the workers were asked to stop and ended well, 128 + signal if they were
+            ended before they could save, 1 if a worker failed.
+    """
+    relay = Relay(workers=lambda: children(os.getpid()), end=_end)
+    relay.install()  # before the seconds that importing torch takes
+    # Restarts with gloo hang now and then if the agent's store is shared under --standalone.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.run import main as torchrun
+
+    from dinogen.training.stop import EXIT_STOPPED
+
+    given = sys.argv[1:] if args is None else args
+    try:
+        torchrun(["--signals-to-handle", "SIGHUP,SIGQUIT", *given])
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None
+    if relay.stopping:
+        raise SystemExit(EXIT_STOPPED)
+
+
+def _end(number: signal.Signals) -> None:
+    """End as torchrun does: TERM to the workers, KILL after 30 s."""
+    api = sys.modules.get("torch.distributed.elastic.multiprocessing.api")
+    error = getattr(api, "SignalException", None)
+    if error is None:  # torch is still being imported
+        raise SystemExit(128 + number)
+    raise error(f"ended by {number.name}", sigval=number)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+# What the scripts of this folder share: the site's environment, srun, and a word before the end.
+# shellcheck shell=bash
+#
+# The site and `dinogen launch` may set, before or in the file that DINOGEN_SETUP names:
+#   DINOGEN_SETUP      a file that is sourced here: module load, variables, ...
+#   DINOGEN_PYTHON     the interpreter; else that of .venv beside this folder, else python
+#   DINOGEN_CONTAINER  words put before it, such as: apptainer exec --nv dinogen.sif
+#   DINOGEN_PROCESSES  processes per node; else as many as the job has GPUs on a node, else 1
+#   DINOGEN_RESTARTS   how often torchrun starts its workers again after a failure (3)
+#   DINOGEN_MIN_NODES  go on with so many nodes when others are lost; else all are needed
+
+# ---- the site: modules ---------------------------------------------------------------------------
+# module load cuda
+# ---- the site: container -------------------------------------------------------------------------
+# DINOGEN_CONTAINER="apptainer exec --nv --bind /scratch $HOME/dinogen.sif"
+# ---- the site: network ---------------------------------------------------------------------------
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+# --------------------------------------------------------------------------------------------------
+
+if [[ -n ${DINOGEN_SETUP:-} ]]; then
+    # shellcheck source=/dev/null
+    . "$DINOGEN_SETUP"
+fi
+if [[ -z ${DINOGEN_PYTHON:-} ]]; then
+    DINOGEN_PYTHON=$DINOGEN_SLURM/../.venv/bin/python
+    [[ -x $DINOGEN_PYTHON ]] || DINOGEN_PYTHON=python
+fi
+
+processes=${DINOGEN_PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
+((processes > 0)) || processes=1
+cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
+# More threads than cores only spin.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > processes ? cpus / processes : 1))}
+# srun has forgotten it since Slurm 22.05.
+export SRUN_CPUS_PER_TASK=$cpus
+
+# dinogen_on_one ARGS...: `dinogen ARGS` as one process.
+dinogen_on_one() {
+    # shellcheck disable=SC2086  # a command of several words
+    srun --nodes=1 --ntasks=1 ${DINOGEN_CONTAINER:-} "$DINOGEN_PYTHON" -m launch.cli "$@"
+}
+
+# dinogen_on_all ARGS...: `dinogen ARGS` under torchrun, on all nodes and GPUs of the job.
+dinogen_on_all() {
+    local nodes=$SLURM_JOB_NUM_NODES first lost_nodes=()
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    if ((${DINOGEN_MIN_NODES:-$nodes} < nodes)); then
+        nodes=$DINOGEN_MIN_NODES:$nodes
+        lost_nodes=(--no-kill --wait=0)
+    else
+        lost_nodes=(--wait=60) # one torchrun gone: the others would wait for it for 10 minutes
+    fi
+    # One agent per node; -m launch.torchrun is torchrun that hands USR1 on to its workers.
+    # shellcheck disable=SC2086
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${lost_nodes[@]}" \
+        ${DINOGEN_CONTAINER:-} "$DINOGEN_PYTHON" -m launch.torchrun \
+        --nnodes="$nodes" --nproc-per-node="$processes" \
+        --max-restarts="${DINOGEN_RESTARTS:-3}" \
+        --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-backend=c10d \
+        --rdzv-endpoint="$first:$(free_port)" --rdzv-conf=last_call_timeout=5 \
+        -m launch.cli "$@"
+}
+
+# A port of the first node, where the batch script runs. It hangs on the job's number, so that jobs
+# on one node do not meet, and stays below the ports that the kernel gives to clients.
+free_port() {
+    local port=$((20000 + SLURM_JOB_ID % 10000))
+    while (: <"/dev/tcp/$(hostname)/$port") 2>/dev/null; do port=$((port < 29999 ? port + 1 : 20000)); done
+    echo $port
+}
+
+# resumable COMMAND ARGS...: run it; asked to stop, let it save, and put the job back into the queue.
+#
+# SLURM sends USR1 to this script alone (--signal=B:USR1@...): srun hands it on to its tasks. TERM
+# comes with scancel and preemption. CONT is not trapped: bash would lose USR1 for it.
+resumable() {
+    local code=0 stopped=""
+    "$@" &
+    local pid=$!
+    trap 'stopped=USR1; echo "USR1: saving"; kill -USR1 "$pid"' USR1
+    trap 'stopped=TERM; echo "TERM: saving"; kill -TERM "$pid"' TERM
+    while true; do
+        code=0
+        wait "$pid" || code=$?
+        kill -0 "$pid" 2>/dev/null || break # a trap ends wait as well
+    done
+    # 75: asked to stop, saved. 0 after a signal: the same, or it was finished just before.
+    if [[ $code -eq 75 || ($code -eq 0 && -n $stopped) ]]; then
+        # A job that scancel ends is COMPLETING by now and stays away.
+        if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
+            echo "saved: job $SLURM_JOB_ID goes back into the queue"
+            scontrol requeue "$SLURM_JOB_ID"
+        fi
+    fi
+    return "$code"
+}
