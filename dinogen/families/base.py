@@ -98,7 +98,7 @@ class Family(ABC):
 
     @property
     def ema_networks(self) -> tuple[str, ...]:
-        """Names of the networks whose moving average is kept and sampled."""
+        """Networks whose moving average is kept and sampled; the first is what is exported."""
         return ("G",)
 
     @abstractmethod
@@ -112,6 +112,10 @@ class Family(ABC):
     @abstractmethod
     def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
         """Pictures (N, 3, R, R) in [-1, 1] of sample numbers ``indices`` (N,) under ``seed``."""
+
+    def arguments(self, network: str) -> dict[str, Any]:
+        """What the network's class is called with, JSON-ready, to rebuild it elsewhere."""
+        return {}
 
     def new_parameters(self, network: str) -> set[str]:
         """Names of the parameters that the stage before did not have."""
@@ -141,6 +145,19 @@ class Family(ABC):
             loss: mean headline loss since the last log line, None before the first.
         """
         return Verdict()
+
+    def held_out(self, networks: Networks, batch: Batch) -> Scalars:
+        """Measure the moving averages on samples that nothing was learnt from.
+
+        Args:
+            networks: the moving averages.
+            batch: what ``inputs`` says, of any size; ``position`` is each sample's number in its
+                split, for draws with a purpose of their own.
+
+        Returns:
+            Means over the batch, the same names each time; empty if there is nothing to measure.
+        """
+        return {}
 
     def describe(self) -> dict[str, Any]:
         """Facts for results and pages (such as the guide), JSON-ready."""

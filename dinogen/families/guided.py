@@ -52,12 +52,7 @@ class Guided(Family):
     def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
         super().__init__(config, stage, device)
         self.options = self.Options(**config.family.options)
-        self.G = ProgressiveGenerator(
-            stage.resolution,
-            z_dim=self.options.z_dim,
-            channel_base=self.options.channel_base,
-            channel_max=self.options.channel_max,
-        ).to(device)
+        self.G = ProgressiveGenerator(**self.arguments("G")).to(device)
         if stage.resolution <= NATIVE_UP_TO:
             self.grids: tuple[int, ...] = (stage.resolution,)
             kind = self.options.pyramid
@@ -132,6 +127,15 @@ class Guided(Family):
         images: Tensor = networks["G"](z.to(self.device))
         return images
 
+    def arguments(self, network: str) -> dict[str, Any]:
+        """Of G."""
+        return {
+            "resolution": self.stage.resolution,
+            "z_dim": self.options.z_dim,
+            "channel_base": self.options.channel_base,
+            "channel_max": self.options.channel_max,
+        }
+
     def new_parameters(self, network: str) -> set[str]:
         """The block and ToRGB of the stage's resolution."""
         return self.G.new_parameters()
@@ -177,6 +181,10 @@ class Guided(Family):
             return Verdict(scalars, "COLLAPSING", (f"COLLAPSING: {share}",))
         return Verdict(scalars)
 
+    def held_out(self, networks: Networks, batch: Batch) -> Scalars:
+        """The objective against pyramids that were not trained on."""
+        return {"mse": self._mse(networks["G"], batch, "z/held-out")}
+
     def describe(self) -> dict[str, Any]:
         """Which guide taught the run."""
         if self.guide is None:
@@ -191,6 +199,8 @@ class Guided(Family):
         return pooled_pyramid(self.guide, images, self.grids)
 
     def _losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
-        z = draws.normal(self.config.seed, "z", batch["position"], (self.options.z_dim,))
-        generated = self._pyramid(self.G(z.to(self.device)))
-        return {"mse": pyramid_mse(generated, batch["pyramid"])}, {}
+        return {"mse": self._mse(self.G, batch, "z")}, {}
+
+    def _mse(self, G: nn.Module, batch: Batch, purpose: str) -> Tensor:
+        z = draws.normal(self.config.seed, purpose, batch["position"], (self.options.z_dim,))
+        return pyramid_mse(self._pyramid(G(z.to(self.device))), batch["pyramid"])

@@ -1,0 +1,139 @@
+"""One plain safetensors file of a run's generator, with all it takes to rebuild it; and back."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from dinogen import dist
+from dinogen.config import ConfigError
+from dinogen.families.base import family_class
+from dinogen.files import write_bytes
+from dinogen.training.checkpoint import on_host
+from dinogen.training.preflight import past_config
+from dinogen.training.snapshot import load_snapshot
+from dinogen.training.stages import find_stage
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+# The one key of the file's metadata: several would lie in another order each time, and the same
+# checkpoint would give other bytes.
+INFO = "dinogen"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        info: what its metadata holds, see :func:`export`.
+        num_parameters: of the generator.
+    """
+
+    path: Path
+    info: dict[str, Any]
+    num_parameters: int
+
+
+def export(
+    run: Path, path: Path, resolution: int | None = None, nimg: int | None = None
+) -> Exported:
+    """Write the moving average of a checkpoint's generator: the tensors of its state dict.
+
+    The metadata's key ``dinogen`` is JSON: ``random_guide`` first, ``network`` (its class, and the arguments to call it
+    with), ``resolution``, ``alpha`` and ``fading`` (how far the stage was faded in), ``nimg``,
+    ``family``, ``guide_label`` and ``guide``, the whole ``config``, and the ``versions`` that
+    trained it. The same checkpoint gives the same bytes.
+
+    Args:
+        run: folder of the run.
+        path: the file, ``*.safetensors``; one that is there is replaced.
+        resolution: which stage; the largest that has a checkpoint unless given.
+        nimg: which checkpoint; the newest unless given.
+
+    Raises:
+        ConfigError: no such checkpoint, or ``path`` is no name for such a file.
+    """
+    _check_name(path)
+    snapshot = load_snapshot(run, resolution, nimg)
+    family, state = snapshot.family, snapshot.checkpoint.state
+    name = family.ema_networks[0]
+    network = snapshot.ema.networks[name]
+    facts = state["facts"]
+    info = {
+        "random_guide": bool(facts.get("random_guide")),
+        "network": {
+            "name": name,
+            "class": f"{type(network).__module__}.{type(network).__qualname__}",
+            "arguments": family.arguments(name),
+        },
+        "resolution": snapshot.resolution,
+        "alpha": snapshot.plan.alpha(snapshot.nimg),
+        "fading": snapshot.plan.fading(snapshot.nimg),
+        "nimg": snapshot.nimg,
+        "family": family.config.family.name,
+        **facts,
+        "config": state["config"],
+        "versions": state["versions"],
+    }
+    tensors = on_host({name: network.state_dict()})[name]
+    write_bytes(path, save(tensors, {INFO: json.dumps(info, allow_nan=False)}))
+    if info["random_guide"]:
+        log.warning("RANDOM GUIDE: what %s holds was taught by random weights: a test only", path)
+    return Exported(path, info, sum(p.numel() for p in network.parameters()))
+
+
+def load_exported(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild the generator of an exported file, in eval mode and without gradients.
+
+    Returns:
+        The network on this process's device, and the file's info, see :func:`export`.
+
+    Raises:
+        ConfigError: no such file, not one of :func:`export`, or of a dinogen whose config this one
+            does not know.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        info: dict[str, Any] = json.loads(metadata[INFO])
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: cannot be read as safetensors: {error}") from None
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"{path}: no generator of dinogen (its metadata lacks {INFO!r}): give a file that "
+            "`dinogen export` wrote"
+        ) from None
+    config = past_config(info["config"], path, info["versions"]["dinogen"])
+    stage = config.stages[find_stage(config, info["resolution"])]
+    family = family_class(config.family.name)(config, stage, dist.device())
+    network = family.networks[info["network"]["name"]]
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: its tensors do not fit the network it names: {error}") from None
+    family.set_fade({info["network"]["name"]: network}, info["alpha"], info["fading"])
+    return network.eval().requires_grad_(False), info
+
+
+def _check_name(path: Path) -> None:
+    """Refuse what cannot be meant as the file's name.
+
+    Raises:
+        ConfigError: naming a path that can be.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a file, such as {path / 'G'}{SUFFIX}")
+    if path.suffix != SUFFIX:
+        raise ConfigError(f"{path} does not end in {SUFFIX}: name it {path}{SUFFIX}")
