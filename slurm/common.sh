@@ -34,13 +34,14 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > processes ? cpus / processes
 # srun has forgotten it since Slurm 22.05.
 export SRUN_CPUS_PER_TASK=$cpus
 
-# dinogen_on_one ARGS...: `dinogen ARGS` as one process.
+# dinogen_on_one ARGS...: `dinogen ARGS` as one process, in the place of this shell.
 dinogen_on_one() {
     # shellcheck disable=SC2086  # a command of several words
-    srun --nodes=1 --ntasks=1 ${DINOGEN_CONTAINER:-} "$DINOGEN_PYTHON" -m launch.cli "$@"
+    exec srun --nodes=1 --ntasks=1 ${DINOGEN_CONTAINER:-} "$DINOGEN_PYTHON" -m launch.cli "$@"
 }
 
-# dinogen_on_all ARGS...: `dinogen ARGS` under torchrun, on all nodes and GPUs of the job.
+# dinogen_on_all ARGS...: `dinogen ARGS` under torchrun, on all nodes and GPUs of the job, in the
+# place of this shell.
 dinogen_on_all() {
     local nodes=$SLURM_JOB_NUM_NODES first lost_nodes=()
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -52,7 +53,7 @@ dinogen_on_all() {
     fi
     # One agent per node; -m launch.torchrun is torchrun that hands USR1 on to its workers.
     # shellcheck disable=SC2086
-    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${lost_nodes[@]}" \
+    exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${lost_nodes[@]}" \
         ${DINOGEN_CONTAINER:-} "$DINOGEN_PYTHON" -m launch.torchrun \
         --nnodes="$nodes" --nproc-per-node="$processes" \
         --max-restarts="${DINOGEN_RESTARTS:-3}" \
@@ -69,7 +70,7 @@ free_port() {
     echo $port
 }
 
-# resumable COMMAND ARGS...: run it; asked to stop, let it save, and put the job back into the queue.
+# resumable dinogen_on_... ARGS...: run it; asked to stop, let it save, and queue the job again.
 #
 # SLURM sends USR1 to this script alone (--signal=B:USR1@...): srun hands it on to its tasks. TERM
 # comes with scancel and preemption. CONT is not trapped: bash would lose USR1 for it.

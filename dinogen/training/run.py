@@ -27,12 +27,12 @@ from dinogen.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, resolution: int | None = None) -> list[dict[str, Any]]:
+def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
     """Train all stages of a config, or one; the same call again goes on where it was.
 
     Args:
         config: the whole run.
-        resolution: train the stage of this resolution only.
+        resolutions: train only the stages of these resolutions, in this order.
 
     Returns:
         The stages' results, as in their result.json.
@@ -45,9 +45,7 @@ def train(config: Config, resolution: int | None = None) -> list[dict[str, Any]]
     dist.init()
     dist.set_cpu_threads()
     config = resolve(config)
-    indices = (
-        list(range(len(config.stages))) if resolution is None else [find_stage(config, resolution)]
-    )
+    indices = [find_stage(config, size) for size in resolutions] or list(range(len(config.stages)))
     with takedown(), run_lock(config.run), StopFlag() as stop:
         check_run(config, indices)
         if dist.is_main():

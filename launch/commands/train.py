@@ -20,7 +20,8 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the config.")
     ] = None,
     stage: Annotated[
-        int | None, typer.Option(help="Train only the stage of this resolution.", metavar="R")
+        str | None,
+        typer.Option(help="Train only the stage R, or from R to S: R..S.", metavar="R"),
     ] = None,
 ) -> None:
     """Train all stages of CONFIG, or one. The same command again goes on where it was.
@@ -33,16 +34,29 @@ def train(
 
       dinogen train configs/guided_256.yaml --stage 16
 
+      dinogen train configs/guided_256.yaml --stage 4..32
+
       torchrun --standalone --nproc-per-node 4 -m launch.cli train configs/guided_256.yaml
     """
     from dinogen import dist
     from dinogen.config import load_config
     from dinogen.training.run import train as train_run
+    from dinogen.training.stop import Stopped
     from launch.logs import setup_logging
+    from launch.stages import choose_stages
 
     settings = load_config(config, overrides or ())
     setup_logging(quiet=not dist.is_main())
-    results = train_run(settings, stage)
+    try:
+        results = train_run(settings, *choose_stages(settings, stage))
+    except Stopped as stopped:
+        if not dist.under_agent():
+            raise
+        # torchrun would start a worker again that ends with another code than 0
+        if dist.is_main():
+            typer.echo(f"dinogen: {stopped}", err=True)
+        dist.shutdown()
+        return
     if dist.is_main():
         for result in results:
             name = f"{result['resolution']}x{result['resolution']}"
