@@ -178,6 +178,22 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return total.to(tensor.device)
 
 
+def all_reduce_sum_with_gradient(tensor: Tensor) -> Tensor:
+    """Sum over all ranks whose gradient, to any order, is the sum of all ranks' gradients."""
+    total: Tensor = _Sum.apply(tensor)
+    return total
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """Tensors of all ranks, of one shape, joined along their first dimension in rank order."""
+    if not _grouped():
+        return tensor.detach().clone()
+    mine = tensor.detach().to(_collective_device(tensor)).contiguous()
+    parts = [torch.empty_like(mine) for _ in range(world_size())]
+    td.all_gather(parts, mine)
+    return torch.cat(parts).to(tensor.device)
+
+
 def any_rank(flag: bool) -> bool:
     """True on every rank if ``flag`` is true on at least one."""
     return bool(all_reduce_sum(torch.tensor(int(flag))).item())
@@ -201,6 +217,18 @@ def broadcast_object(obj: Any) -> Any:
         payload = torch.empty(int(size), dtype=torch.uint8, device=place)
     td.broadcast(payload, src=0)
     return json.loads(payload.cpu().numpy().tobytes())
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over ranks; what each rank puts in changes the losses of all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_reduce_sum(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return all_reduce_sum_with_gradient(gradient)
 
 
 class _Control:

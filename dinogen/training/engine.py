@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dinogen import dist
 from dinogen.config import Config, ConfigError
 from dinogen.families.base import Batch, Family, Phase, Scalars
+from dinogen.training.batchnorm import sync_batch_norms
 from dinogen.training.optim import build_optimizer, load_optimizer_state, optimizer_state
 
 
@@ -46,9 +47,12 @@ class SingleEngine:
         self.config = config.engine
         self.family = family
         self.device = device
+        if dist.world_size() > 1:
+            for network in family.networks.values():
+                sync_batch_norms(network, device)
         self.precision = resolve_precision(self.config.precision, device)
         self.optimizers = {
-            name: build_optimizer(network, config.optim, lr)
+            name: build_optimizer(network.parameters(), config.optim, lr)
             for name, network in family.networks.items()
         }
         self.scalers = {
@@ -96,23 +100,26 @@ class SingleEngine:
         return Update(applied, float(norm))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(optimizer tensors as ``NETWORK/PARAMETER/KEY``, JSON-ready rest)."""
+        """(optimizer tensors as ``NETWORK/PARAMETER/KEY``, JSON-ready rest).
+
+        The same for every engine and number of ranks; every rank has to call it.
+        """
         tensors = {
             f"{name}/{key}": value
-            for name, network in self.family.networks.items()
-            for key, value in optimizer_state(network, self.optimizers[name]).items()
+            for name in self.family.networks
+            for key, value in self._optimizer_state(name).items()
         }
         return tensors, {name: scaler.state_dict() for name, scaler in self.scalers.items()}
 
     def load_state(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         """Put back what :meth:`state` gave."""
-        for name, network in self.family.networks.items():
+        for name in self.family.networks:
             own = {
                 key.removeprefix(f"{name}/"): value
                 for key, value in tensors.items()
                 if key.startswith(f"{name}/")
             }
-            load_optimizer_state(network, self.optimizers[name], own)
+            self._load_optimizer_state(name, own)
             # a scaler's state is empty when the run does not use fp16
             if rest[name] and self.scalers[name].is_enabled():
                 self.scalers[name].load_state_dict(rest[name])
@@ -120,8 +127,14 @@ class SingleEngine:
     def _forward(self, phase: Phase, batch: Batch, last: bool) -> tuple[Scalars, Scalars]:
         return phase.losses(batch)
 
+    def _optimizer_state(self, network: str) -> dict[str, Tensor]:
+        return optimizer_state(self.family.networks[network], self.optimizers[network])
+
+    def _load_optimizer_state(self, network: str, state: dict[str, Tensor]) -> None:
+        load_optimizer_state(self.family.networks[network], self.optimizers[network], state)
+
     def _agree(self, finite: bool) -> bool:
-        return finite
+        return not dist.any_rank(not finite)
 
     def _train_only(self, network: str) -> None:
         for name, parameters in self.trained.items():
@@ -178,9 +191,6 @@ class DdpEngine(SingleEngine):
         result: tuple[Scalars, Scalars] = wrapped(phase, batch)
         return result
 
-    def _agree(self, finite: bool) -> bool:
-        return not dist.any_rank(not finite)
-
 
 def resolve_precision(precision: str, device: torch.device) -> str:
     """``auto`` as bf16 where the GPU computes it, fp16 on older GPUs, fp32 on CPU.
@@ -203,14 +213,20 @@ def make_engine(config: Config, family: Family, lr: float, device: torch.device)
     """The engine that ``engine.name`` asks for.
 
     Raises:
-        ConfigError: ``single`` under several ranks.
+        ConfigError: ``single`` under several ranks, or DeepSpeed is not installed.
     """
     name = config.engine.name
+    if name == "deepspeed":
+        # it takes seconds to import and not everyone has it
+        from dinogen.training.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, family, lr, device)
     if name == "auto":
         name = "ddp" if dist.world_size() > 1 else "single"
     if name == "single" and dist.world_size() > 1:
         raise ConfigError(
-            f"engine.name: single cannot run on {dist.world_size()} ranks: use auto or ddp"
+            f"engine.name: single cannot run on {dist.world_size()} ranks: "
+            "use auto, ddp or deepspeed"
         )
     engine = DdpEngine if name == "ddp" else SingleEngine
     return engine(config, family, lr, device)

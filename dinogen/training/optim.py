@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from dinogen.config import OptimConfig
 
 
-def build_optimizer(network: nn.Module, config: OptimConfig, lr: float) -> torch.optim.Optimizer:
-    """Adam over all parameters of a network; those frozen now have no gradient and are skipped."""
+def build_optimizer(
+    groups: Iterable[nn.Parameter] | list[dict[str, Any]], config: OptimConfig, lr: float
+) -> torch.optim.Optimizer:
+    """Adam over parameters or groups of them; what is frozen has no gradient and is skipped."""
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(
-        network.parameters(),
+        groups,
         lr=lr,
         betas=config.betas,
         eps=config.eps,
