@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from dinogen.config import Config
 
 app = typer.Typer(help="Show a whole resolved config, or write the schema for editors.")
 
@@ -21,10 +24,19 @@ def show(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, as in train.")
     ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="For engine deepspeed: number of ranks to show it for.")
+    ] = 1,
 ) -> None:
     """Print the whole resolved config as YAML: defaults, then the file, then KEY=VALUE changes.
 
-    [bold]Example[/bold]  dinogen config show configs/demo.yaml stages.0.kimg=2
+    With the engine deepspeed, what DeepSpeed is told follows as comments, stage by stage.
+
+    [bold]Examples[/bold]
+
+      dinogen config show configs/demo.yaml stages.0.kimg=2
+
+      dinogen config show configs/demo.yaml engine.name=deepspeed engine.zero=2 --ranks 8
     """
     from dinogen.config import dump_config, load_config
 
@@ -32,6 +44,21 @@ def show(
     from dinogen.families.base import resolve  # waits for torch: a mistake is told before
 
     typer.echo(dump_config(resolve(config)), nl=False)
+    if config.engine.name == "deepspeed":
+        _show_deepspeed(config, ranks)
+
+
+def _show_deepspeed(config: Config, num_ranks: int) -> None:
+    """DeepSpeed's own config of each stage, as comments: the output stays a config."""
+    import json
+
+    from dinogen.training.deepspeed import deepspeed_config
+
+    for stage in config.stages:
+        told = deepspeed_config(config, stage, num_ranks)
+        size = f"{stage.resolution}x{stage.resolution}"
+        typer.echo(f"# DeepSpeed is told, in stage {size} on {num_ranks} rank(s):")
+        typer.echo("".join(f"#   {line}\n" for line in json.dumps(told, indent=2).splitlines()))
 
 
 @app.command()
