@@ -50,7 +50,7 @@ def workplace(tmp_path_factory):
     (text,) = [block for kind, block in BLOCKS if kind == "yaml"]
     config = yaml.safe_load(text)
     config["guide"]["path"] = str(folder / "dinov2")
-    config["prepare"]["pack"]["val_fraction"] = 0.0
+    config["prepare"]["pack"]["val_fraction"] = 0.4  # one of the five photos
     config["family"] |= {"z_dim": 8, "channel_base": 64, "channel_max": 8, "probe_samples": 4}
     for stage in config["stages"]:
         stage |= {"kimg": 0.016, "batch": 4} | (
@@ -123,9 +123,11 @@ def test_all_its_commands_run_in_their_order(workplace, urls, monkeypatch):
         assert (workplace / "data" / name / "manifest.json").is_file(), name
     # What train and sample made of the run with the changed keys is that of the change.
     assert "kimg: 0.024" in (workplace / "runs/second/config.yaml").read_text()
-    (code,) = [block for kind, block in BLOCKS if kind == "python"]
+    exported, code = [block for kind, block in BLOCKS if kind == "python"]
     shown = io.StringIO()
     monkeypatch.setattr("sys.stdout", shown)
+    exec(compile(exported, "README.md", "exec"), {})
+    assert "torch.Size([4, 3, 16, 16]) 48" in shown.getvalue()
     exec(compile(code.replace("batch_size=8", "batch_size=2"), "README.md", "exec"), {})
     assert "torch.Size([2, 3, 64, 64]) torch.Size([2, 256, 32])" in shown.getvalue()
     assert "{'position': 2}" in shown.getvalue()

@@ -32,7 +32,7 @@ RESULT = "evaluation.json"
 
 
 def evaluate(
-    run: Path, resolution: int | None = None, split: str = "val", num: int | None = None
+    run: Path, resolution: int | None = None, split: str = "val", num_samples: int | None = None
 ) -> dict[str, Any]:
     """Measure a stage's newest checkpoint and write ``RUN/RxR/evaluation.json``.
 
@@ -43,7 +43,7 @@ def evaluate(
         run: folder of the run.
         resolution: which stage; the largest that has a checkpoint unless given.
         split: of the data that the run was trained on.
-        num: as many samples, spread over the split; all unless given.
+        num_samples: as many, spread over the split; all unless given.
 
     Returns:
         The result as written. ``metrics`` holds the figures by ``SOURCE/NAME``, null where one is
@@ -61,15 +61,15 @@ def evaluate(
         config = snapshot.family.config
         data = open_dataset(config.data.path, cache_dir=config.data.cache_dir)
         check_same_data(snapshot.checkpoint, config, data_fingerprint(data))
-        numbers = _chosen(data, split, num)
+        numbers = _chosen(data, split, num_samples)
         snapshot.family.begin(data)
-        means, num_samples = _held_out(snapshot, data, split, numbers)
+        means, num_sound = _held_out(snapshot, data, split, numbers)
         result = None
         with dist.main_section() as mine:
             if mine:
                 result = _result(snapshot, split, means) | {
-                    "num_samples": num_samples,
-                    "num_skipped": len(numbers) - num_samples,
+                    "num_samples": num_sound,
+                    "num_skipped": len(numbers) - num_sound,
                 }
                 write_json(stage_folder(config, snapshot.family.stage) / RESULT, result)
         written: dict[str, Any] = dist.broadcast_object(result)

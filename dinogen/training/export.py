@@ -49,10 +49,10 @@ def export(
 ) -> Exported:
     """Write the moving average of a checkpoint's generator: the tensors of its state dict.
 
-    The metadata's key ``dinogen`` is JSON: ``random_guide`` first, ``network`` (its class, and the arguments to call it
-    with), ``resolution``, ``alpha`` and ``fading`` (how far the stage was faded in), ``nimg``,
-    ``family``, ``guide_label`` and ``guide``, the whole ``config``, and the ``versions`` that
-    trained it. The same checkpoint gives the same bytes.
+    The metadata's key ``dinogen`` is JSON: ``random_guide`` first, ``network`` (its class, and the
+    arguments to call it with), ``resolution``, ``alpha`` and ``fading`` (how far the stage was
+    faded in), ``nimg``, ``family``, ``guide_label`` and ``guide``, the whole ``config``, and the
+    ``versions`` that trained it. The same checkpoint gives the same bytes.
 
     Args:
         run: folder of the run.

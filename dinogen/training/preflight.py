@@ -17,7 +17,7 @@ from dinogen.training.stages import find_stage
 from shards.dataset import Dataset, open_dataset
 
 # What may differ from one part of a run to the next: places, lengths, what is logged and kept, and
-# what alters a step by rounding at most. Guide and data are compared by the hashes of what they hold.
+# what alters a step by rounding at most. Guide and data are compared by hashes of what they hold.
 MAY_CHANGE: dict[str, Any] = {
     "run": True,
     "prepare": True,
@@ -72,7 +72,7 @@ def _check_stage(config: Config, stage: StageConfig, data: Dataset) -> None:
 
 
 def past_config(then: dict[str, Any], source: Path | str, version: str) -> Config:
-    """The config in a checkpoint or an export, maybe by another dinogen, as today's schema reads it.
+    """The config in a checkpoint or an export, maybe of another dinogen, by today's schema.
 
     Keys that it lacks get today's defaults, for a new key's default has to leave what a run
     computes as it was.

@@ -57,8 +57,9 @@ def evaluate(
     split: Annotated[
         str, typer.Option(help="Which part of the data: val, test or train.", metavar="SPLIT")
     ] = "val",
-    num: Annotated[
-        int | None, typer.Option(min=1, help="Samples, spread over the split; all by default.")
+    # not --num: torchrun takes that for the beginning of an option of its own
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="So many, spread over the split; all by default.")
     ] = None,
 ) -> None:
     """Measure the newest checkpoint on samples that it was not trained on.
@@ -69,7 +70,7 @@ def evaluate(
 
       dinogen evaluate runs/first
 
-      dinogen evaluate runs/first --stage 16 --split train --num 1000
+      dinogen evaluate runs/first --stage 16 --split train --num-samples 1000
 
       torchrun --standalone --nproc-per-node 4 -m launch.cli evaluate runs/first
     """
@@ -79,7 +80,7 @@ def evaluate(
     from launch.logs import setup_logging
 
     setup_logging(quiet=not dist.is_main())
-    result = evaluate_run(run, stage, split, num)
+    result = evaluate_run(run, stage, split, num_samples)
     if dist.is_main():
         size = f"{result['resolution']}x{result['resolution']}"
         taught = result.get("guide_label")
