@@ -14,7 +14,7 @@ import typer
 from typer.models import CommandInfo
 
 from dinogen.errors import UserError
-from launch.commands import config, data, demo, doctor, faces, results, shards, train
+from launch.commands import config, data, demo, doctor, faces, launch, results, shards, train
 
 HELP = """Train image generators that are guided by frozen DINOv2 features.
 
@@ -35,7 +35,7 @@ Every command explains itself: dinogen train --help
 # One place decides under which heading a command stands, and in which order.
 PANELS = {
     "Data": ("prepare", "faces", "pyramids", "pack", "export-pt", "download", "shards"),
-    "Train": ("train", "sample", "evaluate", "export"),
+    "Train": ("train", "launch", "sample", "evaluate", "export"),
     "Look": ("demo", "config"),
     "Machine": ("doctor",),
 }
@@ -77,7 +77,7 @@ def _options(
         os.environ["DINOGEN_DEBUG"] = "1"
 
 
-for group in (faces, data, shards, train, results, demo, config, doctor):
+for group in (faces, data, shards, train, launch, results, demo, config, doctor):
     group.register(app)
 
 

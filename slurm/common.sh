@@ -6,7 +6,7 @@
 #   DINOGEN_PYTHON     the interpreter; else that of .venv beside this folder, else python
 #   DINOGEN_CONTAINER  words put before it, such as: apptainer exec --nv dinogen.sif
 #   DINOGEN_PROCESSES  processes per node; else as many as the job has GPUs on a node, else 1
-#   DINOGEN_RESTARTS   how often torchrun starts its workers again after a failure (3)
+#   DINOGEN_RESTARTS   how often torchrun starts its workers again after a failure (2)
 #   DINOGEN_MIN_NODES  go on with so many nodes when others are lost; else all are needed
 
 # ---- the site: modules ---------------------------------------------------------------------------
@@ -29,6 +29,8 @@ fi
 processes=${DINOGEN_PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
 ((processes > 0)) || processes=1
 cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
+# Whatever sbatch was told of --export: srun hands on what was set here.
+export SLURM_EXPORT_ENV=ALL
 # More threads than cores only spin.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > processes ? cpus / processes : 1))}
 # srun has forgotten it since Slurm 22.05.
@@ -56,7 +58,7 @@ dinogen_on_all() {
     exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${lost_nodes[@]}" \
         ${DINOGEN_CONTAINER:-} "$DINOGEN_PYTHON" -m launch.torchrun \
         --nnodes="$nodes" --nproc-per-node="$processes" \
-        --max-restarts="${DINOGEN_RESTARTS:-3}" \
+        --max-restarts="${DINOGEN_RESTARTS:-2}" \
         --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-backend=c10d \
         --rdzv-endpoint="$first:$(free_port)" --rdzv-conf=last_call_timeout=5 \
         -m launch.cli "$@"
@@ -75,16 +77,12 @@ free_port() {
 # SLURM sends USR1 to this script alone (--signal=B:USR1@...): srun hands it on to its tasks. TERM
 # comes with scancel and preemption. CONT is not trapped: bash would lose USR1 for it.
 resumable() {
-    local code=0 stopped=""
+    local stopped="" code=0
     "$@" &
     local pid=$!
     trap 'stopped=USR1; echo "USR1: saving"; kill -USR1 "$pid"' USR1
     trap 'stopped=TERM; echo "TERM: saving"; kill -TERM "$pid"' TERM
-    while true; do
-        code=0
-        wait "$pid" || code=$?
-        kill -0 "$pid" 2>/dev/null || break # a trap ends wait as well
-    done
+    await "$pid" || code=$?
     # 75: asked to stop, saved. 0 after a signal: the same, or it was finished just before.
     if [[ $code -eq 75 || ($code -eq 0 && -n $stopped) ]]; then
         # A job that scancel ends is COMPLETING by now and stays away.
@@ -94,4 +92,23 @@ resumable() {
         fi
     fi
     return "$code"
+}
+
+# restartable dinogen_on_... ARGS...: run it; out of time, queue the job again. For work that goes
+# on wherever it was killed.
+restartable() {
+    "$@" &
+    local pid=$!
+    trap 'echo "USR1: back into the queue"; scontrol requeue "$SLURM_JOB_ID"' USR1
+    await "$pid"
+}
+
+# await PID: wait for a child to its end; a trap ends `wait` alone.
+await() {
+    local code
+    while true; do
+        code=0
+        wait "$1" || code=$?
+        kill -0 "$1" 2>/dev/null || return "$code"
+    done
 }

@@ -1,0 +1,117 @@
+"""The steps of a run on a cluster, from photos to metrics: script, arguments, resources."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinogen.config import Config
+from dinogen.errors import UserError
+from launch.progress import is_evaluated, stage_result
+from launch.resources import Resources, stage_resources, step_resources
+from launch.stages import choose_stages
+from shards.manifest import MANIFEST
+
+log = logging.getLogger(__name__)
+
+# Scripts are read from the folder beside the packages, where `make install` leaves them.
+SCRIPTS = Path(__file__).resolve().parents[1] / "slurm"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One job of the chain.
+
+    Attributes:
+        name: ``faces``, ``pyramids``, ``pack``, ``train-8``, ``evaluate``.
+        script: which of the scripts in slurm/.
+        args: its arguments.
+        resources: what it asks for.
+        done: what it makes is there.
+    """
+
+    name: str
+    script: Path
+    args: tuple[str, ...]
+    resources: Resources
+    done: bool = False
+
+
+def plan_steps(config: Config, stages: str | None, photos: Path | None, file: Path) -> list[Step]:
+    """All steps of a run in their order, those that are done as well.
+
+    Args:
+        config: the whole run.
+        stages: ``8``, ``4..64``, or None for all.
+        photos: what the data are made of, unless they are packed already.
+        file: the config that the jobs read.
+
+    Raises:
+        UserError: no data and no photos, no such stage, or the scripts are not there.
+    """
+    if not (SCRIPTS / "common.sh").is_file():
+        raise UserError(
+            f"{SCRIPTS}: the scripts of the jobs are not there: install dinogen from its folder "
+            "(make install) and launch with that one"
+        )
+    sizes = choose_stages(config, stages)
+    chosen = [stage for stage in config.stages if stage.resolution in sizes]
+    steps = _data_steps(config, photos, file)
+    for stage in chosen:
+        size = str(stage.resolution)
+        resources = stage_resources(config, stage)
+        done = stage_result(config, stage) is not None
+        steps.append(_step("train", (str(file), size), resources, done, f"train-{size}"))
+    if not _has_held_out(config):
+        log.info(
+            "no evaluation: %s holds nothing back (prepare.pack.val_fraction)", config.data.path
+        )
+        return steps
+    args = (str(config.run), "--stage", str(chosen[-1].resolution))
+    done = is_evaluated(config, chosen[-1])
+    return [*steps, _step("evaluate", args, step_resources(config, "evaluate"), done)]
+
+
+def _has_held_out(config: Config) -> bool:
+    """Whether the data have, or will have, a part that is not trained on."""
+    if "://" in config.data.path:
+        return True  # unknown until it is read
+    try:
+        text = (Path(config.data.path) / MANIFEST).read_text(encoding="utf-8")
+        return "val" in json.loads(text)["splits"]
+    except FileNotFoundError:
+        return config.prepare.pack.val_fraction > 0
+    except (OSError, ValueError, KeyError):
+        return True  # the job will say what is wrong
+
+
+def _data_steps(config: Config, photos: Path | None, file: Path) -> list[Step]:
+    """Photos to shards; nothing if there are shards."""
+    data = config.data.path
+    if "://" in data or (Path(data) / MANIFEST).is_file():
+        return []
+    if photos is None:
+        raise UserError(
+            f"data.path: {data} holds no packed data: add --photos PHOTOS to have them made, or "
+            "pack them first (dinogen prepare)"
+        )
+    if not photos.is_dir():
+        raise UserError(f"--photos {photos}: no such folder")
+    faces, pyramids = f"{data.rstrip('/')}-faces", f"{data.rstrip('/')}-pyramids"
+    given = {
+        "faces": (str(photos), faces),
+        "pyramids": (faces, pyramids),
+        "pack": (faces, pyramids, data),
+    }
+    return [
+        _step(name, (str(file), *args), step_resources(config, name))
+        for name, args in given.items()
+    ]
+
+
+def _step(
+    script: str, args: tuple[str, ...], resources: Resources, done: bool = False, name: str = ""
+) -> Step:
+    return Step(name or script, SCRIPTS / f"{script}.sbatch", args, resources, done)

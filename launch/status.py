@@ -1,0 +1,120 @@
+"""What became of the jobs of a run: SLURM's states, progress, and why something does not run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinogen.config import Config, load_config
+from dinogen.errors import UserError
+from launch import squeue
+from launch.jobs import Job, Jobs, read_jobs
+from launch.progress import end_of, num_images, stage_result
+from launch.slurm import ask_states
+from launch.squeue import JobState
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        step: what the job does.
+        id: SLURM's number.
+        state: SLURM's word, or ``forgotten``.
+        progress: of a stage: images seen and wanted, verdict.
+        why: why it waits, or ended badly, and where to look.
+        good: False if somebody has to do something.
+    """
+
+    step: str
+    id: str
+    state: str
+    progress: str
+    why: str
+    good: bool
+
+
+def job_rows(run: Path) -> list[Row]:
+    """The newest job of every step of a run, in the order of the chain.
+
+    Raises:
+        UserError: nothing was submitted for the run, or SLURM does not answer.
+    """
+    jobs = read_jobs(run)
+    if not jobs.jobs:
+        raise UserError(
+            f"{run}: nothing was submitted for it, there is no {jobs.path}: "
+            "dinogen launch CONFIG --on slurm"
+        )
+    if not squeue.has_slurm():
+        raise UserError("no SLURM here (no sbatch on the PATH): ask on a login node")
+    states = ask_states(jobs)
+    newest = [job for job in jobs.jobs if jobs.newest(job.step) is job]
+    newest.sort(key=lambda job: _place(job.step))
+    return [_row(job, jobs, states) for job in newest]
+
+
+def _place(step: str) -> int:
+    """Steps in the order of the work, stages by their size."""
+    order = {"faces": -3, "pyramids": -2, "pack": -1, "evaluate": 10**9}
+    return order[step] if step in order else int(step.removeprefix("train-"))
+
+
+def _row(job: Job, jobs: Jobs, states: dict[str, JobState | None]) -> Row:
+    state = states[job.id]
+    done, progress = _progress(job)
+    if state is None:
+        why = "" if done else f"SLURM has forgotten it: look into {job.log}"
+        return Row(job.step, job.id, "forgotten", progress, why, done)
+    name = state.state + (f" (restart {state.num_restarts})" if state.num_restarts else "")
+    if state.active:
+        return Row(job.step, job.id, name, progress, _why_waiting(job, state), True)
+    if state.state == "COMPLETED":
+        return Row(job.step, job.id, name, progress, "", True)
+    return Row(job.step, job.id, name, progress, _why_ended(job, state, jobs, states), False)
+
+
+def _why_waiting(job: Job, state: JobState) -> str:
+    if state.state != "PENDING" or not state.reason:
+        return ""
+    words = {
+        "Dependency": f"waits for job {job.after}",
+        "BeginTime": "was put back into the queue, starts in a moment",
+        "Resources": "waits for free nodes",
+        "Priority": "waits for jobs of higher priority",
+        "DependencyNeverSatisfied": f"job {job.after} did not end well: give launch again",
+    }
+    return words.get(state.reason, state.reason)
+
+
+def _why_ended(job: Job, state: JobState, jobs: Jobs, states: dict[str, JobState | None]) -> str:
+    """Why a job did not end well: by itself, or because of the first one that did not."""
+    before = next((one for one in jobs.jobs if one.id == job.after), None)
+    ended = states.get(before.id) if before else None
+    if before and ended and state.state == "CANCELLED" and not ended.active:
+        if ended.state == "CANCELLED" and before.after is not None:
+            return _why_ended(before, ended, jobs, states)
+        if ended.state != "COMPLETED":
+            return f"needs {before.step} (job {before.id}), which ended as {ended.state}"
+    if state.state == "CANCELLED":
+        return "somebody cancelled it"
+    code = f"exit code {state.exit_code}, " if state.exit_code else ""
+    return f"{code}look into {job.log}"
+
+
+def _progress(job: Job) -> tuple[bool, str]:
+    """Whether a stage is done, and how far it is; other steps leave it to SLURM."""
+    if not job.step.startswith("train-"):
+        return False, ""
+    try:
+        config: Config = load_config(job.config)
+    except UserError as error:
+        return False, str(error)
+    stage = next(one for one in config.stages if job.step == f"train-{one.resolution}")
+    result = stage_result(config, stage)
+    end = end_of(config, stage) / 1000
+    if result is not None:
+        return True, f"{result['nimg'] / 1000:.4g} kimg, {result.get('verdict', 'unknown')}"
+    nimg = num_images(config, stage)
+    return False, "" if nimg is None else f"{nimg / 1000:.4g} of {end:.4g} kimg"
