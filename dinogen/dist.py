@@ -45,7 +45,8 @@ def local_rank() -> int:
 
 def local_world_size() -> int:
     """Number of processes on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # torchrun says the one, deepspeed's launcher the other
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
 
 
 def is_main() -> bool:

@@ -8,10 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dinogen.config import parse_config
-from tests.training.two_networks import BATCH, NUM_STEPS, SWITCH, TwoNetworks, run, share
+from tests.training.two_networks import (
+    BATCH,
+    HALF,
+    NUM_STEPS,
+    SWITCH,
+    Training,
+    TwoNetworks,
+    file_name,
+    run,
+    share,
+)
 
 SCRIPT = Path(__file__).with_name("two_networks.py")
 REPO = Path(__file__).parents[2]
@@ -19,14 +29,20 @@ ENGINES = ("ddp:1", "deepspeed:0", "deepspeed:1", "deepspeed:2")
 # batch norm sees one microbatch at a time, so it fits whole batches alone
 SHAPES = ("null:batch", "null:none", "2:none", "1:none")
 CASES = [f"{engine}:{shape}" for engine in ENGINES for shape in SHAPES]
+# resumed before what trains has changed, and after
+RESUMED = [f"{engine}:2:none@{step}" for engine in ENGINES for step in (SWITCH - 1, HALF)]
+ELASTIC = [f"{engine}:2:none<half.safetensors" for engine in ENGINES]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Path:
     """What every engine ends with on two ranks: one start for all, as imports take long."""
     out = tmp_path_factory.mktemp("ranks")
+    one = Training("single:1:2:none")
+    one.steps(0, HALF)
+    save_file(one.state(), out / "half.safetensors")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", str(SCRIPT), str(out), *CASES]
+    command += ["--nproc-per-node=2", str(SCRIPT), str(out), *CASES, *RESUMED, *ELASTIC]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -78,8 +94,29 @@ def test_one_process_equals_plain_torch(shape):
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_plain_torch(two_ranks, case):
-    found = load_file(two_ranks / f"{case.replace(':', '-')}.safetensors")
+    found = load_file(two_ranks / file_name(case))
     assert_close(found, plain_torch(case.rpartition(":")[2]))
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_resumed_on_as_many_ranks_it_ends_bitwise_the_same(two_ranks, case):
+    resumed = load_file(two_ranks / file_name(case))
+    whole = load_file(two_ranks / file_name(case.partition("@")[0]))
+    assert resumed.keys() == whole.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+@pytest.mark.parametrize("case", ELASTIC)
+def test_what_one_process_saved_goes_on_in_two_ranks(two_ranks, case):
+    assert_close(load_file(two_ranks / file_name(case)), plain_torch("none"))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_two_ranks_saved_goes_on_in_one_process(two_ranks, engine):
+    training = Training("single:1:null:none")
+    training.load(load_file(two_ranks / f"half-{engine.replace(':', '-')}.safetensors"))
+    training.steps(HALF, NUM_STEPS)
+    assert_close(training.state(), plain_torch("none"))
 
 
 def test_the_toy_is_no_empty_one():

@@ -3,16 +3,18 @@ after the other and writes what each ends with.
 
     torchrun --nproc-per-node 2 tests/training/two_networks.py OUT CASE...
 
-A case is ENGINE:ZERO:MICRO_BATCH:NORM, such as deepspeed:2:3:none.
+A case is ENGINE:ZERO:MICRO_BATCH:NORM, such as deepspeed:2:3:none. CASE@STEP saves and resumes at
+that step; CASE<FILE goes on from a state of step HALF that another world wrote.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dinogen import dist, draws
@@ -23,6 +25,7 @@ from dinogen.training.engine import make_engine
 
 BATCH = 9
 NUM_STEPS = 10
+HALF = 5
 SWITCH = 4  # from here on all parameters of G train, before only its last layer
 
 
@@ -98,50 +101,100 @@ def share(step: int) -> dict:
     return {"x": x[mine], "position": positions[mine], "key": [str(i) for i in mine.tolist()]}
 
 
-def run(case: str) -> dict[str, torch.Tensor]:
-    """Train and return every weight and every piece of optimizer state."""
-    name, zero, micro, norm = case.split(":")
-    config = parse_config(
-        {},
-        [
-            f"engine.name={name}",
-            f"engine.zero={zero}",
-            f"engine.micro_batch={micro}",
-            "engine.clip_grad_norm=0.5",
-            f"stages=[{{resolution: 4, kimg: 1, batch: {BATCH}}}]",
-        ],
-    )
-    family = TwoNetworks(config, norm)
-    engine = make_engine(config, family, 0.01, torch.device("cpu"))
-    engine.prepare()
-    parts = num_micros(BATCH, dist.world_size(), config.engine.micro_batch)
-    for step in range(NUM_STEPS):
-        if step == SWITCH:
-            family.fading = False
-            engine.prepare()
-        micros = split(share(step), parts, engine.device)
-        for phase in family.phases:
-            if not phase.due(step):
-                continue
-            for i, (batch, num_samples) in enumerate(micros):
-                losses, _ = engine.losses(phase, batch, last=i == len(micros) - 1)
-                engine.backward(phase, losses, num_samples / BATCH)
-            assert engine.step(phase).applied
-    found = {
-        f"{network}/{key}": value
-        for network, module in family.networks.items()
-        for key, value in module.state_dict().items()
-    }
-    tensors, _ = engine.state()
-    return {k: v.detach().clone() for k, v in (found | tensors).items()}
+class Training:
+    """One engine in the midst of its steps; ``state`` in another one's hands goes on from there."""
+
+    def __init__(self, case: str) -> None:
+        name, zero, micro, norm = case.split(":")
+        self.config = parse_config(
+            {},
+            [
+                f"engine.name={name}",
+                f"engine.zero={zero}",
+                f"engine.micro_batch={micro}",
+                "engine.clip_grad_norm=0.5",
+                f"stages=[{{resolution: 4, kimg: 1, batch: {BATCH}}}]",
+            ],
+        )
+        self.family = TwoNetworks(self.config, norm)
+        self.engine = make_engine(self.config, self.family, 0.01, torch.device("cpu"))
+        self.rest = None
+
+    def steps(self, start: int, end: int) -> None:
+        """Run steps start to end - 1."""
+        self.family.fading = start < SWITCH
+        self.engine.prepare()
+        parts = num_micros(BATCH, dist.world_size(), self.config.engine.micro_batch)
+        for step in range(start, end):
+            if step == SWITCH and self.family.fading:
+                self.family.fading = False
+                self.engine.prepare()
+            micros = split(share(step), parts, self.engine.device)
+            for phase in self.family.phases:
+                if not phase.due(step):
+                    continue
+                for i, (batch, num_samples) in enumerate(micros):
+                    losses, _ = self.engine.losses(phase, batch, last=i == len(micros) - 1)
+                    self.engine.backward(phase, losses, num_samples / BATCH)
+                assert self.engine.step(phase).applied
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every weight and every piece of optimizer state."""
+        tensors, self.rest = self.engine.state()
+        for network, module in self.family.networks.items():
+            tensors |= {f"{network}/{key}": value for key, value in module.state_dict().items()}
+        return {key: value.detach().clone() for key, value in tensors.items()}
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what :meth:`state` of any engine gave."""
+        for network, module in self.family.networks.items():
+            own = {key: state[f"{network}/{key}"] for key in module.state_dict()}
+            module.load_state_dict(own)
+        optimizers = {k: v for k, v in state.items() if k.count("/") == 2}
+        self.engine.load_state(optimizers, {name: {} for name in self.family.networks})
+
+
+def run(
+    case: str, resumed_at: int | None = None, out: Path | None = None
+) -> dict[str, torch.Tensor]:
+    """All steps of a case, if asked for with a fresh engine in the midst, whose start is kept."""
+    training = Training(case)
+    if resumed_at is not None:
+        training.steps(0, resumed_at)
+        state = training.state()
+        if out is not None and resumed_at == HALF and dist.is_main():
+            engine = "-".join(case.split(":")[:2])
+            save_file(state, out / f"half-{engine}.safetensors")
+        training = Training(case)
+        training.load(state)
+    training.steps(resumed_at or 0, NUM_STEPS)
+    return training.state()
+
+
+def run_here(out: Path, item: str) -> None:
+    """One argument of the command line: CASE, CASE@STEP, or CASE<FILE to go on from HALF."""
+    case, _, resumed_at = item.partition("@")
+    case, _, file = case.partition("<")
+    if file:
+        training = Training(case)
+        training.load(load_file(out / file))
+        training.steps(HALF, NUM_STEPS)
+        result = training.state()
+    else:
+        result = run(case, int(resumed_at) if resumed_at else None, out)
+    if dist.is_main():
+        save_file(result, out / file_name(item))
+
+
+def file_name(item: str) -> str:
+    """Where the result of an argument lies."""
+    return re.sub(r"[^a-z0-9]", "-", item) + ".safetensors"
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init()
-    for case in sys.argv[2:]:
-        result = run(case)
-        if dist.is_main():
-            save_file(result, Path(sys.argv[1]) / f"{case.replace(':', '-')}.safetensors")
+    for item in sys.argv[2:]:
+        run_here(Path(sys.argv[1]), item)
         dist.barrier()
     dist.shutdown()
