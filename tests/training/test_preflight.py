@@ -41,9 +41,9 @@ def damaged(data_folder, tmp_path):
 def test_a_finished_run_is_not_passed_off_as_another(make_config, change):
     train(make_config(), 4)
     before = (make_config().run / "config.yaml").read_text()
-    for resolution in (None, 4, 8):
+    for resolutions in ((), (4,), (8,)):
         with pytest.raises(ConfigError, match=change.split("=")[0]):
-            train(make_config(change), resolution)
+            train(make_config(change), *resolutions)
     assert (make_config().run / "config.yaml").read_text() == before
 
 

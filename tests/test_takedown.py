@@ -1,0 +1,142 @@
+"""One rank's failure ends all within seconds, with its message; under a real torchrun with gloo."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dinogen import dist
+from dinogen.errors import UserError
+from dinogen.takedown import takedown
+
+REPO = Path(__file__).parents[1]
+
+RANKS = """
+import os, signal, sys, time
+import torch
+from dinogen import dist
+from dinogen.errors import UserError
+from dinogen.takedown import takedown
+from launch.logs import setup_logging
+
+setup_logging(quiet=not dist.is_main())
+case = sys.argv[1]
+dist.init()
+try:
+    with takedown():
+        dist.all_reduce_sum(torch.ones(1))
+        if dist.rank() == 1:
+            if case in ("user error", "busy"):
+                raise UserError("data/x.tar: is damaged: pack it again")
+            if case == "bug":
+                raise ValueError("an unforeseen thing")
+            if case == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+        if case == "busy":
+            # with work of its own, and TERM asks it only to stop at the end of a step
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(60)
+        if case == "rank 0 works":
+            with dist.main_section() as mine:
+                if mine:
+                    time.sleep(2)
+                    raise UserError("runs/x: the disk is full")
+        dist.all_reduce_sum(torch.ones(1))
+except UserError as error:
+    print(f"rank {dist.rank()}: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+def torchrun(tmp_path: Path, case: str) -> tuple[subprocess.CompletedProcess, float]:
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=3", str(script), case]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    began = time.monotonic()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return done, time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("user error", "rank 1 failed: data/x.tar: is damaged: pack it again"),
+        ("busy", "rank 1 failed: data/x.tar: is damaged: pack it again"),
+        ("bug", "rank 1 failed: ValueError: an unforeseen thing"),
+        ("killed", "the connection to another rank is lost: it was killed, or its node died"),
+        ("rank 0 works", "rank 0: runs/x: the disk is full"),
+    ],
+)
+def test_the_others_end_within_seconds_and_say_why(tmp_path, case, message):
+    done, seconds = torchrun(tmp_path, case)
+    assert done.returncode != 0
+    assert message in done.stderr
+    # torchrun itself gives the others 30 s and a collective half an hour
+    assert seconds < 28
+    if case == "bug":
+        assert "Traceback" in done.stderr
+
+
+def test_one_process_alone_keeps_its_exception():
+    with pytest.raises(UserError, match="as it is"), takedown():
+        raise UserError("as it is")
+    assert dist.control_store() is None
+
+
+class Store:
+    """The part of a torch store that is used here."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+
+    def compare_set(self, key, expected, desired):
+        return self.values.setdefault(key, desired.encode())
+
+    def check(self, keys):
+        return all(key in self.values for key in keys)
+
+    def get(self, key):
+        return self.values[key]
+
+
+def test_the_first_to_fail_keeps_its_exception_and_the_second_ends_with_its_code(monkeypatch):
+    store = Store()
+    monkeypatch.setattr(dist, "control_store", lambda: store)
+    error = UserError("first")
+    error.exit_code = 7
+    monkeypatch.setattr(dist, "rank", lambda: 2)
+    with pytest.raises(UserError, match="first"), takedown():
+        raise error
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    with pytest.raises(SystemExit) as ended, takedown():
+        raise ValueError("second")
+    assert ended.value.code == 7
+
+
+def test_what_all_ranks_agreed_on_is_no_failure_of_one(monkeypatch):
+    store = Store()
+    monkeypatch.setattr(dist, "control_store", lambda: store)
+
+    class Agreed(UserError):
+        agreed = True
+
+    with pytest.raises(Agreed), takedown():
+        raise Agreed("stopped")
+    assert not store.values
+
+
+def test_a_broken_connection_is_told_as_what_it_means(monkeypatch):
+    store = Store()
+    monkeypatch.setattr(dist, "control_store", lambda: store)
+    with pytest.raises(dist.DistError, match="killed, or its node died"), takedown():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1")
+    store.values.clear()
+    with pytest.raises(RuntimeError, match="shapes"), takedown():
+        raise RuntimeError("shapes do not fit")
