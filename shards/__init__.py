@@ -1,7 +1,7 @@
 """Samples on disk: packed into tar shards, read back fast in a known order."""
 
 from shards.dataset import Dataset, open_dataset
-from shards.errors import CorruptSample, FinishedError, ShardsError
+from shards.errors import CorruptSample, FetchError, FinishedError, ShardsError
 from shards.pack import pack
 from shards.sample import Sample
 from shards.sink import ShardSink
@@ -9,6 +9,7 @@ from shards.sink import ShardSink
 __all__ = [
     "CorruptSample",
     "Dataset",
+    "FetchError",
     "FinishedError",
     "Sample",
     "ShardSink",

@@ -17,7 +17,7 @@ from shards.manifest import MANIFEST, PACKING, LevelInfo, Manifest, parse_manife
 from shards.plain import describe_plain
 from shards.reader import LevelShape, read_sample
 from shards.sample import Sample, level_grid, level_name
-from shards.table import SampleTable, Source
+from shards.table import FILES_OPEN, OpenFile, SampleTable, Source
 
 if TYPE_CHECKING:
     from shards.stream import Batch, Stream
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 class Folder:
     """Files of a dataset in a local folder."""
+
+    num_open = FILES_OPEN
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,15 +38,25 @@ class Folder:
             raise FileNotFoundError(path)
         return path
 
+    def open(self, name: str) -> OpenFile:
+        """An open tar; FileNotFoundError if there is none."""
+        return OpenFile(self.folder / name)
 
-def open_dataset(location: str | os.PathLike[str], cache_dir: Path | str | None = None) -> Dataset:
+
+def open_dataset(
+    location: str | os.PathLike[str],
+    cache_dir: Path | str | None = None,
+    cache_gb: float | None = None,
+) -> Dataset:
     """Open a packed dataset, or a folder of plain WebDataset tars.
 
     Args:
         location: local folder, or the URL of one on any file system that fsspec knows.
         cache_dir: where the shards of a URL are kept; ~/.cache/dinogen/shards unless given.
+        cache_gb: most that this folder holds, in 10^9 bytes; what was not used for longest goes.
 
     Raises:
+        FetchError: if a URL cannot be reached.
         ManifestError: if there is no dataset, or its manifest cannot be used.
         IndexFileError: if a plain tar is damaged.
     """
@@ -52,8 +64,8 @@ def open_dataset(location: str | os.PathLike[str], cache_dir: Path | str | None 
     if "://" in text:
         from shards.remote import open_remote
 
-        source, manifest = open_remote(text, None if cache_dir is None else Path(cache_dir))
-        return Dataset(text, source, manifest)
+        cache = None if cache_dir is None else Path(cache_dir)
+        return Dataset(text, *open_remote(text, cache, cache_gb))
     folder = Path(text)
     if not folder.is_dir():
         raise ManifestError(f"{folder} is not a folder; give the folder with manifest.json")

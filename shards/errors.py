@@ -17,6 +17,13 @@ class IndexFileError(ShardsError):
     """A shard's index is unreadable or does not fit its tar."""
 
 
+class FetchError(ShardsError):
+    """A file behind a URL cannot be had, though it was tried again while the fault might pass.
+
+    It says nothing about a sample, so that `on_error="skip"` does not pass over it.
+    """
+
+
 class PackError(ShardsError):
     """Samples cannot be packed as asked: duplicate key, wrong shape, folder in use."""
 

@@ -66,6 +66,11 @@ class Order:
         self._window = window_shards * -(-self.num_samples // len(shard_sizes))
         self._blocks: OrderedDict[tuple[int, int], tuple[Ints, Ints, Ints]] = OrderedDict()
 
+    @property
+    def window_span(self) -> int:
+        """Positions that one window of all lanes takes: a shard is shown within two of them."""
+        return self._window * self.num_lanes
+
     def places(self, start: int, count: int) -> Place:
         """Places of the `count` global positions that follow `start`, in ascending order."""
         if start < 0 or count < 0:

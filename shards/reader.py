@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import CorruptSample, ShardsError
+from shards.errors import CorruptSample, FetchError, ShardsError
 from shards.files import sum64
 from shards.image import decode_rgbx, scale_into, shrink
 from shards.index import ShardIndex
@@ -85,6 +85,9 @@ class BatchReader:
         Returns:
             The items of `places` that could not be read, each with the reason; the content of
             their rows is undefined.
+
+        Raises:
+            FetchError: if a shard is behind a URL and cannot be had.
         """
         batch = _Batch(self._table, places)
         for name in self._levels:
@@ -132,6 +135,9 @@ class _Batch:
             return self._table.file(shard)
         except FileNotFoundError:
             what = "its shard is missing"
+        except FetchError:
+            # The sample may be sound: to pass over it would change the order for no reason.
+            raise
         except (OSError, ShardsError) as error:
             what = str(error)
         for item, other in enumerate(self._shards):

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import threading
+import weakref
 from pathlib import Path
-from typing import Any
 
-from shards.errors import ManifestError, ShardsError
-from shards.files import atomic_write
-from shards.index import index_name
-from shards.manifest import MANIFEST, Manifest, parse_manifest
+from shards import index as index_files
+from shards.cache import GB, Cache, HeldFile, part_of
+from shards.errors import FetchError, IndexFileError, ManifestError
+from shards.fetch import Damaged, Remote
+from shards.files import atomic_write, sha256_file, sync_folder
+from shards.manifest import MANIFEST, Manifest, ShardInfo, parse_manifest
+from shards.table import FILES_OPEN
 
 log = logging.getLogger(__name__)
-_CHUNK = 1 << 22
-
-
-class FetchError(ShardsError):
-    """A file could not be fetched, or is not what the manifest says."""
 
 
 def default_cache() -> Path:
@@ -29,92 +25,196 @@ def default_cache() -> Path:
     return Path.home() / ".cache" / "dinogen" / "shards"
 
 
-def open_remote(url: str, cache_dir: Path | None) -> tuple[RemoteFolder, Manifest]:
+def open_remote(
+    url: str, cache_dir: Path | None, cache_gb: float | None = None
+) -> tuple[RemoteFolder, Manifest]:
     """Fetch the manifest of the dataset behind a URL; its shards follow when they are read.
 
     Args:
         url: folder on any file system that fsspec knows.
         cache_dir: folder for the cache, `default_cache()` unless given.
+        cache_gb: most that all files in the cache take, in 10^9 bytes; no limit unless given.
 
     Raises:
         ManifestError: if there is no manifest behind the URL, or it cannot be used.
         FetchError: if the file system cannot be reached.
     """
-    import fsspec
-
-    try:
-        system, root = fsspec.core.url_to_fs(url)
-        data = system.cat_file(f"{root.rstrip('/')}/{MANIFEST}")
-    except FileNotFoundError as error:
-        raise ManifestError(
-            f"{url}: has no {MANIFEST}; give the folder of a packed dataset, or run "
-            f"`dinogen shards index` on the tars before they are uploaded"
-        ) from error
-    except (OSError, ImportError, ValueError) as error:
-        raise FetchError(f"{url}: cannot be reached: {error}") from error
-    manifest = parse_manifest(data, f"{url}/{MANIFEST}")
+    remote = Remote(url)
+    data, manifest = _read_manifest(remote)
     # The manifest is part of the name: packed anew, the dataset gets a cache of its own.
-    name = hashlib.sha256(url.encode() + b"\0" + data).hexdigest()[:20]
-    folder = (cache_dir or default_cache()) / name
-    folder.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(remote.url.encode() + b"\0" + data).hexdigest()[:20]
+    cache = Cache(cache_dir or default_cache(), None if cache_gb is None else int(cache_gb * GB))
+    folder = cache.root / name
+    folder.mkdir(exist_ok=True)
     with atomic_write(folder / MANIFEST) as file:
         file.write(data)
-    return RemoteFolder(system, root.rstrip("/"), folder, manifest), manifest
+    return RemoteFolder(remote, cache, folder, manifest), manifest
+
+
+def _read_manifest(remote: Remote) -> tuple[bytes, Manifest]:
+    place = f"{remote.url}/{MANIFEST}"
+    try:
+        data = remote.read(MANIFEST)
+        try:
+            return data, parse_manifest(data, place)
+        except ManifestError as error:
+            # No checksum guards it, but a transfer cut short leaves no sound JSON.
+            log.warning("%s; reading it again", error)
+            data = remote.read(MANIFEST)
+            return data, parse_manifest(data, place)
+    except FileNotFoundError as error:
+        raise ManifestError(
+            f"{remote.url}: has no {MANIFEST}; give the folder of a packed dataset, or run "
+            f"`dinogen shards index` on the tars before they are uploaded"
+        ) from error
 
 
 class RemoteFolder:
-    """Finds the files of a remote dataset in the cache, fetching those that are not there yet.
+    """Finds the files of a remote dataset in the cache, fetching those that are not there.
 
     A file in the cache was checked before it got its name, so its presence is enough.
+
+    Attributes:
+        folder: the dataset's own folder in the cache.
+        cache: which it shares with other processes and datasets.
+        num_open: how many files a reader may keep open; those cannot be evicted.
     """
 
-    def __init__(self, system: Any, root: str, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, remote: Remote, cache: Cache, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
-        self._system = system
-        self._root = root
-        self._sha256 = {shard.name: shard.sha256 for shard in manifest.shards}
-        if manifest.statistics is not None:
-            self._sha256[manifest.statistics.file] = manifest.statistics.sha256
-        self._indexes = {index_name(shard.name) for shard in manifest.shards}
+        self.cache = cache
+        self.num_open = FILES_OPEN if cache.limit is None else 1
+        self._remote = remote
+        self._shards = {shard.name: shard for shard in manifest.shards}
+        self._indexes = {index_files.index_name(name): name for name in self._shards}
+        self._statistics = manifest.statistics
+        self._held: weakref.WeakValueDictionary[str, HeldFile] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
 
     def path(self, name: str) -> Path:
-        """Local path of a file of the dataset.
+        """Local path of an index or of the statistics; these are small and stay.
 
         Raises:
             FileNotFoundError: if the dataset lacks it.
+            IndexFileError: if it is an index that is damaged where it comes from.
             FetchError: if it cannot be fetched, or differs from the manifest.
         """
         path = self.folder / name
-        if path.is_file():
-            return path
-        if name not in self._sha256 and name not in self._indexes:
-            raise FileNotFoundError(path)
-        with _locked(self.folder / f".{name}.lock"):
-            # Another process may have fetched it while this one waited.
-            if not path.is_file():
-                self._fetch(name, path)
+        if not path.is_file():
+            if name not in self._indexes and (
+                self._statistics is None or name != self._statistics.file
+            ):
+                raise FileNotFoundError(path)
+            self._obtain(name, urgent=True)
         return path
 
-    def _fetch(self, name: str, path: Path) -> None:
-        remote = f"{self._root}/{name}"
-        log.info("fetching %s", remote)
+    def open(self, name: str) -> HeldFile:
+        """A shard, which stays in the cache while it is held.
+
+        Raises:
+            FetchError: if it cannot be fetched, or differs from the manifest.
+        """
+        file = self._open(name, urgent=True)
+        assert file is not None
+        return file
+
+    def open_early(self, name: str) -> HeldFile | None:
+        """A shard that nobody waits for yet; None if there is no room for it now.
+
+        Raises:
+            FetchError: as `open`.
+        """
+        return self._open(name, urgent=False)
+
+    def hurry(self) -> None:
+        """From now on no fetch is tried again; for a process that has been asked to end."""
+        self._remote.hurry()
+
+    def _open(self, name: str, urgent: bool) -> HeldFile | None:
+        while True:
+            with self._lock:
+                found = self._held.get(name)
+            if found is not None:
+                return found
+            try:
+                file = HeldFile(self.folder / name)
+            except FileNotFoundError:
+                if not self._obtain(name, urgent):
+                    return None
+                continue
+            with self._lock:
+                return self._held.setdefault(name, file)
+
+    def _obtain(self, name: str, urgent: bool) -> bool:
+        """Have a file in the cache; False if there is no room for it."""
+        path = self.folder / name
+        part = part_of(path)
         try:
-            with self._system.open(remote, "rb") as source, atomic_write(path) as target:
-                shutil.copyfileobj(source, target, _CHUNK)
-                # An index is held by its fit to the shard and by the checksums of the samples.
-                if name in self._sha256 and target.hexdigest() != self._sha256[name]:
-                    raise FetchError(
-                        f"{remote}: differs from what {MANIFEST} says; upload it again, or run "
-                        f"`dinogen shards verify` where it came from"
-                    )
-        except FileNotFoundError:
-            raise
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.cache.fetching(path) as lock:
+                # Another process may have fetched it while this one waited.
+                if path.is_file():
+                    return True
+                shard = self._shards.get(name)
+                if shard and not self.cache.reserve(lock, shard.num_bytes, urgent):
+                    return False
+                try:
+                    self._remote.fetch(name, part, lambda got: self._check(name, got))
+                    _keep(part, path)
+                finally:
+                    part.unlink(missing_ok=True)
+        except FileNotFoundError as error:
+            if name in self._indexes:
+                raise
+            raise FetchError(
+                f"{self._remote.url}/{name}: is not there, though {MANIFEST} names it; upload it "
+                f"again, or run `dinogen shards repair` where it came from"
+            ) from error
+        except Damaged as error:
+            what = f"{self._remote.url}/{name}: {error}"
+            if name in self._indexes:
+                raise IndexFileError(what) from error
+            raise FetchError(
+                f"{what}, each time; upload it again, or run `dinogen shards verify` where it came "
+                f"from"
+            ) from error
         except OSError as error:
-            raise FetchError(f"{remote}: cannot be fetched: {error}") from error
+            raise FetchError(
+                f"{path}: cannot be written: {error.strerror}; give data.cache_dir a folder with "
+                f"room that can be written"
+            ) from error
+        return True
+
+    def _check(self, name: str, path: Path) -> None:
+        """Raise Damaged unless a fetched file is what it should be."""
+        if name in self._indexes:
+            _check_index(path, self._shards[self._indexes[name]])
+            return
+        wanted = None
+        if (shard := self._shards.get(name)) is not None:
+            wanted = shard.sha256
+            if (got := path.stat().st_size) < shard.num_bytes:
+                # The transfer broke: unlike wrong bytes, that is no reason to doubt the source.
+                raise ConnectionError(f"cut off, {got} of {shard.num_bytes} bytes")
+        if self._statistics is not None and name == self._statistics.file:
+            wanted = self._statistics.sha256
+        if wanted is not None and sha256_file(path) != wanted:
+            raise Damaged(f"differs from what {MANIFEST} says")
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _check_index(path: Path, shard: ShardInfo) -> None:
+    """No checksum guards an index, but it has its own, and has to fit its shard."""
+    try:
+        index = index_files.load(path)
+    except IndexFileError as error:
+        raise Damaged(str(error)) from error
+    if (len(index), index.num_bytes) != (shard.num_samples, shard.num_bytes):
+        raise Damaged(f"does not fit {shard.name}")
+
+
+def _keep(part: Path, path: Path) -> None:
+    """Make a fetched file durable, then visible under its name."""
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.rename(path)
+    sync_folder(path.parent)

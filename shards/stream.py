@@ -16,9 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shards.ahead import Ahead, Share
 from shards.errors import CorruptSample
+from shards.fetch import stop_at
 from shards.order import Order, Place
 from shards.reader import Arrays, BatchReader
+from shards.remote import RemoteFolder
 from shards.sample import level_grid
 from shards.table import SampleTable
 
@@ -170,8 +173,19 @@ class Stream:
         self._places: deque[Place] = deque()
         self._pending: deque[Future[tuple[Batch, list[CorruptSample]]]] = deque()
         self._num_ahead = num_threads + _SPARE_BATCHES if num_threads else 0
-        self._pool = ThreadPoolExecutor(num_threads, "shards") if num_threads else None
+        self._stop = threading.Event()
+        self._pool: ThreadPoolExecutor | None = None
+        if num_threads:
+            self._pool = ThreadPoolExecutor(
+                num_threads, "shards", initializer=stop_at, initargs=(self._stop,)
+            )
         self._closed = False
+        self._ahead: Ahead | None = None
+        if isinstance(dataset.source, RemoteFolder):
+            order = Order(sizes, seed, num_lanes, window_shards)
+            share = Share(batch_size, rank, world_size)
+            self._ahead = Ahead(dataset.source, dataset.table(split), order, share, start)
+            weakref.finalize(self, self._ahead.close)
         self._named: set[tuple[str, str]] = set()
         self.num_skipped = 0
         self.num_samples = self._order.num_samples
@@ -204,6 +218,9 @@ class Stream:
             part = (self._batch_size, self._rank, self._world_size, _BATCHES_PLACED)
             self._places.extend(self._order.shares(self._next_read, *part))
             self._next_read += self._batch_size * _BATCHES_PLACED
+        if self._ahead is not None:
+            left = len(self._places) * self._batch_size
+            self._ahead.advance(self._next_read - left)
         return self._places.popleft()
 
     def state_dict(self) -> dict[str, int]:
@@ -213,6 +230,10 @@ class Stream:
     def close(self) -> None:
         """Stop reading ahead and end the threads. A closed stream yields nothing more."""
         self._closed = True
+        # A thread may be waiting for a shard that nobody needs any more.
+        self._stop.set()
+        if self._ahead is not None:
+            self._ahead.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards import index as index_files
-from shards.errors import CorruptSample, IndexFileError, ShardsError
+from shards.errors import CorruptSample, FetchError, IndexFileError, ShardsError
 from shards.files import sha256_file
 from shards.index import ShardIndex
 from shards.manifest import ShardInfo
@@ -22,21 +22,37 @@ from shards.scan import scan
 
 log = logging.getLogger(__name__)
 # Each rank walks its own lanes, 64 at most by default, each within a few shards.
-_FILES_OPEN = 256
+FILES_OPEN = 256
 
 
 class Source(Protocol):
-    """Where the files of a dataset are: a folder, or a cache that is filled on demand."""
+    """Where the files of a dataset are: a folder, or a cache that is filled on demand.
+
+    Attributes:
+        num_open: how many tars a reader may keep open.
+    """
+
+    num_open: int
 
     def path(self, name: str) -> Path:
-        """Local path of a file of the dataset; FileNotFoundError if the dataset lacks it."""
+        """Local path of an index or the statistics; FileNotFoundError if the dataset lacks it."""
+        ...
+
+    def open(self, name: str) -> OpenFile:
+        """A tar, which is there as long as the result is held; errors as `path`."""
         ...
 
 
 class OpenFile:
-    """A file opened for scattered reading; closed when the last user lets go of it."""
+    """A file opened for scattered reading; closed when the last user lets go of it.
+
+    Attributes:
+        path: where it was found.
+        descriptor: for `os.pread`.
+    """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.descriptor = os.open(path, os.O_RDONLY)
         # Readahead around scattered reads fetches up to 20 times the bytes needed.
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
@@ -82,6 +98,7 @@ class SampleTable:
 
         Raises:
             IndexFileError: if neither the index nor the tar can be used.
+            FetchError: if they are behind a URL and cannot be had.
         """
         found = self._indexes[shard]
         if found is not None:
@@ -93,6 +110,8 @@ class SampleTable:
                 raise self._broken[shard]
             try:
                 found = load_index(self._source, self.shards[shard])
+            except FetchError:
+                raise
             except ShardsError as error:
                 # Remembered, so that skipping a thousand samples does not try a thousand times.
                 self._broken[shard] = error
@@ -170,16 +189,16 @@ class SampleTable:
 
         Raises:
             OSError: if it cannot be opened.
+            FetchError: if it is behind a URL and cannot be had.
         """
         found = self._files.get(shard)
         if found is not None:
             return found
         # Outside of the lock: it may take as long as fetching a whole shard.
-        path = self._source.path(self.shards[shard].name)
+        opened = self._source.open(self.shards[shard].name)
         with self._lock:
             if shard not in self._files:
-                opened = OpenFile(path)
-                while len(self._files) >= _FILES_OPEN:
+                while len(self._files) >= self._source.num_open:
                     del self._files[next(iter(self._files))]
                 self._files[shard] = opened
             return self._files[shard]
@@ -190,6 +209,7 @@ def load_index(source: Source, shard: ShardInfo) -> ShardIndex:
 
     Raises:
         IndexFileError: if it cannot be used, and the tar is missing or does not fit the manifest.
+        FetchError: if they are behind a URL and cannot be had.
     """
     name = index_files.index_name(shard.name)
     try:
@@ -202,18 +222,18 @@ def load_index(source: Source, shard: ShardInfo) -> ShardIndex:
     except IndexFileError as error:
         log.warning("%s", error)
     try:
-        tar = source.path(shard.name)
+        file = source.open(shard.name)
     except FileNotFoundError as error:
         raise IndexFileError(
             f"{shard.name} and its index are missing; restore them, or run `dinogen shards repair` "
             f"to go on without them"
         ) from error
-    if sha256_file(tar) != shard.sha256:
+    if sha256_file(file.path) != shard.sha256:
         raise IndexFileError(
             f"{shard.name} differs from what manifest.json says and has no usable index; "
             f"run `dinogen shards verify`, then restore it or run `dinogen shards repair`"
         )
-    index = build_index(tar, with_sums=True)
+    index = build_index(file.path, with_sums=True)
     if len(index) != shard.num_samples:
         raise IndexFileError(
             f"{shard.name} holds {len(index)} samples, manifest.json says {shard.num_samples}; "

@@ -11,7 +11,7 @@ import numpy as np
 
 from shards import index as index_files
 from shards.dataset import Dataset
-from shards.errors import CorruptSample, IndexFileError, ManifestError
+from shards.errors import CorruptSample, FetchError, IndexFileError, ManifestError
 from shards.files import sha256_file
 from shards.image import decode_image
 from shards.index import ShardIndex
@@ -113,11 +113,14 @@ def inspect_shard(source: Source, manifest: Manifest, shard: ShardInfo) -> Shard
     """Reread one shard: its bytes, its index, each of its samples."""
     report = ShardReport()
     try:
-        tar = source.path(shard.name)
-    except FileNotFoundError:
+        file = source.open(shard.name)
+    except (FileNotFoundError, FetchError) as error:
         report.missing = True
-        report.problems.append(Problem(shard.name, "", "", "the shard is missing", MEND_SHARD))
+        what = str(error) if isinstance(error, FetchError) else "the shard is missing"
+        report.problems.append(Problem(shard.name, "", "", what, MEND_SHARD))
         return report
+    # Held to the end: the cache of a remote dataset may not evict it meanwhile.
+    tar = file.path
     num_bytes = tar.stat().st_size
     report.altered = shard.sha256 is not None and sha256_file(tar) != shard.sha256
     if num_bytes < shard.num_bytes:
@@ -152,7 +155,7 @@ def _stored_index(source: Source, shard: ShardInfo, report: ShardReport) -> Shar
     except FileNotFoundError:
         _blame_index(report, shard, "is missing")
         return None
-    except IndexFileError as error:
+    except (IndexFileError, FetchError) as error:
         _blame_index(report, shard, str(error))
         return None
     if index.num_bytes != shard.num_bytes:
@@ -254,6 +257,6 @@ def check_statistics(data: Dataset) -> list[Problem]:
             elif not np.isclose(variance.mean(dtype=np.float64), data.total_variance(level)):
                 what = f"total_variance of {level} is not the mean of its variances"
                 problems.append(Problem(MANIFEST, "", "", what, MEND_REPAIR))
-    except (ManifestError, KeyError, ValueError) as error:
+    except (ManifestError, FetchError, KeyError, ValueError) as error:
         problems.append(Problem(name, "", "", str(error), MEND_REPAIR))
     return problems

@@ -18,10 +18,11 @@ from dinogen.files import write_json
 from dinogen.takedown import takedown
 from dinogen.training.batches import split as to_device
 from dinogen.training.checkpoint import stage_folder
-from dinogen.training.preflight import check_same_data, data_fingerprint
+from dinogen.training.data import data_fingerprint, open_data
+from dinogen.training.preflight import check_same_data
 from dinogen.training.snapshot import Snapshot, load_snapshot
 from dinogen.training.state import versions
-from shards.dataset import Dataset, open_dataset
+from shards.dataset import Dataset
 from shards.errors import CorruptSample
 from shards.manifest import SPLITS
 
@@ -59,7 +60,7 @@ def evaluate(
     with takedown():
         snapshot = load_snapshot(run, resolution)
         config = snapshot.family.config
-        data = open_dataset(config.data.path, cache_dir=config.data.cache_dir)
+        data = open_data(config)
         check_same_data(snapshot.checkpoint, config, data_fingerprint(data))
         numbers = _chosen(data, split, num_samples)
         snapshot.family.begin(data)

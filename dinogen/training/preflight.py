@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,9 @@ from dinogen import __version__, dist
 from dinogen.config import Config, ConfigError, StageConfig, parse_config
 from dinogen.families.base import family_class, resolve
 from dinogen.training.checkpoint import STATE, Checkpoint, stage_checkpoint
+from dinogen.training.data import data_fingerprint, open_data
 from dinogen.training.stages import find_stage
-from shards.dataset import Dataset, open_dataset
+from shards.dataset import Dataset
 
 # What may differ from one part of a run to the next: places, lengths, what is logged and kept, and
 # what alters a step by rounding at most. Guide and data are compared by hashes of what they hold.
@@ -37,7 +36,7 @@ def check_run(config: Config, indices: list[int]) -> None:
     Raises:
         ConfigError: naming the key that does not fit the data, the ranks or a checkpoint.
     """
-    data = open_dataset(config.data.path, cache_dir=config.data.cache_dir)
+    data = open_data(config)
     for index in indices:
         _check_stage(config, config.stages[index], data)
     fingerprint = data_fingerprint(data)
@@ -140,12 +139,6 @@ def check_same_data(checkpoint: Checkpoint, config: Config, fingerprint: str) ->
             f"data.path: {config.data.path} holds other shards than the checkpoint "
             f"{checkpoint.folder} was trained on: put them back, or give run: another folder"
         )
-
-
-def data_fingerprint(data: Dataset) -> str:
-    """Hash of what the shards hold; the folder's place does not matter."""
-    shards = [(s.name, s.num_samples, s.num_bytes, s.sha256) for s in data.manifest.shards]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
 
 def _compared(config: Config, today: Config, resolution: int) -> dict[str, Any]:

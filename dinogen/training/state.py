@@ -23,11 +23,10 @@ from dinogen.training.checkpoint import (
     stage_checkpoint,
     stage_folder,
 )
+from dinogen.training.data import data_fingerprint, open_data
 from dinogen.training.ema import Ema
 from dinogen.training.engine import SingleEngine, make_engine
-from dinogen.training.preflight import data_fingerprint
 from dinogen.training.stages import StagePlan, due, grow
-from shards.dataset import Dataset, open_dataset
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ class StageState:
             for name, network in self.ema.networks.items():
                 new = self.family.new_parameters(name)
                 grow(network, previous.tensors(f"{name}.ema"), new, ConfigError)
-        self.data: Dataset = open_dataset(config.data.path, cache_dir=config.data.cache_dir)
+        self.data = open_data(config)
         self.family.begin(self.data)
         self.engine: SingleEngine = make_engine(config, self.family, self.stage.lr, self.device)
         self.progress = Progress(nimg=self.plan.start, logged=self.plan.start)

@@ -18,6 +18,9 @@ Folder = Annotated[
 CacheDir = Annotated[
     Path | None, typer.Option(help="Where the shards of a URL are kept [~/.cache/dinogen/shards].")
 ]
+CacheGb = Annotated[
+    float | None, typer.Option(help="Most that this folder holds, in GB; the oldest used go.")
+]
 
 
 def register(parent: typer.Typer) -> None:
@@ -66,7 +69,7 @@ def ls(data: Location, cache_dir: CacheDir = None) -> None:
 
 
 @app.command()
-def verify(data: Location, cache_dir: CacheDir = None) -> None:
+def verify(data: Location, cache_dir: CacheDir = None, cache_gb: CacheGb = None) -> None:
     """Reread every byte and name each damaged shard and sample; exits 1 if there is any.
 
     [bold]Example[/bold]  dinogen shards verify data/faces
@@ -78,7 +81,7 @@ def verify(data: Location, cache_dir: CacheDir = None) -> None:
     from shards import open_dataset
     from shards.verify import verify as verify_dataset
 
-    dataset = open_dataset(data, cache_dir=cache_dir)
+    dataset = open_dataset(data, cache_dir=cache_dir, cache_gb=cache_gb)
     total = sum(shard.num_samples for shard in dataset.manifest.shards)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("samples", total=total)

@@ -17,6 +17,7 @@ import shards.dataset
 from shards import CorruptSample, open_dataset
 from shards.repair import rebuild_indexes
 from shards.sample import encode
+from shards.table import OpenFile
 from shards.verify import verify
 
 from .conftest import jpeg, make_samples
@@ -117,11 +118,20 @@ def test_a_slow_fetch_stalls_nobody_else(copy, suffix):
     folder, asked, go_on = data.source, threading.Event(), threading.Event()
 
     class Slow:
+        num_open = folder.num_open
+
         def path(self, name: str) -> Path:
+            self.wait(name)
+            return folder.path(name)
+
+        def open(self, name: str) -> OpenFile:
+            self.wait(name)
+            return folder.open(name)
+
+        def wait(self, name: str) -> None:
             if name == f"train-00000{suffix}":
                 asked.set()
                 assert go_on.wait(30)
-            return folder.path(name)
 
     data.source = Slow()
     slow = threading.Thread(target=data.read, args=([0],), kwargs={"levels": (4,)})

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from shards import CorruptSample, ShardsError, open_dataset
+from shards import FetchError, ShardsError, open_dataset
 from shards.errors import ManifestError
 from shards.verify import verify
 
@@ -67,8 +67,9 @@ def test_a_damaged_download_never_gets_its_name(url: str, tmp_path: Path):
     data = bytearray(system.cat_file("/bucket/faces/train-00000.tar"))
     data[5000] ^= 1
     system.pipe_file("/bucket/faces/train-00000.tar", bytes(data))
-    with pytest.raises(CorruptSample, match=r"train-00000\.tar: differs from what manifest"):
-        open_dataset(url, cache_dir=tmp_path).read([0], levels=(4,))
+    for on_error in ("stop", "skip"):
+        with pytest.raises(FetchError, match=r"train-00000\.tar: differs from what manifest"):
+            open_dataset(url, cache_dir=tmp_path).read([0], levels=(4,), on_error=on_error)
     assert not list(tmp_path.rglob("*.tar"))
     assert not list(tmp_path.rglob("*.tmp"))
 

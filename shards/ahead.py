@@ -1,0 +1,177 @@
+"""Fetches the shards of coming batches while the present one is shown, as the order foretells."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from shards.cache import HeldFile
+from shards.errors import ShardsError
+from shards.fetch import stop_at
+from shards.order import Order
+from shards.remote import RemoteFolder
+from shards.table import SampleTable
+
+log = logging.getLogger(__name__)
+_PARALLEL = 4
+# Batches looked at in one go, and that are looked at even where the cache has no room for more.
+_BATCHES = 8
+# Held files are open files, of which a process may have 1024 by default.
+_MOST_IN_SIGHT = 400
+# How often to ask again what may have changed by others' doing: room in the cache, its users.
+_ASK_S = 1.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of every batch, as in `Order.shares`."""
+
+    batch_size: int
+    rank: int
+    world_size: int
+
+
+class Ahead:
+    """Threads that fetch what a stream needs next, and hold it until its last use in sight.
+
+    In sight is one window of the order, or as much as this stream's part of the cache holds. What
+    cannot be fetched is left to the reader who needs it, and so are errors.
+
+    Args:
+        source: where the shards come from.
+        table: the split.
+        order: of this object alone.
+        share: which part of each batch.
+        start: position of the first batch.
+    """
+
+    def __init__(
+        self, source: RemoteFolder, table: SampleTable, order: Order, share: Share, start: int
+    ) -> None:
+        self._source, self._table, self._order, self._share = source, table, order, share
+        self._stop = threading.Event()
+        self._changed = threading.Condition()
+        self._position = self._seen = start
+        self._may_be_evicted = source.cache.limit is not None
+        # Position behind the last batch in sight that needs a shard.
+        self._last_use: dict[int, int] = {}
+        self._wanted: deque[int] = deque()
+        self._held: dict[int, HeldFile] = {}
+        self._budget = float("inf")
+        self._num_users = 0
+        self._divided = 0.0
+        # Daemons: a transfer that hangs must not keep the process from ending.
+        for target in (self._look, *[self._fetch] * _PARALLEL):
+            threading.Thread(target=target, name="shards-ahead", daemon=True).start()
+
+    def advance(self, position: int) -> None:
+        """Say that the batch at `position` is about to be read, and none before it any more."""
+        with self._changed:
+            self._position = position
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Leave whatever is being fetched; the threads end by themselves, soon."""
+        self._stop.set()
+        with self._changed:
+            self._held.clear()
+            self._changed.notify_all()
+
+    def _look(self) -> None:
+        """Find out which shards come next, and let go of those that do not."""
+        with self._source.cache.user():
+            while not self._stop.is_set():
+                self._divide()
+                with self._changed:
+                    if not self._may_look():
+                        self._changed.wait(_ASK_S)
+                        self._forget()
+                        continue
+                    seen = self._seen = max(self._seen, self._position)
+                step = self._share.batch_size
+                shards = self._shards_of(seen, _BATCHES)
+                with self._changed:
+                    for number, names in enumerate(shards):
+                        for shard in names:
+                            if shard not in self._last_use:
+                                self._wanted.append(shard)
+                            self._last_use[shard] = seen + (number + 1) * step
+                    self._seen = seen + _BATCHES * step
+                    self._forget()
+                    self._changed.notify_all()
+
+    def _divide(self) -> None:
+        """Ask for this stream's part of the cache, and warn if a window does not fit in it."""
+        cache = self._source.cache
+        if cache.limit is None or time.monotonic() < self._divided + _ASK_S:
+            return
+        self._divided = time.monotonic()
+        self._budget, num_users = cache.share()
+        if num_users == self._num_users:
+            return
+        self._num_users = num_users
+        num_batches = -(-self._order.window_span // self._share.batch_size)
+        needed = {
+            shard for names in self._shards_of(self._position, num_batches) for shard in names
+        }
+        if self._bytes_of(needed) > self._budget:
+            cache.warn(self._bytes_of(needed) * num_users)
+
+    def _may_look(self) -> bool:
+        """Whether to look further: never past a window, and not past what there is room for."""
+        step = self._share.batch_size
+        if self._seen < self._position + _BATCHES * step:
+            return True
+        if self._seen >= self._position + self._order.window_span:
+            return False
+        if len(self._last_use) >= _MOST_IN_SIGHT:
+            return False
+        return self._bytes_of(self._last_use) < self._budget
+
+    def _forget(self) -> None:
+        for shard, position in list(self._last_use.items()):
+            if position <= self._position:
+                del self._last_use[shard]
+                self._held.pop(shard, None)
+
+    def _fetch(self) -> None:
+        stop_at(self._stop)
+        while not self._stop.is_set():
+            with self._changed:
+                if not self._wanted:
+                    self._changed.wait(_ASK_S)
+                    continue
+                shard = self._wanted.popleft()
+                if shard not in self._last_use:
+                    continue
+            name = self._table.shards[shard].name
+            try:
+                self._table.index(shard)
+                file = self._source.open_early(name)
+            except (ShardsError, OSError) as error:
+                # Whoever needs it tries for itself, and tells what is wrong if that fails too.
+                log.debug("%s was not fetched ahead of its use: %s", name, error)
+                continue
+            with self._changed:
+                if self._stop.is_set():
+                    return
+                if file is None:
+                    self._wanted.appendleft(shard)
+                    self._changed.wait(_ASK_S)
+                elif self._may_be_evicted and shard in self._last_use:
+                    self._held[shard] = file
+            del file
+
+    def _shards_of(self, start: int, num_batches: int) -> list[list[int]]:
+        """Shards of each of some batches; the order is asked by one thread at a time."""
+        share = self._share
+        part = (share.batch_size, share.rank, share.world_size, num_batches)
+        return [np.unique(place.shard).tolist() for place in self._order.shares(start, *part)]
+
+    def _bytes_of(self, shards: set[int] | dict[int, int]) -> int:
+        return sum(self._table.shards[shard].num_bytes for shard in shards)
