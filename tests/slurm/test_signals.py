@@ -1,0 +1,92 @@
+"""On the real mini Slurm: time up, a lost node, a failing stage."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dinogen.config import load_config
+from tests.slurm.helpers import wait_for
+from tests.training.helpers import torchrun, weights
+
+LONG = ("stages.0.kimg=2", "checkpoint.every_kimg=0.1", "log.every_kimg=0.1")
+
+
+def log_of(config: Path, number: str, step: str = "train-4") -> Path:
+    return Path(yaml.safe_load(config.read_text())["run"]) / "launch" / f"{step}-{number}.log"
+
+
+def trains(config: Path) -> bool:
+    """Whether a checkpoint is there and steps go on after it."""
+    run = Path(yaml.safe_load(config.read_text())["run"])
+    return any((run / "4x4" / "checkpoints").glob("0*"))
+
+
+def test_usr1_saves_and_requeues_and_the_weights_stay_the_same(
+    cluster, write_config, dinogen, jobs_of, tmp_path
+):
+    config = write_config(*LONG)
+    dinogen("launch", config, "--on", "slurm", "--stages", 4)
+    number = jobs_of(config)["train-4"]
+    log = log_of(config, number)
+    wait_for("training", lambda: trains(config), 60)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", number], check=True)
+    wait_for("requeue", lambda: cluster.job(number)["Restarts"] == "1", 40)
+    assert "stopped by SIGUSR1" in log.read_text()
+    cluster.wait(number, "COMPLETED", 90, log)
+    told = log.read_text()
+    assert "resumed from" in told
+    assert cluster.job(number)["Restarts"] == "1"
+
+    whole = load_config(config, [f"run={tmp_path / 'whole'}"])
+    whole = whole.model_copy(update={"stages": whole.stages[:1]})
+    torchrun(whole, 2)
+    one, other = weights(load_config(config), 4), weights(whole, 4)
+    assert one.keys() == other.keys()
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_a_crashed_node_leads_to_requeue_and_resume(cluster, write_config, dinogen, jobs_of):
+    if cluster.tool is None:
+        pytest.skip("nodes are crashed by mini-slurm.sh, which is not here")
+    config = write_config(*LONG)
+    dinogen("launch", config, "--on", "slurm", "--stages", 4)
+    number = jobs_of(config)["train-4"]
+    log = log_of(config, number)
+    wait_for("training", lambda: trains(config), 60)
+    cluster.node("crash", "node2")
+    try:
+        wait_for("requeue", lambda: cluster.job(number)["Restarts"] == "1", 60)
+        table = dinogen("launch", "status", load_config(config).run)
+        assert "restart 1" in table
+    finally:
+        cluster.node("boot", "node2")
+        wait_for("node2 again", lambda: "down" not in nodes(), 30)
+    cluster.wait(number, "COMPLETED", 90, log)
+    assert "resumed from" in log.read_text()
+
+
+def nodes() -> str:
+    return subprocess.check_output(["sinfo", "-h", "-N", "-o", "%N %t"], text=True)
+
+
+def test_a_failing_stage_cancels_those_after_it_and_status_says_why(
+    cluster, write_config, dinogen, jobs_of
+):
+    config = write_config("data.path=gone")
+    Path(config.parent / "gone").mkdir()
+    (config.parent / "gone" / "manifest.json").write_text("{}")
+    dinogen("launch", config, "--on", "slurm")
+    jobs = jobs_of(config)
+    cluster.wait(jobs["train-4"], "FAILED", 60)
+    cluster.wait(jobs["train-8"], "CANCELLED", 20)
+    table = dinogen("launch", "status", load_config(config).run, code=1)
+    failed, cancelled = (
+        next(line for line in table.splitlines() if step in line) for step in ("train-4", "train-8")
+    )
+    assert "FAILED" in failed and str(log_of(config, jobs["train-4"])) in failed
+    assert f"needs train-4 (job {jobs['train-4']}), which ended as FAILED" in cancelled
+    assert "gone" in log_of(config, jobs["train-4"]).read_text()
