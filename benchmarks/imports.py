@@ -1,0 +1,13 @@
+"""Imports what ranks take long to import, in the process that they are forked from."""
+
+from dinogen._torchvision import ensure_torchvision
+
+ensure_torchvision()
+
+import torch.utils.tensorboard  # noqa: E402, F401
+import transformers.models.dinov2.modeling_dinov2  # noqa: E402, F401
+
+import dinogen.features.dinov2  # noqa: E402
+import dinogen.training.evaluate  # noqa: E402
+import dinogen.training.run  # noqa: E402, F401
+import launch.cli  # noqa: E402, F401
