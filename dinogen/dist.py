@@ -92,6 +92,7 @@ def init(alone: bool = False) -> None:
         torch.cuda.set_device(place)
     if _grouped() or (world_size() == 1 and not alone):
         return
+    os.environ.setdefault("LOCAL_RANK", str(local_rank()))  # DeepSpeed asks for it, even alone
     on_gpu = place.type == "cuda"
     store: Any = _store() if world_size() > 1 else td.HashStore()  # type: ignore[attr-defined]
     td.init_process_group(

@@ -49,7 +49,9 @@ class Logger:
             # Every rank has every name, as all of them are summed; the values count once.
             main = dist.is_main()
             self.sums = {
-                name: self._scalar(torch.tensor(_number(value) if main else 0.0))
+                name: torch.tensor(
+                    _number(value) if main else 0.0, dtype=torch.float64, device=self.device
+                )
                 for name, value in state["sums"].items()
             }
             self.weights = {name: main * value for name, value in state["weights"].items()}

@@ -146,7 +146,9 @@ class Trainer:
                 if phase.name == self.headline:
                     self.logger.add({"loss": torch.stack(list(losses.values())).sum()}, weight)
             update = self.engine.step(phase)
-            self.logger.add({f"{phase.name}/grad_norm": torch.tensor(update.grad_norm)}, 1.0)
+            # Every rank has the same: a step weighs as much on any number of ranks.
+            norm = {f"{phase.name}/grad_norm": torch.tensor(update.grad_norm)}
+            self.logger.add(norm, 1.0 / dist.world_size())
             self._guard(update.applied, phase.name)
         self.progress.step += 1
         self.progress.nimg += self.stage.batch
