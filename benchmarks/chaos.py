@@ -41,7 +41,7 @@ NUM_SAMPLES = 40
 BATCH = 8
 ENDS_WITHIN = 15.0  # seconds for the ranks that are left, by themselves
 LONGEST_START = 180.0  # seconds without a step after which a start counts as hung
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 ENGINES = [("ddp", 1), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)]
 
 
@@ -287,8 +287,11 @@ def main() -> None:
         apart: dict[str, float] = {}
         if not wrong:
             wrong += check_keys([a.records for a in attempts], whole, NUM_SAMPLES)
+            # sums of a line that was cut in two are added in another order, in float64
+            wrong += check_curve(
+                chaos.run, chaos.whole, 1e-12 if options.fixed_world else TOLERANCE
+            )
             tolerance = 0.0 if options.fixed_world else TOLERANCE
-            wrong += check_curve(chaos.run, chaos.whole, tolerance)
             apart = distances(chaos.run, chaos.whole)
             wrong += [f"{f}: {x:.2e} apart" for f, x in apart.items() if x > tolerance]
     kills = [attempt for attempt in attempts if attempt.moment != "finished"]
