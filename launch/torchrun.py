@@ -18,7 +18,7 @@ def main(args: list[str] | None = None) -> None:
 
     Raises:
         SystemExit: 75 if the workers were asked to stop and ended well, 128 + signal if they were
-            ended before they could save, 1 if a worker failed.
+            ended before they could save, the code of the first worker that failed.
     """
     relay = Relay(workers=lambda: children(os.getpid()), end=_end)
     relay.install()  # before the seconds that importing torch takes
@@ -26,6 +26,7 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     from dinogen.training.stop import EXIT_STOPPED
@@ -35,6 +36,15 @@ def main(args: list[str] | None = None) -> None:
         torchrun(["--signals-to-handle", "SIGHUP,SIGQUIT", *given])
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
+    except ChildFailedError as error:
+        # The worker has said why; torchrun's traceback is about torchrun.
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        print(
+            f"torchrun: rank {rank} failed first: exit code {code}, pid {failure.pid}",
+            file=sys.stderr,
+        )
+        raise SystemExit(128 - code if code < 0 else code) from None
     if relay.stopping:
         raise SystemExit(EXIT_STOPPED)
 

@@ -1,4 +1,4 @@
-"""The mini Slurm that .ci/run starts: real daemons, two nodes. Without it these tests are skipped."""
+"""The mini Slurm that .ci/run starts, real daemons and two nodes; without it all is skipped."""
 
 from __future__ import annotations
 

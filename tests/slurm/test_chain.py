@@ -1,0 +1,195 @@
+"""On the real mini Slurm: from photos to metrics in one launch, other users, large plans."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import skimage
+import yaml
+from PIL import Image, ImageEnhance
+
+from dinogen.config import load_config
+from tests.slurm.helpers import ROOT
+from tests.training.helpers import stage
+
+NOBODY = 65534
+
+
+def photos(folder: Path) -> Path:
+    """A few photos with one face, all different."""
+    image = Image.open(Path(skimage.data_dir) / "astronaut.png").convert("RGB")
+    image = image.crop((60, 0, 380, 320))
+    folder.mkdir()
+    for number in range(12):
+        ImageEnhance.Brightness(image).enhance(0.6 + 0.05 * number).save(folder / f"{number}.jpg")
+    return folder
+
+
+def test_from_photos_to_metrics_over_two_nodes(cluster, write_config, dinogen, jobs_of, tmp_path):
+    config = write_config(
+        f"data.path={tmp_path / 'faces'}",
+        "prepare.faces.size=32",
+        "prepare.pack.val_fraction=0.3",
+        "cluster.evaluate.nodes=2",
+        "cluster.pyramids.nodes=2",
+    )
+    command = ("launch", config, "--on", "slurm", "--photos", photos(tmp_path / "photos"))
+    dinogen(*command)
+    jobs = jobs_of(config)
+    assert list(jobs) == ["faces", "pyramids", "pack", "train-4", "train-8", "evaluate"]
+    again = dinogen(*command)
+    assert again.count("is queued or runs") == 6
+    assert jobs_of(config) == jobs
+    for step, number in jobs.items():
+        log = tmp_path / "run" / "launch" / f"{step}-{number}.log"
+        cluster.wait(number, "COMPLETED", 120, log)
+    settings = load_config(config)
+    for size in (4, 8):
+        result = json.loads((stage(settings, size) / "result.json").read_text())
+        assert result["world_size"] == 2
+        assert cluster.job(jobs[f"train-{size}"])["NumNodes"] == "2"
+    assert (stage(settings, 8) / "evaluation.json").is_file()
+    table = dinogen("launch", "status", settings.run)
+    assert table.count("COMPLETED") == 6
+    assert "all of it is done" in dinogen(*command)
+
+
+def test_sbatch_accepts_the_plan_up_to_256_on_four_nodes(cluster, write_config, dinogen, tmp_path):
+    sizes = [4, 8, 16, 32, 64, 128, 256]
+    path = write_config()
+    plan = yaml.safe_load(path.read_text())
+    plan["stages"] = [{"resolution": size, "kimg": 100} for size in sizes]
+    plan["cluster"] = {"cpus_per_process": 1}
+    path.write_text(yaml.safe_dump(plan))
+    flags = ("--on", "slurm", "--nodes", 4, "--gpus-per-node", 8, "--time", "12:00:00")
+    printed = dinogen("launch", path, *flags, "--dry-run")
+    assert not (tmp_path / "run").exists()
+    lines = [line for line in printed.splitlines() if "=$(sbatch " in line]
+    assert len(lines) == len(sizes)
+    asked = []
+    for number, line in enumerate(lines):
+        words = shlex.split(line.partition("$(")[2].removesuffix(")"))
+        after = [word for word in words if word.startswith("--dependency=")]
+        assert after == ([f"--dependency=afterok:$train_{sizes[number - 1]}"] if number else [])
+        words = [word for word in words if word not in after]
+        asked.append((int(flag(words, "nodes")), int(flag(words, "gpus-per-node"))))
+        # The mini cluster has two nodes of two GPUs and four cores.
+        small = {"nodes": min(asked[-1][0], 2), "gpus-per-node": min(asked[-1][1], 2)}
+        small["cpus-per-task"] = min(int(flag(words, "cpus-per-task")), 4)
+        for name, value in small.items():
+            words = [f"--{name}={value}" if w.startswith(f"--{name}=") else w for w in words]
+        done = subprocess.run([words[0], "--test-only", *words[1:]], capture_output=True, text=True)
+        assert done.returncode == 0, f"{words}\n{done.stderr}"
+    assert asked == [(1, 1), (1, 1), (1, 1), (1, 1), (1, 4), (2, 8), (4, 8)]
+
+
+def flag(words: list[str], name: str) -> str:
+    (found,) = [word for word in words if word.startswith(f"--{name}=")]
+    return found.partition("=")[2]
+
+
+@pytest.fixture
+def home(data_folder, guide_folder):
+    """A folder of the user nobody, with data, guide and an interpreter that it may run."""
+    if os.geteuid():
+        pytest.skip("this is not root: the other tests have been run as a plain user already")
+    folder = Path(tempfile.mkdtemp(prefix="dinogen-nobody-"))
+    folder.chmod(0o755)
+    shutil.copytree(data_folder, folder / "data")
+    shutil.copytree(guide_folder, folder / "guide")
+    for file in folder.rglob("*"):  # safetensors writes for its user alone
+        file.chmod(0o755 if file.is_dir() else 0o644)
+    work = folder / "work"
+    work.mkdir()
+    os.chown(work, NOBODY, NOBODY)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def as_nobody(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HOME": str(folder / "work"), "USER": "nobody", "COLUMNS": "200"}
+    environment |= interpreter_paths(folder)
+    return subprocess.run(
+        command,
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=[],
+        cwd=folder / "work",
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def interpreter_paths(folder: Path) -> dict[str, str]:
+    """Where a copied interpreter finds its libraries, and this repository."""
+    if not (folder / "python").exists():
+        return {"PYTHONPATH": str(ROOT)}
+    import torch
+
+    packages = Path(torch.__file__).parents[1]
+    return {
+        "PYTHONHOME": str(folder / "python"),
+        "PYTHONPATH": f"{ROOT}:{packages}",
+        "LD_LIBRARY_PATH": str(folder / "python" / "lib"),
+    }
+
+
+def python_for_nobody(folder: Path) -> str:
+    """An interpreter that nobody may run; copied, as links where that works, out of root's home."""
+    with contextlib.suppress(PermissionError):
+        as_nobody([sys.executable, "-c", "import torch"], folder).check_returncode()
+        return sys.executable
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    name = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    base = Path(sys.base_prefix)
+    shutil.copytree(
+        base / "lib" / name,
+        folder / "python" / "lib" / name,
+        copy_function=link,
+        ignore=shutil.ignore_patterns("site-packages", "test", "__pycache__"),
+    )
+    for library in (base / "lib").glob("libpython*"):
+        link(str(library), str(folder / "python" / "lib" / library.name))
+    (folder / "python" / "bin").mkdir()
+    python = folder / "python" / "bin" / name
+    link(str(base / "bin" / name), str(python))
+    done = as_nobody([str(python), "-c", "import torch, launch.cli"], folder)
+    if done.returncode:
+        pytest.skip(f"nobody cannot run Python here: {done.stderr.strip().splitlines()[-1]}")
+    return str(python)
+
+
+def test_a_user_who_is_not_root_can_submit(cluster, write_config, home):
+    config = write_config(
+        f"run={home / 'work' / 'run'}",
+        f"data.path={home / 'data'}",
+        f"guide.path={home / 'guide'}",
+        "cluster.stages=[]",
+        folder=home,
+    )
+    python = python_for_nobody(home)
+    launch = [python, "-m", "launch.cli", "launch"]
+    done = as_nobody([*launch, str(config), "--on", "slurm", "--stages", "4"], home)
+    assert done.returncode == 0, done.stderr
+    folder = home / "work" / "run" / "launch"
+    (job,) = json.loads((folder / "jobs.json").read_text())["jobs"]
+    assert cluster.job(job["id"])["UserId"] == f"nobody({NOBODY})"
+    cluster.wait(job["id"], "COMPLETED", 60, Path(job["log"]))
+    done = as_nobody([*launch, "status", "run"], home)
+    assert "COMPLETED" in done.stdout, done.stdout + done.stderr
