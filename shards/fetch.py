@@ -144,15 +144,17 @@ class Remote:
             except (FileNotFoundError, FetchError):
                 raise
             except Exception as error:
-                num_damaged += isinstance(error, Damaged)
+                # Some drivers look at a checksum of the server's themselves.
+                damaged = isinstance(error, Damaged) or "Checksum" in type(error).__name__
+                num_damaged += damaged
                 what = f"{self.url}/{name}: {_describe(error)}"
                 if isinstance(error, OSError) and error.errno in _DISK_FULL:
                     raise FetchError(
                         f"{what}: the cache is full: make room, set data.cache_gb to what it may "
                         f"take, or data.cache_dir to another folder"
                     ) from error
-                if num_damaged == TRIES_OF_DAMAGED:
-                    raise
+                if damaged and num_damaged == TRIES_OF_DAMAGED:
+                    raise Damaged(_describe(error)) from error
                 hurried = self._hurried.is_set()
                 if not _may_pass(error) or number == TRIES or hurried:
                     took = time.monotonic() - began
@@ -180,7 +182,12 @@ def _connect(url: str) -> tuple[Any, str]:
 
     protocol = url.partition("://")[0].rpartition("::")[2]
     try:
-        options = _options(protocol) | fsspec.config.conf.get(protocol, {})
+        # An instance kept from before may know another endpoint, other credentials.
+        options = (
+            {"skip_instance_cache": True}
+            | _options(protocol)
+            | fsspec.config.conf.get(protocol, {})
+        )
         system, root = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         driver = _DRIVERS.get(protocol)
