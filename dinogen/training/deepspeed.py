@@ -111,11 +111,9 @@ class DeepSpeedEngine(SingleEngine):
         engine, scaler = self.engines[phase.network], self.scalers[phase.network]
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
         self.finite = self.finite & torch.isfinite(total.detach())
-        total = total * (weight * dist.world_size())
         if self.config.zero:
-            engine.optimizer.override_loss_scale(scaler.get_scale())  # ZeRO multiplies by it
-        else:
-            total = scaler.scale(total)
+            engine.optimizer.override_loss_scale(1.0)  # ours scales the loss, once
+        total = scaler.scale(total * (weight * dist.world_size()))
         engine.backward(total, scale_wrt_gas=False)
 
     def step(self, phase: Phase) -> Update:
@@ -124,6 +122,7 @@ class DeepSpeedEngine(SingleEngine):
         norm = self._norm(phase.network)
         applied = self._agree(bool(self.finite & torch.isfinite(norm)))
         if self.config.zero:
+            engine.optimizer.override_loss_scale(scaler.get_scale())  # the step divides by it
             engine.optimizer.check_grad_overflow = True
             engine.optimizer.check_overflow = _Verdict(engine.optimizer, applied)
         if self.config.zero or applied:

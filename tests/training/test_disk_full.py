@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,8 +27,7 @@ def train_on_a_full_disk(dumped: dict, log: str) -> None:
     try:
         train(parse_config(dumped))
     except SaveError as error:
-        with open(log, "w") as file:
-            file.write(str(error))
+        Path(log).write_text(str(error))
         sys.exit(error.exit_code)
 
 
