@@ -17,7 +17,7 @@ from dinogen.takedown import takedown
 REPO = Path(__file__).parents[1]
 
 RANKS = """
-import os, signal, sys, time
+import datetime, os, signal, sys, time
 import torch
 from dinogen import dist
 from dinogen.errors import UserError
@@ -26,6 +26,8 @@ from launch.logs import setup_logging
 
 setup_logging(quiet=not dist.is_main())
 case = sys.argv[1]
+if case == "slow":
+    dist._TIMEOUT = datetime.timedelta(seconds=5)
 dist.init()
 try:
     with takedown():
@@ -41,6 +43,9 @@ try:
             # with work of its own, and TERM asks it only to stop at the end of a step
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(60)
+        if case == "slow":
+            with dist.main_section() as mine:
+                time.sleep(9 if mine else 0)
         if case == "rank 0 works":
             with dist.main_section() as mine:
                 if mine:
@@ -82,6 +87,12 @@ def test_the_others_end_within_seconds_and_say_why(tmp_path, case, message):
     assert seconds < 28
     if case == "bug":
         assert "Traceback" in done.stderr
+
+
+def test_rank_0_may_work_longer_than_a_collective_waits(tmp_path):
+    done, seconds = torchrun(tmp_path, "slow")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert seconds > 9
 
 
 def test_one_process_alone_keeps_its_exception():
