@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -109,15 +109,40 @@ def init(alone: bool = False) -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one."""
-    if _grouped():
-        _Control.store = None
-        td.destroy_process_group()
+    """Leave the process group, if there is one; rank 0 last, as it may host the store."""
+    if not _grouped():
+        return
+    if _Control.store is not None:
+        _Control.store.add("left", 1)
+        if is_main():
+            store = _Control.store
+            _nap_until(lambda: store.add("left", 0) == world_size())
+    _Control.store = None
+    td.destroy_process_group()
 
 
 def control_store() -> Any | None:
     """The store by which ranks tell each other things without a collective; None if alone."""
     return _Control.store
+
+
+def linger(word: str, ranks: Iterable[int], seconds: float) -> None:
+    """Say a word; rank 0, with which the store may go, stays until others have said it too.
+
+    Args:
+        word: not said before.
+        ranks: for whom rank 0 waits.
+        seconds: and how long at most.
+    """
+    store = _Control.store
+    if store is None:
+        return
+    words = [f"{word}/{number}" for number in ranks]
+    until = time.monotonic() + seconds
+    with suppress(RuntimeError):  # the store is gone: nobody can be waited for
+        store.set(f"{word}/{rank()}", "")
+        while is_main() and time.monotonic() < until and not store.check(words):
+            time.sleep(0.02)
 
 
 def lost_connection(error: Exception) -> bool:
@@ -145,12 +170,6 @@ def set_cpu_threads() -> None:
         torch.set_num_threads(max(1, num_cores // local_world_size()))
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if _grouped():
-        td.barrier(device_ids=[local_rank()] if td.get_backend() == "nccl" else None)
-
-
 @contextmanager
 def main_section() -> Iterator[bool]:
     """Rank 0's own work, such as sampling; the others wait at its end for as long as it takes.
@@ -166,10 +185,7 @@ def main_section() -> Iterator[bool]:
     if is_main():
         store.set("main", str(_Control.num_waits))
         return
-    nap = 0.001
-    while not (store.check(["main"]) and int(store.get("main")) >= _Control.num_waits):
-        time.sleep(nap)
-        nap = min(2 * nap, _LONGEST_NAP)
+    _nap_until(lambda: store.check(["main"]) and int(store.get("main")) >= _Control.num_waits)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -238,6 +254,13 @@ class _Control:
 
     store: Any | None = None
     num_waits = 0
+
+
+def _nap_until(met: Callable[[], bool]) -> None:
+    nap = 0.001
+    while not met():
+        time.sleep(nap)
+        nap = min(2 * nap, _LONGEST_NAP)
 
 
 def _grouped() -> bool:

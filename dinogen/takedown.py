@@ -6,6 +6,7 @@ last thing in the log is the time-out instead of the reason.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 
 _EVERY = 0.3  # seconds between two looks
 _GRACE = 3.0  # seconds that a rank has to end by itself, once another one failed
+_HEARING = 2.0  # seconds that rank 0 stays for others to hear why it fails
+_LEAVING = 30.0  # seconds that rank 0 stays for others to come to the end
+_times = itertools.count()
 
 
 @contextmanager
@@ -41,10 +45,14 @@ def takedown() -> Iterator[None]:
         return
     watcher = _Watcher(store)
     watcher.start()
+    end = f"end {next(_times)}"
     try:
         yield
+        dist.linger(end, range(dist.world_size()), _LEAVING)
     except UserError as error:
-        if not error.agreed:
+        if error.agreed:
+            dist.linger(end, range(dist.world_size()), _LEAVING)
+        else:
             watcher.report(str(error), error.exit_code)
         raise
     except Exception as error:
@@ -52,7 +60,7 @@ def takedown() -> Iterator[None]:
             watcher.report(f"{type(error).__name__}: {error}", 1)
             raise
         text = "the connection to another rank is lost: it was killed, or its node died"
-        watcher.report(text, 1)
+        watcher.report(text, 1, lost=True)
         raise dist.DistError(
             f"{text}; the same command goes on from the last checkpoint ({error})"
         ) from error
@@ -67,21 +75,32 @@ class _Watcher(threading.Thread):
         super().__init__(name="takedown", daemon=True)
         self.store = store
         self.done = threading.Event()
+        self.heard: dict[str, Any] | None = None
 
-    def report(self, text: str, code: int) -> None:
+    def report(self, text: str, code: int, lost: bool = False) -> None:
         """Tell the others that this rank fails.
+
+        Args:
+            text: why.
+            code: what all ranks end with.
+            lost: every rank finds out by itself, so none has to be told.
 
         Raises:
             SystemExit: another one was first, and has said why.
         """
-        mine = json.dumps({"rank": dist.rank(), "text": text, "code": code})
+        mine = {"rank": dist.rank(), "text": text, "code": code, "lost": lost}
         try:
-            first = self.store.compare_set("failed", "", mine).decode()
+            first = json.loads(self.store.compare_set("failed", "", json.dumps(mine)))
         except RuntimeError:  # the store went down with its rank
-            return
+            if self.heard is None:
+                return
+            first = self.heard
+        if not first["lost"]:
+            others = set(range(dist.world_size())) - {first["rank"]}
+            dist.linger("heard", others, _HEARING)
         if first != mine:
-            self._tell(json.loads(first))
-            raise SystemExit(json.loads(first)["code"])
+            self._tell(first)
+            raise SystemExit(first["code"])
 
     def run(self) -> None:
         """Look until :meth:`stop`."""
@@ -92,7 +111,11 @@ class _Watcher(threading.Thread):
                 failure = json.loads(self.store.get("failed"))
             except RuntimeError:
                 return  # its host is gone: torchrun or the connections will tell
-            if failure["rank"] == dist.rank() or self.done.wait(_GRACE):
+            if failure["rank"] == dist.rank():
+                return
+            self.heard = failure
+            dist.linger("heard", (), 0)
+            if self.done.wait(_GRACE):
                 return
             self._tell(failure)
             sys.stderr.flush()

@@ -110,7 +110,8 @@ class _Work:
     def _replace(self, successor: Successor, places: Place, item: int, out: Arrays) -> bool:
         """Fill a row from the next sound sample; False if there is none."""
         position = int(places.position[item])
-        for step in range(1, self.dataset.num_samples(self.split)):
+        # so far that a whole epoch is among them
+        for step in range(1, 2 * self.dataset.num_samples(self.split)):
             other = successor(position, step)
             if not self.reader.read(other, [item], out):
                 places.shard[item] = other.shard[0]
