@@ -72,6 +72,9 @@ class ClusterConfig(Section):
     max_restarts: int = Field(
         2, ge=0, description="how often torchrun starts failed processes again within a job"
     )
+    min_nodes: int | None = Field(
+        None, ge=1, description="train on with so many nodes when others are lost; else all"
+    )
     faces: JobConfig = Field(JobConfig(), description="photos to faces: one process")
     pyramids: JobConfig = Field(JobConfig(), description="features of the faces: one whole node")
     pack: JobConfig = Field(JobConfig(), description="shards: one process, no GPU")

@@ -147,10 +147,14 @@ def sbatch_command(config: Config, copies: Copies, step: Step, after: str | None
         "DINOGEN_PROCESSES": str(step.resources.processes),
         "DINOGEN_RESTARTS": str(config.cluster.max_restarts),
     }
+    command = ["sbatch", "--parsable"]
+    fewest = config.cluster.min_nodes
+    if _is_stage(step) and fewest is not None and fewest < step.resources.nodes:
+        variables["DINOGEN_MIN_NODES"] = str(fewest)
+        command.append("--no-kill")
     for name, value in variables.items():
         if "," in value:
             raise UserError(f"{name}={value}: sbatch takes no path with a comma: rename it")
-    command = ["sbatch", "--parsable"]
     if after is not None:
         command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
     command += [

@@ -27,6 +27,7 @@ def main(args: list[str] | None = None) -> None:
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.run import main as torchrun
 
     from dinogen.training.stop import EXIT_STOPPED
@@ -45,6 +46,9 @@ def main(args: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(128 - code if code < 0 else code) from None
+    except RendezvousConnectionError:
+        print("torchrun: the node on which all others met is lost", file=sys.stderr)
+        raise SystemExit(1) from None
     if relay.stopping:
         raise SystemExit(EXIT_STOPPED)
 

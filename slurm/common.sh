@@ -53,6 +53,8 @@ dinogen_on_all() {
     else
         lost_nodes=(--wait=60) # one torchrun gone: the others would wait for it for 10 minutes
     fi
+    # A lost node is noticed after 10 s, and the others then wait 5 s for one that may still come.
+    local rdzv=keep_alive_interval=2,keep_alive_max_attempt=5,last_call_timeout=5
     # One agent per node; -m launch.torchrun is torchrun that hands USR1 on to its workers.
     # shellcheck disable=SC2086
     exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${lost_nodes[@]}" \
@@ -60,7 +62,7 @@ dinogen_on_all() {
         --nnodes="$nodes" --nproc-per-node="$processes" \
         --max-restarts="${DINOGEN_RESTARTS:-2}" \
         --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-backend=c10d \
-        --rdzv-endpoint="$first:$(free_port)" --rdzv-conf=last_call_timeout=5 \
+        --rdzv-endpoint="$first:$(free_port)" --rdzv-conf="$rdzv" \
         -m launch.cli "$@"
 }
 
@@ -80,18 +82,37 @@ resumable() {
     local stopped="" code=0
     "$@" &
     local pid=$!
-    trap 'stopped=USR1; echo "USR1: saving"; kill -USR1 "$pid"' USR1
-    trap 'stopped=TERM; echo "TERM: saving"; kill -TERM "$pid"' TERM
+    trap 'stopped=USR1; echo "USR1: saving"; kill -USR1 "$pid" 2>/dev/null || true' USR1
+    trap 'stopped=TERM; echo "TERM: saving"; kill -TERM "$pid" 2>/dev/null || true' TERM
     await "$pid" || code=$?
     # 75: asked to stop, saved. 0 after a signal: the same, or it was finished just before.
     if [[ $code -eq 75 || ($code -eq 0 && -n $stopped) ]]; then
-        # A job that scancel ends is COMPLETING by now and stays away.
-        if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
-            echo "saved: job $SLURM_JOB_ID goes back into the queue"
-            scontrol requeue "$SLURM_JOB_ID"
-        fi
+        requeue "saved"
+    elif ((code != 0)) && ! all_nodes_answer; then
+        # SLURM takes minutes to notice, and would take this job for one that failed by itself.
+        requeue "a node does not answer"
     fi
     return "$code"
+}
+
+# requeue REASON: put this job back into the queue, unless scancel is ending it (COMPLETING).
+requeue() {
+    if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
+        echo "$1: job $SLURM_JOB_ID goes back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+}
+
+# Whether the slurmd of every node of the job can be reached.
+all_nodes_answer() {
+    local node facts address port
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        facts=$(scontrol --oneliner show node "$node")
+        address=$(sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p' <<<"$facts")
+        port=$(sed -n 's/.* Port=\([0-9]*\).*/\1/p' <<<"$facts")
+        port=${port:-$(scontrol show config | sed -n 's/^SlurmdPort *= *//p')}
+        timeout 10 bash -c ": <'/dev/tcp/$address/$port'" 2>/dev/null || return 1
+    done
 }
 
 # restartable dinogen_on_... ARGS...: run it; out of time, queue the job again. For work that goes
