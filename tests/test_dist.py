@@ -34,7 +34,8 @@ if attempt == 0:
         os._exit(3)
 mine = torch.tensor([rank + 1.0, 10.0])
 total = dist.all_reduce_sum(mine)
-dist.barrier()
+with dist.main_section() as mine:
+    assert mine == (rank == 0)
 result = {
     "attempt": attempt,
     "before": before,
@@ -94,7 +95,8 @@ def alone(monkeypatch):
 
 def test_without_torchrun_it_is_a_world_of_one(alone):
     dist.init()
-    dist.barrier()
+    with dist.main_section() as mine:
+        assert mine
     assert (dist.rank(), dist.world_size(), dist.local_rank()) == (0, 1, 0)
     assert dist.is_main() and not torch.distributed.is_initialized()
     tensor = torch.tensor([1, 2])

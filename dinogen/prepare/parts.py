@@ -80,10 +80,10 @@ def write_pyramids(
     }
     out.mkdir(parents=True, exist_ok=True)
     _check_parts(out, num_parts, header, num_faces)
-    if dist.is_main():
-        for leftover in out.glob(".*.tmp"):
-            leftover.unlink()
-    dist.barrier()
+    with dist.main_section() as main:
+        if main:
+            for leftover in out.glob(".*.tmp"):
+                leftover.unlink()
     rank, world_size = dist.rank(), dist.world_size()
     mine = range(rank, num_parts, world_size)
     shares = [range(number * size, min((number + 1) * size, num_faces)) for number in mine]

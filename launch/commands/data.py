@@ -89,11 +89,13 @@ def pyramids(
     """
     from dinogen import dist
     from dinogen.prepare.parts import write_pyramids
+    from dinogen.takedown import takedown
 
     settings = _settings(config, overrides)
     dist.init()
-    maker = _maker(settings)
-    with _bar("faces" if dist.world_size() == 1 else "faces of rank 0") as progress:
+    bar = _bar("faces" if dist.world_size() == 1 else "faces of rank 0")
+    with takedown(), bar as progress:
+        maker = _maker(settings)
         summary = write_pyramids(faces, out, maker, progress=progress)
     if dist.is_main():
         typer.echo(

@@ -196,5 +196,4 @@ if __name__ == "__main__":
     dist.init()
     for item in sys.argv[2:]:
         run_here(Path(sys.argv[1]), item)
-        dist.barrier()
     dist.shutdown()
