@@ -22,6 +22,7 @@ from dinogen.errors import UserError
 
 _TIMEOUT = timedelta(minutes=30)
 _LONGEST_NAP = 0.1  # seconds between two looks at the store
+_LEAVING = 30.0  # seconds that rank 0 stays for others: one may have been killed at the very end
 
 
 class DistError(UserError):
@@ -112,11 +113,7 @@ def shutdown() -> None:
     """Leave the process group, if there is one; rank 0 last, as it may host the store."""
     if not _grouped():
         return
-    if _Control.store is not None:
-        _Control.store.add("left", 1)
-        if is_main():
-            store = _Control.store
-            _nap_until(lambda: store.add("left", 0) == world_size())
+    linger("left", range(world_size()), _LEAVING)
     _Control.store = None
     td.destroy_process_group()
 
