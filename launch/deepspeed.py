@@ -59,7 +59,13 @@ def launcher_command(args: list[str]) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level=critical", "--no_local_rank"]
+    program = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.launch",
+        "--log_level=critical",
+        "--no_local_rank",
+    ]
     return [*program, f"--world_info={world}", f"--master_port={port}", "--module", *args[2:]]
 
 

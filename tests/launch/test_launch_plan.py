@@ -1,0 +1,360 @@
+"""What a chain of SLURM jobs asks for, and what is submitted again: a played SLURM, no real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dinogen.config import ConfigError, parse_config
+from dinogen.errors import UserError
+from launch.cli import app
+from launch.jobs import read_jobs
+from launch.resources import stage_resources, step_resources
+
+# A played SLURM: jobs are lines "ID STATE REASON CODE" in $SLURM_PLAYED/jobs.
+SBATCH = """#!/usr/bin/env bash
+cd "$SLURM_PLAYED"; echo "$*" >> submitted
+if [[ -e refuse && "$*" == *"$(cat refuse)"* ]]; then
+    echo "sbatch: error: invalid partition specified: nowhere" >&2; exit 1
+fi
+id=$(( $(wc -l < jobs) + 101 )); echo "$id PENDING Dependency 0" >> jobs; echo "$id;mini"
+"""
+SCONTROL = """#!/usr/bin/env bash
+line=$(grep "^${!#} " "$SLURM_PLAYED/jobs")
+[[ -n $line ]] || { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }
+set -- $line
+echo "JobId=$1 JobName=x JobState=$2 Reason=$3 Dependency=(null) Restarts=0 ExitCode=$4:0"
+"""
+SCANCEL = """#!/usr/bin/env bash
+echo "$1" >> "$SLURM_PLAYED/cancelled"
+sed -i "s/^$1 .*/$1 CANCELLED None 0/" "$SLURM_PLAYED/jobs"
+"""
+
+
+def make_config(**cluster):
+    sizes = (4, 8, 16, 32, 64, 128, 256)
+    stages = [{"resolution": size, "kimg": 10} for size in sizes]
+    return parse_config({"stages": stages, "cluster": cluster})
+
+
+def asked(config):
+    found = [stage_resources(config, stage) for stage in config.stages]
+    return [(one.nodes, one.gpus, one.processes) for one in found]
+
+
+def test_small_stages_take_one_gpu_and_large_ones_many():
+    config = make_config(nodes=4, gpus_per_node=8)
+    one = (1, 1, 1)
+    assert asked(config) == [one, one, one, one, (1, 4, 4), (2, 8, 8), (4, 8, 8)]
+    assert asked(make_config()) == [one] * 7
+
+
+def test_never_more_ranks_than_pictures_in_a_batch():
+    config = make_config(nodes=32, gpus_per_node=8)
+    assert asked(config)[-1] == (8, 8, 8)  # batch 64
+
+
+def test_a_cluster_without_gpus_gets_processes():
+    config = make_config(nodes=2, gpus_per_node=0, processes_per_node=2, cpus_per_process=3)
+    assert asked(config)[-1] == (2, 0, 2)
+    flags = stage_resources(config, config.stages[-1]).flags
+    assert "--cpus-per-task=6" in flags
+    assert not [flag for flag in flags if "gpu" in flag]
+    for step in ("faces", "pyramids", "pack", "evaluate"):
+        assert not [flag for flag in step_resources(config, step).flags if "gpu" in flag]
+
+
+def test_steps_and_stages_may_ask_for_something_else():
+    config = make_config(
+        nodes=2,
+        gpus_per_node=8,
+        gpu_type="h100",
+        partition="gpu",
+        account="me",
+        qos="high",
+        constraint="nvlink",
+        sbatch=["--exclusive"],
+        pack={"partition": "cpu", "mem": "16G", "sbatch": []},
+        stages=[{"resolution": 256, "nodes": 6, "time": "2-00:00:00"}],
+    )
+    flags = stage_resources(config, config.stages[-1]).flags
+    assert {
+        "--nodes=6",
+        "--gpus-per-node=h100:8",
+        "--time=2-00:00:00",
+        "--partition=gpu",
+        "--account=me",
+        "--qos=high",
+        "--constraint=nvlink",
+        "--exclusive",
+    } <= set(flags)
+    pack = step_resources(config, "pack").flags
+    assert {"--partition=cpu", "--mem=16G", "--nodes=1", "--account=me"} <= set(pack)
+    assert not {"--exclusive"} & set(pack) and not [flag for flag in pack if "gpu" in flag]
+    assert "--gpus-per-node=h100:1" in step_resources(config, "faces").flags
+    assert "--gpus-per-node=h100:8" in step_resources(config, "pyramids").flags
+
+
+@pytest.mark.parametrize(
+    ("cluster", "words"),
+    [
+        ({"time": 43200}, "in quotes"),
+        ({"time": "soon"}, "'soon' is no time"),
+        ({"nodes": 0}, "cluster.nodes"),
+        ({"partitoin": "gpu"}, "did you mean 'partition'"),
+        ({"stages": [{"resolution": 8}, {"resolution": 8}]}, "resolution 8 stands twice"),
+    ],
+)
+def test_mistakes_in_the_section_are_named(cluster, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        make_config(**cluster)
+
+
+@pytest.fixture
+def played(tmp_path, monkeypatch):
+    """A played SLURM on the PATH, and a run with packed data; gives the folder of both."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"sbatch": SBATCH, "scontrol": SCONTROL, "scancel": SCANCEL}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755 | stat.S_IEXEC)
+    (tmp_path / "jobs").touch()
+    monkeypatch.setenv("SLURM_PLAYED", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("COLUMNS", "220")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "manifest.json").write_text('{"splits": {"train": {}, "val": {}}}')
+    stages = [{"resolution": size, "kimg": 1} for size in (4, 8, 16)]
+    config = {"run": str(tmp_path / "run"), "data": {"path": str(data)}, "stages": stages}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def launch(folder, *words):
+    arguments = ["launch", str(folder / "my.yaml"), "--on", "slurm", *words]
+    return CliRunner().invoke(app, arguments)
+
+
+def status(folder):
+    result = CliRunner().invoke(app, ["launch", "status", str(folder / "run")])
+    lines = result.output.splitlines()
+    return result, {line.split("│")[1].strip(): line for line in lines if line.startswith("│")}
+
+
+def set_state(folder, number, state, reason="None", code=0):
+    lines = (folder / "jobs").read_text().splitlines()
+    new = f"{number} {state} {reason} {code}"
+    text = "".join(f"{new if line.startswith(f'{number} ') else line}\n" for line in lines)
+    (folder / "jobs").write_text(text)
+
+
+def submitted(folder):
+    path = folder / "submitted"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def record(folder):
+    return {job.step: job for job in read_jobs(folder / "run").jobs}
+
+
+def finish(folder, size, nimg):
+    place = folder / "run" / f"{size}x{size}"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "result.json").write_text(json.dumps({"nimg": nimg, "verdict": "ok"}))
+
+
+def test_each_job_waits_for_the_one_before(played):
+    result = launch(played)
+    assert result.exit_code == 0, result.output
+    jobs = record(played)
+    assert list(jobs) == ["train-4", "train-8", "train-16", "evaluate"]
+    assert [job.after for job in jobs.values()] == [None, "101", "102", "103"]
+    for line, before in zip(submitted(played), [None, "101", "102", "103"], strict=True):
+        depends = "--kill-on-invalid-dep=yes" in line and f"--dependency=afterok:{before} " in line
+        assert depends == (before is not None)
+    assert "--signal=B:USR1@180" in submitted(played)[0]
+
+
+def test_jobs_read_a_copy_that_later_edits_do_not_reach(played):
+    launch(played)
+    copy = Path(record(played)["train-4"].config)
+    before = copy.read_text()
+    text = (played / "my.yaml").read_text().replace("kimg: 1", "kimg: 2")
+    (played / "my.yaml").write_text(text)
+    launch(played)
+    assert copy.read_text() == before
+    assert str(copy) in submitted(played)[0]
+    assert yaml.safe_load(before)["stages"][0]["kimg"] == 1
+
+
+def test_a_dry_run_prints_the_chain_and_touches_nothing(played):
+    result = launch(played, "--dry-run", "--time", "12:00:00", "--sbatch=--exclusive")
+    assert result.exit_code == 0, result.output
+    assert submitted(played) == []
+    assert not (played / "run").exists()
+    lines = [line for line in result.output.splitlines() if "sbatch " in line]
+    assert len(lines) == 4
+    assert "--dependency=afterok:$train_8 " in lines[2]
+    assert all("--time=12:00:00" in line and "--exclusive" in line for line in lines)
+
+
+def test_asked_again_it_submits_nothing_twice(played):
+    launch(played)
+    assert "is queued or runs" in launch(played).output
+    assert len(submitted(played)) == 4
+
+
+def test_what_is_done_is_left_out_and_the_next_waits_for_nothing(played):
+    finish(played, 4, 1000)
+    launch(played)
+    jobs = record(played)
+    assert list(jobs) == ["train-8", "train-16", "evaluate"]
+    assert jobs["train-8"].after is None
+    finish(played, 8, 2000)
+    finish(played, 16, 2999)  # the config asks for 3000 by now
+    for job in jobs.values():
+        set_state(played, job.id, "COMPLETED")
+    launch(played)
+    assert submitted(played)[-2:] != submitted(played)[:2]
+    assert record(played)["train-16"].id == "104"
+
+
+def test_after_a_failure_it_goes_on_from_there(played):
+    launch(played)
+    finish(played, 4, 1000)
+    set_state(played, 101, "COMPLETED")
+    set_state(played, 102, "FAILED", "NonZeroExitCode", 1)
+    set_state(played, 103, "CANCELLED")
+    set_state(played, 104, "PENDING", "DependencyNeverSatisfied")
+    result, lines = status(played)
+    assert result.exit_code == 1
+    assert "exit code 1, look into" in lines["train-8"]
+    assert "needs train-8 (job 102), which ended as FAILED" in lines["train-16"]
+    assert "1 kimg, ok" in lines["train-4"]
+    launch(played)
+    jobs = record(played)
+    assert [jobs[step].id for step in ("train-8", "train-16", "evaluate")] == ["105", "106", "107"]
+    assert jobs["train-8"].after is None and jobs["train-16"].after == "105"
+    assert (played / "cancelled").read_text().split() == ["104"]
+
+
+def test_a_refusal_is_shown_and_a_half_submitted_chain_goes_on(played):
+    (played / "refuse").write_text("train-16")
+    result = launch(played)
+    assert isinstance(result.exception, UserError)
+    words = str(result.exception)
+    assert words.startswith("train-16: sbatch refuses (exit code 1): invalid partition specified")
+    assert list(record(played)) == ["train-4", "train-8"]
+    (played / "refuse").unlink()
+    assert launch(played).exit_code == 0
+    jobs = record(played)
+    assert jobs["train-16"].after == jobs["train-8"].id == "102"
+    assert len([line for line in submitted(played) if "job-name=run-train-4" in line]) == 1
+
+
+def test_jobs_that_slurm_has_forgotten(played):
+    launch(played)
+    (played / "jobs").write_text("")
+    finish(played, 4, 1000)
+    result, lines = status(played)
+    assert "forgotten" in lines["train-4"] and "look into" not in lines["train-4"]
+    assert "look into" in lines["train-8"]
+    assert result.exit_code == 1
+
+
+def test_the_last_word_of_slurm_is_kept(played):
+    launch(played)
+    set_state(played, 101, "FAILED", "NonZeroExitCode", 3)
+    launch(played)  # notes it
+    assert read_jobs(played / "run").jobs[0].state == "FAILED"
+    assert read_jobs(played / "run").jobs[0].exit_code == 3
+
+
+def test_some_stages_only(played):
+    launch(played, "--stages", "4..8")
+    assert list(record(played)) == ["train-4", "train-8", "evaluate"]
+    launch(played, "--stages", "16")
+    jobs = record(played)
+    assert jobs["train-16"].after == jobs["train-8"].id
+    assert jobs["evaluate"].after == jobs["train-16"].id
+    assert (played / "cancelled").read_text().split() == ["103"]  # it would have come too early
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--stages", "8"), "launch both (--stages 4..16)"),
+        (("--stages", "5"), "stage 5 is not in the config: stages are [4, 8, 16]"),
+        (("--stages", "8..4"), "as 4..8"),
+        (("--gpus", "2"), "--gpus is for --on local"),
+        (("data.path=nothing",), "add --photos PHOTOS"),
+        (("data.path=nothing", "--photos", "none"), "--photos none: no such folder"),
+        (("run=a,b",), "no path with a comma"),
+        (("--nodes", "2", "cluster.nodse=1"), "did you mean 'nodes'"),
+        (("--engine", "horovod"), "engine.name"),
+    ],
+)
+def test_what_cannot_be_launched_is_one_error(played, monkeypatch, words, told):
+    monkeypatch.chdir(played)
+    result = launch(played, *words)
+    assert isinstance(result.exception, UserError), result.output
+    assert told in str(result.exception)
+    assert submitted(played) == []
+
+
+def test_no_slurm_here(played, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    result = launch(played)
+    assert "sbatch is not on the PATH" in str(result.exception)
+    assert launch(played, "--dry-run").exit_code == 0
+    result = CliRunner().invoke(app, ["launch", "status", str(played / "run")])
+    assert "nothing was submitted" in str(result.exception)
+
+
+def test_a_record_that_cannot_be_read_is_no_reason_to_submit_again(played):
+    launch(played)
+    (played / "run" / "launch" / "jobs.json").write_text("{")
+    result = launch(played)
+    assert "jobs.json: cannot be read" in str(result.exception)
+    assert len(submitted(played)) == 4
+
+
+def test_photos_are_made_into_data_first(played):
+    (played / "photos").mkdir()
+    words = (f"data.path={played / 'new'}", "--photos", str(played / "photos"))
+    launch(played, *words, "prepare.pack.val_fraction=0.1")
+    jobs = record(played)
+    assert list(jobs) == ["faces", "pyramids", "pack", "train-4", "train-8", "train-16", "evaluate"]
+    assert jobs["pack"].command[-3:] == [
+        f"{played / 'new'}-faces",
+        f"{played / 'new'}-pyramids",
+        str(played / "new"),
+    ]
+    # what was made is not made again, though only SLURM knows of it
+    for step in ("faces", "pyramids"):
+        set_state(played, jobs[step].id, "COMPLETED")
+    set_state(played, jobs["pack"].id, "FAILED", "NonZeroExitCode", 1)
+    launch(played, *words)
+    again = record(played)
+    assert again["faces"].id == jobs["faces"].id
+    assert again["pack"].id != jobs["pack"].id and again["pack"].after is None
+
+
+def test_without_held_out_samples_there_is_no_evaluation(played):
+    (played / "data" / "manifest.json").write_text('{"splits": {"train": {}}}')
+    launch(played)
+    assert list(record(played)) == ["train-4", "train-8", "train-16"]
+
+
+def test_deepspeed_is_a_key_of_the_config_that_the_jobs_read(played):
+    launch(played, "--engine", "deepspeed")
+    copy = yaml.safe_load(Path(record(played)["train-4"].config).read_text())
+    assert copy["engine"]["name"] == "deepspeed"
