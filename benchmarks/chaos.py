@@ -1,9 +1,9 @@
 """Kills a training at random moments, and shows that it ends as one that was left alone.
 
-    python benchmarks/chaos.py                          30 kills, 1 to 3 ranks after each
-    python benchmarks/chaos.py --engines                ddp and DeepSpeed ZeRO 0 to 2 in turn
-    python benchmarks/chaos.py --fixed-world 2          bitwise the same end
-    python benchmarks/chaos.py --torchrun --kills 3     the ranks started by torchrun
+    python benchmarks/chaos.py                                 30 kills, 1 to 3 ranks after each
+    python benchmarks/chaos.py --engine any                    and another engine too
+    python benchmarks/chaos.py --fixed-world 2 --engine zero1  bitwise the same end
+    python benchmarks/chaos.py --torchrun --kills 3            the ranks started by torchrun
 
 Two stages with a fade-in. SIGKILL hits any rank or all of them, at a random step, in the midst of a
 save, or while they start. Ends with 1 if anything is not as in the uninterrupted run.
@@ -42,7 +42,12 @@ BATCH = 8
 ENDS_WITHIN = 15.0  # seconds for the ranks that are left, by themselves
 LONGEST_START = 180.0  # seconds without a step after which a start counts as hung
 TOLERANCE = 1e-4
-ENGINES = [("ddp", 1), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)]
+ENGINES = {
+    "auto": ("auto", 1),
+    "zero0": ("deepspeed", 0),
+    "zero1": ("deepspeed", 1),
+    "zero2": ("deepspeed", 2),
+}
 
 
 @dataclass
@@ -110,7 +115,8 @@ class Chaos:
     def uninterrupted(self) -> Records:
         """Train once without a kill."""
         size = self.options.fixed_world or 1
-        ranks, records = self.start(self.whole, size, self.engine(size))
+        name = "auto" if self.options.engine == "any" else self.options.engine
+        ranks, records = self.start(self.whole, size, ENGINES[name])
         if not ranks.wait(600) or set(ranks.codes()) != {0}:
             ranks.end()
             sys.exit(f"the uninterrupted run failed:\n{ranks.output()[-4000:]}")
@@ -129,13 +135,14 @@ class Chaos:
     def attempt(self, num_kills: int) -> Attempt:
         """Start the ranks once, and kill some of them unless all kills were made."""
         size = self.options.fixed_world or self.rng.choice((1, 2, 3))
-        engine = self.engine(size)
-        found = Attempt(size, f"{engine[0]} {engine[1]}", newest(self.run))
+        name = self.options.engine
+        name = self.rng.choice(list(ENGINES)) if name == "any" else name
+        found = Attempt(size, name, newest(self.run))
         plan = None
         if num_kills < self.options.kills:
             plan = self.draw(size, found.expected, self.options.kills - num_kills)
         self.left = unfinished(self.run)
-        ranks, folder = self.start(self.run, size, engine)
+        ranks, folder = self.start(self.run, size, ENGINES[name])
         try:
             if plan is None or not self.strike(plan, ranks, folder, found):
                 finished = ranks.wait(LONGEST_START)
@@ -218,13 +225,6 @@ class Chaos:
             victims = list(range(size))  # as if the node had died
         return Kill(moment, nimg, delay, victims)
 
-    def engine(self, size: int) -> tuple[str, int]:
-        """(engine.name, engine.zero) of the next start."""
-        if not self.options.engines:
-            return ("single" if size == 1 else "ddp"), 1
-        choices = [("single", 1), *ENGINES[1:]] if size == 1 else ENGINES
-        return self.rng.choice(choices)
-
     def start(self, run: Path, size: int, engine: tuple[str, int]) -> tuple[Ranks, Path]:
         """Start the ranks; returns them and the folder of their records."""
         self.num_started += 1
@@ -256,7 +256,7 @@ def say(number: int, attempt: Attempt) -> None:
     """One line per start."""
     steps = attempt.records.steps
     print(
-        f"{number:>3} {attempt.size} x {attempt.engine:<12} from {attempt.expected:>4}: "
+        f"{number:>3} {attempt.size} x {attempt.engine:<5} from {attempt.expected:>4}: "
         f"{len(steps):>3} steps, {attempt.moment:<9}"
         + (" (half a checkpoint left)" if attempt.in_save else "")
         + (f" others ended in {attempt.ended:.1f} s" if attempt.moment != "finished" else ""),
@@ -271,14 +271,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engines", action="store_true", help="draw the engine too")
+    parser.add_argument("--engine", choices=[*ENGINES, "any"], default="auto")
     parser.add_argument("--fixed-world", type=int, metavar="N", help="always so many ranks")
     parser.add_argument("--torchrun", action="store_true", help="start the ranks by torchrun")
     options = parser.parse_args()
+    if options.fixed_world and options.engine == "any":
+        parser.error("--fixed-world compares bitwise, which takes one --engine")
     os.environ["OMP_NUM_THREADS"] = "1"
     began = time.monotonic()
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every purge
-    preload(["deepspeed"] if options.engines else [])
+    preload(["deepspeed"] if options.engine != "auto" else [])
     with tempfile.TemporaryDirectory() as folder:
         chaos = Chaos(Path(folder), options)
         whole = chaos.uninterrupted()

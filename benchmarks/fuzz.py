@@ -1,0 +1,330 @@
+"""Two and three ranks in every trouble: each case ends with the right result or the right error.
+
+    python benchmarks/fuzz.py                 200 cases
+    python benchmarks/fuzz.py --cases 16      fewer
+    python benchmarks/fuzz.py --only 37       one of them, and all that its ranks wrote
+
+A right result has the weights, the keys and the figures of one process. A right error is said by
+the rank that fails, and by rank 0, and ends all ranks within seconds. Nothing may hang.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import discs
+import fuzz_worker
+import numpy as np
+import torch
+import yaml
+from chaos_checks import read_records
+from fuzz_cases import Case, draw
+from ranks import ForkedRanks, call, preload
+
+from dinogen.training.checkpoint import newest_checkpoint
+from shards.manifest import parse_manifest
+from shards.plain import adopt
+from shards.sample import Sample, encode
+from shards.writer import write_shard
+
+ENDS_WITHIN = 60.0  # seconds for a case that goes well, on a busy machine
+FAILS_WITHIN = 15.0  # seconds for all ranks, once one of them has failed
+STOPPED = 75
+NUM_SAMPLES = 70
+TOLERANCE = 1e-4
+
+
+class Violation(Exception):
+    """The case did not end as it has to."""
+
+
+class Fuzz:
+    """Runs cases in a folder of its own.
+
+    Args:
+        folder: for everything.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        call(_make, folder)
+        with np.load(folder / "samples.npz") as file:
+            self.samples = [
+                Sample("any", file[f"{n}/png"].tobytes(), "png", {}, _levels(file, n))
+                for n in range(NUM_SAMPLES)
+            ]
+        self.guide = json.loads((folder / "guide.json").read_text())
+
+    def run(self, case: Case) -> str:
+        """Run a case; returns what it ended with.
+
+        Raises:
+            Violation: it did not end as it has to.
+        """
+        place = self.folder / f"{case.number:03d}"
+        self.make_data(place / "data", case)
+        alone = place / "alone"
+        whole = case.error is None
+        if case.work == "evaluate" or whole:
+            self.train(place, "alone", case, 1)
+        if case.work == "train":
+            return self.check_training(place, case)
+        options = ("--stage", "4", *case.options)
+        expected = None
+        if whole:
+            ranks = self.start(place / "log-one", 1, case, fuzz_worker.evaluate, alone, options)
+            _finish(ranks, 0)
+            expected = _evaluation(alone)
+        arguments = (alone, options, case.fault, case.number)
+        ranks = ForkedRanks(
+            fuzz_worker.evaluate, arguments, case.size, place / "log", case.node_each
+        )
+        if not whole:
+            return self.check_error(ranks, case, alone)
+        _finish(ranks, 0)
+        _same_figures(_evaluation(alone), expected)
+        return "same figures"
+
+    def check_training(self, place: Path, case: Case) -> str:
+        """Train on several ranks; compare with one process, or look at the error."""
+        config = self.config(place, "together", case, case.size)
+        records = place / "records"
+        arguments = (config, records, case.fault, case.number)
+        ranks = ForkedRanks(fuzz_worker.train, arguments, case.size, place / "log", case.node_each)
+        if case.error is not None:
+            return self.check_error(ranks, case, records)
+        stopped = case.fault is not None and case.fault.how == "stop"
+        if stopped:
+            _finish(ranks, STOPPED, 0)
+            stopped = STOPPED in ranks.codes()
+            arguments = (config, records, None, case.number)
+            ranks = ForkedRanks(
+                fuzz_worker.train, arguments, case.size, place / "log-again", case.node_each
+            )
+        _finish(ranks, 0)
+        mine, theirs = read_records(records).steps, read_records(place / "records-alone").steps
+        if read_records(records).twice or mine != theirs:
+            raise Violation("other samples than in one process")
+        apart = _distance(place / "together", place / "alone")
+        if not apart <= TOLERANCE:
+            raise Violation(f"weights are {apart:.1e} apart")
+        results = [
+            json.loads((place / run / "4x4" / "result.json").read_text())
+            for run in ("together", "alone")
+        ]
+        for key in ("nimg", "num_skipped", "verdict"):
+            if results[0][key] != results[1][key]:
+                raise Violation(f"{key} is {results[0][key]} instead of {results[1][key]}")
+        return "stopped, then same result" if stopped else "same result"
+
+    def check_error(self, ranks: ForkedRanks, case: Case, records: Path) -> str:
+        """All ranks end with an error, and it says what it has to."""
+        fault = records / "fault"
+        until = time.time() + ENDS_WITHIN
+        while not ranks.wait(0.05):
+            if time.time() > until or (
+                fault.exists() and time.time() > fault.stat().st_mtime + FAILS_WITHIN
+            ):
+                raise Violation(f"hangs: {ranks.codes()}\n{_end(ranks)}")
+        seconds = time.time() - fault.stat().st_mtime if fault.exists() else 0.0
+        if 0 in ranks.codes():
+            raise Violation(f"exit codes {ranks.codes()}\n{_end(ranks)}")
+        speakers = {0, *([case.fault.rank] if case.fault else [])}
+        if case.node_each:
+            speakers = set(range(case.size))
+        if case.fault and case.fault.how in ("kill", "exit", "interrupt"):
+            speakers -= {case.fault.rank}
+        assert case.error is not None
+        for rank in speakers:
+            if not re.search(case.error, ranks.log(rank).read_text()):
+                raise Violation(f"rank {rank} does not say {case.error!r}\n{_end(ranks)}")
+        return f"right error ({seconds:.1f} s)" if seconds else "right error"
+
+    def train(self, place: Path, run: str, case: Case, size: int) -> None:
+        """Train in one process."""
+        config = self.config(place, run, case, size)
+        arguments = (config, place / f"records-{run}", None, case.number)
+        _finish(ForkedRanks(fuzz_worker.train, arguments, size, place / f"log-{run}"), 0)
+
+    def start(
+        self, logs: Path, size: int, case: Case, work: Any, run: Path, options: tuple[str, ...]
+    ) -> ForkedRanks:
+        return ForkedRanks(work, (run, options, None, case.number), size, logs)
+
+    def config(self, place: Path, run: str, case: Case, size: int) -> Path:
+        """Write the YAML of a run."""
+        given = dict(case.config)
+        batch, steps = given.pop("batch"), given.pop("steps")
+        num_images = steps * batch - (given.pop("last") and batch > 1)
+        stage = {"resolution": 4, "kimg": num_images / 1000, "batch": batch, "lr": 0.002}
+        stages = [stage]
+        if given.pop("two_stages"):
+            stages.append(stage | {"resolution": 8, "fade_kimg": num_images / 2000})
+        base = discs.settings(place / "data", self.folder / "guide") | {
+            "run": str(place / run),
+            "stages": stages,
+            "checkpoint": {"every_kimg": 2 * batch / 1000},
+            "log": {
+                "every_kimg": batch / 1000,
+                "probe_kimg": 2 * batch / 1000,
+                "samples_kimg": 2 * batch / 1000,
+                "num_samples": 2,
+            },
+            "engine": {"name": "single"},
+        }
+        base["family"]["probe_samples"] = 2
+        if size > 1:
+            base["engine"] = {"name": case.engine[0], "zero": case.engine[1]}
+        for key, value in given.items():
+            section, _, name = key.partition(".")
+            base[section][name] = value
+        path = place / f"{run}.yaml"
+        path.write_text(yaml.safe_dump(base))
+        return path
+
+    def make_data(self, folder: Path, case: Case) -> None:
+        """Shards of the sizes that the case asks for; then flip some bytes."""
+        folder.mkdir(parents=True)
+        left = iter(self.samples)
+        for split, sizes in (("train", case.train), ("val", case.val)):
+            number = 0
+            for shard, size in enumerate(sizes):
+                members = []
+                for _ in range(size):
+                    members.append((f"{split}{number:03d}", encode(next(left))))
+                    number += 1
+                write_shard(folder / f"{split}-{shard:05d}.tar", split, members)
+        manifest = adopt(folder)
+        manifest.model_copy(update={"guide": self.guide}).save(folder)
+        assert parse_manifest((folder / "manifest.json").read_bytes(), "manifest").guide
+        first = {"train": 0, "val": sum(case.train)}
+        for split, number in case.corrupt:
+            levels = self.samples[first[split] + number].levels
+            _flip(folder, [array.tobytes() for array in levels.values()])
+
+
+def _make(folder: Path) -> None:
+    """Guide and samples; runs where everything is imported."""
+    guide = discs.make_guide(folder / "guide")
+    arrays: dict[str, Any] = {}
+    for number, sample in enumerate(discs.draw(guide, NUM_SAMPLES)):
+        arrays[f"{number}/png"] = np.frombuffer(sample.image, np.uint8)
+        arrays |= {f"{number}/{name}": values for name, values in sample.levels.items()}
+    np.savez(folder / "samples.npz", **arrays)
+    (folder / "guide.json").write_text(json.dumps(guide.info.to_dict()))
+
+
+def _levels(file: Any, number: int) -> dict[str, Any]:
+    return {f"n{grid}": file[f"{number}/n{grid}"] for grid in discs.GRIDS}
+
+
+def _flip(folder: Path, payloads: list[bytes]) -> None:
+    """Change a byte of each payload wherever it lies."""
+    for path in folder.glob("*.tar"):
+        data = bytearray(path.read_bytes())
+        for payload in payloads:
+            at = data.find(payload)
+            if at >= 0:
+                data[at + len(payload) // 2] ^= 0x40
+        path.write_bytes(data)
+
+
+def _finish(ranks: ForkedRanks, *codes: int) -> None:
+    """Wait for all ranks to end with one of some exit codes, the same for all."""
+    ended = ranks.wait(ENDS_WITHIN)
+    if not ended or len(set(ranks.codes())) > 1 or ranks.codes()[0] not in codes:
+        what = "exit codes" if ended else "hangs:"
+        raise Violation(f"{what} {ranks.codes()}\n{_end(ranks)}")
+
+
+def _end(ranks: ForkedRanks) -> str:
+    """End what is left; returns what the ranks wrote."""
+    ranks.end()
+    lines = ranks.output().splitlines()
+    return "\n".join(line for line in lines if not line.startswith("frame #"))
+
+
+def _evaluation(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "4x4" / "evaluation.json").read_text())
+    (run / "4x4" / "evaluation.json").unlink()
+    del found["world_size"]
+    return found
+
+
+def _same_figures(mine: dict[str, Any], theirs: dict[str, Any] | None) -> None:
+    assert theirs is not None
+    a, b = mine.pop("metrics"), theirs.pop("metrics")
+    if mine != theirs or a.keys() != b.keys():
+        raise Violation(f"{mine} instead of {theirs}")
+    for name in a:
+        if abs(a[name] - b[name]) > TOLERANCE * abs(b[name]):
+            raise Violation(f"{name} is {a[name]} instead of {b[name]}")
+
+
+def _distance(run: Path, other: Path) -> float:
+    """Largest difference of a tensor over its largest value, in weights and averages."""
+    worst = 0.0
+    for folder in sorted(other.glob("*x*/checkpoints")):
+        mine = newest_checkpoint(run / folder.relative_to(other))
+        theirs = newest_checkpoint(folder)
+        assert mine is not None and theirs is not None
+        for name in ("G", "G.ema"):
+            a, b = mine.tensors(name), theirs.tensors(name)
+            for key in b:
+                apart = (a[key].double() - b[key].double()).abs().max()
+                worst = max(worst, float(apart / b[key].abs().max().clamp_min(1e-30)))
+    return worst
+
+
+def main() -> None:
+    """Run the cases; one line each, one table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, metavar="NUMBER", help="one case, with its output")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    preload(["deepspeed"])
+    numbers = range(options.cases) if options.only is None else [options.only]
+    ended: Counter[tuple[str, str]] = Counter()
+    longest = 0.0
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        fuzz = Fuzz(Path(folder))
+        for number in numbers:
+            case, before = draw(options.seed, number), time.monotonic()
+            try:
+                found = fuzz.run(case)
+            except Violation as violation:
+                found, text = "WRONG", str(violation)
+                failed.append(number)
+            seconds = time.monotonic() - before
+            longest = max(longest, seconds)
+            print(f"{number:>4} {found:<26}{seconds:5.1f} s  {case.title}", flush=True)
+            if found == "WRONG":
+                print(text, flush=True)
+            if options.only is not None:
+                for log in sorted(Path(folder).glob("*/log*/*.log")):
+                    print(f"--- {log.relative_to(folder)}\n{log.read_text()}")
+            ended[case.kind.removesuffix(" again"), found.partition(" (")[0]] += 1
+    print()
+    for (kind, found), num in sorted(ended.items()):
+        print(f"{kind:<14}{found:<28}{num:>4}")
+    print(f"{len(numbers)} cases, {len(failed)} wrong {failed or ''}")
+    print(f"longest case {longest:.1f} s, all {time.monotonic() - began:.0f} s")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
