@@ -9,9 +9,10 @@ from dinogen.config import Config, load_config
 from dinogen.errors import UserError
 from launch import squeue
 from launch.jobs import Job, Jobs, read_jobs
-from launch.progress import end_of, num_images, stage_result
+from launch.progress import end_of, is_evaluated, num_images, stage_result
 from launch.slurm import ask_states
 from launch.squeue import JobState
+from shards.manifest import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,16 @@ def _why_ended(job: Job, state: JobState, jobs: Jobs, states: dict[str, JobState
 
 
 def _progress(job: Job) -> tuple[bool, str]:
-    """Whether a stage is done, and how far it is; other steps leave it to SLURM."""
-    if not job.step.startswith("train-"):
-        return False, ""
+    """Whether what a job makes is there, and how far a stage is."""
     try:
         config: Config = load_config(job.config)
     except UserError as error:
         return False, str(error)
-    stage = next(one for one in config.stages if job.step == f"train-{one.resolution}")
+    stage = next((one for one in config.stages if job.step == f"train-{one.resolution}"), None)
+    if stage is None:
+        if job.step == "evaluate":
+            return any(is_evaluated(config, one) for one in config.stages), ""
+        return (Path(config.data.path) / MANIFEST).is_file(), ""
     result = stage_result(config, stage)
     end = end_of(config, stage) / 1000
     if result is not None:

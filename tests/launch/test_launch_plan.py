@@ -223,8 +223,9 @@ def test_what_is_done_is_left_out_and_the_next_waits_for_nothing(played):
     for job in jobs.values():
         set_state(played, job.id, "COMPLETED")
     launch(played)
-    assert submitted(played)[-2:] != submitted(played)[:2]
-    assert record(played)["train-16"].id == "104"
+    assert len(submitted(played)) == 5
+    assert [record(played)[step].id for step in ("train-8", "train-16")] == ["101", "104"]
+    assert record(played)["evaluate"].after == "104"
 
 
 def test_after_a_failure_it_goes_on_from_there(played):
@@ -266,8 +267,13 @@ def test_jobs_that_slurm_has_forgotten(played):
     finish(played, 4, 1000)
     result, lines = status(played)
     assert "forgotten" in lines["train-4"] and "look into" not in lines["train-4"]
-    assert "look into" in lines["train-8"]
+    assert "look into" in lines["train-8"] and "look into" in lines["evaluate"]
     assert result.exit_code == 1
+    for size, nimg in ((8, 2000), (16, 3000)):
+        finish(played, size, nimg)
+    (played / "run" / "16x16" / "evaluation.json").write_text('{"nimg": 3000}')
+    result, lines = status(played)
+    assert result.exit_code == 0, result.output
 
 
 def test_the_last_word_of_slurm_is_kept(played):
