@@ -280,7 +280,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     began = time.monotonic()
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every purge
-    preload(["deepspeed"] if options.engine != "auto" else [])
+    preload(deepspeed=options.engine != "auto")
     with tempfile.TemporaryDirectory() as folder:
         chaos = Chaos(Path(folder), options)
         whole = chaos.uninterrupted()

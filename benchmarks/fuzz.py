@@ -295,7 +295,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     began = time.monotonic()
-    preload(["deepspeed"])
+    preload(deepspeed=True)
     numbers = range(options.cases) if options.only is None else [options.only]
     ended: Counter[tuple[str, str]] = Counter()
     longest = 0.0

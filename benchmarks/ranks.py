@@ -168,11 +168,17 @@ class TorchrunRanks:
         self.process.wait()
 
 
-def preload(modules: list[str]) -> None:
-    """What the process that ranks are forked from has to import besides; before the first start."""
+def preload(deepspeed: bool) -> None:
+    """What the process that ranks are forked from has to import; to be said before the first start.
+
+    Args:
+        deepspeed: whether a rank uses it.
+    """
     # it finds modules beside this one by the environment alone
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    # the second is what ZeRO imports at its first use, for seconds
+    modules = ["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"] if deepspeed else []
     multiprocessing.get_context("forkserver").set_forkserver_preload(["imports", *modules])
 
 

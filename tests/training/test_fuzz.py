@@ -17,7 +17,7 @@ import dataclasses, pathlib, sys, tempfile
 import fuzz, fuzz_cases, ranks
 
 if __name__ == "__main__":
-    ranks.preload([])
+    ranks.preload(deepspeed=False)
     config = {"batch": 4, "steps": 3, "last": False, "two_stages": False}
     base = fuzz_cases.Case(0, "any", "train", 2, ("ddp", 1), False, (5, 1), config=config)
     fault = fuzz_cases.Fault("loss", "RuntimeError", 1, 1)
