@@ -25,6 +25,7 @@ _BATCHES = 8
 _MOST_IN_SIGHT = 400
 # How often to ask again what may have changed by others' doing: room in the cache, its users.
 _ASK_S = 1.0
+_DIVIDE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -96,19 +97,21 @@ class Ahead:
                 step = self._share.batch_size
                 shards = self._shards_of(seen, _BATCHES)
                 with self._changed:
-                    for number, names in enumerate(shards):
+                    for names in shards:
+                        if not self._may_look():
+                            break
+                        self._seen += step
                         for shard in names:
                             if shard not in self._last_use:
                                 self._wanted.append(shard)
-                            self._last_use[shard] = seen + (number + 1) * step
-                    self._seen = seen + _BATCHES * step
+                            self._last_use[shard] = self._seen
                     self._forget()
                     self._changed.notify_all()
 
     def _divide(self) -> None:
         """Ask for this stream's part of the cache, and warn if a window does not fit in it."""
         cache = self._source.cache
-        if cache.limit is None or time.monotonic() < self._divided + _ASK_S:
+        if cache.limit is None or time.monotonic() < self._divided + _DIVIDE_S:
             return
         self._divided = time.monotonic()
         self._budget, num_users = cache.share()
@@ -119,8 +122,9 @@ class Ahead:
         needed = {
             shard for names in self._shards_of(self._position, num_batches) for shard in names
         }
-        if self._bytes_of(needed) > self._budget:
-            cache.warn(self._bytes_of(needed) * num_users)
+        lacking = self._bytes_of(needed) - self._budget
+        if lacking > 0:
+            cache.warn(cache.limit + int(lacking * num_users))
 
     def _may_look(self) -> bool:
         """Whether to look further: never past a window, and not past what there is room for."""

@@ -36,12 +36,12 @@ class HeldFile(OpenFile):
         if os.fstat(self.descriptor).st_nlink == 0:
             raise FileNotFoundError(path)
 
-    def __del__(self) -> None:
+    @staticmethod
+    def _let_go(descriptor: int) -> None:
         # Access times are not kept on every file system: the time of writing stands in.
-        if hasattr(self, "descriptor"):
-            with suppress(OSError):
-                os.utime(self.descriptor)
-        super().__del__()
+        with suppress(OSError):
+            os.utime(descriptor)
+        os.close(descriptor)
 
 
 class Cache:
@@ -119,11 +119,15 @@ class Cache:
             os.close(descriptor)
 
     def share(self) -> tuple[float, int]:
-        """Bytes that one of the users may have to itself, and how many users there are."""
+        """Bytes of shards that one user may have to itself, and how many users there are."""
         with self._alone():
             num_users = sum(not _unlink_unless_locked(p) for p in self.root.glob(f"{_USER}*"))
+            taken, evictable = self._scan()
         num_users = max(num_users, 1)
-        return (float("inf") if self.limit is None else self.limit / num_users), num_users
+        if self.limit is None:
+            return float("inf"), num_users
+        small = taken - sum(size for _, size, _ in evictable)
+        return max(self.limit - small, 0) / num_users, num_users
 
     def _evict(self, limit: int) -> int:
         """Delete what was not used for longest until no more than `limit` bytes are left.
@@ -131,8 +135,19 @@ class Cache:
         Returns:
             How many are left: more, if the rest is in use.
         """
+        taken, evictable = self._scan()
+        for _, size, path in sorted(evictable):
+            if taken <= limit:
+                break
+            if _unlink_unless_locked(path):
+                log.info("evicting %s", path)
+                taken -= size
+        return taken
+
+    def _scan(self) -> tuple[int, list[tuple[int, int, Path]]]:
+        """Bytes taken, those of fetches under way included; (last use, size, path) of shards."""
         taken = 0
-        found: list[tuple[int, int, Path]] = []
+        evictable: list[tuple[int, int, Path]] = []
         for folder in self.root.iterdir():
             if not _OURS.fullmatch(folder.name):
                 continue
@@ -145,16 +160,10 @@ class Cache:
                     taken += status.st_size
                     path = Path(entry.path)
                     if entry.name.endswith(_EVICTABLE) and lock_of(path).exists():
-                        found.append((status.st_mtime_ns, status.st_size, path))
+                        evictable.append((status.st_mtime_ns, status.st_size, path))
                 elif entry.name.endswith(".lock") and status.st_size:
                     taken += _reserved(Path(entry.path))
-        for _, size, path in sorted(found):
-            if taken <= limit:
-                break
-            if _unlink_unless_locked(path):
-                log.info("evicting %s", path)
-                taken -= size
-        return taken
+        return taken, evictable
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -160,6 +160,9 @@ class RemoteFolder:
                     return False
                 try:
                     self._remote.fetch(name, part, lambda got: self._check(name, got))
+                    if shard is None:
+                        # How small it is no manifest says.
+                        self.cache.reserve(lock, part.stat().st_size, urgent=True)
                     _keep(part, path)
                 finally:
                     part.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,12 +59,14 @@ class OpenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.descriptor = os.open(path, os.O_RDONLY)
+        # Not in __del__: while that runs, a weak reference still gives the object to others.
+        weakref.finalize(self, self._let_go, self.descriptor).atexit = False
         # Readahead around scattered reads fetches up to 20 times the bytes needed.
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+    @staticmethod
+    def _let_go(descriptor: int) -> None:
+        os.close(descriptor)
 
 
 @dataclass

@@ -1,0 +1,81 @@
+"""Training from an S3 server of which every tenth request fails: the weights of local training."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from dinogen.training.batches import split
+from dinogen.training.run import train
+from tests.servers import s3_environment, s3_server
+from tests.training.helpers import curve, torchrun, weights
+
+
+@pytest.fixture
+def s3(data_folder, monkeypatch):
+    with s3_server(data_folder) as server:
+        for name, value in s3_environment(server.url).items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def remote(tmp_path, name, *more):
+    return ["data.path=s3://faces/data", f"data.cache_dir={tmp_path / name}", *more]
+
+
+def assert_same(a, b):
+    for resolution in (4, 8):
+        left, right = weights(a, resolution), weights(b, resolution)
+        assert left.keys() == right.keys()
+        assert [name for name in left if not torch.equal(left[name], right[name])] == []
+        assert curve(a, resolution) == curve(b, resolution)
+
+
+def test_the_weights_are_those_of_local_training(make_config, s3, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("shards.fetch.FIRST_WAIT_S", 0.01)
+    keys: list[list[str]] = []
+
+    def keep(batch, *args):
+        keys[-1].extend(batch["key"])
+        return split(batch, *args)
+
+    monkeypatch.setattr("dinogen.training.trainer.split", keep)
+    local = make_config(run="local")
+    keys.append([])
+    train(local)
+    num_faults = 0
+    # The second cache holds no two of the three shards.
+    for seed, more in enumerate(([], ["data.cache_gb=0.0001", "data.on_error=skip"])):
+        s3.seldom(0.1, seed)
+        config = make_config(
+            *remote(tmp_path, f"cache{seed}", "data.num_threads=1", *more), run=f"remote{seed}"
+        )
+        keys.append([])
+        train(config)
+        assert keys[-1] == keys[0]
+        assert_same(config, local)
+        num_faults += len(s3.faults)
+        s3.faults.clear()
+    assert num_faults > 0
+    assert "trying again in" in caplog.text
+    assert "data.cache_gb=0.0001 IS TOO SMALL" in caplog.text
+
+
+def test_a_run_goes_on_from_another_place(make_config, s3, tmp_path, monkeypatch):
+    """Begun on local disk, ended from S3: where the data lie is no part of the run."""
+    whole = make_config(run="whole")
+    train(whole)
+    train(make_config(run="moved"), 4)
+    moved = make_config(*remote(tmp_path, "cache"), run="moved")
+    train(moved)
+    assert_same(moved, whole)
+
+
+def test_ranks_fetch_each_file_once(make_config, s3, tmp_path):
+    config = make_config(*remote(tmp_path, "cache"))
+    torchrun(config, 2)
+    fetched = [name for name in s3.requests if name != "manifest.json"]
+    assert len(fetched) == len(set(fetched)) >= 6
