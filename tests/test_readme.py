@@ -101,8 +101,10 @@ def run(line: str, folder: Path) -> None:
     command = [SHORTER.get(word, word) for word in shlex.split(line)]
     if command[0] == "tensorboard":
         run_tensorboard(command, folder)
-    elif command[0] == "torchrun":
-        program = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
+    elif command[0] == "torchrun" or command[:2] == ["dinogen", "launch"]:
+        # launch gives its place to torchrun: not to the process of the tests
+        module = "launch.cli" if command[0] == "dinogen" else "torch.distributed.run"
+        program = [sys.executable, "-m", module, *command[1:]]
         done = subprocess.run(program, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     else:
