@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,7 +90,7 @@ class Ahead:
             while not self._stop.is_set():
                 self._divide()
                 with self._changed:
-                    if not self._may_look():
+                    if not self._may_look([]):
                         self._changed.wait(_ASK_S)
                         self._forget()
                         continue
@@ -98,7 +99,7 @@ class Ahead:
                 shards = self._shards_of(seen, _BATCHES)
                 with self._changed:
                     for names in shards:
-                        if not self._may_look():
+                        if not self._may_look(names):
                             break
                         self._seen += step
                         for shard in names:
@@ -126,8 +127,11 @@ class Ahead:
         if lacking > 0:
             cache.warn(cache.limit + int(lacking * num_users))
 
-    def _may_look(self) -> bool:
-        """Whether to look further: never past a window, and not past what there is room for."""
+    def _may_look(self, names: list[int]) -> bool:
+        """Whether a batch with these shards may come in sight.
+
+        None does past a window, and none that there is no room for, but for the very next ones.
+        """
         step = self._share.batch_size
         if self._seen < self._position + _BATCHES * step:
             return True
@@ -135,7 +139,8 @@ class Ahead:
             return False
         if len(self._last_use) >= _MOST_IN_SIGHT:
             return False
-        return self._bytes_of(self._last_use) < self._budget
+        # A little is left to indexes that are not here yet, and to readers in need.
+        return self._bytes_of(self._last_use.keys() | names) < 0.9 * self._budget
 
     def _forget(self) -> None:
         for shard, position in list(self._last_use.items()):
@@ -177,5 +182,5 @@ class Ahead:
         part = (share.batch_size, share.rank, share.world_size, num_batches)
         return [np.unique(place.shard).tolist() for place in self._order.shares(start, *part)]
 
-    def _bytes_of(self, shards: set[int] | dict[int, int]) -> int:
+    def _bytes_of(self, shards: Set[int]) -> int:
         return sum(self._table.shards[shard].num_bytes for shard in shards)
