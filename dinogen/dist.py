@@ -142,7 +142,7 @@ def linger(word: str, ranks: Iterable[int], seconds: float) -> None:
             time.sleep(0.02)
 
 
-def lost_connection(error: Exception) -> bool:
+def lost_connection(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone."""
     if isinstance(error, td.DistBackendError | td.DistNetworkError | td.DistStoreError):
         return True

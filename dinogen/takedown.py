@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from dinogen import dist
@@ -22,6 +22,7 @@ from dinogen.errors import UserError
 log = logging.getLogger(__name__)
 
 _EVERY = 0.3  # seconds between two looks
+_SILENT = 15.0  # seconds without a sign of life after which a rank is gone
 _GRACE = 3.0  # seconds that a rank has to end by itself, once another one failed
 _HEARING = 2.0  # seconds that rank 0 stays for others to hear why it fails
 _LEAVING = 30.0  # seconds that rank 0 stays for others to come to the end
@@ -55,7 +56,7 @@ def takedown() -> Iterator[None]:
         else:
             watcher.report(str(error), error.exit_code)
         raise
-    except Exception as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         if not dist.lost_connection(error):
             watcher.report(f"{type(error).__name__}: {error}", 1)
             raise
@@ -69,13 +70,23 @@ def takedown() -> Iterator[None]:
 
 
 class _Watcher(threading.Thread):
-    """Looks whether another rank has failed, and ends this process if it does not end itself."""
+    """Looks whether another rank has failed, and ends this process if it does not end itself.
+
+    Each rank gives signs of life, and the one before it listens: where ranks wait for each other
+    without a connection, as in :func:`dist.main_section` or while DeepSpeed makes its groups,
+    nothing else would tell that one was killed.
+    """
 
     def __init__(self, store: Any) -> None:
         super().__init__(name="takedown", daemon=True)
         self.store = store
         self.done = threading.Event()
         self.heard: dict[str, Any] | None = None
+        self.beats = 0
+        self.next = (dist.rank() + 1) % dist.world_size()
+        self.last_beat = b""
+        self.num_silent = 0
+        store.set(f"beat/{dist.rank()}", "0")  # from now on silence is missed
 
     def report(self, text: str, code: int, lost: bool = False) -> None:
         """Tell the others that this rank fails.
@@ -106,6 +117,7 @@ class _Watcher(threading.Thread):
         """Look until :meth:`stop`."""
         while not self.done.wait(_EVERY):
             try:
+                self._beat()
                 if not self.store.check(["failed"]):
                     continue
                 failure = json.loads(self.store.get("failed"))
@@ -120,10 +132,29 @@ class _Watcher(threading.Thread):
             self._tell(failure)
             sys.stderr.flush()
             os._exit(failure["code"])
+        with suppress(RuntimeError):
+            self.store.set(f"beat/{dist.rank()}", "")  # who listens need not worry
 
     def stop(self) -> None:
         """This process ends by itself."""
         self.done.set()
+        self.join(_EVERY)
+
+    def _beat(self) -> None:
+        """Give a sign of life, and report the next rank where it gives none.
+
+        Looks are counted, not seconds: a machine that slept has missed nothing.
+        """
+        self.beats += 1
+        self.store.set(f"beat/{dist.rank()}", str(self.beats))
+        key = f"beat/{self.next}"
+        beat = self.store.get(key) if self.store.check([key]) else b""
+        self.num_silent = self.num_silent + 1 if beat and beat == self.last_beat else 0
+        self.last_beat = beat
+        if self.num_silent * _EVERY >= _SILENT:
+            text = f"no sign of life for {_SILENT:.0f} s: it was killed, or its node died"
+            failure = {"rank": self.next, "text": text, "code": 1, "lost": True}
+            self.store.compare_set("failed", "", json.dumps(failure))
 
     def _tell(self, failure: dict[str, Any]) -> None:
         if dist.local_rank() == 0:

@@ -26,6 +26,8 @@ from launch.logs import setup_logging
 
 setup_logging(quiet=not dist.is_main())
 case = sys.argv[1]
+if case == "killed at work":
+    sys.modules["dinogen.takedown"]._SILENT = 3.0
 if case == "slow":
     dist._TIMEOUT = datetime.timedelta(seconds=5)
 dist.init()
@@ -43,6 +45,12 @@ try:
             # with work of its own, and TERM asks it only to stop at the end of a step
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(60)
+        if case == "killed at work":
+            # the others wait at the store, which torchrun hosts: no connection breaks
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            with dist.main_section() as mine:
+                if mine:
+                    os.kill(os.getpid(), signal.SIGKILL)
         if case == "slow":
             with dist.main_section() as mine:
                 time.sleep(9 if mine else 0)
@@ -64,6 +72,8 @@ def torchrun(tmp_path: Path, case: str) -> tuple[subprocess.CompletedProcess, fl
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=3", str(script), case]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    if case == "killed at work":
+        script.write_text('import os\nos.environ["LOCAL_RANK"] = "0"\n' + RANKS)  # a node each
     began = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     return done, time.monotonic() - began
@@ -77,6 +87,7 @@ def torchrun(tmp_path: Path, case: str) -> tuple[subprocess.CompletedProcess, fl
         ("bug", "rank 1 failed: ValueError: an unforeseen thing"),
         ("killed", "the connection to another rank is lost: it was killed, or its node died"),
         ("rank 0 works", "rank 0: runs/x: the disk is full"),
+        ("killed at work", "rank 0 failed: no sign of life for 3 s: it was killed, or its node"),
     ],
 )
 def test_the_others_end_within_seconds_and_say_why(tmp_path, case, message):
@@ -109,6 +120,10 @@ class Store:
 
     def compare_set(self, key, expected, desired):
         return self.values.setdefault(key, desired.encode())
+
+    def set(self, key, value):
+        if not key.startswith("beat/"):
+            self.values[key] = value.encode()
 
     def check(self, keys):
         return all(key in self.values for key in keys)
