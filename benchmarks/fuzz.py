@@ -38,6 +38,7 @@ from shards.writer import write_shard
 
 ENDS_WITHIN = 60.0  # seconds for a case that goes well, on a busy machine
 FAILS_WITHIN = 15.0  # seconds for all ranks, once one of them has failed
+KILLED_WITHIN = 40.0  # once one was killed, which may show by its silence alone, after 15 s
 STOPPED = 75
 NUM_SAMPLES = 70
 TOLERANCE = 1e-4
@@ -52,10 +53,13 @@ class Fuzz:
 
     Args:
         folder: for everything.
+
+    Attributes:
+        seconds: from the newest failure of a rank to the end of all.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.seconds = folder, 0.0
         call(_make, folder)
         with np.load(folder / "samples.npz") as file:
             self.samples = [
@@ -129,13 +133,15 @@ class Fuzz:
     def check_error(self, ranks: ForkedRanks, case: Case, records: Path) -> str:
         """All ranks end with an error, and it says what it has to."""
         fault = records / "fault"
+        killed = case.fault is not None and case.fault.how == "kill"
+        limit = KILLED_WITHIN if killed else FAILS_WITHIN
         until = time.time() + ENDS_WITHIN
         while not ranks.wait(0.05):
             if time.time() > until or (
-                fault.exists() and time.time() > fault.stat().st_mtime + FAILS_WITHIN
+                fault.exists() and time.time() > fault.stat().st_mtime + limit
             ):
                 raise Violation(f"hangs: {ranks.codes()}\n{_end(ranks)}")
-        seconds = time.time() - fault.stat().st_mtime if fault.exists() else 0.0
+        self.seconds = time.time() - fault.stat().st_mtime if fault.exists() else 0.0
         if 0 in ranks.codes():
             raise Violation(f"exit codes {ranks.codes()}\n{_end(ranks)}")
         speakers = {0, *([case.fault.rank] if case.fault else [])}
@@ -147,7 +153,7 @@ class Fuzz:
         for rank in speakers:
             if not re.search(case.error, ranks.log(rank).read_text()):
                 raise Violation(f"rank {rank} does not say {case.error!r}\n{_end(ranks)}")
-        return f"right error ({seconds:.1f} s)" if seconds else "right error"
+        return f"right error ({self.seconds:.1f} s)" if self.seconds else "right error"
 
     def train(self, place: Path, run: str, case: Case, size: int) -> None:
         """Train in one process."""
@@ -298,7 +304,7 @@ def main() -> None:
     preload(deepspeed=True)
     numbers = range(options.cases) if options.only is None else [options.only]
     ended: Counter[tuple[str, str]] = Counter()
-    longest = 0.0
+    longest = longest_end = 0.0
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         fuzz = Fuzz(Path(folder))
@@ -311,6 +317,7 @@ def main() -> None:
                 failed.append(number)
             seconds = time.monotonic() - before
             longest = max(longest, seconds)
+            longest_end = max(longest_end, fuzz.seconds)
             print(f"{number:>4} {found:<26}{seconds:5.1f} s  {case.title}", flush=True)
             if found == "WRONG":
                 print(text, flush=True)
@@ -322,6 +329,7 @@ def main() -> None:
     for (kind, found), num in sorted(ended.items()):
         print(f"{kind:<14}{found:<28}{num:>4}")
     print(f"{len(numbers)} cases, {len(failed)} wrong {failed or ''}")
+    print(f"longest from a failure to the end of all ranks {longest_end:.1f} s")
     print(f"longest case {longest:.1f} s, all {time.monotonic() - began:.0f} s")
     sys.exit(bool(failed))
 
