@@ -76,16 +76,22 @@ def children(pid: int) -> list[int]:
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal; systems without /proc are taken to have."""
-    status = Path(f"/proc/{pid}/status")
+    """Whether a process has a handler of its own; systems without /proc are taken to have one."""
+    if not Path("/proc/self").exists():
+        return True
     try:
-        lines = status.read_text().splitlines()
-    except FileNotFoundError:
-        return not Path("/proc/self").exists()
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        facts = dict(line.split(":", 1) for line in lines)
+        # Between fork and exec a child shows its parent's handlers, and would die of the signal.
+        if _command_line(pid) == _command_line(int(facts["PPid"])):
+            return False
     except OSError:
         return False
-    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
-    return bool(int(caught, 16) >> (number - 1) & 1)
+    return bool(int(facts["SigCgt"], 16) >> (number - 1) & 1)
+
+
+def _command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def _kill(pid: int, number: signal.Signals) -> None:

@@ -22,6 +22,7 @@ from dinogen.config import dump_config
 from dinogen.errors import UserError
 from launch.cli import app
 from launch.deepspeed import launcher_command
+from launch.relay import catches
 from tests.training.conftest import data_folder, guide_folder, make_config  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +89,23 @@ def test_usr1_waits_until_there_are_workers_that_can_take_it(worker):
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 75
     assert got(worker) == ["SIGUSR1", "SIGUSR1"]
+
+
+def test_a_process_that_was_only_forked_has_no_handler_yet():
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    child = os.fork()
+    if not child:
+        time.sleep(30)
+        os._exit(0)
+    try:
+        assert catches(os.getpid(), signal.SIGUSR1)
+        assert not catches(child, signal.SIGUSR1)  # exec would take it away
+        assert not catches(os.getpid(), signal.SIGUSR2)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        signal.signal(signal.SIGUSR1, before)
+    assert not catches(child, signal.SIGUSR1)
 
 
 def test_term_lets_the_workers_save_and_int_is_term_to_them(worker):
