@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 REPO = Path(__file__).parents[1]
+SILENT = 15.0  # seconds without a sign of life after which a rank is gone
 
 
 class Ranks(Protocol):
@@ -218,6 +219,8 @@ def _rank(
     """One rank, in its own process."""
     import torch
 
+    from dinogen import takedown
+
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -225,4 +228,6 @@ def _rank(
         os.environ.pop(key, None)
     os.environ |= environment | {"OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
+    # torchrun would notice a killed rank at once; here nothing but its silence may tell.
+    takedown._SILENT = SILENT
     work(*arguments)

@@ -22,7 +22,9 @@ from dinogen.errors import UserError
 log = logging.getLogger(__name__)
 
 _EVERY = 0.3  # seconds between two looks
-_SILENT = 15.0  # seconds without a sign of life after which a rank is gone
+# Seconds without a sign of life after which a rank is gone. torchrun notices a killed one at once;
+# this is for launchers that do not, and must not take one for dead that is held up by its disk.
+_SILENT = 60.0
 _GRACE = 3.0  # seconds that a rank has to end by itself, once another one failed
 _HEARING = 2.0  # seconds that rank 0 stays for others to hear why it fails
 _LEAVING = 30.0  # seconds that rank 0 stays for others to come to the end
