@@ -91,7 +91,7 @@ def check_gpus() -> Finding:
         for index in range(count):
             properties = torch.cuda.get_device_properties(index)
             names.append(f"{properties.name} {properties.total_memory / 2**30:.0f} GiB")
-        mend = f"use all: torchrun --nproc-per-node {count} -m launch.cli train CONFIG"
+        mend = f"use all: dinogen launch CONFIG --gpus {count}"
         return Finding("GPUs", "ok", f"{count}: {', '.join(names)}", mend if count > 1 else "")
     if shutil.which("nvidia-smi"):
         return Finding(
