@@ -27,7 +27,7 @@ def cluster():
     shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
     name = re.search(r"^ClusterName\s*=\s*(\S+)", shown.stdout, re.M)
     if shown.returncode or name is None:
-        pytest.skip(f"no cluster answers: {shown.stderr.strip()}")
+        pytest.skip(f"no cluster answers: {shown.stderr.partition(chr(10))[0]}")
     if name[1] != "mini":
         pytest.skip(f"the cluster {name[1]} is a real one: these tests want the mini Slurm")
     found = Cluster(TOOL if TOOL.is_file() else None, Path(os.environ["SLURM_CONF"]).parents[1])
