@@ -99,6 +99,10 @@ def save_checkpoint(
                 os.fsync(file.fileno())
             hashes[path.name] = sha256_file(path)
         write_json(temporary / STATE, state | {"files": hashes})
+        mode = (temporary / STATE).stat().st_mode
+        for name in hashes:
+            # safetensors shuts others out, whatever the umask says
+            (temporary / name).chmod(mode)
         sync_folder(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, broken ones skipped, old ones deleted but for the kept."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -31,6 +32,16 @@ def test_it_comes_back_bit_for_bit(tmp_path):
     assert found.state["progress"] == {"nimg": 7}
     assert torch.equal(found.tensors("G")["a"], expected)
     assert torch.equal(found.tensors("G")["a_view"], expected[1:])
+
+
+def test_colleagues_may_read_it_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = save(tmp_path, 7)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert modes == {"G.safetensors": 0o640, "state.json": 0o640}
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "no weights", "no state", "half a state"])
