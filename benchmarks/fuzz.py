@@ -23,24 +23,19 @@ from typing import Any
 
 import discs
 import fuzz_worker
-import numpy as np
 import torch
 import yaml
 from chaos_checks import read_records
 from fuzz_cases import Case, draw
-from ranks import ForkedRanks, call, preload
+from fuzz_data import FuzzData
+from ranks import ForkedRanks, preload
 
 from dinogen.training.checkpoint import newest_checkpoint
-from shards.manifest import parse_manifest
-from shards.plain import adopt
-from shards.sample import Sample, encode
-from shards.writer import write_shard
 
 ENDS_WITHIN = 60.0  # seconds for a case that goes well, on a busy machine
 FAILS_WITHIN = 15.0  # seconds for all ranks, once one of them has failed
 KILLED_WITHIN = 40.0  # once one was killed, which may show by its silence alone, after 15 s
 STOPPED = 75
-NUM_SAMPLES = 70
 TOLERANCE = 1e-4
 
 
@@ -60,13 +55,7 @@ class Fuzz:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.seconds = folder, 0.0
-        call(_make, folder)
-        with np.load(folder / "samples.npz") as file:
-            self.samples = [
-                Sample("any", file[f"{n}/png"].tobytes(), "png", {}, _levels(file, n))
-                for n in range(NUM_SAMPLES)
-            ]
-        self.guide = json.loads((folder / "guide.json").read_text())
+        self.data = FuzzData(folder)
 
     def run(self, case: Case) -> str:
         """Run a case; returns what it ended with.
@@ -75,22 +64,25 @@ class Fuzz:
             Violation: it did not end as it has to.
         """
         place = self.folder / f"{case.number:03d}"
-        self.make_data(place / "data", case)
+        self.data.make(place / "data", case)
         alone = place / "alone"
         whole = case.error is None
         if case.work == "evaluate" or whole:
-            self.train(place, "alone", case, 1)
+            self.train_alone(place, case)
         if case.work == "train":
             return self.check_training(place, case)
         options = ("--stage", "4", *case.options)
         expected = None
         if whole:
-            ranks = self.start(place / "log-one", 1, case, fuzz_worker.evaluate, alone, options)
-            _finish(ranks, 0)
+            arguments = (alone, options, None, case.number)
+            _finish(ForkedRanks(fuzz_worker.evaluate, arguments, 1, place / "log-alone"), 0)
             expected = _evaluation(alone)
-        arguments = (alone, options, case.fault, case.number)
         ranks = ForkedRanks(
-            fuzz_worker.evaluate, arguments, case.size, place / "log", case.node_each
+            fuzz_worker.evaluate,
+            (alone, options, case.fault, case.number),
+            case.size,
+            place / "log",
+            case.node_each,
         )
         if not whole:
             return self.check_error(ranks, case, alone)
@@ -155,16 +147,11 @@ class Fuzz:
                 raise Violation(f"rank {rank} does not say {case.error!r}\n{_end(ranks)}")
         return f"right error ({self.seconds:.1f} s)" if self.seconds else "right error"
 
-    def train(self, place: Path, run: str, case: Case, size: int) -> None:
+    def train_alone(self, place: Path, case: Case) -> None:
         """Train in one process."""
-        config = self.config(place, run, case, size)
-        arguments = (config, place / f"records-{run}", None, case.number)
-        _finish(ForkedRanks(fuzz_worker.train, arguments, size, place / f"log-{run}"), 0)
-
-    def start(
-        self, logs: Path, size: int, case: Case, work: Any, run: Path, options: tuple[str, ...]
-    ) -> ForkedRanks:
-        return ForkedRanks(work, (run, options, None, case.number), size, logs)
+        arguments = (self.config(place, "alone", case, 1), place / "records-alone")
+        logs = place / "log-alone"
+        _finish(ForkedRanks(fuzz_worker.train, (*arguments, None, case.number), 1, logs), 0)
 
     def config(self, place: Path, run: str, case: Case, size: int) -> Path:
         """Write the YAML of a run."""
@@ -196,52 +183,6 @@ class Fuzz:
         path = place / f"{run}.yaml"
         path.write_text(yaml.safe_dump(base))
         return path
-
-    def make_data(self, folder: Path, case: Case) -> None:
-        """Shards of the sizes that the case asks for; then flip some bytes."""
-        folder.mkdir(parents=True)
-        left = iter(self.samples)
-        for split, sizes in (("train", case.train), ("val", case.val)):
-            number = 0
-            for shard, size in enumerate(sizes):
-                members = []
-                for _ in range(size):
-                    members.append((f"{split}{number:03d}", encode(next(left))))
-                    number += 1
-                write_shard(folder / f"{split}-{shard:05d}.tar", split, members)
-        manifest = adopt(folder)
-        manifest.model_copy(update={"guide": self.guide}).save(folder)
-        assert parse_manifest((folder / "manifest.json").read_bytes(), "manifest").guide
-        first = {"train": 0, "val": sum(case.train)}
-        for split, number in case.corrupt:
-            levels = self.samples[first[split] + number].levels
-            _flip(folder, [array.tobytes() for array in levels.values()])
-
-
-def _make(folder: Path) -> None:
-    """Guide and samples; runs where everything is imported."""
-    guide = discs.make_guide(folder / "guide")
-    arrays: dict[str, Any] = {}
-    for number, sample in enumerate(discs.draw(guide, NUM_SAMPLES)):
-        arrays[f"{number}/png"] = np.frombuffer(sample.image, np.uint8)
-        arrays |= {f"{number}/{name}": values for name, values in sample.levels.items()}
-    np.savez(folder / "samples.npz", **arrays)
-    (folder / "guide.json").write_text(json.dumps(guide.info.to_dict()))
-
-
-def _levels(file: Any, number: int) -> dict[str, Any]:
-    return {f"n{grid}": file[f"{number}/n{grid}"] for grid in discs.GRIDS}
-
-
-def _flip(folder: Path, payloads: list[bytes]) -> None:
-    """Change a byte of each payload wherever it lies."""
-    for path in folder.glob("*.tar"):
-        data = bytearray(path.read_bytes())
-        for payload in payloads:
-            at = data.find(payload)
-            if at >= 0:
-                data[at + len(payload) // 2] ^= 0x40
-        path.write_bytes(data)
 
 
 def _finish(ranks: ForkedRanks, *codes: int) -> None:

@@ -25,7 +25,6 @@ if __name__ == "__main__":
         "right error expected": {"error": "never said"},
         "other error expected": {"error": "never said", "fault": fault},
         "right result expected": {"fault": fault},
-        "killed": {"fault": dataclasses.replace(fault, how="kill")},
         "hangs": {"error": "never said", "fault": dataclasses.replace(fault, how="slow")},
         "none": {},
     }
@@ -69,7 +68,6 @@ def test_what_is_not_right_is_seen(tmp_path):
         "right error expected": "WRONG exit codes",
         "other error expected": "WRONG rank 0 does not say 'never said'",
         "right result expected": "WRONG exit codes",
-        "killed": "WRONG exit codes",
         "hangs": "WRONG hangs:",
     }
 
