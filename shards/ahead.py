@@ -41,8 +41,9 @@ class Share:
 class Ahead:
     """Threads that fetch what a stream needs next, and hold it until its last use in sight.
 
-    In sight is one window of the order, or as much as this stream's part of the cache holds. What
-    cannot be fetched is left to the reader who needs it, and so are errors.
+    In sight is one window of the order, a quarter of an epoch at most, or as much as this stream's
+    part of the cache holds. What cannot be fetched is left to the reader who needs it, and so are
+    errors.
 
     Args:
         source: where the shards come from.
@@ -62,6 +63,8 @@ class Ahead:
         self._may_be_evicted = source.cache.limit is not None
         # Position behind the last batch in sight that needs a shard.
         self._last_use: dict[int, int] = {}
+        # Of a small set a window is much, and most of the next epoch is there by then anyway.
+        self._sight = min(order.window_span, order.num_samples // 4)
         self._wanted: deque[int] = deque()
         self._held: dict[int, HeldFile] = {}
         self._budget = float("inf")
@@ -72,7 +75,7 @@ class Ahead:
             threading.Thread(target=target, name="shards-ahead", daemon=True).start()
 
     def advance(self, position: int) -> None:
-        """Say that the batch at `position` is about to be read, and none before it any more."""
+        """Say that the batch at `position` is the first that is still read or to be read."""
         with self._changed:
             self._position = position
             self._changed.notify_all()
@@ -135,7 +138,7 @@ class Ahead:
         step = self._share.batch_size
         if self._seen < self._position + _BATCHES * step:
             return True
-        if self._seen >= self._position + self._order.window_span:
+        if self._seen >= self._position + self._sight:
             return False
         if len(self._last_use) >= _MOST_IN_SIGHT:
             return False

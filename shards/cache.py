@@ -71,8 +71,11 @@ class Cache:
             try:
                 yield lock
             finally:
-                # Its length is what a fetch under way will take, see `reserve`.
-                os.ftruncate(lock.fileno(), 0)
+                # Its length is what a fetch under way will take, see `reserve`. Who counts must
+                # not miss both it and the file.
+                if self.limit is not None:
+                    with self._alone():
+                        os.ftruncate(lock.fileno(), 0)
 
     def reserve(self, lock: IO[bytes], num_bytes: int, urgent: bool) -> bool:
         """Make room for a file that is about to be fetched, until its lock is given back.

@@ -42,9 +42,6 @@ class Folder:
         """An open tar; FileNotFoundError if there is none."""
         return OpenFile(self.folder / name)
 
-    def hurry(self) -> None:
-        """Nothing here takes long."""
-
 
 def open_dataset(
     location: str | os.PathLike[str],
@@ -277,10 +274,6 @@ class Dataset:
             on_error=on_error,
             pin_memory=pin_memory,
         )
-
-    def hurry(self) -> None:
-        """From now on no fetch is tried again; for a process that has been asked to end."""
-        self.source.hurry()
 
     def _load_statistics(self) -> dict[str, npt.NDArray[np.float32]]:
         from safetensors.numpy import load_file

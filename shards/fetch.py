@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import math
 import random
 import threading
 import time
@@ -23,6 +24,9 @@ TRIES = 8
 TRIES_OF_DAMAGED = 3
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
+# Whoever was asked to stop has some 30 s until it is killed: to get this batch, and to save.
+HURRY_S = 5.0
+HURRIED_WAIT_S = 0.5
 # How soon a thread that waits learns that it is to stop.
 _NAP_S = 0.05
 # Silence for so long is a broken connection; the length of a transfer is nobody's business.
@@ -46,7 +50,23 @@ class _Thread(threading.local):
     stop: threading.Event | None = None
 
 
+class _Process:
+    hurried_at = math.inf
+
+
 _thread = _Thread()
+_process = _Process()
+
+
+def hurry(asked: bool = True) -> None:
+    """From now on give up within seconds what cannot be fetched, as the process is to stop.
+
+    May be called by a signal handler.
+
+    Args:
+        asked: False takes it back.
+    """
+    _process.hurried_at = min(_process.hurried_at, time.monotonic()) if asked else math.inf
 
 
 def stop_at(event: threading.Event) -> None:
@@ -79,13 +99,8 @@ class Remote:
         self.url = url.rstrip("/")
         self._system, root = _connect(self.url)
         self._root = root.rstrip("/")
-        self._hurried = threading.Event()
         # Its own: the global one may be part of somebody's reproducible order.
         self._random = random.Random()
-
-    def hurry(self) -> None:
-        """From now on nothing is tried again; for a process that has been asked to end."""
-        self._hurried.set()
 
     def read(self, name: str) -> bytes:
         """The content of a small file.
@@ -155,14 +170,15 @@ class Remote:
                     ) from error
                 if damaged and num_damaged == TRIES_OF_DAMAGED:
                     raise Damaged(_describe(error)) from error
-                hurried = self._hurried.is_set()
-                if not _may_pass(error) or number == TRIES or hurried:
+                late = time.monotonic() > _process.hurried_at + HURRY_S
+                if not _may_pass(error) or number == TRIES or late:
                     took = time.monotonic() - began
                     tries = f"{number} tries in {took:.0f} s" if number > 1 else "one try"
                     raise FetchError(
-                        f"{what} ({tries}{', stopped' if hurried else ''}); {_mend(error)}"
+                        f"{what} ({tries}{', asked to stop' if late else ''}); {_mend(error)}"
                     ) from error
                 wait = min(FIRST_WAIT_S * 2 ** (number - 1), LONGEST_WAIT_S)
+                wait = min(wait, HURRIED_WAIT_S) if _process.hurried_at < math.inf else wait
                 wait *= self._random.uniform(0.5, 1.5)
                 log.warning(
                     "%s; trying again in %.1f s (try %d of %d)", what, wait, number + 1, TRIES
@@ -170,9 +186,10 @@ class Remote:
                 self._wait(wait)
         raise AssertionError("unreachable")
 
-    def _wait(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and not self._hurried.is_set():
+    @staticmethod
+    def _wait(seconds: float) -> None:
+        until, before = time.monotonic() + seconds, _process.hurried_at
+        while time.monotonic() < until and _process.hurried_at == before:
             nap()
 
 

@@ -126,10 +126,6 @@ class RemoteFolder:
         """
         return self._open(name, urgent=False)
 
-    def hurry(self) -> None:
-        """From now on no fetch is tried again; for a process that has been asked to end."""
-        self._remote.hurry()
-
     def _open(self, name: str, urgent: bool) -> HeldFile | None:
         while True:
             with self._lock:

@@ -220,8 +220,7 @@ class Stream:
             self._places.extend(self._order.shares(self._next_read, *part))
             self._next_read += self._batch_size * _BATCHES_PLACED
         if self._ahead is not None:
-            left = len(self._places) * self._batch_size
-            self._ahead.advance(self._next_read - left)
+            self._ahead.advance(self._position)
         return self._places.popleft()
 
     def state_dict(self) -> dict[str, int]:

@@ -43,10 +43,6 @@ class Source(Protocol):
         """A tar, which is there as long as the result is held; errors as `path`."""
         ...
 
-    def hurry(self) -> None:
-        """Stop trying again what fails."""
-        ...
-
 
 class OpenFile:
     """A file opened for scattered reading; closed when the last user lets go of it.

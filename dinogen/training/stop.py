@@ -7,6 +7,7 @@ from types import FrameType
 
 from dinogen import dist
 from dinogen.errors import UserError
+from shards.fetch import hurry
 
 # EX_TEMPFAIL: not an error, run the same command again to go on
 EXIT_STOPPED = 75
@@ -36,6 +37,7 @@ class StopFlag:
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        hurry(False)
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; every rank has to call it."""
@@ -52,3 +54,5 @@ class StopFlag:
         if number == signal.SIGINT and self.name is not None:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+        # A shard that does not come must not keep this rank from stopping.
+        hurry()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import subprocess
@@ -176,14 +177,12 @@ def server(wide: Path) -> Iterator[Faulty]:
 STREAM = {"levels": (4,), "num_lanes": 4, "window_shards": 2, "seed": 5}
 
 
-def size_of(cache: Path) -> int:
-    total = 0
-    for path in cache.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() and path.name[0] != "." else 0
-        except FileNotFoundError:
-            continue
-    return total
+def size_of(folder: Path) -> int:
+    """Bytes of all that is not temporary; while it counts, nothing is evicted."""
+    with (folder / ".lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        files = [path for path in folder.rglob("*") if path.name[0] != "." and path.is_file()]
+        return sum(path.stat().st_size for path in files)
 
 
 def tars(names: list[str]) -> list[str]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
+import time
 
 import pytest
 import torch
 
 from dinogen.training.batches import split
 from dinogen.training.run import train
+from shards import FetchError
 from tests.servers import s3_environment, s3_server
 from tests.training.helpers import curve, torchrun, weights
 
@@ -72,6 +77,23 @@ def test_a_run_goes_on_from_another_place(make_config, s3, tmp_path, monkeypatch
     moved = make_config(*remote(tmp_path, "cache"), run="moved")
     train(moved)
     assert_same(moved, whole)
+
+
+def test_a_run_that_waits_for_a_shard_can_be_stopped(make_config, s3, tmp_path, monkeypatch):
+    monkeypatch.setattr("shards.fetch.FIRST_WAIT_S", 60.0)
+    monkeypatch.setattr("shards.fetch.HURRY_S", 1.0)
+    config = make_config(*remote(tmp_path, "cache"))
+    s3.always("tar", 503)
+
+    def stop_it() -> None:
+        while not any(name.endswith("tar") for name in s3.requests):
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_it).start()
+    with pytest.raises(FetchError, match=r"tar: .*Service Unavailable.*asked to stop.*run the same command again"):
+        train(config)
 
 
 def test_ranks_fetch_each_file_once(make_config, s3, tmp_path):
