@@ -97,7 +97,8 @@ def test_a_run_that_waits_for_a_shard_can_be_stopped(make_config, s3, tmp_path, 
 
 
 def test_ranks_fetch_each_file_once(make_config, s3, tmp_path):
-    config = make_config(*remote(tmp_path, "cache"))
+    short = ["stages.0.kimg=0.016", "stages.1.kimg=0.016", "stages.1.fade_kimg=0.008"]
+    config = make_config(*remote(tmp_path, "cache", *short))
     torchrun(config, 2)
     fetched = [name for name in s3.requests if name != "manifest.json"]
     assert len(fetched) == len(set(fetched)) >= 6
