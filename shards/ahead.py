@@ -27,6 +27,7 @@ _MOST_IN_SIGHT = 400
 # How often to ask again what may have changed by others' doing: room in the cache, its users.
 _ASK_S = 1.0
 _DIVIDE_S = 3.0
+_CLOSE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,12 @@ class Ahead:
         self._num_users = 0
         self._divided = 0.0
         # Daemons: a transfer that hangs must not keep the process from ending.
-        for target in (self._look, *[self._fetch] * _PARALLEL):
-            threading.Thread(target=target, name="shards-ahead", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=target, name="shards-ahead", daemon=True)
+            for target in (self._look, *[self._fetch] * _PARALLEL)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def advance(self, position: int) -> None:
         """Say that the batch at `position` is the first that is still read or to be read."""
@@ -81,11 +86,18 @@ class Ahead:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Leave whatever is being fetched; the threads end by themselves, soon."""
+        """Leave whatever is being fetched, and end the threads if they do so within a moment.
+
+        Another process may wait for the lock of what one of them fetches.
+        """
         self._stop.set()
         with self._changed:
             self._held.clear()
             self._changed.notify_all()
+        until = time.monotonic() + _CLOSE_S
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(until - time.monotonic(), 0))
 
     def _look(self) -> None:
         """Find out which shards come next, and let go of those that do not."""

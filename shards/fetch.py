@@ -80,9 +80,13 @@ def nap() -> None:
     Raises:
         Stopped: if this thread is to stop.
     """
+    _obey()
+    time.sleep(_NAP_S)
+
+
+def _obey() -> None:
     if _thread.stop is not None and _thread.stop.is_set():
         raise Stopped("stopped while waiting for a shard")
-    time.sleep(_NAP_S)
 
 
 class Remote:
@@ -159,6 +163,8 @@ class Remote:
             except (FileNotFoundError, FetchError):
                 raise
             except Exception as error:
+                # What fails at the end of a process is not worth a line.
+                _obey()
                 # Some drivers look at a checksum of the server's themselves.
                 damaged = isinstance(error, Damaged) or "Checksum" in type(error).__name__
                 num_damaged += damaged

@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from shards.ahead import Ahead, Share
+from shards.buffers import Buffers
 from shards.errors import CorruptSample
 from shards.fetch import stop_at
 from shards.order import Order, Place
@@ -32,38 +32,10 @@ Batch = dict[str, Any]
 # The place so many steps behind a position: where to look for a sound sample.
 Successor = Callable[[int, int], Place]
 log = logging.getLogger(__name__)
-_FREE_KEPT = 4
 # A second batch in hand hides the jitter of a slow read; more only costs memory.
 _SPARE_BATCHES = 1
 # Finding places costs much the same for one batch as for several.
 _BATCHES_PLACED = 8
-
-
-class _Buffers:
-    """Memory for batches, used again as soon as nobody holds the tensors made from it.
-
-    Fresh memory costs a page fault per 4 KiB, which takes as long as reading into it.
-    """
-
-    def __init__(self, pinned: bool) -> None:
-        self._pinned = pinned
-        self._free: dict[tuple[tuple[int, ...], np.dtype[Any]], deque[npt.NDArray[Any]]] = {}
-
-    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
-        """An uninitialised tensor; its `.numpy()` shares the memory."""
-        if self._pinned:
-            # torch's own allocator of pinned memory waits for copies that are still under way.
-            kind = getattr(torch, dtype.name)
-            return torch.empty(shape, dtype=kind, pin_memory=True)
-        free = self._free.setdefault((shape, dtype), deque(maxlen=_FREE_KEPT))
-        try:
-            buffer = free.pop()
-        except IndexError:
-            buffer = np.empty(shape, dtype)
-        # The tensor's storage keeps `view` alive, and all tensors made from it share the storage.
-        view = buffer[:]
-        weakref.finalize(view, free.append, buffer).atexit = False
-        return torch.from_numpy(view)
 
 
 @dataclass
@@ -72,7 +44,7 @@ class _Work:
 
     dataset: Dataset
     reader: BatchReader
-    buffers: _Buffers
+    buffers: Buffers
     split: str
     successor: Successor | None
 
@@ -164,7 +136,7 @@ class Stream:
         self._work = _Work(
             dataset,
             _reader(dataset, split, image_size, levels),
-            _Buffers(pin_memory),
+            Buffers(pin_memory),
             split,
             # Its own: the reading threads use it, the one above belongs to the caller.
             _along(Order(sizes, seed, num_lanes, window_shards)) if on_error == "skip" else None,
@@ -270,7 +242,7 @@ def read_batch(
 
     reader = _reader(dataset, split, image_size, levels)
     successor = following if on_error == "skip" else None
-    work = _Work(dataset, reader, _Buffers(pinned=False), split, successor)
+    work = _Work(dataset, reader, Buffers(pinned=False), split, successor)
     batch, skipped = work.batch(_places(table, numbers))
     _name(skipped, set())
     return batch
