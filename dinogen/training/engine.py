@@ -155,10 +155,12 @@ class _PhaseLosses(nn.Module):
     """A trained network whose forward is a phase's whole loss computation.
 
     DDP needs one forward for one backward; families may call their networks in any way in between.
+    It lists the last parameters first, whose gradients come first.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
+        self.backwards = nn.ParameterList(reversed(list(network.parameters())))
         self.network = network
 
     def forward(self, phase: Phase, batch: Batch) -> tuple[Scalars, Scalars]:
@@ -176,9 +178,12 @@ class DdpEngine(SingleEngine):
         self.wrapped = {}
         for name, network in self.family.networks.items():
             self._train_only(name)
-            self.wrapped[name] = DistributedDataParallel(
+            wrapped = self.wrapped[name] = DistributedDataParallel(
                 _PhaseLosses(network), forward_sync_buffers=False, gradient_as_bucket_view=True
             )
+            # DDP would put the buckets into another order after the first step of each start, and
+            # with three ranks or more sums are rounded as they lie: this order is there at once.
+            wrapped.reducer._push_all_rebuilt_params()
 
     def backward(self, phase: Phase, losses: Scalars, weight: float) -> None:
         """DDP divides by the number of ranks; the weight already is a share of the global batch."""
