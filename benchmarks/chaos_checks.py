@@ -7,11 +7,10 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from dinogen.training.checkpoint import load_checkpoint
+from dinogen.training.checkpoint import Checkpoint, load_checkpoint
 
 # what a clock measures; all else is a function of config and seed
 WALL_CLOCK = {"images_per_s", "data_wait", "save_share"}
@@ -128,21 +127,28 @@ def check_curve(run: Path, whole: Path, tolerance: float) -> list[str]:
 
 
 def distances(run: Path, whole: Path) -> dict[str, float]:
-    """{file: largest difference of a tensor over its largest value}; 0 only if bitwise equal."""
+    """{file: how far the last checkpoints are apart, over all stages}; 0 only if bitwise equal.
+
+    Weights: largest difference over the largest weight. Where a gradient is all but zero, Adam
+    makes a step of its rounding, so a tensor of small values is no measure of its own. Optimizer
+    state: largest difference of a tensor over its largest value.
+    """
     found = dict.fromkeys(FILES, 0.0)
-    for size in RESOLUTIONS:
-        mine, theirs = (_last_checkpoint(folder, size) for folder in (run, whole))
+    for folder in sorted(whole.glob("*x*/checkpoints")):
+        mine = _last_checkpoint(run / folder.relative_to(whole))
+        theirs = _last_checkpoint(folder)
         for name in FILES:
             a, b = mine.tensors(name), theirs.tensors(name)
             if a.keys() != b.keys() or mine.folder.name != theirs.folder.name:
                 found[name] = math.inf
                 continue
+            largest = max(float(value.abs().max()) for value in b.values())
             for key in a:
                 if torch.equal(a[key], b[key]):
                     continue
                 apart = float((a[key].double() - b[key].double()).abs().max())
-                scale = max(float(b[key].abs().max()), 1e-30)
-                found[name] = max(found[name], apart / scale)
+                scale = float(b[key].abs().max()) if name == "optim" else largest
+                found[name] = max(found[name], apart / max(scale, 1e-30))
     return found
 
 
@@ -154,8 +160,8 @@ def _order(steps: dict[int, dict[int, str]]) -> list[str]:
     return [key for nimg in sorted(steps) for _, key in sorted(steps[nimg].items())]
 
 
-def _last_checkpoint(run: Path, size: int) -> Any:
-    return load_checkpoint(max((run / f"{size}x{size}" / "checkpoints").glob("[0-9]*")))
+def _last_checkpoint(folder: Path) -> Checkpoint:
+    return load_checkpoint(max(folder.glob("[0-9]*")))
 
 
 def _lines(path: Path) -> Points:

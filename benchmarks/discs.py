@@ -44,7 +44,7 @@ def draw(guide: Guide, num: int) -> list[Sample]:
     yy, xx = np.mgrid[:32, :32]
     samples = []
     for number in range(num):
-        cx, cy, radius = [*rng.uniform(10, 22, 2).tolist(), rng.uniform(4, 10)]
+        cx, cy, radius = rng.uniform(10, 22), rng.uniform(10, 22), rng.uniform(4, 10)
         inside = (xx - cx) ** 2 + (yy - cy) ** 2 < radius**2
         pixels = np.where(inside[..., None], rng.integers(128, 255, 3), rng.integers(0, 100, 3))
         file = io.BytesIO()

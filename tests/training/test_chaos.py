@@ -39,7 +39,7 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("options", [("5", "--engine", "any"), ("3", "--fixed-world", "2")])
+@pytest.mark.parametrize("options", [("5", "--engine", "any"), ("3", "--fixed-world", "3")])
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_left_alone(options):
     printed = run("chaos.py", "--seed", "5", "--steps", "48", "--kills", *options)
     table = dict(line.split("  ", 1) for line in printed.splitlines() if "  " in line)
