@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import logging
 import os
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def test_without_a_limit_nothing_goes(folder):
 
 
 def test_what_is_held_stays_and_what_is_not_urgent_waits(folder, caplog):
+    caplog.set_level(logging.WARNING, "shards")
     held = [HeldFile(folder / NAMES[3]), HeldFile(folder / NAMES[0])]
     cache = Cache(folder.parent, 3000)
     assert not reserve(cache, folder, 1500, urgent=False)
@@ -286,6 +288,7 @@ def test_processes_share_a_small_cache(wide, server, tmp_path):
 
 
 def test_reading_by_number_needs_no_more_room_than_one_shard(wide, server, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "shards")
     limit = size_of(wide) - 50 * (wide / NAMES[0]).stat().st_size
     data = open_dataset(server.url, cache_dir=tmp_path, cache_gb=limit / GB)
     keys = [data.sample(number).key for number in range(data.num_samples())]

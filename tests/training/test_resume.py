@@ -36,26 +36,31 @@ def assert_same_run(config, reference):
 def test_killed_at_random_moments_it_ends_bitwise_the_same(make_config, seed):
     start(None).join(60)  # the imports are done before the clock starts
     reference = make_config(run="whole")
-    began = time.monotonic()
     process = start(reference)
     process.join(120)
-    whole = time.monotonic() - began
     assert process.exitcode == 0
 
     config = make_config(run="killed")
     rng = random.Random(seed)
-    num_kills = 0
-    for delay in [*(rng.uniform(0.3, 0.9) * whole for _ in range(5)), 120]:
+    # killed soon after it has come so far, wherever that is: amid steps, a save, the next stage
+    for nimg in (0, *sorted(rng.sample(range(24, 200), 4))):
         process = start(config)
-        process.join(delay)
-        if process.exitcode is not None:
-            assert process.exitcode == 0
-            break
+        while newest(config) < nimg and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+        assert process.is_alive(), "it ended before it could be killed"
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        num_kills += 1
-    assert 1 <= num_kills <= 5
+    process = start(config)
+    process.join(120)
+    assert process.exitcode == 0
     assert_same_run(config, reference)
+
+
+def newest(config) -> int:
+    """Images of the newest checkpoint on disk."""
+    found = [int(path.name) for path in config.run.glob("*x*/checkpoints/[0-9]*")]
+    return max(found, default=0)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
