@@ -92,7 +92,8 @@ def test_a_run_that_waits_for_a_shard_can_be_stopped(make_config, s3, tmp_path, 
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_it).start()
-    with pytest.raises(FetchError, match=r"tar: .*Service Unavailable.*asked to stop.*run the same command again"):
+    said = r"tar: .*Service Unavailable.*asked to stop.*run the same command again"
+    with pytest.raises(FetchError, match=said):
         train(config)
 
 
