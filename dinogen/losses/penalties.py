@@ -1,0 +1,64 @@
+"""Penalties on D's gradient with respect to its pictures: WGAN-GP and R1.
+
+Both differentiate twice, which half precision does not survive, so they run D in float32 whatever
+autocast says around them. They add ``0 * logits.sum()``: a bias of the last layer does not reach
+D's gradient, but every trained parameter has to get one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Discriminator = Callable[[Tensor], Tensor]
+
+
+def gradient_penalty(D: Discriminator, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
+    """Mean of (|grad D(x)| - 1)^2 between real and generated pictures.
+
+    Gulrajani et al. 2017, "Improved Training of Wasserstein GANs", equation 3, without lambda:
+    x = eps * real + (1 - eps) * fake.
+
+    Args:
+        D: pictures (B, ...) -> logits, each of its own picture alone.
+        real: pictures (B, ...).
+        fake: pictures of the same shape; no gradient flows to them.
+        eps: uniform in (0, 1), one number per sample, such as (B, 1, 1, 1).
+
+    Returns:
+        Scalar float32.
+    """
+    with torch.autocast(real.device.type, enabled=False):
+        between = torch.lerp(fake.detach().float(), real.detach().float(), eps)
+        gradient, logits = _gradient(D, between)
+        # vector_norm and not sqrt of a sum: it has a finite gradient where the norm is zero
+        norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+        return (norm - 1).square().mean() + 0 * logits.sum()
+
+
+def r1_penalty(D: Discriminator, real: Tensor) -> Tensor:
+    """Mean of |grad D(x)|^2 over real pictures.
+
+    Mescheder et al. 2018, "Which Training Methods for GANs do actually Converge?", equation 9,
+    without its factor gamma / 2.
+
+    Args:
+        D: pictures (B, ...) -> logits.
+        real: pictures (B, ...).
+
+    Returns:
+        Scalar float32.
+    """
+    with torch.autocast(real.device.type, enabled=False):
+        gradient, logits = _gradient(D, real.detach().float())
+        return gradient.square().flatten(1).sum(1).mean() + 0 * logits.sum()
+
+
+def _gradient(D: Discriminator, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(D's gradient at the pictures, its logits there), both differentiable."""
+    images = images.requires_grad_()
+    logits = D(images).float()
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    return gradient, logits

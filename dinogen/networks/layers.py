@@ -1,0 +1,117 @@
+"""Layers that several GANs share: self-attention, spectral norm, minibatch standard deviation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+NUM_FIRST_ITERATIONS = 15
+
+
+class SelfAttention(nn.Module):
+    """x + gamma * attention(x) over all places of a map, gamma learnt from 0.
+
+    Zhang et al. 2019, "Self-Attention Generative Adversarial Networks", equations 1 to 3; queries
+    and keys have an eighth of the channels, values half, as in the authors' code. Softmax is over
+    plain dot products, without the usual division by the root of their length. Written out because
+    fused attention has no second derivative, which the gradient penalty needs.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        narrow, half = max(1, channels // 8), max(1, channels // 2)
+        self.query = nn.Conv2d(channels, narrow, 1, bias=False)
+        self.key = nn.Conv2d(channels, narrow, 1, bias=False)
+        self.value = nn.Conv2d(channels, half, 1, bias=False)
+        self.out = nn.Conv2d(half, channels, 1, bias=False)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        query, key, value = (f(x).flatten(2) for f in (self.query, self.key, self.value))
+        weights = torch.softmax(query.transpose(1, 2) @ key, dim=-1)
+        attended = (value @ weights.transpose(1, 2)).unflatten(2, x.shape[2:])
+        return x + self.gamma * self.out(attended)
+
+
+class SpectralNorm(nn.Module):
+    """Parametrization of a weight W as W / sigma, sigma its estimated largest singular value.
+
+    Miyato et al. 2018, "Spectral Normalization for Generative Adversarial Networks", section 2.1.
+    sigma = u' W v with u, v from power iteration. torch's own iterates in every forward; how many
+    those are depends on microbatches, so this one iterates only in :func:`update_spectral_norms`.
+
+    Args:
+        weight: (O, ...), taken as a matrix of O rows.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        matrix = weight.detach().flatten(1)
+        self.register_buffer("u", F.normalize(torch.randn_like(matrix[:, 0]), dim=0))
+        self.register_buffer("v", torch.zeros_like(matrix[0]))
+        for _ in range(NUM_FIRST_ITERATIONS):
+            self.iterate(weight)
+
+    @torch.no_grad()
+    def iterate(self, weight: Tensor) -> None:
+        """One power iteration on the weight before division."""
+        matrix = weight.flatten(1)
+        self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
+        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """W -> W / sigma, in float32 under autocast too."""
+        with torch.autocast(weight.device.type, enabled=False):
+            return weight / (self.u @ (weight.flatten(1) @ self.v))
+
+
+def spectral_norm(layer: nn.Module) -> nn.Module:
+    """Divide the layer's weight by its largest singular value from now on; initialise it before."""
+    assert isinstance(layer.weight, Tensor)
+    return parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
+
+
+def update_spectral_norms(network: nn.Module) -> None:
+    """One power iteration for every spectrally normalised weight, to be called once per step."""
+    for module in network.modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            for parametrization in module:
+                if isinstance(parametrization, SpectralNorm):
+                    parametrization.iterate(module.original)
+
+
+def minibatch_std(x: Tensor, group_size: int) -> Tensor:
+    """Append one channel: how much the samples of a group differ.
+
+    Karras et al. 2018, "Progressive Growing of GANs", section 3: the standard deviation over the
+    group of each feature at each place, averaged to one number. A group is a contiguous run of
+    samples (the last may be shorter), so it does not depend on ranks whose share of the batch is a
+    multiple of it.
+
+    Args:
+        x: (B, C, H, W).
+        group_size: samples per group.
+
+    Returns:
+        (B, C + 1, H, W).
+    """
+    whole = len(x) // group_size * group_size
+    parts = [part for part in (x[:whole], x[whole:]) if len(part)]
+    stds = [_std(part.float(), min(group_size, len(part))) for part in parts]
+    channel = torch.cat(stds).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
+    return torch.cat([x, channel.to(x.dtype)], dim=1)
+
+
+def _std(x: Tensor, group_size: int) -> Tensor:
+    """(B, C, H, W) -> (B,), for a batch of whole groups."""
+    groups = x.unflatten(0, (-1, group_size))
+    variance = groups.var(dim=1, correction=0)
+    # the small number is in the paper's code: the root's gradient is infinite at zero
+    std = (variance + 1e-8).sqrt().flatten(1).mean(1)
+    return std.repeat_interleave(group_size)
