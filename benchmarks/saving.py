@@ -25,7 +25,7 @@ from PIL import Image
 
 from dinogen import dist
 from dinogen.config import Config, GuideConfig, parse_config
-from dinogen.families.base import resolve
+from dinogen.families.registry import resolve
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.features.load import load_guide
 from dinogen.training.run import train

@@ -13,13 +13,37 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dinogen.config_cluster import ClusterConfig
 from dinogen.config_errors import describe_errors as describe_errors
 from dinogen.config_file import override, read_mapping
 from dinogen.config_prepare import PrepareConfig
 from dinogen.config_section import Section as Section
+from dinogen.config_training import (
+    AugmentConfig as AugmentConfig,
+)
+from dinogen.config_training import (
+    CheckpointConfig as CheckpointConfig,
+)
+from dinogen.config_training import (
+    EmaConfig as EmaConfig,
+)
+from dinogen.config_training import (
+    EngineConfig as EngineConfig,
+)
+from dinogen.config_training import (
+    EvalConfig as EvalConfig,
+)
+from dinogen.config_training import (
+    LogConfig as LogConfig,
+)
+from dinogen.config_training import (
+    OptimConfig as OptimConfig,
+)
+from dinogen.config_training import (
+    StageConfig as StageConfig,
+)
 from dinogen.errors import ConfigError as ConfigError
 
 
@@ -56,7 +80,23 @@ class FamilyConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str = Field("guided", description="a file of dinogen/families")
+    name: str = Field(
+        "guided", description="a file of dinogen/families, or an entry point of dinogen.families"
+    )
+    file: str | None = Field(
+        None, description="a Python file of your own that defines the family; its name is the name"
+    )
+
+    @model_validator(mode="after")
+    def _named_after_its_file(self) -> FamilyConfig:
+        if self.file is not None:
+            stem = Path(self.file).stem
+            if "name" in self.model_fields_set and self.name != stem:
+                raise ValueError(
+                    f"name {self.name} and file {self.file} contradict: leave out name"
+                )
+            self.name = stem
+        return self
 
     @property
     def options(self) -> dict[str, Any]:
@@ -64,103 +104,14 @@ class FamilyConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
-class StageConfig(Section):
-    """One resolution of the progressive plan."""
-
-    resolution: int = Field(..., ge=4, le=1024, description="pixels; 4, 8, 16, ...")
-    kimg: float = Field(..., gt=0, description="thousands of images shown in the whole stage")
-    fade_kimg: float = Field(0.0, ge=0, description="of these, while the new block fades in")
-    batch: int = Field(64, ge=1, description="global batch, over all ranks")
-    lr: float = Field(1e-3, gt=0, description="learning rate")
-
-    @model_validator(mode="after")
-    def _check(self) -> StageConfig:
-        if self.resolution & (self.resolution - 1):
-            raise ValueError(
-                f"resolution {self.resolution} is not a power of two: use 4, 8, 16, ..."
-            )
-        if self.fade_kimg > self.kimg:
-            raise ValueError(
-                f"fade_kimg {self.fade_kimg} is longer than the stage's kimg {self.kimg}: "
-                "shorten fade_kimg or lengthen kimg"
-            )
-        return self
-
-
-class OptimConfig(Section):
-    """The optimizer of every trained network."""
-
-    name: Literal["adam", "adamw"] = "adam"
-    betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's decay rates")
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-
-
-class EngineConfig(Section):
-    """How the step is computed."""
-
-    name: Literal["auto", "single", "ddp", "deepspeed"] = Field(
-        "auto", description="auto: ddp under torchrun with several ranks, else single"
-    )
-    zero: int = Field(
-        1, description="for deepspeed: 0 nothing, 1 optimizer state, 2 gradients too are sharded"
-    )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 where the GPU has it, fp32 on CPU"
-    )
-    micro_batch: int | None = Field(
-        None, ge=1, description="samples per forward and rank; the rest is accumulated"
-    )
-    clip_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm")
-    compile: bool = Field(False, description="torch.compile the trained networks")
-    max_nonfinite: int = Field(
-        20, ge=1, description="so many non-finite updates in a row end the run"
-    )
-
-    @field_validator("zero")
-    @classmethod
-    def _known_zero(cls, zero: int) -> int:
-        if zero == 3:
-            raise ValueError(
-                "ZeRO 3 shards the weights themselves, which second derivatives (R1, path length) "
-                "do not survive, and these networks fit into one GPU: use 0, 1 or 2"
-            )
-        if zero not in (0, 1, 2):
-            raise ValueError(f"there is no ZeRO {zero}: use 0, 1 or 2")
-        return zero
-
-
-class EmaConfig(Section):
-    """Moving average of the generator's weights."""
-
-    halflife_kimg: float = Field(10.0, gt=0, description="half-life, thousands of images")
-    rampup: float = Field(0.05, gt=0, description="half-life is at most this share of images seen")
-
-
-class CheckpointConfig(Section):
-    """When and how many checkpoints are kept."""
-
-    every_kimg: float = Field(10.0, gt=0, description="thousands of images between checkpoints")
-    keep_last: int = Field(2, ge=1, description="newest checkpoints that stay")
-    keep_every_kimg: float | None = Field(
-        None, gt=0, description="also keep one each so many thousand images, for good"
-    )
-
-
-class LogConfig(Section):
-    """What is written for TensorBoard, stats.jsonl and the page."""
-
-    every_kimg: float = Field(0.5, gt=0, description="thousands of images between log lines")
-    probe_kimg: float = Field(5.0, gt=0, description="between probes of the family (diversity)")
-    samples_kimg: float = Field(10.0, gt=0, description="between sample grids")
-    num_samples: int = Field(64, ge=1, le=1024, description="pictures in a sample grid")
-
-
 class Config(Section):
     """A whole run, from photos to pictures."""
 
     run: Path = Field(Path("runs/run"), description="folder of the run")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every derived draw")
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field(
+        "auto", description="auto: a CUDA GPU, else Apple's, else the CPU"
+    )
     prepare: PrepareConfig = PrepareConfig()
     guide: GuideConfig = GuideConfig()
     data: DataConfig = DataConfig()
@@ -168,9 +119,16 @@ class Config(Section):
     stages: tuple[StageConfig, ...] = Field(
         (StageConfig(resolution=4, kimg=50),), min_length=1, description="trained in this order"
     )
+    init_from: str | None = Field(
+        None,
+        description="a run's folder or an exported file: weights of its networks that fit are "
+        "taken over where a new run starts",
+    )
+    augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     ema: EmaConfig = EmaConfig()
+    eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -55,14 +55,32 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def use_device(name: str) -> None:
+    """Choose where everything is computed; to be called before anything else here.
+
+    Args:
+        name: ``auto`` (a CUDA GPU, else Apple's, else the CPU), ``cuda``, ``mps`` or ``cpu``.
+
+    Raises:
+        DistError: this machine has no such device, or it cannot be shared by several processes.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(name, True):
+        raise DistError(f"device: {name} is not to be had on this machine: use auto or cpu")
+    if name == "mps" and world_size() > 1:
+        raise DistError("device: mps computes in one process alone: start it without torchrun")
+    _Choice.device = name
+
+
 def device() -> torch.device:
-    """The GPU of this local rank, or the CPU where there is none.
+    """The GPU of this local rank, or the CPU where there is none; see :func:`use_device`.
 
     Raises:
         DistError: more local ranks than GPUs.
     """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
+    if _Choice.device in ("mps", "cpu") or not torch.cuda.is_available():
+        apple = torch.backends.mps.is_available() and world_size() == 1
+        return torch.device("mps" if apple and _Choice.device != "cpu" else "cpu")
     if local_rank() >= torch.cuda.device_count():
         raise DistError(
             f"local rank {local_rank()} finds only {torch.cuda.device_count()} GPU(s): start at "
@@ -251,6 +269,10 @@ class _Control:
 
     store: Any | None = None
     num_waits = 0
+
+
+class _Choice:
+    device = "auto"
 
 
 def _nap_until(met: Callable[[], bool]) -> None:

@@ -6,15 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dinogen.config import Config, StageConfig
+from dinogen.config import Config, ConfigError, StageConfig, load_config
 from dinogen.errors import UserError
 from dinogen.report.stats import read_stats
 
 
-def end_of(config: Config, stage: StageConfig) -> int:
-    """Number of images, since the first stage began, that a run has seen when a stage is done."""
-    sizes = [round(one.kimg * 1000) for one in config.stages if one.resolution <= stage.resolution]
-    return sum(sizes)
+def end_of(config: Config, stage: StageConfig) -> int | None:
+    """Number of images, since the first stage began, that a run has seen when a stage is done.
+
+    None while a length in epochs is not known: the run writes it down when it begins.
+    """
+    sizes = [_length(config, one) for one in config.stages if one.resolution <= stage.resolution]
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
 
 
 def stage_result(config: Config, stage: StageConfig) -> dict[str, Any] | None:
@@ -24,7 +28,9 @@ def stage_result(config: Config, stage: StageConfig) -> dict[str, Any] | None:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return result if result.get("nimg", -1) >= end_of(config, stage) else None
+    end = end_of(config, stage)
+    done = result.get("ended_early") or (end is not None and result.get("nimg", -1) >= end)
+    return result if done else None
 
 
 def is_evaluated(config: Config, stage: StageConfig) -> bool:
@@ -44,6 +50,19 @@ def num_images(config: Config, stage: StageConfig) -> int | None:
         return int(read_stats(_folder(config, stage) / "stats.jsonl")[-1]["nimg"])
     except UserError:
         return None
+
+
+def _length(config: Config, stage: StageConfig) -> int | None:
+    """Images of one stage; where the config says epochs, as the run has worked them out."""
+    if stage.kimg is not None:
+        return stage.num_images
+    try:
+        written = load_config(config.run / "config.yaml").stages
+    except ConfigError:
+        return None
+    same = (one for one in written if one.resolution == stage.resolution)
+    found = next((one for one in same if one.epochs == stage.epochs), None)
+    return None if found is None or found.kimg is None else found.num_images
 
 
 def _folder(config: Config, stage: StageConfig) -> Path:

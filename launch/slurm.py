@@ -48,7 +48,7 @@ def launch_slurm(request: Request) -> None:
     Raises:
         UserError: no data, no such stage, or sbatch refuses; what was submitted is recorded.
     """
-    from dinogen.families.base import resolve
+    from dinogen.families.registry import resolve
 
     config = resolve(request.config)
     folder = launch_folder(config.run)

@@ -116,8 +116,9 @@ def _progress(job: Job) -> tuple[bool, str]:
             return any(is_evaluated(config, one) for one in config.stages), ""
         return (Path(config.data.path) / MANIFEST).is_file(), ""
     result = stage_result(config, stage)
-    end = end_of(config, stage) / 1000
     if result is not None:
         return True, f"{result['nimg'] / 1000:.4g} kimg, {result.get('verdict', 'unknown')}"
-    nimg = num_images(config, stage)
-    return False, "" if nimg is None else f"{nimg / 1000:.4g} of {end:.4g} kimg"
+    nimg, end = num_images(config, stage), end_of(config, stage)
+    if nimg is None:
+        return False, ""
+    return False, f"{nimg / 1000:.4g} of {'?' if end is None else f'{end / 1000:.4g}'} kimg"

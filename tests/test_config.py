@@ -69,7 +69,10 @@ def test_a_number_like_1e_4_is_a_number():
             {"stages": [{"resolution": 6, "kimg": 1}]},
             "my.yaml: stages.0: resolution 6 is not a power of two: use 4, 8, 16, ...",
         ),
-        ({"stages": [{"resolution": 4}]}, "my.yaml: stages.0.kimg: is missing: give it a value"),
+        (
+            {"stages": [{"resolution": 4}]},
+            "my.yaml: stages.0: the stage of resolution 4 has no length: give it kimg or epochs",
+        ),
         (
             {"data": None},
             "my.yaml: data: is empty, but is a section: indent its keys below it, or leave it out",

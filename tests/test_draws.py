@@ -1,7 +1,9 @@
-"""Derived noise: the same whatever the batch, another for another purpose, standard normal."""
+"""Derived draws: the same whatever the batch, another for another purpose, of the right law."""
 
 import numpy as np
+import pytest
 import torch
+from scipy import stats
 
 from dinogen import draws
 
@@ -32,6 +34,51 @@ def test_it_is_standard_normal():
     assert noise.dtype == torch.float32
     assert abs(noise.mean()) < 0.01
     assert abs(noise.std() - 1) < 0.01
+
+
+# Known answers of Random123, the reference library of Philox's authors (kat_vectors).
+ZEROS = ("00000000 00000000 00000000 00000000", "00000000 00000000")
+ONES = ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff")
+PI = ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0")
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "answer"),
+    [
+        (*ZEROS, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        (*ONES, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (*PI, "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox_gives_the_known_answers(counter, key, answer):
+    words = tuple(torch.tensor([int(word, 16)]) for word in counter.split())
+    first, second = (int(word, 16) for word in key.split())
+    assert [f"{int(word):08x}" for word in draws.philox(words, (first, second))] == answer.split()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5)])
+def test_uniform_and_integers(shape):
+    positions = torch.arange(4000) + 2**35
+    values = draws.uniform(3, "u", positions, shape)
+    assert values.shape == (4000, *shape)
+    assert values.min() > 0
+    assert values.max() < 1
+    assert stats.kstest(values.flatten().numpy(), "uniform").pvalue > 1e-3
+    counts = draws.integers(3, "i", positions, shape, high=7).flatten().bincount(minlength=7)
+    assert len(counts) == 7
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_normal_is_normal_in_its_tails_too():
+    noise = draws.normal(0, "z", torch.arange(50), (20_000,)).flatten()
+    assert torch.isfinite(noise).all()
+    assert stats.kstest(noise[::10].numpy(), "norm").pvalue > 1e-3
+    assert 4.5 < noise.abs().max() < 6.8
+    pairs = noise.reshape(-1, 4)
+    assert (torch.corrcoef(pairs.T) - torch.eye(4)).abs().max() < 0.01
+    squares = torch.corrcoef(pairs.square().T) - torch.eye(4)
+    assert squares.abs().max() < 0.01
 
 
 def test_torch_seed_leaves_the_callers_generator_alone():

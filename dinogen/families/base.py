@@ -1,21 +1,16 @@
-"""What a family is: networks, phases, and how to sample; and how one is found by name."""
+"""What a family is: networks, phases, and how to sample."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dinogen.config import Config, ConfigError, Section, StageConfig, describe_errors
+from dinogen.config import Config, Section, StageConfig
 from shards.dataset import Dataset
 
 Batch = dict[str, Any]
@@ -33,12 +28,15 @@ class Phase:
         losses: batch -> (losses that are summed, values that are only reported); means over the
             batch, so that gradient accumulation and ranks can weigh them by their sample counts.
         every: runs at steps divisible by this.
+        remembered: names of reported values, of any shape, whose means over the global batch
+            are handed to ``Family.remember`` after the update.
     """
 
     name: str
     network: str
     losses: Callable[[Batch], tuple[Scalars, Scalars]]
     every: int = 1
+    remembered: tuple[str, ...] = ()
 
     def due(self, step: int) -> bool:
         """Whether the phase runs at this step."""
@@ -51,6 +49,7 @@ class Inputs:
 
     image_size: int | None
     levels: tuple[str, ...] = ()
+    labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,12 @@ class Family(ABC):
     @property
     @abstractmethod
     def phases(self) -> tuple[Phase, ...]:
-        """The updates of one step, in order. The last one's losses head the log."""
+        """The updates of one step, in order."""
+
+    @property
+    def headline(self) -> str:
+        """Name of the phase whose losses, summed, head the log; the last one unless told."""
+        return self.phases[-1].name
 
     @property
     @abstractmethod
@@ -130,7 +134,25 @@ class Family(ABC):
     ) -> None:
         """Told before each step how far the new block is faded in (alpha 0 to 1)."""
 
-    def after_step(self, nimg: int) -> None:  # noqa: B027 - most remember nothing
+    def optimizer_scale(self, network: str) -> float:
+        """c: the network's optimizer gets lr * c and betas to the power of c.
+
+        For networks that take further steps for lazy regularisers: k / (k + 1) for one each k
+        steps (Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN",
+        appendix B).
+        """
+        return 1.0
+
+    def remember(  # noqa: B027 - most remember nothing
+        self, phase: str, means: Scalars
+    ) -> None:
+        """Told after a phase's update what it reported under the names it ``remembered``.
+
+        The means are over the global batch, alike on every rank up to floating-point order. What
+        is kept of them belongs into buffers of the networks.
+        """
+
+    def after_step(self, nimg: int) -> None:  # noqa: B027 - most have nothing to do
         """Called after each step's updates."""
 
     def constants(self) -> dict[str, float]:
@@ -162,56 +184,3 @@ class Family(ABC):
     def describe(self) -> dict[str, Any]:
         """Facts for results and pages (such as the guide), JSON-ready."""
         return {}
-
-
-def family_names() -> list[str]:
-    """Names of the families in this folder."""
-    folder = str(Path(__file__).parent)
-    return sorted(m.name for m in pkgutil.iter_modules([folder]) if m.name != "base")
-
-
-def family_class(name: str) -> type[Family]:
-    """The one Family subclass that ``dinogen/families/NAME.py`` defines.
-
-    Raises:
-        ConfigError: there is no such file; names the nearest.
-    """
-    names = family_names()
-    if name not in names:
-        near = get_close_matches(name, names, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"families: {', '.join(names)}"
-        raise ConfigError(f"family.name: unknown family '{name}': {hint}")
-    module = importlib.import_module(f"dinogen.families.{name}")
-    found = [
-        item
-        for item in vars(module).values()
-        if isinstance(item, type)
-        and issubclass(item, Family)
-        and item.__module__ == module.__name__
-    ]
-    (cls,) = found
-    return cls
-
-
-def family_options(config: Config) -> Section:
-    """The checked options of the config's family, defaults filled in.
-
-    Raises:
-        ConfigError: an unknown key or a value out of range.
-    """
-    options = family_class(config.family.name).Options
-    try:
-        return options.model_validate(config.family.options)
-    except ValidationError as error:
-        raise ConfigError(describe_errors(error, options, "family")) from None
-
-
-def resolve(config: Config) -> Config:
-    """The config with the family's options checked and their defaults written out.
-
-    Raises:
-        ConfigError: an option of ``family:`` is unknown or out of range.
-    """
-    data = config.model_dump(mode="json")
-    data["family"] = {"name": config.family.name} | family_options(config).model_dump(mode="json")
-    return Config.model_validate(data)

@@ -124,7 +124,7 @@ class Guided(Family):
     def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
         """Pictures (N, 3, R, R) in [-1, 1]; the same seed and index give the same picture."""
         z = draws.normal(seed, "sample", indices, (self.options.z_dim,))
-        images: Tensor = networks["G"](z.to(self.device))
+        images: Tensor = networks["G"](z)
         return images
 
     def arguments(self, network: str) -> dict[str, Any]:
@@ -203,4 +203,4 @@ class Guided(Family):
 
     def _mse(self, G: nn.Module, batch: Batch, purpose: str) -> Tensor:
         z = draws.normal(self.config.seed, purpose, batch["position"], (self.options.z_dim,))
-        return pyramid_mse(self._pyramid(G(z.to(self.device))), batch["pyramid"])
+        return pyramid_mse(self._pyramid(G(z)), batch["pyramid"])

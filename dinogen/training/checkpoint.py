@@ -162,21 +162,28 @@ def stage_checkpoint(config: Config, stage: StageConfig) -> Checkpoint | None:
 
 
 def prune(parent: Path, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints and those saved to be kept.
+    """Delete all but the newest ``keep_last`` checkpoints, the best, and those saved to be kept.
 
     What a killed save left is deleted too.
     """
-    for folder in _folders(parent)[:-keep_last]:
-        try:
-            kept = json.loads((folder / STATE).read_text(encoding="utf-8")).get("keep", False)
-        except (OSError, ValueError):
-            kept = False
-        if not kept:
+    folders = _folders(parent)
+    marks = [_marks(folder) for folder in folders]
+    best = max((i for i, mark in enumerate(marks) if mark.get("best")), default=None)
+    for i, folder in enumerate(folders[:-keep_last]):
+        if not marks[i].get("keep") and i != best:
             # renamed first, so that a kill in the midst leaves no half checkpoint
             doomed = folder.with_name(f"{TEMPORARY}{folder.name}")
             folder.rename(doomed)
     for left in parent.glob(f"{TEMPORARY}*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _marks(folder: Path) -> dict[str, Any]:
+    try:
+        marks: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return marks
 
 
 def _whole(folder: Path) -> bool:

@@ -89,7 +89,7 @@ class DeepSpeedEngine(SingleEngine):
         for name, network in self.family.networks.items():
             self._train_only(name)
             groups = self._groups(name)
-            self.optimizers[name] = build_optimizer(groups, self.optim, self.lr)
+            self.optimizers[name] = build_optimizer(groups, self.optim, self.lr, self.family, name)
             self.engines[name], *_ = deepspeed.initialize(
                 model=network,
                 optimizer=self.optimizers[name],

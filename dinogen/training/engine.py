@@ -52,7 +52,7 @@ class SingleEngine:
                 sync_batch_norms(network, device)
         self.precision = resolve_precision(self.config.precision, device)
         self.optimizers = {
-            name: build_optimizer(network.parameters(), config.optim, lr)
+            name: build_optimizer(network.parameters(), config.optim, lr, family, name)
             for name, network in family.networks.items()
         }
         self.scalers = {

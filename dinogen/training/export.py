@@ -14,7 +14,7 @@ from torch import nn
 
 from dinogen import dist
 from dinogen.config import ConfigError
-from dinogen.families.base import family_class
+from dinogen.families.registry import family_class
 from dinogen.files import write_bytes
 from dinogen.training.checkpoint import on_host
 from dinogen.training.preflight import past_config
@@ -117,7 +117,7 @@ def load_exported(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
         ) from None
     config = past_config(info["config"], path, info["versions"]["dinogen"])
     stage = config.stages[find_stage(config, info["resolution"])]
-    family = family_class(config.family.name)(config, stage, dist.device())
+    family = family_class(config.family)(config, stage, dist.device())
     network = family.networks[info["network"]["name"]]
     try:
         network.load_state_dict(tensors)

@@ -34,6 +34,8 @@ class Logger:
         self.folder = folder
         self.stage = stage
         self.device = device
+        # Apple's GPUs know no double precision
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums: dict[str, Tensor] = {}
         self.weights: dict[str, float] = {}
         self.writer: SummaryWriter | None = None
@@ -50,7 +52,7 @@ class Logger:
             main = dist.is_main()
             self.sums = {
                 name: torch.tensor(
-                    _number(value) if main else 0.0, dtype=torch.float64, device=self.device
+                    _number(value) if main else 0.0, dtype=self.dtype, device=self.device
                 )
                 for name, value in state["sums"].items()
             }
@@ -144,7 +146,7 @@ class Logger:
             self.writer.close()
 
     def _scalar(self, value: Tensor) -> Tensor:
-        return value.detach().to(self.device, torch.float64)
+        return value.detach().to(self.device, self.dtype)
 
 
 def _number(value: float | None) -> float:

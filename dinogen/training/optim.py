@@ -8,18 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinogen.config import OptimConfig
+from dinogen.config import ConfigError, OptimConfig
+from dinogen.families.base import Family
 
 
 def build_optimizer(
-    groups: Iterable[nn.Parameter] | list[dict[str, Any]], config: OptimConfig, lr: float
+    groups: Iterable[nn.Parameter] | list[dict[str, Any]],
+    config: OptimConfig,
+    lr: float,
+    family: Family,
+    network: str,
 ) -> torch.optim.Optimizer:
-    """Adam over parameters or groups of them; what is frozen has no gradient and is skipped."""
+    """Adam over parameters or groups of them; what is frozen has no gradient and is skipped.
+
+    Args:
+        groups: of one network.
+        config: for all networks, with factors for some.
+        lr: of the stage.
+        family: may scale lr and betas further, see ``Family.optimizer_scale``.
+        network: its name.
+
+    Raises:
+        ConfigError: ``optim.lr_scale`` names a network that the family does not have.
+    """
+    if unknown := set(config.lr_scale) - set(family.networks):
+        raise ConfigError(
+            f"optim.lr_scale: there is no network {min(unknown)}: the family's are "
+            f"{', '.join(family.networks)}"
+        )
+    scale = family.optimizer_scale(network)
+    first, second = config.betas
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(
         groups,
-        lr=lr,
-        betas=config.betas,
+        lr=lr * scale * config.lr_scale.get(network, 1.0),
+        betas=(first**scale, second**scale),
         eps=config.eps,
         weight_decay=config.weight_decay,
     )

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from dinogen import __version__, dist
-from dinogen.config import Config, ConfigError, StageConfig, parse_config
-from dinogen.families.base import family_class, resolve
+from dinogen.config import AugmentConfig, Config, ConfigError, StageConfig, parse_config
+from dinogen.families.base import Family
+from dinogen.families.registry import family_class, resolve
 from dinogen.training.checkpoint import STATE, Checkpoint, stage_checkpoint
-from dinogen.training.data import data_fingerprint, open_data
+from dinogen.training.data import data_fingerprint
 from dinogen.training.stages import find_stage
 from shards.dataset import Dataset
 
@@ -23,6 +24,8 @@ MAY_CHANGE: dict[str, Any] = {
     "checkpoint": True,
     "log": True,
     "cluster": True,
+    "device": True,
+    "eval": True,
     "stages": True,  # all but the one at hand, which is compared without its length
     "guide": {"path", "revision"},
     "data": {"path", "num_threads", "cache_dir", "cache_gb"},
@@ -30,13 +33,17 @@ MAY_CHANGE: dict[str, Any] = {
 }
 
 
-def check_run(config: Config, indices: list[int]) -> None:
+def check_run(config: Config, indices: list[int], data: Dataset) -> None:
     """Check all stages that are to be trained, and what was trained of the run before.
+
+    Args:
+        config: the whole run.
+        indices: of the stages.
+        data: what it is trained on.
 
     Raises:
         ConfigError: naming the key that does not fit the data, the ranks or a checkpoint.
     """
-    data = open_data(config)
     for index in indices:
         _check_stage(config, config.stages[index], data)
     fingerprint = data_fingerprint(data)
@@ -49,7 +56,8 @@ def check_run(config: Config, indices: list[int]) -> None:
 def _check_stage(config: Config, stage: StageConfig, data: Dataset) -> None:
     """Levels, picture size and batch of one stage; its networks take no memory on ``meta``."""
     with torch.device("meta"):
-        inputs = family_class(config.family.name)(config, stage, torch.device("meta")).inputs
+        family = family_class(config.family)(config, stage, torch.device("meta"))
+    inputs = family.inputs
     name, stored = f"stage {stage.resolution}", data.manifest.image_size
     missing = [level for level in inputs.levels if level not in data.manifest.levels]
     if missing:
@@ -57,6 +65,18 @@ def _check_stage(config: Config, stage: StageConfig, data: Dataset) -> None:
             f"{config.data.path}: {name} reads the level {', '.join(missing)}, the shards have "
             f"{', '.join(data.manifest.levels) or 'none'}: prepare again with it (p for pooled, n "
             "for native: prepare.pyramids.kinds and prepare.pyramids.grids), or change family:"
+        )
+    if inputs.labels:
+        _check_labels(config, data)
+    if inputs.image_size is None and config.augment != AugmentConfig():
+        raise ConfigError(
+            f"augment: family {config.family.name} reads no pictures at {name}, but features that "
+            "were made before: leave it out"
+        )
+    if config.eval.every_kimg is not None and type(family).held_out is Family.held_out:
+        raise ConfigError(
+            f"eval: family {config.family.name} has nothing to measure on held-out samples: "
+            "leave it out"
         )
     if stored is not None and stage.resolution > stored:
         raise ConfigError(
@@ -67,6 +87,22 @@ def _check_stage(config: Config, stage: StageConfig, data: Dataset) -> None:
         raise ConfigError(
             f"stages: batch {stage.batch} of {name} is smaller than the number of ranks "
             f"{dist.world_size()}: each rank needs a picture"
+        )
+
+
+def _check_labels(config: Config, data: Dataset) -> None:
+    """Classes of the data against the family's ``num_classes``."""
+    path, wanted = config.data.path, config.family.options.get("num_classes")
+    if not data.manifest.has_labels:
+        raise ConfigError(
+            f"family.num_classes: the samples of {path} have no labels: prepare photos in one "
+            "folder per class (docs/data-format.md), or set it to 0"
+        )
+    classes = data.manifest.classes
+    if classes and len(classes) != wanted:
+        raise ConfigError(
+            f"family.num_classes: {wanted}, but {path} has {len(classes)} classes "
+            f"({', '.join(classes)}): set it to {len(classes)}"
         )
 
 
@@ -145,7 +181,7 @@ def _compared(config: Config, today: Config, resolution: int) -> dict[str, Any]:
     """The sections that matter to one stage, whose place in the list is today's."""
     dumped = config.model_dump(mode="json", exclude=MAY_CHANGE)
     stage = config.stages[find_stage(config, resolution)]
-    dumped["stages"] = {find_stage(today, resolution): stage.model_dump(exclude={"kimg"})}
+    dumped["stages"] = {find_stage(today, resolution): stage.model_dump(exclude={"kimg", "epochs"})}
     return dumped
 
 

@@ -10,17 +10,18 @@ from typing import Any
 from dinogen import dist
 from dinogen.config import Config, ConfigError, dump_config
 from dinogen.errors import UserError
-from dinogen.families.base import resolve
+from dinogen.families.registry import resolve
 from dinogen.files import write_text
 from dinogen.report.page import write_page
 from dinogen.report.stats import read_stats
 from dinogen.takedown import takedown
 from dinogen.training.artifacts import finish_stage
 from dinogen.training.checkpoint import stage_checkpoint
+from dinogen.training.data import open_data
 from dinogen.training.lock import run_lock
 from dinogen.training.preflight import check_run
-from dinogen.training.stages import find_stage
-from dinogen.training.state import StageState
+from dinogen.training.stages import find_stage, with_lengths
+from dinogen.training.state import StageState, is_finished
 from dinogen.training.stop import StopFlag
 from dinogen.training.trainer import Trainer
 
@@ -42,12 +43,15 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
         Stopped: a signal asked for it; everything is saved.
         TrainingError: too many updates in a row were not finite.
     """
+    dist.use_device(config.device)
     dist.init()
     dist.set_cpu_threads()
     config = resolve(config)
     indices = [find_stage(config, size) for size in resolutions] or list(range(len(config.stages)))
     with takedown(), run_lock(config.run), StopFlag() as stop:
-        check_run(config, indices)
+        data = open_data(config)
+        config = with_lengths(config, data.num_samples(config.data.split))
+        check_run(config, indices, data)
         if dist.is_main():
             write_text(config.run / "config.yaml", dump_config(config))
         results = []
@@ -91,10 +95,9 @@ def _finished_result(config: Config, index: int) -> dict[str, Any] | None:
     if checkpoint is None:
         return None
     state = checkpoint.state
-    end = state["start"] + round(stage.kimg * 1000)
     path = checkpoint.folder.parent.parent / "result.json"
     result = None
-    if dist.is_main() and state["progress"]["nimg"] >= end:
+    if dist.is_main() and is_finished(config, stage, state):
         result = _read_json(path)
         if result is not None and result.get("nimg") != state["progress"]["nimg"]:
             result = None

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dinogen import dist
 from dinogen.config import Config, ConfigError, StageConfig, load_config
-from dinogen.families.base import Family, family_class
+from dinogen.families.base import Family
+from dinogen.families.registry import family_class
 from dinogen.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -70,6 +71,7 @@ def load_snapshot(run: Path, resolution: int | None = None, nimg: int | None = N
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: no run here (config.yaml is missing): give the folder of a run")
     today = load_config(run / "config.yaml").model_copy(update={"run": run})
+    dist.use_device(today.device)
     if resolution is None:
         stages = today.stages[::-1]
     else:
@@ -86,7 +88,7 @@ def load_snapshot(run: Path, resolution: int | None = None, nimg: int | None = N
     config = checkpoint_config(checkpoint)
     config = config.model_copy(update={"run": run, "data": today.data, "guide": today.guide})
     stage = config.stages[find_stage(config, stage.resolution)]
-    family = family_class(config.family.name)(config, stage, dist.device())
+    family = family_class(config.family)(config, stage, dist.device())
     ema = Ema({name: family.networks[name] for name in family.ema_networks}, config.ema)
     for name, network in ema.networks.items():
         network.load_state_dict(checkpoint.tensors(f"{name}.ema"))

@@ -25,7 +25,7 @@ class StagePlan:
     @property
     def end(self) -> int:
         """nimg from which on it is done."""
-        return self.start + round(self.stage.kimg * 1000)
+        return self.start + self.stage.num_images
 
     @property
     def fade_end(self) -> int:
@@ -39,6 +39,37 @@ class StagePlan:
     def alpha(self, nimg: int) -> float:
         """Share of the new block in the picture, 0 to 1."""
         return (nimg - self.start) / (self.fade_end - self.start) if self.fading(nimg) else 1.0
+
+
+def with_lengths(config: Config, num_samples: int) -> Config:
+    """The config with each length that is given in epochs written out in thousands of images.
+
+    Args:
+        config: the whole run.
+        num_samples: of an epoch of the data it is trained on.
+
+    Raises:
+        ConfigError: there is no such data.
+    """
+    if not num_samples:
+        raise ConfigError(
+            f"data.split: {config.data.path} has no samples in split {config.data.split}: "
+            "name another one"
+        )
+    stages = tuple(
+        stage
+        if stage.epochs is None or stage.kimg is not None
+        else stage.model_copy(update={"kimg": stage.epochs * num_samples / 1000})
+        for stage in config.stages
+    )
+    measure = config.eval
+    if measure.every_kimg is None and measure.every_epochs is not None:
+        kimg = measure.every_epochs * num_samples / 1000
+        measure = measure.model_copy(update={"every_kimg": kimg})
+    # checked again, for a fade-in may be longer than the epochs
+    return Config.model_validate(
+        config.model_copy(update={"stages": stages, "eval": measure}).model_dump(mode="json")
+    )
 
 
 def find_stage(config: Config, resolution: int) -> int:

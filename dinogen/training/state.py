@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from dinogen import __version__, dist, draws
-from dinogen.config import Config, ConfigError
-from dinogen.families.base import Family, Verdict, family_class
+from dinogen.config import Config, ConfigError, StageConfig
+from dinogen.families.base import Family, Verdict
+from dinogen.families.registry import family_class
 from dinogen.training.checkpoint import (
     Checkpoint,
     on_host,
@@ -27,6 +28,7 @@ from dinogen.training.data import data_fingerprint, open_data
 from dinogen.training.ema import Ema
 from dinogen.training.engine import SingleEngine, make_engine
 from dinogen.training.stages import StagePlan, due, grow
+from dinogen.training.transfer import init_from
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,9 @@ class Progress:
         logged: nimg of the newest log line.
         verdict: what the newest probe found.
         warnings: its words.
+        best: lowest figure of the stage's measurements on held-out samples, None before the first.
+        best_nimg: where it was measured.
+        num_worse: measurements since then.
     """
 
     nimg: int = 0
@@ -54,6 +59,9 @@ class Progress:
     logged: int = 0
     verdict: str = "ok"
     warnings: list[str] = field(default_factory=list)
+    best: float | None = None
+    best_nimg: int = 0
+    num_worse: int = 0
 
     def add_loss(self, loss: float, every: float) -> None:
         """Take over the mean loss of a log line at ``nimg``.
@@ -81,13 +89,25 @@ def stage_plan(config: Config, index: int) -> tuple[StagePlan, Checkpoint | None
     previous = config.stages[index - 1]
     checkpoint = stage_checkpoint(config, previous)
     nimg = checkpoint.state["progress"]["nimg"] if checkpoint else 0
-    if checkpoint is None or nimg < StagePlan(previous, checkpoint.state["start"]).end:
+    if checkpoint is None or not is_finished(config, previous, checkpoint.state):
         raise ConfigError(
             f"stage {stage.resolution} grows from stage {previous.resolution}, which is not "
             f"finished in {stage_folder(config, previous)}: train it first "
             f"(--stage {previous.resolution}, or no --stage for all)"
         )
     return StagePlan(stage, nimg), checkpoint
+
+
+def is_finished(config: Config, stage: StageConfig, state: dict[str, Any]) -> bool:
+    """Whether a stage was at its end, or ended early, when ``state`` was saved."""
+    progress = state["progress"]
+    shown = progress["nimg"] >= StagePlan(stage, state["start"]).end
+    return shown or _out_of_patience(config, progress.get("num_worse", 0))
+
+
+def _out_of_patience(config: Config, num_worse: int) -> bool:
+    patience = config.eval.patience
+    return patience is not None and num_worse >= patience
 
 
 class StageState:
@@ -109,7 +129,7 @@ class StageState:
         self.device = dist.device()
         self.plan, previous = stage_plan(config, index)
         with draws.torch_seed(config.seed, f"init/{self.stage.resolution}"):
-            cls = family_class(config.family.name)
+            cls = family_class(config.family)
             self.family: Family = cls(config, self.stage, self.device)
         if previous is not None:
             for name, network in self.family.networks.items():
@@ -134,8 +154,13 @@ class StageState:
 
     @property
     def finished(self) -> bool:
-        """Whether every image of the stage was shown."""
-        return self.progress.nimg >= self.plan.end
+        """Whether every image of the stage was shown, or it ended early."""
+        return self.progress.nimg >= self.plan.end or self.ended_early
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether held-out samples have been measured in vain for so long as the config allows."""
+        return _out_of_patience(self.config, self.progress.num_worse)
 
     def set_fade(self) -> None:
         """Tell all copies of the networks how far the new block is faded in."""
@@ -172,6 +197,7 @@ class StageState:
             "progress": asdict(self.progress),
             "start": self.plan.start,
             "keep": every is not None and due(self.last_saved, nimg, every),
+            "best": self.progress.best is not None and self.progress.best_nimg == nimg,
             "engine": rest,
             "logger": logger_state,
             "data": data_fingerprint(self.data),
@@ -192,6 +218,8 @@ class StageState:
         """Take over the newest checkpoint of this stage, if there is one."""
         checkpoint = stage_checkpoint(self.config, self.stage)
         if checkpoint is None:
+            if self.config.init_from is not None and self.stage is self.config.stages[0]:
+                init_from(self.config.init_from, self.family, self.ema)
             return
         state = checkpoint.state
         if state["start"] != self.plan.start:

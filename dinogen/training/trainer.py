@@ -12,8 +12,9 @@ import torch
 from dinogen import dist
 from dinogen.config import Config
 from dinogen.errors import UserError
-from dinogen.families.base import Batch, Verdict
+from dinogen.families.base import Batch, Scalars, Verdict
 from dinogen.training.artifacts import save_samples
+from dinogen.training.augment import augment
 from dinogen.training.batches import num_micros, split
 from dinogen.training.console import ProgressLine
 from dinogen.training.logger import Logger
@@ -21,6 +22,7 @@ from dinogen.training.saver import Saver
 from dinogen.training.stages import due
 from dinogen.training.state import StageState
 from dinogen.training.stop import StopFlag
+from dinogen.training.validate import Validator
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class Trainer:
         self.config: Config = state.config
         self.family, self.engine, self.progress = state.family, state.engine, state.progress
         self.plan, self.stage = state.plan, state.plan.stage
-        self.headline = self.family.phases[-1].name
+        self.headline = self.family.headline
         self.num_micros = num_micros(
             self.stage.batch, dist.world_size(), self.config.engine.micro_batch
         )
@@ -63,6 +65,7 @@ class Trainer:
             state.folder if dist.is_main() else None, self.stage.resolution, self.engine.device
         )
         self.saver = Saver()
+        self.validator = Validator(state)
         self.stop = stop
         self.num_nonfinite: dict[str, int] = {}
         self.fading: bool | None = None
@@ -107,7 +110,7 @@ class Trainer:
                 self.window = Window(time.monotonic())
                 self.counted_until = self.window.began
                 batches = iter(self.stream)
-                while progress.nimg < self.plan.end:
+                while not self.state.finished:
                     before = time.monotonic()
                     batch = next(batches)
                     self.window.waited += time.monotonic() - before
@@ -135,14 +138,24 @@ class Trainer:
     def train_step(self, batch: Batch) -> None:
         """All due phases on one global batch, of which this rank holds its part."""
         micros = split(batch, self.num_micros, self.engine.device)
+        for micro, _ in micros:
+            if "image" in micro:
+                micro["image"] = augment(
+                    micro["image"], micro["position"], self.config.seed, self.config.augment
+                )
         for phase in self.family.phases:
             if not phase.due(self.progress.step):
                 continue
+            remembered: Scalars = {}
             for i, (micro, num_samples) in enumerate(micros):
                 losses, report = self.engine.losses(phase, micro, last=i == len(micros) - 1)
                 weight = num_samples / self.stage.batch
                 self.engine.backward(phase, losses, weight)
-                self.logger.add(losses | report, weight, f"{phase.name}/")
+                scalars = {k: v for k, v in (losses | report).items() if not v.ndim}
+                self.logger.add(scalars, weight, f"{phase.name}/")
+                for name in phase.remembered:
+                    part = report[name].detach().float() * weight
+                    remembered[name] = remembered[name] + part if i else part
                 if phase.name == self.headline:
                     self.logger.add({"loss": torch.stack(list(losses.values())).sum()}, weight)
             update = self.engine.step(phase)
@@ -150,6 +163,9 @@ class Trainer:
             norm = {f"{phase.name}/grad_norm": torch.tensor(update.grad_norm)}
             self.logger.add(norm, 1.0 / dist.world_size())
             self._guard(update.applied, phase.name)
+            if remembered and update.applied:
+                means = {k: dist.all_reduce_sum(v) for k, v in sorted(remembered.items())}
+                self.family.remember(phase.name, means)
         self.progress.step += 1
         self.progress.nimg += self.stage.batch
         self.window.images += self.stage.batch
@@ -222,30 +238,34 @@ class Trainer:
     def _after_step(self, line: ProgressLine) -> None:
         """Log, probe, draw samples and save, where the clock says so."""
         now = self.now
-        last = now >= self.plan.end
+        passed = now - self.stage.batch
+        measure = self.validator.due(passed, now)
+        figures = self.validator.measure() if measure else {}
+        last = self.state.finished
         if last and self._unsound:
             raise self._blown_up("the stage's last updates were not finite")
-        passed = now - self.stage.batch
         every = self.config.log
         probe = last or due(passed, now, every.probe_kimg)
-        if probe or due(passed, now, every.every_kimg):
-            self._log(line, probe)
+        if probe or measure or due(passed, now, every.every_kimg):
+            self._log(line, probe, figures)
         if last or due(passed, now, every.samples_kimg):
             with dist.main_section() as mine:
                 if mine:
                     path = self.state.folder / "samples" / f"{now:09d}.png"
                     self.logger.write_image("samples", save_samples(self.state, path), now)
-        if last or due(passed, now, self.config.checkpoint.every_kimg):
+        best = measure and self.progress.best_nimg == now
+        if last or best or due(passed, now, self.config.checkpoint.every_kimg):
             self.save()
 
-    def _log(self, line: ProgressLine, probe: bool) -> None:
-        """One line of numbers; the probe looks at samples on rank 0."""
+    def _log(self, line: ProgressLine, probe: bool, figures: dict[str, float]) -> None:
+        """One line of numbers, held-out figures among them; rank 0 probes samples."""
         means = self.logger.flush()
         window, elapsed = self.window, max(time.monotonic() - self.window.began, 1e-9)
         self._count()
         self.progress.add_loss(means.get("loss", math.nan), every=self.config.log.every_kimg * 1000)
         values: dict[str, float | None] = {
             **means,
+            **figures,
             **self.family.constants(),
             "alpha": self.plan.alpha(self.progress.nimg - self.stage.batch),
             "images_per_s": window.images / elapsed,

@@ -88,12 +88,12 @@ def schema(
 def json_schema() -> dict[str, Any]:
     """Schema of a whole config; ``family`` takes the options of the family that it names."""
     from dinogen.config import Config, FamilyConfig
-    from dinogen.families.base import family_class, family_names
+    from dinogen.families.registry import family_class, family_names
 
     whole = Config.model_json_schema()
     choices = []
     for name in family_names():
-        options = family_class(name).Options.model_json_schema()
+        options = family_class(FamilyConfig(name=name)).Options.model_json_schema()
         whole["$defs"].update(options.pop("$defs", {}))
         options["title"] = f"family {name}"
         options["properties"] = {
@@ -103,6 +103,8 @@ def json_schema() -> dict[str, Any]:
         if name != FamilyConfig().name:
             options["required"] = ["name", *options.get("required", ())]
         choices.append(options)
+    own = {"type": "string", "description": "a Python file of your own that defines the family"}
+    choices.append({"title": "your family", "properties": {"file": own}, "required": ["file"]})
     whole["$defs"].pop("FamilyConfig")
     whole["properties"]["family"] = {"oneOf": choices}
     return whole

@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from dinogen.config import load_config, parse_config
-from dinogen.families.base import resolve
+from dinogen.families.registry import resolve
 from launch.cli import app
 
 CONFIGS = Path(__file__).parents[2] / "configs"

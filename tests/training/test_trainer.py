@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dinogen.config import ConfigError
-from dinogen.families.base import resolve
+from dinogen.families.registry import resolve
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.training.run import train
 from dinogen.training.snapshot import load_snapshot

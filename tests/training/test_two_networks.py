@@ -52,10 +52,11 @@ def two_ranks(tmp_path_factory) -> Path:
 def plain_torch(norm: str) -> dict[str, torch.Tensor]:
     """The same training by hand: no engine, whole batches, one optimizer per network."""
     family = TwoNetworks(parse_config({}, ["stages=[{resolution: 4, kimg: 1}]"]), norm)
-    optimizers = {
-        name: torch.optim.Adam(network.parameters(), lr=0.01, betas=(0.9, 0.99))
-        for name, network in family.networks.items()
-    }
+    optimizers = {}
+    for name, network in family.networks.items():
+        c = family.optimizer_scale(name)
+        betas = (0.9**c, 0.99**c)
+        optimizers[name] = torch.optim.Adam(network.parameters(), lr=0.01 * c, betas=betas)
     for step in range(NUM_STEPS):
         family.fading = step < SWITCH
         batch = share(step)

@@ -60,6 +60,9 @@ class TwoNetworks:
             Phase("G_reg", "G", self.path, every=4),
         )
 
+    def optimizer_scale(self, network):
+        return {"G": 4 / 5, "D": 2 / 3}[network]
+
     def trainable(self, network):
         names = {name for name, _ in self.networks[network].named_parameters()}
         if network == "G" and self.fading:
