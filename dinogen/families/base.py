@@ -105,8 +105,9 @@ class Family(ABC):
         """Networks whose moving average is kept and sampled; the first is what is exported."""
         return ("G",)
 
-    @abstractmethod
-    def begin(self, data: Dataset) -> None:
+    def begin(  # noqa: B027 - most have all they need
+        self, data: Dataset
+    ) -> None:
         """Get ready for training on ``data``: load frozen networks, check that levels fit.
 
         Raises:
