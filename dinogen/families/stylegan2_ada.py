@@ -1,0 +1,235 @@
+"""Family `stylegan2_ada`: StyleGAN2 with adaptive discriminator augmentation, for little data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dinogen import draws
+from dinogen.config import Config, Section, StageConfig
+from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars
+from dinogen.losses.adversarial import bce_d, bce_g
+from dinogen.losses.path_length import path_lengths
+from dinogen.losses.penalties import r1_penalty
+from dinogen.networks.ada import Strengths, augment
+from dinogen.networks.stylegan2_discriminator import StyleGAN2Discriminator
+from dinogen.networks.stylegan2_generator import StyleGAN2Generator
+from shards.dataset import Dataset
+
+# Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", appendix B
+PATH_DECAY = 0.01
+W_DECAY = 0.002
+# what the authors' "auto" configuration takes for gamma: this times resolution**2 / batch
+R1_HEURISTIC = 0.0002
+
+
+class StyleGAN2Ada(Family):
+    """Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data".
+
+    Non-saturating loss, R1 and path length regularisation in every n-th step, style mixing. What D
+    is shown, real and generated, goes through the augmentation pipeline with probability p, which
+    rises while D's logits of real pictures are positive too often, and falls otherwise.
+    """
+
+    class Options(Section):
+        """Keys of ``family:`` for ``name: stylegan2_ada``."""
+
+        z_dim: int = Field(512, ge=1, description="size of the latent")
+        w_dim: int = Field(512, ge=1, description="size of the mapped latent")
+        num_mapping_layers: int = Field(2, ge=1, description="dense layers from z to w")
+        channel_base: int = Field(16384, ge=4, description="channels at R are base / R ...")
+        channel_max: int = Field(512, ge=1, description="... and at most this")
+        num_half: int = Field(
+            4,
+            ge=0,
+            description="so many of the largest resolutions follow engine.precision, the "
+            "others are float32",
+        )
+        num_classes: int = Field(0, ge=0, description="labels are 0 to this less 1; 0: no labels")
+        group_size: int = Field(4, ge=1, description="samples per minibatch standard deviation")
+        r1_gamma: float | None = Field(
+            None,
+            gt=0,
+            description="R1 is gamma / 2 times the penalty; 0.0002 * resolution^2 / "
+            "batch unless given",
+        )
+        r1_every: int = Field(16, ge=1, description="steps between updates by R1")
+        path_weight: float = Field(
+            2.0, ge=0, description="weight of the path length penalty; 0 leaves it out"
+        )
+        path_every: int = Field(4, ge=1, description="steps between updates by path length")
+        style_mixing: float = Field(0.9, ge=0, le=1, description="share of pictures of two latents")
+        truncation: float = Field(
+            1.0, ge=0, le=1, description="of samples: 0 the mean w, 1 every w as it is"
+        )
+        ada_target: float = Field(0.6, gt=-1, lt=1, description="mean sign of D(real) aimed at")
+        ada_kimg: float = Field(
+            500.0, gt=0, description="thousands of images in which p can go from 0 to 1"
+        )
+        ada_blit: float = Field(1.0, ge=0, description="p is times this for flips, turns, shifts")
+        ada_geometry: float = Field(1.0, ge=0, description="... scaling, rotation, translation")
+        ada_color: float = Field(1.0, ge=0, description="... brightness, contrast, hue and such")
+        ada_filter: float = Field(0.0, ge=0, description="... strength of frequency bands")
+        ada_corruption: float = Field(0.0, ge=0, description="... noise and cutout")
+
+    def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
+        super().__init__(config, stage, device)
+        self.options = self.Options(**config.family.options)
+        self.G = StyleGAN2Generator(**self.arguments("G")).to(device)
+        self.D = StyleGAN2Discriminator(**self.arguments("D")).to(device)
+        own = self.options
+        self.strengths = Strengths(
+            own.ada_blit, own.ada_geometry, own.ada_color, own.ada_filter, own.ada_corruption
+        )
+        self.r1_gamma = own.r1_gamma or R1_HEURISTIC * stage.resolution**2 / stage.batch
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """G with the mean of w and of path lengths, D with ADA's probability."""
+        return {"G": self.G, "D": self.D}
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """D, now and then R1; G, now and then path length."""
+        own = self.options
+        phases = (
+            Phase("D", "D", self._d_losses, remembered=("sign",)),
+            Phase("D_reg", "D", self._r1, every=own.r1_every),
+            Phase("G", "G", self._g_losses, remembered=("w",)),
+        )
+        if not own.path_weight:
+            return phases
+        lazy = Phase("G_reg", "G", self._path, every=own.path_every, remembered=("length",))
+        return (*phases, lazy)
+
+    @property
+    def headline(self) -> str:
+        """G's own loss."""
+        return "G"
+
+    @property
+    def inputs(self) -> Inputs:
+        """Pictures, and labels if there are classes."""
+        return Inputs(image_size=self.stage.resolution, labels=bool(self.options.num_classes))
+
+    def begin(self, data: Dataset) -> None:
+        """Nothing to load."""
+
+    def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
+        """Pictures (N, 3, R, R) in [-1, 1], all with the same constant noise."""
+        z = draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
+        num_classes = self.options.num_classes
+        label = (indices % num_classes).to(self.device) if num_classes else None
+        images: Tensor = networks["G"](z, label, psi=self.options.truncation)
+        return images.clamp(-1, 1)
+
+    def arguments(self, network: str) -> dict[str, Any]:
+        """Of G or D."""
+        names = ("num_classes", "channel_base", "channel_max", "num_half")
+        own = ("z_dim", "w_dim", "num_mapping_layers") if network == "G" else ("group_size",)
+        chosen = {name: getattr(self.options, name) for name in (*names, *own)}
+        return {"resolution": self.stage.resolution} | chosen
+
+    def optimizer_scale(self, network: str) -> float:
+        """k / (k + 1), as each network has a further update in k steps."""
+        every = self.options.r1_every if network == "D" else self.options.path_every
+        if network == "G" and not self.options.path_weight:
+            return 1.0
+        return every / (every + 1)
+
+    @torch.no_grad()
+    def remember(self, phase: str, means: Scalars) -> None:
+        """Move ADA's p, the mean of w, the mean path length."""
+        own = self.options
+        if phase == "D":
+            self.D.ada.update(means["sign"], self.stage.batch, own.ada_target, own.ada_kimg)
+        elif phase == "G":
+            self.G.w_avg.lerp_(means["w"], W_DECAY)
+        elif phase == "G_reg":
+            self.G.path_mean.lerp_(means["length"], PATH_DECAY)
+
+    def _d_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+        positions, label = batch["position"], batch.get("label")
+        _, ws = self._styles("D", positions, label)
+        # apart: a group of the minibatch standard deviation is all real or all generated
+        fake = self._judge("D/fake", self._pictures("D", positions, ws), positions, label)
+        real = self._judge("D/real", batch["image"], positions, label)
+        report = {
+            "sign": real.detach().sign().mean(),
+            "p": self.D.ada.p,
+            "real": real.detach().mean(),
+            "fake": fake.detach().mean(),
+        }
+        return {"bce": bce_d(real, fake)}, report
+
+    def _r1(self, batch: Batch) -> tuple[Scalars, Scalars]:
+        def judge(images: Tensor) -> Tensor:
+            return self._judge("D_reg", images, batch["position"], batch.get("label"))
+
+        penalty = r1_penalty(judge, batch["image"])
+        weight = self.r1_gamma / 2 * self.options.r1_every
+        return {"r1": weight * penalty}, {"penalty": penalty.detach()}
+
+    def _g_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+        positions, label = batch["position"], batch.get("label")
+        w, ws = self._styles("G", positions, label)
+        fake = self._judge("G", self._pictures("G", positions, ws), positions, label)
+        return {"bce": bce_g(fake)}, {"w": w.detach().mean(0)}
+
+    def _path(self, batch: Batch) -> tuple[Scalars, Scalars]:
+        """On half of the samples, as it takes much memory: those at even positions.
+
+        Of a global batch of even size that is exactly half, however it is cut. A sample counts 2,
+        and a part without any takes one that counts 0.
+        """
+        even = batch["position"] % 2 == 0
+        chosen = even.nonzero().flatten() if even.any() else torch.zeros(1, dtype=torch.int64)
+        positions = batch["position"][chosen]
+        label = batch["label"][chosen.to(self.device)] if self.options.num_classes else None
+        share = (2 * even[chosen] / len(even)).to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            _, ws = self._styles("G_reg", positions, label)
+            images = self._pictures("G_reg", positions, ws)
+            lengths = path_lengths(images, ws, self._normal("y", positions, *images.shape[1:]))
+            penalty = ((lengths - self.G.path_mean).square() * share).sum()
+            # ToRGB's bias moves no path, but every parameter has to get a gradient
+            weight = self.options.path_weight * self.options.path_every
+            loss = weight * penalty + 0 * images.sum()
+        length = (lengths.detach() * share).sum()
+        return {"path": loss}, {"penalty": penalty.detach(), "length": length}
+
+    def _styles(
+        self, purpose: str, positions: Tensor, label: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """w (B, w_dim), and ws (B, num_ws, w_dim), of which some change to another w on the way."""
+        w = self.G.mapping(self._normal(f"z/{purpose}", positions, self.options.z_dim), label)
+        ws = self.G.broadcast(w)
+        if self.options.style_mixing:
+            z = self._normal(f"z_mixed/{purpose}", positions, self.options.z_dim)
+            other = self.G.broadcast(self.G.mapping(z, label))
+            seed, num_ws = self.config.seed, self.G.synthesis.num_ws
+            mixed = draws.uniform(seed, f"mix/{purpose}", positions) < self.options.style_mixing
+            cut = 1 + draws.integers(seed, f"cut/{purpose}", positions, high=num_ws - 1)
+            changed = mixed[:, None] & (torch.arange(num_ws) >= cut[:, None])
+            ws = torch.where(changed[:, :, None].to(self.device), other, ws)
+        return w, ws
+
+    def _pictures(self, purpose: str, positions: Tensor, ws: Tensor) -> Tensor:
+        noise = self._normal(f"noise/{purpose}", positions, self.G.synthesis.num_noise)
+        images: Tensor = self.G.synthesis(ws, noise)
+        return images
+
+    def _judge(
+        self, purpose: str, images: Tensor, positions: Tensor, label: Tensor | None
+    ) -> Tensor:
+        """D's logits (B,) of augmented pictures."""
+        p = float(self.D.ada.p)
+        x = augment(images, p, self.config.seed, f"ada/{purpose}", positions, self.strengths)
+        logits: Tensor = self.D(x, label)
+        return logits
+
+    def _normal(self, purpose: str, positions: Tensor, *shape: int) -> Tensor:
+        return draws.normal(self.config.seed, purpose, positions, shape, self.device)
