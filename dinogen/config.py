@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dinogen.config_cluster import ClusterConfig
+from dinogen.config_data import DataConfig as DataConfig
 from dinogen.config_errors import describe_errors as describe_errors
 from dinogen.config_file import override, read_mapping
 from dinogen.config_prepare import PrepareConfig
@@ -56,23 +57,6 @@ class GuideConfig(Section):
     )
     revision: str | None = Field(None, description="hub revision (commit, tag or branch)")
     layer: int = Field(-1, description="which layer's tokens; -1 is the last")
-
-
-class DataConfig(Section):
-    """Which shards are read, and how."""
-
-    path: str = Field("data/faces", description="folder or fsspec URL of packed shards")
-    split: Literal["train", "val", "test"] = Field("train", description="split trained on")
-    num_lanes: int = Field(64, ge=1, description="lanes of the global order")
-    window_shards: int = Field(4, ge=1, description="shards' worth of samples shuffled together")
-    num_threads: int = Field(1, ge=0, le=16, description="reader threads; 0 reads in the step")
-    on_error: Literal["stop", "skip"] = Field(
-        "stop", description="a corrupt sample stops the run, or is replaced and counted"
-    )
-    cache_dir: Path | None = Field(None, description="where remote shards are kept")
-    cache_gb: float | None = Field(
-        None, gt=0, description="most that the cache of remote shards holds; the oldest used go"
-    )
 
 
 class FamilyConfig(BaseModel):

@@ -14,7 +14,7 @@ import numpy as np
 from shards.cache import HeldFile
 from shards.errors import ShardsError
 from shards.fetch import stop_at
-from shards.order import Order
+from shards.plan import Shares
 from shards.remote import RemoteFolder
 from shards.table import SampleTable
 
@@ -55,7 +55,7 @@ class Ahead:
     """
 
     def __init__(
-        self, source: RemoteFolder, table: SampleTable, order: Order, share: Share, start: int
+        self, source: RemoteFolder, table: SampleTable, order: Shares, share: Share, start: int
     ) -> None:
         self._source, self._table, self._order, self._share = source, table, order, share
         self._stop = threading.Event()

@@ -66,6 +66,7 @@ class Manifest(_Record):
     Attributes:
         image_size: side of all stored images in pixels, None if it was never checked.
         has_labels: every sample of the dataset has a label.
+        classes: names of the classes by their labels, 0, 1, ...; empty if they have none.
         guide: identity of the feature network (name, revision, weights hash, random or not).
         prepare: settings that the photos were aligned with.
         levels: by name, "p4", "p8", "n4" ...
@@ -76,6 +77,7 @@ class Manifest(_Record):
     image_size: int | None
     resize_filter: Literal["box"] = "box"
     has_labels: bool
+    classes: tuple[str, ...] = ()
     splits: dict[str, SplitInfo]
     levels: dict[str, LevelInfo]
     guide: dict[str, Any]
@@ -83,8 +85,8 @@ class Manifest(_Record):
     statistics: StatisticsInfo | None
     shards: tuple[ShardInfo, ...]
 
-    def of_split(self, split: str) -> tuple[ShardInfo, ...]:
-        """The shards of a split, in their order.
+    def of_split(self, split: str, location: str = "the dataset") -> tuple[ShardInfo, ...]:
+        """The shards of a split, in their order; `location` is named in the error.
 
         Raises:
             ManifestError: if the dataset has no such split.
@@ -92,12 +94,15 @@ class Manifest(_Record):
         found = tuple(shard for shard in self.shards if shard.split == split)
         if not found:
             have = ", ".join(self.splits)
-            raise ManifestError(f"the dataset has no split {split!r}; it has {have}")
+            raise ManifestError(f"{location} has no split {split!r}; it has {have}")
         return found
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`, whole or not at all."""
-        text = json.dumps(self.model_dump(), indent=1, ensure_ascii=False, allow_nan=False)
+        found = self.model_dump()
+        if not self.classes:
+            del found["classes"]
+        text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
         with atomic_write(folder / MANIFEST) as file:
             file.write(text.encode() + b"\n")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ def pack(
     test_fraction: float = 0.0,
     guide: dict[str, Any] | None = None,
     prepare: dict[str, Any] | None = None,
+    classes: Sequence[str] = (),
 ) -> Manifest:
     """Write samples as a dataset into the folder `out`.
 
@@ -35,6 +36,7 @@ def pack(
         test_fraction: likewise for `test`.
         guide: identity of the feature network, for the manifest.
         prepare: settings of the preparation, for the manifest.
+        classes: names of the classes that labels 0, 1, ... mean; then every sample has one.
 
     Raises:
         FinishedError: if `out` holds a finished dataset.
@@ -47,6 +49,7 @@ def pack(
         test_fraction=test_fraction,
         guide=guide,
         prepare=prepare,
+        classes=classes,
     )
     with sink:
         for sample in samples:

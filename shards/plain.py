@@ -83,7 +83,7 @@ def levels_of(index: ShardIndex, shard: str) -> dict[str, LevelInfo]:
 def adopt(folder: Path) -> Manifest:
     """Give a folder of plain tars whole indexes, statistics and a manifest, by reading it all.
 
-    Where only the manifest of a dataset was lost, its `guide` and `prepare` come back with it.
+    Where only the manifest of a dataset was lost, what the statistics repeat of it comes back.
 
     Raises:
         ManifestError: if there are no tars, or they hold different levels.
@@ -132,7 +132,9 @@ def _measure(folder: Path, manifest: Manifest) -> tuple[Statistics, bool]:
 def _save(folder: Path, manifest: Manifest, statistics: Statistics, has_labels: bool) -> Manifest:
     variances = statistics.total_variances()
     measured = (
-        save_statistics(statistics, folder, manifest.guide, manifest.prepare) if variances else None
+        save_statistics(statistics, folder, manifest.guide, manifest.prepare, manifest.classes)
+        if variances
+        else None
     )
     fractions = {
         name: info.fraction for name, info in manifest.splits.items() if info.fraction is not None

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from shards import index as index_files
-from shards.dataset import Folder
 from shards.errors import CorruptSample, IndexFileError, ManifestError
 from shards.files import sha256_file
 from shards.index import ShardIndex
 from shards.manifest import MANIFEST, STATISTICS, Manifest, ShardInfo, parse_manifest
+from shards.packed import Folder
 from shards.plain import adopt, complete
 from shards.sample import encode_npy
 from shards.scan import scan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -62,6 +63,7 @@ class ShardSink:
         test_fraction: float = 0.0,
         guide: dict[str, Any] | None = None,
         prepare: dict[str, Any] | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         if shard_size < 1:
             raise PackError("shard_size must be at least 1")
@@ -79,6 +81,9 @@ class ShardSink:
             }
         )
         self._identity = {name: self._settings[name] for name in ("guide", "prepare")}
+        if classes:
+            self._settings["classes"] = self._identity["classes"] = list(classes)
+        self._num_classes = len(classes)
         self._fractions = {
             "train": 1.0 - val_fraction - test_fraction,
             "val": val_fraction,
@@ -111,7 +116,8 @@ class ShardSink:
 
         Raises:
             PackError: if its key came before, its image is not square, or it differs from the
-                others in image size or levels, or has features that float16 cannot hold.
+                others in image size or levels, has features that float16 cannot hold, or a label
+                that is no class.
         """
         if sample.key in self.seen:
             raise PackError(f"key {sample.key!r} occurs twice; give every sample its own")
@@ -200,6 +206,11 @@ class ShardSink:
         return lock
 
     def _check(self, sample: Sample) -> None:
+        if self._num_classes and sample.label not in range(self._num_classes):
+            raise ValueError(
+                f"{sample.key}: label {sample.label} is none of the {self._num_classes} classes, "
+                "which are numbered from 0"
+            )
         width, height = image_header(sample.image, f"{sample.key}.{sample.image_format}")
         if width != height:
             raise ValueError(f"{sample.key}: the image is {width}x{height}; crop it to a square")
@@ -257,7 +268,7 @@ class ShardSink:
         state = json.loads(path.read_bytes())
         if state["settings"] != self._settings:
             mine, theirs = self._settings, state["settings"]
-            names = ", ".join(k for k in mine if mine[k] != theirs.get(k))
+            names = ", ".join(k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k))
             raise PackError(
                 f"{self._out}: an unfinished packing lies here with other settings ({names}); "
                 f"use the same ones again, or delete the folder"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,21 +109,28 @@ def shard_moments(tar: Path, index: ShardIndex) -> dict[str, Moments]:
 
 
 def save_statistics(
-    statistics: Statistics, folder: Path, guide: dict[str, Any], prepare: dict[str, Any]
+    statistics: Statistics,
+    folder: Path,
+    guide: dict[str, Any],
+    prepare: dict[str, Any],
+    classes: Sequence[str] = (),
 ) -> StatisticsInfo:
     """Write the file of statistics of a dataset; returns what the manifest says about it.
 
-    `guide` and `prepare` are repeated in it: without them nothing can be trained on the features,
-    and no tar tells them if the manifest is lost.
+    `guide`, `prepare` and `classes` are repeated in it: without them nothing can be trained on the
+    features, and no tar tells them if the manifest is lost.
     """
-    identity = json.dumps({"guide": guide, "prepare": prepare}, ensure_ascii=False)
+    facts: dict[str, Any] = {"guide": guide, "prepare": prepare}
+    if classes:
+        facts["classes"] = list(classes)
+    identity = json.dumps(facts, ensure_ascii=False)
     with atomic_write(folder / STATISTICS) as file:
         file.write(save(statistics.arrays(), {_METADATA: identity}))
     return StatisticsInfo(file=STATISTICS, sha256=file.hexdigest())
 
 
-def recall(path: Path, arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, dict[str, Any]]:
-    """`guide` and `prepare` as an older file of statistics repeats them.
+def recall(path: Path, arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Any]:
+    """`guide`, `prepare` and `classes` as an older file of statistics repeats them.
 
     Args:
         path: of that file.
@@ -136,7 +143,11 @@ def recall(path: Path, arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[st
         with safe_open(path, "numpy") as file:
             identity = json.loads(file.metadata()[_METADATA])
             before = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = {"guide": dict(identity["guide"]), "prepare": dict(identity["prepare"])}
+        found = {
+            "guide": dict(identity["guide"]),
+            "prepare": dict(identity["prepare"]),
+            "classes": tuple(map(str, identity.get("classes", ()))),
+        }
     except FileNotFoundError:
         return {}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from shards import index as index_files
-from shards.dataset import Dataset
 from shards.errors import CorruptSample, FetchError, IndexFileError, ManifestError
 from shards.files import sha256_file
 from shards.image import decode_image
 from shards.index import ShardIndex
 from shards.manifest import MANIFEST, LevelInfo, Manifest, ShardInfo
+from shards.packed import PackedDataset
 from shards.plain import levels_of
 from shards.reader import read_sample
 from shards.sample import level_name
@@ -74,7 +74,7 @@ class ShardReport:
     torn: bool = False
 
 
-def verify(data: Dataset, progress: Callable[[int], None] | None = None) -> list[Problem]:
+def verify(data: PackedDataset, progress: Callable[[int], None] | None = None) -> list[Problem]:
     """Reread a whole dataset; a remote one is fetched for that.
 
     Args:
@@ -229,7 +229,7 @@ def _check_sample(
         raise CorruptSample(shard, sample.key, sample.image_format, what)
 
 
-def _strangers(data: Dataset) -> list[Problem]:
+def _strangers(data: PackedDataset) -> list[Problem]:
     folder = Path(data.location)
     if "://" in data.location:
         return []
@@ -240,7 +240,7 @@ def _strangers(data: Dataset) -> list[Problem]:
     return [Problem(name, "", "", what, mend) for name in names if name not in known]
 
 
-def check_statistics(data: Dataset) -> list[Problem]:
+def check_statistics(data: PackedDataset) -> list[Problem]:
     """Compare the file of statistics with the manifest."""
     manifest = data.manifest
     if not manifest.levels or (manifest.statistics is None and manifest.shards[0].sha256 is None):

@@ -17,6 +17,7 @@ BASICS = {
     "dinogen",
     "dinogen.config",
     "dinogen.config_cluster",
+    "dinogen.config_data",
     "dinogen.config_errors",
     "dinogen.config_file",
     "dinogen.config_prepare",

@@ -82,7 +82,7 @@ class Guided(Family):
     def begin(self, data: Dataset) -> None:
         """Load the guide, check that it made these shards, and measure how far reals differ."""
         self.guide = load_guide(self.config.guide, self.device)
-        made_by, path = data.manifest.guide or {}, self.config.data.path
+        made_by, path = data.manifest.guide or {}, data.location
         if not made_by:
             raise ConfigError(
                 f"{path}: its manifest does not say which guide made the pyramids, so none can be "

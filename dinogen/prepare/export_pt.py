@@ -18,7 +18,7 @@ from dinogen.files import write_bytes, write_json
 from dinogen.prepare.pyramid import Levels
 from dinogen.prepare.read import PrepareError
 from shards import open_dataset
-from shards.dataset import Dataset
+from shards.packed import PackedDataset
 from shards.sample import decode_meta
 
 GRIDS = (4, 8, 16)
@@ -94,7 +94,7 @@ def file_names(sources: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _sources(dataset: Dataset) -> dict[str, Any]:
+def _sources(dataset: PackedDataset) -> dict[str, Any]:
     """By key, the path of each sample's picture; reads the samples' metadata alone."""
     found: dict[str, Any] = {}
     for split in dataset.manifest.splits:

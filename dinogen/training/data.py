@@ -4,32 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import json
+from fractions import Fraction
 
 from dinogen import dist
 from dinogen.config import Config, ConfigError
-from shards.dataset import Dataset, open_dataset
+from shards.dataset import Dataset
+from shards.mix import MixedDataset
+from shards.packed import open_dataset
 
 
 def open_data(config: Config) -> Dataset:
-    """The dataset that a config names; every rank has to call it.
+    """The dataset that a config names, or the mix of several; every rank has to call it.
 
     Raises:
         ConfigError: ranks see different datasets.
-        ShardsError: there is none, or it cannot be used.
+        ShardsError: there is none, or it cannot be used, or those of a mix contradict each other.
     """
     where = config.data
-    data = open_dataset(where.path, cache_dir=where.cache_dir, cache_gb=where.cache_gb)
+    paths = [one.path for one in where.mix] or [where.path]
+    found = [open_dataset(path, where.cache_dir, where.cache_gb) for path in paths]
+    data: Dataset = found[0]
+    if where.mix:
+        # 0.1 means a tenth, and not the float next to it.
+        data = MixedDataset(found, [Fraction(repr(one.weight)) for one in where.mix])
     mine = data_fingerprint(data)
     # A folder of each node's own may be another, and what is behind a URL may have just changed.
     if dist.any_rank(dist.broadcast_object(mine) != mine):
         raise ConfigError(
-            f"{where.path}: ranks see different manifests: give data.path the same dataset on all "
-            f"nodes, and do not pack into it while a run starts"
+            f"{where.location}: ranks see different manifests: give data.path the same dataset on "
+            f"all nodes, and do not pack into it while a run starts"
         )
     return data
 
 
 def data_fingerprint(data: Dataset) -> str:
-    """Hash of what the shards hold; the folder's place does not matter."""
-    shards = [(s.name, s.num_samples, s.num_bytes, s.sha256) for s in data.manifest.shards]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+    """Hash of what the shards hold, and of their weights in a mix; their place does not matter."""
+    parts: list[object] = []
+    for one, weight in zip(data.sets, data.weights, strict=True):
+        shards = [(s.name, s.num_samples, s.num_bytes, s.sha256) for s in one.manifest.shards]
+        parts += shards if len(data.sets) == 1 else [str(weight), shards]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

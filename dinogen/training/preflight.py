@@ -28,7 +28,7 @@ MAY_CHANGE: dict[str, Any] = {
     "eval": True,
     "stages": True,  # all but the one at hand, which is compared without its length
     "guide": {"path", "revision"},
-    "data": {"path", "num_threads", "cache_dir", "cache_gb"},
+    "data": {"path", "mix", "num_threads", "cache_dir", "cache_gb"},
     "engine": {"name", "zero", "precision", "micro_batch", "compile", "max_nonfinite"},
 }
 
@@ -62,7 +62,7 @@ def _check_stage(config: Config, stage: StageConfig, data: Dataset) -> None:
     missing = [level for level in inputs.levels if level not in data.manifest.levels]
     if missing:
         raise ConfigError(
-            f"{config.data.path}: {name} reads the level {', '.join(missing)}, the shards have "
+            f"{data.location}: {name} reads the level {', '.join(missing)}, the shards have "
             f"{', '.join(data.manifest.levels) or 'none'}: prepare again with it (p for pooled, n "
             "for native: prepare.pyramids.kinds and prepare.pyramids.grids), or change family:"
         )
@@ -80,7 +80,7 @@ def _check_stage(config: Config, stage: StageConfig, data: Dataset) -> None:
         )
     if stored is not None and stage.resolution > stored:
         raise ConfigError(
-            f"stages: {name} is larger than the pictures of {config.data.path} ({stored}x{stored}):"
+            f"stages: {name} is larger than the pictures of {data.location} ({stored}x{stored}):"
             f" leave it out, or prepare again with prepare.faces.size={stage.resolution} or more"
         )
     if stage.batch < dist.world_size():
@@ -92,7 +92,7 @@ def _check_stage(config: Config, stage: StageConfig, data: Dataset) -> None:
 
 def _check_labels(config: Config, data: Dataset) -> None:
     """Classes of the data against the family's ``num_classes``."""
-    path, wanted = config.data.path, config.family.options.get("num_classes")
+    path, wanted = config.data.location, config.family.options.get("num_classes")
     if not data.manifest.has_labels:
         raise ConfigError(
             f"family.num_classes: the samples of {path} have no labels: prepare photos in one "
@@ -172,7 +172,7 @@ def check_same_data(checkpoint: Checkpoint, config: Config, fingerprint: str) ->
     """
     if checkpoint.state["data"] != fingerprint:
         raise ConfigError(
-            f"data.path: {config.data.path} holds other shards than the checkpoint "
+            f"data.path: {config.data.location} holds other shards than the checkpoint "
             f"{checkpoint.folder} was trained on: put them back, or give run: another folder"
         )
 

@@ -53,7 +53,7 @@ def with_lengths(config: Config, num_samples: int) -> Config:
     """
     if not num_samples:
         raise ConfigError(
-            f"data.split: {config.data.path} has no samples in split {config.data.split}: "
+            f"data.split: {config.data.location} has no samples in split {config.data.split}: "
             "name another one"
         )
     stages = tuple(

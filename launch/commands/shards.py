@@ -62,7 +62,8 @@ def ls(data: Location, cache_dir: CacheDir = None) -> None:
     console.print(shards)
     size = manifest.image_size
     console.print(f"images: {f'{size}x{size}' if size else 'never checked'}")
-    console.print(f"labels: {'yes' if manifest.has_labels else 'no'}")
+    names = f" ({', '.join(manifest.classes)})" if manifest.classes else ""
+    console.print(f"labels: {'yes' if manifest.has_labels else 'no'}{names}", markup=False)
     for title, facts in (("guide", manifest.guide), ("prepare", manifest.prepare)):
         text = ", ".join(f"{key}={value}" for key, value in facts.items())
         console.print(f"{title}: {text or 'not recorded'}", markup=False)

@@ -68,7 +68,7 @@ def packed(samples: list[Sample], tmp_path_factory: pytest.TempPathFactory) -> P
         val_fraction=0.15,
         test_fraction=0.1,
         guide={"name": "noise", "random": True},
-        prepare={"align": "none"},
+        prepare={"detect": "none"},
     )
     return folder
 

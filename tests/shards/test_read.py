@@ -13,7 +13,7 @@ import torch
 import webdataset
 from PIL import Image
 
-import shards.dataset
+import shards.packed
 from shards import CorruptSample, open_dataset
 from shards.repair import rebuild_indexes
 from shards.sample import encode
@@ -102,13 +102,13 @@ def test_a_sample_with_two_images_is_checked_by_the_one_that_is_read(tmp_path: P
 
 def test_a_file_is_not_closed_while_a_sample_is_read_from_it(packed, monkeypatch):
     data = open_dataset(packed)
-    original = shards.dataset.read_sample
+    original = shards.packed.read_sample
 
     def evicted_meanwhile(*args):
         data.table("train")._files.clear()
         return original(*args)
 
-    monkeypatch.setattr(shards.dataset, "read_sample", evicted_meanwhile)
+    monkeypatch.setattr(shards.packed, "read_sample", evicted_meanwhile)
     assert data.sample(0).key == data.keys()[0]
 
 

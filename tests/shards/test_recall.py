@@ -17,7 +17,7 @@ from shards.errors import ManifestError
 from shards.repair import rebuild_indexes, repair
 from shards.verify import verify
 
-GUIDE, PREPARE = {"name": "noise", "random": True}, {"align": "none"}
+GUIDE, PREPARE = {"name": "noise", "random": True}, {"detect": "none"}
 
 
 def test_a_lost_manifest_comes_back_with_its_guide(copy: Path):

@@ -1,0 +1,218 @@
+"""Reads planned samples into batches of tensors; a damaged one is replaced where that is asked."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from shards.buffers import Buffers
+from shards.errors import CorruptSample
+from shards.order import Order, Place
+from shards.plan import Plan, Portion
+from shards.reader import Arrays, BatchReader
+from shards.sample import level_grid
+from shards.table import SampleTable
+
+if TYPE_CHECKING:
+    from shards.dataset import Dataset
+    from shards.packed import PackedDataset
+
+Batch = dict[str, Any]
+# The place so many steps behind a position: where to look for a sound sample.
+Successor = Callable[[int, int], Place]
+log = logging.getLogger(__name__)
+
+
+class SplitReader:
+    """Reads samples of one split of one dataset. Safe to use from several threads.
+
+    Args:
+        dataset: which.
+        split: of it.
+        image_size: side of the images wanted, or None for no images.
+        levels: "p4", "n8" ...; a number means the pooled level.
+        successor: in the dataset's own order; None stops at a damaged sample.
+        among: whether there are other datasets, so that a damaged sample has to say whose it is.
+
+    Raises:
+        ManifestError: if the dataset lacks the split or a level.
+        ValueError: if the images are smaller than `image_size`, or two levels have the same grid.
+    """
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        split: str,
+        image_size: int | None,
+        levels: Sequence[int | str],
+        successor: Successor | None,
+        among: bool = False,
+    ) -> None:
+        size = dataset.manifest.image_size
+        if image_size is not None and (image_size < 1 or (size is not None and image_size > size)):
+            raise ValueError(f"image_size {image_size} is not between 1 and the stored {size}")
+        self.table: SampleTable = dataset.table(split)
+        self._reader = BatchReader(self.table, dataset.level_shapes(levels), image_size)
+        self._successor = successor
+        self._prefix = f"{dataset.location}/" if among else ""
+        self.shapes = self._reader.shapes
+
+    def fill(self, places: Place, rows: list[int], out: Arrays) -> list[CorruptSample]:
+        """Read sample i of `places` into row rows[i] of every array of `out`.
+
+        Returns:
+            The damaged samples that were replaced; `places` says by which.
+
+        Raises:
+            CorruptSample: if one is damaged and there is no successor, or none that is sound.
+        """
+        failures = self._reader.read(places, rows, out)
+        skipped = []
+        for item, failure in sorted(failures.items()):
+            if self._prefix:
+                where = f"{self._prefix}{failure.shard}"
+                failure = CorruptSample(where, failure.key, failure.member, failure.what)
+            if self._successor is None or not self._replace(
+                self._successor, places, item, rows[item], out
+            ):
+                raise failure
+            skipped.append(failure)
+        return skipped
+
+    def _replace(
+        self, successor: Successor, places: Place, item: int, row: int, out: Arrays
+    ) -> bool:
+        """Fill a row from the next sound sample; False if there is none."""
+        position = int(places.position[item])
+        # so far that a whole epoch is among them
+        for step in range(1, 2 * self.table.num_samples):
+            other = successor(position, step)
+            if not self._reader.read(other, [row], out):
+                places.shard[item] = other.shard[0]
+                places.sample[item] = other.sample[0]
+                return True
+        return False
+
+
+class BatchMaker:
+    """Makes batches of what one or several datasets hold. Safe to use from several threads.
+
+    Args:
+        readers: of the datasets, by their numbers in a plan.
+        has_labels: whether all their samples have labels, which a batch then holds.
+        pin_memory: tensors in pinned memory.
+    """
+
+    def __init__(
+        self, readers: Sequence[SplitReader], has_labels: bool, pin_memory: bool = False
+    ) -> None:
+        self._readers = tuple(readers)
+        self._has_labels = has_labels
+        self._buffers = Buffers(pin_memory)
+
+    def batch(self, plan: Plan) -> tuple[Batch, list[CorruptSample]]:
+        """Read the samples of a plan, and which damaged ones were replaced.
+
+        Raises:
+            CorruptSample: as `SplitReader.fill`.
+        """
+        count = len(plan.position)
+        shapes = self._readers[0].shapes(count)
+        tensors = {name: self._buffers.take(*shape) for name, shape in shapes.items()}
+        out: Arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        keys = [""] * count
+        labels = np.zeros(count, np.int64)
+        skipped: list[CorruptSample] = []
+        for portion in plan.portions:
+            reader, places = self._readers[portion.number], portion.places
+            skipped += reader.fill(places, portion.rows, out)
+            found = list(zip(places.shard.tolist(), places.sample.tolist(), strict=True))
+            for row, key in zip(portion.rows, reader.table.keys(found), strict=True):
+                keys[row] = key
+            if self._has_labels:
+                labels[portion.rows] = reader.table.labels(found)
+        batch: Batch = {"key": keys, "position": torch.from_numpy(plan.position.copy())}
+        if "image" in tensors:
+            batch["image"] = tensors.pop("image")
+        batch["pyramid"] = {level_grid(name): tensor for name, tensor in tensors.items()}
+        if self._has_labels:
+            batch["label"] = torch.from_numpy(labels)
+        return batch, skipped
+
+
+def read_batch(
+    dataset: Dataset,
+    numbers: list[int],
+    split: str,
+    image_size: int | None,
+    levels: Sequence[int | str],
+    on_error: Literal["stop", "skip"],
+) -> Batch:
+    """Batch of samples by their numbers in packed order; see `Dataset.read`."""
+    check_on_error(on_error)
+    sizes = [one.num_samples(split) for one in dataset.sets]
+    count = sum(sizes)
+    if not count:
+        dataset.manifest.of_split(split, dataset.location)  # says which splits there are
+    if not numbers or min(numbers) < 0 or max(numbers) >= count:
+        raise IndexError(f"{split} has samples 0 to {count - 1}; asked for {numbers}")
+    index = np.array(numbers, np.int64)
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+    number = np.searchsorted(starts, index, side="right") - 1
+    readers, portions = [], []
+    for which, one in enumerate(dataset.sets):
+        if not sizes[which]:
+            continue
+        follow = _in_packed_order(one.table(split)) if on_error == "skip" else None
+        among = len(dataset.sets) > 1
+        readers.append(SplitReader(one, split, image_size, levels, follow, among))
+        rows = np.flatnonzero(number == which)
+        if len(rows):
+            places = _places(one.table(split), index[rows] - starts[which])
+            portions.append(Portion(len(readers) - 1, places, rows.tolist()))
+    maker = BatchMaker(readers, dataset.manifest.has_labels)
+    batch, skipped = maker.batch(Plan(index, portions))
+    name_skipped(skipped, set())
+    return batch
+
+
+def along(order: Order) -> Successor:
+    """The order, which is the same for every rank, for several threads."""
+    lock = threading.Lock()
+
+    def following(position: int, step: int) -> Place:
+        with lock:
+            return order.places(position + step, 1)
+
+    return following
+
+
+def name_skipped(skipped: list[CorruptSample], named: set[tuple[str, str]]) -> None:
+    """Write into the log what was skipped, each sample once; `named` remembers them."""
+    for failure in skipped:
+        if (failure.shard, failure.key) not in named:
+            named.add((failure.shard, failure.key))
+            log.error("SKIPPED a damaged sample, the next one takes its place: %s", failure)
+
+
+def check_on_error(on_error: str) -> None:
+    """Raise ValueError unless it is a known way."""
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error is 'stop' or 'skip', not {on_error!r}")
+
+
+def _in_packed_order(table: SampleTable) -> Successor:
+    def following(number: int, step: int) -> Place:
+        return _places(table, np.array([(number + step) % table.num_samples]))
+
+    return following
+
+
+def _places(table: SampleTable, numbers: np.ndarray[Any, np.dtype[np.int64]]) -> Place:
+    shard = np.searchsorted(table.starts, numbers, side="right") - 1
+    return Place(numbers, shard, numbers - table.starts[shard], numbers)

@@ -1,0 +1,168 @@
+"""Several packed datasets as one, mixed by weight in an order that stays exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.dataset import Dataset
+from shards.errors import ManifestError
+from shards.manifest import LevelInfo, Manifest, SplitInfo
+from shards.packed import PackedDataset
+from shards.sample import Sample
+
+# Guides that have these alike give the same features, wherever they were loaded from.
+_GUIDE = ("name", "weights_sha256", "layer")
+
+
+class MixedDataset(Dataset):
+    """Several packed datasets, of which each batch holds its share by weight.
+
+    By number, samples are those of the first dataset, then those of the second, and so on. An
+    epoch of a stream has as many positions as there are samples in all; a dataset of N samples
+    and weight w is shown once in N / w positions.
+
+    Args:
+        sets: two or more.
+        weights: of each; only their ratios count.
+
+    Raises:
+        ManifestError: the datasets contradict each other: same level of another shape or guide,
+            other names of classes.
+        ValueError: there are not as many weights as datasets, or one is not positive.
+    """
+
+    def __init__(self, sets: Sequence[PackedDataset], weights: Sequence[Fraction]) -> None:
+        if len(sets) < 2 or len(sets) != len(weights) or min(weights) <= 0:
+            raise ValueError("a mix takes two datasets or more, with a positive weight each")
+        total = sum(weights, Fraction(0))
+        self._sets = tuple(sets)
+        self._weights = tuple(weight / total for weight in weights)
+        parts = [
+            f"{float(w):.4g} of {one.location}" for w, one in zip(self._weights, sets, strict=True)
+        ]
+        super().__init__(" + ".join(parts), _common(self._sets))
+
+    @property
+    def sets(self) -> tuple[PackedDataset, ...]:
+        """As `Dataset.sets`."""
+        return self._sets
+
+    @property
+    def weights(self) -> tuple[Fraction, ...]:
+        """As `Dataset.weights`."""
+        return self._weights
+
+    def keys(self, split: str = "train") -> list[str]:
+        """As `Dataset.keys`; datasets may have keys in common."""
+        self.manifest.of_split(split, self.location)
+        return [key for one in self._sets if one.num_samples(split) for key in one.keys(split)]
+
+    def sample(self, number: int, split: str = "train") -> Sample:
+        """As `Dataset.sample`."""
+        count = self.num_samples(split)
+        if not 0 <= number < count:
+            raise IndexError(f"{split} has samples 0 to {count - 1}, not {number}")
+        for one in self._sets:
+            if number < one.num_samples(split):
+                return one.sample(number, split)
+            number -= one.num_samples(split)
+        raise AssertionError("the counts of the datasets sum to that of the mix")
+
+    def level_variance(self, level: int | str) -> npt.NDArray[np.float32]:
+        """As `Dataset.level_variance`: of the mix, in which each dataset has its weight."""
+        return self._variance(level).astype(np.float32)
+
+    def total_variance(self, level: int | str) -> float:
+        """As `Dataset.total_variance`: of the mix, in which each dataset has its weight."""
+        return float(self._variance(level).mean())
+
+    def _variance(self, level: int | str) -> npt.NDArray[np.float64]:
+        """Law of total variance: the mean of the variances and the variance of the means."""
+        self.level_info(level)
+        weights = [float(weight) for weight in self._weights]
+        means = [one.level_mean(level).astype(np.float64) for one in self._sets]
+        within = [one.level_variance(level).astype(np.float64) for one in self._sets]
+        middle = sum(w * m for w, m in zip(weights, means, strict=True))
+        total = np.zeros_like(means[0])
+        for weight, mean, variance in zip(weights, means, within, strict=True):
+            total += weight * (variance + (mean - middle) ** 2)
+        return total
+
+
+def _common(sets: Sequence[PackedDataset]) -> Manifest:
+    """What the datasets have in common, as one manifest.
+
+    Raises:
+        ManifestError: they contradict each other.
+    """
+    manifests = [one.manifest for one in sets]
+    sizes = [m.image_size for m in manifests if m.image_size is not None]
+    has_labels = all(m.has_labels for m in manifests)
+    first = manifests[0]
+    for one, manifest in zip(sets, manifests, strict=True):
+        if has_labels and manifest.classes != first.classes:
+            raise ManifestError(
+                f"{one.location}: its classes are {_named(manifest.classes)}, those of "
+                f"{sets[0].location} {_named(first.classes)}: what is mixed has to number the same "
+                "classes alike"
+            )
+        if first.levels and manifest.levels and _guide(manifest) != _guide(first):
+            raise ManifestError(
+                f"{one.location}: another guide made its features ({manifest.guide.get('path')}) "
+                f"than those of {sets[0].location} ({first.guide.get('path')}): prepare both with "
+                "the same one"
+            )
+    return Manifest(
+        image_size=min(sizes, default=None),
+        has_labels=has_labels,
+        classes=first.classes if has_labels else (),
+        splits=_splits(manifests),
+        levels=_levels(sets),
+        guide=first.guide,
+        prepare={},
+        statistics=None,
+        shards=tuple(shard for manifest in manifests for shard in manifest.shards),
+    )
+
+
+def _splits(manifests: Sequence[Manifest]) -> dict[str, SplitInfo]:
+    names = dict.fromkeys(name for manifest in manifests for name in manifest.splits)
+    found = {}
+    for name in names:
+        infos = [m.splits[name] for m in manifests if name in m.splits]
+        found[name] = SplitInfo(
+            num_samples=sum(info.num_samples for info in infos),
+            num_shards=sum(info.num_shards for info in infos),
+        )
+    return found
+
+
+def _levels(sets: Sequence[PackedDataset]) -> dict[str, LevelInfo]:
+    """Levels that all of them have; their variance is that of no one dataset."""
+    found = {}
+    for name, info in sets[0].manifest.levels.items():
+        others = [one.manifest.levels.get(name) for one in sets]
+        if None in others:
+            continue
+        bare = info.model_copy(update={"total_variance": None})
+        for one, other in zip(sets, others, strict=True):
+            if other is not None and other.model_copy(update={"total_variance": None}) != bare:
+                raise ManifestError(
+                    f"{one.location}: its level {name} has {other.channels} channels of "
+                    f"{other.dtype}, that of {sets[0].location} {info.channels} of {info.dtype}: "
+                    "prepare both with the same guide"
+                )
+        found[name] = bare
+    return found
+
+
+def _guide(manifest: Manifest) -> tuple[object, ...]:
+    return tuple(manifest.guide.get(name) for name in _GUIDE)
+
+
+def _named(classes: Sequence[str]) -> str:
+    return ", ".join(classes) or "without names"
