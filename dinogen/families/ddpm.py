@@ -1,0 +1,168 @@
+"""Family `ddpm`: diffusion with a U-Net that predicts eps, v or x0; with classes or without."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from dinogen import draws
+from dinogen.config import Config, ConfigError, Section, StageConfig
+from dinogen.diffusion.sampler import sample
+from dinogen.diffusion.schedule import Schedule
+from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars
+from dinogen.networks.unet import UNet
+from shards.dataset import Dataset
+
+# Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", section 4.2 tries 0.1 to 0.5
+DROP_LABEL = 0.1
+
+
+class Ddpm(Family):
+    """Ho et al. 2020, "Denoising Diffusion Probabilistic Models": a network learns to take noise
+    out of pictures, at every strength of noise; sampling starts from noise alone.
+
+    The loss is the plain mean squared error of what is predicted (equation 14 for epsilon). With
+    ``num_classes`` it learns p(x | label) and, where the label is left out, p(x), and ``guidance``
+    weighs the two (Ho and Salimans 2022, equation 6, whose w is ``guidance`` less 1).
+    """
+
+    class Options(Section):
+        """Keys of ``family:`` for ``name: ddpm``."""
+
+        schedule: Literal["linear", "cosine"] = Field(
+            "cosine", description="how noise grows with the time step"
+        )
+        prediction: Literal["epsilon", "v", "x0"] = Field(
+            "v", description="what the network predicts: the noise, v, or the picture"
+        )
+        num_steps: int = Field(1000, ge=2, description="time steps of the schedule")
+        base_channels: int = Field(128, ge=2, description="channels at full resolution")
+        channel_multipliers: tuple[int, ...] = Field(
+            (1, 2, 3, 4), description="channels of each level over the base; each halves the side"
+        )
+        num_blocks: int = Field(2, ge=1, description="residual blocks per level")
+        attention_resolutions: tuple[int, ...] = Field(
+            (16, 8), description="sides at which blocks have self-attention"
+        )
+        head_channels: int = Field(64, ge=1, description="width of an attention head")
+        sampler: Literal["ddim", "ddpm"] = Field(
+            "ddim", description="ddim adds no noise on the way; ddpm is ancestral"
+        )
+        sample_steps: int = Field(100, ge=1, description="time steps that sampling visits")
+        num_classes: int = Field(0, ge=0, description="labels are 0 to this less 1; 0: no labels")
+        guidance: float = Field(
+            1.0, ge=0, description="pull towards the class: 0 none, 1 as learnt, more exaggerates"
+        )
+
+        @model_validator(mode="after")
+        def _check(self) -> Ddpm.Options:
+            if self.sample_steps > self.num_steps:
+                raise ValueError(
+                    f"sample_steps {self.sample_steps} are more than num_steps {self.num_steps}: "
+                    "sample in fewer"
+                )
+            if self.guidance != 1 and not self.num_classes:
+                raise ValueError(
+                    f"guidance {self.guidance} needs classes to pull to: set num_classes, or leave "
+                    "guidance out"
+                )
+            return self
+
+    def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
+        super().__init__(config, stage, device)
+        self.options = self.Options(**config.family.options)
+        self.schedule = Schedule(self.options.schedule, self.options.num_steps)
+        try:
+            self.G = UNet(**self.arguments("G")).to(device)
+        except ValueError as error:
+            raise ConfigError(f"family.{error}") from None
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The U-Net alone; as G, as what makes pictures is called everywhere."""
+        return {"G": self.G}
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """One update of G."""
+        return (Phase("G", "G", self._losses),)
+
+    @property
+    def inputs(self) -> Inputs:
+        """Pictures, and labels if there are classes."""
+        return Inputs(image_size=self.stage.resolution, labels=self.options.num_classes > 0)
+
+    def begin(self, data: Dataset) -> None:
+        """Nothing to load."""
+
+    def arguments(self, network: str) -> dict[str, Any]:
+        """Of G."""
+        return {"resolution": self.stage.resolution} | self.options.model_dump(
+            mode="json",
+            include={
+                "base_channels",
+                "channel_multipliers",
+                "num_blocks",
+                "attention_resolutions",
+                "head_channels",
+                "num_classes",
+            },
+        )
+
+    def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
+        """Pictures (N, 3, R, R) in [-1, 1]; with classes, number i is of class i % num_classes."""
+        shape = (3, self.stage.resolution, self.stage.resolution)
+        num_classes = self.options.num_classes
+        label = (indices % num_classes).to(self.device) if num_classes else None
+
+        def noise(t: int) -> Tensor:
+            return draws.normal(seed, f"sample/{t}", indices, shape, device=self.device)
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return self._guided(networks["G"], x, t.to(self.device), label)
+
+        return sample(
+            predict,
+            self.schedule,
+            self.options.prediction,
+            draws.normal(seed, "sample", indices, shape, device=self.device),
+            self.options.sample_steps,
+            eta={"ddim": 0.0, "ddpm": 1.0}[self.options.sampler],
+            noise=noise,
+        )
+
+    def held_out(self, networks: Networks, batch: Batch) -> Scalars:
+        """The loss on pictures that were not trained on, with draws of its own."""
+        return self._mse(networks["G"], batch, "/held-out")
+
+    def _losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+        return self._mse(self.G, batch, ""), {}
+
+    def _mse(self, G: nn.Module, batch: Batch, kind: str) -> Scalars:
+        """Mean squared error of the prediction at one time step drawn per sample."""
+        seed, position, x0 = self.config.seed, batch["position"], batch["image"]
+        num_classes, prediction = self.options.num_classes, self.options.prediction
+        t = draws.integers(seed, f"t{kind}", position, high=self.schedule.num_steps)
+        eps = draws.normal(seed, f"eps{kind}", position, tuple(x0.shape[1:]), device=x0.device)
+        label = None
+        if num_classes:
+            dropped = draws.uniform(seed, f"label{kind}", position) < DROP_LABEL
+            label = torch.where(dropped.to(self.device), num_classes, batch["label"])
+        output = G(self.schedule.q_sample(x0, eps, t), t.to(self.device), label)
+        target = self.schedule.target(prediction, x0, eps, t)
+        return {prediction: (output.float() - target).square().mean()}
+
+    def _guided(self, G: nn.Module, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+        """What G says of x, drawn towards or beyond the class."""
+        guidance = self.options.guidance
+        if label is None or guidance == 1:
+            with_class: Tensor = G(x, t, label)
+            return with_class
+        no_class = torch.full_like(label, self.options.num_classes)
+        without: Tensor = G(x, t, no_class)
+        if guidance == 0:
+            return without
+        return torch.lerp(without, G(x, t, label), guidance)

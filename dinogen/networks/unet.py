@@ -1,0 +1,246 @@
+"""The residual U-Net of diffusion: time embedding, skip connections, multi-head self-attention.
+
+The shape is that of Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (appendix B), with
+scales and shifts from the time embedding as in Nichol and Dhariwal 2021, "Improved Denoising
+Diffusion Probabilistic Models" (section 2.2), and heads of a fixed width as in Dhariwal and Nichol
+2021, "Diffusion Models Beat GANs on Image Synthesis" (section 3). No dropout: it would draw from a
+random state that a resumed run does not have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LONGEST_PERIOD = 10_000
+MAX_GROUPS = 32
+
+
+def time_embedding(t: Tensor, size: int) -> Tensor:
+    """Sines and cosines of time steps (B,) -> (B, size) float32.
+
+    Frequencies fall from 1 to nearly 1/10000 (Vaswani et al. 2017, "Attention Is All You Need",
+    section 3.5), the sines first.
+
+    Args:
+        t: time steps.
+        size: an even number.
+    """
+    exponents = torch.arange(size // 2, device=t.device) / (size // 2)
+    angles = t.float()[:, None] * torch.exp(-math.log(LONGEST_PERIOD) * exponents)
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+class Norm(nn.GroupNorm):
+    """Group norm in the most groups that divide both the channels and 32.
+
+    Autocast computes it in float32 and leaves it there; what follows up to the next convolution
+    would take twice the memory and time, so the type of x is put back.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(math.gcd(MAX_GROUPS, channels), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape and type."""
+        return super().forward(x).to(x.dtype)
+
+
+def zeroed(conv: nn.Conv2d) -> nn.Conv2d:
+    """The same convolution with weights 0: a branch that starts as if it were not there."""
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv
+
+
+class SelfAttention(nn.Module):
+    """x + attention over all places of x (B, C, H, W), in heads of ``head_channels`` each.
+
+    Raises:
+        ValueError: the heads do not divide the channels.
+    """
+
+    def __init__(self, channels: int, head_channels: int) -> None:
+        super().__init__()
+        if channels % head_channels:
+            raise ValueError(
+                f"head_channels {head_channels} do not divide {channels} channels: choose a "
+                "divisor of base_channels"
+            )
+        self.num_heads = channels // head_channels
+        self.norm = Norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.num_heads, -1))
+        q, k, v = qkv.transpose(3, 4).unbind(1)  # each (B, heads, H*W, head channels)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(out.transpose(2, 3).reshape(x.shape))
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions beside a skip, scaled and shifted by the embedding; then attention.
+
+    Args:
+        in_channels: of x.
+        out_channels: of what comes out.
+        embedding: size of the embedding.
+        head_channels: width of an attention head; None for no attention.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, embedding: int, head_channels: int | None
+    ) -> None:
+        super().__init__()
+        self.norm0 = Norm(in_channels)
+        self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.affine = nn.Linear(embedding, 2 * out_channels)
+        self.norm1 = Norm(out_channels)
+        self.conv1 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.attention = (
+            nn.Identity() if head_channels is None else SelfAttention(out_channels, head_channels)
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, I, H, W) and (B, E) -> (B, O, H, W)."""
+        h = self.conv0(F.silu(self.norm0(x)))
+        scale, shift = self.affine(F.silu(embedding))[:, :, None, None].chunk(2, 1)
+        h = self.conv1(F.silu(self.norm1(h) * (1 + scale) + shift))
+        out: Tensor = self.attention(self.skip(x) + h)
+        return out
+
+
+class Up(nn.Module):
+    """Nearest upsample, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W)."""
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return out
+
+
+class UNet(nn.Module):
+    """(pictures with noise, time steps) -> what the schedule's prediction asks for.
+
+    At the start it says 0 everywhere, for the last convolution of each branch is 0.
+
+    Args:
+        resolution: side of the pictures; each level after the first halves it.
+        base_channels: channels of the first level; an even number.
+        channel_multipliers: of each level, times ``base_channels``.
+        num_blocks: residual blocks of each level on the way down; one more on the way up.
+        attention_resolutions: sides at which every block attends; the middle always does.
+        head_channels: width of an attention head.
+        num_classes: 0 for none. Label ``num_classes`` means no class.
+
+    Raises:
+        ValueError: an argument does not fit the others; it says which, and what would.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        base_channels: int = 128,
+        channel_multipliers: Sequence[int] = (1, 2, 3, 4),
+        num_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (16, 8),
+        head_channels: int = 64,
+        num_classes: int = 0,
+    ) -> None:
+        super().__init__()
+        _check(resolution, base_channels, channel_multipliers, attention_resolutions)
+        self.base_channels = base_channels
+        size = 4 * base_channels
+        self.time = nn.Sequential(nn.Linear(base_channels, size), nn.SiLU(), nn.Linear(size, size))
+        self.label = nn.Embedding(num_classes + 1, size) if num_classes else None
+
+        def block(in_channels: int, out_channels: int, side: int) -> ResBlock:
+            heads = head_channels if side in attention_resolutions else None
+            return ResBlock(in_channels, out_channels, size, heads)
+
+        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        self.conv_in = nn.Conv2d(3, base_channels, 3, padding=1)
+        skips = [channels := base_channels]
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            for _ in range(num_blocks):
+                self.down.append(block(channels, width, resolution >> level))
+                skips.append(channels := width)
+            if level + 1 < len(widths):
+                self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                skips.append(width)
+        self.middle = nn.ModuleList(
+            [
+                ResBlock(channels, channels, size, head_channels),
+                ResBlock(channels, channels, size, None),
+            ]
+        )
+        self.up = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(num_blocks + 1):
+                self.up.append(block(channels + skips.pop(), width, resolution >> level))
+                channels = width
+            if level:
+                self.up.append(Up(width))
+        self.norm_out = Norm(channels)
+        self.conv_out = zeroed(nn.Conv2d(channels, 3, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Predict.
+
+        Args:
+            x: (B, 3, R, R).
+            t: (B,) time steps.
+            label: (B,) int64 classes; needed if, and only if, the network knows classes.
+
+        Returns:
+            (B, 3, R, R) float32.
+        """
+        embedding = self.time(time_embedding(t, self.base_channels))
+        if self.label is not None:
+            embedding = embedding + self.label(label)
+        x = self.conv_in(x)
+        skips = [x]
+        for module in self.down:
+            x = module(x, embedding) if isinstance(module, ResBlock) else module(x)
+            skips.append(x)
+        for module in self.middle:
+            x = module(x, embedding)
+        for module in self.up:
+            if isinstance(module, ResBlock):
+                x = module(torch.cat([x, skips.pop()], 1), embedding)
+            else:
+                x = module(x)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return out.float()
+
+
+def _check(
+    resolution: int,
+    base_channels: int,
+    channel_multipliers: Sequence[int],
+    attention_resolutions: Sequence[int],
+) -> None:
+    if base_channels % 2:
+        raise ValueError(f"base_channels {base_channels} is odd: half are sines, half cosines")
+    num_levels = len(channel_multipliers)
+    if not num_levels or resolution % (1 << num_levels - 1):
+        raise ValueError(
+            f"channel_multipliers {list(channel_multipliers)}: a resolution of {resolution} cannot "
+            f"be halved {num_levels - 1} times: give fewer"
+        )
+    sides = [resolution >> level for level in range(num_levels)]
+    if wrong := [side for side in attention_resolutions if side not in sides]:
+        raise ValueError(f"attention_resolutions: there is no side {wrong[0]}: sides are {sides}")
