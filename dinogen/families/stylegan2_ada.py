@@ -17,7 +17,6 @@ from dinogen.losses.penalties import r1_penalty
 from dinogen.networks.ada import Strengths, augment
 from dinogen.networks.stylegan2_discriminator import StyleGAN2Discriminator
 from dinogen.networks.stylegan2_generator import StyleGAN2Generator
-from shards.dataset import Dataset
 
 # Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", appendix B
 PATH_DECAY = 0.01
@@ -114,9 +113,6 @@ class StyleGAN2Ada(Family):
     def inputs(self) -> Inputs:
         """Pictures, and labels if there are classes."""
         return Inputs(image_size=self.stage.resolution, labels=bool(self.options.num_classes))
-
-    def begin(self, data: Dataset) -> None:
-        """Nothing to load."""
 
     def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
         """Pictures (N, 3, R, R) in [-1, 1], all with the same constant noise."""

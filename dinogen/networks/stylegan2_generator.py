@@ -66,8 +66,8 @@ class ModulatedConv(nn.Module):
         weight = self.weight / math.sqrt(self.weight[0].numel())
         scale = None
         if self.demodulate:
-            # Largest entries of 1, so that no sum leaves float16 (appendix D of the ADA paper).
-            # It cancels in the demodulation, hence needs no gradient.
+            # Largest entries of known size, so that no sum leaves float16 (appendix D of the ADA
+            # paper). The factors cancel in the demodulation, hence need no gradient.
             styles = styles / styles.detach().abs().amax(1, keepdim=True).clamp(min=1e-8)
             weight = weight / self.weight.detach().abs().amax((1, 2, 3), keepdim=True)
             with autocast_if(False, x.device):

