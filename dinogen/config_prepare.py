@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,13 +10,24 @@ from dinogen.config_section import Section
 
 
 class FacesConfig(Section):
-    """Photo -> aligned face."""
+    """Photo -> square picture: an aligned face, or the photo itself."""
 
-    size: int = Field(256, ge=8, le=2048, description="side of the aligned crop, pixels")
-    align: Literal["landmarks", "ffhq", "box", "none"] = Field(
+    size: int = Field(256, ge=8, le=2048, description="side of the square, pixels")
+    detect: Literal["mtcnn", "none"] = Field(
+        "mtcnn", description="mtcnn: faces are found; none: each photo is taken as it is"
+    )
+    align: Literal["landmarks", "ffhq", "box"] = Field(
         "landmarks",
-        description="landmarks: five points on the reference; ffhq: the FFHQ quad; "
-        "box: square around the face; none: no detection, centre crop of the picture",
+        description="of a face: landmarks: five points on the reference; ffhq: the FFHQ quad; "
+        "box: square around the face",
+    )
+    fit: Literal["crop", "resize"] = Field(
+        "crop",
+        description="of a photo as it is: crop: its largest centred square; resize: all of it, "
+        "squeezed to a square",
+    )
+    classes: Literal["none", "folders"] = Field(
+        "none", description="folders: the first folder below the photos is the class"
     )
     which: Literal["largest", "all"] = Field(
         "largest", description="the largest face of a photo, or every face"
@@ -41,10 +52,21 @@ class FacesConfig(Section):
     batch: int = Field(16, ge=1, description="photos of equal size that are detected together")
     num_threads: int = Field(2, ge=1, description="threads that decode photos")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_it_was_written_once(cls, values: Any) -> Any:
+        # Checkpoints and datasets of older versions hold it.
+        if isinstance(values, dict) and values.get("align") == "none":
+            return {**values, "align": "landmarks", "detect": "none"}
+        return values
+
 
 class PyramidsConfig(Section):
     """Aligned face -> pyramid of guide features."""
 
+    make: Literal["auto", "always", "never"] = Field(
+        "auto", description="auto: unless the config's family reads none"
+    )
     grids: tuple[int, ...] = Field(
         (4, 8, 16), min_length=1, description="grids of the pyramid; pooled has 16, 8, 4, 2 and 1"
     )

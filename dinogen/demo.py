@@ -217,7 +217,7 @@ def _with_guide(config: Config, guide: GuideConfig) -> Config:
 
 def _without_detection(config: Config) -> Config:
     """The config for pictures that are aligned faces already."""
-    faces = config.prepare.faces.model_copy(update={"align": "none", "size": BUILTIN_SIZE})
+    faces = config.prepare.faces.model_copy(update={"detect": "none", "size": BUILTIN_SIZE})
     return config.model_copy(update={"prepare": config.prepare.model_copy(update={"faces": faces})})
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dinogen.config import Config
 from dinogen.errors import UserError
+from dinogen.training.levels import makes_pyramids
 from launch.progress import is_evaluated, stage_result
 from launch.resources import Resources, stage_resources, step_resources
 from launch.stages import choose_stages
@@ -66,7 +67,8 @@ def plan_steps(config: Config, stages: str | None, photos: Path | None, file: Pa
         steps.append(_step("train", (str(file), size), resources, done, f"train-{size}"))
     if not _has_held_out(config):
         log.info(
-            "no evaluation: %s holds nothing back (prepare.pack.val_fraction)", config.data.path
+            "no evaluation: %s holds nothing back (prepare.pack.val_fraction)",
+            config.data.location,
         )
         return steps
     args = (str(config.run), "--stage", str(chosen[-1].resolution))
@@ -76,10 +78,14 @@ def plan_steps(config: Config, stages: str | None, photos: Path | None, file: Pa
 
 def _has_held_out(config: Config) -> bool:
     """Whether the data have, or will have, a part that is not trained on."""
-    if "://" in config.data.path:
+    return any(_holds_back(config, path) for path in _paths(config))
+
+
+def _holds_back(config: Config, path: str) -> bool:
+    if "://" in path:
         return True  # unknown until it is read
     try:
-        text = (Path(config.data.path) / MANIFEST).read_text(encoding="utf-8")
+        text = (Path(path) / MANIFEST).read_text(encoding="utf-8")
         return "val" in json.loads(text)["splits"]
     except FileNotFoundError:
         return config.prepare.pack.val_fraction > 0
@@ -87,11 +93,27 @@ def _has_held_out(config: Config) -> bool:
         return True  # the job will say what is wrong
 
 
+def _paths(config: Config) -> list[str]:
+    return [one.path for one in config.data.mix] or [config.data.path]
+
+
+def lacking_data(config: Config) -> list[str]:
+    """Folders of the run's data that hold none yet."""
+    paths = [path for path in _paths(config) if "://" not in path]
+    return [path for path in paths if not (Path(path) / MANIFEST).is_file()]
+
+
 def _data_steps(config: Config, photos: Path | None, file: Path) -> list[Step]:
     """Photos to shards; nothing if there are shards."""
-    data = config.data.path
-    if "://" in data or (Path(data) / MANIFEST).is_file():
+    lacking = lacking_data(config)
+    if not lacking:
         return []
+    data = lacking[0]
+    if config.data.mix:
+        raise UserError(
+            f"data.mix: {data} holds no packed data: make what is mixed first (dinogen prepare, or "
+            "launch a run on each)"
+        )
     if photos is None:
         raise UserError(
             f"data.path: {data} holds no packed data: add --photos PHOTOS to have them made, or "
@@ -100,11 +122,11 @@ def _data_steps(config: Config, photos: Path | None, file: Path) -> list[Step]:
     if not photos.is_dir():
         raise UserError(f"--photos {photos}: no such folder")
     faces, pyramids = f"{data.rstrip('/')}-faces", f"{data.rstrip('/')}-pyramids"
-    given = {
-        "faces": (str(photos), faces),
-        "pyramids": (faces, pyramids),
-        "pack": (faces, pyramids, data),
-    }
+    given: dict[str, tuple[str, ...]] = {"faces": (str(photos), faces)}
+    if makes_pyramids(config):
+        given |= {"pyramids": (faces, pyramids), "pack": (faces, pyramids, data)}
+    else:
+        given["pack"] = (faces, data)
     return [
         _step(name, (str(file), *args), step_resources(config, name))
         for name, args in given.items()

@@ -146,6 +146,12 @@ def centre_crop(photo: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return extract(photo, Square(np.array([width / 2, height / 2]), np.array([half, 0.0])), size)
 
 
+def whole(photo: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """All of a photo, squeezed to a square: ``(H, W, 3)`` -> ``(size, size, 3)``, uint8 RGB."""
+    resized = Image.fromarray(photo).resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(resized)
+
+
 def extract(
     photo: NDArray[np.uint8], square: Square, size: int, fade: bool = False
 ) -> NDArray[np.uint8]:

@@ -23,7 +23,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Crop:
-    """One aligned face.
+    """One aligned face, or one photo as it is.
 
     Attributes:
         key: the photo's key; with ``which: all`` followed by ``_1``, ``_2``, ... for its second,
@@ -31,12 +31,12 @@ class Crop:
         image: encoded RGB picture, ``size`` x ``size`` pixels.
         image_format: ``jpg`` or ``png``.
         meta: JSON values. ``source`` (path relative to the folder searched), ``original_size``
-            ([width, height] of the upright photo, pixels), ``align``, ``size`` (pixels), ``blur``
+            ([width, height] of the upright photo, pixels), ``size`` (pixels), ``blur``
             (variance of the Laplacian), ``num_crops`` (of this photo) and ``rejected`` ([reason,
             detail] of this photo's other faces, in its first crop only); if faces are detected
-            ``box`` ([left, top, right, bottom], pixels), ``landmarks`` (five [x, y], pixels) and
-            ``probability``; if duplicates are looked for ``phash`` (16 hex digits). For a
-            picture that lay there without metadata ``source`` alone.
+            ``align``, ``box`` ([left, top, right, bottom], pixels), ``landmarks`` (five [x, y],
+            pixels) and ``probability``, else ``fit``; if duplicates are looked for ``phash`` (16
+            hex digits). For a picture that lay there without metadata ``source`` alone.
     """
 
     key: str
@@ -157,7 +157,8 @@ def _select(
 
 def _align(pixels: Pixels, face: Detection | None, config: FacesConfig) -> Pixels:
     if face is None:
-        return align.centre_crop(pixels, config.size)
+        cut_out = align.whole if config.fit == "resize" else align.centre_crop
+        return cut_out(pixels, config.size)
     if config.align == "landmarks":
         return align.align_landmarks(pixels, face.landmarks, config.size)
     if config.align == "ffhq":
@@ -176,11 +177,13 @@ def _meta(
     meta: dict[str, Any] = {
         "source": photo.source,
         "original_size": [pixels.shape[1], pixels.shape[0]],
-        "align": config.align,
         "size": config.size,
         "blur": round(blur, 3),
     }
-    if face is not None:
+    if face is None:
+        meta["fit"] = config.fit
+    else:
+        meta["align"] = config.align
         meta["box"] = [round(value, 3) for value in face.box]
         meta["landmarks"] = [[round(x, 3), round(y, 3)] for x, y in face.landmarks]
         meta["probability"] = round(face.probability, 6)

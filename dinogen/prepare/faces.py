@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ from PIL import Image
 
 from dinogen.config_prepare import FacesConfig
 from dinogen.files import write_bytes, write_json, write_text
+from dinogen.prepare.classes import class_names
 from dinogen.prepare.crop import Crop, Rejection
 from dinogen.prepare.curate import Duplicates
 from dinogen.prepare.read import (
@@ -26,6 +25,7 @@ from dinogen.prepare.read import (
     find_photos,
     read_photo,
 )
+from dinogen.prepare.settings import SETTINGS, check_settings, read_json
 from dinogen.prepare.stream import Progress, iter_faces
 
 if TYPE_CHECKING:
@@ -36,14 +36,12 @@ __all__ = [
     "FacesSummary",
     "PrepareError",
     "Rejection",
-    "faces_settings",
     "iter_faces",
     "read_faces",
     "read_metas",
     "write_faces",
 ]
 
-_SETTINGS = "settings.json"
 _SUMMARY = "summary.json"
 _REJECTED = "rejected.csv"
 
@@ -93,15 +91,18 @@ def write_faces(
         progress: as in :func:`iter_faces`.
 
     Raises:
-        PrepareError: ``src`` is missing or holds no photo; ``out`` lies below ``src``, or holds
-            something else or faces made with other settings.
+        PrepareError: ``src`` is missing or holds no photo, or has no folder per class where that
+            is asked for; ``out`` lies below ``src``, or holds something else or faces made with
+            other settings.
         OSError: ``out`` cannot be written.
     """
     started = time.monotonic()
     if out.resolve().is_relative_to(src.resolve()):
         raise PrepareError(f"{out}: lies below the photos in {src}: choose a folder outside it")
     photos = find_photos(src)
-    _check_settings(src, out, config)
+    by_folder = config.classes == "folders"
+    classes = class_names(src, (p.source for p in photos.photos)) if by_folder else ()
+    check_settings(src, out, config, classes)
     done: set[str] = set()
     rejections: dict[str, list[Rejection]] = {}
     duplicates = Duplicates(config.max_duplicate_distance)
@@ -174,22 +175,16 @@ def read_metas(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     return (_read_meta(photo) if written else (photo.key, _plain_meta(photo)) for photo in pictures)
 
 
-def faces_settings(config: FacesConfig) -> dict[str, Any]:
-    """What decides the crops, besides the photos; JSON values."""
-    # How fast the work is done does not change what comes out.
-    return config.model_dump(mode="json", exclude={"batch", "num_threads"})
-
-
 def _list_faces(folder: Path) -> tuple[list[Photo], bool]:
     """The pictures in the order of their keys, and whether write_faces wrote them."""
     pictures = find_photos(folder).photos
-    if (folder / _SETTINGS).is_file():
+    if (folder / SETTINGS).is_file():
         return sorted(pictures, key=lambda picture: picture.path.stem), True
     return sorted(pictures, key=lambda picture: picture.key), False
 
 
 def _read_meta(picture: Photo) -> tuple[str, dict[str, Any]]:
-    meta = _read_json(picture.path.with_suffix(".json"))
+    meta = read_json(picture.path.with_suffix(".json"))
     return meta.pop("key"), meta
 
 
@@ -208,7 +203,7 @@ def _read_plain(picture: Photo) -> Crop:
     except Unusable as error:
         raise PrepareError(
             f"{picture.path}: {error.reason}: {error.detail}: remove the file, or run "
-            "'dinogen faces' with prepare.faces.align=none, which lists such files and goes on"
+            "'dinogen faces' with prepare.faces.detect=none, which lists such files and goes on"
         ) from None
     with Image.open(picture.path) as image:
         image_format = {"JPEG": "jpg", "PNG": "png"}.get(image.format or "")
@@ -220,56 +215,15 @@ def _read_plain(picture: Photo) -> Crop:
     return Crop(picture.key, buffer.getvalue(), "png", _plain_meta(picture))
 
 
-def _check_settings(src: Path, out: Path, config: FacesConfig) -> None:
-    """Refuse to mix faces of different settings or photos in one folder."""
-    settings: dict[str, Any] = {"src": str(src.resolve()), "faces": faces_settings(config)}
-    if out.exists() and not out.is_dir():
-        raise PrepareError(f"{out}: is a file: choose a folder")
-    path = out / _SETTINGS
-    if path.exists() and any(chain(out.glob("*.jpg"), out.glob("*.png"))):
-        before = _read_json(path)
-        if before["src"] != settings["src"]:
-            raise PrepareError(
-                f"{out}: holds faces of other photos ({before['src']}): choose another folder; "
-                f"if the photos have only moved, write their place into {path}"
-            )
-        changed = [
-            f"{name} {before['faces'].get(name)} is now {value}"
-            for name, value in settings["faces"].items()
-            if before["faces"].get(name) != value
-        ]
-        if changed:
-            raise PrepareError(
-                f"{out}: holds faces made with other settings ({', '.join(changed)}): choose "
-                "another folder, or delete this one"
-            )
-    elif not path.exists() and out.exists() and any(out.iterdir()):
-        raise PrepareError(
-            f"{out}: is not empty and was not written by 'dinogen faces': choose another folder"
-        )
-    else:
-        write_json(path, settings)
-
-
 def _finished(out: Path, photo: Photo, config: FacesConfig) -> list[dict[str, Any]]:
     """The metadata of a photo's crops, or nothing unless all of them are there."""
     if not (out / f"{photo.key}.{config.format}").exists():
         return []
-    first = _read_json(out / f"{photo.key}.json")
+    first = read_json(out / f"{photo.key}.json")
     keys = [photo.key, *(f"{photo.key}_{i}" for i in range(1, first["num_crops"]))]
     if not all((out / f"{key}.{config.format}").exists() for key in keys):
         return []
-    return [first, *(_read_json(out / f"{key}.json") for key in keys[1:])]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise PrepareError(f"{path}: missing: delete the picture beside it and run again") from None
-    except ValueError as error:
-        raise PrepareError(f"{path}: not JSON ({error}): delete it and run again") from None
-    return value
+    return [first, *(read_json(out / f"{key}.json") for key in keys[1:])]
 
 
 def _write_rejected(path: Path, rejections: list[Rejection]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Sequence
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from dinogen.config_prepare import PackConfig
 from dinogen.features.base import guide_identity
 from dinogen.prepare.faces import FacesSummary
 from dinogen.prepare.read import Photos, PrepareError
+from dinogen.prepare.settings import todays_settings
 from shards import open_dataset
 from shards.manifest import MANIFEST, Manifest
 
@@ -20,15 +22,22 @@ SUMMARY = "summary.json"
 
 
 def finished_dataset(
-    out: Path, config: PackConfig, guide: dict[str, Any], prepare: dict[str, Any]
+    out: Path,
+    config: PackConfig,
+    guide: dict[str, Any],
+    prepare: dict[str, Any],
+    classes: Sequence[str] = (),
 ) -> Manifest | None:
     """The manifest of the finished dataset in ``out``; None if there is none yet.
+
+    One with pyramids does where none are asked for.
 
     Args:
         out: folder of the dataset.
         config: shards and splits asked for.
-        guide: who would make the pyramids, as the manifest says it.
+        guide: who would make the pyramids, as the manifest says it; empty if nobody.
         prepare: settings asked for, as the manifest says them.
+        classes: names of the classes.
 
     Raises:
         PrepareError: it was made with another guide or other settings; naming them.
@@ -37,8 +46,13 @@ def finished_dataset(
     if not (out / MANIFEST).is_file():
         return None
     manifest = open_dataset(out).manifest
-    changed = [*_changed("prepare", manifest.prepare, json.loads(json.dumps(prepare)))]
-    if guide_identity(manifest.guide) != guide_identity(guide):
+    made_with = manifest.prepare | {"faces": todays_settings(manifest.prepare.get("faces", {}))}
+    if "pyramids" not in prepare:
+        made_with.pop("pyramids", None)
+    changed = [*_changed("prepare", made_with, json.loads(json.dumps(prepare)))]
+    if manifest.classes != tuple(classes):
+        changed.append(f"classes: {_listed(manifest.classes)}, now {_listed(classes)}")
+    if guide and manifest.levels and guide_identity(manifest.guide) != guide_identity(guide):
         changed.append(f"guide: {_label(manifest.guide)}, now {_label(guide)}")
     wanted = {
         "train": 1.0 - config.val_fraction - config.test_fraction,
@@ -107,6 +121,10 @@ def _changed(name: str, old: Any, new: Any) -> list[str]:
             for line in _changed(f"{name}.{key}", old.get(key), new.get(key))
         ]
     return [] if old == new else [f"{name}: {old}, now {new}"]
+
+
+def _listed(classes: Sequence[str]) -> str:
+    return ", ".join(classes) or "none"
 
 
 def _label(guide: dict[str, Any]) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from dinogen.config import GuideConfig
 from dinogen.config_prepare import PackConfig
 from dinogen.features import load_guide
+from dinogen.prepare.classes import class_names, label_of
 from dinogen.prepare.crop import Crop
 from dinogen.prepare.export_pt import PtFiles
 from dinogen.prepare.faces import read_faces, read_metas
@@ -19,12 +19,12 @@ from dinogen.prepare.finished import check_faces, finished_dataset
 from dinogen.prepare.parts import PartFiles
 from dinogen.prepare.pyramid import Levels
 from dinogen.prepare.read import PrepareError
+from dinogen.prepare.settings import read_settings
 from shards import Sample, pack
 from shards.manifest import Manifest
 
 Progress = Callable[[int, int], None]
 
-_SETTINGS = "settings.json"
 _NUM_NAMED = 5
 
 
@@ -47,42 +47,47 @@ def open_pyramids(folder: Path) -> PartFiles | PtFiles:
 
 def pack_faces(
     faces: Path,
-    pyramids: PartFiles | PtFiles,
+    pyramids: PartFiles | PtFiles | None,
     out: Path,
     config: PackConfig,
     guide: dict[str, Any],
     *,
+    by_folder: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Join faces and pyramids by key and pack them as shards, in the order of the photos.
+
+    Labels are those that ``dinogen faces`` was asked for.
 
     After a kill the same call goes on behind the last whole shard; a dataset that is finished is
     left as it is.
 
     Args:
         faces: as :func:`dinogen.prepare.faces.read_faces` reads it.
-        pyramids: of the same faces.
+        pyramids: of the same faces; None packs the faces alone.
         out: folder of the dataset.
         config: shards and splits.
-        guide: who made the pyramids, for the manifest.
+        guide: who made the pyramids, for the manifest; empty if there are none.
+        by_folder: the first folder below ``faces`` is the class of a picture that was not cut out
+            by ``dinogen faces``.
         progress: called with the number of faces done and of all faces.
 
     Raises:
-        PrepareError: faces without pyramid, or pyramids without face; or ``out`` holds a finished
-            dataset of other faces or settings.
+        PrepareError: faces without pyramid, or pyramids without face; classes are asked for, but
+            there are none; or ``out`` holds a finished dataset of other faces or settings.
         ShardsError: they cannot be packed.
     """
     sources = {key: str(meta.get("source", "")) for key, meta in read_metas(faces)}
     keys = list(sources)
     numbers = sorted(range(len(keys)), key=lambda n: _photo_order(keys[n], sources[keys[n]]))
-    names = pyramids.names(sources)
-    _check_join(faces, names, pyramids.keys())
-    settings = faces / _SETTINGS
-    made_with = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    made_with = settings_of(made_with.get("faces", {}), pyramids.settings)
-    manifest = finished_dataset(out, config, guide, made_with)
+    names = pyramids.names(sources) if pyramids else {}
+    if pyramids:
+        _check_join(faces, names, pyramids.keys())
+    cut_with, classes = _settings_of_faces(faces, sources.values(), by_folder)
+    made_with = settings_of(cut_with, pyramids.settings if pyramids else None)
+    manifest = finished_dataset(out, config, guide, made_with, classes)
     if manifest is not None:
-        check_faces(out, set(names))
+        check_faces(out, set(sources))
         if progress is not None:
             progress(len(keys), len(keys))
         return manifest
@@ -91,7 +96,8 @@ def pack_faces(
         for done, crop in enumerate(read_faces(faces, numbers), start=1):
             if crop.key != keys[numbers[done - 1]]:
                 raise PrepareError(f"{faces}: changed while it was packed: run again")
-            yield sample_of(crop, pyramids.levels(names[crop.key]))
+            levels = pyramids.levels(names[crop.key]) if pyramids else {}
+            yield sample_of(crop, levels, classes)
             if progress is not None:
                 progress(done, len(keys))
 
@@ -103,6 +109,7 @@ def pack_faces(
         test_fraction=config.test_fraction,
         guide=guide,
         prepare=made_with,
+        classes=classes,
     )
 
 
@@ -135,21 +142,39 @@ def guide_of(pyramids: PartFiles | PtFiles, config: GuideConfig | None) -> dict[
     return info.to_dict()
 
 
-def sample_of(crop: Crop, levels: Levels) -> Sample:
-    """A crop with its levels, as shards hold it.
+def sample_of(crop: Crop, levels: Levels, classes: Sequence[str] = ()) -> Sample:
+    """A crop with its levels and the label of its class, as shards hold it.
 
     Raises:
         PrepareError: shards cannot hold it.
     """
     try:
-        return Sample(crop.key, crop.image, crop.image_format, crop.meta, dict(levels))
+        label = label_of(crop.meta["source"], classes) if classes else None
+        return Sample(crop.key, crop.image, crop.image_format, crop.meta, dict(levels), label)
     except ValueError as error:
         raise PrepareError(str(error)) from error
 
 
-def settings_of(faces: dict[str, Any], pyramids: dict[str, Any]) -> dict[str, Any]:
+def settings_of(faces: dict[str, Any], pyramids: dict[str, Any] | None) -> dict[str, Any]:
     """What the manifest says about the preparation, alike on both ways."""
+    if pyramids is None:
+        return {"faces": faces}
     return {"faces": faces, "pyramids": {name: pyramids[name] for name in ("grids", "kinds")}}
+
+
+def _settings_of_faces(
+    faces: Path, sources: Iterable[str], by_folder: bool
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """How the faces were cut out, and names of their classes."""
+    written = read_settings(faces)
+    if written is None:
+        return {}, class_names(faces, sources) if by_folder else ()
+    if by_folder and not written[1]:
+        raise PrepareError(
+            f"{faces}: was made without classes: run `dinogen faces` with "
+            "prepare.faces.classes=folders into a new folder"
+        )
+    return written
 
 
 def _photo_order(key: str, source: str) -> tuple[bytes, int, str]:

@@ -11,15 +11,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dinogen import dist
-from dinogen.config_prepare import PrepareConfig
+from dinogen.config_prepare import FacesConfig, PrepareConfig
 from dinogen.files import write_json, write_text
+from dinogen.prepare.classes import class_names
 from dinogen.prepare.curate import Duplicates
-from dinogen.prepare.faces import FacesSummary, faces_settings
+from dinogen.prepare.faces import FacesSummary
 from dinogen.prepare.finished import SUMMARY, finished_dataset, finished_summary
 from dinogen.prepare.join import sample_of, settings_of
 from dinogen.prepare.journal import Journal
 from dinogen.prepare.pyramid import PyramidMaker
 from dinogen.prepare.read import Photos, PrepareError, find_photos
+from dinogen.prepare.settings import faces_settings
 from dinogen.prepare.stream import iter_faces
 from shards import ShardSink
 from shards.manifest import Manifest
@@ -46,11 +48,16 @@ def in_words(rejected: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in rejected.items())
 
 
+def noun(config: FacesConfig) -> str:
+    """What is cut out of a photo."""
+    return "picture" if config.detect == "none" else "face"
+
+
 def prepare(
     src: Path,
     out: Path,
     config: PrepareConfig,
-    maker: PyramidMaker,
+    maker: PyramidMaker | None,
     *,
     photos: Photos | None = None,
     progress: Progress | None = None,
@@ -65,14 +72,16 @@ def prepare(
         src: folder of photos.
         out: folder of the dataset.
         config: of all three steps.
-        maker: guide and settings of the pyramids; the faces are found on its device.
+        maker: guide and settings of the pyramids; the faces are found on its device. None packs
+            the faces alone.
         photos: what :func:`find_photos` found in ``src``, if the caller has asked it already.
         progress: called with the number of photos done and of all photos.
 
     Raises:
         NoFaceError: no photo has a face.
-        PrepareError: ``src`` holds no photo; ``out`` lies below it, or holds a preparation of
-            other photos or a finished dataset of other settings; there are several ranks.
+        PrepareError: ``src`` holds no photo, or has no folder per class where that is asked for;
+            ``out`` lies below it, or holds a preparation of other photos or a finished dataset of
+            other settings; there are several ranks.
         ShardsError: ``out`` holds something else, or work of other settings.
     """
     started = time.monotonic()
@@ -84,11 +93,14 @@ def prepare(
         )
     if out.resolve().is_relative_to(src.resolve()):
         raise PrepareError(f"{out}: lies below the photos in {src}: choose a folder outside it")
-    maker.check_size(config.faces.size)
+    if maker is not None:
+        maker.check_size(config.faces.size)
     photos = photos or find_photos(src)
-    guide = maker.guide.info.to_dict()
-    made_with = settings_of(faces_settings(config.faces), maker.settings())
-    manifest = finished_dataset(out, config.pack, guide, made_with)
+    by_folder = config.faces.classes == "folders"
+    classes = class_names(src, (p.source for p in photos.photos)) if by_folder else ()
+    guide = maker.guide.info.to_dict() if maker else {}
+    made_with = settings_of(faces_settings(config.faces), maker.settings() if maker else None)
+    manifest = finished_dataset(out, config.pack, guide, made_with, classes)
     if manifest is not None:
         summary = finished_summary(src, out, photos)
         if progress is not None:
@@ -101,6 +113,7 @@ def prepare(
         test_fraction=config.pack.test_fraction,
         guide=guide,
         prepare=made_with,
+        classes=classes,
     )
     with sink, Journal(out / _JOURNAL, src) as journal:
         completed = sink.completed_keys()
@@ -119,13 +132,14 @@ def prepare(
         items = iter_faces(
             photos,
             config.faces,
-            device=maker.device,
+            device=maker.device if maker else "auto",
             skip=finished.__contains__,
             progress=progress,
             duplicates=duplicates,
         )
-        for crop, levels in maker.levels(journal.record(items)):
-            sink.add(sample_of(crop, levels))
+        crops = journal.record(items)
+        for crop, levels in maker.levels(crops) if maker else ((crop, {}) for crop in crops):
+            sink.add(sample_of(crop, levels, classes))
         kept = sink.seen.union(*finished.values())
         if lost := completed - kept:
             raise PrepareError(
@@ -135,7 +149,8 @@ def prepare(
         rejected = _write_rejected(out / "rejected.csv", photos, journal)
         if not kept:
             raise NoFaceError(
-                f"{src}: none of {len(photos.photos)} photos gave a face ({in_words(rejected)}): "
+                f"{src}: none of {len(photos.photos)} photos gave a "
+                f"{noun(config.faces)} ({in_words(rejected)}): "
                 f"see {out}/rejected.csv",
                 rejected,
             )

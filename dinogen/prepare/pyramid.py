@@ -90,7 +90,7 @@ class PyramidMaker:
             if (height, width) != (side, side):
                 raise PrepareError(
                     f"{crop.key}: the face is {width}x{height} pixels, others are {side}x{side}: "
-                    "make them alike with `dinogen faces` (align=none keeps whole pictures)"
+                    "make them alike with `dinogen faces` (prepare.faces.detect=none)"
                 )
         return side
 

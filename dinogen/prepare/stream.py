@@ -63,7 +63,7 @@ def iter_faces(
     if not wanted:
         return
     detector = None
-    if config.align != "none":
+    if config.detect != "none":
         from dinogen.prepare.detect import FaceDetector
 
         detector = FaceDetector(device, config.min_face)

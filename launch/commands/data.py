@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dinogen.errors import UserError
 from launch.bars import Move, progress_bar
 
 if TYPE_CHECKING:
@@ -42,20 +43,24 @@ def prepare(
     The same command again goes on after an interruption. DATA/rejected.csv says which photos were
     not used and why. On several GPUs run faces, pyramids and pack one after the other.
 
+    With the config of a family that reads no pyramids none are made, and no guide is needed.
+    prepare.faces.detect=none takes pictures of anything as they are; prepare.faces.classes=folders
+    makes each folder below SRC a class.
+
     [bold]Examples[/bold]
 
       dinogen prepare photos data/faces
 
       dinogen prepare photos data/faces -c my.yaml guide.path=facebook/dinov2-base
 
-      dinogen prepare cats data/cats prepare.faces.align=none prepare.pack.val_fraction=0.05
+      dinogen prepare cats data/cats prepare.faces.detect=none prepare.pack.val_fraction=0.05
     """
     from dinogen.prepare import pipeline
     from dinogen.prepare.read import find_photos
 
     settings = _settings(config, overrides)
     photos = find_photos(src)  # a mistyped folder is told before the guide is loaded
-    maker = _maker(settings)
+    maker = _maker(settings) if _wants_pyramids(settings) else None
     finished = _is_finished(data)
     with _bar("photos") as progress:
         summary, manifest = pipeline.prepare(
@@ -64,7 +69,8 @@ def prepare(
     rejected = pipeline.in_words(summary.rejected)
     if finished:
         typer.echo("finished already")
-    typer.echo(f"{summary.num_photos} photos, {summary.num_crops} faces; {rejected or 'all used'}")
+    what = f"{pipeline.noun(settings.prepare.faces)}s"
+    typer.echo(f"{summary.num_photos} photos, {summary.num_crops} {what}; {rejected or 'all used'}")
     if rejected:
         typer.echo(f"why not: {data / 'rejected.csv'}")
     _tell(data, manifest)
@@ -108,34 +114,50 @@ def pyramids(
 
 def pack(
     faces: Annotated[Path, typer.Argument(help="Folder of aligned faces.", metavar="FACES")],
-    pyramids: Annotated[
-        Path,
-        typer.Argument(help="Their pyramids: parts, or one .pt per face.", metavar="PYRAMIDS"),
+    folders: Annotated[
+        list[str],
+        typer.Argument(
+            help="Their pyramids, if there are any: parts, or one .pt per face. Folder of the "
+            "dataset. Changes to the config.",
+            metavar="[PYRAMIDS] DATA [KEY=VALUE]...",
+        ),
     ],
-    data: Annotated[Path, typer.Argument(help="Folder of the dataset.", metavar="DATA")],
-    overrides: Overrides = None,
     config: ConfigFile = None,
 ) -> None:
     """Join faces and their pyramids and pack them as tar shards with an index and a manifest.
 
-    The same command again goes on after an interruption.
+    The same command again goes on after an interruption. Families that read no pyramids need none.
 
     [bold]Examples[/bold]
 
       dinogen pack faces pyramids data/faces prepare.pack.val_fraction=0.05
 
       dinogen pack faces old_experiment/pt data/faces guide.path=facebook/dinov2-base
+
+      dinogen pack faces data/plain
     """
     from dinogen.prepare import join
 
+    pyramids, data, overrides = _folders(folders)
     settings = _settings(config, overrides)
-    source = join.open_pyramids(pyramids)
-    named = config is not None or any(item.startswith("guide.") for item in overrides or ())
-    guide = join.guide_of(source, settings.guide if named else None)
+    if pyramids is None and config is not None and _wants_pyramids(settings):
+        raise UserError(
+            "the family of the config reads pyramids: write dinogen pack FACES PYRAMIDS DATA, or "
+            "add prepare.pyramids.make=never"
+        )
+    source = join.open_pyramids(pyramids) if pyramids is not None else None
+    named = config is not None or any(item.startswith("guide.") for item in overrides)
+    guide = join.guide_of(source, settings.guide if named else None) if source else {}
     finished = _is_finished(data)
     with _bar("faces") as progress:
         manifest = join.pack_faces(
-            faces, source, data, settings.prepare.pack, guide, progress=progress
+            faces,
+            source,
+            data,
+            settings.prepare.pack,
+            guide,
+            by_folder=settings.prepare.faces.classes == "folders",
+            progress=progress,
         )
     if finished:
         typer.echo("finished already")
@@ -161,6 +183,34 @@ def export_pt(
     typer.echo(f"{num_files} files: {out}")
 
 
+def _folders(words: list[str]) -> tuple[Path | None, Path, list[str]]:
+    """Pyramids, dataset and overrides out of ``[PYRAMIDS] DATA [KEY=VALUE]...``.
+
+    Raises:
+        UserError: too many folders, or pyramids stand where the dataset is meant to.
+    """
+    paths = [Path(word) for word in words if "=" not in word]
+    if len(paths) not in (1, 2):
+        raise UserError("write dinogen pack FACES [PYRAMIDS] DATA [KEY=VALUE]...")
+    data = paths[-1]
+    if any(data.glob("part-*.safetensors")) or any(data.glob("*.pt")):
+        raise UserError(f"{data} holds pyramids: name the folder of the dataset after it")
+    return (paths[0] if len(paths) == 2 else None), data, [word for word in words if "=" in word]
+
+
+def _wants_pyramids(settings: Config) -> bool:
+    """Whether the data get pyramids; says so if not."""
+    from dinogen.training.levels import makes_pyramids
+
+    wanted = makes_pyramids(settings)
+    if not wanted and settings.prepare.pyramids.make == "auto":
+        typer.echo(
+            f"no pyramids: family {settings.family.name} reads none "
+            "(prepare.pyramids.make=always makes them)"
+        )
+    return wanted
+
+
 def _settings(config: Path | None, overrides: list[str] | None) -> Config:
     from dinogen import dist
     from dinogen.config import load_config, parse_config
@@ -174,12 +224,18 @@ def _settings(config: Path | None, overrides: list[str] | None) -> Config:
 
 def _maker(settings: Config) -> PyramidMaker:
     from dinogen import dist
-    from dinogen.features import load_guide
+    from dinogen.features import GuideError, load_guide
     from dinogen.prepare.pyramid import PyramidMaker
 
     dist.set_cpu_threads()
     device = dist.device()
-    guide = load_guide(settings.guide, device)
+    try:
+        guide = load_guide(settings.guide, device)
+    except GuideError as error:
+        raise GuideError(
+            f"{error}\nWithout a guide, for a family that reads no pyramids: give its config, or "
+            "prepare.pyramids.make=never"
+        ) from None
     return PyramidMaker(guide, settings.prepare.pyramids, device)
 
 

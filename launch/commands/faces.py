@@ -48,7 +48,7 @@ def faces(
 
       dinogen faces party faces_all prepare.faces.which=all prepare.faces.min_face=40
 
-      dinogen faces cats cats_256 prepare.faces.align=none     (already cropped: no detection)
+      dinogen faces cats cats_256 prepare.faces.detect=none     (pictures as they are)
 
     [bold]Options, with their defaults[/bold]  dinogen config show FILE
     """
@@ -137,11 +137,15 @@ def _tell_faces(summary: FacesSummary, out: Path) -> None:
     if summary.rejected:
         console.print(f"why: {out / 'rejected.csv'}", soft_wrap=True, highlight=False)
     if summary.num_crops:
-        console.print(f"next: dinogen pyramids {out} PYRAMIDS", soft_wrap=True, highlight=False)
+        console.print(
+            f"next: dinogen pyramids {out} PYRAMIDS, or without a guide dinogen pack {out} DATA",
+            soft_wrap=True,
+            highlight=False,
+        )
     else:
         console.print(
             "[bold red]NO FACE AT ALL.[/bold red] Look into rejected.csv; for pictures that are "
-            "already cropped use prepare.faces.align=none."
+            "of something else, or already cropped, use prepare.faces.detect=none."
         )
 
 

@@ -127,7 +127,7 @@ def test_errors_of_all_packages_are_known(monkeypatch, capsys, error, code):
     [
         ("train", "configs/demo.yaml", "run={}"),
         ("prepare", "{photos}", "{}"),
-        ("faces", "{photos}", "{}/faces", "prepare.faces.align=none"),
+        ("faces", "{photos}", "{}/faces", "prepare.faces.detect=none"),
     ],
     ids=lambda arguments: arguments[0],
 )

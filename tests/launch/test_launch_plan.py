@@ -354,6 +354,33 @@ def test_photos_are_made_into_data_first(played):
     assert again["pack"].id != jobs["pack"].id and again["pack"].after is None
 
 
+def test_a_family_that_reads_no_pyramids_has_none_made(played):
+    (played / "photos").mkdir()
+    config = yaml.safe_load((played / "my.yaml").read_text())
+    config |= {"family": {"name": "dcgan"}, "stages": [{"resolution": 32, "epochs": 2}]}
+    (played / "my.yaml").write_text(yaml.safe_dump(config))
+    launch(played, f"data.path={played / 'new'}", "--photos", str(played / "photos"))
+    jobs = record(played)
+    assert list(jobs) == ["faces", "pack", "train-32"]
+    assert jobs["pack"].after == jobs["faces"].id
+    assert jobs["pack"].command[-2:] == [f"{played / 'new'}-faces", str(played / "new")]
+
+
+def test_a_mix_has_to_be_there(played):
+    (played / "photos").mkdir()
+    config = yaml.safe_load((played / "my.yaml").read_text())
+    paths = [str(played / "data"), str(played / "other")]
+    config["data"] = {"mix": [{"path": path, "weight": 1} for path in paths]}
+    (played / "my.yaml").write_text(yaml.safe_dump(config))
+    for words in ((), ("--photos", str(played / "photos"))):
+        told = str(launch(played, *words).exception)
+        assert f"data.mix: {played / 'other'} holds no packed data" in told
+    (played / "other").mkdir()
+    (played / "other" / "manifest.json").write_text('{"splits": {"train": {}}}')
+    launch(played)
+    assert list(record(played)) == ["train-4", "train-8", "train-16", "evaluate"]
+
+
 def test_without_held_out_samples_there_is_no_evaluation(played):
     (played / "data" / "manifest.json").write_text('{"splits": {"train": {}}}')
     launch(played)

@@ -117,7 +117,7 @@ def test_files_are_named_after_the_pictures(tmp_path, sources, names, written):
         with Image.open(io.BytesIO(image(seed))) as picture:
             picture.save(folder / source)
     if written:
-        write_faces(folder, faces, FacesConfig(align="none", size=16, format="png"))
+        write_faces(folder, faces, FacesConfig(detect="none", size=16, format="png"))
     else:
         faces = folder
     generator = np.random.default_rng(0)

@@ -87,7 +87,7 @@ def test_a_folder_of_faces(photos, tmp_path):
         assert meta["box"][0] < meta["landmarks"][0][0] < meta["landmarks"][1][0] < meta["box"][2]
 
 
-@pytest.mark.parametrize("align", ["landmarks", "ffhq", "box", "none"])
+@pytest.mark.parametrize("align", ["landmarks", "ffhq", "box"])
 def test_every_alignment_shows_the_face(photos, tmp_path, align, astronaut):
     """Detected again in the crop, the eyes are level and the face is centred."""
     (crop,) = [
@@ -99,7 +99,7 @@ def test_every_alignment_shows_the_face(photos, tmp_path, align, astronaut):
     pixels = np.asarray(Image.open(io.BytesIO(crop.image)))
     (face,) = FaceDetector("cpu").detect([pixels])[0]
     points = np.array(face.landmarks)
-    assert ("landmarks" in crop.meta) == (align != "none")
+    assert "landmarks" in crop.meta
     if align == "landmarks":
         expected = np.array([(38, 51), (90, 51), (64, 71), (45, 95), (83, 95)]) * 2
         # A second look at the face moves its points by some pixels itself.
@@ -111,6 +111,23 @@ def test_every_alignment_shows_the_face(photos, tmp_path, align, astronaut):
         left, top, right, bottom = face.box
         assert abs((left + right) / 2 - 128) < 10
         assert abs((top + bottom) / 2 - 128) < 10
+
+
+@pytest.mark.parametrize("fit", ["crop", "resize"])
+def test_pictures_as_they_are(tmp_path, fit):
+    """A photo of four quarters, twice as wide as high: its middle, or all of it squeezed."""
+    quarters = np.repeat(np.array([[0, 80, 160, 240]], np.uint8), 40, axis=0)
+    pixels = np.repeat(np.repeat(quarters, 20, axis=1)[..., None], 3, axis=2)
+    save(tmp_path / "src" / "a.png", pixels)
+    config = FacesConfig(detect="none", fit=fit, size=32, format="png")
+    (crop,) = iter_faces(find_photos(tmp_path / "src"), config)
+    assert crop.meta["fit"] == fit and not {"align", "landmarks", "box"} & set(crop.meta)
+    row = np.asarray(Image.open(io.BytesIO(crop.image)))[16, :, 0].astype(int)
+    places = [8, 24] if fit == "crop" else [4, 12, 20, 28]
+    wanted = [80, 160] if fit == "crop" else [0, 80, 160, 240]
+    assert np.abs(row[places] - wanted).max() <= 2
+    if fit == "crop":
+        assert row.min() > 40 and row.max() < 200
 
 
 def test_every_bad_input_has_its_line(photos, tmp_path, write_bomb):
@@ -150,7 +167,7 @@ def test_a_file_without_permission_has_its_line(photos, tmp_path, monkeypatch):
         return stat(self, **options)
 
     monkeypatch.setattr(Path, "stat", refuse)
-    items = list(iter_faces(find_photos(photos), FacesConfig(align="none", size=32)))
+    items = list(iter_faces(find_photos(photos), FacesConfig(detect="none", size=32)))
     assert [item for item in items if isinstance(item, Rejection)] == [
         Rejection("1.jpg", "unreadable", "Permission denied")
     ]
@@ -241,7 +258,7 @@ def test_the_first_of_near_duplicates_stays(tmp_path, astronaut, noise):
     save(src / "b.jpg", astronaut, quality=40)
     save(src / "c.png", np.kron(noise, np.ones((8, 8, 1), np.uint8)))
     save(src / "d.png", astronaut)
-    config = FacesConfig(align="none", size=64, max_duplicate_distance=6)
+    config = FacesConfig(detect="none", size=64, max_duplicate_distance=6)
     items = list(iter_faces(find_photos(src), config))
     assert [i.key if isinstance(i, Crop) else (i.source, i.reason) for i in items] == [
         "a",
@@ -286,7 +303,7 @@ def test_a_rerun_knows_the_duplicates_of_what_is_there(tmp_path, noise):
     save(src / "a.png", large)
     save(src / "b.jpg", large)
     save(src / "c.jpg", large[::-1])
-    config = FacesConfig(align="none", size=64, max_duplicate_distance=4)
+    config = FacesConfig(detect="none", size=64, max_duplicate_distance=4)
     first = write_faces(src, out, config)
     assert rejected(out)[0][:2] == ("b.jpg", "duplicate")
     (out / "c.jpg").unlink()
@@ -316,7 +333,7 @@ def test_a_killed_run_is_completed_by_the_same_call(tmp_path, noise):
         "from dinogen.prepare.faces import write_faces\n"
         "print('start', flush=True)\n"
         "slow = lambda done, total: (print(done, flush=True), time.sleep(0.02))\n"
-        "write_faces(Path(sys.argv[1]), Path(sys.argv[2]), FacesConfig(align='none', size=64),\n"
+        "write_faces(Path(sys.argv[1]), Path(sys.argv[2]), FacesConfig(detect='none', size=64),\n"
         "            progress=slow)\n"
     )
     process = subprocess.Popen(
@@ -328,7 +345,7 @@ def test_a_killed_run_is_completed_by_the_same_call(tmp_path, noise):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert 17 <= len(list(out.glob("*.jpg"))) < 40
-    config = FacesConfig(align="none", size=64)
+    config = FacesConfig(detect="none", size=64)
     summary = write_faces(src, out, config)
     assert summary.num_skipped >= 17
     assert summary.num_crops == 40
@@ -356,23 +373,23 @@ def test_partly_written_faces_of_a_photo_are_done_again(tmp_path, astronaut):
 
 def test_other_settings_photos_or_contents_are_refused(photos, tmp_path):
     out = tmp_path / "faces"
-    write_faces(photos, out, FacesConfig(align="none", size=32))
+    write_faces(photos, out, FacesConfig(detect="none", size=32))
     before = files(out)
     with pytest.raises(PrepareError, match="size 32 is now 48"):
-        write_faces(photos, out, FacesConfig(align="none", size=48))
+        write_faces(photos, out, FacesConfig(detect="none", size=48))
     other = tmp_path / "other"
     save(other / "0.jpg", np.zeros((9, 9, 3), np.uint8))
     with pytest.raises(PrepareError, match="other photos"):
-        write_faces(other, out, FacesConfig(align="none", size=32))
+        write_faces(other, out, FacesConfig(detect="none", size=32))
     assert files(out) == before
-    write_faces(photos, out, FacesConfig(align="none", size=32, batch=3, num_threads=1))
+    write_faces(photos, out, FacesConfig(detect="none", size=32, batch=3, num_threads=1))
     with pytest.raises(PrepareError, match="not empty"):
-        write_faces(photos, other, FacesConfig(align="none"))
+        write_faces(photos, other, FacesConfig(detect="none"))
     with pytest.raises(PrepareError, match="outside"):
-        write_faces(photos, photos / "faces", FacesConfig(align="none"))
+        write_faces(photos, photos / "faces", FacesConfig(detect="none"))
     (tmp_path / "plain").touch()
     with pytest.raises(PrepareError, match="is a file"):
-        write_faces(photos, tmp_path / "plain", FacesConfig(align="none"))
+        write_faces(photos, tmp_path / "plain", FacesConfig(detect="none"))
 
 
 def test_missing_and_empty_folders_are_told_before_anything_is_written(tmp_path):
@@ -440,7 +457,7 @@ def test_memory_stays_bounded(tmp_path, monkeypatch):
         stream, "read_and_cut", lambda p, *a: started.append(p.source) or original(p, *a)
     )
     for number, _ in enumerate(
-        iter_faces(find_photos(tmp_path / "src"), FacesConfig(align="none", size=16))
+        iter_faces(find_photos(tmp_path / "src"), FacesConfig(detect="none", size=16))
     ):
         assert len(started) <= number + 1 + 4
     assert len(started) == 12

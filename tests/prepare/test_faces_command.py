@@ -43,7 +43,7 @@ def test_help_teaches_by_example(dinogen):
 
 def test_faces_with_config_and_overrides(dinogen, photos, tmp_path):
     config = tmp_path / "my.yaml"
-    config.write_text("prepare: {faces: {align: none, size: 64}}\n")
+    config.write_text("prepare: {faces: {detect: none, size: 64}}\n")
     out = tmp_path / "faces"
     result = dinogen("faces", photos, out, "-c", config, "prepare.faces.size=32")
     assert result.exit_code == 0, result.output
@@ -61,9 +61,9 @@ def test_no_face_at_all_is_told_loudly(dinogen, photos, tmp_path):
     result = dinogen("faces", photos, tmp_path / "faces", "--device", "cpu")
     assert result.exit_code == 1
     assert "NO FACE AT ALL" in result.output
-    assert "prepare.faces.align=none" in result.output
+    assert "prepare.faces.detect=none" in result.output
     # and the advice can be followed
-    advised = dinogen("faces", photos, tmp_path / "faces", "prepare.faces.align=none")
+    advised = dinogen("faces", photos, tmp_path / "faces", "prepare.faces.detect=none")
     assert advised.exit_code == 0
     assert len(list((tmp_path / "faces").glob("*.jpg"))) == 3
 

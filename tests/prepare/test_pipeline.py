@@ -36,7 +36,7 @@ from shards import ShardsError, open_dataset
 CPU = torch.device("cpu")
 REPO = Path(__file__).parents[2]
 SETTINGS = {
-    "faces": {"size": 32, "align": "none", "max_duplicate_distance": 2},
+    "faces": {"size": 32, "detect": "none", "max_duplicate_distance": 2},
     "pyramids": {"batch": 4, "shard_size": 3},
     "pack": {"shard_size": 3, "val_fraction": 0.3},
 }
@@ -347,11 +347,11 @@ def test_packed_faces_are_not_packed_again(photos, guide, tmp_path):
     other = dinogen("pack", faces, parts, data, "prepare.pack.shard_size=4")
     assert "prepare.pack.shard_size: 3, now 4" in str(other.exception)
     # A summary of the photos is missing here, and the settings are those of another way.
-    config = [f"guide.path={guide.info.path}", "prepare.faces.align=none", "prepare.faces.size=32"]
+    config = [f"guide.path={guide.info.path}", "prepare.faces.detect=none", "prepare.faces.size=32"]
     config += ["prepare.faces.max_duplicate_distance=2", "prepare.pack.shard_size=3"]
     done = dinogen("prepare", photos, data, *config)
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("finished already\n20 photos, 18 faces")
+    assert done.stdout.startswith("finished already\n20 photos, 18 pictures")
     shutil.rmtree(parts)
     (faces / "10.jpg").unlink()
     write_pyramids(faces, parts, PyramidMaker(guide, settings().pyramids, CPU))
@@ -386,7 +386,7 @@ def test_without_one_face_the_reasons_are_there(guide, tmp_path):
     photos.mkdir()
     (photos / "a.jpg").write_bytes(b"")
     with pytest.raises(
-        PrepareError, match=r"none of 1 photos gave a face \(1 empty\): see .*rejected\.csv"
+        PrepareError, match=r"none of 1 photos gave a picture \(1 empty\): see .*rejected\.csv"
     ):
         run(photos, tmp_path / "data", guide)
     assert "a.jpg,empty" in (tmp_path / "data" / "rejected.csv").read_text()

@@ -1,0 +1,29 @@
+"""Whether a run reads pyramids at all, so that its data can be prepared without a guide."""
+
+from __future__ import annotations
+
+import torch
+
+from dinogen.config import Config
+from dinogen.families.registry import family_class
+
+
+def makes_pyramids(config: Config) -> bool:
+    """Whether data for a run get pyramids, as ``prepare.pyramids.make`` says.
+
+    Raises:
+        ConfigError: there is no such family, or an option of it is wrong.
+    """
+    make = config.prepare.pyramids.make
+    return make == "always" or (make == "auto" and reads_pyramids(config))
+
+
+def reads_pyramids(config: Config) -> bool:
+    """Whether the family reads a level in any stage; its networks take no memory on ``meta``.
+
+    Raises:
+        ConfigError: there is no such family, or an option of it is wrong.
+    """
+    cls, nowhere = family_class(config.family), torch.device("meta")
+    with nowhere:
+        return any(cls(config, stage, nowhere).inputs.levels for stage in config.stages)
