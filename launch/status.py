@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinogen.config import Config, load_config
+from dinogen.config import Config, StageConfig, load_config
 from dinogen.errors import UserError
 from launch import squeue
+from launch.chain import lacking_data
 from launch.jobs import Job, Jobs, read_jobs
 from launch.progress import end_of, is_evaluated, num_images, stage_result
 from launch.slurm import ask_states
 from launch.squeue import JobState
-from shards.manifest import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,22 @@ def _progress(job: Job) -> tuple[bool, str]:
     if stage is None:
         if job.step == "evaluate":
             return any(is_evaluated(config, one) for one in config.stages), ""
-        return (Path(config.data.path) / MANIFEST).is_file(), ""
+        return not lacking_data(config), ""
+    return stage_progress(config, stage)
+
+
+def stage_rows(config: Config) -> list[Row]:
+    """The stages of a run that was not submitted, but trained on this machine or not at all."""
+    rows = []
+    for stage in config.stages:
+        done, progress = stage_progress(config, stage)
+        state = "done" if done else "begun" if progress else "not begun"
+        rows.append(Row(f"train-{stage.resolution}", "", state, progress, "", True))
+    return rows
+
+
+def stage_progress(config: Config, stage: StageConfig) -> tuple[bool, str]:
+    """Whether a stage is done, and how far it is, in words; empty before its first log line."""
     result = stage_result(config, stage)
     if result is not None:
         return True, f"{result['nimg'] / 1000:.4g} kimg, {result.get('verdict', 'unknown')}"

@@ -32,7 +32,10 @@ def register(app: typer.Typer) -> None:
 
 def launch(
     config: Annotated[
-        str, typer.Argument(help="YAML file of the run; or the word status.", metavar="CONFIG")
+        str,
+        typer.Argument(
+            help="YAML file of the run, or a folder of them; or the word status.", metavar="CONFIG"
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -90,10 +93,14 @@ def launch(
 ) -> None:
     """Train on several GPUs of this machine, or submit a whole run to SLURM.
 
+    A folder of configs is a study: each is a run of its own, one after the other on this machine,
+    a chain each on SLURM. One that fails does not stop the others.
+
     On SLURM every stage is a job of its own, after the one before it; with --photos the data are
     made first. Given again, it submits what is neither done nor queued.
 
-    [bold]dinogen launch status RUN[/bold] shows the jobs of a run and how far they are.
+    [bold]dinogen launch status RUN[/bold] shows the jobs of a run, or of all runs of a folder of
+    configs, and how far they are.
 
     [bold]Examples[/bold]
 
@@ -104,6 +111,8 @@ def launch(
       dinogen launch my.yaml --on slurm --nodes 2 --gpus-per-node 8 --time 12:00:00 --dry-run
 
       dinogen launch my.yaml --on slurm --photos /data/photos --partition gpu --account me
+
+      dinogen launch configs/ablations --on slurm --partition gpu
 
       dinogen launch status runs/first
     """
@@ -129,6 +138,9 @@ def launch(
     given = {name: value for name, value in options.items() if value is not None}
     launcher = _launcher(on, given)
     changes = [*(overrides or ()), *_as_overrides(given, engine)]
+    if Path(config).is_dir():
+        _launch_study(Path(config), changes, stages, given, dry_run, launcher)
+        return
     launcher(_request(Path(config), changes, stages, given, dry_run))
 
 
@@ -166,6 +178,36 @@ def _as_overrides(given: dict[str, Any], engine: str | None) -> list[str]:
     ]
 
 
+def _launch_study(
+    folder: Path,
+    changes: list[str],
+    stages: str | None,
+    given: dict[str, Any],
+    dry_run: bool,
+    launcher: Callable[[Request], None],
+) -> None:
+    """Launch all configs of a folder and print what became of each; exits 1 if one failed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from launch.local import launch_local
+    from launch.study import exit_code, print_study, run_study, study_configs, submit_study
+
+    files = study_configs(folder, changes)
+    requests = [_request(path, changes, stages, given, dry_run) for path in files]
+    if dry_run:
+        print_study(requests, launcher)
+        return
+    outcomes = run_study(requests) if launcher is launch_local else submit_study(requests)
+    table = Table("config", "run", "outcome", title=str(folder))
+    for one in outcomes:
+        style = None if one.good else "red"
+        table.add_row(one.config.stem, str(one.run), one.what, style=style)
+    Console(highlight=False).print(table)
+    if code := exit_code(outcomes):
+        raise typer.Exit(code)
+
+
 def _request(
     path: Path,
     changes: list[str],
@@ -195,14 +237,19 @@ def _status(arguments: list[str]) -> None:
 
     from dinogen.errors import UserError
     from launch.status import job_rows
+    from launch.study import is_study, study_rows
 
     if len(arguments) != 1:
         raise UserError("write: dinogen launch status RUN")
-    rows = job_rows(Path(arguments[0]))
-    table = Table("step", "job", "state", "progress", "why", title=arguments[0])
-    for row in rows:
+    folder = Path(arguments[0])
+    several = is_study(folder)
+    rows = study_rows(folder) if several else [("", row) for row in job_rows(folder)]
+    names = ("step", "job", "state", "progress", "why")
+    table = Table(*(("config", *names) if several else names), title=arguments[0])
+    for name, row in rows:
+        cells = (row.step, row.id, row.state, row.progress, row.why)
         style = None if row.good else "red"
-        table.add_row(row.step, row.id, row.state, row.progress, row.why, style=style)
+        table.add_row(*((name, *cells) if several else cells), style=style)
     Console(highlight=False).print(table)
-    if not all(row.good for row in rows):
+    if not all(row.good for _, row in rows):
         raise typer.Exit(1)
