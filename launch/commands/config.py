@@ -41,7 +41,7 @@ def show(
     from dinogen.config import dump_config, load_config
 
     config = load_config(file, overrides or ())
-    from dinogen.families.base import resolve  # waits for torch: a mistake is told before
+    from dinogen.families.registry import resolve  # waits for torch: a mistake is told before
 
     typer.echo(dump_config(resolve(config)), nl=False)
     if config.engine.name == "deepspeed":

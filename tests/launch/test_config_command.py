@@ -46,7 +46,7 @@ def test_the_schema_knows_keys_units_and_options_of_the_family():
     schema = json.loads(run("schema"))
     stage = schema["$defs"]["StageConfig"]
     assert stage["additionalProperties"] is False
-    assert stage["required"] == ["resolution", "kimg"]
+    assert stage["required"] == ["resolution"]
     (guided,) = [
         family
         for family in schema["properties"]["family"]["oneOf"]
