@@ -58,7 +58,8 @@ class TransformDraws:
 
     def normal(self, name: str, which: int = 0) -> Tensor:
         """(B,) float64, standard normal, from the same numbers as :meth:`uniform`."""
-        return torch.special.ndtri(self.uniform(name, which))
+        numbers: Tensor = torch.special.ndtri(self.uniform(name, which))
+        return numbers
 
     def pixels(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """(B, *shape) float32 standard normal on the device."""

@@ -63,7 +63,7 @@ def activate(x: Tensor, bias: Tensor) -> Tensor:
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
     """(C,) or (B, C) values in the dtype of x (B, C, H, W) and in a shape that broadcasts to it."""
-    return values.to(x.dtype).unflatten(-1, (-1, 1, 1))
+    return values.to(x.dtype)[..., None, None]
 
 
 class Dense(nn.Module):

@@ -47,7 +47,8 @@ class DiscriminatorBlock(nn.Module):
             x = x if self.half_allowed else x.float()
             # each is brought to half the variance before they are added, to stay in float16
             skip = self.skip(x) * math.sqrt(0.5)
-            return self.conv1(self.conv0(x)) * math.sqrt(0.5) + skip
+            y: Tensor = self.conv1(self.conv0(x)) * math.sqrt(0.5) + skip
+            return y
 
 
 class StyleGAN2Discriminator(nn.Module):

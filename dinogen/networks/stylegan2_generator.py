@@ -185,14 +185,16 @@ class Synthesis(nn.Module):
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleDict()
+        # the w of a block's ToRGB is that of the next block's first layer too
+        self.num_ws, self.num_noise = 1, 0
         channels = 0
         for size in sizes_up_to(resolution):
             before, channels = channels, channels_at(size, channel_base, channel_max)
             half = follows_autocast(size, resolution, num_half)
-            self.blocks[str(size)] = SynthesisBlock(before, channels, size, w_dim, half)
-        # the w of a block's ToRGB is that of the next block's first layer too
-        self.num_ws = sum(len(block.layers) for block in self.blocks.values()) + 1
-        self.num_noise = sum(block.num_noise for block in self.blocks.values())
+            block = SynthesisBlock(before, channels, size, w_dim, half)
+            self.blocks[str(size)] = block
+            self.num_ws += len(block.layers)
+            self.num_noise += block.num_noise
 
     def forward(self, ws: Tensor, noise: Tensor | None = None) -> Tensor:
         """ws (B, num_ws, w_dim), noise (B, num_noise) or None for constant noise.
@@ -204,6 +206,7 @@ class Synthesis(nn.Module):
         image: Tensor | None = None
         first_w = first_noise = 0
         for block in self.blocks.values():
+            assert isinstance(block, SynthesisBlock)
             num = len(block.layers)
             own = noise
             if noise is not None:
