@@ -50,7 +50,7 @@ def test_the_schema_knows_keys_units_and_options_of_the_family():
     (guided,) = [
         family
         for family in schema["properties"]["family"]["oneOf"]
-        if family["properties"]["name"]["const"] == "guided"
+        if family["properties"].get("name", {}).get("const") == "guided"
     ]
     assert "z_dim" in guided["properties"]
     assert guided["additionalProperties"] is False
