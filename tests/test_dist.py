@@ -140,3 +140,26 @@ def test_the_users_number_of_threads_wins(alone):
     alone.setenv("OMP_NUM_THREADS", "3")
     alone.setattr(torch, "set_num_threads", lambda number: pytest.fail("changed"))
     dist.set_cpu_threads()
+
+
+def test_the_device_can_be_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    found = {}
+    for name in ("cpu", "cuda", "mps", "auto"):
+        dist.use_device(name)
+        found[name] = dist.device().type
+    assert found == {"cpu": "cpu", "cuda": "cuda", "mps": "mps", "auto": "cuda"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dist.device().type == "mps"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert dist.device().type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_said(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(dist.DistError, match=f"device: {name} is not to be had"):
+        dist.use_device(name)

@@ -1,0 +1,87 @@
+"""Starts every run of configs/ by its own command for a few steps; images/s of each.
+
+    python benchmarks/every_config.py --faces data/faces --cats data/cats --classes data/both \\
+        --inception WEIGHTS
+
+Networks are as large as the YAML says; batch, length and the number of pictures drawn are cut, so
+that the largest of them fit a CPU. The figures compare what a step costs, not how fast a GPU is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from dinogen.config import Config, load_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def main() -> None:
+    """Train each and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--faces", type=Path, required=True, help="packed faces with pyramids")
+    parser.add_argument("--cats", type=Path, required=True, help="packed cats")
+    parser.add_argument("--classes", type=Path, required=True, help="packed pictures of 2 classes")
+    parser.add_argument("--inception", type=Path, required=True, help="weights of the guide")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--only", default="", help="configs whose path holds this")
+    options = parser.parse_args()
+    failed = []
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        name = str(path.relative_to(CONFIGS))
+        if "stages:" not in path.read_text(encoding="utf-8") or options.only not in name:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder) / "run"
+            overrides = cut(load_config(path), options, run)
+            command = [sys.executable, "-m", "launch.cli", "train", str(path), *overrides]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                failed.append(name)
+                print(f"{name:32} FAILED\n{done.stderr[-2000:]}", flush=True)
+                continue
+            results = [json.loads(p.read_text()) for p in run.glob("*x*/result.json")]
+        for result in sorted(results, key=lambda item: item["resolution"]):
+            size = f"{result['resolution']}x{result['resolution']}"
+            speed, count = result["images_per_s"], result["num_parameters"]
+            print(f"{name:32} {size:8} {speed:9.2f} images/s {count:12,} in G", flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def cut(config: Config, options: argparse.Namespace, run: Path) -> list[str]:
+    """Overrides that make a few steps of a config's run."""
+    labelled = config.family.options.get("num_classes")
+    cats = "cats" in config.data.path
+    data = options.classes if labelled else options.cats if cats else options.faces
+    kimg = options.steps * options.batch / 1000
+    found = [
+        f"run={run}",
+        "data.mix=[]",
+        f"data.path={data}",
+        "engine.precision=auto",
+        "log.num_samples=4",
+        "eval.every_epochs=null",
+        "eval.patience=null",
+    ]
+    for number in range(len(config.stages)):
+        found += [f"stages.{number}.kimg={kimg}", f"stages.{number}.batch={options.batch}"]
+        found += [f"stages.{number}.fade_kimg={kimg / 2 if number else 0}"]
+    if config.family.name == "guided":
+        found += ["guide.name=inception", f"guide.path={options.inception}"]
+        found += ["family.probe_samples=4"]
+    if config.family.name == "ddpm":
+        found += ["family.sample_steps=2"]
+    if config.family.options.get("lambda_perceptual"):
+        found += ["family.perceptual_weights=random"]
+    return found
+
+
+if __name__ == "__main__":
+    main()

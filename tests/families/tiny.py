@@ -1,0 +1,75 @@
+"""Options that make each family small enough for tests, and configs to train it on discs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dinogen.config import Config, parse_config
+from shards.pack import pack
+from shards.sample import Sample
+
+RESOLUTION = 16
+BATCH = 8
+
+TINY = {
+    "dcgan": {"z_dim": 8, "ngf": 4, "ndf": 4},
+    "wgan_gp": {"z_dim": 8, "channels": 4, "channel_max": 8},
+    "sagan": {"z_dim": 8, "channels": 8, "channel_max": 8, "attention": [8]},
+    "progressive_gan": {"z_dim": 8, "channel_base": 64, "channel_max": 8},
+    "stylegan2_ada": {"z_dim": 8, "w_dim": 8, "channel_base": 128, "channel_max": 8},
+    "vae": {"latent": 8, "base_channels": 8},
+    "vae_gan": {"latent": 8, "base_channels": 8, "d_layers": 1, "d_channels": 8},
+    "ddpm": {
+        "base_channels": 8,
+        "channel_multipliers": [1, 2],
+        "num_blocks": 1,
+        "attention_resolutions": [8],
+        "head_channels": 8,
+        "num_steps": 50,
+        "sample_steps": 4,
+    },
+    "guided": {"z_dim": 8, "channel_base": 64, "channel_max": 16, "probe_samples": 4},
+}
+
+
+def tiny_config(family: str, data: Path, run: Path, *overrides: str) -> Config:
+    """A run of four steps of a family; ``overrides`` as on the command line."""
+    base = {
+        "run": str(run),
+        "data": {"path": str(data), "num_threads": 0},
+        "guide": {"path": str(data.parent / "guide")},
+        "family": {"name": family, **TINY[family]},
+        "stages": [{"resolution": RESOLUTION, "kimg": 0.032, "batch": BATCH, "lr": 1e-3}],
+        "checkpoint": {"every_kimg": 1},
+        "log": {"every_kimg": 0.008, "probe_kimg": 1, "samples_kimg": 1, "num_samples": 4},
+    }
+    return parse_config(base, overrides)
+
+
+def discs(num: int, size: int = RESOLUTION) -> list[np.ndarray]:
+    """Pictures (size, size, 3) uint8 of a bright disc on a dark ground."""
+    rng = np.random.default_rng(0)
+    yy, xx = np.mgrid[:size, :size] / size
+    pictures = []
+    for _ in range(num):
+        cx, cy, radius = [*rng.uniform(0.3, 0.7, 2).tolist(), rng.uniform(0.15, 0.3)]
+        inside = (xx - cx) ** 2 + (yy - cy) ** 2 < radius**2
+        pixels = np.where(inside[..., None], rng.integers(128, 255, 3), rng.integers(0, 100, 3))
+        pictures.append(pixels.astype(np.uint8))
+    return pictures
+
+
+def pack_discs(folder: Path, levels: list[dict[str, np.ndarray]] | None = None, **more) -> None:
+    """24 discs with labels 0 and 1, a quarter of them held out."""
+    samples = []
+    for number, pixels in enumerate(discs(24)):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        own = levels[number] if levels else {}
+        name = f"disc{number:03d}"
+        samples.append(Sample(name, file.getvalue(), "png", {}, own, label=number % 2))
+    pack(samples, folder, shard_size=8, val_fraction=0.25, **more)
