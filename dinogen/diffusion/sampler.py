@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -45,10 +46,10 @@ def step(
     """
     now = float(schedule.alpha_bar[t])
     then = float(schedule.alpha_bar[before]) if before >= 0 else 1.0
-    variance = eta**2 * (1 - then) / (1 - now) * (1 - now / then)
+    variance = eta * eta * (1 - then) / (1 - now) * (1 - now / then)
     # rounding may leave a negative speck where eta is 1
-    x = then**0.5 * x0 + max(1 - then - variance, 0.0) ** 0.5 * eps
-    return x if z is None else x + variance**0.5 * z
+    x = math.sqrt(then) * x0 + math.sqrt(max(1 - then - variance, 0.0)) * eps
+    return x if z is None else x + math.sqrt(variance) * z
 
 
 @torch.no_grad()

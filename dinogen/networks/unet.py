@@ -81,7 +81,8 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.num_heads, -1))
         q, k, v = qkv.transpose(3, 4).unbind(1)  # each (B, heads, H*W, head channels)
         out = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj(out.transpose(2, 3).reshape(x.shape))
+        projected: Tensor = self.proj(out.transpose(2, 3).reshape(x.shape))
+        return x + projected
 
 
 class ResBlock(nn.Module):
