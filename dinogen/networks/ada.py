@@ -1,8 +1,8 @@
 """Adaptive discriminator augmentation: the pipeline, and the probability that it follows.
 
-Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data", appendix B
-(figure 10 lists it line by line). What D sees, real or generated, goes through the same pipeline;
-it is differentiable twice, so that G and R1 see through it.
+Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data", section 3 and
+appendix B. What D sees, real or generated, goes through the same pipeline; it is differentiable
+twice, so that G and R1 see through it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dinogen.networks.ada_corruption import add_noise, amplify, band_gains, cut_
 from dinogen.networks.ada_draws import TransformDraws
 from dinogen.networks.ada_geometry import blit, blit_matrices, geometry_matrices, warp
 
-# steps between two changes of p: section 3.1
+# steps between two changes of p, as in section 3
 INTERVAL = 4
 
 
@@ -25,7 +25,7 @@ INTERVAL = 4
 class Strengths:
     """What p is multiplied with for each group of transforms; 0 leaves a group out.
 
-    The paper settles on pixel blitting, geometry and colour ("bgc", section 3.2).
+    The paper settles on pixel blitting, geometry and colour ("bgc", section 2.3).
     """
 
     blit: float = 1.0
@@ -66,7 +66,7 @@ class AugmentProbability(nn.Module):
     """p and what decides it: r_t = E[sign(D(real))], over the last few steps.
 
     Where D overfits, its logits of real pictures are ever more often positive; p follows, so that
-    r_t stays near its target (section 3.1). All of it is in buffers, so a resumed run goes on
+    r_t stays near its target (section 3). All of it is in buffers, so a resumed run goes on
     exactly.
     """
 

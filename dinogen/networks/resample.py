@@ -1,8 +1,7 @@
 """Resampling by FIR filters: zeros between pixels, a filter, every second pixel left out (upfirdn).
 
-StyleGAN2 resamples with the binomial filter [1, 3, 3, 1] in both directions (Karras et al. 2020,
-"Analyzing and Improving the Image Quality of StyleGAN", appendix B; the filters are those of
-Zhang 2019, "Making Convolutional Networks Shift-Invariant Again").
+StyleGAN2 (Karras et al. 2020) resamples with the binomial filter [1, 3, 3, 1] in both directions;
+why to filter at all: Zhang 2019, "Making Convolutional Networks Shift-Invariant Again".
 """
 
 from __future__ import annotations
