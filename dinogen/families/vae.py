@@ -1,0 +1,152 @@
+"""Family `vae`: a convolutional variational autoencoder, with a perceptual term if asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dinogen import draws
+from dinogen.config import Config, ConfigError, Section, StageConfig
+from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars
+from dinogen.features.vgg import VggFeatures, load_vgg
+from dinogen.losses.reconstruction import (
+    kl_to_standard_normal,
+    perceptual_distance,
+    psnr,
+    reparameterize,
+    squared_error,
+)
+from dinogen.networks.autoencoder import Autoencoder
+from shards.dataset import Dataset
+
+
+class Vae(Family):
+    """The evidence lower bound of Kingma and Welling 2014 (equation 10), per pixel value.
+
+    For one picture x of n = 3 * R * R values, with z drawn from its posterior q, the loss is
+
+        ( 1/2 sum (x - decode(z))^2 + beta KL(q || N(0, 1)) ) / n + lambda perceptual
+
+    The squared error is summed over pixels and channels, the KL over the latent, in nats; both are
+    divided by the same n. So beta 1 is the bound of a Gaussian decoder of unit variance (in units
+    of pictures in [-1, 1]), at every resolution, and any other beta that of Higgins et al. 2017.
+    The perceptual distance (:func:`dinogen.losses.reconstruction.perceptual_distance`) is a mean
+    per feature map, summed over three. Over the samples of a batch all is averaged.
+    """
+
+    class Options(Section):
+        """Keys of ``family:`` for ``name: vae``."""
+
+        latent: int = Field(256, ge=1, description="size of the latent")
+        base_channels: int = Field(
+            64,
+            ge=8,
+            multiple_of=8,
+            description="channels at half the resolution; doubled down to 4x4, to 8 times",
+        )
+        beta: float = Field(
+            1.0, ge=0, description="weight of the KL; 1 is the ELBO of a unit-variance decoder"
+        )
+        lambda_perceptual: float = Field(
+            0.0, ge=0, description="weight of the distance of VGG-16 features; 0 needs no VGG"
+        )
+        perceptual_weights: str = Field(
+            "vgg16",
+            min_length=1,
+            description="of VGG-16: vgg16 (downloaded), a .safetensors or .pth file, or random",
+        )
+
+    options: Options
+
+    def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
+        super().__init__(config, stage, device)
+        self.options = self.Options(**config.family.options)
+        if not 16 <= stage.resolution <= 256:
+            raise ConfigError(
+                f"stages: resolution {stage.resolution} is none of a VAE: use 16, 32, 64, 128 or "
+                "256"
+            )
+        self.G = Autoencoder(**self.arguments("G")).to(device)
+        self.vgg: VggFeatures | None = None
+        num_values = 3 * stage.resolution**2
+        self.mse_weight, self.kl_weight = 0.5, self.options.beta / num_values
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Encoder and decoder as one, G."""
+        return {"G": self.G}
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """One update of G."""
+        return (Phase("G", "G", self._losses),)
+
+    @property
+    def inputs(self) -> Inputs:
+        """Pictures."""
+        return Inputs(image_size=self.stage.resolution)
+
+    def begin(self, data: Dataset) -> None:
+        """Load VGG-16, if it teaches."""
+        if self.options.lambda_perceptual:
+            weights = self.options.perceptual_weights
+            self.vgg = load_vgg(weights, self.device, "family.perceptual_weights")
+
+    def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
+        """What latents of the prior decode to."""
+        images: Tensor = networks["G"](self._noise("sample", indices, seed))
+        return images
+
+    def arguments(self, network: str) -> dict[str, Any]:
+        """Of G."""
+        return {
+            "resolution": self.stage.resolution,
+            "latent": self.options.latent,
+            "base_channels": self.options.base_channels,
+        }
+
+    def held_out(self, networks: Networks, batch: Batch) -> Scalars:
+        """The objective of pictures that were not trained on, its parts, and the PSNR in dB."""
+        reconstructions, kl = self._reconstruct(networks["G"], batch, "z/held-out")
+        losses, report = self._judge(reconstructions, kl, batch["image"])
+        return {"loss": torch.stack(list(losses.values())).sum(), **report}
+
+    def describe(self) -> dict[str, Any]:
+        """Which VGG taught the run, if any; says so if its weights are random."""
+        if self.vgg is None:
+            return {}
+        info = self.vgg.info
+        return {"guide": info.to_dict(), "guide_label": info.label, "random_guide": info.random}
+
+    def _noise(self, purpose: str, positions: Tensor, seed: int) -> Tensor:
+        return draws.normal(seed, purpose, positions, (self.options.latent,), self.device)
+
+    def _losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+        return self._judge(*self._reconstruct(self.G, batch, "z"), batch["image"])
+
+    def _reconstruct(self, G: nn.Module, batch: Batch, purpose: str) -> tuple[Tensor, Tensor]:
+        """Pictures of a draw of each posterior (B, 3, R, R), and the posterior's KL (B,)."""
+        assert isinstance(G, Autoencoder)
+        mean, log_variance = G.encode(batch["image"])
+        noise = self._noise(purpose, batch["position"], self.config.seed)
+        kl = kl_to_standard_normal(mean, log_variance)
+        return G(reparameterize(mean, log_variance, noise)), kl
+
+    def _judge(
+        self, reconstructions: Tensor, kl: Tensor, images: Tensor
+    ) -> tuple[Scalars, Scalars]:
+        """The terms of the loss, and what they are in plain units."""
+        mse = squared_error(reconstructions, images) / images[0].numel()
+        losses = {
+            "reconstruction": self.mse_weight * mse.mean(),
+            "kl": self.kl_weight * kl.mean(),
+        }
+        if self.options.lambda_perceptual:
+            assert self.vgg is not None, "begin() comes first"
+            distance = perceptual_distance(self.vgg(reconstructions), self.vgg(images))
+            losses["perceptual"] = self.options.lambda_perceptual * distance.mean()
+        mse, kl = mse.detach(), kl.detach()
+        return losses, {"mse": mse.mean(), "kl_nats": kl.mean(), "psnr": psnr(mse).mean()}

@@ -1,0 +1,181 @@
+"""Frozen VGG-16 features at relu1_2, relu2_2 and relu3_3, for perceptual losses.
+
+Simonyan and Zisserman 2015, "Very Deep Convolutional Networks for Large-Scale Image Recognition"
+(configuration D), in torchvision's layers and weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dinogen import draws
+from dinogen._torchvision import ensure_torchvision
+from dinogen.errors import ConfigError
+from dinogen.features.base import GuideInfo, guide_dtype
+from dinogen.features.dinov2 import IMAGENET_MEAN, IMAGENET_STD
+from dinogen.features.weights import weights_sha256
+
+BY_NAME = "vgg16"
+RANDOM = "random"
+TAPS = {3: "relu1_2", 8: "relu2_2", 15: "relu3_3"}
+_LAYERS: list[str | int] = [64, 64, "M", 128, 128, "M", 256, 256, 256]
+_PREFIX = "features."  # of torchvision's names
+
+_logger = logging.getLogger(__name__)
+
+
+class VggFeatures(nn.Module):
+    """The three maps; frozen, and in eval mode whatever its parent does.
+
+    Computes in the dtype of the layers' weights, whatever autocast surrounds it, and returns
+    float32.
+
+    Args:
+        layers: torchvision's ``features`` up to relu3_3, in float32 or bfloat16.
+        info: who it is.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, layers: nn.Sequential, info: GuideInfo) -> None:
+        super().__init__()
+        self.layers = layers.eval().requires_grad_(False)
+        self.info = info
+        self.training = False
+        self.dtype: torch.dtype = next(layers.parameters()).dtype
+        mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
+        std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
+        self.register_buffer("scale", 0.5 / std, persistent=False)
+        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
+
+    def train(self, mode: bool = True) -> VggFeatures:
+        """Does nothing: the features are frozen in eval mode."""
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, R, R) RGB in [-1, 1] -> maps of 64 channels at R, 128 at R/2 and 256 at R/4."""
+        x = (images.float() * self.scale + self.shift).to(self.dtype)
+        maps = []
+        with torch.autocast(images.device.type, enabled=False):
+            for number, layer in enumerate(self.layers):
+                x = layer(x)
+                if number in TAPS:
+                    maps.append(x.float())
+        return maps
+
+
+def load_vgg(weights: str, device: torch.device, key: str) -> VggFeatures:
+    """Load VGG-16 up to relu3_3.
+
+    Args:
+        weights: ``vgg16`` for torchvision's IMAGENET1K_V1, from torch's hub cache or downloaded;
+            the path of a .safetensors or .pth file with tensors named ``features.0.weight`` and so
+            on, as torchvision names them (others are left aside); or ``random`` for seeded random
+            weights, which every result then tells of.
+        device: where it will run; its weights are in :func:`guide_dtype` there.
+        key: of the config, named in errors.
+
+    Raises:
+        ConfigError: the weights cannot be had, or are not those of VGG-16; names the key and the
+            mend.
+    """
+    ensure_torchvision()
+    from torchvision.models.vgg import make_layers
+
+    with draws.torch_seed(0, BY_NAME):
+        layers: nn.Sequential = make_layers(_LAYERS)
+        _randomize(layers)
+    if weights == RANDOM:
+        _logger.warning(
+            "RANDOM VGG: %s is 'random': seeded random weights; what it teaches means nothing "
+            "beyond a trial",
+            key,
+        )
+    else:
+        _load(layers, _by_name(key) if weights == BY_NAME else _from_file(weights, key), key)
+    info = GuideInfo(
+        name="vgg16",
+        path=weights,
+        revision="IMAGENET1K_V1" if weights == BY_NAME else None,
+        weights_sha256=weights_sha256(layers.state_dict()),
+        num_channels=256,
+        layer=max(TAPS),
+        random=weights == RANDOM,
+    )
+    return VggFeatures(layers.to(guide_dtype(device)), info).to(device)
+
+
+def _by_name(key: str) -> Mapping[str, Any]:
+    from torchvision.models import VGG16_Weights
+
+    source = VGG16_Weights.IMAGENET1K_V1
+    try:
+        found: dict[str, Any] = source.get_state_dict(
+            progress=False, check_hash=True, map_location="cpu", weights_only=True
+        )
+    except Exception as error:  # of network, disk, hash and unpickler; all mean this
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise ConfigError(
+            f"{key}: {BY_NAME} is not whole in {folder}, and cannot be downloaded "
+            f"({_first_line(error)}): on a machine with network fetch {source.url}, and put it "
+            f"there or set {key} to its path"
+        ) from error
+    return found
+
+
+def _from_file(path: str, key: str) -> Mapping[str, Any]:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(
+            f"{key}: {path} is no file: give {BY_NAME}, or the path of its weights as .safetensors "
+            f"or .pth"
+        )
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        found: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise many kinds; all mean this
+        raise ConfigError(
+            f"{key}: {path} cannot be read as weights ({_first_line(error)}): get the file again, "
+            "whole"
+        ) from error
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{key}: {path} holds a {type(found).__name__}: save a state dict there")
+    return found
+
+
+def _load(layers: nn.Sequential, found: Mapping[str, Any], key: str) -> None:
+    own = layers.state_dict()
+    wrong = [
+        f"{_PREFIX}{name}"
+        for name, tensor in own.items()
+        if getattr(found.get(_PREFIX + name), "shape", None) != tensor.shape
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{key}: not the weights of VGG-16: {', '.join(wrong[:3])}"
+            f"{', ...' if len(wrong) > 3 else ''} missing or of another shape: give torchvision's "
+            f"vgg16 (without batch norm), whole"
+        )
+    layers.load_state_dict({name: found[_PREFIX + name] for name in own})
+
+
+def _randomize(layers: nn.Sequential) -> None:
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)

@@ -1,0 +1,114 @@
+"""The convolutional variational autoencoder: pictures to means and log variances, latents back.
+
+Kingma and Welling 2014, "Auto-Encoding Variational Bayes" (section 3). The decoder upsamples and
+convolves: a transposed convolution covers its output unevenly and leaves checkerboards (Odena et
+al. 2016, "Deconvolution and Checkerboard Artifacts").
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LEAK = 0.2
+SMALLEST = 4  # side of the map between convolutions and latent
+WIDEST = 8  # most channels, in base channels
+MAX_GROUPS = 8
+CHANNELS_PER_GROUP = 8  # at least; a group of one would lose its map's contrast
+# Posteriors begin near the prior and pictures near grey: what the first steps meet is no noise.
+HEAD_GAIN = 0.1
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution, group norm, LeakyReLU.
+
+    Group norm (Wu and He 2018), as it knows nothing of the batch: a picture's latent and a
+    latent's picture do not depend on what stands beside them.
+    """
+
+    def __init__(self, num_in: int, num_out: int, kernel: int, stride: int = 1) -> None:
+        super().__init__(
+            nn.Conv2d(num_in, num_out, kernel, stride, padding=(kernel - 1) // 2),
+            nn.GroupNorm(min(MAX_GROUPS, num_out // CHANNELS_PER_GROUP), num_out),
+            nn.LeakyReLU(LEAK),
+        )
+
+
+class UpConv(nn.Module):
+    """Nearest upsample, then two 3x3 convolutions."""
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__()
+        self.conv0 = ConvNorm(num_in, num_out, 3)
+        self.conv1 = ConvNorm(num_out, num_out, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, I, R, R) -> (B, O, 2R, 2R)."""
+        out: Tensor = self.conv1(self.conv0(F.interpolate(x, scale_factor=2, mode="nearest")))
+        return out
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder; called as a whole it decodes, like any other generator.
+
+    The encoder halves the picture down to 4x4 by 4x4 convolutions of stride 2, each followed by a
+    3x3 convolution, with ``base_channels`` at half the resolution, twice as many at the next, at
+    most eight times as many. The decoder is its mirror.
+
+    Args:
+        resolution: side of the pictures, a power of two from 16 to 256.
+        latent: size of the latent.
+        base_channels: channels of the widest maps, a multiple of 8.
+
+    Raises:
+        ValueError: another resolution.
+    """
+
+    def __init__(self, resolution: int, latent: int = 256, base_channels: int = 64) -> None:
+        super().__init__()
+        if resolution not in (16, 32, 64, 128, 256):
+            raise ValueError(f"resolution {resolution} is not a power of two from 16 to 256")
+        self.latent = latent
+        depth = (resolution // SMALLEST).bit_length() - 1
+        channels = [base_channels * min(WIDEST, 1 << i) for i in range(depth)]
+        down: list[nn.Module] = []
+        num_in = 3
+        for num_out in channels:
+            down += [ConvNorm(num_in, num_out, 4, stride=2), ConvNorm(num_out, num_out, 3)]
+            num_in = num_out
+        self.down = nn.Sequential(*down)
+        self.to_posterior = nn.Linear(num_in * SMALLEST**2, 2 * latent)
+        self.from_latent = nn.Linear(latent, num_in * SMALLEST**2)
+        mirrored = [*channels[::-1], channels[0]]
+        self.up = nn.Sequential(*(UpConv(i, o) for i, o in itertools.pairwise(mirrored)))
+        self.to_rgb = nn.Conv2d(channels[0], 3, 3, padding=1)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, a=LEAK)
+                nn.init.zeros_(_bias(module))
+        for head in (self.to_posterior, self.to_rgb):
+            nn.init.xavier_normal_(head.weight, HEAD_GAIN)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 3, R, R) in [-1, 1] -> mean and log variance, each (B, latent) float32."""
+        posterior = self.to_posterior(self.down(images).flatten(1)).float()
+        mean, log_variance = posterior.chunk(2, dim=1)
+        return mean, log_variance
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B, latent) -> pictures (B, 3, R, R) float32 in [-1, 1]."""
+        x = self.from_latent(z).unflatten(1, (-1, SMALLEST, SMALLEST))
+        rgb = self.to_rgb(self.up(F.leaky_relu(x, LEAK)))
+        return torch.tanh(rgb.float())
+
+    def forward(self, z: Tensor) -> Tensor:
+        """As :meth:`decode`."""
+        return self.decode(z)
+
+
+def _bias(module: nn.Conv2d | nn.Linear) -> Tensor:
+    assert module.bias is not None
+    return module.bias

@@ -1,0 +1,60 @@
+"""The PatchGAN discriminator: one logit for each overlapping patch of a picture.
+
+Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks" (section
+3.2.2 and appendix 6.1.2), with group norm in place of batch norm.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+LEAK = 0.2
+WIDEST = 8  # most channels, in base channels
+CHANNELS_PER_GROUP = 8
+INIT_STD = 0.02  # of all convolutions, in the paper
+
+
+class PatchDiscriminator(nn.Module):
+    """4x4 convolutions, ``num_layers`` of stride 2 and two of stride 1, LeakyReLU between.
+
+    With batch norm a picture's logits depend on what stands beside it, so that D could tell a
+    batch of fakes by its statistics, and the cut of a batch into parts and ranks would change the
+    loss. Instance norm takes each map's own mean and contrast away, by which much of a fake is
+    known, and has nothing left to normalise where maps shrink to a single place. Group norm does
+    neither. As in the paper the first layer has none.
+
+    Args:
+        num_layers: convolutions of stride 2; 1, 2, 3 see patches of 16, 34, 70 pixels.
+        base_channels: channels behind the first layer; doubled by each, at most eightfold. A
+            multiple of 8.
+    """
+
+    def __init__(self, num_layers: int = 3, base_channels: int = 64) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, base_channels, 4, 2, 1), nn.LeakyReLU(LEAK)]
+        num_in = base_channels
+        for i in range(1, num_layers + 1):
+            num_out = base_channels * min(WIDEST, 1 << i)
+            layers += [
+                nn.Conv2d(num_in, num_out, 4, 2 if i < num_layers else 1, 1),
+                nn.GroupNorm(num_out // CHANNELS_PER_GROUP, num_out),
+                nn.LeakyReLU(LEAK),
+            ]
+            num_in = num_out
+        self.layers = nn.Sequential(*layers, nn.Conv2d(num_in, 1, 4, 1, 1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=INIT_STD)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, R, R) in [-1, 1] -> logits (B, P, P) float32, P = R / 2**num_layers - 2.
+
+        Positive means real.
+        """
+        logits: Tensor = self.layers(images)
+        return logits.squeeze(1).float()
+
+
+def num_patches(resolution: int, num_layers: int) -> int:
+    """P, the logits along one side of a picture of this resolution; none fit if below 1."""
+    return (resolution >> num_layers) - 2
