@@ -67,8 +67,9 @@ class SpectralNorm(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """W -> W / sigma, in float32 under autocast too."""
-        with torch.autocast(weight.device.type, enabled=False):
-            return weight / (self.u @ (weight.flatten(1) @ self.v))
+        # u' W v as a sum of products: autocast would make matrix products half precision
+        sigma = (weight.flatten(1) * (self.u[:, None] * self.v)).sum()
+        return weight / sigma
 
 
 def spectral_norm(layer: nn.Module) -> nn.Module:

@@ -1,0 +1,131 @@
+"""Family `progressive_gan`: the guided family's generator grown together with a discriminator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dinogen import draws
+from dinogen.config import Config, Section, StageConfig
+from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars
+from dinogen.losses.adversarial import bce_d, bce_g
+from dinogen.losses.penalties import r1_penalty
+from dinogen.networks.progressive import ProgressiveGenerator
+from dinogen.networks.progressive_discriminator import ProgressiveDiscriminator
+
+
+class ProgressiveGan(Family):
+    """Karras et al. 2018, with the non-saturating loss and R1 (Mescheder et al. 2018) in place of
+    WGAN-GP and its drift term.
+
+    R1 needs no extra critic updates, converges at the small batches of large pictures, and runs
+    only in every n-th step (Karras et al. 2020, "Analyzing and Improving the Image Quality of
+    StyleGAN", section 3.1). The generator is the guided family's own, so that the two differ in
+    their teacher alone. While a block fades in everything trains, as in the paper; in the guided
+    family only what is new does, as its lower stages have reached a target that stays the same,
+    whereas here D goes on moving.
+    """
+
+    class Options(Section):
+        """Keys of ``family:`` for ``name: progressive_gan``."""
+
+        z_dim: int = Field(512, ge=1, description="size of the latent")
+        channel_base: int = Field(16384, ge=4, description="channels at R are base / R ...")
+        channel_max: int = Field(512, ge=1, description="... and at most this")
+        group_size: int = Field(4, ge=1, description="samples per minibatch standard deviation")
+        r1_gamma: float = Field(10.0, gt=0, description="R1 is gamma / 2 times the penalty")
+        r1_every: int = Field(16, ge=1, description="steps between updates by R1")
+
+    def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
+        super().__init__(config, stage, device)
+        self.options = self.Options(**config.family.options)
+        self.G = ProgressiveGenerator(**self.arguments("G")).to(device)
+        self.D = ProgressiveDiscriminator(**self.arguments("D")).to(device)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """G and D, of the same resolution and alpha."""
+        return {"G": self.G, "D": self.D}
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """One update of D, now and then one by R1, one of G."""
+        return (
+            Phase("D", "D", self._d_losses),
+            Phase("D_reg", "D", self._r1, every=self.options.r1_every),
+            Phase("G", "G", self._g_losses),
+        )
+
+    @property
+    def inputs(self) -> Inputs:
+        """Pictures alone."""
+        return Inputs(image_size=self.stage.resolution)
+
+    def optimizer_scale(self, network: str) -> float:
+        """k / (k + 1) for D, which has k + 1 updates in k steps."""
+        every = self.options.r1_every
+        return every / (every + 1) if network == "D" else 1.0
+
+    def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
+        """Pictures (N, 3, R, R) in [-1, 1]; the same seed and index give the same picture."""
+        z = draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
+        images: Tensor = networks["G"](z)
+        return images
+
+    def arguments(self, network: str) -> dict[str, Any]:
+        """Of G or D."""
+        own = "z_dim" if network == "G" else "group_size"
+        return {
+            "resolution": self.stage.resolution,
+            "channel_base": self.options.channel_base,
+            "channel_max": self.options.channel_max,
+            own: getattr(self.options, own),
+        }
+
+    def new_parameters(self, network: str) -> set[str]:
+        """The block and ToRGB or FromRGB of the stage's resolution."""
+        return self.G.new_parameters() if network == "G" else self.D.new_parameters()
+
+    def trainable(self, network: str) -> set[str]:
+        """All that is in use: ToRGB and FromRGB of the stage before only while fading in."""
+        names = super().trainable(network)
+        if network == "G":
+            return names if self.G.fading else names - self.G.old_to_rgb()
+        return names if self.D.fading else names - self.D.old_from_rgb()
+
+    def set_fade(self, networks: Networks, alpha: float, fading: bool) -> None:
+        """Set alpha in every copy of G and D."""
+        for network in networks.values():
+            if isinstance(network, (ProgressiveGenerator, ProgressiveDiscriminator)):
+                network.set_fade(alpha, fading)
+
+    def _d_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+        # apart: a group of the minibatch standard deviation is all real or all generated
+        real, fake = self.D(self._real(batch)), self.D(self._generate(batch, "z/D"))
+        return {"bce": bce_d(real, fake)}, {"real": real.mean(), "fake": fake.mean()}
+
+    def _r1(self, batch: Batch) -> tuple[Scalars, Scalars]:
+        penalty = r1_penalty(self.D, self._real(batch))
+        weight = self.options.r1_gamma / 2 * self.options.r1_every
+        return {"r1": weight * penalty}, {"penalty": penalty.detach()}
+
+    def _g_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+        return {"bce": bce_g(self.D(self._generate(batch, "z/G")))}, {}
+
+    def _real(self, batch: Batch) -> Tensor:
+        """Real pictures, as far between the two resolutions as G's are (section 2)."""
+        images: Tensor = batch["image"]
+        if not self.D.fading:
+            return images
+        coarse = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="nearest")
+        return torch.lerp(coarse, images, self.D.alpha)
+
+    def _generate(self, batch: Batch, purpose: str) -> Tensor:
+        shape = (self.options.z_dim,)
+        z = draws.normal(self.config.seed, purpose, batch["position"], shape, self.device)
+        images: Tensor = self.G(z)
+        return images

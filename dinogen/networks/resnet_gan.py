@@ -1,0 +1,193 @@
+"""Residual generator and critic of WGAN-GP and SAGAN.
+
+Gulrajani et al. 2017, "Improved Training of Wasserstein GANs" (appendix C, residual networks), and
+Zhang et al. 2019, "Self-Attention Generative Adversarial Networks": blocks with pre-activation,
+nearest upsampling in the generator and mean pooling in the critic, a shortcut around each.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dinogen.networks.layers import SelfAttention, spectral_norm
+
+GeneratorNorm = Literal["batch", "group"]
+CriticNorm = Literal["instance", "spectral"]
+LEAK = 0.2
+CHANNELS_PER_GROUP = 16
+
+
+class ResnetGenerator(nn.Module):
+    """z -> dense to 4x4 -> residual blocks, each doubling -> norm, ReLU, 3x3 to RGB -> tanh.
+
+    Args:
+        resolution: side of the pictures, a power of two from 8.
+        z_dim: size of the latent.
+        channels: channels at the full resolution, doubled at each halving ...
+        channel_max: ... and at most this.
+        norm: batch norm (WGAN-GP), or group norm over 16 neighbouring channels, with which a
+            picture does not depend on the others of its batch.
+        attention: sizes of the maps that go through self-attention.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        z_dim: int = 128,
+        channels: int = 64,
+        channel_max: int = 512,
+        norm: GeneratorNorm = "batch",
+        attention: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__()
+        widths = _widths(resolution, channels, channel_max, attention)
+        self.dense = nn.Linear(z_dim, 16 * widths[4], bias=False)
+        layers: list[nn.Module] = []
+        for size, width in widths.items():
+            if size > 4:
+                layers.append(UpBlock(widths[size // 2], width, norm))
+            if size in attention:
+                layers.append(SelfAttention(width))
+        self.layers = nn.Sequential(*layers)
+        self.norm = _norm(norm, widths[resolution])
+        self.to_rgb = nn.Conv2d(widths[resolution], 3, 3, padding=1)
+        _initialise(self)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Latents (B, z_dim) -> pictures (B, 3, R, R) in [-1, 1]."""
+        x = self.layers(self.dense(z).unflatten(1, (-1, 4, 4)))
+        return torch.tanh(self.to_rgb(F.relu(self.norm(x))).float())
+
+
+class ResnetCritic(nn.Module):
+    """3x3 from RGB -> residual blocks, each halving, down to 4x4 -> one linear map of it all.
+
+    The last map has no bias: a Wasserstein loss cancels it. It has no spectral norm either: the
+    gradient penalty asks for a slope of 1, and a chain of layers of norm 1 with LeakyReLU between
+    them is always flatter, so one free factor has to make up for it.
+
+    Args:
+        resolution: side of the pictures, a power of two from 8.
+        channels: channels at the full resolution, doubled at each halving ...
+        channel_max: ... and at most this.
+        norm: instance norm, which mixes no samples as the gradient penalty demands (section 4 of
+            WGAN-GP, which took layer norm), or spectral norm of all weights but the last.
+        attention: sizes of the maps that go through self-attention.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        channels: int = 64,
+        channel_max: int = 512,
+        norm: CriticNorm = "instance",
+        attention: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__()
+        widths = _widths(resolution, channels, channel_max, attention)
+        self.from_rgb = nn.Conv2d(3, widths[resolution], 3, padding=1)
+        layers: list[nn.Module] = []
+        for size, width in reversed(widths.items()):
+            if size in attention:
+                layers.append(SelfAttention(width))
+            if size > 4:
+                layers.append(DownBlock(width, widths[size // 2], norm))
+        self.layers = nn.Sequential(*layers)
+        self.linear = nn.Linear(16 * widths[4], 1, bias=False)
+        _initialise(self)
+        if norm == "spectral":
+            for module in [self.from_rgb, *self.layers.modules()]:
+                if isinstance(module, nn.Conv2d):
+                    # all singular values begin as 1, so no signal is lost on the way
+                    nn.init.orthogonal_(module.weight)
+                    spectral_norm(module)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, R, R) -> scores (B,)."""
+        x = F.leaky_relu(self.layers(self.from_rgb(images)), LEAK)
+        scores: Tensor = self.linear(x.flatten(1)).flatten()
+        return scores
+
+
+class UpBlock(nn.Module):
+    """Norm, ReLU, upsample, 3x3, norm, ReLU, 3x3; the shortcut is upsampled and 1x1."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: GeneratorNorm) -> None:
+        super().__init__()
+        self.norm0 = _norm(norm, in_channels)
+        self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.norm1 = _norm(norm, out_channels)
+        self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.shortcut = _shortcut(in_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, I, R, R) -> (B, O, 2R, 2R)."""
+        y = F.interpolate(F.relu(self.norm0(x)), scale_factor=2, mode="nearest")
+        y = self.conv1(F.relu(self.norm1(self.conv0(y))))
+        # 1x1 and nearest upsampling can change places; so it is a quarter of the work
+        return y + F.interpolate(self.shortcut(x), scale_factor=2, mode="nearest")
+
+
+class DownBlock(nn.Module):
+    """(Norm,) LeakyReLU, 3x3, (norm,) LeakyReLU, 3x3, mean pool; the shortcut is pooled and 1x1."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm: CriticNorm) -> None:
+        super().__init__()
+        instance = norm == "instance"
+        self.norm0 = _norm(norm, in_channels)
+        self.conv0 = nn.Conv2d(in_channels, in_channels, 3, padding=1, bias=not instance)
+        self.norm1 = _norm(norm, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.shortcut = _shortcut(in_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, I, R, R) -> (B, O, R/2, R/2)."""
+        y = self.conv0(F.leaky_relu(self.norm0(x), LEAK))
+        y = self.conv1(F.leaky_relu(self.norm1(y), LEAK))
+        return F.avg_pool2d(y, 2) + self.shortcut(F.avg_pool2d(x, 2))
+
+
+def _widths(
+    resolution: int, channels: int, channel_max: int, attention: tuple[int, ...]
+) -> dict[int, int]:
+    """Channels of the maps from 4 to the resolution."""
+    if resolution < 8 or resolution & (resolution - 1):
+        raise ValueError(f"resolution {resolution} is not a power of two from 8")
+    sizes = [4 << i for i in range((resolution // 4).bit_length())]
+    if not set(attention) <= set(sizes):
+        raise ValueError(f"attention at {attention}: the maps have sizes {sizes}")
+    return {size: min(channel_max, channels * resolution // size) for size in sizes}
+
+
+def _norm(norm: GeneratorNorm | CriticNorm, channels: int) -> nn.Module:
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    if norm == "instance":
+        return nn.InstanceNorm2d(channels, affine=True)
+    if norm == "group":
+        # 16, or as many as divide an odd width
+        return nn.GroupNorm(channels // math.gcd(channels, CHANNELS_PER_GROUP), channels)
+    return nn.Identity()  # spectral norm is one of weights
+
+
+def _shortcut(in_channels: int, out_channels: int) -> nn.Module:
+    if in_channels == out_channels:
+        return nn.Identity()
+    return nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+
+def _initialise(network: nn.Module) -> None:
+    """He's for what ReLU follows, unit gain for shortcuts and attention; biases 0."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            gain = "relu" if module.kernel_size == (3, 3) else "linear"
+            nn.init.kaiming_normal_(module.weight, nonlinearity=gain)
+        elif isinstance(module, nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+            nn.init.zeros_(module.bias)

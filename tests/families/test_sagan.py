@@ -1,0 +1,68 @@
+"""SAGAN as a family: what it changes in WGAN-GP, and that it learns eight pictures."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from dinogen.config import ConfigError
+from dinogen.networks.layers import SelfAttention
+from tests.families.gans import (
+    Training,
+    assert_any_cut_gives_the_same_gradient,
+    drawn_pictures,
+    energy_distance,
+    make_batch,
+    make_family,
+)
+
+SMALL = ("family.z_dim=8", "family.channels=4", "family.channel_max=8", "family.attention=[8]")
+LEARNS = ("family.z_dim=8", "family.channels=8", "family.channel_max=16", "family.attention=[8]")
+LEARNS += ("optim.betas=[0.0, 0.9]", "stages.0.lr=2.0e-3", "stages.0.batch=8")
+
+
+def test_group_and_spectral_norm_stand_for_batch_and_instance_norm():
+    family = make_family("sagan", 16, *SMALL)
+    modules = [*family.G.modules(), *family.D.modules()]
+    assert not any(isinstance(m, (nn.BatchNorm2d, nn.InstanceNorm2d)) for m in modules)
+    assert any(isinstance(m, nn.GroupNorm) for m in family.G.modules())
+    assert any(parametrize.is_parametrized(m) for m in family.D.modules())
+    for network in family.networks.values():
+        assert sum(isinstance(m, SelfAttention) for m in network.modules()) == 1
+
+
+def test_any_cut_into_microbatches_gives_the_same_gradient():
+    family = make_family("sagan", 16, *SMALL)
+    assert_any_cut_gives_the_same_gradient(family, drawn_pictures(8, 16), cut=3)
+
+
+def test_spectral_norms_iterate_once_per_step_however_many_forwards():
+    family, batch = make_family("sagan", 16, *SMALL), make_batch(drawn_pictures(8, 16))
+
+    def vectors():
+        named = family.D.named_buffers()
+        return torch.cat([b.flatten() for name, b in named if name.endswith((".u", ".v"))])
+
+    with torch.no_grad():
+        for parameter in family.D.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    start = vectors()
+    for phase in family.phases:
+        phase.losses(batch)
+    assert torch.equal(vectors(), start)
+    family.after_step(8)
+    assert not torch.equal(vectors(), start)
+
+
+def test_attention_at_a_size_that_is_not_there_is_a_clear_error():
+    with pytest.raises(ConfigError, match=r"family\.attention: 32 is the size of no map"):
+        make_family("sagan", 16, "family.attention=[8, 32]")
+
+
+def test_it_learns_eight_pictures():
+    pictures = drawn_pictures(8, 16)
+    family = make_family("sagan", 16, *LEARNS)
+    training = Training(family)
+    before = energy_distance(training.samples(64), pictures)
+    training.run(pictures, 150)
+    assert energy_distance(training.samples(64), pictures) < before / 2

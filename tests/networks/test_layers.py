@@ -1,0 +1,166 @@
+"""Attention against torch's own, spectral norm against an SVD, minibatch std against numpy."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dinogen.networks.layers import (
+    SelfAttention,
+    SpectralNorm,
+    minibatch_std,
+    spectral_norm,
+    update_spectral_norms,
+)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def test_attention_begins_as_the_identity():
+    x = torch.randn(2, 16, 5, 6)
+    assert torch.equal(SelfAttention(16)(x), x)
+
+
+def test_attention_is_torch_s_own_without_its_scale():
+    attention, x = SelfAttention(16), torch.randn(2, 16, 5, 6)
+    attention.gamma.data.fill_(0.7)
+
+    def tokens(layer):  # (B, places, channels)
+        return layer(x).flatten(2).transpose(1, 2)
+
+    attended = F.scaled_dot_product_attention(
+        tokens(attention.query), tokens(attention.key), tokens(attention.value), scale=1.0
+    )
+    expected = attended @ attention.out.weight.flatten(1).T
+    expected = x + 0.7 * expected.transpose(1, 2).reshape(x.shape)
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_attention_can_be_differentiated_twice():
+    attention = SelfAttention(8)
+    attention.gamma.data.fill_(0.5)
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(attention(x).square().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in attention.parameters())
+
+
+def test_attention_of_few_channels_has_some():
+    assert SelfAttention(4)(torch.randn(1, 4, 2, 2)).shape == (1, 4, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(12, 7), nn.Conv2d(5, 9, 3), nn.Conv2d(3, 16, 1)], ids=["fc", "3x3", "1x1"]
+)
+def test_spectral_norm_is_that_of_an_svd(layer):
+    layer = copy.deepcopy(layer)
+    weight = layer.weight.detach().clone()
+    spectral_norm(layer)
+    for _ in range(300):
+        update_spectral_norms(layer)
+    sigma = torch.linalg.svdvals(weight.flatten(1))[0]
+    torch.testing.assert_close(layer.weight, weight / sigma, rtol=1e-4, atol=1e-6)
+    largest = torch.linalg.svdvals(layer.weight.flatten(1))[0]
+    assert largest.item() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_normalised_map_is_1_lipschitz():
+    layer = nn.Linear(20, 10)
+    layer.weight.data.mul_(50)
+    x, y = torch.randn(200, 20), torch.randn(200, 20)
+    before = ((layer(x) - layer(y)).norm(dim=1) / (x - y).norm(dim=1)).max()
+    spectral_norm(layer)
+    for _ in range(300):
+        update_spectral_norms(layer)
+    ratio = (layer(x) - layer(y)).norm(dim=1) / (x - y).norm(dim=1)
+    assert before > 5
+    assert 0.5 < ratio.max() <= 1 + 1e-5
+
+
+def test_at_the_start_it_is_15_iterations_near():
+    rows, columns = torch.linalg.qr(torch.randn(8, 8))[0], torch.linalg.qr(torch.randn(30, 8))[0]
+    weight = rows @ torch.diag(torch.tensor([5.0, 3, 2, 1, 1, 1, 1, 1])) @ columns.T
+    # the wrong share shrinks by (3 / 5)^2 an iteration: 2e-7 after 15 of them
+    torch.testing.assert_close(SpectralNorm(weight)(weight), weight / 5, rtol=1e-4, atol=1e-6)
+
+
+def test_it_iterates_only_when_told():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).train()
+    for layer in (network[0], network[2]):
+        spectral_norm(layer)
+    x = torch.randn(2, 3, 8, 8)
+    first = network(x)
+    buffers = {name: b.clone() for name, b in network.named_buffers()}
+    assert len(buffers) == 4
+    assert torch.equal(network(x), first) and torch.equal(network(x), first)
+    assert all(torch.equal(b, buffers[name]) for name, b in network.named_buffers())
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    update_spectral_norms(network)
+    assert not any(torch.equal(b, buffers[name]) for name, b in network.named_buffers())
+
+
+def test_its_gradient_holds_u_and_v_fixed():
+    layer = nn.Linear(6, 5, bias=False)
+    spectral_norm(layer)
+    original = layer.parametrizations.weight.original
+    norm = layer.parametrizations.weight[0]
+    upstream = torch.randn(5, 6)
+    (layer.weight * upstream).sum().backward()
+    # Miyato et al. 2018, equation 9 and what follows from sigma = u' W v
+    W, sigma = original.detach(), (norm.u @ original.detach() @ norm.v)
+    expected = (upstream - (upstream * W).sum() / sigma * torch.outer(norm.u, norm.v)) / sigma
+    torch.testing.assert_close(original.grad, expected)
+
+
+def test_it_is_saved_copied_and_loaded():
+    a, b = spectral_norm(nn.Linear(6, 5)), spectral_norm(nn.Linear(6, 5))
+    x = torch.randn(3, 6)
+    assert not torch.allclose(a(x), b(x))
+    b.load_state_dict(a.state_dict())
+    assert torch.equal(a(x), b(x))
+    assert torch.equal(a(x), copy.deepcopy(a)(x))
+
+
+def test_it_stays_in_float32_under_autocast():
+    layer = spectral_norm(nn.Linear(6, 5))
+    expected = layer.weight.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.weight, expected)
+
+
+def std_by_hand(x, group_size):
+    """Over samples of a group, per feature and place, then one mean."""
+    found = []
+    for first in range(0, len(x), group_size):
+        group = x[first : first + group_size].numpy()
+        found += [np.sqrt(group.var(axis=0) + 1e-8).mean()] * len(group)
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize(("batch", "group_size"), [(8, 4), (8, 8), (6, 4), (3, 4), (1, 4), (4, 1)])
+def test_minibatch_std_by_hand(batch, group_size):
+    x = torch.randn(batch, 5, 4, 4) * torch.arange(1, batch + 1)[:, None, None, None]
+    got = minibatch_std(x, group_size)
+    assert torch.equal(got[:, :5], x)
+    expected = std_by_hand(x, group_size)[:, None, None].expand(-1, 4, 4)
+    torch.testing.assert_close(got[:, 5], expected.float())
+
+
+def test_groups_do_not_depend_on_ranks_with_whole_groups():
+    x = torch.randn(12, 5, 4, 4)
+    shares = torch.cat([minibatch_std(x[:4], 4), minibatch_std(x[4:], 4)])
+    torch.testing.assert_close(shares, minibatch_std(x, 4))
+
+
+def test_alike_samples_have_finite_gradients():
+    x = torch.ones(4, 2, 4, 4, requires_grad=True)
+    minibatch_std(x, 4).sum().backward()
+    assert torch.isfinite(x.grad).all()
