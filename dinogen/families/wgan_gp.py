@@ -62,7 +62,7 @@ class WganGp(Family):
 
     @property
     def headline(self) -> str:
-        """D, whose loss with its sign turned is the distance that shrinks (the paper's figure 3)."""
+        """D, whose loss with its sign turned is the distance to shrink (the paper's figure 3)."""
         return "D"
 
     @property

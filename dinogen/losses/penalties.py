@@ -34,7 +34,7 @@ def gradient_penalty(D: Discriminator, real: Tensor, fake: Tensor, eps: Tensor) 
         between = torch.lerp(fake.detach().float(), real.detach().float(), eps)
         gradient, logits = _gradient(D, between)
         # vector_norm and not sqrt of a sum: it has a finite gradient where the norm is zero
-        norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+        norm: Tensor = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
         return (norm - 1).square().mean() + 0 * logits.sum()
 
 

@@ -33,7 +33,8 @@ class SelfAttention(nn.Module):
         query, key, value = (f(x).flatten(2) for f in (self.query, self.key, self.value))
         weights = torch.softmax(query.transpose(1, 2) @ key, dim=-1)
         attended = (value @ weights.transpose(1, 2)).unflatten(2, x.shape[2:])
-        return x + self.gamma * self.out(attended)
+        changed: Tensor = self.gamma * self.out(attended)
+        return x + changed
 
 
 class SpectralNorm(nn.Module):
@@ -114,5 +115,5 @@ def _std(x: Tensor, group_size: int) -> Tensor:
     groups = x.unflatten(0, (-1, group_size))
     variance = groups.var(dim=1, correction=0)
     # the small number is in the paper's code: the root's gradient is infinite at zero
-    std = (variance + 1e-8).sqrt().flatten(1).mean(1)
+    std: Tensor = (variance + 1e-8).sqrt().flatten(1).mean(1)
     return std.repeat_interleave(group_size)

@@ -127,7 +127,7 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, R, R) -> (B, O, 2R, 2R)."""
-        y = F.interpolate(F.relu(self.norm0(x)), scale_factor=2, mode="nearest")
+        y: Tensor = F.interpolate(F.relu(self.norm0(x)), scale_factor=2, mode="nearest")
         y = self.conv1(F.relu(self.norm1(self.conv0(y))))
         # 1x1 and nearest upsampling can change places; so it is a quarter of the work
         return y + F.interpolate(self.shortcut(x), scale_factor=2, mode="nearest")
@@ -147,9 +147,10 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, R, R) -> (B, O, R/2, R/2)."""
-        y = self.conv0(F.leaky_relu(self.norm0(x), LEAK))
+        y: Tensor = self.conv0(F.leaky_relu(self.norm0(x), LEAK))
         y = self.conv1(F.leaky_relu(self.norm1(y), LEAK))
-        return F.avg_pool2d(y, 2) + self.shortcut(F.avg_pool2d(x, 2))
+        shortcut: Tensor = self.shortcut(F.avg_pool2d(x, 2))
+        return shortcut + F.avg_pool2d(y, 2)
 
 
 def _widths(
@@ -185,8 +186,8 @@ def _initialise(network: nn.Module) -> None:
     """He's for what ReLU follows, unit gain for shortcuts and attention; biases 0."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            gain = "relu" if module.kernel_size == (3, 3) else "linear"
-            nn.init.kaiming_normal_(module.weight, nonlinearity=gain)
+            relu = module.kernel_size == (3, 3)
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu" if relu else "linear")
         elif isinstance(module, nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
         if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:

@@ -52,7 +52,7 @@ def test_a_resolution_out_of_range_is_a_clear_error(resolution):
 
 
 def test_a_width_out_of_range_is_a_clear_error():
-    with pytest.raises(ConfigError, match="ngf: .* not 0"):
+    with pytest.raises(ConfigError, match=r"ngf: .* not 0"):
         make_family("dcgan", 16, "family.ngf=0")
 
 
