@@ -100,7 +100,8 @@ class SynthesisLayer(nn.Module):
         super().__init__()
         self.conv = ModulatedConv(in_channels, out_channels, 3, w_dim, up)
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.noise_strength = nn.Parameter(torch.zeros(()))
+        # not a scalar: DeepSpeed cannot broadcast those
+        self.noise_strength = nn.Parameter(torch.zeros(1))
         # the noise of every picture that is given none
         self.register_buffer("noise", torch.randn(resolution, resolution))
 
