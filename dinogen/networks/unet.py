@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 LONGEST_PERIOD = 10_000
 MAX_GROUPS = 32
+MIN_PER_GROUP = 4
 
 
 def time_embedding(t: Tensor, size: int) -> Tensor:
@@ -36,14 +37,18 @@ def time_embedding(t: Tensor, size: int) -> Tensor:
 
 
 class Norm(nn.GroupNorm):
-    """Group norm in the most groups that divide both the channels and 32.
+    """Group norm in as many groups as there can be: at most 32, of at least 4 channels each.
+
+    A group of one channel would take away whatever the convolution's bias adds, whose gradient
+    then is rounding noise that Adam takes for a direction.
 
     Autocast computes it in float32 and leaves it there; what follows up to the next convolution
     would take twice the memory and time, so the type of x is put back.
     """
 
     def __init__(self, channels: int) -> None:
-        super().__init__(math.gcd(MAX_GROUPS, channels), channels)
+        most = max(1, min(MAX_GROUPS, channels // MIN_PER_GROUP))
+        super().__init__(max(n for n in range(1, most + 1) if channels % n == 0), channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape and type."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dinogen.networks.unet import ResBlock, SelfAttention, UNet, time_embedding
+from dinogen.networks.unet import Norm, ResBlock, SelfAttention, UNet, time_embedding
 
 
 def small(resolution=16, **more):
@@ -97,6 +97,13 @@ def test_at_the_start_the_output_is_0_and_every_branch_is_absent():
     assert torch.equal(block(h, torch.randn(2, 32)), h)
 
 
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(2, 1), (8, 2), (18, 3), (24, 6), (128, 32), (192, 32), (896, 32)]
+)
+def test_groups_of_a_norm_divide_the_channels_and_are_not_too_small(channels, groups):
+    assert Norm(channels).num_groups == groups
+
+
 def test_attention_is_that_of_torch():
     torch.manual_seed(0)
     ours = disturbed(SelfAttention(24, 8))
@@ -107,7 +114,7 @@ def test_attention_is_that_of_torch():
         reference.out_proj.weight.copy_(ours.proj.weight.flatten(1))
         reference.out_proj.bias.copy_(ours.proj.bias)
     x = torch.randn(2, 24, 4, 5)
-    tokens = F.group_norm(x, 8, ours.norm.weight, ours.norm.bias).flatten(2).transpose(1, 2)
+    tokens = F.group_norm(x, 6, ours.norm.weight, ours.norm.bias).flatten(2).transpose(1, 2)
     attended, _ = reference(tokens, tokens, tokens)
     expected = x + attended.transpose(1, 2).reshape(x.shape)
     torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
