@@ -5,6 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from dinogen.config import ConfigError
+from dinogen.training.checkpoint import newest_checkpoint
+from dinogen.training.run import train
 from dinogen.training.stages import grow
 from tests.families.gans import (
     Training,
@@ -15,15 +17,13 @@ from tests.families.gans import (
     make_batch,
     make_family,
 )
+from tests.families.tiny import tiny_config
 
 SMALL = ("family.z_dim=8", "family.channel_base=64", "family.channel_max=8")
 
 
-@pytest.mark.parametrize("resolution", [4, 16])
-@pytest.mark.parametrize("fading", [False, True])
+@pytest.mark.parametrize(("resolution", "fading"), [(4, False), (16, False), (16, True)])
 def test_each_phase_changes_its_network_alone(resolution, fading):
-    if fading and resolution == 4:
-        pytest.skip("the first stage has nothing to fade in from")
     family = make_family("progressive_gan", resolution, *SMALL)
     family.set_fade(family.networks, 0.5 if fading else 1.0, fading)
     assert_each_phase_changes_its_network_alone(family, drawn_pictures(8, resolution))
@@ -99,6 +99,24 @@ def test_r1_is_lazy_and_weighs_as_if_it_were_not(every, scale):
 def test_a_cut_at_a_group_s_border_gives_the_same_gradient():
     family = make_family("progressive_gan", 16, *SMALL)
     assert_any_cut_gives_the_same_gradient(family, drawn_pictures(12, 16), cut=4)
+
+
+def test_both_networks_grow_in_a_real_run(disc_data, tmp_path):
+    stages = "[{resolution: 8, kimg: 0.016, batch: 8}, "
+    stages += "{resolution: 16, kimg: 0.032, fade_kimg: 0.016, batch: 8}]"
+    config = tiny_config("progressive_gan", disc_data, tmp_path, f"stages={stages}")
+    train(config)
+    for name, rgb in (("G", "to_rgb"), ("D", "from_rgb")):
+        before, grown = (
+            newest_checkpoint(tmp_path / size / "checkpoints").tensors(name)
+            for size in ("8x8", "16x16")
+        )
+        assert grown["alpha"].item() == 1
+        assert {f"{rgb}.8.weight", f"{rgb}.16.weight", "blocks.16.conv0.weight"} <= set(grown)
+        # while the new block faded in, all of the old one learnt on
+        moved = [key for key in set(before) & set(grown) if not before[key].equal(grown[key])]
+        assert f"{rgb}.8.weight" in moved
+        assert any(key.startswith("blocks.8.") for key in moved)
 
 
 def test_it_learns_eight_pictures_grown_from_8_to_16():
