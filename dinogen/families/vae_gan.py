@@ -30,6 +30,7 @@ class VaeGan(Vae):
 
     D sees reconstructions and, as many, decoded draws of the prior (their section 2.3): the prior's
     are what is sampled in the end, and where no posterior lies reconstructions teach nothing.
+    Held-out figures leave the adversarial term out, as D is not averaged.
     """
 
     class Options(Vae.Options):
