@@ -112,8 +112,8 @@ class ProgressiveGan(Family):
 
     def _r1(self, batch: Batch) -> tuple[Scalars, Scalars]:
         penalty = r1_penalty(self.D, self._real(batch))
-        # The gradient of one change of a whole picture shrinks as its pixels grow in number. Left
-        # as at 256x256, the gradient of R1 at 4x4 was 150 times that of the loss.
+        # The more pixels share a change of the picture, the smaller is D's gradient at each. With
+        # the gamma of 256x256, R1's gradient at 4x4 was 150 times that of the loss.
         gamma = self.options.r1_gamma * (self.stage.resolution / 256) ** 2
         weight = gamma / 2 * self.options.r1_every
         return {"r1": weight * penalty}, {"penalty": penalty.detach()}
