@@ -100,12 +100,15 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
         images: (B, C, R, R).
         matrices: (B, 3, 3), invertible.
     """
-    moved = ~_is_identity(matrices)
-    if not bool(moved.any()):
-        return images
-    # the others are left as they are: while p is small they are most
-    index = moved.nonzero().flatten().to(images.device)
-    return images.index_copy(0, index, _warp(images.index_select(0, index), matrices[moved]))
+    size, moved = images.shape[-1], ~_is_identity(matrices)
+    margins = _margins(matrices, size)
+    # By the margin that each needs: less to compute, and none is rounded as others make it.
+    for margin in margins[moved].unique().tolist():
+        chosen = moved & (margins == margin)
+        index = chosen.nonzero().flatten().to(images.device)
+        part = _warp(images.index_select(0, index), matrices[chosen], margin)
+        images = images.index_copy(0, index, part)
+    return images
 
 
 def mirrored(index: Tensor, size: int) -> Tensor:
@@ -146,24 +149,39 @@ def _is_identity(matrices: Tensor) -> Tensor:
     return (matrices == torch.eye(3)).flatten(1).all(1)
 
 
-def _warp(images: Tensor, matrices: Tensor) -> Tensor:
-    size = images.shape[-1]
-    centre = (size - 1) / 2
-    # Out of so many places, half a pixel apart, the second filter makes the R pixels.
-    num = 2 * size - 2 + NUM_TAPS
-    first = (DELAY - (NUM_TAPS - 1)) / 2 - centre
-    # From places, counted from -1 to 1, to where their pixels come from
-    matrices = torch.linalg.inv(matrices) @ _linear((num - 1) / 4, first + (num - 1) / 4)
+def _to_sources(matrices: Tensor, size: int) -> Tensor:
+    """From places at twice the resolution, -1 to 1 over all that the second filter needs, to the
+    pixels that come there."""
+    first = (DELAY - (NUM_TAPS - 1)) / 2 - (size - 1) / 2
+    half = (_num_places(size) - 1) / 4
+    inverse: Tensor = torch.linalg.inv(matrices)
+    return inverse @ _linear(half, first + half)
+
+
+def _num_places(size: int) -> int:
+    return 2 * size - 2 + NUM_TAPS
+
+
+def _margins(matrices: Tensor, size: int) -> Tensor:
+    """Pixels needed around each picture, (B,) int64, in steps of a quarter of its side."""
     corners = torch.tensor([[-1, -1, 1], [-1, 1, 1], [1, -1, 1], [1, 1, 1]]).double().T
-    margin = math.ceil((matrices @ corners)[:, :2].abs().max().item() - centre) + REACH
+    reach = (_to_sources(matrices, size) @ corners)[:, :2].abs().amax((1, 2))
+    step = max(1, size // 4)
+    return ((reach - (size - 1) / 2 + REACH) / step).ceil().long() * step
+
+
+def _warp(images: Tensor, matrices: Tensor, margin: int) -> Tensor:
+    size = images.shape[-1]
     around = mirrored(torch.arange(-margin, size + margin), size).to(images.device)
     x = images.index_select(2, around).index_select(3, around)
     taps = images.new_tensor(SYM6)
     x = upfirdn(x, taps.flip(0), up=2)
     # the first filter puts pixel i of the padded picture at 2 i - DELAY; again from -1 to 1
     end = x.shape[-1] - 1
-    matrices = _linear(4 / end, (4 * (centre + margin) - 2 * DELAY) / end - 1) @ matrices
-    grid = F.affine_grid(matrices[:, :2].to(images), [len(x), 1, num, num], align_corners=True)
+    offset = (4 * ((size - 1) / 2 + margin) - 2 * DELAY) / end - 1
+    theta = (_linear(4 / end, offset) @ _to_sources(matrices, size))[:, :2].to(images)
+    num = _num_places(size)
+    grid = F.affine_grid(theta, [len(x), 1, num, num], align_corners=True)
     return upfirdn(F.grid_sample(x, grid, align_corners=True), taps, down=2)
 
 

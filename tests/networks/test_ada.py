@@ -45,7 +45,8 @@ def test_each_group_does_something_alone_and_the_paper_s_three_by_default(group)
 def test_two_halves_are_the_whole(p):
     images = pictures(8)
     halves = torch.cat([run(images[:5], p), run(images[5:], p, first=5)])
-    torch.testing.assert_close(halves, run(images, p), rtol=1e-4, atol=1e-5)
+    # to the bit: Adam makes much of little where gradients are small
+    assert torch.equal(halves, run(images, p))
 
 
 def test_purposes_are_independent():
