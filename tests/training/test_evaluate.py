@@ -15,7 +15,7 @@ from dinogen.families.base import Family
 from dinogen.families.guided import Guided
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid
-from dinogen.training import evaluate as module
+from dinogen.training import heldout as module
 from dinogen.training.evaluate import evaluate
 from dinogen.training.export import export, load_exported
 from dinogen.training.run import train
