@@ -32,8 +32,7 @@ def assert_same_run(config, reference):
         assert tensorboard(config, resolution) == tensorboard(reference, resolution)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_killed_at_random_moments_it_ends_bitwise_the_same(make_config, seed):
+def test_killed_at_random_moments_it_ends_bitwise_the_same(make_config):
     start(None).join(60)  # the imports are done before the clock starts
     reference = make_config(run="whole")
     process = start(reference)
@@ -41,7 +40,7 @@ def test_killed_at_random_moments_it_ends_bitwise_the_same(make_config, seed):
     assert process.exitcode == 0
 
     config = make_config(run="killed")
-    rng = random.Random(seed)
+    rng = random.Random(0)
     # killed soon after it has come so far, wherever that is: amid steps, a save, the next stage
     for nimg in (0, *sorted(rng.sample(range(24, 200), 4))):
         process = start(config)
