@@ -122,6 +122,18 @@ def test_r1_is_autograds_through_the_augmentation():
     torch.testing.assert_close(losses["r1"], expected)
 
 
+@pytest.mark.parametrize("name", ["D_reg", "G_reg"])
+def test_regularisers_are_float32_under_autocast(name):
+    family = make()
+    own = phase(family, name)
+    only(family, own.network)
+    batch = make_batch(drawn_pictures(8, 16))
+    expected, _ = own.losses(batch)
+    with torch.autocast("cpu", torch.float16):
+        losses, _ = own.losses(batch)
+    assert losses == expected
+
+
 def test_remembering_moves_its_buffers():
     family = make("stages.0.batch=16", "family.ada_kimg=1")
     for _ in range(4):
