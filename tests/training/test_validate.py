@@ -10,7 +10,7 @@ from dinogen.families.vae import Vae
 from dinogen.training.checkpoint import newest_checkpoint
 from dinogen.training.evaluate import evaluate
 from dinogen.training.run import train
-from shards.dataset import open_dataset
+from shards import open_dataset
 from tests.families.tiny import pack_discs, tiny_config
 
 
