@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from dinogen.config import Config, ConfigError, StageConfig
+from dinogen.config import Config, ConfigError, StageConfig, parse_config
 
 
 @dataclass(frozen=True)
@@ -49,27 +49,27 @@ def with_lengths(config: Config, num_samples: int) -> Config:
         num_samples: of an epoch of the data it is trained on.
 
     Raises:
-        ConfigError: there is no such data.
+        ConfigError: there is no such data, or a fade-in is longer than its stage.
     """
+    lengths = [stage.epochs for stage in config.stages if stage.kimg is None]
+    measure = config.eval
+    if measure.every_kimg is None:
+        lengths.append(measure.every_epochs)
+    if not any(lengths):
+        return config
     if not num_samples:
         raise ConfigError(
             f"data.split: {config.data.location} has no samples in split {config.data.split}: "
             "name another one"
         )
-    stages = tuple(
-        stage
-        if stage.epochs is None or stage.kimg is not None
-        else stage.model_copy(update={"kimg": stage.epochs * num_samples / 1000})
-        for stage in config.stages
-    )
-    measure = config.eval
-    if measure.every_kimg is None and measure.every_epochs is not None:
-        kimg = measure.every_epochs * num_samples / 1000
-        measure = measure.model_copy(update={"every_kimg": kimg})
-    # checked again, for a fade-in may be longer than the epochs
-    return Config.model_validate(
-        config.model_copy(update={"stages": stages, "eval": measure}).model_dump(mode="json")
-    )
+    data = config.model_dump(mode="json")
+    for section, kimg, epochs in [
+        *((stage, "kimg", "epochs") for stage in data["stages"]),
+        (data["eval"], "every_kimg", "every_epochs"),
+    ]:
+        if section[kimg] is None and section[epochs] is not None:
+            section[kimg] = section[epochs] * num_samples / 1000
+    return parse_config(data)
 
 
 def find_stage(config: Config, resolution: int) -> int:

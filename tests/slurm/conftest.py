@@ -19,13 +19,6 @@ from tests.training.conftest import data_folder, guide_folder  # noqa: F401
 TOOL = ROOT.parent / "shared" / "tools" / "mini-slurm.sh"
 
 
-def pytest_collection_modifyitems(items):
-    """Two at a time would wait for each other's nodes, and end each other's jobs."""
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.xdist_group("slurm"))
-
-
 @pytest.fixture(scope="session")
 def cluster():
     """A cluster that may be used; real ones are left alone."""

@@ -22,6 +22,9 @@ class Toy:
         self.networks = {"G": nn.Linear(4, 2), "D": nn.Linear(2, 1)}
         self.phases = (Phase("D", "D", self.losses), Phase("G", "G", self.losses))
 
+    def optimizer_scale(self, network):
+        return 1.0
+
     def trainable(self, network):
         return {name for name, _ in self.networks[network].named_parameters()}
 

@@ -3,7 +3,7 @@
 import pytest
 
 from dinogen.config import ConfigError, StageConfig, parse_config
-from dinogen.training.stages import StagePlan, due, find_stage
+from dinogen.training.stages import StagePlan, due, find_stage, with_lengths
 
 
 def test_alpha_rises_in_a_line_and_then_everything_trains():
@@ -33,3 +33,17 @@ def test_an_unknown_stage_names_those_there_are():
     assert find_stage(config, 8) == 1
     with pytest.raises(ConfigError, match=r"stage 16 .*\[4, 8\]"):
         find_stage(config, 16)
+
+
+def test_epochs_are_lengths_of_the_data():
+    stages = [{"resolution": 4, "epochs": 3}, {"resolution": 8, "kimg": 1, "epochs": 9}]
+    config = parse_config({"stages": stages, "eval": {"every_epochs": 0.5}})
+    found = with_lengths(config, 200)
+    assert [stage.num_images for stage in found.stages] == [600, 1000]
+    assert found.eval.every_kimg == pytest.approx(0.1)
+    assert with_lengths(found, 999) == found, "what is written out stays"
+    with pytest.raises(ConfigError, match="no samples in split train"):
+        with_lengths(config, 0)
+    stages[1] = {"resolution": 8, "epochs": 2, "fade_kimg": 1}
+    with pytest.raises(ConfigError, match=r"fade_kimg 1\.0 is longer"):
+        with_lengths(parse_config({"stages": stages}), 200)
