@@ -31,7 +31,7 @@ demo: $(STAMP)  ## photos to a trained generator, offline; own photos: make demo
 # a time, for many wait for processes that they have started.
 test: $(STAMP)  ## run the tests
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest \
-		--numprocesses 2 --dist loadgroup $(ARGS)
+		--numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(VENV)/bin/ruff check .

@@ -1,17 +1,18 @@
-"""Which tests have to run in one process, one after the other, when several run at a time."""
+"""Which tests run in one process, one after the other, when several processes share them."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-SLURM = Path(__file__).parent / "slurm"
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each file stays whole, for its fixtures are dear; all that use the cluster are one."""
+    from xdist.scheduler import LoadFileScheduling
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Each file is one group, for its fixtures are dear; all that use the cluster are one."""
-    for item in items:
-        group = SLURM if SLURM in item.path.parents else item.path
-        item.add_marker(pytest.mark.xdist_group(str(group.relative_to(SLURM.parent))))
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "tests/slurm" if file.startswith("tests/slurm/") else file
+
+    return ByFile(config, log)
