@@ -15,7 +15,7 @@ from dinogen.training.checkpoint import stage_folder
 from dinogen.training.data import data_fingerprint, open_data
 from dinogen.training.heldout import chosen_samples, held_out_means
 from dinogen.training.preflight import check_same_data
-from dinogen.training.snapshot import Snapshot, load_snapshot
+from dinogen.training.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.training.state import versions
 
 RESULT = "evaluation.json"
@@ -44,6 +44,7 @@ def evaluate(
         ConfigError: no such run, checkpoint or samples, or other data than it was trained on.
         CorruptSample: a sample is damaged, and ``data.on_error`` is ``stop``.
     """
+    run_config(run)
     dist.init()
     dist.set_cpu_threads()
     with takedown():

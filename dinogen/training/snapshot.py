@@ -68,10 +68,7 @@ def load_snapshot(run: Path, resolution: int | None = None, nimg: int | None = N
         ConfigError: ``run`` is no run, there is no such checkpoint, or it is of a dinogen whose
             config this one does not know.
     """
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run}: no run here (config.yaml is missing): give the folder of a run")
-    today = load_config(run / "config.yaml").model_copy(update={"run": run})
-    dist.use_device(today.device)
+    today = run_config(run)
     if resolution is None:
         stages = today.stages[::-1]
     else:
@@ -97,6 +94,20 @@ def load_snapshot(run: Path, resolution: int | None = None, nimg: int | None = N
     family.set_fade(ema.networks, plan.alpha(progress["nimg"]), plan.fading(progress["nimg"]))
     mark = file_mark(checkpoint.state["facts"])
     return Snapshot(stage.resolution, progress["nimg"], family, ema, mark, plan, checkpoint)
+
+
+def run_config(run: Path) -> Config:
+    """The config of a run; chooses its device, so it comes before ranks join each other.
+
+    Raises:
+        ConfigError: ``run`` is no run.
+        DistError: this machine does not have the device.
+    """
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run}: no run here (config.yaml is missing): give the folder of a run")
+    config = load_config(run / "config.yaml").model_copy(update={"run": run})
+    dist.use_device(config.device)
+    return config
 
 
 def _checkpoint_at(config: Config, stage: StageConfig, nimg: int) -> Checkpoint | None:
