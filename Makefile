@@ -21,7 +21,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@echo "installing into $(VENV) with $(PYTHON) (1.5 GB, some minutes)"
 	@"$(PYTHON)" -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt -e '.[dev,deepspeed,remote]'
+		-c constraints.txt -e '.[dev,deepspeed,remote,serve]'
 	@touch $@
 
 demo: $(STAMP)  ## photos to a trained generator, offline; own photos: make demo ARGS="--photos DIR"
