@@ -1,4 +1,4 @@
-"""What a family is: networks, phases, and how to sample."""
+"""What a family is: networks, phases, and how pictures come out of it."""
 
 from __future__ import annotations
 
@@ -114,9 +114,84 @@ class Family(ABC):
             ConfigError: the shards lack what the family reads, or were made by another guide.
         """
 
-    @abstractmethod
     def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
-        """Pictures (N, 3, R, R) in [-1, 1] of sample numbers ``indices`` (N,) under ``seed``."""
+        """Pictures (N, 3, R, R) in [-1, 1] of sample numbers ``indices`` (N,) under ``seed``.
+
+        The same number and seed give the same picture, whatever else is asked for.
+        """
+        return self.decode(networks, self.latents(indices, seed), indices, seed)
+
+    def latents(self, indices: Tensor, seed: int) -> Tensor:
+        """What the pictures of sample numbers ``indices`` (N,) are made from.
+
+        Returns:
+            (N, ...) standard normal, on the device; what lies between two of them is a latent too.
+        """
+        raise NotImplementedError
+
+    def decode(
+        self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
+    ) -> Tensor:
+        """Pictures (N, 3, R, R) float32 in [-1, 1] of latents; here those of the first average.
+
+        Args:
+            networks: the moving averages.
+            latents: (N, ...), as :meth:`latents` gives them or made from such.
+            indices: (N,) int64: what else a picture depends on, such as its class, goes by them.
+            seed: as in :meth:`sample`.
+            psi: where the family :attr:`truncates`, how far from the mean: 0 the mean, 1 as far as
+                samples go. It means nothing to other families.
+        """
+        images: Tensor = networks[self.ema_networks[0]](latents)
+        return images.float()
+
+    @property
+    def truncates(self) -> bool:
+        """Whether ``psi`` of :meth:`decode` says how far from the mean."""
+        return False
+
+    def reconstruct(self, networks: Networks, batch: Batch) -> Tensor | None:
+        """What the moving averages make of ``batch["image"]``: its encoding, decoded.
+
+        Returns:
+            (N, 3, R, R) float32 in [-1, 1]; None if the family encodes nothing.
+        """
+        return None
+
+    def realism(self, images: Tensor) -> Tensor | None:
+        """How real the family's own discriminator finds pictures (N, 3, R, R) in [-1, 1].
+
+        Returns:
+            (N,) float32, higher for more real; no picture's figure depends on another. None if
+            there is no discriminator.
+        """
+        return None
+
+    def first_layer(self, networks: Networks) -> Tensor | None:
+        """What the latent is multiplied by first, (out, z_dim).
+
+        Its right singular vectors are the directions in which pictures change most (Shen and Zhou
+        2021, "Closed-Form Factorization of Latent Semantics in GANs", section 3.2). None if the
+        latent is no vector.
+        """
+        return None
+
+    def mix(
+        self, networks: Networks, coarse: Tensor, fine: Tensor, indices: Tensor, seed: int
+    ) -> Tensor | None:
+        """Pictures that are ``coarse`` in their lower resolutions and ``fine`` in the others.
+
+        Args:
+            networks: the moving averages.
+            coarse: (N, ...) latents.
+            fine: latents of the same shape.
+            indices: (N,) int64, as in :meth:`decode`.
+            seed: as in :meth:`decode`.
+
+        Returns:
+            (N, 3, R, R) float32 in [-1, 1]; None if the family has no styles to mix.
+        """
+        return None
 
     def arguments(self, network: str) -> dict[str, Any]:
         """What the network's class is called with, JSON-ready, to rebuild it elsewhere."""
@@ -185,3 +260,17 @@ class Family(ABC):
     def describe(self) -> dict[str, Any]:
         """Facts for results and pages (such as the guide), JSON-ready."""
         return {}
+
+
+@torch.no_grad()
+def judged_alone(D: nn.Module, images: Tensor) -> Tensor:
+    """A discriminator's mean logit of each picture (N,) float32, one by one, as in evaluation.
+
+    Batch norm and minibatch statistics would let a picture's neighbours have their say.
+    """
+    was_training = D.training
+    D.eval()
+    try:
+        return torch.stack([D(image[None]).float().mean() for image in images])
+    finally:
+        D.train(was_training)
