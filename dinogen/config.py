@@ -19,6 +19,7 @@ from dinogen.config_cluster import ClusterConfig
 from dinogen.config_data import DataConfig as DataConfig
 from dinogen.config_errors import describe_errors as describe_errors
 from dinogen.config_file import override, read_mapping
+from dinogen.config_notes import NotesConfig
 from dinogen.config_prepare import PrepareConfig
 from dinogen.config_section import Section as Section
 from dinogen.config_training import (
@@ -116,6 +117,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     cluster: ClusterConfig = ClusterConfig()
+    notes: NotesConfig = NotesConfig()
 
     @model_validator(mode="after")
     def _stages_grow(self) -> Config:

@@ -24,6 +24,7 @@ MAY_CHANGE: dict[str, Any] = {
     "checkpoint": True,
     "log": True,
     "cluster": True,
+    "notes": True,
     "device": True,
     "eval": True,
     "stages": True,  # all but the one at hand, which is compared without its length
