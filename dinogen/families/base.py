@@ -121,13 +121,13 @@ class Family(ABC):
         """
         return self.decode(networks, self.latents(indices, seed), indices, seed)
 
+    @abstractmethod
     def latents(self, indices: Tensor, seed: int) -> Tensor:
         """What the pictures of sample numbers ``indices`` (N,) are made from.
 
         Returns:
             (N, ...) standard normal, on the device; what lies between two of them is a latent too.
         """
-        raise NotImplementedError
 
     def decode(
         self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
@@ -263,14 +263,19 @@ class Family(ABC):
 
 
 @torch.no_grad()
-def judged_alone(D: nn.Module, images: Tensor) -> Tensor:
+def judged_alone(D: nn.Module, images: Tensor, *more: Tensor) -> Tensor:
     """A discriminator's mean logit of each picture (N,) float32, one by one, as in evaluation.
 
     Batch norm and minibatch statistics would let a picture's neighbours have their say.
+
+    Args:
+        D: called with one picture (1, 3, R, R), and ``more``.
+        images: (N, 3, R, R).
+        more: what else D reads, of one picture.
     """
     was_training = D.training
     D.eval()
     try:
-        return torch.stack([D(image[None]).float().mean() for image in images])
+        return torch.stack([D(image[None], *more).float().mean() for image in images])
     finally:
         D.train(was_training)

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from dinogen import draws
 from dinogen.config import Config, ConfigError, Section, StageConfig
-from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars
+from dinogen.families.base import (
+    Batch,
+    Family,
+    Inputs,
+    Networks,
+    Phase,
+    Scalars,
+    judged_alone,
+)
 from dinogen.losses.adversarial import bce_d, bce_g
 from dinogen.networks.dcgan import RESOLUTIONS, DcganDiscriminator, DcganGenerator
 
@@ -57,11 +65,21 @@ class Dcgan(Family):
         """Pictures alone."""
         return Inputs(image_size=self.stage.resolution)
 
-    def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
-        """Pictures (N, 3, R, R) in [-1, 1]; the same seed and index give the same picture."""
-        z = draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
-        images: Tensor = networks["G"](z)
-        return images
+    def latents(self, indices: Tensor, seed: int) -> Tensor:
+        """z (N, z_dim)."""
+        return draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
+
+    def realism(self, images: Tensor) -> Tensor:
+        """D's logits, by its running statistics."""
+        return judged_alone(self.D, images)
+
+    def first_layer(self, networks: Networks) -> Tensor:
+        """The transposed convolution to 4x4, as a matrix."""
+        G = networks["G"]
+        assert isinstance(G, DcganGenerator)
+        first = G.layers[0]
+        assert isinstance(first, nn.ConvTranspose2d)
+        return first.weight.detach().flatten(1).T
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G or D."""

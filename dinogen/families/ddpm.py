@@ -112,14 +112,22 @@ class Ddpm(Family):
             },
         )
 
-    def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
-        """Pictures (N, 3, R, R) in [-1, 1]; with classes, number i is of class i % num_classes."""
-        shape = (3, self.stage.resolution, self.stage.resolution)
+    def latents(self, indices: Tensor, seed: int) -> Tensor:
+        """The noise that sampling starts from, (N, 3, R, R)."""
+        return draws.normal(seed, "sample", indices, self._shape, device=self.device)
+
+    def decode(
+        self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
+    ) -> Tensor:
+        """The walk from noise to pictures; with classes, number i is of class i % num_classes.
+
+        DDPM's noise on the way goes by ``indices``, so it too follows from the arguments.
+        """
         num_classes = self.options.num_classes
         label = (indices % num_classes).to(self.device) if num_classes else None
 
         def noise(t: int) -> Tensor:
-            return draws.normal(seed, f"sample/{t}", indices, shape, device=self.device)
+            return draws.normal(seed, f"sample/{t}", indices, self._shape, device=self.device)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return self._guided(networks["G"], x, t.to(self.device), label)
@@ -128,7 +136,7 @@ class Ddpm(Family):
             predict,
             self.schedule,
             self.options.prediction,
-            draws.normal(seed, "sample", indices, shape, device=self.device),
+            latents,
             self.options.sample_steps,
             eta={"ddim": 0.0, "ddpm": 1.0}[self.options.sampler],
             noise=noise,
@@ -137,6 +145,11 @@ class Ddpm(Family):
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
         """The loss on pictures that were not trained on, with draws of its own."""
         return self._mse(networks["G"], batch, "/held-out")
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        """Of a picture."""
+        return 3, self.stage.resolution, self.stage.resolution
 
     def _losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
         return self._mse(self.G, batch, ""), {}

@@ -121,11 +121,15 @@ class Guided(Family):
                 "photos that differ"
             )
 
-    def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
-        """Pictures (N, 3, R, R) in [-1, 1]; the same seed and index give the same picture."""
-        z = draws.normal(seed, "sample", indices, (self.options.z_dim,))
-        images: Tensor = networks["G"](z)
-        return images
+    def latents(self, indices: Tensor, seed: int) -> Tensor:
+        """z (N, z_dim)."""
+        return draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
+
+    def first_layer(self, networks: Networks) -> Tensor:
+        """The dense layer to 4x4."""
+        G = networks["G"]
+        assert isinstance(G, ProgressiveGenerator)
+        return G.dense.weight.detach()
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G."""
@@ -202,5 +206,6 @@ class Guided(Family):
         return {"mse": self._mse(self.G, batch, "z")}, {}
 
     def _mse(self, G: nn.Module, batch: Batch, purpose: str) -> Tensor:
-        z = draws.normal(self.config.seed, purpose, batch["position"], (self.options.z_dim,))
+        shape = (self.options.z_dim,)
+        z = draws.normal(self.config.seed, purpose, batch["position"], shape, self.device)
         return pyramid_mse(self._pyramid(G(z)), batch["pyramid"])

@@ -11,7 +11,15 @@ from torch.nn import functional as F
 
 from dinogen import draws
 from dinogen.config import Config, Section, StageConfig
-from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars
+from dinogen.families.base import (
+    Batch,
+    Family,
+    Inputs,
+    Networks,
+    Phase,
+    Scalars,
+    judged_alone,
+)
 from dinogen.losses.adversarial import bce_d, bce_g
 from dinogen.losses.penalties import r1_penalty
 from dinogen.networks.progressive import ProgressiveGenerator
@@ -72,11 +80,19 @@ class ProgressiveGan(Family):
         every = self.options.r1_every
         return every / (every + 1) if network == "D" else 1.0
 
-    def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
-        """Pictures (N, 3, R, R) in [-1, 1]; the same seed and index give the same picture."""
-        z = draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
-        images: Tensor = networks["G"](z)
-        return images
+    def latents(self, indices: Tensor, seed: int) -> Tensor:
+        """z (N, z_dim)."""
+        return draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
+
+    def realism(self, images: Tensor) -> Tensor:
+        """D's logits."""
+        return judged_alone(self.D, images)
+
+    def first_layer(self, networks: Networks) -> Tensor:
+        """The dense layer to 4x4."""
+        G = networks["G"]
+        assert isinstance(G, ProgressiveGenerator)
+        return G.dense.weight.detach()
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G or D."""

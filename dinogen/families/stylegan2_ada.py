@@ -10,11 +10,20 @@ from torch import Tensor, nn
 
 from dinogen import draws
 from dinogen.config import Config, Section, StageConfig
-from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars
+from dinogen.families.base import (
+    Batch,
+    Family,
+    Inputs,
+    Networks,
+    Phase,
+    Scalars,
+    judged_alone,
+)
 from dinogen.losses.adversarial import bce_d, bce_g
 from dinogen.losses.path_length import path_lengths
 from dinogen.losses.penalties import r1_penalty
 from dinogen.networks.ada import Strengths, augment
+from dinogen.networks.stylegan2 import Dense
 from dinogen.networks.stylegan2_discriminator import StyleGAN2Discriminator
 from dinogen.networks.stylegan2_generator import StyleGAN2Generator
 
@@ -114,12 +123,47 @@ class StyleGAN2Ada(Family):
         """Pictures, and labels if there are classes."""
         return Inputs(image_size=self.stage.resolution, labels=bool(self.options.num_classes))
 
-    def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
-        """Pictures (N, 3, R, R) in [-1, 1], all with the same constant noise."""
-        z = draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
-        num_classes = self.options.num_classes
-        label = (indices % num_classes).to(self.device) if num_classes else None
-        images: Tensor = networks["G"](z, label, psi=self.options.truncation)
+    def latents(self, indices: Tensor, seed: int) -> Tensor:
+        """z (N, z_dim)."""
+        return draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
+
+    def decode(
+        self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
+    ) -> Tensor:
+        """All with the same constant noise; ``psi`` on top of the samples' own truncation."""
+        psi = psi * self.options.truncation
+        images: Tensor = networks["G"](latents, self._label(indices), psi=psi)
+        return images.clamp(-1, 1)
+
+    @property
+    def truncates(self) -> bool:
+        """Towards the mean w."""
+        return True
+
+    def realism(self, images: Tensor) -> Tensor:
+        """D's logits of pictures as they are; with classes, as the one that fits best."""
+        labels = [(torch.tensor([k], device=self.device),) for k in range(self.options.num_classes)]
+        each = [judged_alone(self.D, images, *label) for label in labels or [()]]
+        return torch.stack(each).amax(0)
+
+    def first_layer(self, networks: Networks) -> Tensor:
+        """The mapping's, which reads the direction of z alone."""
+        G = networks["G"]
+        assert isinstance(G, StyleGAN2Generator)
+        first = G.mapping.layers[0]
+        assert isinstance(first, Dense)
+        return first.weight.detach()[:, : self.options.z_dim]
+
+    def mix(
+        self, networks: Networks, coarse: Tensor, fine: Tensor, indices: Tensor, seed: int
+    ) -> Tensor:
+        """The lower half of the layers by the w of ``coarse``, the others by that of ``fine``."""
+        G = networks["G"]
+        assert isinstance(G, StyleGAN2Generator)
+        label, psi = self._label(indices), self.options.truncation
+        low, high = (G.broadcast(G.truncate(G.mapping(z, label), psi)) for z in (coarse, fine))
+        cut = G.synthesis.num_ws // 2
+        images: Tensor = G.synthesis(torch.cat([low[:, :cut], high[:, cut:]], 1))
         return images.clamp(-1, 1)
 
     def arguments(self, network: str) -> dict[str, Any]:
@@ -226,6 +270,11 @@ class StyleGAN2Ada(Family):
         x = augment(images, p, self.config.seed, f"ada/{purpose}", positions, self.strengths)
         logits: Tensor = self.D(x, label)
         return logits
+
+    def _label(self, indices: Tensor) -> Tensor | None:
+        """Classes (N,) of sample numbers, in turn; None if there are none."""
+        num_classes = self.options.num_classes
+        return (indices % num_classes).to(self.device) if num_classes else None
 
     def _normal(self, purpose: str, positions: Tensor, *shape: int) -> Tensor:
         return draws.normal(self.config.seed, purpose, positions, shape, self.device)

@@ -95,10 +95,22 @@ class Vae(Family):
             weights = self.options.perceptual_weights
             self.vgg = load_vgg(weights, self.device, "family.perceptual_weights")
 
-    def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
-        """What latents of the prior decode to."""
-        images: Tensor = networks["G"](self._noise("sample", indices, seed))
-        return images
+    def latents(self, indices: Tensor, seed: int) -> Tensor:
+        """Draws of the prior (N, latent)."""
+        return self._noise("sample", indices, seed)
+
+    def reconstruct(self, networks: Networks, batch: Batch) -> Tensor:
+        """The decoded means of the posteriors."""
+        G = networks["G"]
+        assert isinstance(G, Autoencoder)
+        mean, _ = G.encode(batch["image"])
+        return G.decode(mean)
+
+    def first_layer(self, networks: Networks) -> Tensor:
+        """The decoder's dense layer to 4x4."""
+        G = networks["G"]
+        assert isinstance(G, Autoencoder)
+        return G.from_latent.weight.detach()
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G."""

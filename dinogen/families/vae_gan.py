@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dinogen.config import Config, ConfigError, StageConfig
-from dinogen.families.base import Batch, Phase, Scalars
+from dinogen.families.base import Batch, Phase, Scalars, judged_alone
 from dinogen.families.vae import Vae
 from dinogen.losses.adversarial import hinge_d, hinge_g
 from dinogen.networks.patchgan import PatchDiscriminator, num_patches
@@ -70,6 +70,10 @@ class VaeGan(Vae):
     def phases(self) -> tuple[Phase, ...]:
         """One update of D, then one of G."""
         return (Phase("D", "D", self._d_losses), Phase("G", "G", self._losses))
+
+    def realism(self, images: Tensor) -> Tensor:
+        """D's mean logit over all patches."""
+        return judged_alone(self.D, images)
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G or D."""

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from dinogen import draws
 from dinogen.config import Config, ConfigError, Section, StageConfig
-from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars
+from dinogen.families.base import (
+    Batch,
+    Family,
+    Inputs,
+    Networks,
+    Phase,
+    Scalars,
+    judged_alone,
+)
 from dinogen.losses.adversarial import wasserstein_d, wasserstein_g
 from dinogen.losses.penalties import gradient_penalty
 from dinogen.networks.resnet_gan import ResnetCritic, ResnetGenerator
@@ -70,11 +78,19 @@ class WganGp(Family):
         """Pictures alone."""
         return Inputs(image_size=self.stage.resolution)
 
-    def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
-        """Pictures (N, 3, R, R) in [-1, 1]; the same seed and index give the same picture."""
-        z = draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
-        images: Tensor = networks["G"](z)
-        return images
+    def latents(self, indices: Tensor, seed: int) -> Tensor:
+        """z (N, z_dim)."""
+        return draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
+
+    def realism(self, images: Tensor) -> Tensor:
+        """The critic's scores."""
+        return judged_alone(self.D, images)
+
+    def first_layer(self, networks: Networks) -> Tensor:
+        """The dense layer to 4x4."""
+        G = networks["G"]
+        assert isinstance(G, ResnetGenerator)
+        return G.dense.weight.detach()
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G or D."""
