@@ -1,0 +1,1 @@
+"""Figures of generated pictures: distances and shares over the features of frozen judges."""

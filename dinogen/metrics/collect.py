@@ -1,0 +1,153 @@
+"""Each picture once through each judge, shared out over ranks: moments always, rows if asked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinogen import dist
+from dinogen.metrics.judges.base import Judge, JudgeInfo
+from dinogen.metrics.moments import Moments
+
+
+class Source(Protocol):
+    """Pictures by number, 0 to ``num - 1``: the same picture for the same number on any rank."""
+
+    @property
+    def num(self) -> int:
+        """How many there are."""
+        ...
+
+    def read(self, numbers: list[int]) -> Tensor:
+        """(len(numbers), 3, R, R) uint8 RGB, on any device; one R for all."""
+        ...
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one judge saw of all pictures; the same on all ranks.
+
+    Attributes:
+        info: who it is.
+        moments: of its features.
+        features: (num, C) float32 on the CPU in order of number; None unless kept.
+        logits: (num, classes) float32 likewise; None unless kept, or if it has none.
+    """
+
+    info: JudgeInfo
+    moments: Moments
+    features: Tensor | None = None
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What the judges saw of a source.
+
+    Attributes:
+        num: pictures.
+        seen: by name of the judge.
+        pictures: the first ones, (num_pictures, 3, R, R) uint8 on the CPU; None unless asked for.
+    """
+
+    num: int
+    seen: dict[str, Seen]
+    pictures: Tensor | None = None
+
+
+def collect(
+    source: Source,
+    judges: Sequence[Judge],
+    keep: Collection[str],
+    batch: int,
+    num_pictures: int = 0,
+) -> Collected:
+    """Read every picture once and show it to every judge once; all ranks together.
+
+    Ranks take whole batches, and a batch is the same pictures on any number of ranks: so rows are
+    the same to the bit where the ranks compute alike. Ranks meet at the very end, and a rank may
+    have nothing to do.
+
+    Args:
+        source: the pictures.
+        judges: by whom they are judged; each has a name of its own.
+        keep: names of the judges whose rows are kept and gathered, N x C float32 on every rank.
+        batch: pictures read and judged at a time.
+        num_pictures: so many of the first pictures are kept too.
+
+    Raises:
+        ValueError: no pictures.
+    """
+    if source.num < 1:
+        raise ValueError("there are no pictures to measure")
+    num_pictures = min(num_pictures, source.num)
+    mine = _batches(source.num, batch)[dist.rank()]
+    notes = {judge.info.name: _Notes(judge, judge.info.name in keep) for judge in judges}
+    pictures: list[Tensor] = []
+    for numbers in mine:
+        images = source.read(numbers)
+        pictures.append(images[: max(0, num_pictures - numbers[0])].cpu())
+        for note in notes.values():
+            note.take(images)
+    seen = {name: note.joined(source.num) for name, note in notes.items()}
+    first = _gather_pictures(pictures, num_pictures) if num_pictures else None
+    return Collected(source.num, seen, first)
+
+
+class _Notes:
+    """What one judge has seen on this rank."""
+
+    def __init__(self, judge: Judge, keep: bool) -> None:
+        self.judge = judge
+        info = judge.info
+        self.moments = Moments.empty(info.num_channels)
+        widths = {"features": info.num_channels, "logits": info.num_logits}
+        self.widths = {name: width for name, width in widths.items() if keep and width}
+        self.rows: dict[str, list[Tensor]] = {name: [] for name in self.widths}
+
+    def take(self, images: Tensor) -> None:
+        found = self.judge(images)
+        self.moments.add(found["features"])
+        for name, kept in self.rows.items():
+            kept.append(found[name])
+
+    def joined(self, num: int) -> Seen:
+        """The same of all ranks."""
+        moments = self.moments.merged()
+        if moments.count != num:
+            raise RuntimeError(f"{moments.count} of {num} pictures were judged")
+        rows = {
+            name: _gather(torch.cat([torch.empty(0, width), *self.rows.pop(name)]))
+            for name, width in self.widths.items()
+        }
+        return Seen(self.judge.info, moments, rows.get("features"), rows.get("logits"))
+
+
+def _batches(num: int, batch: int) -> list[list[list[int]]]:
+    """Of each rank the batches that it takes: runs of whole batches, in order of rank."""
+    batches = [list(range(start, min(start + batch, num))) for start in range(0, num, batch)]
+    shares = np.array_split(np.arange(len(batches)), dist.world_size())
+    return [[batches[index] for index in share] for share in shares]
+
+
+def _gather(rows: Tensor) -> Tensor:
+    """Rows of all ranks, in order of rank, though their numbers differ."""
+    counts = dist.all_gather(torch.tensor([len(rows)])).tolist()
+    most = max(counts)
+    padded = rows.new_zeros(most, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = dist.all_gather(padded).split(most)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _gather_pictures(pictures: list[Tensor], num: int) -> Tensor:
+    """The first pictures, also on ranks that read none and so do not know their side."""
+    side = pictures[0].shape[-1] if dist.is_main() else 0  # rank 0 has the first batch
+    side = int(dist.all_reduce_sum(torch.tensor(side)))
+    none = torch.empty(0, 3, side, side, dtype=torch.uint8)
+    return _gather(torch.cat([none, *pictures]))[:num]
