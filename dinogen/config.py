@@ -19,6 +19,7 @@ from dinogen.config_cluster import ClusterConfig
 from dinogen.config_data import DataConfig as DataConfig
 from dinogen.config_errors import describe_errors as describe_errors
 from dinogen.config_file import override, read_mapping
+from dinogen.config_metrics import MetricsConfig as MetricsConfig
 from dinogen.config_notes import NotesConfig
 from dinogen.config_prepare import PrepareConfig
 from dinogen.config_section import Section as Section
@@ -114,6 +115,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     ema: EmaConfig = EmaConfig()
     eval: EvalConfig = EvalConfig()
+    metrics: MetricsConfig = MetricsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     cluster: ClusterConfig = ClusterConfig()

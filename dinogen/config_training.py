@@ -106,7 +106,7 @@ class EmaConfig(Section):
 
 
 class EvalConfig(Section):
-    """How a run is measured on held-out samples while it trains, and when it is ended for that."""
+    """How a run is measured while it trains, and when it is ended for that."""
 
     every_kimg: float | None = Field(
         None, gt=0, description="thousands of images between measurements; none unless given"
@@ -116,8 +116,14 @@ class EvalConfig(Section):
     )
     split: Literal["val", "test"] = Field("val", description="what is measured on")
     num_samples: int = Field(1024, ge=1, description="at most as many, spread over the split")
+    generated: tuple[str, ...] = Field(
+        (), description="metrics of generated pictures that are measured too, such as fid"
+    )
+    num_generated: int = Field(1024, ge=2, description="as many of them, over all ranks")
     metric: str | None = Field(
-        None, description="what decides, such as mse; the family's first unless given"
+        None,
+        description="what decides, such as mse or fid; the first of the family's own or, where it "
+        "has none, of generated unless given",
     )
     patience: int | None = Field(
         None, ge=1, description="end after so many measurements that are no better than the best"

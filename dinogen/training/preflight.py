@@ -25,6 +25,7 @@ MAY_CHANGE: dict[str, Any] = {
     "log": True,
     "cluster": True,
     "notes": True,
+    "metrics": True,
     "device": True,
     "eval": True,
     "stages": True,  # all but the one at hand, which is compared without its length

@@ -81,9 +81,11 @@ def load_snapshot(run: Path, resolution: int | None = None, nimg: int | None = N
     if stage is None or checkpoint is None:
         raise ConfigError(_nothing(today, stages, nimg))
     # the checkpoint's own config: the file beside the run may have been edited since; but that
-    # file knows where data and guide lie now, and what they hold is compared where they are read
+    # file knows where data and guide lie now, and what they hold is compared where they are read;
+    # and how a run is measured is no part of what it has learnt
     config = checkpoint_config(checkpoint)
-    config = config.model_copy(update={"run": run, "data": today.data, "guide": today.guide})
+    now = {"run": run, "data": today.data, "guide": today.guide, "metrics": today.metrics}
+    config = config.model_copy(update=now)
     stage = config.stages[find_stage(config, stage.resolution)]
     family = family_class(config.family)(config, stage, dist.device())
     ema = Ema({name: family.networks[name] for name in family.ema_networks}, config.ema)
