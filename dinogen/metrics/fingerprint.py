@@ -1,0 +1,95 @@
+"""What a figure was measured against, as one short id: only figures of one id can be compared.
+
+Resize filters, reference sets and sample counts move a FID by more than most improvements do
+(Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation"; Chong and
+Forsyth 2020, "Effectively Unbiased FID"), so all of them are part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dinogen.metrics.judges.base import JudgeInfo
+from shards.dataset import Dataset
+from shards.files import sha256_file
+
+Facts = dict[str, Any]
+_DIGITS = 12
+
+
+def fingerprint(
+    judge: JudgeInfo,
+    resolution: int,
+    num_samples: int,
+    reference: Facts | None = None,
+    num_reference: int | None = None,
+) -> Facts:
+    """Everything that two figures of one metric need to have in common.
+
+    Args:
+        judge: by whom pictures are judged.
+        resolution: side of the generated pictures.
+        num_samples: how many there are.
+        reference: what ``Reference.facts`` says; None where a metric compares with nothing.
+        num_reference: how many real pictures.
+
+    Returns:
+        ``data``, ``split``, ``num_reference``, ``num_samples``, ``resolution``, ``resize``,
+        ``judge``, ``weights_sha256`` and ``random``, JSON-ready.
+    """
+    facts = reference or {"data": None, "split": None, "resize": "none"}
+    return {
+        "data": facts["data"],
+        "split": facts["split"],
+        "num_reference": num_reference,
+        "num_samples": num_samples,
+        "resolution": resolution,
+        # every filter between a stored picture and the judge, in order
+        "resize": f"{facts['resize']}, then {judge.resize}",
+        "judge": judge.name,
+        "weights_sha256": judge.weights_sha256,
+        "random": judge.random,
+    }
+
+
+def fingerprint_id(facts: Mapping[str, Any]) -> str:
+    """12 hex digits of a fingerprint, whatever the order of its keys."""
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """In what two fingerprints differ, a phrase each: ``split: val, not test``."""
+    keys = [*one, *(key for key in other if key not in one)]
+    return [
+        f"{key}: {_short(one.get(key))}, not {_short(other.get(key))}"
+        for key in keys
+        if one.get(key) != other.get(key)
+    ]
+
+
+def data_sha256(data: Dataset) -> str:
+    """Hash of what all shards of a dataset hold, wherever it lies; of a mix, its weights too."""
+    parts: list[object] = []
+    for one, weight in zip(data.sets, data.weights, strict=True):
+        shards = one.manifest.shards
+        # plain tars have no hash of their own
+        parts.append([(s.split, s.num_samples, s.sha256 or [s.name, s.num_bytes]) for s in shards])
+        parts.append(str(weight))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def files_sha256(files: Iterable[Path]) -> str:
+    """Hash of what some files hold, in their order; their names do not matter."""
+    text = "\n".join(sha256_file(file) for file in files)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _short(value: object) -> str:
+    """A value for people: of a hash its first digits."""
+    text = str(value)
+    return text[:_DIGITS] if isinstance(value, str) and len(text) == 64 else text

@@ -1,0 +1,111 @@
+"""What judges see of real pictures: worked out once, then read from a cache under its fingerprint.
+
+A cached set is one safetensors file that says itself what it is of, so processes that write it at
+the same time cannot mix theirs up; the JSON file beside it is for people.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dinogen import dist
+from dinogen.features.weights import weights_sha256
+from dinogen.files import write_bytes, write_json
+from dinogen.metrics.collect import Seen, collect
+from dinogen.metrics.fingerprint import Facts, fingerprint, fingerprint_id
+from dinogen.metrics.judges.base import Judge, JudgeInfo
+from dinogen.metrics.moments import Moments
+from dinogen.metrics.sources import Reference
+
+log = logging.getLogger(__name__)
+
+CACHE = Path("~/.cache/dinogen/metrics")
+
+
+def seen_of_reference(
+    source: Reference,
+    judges: Sequence[Judge],
+    keep: Collection[str],
+    batch: int,
+    cache: Path | None = None,
+) -> dict[str, Seen]:
+    """What each judge sees of real pictures; all ranks together.
+
+    Args:
+        source: the pictures.
+        judges: by whom they are judged.
+        keep: names of the judges whose features are needed row by row.
+        batch: pictures read and judged at a time.
+        cache: folder of what was worked out before; :data:`CACHE` unless given.
+    """
+    facts = source.facts()
+    keys = {one.info.name: _key(one.info, source, facts) for one in judges}
+    folder = (cache or CACHE).expanduser()
+    found: dict[str, Seen] = {}
+    for judge in judges:
+        name = judge.info.name
+        seen = _load(folder, keys[name], judge.info, name in keep)
+        # a cache may be a node's own, and ranks have to agree on what is to be worked out
+        if not dist.any_rank(seen is None) and seen is not None:
+            found[name] = seen
+    missing = [judge for judge in judges if judge.info.name not in found]
+    if missing:
+        fresh = collect(source, missing, keep, batch).seen
+        for name, seen in fresh.items():
+            if dist.local_rank() == 0:
+                _store(folder, keys[name], seen)
+        found |= fresh
+    return found
+
+
+def _key(judge: JudgeInfo, source: Reference, facts: Facts) -> Facts:
+    """The fingerprint of no generated pictures at all: one set serves any number of them."""
+    return fingerprint(judge, source.resolution, 0, facts, source.num)
+
+
+def _path(folder: Path, key: Facts) -> Path:
+    return folder / f"{fingerprint_id(key)}.safetensors"
+
+
+def _load(folder: Path, key: Facts, info: JudgeInfo, keep: bool) -> Seen | None:
+    """What was stored, if it is whole, of the same pictures, and all that is asked for."""
+    path = _path(folder, key)
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            said = file.metadata() or {}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        sound = weights_sha256(tensors) == said.get("sha256")
+        of_these = json.loads(said.get("facts", "null")) == key
+    except (OSError, ValueError, SafetensorError) as error:
+        log.warning("%s: is damaged (%s): it is worked out anew", path, error)
+        return None
+    if not sound or not of_these:
+        log.warning("%s: is damaged or of other pictures: it is worked out anew", path)
+        return None
+    features = tensors.get("features")
+    if keep and features is None:
+        return None
+    return Seen(info, Moments.from_tensors(tensors), features if keep else None)
+
+
+def _store(folder: Path, key: Facts, seen: Seen) -> None:
+    """Write a set; a cache that cannot be written costs time the next time, and no figure."""
+    tensors = seen.moments.tensors()
+    if seen.features is not None:
+        tensors["features"] = seen.features.contiguous()
+    metadata = {"facts": json.dumps(key), "sha256": weights_sha256(tensors)}
+    path = _path(folder, key)
+    try:
+        write_bytes(path, save(tensors, metadata))
+        write_json(path.with_suffix(".json"), key)
+    except OSError as error:
+        log.warning("%s: cannot be written (%s): set metrics.cache to another folder", path, error)
