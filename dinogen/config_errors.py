@@ -68,8 +68,12 @@ def _names_at(model: type[BaseModel], location: list[str]) -> list[str]:
     schema = model.model_json_schema()
     node: dict[str, Any] = schema
     for part in location:
-        node = node.get("items", {}) if part.isdigit() else node.get("properties", {}).get(part, {})
-        reference = node.get("$ref") or next((a["$ref"] for a in node.get("allOf", [])), None)
+        if part.isdigit():
+            node = node.get("items", {})
+        else:  # a mapping of any names says what each of them holds
+            node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+        choices = [node, *node.get("allOf", []), *node.get("anyOf", [])]
+        reference = next((one["$ref"] for one in choices if "$ref" in one), None)
         if reference:
             node = schema["$defs"][reference.rsplit("/", 1)[-1]]
     return list(node.get("properties", {}))
