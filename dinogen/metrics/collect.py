@@ -95,7 +95,7 @@ def collect(
         for note in notes.values():
             note.take(images)
     seen = {name: note.joined(source.num) for name, note in notes.items()}
-    first = _gather_pictures(pictures, num_pictures) if num_pictures else None
+    first = _gather_pictures(pictures) if num_pictures else None
     return Collected(source.num, seen, first)
 
 
@@ -145,9 +145,9 @@ def _gather(rows: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def _gather_pictures(pictures: list[Tensor], num: int) -> Tensor:
+def _gather_pictures(pictures: list[Tensor]) -> Tensor:
     """The first pictures, also on ranks that read none and so do not know their side."""
     side = pictures[0].shape[-1] if dist.is_main() else 0  # rank 0 has the first batch
     side = int(dist.all_reduce_sum(torch.tensor(side)))
     none = torch.empty(0, 3, side, side, dtype=torch.uint8)
-    return _gather(torch.cat([none, *pictures]))[:num]
+    return _gather(torch.cat([none, *pictures]))
