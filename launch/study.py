@@ -35,13 +35,18 @@ class Outcome:
         config: its file.
         run: its folder.
         what: in words.
-        good: False if somebody has to do something.
+        code: 0 if all is well, 75 if it was asked to stop, else of what failed.
     """
 
     config: Path
     run: Path
     what: str
-    good: bool
+    code: int = 0
+
+    @property
+    def good(self) -> bool:
+        """False if somebody has to do something."""
+        return self.code == 0
 
 
 def is_study(folder: Path) -> bool:
@@ -90,6 +95,7 @@ def run_study(requests: Sequence[Request]) -> list[Outcome]:
     def end(number: signal.Signals) -> None:
         if not workers() or process is None:
             raise SystemExit(128 + number)
+        relay.stopping = True  # or the next would begin
         process.terminate()
 
     relay = Relay(workers, end)
@@ -98,7 +104,7 @@ def run_study(requests: Sequence[Request]) -> list[Outcome]:
     for request, (env, command) in zip(requests, commands, strict=True):
         path, run = request.path, request.config.run
         if relay.stopping:
-            outcomes.append(Outcome(path, run, "not begun", good=False))
+            outcomes.append(Outcome(path, run, "not begun", EXIT_STOPPED))
             continue
         log.info("%s: %s", path, shlex.join(command))
         sys.stdout.flush()
@@ -109,17 +115,19 @@ def run_study(requests: Sequence[Request]) -> list[Outcome]:
         took = f"after {time.monotonic() - began:.0f} s"
         if code == EXIT_STOPPED:
             relay.stopping = True
-            outcomes.append(Outcome(path, run, f"stopped and saved {took}", good=False))
+            outcomes.append(Outcome(path, run, f"stopped and saved {took}", EXIT_STOPPED))
+        elif code and relay.stopping:
+            outcomes.append(Outcome(path, run, f"stopped {took}", EXIT_STOPPED))
         elif code:
-            outcomes.append(Outcome(path, run, f"failed (exit code {code}) {took}", good=False))
+            outcomes.append(Outcome(path, run, f"failed (exit code {code}) {took}", code))
         else:
-            outcomes.append(Outcome(path, run, f"done {took}", good=True))
+            outcomes.append(Outcome(path, run, f"done {took}"))
     return outcomes
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
     """0 if all is well, 75 if the study was asked to stop, else 1."""
-    if any(one.what.startswith("stopped") for one in outcomes):
+    if any(one.code == EXIT_STOPPED for one in outcomes):
         return EXIT_STOPPED
     return 0 if all(one.good for one in outcomes) else 1
 
@@ -146,9 +154,9 @@ def submit_study(requests: Sequence[Request]) -> list[Outcome]:
         log.info("%s:", request.path)
         try:
             launch_slurm(request)
-            outcomes.append(Outcome(request.path, request.config.run, "submitted", good=True))
+            outcomes.append(Outcome(request.path, request.config.run, "submitted"))
         except UserError as error:
-            outcomes.append(Outcome(request.path, request.config.run, str(error), good=False))
+            outcomes.append(Outcome(request.path, request.config.run, str(error), error.exit_code))
     return outcomes
 
 
