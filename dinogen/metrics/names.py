@@ -18,6 +18,7 @@ from dinogen.metrics.inception_score import inception_score
 from dinogen.metrics.kernel import kernel_distance
 from dinogen.metrics.manifold import Manifold, manifold
 from dinogen.metrics.memorisation import memorisation
+from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,13 @@ def _frechet(sets: Sets) -> Estimate:
 
 
 def _kernel(sets: Sets) -> Estimate:
-    found = kernel_distance(_rows(sets.generated), _rows(sets.real), sets.num_halves, sets.seed)
-    return Estimate(found.value, found.spread)
+    generated, real = _rows(sets.generated), _rows(sets.real)
+    return kernel_distance(generated, real, sets.num_halves, sets.seed)
 
 
 def _inception_score(sets: Sets) -> Estimate:
     assert sets.generated.logits is not None
-    found = inception_score(sets.generated.logits)
-    return Estimate(found.value, found.spread)
+    return inception_score(sets.generated.logits)
 
 
 def _manifold(name: str, sets: Sets) -> Estimate:
@@ -122,13 +122,14 @@ JUDGED = {
     **_of_judge("inception768", "fid768", "kid768", "768"),
     **_of_judge("dinov2", "fd_dinov2", "kd_dinov2", "_dinov2"),
 }
-# Measured by other means than rows of a judge; whoever has these gives them to the suite.
+# Measured by other means than rows of a judge.
+LPIPS_DIVERSITY = "lpips_diversity"
+GUIDE_DIVERSITY = "guide_diversity"
 OTHERS: dict[str, Better] = {
-    "lpips_diversity": "higher",
-    "reconstruction_lpips": "lower",
-    "reconstruction_psnr": "higher",
-    "reconstruction_ssim": "higher",
-    "guide_diversity": "none",
+    LPIPS_DIVERSITY: "higher",
+    **RECONSTRUCTION,
+    # as much as real pictures differ is as it should be
+    GUIDE_DIVERSITY: "none",
 }
 NAMES = ("fid", *(name for name in JUDGED if name != "fid"), *OTHERS)
 

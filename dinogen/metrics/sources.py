@@ -106,6 +106,7 @@ class Folder(Reference):
             raise UserError(f"{folder}: no PNG or JPEG files here: give the folder they lie in")
         self.files = found[:num]
         self.num = len(self.files)
+        self._sha256 = ""
         self.resolution = _side(self.files[0], None)
         for file in self.files[1:]:
             _side(file, self.resolution)
@@ -120,7 +121,8 @@ class Folder(Reference):
 
     def facts(self) -> Facts:
         """The files' hash; they have no split, and nothing shrinks them."""
-        return {"data": files_sha256(self.files), "split": "all", "resize": "none"}
+        self._sha256 = self._sha256 or files_sha256(self.files)
+        return {"data": self._sha256, "split": "all", "resize": "none"}
 
 
 class Generated:
@@ -155,6 +157,27 @@ class Generated:
         made = self._made[1:] or self._made
         seconds = sum(one for _, one in made)
         return sum(num for num, _ in made) / seconds if seconds else 0.0
+
+
+class Reconstructed:
+    """Real pictures beside what an autoencoder makes of them, by number.
+
+    Args:
+        real: the pictures.
+        reconstruct: (N, 3, R, R) in [-1, 1] and their numbers (N,) -> the same, encoded
+            and decoded.
+    """
+
+    def __init__(self, real: Reference, reconstruct: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.real, self.num = real, real.num
+        self._reconstruct = reconstruct
+
+    @torch.no_grad()
+    def read(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """Pictures and reconstructions, each (len(numbers), 3, R, R) uint8 RGB on the CPU."""
+        pixels = self.real.read(numbers)
+        images = pixels.float() / 127.5 - 1
+        return pixels, as_pixels(self._reconstruct(images, torch.tensor(numbers)))
 
 
 def as_pixels(images: Tensor) -> Tensor:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from dinogen import dist
-from dinogen.config_metrics import MetricsConfig
 from dinogen.errors import UserError
-from dinogen.metrics.bootstrap import Estimate
 from dinogen.metrics.collect import Collected, Seen, Source, collect
 from dinogen.metrics.figure import Figure
 from dinogen.metrics.fingerprint import Facts, fingerprint, fingerprint_id
-from dinogen.metrics.judges import Judge, NotAvailable, load_judge
-from dinogen.metrics.names import JUDGED, Metric, Sets, better
+from dinogen.metrics.judged import Judges
+from dinogen.metrics.judges import Judge, JudgeInfo, NotAvailable
+from dinogen.metrics.lpips_diversity import NUM_SAMPLES, lpips_diversity
+from dinogen.metrics.names import JUDGED, LPIPS_DIVERSITY, RECONSTRUCTION, Metric, Sets, better
+from dinogen.metrics.reconstruction import reconstruction
 from dinogen.metrics.reference import seen_of_reference
-from dinogen.metrics.sources import Reference
-
-log = logging.getLogger(__name__)
+from dinogen.metrics.sources import Reconstructed, Reference
 
 BATCH = 50  # pictures made and judged at a time
 _SEED = 0  # of the halves that spreads are taken over: no figure may depend on a run's seed
@@ -35,173 +30,173 @@ class Sized(Source, Protocol):
     resolution: int
 
 
-# From the first pictures, (N, 3, R, R) uint8 on the CPU, to a figure; called on rank 0 alone.
-OfPictures = Callable[[Tensor], Figure]
-
-
 @dataclass(frozen=True)
-class Other:
-    """A metric that looks at some of the generated pictures itself.
+class Subject:
+    """What is measured, and what it is compared with; or why that is not there.
 
     Attributes:
-        num_pictures: how many of the first ones it wants.
-        figure: works it out.
+        generated: the pictures measured.
+        real: those they are compared with, of the same side.
+        train: those that were learnt from.
+        pairs: real pictures and their reconstructions.
     """
 
-    num_pictures: int
-    figure: OfPictures
+    generated: Sized
+    real: Reference | UserError
+    train: Reference | UserError
+    pairs: Reconstructed | UserError
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measurement:
     """What was found, the same on every rank.
 
     Attributes:
         figures: by name of the metric, one for each that was asked for.
         fingerprints: by their ids, what the figures were measured against.
+        made: whether pictures were generated: nothing is, if no metric can be had.
     """
 
-    figures: dict[str, Figure]
+    figures: dict[str, Figure] = field(default_factory=dict)
     fingerprints: dict[str, Facts] = field(default_factory=dict)
+    made: bool = False
 
-
-class Judges:
-    """Judges that were asked for, each loaded once; or the reason why there is none.
-
-    Args:
-        config: where their weights are.
-        device: where they compute.
-    """
-
-    def __init__(self, config: MetricsConfig, device: torch.device) -> None:
-        self._config, self._device = config, device
-        self._known: dict[str, Judge | NotAvailable] = {}
-
-    def get(self, name: str) -> Judge | NotAvailable:
-        """One judge; every rank has to ask for it."""
-        if name not in self._known:
-            try:
-                self._known[name] = load_judge(name, self._config, self._device)
-            except NotAvailable as error:
-                self._known[name] = error
-        return self._known[name]
+    def add(self, figure: Figure, facts: Facts | None) -> None:
+        """Take in a figure, under the fingerprint of what it was measured against."""
+        if facts is not None and figure.value is not None:
+            figure = replace(figure, fingerprint=fingerprint_id(facts))
+            self.fingerprints[fingerprint_id(facts)] = facts
+        self.figures[figure.name] = figure
 
 
 def measure(
     names: Iterable[str],
     judges: Judges,
-    generated: Sized,
-    real: Reference | UserError,
-    train: Reference | UserError,
-    others: Mapping[str, Other] | None = None,
+    subject: Subject,
     num_halves: int = 0,
     cache: Path | None = None,
 ) -> Measurement:
     """Measure; all ranks together, with the same figures on any number of them.
 
     Args:
-        names: of metrics that have a judge, or are among ``others``.
+        names: of metrics; those that neither judges nor LPIPS measure are left aside.
         judges: who judge.
-        generated: the pictures measured.
-        real: those they are compared with, of the same side; or why there are none.
-        train: those that were learnt from; or why there are none.
-        others: metrics that need pictures and no judge.
-        num_halves: of the generated pictures, for spreads; no spread below 2.
+        subject: what is measured.
+        num_halves: halves of the generated pictures, for spreads; no spread below 2.
         cache: folder of reference statistics.
     """
-    others = others or {}
-    plan = _Plan(judges, real, train, num_halves)
-    wanted = {name: plan.why_not(JUDGED[name]) for name in names if name in JUDGED}
-    chosen = {name: JUDGED[name] for name, reason in wanted.items() if reason is None}
-    looked_at = {name: others[name] for name in names if name in others}
-    if not chosen and not looked_at:
-        return Measurement(_missing(wanted))
-    num_pictures = max((other.num_pictures for other in looked_at.values()), default=0)
-    made, real_seen, train_seen = plan.collect(chosen, generated, num_pictures, cache)
-    figures: dict[str, Figure] = _missing(wanted)
-    fingerprints: dict[str, Facts] = {}
-    found = None
+    asked = list(names)
+    found = Measurement()
+    chosen: dict[str, Metric] = {}
+    for name in (name for name in asked if name in JUDGED):
+        reason = _why_not(JUDGED[name], judges, subject)
+        if reason is None:
+            chosen[name] = JUDGED[name]
+        else:
+            found.add(Figure.missing(name, better(name), reason), None)
+    perceptual = judges.perceptual() if LPIPS_DIVERSITY in asked else None
+    num_pictures = 0
+    if isinstance(perceptual, NotAvailable):
+        reason = str(perceptual)
+        found.add(Figure.missing(LPIPS_DIVERSITY, better(LPIPS_DIVERSITY), reason), None)
+    elif perceptual is not None:
+        num_pictures = NUM_SAMPLES
+    if chosen or num_pictures:
+        made = _judge(chosen, judges, subject, num_halves, cache, num_pictures, found)
+        found.made = True
+        if made.pictures is not None and perceptual and not isinstance(perceptual, NotAvailable):
+            figure = lpips_diversity(made.pictures, perceptual)
+            resolution = subject.generated.resolution
+            found.add(figure, fingerprint(perceptual.info, resolution, figure.num_samples))
+    _reconstruct([name for name in asked if name in RECONSTRUCTION], judges, subject, found)
+    found.figures = {name: found.figures[name] for name in asked if name in found.figures}
+    return found
+
+
+def _why_not(metric: Metric, judges: Judges, subject: Subject) -> str | None:
+    """Why a metric cannot be had; None if it can."""
+    judge = judges.get(metric.judge)
+    if isinstance(judge, NotAvailable):
+        return str(judge)
+    if metric.real and isinstance(subject.real, UserError):
+        return str(subject.real)
+    if metric.train and isinstance(subject.train, UserError):
+        return str(subject.train)
+    return None
+
+
+def _judge(
+    chosen: dict[str, Metric],
+    judges: Judges,
+    subject: Subject,
+    num_halves: int,
+    cache: Path | None,
+    num_pictures: int,
+    found: Measurement,
+) -> Collected:
+    """Show everything to the judges, and work out their metrics on rank 0."""
+    metrics = list(chosen.values())
+    on_real, on_train = [m for m in metrics if m.real], [m for m in metrics if m.train]
+    keep_real = {m.judge for m in on_real if m.real == "rows"}
+    real = _seen(subject.real, _loaded(on_real, judges), keep_real, cache)
+    train = _seen(subject.train, _loaded(on_train, judges), {m.judge for m in on_train}, cache)
+    keep = {m.judge for m in metrics if m.rows or num_halves > 1}
+    source: Source = subject.generated if metrics else _First(subject.generated, num_pictures)
+    made = collect(source, _loaded(metrics, judges), keep, BATCH, num_pictures)
+    results = None
     with dist.main_section() as mine:
         if mine:
-            for judge in {metric.judge for metric in chosen.values()}:
-                sets = Sets(
-                    made.seen[judge], real_seen.get(judge), train_seen.get(judge), num_halves, _SEED
-                )
-                for name, metric in chosen.items():
-                    if metric.judge == judge:
-                        facts = plan.facts(metric, made.seen[judge], generated)
-                        figures[name] = _figure(name, metric, sets, facts)
-                        fingerprints[fingerprint_id(facts)] = facts
-            for name, other in looked_at.items():
-                assert made.pictures is not None
-                figures[name] = other.figure(made.pictures[: other.num_pictures])
-            found = [{k: v.to_dict() for k, v in figures.items()}, fingerprints]
-    stored, fingerprints = dist.broadcast_object(found)
-    return Measurement({k: Figure.from_dict(stored[k]) for k in names if k in stored}, fingerprints)
+            sets = {
+                judge: Sets(seen, real.get(judge), train.get(judge), num_halves, _SEED)
+                for judge, seen in made.seen.items()
+            }
+            results = [
+                _figure(name, metric, sets[metric.judge], made.num, subject).to_dict()
+                for name, metric in chosen.items()
+            ]
+    for stored in dist.broadcast_object(results):
+        figure = Figure.from_dict(stored)
+        metric = chosen[figure.name]
+        info = made.seen[metric.judge].info
+        found.add(figure, _facts(metric, info, subject))
+    return made
 
 
-class _Plan:
-    """What has to be read, by whom, and what has to be kept of it."""
+def _figure(name: str, metric: Metric, sets: Sets, num: int, subject: Subject) -> Figure:
+    """One figure; too few pictures are a reason why there is none."""
+    num_real = subject.real.num if metric.real and isinstance(subject.real, Reference) else None
+    try:
+        estimate = metric.estimate(sets)
+    except ValueError as error:
+        return Figure.missing(name, metric.better, str(error))
+    return Figure(name, estimate.value, estimate.spread, metric.better, num, num_real, None)
 
-    def __init__(
-        self,
-        judges: Judges,
-        real: Reference | UserError,
-        train: Reference | UserError,
-        num_halves: int,
-    ) -> None:
-        self.judges, self.real, self.train, self.num_halves = judges, real, train, num_halves
 
-    def why_not(self, metric: Metric) -> str | None:
-        """Why a metric cannot be had; None if it can."""
-        judge = self.judges.get(metric.judge)
-        if isinstance(judge, NotAvailable):
-            return str(judge)
-        if metric.real and isinstance(self.real, UserError):
-            return str(self.real)
-        if metric.train and isinstance(self.train, UserError):
-            return str(self.train)
-        return None
+def _facts(metric: Metric, judge: JudgeInfo, subject: Subject) -> Facts:
+    """What a metric's figure was measured against."""
+    made = subject.generated
+    if not metric.real or not isinstance(subject.real, Reference):
+        return fingerprint(judge, made.resolution, made.num)
+    reference = subject.real.facts()
+    if metric.train and isinstance(subject.train, Reference):
+        learnt = subject.train.facts()
+        beside = f"{subject.train.num} of {learnt['split']} of {learnt['data'][:12]}"
+        reference = reference | {"split": f"{reference['split']} beside {beside}"}
+    return fingerprint(judge, made.resolution, made.num, reference, subject.real.num)
 
-    def collect(
-        self, chosen: dict[str, Metric], generated: Sized, num_pictures: int, cache: Path | None
-    ) -> tuple[Collected, dict[str, Seen], dict[str, Seen]]:
-        """What the judges see of generated, real and training pictures."""
-        metrics = list(chosen.values())
-        real = self._seen(self.real, [m for m in metrics if m.real], _kept_of_real(metrics), cache)
-        learnt = [m for m in metrics if m.train]
-        train = self._seen(self.train, learnt, {m.judge for m in learnt}, cache)
-        keep = {m.judge for m in metrics if m.rows or self.num_halves > 1}
-        source: Source = generated if metrics else _First(generated, num_pictures)
-        found = collect(source, self._judges(metrics), keep, BATCH, num_pictures)
-        return found, real, train
 
-    def facts(self, metric: Metric, seen: Seen, generated: Sized) -> Facts:
-        """The fingerprint of a metric's figure."""
-        reference, num = None, None
-        if metric.real and isinstance(self.real, Reference):
-            reference, num = self.real.facts(), self.real.num
-            if metric.train and isinstance(self.train, Reference):
-                learnt = self.train.facts()
-                split = f"{reference['split']} beside {learnt['split']} of {learnt['data'][:12]}"
-                reference, num = reference | {"split": split}, num + self.train.num
-        return fingerprint(seen.info, generated.resolution, generated.num, reference, num)
+def _seen(
+    source: Reference | UserError, judges: list[Judge], keep: set[str], cache: Path | None
+) -> dict[str, Seen]:
+    if not judges or isinstance(source, UserError):
+        return {}
+    return seen_of_reference(source, judges, keep, BATCH, cache)
 
-    def _seen(
-        self,
-        source: Reference | UserError,
-        metrics: list[Metric],
-        keep: set[str],
-        cache: Path | None,
-    ) -> dict[str, Seen]:
-        if not metrics or isinstance(source, UserError):
-            return {}
-        return seen_of_reference(source, self._judges(metrics), keep, BATCH, cache)
 
-    def _judges(self, metrics: list[Metric]) -> list[Judge]:
-        names = dict.fromkeys(metric.judge for metric in metrics)
-        found = (self.judges.get(name) for name in names)
-        return [judge for judge in found if not isinstance(judge, NotAvailable)]
+def _loaded(metrics: list[Metric], judges: Judges) -> list[Judge]:
+    """The judges of metrics that can be had, each once."""
+    found = (judges.get(name) for name in dict.fromkeys(metric.judge for metric in metrics))
+    return [judge for judge in found if not isinstance(judge, NotAvailable)]
 
 
 class _First:
@@ -212,31 +207,22 @@ class _First:
         self.read = source.read
 
 
-def _kept_of_real(metrics: list[Metric]) -> set[str]:
-    return {metric.judge for metric in metrics if metric.real == "rows"}
-
-
-def _missing(reasons: Mapping[str, str | None]) -> dict[str, Figure]:
-    """Figures of those metrics that have a reason not to be there."""
-    return {
-        name: Figure.missing(name, better(name), reason)
-        for name, reason in reasons.items()
-        if reason
-    }
-
-
-def _figure(name: str, metric: Metric, sets: Sets, facts: Facts) -> Figure:
-    """One figure; too few pictures are a reason why there is none."""
-    try:
-        found: Estimate = metric.estimate(sets)
-    except ValueError as error:
-        return Figure.missing(name, metric.better, str(error))
-    return Figure(
-        name=name,
-        value=found.value,
-        spread=found.spread,
-        better=metric.better,
-        num_samples=facts["num_samples"],
-        num_reference=facts["num_reference"],
-        fingerprint=fingerprint_id(facts),
-    )
+def _reconstruct(names: list[str], judges: Judges, subject: Subject, found: Measurement) -> None:
+    """How near reconstructions of real pictures are to them."""
+    if not names:
+        return
+    pairs = subject.pairs
+    if isinstance(pairs, UserError):
+        for name in names:
+            found.add(Figure.missing(name, better(name), str(pairs)), None)
+        return
+    perceptual = judges.perceptual()
+    figures = reconstruction(pairs, perceptual)
+    for name in names:
+        # PSNR and SSIM compare the pixels themselves
+        judge = JudgeInfo(name, "", "none", 0, 0, False)
+        if name == "reconstruction_lpips" and not isinstance(perceptual, NotAvailable):
+            judge = perceptual.info
+        real = pairs.real
+        facts = fingerprint(judge, real.resolution, real.num, real.facts(), real.num)
+        found.add(figures[name], facts)
