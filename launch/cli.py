@@ -14,7 +14,18 @@ import typer
 from typer.models import CommandInfo
 
 from dinogen.errors import UserError
-from launch.commands import config, data, demo, doctor, faces, launch, results, shards, train
+from launch.commands import (
+    config,
+    data,
+    demo,
+    doctor,
+    faces,
+    launch,
+    look,
+    results,
+    shards,
+    train,
+)
 
 HELP = """Train image generators that are guided by frozen DINOv2 features.
 
@@ -36,7 +47,7 @@ Every command explains itself: dinogen train --help
 PANELS = {
     "Data": ("prepare", "faces", "pyramids", "pack", "export-pt", "download", "shards"),
     "Train": ("train", "launch", "sample", "evaluate", "export"),
-    "Look": ("demo", "config"),
+    "Look": ("look", "demo", "config"),
     "Machine": ("doctor",),
 }
 
@@ -77,7 +88,7 @@ def _options(
         os.environ["DINOGEN_DEBUG"] = "1"
 
 
-for group in (faces, data, shards, train, launch, results, demo, config, doctor):
+for group in (faces, data, shards, train, launch, results, look, demo, config, doctor):
     group.register(app)
 
 

@@ -1,0 +1,105 @@
+"""What looks are made from: one checkpoint's averages, a seed, and the pictures it learnt from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dinogen.config import ConfigError
+from dinogen.report.sheets import Sheet
+from dinogen.training.data import data_fingerprint, open_data
+from dinogen.training.preflight import check_same_data
+from dinogen.training.snapshot import Snapshot
+from shards.dataset import Dataset
+from shards.errors import ShardsError
+
+NUM_DRAWN = 128
+# latents and pictures of one part fit where a training step did
+PIXELS_PER_PART = 64 * 64 * 64
+
+
+class LeftOut(Exception):
+    """A look that this run does not have; says why."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """One picture for people, or one animation if there are several sheets.
+
+    Attributes:
+        sheets: what it is made of.
+        caption: what it shows, in a sentence.
+    """
+
+    sheets: tuple[Sheet, ...]
+    caption: str
+
+
+Maker = Callable[["Scene"], Look]
+
+
+class Scene:
+    """A snapshot under a seed.
+
+    Args:
+        snapshot: whose averages are looked at.
+        seed: of all latents.
+    """
+
+    def __init__(self, snapshot: Snapshot, seed: int) -> None:
+        self.snapshot = snapshot
+        self.seed = seed
+        self.family = snapshot.family
+        self.networks = snapshot.ema.networks
+        self.resolution = snapshot.resolution
+
+    def latents(self, indices: Tensor) -> Tensor:
+        """Latents (N, ...) of sample numbers (N,)."""
+        return self.family.latents(indices, self.seed)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, indices: Tensor, psi: float = 1.0) -> Tensor:
+        """Pictures (N, 3, R, R) in [-1, 1] on the CPU, in parts."""
+        size = max(1, min(64, PIXELS_PER_PART // self.resolution**2))
+        parts = zip(latents.split(size), indices.split(size), strict=True)
+        decode, networks = self.family.decode, self.networks
+        images = [decode(networks, z, numbers, self.seed, psi).cpu() for z, numbers in parts]
+        return torch.cat(images)
+
+    @cached_property
+    def drawn(self) -> Tensor:
+        """Pictures of the first 128 sample numbers, (N, 3, R, R) in [-1, 1] on the CPU."""
+        indices = torch.arange(NUM_DRAWN)
+        return self.decode(self.latents(indices), indices)
+
+    @cached_property
+    def opinions(self) -> Tensor | None:
+        """How real the discriminator finds what is :attr:`drawn`, (N,); None without one."""
+        family, snapshot = self.family, self.snapshot
+        rest = set(family.networks) - set(self.networks)
+        for name in rest:
+            # a snapshot has loaded the averages alone
+            family.networks[name].load_state_dict(snapshot.checkpoint.tensors(name))
+        plan, nimg = snapshot.plan, snapshot.nimg
+        family.set_fade(family.networks, plan.alpha(nimg), plan.fading(nimg))
+        found = family.realism(self.drawn.to(family.device))
+        return None if found is None else found.cpu()
+
+    @cached_property
+    def data(self) -> Dataset:
+        """What the run was trained on.
+
+        Raises:
+            LeftOut: it is not there any more, or is another.
+        """
+        config = self.family.config
+        try:
+            data = open_data(config)
+            check_same_data(self.snapshot.checkpoint, config, data_fingerprint(data))
+        except (ConfigError, ShardsError, OSError) as error:
+            raise LeftOut(f"the data of the run are needed: {error}") from None
+        return data
