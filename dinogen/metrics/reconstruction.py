@@ -59,7 +59,7 @@ def reconstruction(
     """
     if pairs.num < 1:
         raise ValueError("there are no reconstructions to measure")
-    starts = range(0, pairs.num, batch)
+    starts = np.arange(0, pairs.num, batch)
     rows = torch.zeros(pairs.num, len(BETTER), dtype=torch.float64)
     for start in np.array_split(starts, dist.world_size())[dist.rank()].tolist():
         numbers = list(range(start, min(start + batch, pairs.num)))

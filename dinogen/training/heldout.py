@@ -14,6 +14,7 @@ from dinogen import dist
 from dinogen.config import ConfigError
 from dinogen.families.base import Batch, Family
 from dinogen.training.batches import split as to_device
+from dinogen.training.labels import check_labels
 from shards.dataset import Dataset
 from shards.errors import CorruptSample
 from shards.manifest import SPLITS
@@ -131,5 +132,6 @@ def _read(
         levels=inputs.levels,
         on_error=on_error,
     )
+    check_labels(family, batch)
     ((micro, _),) = to_device(batch, 1, family.device)
     return micro

@@ -13,6 +13,7 @@ from dinogen.families.base import Family
 from dinogen.families.registry import family_class, resolve
 from dinogen.training.checkpoint import STATE, Checkpoint, stage_checkpoint
 from dinogen.training.data import data_fingerprint
+from dinogen.training.labels import check_classes
 from dinogen.training.stages import find_stage
 from shards.dataset import Dataset
 
@@ -69,7 +70,7 @@ def _check_stage(config: Config, stage: StageConfig, data: Dataset) -> None:
             "for native: prepare.pyramids.kinds and prepare.pyramids.grids), or change family:"
         )
     if inputs.labels:
-        _check_labels(config, data)
+        check_classes(config, data)
     if inputs.image_size is None and config.augment != AugmentConfig():
         raise ConfigError(
             f"augment: family {config.family.name} reads no pictures at {name}, but features that "
@@ -89,22 +90,6 @@ def _check_stage(config: Config, stage: StageConfig, data: Dataset) -> None:
         raise ConfigError(
             f"stages: batch {stage.batch} of {name} is smaller than the number of ranks "
             f"{dist.world_size()}: each rank needs a picture"
-        )
-
-
-def _check_labels(config: Config, data: Dataset) -> None:
-    """Classes of the data against the family's ``num_classes``."""
-    path, wanted = config.data.location, config.family.options.get("num_classes")
-    if not data.manifest.has_labels:
-        raise ConfigError(
-            f"family.num_classes: the samples of {path} have no labels: prepare photos in one "
-            "folder per class (docs/data-format.md), or set it to 0"
-        )
-    classes = data.manifest.classes
-    if classes and len(classes) != wanted:
-        raise ConfigError(
-            f"family.num_classes: {wanted}, but {path} has {len(classes)} classes "
-            f"({', '.join(classes)}): set it to {len(classes)}"
         )
 
 

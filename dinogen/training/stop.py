@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+from collections.abc import Iterator
 from types import FrameType
+from typing import TypeVar
 
 from dinogen import dist
 from dinogen.errors import UserError
+from shards.errors import FetchError
 from shards.fetch import hurry
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # EX_TEMPFAIL: not an error, run the same command again to go on
 EXIT_STOPPED = 75
@@ -38,6 +45,22 @@ class StopFlag:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         hurry(False)
+
+    def next(self, batches: Iterator[T]) -> T | None:
+        """The next batch; None if this rank was asked to stop: then no shard is worth waiting for.
+
+        Raises:
+            FetchError: a shard cannot be had, and nobody asked for a stop.
+        """
+        if self.name is not None:
+            return None
+        try:
+            return next(batches)
+        except FetchError as error:
+            if self.name is None:
+                raise
+            log.warning("%s", error)
+            return None
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; every rank has to call it."""

@@ -17,6 +17,7 @@ from dinogen.training.artifacts import save_samples
 from dinogen.training.augment import augment
 from dinogen.training.batches import num_micros, split
 from dinogen.training.console import ProgressLine
+from dinogen.training.labels import check_labels
 from dinogen.training.logger import Logger
 from dinogen.training.saver import Saver
 from dinogen.training.stages import due
@@ -70,6 +71,7 @@ class Trainer:
         self.num_nonfinite: dict[str, int] = {}
         self.fading: bool | None = None
         self.num_skipped_before = state.progress.num_skipped
+        self.num_skipped_here = 0
 
     def run(self) -> None:
         """Train to the end of the stage.
@@ -110,20 +112,25 @@ class Trainer:
                 self.window = Window(time.monotonic())
                 self.counted_until = self.window.began
                 batches = iter(self.stream)
+                began = progress.nimg
                 while not self.state.finished:
                     before = time.monotonic()
-                    batch = next(batches)
+                    batch = self.stop.next(batches)
                     self.window.waited += time.monotonic() - before
+                    # Agreed on here, where a rank that cannot have its batch can still say so.
+                    if self.stop.agreed() or batch is None:
+                        if self._unsound:
+                            raise self._blown_up("stopped while updates were not finite,")
+                        if self.now > began:
+                            self.save()
+                            self._saved()
+                        raise self.stop.error(f"at {self.now} images")
+                    check_labels(self.family, batch)
+                    self.num_skipped_here = self.stream.num_skipped
                     self._prepare_engine()
                     self.train_step(batch)
                     self._after_step(line)
                     self.saver.check()
-                    if self.stop.agreed():
-                        if self._unsound:
-                            raise self._blown_up("stopped while updates were not finite,")
-                        self.save()
-                        self._saved()
-                        raise self.stop.error(f"at {progress.nimg} images")
                 self._saved()
         finally:
             line.close()
@@ -290,7 +297,7 @@ class Trainer:
         now = time.monotonic()
         self.progress.seconds += now - self.counted_until
         self.counted_until = now
-        skipped = dist.all_reduce_sum(torch.tensor(self.stream.num_skipped))
+        skipped = dist.all_reduce_sum(torch.tensor(self.num_skipped_here))
         self.progress.num_skipped = self.num_skipped_before + int(skipped)
 
     def _warn(self, verdict: Verdict) -> None:

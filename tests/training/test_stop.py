@@ -1,0 +1,145 @@
+"""A run that is asked to stop while a shard cannot be had saves what it learnt, on all ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinogen.config import dump_config
+from dinogen.training.run import train
+from dinogen.training.stop import Stopped
+from shards.errors import FetchError
+from shards.stream import Stream
+from tests.training.helpers import curve, stage, weights
+
+REPO = Path(__file__).parents[2]
+LOST = "train-00001.tar: 503 (asked to stop)"
+
+RANKS = """
+import signal, sys
+from pathlib import Path
+from dinogen import dist
+from dinogen.config import load_config
+from dinogen.training.run import train
+from dinogen.training.stop import Stopped
+from shards.errors import FetchError
+from shards.stream import Stream
+
+take = Stream._take
+
+def lose(stream):
+    # 24 images were shown; the other rank has its batch and has heard of no signal
+    if dist.rank() == 1 and stream.state_dict()["position"] == 24:
+        signal.raise_signal(signal.SIGTERM)
+        raise FetchError("lost")
+    return take(stream)
+
+Stream._take = lose
+try:
+    train(load_config(sys.argv[1]))
+except Stopped as stopped:
+    (Path(sys.argv[2]) / str(dist.rank())).write_text(f"{stopped.exit_code} {stopped}")
+dist.shutdown()
+"""
+
+
+@pytest.fixture
+def lose(monkeypatch):
+    """From some image on no shard can be had; before it fails the run is asked to stop, or not."""
+    take = Stream._take
+
+    def at(nimg, asked):
+        def taken(self):
+            if self.state_dict()["position"] < nimg:
+                return take(self)
+            if asked:
+                signal.raise_signal(signal.SIGTERM)
+            raise FetchError(LOST)
+
+        monkeypatch.setattr(Stream, "_take", taken)
+
+    return at
+
+
+def checkpoints(config, resolution=4):
+    return sorted(path.name for path in (stage(config, resolution) / "checkpoints").glob("0*"))
+
+
+@pytest.mark.parametrize("num_threads", [0, 1])
+def test_what_was_learnt_is_saved_and_the_run_goes_on_from_it(
+    make_config, lose, monkeypatch, caplog, num_threads
+):
+    whole = make_config(run="whole")
+    train(whole)
+    config = make_config(f"data.num_threads={num_threads}", "checkpoint.every_kimg=1", run="part")
+    lose(56, asked=True)
+    with pytest.raises(Stopped, match="SIGTERM at 56 images, all of it saved") as stopped:
+        train(config)
+    assert stopped.value.exit_code == 75
+    assert LOST in caplog.text  # why it ended between two batches
+    assert checkpoints(config) == ["000000056"]
+    monkeypatch.undo()
+    train(config)
+    for resolution in (4, 8):
+        left, right = weights(config, resolution), weights(whole, resolution)
+        assert [name for name in right if not torch.equal(left[name], right[name])] == []
+        assert curve(config, resolution) == curve(whole, resolution)
+
+
+def test_without_a_step_there_is_nothing_to_save(make_config, lose):
+    config = make_config()
+    lose(0, asked=True)
+    with pytest.raises(Stopped, match="at 0 images"):
+        train(config)
+    assert checkpoints(config) == []
+
+
+def test_a_shard_that_nobody_asked_to_stop_for_is_an_error(make_config, lose):
+    config = make_config("checkpoint.every_kimg=1")
+    lose(24, asked=False)
+    with pytest.raises(FetchError, match="503"):
+        train(config)
+    assert checkpoints(config) == []
+
+
+def test_asked_in_its_last_step_a_stage_is_finished(make_config, monkeypatch):
+    from dinogen.training.trainer import Trainer
+
+    config = make_config()
+    step = Trainer.train_step
+
+    def stop_at_the_end(self, batch):
+        step(self, batch)
+        if self.state.finished:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "train_step", stop_at_the_end)
+    with pytest.raises(Stopped, match="after stage 4"):
+        train(config)
+    assert json.loads((stage(config, 4) / "result.json").read_text())["status"] == "finished"
+    assert not stage(config, 8).exists()
+
+
+def test_all_ranks_stop_with_the_one_that_cannot_have_its_shard(make_config, tmp_path):
+    config = make_config("checkpoint.every_kimg=1")
+    path, script = tmp_path / "config.yaml", tmp_path / "ranks.py"
+    path.write_text(dump_config(config))
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(script), str(path), str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    assert [text.partition(" at 24 images")[0] for text in said] == [
+        "75 stopped by another rank",
+        "75 stopped by SIGTERM",
+    ]
+    assert checkpoints(config) == ["000000024"]
