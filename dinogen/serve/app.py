@@ -1,0 +1,139 @@
+"""The web application: one page, and one picture per request, drawn one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dinogen.config import describe_errors
+from dinogen.errors import UserError
+from dinogen.serve.gallery import MAX_SEED, Gallery, Query
+
+TEMPLATE = Path(__file__).with_name("page.html")
+MAX_PICTURES = 64  # that the page shows
+MAX_QUERY = 512  # characters; the longest that means anything has half of them
+MAX_WAITING = 32  # requests; a browser keeps one on its way
+# the page holds all that it needs: nothing may come from elsewhere, nor go there
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; img-src blob: data:; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+
+
+def make_app(gallery: Gallery, hosts: Sequence[str]) -> Starlette:
+    """The application of a run.
+
+    Args:
+        gallery: draws; called by one thread at a time.
+        hosts: names by which it may be called, so that no page from elsewhere can reach it under
+            a name of its own; ``*`` allows all.
+    """
+    page = _render(gallery)
+    turn = asyncio.Lock()
+    num_waiting = 0
+
+    async def index(request: Request) -> Response:
+        return HTMLResponse(page)
+
+    async def picture(request: Request) -> Response:
+        nonlocal num_waiting
+        query = _query(request, gallery)
+        if num_waiting >= MAX_WAITING:
+            raise HTTPException(503, f"{num_waiting} pictures are waited for: try again soon")
+        num_waiting += 1
+        try:
+            async with turn:
+                if await request.is_disconnected():
+                    return Response(status_code=499)
+                png = await run_in_threadpool(gallery.draw, query)
+        except UserError as error:
+            raise HTTPException(409, f"{error}; the run has gone on: start serve again") from None
+        finally:
+            num_waiting -= 1
+        return Response(png, media_type="image/png")
+
+    return Starlette(
+        routes=[Route("/", index), Route("/picture.png", picture)],
+        middleware=[
+            Middleware(_Guard),
+            Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
+        ],
+    )
+
+
+def _render(gallery: Gallery) -> str:
+    """The page, with the facts of the run."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        title=gallery.run.resolve().name,
+        facts={
+            "run": str(gallery.run),
+            "family": gallery.family,
+            "truncates": gallery.truncates,
+            "stages": [asdict(stage) for stage in gallery.stages.values()],
+        },
+        max_seed=MAX_SEED,
+        max_pictures=MAX_PICTURES,
+    )
+
+
+def _query(request: Request, gallery: Gallery) -> Query:
+    """What is asked for.
+
+    Raises:
+        HTTPException: 400, with what is wrong and the mend.
+    """
+    items = request.query_params.multi_items()
+    given = dict(items)
+    if len(given) < len(items):
+        raise HTTPException(400, "a key is given twice: give each once")
+    try:
+        query = Query.model_validate(given)
+        gallery.stage(query)
+    except ValidationError as error:
+        raise HTTPException(400, describe_errors(error, Query, "picture")) from None
+    except UserError as error:
+        raise HTTPException(400, str(error)) from None
+    return query
+
+
+class _Guard:
+    """Refuses requests of great size before anything reads them; puts headers on every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        app = self.app
+        if scope["type"] == "http":
+            headers = dict(scope["headers"])
+            if len(scope["query_string"]) > MAX_QUERY:
+                app = PlainTextResponse(f"more than {MAX_QUERY} characters of query", 414)
+            elif headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers:
+                app = PlainTextResponse("a request has no body here", 413)
+        await app(scope, receive, send_guarded)

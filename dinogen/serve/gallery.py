@@ -1,0 +1,135 @@
+"""What a run can draw, one picture at a time: its stages, the bounds of a request, the PNG."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pydantic import Field, model_validator
+
+from dinogen.config import ConfigError, Section
+from dinogen.report.pictures import to_uint8
+from dinogen.training.checkpoint import stage_checkpoint
+from dinogen.training.looks_latents import spherical
+from dinogen.training.snapshot import load_snapshot, run_config
+
+# a browser counts no further exactly
+MAX_SEED = 2**53 - 1
+MAX_NUMBER = 999_999
+# two stages stay in memory, for who compares them
+_NUM_OPEN = 2
+
+
+class Query(Section):
+    """What a picture is asked for by; a number out of bounds is refused."""
+
+    stage: int | None = Field(None, ge=4, le=1024, description="the largest unless given")
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    number: int = Field(0, ge=0, le=MAX_NUMBER, description="of the pictures under the seed")
+    psi: float = Field(1.0, ge=0, le=1, allow_inf_nan=False, description="0 the mean, 1 as learnt")
+    to: int | None = Field(None, ge=0, le=MAX_SEED, description="seed that is walked to")
+    at: float = Field(0.0, ge=0, le=1, allow_inf_nan=False, description="how far, with to")
+
+    @model_validator(mode="after")
+    def _goes_somewhere(self) -> Query:
+        if self.at and self.to is None:
+            raise ValueError(f"at is {self.at}, but no seed is walked to: give to as well")
+        return self
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that can be drawn from, by the checkpoint that was its newest at the start.
+
+    Attributes:
+        resolution: side of its pictures.
+        nimg: images that the run had been shown.
+        guide: who taught it; None if it had no guide.
+        random_guide: whether the guide was random, so that its pictures say nothing of quality.
+    """
+
+    resolution: int
+    nimg: int
+    guide: str | None
+    random_guide: bool
+
+
+class Gallery:
+    """A run whose pictures are drawn on demand; not to be used from several threads at once.
+
+    Args:
+        run: folder of the run.
+
+    Raises:
+        ConfigError: ``run`` is no run, or has no complete checkpoint.
+        DistError: this machine does not have the run's device.
+    """
+
+    def __init__(self, run: Path) -> None:
+        config = run_config(run)
+        self.run = run
+        self.family = config.family.name
+        found = [(stage, stage_checkpoint(config, stage)) for stage in reversed(config.stages)]
+        self.stages = {
+            stage.resolution: Stage(
+                stage.resolution,
+                checkpoint.state["progress"]["nimg"],
+                checkpoint.state["facts"].get("guide_label"),
+                bool(checkpoint.state["facts"].get("random_guide")),
+            )
+            for stage, checkpoint in found
+            if checkpoint is not None
+        }
+        if not self.stages:
+            raise ConfigError(f"{run}: no stage has a complete checkpoint: train it first")
+        self._snapshot = lru_cache(maxsize=_NUM_OPEN)(load_snapshot)
+        largest = next(iter(self.stages.values()))
+        self.truncates = self._snapshot(run, largest.resolution, largest.nimg).family.truncates
+
+    def stage(self, query: Query) -> Stage:
+        """The stage that is asked for.
+
+        Raises:
+            ConfigError: there is no such stage, or psi means nothing to this family.
+        """
+        if query.psi != 1 and not self.truncates:
+            raise ConfigError(f"psi: family {self.family} does not truncate: leave it out")
+        if query.stage is None:
+            return next(iter(self.stages.values()))
+        if query.stage not in self.stages:
+            names = ", ".join(map(str, self.stages))
+            raise ConfigError(f"stage: {query.stage} is none of this run's: there are {names}")
+        return self.stages[query.stage]
+
+    @torch.no_grad()
+    def draw(self, query: Query) -> bytes:
+        """The picture as a PNG of its own resolution, the same bytes for the same query.
+
+        Under one seed number i is what ``dinogen sample`` calls so. On the way to another seed
+        only the latent changes, along the great circle; a class, or noise on the way, stays.
+
+        Raises:
+            ConfigError: see :meth:`stage`; or the checkpoint is no longer there.
+        """
+        stage = self.stage(query)
+        snapshot = self._snapshot(self.run, stage.resolution, stage.nimg)
+        family, number = snapshot.family, torch.tensor([query.number])
+        latents = family.latents(number, query.seed)
+        if query.to is not None and query.at:
+            end = family.latents(number, query.to)
+            latents = end if query.at == 1 else spherical(latents, end, query.at)
+        images = family.decode(snapshot.ema.networks, latents, number, query.seed, query.psi)
+        pixels = to_uint8(images.float().cpu().numpy())[0]
+        made_by = asdict(stage) | query.model_dump(exclude={"stage"})
+        about = {"run": self.run.resolve().name, "family": self.family} | made_by
+        text = PngInfo()
+        text.add_text("dinogen", json.dumps(about))
+        png = io.BytesIO()
+        Image.fromarray(pixels).save(png, "PNG", pnginfo=text)
+        return png.getvalue()
