@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dinogen import dist
 from dinogen.families.base import Scalars
-from dinogen.files import write_text
+from dinogen.training.jsonl import cut_lines
 
 
 class Logger:
@@ -59,12 +59,7 @@ class Logger:
             self.weights = {name: main * value for name, value in state["weights"].items()}
         if self.folder is None:
             return
-        path = self.folder / "stats.jsonl"
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if _nimg(line) <= nimg]
-            if kept != lines:
-                write_text(path, "".join(kept))
+        cut_lines(self.folder / "stats.jsonl", nimg)
         self.writer = SummaryWriter(str(self.folder / "tb"), purge_step=nimg + 1)
 
     def add(self, losses: Scalars, weight: float, prefix: str = "") -> None:
@@ -156,11 +151,3 @@ def _number(value: float | None) -> float:
 def _json_number(value: float | None) -> float | None:
     """JSON knows no NaN and no infinity; readers meet null."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _nimg(line: str) -> float:
-    """nimg of a line; infinite if the line was cut off by a kill."""
-    try:
-        return float(json.loads(line)["nimg"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf

@@ -1,0 +1,127 @@
+"""What a family's averaged networks are measured on: their samples, real pictures, and the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from dinogen.config import ConfigError, MetricsConfig
+from dinogen.errors import UserError
+from dinogen.families.base import Family, Networks
+from dinogen.metrics.figure import Figure
+from dinogen.metrics.names import GUIDE_DIVERSITY, JUDGED, better
+from dinogen.metrics.sources import (
+    Folder,
+    Generated,
+    Pictures,
+    Reconstructed,
+    Reference,
+    picture_files,
+)
+from dinogen.metrics.suite import Subject
+from dinogen.training.heldout import chosen_samples
+from shards.dataset import Dataset
+from shards.packed import open_dataset
+
+
+def subject_of(
+    family: Family,
+    networks: Networks,
+    num: int,
+    real: Reference | UserError,
+    train: Reference | UserError,
+) -> Subject:
+    """Samples of a family under its run's seed, and what they are compared with.
+
+    Args:
+        family: samples.
+        networks: its moving averages.
+        num: samples.
+        real: pictures of its resolution that nothing was learnt from, or why there are none.
+        train: those that it was trained on.
+    """
+    seed, resolution = family.config.seed, family.stage.resolution
+
+    def sample(numbers: Tensor) -> Tensor:
+        return family.sample(networks, numbers, seed)
+
+    def reconstruct(images: Tensor, numbers: Tensor) -> Tensor:
+        batch = {"image": images.to(family.device), "position": numbers}
+        made = family.reconstruct(networks, batch)
+        assert made is not None, "a family that encodes nothing is not asked"
+        return made
+
+    pairs: Reconstructed | UserError
+    if type(family).reconstruct is Family.reconstruct:
+        pairs = UserError(f"family {family.config.family.name} encodes no pictures")
+    elif isinstance(real, UserError):
+        pairs = real
+    else:
+        pairs = Reconstructed(real, reconstruct)
+    return Subject(Generated(sample, num, resolution), real, train, pairs)
+
+
+def real_pictures(
+    data: Dataset, split: str, num: int | None, resolution: int, key: str
+) -> Reference | UserError:
+    """Pictures spread over a split, or why there are none.
+
+    Args:
+        data: has the split.
+        split: ``train``, ``val`` or ``test``.
+        num: at most so many; all if None.
+        resolution: side in pixels.
+        key: what asked for them, named in the reason.
+    """
+    try:
+        return Pictures(data, split, chosen_samples(data, split, num, key), resolution)
+    except UserError as error:
+        return error
+
+
+def reference_at(
+    location: str, settings: MetricsConfig, resolution: int
+) -> tuple[Reference | UserError, Reference | UserError]:
+    """Pictures to compare with and those of train, of packed shards or a folder of files.
+
+    Raises:
+        ConfigError: pictures of the folder are of another side.
+        UserError: there is neither.
+    """
+    if picture_files(Path(location)):
+        folder = Folder(Path(location))
+        if folder.resolution != resolution:
+            raise ConfigError(
+                f"--reference {location}: its pictures are {folder.resolution}x"
+                f"{folder.resolution}, those measured {resolution}x{resolution}: give packed "
+                "shards, which are brought to that size, or pictures of the same size"
+            )
+        return folder, UserError(f"{location}: a folder of pictures says nothing of training")
+    data = open_dataset(location)
+    split, num = settings.reference_split, settings.num_reference
+    real = real_pictures(data, split, num, resolution, "metrics.reference_split")
+    if isinstance(real, UserError):
+        raise real
+    return real, real_pictures(data, "train", None, resolution, "--reference")
+
+
+def needs_reference(names: Iterable[str]) -> bool:
+    """Whether one of these metrics compares with real pictures."""
+    return any(name in JUDGED and JUDGED[name].real for name in names)
+
+
+def guide_diversity(family: Family, scalars: Mapping[str, float]) -> Figure:
+    """What the family's probe says of its samples' diversity in guide space.
+
+    Args:
+        family: whose probe it was.
+        scalars: of its verdict.
+    """
+    which = better(GUIDE_DIVERSITY)
+    if "diversity" not in scalars:
+        reason = f"family {family.config.family.name} has no guide in whose space to measure"
+        return Figure.missing(GUIDE_DIVERSITY, which, reason)
+    num = int(getattr(getattr(family, "options", None), "probe_samples", 0))
+    return Figure(GUIDE_DIVERSITY, scalars["diversity"], None, which, num, None, None)
