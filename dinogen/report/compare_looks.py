@@ -1,0 +1,104 @@
+"""The pictures of a run that a comparison shows, as `dinogen look` has left them."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 4_000_000
+TYPES = {".png": "png", ".gif": "gif", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+# Which pictures stand in which section, by the beginning of their names; the first found of a
+# group that begins with "first:" is enough.
+SECTIONS = {
+    "samples": ("grid16", "grid64", "final"),
+    "interpolations": ("interpolation",),
+    "progress": ("progression",),
+    "worst": ("worst",),
+    "neighbours": ("neighbour", "nearest"),
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """A picture, or why there is none.
+
+    Attributes:
+        name: such as ``grid16``.
+        path: the file; None if it was left out.
+        caption: what it shows.
+        nimg: images that the run had been shown.
+        seed: that it was drawn with.
+        command: that draws it again.
+        reason: why it was left out.
+    """
+
+    name: str
+    path: Path | None
+    caption: str
+    nimg: int | None = None
+    seed: int | None = None
+    command: str | None = None
+    reason: str | None = None
+
+    @property
+    def uri(self) -> str | None:
+        """The file as a data URI; None if there is none or it is too large for a page."""
+        if self.path is None or not self.path.is_file() or self.path.stat().st_size > MAX_BYTES:
+            return None
+        kind = TYPES.get(self.path.suffix.lower())
+        if kind is None:
+            return None
+        data = base64.b64encode(self.path.read_bytes()).decode("ascii")
+        return f"data:image/{kind};base64,{data}"
+
+    @property
+    def section(self) -> str:
+        """Under which heading it stands: a key of :data:`SECTIONS`, or ``more``."""
+        for section, beginnings in SECTIONS.items():
+            if self.name.startswith(beginnings):
+                return section
+        return "more"
+
+
+def read_looks(stage: Path, result: dict[str, Any] | None) -> tuple[list[Look], list[str]]:
+    """Pictures of ``looks/looks.json``, else the last grid of training; and what is wrong.
+
+    Args:
+        stage: folder of the stage.
+        result: its result.json.
+    """
+    folder = stage / "looks"
+    looks: list[Look] = []
+    troubles: list[str] = []
+    if (folder / "looks.json").is_file():
+        try:
+            entries = json.loads((folder / "looks.json").read_text(encoding="utf-8"))
+            looks = [_look(name, one, folder) for name, one in entries.items()]
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            troubles.append(f"looks/looks.json cannot be read: {error}")
+    missing = [one.path.name for one in looks if one.path and not one.path.is_file()]
+    if missing:
+        troubles.append(f"pictures are missing: {', '.join(missing)}: run dinogen look again")
+    if not any(one.section == "samples" and one.path for one in looks) and result:
+        name = (result.get("files") or {}).get("final")
+        if name and (stage / name).is_file():
+            caption = "drawn at the end of training, under the seed of the run"
+            looks.append(Look("final", stage / name, caption, result.get("nimg")))
+    return looks, troubles
+
+
+def _look(name: str, one: dict[str, Any], folder: Path) -> Look:
+    file = one.get("file")
+    return Look(
+        name=name,
+        path=folder / file if file else None,
+        caption=str(one.get("caption") or name),
+        nimg=one.get("nimg"),
+        seed=one.get("seed"),
+        command=one.get("command"),
+        reason=one.get("reason"),
+    )

@@ -1,0 +1,114 @@
+"""Numbers of a run: what training cost and what was measured, each with where it comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dinogen.report.compare_model import Number, Run, Source, finite, read_json
+from dinogen.report.stats import read_stats
+
+
+def read_costs(run: Run, results: dict[int, dict[str, Any]]) -> None:
+    """Numbers of training: summed over stages where they add up."""
+    last = results[max(results)]
+    run.facts = last
+    run.sources["training"] = Source(
+        f"{max(results)}x{max(results)}/result.json",
+        f"dinogen train {run.folder / 'config.yaml'}",
+        last.get("nimg"),
+        dict(last.get("versions") or {}),
+        last.get("device"),
+    )
+    parts = list(results.values())
+    seconds = [finite(one.get("seconds")) for one in parts]
+    hours = [
+        (one or 0.0) * (part.get("world_size") or 1) / 3600
+        for one, part in zip(seconds, parts, strict=True)
+    ]
+    memory = [m for part in parts if (m := finite(part.get("peak_memory_mb"))) is not None]
+    kind = "cpu_hours" if last.get("device") == "cpu" else "gpu_hours"
+    costs: dict[str, float | None] = {
+        "num_parameters": finite(last.get("num_parameters")),
+        "nimg": finite(last.get("nimg")),
+        "seconds": None if None in seconds else sum(one or 0.0 for one in seconds),
+        kind: None if None in seconds else sum(hours),
+        "peak_memory_mb": max(memory, default=None),
+        "training_images_per_s": finite(last.get("images_per_s")),
+    }
+    for name, value in costs.items():
+        run.numbers[name] = Number(name, value, "training")
+    verdict = last.get("verdict", "unknown")
+    if verdict != "ok":
+        run.troubles.append(f"verdict {verdict}: {' '.join(last.get('warnings') or ())}")
+    if last.get("num_skipped"):
+        run.troubles.append(f"{last['num_skipped']} damaged samples were replaced")
+
+
+def read_measured(run: Run, stage: Path) -> None:
+    """Figures of `dinogen evaluate`; what it has not, as measured last in training."""
+    path = stage / "metrics.jsonl"
+    if path.is_file() and path.stat().st_size:
+        run.measured = [line for line in read_stats(path) if isinstance(line.get("metrics"), dict)]
+    trained = run.facts.get("nimg")
+    if run.measured:
+        newest = run.measured[-1]
+        run.sources["in_training"] = Source(
+            f"{stage.name}/metrics.jsonl",
+            f"dinogen train {run.folder / 'config.yaml'}",
+            newest["nimg"],
+            dict(run.facts.get("versions") or {}),
+            run.facts.get("device"),
+        )
+        _add_figures(run, newest["metrics"], "in_training")
+        for line in run.measured:
+            run.fingerprints |= dict(line.get("fingerprints") or {})
+    found = read_json(stage / "evaluation.json", run)
+    if found is None:
+        return
+    command = found.get("command") or f"dinogen evaluate {run.folder}"
+    run.sources["evaluation"] = Source(
+        f"{stage.name}/evaluation.json",
+        command if isinstance(command, str) else " ".join(map(str, command)),
+        found.get("nimg"),
+        dict(found.get("versions") or {}),
+        found.get("device"),
+    )
+    run.fingerprints |= dict(found.get("fingerprints") or {})
+    _add_figures(run, found.get("measured") or {}, "evaluation")
+    speed = found.get("sampling") or {}
+    run.numbers["sampling_images_per_s"] = Number(
+        "sampling_images_per_s",
+        finite(speed.get("images_per_s")),
+        "evaluation",
+        better="higher",
+        num_samples=speed.get("num"),
+    )
+    for name, value in (found.get("metrics") or {}).items():
+        run.others[name] = Number(
+            name, finite(value), "evaluation", num_samples=found.get("num_samples")
+        )
+    if trained is not None and found.get("nimg") not in (None, trained):
+        run.troubles.append(
+            f"measured at {found['nimg']:,} images, but trained to {trained:,}: evaluate it again"
+        )
+
+
+def _add_figures(run: Run, figures: dict[str, Any], source: str) -> None:
+    """Figures of a mapping by name; one that has a value is not replaced by one without."""
+    for name, one in figures.items():
+        if not isinstance(one, dict):
+            continue
+        number = Number(
+            name=name,
+            value=finite(one.get("value")),
+            source=source,
+            better=str(one.get("better", "none")),
+            spread=finite(one.get("spread")),
+            num_samples=one.get("num_samples"),
+            num_reference=one.get("num_reference"),
+            fingerprint=one.get("fingerprint"),
+            reason=one.get("reason"),
+        )
+        if number.value is not None or name not in run.numbers:
+            run.numbers[name] = number
