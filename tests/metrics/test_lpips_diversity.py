@@ -1,0 +1,74 @@
+"""LPIPS diversity against all pairs one by one, its spread against leaving pictures out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dinogen.metrics import lpips_diversity as module
+from dinogen.metrics.lpips_diversity import lpips_diversity, pairwise_distances
+from dinogen.metrics.perceptual import load_perceptual
+from tests.metrics.backbones import pictures, save_backbone
+
+
+@pytest.fixture(scope="module")
+def perceptual(tmp_path_factory):
+    path = save_backbone("alex", tmp_path_factory.mktemp("backbone") / "alex.pth")
+    return load_perceptual("alex", str(path), torch.device("cpu"))
+
+
+def by_pairs(images, perceptual):
+    """Each pair by itself."""
+    pairs = itertools.combinations(range(len(images)), 2)
+    return {
+        (i, j): float(perceptual.distance(images[i : i + 1], images[j : j + 1])) for i, j in pairs
+    }
+
+
+def test_it_is_the_mean_of_all_pairs_and_its_spread_that_of_leaving_one_out(perceptual):
+    images = pictures(6, 32)
+    pairs = by_pairs(images, perceptual)
+    figure = lpips_diversity(images, perceptual)
+    assert figure.value == pytest.approx(np.mean(list(pairs.values())), rel=1e-5)
+    without = [
+        np.mean([distance for pair, distance in pairs.items() if left_out not in pair])
+        for left_out in range(6)
+    ]
+    jackknife = math.sqrt(5 / 6 * np.square(without - np.mean(without)).sum())
+    assert figure.spread == pytest.approx(jackknife, rel=1e-4)
+    assert (figure.name, figure.better, figure.num_samples) == ("lpips_diversity", "higher", 6)
+
+
+def test_its_spread_is_what_other_draws_differ_by(perceptual):
+    """Of 30 draws of 12 pictures the figures spread as each of them says, within chance."""
+    images = pictures(360, 16)
+    figures = [lpips_diversity(part, perceptual) for part in images.split(12)]
+    spread = np.std([figure.value for figure in figures], ddof=1)
+    said = np.mean([figure.spread for figure in figures])
+    assert 0.6 < said / spread < 1.7
+
+
+def test_blocks_change_nothing(perceptual, monkeypatch):
+    images = pictures(7, 32)
+    whole = pairwise_distances(images, perceptual)
+    assert torch.equal(whole, whole.T) and torch.equal(whole.diagonal(), torch.zeros(7).double())
+    num_bytes = 4 * perceptual.embed(images[:1]).shape[1]
+    monkeypatch.setattr(module, "MAX_BYTES", 3 * num_bytes)
+    monkeypatch.setattr(module, "PART", 2)
+    torch.testing.assert_close(pairwise_distances(images, perceptual), whole, rtol=1e-4, atol=1e-7)
+
+
+def test_one_picture_over_and_over_has_none(perceptual):
+    figure = lpips_diversity(pictures(1, 32).expand(5, -1, -1, -1), perceptual)
+    assert figure.value == pytest.approx(0, abs=1e-9)
+    assert figure.spread == pytest.approx(0, abs=1e-9)
+
+
+def test_few_pictures(perceptual):
+    assert lpips_diversity(pictures(2, 32), perceptual).spread is None
+    figure = lpips_diversity(pictures(1, 32), perceptual)
+    assert figure.value is None and "generate two or more" in figure.reason

@@ -1,0 +1,123 @@
+"""Reconstruction figures against closed forms and scikit-image; the same on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from dinogen.metrics.judges.base import NotAvailable
+from dinogen.metrics.perceptual import load_perceptual
+from dinogen.metrics.reconstruction import psnr, reconstruction, ssim
+from tests.metrics.backbones import pictures, save_backbone
+from tests.metrics.reconstruct import NoisyPairs, measure
+
+REPO = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("reconstruct.py")
+NO_LPIPS = NotAvailable("metrics.lpips_backbone: not here")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_backbone("alex", tmp_path_factory.mktemp("backbone") / "alex.pth")
+
+
+@pytest.fixture(scope="module")
+def perceptual(backbone):
+    return load_perceptual("alex", str(backbone), torch.device("cpu"))
+
+
+def columns(pairs, perceptual):
+    """Every pair by itself: LPIPS, and PSNR and SSIM by scikit-image."""
+    found = {"lpips": [], "psnr": [], "ssim": []}
+    for number in range(pairs.num):
+        real, made = pairs.read([number])
+        found["lpips"].append(float(perceptual.distance(real, made)))
+        a, b = real[0].numpy(), made[0].numpy()
+        found["psnr"].append(peak_signal_noise_ratio(a, b, data_range=255))
+        value = structural_similarity(
+            a.astype(float), b.astype(float), channel_axis=0, data_range=255,
+            gaussian_weights=True, sigma=1.5, use_sample_covariance=False, win_size=11,
+        )  # fmt: skip
+        found["ssim"].append(value)
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 4, 32])
+def test_means_and_spreads_are_those_of_every_pair(perceptual, batch):
+    pairs = NoisyPairs(7, 32)
+    figures = reconstruction(pairs, perceptual, batch)
+    assert list(figures) == [f"reconstruction_{name}" for name in ("lpips", "psnr", "ssim")]
+    for name, values in columns(pairs, perceptual).items():
+        figure = figures[f"reconstruction_{name}"]
+        assert figure.value == pytest.approx(np.mean(values), rel=1e-5)
+        assert figure.spread == pytest.approx(np.std(values, ddof=1) / math.sqrt(7), rel=1e-4)
+        assert (figure.num_samples, figure.name) == (7, f"reconstruction_{name}")
+        assert figure.better == ("lower" if name == "lpips" else "higher")
+
+
+def test_closed_forms():
+    a = pictures(1, 16)[0].clamp(0, 200)
+    assert psnr(a, a + 5) == pytest.approx(20 * math.log10(255 / 5))
+    black, white = torch.zeros(3, 16, 16).byte(), torch.full((3, 16, 16), 255).byte()
+    assert psnr(black, white) == 0
+    assert ssim(a, a) == pytest.approx(1)
+    # two flat pictures: only the means are left of equation 13
+    c1 = (0.01 * 255) ** 2
+    assert ssim(black, white) == pytest.approx(c1 / (255**2 + c1), rel=1e-4)
+
+
+def test_the_same_picture_is_as_one_value_off_by_one():
+    a = pictures(1, 16)[0].clamp(0, 200)
+    off = a.clone()
+    off[1, 3, 4] += 1
+    assert psnr(a, a) == psnr(a, off) == pytest.approx(10 * math.log10(255**2 * 3 * 16 * 16))
+
+
+def test_without_lpips_the_others_go_on():
+    figures = reconstruction(NoisyPairs(3, 16), NO_LPIPS)
+    lost = figures["reconstruction_lpips"]
+    assert lost.value is None and lost.reason == "metrics.lpips_backbone: not here"
+    assert figures["reconstruction_psnr"].value > 10
+
+
+def test_pictures_smaller_than_the_window_have_no_ssim(perceptual):
+    figures = reconstruction(NoisyPairs(3, 8), perceptual)
+    assert figures["reconstruction_ssim"].value is None
+    assert "smaller than its window of 11x11" in figures["reconstruction_ssim"].reason
+    assert figures["reconstruction_psnr"].value > 10
+    assert figures["reconstruction_lpips"].value > 0
+    assert reconstruction(NoisyPairs(1, 11), NO_LPIPS)["reconstruction_ssim"].value > 0
+
+
+def test_one_pair_has_no_spread_and_none_is_an_error():
+    assert reconstruction(NoisyPairs(1, 16), NO_LPIPS)["reconstruction_psnr"].spread is None
+    with pytest.raises(ValueError, match="no reconstructions"):
+        reconstruction(NoisyPairs(0, 16), NO_LPIPS)
+
+
+def test_two_ranks_give_the_same_as_one(backbone, tmp_path):
+    """Also where the second has nothing to read; LPIPS diversity with them, for one start."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(SCRIPT), str(backbone), str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    alone = [figure.to_dict() for figure in measure(str(backbone))]
+    for rank in range(2):
+        together = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(together) == len(alone) == 7
+        for one, other in zip(alone, together, strict=True):
+            for key in ("value", "spread"):
+                assert other.pop(key) == pytest.approx(one[key], rel=1e-6)
+            assert other == {k: v for k, v in one.items() if k not in ("value", "spread")}
+    # the work was shared out: three batches
+    assert json.loads((tmp_path / "share.json").read_text()) == [2, 1]
