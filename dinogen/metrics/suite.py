@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from dinogen import dist
 from dinogen.errors import UserError
 from dinogen.metrics.collect import Collected, Seen, Source, collect
@@ -79,7 +81,7 @@ def measure(
     """Measure; all ranks together, with the same figures on any number of them.
 
     Args:
-        names: of metrics; those that neither judges nor LPIPS measure are left aside.
+        names: of metrics, all but guide_diversity, which a family measures itself.
         judges: who judge.
         subject: what is measured.
         num_halves: halves of the generated pictures, for spreads; no spread below 2.
@@ -87,42 +89,36 @@ def measure(
     """
     asked = list(names)
     found = Measurement()
-    chosen: dict[str, Metric] = {}
-    for name in (name for name in asked if name in JUDGED):
-        reason = _why_not(JUDGED[name], judges, subject)
-        if reason is None:
-            chosen[name] = JUDGED[name]
-        else:
+    for name in asked:
+        reason = why_not(name, judges, subject)
+        if reason is not None:
             found.add(Figure.missing(name, better(name), reason), None)
-    perceptual = judges.perceptual() if LPIPS_DIVERSITY in asked else None
-    num_pictures = 0
-    if isinstance(perceptual, NotAvailable):
-        reason = str(perceptual)
-        found.add(Figure.missing(LPIPS_DIVERSITY, better(LPIPS_DIVERSITY), reason), None)
-    elif perceptual is not None:
-        num_pictures = NUM_SAMPLES
+    there = [name for name in asked if name not in found.figures]
+    chosen = {name: JUDGED[name] for name in there if name in JUDGED}
+    num_pictures = NUM_SAMPLES if LPIPS_DIVERSITY in there else 0
     if chosen or num_pictures:
         made = _judge(chosen, judges, subject, num_halves, cache, num_pictures, found)
         found.made = True
-        if made.pictures is not None and perceptual and not isinstance(perceptual, NotAvailable):
-            figure = lpips_diversity(made.pictures, perceptual)
-            resolution = subject.generated.resolution
-            found.add(figure, fingerprint(perceptual.info, resolution, figure.num_samples))
-    _reconstruct([name for name in asked if name in RECONSTRUCTION], judges, subject, found)
-    found.figures = {name: found.figures[name] for name in asked if name in found.figures}
+        if made.pictures is not None:
+            _compare(made.pictures, judges, subject, found)
+    _reconstruct([name for name in there if name in RECONSTRUCTION], judges, subject, found)
+    found.figures = {name: found.figures[name] for name in asked}
     return found
 
 
-def _why_not(metric: Metric, judges: Judges, subject: Subject) -> str | None:
-    """Why a metric cannot be had; None if it can."""
-    judge = judges.get(metric.judge)
-    if isinstance(judge, NotAvailable):
-        return str(judge)
-    if metric.real and isinstance(subject.real, UserError):
-        return str(subject.real)
-    if metric.train and isinstance(subject.train, UserError):
-        return str(subject.train)
-    return None
+def why_not(name: str, judges: Judges, subject: Subject) -> str | None:
+    """Why a metric cannot be had; None if it can. Every rank has to ask."""
+    needed: list[object] = []
+    if name in JUDGED:
+        metric = JUDGED[name]
+        needed.append(judges.get(metric.judge))
+        needed += [subject.real] if metric.real else []
+        needed += [subject.train] if metric.train else []
+    elif name in RECONSTRUCTION:
+        needed.append(subject.pairs)
+    if name in (LPIPS_DIVERSITY, "reconstruction_lpips"):
+        needed.append(judges.perceptual())
+    return next((str(one) for one in needed if isinstance(one, UserError)), None)
 
 
 def _judge(
@@ -207,14 +203,19 @@ class _First:
         self.read = source.read
 
 
+def _compare(pictures: Tensor, judges: Judges, subject: Subject, found: Measurement) -> None:
+    """How unlike each other some generated pictures look."""
+    perceptual = judges.perceptual()
+    assert not isinstance(perceptual, NotAvailable)
+    figure = lpips_diversity(pictures, perceptual)
+    facts = fingerprint(perceptual.info, subject.generated.resolution, figure.num_samples)
+    found.add(figure, facts)
+
+
 def _reconstruct(names: list[str], judges: Judges, subject: Subject, found: Measurement) -> None:
     """How near reconstructions of real pictures are to them."""
-    if not names:
-        return
     pairs = subject.pairs
-    if isinstance(pairs, UserError):
-        for name in names:
-            found.add(Figure.missing(name, better(name), str(pairs)), None)
+    if not names or isinstance(pairs, UserError):
         return
     perceptual = judges.perceptual()
     figures = reconstruction(pairs, perceptual)
@@ -224,5 +225,6 @@ def _reconstruct(names: list[str], judges: Judges, subject: Subject, found: Meas
         if name == "reconstruction_lpips" and not isinstance(perceptual, NotAvailable):
             judge = perceptual.info
         real = pairs.real
-        facts = fingerprint(judge, real.resolution, real.num, real.facts(), real.num)
-        found.add(figures[name], facts)
+        found.add(
+            figures[name], fingerprint(judge, real.resolution, real.num, real.facts(), real.num)
+        )

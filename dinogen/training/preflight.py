@@ -11,6 +11,7 @@ from dinogen import __version__, dist
 from dinogen.config import AugmentConfig, Config, ConfigError, StageConfig, parse_config
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class, resolve
+from dinogen.metrics.names import chosen_names
 from dinogen.training.checkpoint import STATE, Checkpoint, stage_checkpoint
 from dinogen.training.data import data_fingerprint
 from dinogen.training.labels import check_classes
@@ -47,6 +48,8 @@ def check_run(config: Config, indices: list[int], data: Dataset) -> None:
     Raises:
         ConfigError: naming the key that does not fit the data, the ranks or a checkpoint.
     """
+    chosen_names(config.metrics.names, "metrics.names")
+    chosen_names(config.eval.generated, "eval.generated")
     for index in indices:
         _check_stage(config, config.stages[index], data)
     fingerprint = data_fingerprint(data)
@@ -76,10 +79,11 @@ def _check_stage(config: Config, stage: StageConfig, data: Dataset) -> None:
             f"augment: family {config.family.name} reads no pictures at {name}, but features that "
             "were made before: leave it out"
         )
-    if config.eval.every_kimg is not None and type(family).held_out is Family.held_out:
+    own = type(family).held_out is not Family.held_out
+    if config.eval.every_kimg is not None and not own and not config.eval.generated:
         raise ConfigError(
             f"eval: family {config.family.name} has nothing to measure on held-out samples: "
-            "leave it out"
+            "leave it out, or name metrics of generated pictures (eval.generated=[fid])"
         )
     if stored is not None and stage.resolution > stored:
         raise ConfigError(

@@ -46,7 +46,7 @@ class Progress:
         logged: nimg of the newest log line.
         verdict: what the newest probe found.
         warnings: its words.
-        best: lowest figure of the stage's measurements on held-out samples, None before the first.
+        best: best figure of the stage's measurements, None before the first.
         best_nimg: where it was measured.
         num_worse: measurements since then.
     """
