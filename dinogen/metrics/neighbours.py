@@ -7,25 +7,23 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 1024
-_WIDE = 4096
+BLOCK = (1024, 4096)  # distances that are in memory at a time
 
 
-def distance_blocks(
-    a: Tensor, b: Tensor, block: int = BLOCK, wide: int = _WIDE
-) -> Iterator[tuple[slice, slice, Tensor]]:
+def distance_blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Euclidean distances of rows of ``a`` to rows of ``b``, block by block.
 
     Yields:
         Which rows of ``a``, which of ``b``, and their distances (n, m) float64: in float32
         |a|^2 + |b|^2 - 2 a.b cancels where two rows are near each other.
     """
-    for start in range(0, len(a), block):
-        rows = slice(start, min(start + block, len(a)))
+    height, width = BLOCK
+    for start in range(0, len(a), height):
+        rows = slice(start, min(start + height, len(a)))
         exact_a = a[rows].double()
         squares_a = exact_a.square().sum(1)[:, None]
-        for place in range(0, len(b), wide):
-            columns = slice(place, min(place + wide, len(b)))
+        for place in range(0, len(b), width):
+            columns = slice(place, min(place + width, len(b)))
             exact_b = b[columns].double()
             squared = torch.addmm(exact_b.square().sum(1)[None], exact_a, exact_b.T, alpha=-2)
             yield rows, columns, squared.add_(squares_a).clamp_(min=0).sqrt_()

@@ -6,6 +6,8 @@ Diffusion Models", 2023; there with DINOv2 ViT-L/14.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -64,12 +66,12 @@ def load(path: str | None, device: torch.device) -> Judge:
         raise NotAvailable(
             "metrics.dinov2: no path is given: name a checkpoint, such as facebook/dinov2-large"
         )
-    if weights_reachable(path) is None and "/" in path and not path.startswith(("/", ".", "~")):
+    if not Path(path).expanduser().exists() and weights_reachable(path) is None:
         # asked first, because the hub's own client tries for minutes where there is no network
         raise NotAvailable(
-            f"metrics.dinov2: {path}: no folder of that name here, and the hub does not answer: "
-            f"on a machine with network run `hf download {path} --local-dir dinov2`, copy that "
-            "folder here and name it in metrics.dinov2"
+            f"metrics.dinov2: {path}: no folder of that name here, and no hub checkpoint that can "
+            "be had: on a machine with network run `hf download facebook/dinov2-large --local-dir "
+            "dinov2`, copy that folder here and name it in metrics.dinov2"
         )
     try:
         guide = load_guide(GuideConfig(name="dinov2", path=path), torch.device("cpu"))
