@@ -15,6 +15,7 @@ from typer.models import CommandInfo
 
 from dinogen.errors import UserError
 from launch.commands import (
+    compare,
     config,
     data,
     demo,
@@ -47,7 +48,7 @@ Every command explains itself: dinogen train --help
 PANELS = {
     "Data": ("prepare", "faces", "pyramids", "pack", "export-pt", "download", "shards"),
     "Train": ("train", "launch", "sample", "evaluate", "export"),
-    "Look": ("look", "demo", "config"),
+    "Look": ("look", "compare", "demo", "config"),
     "Machine": ("doctor",),
 }
 
@@ -88,7 +89,7 @@ def _options(
         os.environ["DINOGEN_DEBUG"] = "1"
 
 
-for group in (faces, data, shards, train, launch, results, look, demo, config, doctor):
+for group in (faces, data, shards, train, launch, results, look, compare, demo, config, doctor):
     group.register(app)
 
 

@@ -11,14 +11,15 @@ from typing import Any
 MAX_BYTES = 4_000_000
 TYPES = {".png": "png", ".gif": "gif", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
-# Which pictures stand in which section, by the beginning of their names; the first found of a
-# group that begins with "first:" is enough.
+# Which pictures stand under which heading, by the beginning of their names.
 SECTIONS = {
     "samples": ("grid16", "grid64", "final"),
     "interpolations": ("interpolation",),
     "progress": ("progression",),
+    "latents": ("psi", "styles", "directions"),
+    "reconstructions": ("reconstruction",),
     "worst": ("worst",),
-    "neighbours": ("neighbour", "nearest"),
+    "neighbours": ("neighbour",),
 }
 
 
@@ -58,6 +59,8 @@ class Look:
     @property
     def section(self) -> str:
         """Under which heading it stands: a key of :data:`SECTIONS`, or ``more``."""
+        if self.name.endswith("_animated"):
+            return "more"  # many moving pictures on one page make nobody wiser
         for section, beginnings in SECTIONS.items():
             if self.name.startswith(beginnings):
                 return section

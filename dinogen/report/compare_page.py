@@ -29,15 +29,17 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("compare.html")
 ID_DIGITS = 6
 SECTIONS = (
-    ("samples", "Samples under the same seed", "The same numbers and seed for every run."),
-    ("interpolations", "Interpolations", "Between latents of the same seeds."),
+    ("samples", "Samples", "The same numbers under the same seed for every run."),
+    ("interpolations", "Interpolations", "From one sample to another, the same ones for all."),
     ("progress", "Over training", "The same latents at checkpoints of the run."),
+    ("latents", "Latents", "Truncation, styles and main directions, where the family has them."),
+    ("reconstructions", "Reconstructions", "Real pictures, encoded and decoded again."),
     (
         "worst",
         "Weakest samples",
-        "What a discriminator or the distance to real pictures rates low.",
+        "What the discriminator, or the distance to real ones, rates low.",
     ),
-    ("neighbours", "Nearest training pictures", "Beside samples, to see what was learnt by heart."),
+    ("neighbours", "Nearest training pictures", "Beside samples: what was learnt by heart shows."),
 )
 
 

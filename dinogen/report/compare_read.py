@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from dinogen.config_file import read_mapping
 from dinogen.errors import UserError
@@ -30,12 +32,13 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             continue
         if not path.is_dir():
             raise UserError(f"{path}: no such folder: give folders of runs, or one that holds some")
-        below = [
-            config.parent for depth in ("*", "*/*") for config in path.glob(f"{depth}/config.yaml")
-        ]
+        # a study knows of runs that never came to a config.yaml of their own
+        below = [path / name for name in _attempts(path)]
+        for depth in ("*", "*/*"):
+            below += sorted(config.parent for config in path.glob(f"{depth}/config.yaml"))
         if not below:
             raise UserError(f"{path}: no run here or below (no config.yaml): train one first")
-        found += sorted(below)
+        found += below
     return list(dict.fromkeys(found))
 
 
@@ -54,10 +57,11 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
 
 def _read_run(folder: Path, name: str) -> Run:
     run = Run(folder, name)
+    _read_attempts(run)
+    _read_config(run)
     if not folder.is_dir():
         run.troubles.append("never begun: there is no such folder")
         return run
-    _read_config(run)
     stages = sorted(
         (int(path.name.partition("x")[0]), path)
         for path in folder.iterdir()
@@ -74,7 +78,7 @@ def _read_run(folder: Path, name: str) -> Run:
     elif run.config:
         run.status = "unfinished" if stages else "not begun"
     if not stages:
-        run.troubles.append("not begun: no stage has a folder")
+        run.troubles.append("it ended before its first stage: no stage has a folder")
         return run
     run.resolution = max(results, default=stages[-1][0])
     main = folder / f"{run.resolution}x{run.resolution}"
@@ -96,8 +100,11 @@ def _read_run(folder: Path, name: str) -> Run:
 def _read_config(run: Run) -> None:
     path = run.folder / "config.yaml"
     if not path.is_file():
-        run.troubles.append("no config.yaml: it ended before its first stage, or is no run")
-        return
+        # what a study would have started it with still tells its family and notes
+        path = run.folder.parent.parent / "configs" / run.folder.parent.name / run.folder.name
+        path = path.with_name(f"{path.name}.yaml")
+        if not path.is_file():
+            return
     run.config_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
         run.config_text = path.read_text(encoding="utf-8")
@@ -112,6 +119,25 @@ def _read_config(run: Run) -> None:
     run.data = " + ".join(mix) or data.get("path")
     notes = run.config.get("notes") or {}
     run.notes = {key: str(notes[key]) for key in NOTES if notes.get(key) is not None}
+
+
+def _attempts(study: Path) -> dict[str, list[dict[str, Any]]]:
+    """What `dinogen study` has tried in a folder, by run; nothing if it holds no study."""
+    try:
+        data = json.loads((study / "study.json").read_text(encoding="utf-8"))
+        return {str(name): list(tried) for name, tried in data["runs"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _read_attempts(run: Run) -> None:
+    """What went wrong when a step of a run of a study was tried last, and where its log is."""
+    folder = run.folder.absolute()
+    tried = _attempts(folder.parent.parent).get(f"{folder.parent.name}/{folder.name}", [])
+    newest = {one.get("step"): one for one in tried}
+    for step, one in newest.items():
+        if one.get("what"):
+            run.troubles.append(f"{step}: {one['what']} (log: {one.get('log')})")
 
 
 def _read_losses(run: Run, folders: list[Path]) -> None:
