@@ -7,7 +7,6 @@ import torch
 
 from dinogen.metrics.inception_score import inception_score
 
-
 LOGITS = torch.randn(503, 40, generator=torch.Generator().manual_seed(0)) * 3
 
 

@@ -1,4 +1,4 @@
-"""Judges against torch-fidelity's own forward, transformers', recorded features; and bad weights."""
+"""Judges against the networks of torch-fidelity and transformers; and weights that are not them."""
 
 from __future__ import annotations
 
