@@ -62,7 +62,8 @@ def write_looks(
             entries[name] = {"file": None, "caption": None, "reason": str(reason)} | entry
             continue
         animated = len(look.sheets) > 1
-        path = folder / f"{name}{snapshot.mark}.{'gif' if animated else 'png'}"
+        stem = name.removesuffix("_animated") + snapshot.mark
+        path = folder / f"{stem}.{'gif' if animated else 'png'}"
         if animated:
             save_animation(look.sheets, path, FRAME_SECONDS)
         else:
