@@ -10,7 +10,7 @@ from pathlib import Path
 from dinogen.config import Config
 from dinogen.errors import UserError
 from dinogen.training.levels import makes_pyramids
-from launch.progress import is_evaluated, stage_result
+from launch.progress import figure_of, is_evaluated, is_looked, stage_result
 from launch.resources import Resources, stage_resources, step_resources
 from launch.stages import choose_stages
 from shards.manifest import MANIFEST
@@ -40,7 +40,13 @@ class Step:
     done: bool = False
 
 
-def plan_steps(config: Config, stages: str | None, photos: Path | None, file: Path) -> list[Step]:
+def plan_steps(
+    config: Config,
+    stages: str | None,
+    photos: Path | None,
+    file: Path,
+    metric: str | None = None,
+) -> list[Step]:
     """All steps of a run in their order, those that are done as well.
 
     Args:
@@ -48,6 +54,7 @@ def plan_steps(config: Config, stages: str | None, photos: Path | None, file: Pa
         stages: ``8``, ``4..64``, or None for all.
         photos: what the data are made of, unless they are packed already.
         file: the config that the jobs read.
+        metric: what the evaluation has to hold; pictures to look at are then made too.
 
     Raises:
         UserError: no data and no photos, no such stage, or the scripts are not there.
@@ -72,8 +79,13 @@ def plan_steps(config: Config, stages: str | None, photos: Path | None, file: Pa
         )
         return steps
     args = (str(config.run), "--stage", str(chosen[-1].resolution))
-    done = is_evaluated(config, chosen[-1])
-    return [*steps, _step("evaluate", args, step_resources(config, "evaluate"), done)]
+    resources = step_resources(config, "evaluate")
+    if metric is None:
+        done = is_evaluated(config, chosen[-1])
+        return [*steps, _step("evaluate", args, resources, done)]
+    figure = figure_of(config, chosen[-1], metric) or {}
+    done = figure.get("value") is not None and is_looked(config, chosen[-1])
+    return [*steps, _step("results", args, resources, done, "evaluate")]
 
 
 def _has_held_out(config: Config) -> bool:

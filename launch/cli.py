@@ -25,6 +25,7 @@ from launch.commands import (
     look,
     results,
     shards,
+    study,
     train,
 )
 
@@ -47,7 +48,7 @@ Every command explains itself: dinogen train --help
 # One place decides under which heading a command stands, and in which order.
 PANELS = {
     "Data": ("prepare", "faces", "pyramids", "pack", "export-pt", "download", "shards"),
-    "Train": ("train", "launch", "sample", "evaluate", "export"),
+    "Train": ("train", "launch", "study", "sample", "evaluate", "export"),
     "Look": ("look", "compare", "demo", "config"),
     "Machine": ("doctor",),
 }
@@ -89,7 +90,20 @@ def _options(
         os.environ["DINOGEN_DEBUG"] = "1"
 
 
-for group in (faces, data, shards, train, launch, results, look, compare, demo, config, doctor):
+for group in (
+    faces,
+    data,
+    shards,
+    train,
+    launch,
+    study,
+    results,
+    look,
+    compare,
+    demo,
+    config,
+    doctor,
+):
     group.register(app)
 
 

@@ -23,10 +23,8 @@ def end_of(config: Config, stage: StageConfig) -> int | None:
 
 def stage_result(config: Config, stage: StageConfig) -> dict[str, Any] | None:
     """result.json of a stage that is done; None if it is not, or has to go on further now."""
-    path = _folder(config, stage) / "result.json"
-    try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    result = _read(_folder(config, stage) / "result.json")
+    if result is None:
         return None
     end = end_of(config, stage)
     done = result.get("ended_early") or (end is not None and result.get("nimg", -1) >= end)
@@ -35,13 +33,27 @@ def stage_result(config: Config, stage: StageConfig) -> dict[str, Any] | None:
 
 def is_evaluated(config: Config, stage: StageConfig) -> bool:
     """Whether a stage that is done was measured at its end."""
+    return _evaluation(config, stage) is not None
+
+
+def figure_of(config: Config, stage: StageConfig, metric: str) -> dict[str, Any] | None:
+    """What a metric came to at the end of a stage, as in evaluation.json; None if not measured.
+
+    Its ``value`` is None where the metric is not available; ``reason`` then says why.
+    """
+    figure: dict[str, Any] | None = (
+        (_evaluation(config, stage) or {}).get("measured", {}).get(metric)
+    )
+    return figure
+
+
+def is_looked(config: Config, stage: StageConfig) -> bool:
+    """Whether the pictures of `dinogen look` are of the end of a stage."""
     result = stage_result(config, stage)
-    path = _folder(config, stage) / "evaluation.json"
-    try:
-        measured = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    looks = _read(_folder(config, stage) / "looks" / "looks.json")
+    if result is None or looks is None:
         return False
-    return result is not None and measured.get("nimg") == result["nimg"]
+    return any(one.get("nimg") == result["nimg"] for one in looks.values())
 
 
 def num_images(config: Config, stage: StageConfig) -> int | None:
@@ -63,6 +75,23 @@ def _length(config: Config, stage: StageConfig) -> int | None:
     same = (one for one in written if one.resolution == stage.resolution)
     found = next((one for one in same if one.epochs == stage.epochs), None)
     return None if found is None or found.kimg is None else found.num_images
+
+
+def _evaluation(config: Config, stage: StageConfig) -> dict[str, Any] | None:
+    """evaluation.json of a stage that is done, if it was measured at its end."""
+    result = stage_result(config, stage)
+    measured = _read(_folder(config, stage) / "evaluation.json")
+    if result is None or measured is None or measured.get("nimg") != result["nimg"]:
+        return None
+    return measured
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
 
 
 def _folder(config: Config, stage: StageConfig) -> Path:

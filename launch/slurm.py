@@ -53,7 +53,7 @@ def launch_slurm(request: Request) -> None:
     config = resolve(request.config)
     folder = launch_folder(config.run)
     copies = make_copies(config, folder)
-    steps = plan_steps(config, request.stages, request.photos, copies.config)
+    steps = plan_steps(config, request.stages, request.photos, copies.config, metric=request.metric)
     if request.dry_run:
         jobs = read_jobs(config.run)
         states = ask_states(jobs) if squeue.has_slurm() else {}
@@ -106,7 +106,7 @@ def plan(config: Config, steps: list[Step], jobs: Jobs, states: States) -> list[
                 one.id = job.id
             else:
                 one.cancel = job.id
-        elif state and state.state == "COMPLETED" and before is None and not _is_stage(step):
+        elif state and state.state == "COMPLETED" and before is None and not _leaves_files(step):
             continue
         planned.append(one)
         before = one
@@ -129,6 +129,11 @@ def _stage_before(config: Config, steps: list[Step], jobs: Jobs, states: States)
             f"queued: launch both (--stages {sizes[index - 1]}..{sizes[-1]})"
         )
     return Planned(first, None, job.id)
+
+
+def _leaves_files(step: Step) -> bool:
+    """Whether what a step leaves tells if it is done, however its job ended."""
+    return _is_stage(step) or step.script.stem == "results"
 
 
 def _is_stage(step: Step) -> bool:

@@ -15,7 +15,7 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "slurm"
 SCRIPTS = sorted(FOLDER.glob("*.sbatch"))
 TEXT = {"capture_output": True, "text": True}
-STEPS = {"faces", "pyramids", "pack", "train", "evaluate"}
+STEPS = {"faces", "pyramids", "pack", "train", "evaluate", "results"}
 
 
 def test_there_is_one_for_every_step():
@@ -38,7 +38,7 @@ def test_each_comes_back_after_a_lost_node_and_keeps_its_log(path):
     flags = re.findall(r"^#SBATCH (\S+)", text, re.M)
     assert {"--requeue", "--open-mode=append", "--ntasks-per-node=1"} <= set(flags)
     signals = [flag for flag in flags if flag.startswith("--signal")]
-    assert signals == ([] if path.stem == "evaluate" else [signals[0]])
+    assert signals == ([] if path.stem in ("evaluate", "results") else [signals[0]])
     assert all(flag.startswith("--signal=B:USR1@") for flag in signals)  # never to torchrun itself
     assert "--account" not in text and "--partition" not in text
 

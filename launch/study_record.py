@@ -1,0 +1,158 @@
+"""STUDY/study.json: which steps of which runs were tried, how they ended, and where their logs are.
+
+What is done is read from the runs' own files; this is for people, and tells what failed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dinogen.errors import UserError
+from dinogen.files import write_json
+from launch.study_plan import Study, StudyRun
+
+FORMAT = 1
+
+
+@dataclass
+class Attempt:
+    """One step of one run, tried once.
+
+    Attributes:
+        step: ``train``, ``evaluate``, ``look``; ``jobs`` is all of them on SLURM.
+        command: that was given.
+        log: what it printed.
+        began: when, in local time.
+        seconds: how long it took; None as long as it runs, or if it was killed together with
+            the study.
+        code: its exit code, then; 75 if it was asked to stop.
+        what: what went wrong, in words; None if nothing did.
+    """
+
+    step: str
+    command: list[str]
+    log: str
+    began: str
+    seconds: float | None = None
+    code: int | None = None
+    what: str | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether it has no end yet."""
+        return self.seconds is None
+
+
+@dataclass
+class Record:
+    """All attempts of a study by the runs' ids, oldest first."""
+
+    study: Study
+    attempts: dict[str, list[Attempt]] = field(default_factory=dict)
+    best: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.study.folder / "study.json"
+
+    def begin(self, run: StudyRun, step: str, command: Sequence[str], log: Path) -> Attempt:
+        """Note that a step begins."""
+        began = time.strftime("%Y-%m-%d %H:%M:%S")
+        attempt = Attempt(step, list(command), str(log), began)
+        self.attempts.setdefault(run.id, []).append(attempt)
+        self.write()
+        return attempt
+
+    def end(self, attempt: Attempt, seconds: float, code: int, what: str | None) -> None:
+        """Note how it ended."""
+        attempt.seconds, attempt.code, attempt.what = round(seconds, 1), code, what
+        self.write()
+
+    def failed(self, run: StudyRun) -> str | None:
+        """What went wrong when a run was tried last; None if nothing did."""
+        newest = {attempt.step: attempt for attempt in self.attempts.get(run.id, [])}
+        return next((one.what for one in newest.values() if one.what), None)
+
+    def open(self, run: StudyRun) -> Attempt | None:
+        """The attempt that runs now, or was killed together with the study."""
+        attempts = self.attempts.get(run.id, [])
+        return attempts[-1] if attempts and attempts[-1].open else None
+
+    def write(self) -> None:
+        """Write the file, whole or not at all."""
+        facts = {
+            "format": FORMAT,
+            "study": str(self.study.path),
+            "title": self.study.plan.title,
+            "metric": self.study.plan.metric,
+            "best": self.best,
+        }
+        runs = {key: [asdict(one) for one in attempts] for key, attempts in self.attempts.items()}
+        write_json(self.path, facts | {"runs": runs})
+
+
+def read_record(study: Study) -> Record:
+    """What was tried so far; nothing if there is no file.
+
+    Raises:
+        UserError: the file is there, but cannot be understood.
+    """
+    record = Record(study)
+    try:
+        data: dict[str, Any] = json.loads(record.path.read_text(encoding="utf-8"))
+        if data["format"] != FORMAT:
+            raise ValueError(f"format {data['format']}, this version knows {FORMAT}")
+        record.best = dict(data["best"])
+        for key, attempts in data["runs"].items():
+            record.attempts[key] = [Attempt(**one) for one in attempts]
+    except FileNotFoundError:
+        return record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{record.path}: cannot be read ({error}): move it away; what is done is known from "
+            "the runs"
+        ) from None
+    return record
+
+
+@contextmanager
+def study_lock(folder: Path) -> Iterator[None]:
+    """One `dinogen study run` at a time; the system lets go of it however the process ends.
+
+    Raises:
+        UserError: another one is at work.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        for left in reversed(range(5)):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not left:
+                    raise UserError(
+                        f"{folder}: another dinogen study run is at work there: wait for it, or "
+                        "stop it"
+                    ) from None
+                time.sleep(0.1)  # it may be a look at it, see is_locked
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds ``FOLDER/.lock`` now."""
+    try:
+        with (folder / ".lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
