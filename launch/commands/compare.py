@@ -17,7 +17,8 @@ def compare(
     runs: Annotated[
         list[str],
         typer.Argument(
-            help="Folders of runs, or folders that hold some; KEY=VALUE is for dinogen evaluate.",
+            help="Folders of runs, of many runs, of a study, or of configs; KEY=VALUE is for "
+            "dinogen evaluate.",
             metavar="RUN...",
         ),
     ],
@@ -42,16 +43,24 @@ def compare(
 
       dinogen compare runs/dcgan_64 runs/vae_64 --out compared
 
+      dinogen compare configs/ablations --out compared
+
       dinogen compare runs --out compared --metrics fid,kid metrics.num_samples=10000
     """
     from dinogen.report.compare import write_comparison
     from dinogen.report.compare_read import find_runs
     from launch.logs import setup_logging
     from launch.missing import make_missing
+    from launch.study import is_study, study_configs
 
     setup_logging()
     changes = [item for item in runs if "=" in item and not Path(item).exists()]
-    folders = find_runs(Path(item) for item in runs if item not in changes)
+    folders: list[Path] = []
+    for path in (Path(item) for item in runs if item not in changes):
+        if path.is_dir() and is_study(path):
+            folders += [config.run for config in study_configs(path).values()]
+        else:
+            folders += find_runs([path])
     if not as_is:
         for problem in make_missing(folders, metrics, changes):
             typer.echo(problem, err=True)
