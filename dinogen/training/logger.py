@@ -40,12 +40,13 @@ class Logger:
         self.weights: dict[str, float] = {}
         self.writer: SummaryWriter | None = None
 
-    def start(self, nimg: int, state: dict[str, Any] | None) -> None:
+    def start(self, nimg: int, state: dict[str, Any] | None, layout: Layout) -> None:
         """Open the files at ``nimg``; what was written past it is dropped.
 
         Args:
             nimg: where the run starts or resumes.
             state: what :meth:`state` gave, or None.
+            layout: charts that TensorBoard shows in the tab Custom Scalars.
         """
         if state is not None:
             # Every rank has every name, as all of them are summed; the values count once.

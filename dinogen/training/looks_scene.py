@@ -6,18 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dinogen.config import ConfigError
 from dinogen.report.sheets import Sheet
 from dinogen.training.data import data_fingerprint, open_data
+from dinogen.training.looks_nearest import Nearest, Ruler, choose_ruler, nearest_of, real_pictures
 from dinogen.training.preflight import check_same_data
 from dinogen.training.snapshot import Snapshot
 from shards.dataset import Dataset
 from shards.errors import ShardsError
 
 NUM_DRAWN = 128
+NUM_HELD_OUT = 64
 # latents and pictures of one part fit where a training step did
 PIXELS_PER_PART = 64 * 64 * 64
 
@@ -90,6 +93,11 @@ class Scene:
         return None if found is None else found.cpu()
 
     @cached_property
+    def ruler(self) -> Ruler:
+        """By what pictures are near each other."""
+        return choose_ruler(self.family.config.metrics, self.resolution, self.family.device)
+
+    @cached_property
     def data(self) -> Dataset:
         """What the run was trained on.
 
@@ -103,3 +111,27 @@ class Scene:
         except (ConfigError, ShardsError, OSError) as error:
             raise LeftOut(f"the data of the run are needed: {error}") from None
         return data
+
+    @cached_property
+    def nearest(self) -> tuple[Nearest, float | None]:
+        """Training pictures nearest to what is :attr:`drawn`, and how near those held out are.
+
+        The second is the median over pictures of ``val`` of the distance to their nearest; None if
+        there are none, or they are what was trained on. Mirrored pictures count where training
+        showed them.
+
+        Raises:
+            LeftOut: as :attr:`data`.
+        """
+        config, ruler, data = self.family.config, self.ruler, self.data
+        split = config.data.split
+        num_val = data.num_samples("val") if split != "val" else 0
+        rows = [ruler.rows(self.drawn)]
+        if num_val:
+            chosen = np.linspace(0, num_val - 1, min(num_val, NUM_HELD_OUT)).astype(int).tolist()
+            rows.append(ruler.rows(real_pictures(data, chosen, "val", ruler.side)))
+        found = nearest_of(torch.cat(rows), ruler, data, split, config.augment.flip > 0)
+        num = len(self.drawn)
+        usual = float(found.distances[num:, 0].median()) if num_val else None
+        ours = (found.distances[:num], found.numbers[:num], found.mirrored[:num])
+        return Nearest(*ours, num=found.num), usual

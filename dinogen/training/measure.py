@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from dinogen.config import ConfigError, MetricsConfig
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Networks
 from dinogen.metrics.figure import Figure
-from dinogen.metrics.names import GUIDE_DIVERSITY, JUDGED, better
+from dinogen.metrics.names import GUIDE_DIVERSITY, better
 from dinogen.metrics.sources import (
     Folder,
     Generated,
@@ -82,14 +82,22 @@ def real_pictures(
 
 
 def reference_at(
-    location: str, settings: MetricsConfig, resolution: int
+    location: str | None, settings: MetricsConfig, resolution: int
 ) -> tuple[Reference | UserError, Reference | UserError]:
     """Pictures to compare with and those of train, of packed shards or a folder of files.
+
+    Args:
+        location: of them; None if none were given, which is a reason too.
+        settings: which split of shards, and how many.
+        resolution: side of the pictures that are compared with them.
 
     Raises:
         ConfigError: pictures of the folder are of another side.
         UserError: there is neither.
     """
+    if location is None:
+        nothing = UserError("there is nothing to compare with: give --reference DATA")
+        return nothing, nothing
     if picture_files(Path(location)):
         folder = Folder(Path(location))
         if folder.resolution != resolution:
@@ -107,12 +115,7 @@ def reference_at(
     return real, real_pictures(data, "train", None, resolution, "--reference")
 
 
-def needs_reference(names: Iterable[str]) -> bool:
-    """Whether one of these metrics compares with real pictures."""
-    return any(name in JUDGED and JUDGED[name].real for name in names)
-
-
-def guide_diversity(family: Family, scalars: Mapping[str, float]) -> Figure:
+def guide_diversity(family: Family, scalars: Mapping[str, float | None]) -> Figure:
     """What the family's probe says of its samples' diversity in guide space.
 
     Args:
@@ -123,5 +126,8 @@ def guide_diversity(family: Family, scalars: Mapping[str, float]) -> Figure:
     if "diversity" not in scalars:
         reason = f"family {family.config.family.name} has no guide in whose space to measure"
         return Figure.missing(GUIDE_DIVERSITY, which, reason)
+    value = scalars["diversity"]
+    if value is None:
+        return Figure.missing(GUIDE_DIVERSITY, which, "it is not finite: look at the pictures")
     num = int(getattr(getattr(family, "options", None), "probe_samples", 0))
-    return Figure(GUIDE_DIVERSITY, scalars["diversity"], None, which, num, None, None)
+    return Figure(GUIDE_DIVERSITY, value, None, which, num, None, None)

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from dinogen.config_metrics import MetricsConfig
 from dinogen.errors import UserError
+from dinogen.metrics.judges.base import JudgeInfo
 from dinogen.report.pictures import to_uint8
-from dinogen.training import looks_latents, looks_real
+from dinogen.training import looks_latents, looks_nearest, looks_real
 from dinogen.training.looks import write_looks
 from dinogen.training.looks_history import History
 from dinogen.training.looks_scene import LeftOut, Scene
@@ -233,13 +235,17 @@ def brute_force(scene, images, flip):
 @pytest.mark.parametrize("family", ["stylegan2_ada", "vae"])
 def test_neighbours_are_those_of_brute_force(family, scene_of):
     scene = scene_of(family)
-    images = scene.drawn[:20]
-    table = brute_force(scene, images, flip=family == "stylegan2_ada")
-    found = looks_real.nearest_of(scene, images)
+    table = brute_force(scene, scene.drawn, flip=family == "stylegan2_ada")
+    found, usual = scene.nearest
     assert found.num == table.shape[1] == scene.data.num_samples()
     np.testing.assert_allclose(found.distances, np.sort(table, 1)[:, :3], rtol=1e-4, atol=1e-3)
     chosen = np.take_along_axis(table, found.numbers.numpy(), 1)
     np.testing.assert_allclose(found.distances, chosen, rtol=1e-4, atol=1e-3)
+    num_val = scene.data.num_samples("val")
+    held_out = scene.data.read(range(num_val), split="val", image_size=RESOLUTION)["image"]
+    table = brute_force(scene, held_out, flip=family == "stylegan2_ada")
+    # torch's median is the lower one of an even number
+    assert usual == pytest.approx(np.sort(table.min(1))[(num_val - 1) // 2], rel=1e-4)
 
 
 def test_a_copy_is_found_out_mirrored_or_not(scene_of, runs):
@@ -248,15 +254,50 @@ def test_a_copy_is_found_out_mirrored_or_not(scene_of, runs):
     drawn = scene_of("stylegan2_ada").drawn.clone()
     drawn[40], drawn[77] = real[0], real[1].flip(2)
     scene.drawn = drawn
-    found = looks_real.nearest_of(scene, drawn[[40, 77]])
-    assert found.numbers[:, 0].tolist() == [3, 11]
-    assert found.mirrored[1, 0] and not found.mirrored[0, 0]
-    assert found.distances[:, 0].max() < 0.01
+    found, _ = scene.nearest
+    assert found.numbers[[40, 77], 0].tolist() == [3, 11]
+    assert found.mirrored[77, 0] and not found.mirrored[40, 0]
+    assert found.distances[[40, 77], 0].max() < 0.01
     look = looks_real.neighbours(scene)
     table = images_of(look).reshape(4, -1, RESOLUTION, RESOLUTION, 3)
     alike(table[0, :2], table[1, :2])
-    assert look.sheets[0].labels[table.shape[1] :][:2] == ["rms 0.0", "rms 0.0"]
-    assert "held-out pictures" in look.caption
+    assert look.sheets[0].labels[table.shape[1] :][:2] == ["rms 0.00", "rms 0.00"]
+    assert "of held-out pictures" in look.caption
+
+
+class Colours:
+    """A judge that sees a picture's mean colour alone."""
+
+    info = JudgeInfo("inception768", "0" * 64, "none", 3, 0, random=True)
+
+    def __call__(self, images):
+        assert images.dtype == torch.uint8 and images.shape[2] == RESOLUTION
+        return {"features": images.float().mean((2, 3))}
+
+
+def test_a_judge_whose_weights_are_named_says_what_is_near(scene_of, monkeypatch):
+    scene = Scene(scene_of("vae").snapshot, 5)
+    monkeypatch.setattr(looks_nearest, "load_judge", lambda name, config, device: Colours())
+    config = MetricsConfig(inception768="there.safetensors")
+    scene.ruler = looks_nearest.choose_ruler(config, RESOLUTION, torch.device("cpu"))
+    found, _ = scene.nearest
+    real = scene.data.read(range(scene.data.num_samples()), image_size=RESOLUTION)["image"]
+    colours = [to_uint8(x.numpy()).mean((1, 2)) for x in (scene.drawn, real)]
+    table = np.linalg.norm(colours[0][:, None] - colours[1][None], axis=2)
+    assert np.array_equal(found.numbers[:, 0], table.argmin(1))
+    np.testing.assert_allclose(found.distances[:, 0], table.min(1), rtol=1e-3, atol=1e-3)
+    assert "RANDOM" in looks_real.neighbours(scene).caption
+
+
+def test_a_judge_that_cannot_be_had_is_said_and_pixels_are_compared(tmp_path, caplog):
+    config = MetricsConfig(inception768=str(tmp_path / "gone.safetensors"))
+    ruler = looks_nearest.choose_ruler(config, 64, torch.device("cpu"))
+    assert (ruler.label, ruler.side) == ("rms", 32)
+    assert "gone.safetensors" in caplog.text
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    small = image.unflatten(3, (32, 2)).unflatten(2, (32, 2)).mean((3, 5))
+    distance = (ruler.rows(image) - ruler.rows(torch.zeros_like(image))).norm()
+    assert distance.item() == pytest.approx(127.5 * small.square().mean().sqrt().item(), rel=1e-4)
 
 
 def test_without_a_discriminator_the_worst_lie_farthest_from_training(scene_of):
@@ -266,7 +307,7 @@ def test_without_a_discriminator_the_worst_lie_farthest_from_training(scene_of):
     order = np.argsort(-nearest)[:16]
     shown = images_of(look)
     alike(shown[0], to_uint8(scene.drawn.numpy())[order[0]].astype(int))
-    assert look.sheets[0].labels[0] == f"rms {nearest.max():.1f}"
+    assert look.sheets[0].labels[0] == f"rms {nearest.max():.2f}"
     assert "farthest" in look.caption
 
 
