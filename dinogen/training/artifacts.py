@@ -15,6 +15,7 @@ from dinogen.files import write_json
 from dinogen.report.curves import plot_loss_curve
 from dinogen.report.pictures import save_grid
 from dinogen.training.state import StageState, file_mark, versions
+from dinogen.training.tensorboard import write_summary
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def save_samples(state: StageState, path: Path) -> np.ndarray:
 
 
 def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]:
-    """Write the final pictures and result.json of a finished stage; rank 0 only.
+    """Write the final pictures and figures of a finished stage; rank 0 only.
 
     Args:
         state: of the finished stage.
@@ -80,6 +81,7 @@ def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]
         "files": files,
     }
     write_json(folder / "result.json", result)
+    write_summary(folder, state.config, state.stage)
     return result
 
 

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from dinogen import dist
 from dinogen.families.base import Scalars
 from dinogen.training.jsonl import cut_lines
+from dinogen.training.tensorboard import FOLDER, Layout
 
 
 class Logger:
@@ -61,7 +62,8 @@ class Logger:
         if self.folder is None:
             return
         cut_lines(self.folder / "stats.jsonl", nimg)
-        self.writer = SummaryWriter(str(self.folder / "tb"), purge_step=nimg + 1)
+        self.writer = SummaryWriter(str(self.folder / FOLDER), purge_step=nimg + 1)
+        self.writer.add_custom_scalars(layout)
 
     def add(self, losses: Scalars, weight: float, prefix: str = "") -> None:
         """Add a microbatch's means.

@@ -23,6 +23,7 @@ from dinogen.training.saver import Saver
 from dinogen.training.stages import due
 from dinogen.training.state import StageState
 from dinogen.training.stop import StopFlag
+from dinogen.training.tensorboard import chart_layout
 from dinogen.training.validate import Validator
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ class Trainer:
             SaveError: a checkpoint could not be written.
         """
         progress = self.progress
-        self.logger.start(progress.nimg, self.state.logger_state)
+        layout = chart_layout(self.family, self.config)
+        self.logger.start(progress.nimg, self.state.logger_state, layout)
         if self.engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.engine.device)
         line = ProgressLine(

@@ -1,0 +1,174 @@
+"""What TensorBoard shows beside curves: charts worth opening, hparams, final figures, pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from dinogen.config import Config, StageConfig
+from dinogen.families.base import Family
+from dinogen.files import write_bytes
+
+FOLDER = "tb"
+# part of the name of the event file that holds a stage's end, and is written anew as a whole
+SUFFIX = ".final"
+FIGURES = (
+    "loss",
+    "loss_over_floor",
+    "diversity",
+    "best",
+    "images_per_s",
+    "seconds",
+    "peak_memory_mb",
+    "num_parameters",
+)
+Layout = dict[str, dict[str, list[Any]]]
+
+
+def chart_layout(family: Family, config: Config) -> Layout:
+    """Charts for the tab Custom Scalars, which begins with what tells whether a run is well.
+
+    Args:
+        family: names its phases, and what it measures.
+        config: of the run; says which metrics are measured in training.
+
+    Returns:
+        {category: {chart: ["Multiline", [tag pattern]]}}, as ``add_custom_scalars`` takes it.
+    """
+    kind, measured = type(family), config.eval.every_kimg is not None
+    first = {"loss": ["loss$", "floor$"]}
+    if measured:
+        first |= {name: [f"metrics/{name}$"] for name in config.eval.generated}
+        if kind.held_out is not Family.held_out:
+            first["held out"] = ["val/"]
+    if kind.probe is not Family.probe:
+        first["diversity"] = ["diversity$"]
+    first["images/s"] = ["images_per_s$"]
+    phases = {phase.name: [f"{phase.name}/(?!grad_norm)"] for phase in family.phases}
+    machine = {
+        "waiting for data, saving": ["(data_wait|save_share)$"],
+        "damaged samples": ["num_skipped$"],
+    }
+    if family.device.type == "cuda":
+        machine["peak memory, MiB"] = ["peak_memory_mb$"]
+    categories = {
+        "At a glance": first,
+        "Losses by phase": phases,
+        "Gradient norms": {"gradient norms": [".*/grad_norm$"]},
+        "Machine": machine,
+    }
+    return {
+        category: {chart: ["Multiline", tags] for chart, tags in charts.items()}
+        for category, charts in categories.items()
+    }
+
+
+def write_summary(folder: Path, config: Config, stage: StageConfig) -> None:
+    """Write what a finished stage came to, as its files say it, for TensorBoard.
+
+    Hyperparameters stand with the final figures in the tab HParams; the figures, measured in
+    training or by ``dinogen evaluate``, are scalars ``final/NAME`` too. Of a stage that is not
+    finished nothing is written. TensorBoard keeps the first hparams that it meets in a file, so all
+    of it is in an event file of its own, which each call writes anew.
+
+    Args:
+        folder: of the stage.
+        config: of the run.
+        stage: its config.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    result = _read_json(folder / "result.json")
+    if result is None:
+        return
+    figures = {f"final/{name}": pair for name, pair in _figures(folder, result).items()}
+    with tempfile.TemporaryDirectory() as place:
+        with SummaryWriter(place, filename_suffix=SUFFIX) as writer:
+            names = dict.fromkeys(figures)
+            for part in hparams(_hyperparameters(config, stage, result), names):
+                writer.file_writer.add_summary(part)
+            for name, (value, nimg) in figures.items():
+                writer.add_scalar(name, value, nimg)
+            for name, path, nimg in _pictures(folder, result):
+                pixels = np.asarray(Image.open(path).convert("RGB"))
+                writer.add_image(name, pixels, nimg, dataformats="HWC")
+        (made,) = Path(place).iterdir()
+        older = list((folder / FOLDER).glob(f"*{SUFFIX}"))
+        write_bytes(folder / FOLDER / made.name, made.read_bytes())
+    for path in older:
+        if path.name != made.name:
+            path.unlink()
+
+
+def _hyperparameters(
+    config: Config, stage: StageConfig, result: dict[str, Any]
+) -> dict[str, str | float]:
+    """What was chosen, flat; what does not apply is left out."""
+    whole = config.model_dump(mode="json")
+    chosen = {name: whole[name] for name in ("seed", "family", "optim", "ema", "augment")}
+    chosen |= {
+        "stage": stage.model_dump(mode="json"),
+        "guide": result.get("guide_label"),
+        "precision": result.get("precision"),
+        "world_size": result.get("world_size"),
+    }
+    return dict(_flat("", chosen))
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, str | float]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(f"{name}.{key}" if name else key, inner)
+    elif isinstance(value, (bool, list)):
+        yield name, json.dumps(value)
+    elif value is not None:
+        yield name, value
+
+
+def _figures(folder: Path, result: dict[str, Any]) -> dict[str, tuple[float, int]]:
+    """Final figures, each with the images seen when it was measured; the newest of each counts."""
+    found = {name: (result.get(name), result["nimg"]) for name in FIGURES}
+    lines = folder / "metrics.jsonl"
+    if lines.is_file():
+        for text in lines.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            for name, figure in line["metrics"].items():
+                found[name] = figure["value"], line["nimg"]
+    evaluation = _read_json(folder / "evaluation.json") or {}
+    values = dict(evaluation.get("metrics", {}))
+    values |= {name: one["value"] for name, one in evaluation.get("measured", {}).items()}
+    found |= {name: (value, evaluation["nimg"]) for name, value in values.items()}
+    return {
+        name: (float(value), nimg)
+        for name, (value, nimg) in found.items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
+def _pictures(folder: Path, result: dict[str, Any]) -> Iterator[tuple[str, Path, int]]:
+    """Name, file and images seen of the pictures that are there."""
+    files = {name: result["files"].get(name) for name in ("final", "real")}
+    named = [(name, folder / file, result["nimg"]) for name, file in files.items() if file]
+    looks = _read_json(folder / "looks" / "looks.json") or {}
+    for name, entry in looks.items():
+        if entry["file"] and entry["file"].endswith(".png"):
+            named.append((f"looks/{name}", folder / "looks" / entry["file"], entry["nimg"]))
+    yield from (each for each in named if each[1].is_file())
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A file of the stage; None if it is not there."""
+    if not path.is_file():
+        return None
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return data
