@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,46 +52,88 @@ def export(
 
 
 def evaluate(
-    run: Run,
+    place: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a run, one of its checkpoints, or any folder of PNG or JPEG pictures.",
+            metavar="RUN|FOLDER",
+        ),
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[metrics.KEY=VALUE]...", help="Changes to the section metrics:."),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Which, separated by commas; all by default.", metavar="fid,kid"),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Real pictures to compare with: packed shards or a folder; the run's own data by "
+            "default.",
+            metavar="DATA",
+        ),
+    ] = None,
     stage: Stage = None,
+    nimg: Annotated[
+        int | None,
+        typer.Option(min=0, help="Checkpoint, by its images seen; the newest by default."),
+    ] = None,
     split: Annotated[
-        str, typer.Option(help="Which part of the data: val, test or train.", metavar="SPLIT")
-    ] = "val",
+        str | None,
+        typer.Option(
+            help="Which part of the data to measure on: val (the default), test or train.",
+            metavar="SPLIT",
+        ),
+    ] = None,
     # not --num: torchrun takes that for the beginning of an option of its own
     num_samples: Annotated[
-        int | None, typer.Option(min=1, help="So many, spread over the split; all by default.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="So many pictures are generated, or read of a folder, and at most so many "
+            "held-out samples; metrics.num_samples and all by default.",
+        ),
     ] = None,
 ) -> None:
-    """Measure the newest checkpoint on samples that it was not trained on.
+    """Measure a checkpoint, or a folder of pictures, against real ones.
 
-    Under torchrun the samples are shared among the ranks; the figures stay the same.
+    Of a run that is what its family measures on held-out samples, and metrics of generated
+    pictures such as FID. What cannot be had, for want of weights, is said with the mend; all else
+    is measured. Under torchrun the work is shared among the ranks; the figures stay the same.
 
     [bold]Examples[/bold]
 
       dinogen evaluate runs/first
 
-      dinogen evaluate runs/first --stage 16 --split train --num-samples 1000
+      dinogen evaluate runs/first --metrics fid768,kid768 metrics.inception768=folded.safetensors
+
+      dinogen evaluate pictures --reference data/faces --metrics fid,precision,recall
 
       torchrun --standalone --nproc-per-node 4 -m launch.cli evaluate runs/first
     """
     from dinogen import dist
-    from dinogen.training.evaluate import RESULT
     from dinogen.training.evaluate import evaluate as evaluate_run
+    from dinogen.training.evaluate_folder import evaluate_folder, is_folder_of_pictures
+    from dinogen.training.evaluation import RESULT
     from launch.logs import setup_logging
+    from launch.measured import lines_of
 
     setup_logging(quiet=not dist.is_main())
-    result = evaluate_run(run, stage, split, num_samples)
+    names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
+    wish: dict[str, Any] = {"names": names, "reference": reference, "changes": changes or ()}
+    if is_folder_of_pictures(place):
+        result = evaluate_folder(place, num_samples, split=split, **wish)
+        written = place / RESULT
+    else:
+        if place.parent.name == "checkpoints" and place.name.isdigit():
+            stage, nimg = int(place.parents[1].name.partition("x")[0]), int(place.name)
+            place = place.parents[2]
+        result = evaluate_run(place, stage, split, num_samples, nimg=nimg, **wish)
+        written = place / f"{result['resolution']}x{result['resolution']}" / RESULT
     if dist.is_main():
-        size = f"{result['resolution']}x{result['resolution']}"
-        taught = result.get("guide_label")
-        typer.echo(
-            f"stage {size} at {result['nimg']} images, {result['num_samples']} samples of {split}"
-            + (f", guide: {taught}" if taught else "")
-        )
-        for name, value in result["metrics"].items():
-            typer.echo(f"  {name}: {'not finite' if value is None else f'{value:.6g}'}")
-        typer.echo(f"  {' '.join(result['warnings']) or result['verdict']}")
-        if result["num_skipped"]:
-            typer.echo(f"  {result['num_skipped']} damaged samples were left out")
-        typer.echo(run / size / RESULT)
+        for line in lines_of(result):
+            typer.echo(line)
+        typer.echo(written)
     dist.shutdown()

@@ -1,0 +1,74 @@
+"""Measures a folder of pictures, whoever made them, as a run's own are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dinogen import dist
+from dinogen.config import ConfigError, MetricsConfig
+from dinogen.metrics.judged import Judges
+from dinogen.metrics.names import GUIDE_DIVERSITY
+from dinogen.metrics.sources import Folder, picture_files
+from dinogen.metrics.suite import Subject, measure
+from dinogen.takedown import takedown
+from dinogen.training.evaluation import write_result
+from dinogen.training.measure import reference_at
+from dinogen.training.state import versions
+from dinogen.training.wish import Wish
+
+
+def is_folder_of_pictures(path: Path) -> bool:
+    """Whether ``path`` holds pictures and no run."""
+    return not (path / "config.yaml").is_file() and bool(picture_files(path))
+
+
+def evaluate_folder(
+    folder: Path,
+    num_samples: int | None = None,
+    *,
+    split: str | None = None,
+    names: Sequence[str] = (),
+    reference: str | None = None,
+    changes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Measure PNG and JPEG files, whoever made them, and write ``FOLDER/evaluation.json``.
+
+    Args:
+        folder: of the files.
+        num_samples: the first so many; all unless given.
+        split: see :class:`Wish`, as for the others.
+        names: likewise.
+        reference: likewise; without it there are only figures that compare with nothing.
+        changes: likewise.
+
+    Returns:
+        The result as written, with ``measured`` and ``fingerprints`` as in :func:`evaluate`.
+
+    Raises:
+        UserError: a file cannot be measured, or the reference does not fit.
+    """
+    wish = Wish(tuple(names), num_samples, split, reference, tuple(changes))
+    dist.use_device("auto")
+    dist.init()
+    dist.set_cpu_threads()
+    with takedown():
+        settings = wish.settings(MetricsConfig())
+        pictures = Folder(folder, num_samples)
+        real, train = reference_at(reference, settings, pictures.resolution)
+        none = ConfigError("a folder holds pictures and no network")
+        asked = [name for name in settings.names if name != GUIDE_DIVERSITY]
+        subject = Subject(pictures, real, train, none)
+        judges = Judges(settings, dist.device())
+        found = measure(asked, judges, subject, settings.num_bootstrap, settings.cache)
+        result = {
+            "folder": str(folder),
+            "pictures": pictures.facts()["data"],
+            "resolution": pictures.resolution,
+            "num_samples": pictures.num,
+            "world_size": dist.world_size(),
+            "device": str(dist.device()),
+            "versions": versions(),
+        }
+        return write_result(folder, result, found, None, [str(folder), *wish.words()])
