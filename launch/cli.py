@@ -24,6 +24,7 @@ from launch.commands import (
     launch,
     look,
     results,
+    serve,
     shards,
     study,
     train,
@@ -49,7 +50,7 @@ Every command explains itself: dinogen train --help
 PANELS = {
     "Data": ("prepare", "faces", "pyramids", "pack", "export-pt", "download", "shards"),
     "Train": ("train", "launch", "study", "sample", "evaluate", "export"),
-    "Look": ("look", "compare", "demo", "config"),
+    "Look": ("look", "compare", "serve", "demo", "config"),
     "Machine": ("doctor",),
 }
 
@@ -100,6 +101,7 @@ for group in (
     results,
     look,
     compare,
+    serve,
     demo,
     config,
     doctor,
