@@ -26,10 +26,9 @@ def lines_of(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _title(result: dict[str, Any]) -> str:
-    if "nimg" not in result:
-        size = f"{result['resolution']}x{result['resolution']}"
-        return f"{result['num_samples']} pictures of {size} in {result['folder']}"
     size = f"{result['resolution']}x{result['resolution']}"
+    if "nimg" not in result:
+        return f"{result['num_samples']} pictures of {size} in {result['folder']}"
     taught = result.get("guide_label")
     return (
         f"stage {size} at {result['nimg']} images, {result['num_samples']} samples of "
