@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,9 @@ def read_measured(run: Run, stage: Path) -> None:
     found = read_json(stage / "evaluation.json", run)
     if found is None:
         return
-    command = found.get("command") or f"dinogen evaluate {run.folder}"
     run.sources["evaluation"] = Source(
         f"{stage.name}/evaluation.json",
-        command if isinstance(command, str) else " ".join(map(str, command)),
+        str(found.get("command") or f"dinogen evaluate {run.folder}"),
         found.get("nimg"),
         dict(found.get("versions") or {}),
         found.get("device"),
@@ -102,7 +102,7 @@ def _add_figures(run: Run, figures: dict[str, Any], source: str) -> None:
         number = Number(
             name=name,
             value=finite(one.get("value")),
-            source=source,
+            source=_source_of(run, source, one.get("command")),
             better=str(one.get("better", "none")),
             spread=finite(one.get("spread")),
             num_samples=one.get("num_samples"),
@@ -112,3 +112,14 @@ def _add_figures(run: Run, figures: dict[str, Any], source: str) -> None:
         )
         if number.value is not None or name not in run.numbers:
             run.numbers[name] = number
+
+
+def _source_of(run: Run, key: str, command: str | None) -> str:
+    """The source of a figure: an evaluation keeps what earlier commands have measured."""
+    if command is None or command == run.sources[key].command:
+        return key
+    number = 2
+    while (name := f"{key}_{number}") in run.sources and run.sources[name].command != command:
+        number += 1
+    run.sources[name] = replace(run.sources[key], command=command)
+    return name

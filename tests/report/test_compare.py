@@ -121,6 +121,11 @@ def test_every_number_says_where_it_comes_from(tmp_path):
     assert (one["fingerprint"], one["nimg"], one["versions"]) == ("aaaaaaaaaaaa", 20016, VERSIONS)
     assert one["data_sha256"] == "f" * 64
     assert data["fingerprints"]["aaaaaaaaaaaa"] == ALIKE
+    earlier = f"dinogen evaluate {run} --metrics kid768 metrics.num_samples=9"
+    kept = {"fid768": figure(1.25), "kid768": figure(0.5, command=earlier)}
+    _, more, _ = compare(tmp_path / "out2", make_run(tmp_path / "b", measured=kept))
+    commands = {name: more["runs"][0]["numbers"][name]["command"] for name in kept}
+    assert commands["kid768"] == earlier and commands["fid768"].endswith("--metrics fid768")
     config = (run / "config.yaml").read_text()
     assert config.strip() in page.raw.replace("&#39;", "'")
     for said in (one["command"], one["config_sha256"], "f" * 64, "torch 2.13.0", "aaaaaaaaaaaa"):
