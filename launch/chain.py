@@ -85,7 +85,17 @@ def plan_steps(
         return [*steps, _step("evaluate", args, resources, done)]
     figure = figure_of(config, chosen[-1], metric) or {}
     done = figure.get("value") is not None and is_looked(config, chosen[-1])
+    args += tuple(metric_changes(config))
     return [*steps, _step("results", args, resources, done, "evaluate")]
+
+
+def metric_changes(config: Config) -> list[str]:
+    """The section ``metrics:`` as KEY=VALUE for `dinogen evaluate`.
+
+    Else it would take what was written down when the run was trained.
+    """
+    given = config.metrics.model_dump(mode="json", exclude_defaults=True)
+    return [f"metrics.{key}={json.dumps(value)}" for key, value in given.items()]
 
 
 def _has_held_out(config: Config) -> bool:

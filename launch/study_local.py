@@ -15,6 +15,7 @@ from pathlib import Path
 from dinogen.config import dump_config
 from dinogen.files import write_text
 from dinogen.training.stop import EXIT_STOPPED
+from launch.chain import metric_changes
 from launch.doctor import usable_cores
 from launch.local import build_command, count_processes
 from launch.relay import Relay
@@ -128,6 +129,7 @@ class LocalStudy:
         if step == "train" and (several or run.config.engine.name == "deepspeed"):
             return build_command(Request(copy, (), run.config), self.num_processes)
         words = [step, str(copy if step == "train" else run.folder)]
+        words += metric_changes(run.config) if step == "evaluate" else []
         num = self.num_processes if step == "evaluate" else 1
         env = {}
         if "OMP_NUM_THREADS" not in os.environ:

@@ -137,12 +137,18 @@ def lacking(run: StudyRun) -> str | None:
     )
 
 
-def refuse_changed(study: Study) -> None:
-    """Refuse to go on with a study whose trained runs do not fit its configs any more.
+def check_study(study: Study) -> None:
+    """What can be known to be wrong with a study before it goes on.
 
     Raises:
-        ConfigError: naming each of them.
+        ConfigError: its metric is not known or has no better and worse, or its configs have changed
+            since runs were trained; names each of them.
     """
+    from dinogen.metrics.names import better, chosen_names
+
+    (metric,) = chosen_names([study.plan.metric], f"{study.path}: metric")
+    if better(metric) == "none":
+        raise ConfigError(f"{study.path}: metric: {metric} has no better and worse: name another")
     runs = [run for track in study.tracks.values() for run in track]
     for track in study.plan.final_tracks:
         for entry in study.plan.tracks[track].configs:

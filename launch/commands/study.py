@@ -36,10 +36,12 @@ def plan(file: File) -> None:
     from rich.table import Table
 
     from launch.study_cost import cost_of
+    from launch.study_plan import check_study
     from launch.study_say import duration, speed_words
     from launch.study_status import study_states
 
     study = _open(file)
+    check_study(study)
     states, choices = study_states(study)
     runs = [one.run for one in states]
     table = Table("run", "state", "images left", "time", "measured", "why", title=str(file))
@@ -95,7 +97,7 @@ def run(
     from dinogen.training.stop import EXIT_STOPPED
     from launch.study import exit_code
     from launch.study_local import LocalStudy
-    from launch.study_plan import refuse_changed
+    from launch.study_plan import check_study
     from launch.study_slurm import SlurmStudy
 
     study = _open(file)
@@ -103,7 +105,7 @@ def run(
         raise UserError(f"--on {on}: runs are started on local or slurm")
     if on == "slurm" and gpus is not None:
         raise UserError("--gpus is for --on local; on SLURM the cluster: of each config says it")
-    refuse_changed(study)
+    check_study(study)
     outcomes = LocalStudy(study, gpus).run() if on == "local" else SlurmStudy(study).run()
     _tell_outcomes(study, outcomes)
     code = exit_code(outcomes)
