@@ -1,0 +1,215 @@
+"""What TensorBoard finds of a run, read back by its own reader and shown in a real browser."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata
+
+from dinogen.config import load_config
+from dinogen.metrics.figure import Figure
+from dinogen.report.stats import read_stats
+from dinogen.training.run import train
+from dinogen.training.tensorboard import write_summary
+from tests.browser import open_browser
+
+from .helpers import stage
+
+HPARAMS = ("_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("board")
+
+
+@pytest.fixture
+def config(make_config, place):
+    """A finished run of one stage, trained once."""
+    made = make_config(
+        "stages=[{resolution: 8, kimg: 0.08, batch: 8, lr: 0.003}]", run=str(place / "run")
+    )
+    if not made.run.exists():
+        train(made)
+    return made
+
+
+def board(folder):
+    events = EventAccumulator(str(folder / "tb"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    return events
+
+
+def scalars(events, tag):
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_scalars_are_those_of_the_statistics(config):
+    events = board(stage(config, 8))
+    lines = read_stats(stage(config, 8) / "stats.jsonl")
+    assert len(lines) >= 5
+    for name in ("loss", "G/grad_norm", "images_per_s", "diversity"):
+        expected = [(line["nimg"], line[name]) for line in lines if name in line]
+        assert expected
+        assert scalars(events, name) == pytest.approx(np.float32(expected).tolist(), rel=1e-6)
+
+
+def test_pictures_are_those_of_the_folder(config):
+    folder = stage(config, 8)
+    events = board(folder)
+    (final,) = folder.glob("final_*.png")
+    (real,) = folder.glob("real_*.png")
+    samples = sorted((folder / "samples").glob("*.png"))
+    for tag, paths in (("final", [final]), ("real", [real]), ("samples", samples)):
+        shown = events.Images(tag)
+        assert len(shown) == len(paths)
+        for image, path in zip(shown, paths, strict=True):
+            pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+            assert np.array_equal(pixels, np.asarray(Image.open(path).convert("RGB")))
+    assert [image.step for image in events.Images("samples")] == [int(p.stem) for p in samples]
+
+
+def hyperparameters(events):
+    """{name: value} of a run, and the tags of its metrics."""
+    found = events.PluginTagToContent(metadata.PLUGIN_NAME)
+    assert set(found) == set(HPARAMS)
+    experiment = metadata.parse_experiment_plugin_data(found[HPARAMS[0]])
+    start = metadata.parse_session_start_info_plugin_data(found[HPARAMS[1]])
+    named = {info.name for info in experiment.hparam_infos}
+    assert named == set(start.hparams)
+    values = {
+        name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()
+    }
+    return values, [info.name.tag for info in experiment.metric_infos]
+
+
+def test_hparams_stand_with_the_final_figures(config):
+    folder = stage(config, 8)
+    values, metrics = hyperparameters(board(folder))
+    assert values["family.name"] == "guided" and values["family.z_dim"] == 8
+    assert (values["stage.lr"], values["stage.batch"], values["seed"]) == (0.003, 8, 0)
+    assert values["optim.betas"] == "[0.9, 0.99]"
+    assert "RANDOM" in values["guide"]
+    result = json.loads((folder / "result.json").read_text())
+    assert {"final/loss", "final/images_per_s", "final/diversity"} <= set(metrics)
+    events = board(folder)
+    for tag in metrics:
+        ((step, value),) = scalars(events, tag)
+        assert step == result["nimg"] == 80
+        assert value == pytest.approx(result[tag.removeprefix("final/")], rel=1e-6)
+
+
+def test_what_is_measured_later_takes_its_place(config, tmp_path):
+    """Once more after evaluation and looks: one set of hparams, the new figures, the pictures."""
+    folder = tmp_path / "8x8"
+    (folder / "looks").mkdir(parents=True)
+    result = {"nimg": 80, "loss": 0.5, "files": {}}
+    (folder / "result.json").write_text(json.dumps(result))
+    fid = Figure("fid", 41.5, 0.5, "lower", 100, 50, "abc")
+    for nimg, value in ((40, 60.0), (80, 50.0)):
+        line = {"nimg": nimg, "metrics": {"fid": replace(fid, value=value).to_dict()}}
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    write_summary(folder, config, config.stages[0])
+    before = board(folder)
+    assert scalars(before, "final/fid") == [(80, 50.0)]
+    assert before.Tags()["images"] == []
+
+    kid = Figure.missing("kid", "lower", "no weights")
+    evaluation = {
+        "nimg": 80,
+        "metrics": {"held_out/mse": 0.25, "probe/diversity": None},
+        "measured": {"fid": fid.to_dict(), "kid": kid.to_dict()},
+    }
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    Image.new("RGB", (4, 4), "red").save(folder / "looks" / "grid16.png")
+    looks = {
+        "grid16": {"file": "grid16.png", "nimg": 80},
+        "psi": {"file": None, "reason": "does not truncate", "nimg": 80},
+    }
+    (folder / "looks" / "looks.json").write_text(json.dumps(looks))
+    write_summary(folder, config, config.stages[0])
+    after = board(folder)
+    assert len(list((folder / "tb").iterdir())) == 1
+    _, metrics = hyperparameters(after)
+    assert metrics == ["final/loss", "final/fid", "final/held_out/mse"]
+    assert scalars(after, "final/fid") == [(80, 41.5)]
+    assert scalars(after, "final/held_out/mse") == [(80, 0.25)]
+    assert after.Tags()["images"] == ["looks/grid16"]
+
+
+def test_an_unfinished_stage_has_no_summary(config, tmp_path):
+    write_summary(tmp_path, config, config.stages[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_chart_of_the_layout_finds_what_it_shows(config):
+    events = board(stage(config, 8))
+    (event,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    charts = {
+        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
+        for category in layout.category
+    }
+    first = next(iter(charts.values()))
+    assert list(charts)[0] == "At a glance"
+    assert set(first) == {"loss", "diversity", "images/s"}
+    tags = events.Tags()["scalars"]
+    for category, inner in charts.items():
+        for chart, patterns in inner.items():
+            shown = [tag for tag in tags for pattern in patterns if re.match(pattern, tag)]
+            assert shown, (category, chart)
+            assert category == "Gradient norms" or not any("grad_norm" in tag for tag in shown)
+    assert first["loss"] == ["loss$", "floor$"]
+
+
+@pytest.fixture
+def address(config):
+    """Of a TensorBoard of the run."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(config.run)]
+    command += ["--host", "127.0.0.1", "--port", "0", "--reload_interval", "1"]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            said = []
+            for line in process.stderr:
+                said.append(line)
+                found = re.search(r"http://127\.0\.0\.1:\d+/", line)
+                if found:
+                    yield found.group()
+                    break
+            else:
+                pytest.fail("".join(said))
+        finally:
+            process.terminate()
+
+
+def test_a_browser_shows_scalars_pictures_and_hparams(config, address, tmp_path):
+    assert load_config(config.run / "config.yaml") == config
+    with open_browser() as browser:
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{address}#timeseries")
+        page.get_by_text("images_per_s", exact=True).first.wait_for()
+        page.goto(f"{address}#images")
+        page.locator("tf-image-loader img").first.wait_for()
+        page.goto(f"{address}#hparams")
+        page.get_by_text("stage.lr").first.wait_for()
+        page.get_by_text("final/loss").first.wait_for()
+        page.goto(f"{address}#custom_scalars")
+        page.get_by_text("At a glance").first.wait_for()
+        page.screenshot(path=tmp_path / "custom_scalars.png")
+        own = (address, "blob:", "data:")
+        assert [url for url in asked if not url.startswith(own)] == []
