@@ -44,17 +44,23 @@ def make_missing(
     return problems
 
 
-def _lacking(folder: Path, metrics: str | None, changes: Sequence[str]) -> list[list[str]]:
-    """Commands that a run lacks; none if no stage of it is done."""
+def last_done(folder: Path) -> tuple[Config, StageConfig] | None:
+    """The config of a run and its largest stage that is done; None if there is none."""
     try:
         config = load_config(folder / "config.yaml").model_copy(update={"run": folder})
     except UserError as error:
         log.warning("%s", error)
-        return []
+        return None
     done = [stage for stage in config.stages if stage_result(config, stage) is not None]
-    if not done:
+    return (config, done[-1]) if done else None
+
+
+def _lacking(folder: Path, metrics: str | None, changes: Sequence[str]) -> list[list[str]]:
+    """Commands that a run lacks; none if no stage of it is done."""
+    found = last_done(folder)
+    if found is None:
         return []
-    stage = done[-1]
+    config, stage = found
     where = [str(folder), "--stage", str(stage.resolution)]
     commands = []
     if not _is_measured(config, stage, metrics):

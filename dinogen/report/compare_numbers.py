@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from dinogen.report.compare_model import Number, Run, Source, finite, read_json
-from dinogen.report.stats import read_stats
+from dinogen.report.stats import Line, read_stats
+
+# figures of kept checkpoints, measured after training
+OVER_TRAINING = "checkpoints.jsonl"
 
 
 def read_costs(run: Run, results: dict[int, dict[str, Any]]) -> None:
@@ -48,12 +51,13 @@ def read_costs(run: Run, results: dict[int, dict[str, Any]]) -> None:
 
 def read_measured(run: Run, stage: Path) -> None:
     """Figures of `dinogen evaluate`; what it has not, as measured last in training."""
-    path = stage / "metrics.jsonl"
-    if path.is_file() and path.stat().st_size:
-        run.measured = [line for line in read_stats(path) if isinstance(line.get("metrics"), dict)]
     trained = run.facts.get("nimg")
-    if run.measured:
-        newest = run.measured[-1]
+    in_training = _lines(stage / "metrics.jsonl")
+    run.measured = _lines(stage / OVER_TRAINING) or in_training
+    for line in run.measured:
+        run.fingerprints |= dict(line.get("fingerprints") or {})
+    if in_training:
+        newest = in_training[-1]
         run.sources["in_training"] = Source(
             f"{stage.name}/metrics.jsonl",
             f"dinogen train {run.folder / 'config.yaml'}",
@@ -62,8 +66,6 @@ def read_measured(run: Run, stage: Path) -> None:
             run.facts.get("device"),
         )
         _add_figures(run, newest["metrics"], "in_training")
-        for line in run.measured:
-            run.fingerprints |= dict(line.get("fingerprints") or {})
     found = read_json(stage / "evaluation.json", run)
     if found is None:
         return
@@ -92,6 +94,13 @@ def read_measured(run: Run, stage: Path) -> None:
         run.troubles.append(
             f"measured at {found['nimg']:,} images, but trained to {trained:,}: evaluate it again"
         )
+
+
+def _lines(path: Path) -> list[Line]:
+    """Figures at several points of training; none if there is no such file."""
+    if not path.is_file() or not path.stat().st_size:
+        return []
+    return [line for line in read_stats(path) if isinstance(line.get("metrics"), dict)]
 
 
 def _add_figures(run: Run, figures: dict[str, Any], source: str) -> None:

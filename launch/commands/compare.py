@@ -28,6 +28,13 @@ def compare(
         str | None,
         typer.Option(help="Only these are measured where they are missing.", metavar="fid,kid"),
     ] = None,
+    over_training: Annotated[
+        bool,
+        typer.Option(
+            "--over-training",
+            help="Measure --metrics at all kept checkpoints too, for curves.",
+        ),
+    ] = False,
     as_is: Annotated[
         bool, typer.Option("--as-is", help="Measure and draw nothing; show what is there.")
     ] = False,
@@ -43,14 +50,16 @@ def compare(
 
       dinogen compare runs/dcgan_64 runs/vae_64 --out compared
 
-      dinogen compare configs/ablations --out compared
+      dinogen compare configs/ablations --out compared --metrics fid --over-training
 
       dinogen compare runs --out compared --metrics fid,kid metrics.num_samples=10000
     """
+    from dinogen.errors import UserError
     from dinogen.report.compare import write_comparison
     from dinogen.report.compare_read import find_runs
     from launch.logs import setup_logging
     from launch.missing import make_missing
+    from launch.over_training import measure_over_training
     from launch.study import is_study, study_configs
 
     setup_logging()
@@ -61,8 +70,12 @@ def compare(
             folders += [config.run for config in study_configs(path).values()]
         else:
             folders += find_runs([path])
-    if not as_is:
-        for problem in make_missing(folders, metrics, changes):
-            typer.echo(problem, err=True)
+    problems = [] if as_is else make_missing(folders, metrics, changes)
+    if over_training:
+        if metrics is None or as_is:
+            raise UserError("--over-training: say what is measured: --metrics fid; not --as-is")
+        problems += measure_over_training(folders, metrics, changes)
+    for problem in problems:
+        typer.echo(problem, err=True)
     page = write_comparison(folders, out, title)
     typer.echo(f"{len(folders)} runs: {page}")

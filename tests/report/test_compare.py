@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -421,6 +422,45 @@ def test_the_command_makes_what_is_missing(tmp_path, monkeypatch):
     assert found == [["evaluate", str(whole), *place, "--metrics", "fid768,kid768"]]
     assert command(whole, "--metrics", "fid768")[0] == []
     assert command(bare, "--as-is")[0] == []
+
+
+def test_kept_checkpoints_are_measured_for_curves(tmp_path, monkeypatch):
+    """evaluate is given a folder in which it finds config and checkpoints, and may write."""
+    run = make_run(tmp_path / "a")
+    before = (run / "32x32" / "evaluation.json").read_text()
+    for nimg in (10_000, 5_000):
+        write(run / "32x32" / "checkpoints" / f"{nimg:09d}" / "state.json", {})
+    calls = []
+
+    class Done:
+        returncode = 0
+
+    def call(command, **_):
+        place, words = Path(command[4]), command[5:]
+        nimg = int(words[words.index("--nimg") + 1])
+        assert (place / "config.yaml").read_text() == (run / "config.yaml").read_text()
+        assert (place / "32x32" / "checkpoints" / f"{nimg:09d}" / "state.json").is_file()
+        calls.append(nimg)
+        one = figure(nimg / 1000, command=f"dinogen evaluate {place} --nimg {nimg}")
+        found = {"measured": {"fid768": one}, "fingerprints": {"aaaaaaaaaaaa": ALIKE}}
+        write(place / "32x32" / "evaluation.json", found)
+        return Done
+
+    monkeypatch.setattr("launch.over_training.subprocess.run", call)
+    out = tmp_path / "out"
+    words = ["compare", str(run), "--out", str(out), "--metrics", "fid768", "--over-training"]
+    for wanted in ([5_000, 10_000, 20_016], []):  # what is measured is not measured again
+        calls.clear()
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+        assert calls == wanted
+    assert (run / "32x32" / "evaluation.json").read_text() == before
+    data = json.loads((out / "comparison.json").read_text())
+    points = data["runs"][0]["curves"]["measured"]
+    assert [line["nimg"] for line in points] == [5_000, 10_000, 20_016]
+    assert [line["metrics"]["fid768"]["value"] for line in points] == [5.0, 10.0, 20.016]
+    assert points[0]["metrics"]["fid768"]["command"] == f"dinogen evaluate {run} --nimg 5000"
+    assert "FID-768 over training" in (out / "index.html").read_text()
 
 
 def test_a_folder_of_configs_stands_for_their_runs(tmp_path):

@@ -1,0 +1,95 @@
+"""Measures the kept checkpoints of runs, for curves of what was not measured in training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dinogen.files import write_text
+from dinogen.report.compare_numbers import OVER_TRAINING
+from launch.missing import last_done
+
+log = logging.getLogger(__name__)
+
+
+def measure_over_training(
+    folders: Sequence[Path], metrics: str, changes: Sequence[str] = ()
+) -> list[str]:
+    """Give `dinogen evaluate` for each kept checkpoint of the last stage that is done.
+
+    The figures go into ``RUN/RxR/checkpoints.jsonl``, a line per checkpoint; what is there already
+    is not measured again.
+
+    Args:
+        folders: of the runs.
+        metrics: names, comma separated.
+        changes: ``KEY=VALUE`` for evaluate.
+
+    Returns:
+        What failed, a line each.
+    """
+    names = [name.strip() for name in metrics.split(",")]
+    problems = []
+    for folder in folders:
+        found = last_done(folder)
+        if found is None:
+            continue
+        size = found[1].resolution
+        stage = folder / f"{size}x{size}"
+        lines = _read(stage / OVER_TRAINING)
+        kept = sorted(int(p.name) for p in stage.glob("checkpoints/*") if p.name.isdigit())
+        for nimg in kept:
+            if set(names) <= set(lines.get(nimg, {}).get("metrics", {})):
+                continue
+            words = ["--stage", str(size), "--nimg", str(nimg), "--metrics", metrics, *changes]
+            result = _evaluate(folder, stage, words)
+            if result is None:
+                command = shlex.join(["dinogen", "evaluate", str(folder), *words])
+                problems.append(f"{command}: failed")
+                continue
+            old = lines.get(nimg, {"metrics": {}, "fingerprints": {}})
+            lines[nimg] = {
+                "nimg": nimg,
+                "stage": size,
+                "metrics": old["metrics"] | result["measured"],
+                "fingerprints": old["fingerprints"] | result["fingerprints"],
+            }
+            text = "".join(json.dumps(lines[key]) + "\n" for key in sorted(lines))
+            write_text(stage / OVER_TRAINING, text)
+    return problems
+
+
+def _evaluate(run: Path, stage: Path, words: Sequence[str]) -> dict[str, Any] | None:
+    """What evaluate says of a checkpoint; None if it fails.
+
+    It writes beside the checkpoints, where the figures of the run's end are to stay: so it is
+    given a folder that borrows them.
+    """
+    with TemporaryDirectory() as name:
+        place = Path(name)
+        shutil.copy(run / "config.yaml", place)
+        (place / stage.name).mkdir()
+        (place / stage.name / "checkpoints").symlink_to((stage / "checkpoints").absolute())
+        log.info("dinogen evaluate %s %s", run, shlex.join(words))
+        command = [sys.executable, "-m", "launch.cli", "evaluate", str(place), *words]
+        if subprocess.run(command, check=False).returncode:
+            return None
+        text = (place / stage.name / "evaluation.json").read_text(encoding="utf-8")
+        found: dict[str, Any] = json.loads(text.replace(str(place), str(run)))
+        return found
+
+
+def _read(path: Path) -> dict[int, dict[str, Any]]:
+    """Lines that are there already, by their images."""
+    if not path.is_file():
+        return {}
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {line["nimg"]: line for line in lines}
