@@ -15,6 +15,7 @@ from dinogen.training.checkpoint import stage_folder
 from dinogen.training.looks_history import FRAME_SECONDS, History
 from dinogen.training.looks_scene import LeftOut, Maker, Scene
 from dinogen.training.snapshot import load_snapshot
+from dinogen.training.tensorboard import write_summary
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ def write_looks(
     out: Path | None = None,
 ) -> Path:
     """Write every look that the run's family has; one at a time, each whole or not at all.
+
+    Those in the run's own folder are shown by TensorBoard too.
 
     Args:
         run: folder of the run.
@@ -71,6 +74,8 @@ def write_looks(
         log.info("%s: %s", name, path)
         entries[name] = {"file": path.name, "caption": look.caption} | entry
     write_json(folder / LOOKS, entries)
+    if out is None:
+        write_summary(folder.parent, scene.family.config, scene.family.stage)
     return folder / LOOKS
 
 
