@@ -6,6 +6,7 @@ is rounded to the 256 values of a file first.
 
 from __future__ import annotations
 
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from dinogen.report.pictures import to_uint8
 from shards.dataset import Dataset
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+_GRID = re.compile(r"grid_\d+x\d+\b.*\.png")
 _MODES = ("RGB", "L", "P", "1", "RGBA")
 
 
@@ -187,11 +189,14 @@ def as_pixels(images: Tensor) -> Tensor:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """PNG and JPEG files that lie in a folder itself, in order of their names."""
+    """PNG and JPEG files that lie in a folder itself, in order of their names.
+
+    The grid that `dinogen sample` puts beside its pictures is none of them.
+    """
     if not folder.is_dir():
         return []
     files = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    return sorted(path for path in files if path.is_file())
+    return sorted(path for path in files if path.is_file() and not _GRID.match(path.name))
 
 
 def _side(file: Path, expected: int | None) -> int:

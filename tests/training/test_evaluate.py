@@ -91,6 +91,9 @@ def test_the_figure_is_the_mean_over_every_sample(
         assert result["metrics"][f"probe/{key}"] == pytest.approx(trained[key], rel=1e-6)
     assert (result["verdict"], result["warnings"]) == (trained["verdict"], trained["warnings"])
     assert result["floor"] == (trained["floor"] if split == "train" else None)
+    diversity = result["measured"]["guide_diversity"]
+    assert diversity["value"] == result["metrics"]["probe/diversity"]
+    assert diversity["num_samples"] == 8
     assert result["random_guide"] is True and result["guide_label"] == "RANDOM guide (dinov2)"
 
 
@@ -114,6 +117,8 @@ def test_any_number_of_ranks_gives_the_same(config, num_ranks, num):
     assert (together.pop("world_size"), alone.pop("world_size")) == (num_ranks, 1)
     metrics = together.pop("metrics")
     assert metrics == pytest.approx(alone.pop("metrics"), rel=1e-5)
+    diversity, same = (one.pop("measured")["guide_diversity"] for one in (together, alone))
+    assert diversity["value"] == pytest.approx(same["value"], rel=1e-5)
     assert together == alone
     assert done.stdout.count("held_out/mse") == 1
     assert f"{num} samples of val" in done.stdout

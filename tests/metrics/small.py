@@ -1,0 +1,70 @@
+"""Small packed pictures, and a judge that one can compute by hand."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dinogen.metrics.judges.base import JudgeInfo, NotAvailable
+from shards.pack import pack
+from shards.packed import PackedDataset, open_dataset
+from shards.sample import Sample
+from tests.families.tiny import discs
+
+NUM = 48
+
+
+def pack_pictures(folder: Path, pictures: list[np.ndarray], **more) -> PackedDataset:
+    """Shards of (S, S, 3) uint8 pictures, stored without loss, many of them held out."""
+    samples = []
+    for number, pixels in enumerate(pictures):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        samples.append(Sample(f"picture{number:03d}", file.getvalue(), "png", {}, {}))
+    pack(samples, folder, shard_size=8, val_fraction=0.3, test_fraction=0.2, **more)
+    return open_dataset(folder)
+
+
+def small_data(folder: Path, size: int = 16) -> PackedDataset:
+    """Discs in train, val and test."""
+    return pack_pictures(folder, discs(NUM, size))
+
+
+def save_pictures(pictures: list[np.ndarray], folder: Path) -> Path:
+    """A folder of PNG files in order of their names."""
+    folder.mkdir()
+    for number, pixels in enumerate(pictures):
+        Image.fromarray(pixels).save(folder / f"{number:04d}.png")
+    return folder
+
+
+class Means:
+    """A judge of six features: mean and deviation of each colour; counts what it sees."""
+
+    def __init__(
+        self, name: str = "inception768", resize: str = "box 4", weights: str = "a" * 64
+    ) -> None:
+        self.info = JudgeInfo(name, weights, resize, 6, 0, random=False)
+        self.num_seen = 0
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        self.num_seen += len(images)
+        values = images.float().flatten(2)
+        return {"features": torch.cat([values.mean(2), values.std(2)], 1).cpu()}
+
+
+def only(monkeypatch, judge: Means) -> Means:
+    """Make it the one judge whose weights can be had."""
+
+    def load(name, config, device):
+        if name != judge.info.name:
+            raise NotAvailable(f"metrics.{name}: no path is given")
+        return judge
+
+    monkeypatch.setattr("dinogen.metrics.judged.load_judge", load)
+    return judge

@@ -1,0 +1,119 @@
+"""Fingerprints: alike for the same measurement anywhere, another for each thing that moves it."""
+
+from __future__ import annotations
+
+import shutil
+from fractions import Fraction
+
+import pytest
+
+from dinogen.metrics.fingerprint import (
+    data_sha256,
+    differences,
+    files_sha256,
+    fingerprint,
+    fingerprint_id,
+)
+from dinogen.metrics.judges.base import JudgeInfo
+from shards.mix import MixedDataset
+from shards.packed import open_dataset
+from tests.families.tiny import discs
+from tests.metrics.small import pack_pictures, small_data
+
+JUDGE = {
+    "name": "inception",
+    "weights_sha256": "a" * 64,
+    "resize": "bilinear antialias 299",
+    "num_channels": 2048,
+    "num_logits": 1008,
+    "random": False,
+}
+REFERENCE = {"data": "d" * 64, "split": "val", "resize": "box to 64"}
+
+
+def made(judge=None, reference=None, resolution=64, num_samples=5000, num_reference=700):
+    info = JudgeInfo(**(JUDGE | (judge or {})))
+    facts = REFERENCE | (reference or {})
+    return fingerprint(info, resolution, num_samples, facts, num_reference)
+
+
+def test_it_is_twelve_digits_and_does_not_change_from_version_to_version():
+    """Figures of years ago have to stay comparable."""
+    # printf '{"a":"x","b":1}' | sha256sum
+    assert fingerprint_id({"b": 1, "a": "x"}) == "cdab067e9f3b"
+    assert set(made()) == {
+        "data",
+        "split",
+        "num_reference",
+        "num_samples",
+        "resolution",
+        "resize",
+        "judge",
+        "weights_sha256",
+        "random",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"judge": {"resize": "nearest 299"}},
+            "resize: box to 64, then nearest 299, not box to 64, then bilinear antialias 299",
+        ),
+        (
+            {"reference": {"resize": "nearest to 64"}},
+            "resize: nearest to 64, then bilinear antialias 299, not box to 64, then bilinear "
+            "antialias 299",
+        ),
+        ({"reference": {"split": "train"}}, "split: train, not val"),
+        ({"reference": {"data": "e" * 64}}, "data: eeeeeeeeeeee, not dddddddddddd"),
+        ({"num_samples": 500}, "num_samples: 500, not 5000"),
+        ({"num_reference": 70}, "num_reference: 70, not 700"),
+        ({"resolution": 32}, "resolution: 32, not 64"),
+        ({"judge": {"weights_sha256": "b" * 64}}, "weights_sha256: bbbbbbbbbbbb, not aaaaaaaaaaaa"),
+        ({"judge": {"name": "inception768"}}, "judge: inception768, not inception"),
+        ({"judge": {"random": True}}, "random: True, not False"),
+    ],
+)
+def test_each_thing_that_moves_a_figure_is_told(change, words):
+    assert differences(made(**change), made()) == [words]
+    assert fingerprint_id(made(**change)) != fingerprint_id(made())
+
+
+def test_a_metric_that_compares_with_nothing():
+    info = JudgeInfo(**JUDGE)
+    facts = fingerprint(info, 64, 100)
+    assert (facts["data"], facts["split"], facts["num_reference"]) == (None, None, None)
+    assert differences(facts, facts) == []
+
+
+def test_data_are_known_by_what_they_hold(tmp_path):
+    data = small_data(tmp_path / "here")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    mark = data_sha256(data)
+    assert data_sha256(open_dataset(tmp_path / "there")) == mark
+    # shrunk by another filter: nearest in place of area
+    by_nearest = [picture[::2, ::2].copy() for picture in discs(48, 32)]
+    by_area = [
+        picture.reshape(16, 2, 16, 2, 3).mean((1, 3)).astype("uint8") for picture in discs(48, 32)
+    ]
+    marks = [
+        data_sha256(pack_pictures(tmp_path / name, pictures))
+        for name, pictures in [("nearest", by_nearest), ("area", by_area)]
+    ]
+    assert len({mark, *marks}) == 3
+    other = open_dataset(tmp_path / "area")
+    mixes = [
+        data_sha256(MixedDataset([data, other], [Fraction(weight), Fraction(1)]))
+        for weight in (1, 2)
+    ]
+    assert len({mark, *mixes}) == 3
+
+
+def test_files_are_known_by_what_they_hold_in_their_order(tmp_path):
+    for name, text in [("a", "1"), ("b", "2"), ("c", "1"), ("d", "2")]:
+        (tmp_path / name).write_text(text)
+    a, b, c, d = (tmp_path / name for name in "abcd")
+    assert files_sha256([a, b]) == files_sha256([c, d]) != files_sha256([b, a])
+    assert files_sha256([a]) != files_sha256([a, b])

@@ -1,0 +1,113 @@
+"""Real pictures are judged once, and never taken for others from the cache."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dinogen.metrics.collect import collect
+from dinogen.metrics.reference import seen_of_reference
+from dinogen.metrics.sources import Pictures
+from tests.metrics.small import Means, small_data
+
+
+@pytest.fixture
+def data(tmp_path):
+    return small_data(tmp_path / "data")
+
+
+def val(data, num=8, resolution=16):
+    return Pictures(data, "val", range(num), resolution)
+
+
+def ask(source, judge, cache, keep=()):
+    return seen_of_reference(source, [judge], keep, 3, cache)[judge.info.name]
+
+
+def test_it_is_what_is_collected_and_worked_out_once(data, tmp_path):
+    expected = collect(val(data), [Means()], {"inception768"}, 3).seen["inception768"]
+    for turn in range(2):
+        judge = Means()
+        seen = ask(val(data), judge, tmp_path / "cache", {"inception768"})
+        assert judge.num_seen == (0 if turn else 8)
+        assert torch.equal(seen.features, expected.features)
+        assert torch.equal(seen.moments.covariance(), expected.moments.covariance())
+        assert seen.info == judge.info and seen.moments.count == 8
+    (told,) = (tmp_path / "cache").glob("*.json")
+    assert json.loads(told.read_text())["num_reference"] == 8
+    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".json", ".safetensors"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda data: (val(data, num=7), Means()),
+        lambda data: (val(data, resolution=8), Means()),
+        lambda data: (Pictures(data, "test", range(6), 16), Means()),
+        lambda data: (val(data), Means(resize="nearest 4")),
+        lambda data: (val(data), Means(weights="b" * 64)),
+        lambda data: (val(data), Means("dinov2")),
+    ],
+    ids=["count", "resolution", "split", "filter", "weights", "judge"],
+)
+def test_anything_else_is_worked_out_for_itself(data, tmp_path, other):
+    ask(val(data), Means(), tmp_path / "cache")
+    source, judge = other(data)
+    assert ask(source, judge, tmp_path / "cache").moments.count == source.num
+    assert judge.num_seen == source.num
+
+
+def test_of_two_judges_only_the_new_one_looks(data, tmp_path):
+    ask(val(data), Means(), tmp_path / "cache")
+    old, new = Means(), Means("dinov2")
+    found = seen_of_reference(val(data), [old, new], (), 3, tmp_path / "cache")
+    assert (old.num_seen, new.num_seen) == (0, 8)
+    assert list(found) == ["inception768", "dinov2"]
+    assert torch.equal(found["dinov2"].moments.total, found["inception768"].moments.total)
+
+
+def test_rows_that_were_not_kept_are_worked_out_when_they_are_asked_for(data, tmp_path):
+    cache = tmp_path / "cache"
+    assert ask(val(data), Means(), cache).features is None
+    judge = Means()
+    assert ask(val(data), judge, cache, {"inception768"}).features.shape == (8, 6)
+    assert judge.num_seen == 8
+    judge = Means()
+    assert ask(val(data), judge, cache).features is None and judge.num_seen == 0
+    assert ask(val(data), judge, cache, {"inception768"}).features is not None
+    assert judge.num_seen == 0
+
+
+def cut_off(path, good):
+    path.write_bytes(good[: len(good) // 2])
+
+
+def one_bit(path, good):
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+
+
+def of_others(path, good):
+    path.write_bytes(good.replace(b"val", b"vax"))
+
+
+@pytest.mark.parametrize("damage", [cut_off, one_bit, of_others])
+def test_a_damaged_cache_is_worked_out_anew(damage, data, tmp_path, caplog):
+    cache = tmp_path / "cache"
+    expected = ask(val(data), Means(), cache)
+    (path,) = cache.glob("*.safetensors")
+    good = path.read_bytes()
+    damage(path, good)
+    judge = Means()
+    seen = ask(val(data), judge, cache)
+    assert judge.num_seen == 8 and "is worked out anew" in caplog.text
+    assert torch.equal(seen.moments.total, expected.moments.total)
+    assert path.read_bytes() == good, "and whole again"
+
+
+def test_a_cache_that_cannot_be_written_costs_no_figure(data, tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    seen = ask(val(data), Means(), tmp_path / "file" / "cache")
+    assert seen.moments.count == 8
+    assert "set metrics.cache to another folder" in caplog.text
