@@ -21,6 +21,13 @@ NUM_SAMPLES = 40
 GRIDS = (4, 8, 16)
 
 
+@pytest.fixture(autouse=True)
+def no_downloads(monkeypatch):
+    """What measures asks nobody for weights, here and in other processes."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="session")
 def guide_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("guide") / "tiny"

@@ -25,7 +25,7 @@ from shards.errors import CorruptSample
 
 from .helpers import stage
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+ENV = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def torchrun(num_ranks, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(num_ranks), "-m", "launch.cli", *arguments]
     return subprocess.run(
-        command, env=ENV, capture_output=True, text=True, timeout=120, check=False
+        command, env=os.environ | ENV, capture_output=True, text=True, timeout=120, check=False
     )
 
 
