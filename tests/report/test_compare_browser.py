@@ -1,28 +1,19 @@
 """The comparison in a real browser: nothing is loaded, nothing sticks out, dark is dark."""
 
-from pathlib import Path
-
 import pytest
 
 from dinogen.report.compare import write_comparison
+from tests.browser import open_browser
 
 from .compare_runs import figure, make_run
 
-CHROMIUM = Path("/usr/bin/chromium")
-QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-QUIET += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 NAMES = ("fid768", "kid768", "precision768", "recall768", "density768", "coverage768")
 
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM.exists():
-        pytest.skip(f"no browser at {CHROMIUM}")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=QUIET)
+    with open_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
