@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dinogen.config import Config, StageConfig, load_config
 from dinogen.errors import UserError
+from dinogen.report.compare_columns import MEASURED
 from launch.progress import figure_of, is_looked, stage_result
 
 log = logging.getLogger(__name__)
@@ -73,8 +74,7 @@ def _lacking(folder: Path, metrics: str | None, changes: Sequence[str]) -> list[
 
 def _is_measured(config: Config, stage: StageConfig, metrics: str | None) -> bool:
     if metrics is None:
-        from dinogen.metrics.names import NAMES
-
-        return any(figure_of(config, stage, name) is not None for name in NAMES)
+        names = [name for _, names in MEASURED for name, _ in names]
+        return any(figure_of(config, stage, name) is not None for name in names)
     figures = [figure_of(config, stage, name.strip()) for name in metrics.split(",")]
     return all(one is not None and one.get("value") is not None for one in figures)
