@@ -102,7 +102,7 @@ def test_data_are_known_by_what_they_hold(tmp_path):
         data_sha256(pack_pictures(tmp_path / name, pictures))
         for name, pictures in [("nearest", by_nearest), ("area", by_area)]
     ]
-    assert len({mark, *marks}) == 3
+    assert len(set(marks)) == 2 and marks[1] != mark
     other = open_dataset(tmp_path / "area")
     mixes = [
         data_sha256(MixedDataset([data, other], [Fraction(weight), Fraction(1)]))

@@ -103,7 +103,9 @@ def test_a_damaged_cache_is_worked_out_anew(damage, data, tmp_path, caplog):
     seen = ask(val(data), judge, cache)
     assert judge.num_seen == 8 and "is worked out anew" in caplog.text
     assert torch.equal(seen.moments.total, expected.moments.total)
-    assert path.read_bytes() == good, "and whole again"
+    judge = Means()
+    ask(val(data), judge, cache)
+    assert judge.num_seen == 0, "and is whole again"
 
 
 def test_a_cache_that_cannot_be_written_costs_no_figure(data, tmp_path, caplog):

@@ -46,9 +46,10 @@ def test_some_numbers_of_a_split_shrunk_by_area(tmp_path):
         pixels = pictures[int(keys[of_split].removeprefix("picture"))].astype(np.float64)
         by_area = pixels.reshape(8, 2, 8, 2, 3).mean((1, 3))
         found = source.read([number])[0].permute(1, 2, 0).numpy()
-        assert np.abs(found - by_area).max() <= 0.5
+        # Pillow rounds twice: along rows, then along columns
+        assert np.abs(found - by_area).max() < 1
     assert source.facts()["resize"] == "box to 8"
-    with pytest.raises(UserError, match=r"16x16, too small .* 32x32: .*faces.size=32"):
+    with pytest.raises(UserError, match=r"16x16, too small .* 32x32 against: .*faces.size=32"):
         Pictures(data, "train", [0], 32)
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -24,9 +21,9 @@ from shards import open_dataset
 from tests.families.tiny import discs, tiny_config
 from tests.metrics.small import pack_pictures, save_pictures
 
-from .helpers import torchrun
+from .helpers import train_here
+from .on_ranks import evaluate_here, on_ranks
 
-ENV = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 OF_JUDGE = [name for name in NAMES if name.endswith("dinov2")]
 
 
@@ -49,6 +46,14 @@ def run(place):
     config = make(place, "run")
     train(config)
     return config
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured_before(request):
+    """What one test has measured stands beside nothing of another's."""
+    if "run" in request.fixturenames:
+        folder = request.getfixturevalue("run").run / "16x16"
+        (folder / "evaluation.json").unlink(missing_ok=True)
 
 
 def make(place, name, *overrides, family="dcgan"):
@@ -116,20 +121,14 @@ def test_all_metrics_of_a_run(run, place):
 def test_two_ranks_measure_what_one_measures(run):
     names = [*OF_JUDGE, "fid"]
     alone = evaluate(run.run, num_samples=113, names=names)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words += ["-m", "launch.cli", "evaluate", str(run.run), "--num-samples", "113"]
-    words += ["--metrics", ",".join(names)]
     (run.run / "16x16" / "evaluation.json").unlink()
-    env = os.environ | ENV
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_ranks(2, evaluate_here, str(run.run), 113, names)
     together = written(run.run / "16x16")
     assert together["world_size"] == 2
     assert set(together["measured"]) == set(names)
     assert values(together) == pytest.approx(values(alone), rel=1e-4)
     assert together["fingerprints"] == alone["fingerprints"]
     assert together["command"] == alone["command"]
-    assert done.stdout.count("fd_dinov2: ") == 1
 
 
 def test_the_files_that_a_run_writes_measure_the_same(run, place, tmp_path):
@@ -188,6 +187,7 @@ def test_a_folder_of_pictures_as_the_reference(run, place, tmp_path):
     assert itself["fd_dinov2"]["value"] == pytest.approx(0, abs=1e-6)
     assert itself["precision_dinov2"]["value"] == 1
     assert "says nothing of training" in itself["memorisation_dinov2"]["reason"]
+    (real / "evaluation.json").unlink()
     nothing = evaluate_folder(real, names=["fd_dinov2"], changes=settings(place))
     assert "give --reference DATA" in nothing["measured"]["fd_dinov2"]["reason"]
     large = save_pictures(discs(3, 32), tmp_path / "large")
@@ -238,7 +238,7 @@ def test_training_measures_what_evaluate_measures(run):
 
 def test_training_on_two_ranks_measures_the_same(run, place):
     config = make(place, "two")
-    torchrun(config, 2)
+    on_ranks(2, train_here, config.model_dump(mode="json"))
     for one, two in zip(in_training(run), in_training(config), strict=True):
         for name in ("fd_dinov2", "kd_dinov2"):
             # weights differ by rounding, and a pixel by one of 256

@@ -1,0 +1,50 @@
+"""Calls a function on several gloo ranks, forked from one process that has only imported."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+
+def on_ranks(num: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call it on each rank, and see that each of them ends well."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dinogen.training.run", "dinogen.features.dinov2"])
+    ranks = [
+        context.Process(target=_call, args=(rank, num, port, function, arguments))
+        for rank in range(num)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0] * num
+
+
+def evaluate_here(run: str, num_samples: int, names: list[str]) -> None:
+    """What `dinogen evaluate` does on a rank."""
+    from pathlib import Path
+
+    from dinogen.training.evaluate import evaluate
+
+    evaluate(Path(run), num_samples=num_samples, names=names)
+
+
+def _call(
+    rank: int, num: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    torch.set_num_threads(1)
+    from dinogen import dist
+
+    function(*arguments)
+    dist.shutdown()
