@@ -149,7 +149,7 @@ def test_a_trained_discriminator_finds_real_pictures_more_real(name):
         assert torch.equal(value, before[key]), f"{key} moved"
 
     training = Training(family)
-    for step in range(40):
+    for step in range(20):
         batch = {
             "image": real,
             "position": torch.arange(8 * step, 8 * step + 8),
