@@ -52,7 +52,7 @@ def lpips_by_hand(
     own = {name: stored[f"features.{name}"] for name in layers.state_dict()}
     layers.load_state_dict(own, assign=True)
     layers.double().eval()
-    linear = torch.load(heads, weights_only=True)
+    linear = torch.load(heads, map_location="cpu", weights_only=True)
     x = torch.cat([a, b]).double() / 127.5 - 1
     x = (x - MEAN) / STD
     total = torch.zeros(len(a), dtype=torch.float64)
