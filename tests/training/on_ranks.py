@@ -23,7 +23,7 @@ def on_ranks(num: int, function: Callable[..., None], *arguments: Any) -> None:
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(120)
+        rank.join(240)
     assert [rank.exitcode for rank in ranks] == [0] * num
 
 
