@@ -27,6 +27,7 @@ from dinogen.serve.gallery import MAX_SEED, Gallery, Query
 TEMPLATE = Path(__file__).with_name("page.html")
 MAX_PICTURES = 64  # that the page shows
 MAX_QUERY = 512  # characters; the longest that means anything has half of them
+MAX_HEAD = 16384  # bytes of headers
 MAX_WAITING = 32  # requests; a browser keeps one on its way
 # the page holds all that it needs: nothing may come from elsewhere, nor go there
 HEADERS = {
@@ -134,6 +135,8 @@ class _Guard:
             headers = dict(scope["headers"])
             if len(scope["query_string"]) > MAX_QUERY:
                 app = PlainTextResponse(f"more than {MAX_QUERY} characters of query", 414)
+            elif sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD:
+                app = PlainTextResponse(f"more than {MAX_HEAD} bytes of headers", 431)
             elif headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers:
                 app = PlainTextResponse("a request has no body here", 413)
         await app(scope, receive, send_guarded)

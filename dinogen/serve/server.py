@@ -10,12 +10,10 @@ from pathlib import Path
 import uvicorn
 
 from dinogen.errors import UserError
-from dinogen.serve.app import make_app
+from dinogen.serve.app import MAX_HEAD, make_app
 from dinogen.serve.gallery import Gallery
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# bytes of request line and headers
-_MAX_HEAD = 16384
 # connections at once; uvicorn answers 503 beyond
 _MAX_CONNECTIONS = 64
 
@@ -68,7 +66,7 @@ def open_site(run: Path, host: str, port: int) -> Site:
         proxy_headers=False,
         ws="none",
         limit_concurrency=_MAX_CONNECTIONS,
-        h11_max_incomplete_event_size=_MAX_HEAD,
+        h11_max_incomplete_event_size=MAX_HEAD,
         # a picture of a large diffusion model takes long; nobody waits for it after Ctrl-C
         timeout_graceful_shutdown=1,
     )

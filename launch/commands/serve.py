@@ -39,9 +39,10 @@ def serve(
     try:
         from dinogen.serve.server import open_site
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("starlette", "uvicorn"):
             raise
-        raise UserError(f"serve needs {error.name}: pip install 'dinogen[serve]'") from None
+        raise UserError(f"serve needs {missing}: pip install 'dinogen[serve]'") from None
 
     site = open_site(run, host, port)
     if not site.private:

@@ -43,8 +43,7 @@ def test_it_serves_until_it_is_interrupted(runs):
             (url,) = re.findall(r"http://127\.0\.0\.1:\d+/", line)
             assert "guided" in httpx.get(url).text
             assert httpx.get(f"{url}picture.png?seed=1").content.startswith(b"\x89PNG")
-            head = httpx.get(url, headers={"x": "y" * 20_000})
-            assert head.status_code in (400, 431)
+            assert httpx.get(url, headers={"x": "y" * 20_000}).status_code == 431
             server.send_signal(signal.SIGINT)
             _, err = server.communicate(timeout=30)
         finally:
