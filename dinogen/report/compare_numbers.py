@@ -44,7 +44,8 @@ def read_costs(run: Run, results: dict[int, dict[str, Any]]) -> None:
         run.numbers[name] = Number(name, value, "training")
     verdict = last.get("verdict", "unknown")
     if verdict != "ok":
-        run.troubles.append(f"verdict {verdict}: {' '.join(last.get('warnings') or ())}")
+        said = " ".join(last.get("warnings") or ())
+        run.troubles.append(said if said.startswith(verdict) else f"{verdict}: {said}")
     if last.get("num_skipped"):
         run.troubles.append(f"{last['num_skipped']} damaged samples were replaced")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ def render_page(comparison: Comparison) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["breakable"] = _breakable
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     runs, numbers = comparison.all_runs, {r.name: n for n, r in enumerate(comparison.all_runs)}
     return template.render(
@@ -102,6 +104,11 @@ def render_page(comparison: Comparison) -> str:
         origins=[(run, [_origin(row) for row in number_rows(run)]) for run in runs],
         label_of=label_of,
     )
+
+
+def _breakable(text: str) -> Markup:
+    """Text that may go on in the next line behind an underscore, a dash or a slash."""
+    return Markup("<wbr>").join(re.split(r"(?<=[_/-])", text))
 
 
 def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:

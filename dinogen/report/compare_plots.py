@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 NUM_COLOURS = 10
 DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), "-.")  # type: ignore[assignment]
@@ -66,6 +67,9 @@ def curves_svg(
     shown = [value for line in lines for value in line.values]
     if min(shown) > 0 and max(shown) > 20 * min(shown):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("images seen, thousands", parse_math=False)
     if ylabel:
         axes.set_ylabel(ylabel, parse_math=False)

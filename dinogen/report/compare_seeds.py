@@ -33,7 +33,7 @@ class Seeds:
 def over_seeds(runs: Sequence[Run], columns: Sequence[Column]) -> list[Seeds]:
     """Groups of at least two runs of one config under different seeds.
 
-    Only numbers that all runs of a group have, measured alike, are averaged.
+    Only figures that all runs of a group have, measured alike, are averaged.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -45,6 +45,8 @@ def over_seeds(runs: Sequence[Run], columns: Sequence[Column]) -> list[Seeds]:
             continue
         values = {}
         for column in columns:
+            if column.group == "Cost":
+                continue
             numbers = [run.numbers.get(column.name) for run in some]
             known = [n.value for n in numbers if n is not None and n.value is not None]
             if len(known) == len(some) and len({n.fingerprint for n in numbers if n}) == 1:

@@ -111,6 +111,8 @@ def _best(numbers: dict[str, Number], better: str) -> tuple[tuple[str, ...], tup
     values = {name: one.value for name, one in numbers.items() if one.value is not None}
     top = min(values.values()) if better == "lower" else max(values.values())
     best = tuple(name for name, value in values.items() if value == top)
+    if len(best) == len(values):
+        return (), ()  # where all are alike none is better
     spread = numbers[best[0]].spread
     near = []
     for name, one in numbers.items():

@@ -34,7 +34,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         given = dict(attrs)
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "wbr"):
             self.open.append(tag)
         self.sources += [given[key] for key in ("src", "srcset", "data", "poster") if key in given]
         self.sources += [given["href"]] if tag in ("link", "image") else []
@@ -47,7 +47,7 @@ class Page(HTMLParser):
 
     def handle_startendtag(self, tag, attrs):
         self.handle_starttag(tag, attrs)
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "wbr"):
             self.handle_endtag(tag)
 
     def handle_endtag(self, tag):
@@ -217,7 +217,7 @@ def test_failed_runs_are_listed_with_what_is_known(tmp_path):
         file.write('{"nimg": 1000, "loss": 2.0}\n{"nimg": 2000, "loss": null}\n')
     collapsed = make_run(tmp_path / "collapsed")
     result = collapsed / "32x32" / "result.json"
-    change = {"verdict": "COLLAPSED", "warnings": ["samples differ 3 %"]}
+    change = {"verdict": "COLLAPSED", "warnings": ["COLLAPSED: samples differ 3 %"]}
     write(result, json.loads(result.read_text()) | change)
     broken = make_run(tmp_path / "broken")
     (broken / "32x32" / "evaluation.json").write_text("{")
@@ -229,7 +229,7 @@ def test_failed_runs_are_listed_with_what_is_known(tmp_path):
     assert "stage 32x32: 2 of 20 thousand images" in failures["stopped"]["what"][0]
     assert "last 1 log lines hold no finite loss" in failures["stopped"]["what"][1]
     assert failures["stopped"]["status"] == "unfinished"
-    assert failures["collapsed"]["what"] == ["verdict COLLAPSED: samples differ 3 %"]
+    assert failures["collapsed"]["what"] == ["COLLAPSED: samples differ 3 %"]
     assert "evaluation.json cannot be read" in failures["broken"]["what"][0]
     assert "measured at 10,000 images, but trained to 20,016" in failures["stale"]["what"][0]
     assert failures["never"]["what"] == ["never begun: there is no such folder"]
