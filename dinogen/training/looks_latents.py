@@ -133,7 +133,7 @@ def directions(scene: Scene) -> Look:
         columns = [scene.decode(start + move * direction, indices) for move in moves]
         rows.append(torch.stack(columns, 1).flatten(0, 1))
     left = [f"{number} {which}" for number in range(1, len(found) + 1) for which in "ab"]
-    labels = [f"{move:+g}" for move in moves]
+    labels = [f"{move:+g}" if move else "0" for move in moves]
     caption = (
         f"Two samples (a, b) moved by {-REACH:g} to {REACH:+g} along the directions to which the "
         "first layer answers most (SeFa)."

@@ -37,6 +37,7 @@ class Ruler:
         side: of the real pictures that it wants, at most.
         rows: (N, 3, R, R) in [-1, 1] -> (N, F) float32 on the CPU.
         max_real: most real pictures to compare with; what is more takes too long.
+        caution: what else may make pictures near, to be added to a sentence.
     """
 
     label: str
@@ -44,6 +45,7 @@ class Ruler:
     side: int
     rows: Callable[[Tensor], Tensor]
     max_real: int
+    caution: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def _by_pixels(side: int) -> Ruler:
         return values / values.shape[1] ** 0.5
 
     what = f"root mean square difference of a value of 0 to 255 at {side}x{side}"
-    return Ruler("rms", what, side, rows, max_real=50_000)
+    caution = " (by pixels a blurred picture is near to all)"
+    return Ruler("rms", what, side, rows, max_real=50_000, caution=caution)
 
 
 def _by_judge(name: str, config: MetricsConfig, resolution: int, device: torch.device) -> Ruler:

@@ -19,7 +19,7 @@ def worst(scene: Scene) -> Look:
     opinions = scene.opinions
     if opinions is not None:
         order = torch.nan_to_num(opinions, nan=-torch.inf).argsort()[:NUM_WORST]
-        labels = [f"D {opinions[i]:+.3g}" for i in order]
+        labels = [f"D {opinions[i]:+.2f}" for i in order]
         why = "that the discriminator finds least real"
     else:
         distances = scene.nearest[0].distances[:, 0]
@@ -50,6 +50,7 @@ def neighbours(scene: Scene) -> Look:
     )
     if usual is not None:
         caption += f", of held-out pictures {usual:.2f}"
+    caption += scene.ruler.caution
     left = ["sample", "nearest", *[f"{k + 1}." for k in range(1, found.numbers.shape[1])]]
     return Look((Sheet(torch.cat(rows).numpy(), len(order), labels, left),), caption + ".")
 

@@ -185,7 +185,7 @@ def test_directions_pass_through_the_samples(scene_of, sampled):
     samples = sampled("vae", 2)
     for row in table:
         alike(row[:, 4], samples)
-    assert look.sheets[0].labels == ["-4", "-3", "-2", "-1", "+0", "+1", "+2", "+3", "+4"]
+    assert look.sheets[0].labels == ["-4", "-3", "-2", "-1", "0", "+1", "+2", "+3", "+4"]
     assert list(look.sheets[0].left)[:3] == ["1 a", "1 b", "2 a"]
 
 
@@ -221,7 +221,7 @@ def test_the_worst_are_those_that_the_discriminator_finds_least_real(scene_of):
     order = logits.argsort()[:16]
     look = looks_real.worst(scene)
     assert np.array_equal(images_of(look), to_uint8(scene.drawn[order].numpy()))
-    assert look.sheets[0].labels[0] == f"D {logits.min():+.3g}"
+    assert look.sheets[0].labels[0] == f"D {logits.min():+.2f}"
 
 
 def brute_force(scene, images, flip):
