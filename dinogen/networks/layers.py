@@ -56,7 +56,8 @@ class SpectralNorm(nn.Module):
         matrix = weight.detach().flatten(1)
         self.register_buffer("u", F.normalize(torch.randn_like(matrix[:, 0]), dim=0))
         self.register_buffer("v", torch.zeros_like(matrix[0]))
-        for _ in range(NUM_FIRST_ITERATIONS):
+        # On meta there is nothing to iterate on, and torch would take 5 ms each to find that out.
+        for _ in range(0 if weight.is_meta else NUM_FIRST_ITERATIONS):
             self.iterate(weight)
 
     @torch.no_grad()

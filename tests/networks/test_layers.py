@@ -90,6 +90,18 @@ def test_at_the_start_it_is_15_iterations_near():
     torch.testing.assert_close(SpectralNorm(weight)(weight), weight / 5, rtol=1e-4, atol=1e-6)
 
 
+def test_on_meta_nothing_is_iterated(monkeypatch):
+    monkeypatch.setattr(SpectralNorm, "iterate", None)
+    layer = spectral_norm(nn.Conv2d(3, 8, 3, device="meta"))
+    shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+    assert shapes == {
+        "bias": (8,),
+        "parametrizations.weight.original": (8, 3, 3, 3),
+        "parametrizations.weight.0.u": (8,),
+        "parametrizations.weight.0.v": (27,),
+    }
+
+
 def test_it_iterates_only_when_told():
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).train()
     for layer in (network[0], network[2]):
