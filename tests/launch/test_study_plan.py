@@ -196,7 +196,8 @@ def test_epochs_cost_what_the_data_hold(tmp_path):
     path = write_study(tmp_path, tmp_path / "discs")
     change(tmp_path / "a.yaml", stages=[{"resolution": 16, "epochs": 5}])
     run = open_study(path).tracks["gan"][0]
-    assert cost_of(run, [run]).num_images == 5 * 18
+    splits = json.loads((tmp_path / "discs" / "manifest.json").read_text())["splits"]
+    assert cost_of(run, [run]).num_images == 5 * splits["train"]["num_samples"]
     change(tmp_path / "a.yaml", data={"path": "gone"})
     run = open_study(path).tracks["gan"][0]
     assert cost_of(run, [run]).num_images is None
