@@ -15,16 +15,16 @@ import json
 from pathlib import Path
 
 import torch
-from scipy import linalg
 from torch import Tensor
-from torch.nn import functional as F
 
-from dinogen.config import GuideConfig, load_config
-from dinogen.features.inception import load
+from dinogen.config import load_config
+from dinogen.config_metrics import MetricsConfig
+from dinogen.metrics.frechet import frechet_of
+from dinogen.metrics.judges import Judge, load_judge
+from dinogen.metrics.moments import Moments
+from dinogen.metrics.sources import as_pixels
 from dinogen.training.data import open_data
 from dinogen.training.snapshot import load_snapshot
-
-SIDE = 299
 
 
 def main() -> None:
@@ -36,32 +36,29 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=3, help="checkpoints of each run")
     parser.add_argument("--out", type=Path, help="JSON with the figures")
     options = parser.parse_args()
-    trunk = load(
-        GuideConfig(name="inception", path=str(options.inception)), torch.device("cpu")
-    ).trunk
+    metrics = MetricsConfig(inception768=str(options.inception))
+    judge = load_judge("inception768", metrics, torch.device("cpu"))
     found: dict[str, dict[str, float]] = {}
-    references: dict[tuple[str, int], tuple[Tensor, dict[str, float]]] = {}
+    references: dict[tuple[str, int], tuple[Moments, dict[str, float]]] = {}
     for run in options.runs:
         config = load_config(run / "config.yaml")
         size = config.stages[-1].resolution
         place = (config.data.path, size)
         if place not in references:
-            references[place] = reference(trunk, run, size, options.num)
+            references[place] = reference(judge, run, size, options.num)
         real, bounds = references[place]
         figures = dict(bounds)
         for nimg in spread(kept(run, size), options.points):
             images = load_snapshot(run, size, nimg).sample(options.num, seed=1)
-            figures[f"{nimg / 1000:g} kimg"] = frechet(features(trunk, images), real)
+            figures[f"{nimg / 1000:g} kimg"] = frechet_of(seen(judge, images), real)
         found[run.name] = figures
         print(run.name, ", ".join(f"{k}: {v:.3f}" for k, v in figures.items()), flush=True)
     if options.out:
         options.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
-def reference(
-    trunk: torch.nn.Module, run: Path, size: int, num: int
-) -> tuple[Tensor, dict[str, float]]:
-    """Features of the held-out pictures, and what real ones and noise reach against them."""
+def reference(judge: Judge, run: Path, size: int, num: int) -> tuple[Moments, dict[str, float]]:
+    """Moments of the held-out pictures, and what real ones and noise reach against them."""
     data = open_data(load_config(run / "config.yaml"))
 
     def pictures(split: str, most: int) -> Tensor:
@@ -70,12 +67,12 @@ def reference(
         images: Tensor = data.read(chosen, split=split, image_size=size)["image"]
         return images
 
-    held_out = features(trunk, pictures("val", 10**6))
-    train = frechet(features(trunk, pictures("train", num)), held_out)
+    held_out = seen(judge, pictures("val", 10**6))
+    train = frechet_of(seen(judge, pictures("train", num)), held_out)
     noise = torch.randn(num, 3, size, size, generator=torch.Generator().manual_seed(0))
     return held_out, {
         "real": train,
-        "noise": frechet(features(trunk, noise.clamp(-1, 1)), held_out),
+        "noise": frechet_of(seen(judge, noise.clamp(-1, 1)), held_out),
     }
 
 
@@ -91,22 +88,12 @@ def spread(items: list[int], num: int) -> list[int]:
     return [items[place] for place in places.tolist()]
 
 
-@torch.no_grad()
-def features(trunk: torch.nn.Module, images: Tensor) -> Tensor:
-    """(N, 768) float64 of pictures (N, 3, R, R) in [-1, 1]."""
-    parts = [
-        trunk(F.interpolate(part, SIDE, mode="bilinear", align_corners=False)).mean((2, 3))
-        for part in images.split(32)
-    ]
-    return torch.cat(parts).double()
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of two normal distributions with the moments of some features."""
-    first, second = a.T.cov(), b.T.cov()
-    product = linalg.eigvals((first @ second).numpy()).real.clip(0)
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    return float(means + first.trace() + second.trace() - 2 * (product**0.5).sum())
+def seen(judge: Judge, images: Tensor) -> Moments:
+    """What the judge sees of pictures (N, 3, R, R) in [-1, 1]."""
+    moments = Moments.empty(judge.info.num_channels)
+    for part in as_pixels(images).split(32):
+        moments.add(judge(part)["features"])
+    return moments
 
 
 if __name__ == "__main__":

@@ -120,7 +120,9 @@ def run(world: int, out: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.metrics.ranks"])
+    context.set_forkserver_preload(
+        ["dinogen.metrics.collect", "dinogen.metrics.judges.inception768"]
+    )
     processes = [
         context.Process(target=on_rank, args=(rank, world, port, out)) for rank in range(world)
     ]

@@ -24,6 +24,7 @@ def test_it_is_torch_fidelitys():
 
 
 @pytest.mark.filterwarnings("ignore:Metric `InceptionScore` will save all")
+@pytest.mark.filterwarnings("ignore:std")
 def test_it_is_torchmetrics():
     from torchmetrics.image.inception import InceptionScore
 

@@ -111,8 +111,11 @@ def test_inception768_is_its_layer_of_768(folded, theirs):
     images, expected = theirs
     found = judge(images)
     assert set(found) == {"features"} and judge.info.num_logits == 0
-    close(found["features"], expected["768"], 2e-3)  # pixels are (x - 127.5) / 127.5 here, as
-    # in the recorded features, and (x - 128) / 128 there
+    with torch.no_grad():  # of (x - 128) / 128 there, and in the recorded features as here
+        as_there = judge.trunk((images.float() - 128) / 128).mean((2, 3))
+        as_here = judge.trunk(2 * (images / 255) - 1).mean((2, 3))
+    close(as_there, expected["768"])
+    close(found["features"], as_here)
 
 
 def test_recorded_features_of_real_pictures_are_reproduced(assets):
@@ -136,12 +139,13 @@ def test_recorded_features_of_real_pictures_are_reproduced(assets):
 @pytest.mark.parametrize(("mode", "filter_"), [("bilinear", "BILINEAR"), ("bicubic", "BICUBIC")])
 def test_resizing_is_pillows(side, mode, filter_):
     """Pillow's filters are antialiased; it rounds, and torch does not."""
-    smooth = torch.nn.functional.interpolate(pictures(1, 16).float(), side, mode="bicubic")
-    image = smooth.clamp(0, 255).round().to(torch.uint8)
+    # of little contrast, for Pillow also clips between rows and columns
+    smooth = torch.nn.functional.interpolate(pictures(1, 16) / 4 + 96, side, mode="bicubic")
+    image = smooth.round().to(torch.uint8)
     opened = Image.fromarray(image[0].permute(1, 2, 0).numpy())
     expected = np.array(opened.resize((299, 299), Image.Resampling[filter_]))
     found = resized(image, 299, mode, CPU)[0].permute(1, 2, 0).numpy()
-    assert np.abs(found - expected).max() < 1.01
+    assert np.abs(found - expected).max() < 1.1
     assert found.min() >= 0 and found.max() <= 255
 
 
@@ -204,6 +208,7 @@ class Harmful:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_wrong_and_harmful_weights_are_refused(tmp_path):
     mend = "name the file in metrics.inception"
     with pytest.raises(NotAvailable, match=rf"is no file: get https://.*{WEIGHTS_NAME} and {mend}"):
