@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dinogen.errors import UserError
 from dinogen.report.compare_looks import Look
-from dinogen.report.stats import Line
+from dinogen.report.stats import Line, read_stats
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,17 @@ def read_json(path: Path, run: Run) -> dict[str, Any] | None:
         run.troubles.append(f"{path.relative_to(run.folder)} cannot be read: {error}")
         return None
     return value
+
+
+def read_lines(run: Run, path: Path) -> list[Line]:
+    """Lines against nimg; none if there is no file, and a trouble of the run if none is whole."""
+    if not path.is_file() or not path.stat().st_size:
+        return []
+    try:
+        return read_stats(path)
+    except UserError as error:
+        run.troubles.append(str(error))
+        return []
 
 
 def finite(value: Any) -> float | None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dinogen.report.compare_model import Number, Run, Source, finite, read_json
-from dinogen.report.stats import Line, read_stats
+from dinogen.report.compare_model import Number, Run, Source, finite, read_json, read_lines
+from dinogen.report.stats import Line
 
 # figures of kept checkpoints, measured after training
 OVER_TRAINING = "checkpoints.jsonl"
@@ -53,8 +53,8 @@ def read_costs(run: Run, results: dict[int, dict[str, Any]]) -> None:
 def read_measured(run: Run, stage: Path) -> None:
     """Figures of `dinogen evaluate`; what it has not, as measured last in training."""
     trained = run.facts.get("nimg")
-    in_training = _lines(stage / "metrics.jsonl")
-    run.measured = _lines(stage / OVER_TRAINING) or in_training
+    in_training = _with_figures(read_lines(run, stage / "metrics.jsonl"))
+    run.measured = _with_figures(read_lines(run, stage / OVER_TRAINING)) or in_training
     for line in run.measured:
         run.fingerprints |= dict(line.get("fingerprints") or {})
     if in_training:
@@ -97,11 +97,8 @@ def read_measured(run: Run, stage: Path) -> None:
         )
 
 
-def _lines(path: Path) -> list[Line]:
-    """Figures at several points of training; none if there is no such file."""
-    if not path.is_file() or not path.stat().st_size:
-        return []
-    return [line for line in read_stats(path) if isinstance(line.get("metrics"), dict)]
+def _with_figures(lines: list[Line]) -> list[Line]:
+    return [line for line in lines if isinstance(line.get("metrics"), dict)]
 
 
 def _add_figures(run: Run, figures: dict[str, Any], source: str) -> None:

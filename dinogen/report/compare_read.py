@@ -12,7 +12,7 @@ from typing import Any
 from dinogen.config_file import read_mapping
 from dinogen.errors import UserError
 from dinogen.report.compare_looks import Look, read_looks
-from dinogen.report.compare_model import Run, finite, read_json
+from dinogen.report.compare_model import Run, finite, read_json, read_lines
 from dinogen.report.compare_numbers import read_costs, read_measured
 from dinogen.report.stats import read_stats, series
 
@@ -72,7 +72,7 @@ def _read_run(folder: Path, name: str) -> Run:
         result = read_json(path / "result.json", run)
         if result is not None:
             results[resolution] = result
-    planned = [stage["resolution"] for stage in run.config.get("stages") or ()]
+    planned = [stage.get("resolution") for stage in run.config.get("stages") or ()]
     if planned and planned[-1] in results:
         run.status = "finished"
     elif run.config:
@@ -143,10 +143,9 @@ def _read_attempts(run: Run) -> None:
 def _read_losses(run: Run, folders: list[Path]) -> None:
     """The loss over all stages; they count images on."""
     for folder in folders:
-        path = folder / "stats.jsonl"
-        if path.is_file() and path.stat().st_size:
-            kimg, loss = series(read_stats(path), "loss")
-            run.loss = (run.loss[0] + kimg, run.loss[1] + loss)
+        lines = read_lines(run, folder / "stats.jsonl")
+        kimg, loss = series(lines, "loss")
+        run.loss = (run.loss[0] + kimg, run.loss[1] + loss)
 
 
 def _say_how_far(run: Run, folder: Path) -> None:

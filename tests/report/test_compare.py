@@ -221,6 +221,7 @@ def test_failed_runs_are_listed_with_what_is_known(tmp_path):
     write(result, json.loads(result.read_text()) | change)
     broken = make_run(tmp_path / "broken")
     (broken / "32x32" / "evaluation.json").write_text("{")
+    (broken / "32x32" / "stats.jsonl").write_text("cut off by a ki")
     stale = make_run(tmp_path / "stale", nimg=10_000)
     runs = (good, stopped, collapsed, broken, stale, tmp_path / "never")
     page, data, text = compare(tmp_path / "out", *runs)
@@ -230,7 +231,8 @@ def test_failed_runs_are_listed_with_what_is_known(tmp_path):
     assert "last 1 log lines hold no finite loss" in failures["stopped"]["what"][1]
     assert failures["stopped"]["status"] == "unfinished"
     assert failures["collapsed"]["what"] == ["COLLAPSED: samples differ 3 %"]
-    assert "evaluation.json cannot be read" in failures["broken"]["what"][0]
+    assert "holds no line of statistics" in failures["broken"]["what"][0]
+    assert "evaluation.json cannot be read" in failures["broken"]["what"][1]
     assert "measured at 10,000 images, but trained to 20,016" in failures["stale"]["what"][0]
     assert failures["never"]["what"] == ["never begun: there is no such folder"]
     for one in failures.values():
