@@ -17,7 +17,8 @@ from dinogen.metrics.fingerprint import Facts, fingerprint, fingerprint_id
 from dinogen.metrics.judged import Judges
 from dinogen.metrics.judges import Judge, JudgeInfo, NotAvailable
 from dinogen.metrics.lpips_diversity import NUM_SAMPLES, lpips_diversity
-from dinogen.metrics.names import JUDGED, LPIPS_DIVERSITY, RECONSTRUCTION, Metric, Sets, better
+from dinogen.metrics.names import JUDGED, LPIPS_DIVERSITY, Metric, Sets, better
+from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.reconstruction import reconstruction
 from dinogen.metrics.reference import seen_of_reference
 from dinogen.metrics.sources import Reconstructed, Reference
