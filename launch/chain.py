@@ -78,7 +78,7 @@ def plan_steps(
             config.data.location,
         )
         return steps
-    args = (str(config.run), "--stage", str(chosen[-1].resolution))
+    args: tuple[str, ...] = (str(config.run), "--stage", str(chosen[-1].resolution))
     resources = step_resources(config, "evaluate")
     if metric is None:
         done = is_evaluated(config, chosen[-1])

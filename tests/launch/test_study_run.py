@@ -324,6 +324,8 @@ import torch
 torch.set_num_threads(1)
 import dinogen.families.vae_gan, dinogen.families.wgan_gp, dinogen.training.evaluate
 import dinogen.training.run, matplotlib.pyplot, torch.utils.tensorboard
+from dinogen._torchvision import ensure_torchvision
+ensure_torchvision()
 from transformers import Dinov2Model
 from dinogen.training import looks, looks_latents
 from launch import study_local
