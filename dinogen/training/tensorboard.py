@@ -19,8 +19,8 @@ from dinogen.families.base import Family
 from dinogen.files import write_bytes
 
 FOLDER = "tb"
-# part of the name of the event file that holds a stage's end, and is written anew as a whole
-SUFFIX = ".final"
+# inside FOLDER: what a stage came to, a run of its own for TensorBoard
+FINAL = "final"
 FIGURES = (
     "loss",
     "loss_over_floor",
@@ -76,9 +76,9 @@ def write_summary(folder: Path, config: Config, stage: StageConfig) -> None:
     """Write what a finished stage came to, as its files say it, for TensorBoard.
 
     Hyperparameters stand with the final figures in the tab HParams; the figures, measured in
-    training or by ``dinogen evaluate``, are scalars ``final/NAME`` too. Of a stage that is not
-    finished nothing is written. TensorBoard keeps the first hparams that it meets in a file, so all
-    of it is in an event file of its own, which each call writes anew.
+    training or by ``dinogen evaluate``, are scalars ``final/NAME`` too. They are a run of their
+    own, ``tb/final``, whose scalars are then the columns of the table, and which each call writes
+    anew. Of a stage that is not finished nothing is written.
 
     Args:
         folder: of the stage.
@@ -91,20 +91,22 @@ def write_summary(folder: Path, config: Config, stage: StageConfig) -> None:
     result = _read_json(folder / "result.json")
     if result is None:
         return
-    figures = {f"final/{name}": pair for name, pair in _figures(folder, result).items()}
+    final = folder / FOLDER / FINAL
     with tempfile.TemporaryDirectory() as place:
-        with SummaryWriter(place, filename_suffix=SUFFIX) as writer:
-            names = dict.fromkeys(figures)
-            for part in hparams(_hyperparameters(config, stage, result), names):
-                writer.file_writer.add_summary(part)
-            for name, (value, nimg) in figures.items():
-                writer.add_scalar(name, value, nimg)
+        with SummaryWriter(place) as writer:
+            # Without the summary of the experiment TensorBoard makes the table's columns of all
+            # runs there are; with it, of the first one's alone.
+            _, start, end = hparams(_hyperparameters(config, stage, result), {})
+            writer.file_writer.add_summary(start)
+            writer.file_writer.add_summary(end)
+            for name, (value, nimg) in _figures(folder, result).items():
+                writer.add_scalar(f"final/{name}", value, nimg)
             for name, path, nimg in _pictures(folder, result):
                 pixels = np.asarray(Image.open(path).convert("RGB"))
                 writer.add_image(name, pixels, nimg, dataformats="HWC")
         (made,) = Path(place).iterdir()
-        older = list((folder / FOLDER).glob(f"*{SUFFIX}"))
-        write_bytes(folder / FOLDER / made.name, made.read_bytes())
+        older = list(final.glob("*tfevents*"))
+        write_bytes(final / made.name, made.read_bytes())
     for path in older:
         if path.name != made.name:
             path.unlink()
@@ -115,8 +117,9 @@ def _hyperparameters(
 ) -> dict[str, str | float]:
     """What was chosen, flat; what does not apply is left out."""
     whole = config.model_dump(mode="json")
-    chosen = {name: whole[name] for name in ("seed", "family", "optim", "ema", "augment")}
+    chosen = {name: whole[name] for name in ("seed", "family", "optim", "ema")}
     chosen |= {
+        "augment": {name: value for name, value in whole["augment"].items() if value},
         "stage": stage.model_dump(mode="json"),
         "guide": result.get("guide_label"),
         "precision": result.get("precision"),

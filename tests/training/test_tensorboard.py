@@ -24,7 +24,7 @@ from tests.browser import open_browser
 
 from .helpers import stage
 
-HPARAMS = ("_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info")
+HPARAMS = {"_hparams_/session_start_info", "_hparams_/session_end_info"}
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,10 @@ def config(make_config, place):
     return made
 
 
-def board(folder):
-    events = EventAccumulator(str(folder / "tb"), size_guidance={"images": 0, "scalars": 0})
+def board(folder, *inside):
+    events = EventAccumulator(
+        str(folder.joinpath("tb", *inside)), size_guidance={"images": 0, "scalars": 0}
+    )
     events.Reload()
     return events
 
@@ -66,44 +68,44 @@ def test_scalars_are_those_of_the_statistics(config):
 
 def test_pictures_are_those_of_the_folder(config):
     folder = stage(config, 8)
-    events = board(folder)
     (final,) = folder.glob("final_*.png")
     (real,) = folder.glob("real_*.png")
     samples = sorted((folder / "samples").glob("*.png"))
-    for tag, paths in (("final", [final]), ("real", [real]), ("samples", samples)):
+    training, end = board(folder), board(folder, "final")
+    for events, tag, paths in (
+        (end, "final", [final]),
+        (end, "real", [real]),
+        (training, "samples", samples),
+    ):
         shown = events.Images(tag)
         assert len(shown) == len(paths)
         for image, path in zip(shown, paths, strict=True):
             pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
             assert np.array_equal(pixels, np.asarray(Image.open(path).convert("RGB")))
-    assert [image.step for image in events.Images("samples")] == [int(p.stem) for p in samples]
+    assert [image.step for image in training.Images("samples")] == [int(p.stem) for p in samples]
 
 
 def hyperparameters(events):
-    """{name: value} of a run, and the tags of its metrics."""
+    """{name: value} of a run."""
     found = events.PluginTagToContent(metadata.PLUGIN_NAME)
-    assert set(found) == set(HPARAMS)
-    experiment = metadata.parse_experiment_plugin_data(found[HPARAMS[0]])
-    start = metadata.parse_session_start_info_plugin_data(found[HPARAMS[1]])
-    named = {info.name for info in experiment.hparam_infos}
-    assert named == set(start.hparams)
-    values = {
-        name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()
-    }
-    return values, [info.name.tag for info in experiment.metric_infos]
+    assert set(found) == HPARAMS
+    start = metadata.parse_session_start_info_plugin_data(found["_hparams_/session_start_info"])
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
 
 
 def test_hparams_stand_with_the_final_figures(config):
     folder = stage(config, 8)
-    values, metrics = hyperparameters(board(folder))
+    events = board(folder, "final")
+    values = hyperparameters(events)
     assert values["family.name"] == "guided" and values["family.z_dim"] == 8
     assert (values["stage.lr"], values["stage.batch"], values["seed"]) == (0.003, 8, 0)
     assert values["optim.betas"] == "[0.9, 0.99]"
     assert "RANDOM" in values["guide"]
+    assert not any(name.startswith("augment") for name in values)  # all of it is off
     result = json.loads((folder / "result.json").read_text())
-    assert {"final/loss", "final/images_per_s", "final/diversity"} <= set(metrics)
-    events = board(folder)
-    for tag in metrics:
+    tags = events.Tags()["scalars"]
+    assert {"final/loss", "final/images_per_s", "final/diversity"} <= set(tags)
+    for tag in tags:
         ((step, value),) = scalars(events, tag)
         assert step == result["nimg"] == 80
         assert value == pytest.approx(result[tag.removeprefix("final/")], rel=1e-6)
@@ -121,7 +123,7 @@ def test_what_is_measured_later_takes_its_place(config, tmp_path):
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
     write_summary(folder, config, config.stages[0])
-    before = board(folder)
+    before = board(folder, "final")
     assert scalars(before, "final/fid") == [(80, 50.0)]
     assert before.Tags()["images"] == []
 
@@ -139,10 +141,10 @@ def test_what_is_measured_later_takes_its_place(config, tmp_path):
     }
     (folder / "looks" / "looks.json").write_text(json.dumps(looks))
     write_summary(folder, config, config.stages[0])
-    after = board(folder)
-    assert len(list((folder / "tb").iterdir())) == 1
-    _, metrics = hyperparameters(after)
-    assert metrics == ["final/loss", "final/fid", "final/held_out/mse"]
+    after = board(folder, "final")
+    assert len(list((folder / "tb" / "final").iterdir())) == 1
+    assert hyperparameters(after) == hyperparameters(before)
+    assert after.Tags()["scalars"] == ["final/loss", "final/fid", "final/held_out/mse"]
     assert scalars(after, "final/fid") == [(80, 41.5)]
     assert scalars(after, "final/held_out/mse") == [(80, 0.25)]
     assert after.Tags()["images"] == ["looks/grid16"]
@@ -209,6 +211,7 @@ def test_a_browser_shows_scalars_pictures_and_hparams(config, address, tmp_path)
         page.get_by_text("final/loss").first.wait_for()
         page.goto(f"{address}#custom_scalars")
         page.get_by_text("At a glance").first.wait_for()
+        page.get_by_text("images/s", exact=True).first.wait_for()
         page.screenshot(path=tmp_path / "custom_scalars.png")
         own = (address, "blob:", "data:")
         assert [url for url in asked if not url.startswith(own)] == []
