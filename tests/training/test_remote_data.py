@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import threading
 import time
@@ -14,7 +13,7 @@ import torch
 
 from dinogen.training.batches import split
 from dinogen.training.run import train
-from dinogen.training.stop import Stopped
+from shards import FetchError
 from tests.servers import s3_environment, s3_server
 from tests.training.helpers import curve, torchrun, weights
 
@@ -80,9 +79,8 @@ def test_a_run_goes_on_from_another_place(make_config, s3, tmp_path, monkeypatch
     assert_same(moved, whole)
 
 
-def test_a_run_that_waits_for_a_shard_can_be_stopped(
-    make_config, s3, tmp_path, monkeypatch, caplog
-):
+def test_a_run_that_waits_for_a_shard_can_be_stopped(make_config, s3, tmp_path, monkeypatch):
+    """Here before its first step, while its family looks at the data: test_stop.py has the rest."""
     monkeypatch.setattr("shards.fetch.FIRST_WAIT_S", 60.0)
     monkeypatch.setattr("shards.fetch.HURRY_S", 1.0)
     config = make_config(*remote(tmp_path, "cache"))
@@ -95,11 +93,9 @@ def test_a_run_that_waits_for_a_shard_can_be_stopped(
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_it).start()
-    with pytest.raises(Stopped, match="SIGTERM at 0 images") as stopped:
-        train(config)
-    assert stopped.value.exit_code == 75
     said = r"tar: .*Service Unavailable.*asked to stop.*run the same command again"
-    assert re.search(said, caplog.text)
+    with pytest.raises(FetchError, match=said):
+        train(config)
 
 
 def test_ranks_fetch_each_file_once(make_config, s3, tmp_path):
