@@ -137,6 +137,8 @@ def _batches(num: int, batch: int) -> list[list[list[int]]]:
 
 def _gather(rows: Tensor) -> Tensor:
     """Rows of all ranks, in order of rank, though their numbers differ."""
+    if dist.world_size() == 1:
+        return rows  # not copied: there may be many
     counts = dist.all_gather(torch.tensor([len(rows)])).tolist()
     most = max(counts)
     padded = rows.new_zeros(most, *rows.shape[1:])

@@ -13,6 +13,7 @@ from dinogen.metrics.bootstrap import halves, standard_deviation
 from dinogen.metrics.moments import Moments
 
 _EPSILON = 2.0**-52  # of float64
+_BLOCK = 1024
 
 
 def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
@@ -56,17 +57,35 @@ def frechet_spread(generated: Tensor, reference: Moments, num: int, seed: int) -
     Returns:
         None where there are too few rows, or fewer than two halves are asked for.
     """
-    factor = _factor(reference.covariance())
-    mean, trace = reference.mean(), reference.covariance().trace()
+    chosen = halves(len(generated), num, seed)
+    if not chosen:
+        return None
+    center, covariance = reference.mean(), reference.covariance()
+    factor = _factor(covariance)
+    member = torch.zeros(len(chosen), len(generated), dtype=torch.bool)
+    for line, half in zip(member, chosen, strict=True):
+        line[half] = True
+    # Of each half only what the reference's r directions hold is summed, r x r: a spread need not
+    # be exact to 1e-8, and this is a fraction of a decomposition of C x C each.
+    held = factor.new_zeros(len(chosen), factor.shape[1], factor.shape[1])
+    totals = factor.new_zeros(len(chosen), len(center))
+    squares = factor.new_zeros(len(chosen))
+    for rows, inside in zip(generated.split(_BLOCK), member.split(_BLOCK, 1), strict=True):
+        exact = rows.to(factor) - center
+        projected = exact @ factor
+        for number, mask in enumerate(inside):
+            held[number].addmm_(projected[mask].T, projected[mask])
+            totals[number] += exact[mask].sum(0)
+            squares[number] += exact[mask].square().sum()
+    count = len(chosen[0])
     values = []
-    for rows in halves(len(generated), num, seed):
-        half = Moments.of(generated[rows])
-        covariance = half.covariance()
-        # one eigenvalue problem of the reference's rank in place of two decompositions of C x C:
-        # a spread need not be exact to 1e-8
-        roots = torch.linalg.eigvalsh(factor.T @ covariance @ factor).clamp(min=0).sqrt().sum()
-        apart = (half.mean() - mean).square().sum()
-        values.append(float(apart + trace + covariance.trace() - 2 * roots))
+    for number in range(len(chosen)):
+        apart = totals[number] / count  # from the reference's mean
+        along = apart @ factor
+        product = (held[number] - count * torch.outer(along, along)) / (count - 1)
+        roots = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
+        trace = (squares[number] - count * apart.square().sum()) / (count - 1)
+        values.append(float(apart.square().sum() + covariance.trace() + trace - 2 * roots))
     return standard_deviation(values)
 
 
