@@ -142,9 +142,11 @@ class StyleGAN2Ada(Family):
 
     def realism(self, images: Tensor) -> Tensor:
         """D's logits of pictures as they are; with classes, as the one that fits best."""
-        labels = [(torch.tensor([k], device=self.device),) for k in range(self.options.num_classes)]
-        each = [judged_alone(self.D, images, *label) for label in labels or [()]]
-        return torch.stack(each).amax(0)
+        num_classes = self.options.num_classes
+        if not num_classes:
+            return judged_alone(self.D, images)
+        labels = torch.arange(num_classes, device=self.device).split(1)
+        return torch.stack([judged_alone(self.D, images, label) for label in labels]).amax(0)
 
     def first_layer(self, networks: Networks) -> Tensor:
         """The mapping's, which reads the direction of z alone."""

@@ -116,7 +116,8 @@ def main_directions(matrix: Tensor, num: int) -> Tensor:
     _, _, vectors = torch.linalg.svd(matrix.double().cpu(), full_matrices=False)
     vectors = vectors[:num]
     largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
-    return (vectors * largest.sign()).float()
+    signed: Tensor = vectors * largest.sign()
+    return signed.float()
 
 
 def directions(scene: Scene) -> Look:

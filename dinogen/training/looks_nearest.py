@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -133,7 +134,7 @@ def _by_pixels(side: int) -> Ruler:
         if images.shape[2] != side:
             images = F.interpolate(images, size=(side, side), mode="area")
         values = ((images.clamp(-1, 1) + 1) * 127.5).flatten(1)
-        return values / values.shape[1] ** 0.5
+        return values / math.sqrt(values.shape[1])
 
     what = f"root mean square difference of a value of 0 to 255 at {side}x{side}"
     caution = " (by pixels a blurred picture is near to all)"
