@@ -26,6 +26,7 @@ from dinogen.training.measure import guide_diversity, real_pictures, reference_a
 from dinogen.training.preflight import check_same_data
 from dinogen.training.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.training.state import versions
+from dinogen.training.tensorboard import write_summary
 from dinogen.training.wish import Wish
 from shards.dataset import Dataset
 
@@ -85,7 +86,11 @@ def evaluate(
         size = str(snapshot.resolution)
         words = [str(run), "--stage", size, "--nimg", str(snapshot.nimg), *wish.words()]
         folder = stage_folder(config, snapshot.family.stage)
-        return write_result(folder, result, found, sampling, words)
+        written = write_result(folder, result, found, sampling, words)
+        with dist.main_section() as mine:
+            if mine:
+                write_summary(folder, config, snapshot.family.stage)
+        return written
 
 
 def _held_out_numbers(family: Family, data: Dataset, wish: Wish) -> list[int]:

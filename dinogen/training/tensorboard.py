@@ -139,7 +139,10 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, str | float]]:
 
 
 def _figures(folder: Path, result: dict[str, Any]) -> dict[str, tuple[float, int]]:
-    """Final figures, each with the images seen when it was measured; the newest of each counts."""
+    """Final figures, each with the images seen when it was measured; the newest of each counts.
+
+    What was evaluated of an earlier checkpoint is none of them.
+    """
     found = {name: (result.get(name), result["nimg"]) for name in FIGURES}
     lines = folder / "metrics.jsonl"
     if lines.is_file():
@@ -147,10 +150,11 @@ def _figures(folder: Path, result: dict[str, Any]) -> dict[str, tuple[float, int
             line = json.loads(text)
             for name, figure in line["metrics"].items():
                 found[name] = figure["value"], line["nimg"]
-    evaluation = _read_json(folder / "evaluation.json") or {}
-    values = dict(evaluation.get("metrics", {}))
-    values |= {name: one["value"] for name, one in evaluation.get("measured", {}).items()}
-    found |= {name: (value, evaluation["nimg"]) for name, value in values.items()}
+    evaluation = _read_json(folder / "evaluation.json")
+    if evaluation is not None and evaluation["nimg"] == result["nimg"]:
+        values = dict(evaluation["metrics"])
+        values |= {name: one["value"] for name, one in evaluation.get("measured", {}).items()}
+        found |= {name: (value, result["nimg"]) for name, value in values.items()}
     return {
         name: (float(value), nimg)
         for name, (value, nimg) in found.items()

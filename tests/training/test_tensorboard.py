@@ -149,6 +149,10 @@ def test_what_is_measured_later_takes_its_place(config, tmp_path):
     assert scalars(after, "final/held_out/mse") == [(80, 0.25)]
     assert after.Tags()["images"] == ["looks/grid16"]
 
+    (folder / "evaluation.json").write_text(json.dumps(evaluation | {"nimg": 40}))
+    write_summary(folder, config, config.stages[0])
+    assert scalars(board(folder, "final"), "final/fid") == [(80, 50.0)]
+
 
 def test_an_unfinished_stage_has_no_summary(config, tmp_path):
     write_summary(tmp_path, config, config.stages[0])
