@@ -1,13 +1,21 @@
-"""Studies whose commands are played: they leave a run's files, and fail where they are told."""
+"""Studies whose commands are played, and a real one of tiny runs, in processes quick to start."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
 from pathlib import Path
 
+import psutil
 import yaml
 
 from dinogen.config import Config, load_config
+from dinogen.features.dinov2 import make_random_dinov2
+from tests.families.tiny import TINY, pack_discs
 
 METRIC = "fid"
 
@@ -133,3 +141,145 @@ class Player:
 def write(path: Path, facts: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(facts))
+
+
+def tiny_study(folder: Path) -> Path:
+    """Four tiny families on discs; two runs are long enough to be killed in their midst."""
+    pack_discs(folder / "discs")
+    make_random_dinov2(folder / "judge", seed=0, hidden_size=16, num_layers=1, num_heads=2)
+    for name in ("dcgan", "wgan_gp", "vae", "vae_gan"):
+        config = {
+            "run": str(folder / "outside" / name),
+            "data": {"path": str(folder / "discs"), "num_threads": 0},
+            "family": {"name": name, **TINY[name]},
+            "stages": [{"resolution": 16, "kimg": 0.032, "batch": 8, "lr": 1e-3}],
+            "log": {"every_kimg": 0.4, "probe_kimg": 1, "samples_kimg": 1, "num_samples": 4},
+            "checkpoint": {"every_kimg": 0.16},
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    long = ["stages.0.kimg=0.96"]
+    study = {
+        "folder": str(folder / "study"),
+        "title": "Discs",
+        "metric": "fd_dinov2",
+        "overrides": [
+            "metrics.names=[fd_dinov2]",
+            "metrics.num_samples=8",
+            f"metrics.dinov2={folder / 'judge'}",
+            f"metrics.cache={folder / 'cache'}",
+        ],
+        "tracks": {
+            "gan": {"configs": ["dcgan.yaml", {"config": "wgan_gp.yaml", "overrides": long}]},
+            "vae": {"configs": [{"config": "vae.yaml", "overrides": long}, "vae_gan.yaml"]},
+        },
+        "final": {"tracks": ["gan"], "epochs": 2},
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
+    return path
+
+
+class Forked:
+    """In the place of ``launch.study_local.start``: a command in a fork that has imported already.
+
+    Of the looks only one is made.
+    """
+
+    def __init__(self, command: list[str], env: dict[str, str], log: Path) -> None:
+        self.code: int | None = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.setsid()
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            write_to(log)
+            code = self._run(command[command.index("launch.cli") + 1 :])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _run(self, words: list[str]) -> int:
+        from dinogen.training import looks, looks_latents
+        from launch.cli import main
+
+        looks._makers = lambda scene: {"grid16": looks_latents.grid16}
+        sys.argv = ["dinogen", *words]
+        try:
+            main()
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        return 0
+
+    def wait(self) -> int:
+        if self.code is None:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
+
+    def poll(self) -> int | None:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+
+def write_to(log: Path) -> None:
+    """Let this process write into a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+
+
+def run_here(words: list[str], said: Path) -> None:
+    """`dinogen study run` in this process; target of :func:`start_study`."""
+    os.setsid()
+    write_to(said)
+    import torch
+
+    from launch import study_local
+    from launch.cli import main
+
+    torch.set_num_threads(1)
+    study_local.start = Forked
+    sys.argv = ["dinogen", "study", "run", *words]
+    main()
+
+
+def start_study(study: Path, said: Path) -> multiprocessing.process.BaseProcess:
+    """Start `dinogen study run` in a process of its own, which leads a group of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "dinogen.training.run",
+            "dinogen.training.evaluate",
+            "dinogen.training.looks",
+            "dinogen.features.dinov2",
+            "dinogen.families.vae_gan",
+            "dinogen.families.wgan_gp",
+            "launch.study_report",
+            "matplotlib.pyplot",
+            "torch.utils.tensorboard",
+        ]
+    )
+    process = context.Process(target=run_here, args=([str(study)], said))
+    process.start()
+    return process
+
+
+def kill_all(pid: int) -> None:
+    """As a power cut does: the process and all that it has started, at once."""
+    family = psutil.Process(pid).children(recursive=True)
+    os.killpg(pid, signal.SIGKILL)
+    for child in family:
+        child.kill()
+    psutil.wait_procs(family, 10)

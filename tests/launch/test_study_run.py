@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from dinogen.config import ConfigError
 from dinogen.errors import UserError
-from dinogen.features.dinov2 import make_random_dinov2
 from launch import study_local, study_slurm
 from launch.cli import app
 from launch.jobs import read_jobs
 from launch.study_plan import open_study
 from launch.study_record import is_locked, study_lock
-from tests.families.tiny import TINY, pack_discs
-from tests.launch.studies import Player, write_study
+from tests.launch.studies import Player, kill_all, start_study, tiny_study, write_study
 from tests.launch.test_launch_plan import played, set_state, submitted  # noqa: F401
 
-ROOT = Path(__file__).parents[2]
 TRACKS = ["gan/a-seed0", "gan/a-seed1", "gan/b-seed0", "gan/b-seed1", "vae/c-seed0", "vae/dd-seed0"]
 ALL = [f"{run} {step}" for run in TRACKS for step in ("train", "evaluate", "look")]
 
@@ -316,134 +309,26 @@ def test_a_metric_that_was_missing_is_measured_again(on_slurm, played):  # noqa:
 
 # --- real runs
 
-# The study's own code; its commands run in forks of a process that has imported already, and of the
-# looks only one is made.
-FORKING = """
-import os, signal, sys, traceback
-import torch
-torch.set_num_threads(1)
-import dinogen.families.vae_gan, dinogen.families.wgan_gp, dinogen.training.evaluate
-import dinogen.training.run, matplotlib.pyplot, torch.utils.tensorboard
-from dinogen._torchvision import ensure_torchvision
-ensure_torchvision()
-from transformers import Dinov2Model
-from dinogen.training import looks, looks_latents
-from launch import study_local
-looks._makers = lambda scene: {"grid16": looks_latents.grid16}
-from launch.cli import main
-
-class Forked:
-    def __init__(self, command, env, log):
-        self.code = None
-        self.pid = os.fork()
-        if self.pid:
-            return
-        code = 1
-        try:
-            os.setsid()
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                signal.signal(number, signal.SIG_DFL)
-            log.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-            os.dup2(file, 1), os.dup2(file, 2)
-            sys.argv = ["dinogen", *command[command.index("launch.cli") + 1:]]
-            main()
-            code = 0
-        except SystemExit as ended:
-            code = ended.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-
-    def wait(self):
-        while self.code is None:
-            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return self.code
-
-    def poll(self):
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
-        return self.code
-
-    def terminate(self):
-        os.kill(self.pid, signal.SIGTERM)
-
-study_local.start = Forked
-sys.argv[0] = "dinogen"
-main()
-"""
-
-
-def tiny_study(folder: Path) -> Path:
-    """Four tiny families on discs; two runs are long enough to be killed in their midst."""
-    pack_discs(folder / "discs")
-    make_random_dinov2(folder / "judge", seed=0, hidden_size=16, num_layers=1, num_heads=2)
-    for name in ("dcgan", "wgan_gp", "vae", "vae_gan"):
-        config = {
-            "run": str(folder / "outside" / name),
-            "data": {"path": str(folder / "discs"), "num_threads": 0},
-            "family": {"name": name, **TINY[name]},
-            "stages": [{"resolution": 16, "kimg": 0.032, "batch": 8, "lr": 1e-3}],
-            "log": {"every_kimg": 0.4, "probe_kimg": 1, "samples_kimg": 1, "num_samples": 4},
-            "checkpoint": {"every_kimg": 0.16},
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    long = ["stages.0.kimg=0.96"]
-    study = {
-        "folder": str(folder / "study"),
-        "title": "Discs",
-        "metric": "fd_dinov2",
-        "overrides": [
-            "metrics.names=[fd_dinov2]",
-            "metrics.num_samples=8",
-            f"metrics.dinov2={folder / 'judge'}",
-            f"metrics.cache={folder / 'cache'}",
-        ],
-        "tracks": {
-            "gan": {"configs": ["dcgan.yaml", {"config": "wgan_gp.yaml", "overrides": long}]},
-            "vae": {"configs": [{"config": "vae.yaml", "overrides": long}, "vae_gan.yaml"]},
-        },
-        "final": {"tracks": ["gan"], "epochs": 2},
-    }
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(study))
-    return path
-
 
 @pytest.fixture
 def started():
     """Processes of a test; none of them stays, nor one that they have started."""
-    processes: list[subprocess.Popen] = []
+    processes = []
     yield processes
     for process in processes:
-        if process.poll() is None:
-            kill_all(process)
+        if process.is_alive():
+            kill_all(process.pid)
 
 
-def kill_all(process):
-    """As a power cut does: the process and all that it has started, at once."""
-    family = psutil.Process(process.pid).children(recursive=True)
-    os.killpg(process.pid, signal.SIGKILL)
-    for child in family:
-        child.kill()
-    process.wait()
-    psutil.wait_procs(family, 10)
-
-
+@pytest.mark.timeout(900)
 def test_killed_twice_it_finishes_and_nothing_is_done_again(tmp_path, started):
     path = tiny_study(tmp_path)
     folder = tmp_path / "study"
 
+    said = tmp_path / "said"
+
     def begin():
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        with (tmp_path / "said").open("ab") as said:
-            command = [sys.executable, "-c", FORKING, "study", "run", str(path)]
-            process = subprocess.Popen(
-                command, env=environment, stdout=said, stderr=said, start_new_session=True
-            )
+        process = start_study(path, said)
         started.append(process)
         return process
 
@@ -451,7 +336,7 @@ def test_killed_twice_it_finishes_and_nothing_is_done_again(tmp_path, started):
         """Until a run has a checkpoint, and is not done."""
         deadline = time.monotonic() + 200
         while not any((folder / run / "16x16" / "checkpoints").glob("0*")):
-            assert process.poll() is None, (tmp_path / "said").read_text()[-3000:]
+            assert process.is_alive(), said.read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
@@ -463,19 +348,22 @@ def test_killed_twice_it_finishes_and_nothing_is_done_again(tmp_path, started):
 
     process = begin()
     until_saved(process, "gan/wgan_gp-seed0")
-    kill_all(process)
+    kill_all(process.pid)
+    process.join()
     first = kept("gan/dcgan-seed0")
     assert not (folder / "gan/wgan_gp-seed0/16x16/result.json").exists()
 
     process = begin()
     until_saved(process, "vae/vae-seed0")
     process.terminate()
-    assert process.wait(60) == 75, (tmp_path / "said").read_text()[-3000:]
+    process.join(200)
+    assert process.exitcode == 75, said.read_text()[-3000:]
     second = kept("gan/wgan_gp-seed0")
     assert not (folder / "vae/vae-seed0/16x16/result.json").exists()
 
     process = begin()
-    assert process.wait(200) == 0, (tmp_path / "said").read_text()[-3000:]
+    process.join(400)
+    assert process.exitcode == 0, said.read_text()[-3000:]
     assert kept("gan/dcgan-seed0") == first and kept("gan/wgan_gp-seed0") == second
 
     record = json.loads((folder / "study.json").read_text())

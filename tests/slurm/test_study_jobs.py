@@ -9,13 +9,25 @@ import subprocess
 import sys
 import time
 
+import pytest
 import yaml
 
-from tests.launch.test_study_run import tiny_study
+from tests.launch.studies import tiny_study
 from tests.slurm.helpers import ROOT
 
 
-def test_a_study_of_four_configs_killed_twice_finishes(cluster, tmp_path):
+@pytest.fixture
+def started():
+    """The study's processes; none of them stays."""
+    processes: list[subprocess.Popen] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.timeout(900)
+def test_a_study_of_four_configs_killed_twice_finishes(cluster, tmp_path, started):
     path = tiny_study(tmp_path)
     folder = tmp_path / "study"
     study = yaml.safe_load(path.read_text())
@@ -31,7 +43,7 @@ def test_a_study_of_four_configs_killed_twice_finishes(cluster, tmp_path):
     def begin():
         command = [sys.executable, "-m", "launch.cli", "study", "run", path, "--on", "slurm"]
         with (tmp_path / "said").open("ab") as said:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 cwd=tmp_path,
                 env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
@@ -39,9 +51,11 @@ def test_a_study_of_four_configs_killed_twice_finishes(cluster, tmp_path):
                 stderr=said,
                 start_new_session=True,
             )
+        started.append(process)
+        return process
 
     def until_submitted(process, num):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while len(list(folder.glob("*/*/launch/jobs.json"))) < num:
             assert process.poll() is None, (tmp_path / "said").read_text()[-3000:]
             assert time.monotonic() < deadline
@@ -55,11 +69,11 @@ def test_a_study_of_four_configs_killed_twice_finishes(cluster, tmp_path):
     process = begin()
     until_submitted(process, 4)
     process.terminate()
-    assert process.wait(30) == 75, (tmp_path / "said").read_text()[-3000:]
+    assert process.wait(60) == 75, (tmp_path / "said").read_text()[-3000:]
     assert "its jobs stay queued" in (tmp_path / "said").read_text()
 
     process = begin()
-    code = process.wait(180)
+    code = process.wait(400)
     logs = "".join(log.read_text()[-1500:] for log in folder.glob("*/*/launch/*.log"))
     assert code == 0, (tmp_path / "said").read_text()[-3000:] + logs
     runs = ["gan/dcgan-seed0", "gan/wgan_gp-seed0", "vae/vae-seed0", "vae/vae_gan-seed0"]
