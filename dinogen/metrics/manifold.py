@@ -61,8 +61,8 @@ def manifold(generated: Tensor, reference: Tensor, num: int = 0, seed: int = 0) 
     place = generated.device
     chosen = [torch.arange(num_rows), *halves(num_rows, num, seed)]
     member = torch.zeros(len(chosen), num_rows, dtype=torch.bool)
-    for line, rows in zip(member, chosen, strict=True):
-        line[rows] = True
+    for line, half in zip(member, chosen, strict=True):
+        line[half] = True
     member = member.to(place)
     radii = _radii(generated, member)
     real, _ = nearest(reference, reference, K_DENSITY, same=True)
