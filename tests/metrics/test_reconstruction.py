@@ -109,7 +109,7 @@ def test_two_ranks_give_the_same_as_one(backbone, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=2", str(SCRIPT), str(backbone), str(tmp_path)]
     env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     alone = [figure.to_dict() for figure in measure(str(backbone))]
     for rank in range(2):
