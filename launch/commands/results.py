@@ -99,9 +99,10 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint, or a folder of pictures, against real ones.
 
-    Of a run that is what its family measures on held-out samples, and metrics of generated
-    pictures such as FID. What cannot be had, for want of weights, is said with the mend; all else
-    is measured. Under torchrun the work is shared among the ranks; the figures stay the same.
+    Of a run: what its family measures on held-out samples, and metrics of
+    generated pictures such as FID (docs/metrics.md). What cannot be had, for
+    want of weights, is said with the mend; all else is measured. Under torchrun
+    the work is shared among the ranks; the figures stay the same.
 
     [bold]Examples[/bold]
 
