@@ -157,7 +157,7 @@ def _backbone_file(net: str, path: str | None) -> Path:
 
     model, weights = BACKBONES[net]
     if path is None:
-        url = get_weight(weights).url
+        url: str = get_weight(weights).url
         file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
         mend = f"fetch {url} on a machine with network, and put it there or set {KEY} to its path"
     else:
