@@ -69,6 +69,8 @@ def read_measured(run: Run, stage: Path) -> None:
         _add_figures(run, newest["metrics"], "in_training")
     found = read_json(stage / "evaluation.json", run)
     if found is None:
+        if run.facts and not (stage / "evaluation.json").is_file():
+            run.troubles.append(f"never measured: dinogen evaluate {run.folder}")
         return
     run.sources["evaluation"] = Source(
         f"{stage.name}/evaluation.json",

@@ -223,10 +223,13 @@ def test_failed_runs_are_listed_with_what_is_known(tmp_path):
     (broken / "32x32" / "evaluation.json").write_text("{")
     (broken / "32x32" / "stats.jsonl").write_text("cut off by a ki")
     stale = make_run(tmp_path / "stale", nimg=10_000)
-    runs = (good, stopped, collapsed, broken, stale, tmp_path / "never")
+    unknown = make_run(tmp_path / "unknown")
+    (unknown / "32x32" / "evaluation.json").unlink()
+    runs = (good, stopped, collapsed, broken, stale, unknown, tmp_path / "never")
     page, data, text = compare(tmp_path / "out", *runs)
     failures = data["failures"]
-    assert set(failures) == {"stopped", "collapsed", "broken", "stale", "never"}
+    assert set(failures) == {"stopped", "collapsed", "broken", "stale", "unknown", "never"}
+    assert failures["unknown"]["what"] == [f"never measured: dinogen evaluate {unknown}"]
     assert "stage 32x32: 2 of 20 thousand images" in failures["stopped"]["what"][0]
     assert "last 1 log lines hold no finite loss" in failures["stopped"]["what"][1]
     assert failures["stopped"]["status"] == "unfinished"
