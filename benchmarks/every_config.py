@@ -4,7 +4,8 @@
         --inception WEIGHTS
 
 Networks are as large as the YAML says; batch, length and the number of pictures drawn are cut, so
-that the largest of them fit a CPU. The figures compare what a step costs, not how fast a GPU is.
+that they fit a CPU: a single picture a step from 128x128 on, and there a U-Net a quarter as wide.
+The figures compare what a step costs, not how fast a GPU is.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from dinogen.config import Config, load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+NARROW = 32  # channels of the large U-Nets, which have 128
 
 
 def main() -> None:
@@ -35,7 +37,7 @@ def main() -> None:
     failed = []
     for path in sorted(CONFIGS.rglob("*.yaml")):
         name = str(path.relative_to(CONFIGS))
-        if "stages:" not in path.read_text(encoding="utf-8") or options.only not in name:
+        if "\nstages:" not in path.read_text(encoding="utf-8") or options.only not in name:
             continue
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
@@ -60,7 +62,9 @@ def cut(config: Config, options: argparse.Namespace, run: Path) -> list[str]:
     labelled = config.family.options.get("num_classes")
     cats = "cats" in config.data.path
     data = options.classes if labelled else options.cats if cats else options.faces
-    kimg = options.steps * options.batch / 1000
+    large = config.stages[-1].resolution >= 128
+    batch = 1 if large else options.batch
+    kimg = options.steps * batch / 1000
     found = [
         f"run={run}",
         "data.mix=[]",
@@ -71,13 +75,14 @@ def cut(config: Config, options: argparse.Namespace, run: Path) -> list[str]:
         "eval.patience=null",
     ]
     for number in range(len(config.stages)):
-        found += [f"stages.{number}.kimg={kimg}", f"stages.{number}.batch={options.batch}"]
+        found += [f"stages.{number}.kimg={kimg}", f"stages.{number}.batch={batch}"]
         found += [f"stages.{number}.fade_kimg={kimg / 2 if number else 0}"]
     if config.family.name == "guided":
         found += ["guide.name=inception", f"guide.path={options.inception}"]
         found += ["family.probe_samples=4"]
     if config.family.name == "ddpm":
         found += ["family.sample_steps=2"]
+        found += [f"family.base_channels={NARROW}"] if large else []
     if config.family.options.get("lambda_perceptual"):
         found += ["family.perceptual_weights=random"]
     return found
