@@ -61,6 +61,7 @@ def visit(browser, urls):
 
     def go(name, fragment="", **options):
         page = browser.new_page(**options)
+        page.set_default_timeout(60_000)
         pages.append(page)
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: errors.append(str(error)))

@@ -204,6 +204,7 @@ def address(config):
 def test_a_browser_shows_scalars_pictures_and_hparams(config, address, tmp_path):
     with open_browser() as browser:
         page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.set_default_timeout(60_000)
         asked = []
         page.on("request", lambda request: asked.append(request.url))
         page.goto(f"{address}#timeseries")
