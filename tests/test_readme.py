@@ -97,10 +97,36 @@ def run_tensorboard(command: list[str], folder: Path) -> None:
         process.wait()
 
 
+def run_serve(command: list[str], folder: Path) -> None:
+    """Start it on a free port, ask for its page, stop it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", *command[1:], "--port", "0"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        said = ""
+        for line in process.stdout:
+            said += line
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                break
+        assert found, said
+        with urllib.request.urlopen(found[0]) as answer:
+            assert b"guided" in answer.read()
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def run(line: str, folder: Path) -> None:
     command = [SHORTER.get(word, word) for word in shlex.split(line)]
     if command[0] == "tensorboard":
         run_tensorboard(command, folder)
+    elif command[:2] == ["dinogen", "serve"]:
+        run_serve(command, folder)
     elif command[0] == "torchrun" or command[:2] == ["dinogen", "launch"]:
         # launch gives its place to torchrun: not to the process of the tests
         module = "launch.cli" if command[0] == "dinogen" else "torch.distributed.run"
