@@ -26,7 +26,6 @@ def started():
         process.wait()
 
 
-@pytest.mark.skip(reason="not seen to pass yet: the machine was too busy to end it in time")
 @pytest.mark.timeout(900)
 def test_a_study_of_four_configs_killed_twice_finishes(cluster, tmp_path, started):
     path = tiny_study(tmp_path)
@@ -37,7 +36,7 @@ def test_a_study_of_four_configs_killed_twice_finishes(cluster, tmp_path, starte
         "cluster.gpus_per_node=0",
         "cluster.cpus_per_process=1",
         "cluster.max_restarts=0",
-        "cluster.time='10'",
+        "cluster.time='60'",
     ]
     path.write_text(yaml.safe_dump(study))
 
