@@ -3,9 +3,10 @@
     python benchmarks/every_config.py --faces data/faces --cats data/cats --classes data/both \\
         --inception WEIGHTS
 
-Networks are as large as the YAML says; batch, length and the number of pictures drawn are cut, so
-that they fit a CPU: a single picture a step from 128x128 on, and there a U-Net a quarter as wide.
-The figures compare what a step costs, not how fast a GPU is.
+Batch, length and the number of pictures drawn are cut, so that they fit a CPU: a single picture a
+step from 128x128 on. Networks are as wide as the YAML says, which takes hours for all of them, or
+with --narrow at most 32 channels wide where the family has such an option; a line says which. The
+figures compare what a step costs, not how fast a GPU is.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from pathlib import Path
 from dinogen.config import Config, load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NARROW = 32  # channels of the large U-Nets, which have 128
+NARROW = {  # the option that makes a family's networks narrow
+    "ddpm": "base_channels",
+    "guided": "channel_max",
+    "progressive_gan": "channel_max",
+    "stylegan2_ada": "channel_max",
+}
 
 
 def main() -> None:
@@ -32,6 +38,7 @@ def main() -> None:
     parser.add_argument("--inception", type=Path, required=True, help="weights of the guide")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--narrow", action="store_true", help="at most 32 channels")
     parser.add_argument("--only", default="", help="configs whose path holds this")
     options = parser.parse_args()
     failed = []
@@ -41,7 +48,9 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
-            overrides = cut(load_config(path), options, run)
+            config = load_config(path)
+            overrides = cut(config, options, run)
+            width = "narrow" if options.narrow and config.family.name in NARROW else ""
             command = [sys.executable, "-m", "launch.cli", "train", str(path), *overrides]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -52,7 +61,7 @@ def main() -> None:
         for result in sorted(results, key=lambda item: item["resolution"]):
             size = f"{result['resolution']}x{result['resolution']}"
             speed, count = result["images_per_s"], result["num_parameters"]
-            print(f"{name:32} {size:8} {speed:9.2f} images/s {count:12,} in G", flush=True)
+            print(f"{name:32} {size:8} {speed:9.2f} images/s {count:12,} in G {width}", flush=True)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
@@ -82,7 +91,9 @@ def cut(config: Config, options: argparse.Namespace, run: Path) -> list[str]:
         found += ["family.probe_samples=4"]
     if config.family.name == "ddpm":
         found += ["family.sample_steps=2"]
-        found += [f"family.base_channels={NARROW}"] if large else []
+        found += ["family.head_channels=32"] if options.narrow else []
+    if options.narrow and config.family.name in NARROW:
+        found += [f"family.{NARROW[config.family.name]}=32"]
     if config.family.options.get("lambda_perceptual"):
         found += ["family.perceptual_weights=random"]
     return found
