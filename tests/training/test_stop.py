@@ -14,7 +14,7 @@ import torch
 
 from dinogen.config import dump_config
 from dinogen.training.run import train
-from dinogen.training.stop import Stopped
+from dinogen.training.stop import StopFlag, Stopped
 from shards.errors import FetchError
 from shards.stream import Stream
 from tests.training.helpers import curve, stage, weights
@@ -142,3 +142,16 @@ def test_all_ranks_stop_with_the_one_that_cannot_have_its_shard(make_config, tmp
         "75 stopped by SIGTERM",
     ]
     assert checkpoints(config) == ["000000024"]
+
+
+def test_what_comes_after_the_end_kills_no_finished_run():
+    before = {number: signal.getsignal(number) for number in StopFlag.SIGNALS}
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    try:
+        with StopFlag():
+            pass
+        signal.raise_signal(signal.SIGUSR1)  # whose default ends the process
+        assert signal.getsignal(signal.SIGTERM) is before[signal.SIGTERM]
+        assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGUSR1, before[signal.SIGUSR1])
