@@ -27,11 +27,11 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)  ## photos to a trained generator, offline; own photos: make demo ARGS="--photos DIR"
 	@$(VENV)/bin/dinogen demo $(ARGS)
 
-# One thread: the tests' tensors are tiny, and those that start several ranks share the cores. Two at
-# a time, for many wait for processes that they have started.
+# One thread: the tests' tensors are tiny, and those that start several ranks share the cores. Three
+# at a time, for many wait: those of the cluster, which are one process, nearly all the time.
 test: $(STAMP)  ## run the tests
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest \
-		--numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+		--numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(VENV)/bin/ruff check .

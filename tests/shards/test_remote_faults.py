@@ -260,7 +260,9 @@ def test_closing_a_stream_waits_for_no_fetch(web, tmp_path, monkeypatch):
 def test_ctrl_c_ends_the_wait(web, tmp_path, num_threads):
     web.server.always("tar", 503)
     script = (
-        "import sys, shards.fetch\n"
+        "import signal, sys, shards.fetch\n"
+        # a shell ignores it for what it starts in the background, which is inherited
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "shards.fetch.FIRST_WAIT_S = 60.0\n"
         "from shards import open_dataset\n"
         "data = open_dataset(sys.argv[1], cache_dir=sys.argv[2])\n"
