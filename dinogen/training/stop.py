@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import signal
 from collections.abc import Iterator
@@ -27,6 +28,10 @@ class Stopped(UserError):
     agreed = True
 
 
+def _pass_over(number: int, frame: FrameType | None) -> None:
+    """A signal that comes too late to mean anything."""
+
+
 class StopFlag:
     """Context in which SIGTERM, SIGUSR1 and SIGINT only set a flag; a second SIGINT interrupts."""
 
@@ -43,10 +48,14 @@ class StopFlag:
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
-            # A job's time may run out while a finished run leaves: by default that would kill it,
-            # and a finished stage would count as failed.
-            late = number == signal.SIGUSR1 and handler == signal.SIG_DFL
-            signal.signal(number, signal.SIG_IGN if late else handler)  # type: ignore[arg-type]
+            if number == signal.SIGUSR1 and handler == signal.SIG_DFL:
+                # A job's time may run out while a finished run leaves: by default that would kill
+                # it, and a finished stage would count as failed. Ignored only at the very end,
+                # when Python has no handlers any more: whatever is started before would inherit
+                # it, and a shell cannot trap what it was started to ignore.
+                handler = _pass_over
+                atexit.register(signal.signal, number, signal.SIG_IGN)
+            signal.signal(number, handler)  # type: ignore[arg-type]
         hurry(False)
 
     def next(self, batches: Iterator[T]) -> T | None:
