@@ -9,12 +9,21 @@ the family is built.
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from dinogen.config_clip import ClipConfig as ClipConfig
 from dinogen.config_cluster import ClusterConfig
 from dinogen.config_data import DataConfig as DataConfig
 from dinogen.config_errors import describe_errors as describe_errors
@@ -49,16 +58,35 @@ from dinogen.config_training import (
 )
 from dinogen.errors import ConfigError as ConfigError
 
+_GUIDE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
 
 class GuideConfig(Section):
     """The frozen feature network."""
 
-    name: Literal["dinov2", "inception"] = Field("dinov2", description="which encoder")
+    name: Literal["dinov2", "inception", "pixels"] = Field(
+        "dinov2", description="which encoder; pixels: none, the RGB values themselves"
+    )
     path: str = Field(
         "facebook/dinov2-small", description="hub name, local checkpoint folder or weights file"
     )
     revision: str | None = Field(None, description="hub revision (commit, tag or branch)")
-    layer: int = Field(-1, description="which layer's tokens; -1 is the last")
+    layer: int | str | tuple[int, ...] | tuple[str, ...] = Field(
+        -1,
+        description="which layer, or a list of layers joined along the channels; -1 is the last; "
+        "of dinov2 numbers of blocks, of inception pool1, pool2, mixed_5d, mixed_6e",
+    )
+
+    @field_validator("layer", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        several = list(value) if isinstance(value, (list, tuple)) else [value]
+        kinds = {type(one) for one in several}
+        if kinds not in ({int}, {str}):
+            raise ValueError(f"{value!r}: give a number, a name, or a list of either")
+        if len(set(several)) < len(several):
+            raise ValueError(f"{value!r}: name each layer once")
+        return value
 
 
 class FamilyConfig(BaseModel):
@@ -100,6 +128,10 @@ class Config(Section):
     )
     prepare: PrepareConfig = PrepareConfig()
     guide: GuideConfig = GuideConfig()
+    guides: dict[str, GuideConfig] = Field(
+        {}, description="further guides by a name of one's own: level p8 of NAME is NAME.p8"
+    )
+    clip: ClipConfig | None = None
     data: DataConfig = DataConfig()
     family: FamilyConfig = FamilyConfig()
     stages: tuple[StageConfig, ...] = Field(
@@ -120,6 +152,17 @@ class Config(Section):
     log: LogConfig = LogConfig()
     cluster: ClusterConfig = ClusterConfig()
     notes: NotesConfig = NotesConfig()
+
+    @field_validator("guides")
+    @classmethod
+    def _named(cls, guides: dict[str, GuideConfig]) -> dict[str, GuideConfig]:
+        for name in guides:
+            if not _GUIDE_NAME.fullmatch(name) or name in ("clip", "text"):
+                raise ValueError(
+                    f"'{name}' names no guide: use small letters, digits and _, a letter first, "
+                    "and neither clip nor text"
+                )
+        return guides
 
     @model_validator(mode="after")
     def _stages_grow(self) -> Config:

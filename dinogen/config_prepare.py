@@ -70,10 +70,15 @@ class PyramidsConfig(Section):
     grids: tuple[int, ...] = Field(
         (4, 8, 16), min_length=1, description="grids of the pyramid; pooled has 16, 8, 4, 2 and 1"
     )
+    base_grid: Literal[16, 8] = Field(
+        16,
+        description="pooled levels are means of this grid; 8 puts a quarter of the pixels through "
+        "the guide",
+    )
     kinds: tuple[Literal["pooled", "native"], ...] = Field(
         ("pooled", "native"),
         min_length=1,
-        description="pooled: exact 2x2 means of the 16x16 grid; "
+        description="pooled: exact 2x2 means of the base_grid; "
         "native: features of the picture shrunk to g x g pixels",
     )
     batch: int = Field(32, ge=1, description="pictures per forward of the guide")
@@ -83,10 +88,12 @@ class PyramidsConfig(Section):
     def _check(self) -> PyramidsConfig:
         if len(set(self.grids)) < len(self.grids) or len(set(self.kinds)) < len(self.kinds):
             raise ValueError("grids and kinds: name each of them once")
-        allowed = {16, 8, 4, 2, 1} if "pooled" in self.kinds else set(range(1, 129))
+        pooled = [grid for grid in (16, 8, 4, 2, 1) if grid <= self.base_grid]
+        allowed = set(pooled) if "pooled" in self.kinds else set(range(1, 129))
         if wrong := sorted(set(self.grids) - allowed):
             raise ValueError(
-                f"grids: {wrong[0]} is no pooled grid: use 16, 8, 4, 2 or 1"
+                f"grids: {wrong[0]} is no pooled grid: use {', '.join(map(str, pooled[:-1]))} or 1"
+                + (", or base_grid: 16" if self.base_grid < wrong[0] <= 16 else "")
                 if "pooled" in self.kinds
                 else f"grids: {wrong[0]} is not from 1 to 128"
             )

@@ -15,7 +15,7 @@ from shards.errors import CorruptSample
 from shards.order import Order, Place
 from shards.plan import Plan, Portion
 from shards.reader import Arrays, BatchReader
-from shards.sample import level_grid
+from shards.sample import VECTORS, level_grid, level_guide
 from shards.table import SampleTable
 
 if TYPE_CHECKING:
@@ -35,13 +35,14 @@ class SplitReader:
         dataset: which.
         split: of it.
         image_size: side of the images wanted, or None for no images.
-        levels: "p4", "n8" ...; a number means the pooled level.
+        levels: as `Dataset.stream`.
         successor: in the dataset's own order; None stops at a damaged sample.
         among: whether there are other datasets, so that a damaged sample has to say whose it is.
 
     Raises:
         ManifestError: if the dataset lacks the split or a level.
-        ValueError: if the images are smaller than `image_size`, or two levels have the same grid.
+        ValueError: if the images are smaller than `image_size`, or two levels of a guide have
+            the same grid.
     """
 
     def __init__(
@@ -139,7 +140,14 @@ class BatchMaker:
         batch: Batch = {"key": keys, "position": torch.from_numpy(plan.position.copy())}
         if "image" in tensors:
             batch["image"] = tensors.pop("image")
-        batch["pyramid"] = {level_grid(name): tensor for name, tensor in tensors.items()}
+        batch["pyramid"] = {}
+        for name, tensor in tensors.items():
+            if name in VECTORS:
+                batch[name] = tensor[:, 0]
+            elif guide := level_guide(name):
+                batch.setdefault("guides", {}).setdefault(guide, {})[level_grid(name)] = tensor
+            else:
+                batch["pyramid"][level_grid(name)] = tensor
         if self._has_labels:
             batch["label"] = torch.from_numpy(labels)
         return batch, skipped

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from shards.errors import ManifestError
 from shards.manifest import LevelInfo, Manifest
 from shards.reader import LevelShape
-from shards.sample import Sample, level_grid, level_name
+from shards.sample import VECTORS, Sample, level_grid, level_guide, level_name
 
 if TYPE_CHECKING:
     from shards.batch import Batch
@@ -94,15 +94,17 @@ class Dataset(ABC):
 
         Raises:
             ManifestError: if the dataset lacks one.
-            ValueError: if two of them have the same grid.
+            ValueError: if two of them have the same guide and grid.
         """
         shapes = {}
         for name in map(level_name, levels):
             info = self.level_info(name)
             shapes[name] = LevelShape(info.grid**2, info.channels, np.dtype(info.dtype))
-        grids = [level_grid(name) for name in shapes]
-        if len(set(grids)) != len(grids):
-            raise ValueError(f"a batch holds one level per grid; asked for {', '.join(shapes)}")
+        taken = [(level_guide(n), level_grid(n)) for n in shapes if n not in VECTORS]
+        if len(set(taken)) != len(taken):
+            raise ValueError(
+                f"a batch holds one level per grid and guide; asked for {', '.join(shapes)}"
+            )
         return shapes
 
     def read(
@@ -157,7 +159,8 @@ class Dataset(ABC):
             world_size: number of processes that share each batch.
             start: global position of the first sample: number of samples shown before.
             image_size: side of the images, shrunk by area from the stored size; None for none.
-            levels: "p4", "n8" ...; a number means the pooled level.
+            levels: "p4", "n8", "NAME.p8" of a further guide, "clip", "text"; a number means the
+                pooled level. At most one per guide and grid.
             split: "train", "val" or "test".
             num_threads: threads that read ahead; 0 reads in the caller's thread, which is fastest
                 for small levels alone.

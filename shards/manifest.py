@@ -16,6 +16,8 @@ MANIFEST = "manifest.json"
 PACKING = "packing.json"
 STATISTICS = "stats.safetensors"
 SPLITS = ("train", "val", "test")
+# What only the packer knows, and whether it is written though it be empty.
+IDENTITY = {"guide": True, "prepare": True, "classes": False, "guides": False, "clip": False}
 
 
 class _Record(BaseModel):
@@ -68,8 +70,10 @@ class Manifest(_Record):
         has_labels: every sample of the dataset has a label.
         classes: names of the classes by their labels, 0, 1, ...; empty if they have none.
         guide: identity of the feature network (name, revision, weights hash, random or not).
+        guides: of further ones, by the names that their levels begin with; empty if none.
+        clip: of the network that made the levels "clip" and "text"; empty if there are none.
         prepare: settings that the photos were aligned with.
-        levels: by name, "p4", "p8", "n4" ...
+        levels: by name, "p4", "p8", "n4", "pixels.p4", "clip" ...
     """
 
     format: Literal["dinogen-shards"] = "dinogen-shards"
@@ -81,9 +85,16 @@ class Manifest(_Record):
     splits: dict[str, SplitInfo]
     levels: dict[str, LevelInfo]
     guide: dict[str, Any]
+    guides: dict[str, dict[str, Any]] = {}
+    clip: dict[str, Any] = {}
     prepare: dict[str, Any]
     statistics: StatisticsInfo | None
     shards: tuple[ShardInfo, ...]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Where the samples come from: its fields named in :data:`IDENTITY`."""
+        return {name: getattr(self, name) for name in IDENTITY}
 
     def of_split(self, split: str, location: str = "the dataset") -> tuple[ShardInfo, ...]:
         """The shards of a split, in their order; `location` is named in the error.
@@ -100,8 +111,9 @@ class Manifest(_Record):
     def save(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`, whole or not at all."""
         found = self.model_dump()
-        if not self.classes:
-            del found["classes"]
+        for name, needed in IDENTITY.items():
+            if not needed and not found[name]:
+                del found[name]
         text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
         with atomic_write(folder / MANIFEST) as file:
             file.write(text.encode() + b"\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from shards.sample import Sample
 
 # Guides that have these alike give the same features, wherever they were loaded from.
 _GUIDE = ("name", "weights_sha256", "layer")
+_POOLED = "base_grid"
 
 
 class MixedDataset(Dataset):
@@ -110,12 +112,7 @@ def _common(sets: Sequence[PackedDataset]) -> Manifest:
                 f"{sets[0].location} {_named(first.classes)}: what is mixed has to number the same "
                 "classes alike"
             )
-        if first.levels and manifest.levels and _guide(manifest) != _guide(first):
-            raise ManifestError(
-                f"{one.location}: another guide made its features ({manifest.guide.get('path')}) "
-                f"than those of {sets[0].location} ({first.guide.get('path')}): prepare both with "
-                "the same one"
-            )
+        _check_guides(sets[0], one)
     return Manifest(
         image_size=min(sizes, default=None),
         has_labels=has_labels,
@@ -123,7 +120,13 @@ def _common(sets: Sequence[PackedDataset]) -> Manifest:
         splits=_splits(manifests),
         levels=_levels(sets),
         guide=first.guide,
-        prepare={},
+        guides={
+            name: info
+            for name, info in first.guides.items()
+            if all(name in manifest.guides for manifest in manifests)
+        },
+        clip=first.clip if all(manifest.clip for manifest in manifests) else {},
+        prepare=_pooled_from(first),
         statistics=None,
         shards=tuple(shard for manifest in manifests for shard in manifest.shards),
     )
@@ -160,8 +163,32 @@ def _levels(sets: Sequence[PackedDataset]) -> dict[str, LevelInfo]:
     return found
 
 
-def _guide(manifest: Manifest) -> tuple[object, ...]:
-    return tuple(manifest.guide.get(name) for name in _GUIDE)
+def _check_guides(first: PackedDataset, other: PackedDataset) -> None:
+    """Raise ManifestError unless what both have features of is the same network."""
+    a, b = first.manifest, other.manifest
+    if not a.levels or not b.levels:
+        return
+    pairs = [("", a.guide, b.guide)]
+    pairs += [(f" {name}", a.guides[name], b.guides[name]) for name in a.guides if name in b.guides]
+    if a.clip and b.clip:
+        pairs.append((" clip", a.clip, b.clip))
+    for name, mine, its in pairs:
+        if any(mine.get(fact) != its.get(fact) for fact in _GUIDE):
+            raise ManifestError(
+                f"{other.location}: another guide{name} made its features ({its.get('path')}) than "
+                f"those of {first.location} ({mine.get('path')}): prepare both with the same one"
+            )
+    if _pooled_from(a) != _pooled_from(b):
+        raise ManifestError(
+            f"{other.location}: its pooled levels are means of another grid than those of "
+            f"{first.location}: prepare both with the same prepare.pyramids.base_grid"
+        )
+
+
+def _pooled_from(manifest: Manifest) -> dict[str, Any]:
+    """What `prepare` says about the grid that pooled levels are means of; nothing if it is 16."""
+    pyramids = manifest.prepare.get("pyramids", {})
+    return {"pyramids": {_POOLED: pyramids[_POOLED]}} if _POOLED in pyramids else {}
 
 
 def _named(classes: Sequence[str]) -> str:

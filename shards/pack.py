@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ def pack(
     guide: dict[str, Any] | None = None,
     prepare: dict[str, Any] | None = None,
     classes: Sequence[str] = (),
+    guides: Mapping[str, dict[str, Any]] | None = None,
+    clip: dict[str, Any] | None = None,
 ) -> Manifest:
     """Write samples as a dataset into the folder `out`.
 
@@ -37,6 +39,8 @@ def pack(
         guide: identity of the feature network, for the manifest.
         prepare: settings of the preparation, for the manifest.
         classes: names of the classes that labels 0, 1, ... mean; then every sample has one.
+        guides: identities of further feature networks, by the names that their levels begin with.
+        clip: identity of the network that made the levels "clip" and "text".
 
     Raises:
         FinishedError: if `out` holds a finished dataset.
@@ -50,6 +54,8 @@ def pack(
         guide=guide,
         prepare=prepare,
         classes=classes,
+        guides=guides,
+        clip=clip,
     )
     with sink:
         for sample in samples:

@@ -131,11 +131,7 @@ def _measure(folder: Path, manifest: Manifest) -> tuple[Statistics, bool]:
 
 def _save(folder: Path, manifest: Manifest, statistics: Statistics, has_labels: bool) -> Manifest:
     variances = statistics.total_variances()
-    measured = (
-        save_statistics(statistics, folder, manifest.guide, manifest.prepare, manifest.classes)
-        if variances
-        else None
-    )
+    measured = save_statistics(statistics, folder, manifest.identity) if variances else None
     fractions = {
         name: info.fraction for name, info in manifest.splits.items() if info.fraction is not None
     }

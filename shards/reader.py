@@ -272,10 +272,10 @@ def read_sample(index: ShardIndex, row: int, shard: str, descriptor: int) -> Sam
         if index.sums is not None and sum64(data) != int(index.sums[row, number]):
             raise CorruptSample(shard, key, column.suffix, "its bytes differ from its checksum")
         name = level_of_suffix(column.suffix)
-        if name is not None and column.shape is not None and column.dtype is not None:
-            levels[name] = np.frombuffer(data, column.dtype).reshape(column.shape)
-        else:
+        if name is None:
             members[column.suffix] = data
+        elif column.shape is not None and column.dtype is not None:
+            levels[name] = np.frombuffer(data, column.dtype).reshape(column.shape)
     try:
         return replace(decode(key, members), levels=levels)
     except ValueError as error:

@@ -17,9 +17,13 @@ from shards.files import NPY_HEADERS
 # The first of them that a sample has is its image.
 IMAGE_SUFFIXES = {"jpg": "jpg", "jpeg": "jpg", "png": "png"}
 META_SUFFIX = "json"
-_LEVEL = re.compile(r"[pn][1-9][0-9]*")
-# A USTAR name holds 100 bytes; 20 of them are kept for the longest suffix.
+CAPTION_SUFFIX = "txt"
+# Levels that hold one vector of a sample: the embeddings of its image and of its caption.
+VECTORS = ("clip", "text")
+_LEVEL = re.compile(r"(?:([a-z][a-z0-9_]*)\.)?[pn]([1-9][0-9]*)")
+# A USTAR name holds 100 bytes; 20 of them are kept for the suffix, unless a guide's name is longer.
 _MAX_KEY_BYTES = 80
+_MAX_NAME_BYTES = 100
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,11 @@ class Sample:
         image_format: "jpg" or "png".
         meta: free JSON object (`label` is reserved).
         levels: features by level, {"p4": (16, C), "p8": (64, C), "p16": (256, C)}: `p` pooled,
-            `n` native, the number is the grid's side. Stored as float16.
+            `n` native, the number is the grid's side; "NAME.p4" are those of a further guide. Of
+            "clip" and "text", (1, E): embeddings of the image and of the caption, zeros where
+            there is no caption. Stored as float16.
         label: class number, or None.
+        caption: what is in the picture, in words, or None.
 
     Raises:
         ValueError: naming the key and what is wrong with it.
@@ -45,6 +52,7 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
     levels: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     label: int | None = None
+    caption: str | None = None
 
     def __post_init__(self) -> None:
         check_key(self.key)
@@ -57,6 +65,12 @@ class Sample:
             if values.ndim != 2 or values.shape[0] != places or values.shape[1] < 1:
                 raise ValueError(
                     f"{self.key}: level {name} has shape {values.shape}, needed is ({places}, C)"
+                )
+            member = f"{self.key}.{level_suffix(name)}"
+            if len(member.encode()) > _MAX_NAME_BYTES:
+                raise ValueError(
+                    f"{member}: a member's name has to be of at most {_MAX_NAME_BYTES} bytes: give "
+                    "the guide a shorter name"
                 )
 
 
@@ -78,20 +92,38 @@ def level_name(level: int | str) -> str:
         ValueError: if it is not the name of a level.
     """
     name = f"p{level}" if isinstance(level, int) else level
-    if not _LEVEL.fullmatch(name):
-        raise ValueError(f"{level!r} names no level; levels are p4, p8, p16 or n4, n8, n16")
+    if not _is_level(name):
+        raise ValueError(
+            f"{level!r} names no level; levels are p4, p8, p16 or n4, n8, n16, NAME.p4 of a "
+            "further guide, clip and text"
+        )
     return name
 
 
 def level_grid(name: str) -> int:
-    """Side of the grid of a level: 4 for "p4"."""
-    return int(level_name(name)[1:])
+    """Side of the grid of a level: 4 for "p4", 1 for a vector."""
+    found = _LEVEL.fullmatch(level_name(name))
+    return int(found[2]) if found else 1
+
+
+def level_guide(name: str) -> str:
+    """Name of the guide that a level is of: "pixels" for "pixels.p4", "" for the main one.
+
+    The vectors "clip" and "text" are both of "clip".
+    """
+    found = _LEVEL.fullmatch(level_name(name))
+    return (found[1] or "") if found else VECTORS[0]
+
+
+def _is_level(name: str) -> bool:
+    found = _LEVEL.fullmatch(name)
+    return name in VECTORS or (found is not None and found[1] not in VECTORS)
 
 
 def level_of_suffix(suffix: str) -> str | None:
     """Level held by the member with this suffix ("p4.npy" gives "p4"), or None."""
-    name, dot, kind = suffix.partition(".")
-    return name if dot and kind == "npy" and _LEVEL.fullmatch(name) else None
+    name, dot, kind = suffix.rpartition(".")
+    return name if dot and kind == "npy" and _is_level(name) else None
 
 
 def level_suffix(name: str) -> str:
@@ -120,6 +152,8 @@ def encode(sample: Sample) -> dict[str, bytes]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{sample.key}: meta is not JSON: {error}") from error
     members = {sample.image_format: sample.image, META_SUFFIX: text.encode()}
+    if sample.caption is not None:
+        members[CAPTION_SUFFIX] = sample.caption.encode()
     for name, values in sample.levels.items():
         members[level_suffix(name)] = encode_npy(to_float16(sample.key, name, values))
     return dict(sorted(members.items()))
@@ -137,11 +171,20 @@ def decode(key: str, members: Mapping[str, bytes]) -> Sample:
     meta = decode_meta(members.get(META_SUFFIX, b"{}"), key)
     label = meta.pop("label", None)
     levels = {
-        name: decode_npy(data, f"{key}.{member}")
+        name: as_level(name, decode_npy(data, f"{key}.{member}"))
         for member, data in members.items()
         if (name := level_of_suffix(member))
     }
-    return Sample(key, bytes(members[suffix]), IMAGE_SUFFIXES[suffix], meta, levels, label)
+    # Tars from elsewhere may hold text of any kind; a letter that is lost there harms nobody.
+    words = members.get(CAPTION_SUFFIX)
+    caption = None if words is None else bytes(words).decode("utf-8", "replace")
+    image = bytes(members[suffix])
+    return Sample(key, image, IMAGE_SUFFIXES[suffix], meta, levels, label, caption)
+
+
+def as_level(name: str, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """An array as a level; other programs write a vector (E,), here it is (1, E)."""
+    return values[None] if name in VECTORS and values.ndim == 1 else values
 
 
 def decode_meta(data: bytes, key: str) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from shards.errors import CorruptSample, IndexFileError
 from shards.files import sum64
 from shards.index import Column, ShardIndex
 from shards.manifest import LevelInfo
-from shards.sample import META_SUFFIX, decode_meta, level_of_suffix, npy_header
+from shards.sample import META_SUFFIX, VECTORS, decode_meta, level_of_suffix, npy_header
 from shards.tar import BLOCK, Member, TarError, walk
+
+_FLOATS = ("<f2", "<f4")
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,19 @@ def payload_start(member: Member, suffix: str, shard: str, key: str) -> tuple[in
     Raises:
         CorruptSample: if a level's .npy header is damaged or does not fit its size.
     """
-    if level_of_suffix(suffix) is None:
+    level = level_of_suffix(suffix)
+    if level is None:
         return 0, Column(suffix)
     try:
         shape, dtype, header = npy_header(member.head, member.name)
     except ValueError as error:
         raise CorruptSample(shard, key, suffix, str(error)) from error
-    if dtype.str not in ("<f2", "<f4") or len(shape) != 2:
+    if level in VECTORS:
+        if len(shape) == 1:
+            shape = (1, *shape)
+        if dtype.str not in _FLOATS or len(shape) != 2 or shape[0] != 1:
+            return 0, Column(suffix)  # tars from elsewhere may call anything so
+    if dtype.str not in _FLOATS or len(shape) != 2:
         raise CorruptSample(
             shard, key, suffix, f"is {dtype} {shape}; needed is float16 or float32 (places, C)"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -15,6 +15,7 @@ from shards.files import TEMPORARY, atomic_write, sha256_file
 from shards.image import image_header
 from shards.index import index_name, load
 from shards.manifest import (
+    IDENTITY,
     MANIFEST,
     PACKING,
     SPLITS,
@@ -64,6 +65,8 @@ class ShardSink:
         guide: dict[str, Any] | None = None,
         prepare: dict[str, Any] | None = None,
         classes: Sequence[str] = (),
+        guides: Mapping[str, dict[str, Any]] | None = None,
+        clip: dict[str, Any] | None = None,
     ) -> None:
         if shard_size < 1:
             raise PackError("shard_size must be at least 1")
@@ -80,9 +83,9 @@ class ShardSink:
                 "prepare": prepare or {},
             }
         )
-        self._identity = {name: self._settings[name] for name in ("guide", "prepare")}
-        if classes:
-            self._settings["classes"] = self._identity["classes"] = list(classes)
+        further = {"classes": list(classes), "guides": dict(guides or {}), "clip": clip or {}}
+        self._settings |= _as_json({name: value for name, value in further.items() if value})
+        self._identity = {name: self._settings[name] for name in IDENTITY if name in self._settings}
         self._num_classes = len(classes)
         self._fractions = {
             "train": 1.0 - val_fraction - test_fraction,
@@ -166,7 +169,7 @@ class ShardSink:
             },
             **self._identity,
             statistics=(
-                save_statistics(self._statistics, self._out, **self._identity) if levels else None
+                save_statistics(self._statistics, self._out, self._identity) if levels else None
             ),
             shards=shards,
         )
@@ -304,5 +307,5 @@ def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise PackError(f"guide and prepare must be plain JSON: {error}") from error
+        raise PackError(f"guide, prepare, clip have to be plain JSON: {error}") from error
     return found

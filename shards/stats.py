@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from shards.files import atomic_write
 from shards.index import ShardIndex
-from shards.manifest import STATISTICS, StatisticsInfo
+from shards.manifest import IDENTITY, STATISTICS, StatisticsInfo
 from shards.reader import read_sample
 
 Doubles = npt.NDArray[np.float64]
@@ -109,28 +109,28 @@ def shard_moments(tar: Path, index: ShardIndex) -> dict[str, Moments]:
 
 
 def save_statistics(
-    statistics: Statistics,
-    folder: Path,
-    guide: dict[str, Any],
-    prepare: dict[str, Any],
-    classes: Sequence[str] = (),
+    statistics: Statistics, folder: Path, identity: Mapping[str, Any]
 ) -> StatisticsInfo:
     """Write the file of statistics of a dataset; returns what the manifest says about it.
 
-    `guide`, `prepare` and `classes` are repeated in it: without them nothing can be trained on the
-    features, and no tar tells them if the manifest is lost.
+    Args:
+        statistics: of the train split.
+        folder: of the dataset.
+        identity: the :data:`shards.manifest.IDENTITY` of its manifest, repeated in the file:
+            without it nothing can be trained on the features, and no tar tells it if the manifest
+            is lost.
     """
-    facts: dict[str, Any] = {"guide": guide, "prepare": prepare}
-    if classes:
-        facts["classes"] = list(classes)
-    identity = json.dumps(facts, ensure_ascii=False)
+    told = {
+        name: identity[name] for name, needed in IDENTITY.items() if needed or identity.get(name)
+    }
+    text = json.dumps(told, ensure_ascii=False)
     with atomic_write(folder / STATISTICS) as file:
-        file.write(save(statistics.arrays(), {_METADATA: identity}))
+        file.write(save(statistics.arrays(), {_METADATA: text}))
     return StatisticsInfo(file=STATISTICS, sha256=file.hexdigest())
 
 
 def recall(path: Path, arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Any]:
-    """`guide`, `prepare` and `classes` as an older file of statistics repeats them.
+    """The :data:`shards.manifest.IDENTITY` of a dataset, as an older file repeats it.
 
     Args:
         path: of that file.
@@ -147,6 +147,8 @@ def recall(path: Path, arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[st
             "guide": dict(identity["guide"]),
             "prepare": dict(identity["prepare"]),
             "classes": tuple(map(str, identity.get("classes", ()))),
+            "guides": {str(name): dict(info) for name, info in identity.get("guides", {}).items()},
+            "clip": dict(identity.get("clip", {})),
         }
     except FileNotFoundError:
         return {}
@@ -165,7 +167,7 @@ def _alike(
     """Whether both may be of one guide's features, though samples were lost in between."""
     if {name: a.shape for name, a in before.items()} != {name: a.shape for name, a in now.items()}:
         return False
-    levels = {name.partition(".")[0] for name in now}
+    levels = {name.rpartition(".")[0] for name in now}
     return all(
         np.square(before[f"{level}.mean"] - now[f"{level}.mean"]).mean()
         <= now[f"{level}.var"].mean()

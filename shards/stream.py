@@ -35,8 +35,10 @@ class Stream:
     """Endless iterator over one rank's share of each batch; made by `Dataset.stream`.
 
     A batch is a dict: `image` float32 (B, 3, R, R) in [-1, 1]; `pyramid` {grid: (B, grid * grid,
-    C)} as stored; `key` list of str; `position` int64 (B,), global positions; `label` int64 (B,)
-    if all samples have one. Its tensors are the caller's for as long as the caller holds them.
+    C)} as stored; `guides` {name: {grid: (B, grid * grid, C)}} if levels of further guides are
+    asked for; `clip` and `text` (B, E) if they are; `key` list of str; `position` int64 (B,),
+    global positions; `label` int64 (B,) if all samples have one. Its tensors are the caller's for
+    as long as the caller holds them.
 
     Attributes:
         num_skipped: damaged samples that were replaced in the batches yielded so far.

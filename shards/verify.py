@@ -18,7 +18,7 @@ from shards.manifest import MANIFEST, LevelInfo, Manifest, ShardInfo
 from shards.packed import PackedDataset
 from shards.plain import levels_of
 from shards.reader import read_sample
-from shards.sample import level_name
+from shards.sample import level_name, level_suffix
 from shards.scan import scan
 from shards.table import Source
 
@@ -215,10 +215,10 @@ def _check_sample(
     sample = read_sample(index, row, shard, descriptor)
     missing = manifest.levels.keys() - sample.levels.keys()
     if missing:
-        raise CorruptSample(shard, sample.key, f"{min(missing)}.npy", "is missing")
+        raise CorruptSample(shard, sample.key, level_suffix(min(missing)), "is missing")
     for name, values in sample.levels.items():
         if not np.isfinite(values).all():
-            raise CorruptSample(shard, sample.key, f"{name}.npy", "holds numbers not finite")
+            raise CorruptSample(shard, sample.key, level_suffix(name), "holds numbers not finite")
     try:
         height, width = decode_image(sample.image, sample.image_format).shape[:2]
     except ValueError as error:

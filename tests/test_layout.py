@@ -16,6 +16,7 @@ MAX_LINES = 320
 BASICS = {
     "dinogen",
     "dinogen.config",
+    "dinogen.config_clip",
     "dinogen.config_cluster",
     "dinogen.config_data",
     "dinogen.config_errors",

@@ -30,7 +30,8 @@ class GuideInfo:
         revision: hub commit, or None for local files.
         weights_sha256: hash of the weights, so that two guides are never confused.
         num_channels: C of its feature maps.
-        layer: which layer the features are taken from.
+        layer: which layer the features are taken from, or a list of those that are joined; as
+            JSON has it, and the same however it was asked for.
         random: True if the weights are random; then every result says so.
     """
 
@@ -39,7 +40,7 @@ class GuideInfo:
     revision: str | None
     weights_sha256: str
     num_channels: int
-    layer: int
+    layer: int | str | list[int] | list[str]
     random: bool
 
     @property

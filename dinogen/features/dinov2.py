@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,22 +34,25 @@ _logger = logging.getLogger(__name__)
 class Dinov2Guide(nn.Module):
     """Patch tokens behind the final layer norm, as a map; CLS and registers are dropped.
 
-    Computes in the dtype of the model's weights, whatever autocast surrounds it, and returns
-    float32. The position embedding is interpolated to the picture's size by the network. Stays in
-    eval mode whatever its parent does.
+    Of several blocks, the maps are joined along the channels, each behind that norm. Computes in
+    the dtype of the model's weights, whatever autocast surrounds it, and returns float32. The
+    position embedding is interpolated to the picture's size by the network. Stays in eval mode
+    whatever its parent does.
 
     Args:
         model: ``Dinov2Model`` or ``Dinov2WithRegistersModel``, in float32 or bfloat16.
         info: who it is.
+        blocks: whose tokens are joined, counted from 1; none for those of the last alone.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, model: nn.Module, info: GuideInfo) -> None:
+    def __init__(self, model: nn.Module, info: GuideInfo, blocks: Sequence[int] = ()) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.info = info
+        self.blocks = tuple(blocks)
         self.training = False
         config: Any = model.config
         self.patch_size = int(config.patch_size)
@@ -82,10 +85,24 @@ class Dinov2Guide(nn.Module):
             )
         pixels = images.float() * self.scale + self.shift
         with torch.autocast(images.device.type, enabled=False):
-            hidden: Tensor = self.model(pixel_values=pixels.to(self.dtype)).last_hidden_state
+            hidden = self._tokens(pixels.to(self.dtype))
         patches = hidden[:, self.num_prefix :].float().transpose(1, 2)
         grid = height // self.patch_size
         return patches.reshape(len(images), -1, grid, grid)
+
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        """All tokens, (B, prefix + places, C)."""
+        model: Any = self.model
+        if not self.blocks:
+            last: Tensor = model(pixel_values=pixels).last_hidden_state
+            return last
+        hidden: Tensor = model.embeddings(pixels)
+        found: dict[int, Tensor] = {}
+        for number, block in enumerate(model.encoder.layer, start=1):
+            hidden = block(hidden)
+            if number in self.blocks:
+                found[number] = model.layernorm(hidden)
+        return torch.cat([found[number] for number in self.blocks], 2)
 
 
 def load(config: GuideConfig, device: torch.device) -> Dinov2Guide:
@@ -93,7 +110,8 @@ def load(config: GuideConfig, device: torch.device) -> Dinov2Guide:
 
     Args:
         config: ``path`` and ``revision`` say which; ``layer`` counts blocks: 1 is behind the first
-            block, -1 behind the last. The final layer norm is applied to every layer.
+            block, -1 behind the last; several are joined. The final layer norm is applied to
+            every layer.
         device: where it will run; its weights are in :func:`guide_dtype` there.
 
     Raises:
@@ -104,7 +122,8 @@ def load(config: GuideConfig, device: torch.device) -> Dinov2Guide:
     with _damage_told(config.path):
         model, model_config = _read_model(folder, config.path)
         weights = _hash_folder(folder)
-    layer = _keep_layers(model, config.layer)
+    asked = config.layer if isinstance(config.layer, tuple) else (config.layer,)
+    blocks = _keep_layers(model, asked)
     random = bool(getattr(model_config, RANDOM_KEY, False))
     if random:
         _logger.warning(
@@ -116,11 +135,12 @@ def load(config: GuideConfig, device: torch.device) -> Dinov2Guide:
         path=config.path,
         revision=revision,
         weights_sha256=weights,
-        num_channels=int(model_config.hidden_size),
-        layer=layer,
+        num_channels=int(model_config.hidden_size) * len(blocks),
+        layer=blocks if len(blocks) > 1 else blocks[0],
         random=random,
     )
-    return Dinov2Guide(model.to(guide_dtype(device)), info).to(device)
+    several = blocks if len(blocks) > 1 else ()
+    return Dinov2Guide(model.to(guide_dtype(device)), info, several).to(device)
 
 
 def make_random_dinov2(
@@ -237,16 +257,22 @@ def _read_model(folder: Path, path: str) -> tuple[Any, Any]:
     return model, config
 
 
-def _keep_layers(model: Any, layer: int) -> int:
-    """Cut off the blocks behind ``layer``, so that they cost nothing; the layer from the front."""
+def _keep_layers(model: Any, layers: Sequence[int | str]) -> list[int]:
+    """Cut off the blocks behind ``layers``, so that they cost nothing; counted from the front."""
     num_layers = len(model.encoder.layer)
-    resolved = layer if layer >= 0 else num_layers + 1 + layer
-    if not 1 <= resolved <= num_layers:
-        raise GuideError(
-            f"guide.layer: {layer} is none of the network's {num_layers} blocks: "
-            f"give 1 to {num_layers}, or -1 for the last"
-        )
-    model.encoder.layer = model.encoder.layer[:resolved]
+    resolved = []
+    for layer in layers:
+        number = layer if isinstance(layer, int) else 0
+        number = number if number >= 0 else num_layers + 1 + number
+        if not 1 <= number <= num_layers:
+            raise GuideError(
+                f"guide.layer: {layer} is none of the network's {num_layers} blocks: "
+                f"give 1 to {num_layers}, or -1 for the last"
+            )
+        resolved.append(number)
+    if len(set(resolved)) < len(resolved):
+        raise GuideError(f"guide.layer: {list(layers)}: -1 is block {num_layers}: name it once")
+    model.encoder.layer = model.encoder.layer[: max(resolved)]
     return resolved
 
 

@@ -1,4 +1,4 @@
-"""The Inception guide: the Mixed_6e map of the FID InceptionV3, batch norm folded into biases.
+"""The Inception guide: maps of the FID InceptionV3, Mixed_6e's or earlier, batch norm folded.
 
 Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, in the weights
 inception-2015-12-05 with which FID is defined (Heusel et al., 2017). Its average pools do not
@@ -7,6 +7,7 @@ count padding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +20,10 @@ from dinogen.config import GuideConfig
 from dinogen.features.base import GuideError, GuideInfo, guide_dtype
 from dinogen.features.weights import weights_sha256
 
-NUM_CHANNELS = 768
+# In the network's order, with their channels; -1 stands for the last.
+LAYERS = {"pool1": 64, "pool2": 192, "mixed_5d": 288, "mixed_6e": 768}
+LAST = "mixed_6e"
+NUM_CHANNELS = LAYERS[LAST]
 _STRIDE = 16
 _MARGIN = 27  # what the convolutions without padding eat
 
@@ -105,36 +109,54 @@ class MixedC(nn.Module):
 
 
 class InceptionTrunk(nn.Module):
-    """InceptionV3 from the pixels to Mixed_6e; module names are those of the weights file."""
+    """InceptionV3 from the pixels to one of its layers; modules are named as in the weights file.
 
-    def __init__(self) -> None:
+    Args:
+        last: the layer behind which nothing is built, so that early ones cost little.
+    """
+
+    def __init__(self, last: str = LAST) -> None:
         super().__init__()
+        depth = list(LAYERS).index(last)
         self.Conv2d_1a_3x3 = ConvReLU(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = ConvReLU(32, 32, 3)
         self.Conv2d_2b_3x3 = ConvReLU(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = ConvReLU(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvReLU(80, 192, 3)
-        self.Mixed_5b = MixedA(192, 32)
-        self.Mixed_5c = MixedA(256, 64)
-        self.Mixed_5d = MixedA(288, 64)
-        self.Mixed_6a = MixedB(288)
-        self.Mixed_6b = MixedC(128)
-        self.Mixed_6c = MixedC(160)
-        self.Mixed_6d = MixedC(160)
-        self.Mixed_6e = MixedC(192)
+        if depth > 0:
+            self.Conv2d_3b_1x1 = ConvReLU(64, 80, 1)
+            self.Conv2d_4a_3x3 = ConvReLU(80, 192, 3)
+        if depth > 1:
+            self.Mixed_5b = MixedA(192, 32)
+            self.Mixed_5c = MixedA(256, 64)
+            self.Mixed_5d = MixedA(288, 64)
+        if depth > 2:
+            self.Mixed_6a = MixedB(288)
+            self.Mixed_6b = MixedC(128)
+            self.Mixed_6c = MixedC(160)
+            self.Mixed_6d = MixedC(160)
+            self.Mixed_6e = MixedC(192)
+        self._depth = depth
+
+    def maps(self, x: Tensor) -> dict[str, Tensor]:
+        """(B, 3, S, S) RGB in [-1, 1] -> the maps of all its layers by name."""
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        found = {"pool1": F.max_pool2d(x, 3, 2)}
+        if self._depth > 0:
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(found["pool1"]))
+            found["pool2"] = F.max_pool2d(x, 3, 2)
+        if self._depth > 1:
+            found["mixed_5d"] = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(found["pool2"])))
+        if self._depth > 2:
+            x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(found["mixed_5d"])))
+            found["mixed_6e"] = self.Mixed_6e(self.Mixed_6d(x))
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) RGB in [-1, 1] -> the map of Mixed_6e, 768 channels."""
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))
-        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
-        features: Tensor = self.Mixed_6e(self.Mixed_6d(x))
-        return features
+        """(B, 3, S, S) RGB in [-1, 1] -> the map of its last layer."""
+        return list(self.maps(x).values())[-1]
 
 
 class InceptionGuide(nn.Module):
-    """The Mixed_6e map, 768 channels; frozen, and in eval mode whatever its parent does.
+    """Maps of one or several layers; frozen, and in eval mode whatever its parent does.
 
     Computes in the dtype of the trunk's weights, whatever autocast surrounds it, and returns
     float32.
@@ -142,12 +164,16 @@ class InceptionGuide(nn.Module):
     Args:
         trunk: the network, in float32 or bfloat16.
         info: who it is.
+        layers: joined along the channels in this order.
     """
 
-    def __init__(self, trunk: InceptionTrunk, info: GuideInfo) -> None:
+    def __init__(
+        self, trunk: InceptionTrunk, info: GuideInfo, layers: Sequence[str] = (LAST,)
+    ) -> None:
         super().__init__()
         self.trunk = trunk.eval().requires_grad_(False)
         self.info = info
+        self.layers = tuple(layers)
         self.dtype: torch.dtype = next(trunk.parameters()).dtype
         self.training = False
 
@@ -156,11 +182,14 @@ class InceptionGuide(nn.Module):
         return self
 
     def input_size(self, grid: int) -> int:
-        """Side in pixels of the picture whose feature map is exactly grid x grid."""
+        """Side in pixels of the picture whose Mixed_6e map is exactly grid x grid.
+
+        Earlier layers see the same picture; their maps are larger, and are averaged to the grid.
+        """
         return _STRIDE * grid + _MARGIN
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) RGB in [-1, 1] with S = ``input_size(g)`` -> (B, 768, g, g).
+        """(B, 3, S, S) RGB in [-1, 1] with S = ``input_size(g)`` -> (B, C, g, g).
 
         Raises:
             ValueError: another shape.
@@ -171,9 +200,11 @@ class InceptionGuide(nn.Module):
                 f"Inception wants square pictures of {_STRIDE} * grid + {_MARGIN} pixels, "
                 f"not {height}x{width}"
             )
+        grid = (height - _MARGIN) // _STRIDE
         with torch.autocast(images.device.type, enabled=False):
-            features: Tensor = self.trunk(images.to(self.dtype))
-        return features.float()
+            maps = self.trunk.maps(images.to(self.dtype))
+            found = [_to_grid(maps[layer].float(), grid) for layer in self.layers]
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
@@ -181,19 +212,22 @@ def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
 
     Args:
         config: ``path`` is the file, or the folder in which no other lies; its tensors are named
-            ``Mixed_6e.branch1x1.conv.weight``, ``....bias`` and so on; layers behind Mixed_6e are
-            left aside.
+            ``Mixed_6e.branch1x1.conv.weight``, ``....bias`` and so on. ``layer`` is one or several
+            of :data:`LAYERS`, -1 the last; what lies behind the last one asked for is left aside.
         device: where it will run; its weights are in :func:`guide_dtype` there.
 
     Raises:
-        GuideError: no such file, other tensors in it, or a layer other than -1 is asked for.
+        GuideError: no such file, other tensors in it, or there is no such layer.
     """
-    if config.layer != -1:
+    asked = config.layer if isinstance(config.layer, tuple) else (config.layer,)
+    layers = [LAST if layer == -1 else str(layer) for layer in asked]
+    if wrong := [layer for layer in layers if layer not in LAYERS]:
         raise GuideError(
-            f"guide.layer: {config.layer}: the Inception guide has Mixed_6e alone: set it to -1"
+            f"guide.layer: {wrong[0]}: the Inception guide has the layers {', '.join(LAYERS)}; "
+            "-1 is the last"
         )
     file = _weights_file(config.path)
-    trunk = InceptionTrunk()
+    trunk = InceptionTrunk(max(layers, key=list(LAYERS).index))
     try:
         stored = load_file(file)
         wanted = {name: stored[name] for name in trunk.state_dict() if name in stored}
@@ -208,11 +242,11 @@ def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
         path=config.path,
         revision=None,
         weights_sha256=weights_sha256(wanted),
-        num_channels=NUM_CHANNELS,
-        layer=config.layer,
+        num_channels=sum(LAYERS[layer] for layer in layers),
+        layer=-1 if layers == [LAST] else layers[0] if len(layers) == 1 else layers,
         random=False,
     )
-    return InceptionGuide(trunk.to(guide_dtype(device)), info).to(device)
+    return InceptionGuide(trunk.to(guide_dtype(device)), info, layers).to(device)
 
 
 def _weights_file(path: str) -> Path:
@@ -231,6 +265,12 @@ def _weights_file(path: str) -> Path:
             "InceptionV3 with batch norm folded into X.conv.weight and X.conv.bias"
         )
     return file
+
+
+def _to_grid(features: Tensor, grid: int) -> Tensor:
+    if features.shape[-1] == grid:
+        return features
+    return F.adaptive_avg_pool2d(features, grid)
 
 
 def _mean3x3(x: Tensor) -> Tensor:

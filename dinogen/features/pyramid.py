@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -13,26 +14,30 @@ BASE_GRID = 16
 
 
 def pooled_pyramid(
-    guide: Guide, images: Tensor, grids: Sequence[int] = (4, 8, 16)
+    guide: Guide,
+    images: Tensor,
+    grids: Sequence[int] = (4, 8, 16),
+    base_grid: int = BASE_GRID,
 ) -> dict[int, Tensor]:
     """The 16x16 map of the picture, and its exact 2x2 means; differentiable to the pixels.
 
     Args:
         guide: frozen feature network.
-        images: (B, 3, R, R), RGB in [-1, 1], resized to ``guide.input_size(16)``.
-        grids: sides wanted, each 16, 8, 4, 2 or 1.
+        images: (B, 3, R, R), RGB in [-1, 1], resized to ``guide.input_size(base_grid)``.
+        grids: sides wanted, each ``base_grid`` or a half, a quarter, ... of it.
+        base_grid: side of the map that the others are means of, a power of 2.
 
     Returns:
         ``{grid: (B, grid * grid, C)}`` float32, places row by row.
 
     Raises:
-        ValueError: a grid that 2x2 means of a 16x16 map do not reach.
+        ValueError: a grid that 2x2 means of the map do not reach.
     """
-    _check_pooled(grids)
-    features = guide(to_guide(images, guide.input_size(BASE_GRID)))
+    _check_pooled(grids, base_grid)
+    features = guide(to_guide(images, guide.input_size(base_grid)))
     levels = {}
-    for halving in range(BASE_GRID.bit_length()):
-        grid = BASE_GRID >> halving
+    for halving in range(base_grid.bit_length()):
+        grid = base_grid >> halving
         if grid in grids:
             levels[grid] = tokens(features)
         if grid > min(grids):
@@ -68,8 +73,18 @@ def tokens(features: Tensor) -> Tensor:
     return features.flatten(2).transpose(1, 2)
 
 
-def _check_pooled(grids: Sequence[int]) -> None:
-    reachable = [BASE_GRID >> halving for halving in range(BASE_GRID.bit_length())]
+def base_grid_of(prepare: Mapping[str, Any]) -> int:
+    """Side of the map that the pooled levels of a dataset are means of.
+
+    Args:
+        prepare: what its manifest says about the preparation; silence means 16.
+    """
+    base_grid: int = prepare.get("pyramids", {}).get("base_grid", BASE_GRID)
+    return base_grid
+
+
+def _check_pooled(grids: Sequence[int], base_grid: int) -> None:
+    reachable = [base_grid >> halving for halving in range(base_grid.bit_length())]
     wrong = [grid for grid in grids if grid not in reachable]
     if wrong or not grids:
         raise ValueError(f"pooled grids {list(grids)}: each has to be one of {reachable}")

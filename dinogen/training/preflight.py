@@ -32,6 +32,8 @@ MAY_CHANGE: dict[str, Any] = {
     "eval": True,
     "stages": True,  # all but the one at hand, which is compared without its length
     "guide": {"path", "revision"},
+    "guides": {"__all__": {"path", "revision"}},
+    "clip": {"path", "revision"},
     "data": {"path", "mix", "num_threads", "cache_dir", "cache_gb"},
     "engine": {"name", "zero", "precision", "micro_batch", "compile", "max_nonfinite"},
 }
@@ -70,7 +72,8 @@ def _check_stage(config: Config, stage: StageConfig, data: Dataset) -> None:
         raise ConfigError(
             f"{data.location}: {name} reads the level {', '.join(missing)}, the shards have "
             f"{', '.join(data.manifest.levels) or 'none'}: prepare again with it (p for pooled, n "
-            "for native: prepare.pyramids.kinds and prepare.pyramids.grids), or change family:"
+            "for native: prepare.pyramids.kinds and prepare.pyramids.grids; NAME.p8 of a guide in "
+            "guides:; clip and text with clip:), or change family:"
         )
     if inputs.labels:
         check_classes(config, data)

@@ -1,0 +1,45 @@
+"""The guide that is none: the picture itself, its RGB values at grid x grid pixels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dinogen.config import GuideConfig
+from dinogen.features.base import GuideError, GuideInfo
+from dinogen.features.weights import weights_sha256
+
+NUM_CHANNELS = 3
+
+
+class PixelsGuide(nn.Module):
+    """The identity: colour that no feature network is held to. Its info names no weights."""
+
+    info = GuideInfo(
+        name="pixels",
+        path="RGB",
+        revision=None,
+        weights_sha256=weights_sha256({}),
+        num_channels=NUM_CHANNELS,
+        layer=-1,
+        random=False,
+    )
+
+    def input_size(self, grid: int) -> int:
+        """Side in pixels of the picture whose map is exactly grid x grid: the grid's own."""
+        return grid
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, g, g) RGB in [-1, 1] -> the same, float32."""
+        return images.float()
+
+
+def load(config: GuideConfig, device: torch.device) -> PixelsGuide:
+    """The guide; ``path`` and ``revision`` of the config mean nothing to it.
+
+    Raises:
+        GuideError: a layer other than -1 is asked for.
+    """
+    if config.layer != -1:
+        raise GuideError(f"guide.layer: {config.layer}: pixels have no layers: leave it out")
+    return PixelsGuide().to(device)
