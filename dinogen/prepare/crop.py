@@ -37,12 +37,14 @@ class Crop:
             ``align``, ``box`` ([left, top, right, bottom], pixels), ``landmarks`` (five [x, y],
             pixels) and ``probability``, else ``fit``; if duplicates are looked for ``phash`` (16
             hex digits). For a picture that lay there without metadata ``source`` alone.
+        caption: of the photo, if a text file lies beside it.
     """
 
     key: str
     image: bytes
     image_format: str
     meta: dict[str, Any] = field(default_factory=dict)
+    caption: str | None = None
 
 
 @dataclass(frozen=True)

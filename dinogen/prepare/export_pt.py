@@ -26,7 +26,7 @@ _GUIDE = "guide.json"
 
 
 def export_pt(data: Path, out: Path, *, progress: Callable[[int, int], None] | None = None) -> int:
-    """Write the pooled pyramid of every sample, of all splits, as ``out/NAME.pt``.
+    """Write the main guide's pooled pyramid of every sample, of all splits, as ``out/NAME.pt``.
 
     NAME is the picture's, without its suffix, see :func:`file_names`. A file holds
     ``{"4x4": (1, 16, C), "8x8": (1, 64, C), "16x16": (1, 256, C)}`` float32. Beside them
@@ -121,6 +121,8 @@ class PtFiles:
     Attributes:
         folder: where they lie.
         guide: identity of the guide that made them, or None where ``guide.json`` is missing.
+        guides: none: the format holds the levels of one guide alone.
+        clip: nobody.
         settings: their grids and kinds.
 
     Raises:
@@ -134,6 +136,8 @@ class PtFiles:
             raise PrepareError(f"{folder}: holds no .pt files")
         self.settings: dict[str, Any] = {"grids": list(GRIDS), "kinds": ["pooled"]}
         self.guide: dict[str, Any] | None = None
+        self.guides: dict[str, dict[str, Any]] = {}
+        self.clip: dict[str, Any] = {}
         path = folder / _GUIDE
         if path.exists():
             try:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from dinogen.config_prepare import FacesConfig
 from dinogen.files import write_bytes, write_json, write_text
+from dinogen.prepare.captions import caption_path, has_captions, read_caption
 from dinogen.prepare.classes import class_names
 from dinogen.prepare.crop import Crop, Rejection
 from dinogen.prepare.curate import Duplicates
@@ -36,6 +37,7 @@ __all__ = [
     "FacesSummary",
     "PrepareError",
     "Rejection",
+    "faces_have_captions",
     "iter_faces",
     "read_faces",
     "read_metas",
@@ -79,6 +81,8 @@ def write_faces(
 ) -> FacesSummary:
     """Write the faces of all photos below ``src`` as ``out/KEY.jpg`` (or png) and ``KEY.json``.
 
+    The caption of a photo, ``NAME.txt`` beside it, becomes ``KEY.txt`` of each of its faces.
+
     Beside them: ``rejected.csv`` (source, reason, detail), ``summary.json`` and
     ``settings.json``. Photos whose crops are there already are skipped; a rejected photo is tried
     again, so a mended file is taken up. After a kill the same call completes the folder.
@@ -93,7 +97,7 @@ def write_faces(
     Raises:
         PrepareError: ``src`` is missing or holds no photo, or has no folder per class where that
             is asked for; ``out`` lies below ``src``, or holds something else or faces made with
-            other settings.
+            other settings; a caption cannot be used.
         OSError: ``out`` cannot be written.
     """
     started = time.monotonic()
@@ -129,8 +133,10 @@ def write_faces(
             if isinstance(item, Rejection):
                 rejections.setdefault(item.source, []).append(item)
                 continue
-            # The picture comes last: where it is, its metadata are too.
+            # The picture comes last: where it is, its metadata and caption are too.
             write_json(out / f"{item.key}.json", {"key": item.key, **item.meta})
+            if item.caption is not None:
+                write_text(caption_path(out / f"{item.key}.{item.image_format}"), item.caption)
             write_bytes(out / f"{item.key}.{item.image_format}", item.image)
             num_new += 1
     finally:
@@ -175,6 +181,11 @@ def read_metas(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     return (_read_meta(photo) if written else (photo.key, _plain_meta(photo)) for photo in pictures)
 
 
+def faces_have_captions(folder: Path) -> bool:
+    """Whether any face that :func:`read_faces` reads has a caption."""
+    return has_captions(photo.path for photo in find_photos(folder).photos)
+
+
 def _list_faces(folder: Path) -> tuple[list[Photo], bool]:
     """The pictures in the order of their keys, and whether write_faces wrote them."""
     pictures = find_photos(folder).photos
@@ -194,7 +205,8 @@ def _plain_meta(picture: Photo) -> dict[str, Any]:
 
 def _read_written(picture: Photo) -> Crop:
     key, meta = _read_meta(picture)
-    return Crop(key, picture.path.read_bytes(), picture.path.suffix[1:], meta)
+    caption = read_caption(picture.path)
+    return Crop(key, picture.path.read_bytes(), picture.path.suffix[1:], meta, caption)
 
 
 def _read_plain(picture: Photo) -> Crop:
@@ -208,11 +220,12 @@ def _read_plain(picture: Photo) -> Crop:
     with Image.open(picture.path) as image:
         image_format = {"JPEG": "jpg", "PNG": "png"}.get(image.format or "")
         plain = image.mode == "RGB" and not image.getexif() and not image.info.get("transparency")
+    meta, caption = _plain_meta(picture), read_caption(picture.path)
     if image_format and plain:
-        return Crop(picture.key, picture.path.read_bytes(), image_format, _plain_meta(picture))
+        return Crop(picture.key, picture.path.read_bytes(), image_format, meta, caption)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
-    return Crop(picture.key, buffer.getvalue(), "png", _plain_meta(picture))
+    return Crop(picture.key, buffer.getvalue(), "png", meta, caption)
 
 
 def _finished(out: Path, photo: Photo, config: FacesConfig) -> list[dict[str, Any]]:

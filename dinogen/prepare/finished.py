@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from dinogen.config_prepare import PackConfig
 from dinogen.features.base import guide_identity
 from dinogen.prepare.faces import FacesSummary
+from dinogen.prepare.parts import network_of
 from dinogen.prepare.read import Photos, PrepareError
 from dinogen.prepare.settings import todays_settings
 from shards import open_dataset
@@ -24,23 +25,23 @@ SUMMARY = "summary.json"
 def finished_dataset(
     out: Path,
     config: PackConfig,
-    guide: dict[str, Any],
+    made_by: Mapping[str, dict[str, Any]],
     prepare: dict[str, Any],
     classes: Sequence[str] = (),
 ) -> Manifest | None:
     """The manifest of the finished dataset in ``out``; None if there is none yet.
 
-    One with pyramids does where none are asked for.
+    One with pyramids does where none are asked for, and one with more guides where fewer are.
 
     Args:
         out: folder of the dataset.
         config: shards and splits asked for.
-        guide: who would make the pyramids, as the manifest says it; empty if nobody.
+        made_by: who would make the features, as ``PyramidMaker.identity`` says it.
         prepare: settings asked for, as the manifest says them.
         classes: names of the classes.
 
     Raises:
-        PrepareError: it was made with another guide or other settings; naming them.
+        PrepareError: it was made with other guides or settings; naming them.
         ShardsError: its manifest cannot be read.
     """
     if not (out / MANIFEST).is_file():
@@ -52,8 +53,7 @@ def finished_dataset(
     changed = [*_changed("prepare", made_with, json.loads(json.dumps(prepare)))]
     if manifest.classes != tuple(classes):
         changed.append(f"classes: {_listed(manifest.classes)}, now {_listed(classes)}")
-    if guide and manifest.levels and guide_identity(manifest.guide) != guide_identity(guide):
-        changed.append(f"guide: {_label(manifest.guide)}, now {_label(guide)}")
+    changed += _other_networks(manifest, made_by)
     wanted = {
         "train": 1.0 - config.val_fraction - config.test_fraction,
         "val": config.val_fraction,
@@ -123,11 +123,28 @@ def _changed(name: str, old: Any, new: Any) -> list[str]:
     return [] if old == new else [f"{name}: {old}, now {new}"]
 
 
+def _other_networks(manifest: Manifest, made_by: Mapping[str, dict[str, Any]]) -> list[str]:
+    guide, guides, clip = made_by["guide"], made_by["guides"], made_by["clip"]
+    pairs = [(f"guides.{name}", manifest.guides.get(name, {}), guides[name]) for name in guides]
+    if guide and manifest.levels:
+        pairs.insert(0, ("guide", manifest.guide, guide))
+    changed = [
+        f"{key}: {_label(before)}, now {_label(now)}"
+        for key, before, now in pairs
+        if guide_identity(before) != guide_identity(now)
+    ]
+    if clip and network_of(manifest.clip) != network_of(clip):
+        changed.append(f"clip: {manifest.clip.get('path', 'none')}, now {clip.get('path')}")
+    return changed
+
+
 def _listed(classes: Sequence[str]) -> str:
     return ", ".join(classes) or "none"
 
 
 def _label(guide: dict[str, Any]) -> str:
+    if not guide:
+        return "none"
     return f"{guide.get('name')} ({guide.get('path')}) layer {guide.get('layer')}"
 
 

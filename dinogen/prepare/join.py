@@ -67,7 +67,8 @@ def pack_faces(
         pyramids: of the same faces; None packs the faces alone.
         out: folder of the dataset.
         config: shards and splits.
-        guide: who made the pyramids, for the manifest; empty if there are none.
+        guide: the main guide of the pyramids, for the manifest; empty if there are none. They say
+            themselves who made the rest.
         by_folder: the first folder below ``faces`` is the class of a picture that was not cut out
             by ``dinogen faces``.
         progress: called with the number of faces done and of all faces.
@@ -85,7 +86,12 @@ def pack_faces(
         _check_join(faces, names, pyramids.keys())
     cut_with, classes = _settings_of_faces(faces, sources.values(), by_folder)
     made_with = settings_of(cut_with, pyramids.settings if pyramids else None)
-    manifest = finished_dataset(out, config, guide, made_with, classes)
+    made_by = {
+        "guide": guide,
+        "guides": pyramids.guides if pyramids else {},
+        "clip": pyramids.clip if pyramids else {},
+    }
+    manifest = finished_dataset(out, config, made_by, made_with, classes)
     if manifest is not None:
         check_faces(out, set(sources))
         if progress is not None:
@@ -107,7 +113,7 @@ def pack_faces(
         shard_size=config.shard_size,
         val_fraction=config.val_fraction,
         test_fraction=config.test_fraction,
-        guide=guide,
+        **made_by,
         prepare=made_with,
         classes=classes,
     )
@@ -150,16 +156,19 @@ def sample_of(crop: Crop, levels: Levels, classes: Sequence[str] = ()) -> Sample
     """
     try:
         label = label_of(crop.meta["source"], classes) if classes else None
-        return Sample(crop.key, crop.image, crop.image_format, crop.meta, dict(levels), label)
+        return Sample(
+            crop.key, crop.image, crop.image_format, crop.meta, dict(levels), label, crop.caption
+        )
     except ValueError as error:
         raise PrepareError(str(error)) from error
 
 
 def settings_of(faces: dict[str, Any], pyramids: dict[str, Any] | None) -> dict[str, Any]:
     """What the manifest says about the preparation, alike on both ways."""
-    if pyramids is None:
+    if not pyramids or "grids" not in pyramids:
         return {"faces": faces}
-    return {"faces": faces, "pyramids": {name: pyramids[name] for name in ("grids", "kinds")}}
+    decisive = ("grids", "kinds", "base_grid")
+    return {"faces": faces, "pyramids": {n: pyramids[n] for n in decisive if n in pyramids}}
 
 
 def _settings_of_faces(

@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from dinogen import dist
-from dinogen.features import GuideInfo, same_guide
+from dinogen.features import GuideInfo
+from dinogen.features.base import guide_identity
 from dinogen.files import write_bytes
 from dinogen.prepare.crop import Crop
-from dinogen.prepare.faces import read_faces
+from dinogen.prepare.faces import faces_have_captions, read_faces
 from dinogen.prepare.pyramid import Levels, PyramidMaker, batched
 from dinogen.prepare.read import PrepareError, find_photos
 
@@ -60,23 +61,27 @@ def write_pyramids(
     Args:
         faces: as :func:`dinogen.prepare.faces.read_faces` reads it.
         out: folder; made if missing.
-        maker: guide and settings.
+        maker: guides and settings.
         progress: called with this rank's number of faces done and to do.
 
     Raises:
         PrepareError: ``faces`` cannot be read, or ``out`` lies below it or holds pyramids of
-            another guide, other settings or other faces.
+            other guides, other settings or other faces.
     """
     if out.resolve().is_relative_to(faces.resolve()):
         raise PrepareError(f"{out}: lies below the faces in {faces}: choose a folder outside it")
     size = maker.config.shard_size
     num_faces = len(find_photos(faces).photos)
     num_parts = -(-num_faces // size)
+    with_text = maker.embedder is not None and faces_have_captions(faces)
+    identity = maker.identity()
     header = {
         "format": _FORMAT,
         "version": _VERSION,
-        "guide": maker.guide.info.to_dict(),
+        "guide": identity.pop("guide"),
         "settings": {**maker.settings(), "shard_size": size},
+        **{name: networks for name, networks in identity.items() if networks},
+        **({"text": True} if with_text else {}),
     }
     out.mkdir(parents=True, exist_ok=True)
     _check_parts(out, num_parts, header, num_faces)
@@ -92,12 +97,13 @@ def write_pyramids(
     crops_of_parts = batched(read_faces(faces, chain.from_iterable(shares)), size)
     for number, crops in zip(mine, crops_of_parts, strict=True):
         path = out / _part_name(number)
-        written = {**header, "faces": _faces_hash(crops), "keys": [crop.key for crop in crops]}
+        hashed = _faces_hash(crops, with_text)
+        written = {**header, "faces": hashed, "keys": [crop.key for crop in crops]}
         if _is_done(path, written):
             num_seen += len(crops)
         else:
             tensors: Levels = {}
-            for crop, levels in maker.levels(crops):
+            for crop, levels in maker.levels(crops, with_text):
                 tensors |= {f"{crop.key}/{name}": array for name, array in levels.items()}
                 num_seen += 1
                 if progress is not None:
@@ -115,6 +121,8 @@ class PartFiles:
     Attributes:
         folder: where they lie.
         guide: identity of the guide that made them.
+        guides: of further ones, by name.
+        clip: of the embedder.
         settings: their grids and kinds.
 
     Raises:
@@ -128,10 +136,10 @@ class PartFiles:
         self.folder = folder
         headers = [_read_header(path) for path in paths]
         self.guide: dict[str, Any] | None = headers[0]["guide"]
+        self.guides: dict[str, dict[str, Any]] = headers[0].get("guides", {})
+        self.clip: dict[str, Any] = headers[0].get("clip", {})
         self.settings: dict[str, Any] = headers[0]["settings"]
-        self._names = [
-            f"{kind[0]}{grid}" for kind in self.settings["kinds"] for grid in self.settings["grids"]
-        ]
+        self._names = _level_names(headers[0])
         self._paths: dict[str, Path] = {}
         for path, header in zip(paths, headers, strict=True):
             if changed := _changes(headers[0], header):
@@ -207,25 +215,51 @@ def _foreign(path: Path, what: str) -> PrepareError:
     )
 
 
+def _level_names(header: dict[str, Any]) -> list[str]:
+    """Names of the levels that every face of a part has."""
+    settings = header["settings"]
+    pyramid = [f"{k[0]}{g}" for k in settings.get("kinds", ()) for g in settings.get("grids", ())]
+    further = [f"{name}.{level}" for name in header.get("guides", {}) for level in pyramid]
+    return pyramid + further + [name for name in ("clip", "text") if header.get(name)]
+
+
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What differs between the headers of two parts, in words; empty if nothing."""
+    before, now = old["settings"], new["settings"]
     changed = [
-        f"prepare.pyramids.{name}: {old['settings'].get(name)}, now {value}"
-        for name, value in new["settings"].items()
-        if old["settings"].get(name) != value
+        f"prepare.pyramids.{name}: {before.get(name)}, now {now.get(name)}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
     ]
-    before, now = GuideInfo(**old["guide"]), GuideInfo(**new["guide"])
-    if not same_guide(old["guide"], now):
-        changed.append(
-            f"guide: {before.label} layer {before.layer}, now {now.label} layer {now.layer}"
-        )
+    for name in {"": None} | old.get("guides", {}) | new.get("guides", {}):
+        pair = [h.get("guides", {}).get(name, {}) if name else h["guide"] for h in (old, new)]
+        if guide_identity(pair[0]) != guide_identity(pair[1]):
+            key = f"guides.{name}" if name else "guide"
+            changed.append(f"{key}: {_who(pair[0])}, now {_who(pair[1])}")
+    clips = [network_of(header.get("clip", {})) for header in (old, new)]
+    if clips[0] != clips[1]:
+        paths = [header.get("clip", {}).get("path", "none") for header in (old, new)]
+        changed.append(f"clip: {paths[0]}, now {paths[1]}")
+    if old.get("text") != new.get("text"):
+        changed.append("captions: there were none" if new.get("text") else "captions: none now")
     return "; ".join(changed)
 
 
-def _faces_hash(crops: list[Crop]) -> str:
+def network_of(clip: Mapping[str, Any]) -> dict[str, Any]:
+    """What two embedders share that give the same embeddings: all but where they came from."""
+    return {name: value for name, value in clip.items() if name not in ("path", "revision")}
+
+
+def _who(guide: dict[str, Any]) -> str:
+    return f"{(info := GuideInfo(**guide)).label} layer {info.layer}" if guide else "none"
+
+
+def _faces_hash(crops: list[Crop], with_text: bool) -> str:
     digest = hashlib.sha256()
     for crop in crops:
         digest.update(hashlib.sha256(crop.image).digest())
+        if with_text:
+            digest.update(hashlib.sha256((crop.caption or "").encode()).digest())
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from dinogen import dist
 from dinogen.config_prepare import FacesConfig, PrepareConfig
 from dinogen.files import write_json, write_text
+from dinogen.prepare.captions import has_captions
 from dinogen.prepare.classes import class_names
 from dinogen.prepare.curate import Duplicates
 from dinogen.prepare.faces import FacesSummary
@@ -72,7 +73,7 @@ def prepare(
         src: folder of photos.
         out: folder of the dataset.
         config: of all three steps.
-        maker: guide and settings of the pyramids; the faces are found on its device. None packs
+        maker: guides and settings of the pyramids; the faces are found on its device. None packs
             the faces alone.
         photos: what :func:`find_photos` found in ``src``, if the caller has asked it already.
         progress: called with the number of photos done and of all photos.
@@ -81,7 +82,7 @@ def prepare(
         NoFaceError: no photo has a face.
         PrepareError: ``src`` holds no photo, or has no folder per class where that is asked for;
             ``out`` lies below it, or holds a preparation of other photos or a finished dataset of
-            other settings; there are several ranks.
+            other settings; there are several ranks; a caption cannot be used.
         ShardsError: ``out`` holds something else, or work of other settings.
     """
     started = time.monotonic()
@@ -98,9 +99,9 @@ def prepare(
     photos = photos or find_photos(src)
     by_folder = config.faces.classes == "folders"
     classes = class_names(src, (p.source for p in photos.photos)) if by_folder else ()
-    guide = maker.guide.info.to_dict() if maker else {}
+    made_by = maker.identity() if maker else {"guide": {}, "guides": {}, "clip": {}}
     made_with = settings_of(faces_settings(config.faces), maker.settings() if maker else None)
-    manifest = finished_dataset(out, config.pack, guide, made_with, classes)
+    manifest = finished_dataset(out, config.pack, made_by, made_with, classes)
     if manifest is not None:
         summary = finished_summary(src, out, photos)
         if progress is not None:
@@ -111,7 +112,7 @@ def prepare(
         shard_size=config.pack.shard_size,
         val_fraction=config.pack.val_fraction,
         test_fraction=config.pack.test_fraction,
-        guide=guide,
+        **made_by,
         prepare=made_with,
         classes=classes,
     )
@@ -138,7 +139,9 @@ def prepare(
             duplicates=duplicates,
         )
         crops = journal.record(items)
-        for crop, levels in maker.levels(crops) if maker else ((crop, {}) for crop in crops):
+        with_text = has_captions(photo.path for photo in photos.photos)
+        made = maker.levels(crops, with_text) if maker else ((crop, {}) for crop in crops)
+        for crop, levels in made:
             sink.add(sample_of(crop, levels, classes))
         kept = sink.seen.union(*finished.values())
         if lost := completed - kept:

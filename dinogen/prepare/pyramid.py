@@ -1,10 +1,10 @@
-"""Aligned faces to pyramids: batches through the guide, on one device, in order."""
+"""Aligned faces to pyramids: batches through the guides, on one device, in order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dinogen.config_prepare import PyramidsConfig
 from dinogen.features import Guide, native_pyramid, pooled_pyramid
+from dinogen.features.pyramid import BASE_GRID
 from dinogen.prepare.crop import Crop
 from dinogen.prepare.read import PrepareError
 from shards.image import decode_image
@@ -22,45 +23,99 @@ Levels = dict[str, NDArray[np.float16]]
 _NUM_DECODERS = 2
 
 
-class PyramidMaker:
-    """Puts crops through the guide, ``config.batch`` at a time.
+class Embedder(Protocol):
+    """What embeds pictures and captions in one space, such as CLIP.
 
-    The last batch is filled up, so the guide always sees the same shape. Networks choose their
+    Attributes:
+        info: who it is, JSON values.
+    """
+
+    info: dict[str, Any]
+
+    def images(self, images: Tensor) -> Tensor:
+        """(B, 3, R, R) RGB in [-1, 1] -> (B, E)."""
+        ...
+
+    def captions(self, captions: list[str]) -> Tensor:
+        """Texts -> (B, E)."""
+        ...
+
+
+class PyramidMaker:
+    """Puts crops through guides and embedder, ``config.batch`` at a time.
+
+    The last batch is filled up, so a network always sees the same shape. Networks choose their
     kernels by it, and the features of a picture must not depend on where a run was interrupted.
 
     Args:
-        guide: on ``device``.
+        guide: the main one, on ``device``; None makes no pyramids.
         config: grids, kinds and batch.
-        device: where the guide runs.
+        device: where the networks run.
+        guides: further ones by name; of each all grids and kinds are made too.
+        embedder: makes the levels ``clip`` and, of captions, ``text``.
     """
 
-    def __init__(self, guide: Guide, config: PyramidsConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        guide: Guide | None,
+        config: PyramidsConfig,
+        device: torch.device,
+        guides: Mapping[str, Guide] | None = None,
+        embedder: Embedder | None = None,
+    ) -> None:
         self.guide = guide
         self.config = config
         self.device = device
+        self.guides = dict(guides or {})
+        self.embedder = embedder
 
     def settings(self) -> dict[str, Any]:
-        """What decides the features, besides the guide and the pictures; JSON values."""
-        return {"grids": list(self.config.grids), "kinds": list(self.config.kinds)}
+        """What decides the features, besides the networks and the pictures; JSON values."""
+        if self.guide is None:
+            return {}
+        found: dict[str, Any] = {"grids": list(self.config.grids), "kinds": list(self.config.kinds)}
+        if self.config.base_grid != BASE_GRID:  # silence means what there was before others were
+            found["base_grid"] = self.config.base_grid
+        return found
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """Who makes the features, as the manifest says it: ``guide``, ``guides`` and ``clip``."""
+        return {
+            "guide": self.guide.info.to_dict() if self.guide else {},
+            "guides": {name: guide.info.to_dict() for name, guide in self.guides.items()},
+            "clip": dict(self.embedder.info) if self.embedder else {},
+        }
+
+    @property
+    def label(self) -> str:
+        """Who makes the features, in words."""
+        names = [guide.info.label for guide in self._by_prefix().values()]
+        if self.embedder is not None:
+            names.append(f"clip ({self.embedder.info.get('path')})")
+        return ", ".join(names)
 
     def check_size(self, size: int) -> None:
         """Raise PrepareError unless crops of ``size`` pixels have all the levels asked for."""
         wrong = [grid for grid in self.config.grids if size % grid]
-        if "native" in self.config.kinds and wrong:
+        if self.guide is not None and "native" in self.config.kinds and wrong:
             raise PrepareError(
                 f"prepare.faces.size: {size} is no multiple of the native grid {wrong[0]}: make "
                 "faces of a multiple of it (256), or set prepare.pyramids.kinds to [pooled]"
             )
 
-    def levels(self, crops: Iterable[Crop]) -> Iterator[tuple[Crop, Levels]]:
+    def levels(
+        self, crops: Iterable[Crop], with_text: bool = False
+    ) -> Iterator[tuple[Crop, Levels]]:
         """Every crop with its levels, in order.
 
         Args:
             crops: square pictures, all of one size. They are read one batch ahead, so that they
                 are decoded while the GPU works.
+            with_text: some of them have captions: where there is an embedder, each gets the level
+                ``text``, zeros if it has none.
 
         Returns:
-            The crop and ``{"p4": (16, C), "n4": (16, C), ...}`` float16.
+            The crop and ``{"p4": (16, C), "NAME.n4": (16, C), "clip": (1, E), ...}`` float16.
 
         Raises:
             PrepareError: a crop is damaged, not square or of another size than the first, or its
@@ -73,6 +128,8 @@ class PyramidMaker:
                 pictures = list(pool.map(_decode, batch))
                 side = self._common_side(batch, pictures, side)
                 started = (batch, self._compute(pictures))
+                if with_text and self.embedder is not None:
+                    started[1]["text"] = self._embed(self.embedder, batch, started[1]["clip"])
                 if pending is not None:
                     yield from self._collect(*pending)
                 pending = started
@@ -100,12 +157,34 @@ class PyramidMaker:
         pixels = np.stack(pictures + pictures[-1:] * (self.config.batch - len(pictures)))
         images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
         images = (images.float() - 127.5) / 127.5
-        levels = {}
-        for kind in self.config.kinds:
-            pyramid = pooled_pyramid if kind == "pooled" else native_pyramid
-            for grid, features in pyramid(self.guide, images, self.config.grids).items():
-                levels[f"{kind[0]}{grid}"] = features.half()
+        grids, levels = self.config.grids, {}
+        for prefix, guide in self._by_prefix().items():
+            for kind in self.config.kinds:
+                pyramid = (
+                    pooled_pyramid(guide, images, grids, self.config.base_grid)
+                    if kind == "pooled"
+                    else native_pyramid(guide, images, grids)
+                )
+                for grid, features in pyramid.items():
+                    levels[f"{prefix}{kind[0]}{grid}"] = features.half()
+        if self.embedder is not None:
+            levels["clip"] = self.embedder.images(images)[:, None].half()
         return levels
+
+    @torch.inference_mode()
+    def _embed(self, embedder: Embedder, crops: list[Crop], like: Tensor) -> Tensor:
+        """Captions of crops, (B, 1, E) float16 as ``like``; zeros where there is none."""
+        embedded = torch.zeros_like(like)
+        for row, crop in enumerate(crops):
+            if crop.caption is not None:
+                # One by one, or a caption's last bit depended on the longest of its batch.
+                embedded[row] = embedder.captions([crop.caption]).half()
+        return embedded
+
+    def _by_prefix(self) -> dict[str, Guide]:
+        """All guides by what their levels' names begin with."""
+        found = {} if self.guide is None else {"": self.guide}
+        return found | {f"{name}.": guide for name, guide in self.guides.items()}
 
     def _collect(
         self, crops: list[Crop], levels: dict[str, Tensor]
@@ -117,7 +196,7 @@ class PyramidMaker:
                 if not np.isfinite(features).all():
                     raise PrepareError(
                         f"{crop.key}: level {name} is not finite in float16: the features of "
-                        f"{self.guide.info.label} exceed 65504; choose another guide.layer"
+                        f"{self.label} exceed 65504; choose another layer"
                     )
             yield crop, mine
 

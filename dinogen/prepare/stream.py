@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dinogen.config_prepare import FacesConfig
+from dinogen.prepare.captions import read_caption
 from dinogen.prepare.crop import Candidate, Crop, Rejection, Result, cut, read, read_and_cut
 from dinogen.prepare.curate import Duplicates
 from dinogen.prepare.read import Photo, Photos, Unusable, probe_photo
@@ -53,6 +54,9 @@ def iter_faces(
 
     Returns:
         Crops and rejections. Those of one photo follow each other.
+
+    Raises:
+        PrepareError: the caption beside a photo cannot be used.
     """
     known = duplicates or Duplicates(config.max_duplicate_distance)
     total = len(photos.photos)
@@ -89,11 +93,12 @@ def _compare(result: Result, config: FacesConfig, known: Duplicates) -> Iterator
                 continue
             known.add(key, candidate.phash)
         kept.append((key, candidate))
+    caption = read_caption(result.photo.path) if kept else None
     for number, (key, candidate) in enumerate(kept):
         meta = {**candidate.meta, "num_crops": len(kept)}
         if number == 0:
             meta["rejected"] = [list(item) for item in rejected]
-        yield Crop(key, candidate.image, config.format, meta)
+        yield Crop(key, candidate.image, config.format, meta, caption)
     for reason, detail in rejected:
         yield Rejection(result.photo.source, reason, detail)
 
