@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dinogen.config import Config
 from dinogen.errors import UserError
-from dinogen.training.levels import makes_pyramids
+from dinogen.training.levels import makes_features
 from launch.progress import figure_of, is_evaluated, is_looked, stage_result
 from launch.resources import Resources, stage_resources, step_resources
 from launch.stages import choose_stages
@@ -145,7 +145,7 @@ def _data_steps(config: Config, photos: Path | None, file: Path) -> list[Step]:
         raise UserError(f"--photos {photos}: no such folder")
     faces, pyramids = f"{data.rstrip('/')}-faces", f"{data.rstrip('/')}-pyramids"
     given: dict[str, tuple[str, ...]] = {"faces": (str(photos), faces)}
-    if makes_pyramids(config):
+    if makes_features(config):
         given |= {"pyramids": (faces, pyramids), "pack": (faces, pyramids, data)}
     else:
         given["pack"] = (faces, data)

@@ -12,7 +12,10 @@ from dinogen.errors import UserError
 from launch.bars import Move, progress_bar
 
 if TYPE_CHECKING:
-    from dinogen.config import Config
+    import torch
+
+    from dinogen.config import Config, GuideConfig
+    from dinogen.features import Guide
     from dinogen.prepare.pyramid import PyramidMaker
     from shards.manifest import Manifest
 
@@ -38,14 +41,17 @@ def prepare(
     overrides: Overrides = None,
     config: ConfigFile = None,
 ) -> None:
-    """Photos to shards in one pass: find faces, compute their pyramids, pack both.
+    """Photos to shards in one pass: find faces, compute their features, pack both.
 
     The same command again goes on after an interruption. DATA/rejected.csv says which photos were
     not used and why. On several GPUs run faces, pyramids and pack one after the other.
 
     With the config of a family that reads no pyramids none are made, and no guide is needed.
     prepare.faces.detect=none takes pictures of anything as they are; prepare.faces.classes=folders
-    makes each folder below SRC a class.
+    makes each folder below SRC a class. What a NAME.txt beside a photo says is kept as its caption.
+
+    With the config's guides: the features of each of them are made as well, with clip: also its
+    embeddings of pictures and captions.
 
     [bold]Examples[/bold]
 
@@ -54,13 +60,15 @@ def prepare(
       dinogen prepare photos data/faces -c my.yaml guide.path=facebook/dinov2-base
 
       dinogen prepare cats data/cats prepare.faces.detect=none prepare.pack.val_fraction=0.05
+
+      dinogen prepare photos data/faces guides.pixels.name=pixels clip.path=clip-vit-base-patch32
     """
     from dinogen.prepare import pipeline
     from dinogen.prepare.read import find_photos
 
     settings = _settings(config, overrides)
     photos = find_photos(src)  # a mistyped folder is told before the guide is loaded
-    maker = _maker(settings) if _wants_pyramids(settings) else None
+    maker = _maker(settings, _wants_pyramids(settings))
     finished = _is_finished(data)
     with _bar("photos") as progress:
         summary, manifest = pipeline.prepare(
@@ -82,7 +90,7 @@ def pyramids(
     overrides: Overrides = None,
     config: ConfigFile = None,
 ) -> None:
-    """Compute the guide's features of aligned faces, at grids 4, 8 and 16.
+    """Compute the guides' features of aligned faces, at grids 4, 8 and 16.
 
     The same command again goes on after an interruption. Under torchrun the processes share the
     work.
@@ -101,11 +109,13 @@ def pyramids(
     dist.init()
     bar = _bar("faces" if dist.world_size() == 1 else "faces of rank 0")
     with takedown(), bar as progress:
-        maker = _maker(settings)
+        # Nobody asks for them in vain, unless it is for the embeddings alone.
+        maker = _maker(settings, settings.clip is None or _wants_pyramids(settings))
+        assert maker is not None
         summary = write_pyramids(faces, out, maker, progress=progress)
     if dist.is_main():
         typer.echo(
-            f"{out}: {summary.num_parts} parts of {maker.guide.info.label}; this process made "
+            f"{out}: {summary.num_parts} parts of {maker.label}; this process made "
             f"{summary.num_done} and kept {summary.num_kept}"
         )
         typer.echo(f"next: dinogen pack {faces} {out} DATA")
@@ -144,6 +154,11 @@ def pack(
         raise UserError(
             "the family of the config reads pyramids: write dinogen pack FACES PYRAMIDS DATA, or "
             "add prepare.pyramids.make=never"
+        )
+    if pyramids is None and settings.clip is not None:
+        raise UserError(
+            "the config has clip: write dinogen pack FACES PYRAMIDS DATA, where dinogen pyramids "
+            "puts the embeddings too, or add clip=null"
         )
     source = join.open_pyramids(pyramids) if pyramids is not None else None
     named = config is not None or any(item.startswith("guide.") for item in overrides)
@@ -222,21 +237,38 @@ def _settings(config: Path | None, overrides: list[str] | None) -> Config:
     return load_config(config, overrides or ())
 
 
-def _maker(settings: Config) -> PyramidMaker:
+def _maker(settings: Config, pyramids: bool) -> PyramidMaker | None:
+    """What makes the features of the config; None if it asks for none."""
     from dinogen import dist
-    from dinogen.features import GuideError, load_guide
     from dinogen.prepare.pyramid import PyramidMaker
 
+    if not pyramids and settings.clip is None:
+        return None
     dist.set_cpu_threads()
     device = dist.device()
+    guide: Guide | None = None
+    guides: dict[str, Guide] = {}
+    if pyramids:
+        guide = _guide("guide", settings.guide, device)
+        guides = {n: _guide(f"guides.{n}", one, device) for n, one in settings.guides.items()}
+    embedder = None
+    if settings.clip is not None:
+        from dinogen.features.clip import load_clip
+
+        embedder = load_clip(settings.clip, device)
+    return PyramidMaker(guide, settings.prepare.pyramids, device, guides, embedder)
+
+
+def _guide(key: str, config: GuideConfig, device: torch.device) -> Guide:
+    from dinogen.features import GuideError, load_guide
+
     try:
-        guide = load_guide(settings.guide, device)
+        return load_guide(config, device)
     except GuideError as error:
         raise GuideError(
-            f"{error}\nWithout a guide, for a family that reads no pyramids: give its config, or "
-            "prepare.pyramids.make=never"
+            f"{str(error).replace('guide.', f'{key}.')}\nWithout a guide, for a family that "
+            "reads no pyramids: give its config, or prepare.pyramids.make=never"
         ) from None
-    return PyramidMaker(guide, settings.prepare.pyramids, device)
 
 
 def _is_finished(data: Path) -> bool:

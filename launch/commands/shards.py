@@ -64,7 +64,11 @@ def ls(data: Location, cache_dir: CacheDir = None) -> None:
     console.print(f"images: {f'{size}x{size}' if size else 'never checked'}")
     names = f" ({', '.join(manifest.classes)})" if manifest.classes else ""
     console.print(f"labels: {'yes' if manifest.has_labels else 'no'}{names}", markup=False)
-    for title, facts in (("guide", manifest.guide), ("prepare", manifest.prepare)):
+    networks = [("guide", manifest.guide)]
+    networks += [(f"guide {name}", facts) for name, facts in manifest.guides.items()]
+    if manifest.clip:
+        networks.append(("clip", manifest.clip))
+    for title, facts in (*networks, ("prepare", manifest.prepare)):
         text = ", ".join(f"{key}={value}" for key, value in facts.items())
         console.print(f"{title}: {text or 'not recorded'}", markup=False)
 
