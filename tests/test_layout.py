@@ -40,8 +40,10 @@ MAY_IMPORT = {
     "dinogen.report": set(),
     "dinogen.prepare": {"dinogen.features", "dinogen.dist", "dinogen.report.pictures"},
     "dinogen.metrics": {"dinogen.features", "dinogen.dist", "dinogen.report.pictures"},
+    "dinogen.guidance": {"dinogen.features", "dinogen.networks", "dinogen.losses"},
     "dinogen.families": {
         "dinogen.features",
+        "dinogen.guidance",
         "dinogen.networks",
         "dinogen.losses",
         "dinogen.diffusion",

@@ -1,4 +1,4 @@
-"""Adversarial losses over logits: binary cross-entropy, Wasserstein and hinge.
+"""Adversarial losses over logits: binary cross-entropy, Wasserstein, hinge, relativistic pairing.
 
 Each takes logits of any shape whose first dimension is the batch, in any floating type, and gives
 a float32 scalar, the mean over them. ``real`` and ``fake`` are D's logits of real and generated
@@ -39,3 +39,19 @@ def hinge_d(real: Tensor, fake: Tensor) -> Tensor:
 def hinge_g(fake: Tensor) -> Tensor:
     """G's loss against a hinge D (Miyato et al. 2018, equation 17)."""
     return -fake.float().mean()
+
+
+def relativistic_d(real: Tensor, fake: Tensor) -> Tensor:
+    """D's loss over pairs of a real and a generated picture: the real one shall be more real.
+
+    log(1 + exp(D(G(z)) - D(x))), the pairing loss of Jolicoeur-Martineau 2019, "The relativistic
+    discriminator", as Huang et al. 2024, "The GAN is dead; long live the GAN! A Modern GAN
+    Baseline" (section 2) take it, who show that it wants R1 and R2 beside it to converge. The
+    logits have the same shape; each is paired with the one at its place.
+    """
+    return F.softplus(fake.float() - real.float()).mean()
+
+
+def relativistic_g(real: Tensor, fake: Tensor) -> Tensor:
+    """G's loss over the same pairs, with their order turned round (as :func:`relativistic_d`)."""
+    return F.softplus(real.float() - fake.float()).mean()

@@ -1,6 +1,6 @@
-"""Penalties on D's gradient with respect to its pictures: WGAN-GP and R1.
+"""Penalties on D's gradient with respect to its pictures: WGAN-GP, R1 and R2.
 
-Both differentiate twice, which half precision does not survive, so they run D in float32 whatever
+All differentiate twice, which half precision does not survive, so they run D in float32 whatever
 autocast says around them. They add ``0 * logits.sum()``: a bias of the last layer does not reach
 D's gradient, but every trained parameter has to get one.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Discriminator = Callable[[Tensor], Tensor]
 
@@ -42,11 +43,11 @@ def r1_penalty(D: Discriminator, real: Tensor) -> Tensor:
     """Mean of |grad D(x)|^2 over real pictures.
 
     Mescheder et al. 2018, "Which Training Methods for GANs do actually Converge?", equation 9,
-    without its factor gamma / 2.
+    without its factor gamma / 2. Of generated pictures it is R2 (their section 4.1).
 
     Args:
         D: pictures (B, ...) -> logits.
-        real: pictures (B, ...).
+        real: pictures (B, ...), or features that D begins with; no gradient flows to them.
 
     Returns:
         Scalar float32.
@@ -59,6 +60,8 @@ def r1_penalty(D: Discriminator, real: Tensor) -> Tensor:
 def _gradient(D: Discriminator, images: Tensor) -> tuple[Tensor, Tensor]:
     """(D's gradient at the pictures, its logits there), both differentiable."""
     images = images.requires_grad_()
-    logits = D(images).float()
+    # a guide's attention may be a part of D, and the fused kernels have no second derivative
+    with sdpa_kernel(SDPBackend.MATH):
+        logits = D(images).float()
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradient, logits

@@ -1,12 +1,15 @@
-"""The PatchGAN discriminator: one logit for each overlapping patch of a picture.
+"""The PatchGAN discriminator: one logit for each overlapping patch of a picture, at many scales.
 
 Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks" (section
-3.2.2 and appendix 6.1.2), with group norm in place of batch norm.
+3.2.2 and appendix 6.1.2), with group norm in place of batch norm; several scales as in Wang et al.
+2018, "High-Resolution Image Synthesis and Semantic Manipulation with Conditional GANs" (section
+3.2).
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 LEAK = 0.2
 WIDEST = 8  # most channels, in base channels
@@ -53,6 +56,36 @@ class PatchDiscriminator(nn.Module):
         """
         logits: Tensor = self.layers(images)
         return logits.squeeze(1).float()
+
+
+class MultiScalePatchDiscriminator(nn.Module):
+    """Alike discriminators, each of the picture at half the size of the one before.
+
+    The coarsest sees most of the picture, the finest its texture. Sizes are halved by exact means
+    of 2x2 pixels, where the paper's code takes overlapping 3x3.
+
+    Args:
+        num_scales: discriminators.
+        num_layers: of each, see :class:`PatchDiscriminator`.
+        base_channels: of each.
+    """
+
+    def __init__(self, num_scales: int = 3, num_layers: int = 3, base_channels: int = 64) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(
+            PatchDiscriminator(num_layers, base_channels) for _ in range(num_scales)
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Pictures (B, 3, R, R) in [-1, 1] -> logits (B, P, P) float32 of each scale, finest first.
+
+        P = ``num_patches(R / 2**i, num_layers)`` at scale i.
+        """
+        logits = []
+        for number, scale in enumerate(self.scales):
+            images = F.avg_pool2d(images, 2) if number else images
+            logits.append(scale(images))
+        return logits
 
 
 def num_patches(resolution: int, num_layers: int) -> int:

@@ -6,11 +6,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dinogen.losses.adversarial import bce_d, bce_g, hinge_d, hinge_g, wasserstein_d, wasserstein_g
+from dinogen.losses.adversarial import (
+    bce_d,
+    bce_g,
+    hinge_d,
+    hinge_g,
+    relativistic_d,
+    relativistic_g,
+    wasserstein_d,
+    wasserstein_g,
+)
 
 REAL = torch.tensor([-3.0, -0.5, 0.0, 0.7, 2.0, 9.0])
 FAKE = torch.tensor([4.0, 1.0, 0.0, -0.2, -1.5, -8.0])
-D_LOSSES = [bce_d, wasserstein_d, hinge_d]
+D_LOSSES = [bce_d, wasserstein_d, hinge_d, relativistic_d]
 G_LOSSES = [bce_g, wasserstein_g, hinge_g]
 
 
@@ -65,3 +74,38 @@ def test_a_batch_is_the_mean_of_its_halves(loss):
 
     halves = (of(slice(0, 3)) + of(slice(3, 6))) / 2
     torch.testing.assert_close(of(slice(0, 6)), halves)
+
+
+def test_relativistic_is_cross_entropy_of_the_difference_of_each_pair():
+    reference = F.binary_cross_entropy_with_logits
+    ones, zeros = torch.ones(6), torch.zeros(6)
+    torch.testing.assert_close(relativistic_d(REAL, FAKE), reference(REAL - FAKE, ones))
+    torch.testing.assert_close(relativistic_g(REAL, FAKE), reference(REAL - FAKE, zeros))
+    by_hand = [
+        math.log1p(math.exp(f - r)) for r, f in zip(REAL.tolist(), FAKE.tolist(), strict=True)
+    ]
+    assert relativistic_d(REAL, FAKE).item() == pytest.approx(sum(by_hand) / 6, rel=1e-5)
+    # pairs, not means: another order is another loss
+    assert relativistic_d(REAL, FAKE.flip(0)).item() != pytest.approx(sum(by_hand) / 6, rel=1e-2)
+
+
+def test_relativistic_knows_no_level_of_its_own():
+    for loss in (relativistic_d, relativistic_g):
+        torch.testing.assert_close(loss(REAL + 3, FAKE + 3), loss(REAL, FAKE))
+    assert relativistic_d(REAL, REAL).item() == pytest.approx(math.log(2))
+    assert relativistic_g(REAL, REAL).item() == pytest.approx(math.log(2))
+
+
+def test_relativistic_g_wants_what_d_does_not_even_where_d_is_sure():
+    fake = torch.tensor([-30.0, -5.0, 0.0], requires_grad=True)
+    relativistic_g(torch.zeros(3), fake).backward()
+    assert (fake.grad < 0).all()
+    assert fake.grad[0].item() == pytest.approx(-1 / 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_relativistic_of_half_precision_logits_is_a_finite_float32(dtype):
+    low, high = torch.tensor([-6e4], dtype=dtype), torch.tensor([6e4], dtype=dtype)
+    for loss in (relativistic_d, relativistic_g):
+        for value in (loss(low, high), loss(high, low)):
+            assert value.dtype == torch.float32 and math.isfinite(value)

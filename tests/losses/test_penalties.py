@@ -141,3 +141,32 @@ def test_a_batch_is_the_mean_of_its_parts():
     torch.testing.assert_close(gp, gradient_penalty(D, real, fake, mix))
     r1 = sum(share * r1_penalty(D, real[p]) for p, share in parts)
     torch.testing.assert_close(r1, r1_penalty(D, real))
+
+
+class Attending(nn.Module):
+    """A D with attention over pixels, fused or written out."""
+
+    def __init__(self, fused):
+        super().__init__()
+        torch.manual_seed(1)
+        self.qkv, self.out, self.fused = nn.Linear(3, 48), nn.Linear(16, 1), fused
+
+    def forward(self, x):
+        q, k, v = self.qkv(x.flatten(2).transpose(1, 2))[:, None].chunk(3, -1)
+        if self.fused:
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            y = torch.softmax(q @ k.transpose(2, 3) / 4, -1) @ v
+        return self.out(y.square()).mean((1, 2, 3))
+
+
+def test_fused_attention_inside_d_is_differentiated_twice():
+    real = torch.randn(SHAPE)
+    found = {}
+    for fused in (True, False):
+        D = Attending(fused)
+        penalty = r1_penalty(D, real)
+        penalty.backward()
+        found[fused] = [penalty.detach(), *(p.grad for p in D.parameters())]
+    assert found[False][0] > 1e-4
+    torch.testing.assert_close(found[True], found[False])

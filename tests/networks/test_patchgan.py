@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from dinogen.networks.patchgan import PatchDiscriminator, num_patches
+from dinogen.networks.patchgan import (
+    MultiScalePatchDiscriminator,
+    PatchDiscriminator,
+    num_patches,
+)
 
 
 def small(num_layers=3):
@@ -78,3 +82,23 @@ def test_every_parameter_gets_a_gradient():
 def test_under_autocast_logits_are_float32():
     with torch.autocast("cpu", torch.bfloat16):
         assert small(1)(torch.randn(1, 3, 16, 16)).dtype == torch.float32
+
+
+def test_each_scale_judges_the_picture_at_half_the_size():
+    torch.manual_seed(0)
+    D, x = MultiScalePatchDiscriminator(3, num_layers=1, base_channels=8), torch.randn(2, 3, 32, 32)
+    found = D(x)
+    assert [one.shape[1] for one in found] == [num_patches(size, 1) for size in (32, 16, 8)]
+    for i, logits in enumerate(found):
+        factor = 2**i
+        rows = [x[:, :, a::factor, b::factor] for a in range(factor) for b in range(factor)]
+        shrunk = torch.stack(rows).mean(0)
+        torch.testing.assert_close(logits, D.scales[i](shrunk))
+    weights = [scale.layers[0].weight for scale in D.scales]
+    assert not torch.equal(weights[0], weights[1])
+
+
+def test_every_parameter_of_every_scale_gets_a_gradient():
+    D = MultiScalePatchDiscriminator(2, num_layers=2, base_channels=8)
+    sum(one.square().sum() for one in D(torch.randn(2, 3, 32, 32))).backward()
+    assert [name for name, p in D.named_parameters() if not p.grad.abs().sum()] == []

@@ -1,0 +1,1 @@
+"""What teaches a guided generator: objectives over features of several guides, by config."""

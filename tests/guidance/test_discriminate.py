@@ -1,0 +1,390 @@
+"""The discriminator as a family uses it: losses and penalties by hand, any cut, and it learns."""
+
+import json
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.nn import functional as F
+
+from dinogen.config import ConfigError, GuideConfig, StageConfig
+from dinogen.features.dinov2 import make_random_dinov2
+from dinogen.features.load import load_guide
+from dinogen.features.resize import to_guide
+from dinogen.guidance.discriminate import Discriminating
+from dinogen.guidance.discriminator_options import DiscriminatorOptions
+
+CPU = torch.device("cpu")
+SIDE = 32
+PENALTIES = {"r1": 3.0, "r2": 5.0}
+KINDS = {
+    "whole": {"grid": 3, "head_channels": 8},
+    "crop": {"crop": 28, "head_channels": 8},
+    "patch": {"kind": "patch", "patch_scales": 2, "patch_layers": 1, "patch_channels": 8},
+    "patch_crop": {
+        "kind": "patch",
+        "crop": 20,
+        "patch_scales": 2,
+        "patch_layers": 1,
+        "patch_channels": 8,
+    },
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def main(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("guides") / "dinov2"
+    make_random_dinov2(folder, seed=0, hidden_size=24, num_layers=2, num_heads=2, image_size=42)
+    return GuideConfig(path=str(folder), layer=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def guide(main):
+    return load_guide(main, CPU)
+
+
+@pytest.fixture
+def make(main, guide):
+    def build(kind="whole", side=SIDE, **options):
+        torch.manual_seed(0)
+        own = DiscriminatorOptions(**KINDS[kind], **options)
+        stage = StageConfig(resolution=side, kimg=1)
+        judge = Discriminating(own, main, stage, 11, CPU)
+        judge.begin(guide)
+        return judge
+
+    return build
+
+
+def pictures(num=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(num, 3, SIDE, SIDE, generator=generator) * 2 - 1
+
+
+def total(found):
+    losses, report = found
+    assert all(value.shape == () for value in (losses | report).values())
+    return torch.stack(list(losses.values())).sum()
+
+
+def by_part(judge, which, real, fake, positions):
+    """One of the three losses, of part of a batch."""
+    if which == "G":
+        return judge.g_losses(fake, real, positions, 700)
+    losses = judge.d_losses if which == "D" else judge.penalty_losses
+    return losses(real, fake, positions)
+
+
+@every_kind
+@pytest.mark.parametrize(
+    ("which", "loss"),
+    [("D", "hinge"), ("D", "relativistic"), ("penalty", "hinge"), ("G", "relativistic")],
+)
+def test_any_cut_gives_the_same_losses_and_gradients(kind, which, loss, make):
+    judge = make(kind, loss=loss, **PENALTIES)
+    real, positions = pictures(), torch.arange(50, 56)
+    found = []
+    for cuts in ([slice(0, 6)], [slice(0, 2), slice(2, 6)]):
+        fake = pictures(seed=1).requires_grad_()
+        judge.network.zero_grad()
+        values = {}
+        for cut in cuts:
+            share = (cut.stop - cut.start) / 6
+            losses, report = by_part(judge, which, real[cut], fake[cut], positions[cut])
+            (sum(losses.values()) * share).backward()
+            for name, value in (losses | report).items():
+                values[name] = values.get(name, 0) + share * value.detach()
+        gradients = [p.grad.clone() for p in judge.network.parameters()]
+        found.append((values, gradients, [] if fake.grad is None else [fake.grad]))
+    assert (found[0][2] != []) == (which == "G"), "only G's loss reaches the pictures"
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
+@every_kind
+@pytest.mark.parametrize("which", ["D", "penalty"])
+def test_every_parameter_of_d_gets_a_gradient_and_the_guide_none(kind, which, make, guide):
+    judge = make(kind, **PENALTIES)
+    total(by_part(judge, which, pictures(), pictures(seed=1), torch.arange(6))).backward()
+    assert [name for name, p in judge.network.named_parameters() if p.grad is None] == []
+    nothing = {n for n, p in judge.network.named_parameters() if not p.grad.abs().sum()}
+    # the last bias, and that of the norm before the last LeakyReLU, have no part in D's slope
+    assert len(nothing) == (4 if which == "penalty" else 0)
+    assert all(name.endswith("bias") for name in nothing)
+    assert all(p.grad is None and not p.requires_grad for p in guide.parameters())
+
+
+def logits_by_hand(judge, guide, images):
+    maps = guide(to_guide(images, 3 * 14))
+    return [
+        head(x) for head, x in zip(judge.network.heads, (maps[:, :24], maps[:, 24:]), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("loss", ["hinge", "relativistic"])
+def test_losses_are_those_of_the_heads_on_each_layer(loss, make, guide):
+    judge = make(loss=loss, augment=(), weight=0.5, ramp_kimg=1)
+    real, fake, positions = pictures(), pictures(seed=1), torch.arange(6)
+    with torch.no_grad():
+        reals, fakes = (logits_by_hand(judge, guide, x) for x in (real, fake))
+    d, g = [], []
+    for r, f in zip(reals, fakes, strict=True):
+        if loss == "hinge":
+            d.append((1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean())
+            g.append(-f.mean())
+        else:
+            d.append(-F.logsigmoid(r - f).mean())
+            g.append(-F.logsigmoid(f - r).mean())
+    losses, report = judge.d_losses(real, fake, positions)
+    assert list(losses) == [loss]
+    torch.testing.assert_close(losses[loss], (d[0] + d[1]) / 2)
+    torch.testing.assert_close(report["real"], (reals[0].mean() + reals[1].mean()) / 2)
+    torch.testing.assert_close(report["fake"], (fakes[0].mean() + fakes[1].mean()) / 2)
+    losses, report = judge.g_losses(fake, real, positions, 400)
+    torch.testing.assert_close(losses["adversarial"], 0.5 * 0.4 * (g[0] + g[1]) / 2)
+    assert report["adversarial_weight"].item() == pytest.approx(0.2)
+
+
+@every_kind
+def test_a_pair_is_augmented_and_cropped_alike(kind, make):
+    judge = make(kind, loss="relativistic")
+    losses, _ = judge.d_losses(pictures(), pictures(), torch.arange(6))
+    assert losses["relativistic"].item() == pytest.approx(math.log(2), abs=1e-6)
+    one, other = (
+        judge.d_losses(pictures(), pictures(seed=1), torch.arange(first, first + 6))[0]
+        for first in (0, 6)
+    )
+    assert one["relativistic"].item() != pytest.approx(other["relativistic"].item(), abs=1e-7)
+
+
+def test_the_weight_rises_linearly_and_stays(make):
+    judge = make(weight=0.3, ramp_kimg=2)
+    found = [judge.weight(nimg) for nimg in (0, 500, 1000, 2000, 9000)]
+    assert found == pytest.approx([0, 0.075, 0.15, 0.3, 0.3])
+    assert make(weight=0.3, ramp_kimg=0).weight(0) == 0.3
+
+
+class Linear(nn.Module):
+    """Logits (B, 1, 1), linear in what it is given; two heads where it is given two maps."""
+
+    def __init__(self, *shapes):
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(shape) for shape in shapes)
+
+    def forward(self, maps):
+        maps = [maps] if isinstance(maps, torch.Tensor) else maps
+        return [
+            (x * w).sum((1, 2, 3)).view(-1, 1, 1) for x, w in zip(maps, self.weights, strict=True)
+        ]
+
+
+def test_penalties_of_a_linear_d_on_pixels_are_known(make):
+    judge = make("patch", augment=(), every=4, **PENALTIES)
+    judge.network = Linear((3, SIDE, SIDE))
+    (w,) = judge.network.weights
+    losses, report = judge.penalty_losses(pictures(), pictures(seed=1), torch.arange(6))
+    square = w.square().sum()
+    torch.testing.assert_close(losses, {"r1": 3 / 2 * 4 * square, "r2": 5 / 2 * 4 * square})
+    torch.testing.assert_close(report["r1_penalty"], square.detach())
+    (gradient,) = torch.autograd.grad(losses["r2"], w)
+    torch.testing.assert_close(gradient, 5 / 2 * 4 * 2 * w.detach())
+
+
+def test_through_cutout_a_linear_d_s_penalty_is_that_of_what_is_left(make):
+    judge = make("patch", augment=("cutout",), every=1, r1=2.0)
+    judge.network = Linear((3, SIDE, SIDE))
+    (w,) = judge.network.weights
+    # of pictures of ones cutout leaves a mask
+    masks = judge._prepare(torch.ones(6, 3, SIDE, SIDE), "judge/D", torch.arange(6))
+    assert masks.mean() < 0.95
+    losses, _ = judge.penalty_losses(pictures(), pictures(), torch.arange(6))
+    expected = (masks * w).square().flatten(1).sum(1).mean()
+    torch.testing.assert_close(losses, {"r1": expected})
+
+
+def test_on_features_a_linear_d_s_penalty_does_not_ask_the_guide(make):
+    judge = make(penalty_on="features", every=1, r1=2.0)
+    judge.network = Linear((24, 3, 3), (24, 3, 3))
+    losses, _ = judge.penalty_losses(pictures(), pictures(), torch.arange(6))
+    # the mean of two heads: half of each
+    expected = sum((w / 2).square().sum() for w in judge.network.weights)
+    torch.testing.assert_close(losses["r1"], expected)
+
+
+def test_on_pixels_it_is_differentiated_through_the_guide(make, guide):
+    judge = make(augment=(), every=1, r1=2.0, r2=4.0)
+    real, fake = pictures(3), pictures(3, seed=1)
+
+    def square(images):
+        """By autograd's plain first derivative, summed."""
+        images = images.clone().requires_grad_()
+        logits = logits_by_hand(judge, guide, images)
+        logits = sum(one.mean((1, 2)) for one in logits) / 2
+        (gradient,) = torch.autograd.grad(logits.sum(), images)
+        return gradient.square().flatten(1).sum(1).mean()
+
+    losses, _ = judge.penalty_losses(real, fake, torch.arange(3))
+    torch.testing.assert_close(losses["r1"], square(real), rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses["r2"], 2 * square(fake), rtol=1e-4, atol=0)
+    # its gradient for D, along one direction, by differences; with LeakyReLU slopes would jump
+    for module in judge.network.modules():
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.LeakyReLU):
+                setattr(module, name, nn.Softplus())
+    losses, _ = judge.penalty_losses(real, fake, torch.arange(3))
+    sum(losses.values()).backward()
+    parameters = list(judge.network.parameters())
+    steps = [0.1 * torch.randn_like(p) for p in parameters]
+    slope = sum((p.grad * s).sum() for p, s in zip(parameters, steps, strict=True)).item()
+    values = []
+    for move in (0.05, -0.1):
+        with torch.no_grad():
+            for p, s in zip(parameters, steps, strict=True):
+                p.add_(move * s)
+        values.append((square(real) + 2 * square(fake)).item())
+    assert abs(slope) > 0.1 * values[0]
+    assert slope == pytest.approx((values[0] - values[1]) / 0.1, rel=0.02)
+
+
+def test_penalties_are_lazy_or_a_part_of_d_s_own_loss(make):
+    real, fake, positions = pictures(), pictures(seed=1), torch.arange(6)
+    plain, lazy, each = make(), make(every=16, r1=2.0), make(every=1, r1=2.0)
+    assert [judge.lazy for judge in (plain, lazy, each)] == [False, True, False]
+    assert [judge.optimizer_scale for judge in (plain, lazy, each)] == [1, 16 / 17, 1]
+    found = [judge.d_losses(real, fake, positions)[0] for judge in (plain, lazy, each)]
+    assert [list(losses) for losses in found] == [["hinge"], ["hinge"], ["hinge", "r1"]]
+    penalty, _ = lazy.penalty_losses(real, fake, positions)
+    torch.testing.assert_close(penalty["r1"], 16 * found[2]["r1"])
+
+
+@every_kind
+def test_under_autocast_losses_are_near_and_penalties_the_same(kind, make):
+    judge = make(kind, **PENALTIES)
+    parts = {w: (pictures(), pictures(seed=1), torch.arange(6)) for w in ("D", "G", "penalty")}
+    plain = {which: total(by_part(judge, which, *args)) for which, args in parts.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = {which: total(by_part(judge, which, *args)) for which, args in parts.items()}
+    assert {value.dtype for value in mixed.values()} == {torch.float32}
+    torch.testing.assert_close(mixed["penalty"], plain["penalty"])
+    for which in ("D", "G"):
+        torch.testing.assert_close(mixed[which], plain[which], rtol=0.05, atol=0.05)
+
+
+def test_spectral_norms_iterate_after_the_step_alone(make):
+    judge = make(**PENALTIES)
+    with torch.no_grad():
+        for parameter in judge.network.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+    def vectors():
+        return torch.cat([b.flatten() for b in judge.network.buffers()])
+
+    start = vectors()
+    for which in ("D", "penalty", "G"):
+        by_part(judge, which, pictures(), pictures(seed=1), torch.arange(6))
+    assert torch.equal(vectors(), start)
+    judge.after_step()
+    assert not torch.equal(vectors(), start)
+
+
+def test_realism_is_the_mean_logit_of_the_picture_as_it_is(make, guide):
+    judge, images = make(), pictures()
+    found = judge.realism(images)
+    assert found.shape == (6,) and found.dtype == torch.float32
+    expected = sum(one.mean((1, 2)) for one in logits_by_hand(judge, guide, images)) / 2
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=1e-5)
+    assert torch.equal(judge.realism(images[2:3])[0], found[2])
+
+
+def test_realism_of_crops_is_the_mean_over_the_picture(make):
+    judge, image = make("crop"), pictures(1)
+    corners = [image[:, :, y : y + 28, x : x + 28] for y in (0, 4) for x in (0, 4)]
+    whole = DiscriminatorOptions(head_channels=8, grid=2)
+    other = Discriminating(whole, judge._guide_config, StageConfig(resolution=16, kimg=1), 0, CPU)
+    other.network = judge.network
+    expected = torch.stack([other.realism(corner)[0] for corner in corners]).mean()
+    torch.testing.assert_close(judge.realism(image)[0], expected)
+
+
+@every_kind
+def test_it_is_rebuilt_from_its_arguments_and_built_without_memory(kind, make, main):
+    judge = make(kind)
+    arguments = judge.arguments()
+    assert json.loads(json.dumps(arguments)) == arguments
+    type(judge.network)(**arguments).load_state_dict(judge.network.state_dict())
+    with torch.device("meta"):
+        nowhere = Discriminating(
+            judge.options, main, StageConfig(resolution=64, kimg=1), 0, torch.device("meta")
+        )
+    shapes = [{k: v.shape for k, v in d.network.state_dict().items()} for d in (nowhere, judge)]
+    assert shapes[0] == shapes[1], "and goes on from one stage to the next"
+
+
+def test_the_guide_is_the_run_s_own_or_the_options(make, main, guide):
+    assert make()._guide is guide
+    own = GuideConfig(path=main.path, layer=1)
+    judge = make(guide=own)
+    assert judge._guide is not guide
+    assert judge.arguments()["num_channels"] == [24]
+    assert judge.realism(pictures(2)).shape == (2,)
+    # where nothing is trained, as for a look at samples, nobody calls begin()
+    alone = Discriminating(judge.options, main, StageConfig(resolution=32, kimg=1), 0, CPU)
+    alone.network.load_state_dict(judge.network.state_dict())
+    torch.testing.assert_close(alone.realism(pictures(2)), judge.realism(pictures(2)))
+
+
+def test_it_applies_from_its_resolution_on():
+    options = DiscriminatorOptions(from_resolution=64)
+    sizes = [
+        size for size in (32, 64, 128) if options.applies(StageConfig(resolution=size, kimg=1))
+    ]
+    assert sizes == [64, 128]
+
+
+def test_what_does_not_fit_is_refused(make):
+    with pytest.raises(ConfigError, match=r"discriminator\.crop: dinov2 .* 30 pixels: use 28"):
+        make("whole", crop=30)
+    make("whole", side=16, crop=30)  # all of a smaller picture is judged
+    with pytest.raises(ConfigError, match=r"discriminator\.patch_scales: 2 .* 8x8 pixels"):
+        make("patch", side=8)
+    with pytest.raises(ValidationError, match="leave out guide"):
+        DiscriminatorOptions(kind="patch", guide=GuideConfig())
+    with pytest.raises(ValidationError, match="penalty_on has to be pixels"):
+        DiscriminatorOptions(kind="patch", penalty_on="features")
+
+
+def striped(num, upright, first=0):
+    """Stripes of drawn phase and colours, upright or level."""
+    generator = torch.Generator().manual_seed(first + 1000 * upright)
+    axis = torch.linspace(0, 6 * math.pi, SIDE)
+    phase = 6.3 * torch.rand(num, 1, generator=generator)
+    wave = torch.sin(axis + phase)[:, None, None, :].expand(num, 3, SIDE, SIDE)
+    wave = wave if upright else wave.transpose(2, 3)
+    low, high = torch.rand(2, num, 3, 1, 1, generator=generator) * 2 - 1
+    return low + (high - low) * (wave + 1) / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"), [("whole", "hinge"), ("crop", "relativistic"), ("patch", "hinge")]
+)
+def test_it_learns_to_tell_two_kinds_of_pictures_apart(kind, loss, make):
+    judge = make(kind, loss=loss)
+    optimizer = torch.optim.Adam(judge.network.parameters(), 1e-2, betas=(0.5, 0.99))
+    for step in range(60):
+        positions = torch.arange(16 * step, 16 * step + 16)
+        real, fake = (striped(16, upright, 16 * step) for upright in (True, False))
+        total(judge.d_losses(real, fake, positions)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        judge.after_step()
+    # pictures that it has not seen
+    real, fake = (judge.realism(striped(32, upright, 999)) for upright in (True, False))
+    right = (real[:, None] > fake).float().mean()
+    assert right > 0.9
+    # and G is told which way to go
+    fakes = striped(8, False, 777).requires_grad_()
+    total(judge.g_losses(fakes, striped(8, True, 777), torch.arange(8), 10**6)).backward()
+    better = (fakes - 20 * fakes.grad).detach()
+    assert judge.realism(better).mean() > judge.realism(fakes.detach()).mean()
