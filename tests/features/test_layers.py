@@ -1,81 +1,229 @@
-"""Channels told from the config alone, against those of the guides that it loads."""
+"""Lists of layers, the pixels guide and the base grid, against the networks' own intermediates."""
 
+from __future__ import annotations
+
+import json
+
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from dinogen.config import GuideConfig
-from dinogen.features.base import GuideError
-from dinogen.features.dinov2 import make_random_dinov2
-from dinogen.features.inception import InceptionTrunk
-from dinogen.features.layers import layer_channels
-from dinogen.features.load import load_guide
+from dinogen.config import GuideConfig, parse_config
+from dinogen.errors import ConfigError
+from dinogen.features import (
+    Guide,
+    GuideError,
+    GuideInfo,
+    base_grid_of,
+    load_guide,
+    native_pyramid,
+    pooled_pyramid,
+    same_guide,
+)
+from dinogen.features.inception import LAYERS, InceptionTrunk
+from dinogen.features.resize import to_guide
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def dinov2(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("guides") / "dinov2"
-    make_random_dinov2(folder, seed=0, hidden_size=24, num_layers=3, num_heads=2, image_size=28)
-    return folder
+def inception_file(tmp_path_factory):
+    """Random weights of the whole trunk."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("inception") / "weights.safetensors"
+    save_file(InceptionTrunk().state_dict(), file)
+    return file
 
 
-@pytest.mark.parametrize("layer", [-1, 2, (1, 3)])
-def test_of_dinov2_each_layer_has_the_hidden_size(layer, dinov2):
-    config = GuideConfig(path=str(dinov2), layer=layer)
-    channels = layer_channels(config)
-    assert channels == (24,) * (len(layer) if isinstance(layer, tuple) else 1)
-    guide = load_guide(config, CPU)
-    assert sum(channels) == guide.info.num_channels
-    assert guide(torch.zeros(1, 3, 28, 28)).shape[1] == sum(channels)
+def inception(file, layer=-1):
+    return load_guide(GuideConfig(name="inception", path=str(file), layer=layer), CPU)
 
 
-def test_joined_layers_split_into_those_of_one_layer_each(dinov2):
-    images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    config = GuideConfig(path=str(dinov2), layer=(1, 3))
-    parts = load_guide(config, CPU)(images).split(layer_channels(config), 1)
-    for layer, part in zip((1, 3), parts, strict=True):
-        alone = load_guide(GuideConfig(path=str(dinov2), layer=layer), CPU)(images)
-        torch.testing.assert_close(part, alone)
+def pictures(side, num=2):
+    generator = torch.Generator().manual_seed(side)
+    return torch.rand(num, 3, side, side, generator=generator) * 2 - 1
+
+
+def averaged(features, grid):
+    """Means over the bins floor(i n / g) to ceil((i + 1) n / g), by loops."""
+    side = features.shape[-1]
+    edges = [(i * side // grid, -(-(i + 1) * side // grid)) for i in range(grid)]
+    rows = [
+        torch.stack([features[..., a:b, c:d].mean((2, 3)) for c, d in edges], -1) for a, b in edges
+    ]
+    return torch.stack(rows, -2)
+
+
+def test_inception_layers_are_the_inputs_of_what_follows_them(inception_file):
+    """In the whole network: what enters 3b, 5b and 6a are the pools and Mixed_5d."""
+    whole = inception(inception_file)
+    seen = {}
+    followers = {"pool1": "Conv2d_3b_1x1", "pool2": "Mixed_5b", "mixed_5d": "Mixed_6a"}
+    for layer, follower in followers.items():
+        getattr(whole.trunk, follower).register_forward_pre_hook(
+            lambda module, given, layer=layer: seen.update({layer: given[0]})
+        )
+    images = pictures(91)
+    seen["mixed_6e"] = whole(images)
+    for layers in (["pool1"], ["mixed_5d", "pool2"], ["pool2", "mixed_6e", "pool1", "mixed_5d"]):
+        guide = inception(inception_file, tuple(layers))
+        assert isinstance(guide, Guide) and guide.input_size(4) == 91
+        expected = torch.cat([averaged(seen[layer], 4) for layer in layers], 1)
+        found = guide(images)
+        assert found.shape[1] == guide.info.num_channels == sum(LAYERS[x] for x in layers)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_early_inception_layers_need_only_what_comes_before_them(inception_file, tmp_path):
+    stored = load_file(inception_file)
+    early = {name: t for name, t in stored.items() if name.startswith("Conv2d_")}
+    save_file(early, tmp_path / "early.safetensors")
+    guide = inception(tmp_path / "early.safetensors", ("pool1", "pool2"))
+    assert {name.partition(".")[0] for name in guide.trunk.state_dict()} == {
+        name.partition(".")[0] for name in early
+    }
+    images = pictures(91, 1).requires_grad_()
+    assert torch.equal(guide(images), inception(inception_file, ("pool1", "pool2"))(images))
+    (gradient,) = torch.autograd.grad(guide(images).square().sum(), images)
+    assert gradient.abs().sum() > 0
+    with pytest.raises(GuideError, match=r"Mixed_5b"):
+        inception(tmp_path / "early.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("name", "size"),
+    ("one", "other", "same"),
     [
-        ("facebook/dinov2-small", 384),
-        ("facebook/dinov2-base", 768),
-        ("facebook/dinov2-with-registers-large", 1024),
-        ("facebook/dinov2-giant", 1536),
+        (-1, "mixed_6e", True),
+        (-1, ("mixed_6e",), True),
+        ("pool2", ("pool2",), True),
+        (-1, "mixed_5d", False),
+        (("pool1", "pool2"), ("pool1", "pool2"), True),
+        (("pool1", "pool2"), ("pool2", "pool1"), False),
+        (("pool1", "mixed_6e"), -1, False),
     ],
 )
-def test_of_published_ones_the_name_says_it(name, size, monkeypatch):
-    monkeypatch.setattr("dinogen.features.layers.checkpoint_folder", None)
-    assert layer_channels(GuideConfig(path=name, layer=(3, 6, 9))) == (size,) * 3
+def test_layers_are_the_same_guide_however_they_are_written(inception_file, one, other, same):
+    described = json.loads(json.dumps(inception(inception_file, one).info.to_dict()))
+    info = inception(inception_file, other).info
+    assert same_guide(described, info) == same
+    assert GuideInfo(**described).to_dict() == described
 
 
-def test_of_inception_each_layer_has_its_own(tmp_path):
-    trunk = InceptionTrunk("mixed_5d")
-    save_file(
-        {k: torch.zeros_like(v) for k, v in trunk.state_dict().items()}, tmp_path / "w.safetensors"
-    )
-    config = GuideConfig(name="inception", path=str(tmp_path), layer=("pool2", "mixed_5d", "pool1"))
-    channels = layer_channels(config)
-    assert channels == (192, 288, 64)
-    assert sum(channels) == load_guide(config, CPU).info.num_channels
-    assert layer_channels(GuideConfig(name="inception")) == (768,)
+@pytest.mark.parametrize("layer", [3, "pool3", ("pool1", "Mixed_6e")])
+def test_layers_that_inception_lacks_are_refused(inception_file, layer):
+    with pytest.raises(GuideError, match=r"guide\.layer: .*pool1, pool2, mixed_5d, mixed_6e"):
+        inception(inception_file, layer)
 
 
-def test_of_pixels_three():
-    assert layer_channels(GuideConfig(name="pixels")) == (3,)
+@pytest.mark.parametrize("layers", [(1, 3), (3, 2), (-2, 1)])
+def test_blocks_of_dinov2_are_joined_each_behind_the_norm(checkpoint, layers):
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    registers = getattr(config, "num_register_tokens", 0)
+    cls = transformers.Dinov2WithRegistersModel if registers else transformers.Dinov2Model
+    model = cls.from_pretrained(checkpoint, attn_implementation="eager").eval()
+    guide = load_guide(GuideConfig(path=str(checkpoint), layer=layers), CPU)
+    images = pictures(42)
+    pixels = images * guide.scale + guide.shift
+    with torch.no_grad():
+        hidden = model(pixel_values=pixels, output_hidden_states=True).hidden_states
+        maps = [
+            model.layernorm(hidden[layer if layer > 0 else 4 + layer])[:, 1 + registers :]
+            for layer in layers
+        ]
+    expected = torch.cat([m.transpose(1, 2).reshape(2, -1, 3, 3) for m in maps], 1)
+    found = guide(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert guide.info.num_channels == found.shape[1] == 2 * 32
+    counted = [layer if layer > 0 else 4 + layer for layer in layers]
+    assert guide.info.layer == counted and len(guide.model.encoder.layer) == max(counted)
 
 
-def test_what_cannot_be_known_is_a_clear_error(tmp_path):
-    with pytest.raises(GuideError, match=r"guide\.layer: mixed_7z: .*pool1, pool2"):
-        layer_channels(GuideConfig(name="inception", layer="mixed_7z"))
-    with pytest.raises(GuideError, match=r"guide\.path: .* lacks config\.json"):
-        layer_channels(GuideConfig(path=str(tmp_path)))
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(GuideError, match=r"guide\.path: .* is damaged"):
-        layer_channels(GuideConfig(path=str(tmp_path)))
+def test_one_block_in_a_list_is_that_block(checkpoint):
+    alone = load_guide(GuideConfig(path=str(checkpoint), layer=(2,)), CPU)
+    plain = load_guide(GuideConfig(path=str(checkpoint), layer=2), CPU)
+    assert alone.info == plain.info and alone.info.layer == 2
+    assert torch.equal(alone(pictures(28)), plain(pictures(28)))
+
+
+@pytest.mark.parametrize("layer", [(1, 4), (0,), "pool1", (3, -1)])
+def test_blocks_that_dinov2_lacks_are_refused(checkpoint, layer):
+    with pytest.raises(GuideError, match=r"guide\.layer: "):
+        load_guide(GuideConfig(path=str(checkpoint), layer=layer), CPU)
+
+
+def test_pixels_are_the_picture_itself():
+    guide = load_guide(GuideConfig(name="pixels"), CPU)
+    assert isinstance(guide, Guide)
+    assert guide.info.num_channels == 3 and not guide.info.random
+    images = pictures(32)
+    native = native_pyramid(guide, images, (8, 4))
+    for grid, level in native.items():
+        side = 32 // grid
+        for place in range(grid * grid):
+            row, column = place // grid * side, place % grid * side
+            block = images[..., row : row + side, column : column + side]
+            torch.testing.assert_close(level[:, place], block.mean((2, 3)))
+    small = pictures(8).requires_grad_()
+    (gradient,) = torch.autograd.grad(native_pyramid(guide, small, (8,))[8].sum(), small)
+    assert torch.equal(gradient, torch.ones_like(small))
+    pooled = pooled_pyramid(guide, pictures(16), (16, 4))
+    torch.testing.assert_close(pooled[16].transpose(1, 2).reshape(2, 3, 16, 16), pictures(16))
+    other = load_guide(GuideConfig(name="pixels", path="elsewhere"), CPU)
+    assert same_guide(other.info.to_dict(), guide.info)
+    with pytest.raises(GuideError, match=r"guide\.layer: 1: pixels have no layers"):
+        load_guide(GuideConfig(name="pixels", layer=1), CPU)
+
+
+def test_pooled_from_another_base_is_means_of_that_grid(patch_guide):
+    images = pictures(64)
+    levels = pooled_pyramid(patch_guide, images, (4, 8), base_grid=8)
+    base = patch_guide(to_guide(images, 40)).numpy().astype(np.float64)
+    means = base.reshape(2, 6, 4, 2, 4, 2).mean((3, 5))
+    for grid, expected in ((8, base), (4, means)):
+        found = levels[grid].transpose(1, 2).reshape(2, 6, grid, grid)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert not torch.allclose(levels[4], pooled_pyramid(patch_guide, images, (4,))[4])
+    with pytest.raises(ValueError, match=r"pooled grids \[16\]: .*\[8, 4, 2, 1\]"):
+        pooled_pyramid(patch_guide, images, (16,), base_grid=8)
+
+
+def test_what_a_manifest_does_not_say_is_16():
+    assert base_grid_of({"pyramids": {"base_grid": 8, "grids": [8]}}) == 8
+    assert [base_grid_of(old) for old in ({}, {"pyramids": {"grids": [4]}})] == [16, 16]
+
+
+def test_the_config_takes_a_number_a_name_or_a_list():
+    for given, wanted in [
+        (11, 11),
+        ("pool1", "pool1"),
+        ([3, -1], (3, -1)),
+        (["pool1", "mixed_5d"], ("pool1", "mixed_5d")),
+    ]:
+        config = parse_config({"guides": {"a_1": {"layer": given}}})
+        assert config.guides["a_1"].layer == wanted
+        assert parse_config(config.model_dump(mode="json")) == config
+    overrides = ["guide.layer=[1, 2]", "guides.pixels.name=pixels", "clip.path=here"]
+    config = parse_config({}, overrides)
+    assert config.guide.layer == (1, 2) and config.guides["pixels"].name == "pixels"
+    assert config.clip is not None and config.clip.path == "here"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"guide": {"layer": 1.5}}, r"guide\.layer: 1\.5: give a number, a name, or a list"),
+        ({"guide": {"layer": [1, "pool1"]}}, r"guide\.layer: \[1, 'pool1'\]: give"),
+        ({"guide": {"layer": []}}, r"guide\.layer: \[\]: give"),
+        ({"guide": {"layer": [1, 1]}}, r"guide\.layer: \[1, 1\]: name each layer once"),
+        ({"guides": {"Pixels": {}}}, r"guides: 'Pixels' names no guide"),
+        ({"guides": {"clip": {}}}, r"guides: 'clip' names no guide"),
+        ({"guides": {"a": {"pth": 1}}}, r"unknown key 'guides\.a\.pth': did you mean 'path'"),
+        ({"prepare": {"pyramids": {"base_grid": 8}}}, r"grids: 16 is no pooled grid: use 8, 4, 2"),
+    ],
+)
+def test_what_no_config_can_mean_is_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(given)
