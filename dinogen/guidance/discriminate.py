@@ -142,7 +142,7 @@ class Discriminating:
         logits = self._judge(both, "judge/D", positions.repeat(2))
         halves = [one.chunk(2) for one in logits]
         loss = relativistic_d if self.options.loss == "relativistic" else hinge_d
-        losses = {self.options.loss: _mean([loss(*pair) for pair in halves])}
+        losses: Scalars = {self.options.loss: _mean([loss(*pair) for pair in halves])}
         report = {
             "real": _mean([real.detach().mean() for real, _ in halves]),
             "fake": _mean([fake.detach().mean() for _, fake in halves]),
