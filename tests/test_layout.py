@@ -40,7 +40,12 @@ MAY_IMPORT = {
     "dinogen.report": set(),
     "dinogen.prepare": {"dinogen.features", "dinogen.dist", "dinogen.report.pictures"},
     "dinogen.metrics": {"dinogen.features", "dinogen.dist", "dinogen.report.pictures"},
-    "dinogen.guidance": {"dinogen.features", "dinogen.networks", "dinogen.losses"},
+    "dinogen.guidance": {
+        "dinogen.dist",
+        "dinogen.features",
+        "dinogen.losses",
+        "dinogen.networks",
+    },
     "dinogen.families": {
         "dinogen.features",
         "dinogen.guidance",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,10 @@ class Phase:
         every: runs at steps divisible by this.
         remembered: names of reported values, of any shape, whose means over the global batch
             are handed to ``Family.remember`` after the update.
+        before: for losses that are no means over samples but look at the global batch as one:
+            called once, without gradients, with all of the rank's microbatches and how many
+            samples each counts (0: it stands for another's), which it may add entries to; all
+            ranks call it, so it may use collectives.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Phase:
     losses: Callable[[Batch], tuple[Scalars, Scalars]]
     every: int = 1
     remembered: tuple[str, ...] = ()
+    before: Callable[[Sequence[tuple[Batch, int]]], None] | None = None
 
     def due(self, step: int) -> bool:
         """Whether the phase runs at this step."""
@@ -45,11 +50,20 @@ class Phase:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the family reads of each sample."""
+    """What the family reads of each sample.
+
+    Attributes:
+        image_size: side of the pictures; None for none.
+        levels: of the pyramids, such as ``p8`` or ``pixels.p8``.
+        labels: whether there have to be some.
+        bank: so many further samples, over all ranks, whose levels (no pictures) each step reads
+            into ``batch["bank"]``; none if 0.
+    """
 
     image_size: int | None
     levels: tuple[str, ...] = ()
     labels: bool = False
+    bank: int = 0
 
 
 @dataclass(frozen=True)

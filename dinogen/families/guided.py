@@ -1,21 +1,22 @@
-"""Family `guided`: a progressive generator taught by frozen guide features, no discriminator."""
+"""Family `guided`: a progressive generator taught by features of frozen networks."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dinogen import draws
 from dinogen.config import Config, ConfigError, Section, StageConfig
 from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars, Verdict
-from dinogen.features.base import Guide, same_guide
-from dinogen.features.load import load_guide
-from dinogen.features.pyramid import native_pyramid, pooled_pyramid
+from dinogen.guidance.joint import Features, JointObjective, is_of, real_features
+from dinogen.guidance.teacher import Teacher
+from dinogen.guidance.terms import MAIN, AnyTerm, Energy, Mse, Paired, PairTerm, SetTerm, titles
 from dinogen.losses.pyramid import collapse_floor, mean_pairwise_distance, pyramid_mse
 from dinogen.networks.progressive import ProgressiveGenerator
 from shards.dataset import Dataset
@@ -24,45 +25,86 @@ NATIVE_UP_TO = 16
 COLLAPSING_BELOW = 0.5
 COLLAPSED_BELOW = 0.1
 COLLAPSED_NEAR_FLOOR = 1.02
+# Real pictures from which the floors are worked out.
+_NUM_REALS = 512
+# Generated pictures, at least, beside each part of the held-out ones.
+_HELD_OUT = 32
 
 
 class Guided(Family):
-    """The original experiment: mean squared error between the guide's features of a generated
-    picture and the stored pyramid of a random real one.
+    """Features of generated pictures are compared with those of real ones, stored as pyramids.
 
-    That objective has one best answer, the same features for every z (see
-    :func:`dinogen.losses.pyramid.pyramid_mse`), so each curve is drawn with its floor and each
-    probe measures the diversity that is left.
+    With the original objective, ``mse`` against a random real picture, the best answer is the same
+    for every z (see :func:`dinogen.losses.pyramid.pyramid_mse`), so each curve is drawn with its
+    floor and each probe measures the diversity that is left. The objectives that compare
+    distributions are least where generated pictures are distributed as real ones.
     """
 
     class Options(Section):
         """Keys of ``family:`` for ``name: guided``."""
 
-        objective: Literal["mse"] = Field("mse", description="how pyramids are compared")
+        objectives: tuple[AnyTerm, ...] = Field(
+            (Mse(),), min_length=1, description="what is summed: names, weights, options"
+        )
+        bank: int = Field(
+            0,
+            ge=0,
+            description="so many further reals each step for objectives that compare "
+            "distributions; 0: as many as are generated",
+        )
         pyramid: Literal["native", "pooled"] = Field(
             "native",
             description="targets up to 16x16: features of the shrunk picture, or pooled features "
             "of the full one; above 16x16 always pooled",
+        )
+        grids: dict[str, tuple[int, ...]] = Field(
+            {},
+            description="above 16x16, of main and of each of guides:; 16, 8 and 4 unless given",
         )
         z_dim: int = Field(512, ge=1, description="size of the latent")
         channel_base: int = Field(16384, ge=4, description="channels at R are base / R ...")
         channel_max: int = Field(512, ge=1, description="... and at most this")
         probe_samples: int = Field(64, ge=2, description="pictures per diversity probe")
 
+        @model_validator(mode="before")
+        @classmethod
+        def _one_name(cls, values: Any) -> Any:
+            # One objective by its name alone; so it was written once.
+            if isinstance(values, dict) and "objective" in values and "objectives" not in values:
+                values = dict(values)
+                values["objectives"] = [{"name": values.pop("objective")}]
+            return values
+
     def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
         super().__init__(config, stage, device)
         self.options = self.Options(**config.family.options)
         self.G = ProgressiveGenerator(**self.arguments("G")).to(device)
-        if stage.resolution <= NATIVE_UP_TO:
-            self.grids: tuple[int, ...] = (stage.resolution,)
-            kind = self.options.pyramid
-        else:
-            self.grids = (16, 8, 4)
-            kind = "pooled"
-        self.levels = tuple(f"{kind[0]}{grid}" for grid in self.grids)
-        self.guide: Guide | None = None
-        self.floor = float("nan")
-        self.real_distance: dict[int, float] = {}
+        self.levels = self._levels()
+        terms = dict(zip(titles(self.options.objectives), self.options.objectives, strict=True))
+        self.pairs = {title: term for title, term in terms.items() if isinstance(term, PairTerm)}
+        self.sets = {title: term for title, term in terms.items() if isinstance(term, SetTerm)}
+        self.teacher: Teacher | None = None
+        self.floors: dict[str, float] = {}
+        self.real_distance: dict[str, float] = {}
+
+    def _levels(self) -> tuple[str, ...]:
+        """What is read and compared at this stage."""
+        options, size = self.options, self.stage.resolution
+        guides = (MAIN, *self.config.guides)
+        for name in (*options.grids, *(g for term in options.objectives for g in term.guides)):
+            if name not in guides:
+                raise ConfigError(
+                    f"family: there is no guide {name}: name one of {', '.join(guides)}, or add it "
+                    "to guides:"
+                )
+        levels = []
+        for name in guides:
+            prefix = "" if name == MAIN else f"{name}."
+            if size <= NATIVE_UP_TO:
+                levels.append(f"{prefix}{options.pyramid[0]}{size}")
+            else:
+                levels += [f"{prefix}p{grid}" for grid in options.grids.get(name, (16, 8, 4))]
+        return tuple(levels)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -72,54 +114,30 @@ class Guided(Family):
     @property
     def phases(self) -> tuple[Phase, ...]:
         """One update of G."""
-        return (Phase("G", "G", self._losses),)
+        return (Phase("G", "G", self._losses, before=self._before if self.sets else None),)
 
     @property
     def inputs(self) -> Inputs:
         """Only the levels compared; no picture is decoded."""
-        return Inputs(image_size=None, levels=self.levels)
+        return Inputs(image_size=None, levels=self.levels, bank=self.options.bank)
 
     def begin(self, data: Dataset) -> None:
-        """Load the guide, check that it made these shards, and measure how far reals differ."""
-        self.guide = load_guide(self.config.guide, self.device)
-        made_by, path = data.manifest.guide or {}, data.location
-        if not made_by:
-            raise ConfigError(
-                f"{path}: its manifest does not say which guide made the pyramids, so none can be "
-                "trusted to fit: run `dinogen prepare` again"
-            )
-        if not same_guide(made_by, self.guide.info):
-            mine = self.guide.info.to_dict()
-            other = ", ".join(
-                f"{key} {mine[key]} instead of {made_by.get(key)}"
-                for key in ("name", "path", "layer", "weights_sha256")
-                if mine[key] != made_by.get(key)
-            )
-            raise ConfigError(
-                f"guide: not the one that made the pyramids of {path} ({other}): use that one, or "
-                "run `dinogen prepare` again"
-            )
-        self.floor = collapse_floor([data.total_variance(level) for level in self.levels])
-        split = self.config.data.split
-        num_real = data.num_samples(split)
-        if num_real < 2:
-            raise ConfigError(
-                f"data.split: {path} has {num_real} samples in split {split}: "
-                "two are the least that differ; prepare more photos or name another split"
-            )
-        chosen = np.linspace(0, num_real - 1, min(num_real, 2 * self.options.probe_samples))
-        real = data.read(
-            chosen.astype(int).tolist(),
-            split=split,
-            levels=self.levels,
-            on_error=self.config.data.on_error,
-        )
-        self.real_distance = {g: mean_pairwise_distance(real["pyramid"][g]) for g in self.grids}
-        if not all(self.real_distance.values()):
-            raise ConfigError(
-                f"data.path: the samples of {path} in split {split} are all the same: prepare "
-                "photos that differ"
-            )
+        """Load the guides, check that they made these shards, and measure how far reals differ."""
+        self.teacher = Teacher(self.config, self.levels, data, self.device)
+        self.scales = self.teacher.scales()
+        settings = (self.scales, self.config.seed, self.stage.batch, self._features)
+        self.joint = JointObjective(self.sets, *settings)
+        self.judge = JointObjective({"energy": Energy()}, *settings)
+        split, on_error = self.config.data.split, self.config.data.on_error
+        reals = self.teacher.reals(2 * self.options.probe_samples, split, on_error)
+        self.real_distance = self.teacher.distances(reals)
+        self.floors = {
+            title: self._collapse_floor(term, data)
+            for title, term in self.pairs.items()
+            if isinstance(term, Mse)
+        }
+        if self.sets:
+            self.floors |= self.joint.floors(self.teacher.reals(_NUM_REALS, split, on_error))
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
         """z (N, z_dim)."""
@@ -157,55 +175,122 @@ class Guided(Family):
                 network.set_fade(alpha, fading)
 
     def constants(self) -> dict[str, float]:
-        """The collapse floor of this stage's levels."""
-        return {"floor": self.floor}
+        """The least that the summed losses can reach, where it is known.
+
+        Of ``mse`` it is the collapse floor, which one answer for every z reaches; of objectives
+        that compare distributions what reals reach against other reals.
+        """
+        if len(self.floors) < len(self.pairs) + len(self.sets):
+            return {}
+        return {"floor": sum(self.floors.values())}
 
     def probe(self, networks: Networks, loss: float | None) -> Verdict:
         """Diversity of samples: mean pairwise feature distance over that of real pictures."""
+        assert self.teacher is not None, "begin() comes first"
         indices = torch.arange(self.options.probe_samples)
-        pyramid = self._pyramid(self.sample(networks, indices, self.config.seed))
+        features = self.teacher.features(self.sample(networks, indices, self.config.seed))
         ratios = [
-            mean_pairwise_distance(pyramid[g].cpu()) / self.real_distance[g] for g in self.grids
+            mean_pairwise_distance(values.cpu()) / self.real_distance[level]
+            for level, values in features.items()
         ]
         diversity = sum(ratios) / len(ratios)
         scalars = {"diversity": diversity}
-        if loss is not None:
-            scalars["loss_over_floor"] = loss / self.floor
+        floor = self.constants().get("floor")
         if not math.isfinite(diversity) or (loss is not None and not math.isfinite(loss)):
             return Verdict(scalars, "BROKEN", ("BROKEN: loss or samples are not finite",))
         share = f"samples differ {diversity:.1%} as much as real pictures"
         if diversity < COLLAPSED_BELOW:
             return Verdict(scalars, "COLLAPSED", (f"COLLAPSED: {share}",))
-        if loss is not None and loss <= COLLAPSED_NEAR_FLOOR * self.floor:
-            text = (
-                f"COLLAPSED: loss {loss:.4g} is within 2 % of the floor {self.floor:.4g}; {share}"
-            )
-            return Verdict(scalars, "COLLAPSED", (text,))
+        if loss is not None and floor is not None and not self.sets:
+            scalars["loss_over_floor"] = loss / floor
+            if loss <= COLLAPSED_NEAR_FLOOR * floor:
+                near = f"loss {loss:.4g} is within 2 % of the floor {floor:.4g}"
+                return Verdict(scalars, "COLLAPSED", (f"COLLAPSED: {near}; {share}",))
         if diversity < COLLAPSING_BELOW:
             return Verdict(scalars, "COLLAPSING", (f"COLLAPSING: {share}",))
         return Verdict(scalars)
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
-        """The objective against pyramids that were not trained on."""
-        return {"mse": self._mse(networks["G"], batch, "z/held-out")}
+        """Against pyramids that were not trained on: ``mse`` and, of sets, ``energy``."""
+        assert self.teacher is not None, "begin() comes first"
+        real = {level: real_features(batch, level).float() for level in self.levels}
+        found: Scalars = {}
+        if self.pairs:
+            z = self._z(batch, "z/held-out", self.pairs)
+            features = self.teacher.features(networks["G"](z))
+            found |= {title: self._pair(term, features, real) for title, term in self.pairs.items()}
+        if self.sets:
+            num = math.ceil(_HELD_OUT / len(batch["key"]))
+            z = torch.cat([self._z(batch, f"z/held-out/{i}", {}) for i in range(num)])
+            features = self.teacher.features(networks["G"](z))
+            found["energy"] = self.judge.compare(features, real, self._no_directions).losses[
+                "energy"
+            ]
+        return found
 
     def describe(self) -> dict[str, Any]:
-        """Which guide taught the run."""
-        if self.guide is None:
-            return {}
-        info = self.guide.info
-        return {"guide": info.to_dict(), "guide_label": info.label, "random_guide": info.random}
+        """Which guides taught the run."""
+        return self.teacher.describe() if self.teacher else {}
 
-    def _pyramid(self, images: Tensor) -> dict[int, Tensor]:
-        assert self.guide is not None, "begin() comes first"
-        if self.stage.resolution <= NATIVE_UP_TO:
-            return native_pyramid(self.guide, images, self.grids)
-        return pooled_pyramid(self.guide, images, self.grids)
+    def _z(self, batch: Batch, purpose: str, terms: Mapping[str, PairTerm]) -> Tensor:
+        """Latents (B, z_dim) of samples: by their keys if a term is paired, else by position."""
+        positions = batch["position"]
+        if any(isinstance(term, Paired) for term in terms.values()):
+            purpose, positions = "paired", torch.tensor([_number(key) for key in batch["key"]])
+        return draws.normal(
+            self.config.seed, purpose, positions, (self.options.z_dim,), self.device
+        )
+
+    def _features(self, batch: Batch) -> Features:
+        """Of generated pictures."""
+        assert self.teacher is not None, "begin() comes first"
+        return self.teacher.features(self.G(self._z(batch, "z", self.pairs)))
+
+    def _before(self, micros: Sequence[tuple[Batch, int]]) -> None:
+        self.joint.before(micros)
 
     def _losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
-        return {"mse": self._mse(self.G, batch, "z")}, {}
+        features = self._features(batch)
+        losses: Scalars = {}
+        report: Scalars = {}
+        for title, term in self.pairs.items():
+            real = {level: real_features(batch, level) for level in self.levels}
+            losses[title] = term.weight * self._pair(term, features, real)
+        if self.sets:
+            joint, report = self.joint.losses(batch, features)
+            losses |= joint
+        return losses, report
 
-    def _mse(self, G: nn.Module, batch: Batch, purpose: str) -> Tensor:
-        shape = (self.options.z_dim,)
-        z = draws.normal(self.config.seed, purpose, batch["position"], shape, self.device)
-        return pyramid_mse(self._pyramid(G(z)), batch["pyramid"])
+    def _pair(self, term: PairTerm, generated: Features, real: Features) -> Tensor:
+        """Mean squared error of the levels that a term compares."""
+        levels = [level for level in self.levels if is_of(level, term.guides)]
+        sides = []
+        for features in (generated, real):
+            scales = self.scales if term.normalize else {}
+            sides.append(
+                {k: features[k] * scales[k] if k in scales else features[k] for k in levels}
+            )
+        return pyramid_mse(*sides)
+
+    def _collapse_floor(self, term: PairTerm, data: Dataset) -> float:
+        """Of a term, with its weight."""
+        floors = []
+        for level in self.levels:
+            if not is_of(level, term.guides):
+                continue
+            if term.normalize:
+                variance = torch.from_numpy(data.level_variance(level)).to(self.device)
+                floors.append(float((variance * self.scales[level].square()).mean()))
+            else:
+                floors.append(data.total_variance(level))
+        return term.weight * collapse_floor(floors)
+
+    @staticmethod
+    def _no_directions(size: int, number: int) -> Tensor:
+        raise AssertionError("energy has no directions")
+
+
+def _number(key: str) -> int:
+    """A number of 63 bits for a sample's key."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-Pyramid = dict[int, Tensor]
+Level = TypeVar("Level")
 
 
-def pyramid_mse(generated: Pyramid, real: Pyramid) -> Tensor:
+def pyramid_mse(generated: Mapping[Level, Tensor], real: Mapping[Level, Tensor]) -> Tensor:
     """Mean squared error of two pyramids, each level counting the same.
 
     With generated and real pictures independent, its expectation is at least the mean over levels
@@ -16,8 +19,8 @@ def pyramid_mse(generated: Pyramid, real: Pyramid) -> Tensor:
     generator therefore makes the same features for every z; see :func:`collapse_floor`.
 
     Args:
-        generated: {grid: (B, grid*grid, C)}.
-        real: the same grids and shapes.
+        generated: by level, (B, grid*grid, C).
+        real: the same levels and shapes.
 
     Returns:
         Scalar float32.

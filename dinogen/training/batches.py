@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,20 +33,28 @@ def split(batch: Batch, num_parts: int, device: torch.device) -> list[tuple[dict
 
     Returns:
         Parts and their numbers of samples, as equal as can be. Where there are more parts than
-        samples, a part repeats a sample and counts 0.
+        samples, a part repeats a sample and counts 0. The bank is in all of them, whole.
     """
     size = len(batch["key"])
+    bank = _part(batch["bank"], slice(None), device) if "bank" in batch else None
     parts = []
     for i in range(num_parts):
         first, end = size * i // num_parts, size * (i + 1) // num_parts
         part = slice(first, end) if end > first else slice(size - 1, size)
-        micro: dict[str, Any] = {}
-        for name, value in batch.items():
-            if name == "pyramid":
-                micro[name] = {g: v[part].to(device, non_blocking=True) for g, v in value.items()}
-            elif isinstance(value, torch.Tensor) and name != "position":
-                micro[name] = value[part].to(device, non_blocking=True)
-            else:
-                micro[name] = value[part]
+        micro = _part({k: v for k, v in batch.items() if k != "bank"}, part, device)
+        if bank is not None:
+            micro["bank"] = bank
         parts.append((micro, end - first))
     return parts
+
+
+def _part(batch: Mapping[Any, Any], part: slice, device: torch.device) -> dict[Any, Any]:
+    taken: dict[Any, Any] = {}
+    for name, value in batch.items():
+        if isinstance(value, Mapping):
+            taken[name] = _part(value, part, device)
+        elif isinstance(value, torch.Tensor) and name != "position":
+            taken[name] = value[part].to(device, non_blocking=True)
+        else:
+            taken[name] = value[part]
+    return taken

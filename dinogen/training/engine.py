@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,12 @@ class SingleEngine:
         for name, network in self.family.networks.items():
             names = self.family.trainable(name)
             self.trained[name] = [p for n, p in network.named_parameters() if n in names]
+
+    def before(self, phase: Phase, micros: Sequence[tuple[Batch, int]]) -> None:
+        """Let a phase look at all of a step's microbatches, if it wants to."""
+        if phase.before is not None:
+            with torch.no_grad(), self._autocast():
+                phase.before(micros)
 
     def losses(self, phase: Phase, batch: Batch, last: bool) -> tuple[Scalars, Scalars]:
         """Forward of a microbatch; ``last`` says that a step follows its backward."""

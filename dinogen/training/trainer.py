@@ -17,6 +17,7 @@ from dinogen.training.artifacts import save_samples
 from dinogen.training.augment import augment
 from dinogen.training.batches import num_micros, split
 from dinogen.training.console import ProgressLine
+from dinogen.training.feed import Feed
 from dinogen.training.labels import check_labels
 from dinogen.training.logger import Logger
 from dinogen.training.saver import Saver
@@ -93,27 +94,12 @@ class Trainer:
             self.plan.end,
             dist.is_main(),
         )
-        inputs = self.family.inputs
-        self.stream = self.state.data.stream(
-            batch_size=self.stage.batch,
-            seed=self.config.seed,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
-            start=progress.nimg,
-            image_size=inputs.image_size,
-            levels=inputs.levels,
-            split=self.config.data.split,
-            num_threads=self.config.data.num_threads,
-            num_lanes=self.config.data.num_lanes,
-            window_shards=self.config.data.window_shards,
-            on_error=self.config.data.on_error,
-            pin_memory=self.engine.device.type == "cuda",
-        )
+        self.feed = Feed(self.state)
         try:
-            with self.stream:
+            with self.feed:
                 self.window = Window(time.monotonic())
                 self.counted_until = self.window.began
-                batches = iter(self.stream)
+                batches = iter(self.feed)
                 began = progress.nimg
                 while not self.state.finished:
                     before = time.monotonic()
@@ -128,7 +114,7 @@ class Trainer:
                             self._saved()
                         raise self.stop.error(f"at {self.now} images")
                     check_labels(self.family, batch)
-                    self.num_skipped_here = self.stream.num_skipped
+                    self.num_skipped_here = self.feed.num_skipped
                     self._prepare_engine()
                     self.train_step(batch)
                     self._after_step(line)
@@ -156,6 +142,7 @@ class Trainer:
             if not phase.due(self.progress.step):
                 continue
             remembered: Scalars = {}
+            self.engine.before(phase, micros)
             for i, (micro, num_samples) in enumerate(micros):
                 losses, report = self.engine.losses(phase, micro, last=i == len(micros) - 1)
                 weight = num_samples / self.stage.batch

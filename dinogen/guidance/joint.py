@@ -1,0 +1,248 @@
+"""Objectives that look at the whole global batch: gathered, and differentiated in parts.
+
+Gradient caching (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory
+Limited Setup", section 3.2): the loss is differentiated to the features of all samples first; each
+microbatch then goes through the generator with its own part of that gradient. So thousands of
+samples are compared in the memory of one microbatch, and the gradient is that of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinogen import draws
+from dinogen.guidance.gather import gather_rows
+from dinogen.guidance.terms import MAIN, Directions, SetTerm, View
+
+Batch = dict[str, Any]
+Scalars = dict[str, Tensor]
+# Features by level, such as "p8" or "pixels.p8": (N, places, C).
+Features = dict[str, Tensor]
+
+_CACHED = "joint"
+# Pairs of samples that are compared at once: some hundred megabytes of distances.
+_MOST_PAIRS = 2**24
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an objective finds in a global batch.
+
+    Attributes:
+        gradients: of the summed losses to each feature of some samples.
+        losses: by the terms' titles.
+        report: what else is worth a curve.
+    """
+
+    gradients: Features
+    losses: Scalars
+    report: Scalars
+
+    def rows(self, first: int, end: int) -> Found:
+        """The same of some of the samples."""
+        part = {level: gradient[first:end] for level, gradient in self.gradients.items()}
+        return Found(part, self.losses, self.report)
+
+
+class JointObjective:
+    """The weighted sum of terms that compare distributions, over all ranks and microbatches.
+
+    Args:
+        terms: by their titles.
+        scales: per level, what each channel (C,) is multiplied by first.
+        seed: of directions.
+        batch: size of the global batch.
+        features: of a microbatch's generated pictures.
+    """
+
+    def __init__(
+        self,
+        terms: Mapping[str, SetTerm],
+        scales: Features,
+        seed: int,
+        batch: int,
+        features: Callable[[Batch], Features],
+    ) -> None:
+        self.terms = terms
+        self.scales = scales
+        self.seed = seed
+        self.batch = batch
+        self.features = features
+
+    def before(self, micros: Sequence[tuple[Batch, int]]) -> None:
+        """Phase.before: with several microbatches, find the gradients to all features first.
+
+        The generator runs twice then; nothing in it may depend on how often it ran.
+        """
+        if len(micros) == 1:
+            return
+        parts = [
+            {level: values[:num] for level, values in self.features(micro).items()}
+            for micro, num in micros
+        ]
+        own = {level: torch.cat([part[level] for part in parts]) for level in parts[0]}
+        counted = [{**micro, **_cut(micro, num)} for micro, num in micros]
+        found = self._find(own, counted)
+        first = 0
+        for micro, num in micros:
+            # One that stands for another's sample counts nothing, but has to have a gradient.
+            end = max(first + num, 1)
+            micro[_CACHED] = found.rows(end - max(num, 1), end)
+            first += num
+
+    def losses(self, batch: Batch, features: Features) -> tuple[Scalars, Scalars]:
+        """Losses of the whole, with the gradient of this microbatch's part in it.
+
+        Args:
+            batch: the microbatch.
+            features: of its generated pictures, with gradients.
+        """
+        found: Found = batch.get(_CACHED) or self._find(
+            {level: values.detach() for level, values in features.items()}, [batch]
+        )
+        # A loss is a mean over samples to the engine: times B over n, it weighs it n over B.
+        share = self.batch / len(batch["key"])
+        surrogate = (
+            share
+            * torch.stack(
+                [(features[level] * found.gradients[level]).sum() for level in found.gradients]
+            ).sum()
+        )
+        losses = dict(found.losses)
+        first = next(iter(losses))
+        losses[first] = losses[first] + (surrogate - surrogate.detach())
+        return losses, found.report
+
+    def compare(self, generated: Features, real: Features, directions: Directions) -> Found:
+        """What the terms find in features of two sets of samples, on one rank, without gathering.
+
+        Args:
+            generated: (N, places, C) by level.
+            real: (M, places, C) by level.
+            directions: see :class:`SlicedWasserstein`.
+        """
+        gradients = {level: torch.zeros_like(values) for level, values in generated.items()}
+        losses: Scalars = {}
+        report: Scalars = {}
+        for title, term in self.terms.items():
+            levels = [level for level in generated if is_of(level, term.guides)]
+            share = term.weight / (len(levels) * len(term.views))
+            total = torch.zeros((), device=next(iter(generated.values())).device)
+            for level in levels:
+                for view in term.views:
+                    loss, more = self._compare(
+                        term, level, view, share, generated, real, gradients, directions
+                    )
+                    total = total + share * loss
+                    report[f"{title}.{level}.{view}"] = loss
+                    report |= {f"{title}.{level}.{view}.{k}": v for k, v in more.items()}
+            losses[title] = total
+        return Found(gradients, losses, report)
+
+    def floors(self, real: Features) -> dict[str, float]:
+        """What a perfect generator reaches, by title, from real features; where it is known."""
+        floors: dict[str, float] = {}
+        for title, term in self.terms.items():
+            levels = [level for level in real if is_of(level, term.guides)]
+            found = [
+                term.floor(problems(real[level] * self.scales[level], view))
+                for level in levels
+                for view in term.views
+            ]
+            known = [float(floor) for floor in found if floor is not None]
+            if len(known) == len(found):
+                floors[title] = term.weight * sum(known) / len(known)
+        return floors
+
+    @torch.enable_grad()
+    def _compare(
+        self,
+        term: SetTerm,
+        level: str,
+        view: View,
+        share: float,
+        generated: Features,
+        real: Features,
+        gradients: Features,
+        directions: Directions,
+    ) -> tuple[Tensor, Scalars]:
+        """One term on one view of one level, some places at a time; adds to ``gradients``."""
+        num = len(generated[level])
+        theirs = problems(real[level] * self.scales[level], view)
+        pairs = num * (num + theirs.shape[1])
+        block = max(1, _MOST_PAIRS // pairs) if view == "place" else 1
+        total, more = theirs.new_zeros(()), dict[str, Tensor]()
+        for first in range(0, len(theirs), block):
+            places = slice(first, first + block) if view == "place" else slice(None)
+            leaf = generated[level][:, places].detach().requires_grad_()
+            ours = problems(leaf * self.scales[level], view)
+            # Differences of distances are small beside them: half precision would lose them.
+            with torch.autocast(leaf.device.type, enabled=False):
+                loss, said = term.compare(ours, theirs[first : first + block], directions)
+            part = len(ours) / len(theirs)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            gradients[level][:, places] += share * part * gradient
+            total = total + part * loss.detach()
+            for name, value in said.items():
+                more[name] = more.get(name, 0.0) + part * value.detach()
+        return total, more
+
+    def _find(self, own: Features, micros: Sequence[Batch]) -> Found:
+        """Gather all ranks' features, compare, and keep what belongs to this rank's."""
+        generated: Features = {}
+        offset = num = 0
+        for level, values in own.items():
+            generated[level], offset = gather_rows(values)
+            num = len(values)
+        real = {level: gather_rows(_real(micros, level))[0].float() for level in own}
+        positions = torch.cat([micro["position"] for micro in micros])
+        first = gather_rows(positions)[0].min().reshape(1)
+
+        def directions(size: int, number: int) -> Tensor:
+            device = next(iter(own.values())).device
+            return draws.normal(self.seed, "slices", first, (size, number), device)[0]
+
+        return self.compare(generated, real, directions).rows(offset, offset + num)
+
+
+def problems(features: Tensor, view: View) -> Tensor:
+    """Features (N, places, C) as sets to be compared: (places, N, C), or one (1, N, places * C)."""
+    return features.transpose(0, 1) if view == "place" else features.flatten(1)[None]
+
+
+def real_features(batch: Batch, level: str) -> Tensor:
+    """Features of a batch's real pictures at a level such as ``p8`` or ``pixels.p8``."""
+    guide, _, name = level.rpartition(".")
+    pyramid = batch["guides"][guide] if guide else batch["pyramid"]
+    found: Tensor = pyramid[int(name[1:])]
+    return found
+
+
+def _real(micros: Sequence[Batch], level: str) -> Tensor:
+    """This rank's share of the reals: its bank or, without one, its part of the batch."""
+    if "bank" in micros[0]:
+        return real_features(micros[0]["bank"], level)
+    return torch.cat([real_features(micro, level) for micro in micros])
+
+
+def _cut(batch: Batch, num: int) -> Batch:
+    """The first samples of what is compared of a batch."""
+    cut: Batch = {"position": batch["position"][:num]}
+    if "pyramid" in batch:
+        cut["pyramid"] = {grid: values[:num] for grid, values in batch["pyramid"].items()}
+    if "guides" in batch:
+        cut["guides"] = {
+            name: {grid: values[:num] for grid, values in pyramid.items()}
+            for name, pyramid in batch["guides"].items()
+        }
+    return cut
+
+
+def is_of(level: str, guides: Sequence[str]) -> bool:
+    """Whether a level's guide is among those named; all are if none is."""
+    return not guides or (level.rpartition(".")[0] or MAIN) in guides

@@ -1,0 +1,36 @@
+"""Tiny guided runs of every objective, for tests of what they compute on ranks and in parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dinogen.config import Config
+from dinogen.training.run import train
+from tests.families.tiny import tiny_config
+
+OBJECTIVES = {
+    "mse": [{"name": "mse"}],
+    "paired": [{"name": "paired", "normalize": True}],
+    "energy": [{"name": "energy"}, {"name": "mse", "weight": 0.1, "guides": ["main"]}],
+    "mmd": [{"name": "mmd", "guides": ["main"]}, {"name": "mmd", "guides": ["pixels"]}],
+    "sliced_wasserstein": [{"name": "sliced_wasserstein", "num_slices": 4}],
+    "drift": [{"name": "drift", "views": ["place", "map"], "widths": [0.1, 0.3]}],
+}
+
+
+def objective_config(data: Path, out: Path, name: str, *overrides: str) -> Config:
+    """Two steps of 8 with one objective."""
+    given = [
+        f"family.objectives={OBJECTIVES[name]}",
+        "guides={pixels: {name: pixels}}",
+        "stages.0.kimg=0.016",
+        "log.num_samples=1",
+    ]
+    return tiny_config("guided", data, out / name, *given, *overrides)
+
+
+def train_all(data: Path, out: Path, ways: dict[str, list[str]]) -> None:
+    """Train a run of each objective in each way: overrides by the name of a folder of ``out``."""
+    for way, overrides in ways.items():
+        for name in OBJECTIVES:
+            train(objective_config(data, out / way, name, *overrides))
