@@ -1,0 +1,415 @@
+"""Several guides, an embedder and captions: in one pass, in steps, interrupted, and compared."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from dinogen.config import GuideConfig, parse_config
+from dinogen.errors import UserError
+from dinogen.features import GuideInfo, load_guide, native_pyramid, pooled_pyramid
+from dinogen.prepare import join, pipeline
+from dinogen.prepare import pyramid as pyramid_module
+from dinogen.prepare.captions import read_caption
+from dinogen.prepare.export_pt import export_pt
+from dinogen.prepare.faces import read_faces, write_faces
+from dinogen.prepare.parts import PartFiles, write_pyramids
+from dinogen.prepare.pyramid import PyramidMaker
+from dinogen.prepare.read import PrepareError
+from launch.commands import data as commands
+from launch.commands.shards import app as shards_app
+from shards import open_dataset
+from shards.image import decode_image
+from shards.verify import verify
+
+CPU = torch.device("cpu")
+NUM = 11
+CAPTIONS = {1: "a grey square", 4: "größer ", 5: "  two\nlines\n", 9: "x" * 4096}
+SETTINGS = {
+    "faces": {"size": 32, "detect": "none"},
+    "pyramids": {"batch": 4, "shard_size": 3, "grids": [4, 8], "base_grid": 8},
+    "pack": {"shard_size": 3, "val_fraction": 0.3},
+}
+
+
+class PatchGuide:
+    """A fixed linear map of every patch; counts its calls."""
+
+    def __init__(self, patch, channels):
+        generator = torch.Generator().manual_seed(patch)
+        self.weight = torch.randn(channels, 3, patch, patch, generator=generator) / patch
+        self.patch = patch
+        self.info = GuideInfo(
+            "dinov2", f"patch{patch}", None, f"{patch:064d}", channels, [1, 2], False
+        )
+        self.calls = Counter()
+
+    def input_size(self, grid):
+        return self.patch * grid
+
+    def __call__(self, images):
+        self.calls[tuple(images.shape)] += 1
+        return torch.nn.functional.conv2d(images, self.weight, stride=self.patch)
+
+
+class Embedder:
+    """Means of the picture's colours; of a caption, its length and first letter."""
+
+    def __init__(self, weights="e", path="here"):
+        self.info = {"name": "clip", "path": path, "revision": None, "weights_sha256": weights}
+        self.seen = []
+
+    def images(self, images):
+        assert images.shape[1:] == (3, 32, 32) and images.abs().max() <= 1
+        return torch.cat((images.mean((2, 3)), images.std((2, 3))), 1)
+
+    def captions(self, captions):
+        self.seen += captions
+        return torch.tensor([[len(c), ord(c[0]), 1, 2, 3, 4] for c in captions]).float()
+
+
+def settings(**changes):
+    values = {name: {**section, **changes.get(name, {})} for name, section in SETTINGS.items()}
+    return parse_config({"prepare": values}).prepare
+
+
+def maker_of(**changes):
+    parts = {
+        "guide": PatchGuide(3, 5),
+        "config": settings().pyramids,
+        "device": CPU,
+        "guides": {
+            "pixels": load_guide(GuideConfig(name="pixels"), CPU),
+            "wide": PatchGuide(2, 4),
+        },
+        "embedder": Embedder(),
+    }
+    return PyramidMaker(**(parts | changes))
+
+
+def fill(folder):
+    folder.mkdir()
+    for number in range(NUM):
+        pixels = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        picture = Image.fromarray(pixels).resize((48, 40), Image.Resampling.BICUBIC)
+        picture.save(folder / f"f{number:02d}.jpg")
+        if number in CAPTIONS:
+            (folder / f"f{number:02d}.txt").write_text(CAPTIONS[number], encoding="utf-8")
+    (folder / "f00x.jpg").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return fill(tmp_path / "photos")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted preparation of the same photos, and who made it."""
+    folder = tmp_path_factory.mktemp("whole")
+    maker = maker_of()
+    pipeline.prepare(fill(folder / "photos"), folder / "data", settings(), maker)
+    return folder / "data", maker
+
+
+def contents(data):
+    return {
+        path.name: path.read_bytes()
+        for path in data.iterdir()
+        if path.name not in ("summary.json", "rejected.csv")
+    }
+
+
+def all_samples(data):
+    dataset = open_dataset(data)
+    return [
+        dataset.sample(number, split)
+        for split in dataset.manifest.splits
+        for number in range(dataset.num_samples(split))
+    ]
+
+
+def test_every_level_is_that_of_the_picture_alone(whole):
+    data, maker = whole
+    samples = all_samples(data)
+    assert len(samples) == NUM
+    levels = {f"{g}{k}{n}" for g in ("", "pixels.", "wide.") for k in "pn" for n in (4, 8)}
+    for sample in samples:
+        assert set(sample.levels) == levels | {"clip", "text"}
+        pixels = decode_image(sample.image, sample.image_format).astype(np.float32)
+        images = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+        for prefix, guide in (("", maker.guide), *((f"{n}.", g) for n, g in maker.guides.items())):
+            made = {"p": pooled_pyramid(guide, images, (4, 8), 8)}
+            made["n"] = native_pyramid(guide, images, (4, 8))
+            for kind, pyramid in made.items():
+                for grid, expected in pyramid.items():
+                    found = sample.levels[f"{prefix}{kind}{grid}"]
+                    np.testing.assert_allclose(found, expected[0], rtol=1e-3, atol=1e-3)
+        clip = maker.embedder.images(images)
+        np.testing.assert_allclose(sample.levels["clip"], clip, rtol=1e-3, atol=1e-3)
+    assert verify(open_dataset(data)) == []
+
+
+def test_captions_go_with_their_pictures_and_the_others_have_zeros(whole):
+    stripped = {f"f{number:02d}": text.strip() for number, text in CAPTIONS.items()}
+    for sample in all_samples(whole[0]):
+        assert sample.caption == stripped.get(sample.key)
+        text = np.zeros((1, 6))
+        if sample.caption:
+            text = [[len(sample.caption), ord(sample.caption[0]), 1, 2, 3, 4]]
+        np.testing.assert_array_equal(sample.levels["text"], text)
+
+
+def test_the_manifest_says_who_made_what_and_from_which_grid(whole):
+    data, maker = whole
+    manifest = open_dataset(data).manifest
+    assert manifest.guide == maker.guide.info.to_dict()
+    assert manifest.guides == {n: g.info.to_dict() for n, g in maker.guides.items()}
+    assert manifest.clip == maker.embedder.info
+    assert manifest.prepare["pyramids"] == {
+        "grids": [4, 8], "kinds": ["pooled", "native"], "base_grid": 8,
+    }  # fmt: skip
+    said = CliRunner().invoke(shards_app, ["ls", str(data)], env={"COLUMNS": "250"}).output
+    assert "wide.n8" in said and "guide wide: name=dinov2" in said and "clip: name=clip" in said
+
+
+def test_each_picture_is_decoded_once_and_each_guide_asked_once_per_grid(photos, monkeypatch):
+    decoded = Counter()
+    original = pyramid_module._decode
+    monkeypatch.setattr(
+        pyramid_module, "_decode", lambda crop: (decoded.update([crop.key]), original(crop))[1]
+    )
+    maker = maker_of()
+    pipeline.prepare(photos, photos.parent / "data", settings(), maker)
+    assert set(decoded.values()) == {1} and len(decoded) == NUM
+    # 3 batches of 4: pooled at 8, native at 8 and 4.
+    for guide, side in ((maker.guide, 3), (maker.guides["wide"], 2)):
+        assert guide.calls == {(4, 3, side * 8, side * 8): 6, (4, 3, side * 4, side * 4): 3}
+    assert len(maker.embedder.seen) == len(CAPTIONS)
+
+
+def test_one_pass_gives_the_bytes_of_the_three_steps(photos, whole, tmp_path):
+    faces, parts, data = (tmp_path / name for name in ("faces", "parts", "data"))
+    config = settings()
+    write_faces(photos, faces, config.faces)
+    assert {p.stem for p in faces.glob("*.txt")} == {f"f{number:02d}" for number in CAPTIONS}
+    write_pyramids(faces, parts, maker_of())
+    source = join.open_pyramids(parts)
+    join.pack_faces(faces, source, data, config.pack, join.guide_of(source, None))
+    assert contents(data) == contents(whole[0])
+    # and again: passed over
+    assert write_pyramids(faces, parts, maker_of()).num_kept == 4
+    join.pack_faces(faces, source, data, config.pack, join.guide_of(source, None))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [2, 6, 9])
+def test_interrupted_and_resumed_gives_the_same_bytes(photos, whole, tmp_path, after):
+    def kill(done, total):
+        if done > after:
+            raise Killed
+
+    data = tmp_path / "data"
+    with pytest.raises(Killed):
+        pipeline.prepare(photos, data, settings(), maker_of(), progress=kill)
+    pipeline.prepare(photos, data, settings(), maker_of())
+    assert contents(data) == contents(whole[0])
+
+
+def test_parts_interrupted_and_resumed_are_the_same(photos, tmp_path):
+    def kill(done, total):
+        if done > 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        write_pyramids(photos_as_faces(photos), tmp_path / "a", maker_of(), progress=kill)
+    write_pyramids(photos, tmp_path / "a", maker_of())
+    write_pyramids(photos, tmp_path / "b", maker_of())
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()
+    }
+    parts = PartFiles(tmp_path / "a")
+    assert len(parts.levels("f04")) == 14 and set(parts.guides) == {"pixels", "wide"}
+
+
+def photos_as_faces(photos):
+    """Square pictures, which need no cutting; captions stay beside them."""
+    (photos / "f00x.jpg").unlink()
+    for path in photos.glob("*.jpg"):
+        with Image.open(path) as picture:
+            square = picture.resize((32, 32))
+        square.save(path)
+    return photos
+
+
+CHANGES = [
+    ({"guides": {"wide": PatchGuide(2, 4)}}, None),
+    ({"guides": {}}, None),
+    ({"embedder": None}, None),
+    ({"embedder": Embedder(path="elsewhere")}, None),
+    ({"embedder": Embedder(weights="f")}, r"clip: here, now here"),
+    ({"guides": {"wide": PatchGuide(4, 4)}}, r"guides\.wide: .*patch2.*layer \[1, 2\], now"),
+    ({"guides": {"more": PatchGuide(2, 4)}}, r"guides\.more: none, now .*patch2"),
+    ({"guide": PatchGuide(2, 4)}, r"guide: .*patch3"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), CHANGES)
+def test_a_finished_dataset_is_held_against_all_that_is_asked_for(whole, changes, message):
+    """One with more guides does where fewer are asked for."""
+    data = whole[0]
+    before = contents(data)
+    photos = data.parent / "photos"
+    if message is None:
+        _, manifest = pipeline.prepare(photos, data, settings(), maker_of(**changes))
+        assert set(manifest.guides) == {"pixels", "wide"}
+    else:
+        with pytest.raises(PrepareError, match=message):
+            pipeline.prepare(photos, data, settings(), maker_of(**changes))
+    assert contents(data) == before
+
+
+def test_a_finished_dataset_of_another_base_grid_is_another(whole):
+    config = settings(pyramids={"base_grid": 16})
+    with pytest.raises(PrepareError, match=r"prepare\.pyramids\.base_grid: 8, now None"):
+        pipeline.prepare(
+            whole[0].parent / "photos", whole[0], config, maker_of(config=config.pyramids)
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guides": {"wide": PatchGuide(2, 4)}}, r"guides\.pixels: pixels \(RGB\) layer -1, now"),
+        ({"embedder": Embedder(weights="f")}, r"clip: here, now here"),
+        ({"embedder": None}, r"clip: here, now none"),
+        (
+            {"config": settings(pyramids={"base_grid": 16}).pyramids},
+            r"base_grid: 8, now None",
+        ),
+        ("caption", r"the faces have changed"),
+        ("no captions", r"captions: none now"),
+    ],
+)
+def test_parts_of_other_guides_are_never_mixed(photos, tmp_path, changes, message):
+    photos_as_faces(photos)
+    write_pyramids(photos, tmp_path / "out", maker_of())
+    if changes == "caption":
+        (photos / "f04.txt").write_text("another")
+    elif changes == "no captions":
+        for path in photos.glob("*.txt"):
+            path.unlink()
+    changes = {} if isinstance(changes, str) else changes
+    with pytest.raises(PrepareError, match=message):
+        write_pyramids(photos, tmp_path / "out", maker_of(**changes))
+
+
+def test_embeddings_alone(photos, tmp_path):
+    """For a family that reads no pyramids but clip."""
+    maker = maker_of(guide=None, guides={})
+    pipeline.prepare(photos, tmp_path / "data", settings(), maker)
+    data = open_dataset(tmp_path / "data")
+    assert set(data.manifest.levels) == {"clip", "text"} and data.manifest.guide == {}
+    assert "pyramids" not in data.manifest.prepare
+    assert data.read([0, 1], levels=["clip", "text"])["clip"].shape == (2, 6)
+    faces, parts = tmp_path / "faces", tmp_path / "parts"
+    write_faces(photos, faces, settings().faces)
+    write_pyramids(faces, parts, maker)
+    source = join.open_pyramids(parts)
+    join.pack_faces(faces, source, tmp_path / "steps", settings().pack, join.guide_of(source, None))
+    assert contents(tmp_path / "steps") == contents(tmp_path / "data")
+
+
+def test_without_captions_there_is_no_text(photos, tmp_path):
+    for path in photos.glob("*.txt"):
+        path.unlink()
+    pipeline.prepare(photos, tmp_path / "data", settings(), maker_of())
+    assert "text" not in open_dataset(tmp_path / "data").manifest.levels
+    assert "clip" in open_dataset(tmp_path / "data").manifest.levels
+
+
+def test_captions_without_an_embedder_are_kept_as_they_are(photos, tmp_path):
+    pipeline.prepare(photos, tmp_path / "data", settings(), None)
+    found = {sample.key: sample.caption for sample in all_samples(tmp_path / "data")}
+    assert found["f01"] == "a grey square" and found["f00"] is None
+    assert open_dataset(tmp_path / "data").manifest.levels == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the caption is empty"),
+        (b" \n", "the caption is empty"),
+        (b"gr\xf6\xdfer", r"the caption is not UTF-8 \(byte 2\)"),
+        (b"x" * 4097, "at most 4096 bytes"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_caption_that_cannot_be_used_is_named(photos, tmp_path, content, message):
+    path = photos / "f07.txt"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(PrepareError, match=rf"f07\.txt: .*{message}"):
+        pipeline.prepare(photos, tmp_path / "data", settings(), maker_of())
+    with pytest.raises(PrepareError, match=rf"f07\.txt: .*{message}"):
+        write_faces(photos, tmp_path / "faces", settings().faces)
+
+
+def test_a_byte_order_mark_is_no_letter(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffhello\r\n".encode())
+    assert read_caption(tmp_path / "a.jpg") == "hello"
+    assert read_caption(tmp_path / "b.jpg") is None
+
+
+def test_every_face_of_a_photo_has_its_caption(photos, tmp_path):
+    write_faces(photos, tmp_path / "faces", settings().faces)
+    found = {crop.key: crop.caption for crop in read_faces(tmp_path / "faces")}
+    assert found["f05"] == "two\nlines" and found["f02"] is None
+    with (tmp_path / "faces" / "rejected.csv").open() as file:
+        assert [row["source"] for row in csv.DictReader(file)] == ["f00x.jpg"]
+
+
+def test_export_gives_the_main_guide_alone(whole, tmp_path):
+    config = settings(pyramids={"grids": [4, 8, 16], "base_grid": 16})
+    photos = fill(tmp_path / "photos")
+    pipeline.prepare(photos, tmp_path / "data", config, maker_of(config=config.pyramids))
+    assert export_pt(tmp_path / "data", tmp_path / "pt") == NUM
+    pyramid = torch.load(tmp_path / "pt" / "f03.pt", weights_only=True)
+    assert pyramid["8x8"].shape == (1, 64, 5)
+
+
+def test_from_the_command_line(photos, tmp_path):
+    def dinogen(*arguments):
+        app = typer.Typer()
+        commands.register(app)
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    changes = ["guide.name=pixels", "guides.again.name=pixels", "prepare.faces.detect=none"]
+    changes += ["prepare.faces.size=32", "prepare.pyramids.grids=[8]"]
+    done = dinogen("prepare", photos, tmp_path / "data", *changes)
+    assert done.exit_code == 0, done.output
+    assert "again.n8: 3 channels" in done.output
+    data = open_dataset(tmp_path / "data")
+    batch = data.read(range(3), levels=["n8", "again.n8"], image_size=8)
+    native = batch["guides"]["again"][8].float().transpose(1, 2).reshape(3, 3, 8, 8)
+    assert torch.equal(batch["guides"]["again"][8], batch["pyramid"][8])
+    # The stored picture's own 8x8, which Pillow rounds to 256 levels.
+    assert (native - batch["image"]).abs().max() <= 1.1 / 127.5
+    missing = dinogen("prepare", photos, tmp_path / "x", *changes, "guides.b.path=/nowhere")
+    assert isinstance(missing.exception, UserError)
+    assert "guides.b.path: /nowhere" in str(missing.exception)
+    no_parts = dinogen("pack", photos, tmp_path / "x", "clip.path=/nowhere")
+    assert "where dinogen pyramids" in str(no_parts.exception)
