@@ -1,10 +1,8 @@
-"""One rank's failure ends all within seconds, with its message; under a real torchrun with gloo."""
+"""One rank's failure ends all within seconds, with its message; under torchrun with gloo."""
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,8 +11,7 @@ import pytest
 from dinogen import dist
 from dinogen.errors import UserError
 from dinogen.takedown import takedown
-
-REPO = Path(__file__).parents[1]
+from tests.forked import torchrun
 
 RANKS = """
 import datetime, os, signal, sys, time
@@ -66,16 +63,13 @@ except UserError as error:
 """
 
 
-def torchrun(tmp_path: Path, case: str) -> tuple[subprocess.CompletedProcess, float]:
+def run(tmp_path: Path, case: str) -> tuple[subprocess.CompletedProcess, float]:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=3", str(script), case]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     if case == "killed at work":
         script.write_text('import os\nos.environ["LOCAL_RANK"] = "0"\n' + RANKS)  # a node each
     began = time.monotonic()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = torchrun(3, script, case, timeout=120)
     return done, time.monotonic() - began
 
 
@@ -91,7 +85,7 @@ def torchrun(tmp_path: Path, case: str) -> tuple[subprocess.CompletedProcess, fl
     ],
 )
 def test_the_others_end_within_seconds_and_say_why(tmp_path, case, message):
-    done, seconds = torchrun(tmp_path, case)
+    done, seconds = run(tmp_path, case)
     assert done.returncode != 0
     assert message in done.stderr
     # torchrun itself gives the others 30 s and a collective half an hour
@@ -101,7 +95,7 @@ def test_the_others_end_within_seconds_and_say_why(tmp_path, case, message):
 
 
 def test_rank_0_may_work_longer_than_a_collective_waits(tmp_path):
-    done, seconds = torchrun(tmp_path, "slow")
+    done, seconds = run(tmp_path, "slow")
     assert done.returncode == 0, done.stderr[-3000:]
     assert seconds > 9
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 from pathlib import Path
@@ -17,6 +16,7 @@ from dinogen.metrics.frechet import frechet_of
 from dinogen.metrics.judges.base import JudgeInfo, NotAvailable
 from dinogen.metrics.judges.load import load_judge
 from dinogen.metrics.moments import Moments
+from tests import forked
 
 NUM, BATCH = 10, 3
 
@@ -119,10 +119,7 @@ def run(world: int, out: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["dinogen.metrics.collect", "dinogen.metrics.judges.inception768"]
-    )
+    context = forked.context()
     processes = [
         context.Process(target=on_rank, args=(rank, world, port, out)) for rank in range(world)
     ]

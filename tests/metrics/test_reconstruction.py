@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +14,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from dinogen.metrics.judges.base import NotAvailable
 from dinogen.metrics.perceptual import load_perceptual
 from dinogen.metrics.reconstruction import psnr, reconstruction, ssim
+from tests.forked import torchrun
 from tests.metrics.backbones import pictures, save_backbone
 from tests.metrics.reconstruct import NoisyPairs, measure
 
-REPO = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("reconstruct.py")
 NO_LPIPS = NotAvailable("metrics.lpips_backbone: not here")
 
@@ -106,10 +103,7 @@ def test_one_pair_has_no_spread_and_none_is_an_error():
 
 def test_two_ranks_give_the_same_as_one(backbone, tmp_path):
     """Also where the second has nothing to read; LPIPS diversity with them, for one start."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", str(SCRIPT), str(backbone), str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    done = torchrun(2, SCRIPT, backbone, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     alone = [figure.to_dict() for figure in measure(str(backbone))]
     for rank in range(2):

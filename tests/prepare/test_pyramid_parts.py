@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,9 +20,9 @@ from dinogen.prepare.crop import Crop
 from dinogen.prepare.parts import PartFiles, write_pyramids
 from dinogen.prepare.pyramid import PyramidMaker
 from dinogen.prepare.read import PrepareError, read_photo
+from tests.forked import torchrun
 
 CPU = torch.device("cpu")
-REPO = Path(__file__).parents[2]
 NUM_FACES = 8
 CONFIG = PyramidsConfig(batch=2, shard_size=3)
 
@@ -227,14 +223,8 @@ def test_two_real_ranks_from_the_command_line(faces, tmp_path, make, checkpoint)
     )
     config = tmp_path / "c.yaml"
     config.write_text(f"guide: {{path: {checkpoint}}}\nprepare: {{pyramids: {{batch: 2}}}}\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(script), "pyramids", str(faces), str(tmp_path / "out"), "-c", str(config)]
-    command += ["prepare.pyramids.shard_size=3"]
-    environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    words = ("pyramids", faces, tmp_path / "out", "-c", config, "prepare.pyramids.shard_size=3")
+    done = torchrun(2, script, *words, timeout=120, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("RANDOM guide") == 1, "rank 0 alone says it, loudly"
     write_pyramids(faces, tmp_path / "here", make())

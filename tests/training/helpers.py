@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from dinogen.config import Config, dump_config, parse_config
 from dinogen.training.checkpoint import newest_checkpoint
+from tests import forked
 
 # what a clock measures; everything else in a line is a function of config and seed
 WALL_CLOCK = {"images_per_s", "data_wait", "save_share"}
@@ -32,9 +30,8 @@ def start(config: Config | None) -> multiprocessing.process.BaseProcess:
 
     It is forked from one that has only imported, not computed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dinogen.training.run", "dinogen.features.dinov2"])
-    process = context.Process(target=train_here, args=(config and config.model_dump(mode="json"),))
+    arguments = (config and config.model_dump(mode="json"),)
+    process = forked.context().Process(target=train_here, args=arguments)
     process.start()
     return process
 
@@ -44,12 +41,7 @@ def torchrun(config: Config, num_ranks: int) -> None:
     config.run.mkdir(parents=True, exist_ok=True)
     path = config.run.with_suffix(".yaml")
     path.write_text(dump_config(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(num_ranks), "-m", "launch.cli", "train", str(path)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=240, check=False
-    )
+    done = forked.torchrun(num_ranks, "-m", "launch.cli", "train", path)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

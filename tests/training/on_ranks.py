@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
 from typing import Any
+
+from tests import forked
 
 
 def on_ranks(num: int, function: Callable[..., None], *arguments: Any) -> None:
@@ -14,8 +15,7 @@ def on_ranks(num: int, function: Callable[..., None], *arguments: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dinogen.training.run", "dinogen.features.dinov2"])
+    context = forked.context()
     ranks = [
         context.Process(target=_call, args=(rank, num, port, function, arguments))
         for rank in range(num)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import resource
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from dinogen.config import parse_config
 from dinogen.training.checkpoint import newest_checkpoint
 from dinogen.training.run import train
 from dinogen.training.saver import SaveError, Saver
+from tests import forked
 from tests.training.helpers import stage, weights
 
 WIDE = ("family.channel_base=512", "family.channel_max=64", "stages.1.kimg=0.08")
@@ -35,9 +35,8 @@ def test_the_run_says_so_and_goes_on_from_the_last_good_checkpoint(make_config, 
     reference = make_config(*WIDE, run="whole")
     train(reference)
     config = make_config(*WIDE, run="full")
-    context = multiprocessing.get_context("forkserver")
     log = tmp_path / "log"
-    process = context.Process(
+    process = forked.context().Process(
         target=train_on_a_full_disk, args=(config.model_dump(mode="json"), str(log))
     )
     process.start()

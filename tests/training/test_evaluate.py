@@ -1,9 +1,6 @@
 """`dinogen evaluate`: held-out samples, each counted once, the same on any number of ranks."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,10 +19,11 @@ from dinogen.training.run import train
 from launch.cli import app
 from shards import open_dataset, pack
 from shards.errors import CorruptSample
+from tests.forked import torchrun
 
 from .helpers import stage
 
-ENV = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+EVALUATE = ("-m", "launch.cli", "evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +109,7 @@ def test_some_of_the_samples(config, split_data, tmp_path, guide_folder):
 def test_any_number_of_ranks_gives_the_same(config, num_ranks, num):
     """A count that the ranks do not divide, and fewer samples than ranks."""
     alone = evaluate(config.run, num_samples=num)
-    done = torchrun(num_ranks, "evaluate", str(config.run), "--num-samples", str(num))
+    done = torchrun(num_ranks, *EVALUATE, config.run, "--num-samples", num)
     assert done.returncode == 0, done.stderr[-3000:]
     together = written(config)
     assert (together.pop("world_size"), alone.pop("world_size")) == (num_ranks, 1)
@@ -126,18 +124,10 @@ def test_any_number_of_ranks_gives_the_same(config, num_ranks, num):
 
 def test_an_error_on_all_ranks_ends_them(make_config, tmp_path):
     train(make_config("stages.0.kimg=0.04"), 4)
-    done = torchrun(2, "evaluate", str(make_config().run))
+    done = torchrun(2, *EVALUATE, make_config().run)
     assert done.returncode == 1
     assert "has no samples in split val" in done.stderr
     assert not (stage(make_config(), 4) / "evaluation.json").exists()
-
-
-def torchrun(num_ranks, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(num_ranks), "-m", "launch.cli", *arguments]
-    return subprocess.run(
-        command, env=os.environ | ENV, capture_output=True, text=True, timeout=120, check=False
-    )
 
 
 def test_the_command_and_its_errors(config, make_config, data_folder, tmp_path):

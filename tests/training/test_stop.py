@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +14,9 @@ from dinogen.training.run import train
 from dinogen.training.stop import StopFlag, Stopped
 from shards.errors import FetchError
 from shards.stream import Stream
+from tests.forked import torchrun
 from tests.training.helpers import curve, stage, weights
 
-REPO = Path(__file__).parents[2]
 LOST = "train-00001.tar: 503 (asked to stop)"
 
 RANKS = """
@@ -131,10 +128,7 @@ def test_all_ranks_stop_with_the_one_that_cannot_have_its_shard(make_config, tmp
     path, script = tmp_path / "config.yaml", tmp_path / "ranks.py"
     path.write_text(dump_config(config))
     script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", str(script), str(path), str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    done = torchrun(2, script, path, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
     assert [text.partition(" at 24 images")[0] for text in said] == [
@@ -155,3 +149,16 @@ def test_what_comes_after_the_end_kills_no_finished_run():
         assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
     finally:
         signal.signal(signal.SIGUSR1, before[signal.SIGUSR1])
+
+
+def test_what_is_started_afterwards_can_still_trap_the_signal():
+    """A shell cannot trap what it was started to ignore."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    try:
+        with StopFlag():
+            pass
+        script = "trap 'echo trapped' USR1; kill -USR1 $$"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert done.stdout == "trapped\n"

@@ -1,9 +1,6 @@
 """Two trained networks, lazy regularisers, accumulation and a switch of what trains: every engine
 on two ranks ends with the weights and optimizer state of plain torch in one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dinogen.config import parse_config
+from tests.forked import torchrun
 from tests.training.two_networks import (
     BATCH,
     HALF,
@@ -24,7 +22,6 @@ from tests.training.two_networks import (
 )
 
 SCRIPT = Path(__file__).with_name("two_networks.py")
-REPO = Path(__file__).parents[2]
 ENGINES = ("ddp:1", "deepspeed:0", "deepspeed:1", "deepspeed:2")
 # batch norm sees one microbatch at a time, so it fits whole batches alone
 SHAPES = ("null:batch", "null:none", "2:none", "1:none")
@@ -41,10 +38,7 @@ def two_ranks(tmp_path_factory) -> Path:
     one = Training("single:1:2:none")
     one.steps(0, HALF)
     save_file(one.state(), out / "half.safetensors")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", str(SCRIPT), str(out), *CASES, *RESUMED, *ELASTIC]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    done = torchrun(2, SCRIPT, out, *CASES, *RESUMED, *ELASTIC)
     assert done.returncode == 0, done.stderr[-6000:]
     return out
 
