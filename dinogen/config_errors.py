@@ -70,10 +70,12 @@ def _names_at(model: type[BaseModel], location: list[str]) -> list[str]:
     for part in location:
         if part.isdigit():
             node = node.get("items", {})
+        elif kinds := node.get("discriminator", {}).get("mapping"):  # its name says which it is
+            node = {"$ref": kinds.get(part, "")}
         else:  # a mapping of any names says what each of them holds
             node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
         choices = [node, *node.get("allOf", []), *node.get("anyOf", [])]
         reference = next((one["$ref"] for one in choices if "$ref" in one), None)
         if reference:
-            node = schema["$defs"][reference.rsplit("/", 1)[-1]]
+            node = schema["$defs"].get(reference.rsplit("/", 1)[-1], {})
     return list(node.get("properties", {}))

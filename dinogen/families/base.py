@@ -78,6 +78,9 @@ class Verdict:
 class Family(ABC):
     """Everything that makes one kind of generator what it is; the trainer knows only this.
 
+    Attributes:
+        start: images that were shown before the stage began; set by who trains it.
+
     Args:
         config: the whole run.
         stage: the resolution that is built.
@@ -93,6 +96,7 @@ class Family(ABC):
         self.config = config
         self.stage = stage
         self.device = device
+        self.start = 0
 
     @property
     @abstractmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,10 +13,13 @@ from torch import Tensor, nn
 from dinogen import draws
 from dinogen.config import Config, ConfigError, Section, StageConfig
 from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars, Verdict
-from dinogen.guidance.joint import Features, JointObjective, is_of, real_features
+from dinogen.guidance.discriminate import Discriminating
+from dinogen.guidance.discriminator_options import DiscriminatorOptions
+from dinogen.guidance.joint import Features
+from dinogen.guidance.objective import Objective
 from dinogen.guidance.teacher import Teacher
-from dinogen.guidance.terms import MAIN, AnyTerm, Energy, Mse, Paired, PairTerm, SetTerm, titles
-from dinogen.losses.pyramid import collapse_floor, mean_pairwise_distance, pyramid_mse
+from dinogen.guidance.terms import MAIN, AnyTerm, Mse
+from dinogen.losses.pyramid import mean_pairwise_distance
 from dinogen.networks.progressive import ProgressiveGenerator
 from shards.dataset import Dataset
 
@@ -25,8 +27,6 @@ NATIVE_UP_TO = 16
 COLLAPSING_BELOW = 0.5
 COLLAPSED_BELOW = 0.1
 COLLAPSED_NEAR_FLOOR = 1.02
-# Real pictures from which the floors are worked out.
-_NUM_REALS = 512
 # Generated pictures, at least, beside each part of the held-out ones.
 _HELD_OUT = 32
 
@@ -37,7 +37,8 @@ class Guided(Family):
     With the original objective, ``mse`` against a random real picture, the best answer is the same
     for every z (see :func:`dinogen.losses.pyramid.pyramid_mse`), so each curve is drawn with its
     floor and each probe measures the diversity that is left. The objectives that compare
-    distributions are least where generated pictures are distributed as real ones.
+    distributions are least where generated pictures are distributed as real ones. A discriminator
+    can be added beside them.
     """
 
     class Options(Section):
@@ -51,6 +52,9 @@ class Guided(Family):
             ge=0,
             description="so many further reals each step for objectives that compare "
             "distributions; 0: as many as are generated",
+        )
+        discriminator: DiscriminatorOptions | None = Field(
+            None, description="trained beside them; none unless given"
         )
         pyramid: Literal["native", "pooled"] = Field(
             "native",
@@ -80,11 +84,17 @@ class Guided(Family):
         self.options = self.Options(**config.family.options)
         self.G = ProgressiveGenerator(**self.arguments("G")).to(device)
         self.levels = self._levels()
-        terms = dict(zip(titles(self.options.objectives), self.options.objectives, strict=True))
-        self.pairs = {title: term for title, term in terms.items() if isinstance(term, PairTerm)}
-        self.sets = {title: term for title, term in terms.items() if isinstance(term, SetTerm)}
+        self.objective = Objective(self.options.objectives, self.levels)
+        if self.options.bank and not self.objective.sets:
+            raise ConfigError(
+                "family.bank: none of family.objectives compares distributions, so a bank of "
+                "reals means nothing: leave it out"
+            )
+        self.adversary: Discriminating | None = None
+        chosen = self.options.discriminator
+        if chosen is not None and chosen.applies(stage):
+            self.adversary = Discriminating(chosen, config.guide, stage, config.seed, device)
         self.teacher: Teacher | None = None
-        self.floors: dict[str, float] = {}
         self.real_distance: dict[str, float] = {}
 
     def _levels(self) -> tuple[str, ...]:
@@ -108,40 +118,46 @@ class Guided(Family):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """G alone."""
-        return {"G": self.G}
+        """G, and D where the stage has one."""
+        return {"G": self.G} | ({"D": self.adversary.network} if self.adversary else {})
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """One update of G."""
-        return (Phase("G", "G", self._losses, before=self._before if self.sets else None),)
+        """D, now and then its penalties, and G."""
+        before = self.objective.joint.before if self.teacher and self.objective.sets else None
+        phases = [Phase("G", "G", self._g_losses, before=before)]
+        if self.adversary is not None:
+            if self.adversary.lazy:
+                every = self.adversary.options.every
+                phases.insert(0, Phase("D_reg", "D", self._d_penalties, every))
+            phases.insert(0, Phase("D", "D", self._d_losses))
+        return tuple(phases)
 
     @property
     def inputs(self) -> Inputs:
-        """Only the levels compared; no picture is decoded."""
-        return Inputs(image_size=None, levels=self.levels, bank=self.options.bank)
+        """The levels compared; pictures only for a discriminator."""
+        size = self.stage.resolution if self.adversary else None
+        return Inputs(image_size=size, levels=self.levels, bank=self.options.bank)
 
     def begin(self, data: Dataset) -> None:
         """Load the guides, check that they made these shards, and measure how far reals differ."""
         self.teacher = Teacher(self.config, self.levels, data, self.device)
-        self.scales = self.teacher.scales()
-        settings = (self.scales, self.config.seed, self.stage.batch, self._features)
-        self.joint = JointObjective(self.sets, *settings)
-        self.judge = JointObjective({"energy": Energy()}, *settings)
-        split, on_error = self.config.data.split, self.config.data.on_error
-        reals = self.teacher.reals(2 * self.options.probe_samples, split, on_error)
+        split = self.config.data.split
+        reals = self.teacher.reals(2 * self.options.probe_samples, split)
         self.real_distance = self.teacher.distances(reals)
-        self.floors = {
-            title: self._collapse_floor(term, data)
-            for title, term in self.pairs.items()
-            if isinstance(term, Mse)
-        }
-        if self.sets:
-            self.floors |= self.joint.floors(self.teacher.reals(_NUM_REALS, split, on_error))
+        self.objective.begin(
+            self.teacher, self.config.seed, self.stage.batch, split, self._features
+        )
+        if self.adversary is not None:
+            self.adversary.begin(self.teacher.guides.get(""))
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
         """z (N, z_dim)."""
         return draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
+
+    def realism(self, images: Tensor) -> Tensor | None:
+        """The discriminator's mean logit, where the stage has one."""
+        return self.adversary.realism(images) if self.adversary else None
 
     def first_layer(self, networks: Networks) -> Tensor:
         """The dense layer to 4x4."""
@@ -150,7 +166,10 @@ class Guided(Family):
         return G.dense.weight.detach()
 
     def arguments(self, network: str) -> dict[str, Any]:
-        """Of G."""
+        """Of G or D."""
+        if network == "D":
+            assert self.adversary is not None
+            return self.adversary.arguments()
         return {
             "resolution": self.stage.resolution,
             "z_dim": self.options.z_dim,
@@ -159,11 +178,15 @@ class Guided(Family):
         }
 
     def new_parameters(self, network: str) -> set[str]:
-        """The block and ToRGB of the stage's resolution."""
+        """The block and ToRGB of the stage's resolution; all of a D, which is each stage's own."""
+        if network == "D":
+            return set(self.networks["D"].state_dict())
         return self.G.new_parameters()
 
     def trainable(self, network: str) -> set[str]:
         """While fading in only what is new; afterwards all that is in use."""
+        if network == "D":
+            return super().trainable(network)
         if self.G.fading:
             return self.G.new_parameters()
         return {name for name, _ in self.G.named_parameters()} - self.G.old_to_rgb()
@@ -174,15 +197,19 @@ class Guided(Family):
             if isinstance(network, ProgressiveGenerator):
                 network.set_fade(alpha, fading)
 
-    def constants(self) -> dict[str, float]:
-        """The least that the summed losses can reach, where it is known.
+    def optimizer_scale(self, network: str) -> float:
+        """k / (k + 1) for a D with lazy penalties."""
+        return self.adversary.optimizer_scale if network == "D" and self.adversary else 1.0
 
-        Of ``mse`` it is the collapse floor, which one answer for every z reaches; of objectives
-        that compare distributions what reals reach against other reals.
-        """
-        if len(self.floors) < len(self.pairs) + len(self.sets):
-            return {}
-        return {"floor": sum(self.floors.values())}
+    def after_step(self, nimg: int) -> None:
+        """Spectral norms of D follow its weights."""
+        if self.adversary is not None:
+            self.adversary.after_step()
+
+    def constants(self) -> dict[str, float]:
+        """The least that the objectives can reach, see :attr:`Objective.floor`."""
+        floor = self.objective.floor
+        return {} if floor is None else {"floor": floor}
 
     def probe(self, networks: Networks, loss: float | None) -> Verdict:
         """Diversity of samples: mean pairwise feature distance over that of real pictures."""
@@ -195,13 +222,13 @@ class Guided(Family):
         ]
         diversity = sum(ratios) / len(ratios)
         scalars = {"diversity": diversity}
-        floor = self.constants().get("floor")
         if not math.isfinite(diversity) or (loss is not None and not math.isfinite(loss)):
             return Verdict(scalars, "BROKEN", ("BROKEN: loss or samples are not finite",))
         share = f"samples differ {diversity:.1%} as much as real pictures"
         if diversity < COLLAPSED_BELOW:
             return Verdict(scalars, "COLLAPSED", (f"COLLAPSED: {share}",))
-        if loss is not None and floor is not None and not self.sets:
+        floor, alone = self.objective.floor, not (self.objective.sets or self.adversary)
+        if loss is not None and floor is not None and alone:
             scalars["loss_over_floor"] = loss / floor
             if loss <= COLLAPSED_NEAR_FLOOR * floor:
                 near = f"loss {loss:.4g} is within 2 % of the floor {floor:.4g}"
@@ -211,83 +238,60 @@ class Guided(Family):
         return Verdict(scalars)
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
-        """Against pyramids that were not trained on: ``mse`` and, of sets, ``energy``."""
+        """Against pyramids that were not trained on: each ``mse`` and, of sets, ``energy``."""
         assert self.teacher is not None, "begin() comes first"
-        real = {level: real_features(batch, level).float() for level in self.levels}
         found: Scalars = {}
-        if self.pairs:
-            z = self._z(batch, "z/held-out", self.pairs)
+        if self.objective.pairs:
+            z = self._z(batch, "z/held-out", self.objective.paired)
             features = self.teacher.features(networks["G"](z))
-            found |= {title: self._pair(term, features, real) for title, term in self.pairs.items()}
-        if self.sets:
+            found |= self.objective.held_out_pairs(features, batch)
+        if self.objective.sets:
             num = math.ceil(_HELD_OUT / len(batch["key"]))
-            z = torch.cat([self._z(batch, f"z/held-out/{i}", {}) for i in range(num)])
+            z = torch.cat([self._z(batch, f"z/held-out/{i}") for i in range(num)])
             features = self.teacher.features(networks["G"](z))
-            found["energy"] = self.judge.compare(features, real, self._no_directions).losses[
-                "energy"
-            ]
+            found |= self.objective.held_out_sets(features, batch)
         return found
 
     def describe(self) -> dict[str, Any]:
         """Which guides taught the run."""
         return self.teacher.describe() if self.teacher else {}
 
-    def _z(self, batch: Batch, purpose: str, terms: Mapping[str, PairTerm]) -> Tensor:
-        """Latents (B, z_dim) of samples: by their keys if a term is paired, else by position."""
+    def _z(self, batch: Batch, purpose: str, paired: bool = False) -> Tensor:
+        """Latents (B, z_dim) of samples: by their position or, ``paired``, by their key."""
         positions = batch["position"]
-        if any(isinstance(term, Paired) for term in terms.values()):
+        if paired:
             purpose, positions = "paired", torch.tensor([_number(key) for key in batch["key"]])
-        return draws.normal(
-            self.config.seed, purpose, positions, (self.options.z_dim,), self.device
-        )
+        shape = (self.options.z_dim,)
+        return draws.normal(self.config.seed, purpose, positions, shape, self.device)
 
     def _features(self, batch: Batch) -> Features:
-        """Of generated pictures."""
+        """Of the pictures that a microbatch's samples stand for."""
         assert self.teacher is not None, "begin() comes first"
-        return self.teacher.features(self.G(self._z(batch, "z", self.pairs)))
+        return self.teacher.features(self.G(self._z(batch, "z", self.objective.paired)))
 
-    def _before(self, micros: Sequence[tuple[Batch, int]]) -> None:
-        self.joint.before(micros)
-
-    def _losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
-        features = self._features(batch)
-        losses: Scalars = {}
-        report: Scalars = {}
-        for title, term in self.pairs.items():
-            real = {level: real_features(batch, level) for level in self.levels}
-            losses[title] = term.weight * self._pair(term, features, real)
-        if self.sets:
-            joint, report = self.joint.losses(batch, features)
-            losses |= joint
+    def _g_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+        assert self.teacher is not None, "begin() comes first"
+        images = self.G(self._z(batch, "z", self.objective.paired))
+        losses, report = self.objective.losses(batch, self.teacher.features(images))
+        if self.adversary is not None:
+            positions, size = batch["position"], self.stage.batch
+            shown = (int(positions[0]) - self.start) // size * size
+            more, said = self.adversary.g_losses(images, batch["image"], positions, shown)
+            losses, report = losses | more, report | said
         return losses, report
 
-    def _pair(self, term: PairTerm, generated: Features, real: Features) -> Tensor:
-        """Mean squared error of the levels that a term compares."""
-        levels = [level for level in self.levels if is_of(level, term.guides)]
-        sides = []
-        for features in (generated, real):
-            scales = self.scales if term.normalize else {}
-            sides.append(
-                {k: features[k] * scales[k] if k in scales else features[k] for k in levels}
-            )
-        return pyramid_mse(*sides)
+    def _d_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+        assert self.adversary is not None
+        return self.adversary.d_losses(*self._shown(batch))
 
-    def _collapse_floor(self, term: PairTerm, data: Dataset) -> float:
-        """Of a term, with its weight."""
-        floors = []
-        for level in self.levels:
-            if not is_of(level, term.guides):
-                continue
-            if term.normalize:
-                variance = torch.from_numpy(data.level_variance(level)).to(self.device)
-                floors.append(float((variance * self.scales[level].square()).mean()))
-            else:
-                floors.append(data.total_variance(level))
-        return term.weight * collapse_floor(floors)
+    def _d_penalties(self, batch: Batch) -> tuple[Scalars, Scalars]:
+        assert self.adversary is not None
+        return self.adversary.penalty_losses(*self._shown(batch))
 
-    @staticmethod
-    def _no_directions(size: int, number: int) -> Tensor:
-        raise AssertionError("energy has no directions")
+    def _shown(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Real pictures, generated ones, their positions."""
+        fake = self.G(self._z(batch, "z/D", self.objective.paired))
+        return batch["image"], fake, batch["position"]
 
 
 def _number(key: str) -> int:

@@ -41,6 +41,7 @@ class Teacher:
         self.levels = levels
         self.device = device
         self.data = data
+        self.on_error = config.data.on_error
         self.guides: dict[str, Guide] = {}
         for name in dict.fromkeys(guide_of(level) for level in levels):
             chosen = config.guides[name] if name else config.guide
@@ -80,7 +81,7 @@ class Teacher:
             scales[level] = variance.sqrt().clamp(min=least).reciprocal().float().to(self.device)
         return scales
 
-    def reals(self, num: int, split: str, on_error: Any) -> Features:
+    def reals(self, num: int, split: str) -> Features:
         """Features of up to ``num`` real pictures, spread over a split, on the device.
 
         Raises:
@@ -93,7 +94,7 @@ class Teacher:
                 "two are the least that differ; prepare more photos or name another split"
             )
         chosen = np.linspace(0, available - 1, min(available, num)).astype(int).tolist()
-        batch = self.data.read(chosen, split=split, levels=self.levels, on_error=on_error)
+        batch = self.data.read(chosen, split=split, levels=self.levels, on_error=self.on_error)
         return {level: real_features(batch, level).float().to(self.device) for level in self.levels}
 
     def distances(self, reals: Features) -> dict[str, float]:

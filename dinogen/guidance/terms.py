@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -149,7 +149,7 @@ AnyTerm = Annotated[
 ]
 
 
-def titles(terms: tuple[AnyTerm, ...]) -> list[str]:
+def titles(terms: Sequence[AnyTerm]) -> list[str]:
     """A name for each term's curve: its own and, from the second of a name on, its number."""
     found: list[str] = []
     for i, term in enumerate(terms):

@@ -22,7 +22,7 @@ def sliced_wasserstein(generated: Tensor, real: Tensor, directions: Tensor) -> T
     Returns:
         Scalar.
     """
-    unit = directions / directions.norm(dim=0, keepdim=True)
+    unit: Tensor = directions / directions.norm(dim=0, keepdim=True)
     ours = (generated @ unit).sort(1).values
     theirs = _quantiles((real @ unit).sort(1).values, generated.shape[1])
     return (ours - theirs).square().mean()

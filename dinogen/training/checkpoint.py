@@ -42,6 +42,10 @@ class Checkpoint:
         """One file's tensors on the CPU, such as ``G``, ``G.ema`` or ``optim``."""
         return load_file(self.folder / f"{name}.safetensors")
 
+    def holds(self, name: str) -> bool:
+        """Whether there is such a file: a later stage may have networks that it does not know."""
+        return (self.folder / f"{name}.safetensors").is_file()
+
 
 def on_host(tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """Copies in host memory, which training does not change while they are written."""

@@ -131,10 +131,12 @@ class StageState:
         with draws.torch_seed(config.seed, f"init/{self.stage.resolution}"):
             cls = family_class(config.family)
             self.family: Family = cls(config, self.stage, self.device)
+        self.family.start = self.plan.start
         if previous is not None:
             for name, network in self.family.networks.items():
                 new = self.family.new_parameters(name)
-                grow(network, previous.tensors(name), new, ConfigError)
+                known = previous.tensors(name) if previous.holds(name) else {}
+                grow(network, known, new, ConfigError)
         averaged = {name: self.family.networks[name] for name in self.family.ema_networks}
         self.ema = Ema(averaged, config.ema)
         if previous is not None:

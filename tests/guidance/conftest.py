@@ -13,6 +13,8 @@ from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid
 from tests.families.tiny import RESOLUTION, discs, pack_discs
 
+GRIDS = (RESOLUTION // 2, RESOLUTION)
+
 
 @pytest.fixture(scope="session")
 def two_guides(tmp_path_factory) -> Path:
@@ -31,7 +33,7 @@ def two_guides(tmp_path_factory) -> Path:
                 {
                     f"{prefix}n{grid}": features[0].half().numpy()
                     for prefix, guide in guides.items()
-                    for grid, features in native_pyramid(guide, image, (RESOLUTION,)).items()
+                    for grid, features in native_pyramid(guide, image, GRIDS).items()
                 }
             )
     pack_discs(

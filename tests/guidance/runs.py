@@ -17,6 +17,32 @@ OBJECTIVES = {
     "drift": [{"name": "drift", "views": ["place", "map"], "widths": [0.1, 0.3]}],
 }
 
+# A discriminator beside an objective; the tiny guide has one layer, so it is looked through anew.
+PATCH = {
+    "kind": "patch",
+    "from_resolution": 16,
+    "loss": "relativistic",
+    "r1": 1.0,
+    "r2": 1.0,
+    "every": 2,
+    "ramp_kimg": 0.016,
+    "patch_scales": 1,
+    "patch_layers": 1,
+    "patch_channels": 8,
+}
+PROJECTED = {"from_resolution": 16, "head_channels": 8, "grid": 2, "ramp_kimg": 0}
+ADVERSARIES = {"patch": PATCH, "projected": PROJECTED}
+
+
+def adversary_config(data: Path, out: Path, name: str, *overrides: str) -> Config:
+    """Four steps of 8 with a discriminator beside energy."""
+    given = [
+        "family.objectives=[{name: energy, weight: 0.5, guides: [main]}]",
+        f"family.discriminator={ADVERSARIES[name]}",
+        "guides={pixels: {name: pixels}}",
+    ]
+    return tiny_config("guided", data, out / name, *given, *overrides)
+
 
 def objective_config(data: Path, out: Path, name: str, *overrides: str) -> Config:
     """Two steps of 8 with one objective."""
@@ -34,3 +60,10 @@ def train_all(data: Path, out: Path, ways: dict[str, list[str]]) -> None:
     for way, overrides in ways.items():
         for name in OBJECTIVES:
             train(objective_config(data, out / way, name, *overrides))
+
+
+def train_adversaries(data: Path, out: Path, ways: dict[str, list[str]]) -> None:
+    """Train a run with each discriminator in each way."""
+    for way, overrides in ways.items():
+        for name in ADVERSARIES:
+            train(adversary_config(data, out / way, name, *overrides))

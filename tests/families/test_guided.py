@@ -1,0 +1,147 @@
+"""The guided family: which levels it reads, what it calls collapsed, a discriminator beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dinogen.config import ConfigError
+from dinogen.families.guided import Guided
+from dinogen.families.registry import resolve
+from dinogen.training.checkpoint import newest_checkpoint
+from dinogen.training.run import train
+from dinogen.training.state import StageState
+from tests.families.tiny import tiny_config
+from tests.guidance.conftest import two_guides  # noqa: F401
+from tests.guidance.runs import (
+    ADVERSARIES,
+    adversary_config,
+    objective_config,
+    train_adversaries,
+)
+from tests.training.on_ranks import on_ranks
+
+
+def built(tmp_path, *overrides):
+    config = tiny_config("guided", tmp_path / "data", tmp_path / "run", *overrides)
+    return Guided(config, config.stages[-1], torch.device("cpu"))
+
+
+def tensors(folder):
+    found = newest_checkpoint(folder / "16x16" / "checkpoints")
+    assert found is not None
+    names = sorted(path.stem for path in found.folder.glob("*.safetensors"))
+    return {f"{n}/{k}": v for n in names for k, v in found.tensors(n).items()}
+
+
+def test_it_reads_the_levels_of_all_guides(tmp_path):
+    guides = "guides={pixels: {name: pixels}}"
+    assert built(tmp_path, guides).inputs.levels == ("n16", "pixels.n16")
+    assert built(tmp_path, guides, "family.pyramid=pooled").inputs.levels == ("p16", "pixels.p16")
+    larger = ["stages.0.resolution=32", guides, "family.grids={main: [8, 4], pixels: [8]}"]
+    assert built(tmp_path, *larger).inputs.levels == ("p8", "p4", "pixels.p8")
+
+
+def test_one_objective_may_be_named_alone(tmp_path):
+    family = built(tmp_path, "family.objective=energy")
+    assert [term.name for term in family.options.objectives] == ["energy"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["family.objectives=[{name: enrgy}]"], "objectives.0.*enrgy"),
+        (["family.objectives=[{name: energy, wieght: 2}]"], "did you mean 'weight'"),
+        (["family.objectives=[{name: energy, guides: [clip]}]"], "there is no guide clip"),
+        (["family.grids={pixel: [8]}"], "there is no guide pixel"),
+        (["family.bank=8"], "family.bank"),
+    ],
+)
+def test_mistakes_are_named(overrides, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        resolve(tiny_config("guided", tmp_path / "data", tmp_path / "run", *overrides))
+        built(tmp_path, *overrides)
+
+
+def test_a_bank_is_read_beside_each_batch(two_guides, tmp_path):  # noqa: F811
+    """Another bank, other weights; parts of the batch see the same one."""
+    runs = {
+        "bank": ["family.bank=6"],
+        "parts": ["family.bank=6", "engine.micro_batch=3"],
+        "none": [],
+    }
+    found = {}
+    for name, overrides in runs.items():
+        train(objective_config(two_guides, tmp_path / name, "energy", *overrides))
+        found[name] = tensors(tmp_path / name / "energy")["G/dense.weight"]
+    torch.testing.assert_close(found["parts"], found["bank"], rtol=1e-3, atol=2e-5)
+    assert (found["bank"] - found["none"]).abs().max() > 1e-4
+
+
+def test_with_a_bank_it_goes_on_bitwise(two_guides, tmp_path):  # noqa: F811
+    given = ["family.bank=6", "checkpoint.every_kimg=0.008"]
+    train(objective_config(two_guides, tmp_path / "whole", "drift", *given))
+    train(objective_config(two_guides, tmp_path / "cut", "drift", *given, "stages.0.kimg=0.008"))
+    train(objective_config(two_guides, tmp_path / "cut", "drift", *given))
+    want, found = tensors(tmp_path / "whole/drift"), tensors(tmp_path / "cut/drift")
+    assert [k for k, v in want.items() if not torch.equal(v, found[k])] == []
+
+
+@pytest.fixture(scope="module")
+def adversaries(two_guides, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("adversaries")
+    train_adversaries(two_guides, out, {"whole": []})
+    return out / "whole"
+
+
+def test_a_discriminator_is_trained_beside_it(adversaries):
+    for name in ADVERSARIES:
+        files = {key.partition("/")[0] for key in tensors(adversaries / name)}
+        assert {"G", "G.ema", "D", "optim"} <= files
+
+
+def test_with_a_discriminator_it_goes_on_bitwise(adversaries, two_guides, tmp_path):  # noqa: F811
+    train_adversaries(two_guides, tmp_path, {"cut": ["stages.0.kimg=0.016"]})
+    train_adversaries(two_guides, tmp_path, {"cut": []})
+    for name in ADVERSARIES:
+        want, found = tensors(adversaries / name), tensors(tmp_path / "cut" / name)
+        assert [k for k, v in want.items() if not torch.equal(v, found[k])] == [], name
+
+
+def test_ranks_and_parts_with_a_discriminator_train_as_one(
+    adversaries,
+    two_guides,  # noqa: F811
+    tmp_path,
+):
+    ways = {"ddp": ["engine.micro_batch=2"], "deepspeed": ["engine.name=deepspeed"]}
+    on_ranks(2, train_adversaries, two_guides, tmp_path, ways)
+    for way in ways:
+        for name in ADVERSARIES:
+            want, found = tensors(adversaries / name), tensors(tmp_path / way / name)
+            for key, value in want.items():
+                torch.testing.assert_close(
+                    found[key], value, rtol=2e-3, atol=5e-5, msg=f"{way} {name} {key}"
+                )
+
+
+def test_a_stage_may_be_the_first_with_a_discriminator(two_guides, tmp_path):  # noqa: F811
+    length = "kimg: 0.016, batch: 8"
+    stages = f"stages=[{{resolution: 8, {length}}}, {{resolution: 16, {length}}}]"
+    train(adversary_config(two_guides, tmp_path, "patch", stages))
+    before = newest_checkpoint(tmp_path / "patch" / "8x8" / "checkpoints")
+    assert before is not None
+    assert not before.holds("D")
+    assert any(key.startswith("D/") for key in tensors(tmp_path / "patch"))
+
+
+def test_the_weight_ramps_from_the_stages_start(two_guides, tmp_path):  # noqa: F811
+    state = StageState(adversary_config(two_guides, tmp_path, "patch"), 0)
+    state.family.start = 800
+    batch = state.data.read(range(8), image_size=16, levels=state.family.inputs.levels)
+    found = []
+    for step in (0, 1, 5):
+        batch["position"] = torch.arange(8) + 800 + 8 * step
+        losses, report = state.family.phases[-1].losses(batch)
+        found.append(float(report["adversarial_weight"]))
+        assert "adversarial" in losses
+    assert found == pytest.approx([0.0, 0.5, 1.0])
