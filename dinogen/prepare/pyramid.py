@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -83,7 +84,8 @@ class PyramidMaker:
         return {
             "guide": self.guide.info.to_dict() if self.guide else {},
             "guides": {name: guide.info.to_dict() for name, guide in self.guides.items()},
-            "clip": dict(self.embedder.info) if self.embedder else {},
+            # As JSON gives it back, so that it can be compared with what a manifest says.
+            "clip": json.loads(json.dumps(self.embedder.info)) if self.embedder else {},
         }
 
     @property
