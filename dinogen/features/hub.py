@@ -6,21 +6,42 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from dinogen.features.base import GuideError
 
-_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _PROBE_SECONDS = 4.0
 
 
-def checkpoint_folder(path: str, revision: str | None) -> tuple[Path, str | None]:
-    """The folder with ``config.json`` and safetensors that ``guide.path`` names.
+@dataclass(frozen=True)
+class Wanted:
+    """What is looked for, and how errors speak of it.
+
+    Attributes:
+        key: of the config that names the checkpoint.
+        example: a hub name that would do.
+        files: patterns of what is downloaded.
+    """
+
+    key: str = "guide.path"
+    example: str = "facebook/dinov2-small"
+    files: tuple[str, ...] = ("config.json", "*.safetensors", "*.safetensors.index.json")
+
+
+GUIDE = Wanted()
+
+
+def checkpoint_folder(
+    path: str, revision: str | None, wanted: Wanted = GUIDE
+) -> tuple[Path, str | None]:
+    """The folder with ``config.json`` and safetensors that a config names.
 
     Args:
         path: local folder, or hub name (a folder of that name wins).
         revision: hub commit, tag or branch.
+        wanted: by which key of the config, and for what.
 
     Returns:
         The folder, and the hub commit (None for a local folder).
@@ -30,28 +51,29 @@ def checkpoint_folder(path: str, revision: str | None) -> tuple[Path, str | None
     """
     folder = Path(path).expanduser()
     if folder.is_file():
-        raise GuideError(f"guide.path: {path} is a file: give the folder it lies in")
+        raise GuideError(f"{wanted.key}: {path} is a file: give the folder it lies in")
     if folder.is_dir():
         if not _is_checkpoint(folder):
             raise GuideError(
-                f"guide.path: {path} lacks config.json or *.safetensors: give the folder of a "
+                f"{wanted.key}: {path} lacks config.json or *.safetensors: give the folder of a "
                 "whole checkpoint, as `hf download` or save_pretrained writes it"
             )
         return folder, None
     if not _HUB_NAME.fullmatch(path):
         raise GuideError(
-            f"guide.path: {path} is neither a folder nor a hub name such as facebook/dinov2-small"
+            f"{wanted.key}: {path} is neither a folder nor a hub name such as {wanted.example}"
         )
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(path, revision=revision, allow_patterns=_FILES))
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=list(wanted.files)))
     except Exception as error:  # the hub's client raises many kinds; all mean this
         reason = str(error).strip().splitlines()
         why = reason[0] if reason else repr(error)
-        raise GuideError(_cannot_have(path, revision, why)) from error
+        raise GuideError(_cannot_have(path, revision, why, wanted.key)) from error
     if not _is_checkpoint(folder):
-        raise GuideError(_cannot_have(path, revision, "only a part of it is in the cache"))
+        why = "only a part of it is in the cache, or it has no *.safetensors"
+        raise GuideError(_cannot_have(path, revision, why, wanted.key))
     return folder, folder.name
 
 
@@ -72,7 +94,7 @@ def weights_reachable(path: str, revision: str | None = None) -> str | None:
 
     try:
         cached = snapshot_download(
-            path, revision=revision, allow_patterns=_FILES, local_files_only=True
+            path, revision=revision, allow_patterns=list(GUIDE.files), local_files_only=True
         )
         if _is_checkpoint(Path(cached)):
             return "hub cache"
@@ -125,10 +147,10 @@ def _hub_answers(path: str, revision: str | None) -> bool:
     return bool(found)
 
 
-def _cannot_have(path: str, revision: str | None, reason: str) -> str:
+def _cannot_have(path: str, revision: str | None, reason: str, key: str) -> str:
     at = f" at revision {revision}" if revision else ""
     return (
-        f"guide.path: {path}{at}: no folder of that name here, and the hub does not give it "
-        f"({reason}): set guide.path to a checkpoint's folder, or on a machine with network run "
-        f"`hf download {path} --local-dir dinov2`, and copy that folder here"
+        f"{key}: {path}{at}: no folder of that name here, and the hub does not give it "
+        f"({reason}): set {key} to a checkpoint's folder, or on a machine with network run "
+        f"`hf download {path} --local-dir {Path(path).name}`, and copy that folder here"
     )
