@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinogen.config import Config, Section, StageConfig
+from dinogen.errors import UserError
 from shards.dataset import Dataset
 
 Batch = dict[str, Any]
@@ -162,6 +163,22 @@ class Family(ABC):
         """
         images: Tensor = networks[self.ema_networks[0]](latents)
         return images.float()
+
+    def ask(self, texts: Sequence[str], guidance: float, facts: Mapping[str, Any]) -> None:
+        """From now on sample what prompts ask for.
+
+        Args:
+            texts: prompts; sample number i is asked for number i modulo their count.
+            guidance: 1 for what training asked for, more to exaggerate it, 0 for nothing.
+            facts: what :meth:`describe` said in training.
+
+        Raises:
+            UserError: the family, or the run, knows no text.
+        """
+        raise UserError(
+            f"family {self.config.family.name}: this run was not trained to be asked for anything: "
+            "leave out --text, or train guided with family.text"
+        )
 
     @property
     def truncates(self) -> bool:

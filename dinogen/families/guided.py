@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dinogen import draws
-from dinogen.config import Config, ConfigError, Section, StageConfig
+from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars, Verdict
 from dinogen.guidance.discriminate import Discriminating
-from dinogen.guidance.discriminator_options import DiscriminatorOptions
 from dinogen.guidance.joint import Features
 from dinogen.guidance.objective import Objective
+from dinogen.guidance.options import GuidedOptions
 from dinogen.guidance.teacher import Teacher
-from dinogen.guidance.terms import MAIN, AnyTerm, Mse
+from dinogen.guidance.text import Text, clip_of
 from dinogen.losses.pyramid import mean_pairwise_distance
+from dinogen.networks.conditional import ConditionalGenerator
 from dinogen.networks.progressive import ProgressiveGenerator
 from shards.dataset import Dataset
 
-NATIVE_UP_TO = 16
 COLLAPSING_BELOW = 0.5
 COLLAPSED_BELOW = 0.1
 COLLAPSED_NEAR_FLOOR = 1.02
@@ -41,49 +41,14 @@ class Guided(Family):
     can be added beside them.
     """
 
-    class Options(Section):
-        """Keys of ``family:`` for ``name: guided``."""
-
-        objectives: tuple[AnyTerm, ...] = Field(
-            (Mse(),), min_length=1, description="what is summed: names, weights, options"
-        )
-        bank: int = Field(
-            0,
-            ge=0,
-            description="so many further reals each step for objectives that compare "
-            "distributions; 0: as many as are generated",
-        )
-        discriminator: DiscriminatorOptions | None = Field(
-            None, description="trained beside them; none unless given"
-        )
-        pyramid: Literal["native", "pooled"] = Field(
-            "native",
-            description="targets up to 16x16: features of the shrunk picture, or pooled features "
-            "of the full one; above 16x16 always pooled",
-        )
-        grids: dict[str, tuple[int, ...]] = Field(
-            {},
-            description="above 16x16, of main and of each of guides:; 16, 8 and 4 unless given",
-        )
-        z_dim: int = Field(512, ge=1, description="size of the latent")
-        channel_base: int = Field(16384, ge=4, description="channels at R are base / R ...")
-        channel_max: int = Field(512, ge=1, description="... and at most this")
-        probe_samples: int = Field(64, ge=2, description="pictures per diversity probe")
-
-        @model_validator(mode="before")
-        @classmethod
-        def _one_name(cls, values: Any) -> Any:
-            # One objective by its name alone; so it was written once.
-            if isinstance(values, dict) and "objective" in values and "objectives" not in values:
-                values = dict(values)
-                values["objectives"] = [{"name": values.pop("objective")}]
-            return values
+    Options = GuidedOptions
 
     def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
         super().__init__(config, stage, device)
         self.options = self.Options(**config.family.options)
-        self.G = ProgressiveGenerator(**self.arguments("G")).to(device)
-        self.levels = self._levels()
+        kind = ConditionalGenerator if self.options.text else ProgressiveGenerator
+        self.G = kind(**self.arguments("G")).to(device)
+        self.levels = self.options.levels(stage, config.guides)
         self.objective = Objective(self.options.objectives, self.levels)
         if self.options.bank and not self.objective.sets:
             raise ConfigError(
@@ -95,26 +60,9 @@ class Guided(Family):
         if chosen is not None and chosen.applies(stage):
             self.adversary = Discriminating(chosen, config.guide, stage, config.seed, device)
         self.teacher: Teacher | None = None
+        self.text: Text | None = None
+        self.prompts: tuple[Tensor, float] | None = None
         self.real_distance: dict[str, float] = {}
-
-    def _levels(self) -> tuple[str, ...]:
-        """What is read and compared at this stage."""
-        options, size = self.options, self.stage.resolution
-        guides = (MAIN, *self.config.guides)
-        for name in (*options.grids, *(g for term in options.objectives for g in term.guides)):
-            if name not in guides:
-                raise ConfigError(
-                    f"family: there is no guide {name}: name one of {', '.join(guides)}, or add it "
-                    "to guides:"
-                )
-        levels = []
-        for name in guides:
-            prefix = "" if name == MAIN else f"{name}."
-            if size <= NATIVE_UP_TO:
-                levels.append(f"{prefix}{options.pyramid[0]}{size}")
-            else:
-                levels += [f"{prefix}p{grid}" for grid in options.grids.get(name, (16, 8, 4))]
-        return tuple(levels)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -137,7 +85,8 @@ class Guided(Family):
     def inputs(self) -> Inputs:
         """The levels compared; pictures only for a discriminator."""
         size = self.stage.resolution if self.adversary else None
-        return Inputs(image_size=size, levels=self.levels, bank=self.options.bank)
+        asked = () if self.options.text is None else (self.options.text.level,)
+        return Inputs(image_size=size, levels=(*self.levels, *asked), bank=self.options.bank)
 
     def begin(self, data: Dataset) -> None:
         """Load the guides, check that they made these shards, and measure how far reals differ."""
@@ -145,8 +94,12 @@ class Guided(Family):
         split = self.config.data.split
         reals = self.teacher.reals(2 * self.options.probe_samples, split)
         self.real_distance = self.teacher.distances(reals)
+        chosen = self.options.text
+        if chosen is not None:
+            self.text = Text(chosen, self.config, data, self.device)
+        beside = self._beside if chosen is not None and chosen.joint_weight else None
         self.objective.begin(
-            self.teacher, self.config.seed, self.stage.batch, split, self._features
+            self.teacher, self.config.seed, self.stage.batch, split, self._features, beside
         )
         if self.adversary is not None:
             self.adversary.begin(self.teacher.guides.get(""))
@@ -155,13 +108,33 @@ class Guided(Family):
         """z (N, z_dim)."""
         return draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
 
+    def decode(
+        self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
+    ) -> Tensor:
+        """Pictures of latents; sample number i of P prompts is asked for number i mod P."""
+        if self.prompts is None:
+            return super().decode(networks, latents, indices, seed, psi)
+        embedding, guidance = self.prompts
+        asked = embedding[indices.to(embedding.device) % len(embedding)]
+        images: Tensor = networks["G"](latents, asked, guidance=guidance)
+        return images.float()
+
+    def ask(self, texts: Sequence[str], guidance: float, facts: Mapping[str, Any]) -> None:
+        """As in the base, by CLIP's embeddings of the texts."""
+        if self.options.text is None:
+            super().ask(texts, guidance, facts)
+        clip = clip_of(self.config, facts.get("clip", {}), "the run was trained with", self.device)
+        self.prompts = (clip.captions(list(texts)), guidance)
+
     def realism(self, images: Tensor) -> Tensor | None:
         """The discriminator's mean logit, where the stage has one."""
         return self.adversary.realism(images) if self.adversary else None
 
-    def first_layer(self, networks: Networks) -> Tensor:
-        """The dense layer to 4x4."""
+    def first_layer(self, networks: Networks) -> Tensor | None:
+        """The dense layer to 4x4; None behind a mapping, which is not linear."""
         G = networks["G"]
+        if isinstance(G, ConditionalGenerator):
+            return None
         assert isinstance(G, ProgressiveGenerator)
         return G.dense.weight.detach()
 
@@ -170,12 +143,16 @@ class Guided(Family):
         if network == "D":
             assert self.adversary is not None
             return self.adversary.arguments()
-        return {
+        found: dict[str, Any] = {
             "resolution": self.stage.resolution,
             "z_dim": self.options.z_dim,
             "channel_base": self.options.channel_base,
             "channel_max": self.options.channel_max,
         }
+        text = self.options.text
+        if text is not None:
+            found |= {"embed_dim": text.embed_dim, "num_mapping_layers": text.mapping_layers}
+        return found
 
     def new_parameters(self, network: str) -> set[str]:
         """The block and ToRGB of the stage's resolution; all of a D, which is each stage's own."""
@@ -253,8 +230,9 @@ class Guided(Family):
         return found
 
     def describe(self) -> dict[str, Any]:
-        """Which guides taught the run."""
-        return self.teacher.describe() if self.teacher else {}
+        """Which guides taught the run, and which CLIP."""
+        found = self.teacher.describe() if self.teacher else {}
+        return found | ({"clip": self.text.clip.info} if self.text else {})
 
     def _z(self, batch: Batch, purpose: str, paired: bool = False) -> Tensor:
         """Latents (B, z_dim) of samples: by their position or, ``paired``, by their key."""
@@ -264,15 +242,29 @@ class Guided(Family):
         shape = (self.options.z_dim,)
         return draws.normal(self.config.seed, purpose, positions, shape, self.device)
 
+    def _images(self, batch: Batch, purpose: str) -> Tensor:
+        """Pictures that a microbatch's samples stand for, with what they are asked to be."""
+        z = self._z(batch, purpose, self.objective.paired)
+        asked = self.text.asked(batch, "ask") if self.text else None
+        images: Tensor = self.G(z, asked.embedding, asked.keep) if asked else self.G(z)
+        return images
+
     def _features(self, batch: Batch) -> Features:
-        """Of the pictures that a microbatch's samples stand for."""
         assert self.teacher is not None, "begin() comes first"
-        return self.teacher.features(self.G(self._z(batch, "z", self.objective.paired)))
+        return self.teacher.features(self._images(batch, "z"))
+
+    def _beside(self, batch: Batch) -> Tensor:
+        assert self.text is not None, "begin() comes first"
+        of_bank = self.options.bank and "bank" not in batch
+        return self.text.beside(batch, "ask/bank" if of_bank else "ask")
 
     def _g_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
         assert self.teacher is not None, "begin() comes first"
-        images = self.G(self._z(batch, "z", self.objective.paired))
+        images = self._images(batch, "z")
         losses, report = self.objective.losses(batch, self.teacher.features(images))
+        if self.text is not None and self.text.options.clip_weight:
+            asked = self.text.asked(batch, "ask")
+            losses["clip"] = self.text.options.clip_weight * self.text.loss(images, asked)
         if self.adversary is not None:
             positions, size = batch["position"], self.stage.batch
             shown = (int(positions[0]) - self.start) // size * size
@@ -290,8 +282,7 @@ class Guided(Family):
 
     def _shown(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Real pictures, generated ones, their positions."""
-        fake = self.G(self._z(batch, "z/D", self.objective.paired))
-        return batch["image"], fake, batch["position"]
+        return batch["image"], self._images(batch, "z/D"), batch["position"]
 
 
 def _number(key: str) -> int:

@@ -8,6 +8,7 @@ samples are compared in the memory of one microbatch, and the gradient is that o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ Batch = dict[str, Any]
 Scalars = dict[str, Tensor]
 # Features by level, such as "p8" or "pixels.p8": (N, places, C).
 Features = dict[str, Tensor]
+
+# What generated and real samples were asked to be: (N, E) and (M, E).
+Beside = tuple[Tensor, Tensor]
 
 _CACHED = "joint"
 # Pairs of samples that are compared at once: some hundred megabytes of distances.
@@ -58,6 +62,8 @@ class JointObjective:
         seed: of directions.
         batch: size of the global batch.
         features: of a microbatch's generated pictures.
+        beside: (B, E) of a microbatch or a bank: what its samples were asked to be, in deviations
+            of all dimensions together; what view ``map`` compares then is both as one.
     """
 
     def __init__(
@@ -67,12 +73,14 @@ class JointObjective:
         seed: int,
         batch: int,
         features: Callable[[Batch], Features],
+        beside: Callable[[Batch], Tensor] | None = None,
     ) -> None:
         self.terms = terms
         self.scales = scales
         self.seed = seed
         self.batch = batch
         self.features = features
+        self.beside = beside
 
     def before(self, micros: Sequence[tuple[Batch, int]]) -> None:
         """Phase.before: with several microbatches, find the gradients to all features first.
@@ -118,13 +126,20 @@ class JointObjective:
         losses[first] = losses[first] + (surrogate - surrogate.detach())
         return losses, found.report
 
-    def compare(self, generated: Features, real: Features, directions: Directions) -> Found:
+    def compare(
+        self,
+        generated: Features,
+        real: Features,
+        directions: Directions,
+        beside: Beside | None = None,
+    ) -> Found:
         """What the terms find in features of two sets of samples, on one rank, without gathering.
 
         Args:
             generated: (N, places, C) by level.
             real: (M, places, C) by level.
             directions: see :class:`SlicedWasserstein`.
+            beside: what both were asked to be, (N, E) and (M, E).
         """
         gradients = {level: torch.zeros_like(values) for level, values in generated.items()}
         losses: Scalars = {}
@@ -135,9 +150,11 @@ class JointObjective:
             total = torch.zeros((), device=next(iter(generated.values())).device)
             for level in levels:
                 for view in term.views:
-                    loss, more = self._compare(
-                        term, level, view, share, generated, real, gradients, directions
+                    sides = (generated[level], real[level] * self.scales[level])
+                    loss, gradient, more = self._compare(
+                        term, self.scales[level], view, *sides, directions, beside
                     )
+                    gradients[level] += share * gradient
                     total = total + share * loss
                     report[f"{title}.{level}.{view}"] = loss
                     report |= {f"{title}.{level}.{view}.{k}": v for k, v in more.items()}
@@ -159,38 +176,42 @@ class JointObjective:
                 floors[title] = term.weight * sum(known) / len(known)
         return floors
 
+    @staticmethod
     @torch.enable_grad()
     def _compare(
-        self,
         term: SetTerm,
-        level: str,
+        scale: Tensor,
         view: View,
-        share: float,
-        generated: Features,
-        real: Features,
-        gradients: Features,
+        generated: Tensor,
+        real: Tensor,
         directions: Directions,
-    ) -> tuple[Tensor, Scalars]:
-        """One term on one view of one level, some places at a time; adds to ``gradients``."""
-        num = len(generated[level])
-        theirs = problems(real[level] * self.scales[level], view)
-        pairs = num * (num + theirs.shape[1])
+        beside: Beside | None,
+    ) -> tuple[Tensor, Tensor, Scalars]:
+        """One term on one view of one level: loss, its gradient to ``generated``, and more.
+
+        Some places at a time, as many as memory may hold; ``real`` is scaled already.
+        """
+        theirs = problems(real, view)
+        if view == "map" and beside is not None:
+            theirs = _join(theirs, beside[1])
+        gradient, total, more = torch.zeros_like(generated), real.new_zeros(()), Scalars()
+        pairs = len(generated) * (len(generated) + len(real))
         block = max(1, _MOST_PAIRS // pairs) if view == "place" else 1
-        total, more = theirs.new_zeros(()), dict[str, Tensor]()
         for first in range(0, len(theirs), block):
             places = slice(first, first + block) if view == "place" else slice(None)
-            leaf = generated[level][:, places].detach().requires_grad_()
-            ours = problems(leaf * self.scales[level], view)
+            leaf = generated[:, places].detach().requires_grad_()
+            ours = problems(leaf * scale, view)
+            if view == "map" and beside is not None:
+                ours = _join(ours, beside[0])
             # Differences of distances are small beside them: half precision would lose them.
             with torch.autocast(leaf.device.type, enabled=False):
                 loss, said = term.compare(ours, theirs[first : first + block], directions)
             part = len(ours) / len(theirs)
-            (gradient,) = torch.autograd.grad(loss, leaf)
-            gradients[level][:, places] += share * part * gradient
+            gradient[:, places] = part * torch.autograd.grad(loss, leaf)[0]
             total = total + part * loss.detach()
             for name, value in said.items():
                 more[name] = more.get(name, 0.0) + part * value.detach()
-        return total, more
+        return total, gradient, more
 
     def _find(self, own: Features, micros: Sequence[Batch]) -> Found:
         """Gather all ranks' features, compare, and keep what belongs to this rank's."""
@@ -200,6 +221,11 @@ class JointObjective:
             generated[level], offset = gather_rows(values)
             num = len(values)
         real = {level: gather_rows(_real(micros, level))[0].float() for level in own}
+        beside = None
+        if self.beside is not None:
+            mine = gather_rows(torch.cat([self.beside(micro) for micro in micros]))[0]
+            banked = "bank" in micros[0]
+            beside = (mine, gather_rows(self.beside(micros[0]["bank"]))[0] if banked else mine)
         positions = torch.cat([micro["position"] for micro in micros])
         first = gather_rows(positions)[0].min().reshape(1)
 
@@ -207,7 +233,7 @@ class JointObjective:
             device = next(iter(own.values())).device
             return draws.normal(self.seed, "slices", first, (size, number), device)[0]
 
-        return self.compare(generated, real, directions).rows(offset, offset + num)
+        return self.compare(generated, real, directions, beside).rows(offset, offset + num)
 
 
 def problems(features: Tensor, view: View) -> Tensor:
@@ -223,6 +249,16 @@ def real_features(batch: Batch, level: str) -> Tensor:
     return found
 
 
+def _join(features: Tensor, beside: Tensor) -> Tensor:
+    """(1, N, D) features and (N, E) beside them, weighed as many dimensions as the features have.
+
+    Distances are divided by the root of all dimensions, so that both keep their weights.
+    """
+    num, more = features.shape[2], beside.shape[1]
+    joined = torch.cat([features, beside[None] * math.sqrt(num)], 2)
+    return joined * math.sqrt((num + more) / num)
+
+
 def _real(micros: Sequence[Batch], level: str) -> Tensor:
     """This rank's share of the reals: its bank or, without one, its part of the batch."""
     if "bank" in micros[0]:
@@ -233,6 +269,7 @@ def _real(micros: Sequence[Batch], level: str) -> Tensor:
 def _cut(batch: Batch, num: int) -> Batch:
     """The first samples of what is compared of a batch."""
     cut: Batch = {"position": batch["position"][:num]}
+    cut |= {name: batch[name][:num] for name in ("clip", "text") if name in batch}
     if "pyramid" in batch:
         cut["pyramid"] = {grid: values[:num] for grid, values in batch["pyramid"].items()}
     if "guides" in batch:

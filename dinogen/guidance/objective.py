@@ -60,6 +60,7 @@ class Objective:
         batch: int,
         split: str,
         features: Callable[[Batch], Features],
+        beside: Callable[[Batch], Tensor] | None = None,
     ) -> None:
         """Take over the data's statistics, and work out the floors.
 
@@ -69,9 +70,10 @@ class Objective:
             batch: size of the global batch.
             split: of the reals that the floors are worked out from.
             features: of a microbatch's generated pictures.
+            beside: what its samples were asked to be, see :class:`JointObjective`.
         """
         self.scales = teacher.scales()
-        self.joint = JointObjective(self.sets, self.scales, seed, batch, features)
+        self.joint = JointObjective(self.sets, self.scales, seed, batch, features, beside)
         # One measure for all of them, so that runs with different objectives can be compared.
         self.judge = JointObjective({"energy": Energy()}, self.scales, seed, batch, features)
         self.floors = {
@@ -79,7 +81,7 @@ class Objective:
             for name, term in self.pairs.items()
             if isinstance(term, Mse)
         }
-        if self.sets:
+        if self.sets and beside is None:
             self.floors |= self.joint.floors(teacher.reals(_NUM_REALS, split))
 
     def losses(self, batch: Batch, features: Features) -> tuple[Scalars, Scalars]:

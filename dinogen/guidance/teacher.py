@@ -12,7 +12,7 @@ from torch import Tensor
 from dinogen.config import Config, ConfigError
 from dinogen.features.base import Guide, same_guide
 from dinogen.features.load import load_guide
-from dinogen.features.pyramid import BASE_GRID, native_pyramid, pooled_pyramid
+from dinogen.features.pyramid import base_grid_of, native_pyramid, pooled_pyramid
 from dinogen.guidance.joint import Features, real_features
 from dinogen.losses.pyramid import mean_pairwise_distance
 from shards.dataset import Dataset
@@ -48,7 +48,7 @@ class Teacher:
             self.guides[name] = load_guide(chosen, device)
             made_by = data.manifest.guides.get(name) if name else data.manifest.guide
             self._check(name, made_by or {})
-        self.base_grid = int(data.manifest.prepare.get("pyramids", {}).get("base_grid", BASE_GRID))
+        self.base_grid = base_grid_of(data.manifest.prepare)
 
     def features(self, images: Tensor) -> Features:
         """Features of pictures (B, 3, R, R) in [-1, 1] at every level, differentiable.

@@ -53,6 +53,14 @@ class Snapshot:
         """
         return sample_in_parts(self.family, self.ema.networks, num, seed, part=1)
 
+    def ask(self, texts: Sequence[str], guidance: float) -> None:
+        """Let :meth:`sample` give what prompts ask for, in turn.
+
+        Raises:
+            UserError: the run was not trained for that, or CLIP is another one than then.
+        """
+        self.family.ask(texts, guidance, self.checkpoint.state["facts"])
+
 
 def load_snapshot(run: Path, resolution: int | None = None, nimg: int | None = None) -> Snapshot:
     """A checkpoint of a run: by default the newest of the largest stage that has one.
@@ -84,7 +92,8 @@ def load_snapshot(run: Path, resolution: int | None = None, nimg: int | None = N
     # file knows where data and guide lie now, and what they hold is compared where they are read;
     # and how a run is measured is no part of what it has learnt
     config = checkpoint_config(checkpoint)
-    now = {"run": run, "data": today.data, "guide": today.guide, "metrics": today.metrics}
+    now = {name: getattr(today, name) for name in ("data", "guide", "guides", "clip", "metrics")}
+    now["run"] = run
     config = config.model_copy(update=now)
     stage = config.stages[find_stage(config, stage.resolution)]
     family = family_class(config.family)(config, stage, dist.device())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -76,13 +78,22 @@ def sample(
     out: Annotated[
         Path | None, typer.Option(help="Folder; RUN/samples/... by default.", metavar="DIR")
     ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="What to show; given again, pictures show each in turn."),
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option(min=0, max=100, help="Of --text: 1 as trained, more exaggerates.")
+    ] = 1.0,
 ) -> None:
     """Make pictures from the moving average of a run: PNGs and one grid.
 
     [bold]Example[/bold]  dinogen sample runs/first --num 64 --seed 0 --stage 32
+    [bold]Example[/bold]  dinogen sample runs/text --text "a smiling woman" --guidance 2
     """
     from PIL import Image
 
+    from dinogen.files import write_text
     from dinogen.report.pictures import save_grid, to_uint8
     from dinogen.training.snapshot import load_snapshot
     from launch.logs import setup_logging
@@ -90,10 +101,22 @@ def sample(
     setup_logging()
     snapshot = load_snapshot(run, stage)
     size = f"{snapshot.resolution}x{snapshot.resolution}"
-    folder = out or run / "samples" / f"{size}_{snapshot.nimg:09d}_seed{seed}"
+    if text:
+        snapshot.ask(text, guidance)
+    asked = f"_{text_mark(text, guidance)}" if text else ""
+    folder = out or run / "samples" / f"{size}_{snapshot.nimg:09d}_seed{seed}{asked}"
     folder.mkdir(parents=True, exist_ok=True)
+    if text:
+        write_text(folder / "prompts.txt", "".join(f"{prompt}\n" for prompt in text))
     images = snapshot.sample(num, seed).numpy()
     for number, picture in enumerate(to_uint8(images)):
         Image.fromarray(picture).save(folder / f"{number:05d}{snapshot.mark}.png")
     grid = save_grid(images, folder / f"grid_{size}{snapshot.mark}.png")
     typer.echo(f"{num} pictures of stage {size} at {snapshot.nimg} images: {grid}")
+
+
+def text_mark(texts: list[str], guidance: float) -> str:
+    """Part of a folder's name that tells other prompts from these."""
+    words = re.sub(r"[^a-z0-9]+", "-", " ".join(texts).lower()).strip("-")[:40]
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
+    return f"{words}_{digest}_g{guidance:g}"

@@ -1,0 +1,82 @@
+"""Keys of ``family:`` for ``name: guided``, and which levels they make a stage read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from dinogen.config import ConfigError, Section, StageConfig
+from dinogen.guidance.discriminator_options import DiscriminatorOptions
+from dinogen.guidance.terms import MAIN, AnyTerm, Mse
+from dinogen.guidance.text_options import TextOptions
+
+NATIVE_UP_TO = 16
+
+
+class GuidedOptions(Section):
+    """Keys of ``family:`` for ``name: guided``."""
+
+    objectives: tuple[AnyTerm, ...] = Field(
+        (Mse(),), min_length=1, description="what is summed: names, weights, options"
+    )
+    bank: int = Field(
+        0,
+        ge=0,
+        description="so many further reals each step for objectives that compare distributions; "
+        "0: as many as are generated",
+    )
+    discriminator: DiscriminatorOptions | None = Field(
+        None, description="trained beside them; none unless given"
+    )
+    text: TextOptions | None = Field(
+        None, description="pictures are asked for by CLIP embeddings; not unless given"
+    )
+    pyramid: Literal["native", "pooled"] = Field(
+        "native",
+        description="targets up to 16x16: features of the shrunk picture, or pooled features of "
+        "the full one; above 16x16 always pooled",
+    )
+    grids: dict[str, tuple[int, ...]] = Field(
+        {}, description="above 16x16, of main and of each of guides:; 16, 8 and 4 unless given"
+    )
+    z_dim: int = Field(512, ge=1, description="size of the latent")
+    channel_base: int = Field(16384, ge=4, description="channels at R are base / R ...")
+    channel_max: int = Field(512, ge=1, description="... and at most this")
+    probe_samples: int = Field(64, ge=2, description="pictures per diversity probe")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, values: Any) -> Any:
+        # One objective by its name alone; so it was written once.
+        if isinstance(values, dict) and "objective" in values and "objectives" not in values:
+            values = dict(values)
+            values["objectives"] = [{"name": values.pop("objective")}]
+        return values
+
+    def levels(self, stage: StageConfig, further: Iterable[str]) -> tuple[str, ...]:
+        """What a stage compares: ``p8`` of the main guide, ``NAME.p8`` of others.
+
+        Args:
+            stage: whose resolution decides.
+            further: names of the other guides.
+
+        Raises:
+            ConfigError: an option names a guide that there is not.
+        """
+        guides = (MAIN, *further)
+        for name in (*self.grids, *(guide for term in self.objectives for guide in term.guides)):
+            if name not in guides:
+                raise ConfigError(
+                    f"family: there is no guide {name}: name one of {', '.join(guides)}, or add it "
+                    "to guides:"
+                )
+        found = []
+        for name in guides:
+            prefix = "" if name == MAIN else f"{name}."
+            if stage.resolution <= NATIVE_UP_TO:
+                found.append(f"{prefix}{self.pyramid[0]}{stage.resolution}")
+            else:
+                found += [f"{prefix}p{grid}" for grid in self.grids.get(name, (16, 8, 4))]
+        return tuple(found)

@@ -1,0 +1,186 @@
+"""Pictures asked for by CLIP's embeddings: trained, resumed, on ranks, sampled by prompts."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from dinogen.config import ConfigError, GuideConfig
+from dinogen.config_clip import ClipConfig
+from dinogen.features.clip import load_clip
+from dinogen.features.load import load_guide
+from dinogen.features.pyramid import native_pyramid
+from dinogen.training.checkpoint import newest_checkpoint
+from dinogen.training.run import train
+from dinogen.training.snapshot import load_snapshot
+from dinogen.training.state import StageState
+from launch.cli import app
+from shards.pack import pack
+from shards.sample import Sample
+from tests import drawn
+from tests.families.tiny import tiny_config
+from tests.tiny_clip import EMBED_DIM, random_clip
+from tests.training.on_ranks import on_ranks
+
+TEXT = {"embed_dim": EMBED_DIM, "dropout": 0.3, "noise": 0.2}
+TEXTS = {"images": TEXT, "captions": {**TEXT, "condition": "captions", "joint_weight": 0}}
+
+
+@pytest.fixture(scope="module")
+def drawn_data(tmp_path_factory) -> Path:
+    """24 drawn faces of 16x16 with pixels, embeddings and, but for one, captions."""
+    folder = tmp_path_factory.mktemp("drawn")
+    clip = load_clip(ClipConfig(path=str(random_clip(folder / "clip"))), torch.device("cpu"))
+    guide = load_guide(GuideConfig(name="pixels"), torch.device("cpu"))
+    rows = drawn.some_attributes(24, 0)
+    pictures = drawn.draw(rows, 1, size=16)
+    tensors = drawn.as_tensor(pictures)
+    captions = [drawn.caption(row) for row in rows]
+    captions[5] = None
+    with torch.no_grad():
+        features = native_pyramid(guide, tensors, (16,))[16].half().numpy()
+        images = clip.images(tensors).half().numpy()
+        texts = [clip.captions([text])[0] if text else torch.zeros(EMBED_DIM) for text in captions]
+    samples = []
+    for number, pixels in enumerate(pictures):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        levels = {
+            "n16": features[number],
+            "clip": images[number][None],
+            "text": texts[number].half().numpy()[None],
+        }
+        samples.append(
+            Sample(
+                f"face{number:03d}",
+                file.getvalue(),
+                "png",
+                {},
+                levels,
+                caption=captions[number],
+            )
+        )
+    pack(
+        samples,
+        folder / "data",
+        shard_size=8,
+        val_fraction=0.25,
+        guide=guide.info.to_dict(),
+        clip=clip.info,
+    )
+    return folder / "data"
+
+
+def text_config(data, run, condition, *overrides):
+    given = [
+        "guide={name: pixels}",
+        f"clip.path={data.parent / 'clip'}",
+        f"family.text={json.dumps(TEXTS[condition])}",
+        "family.objectives=[{name: energy, views: [map]}]",
+        "family.bank=6",
+    ]
+    return tiny_config("guided", data, run / condition, *given, *overrides)
+
+
+def train_both(data, out, ways):
+    for way, overrides in ways.items():
+        for condition in TEXTS:
+            train(text_config(data, out / way, condition, *overrides))
+
+
+def weights(folder):
+    found = newest_checkpoint(folder / "16x16" / "checkpoints")
+    assert found is not None
+    return found.tensors("G")
+
+
+@pytest.fixture(scope="module")
+def whole(drawn_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("text")
+    train_both(drawn_data, out, {"whole": []})
+    return out / "whole"
+
+
+@pytest.mark.parametrize("condition", list(TEXTS))
+def test_it_goes_on_bitwise(condition, whole, drawn_data, tmp_path):
+    train(text_config(drawn_data, tmp_path, condition, "stages.0.kimg=0.016"))
+    train(text_config(drawn_data, tmp_path, condition))
+    want, found = weights(whole / condition), weights(tmp_path / condition)
+    assert [k for k, v in want.items() if not torch.equal(v, found[k])] == []
+
+
+def test_ranks_and_parts_train_as_one(whole, drawn_data, tmp_path):
+    ways = {"ddp": ["engine.micro_batch=2"], "deepspeed": ["engine.name=deepspeed"]}
+    on_ranks(2, train_both, drawn_data, tmp_path, ways)
+    for way in ways:
+        for condition in TEXTS:
+            want, found = weights(whole / condition), weights(tmp_path / way / condition)
+            for key, value in want.items():
+                torch.testing.assert_close(
+                    found[key], value, rtol=2e-3, atol=5e-5, msg=f"{way} {condition} {key}"
+                )
+
+
+def test_each_prompt_has_pictures_of_its_own(whole):
+    snapshot = load_snapshot(whole / "images")
+    nothing = snapshot.sample(4, 0)
+    snapshot.ask(["a face, red hair", "a face, glasses"], 2.0)
+    both = snapshot.sample(4, 0)
+    snapshot.ask(["a face, red hair"], 2.0)
+    one = snapshot.sample(4, 0)
+    torch.testing.assert_close(both[[0, 2]], one[[0, 2]])
+    assert (both[[1, 3]] - one[[1, 3]]).abs().amax((1, 2, 3)).min() > 1e-4
+    snapshot.ask(["a face, red hair"], 0.0)
+    torch.testing.assert_close(snapshot.sample(4, 0), nothing)
+
+
+def test_samples_without_a_caption_are_asked_for_nothing(drawn_data, tmp_path):
+    state = StageState(text_config(drawn_data, tmp_path, "captions", "family.text.dropout=0"), 0)
+    batch = state.data.read(range(18), levels=state.family.inputs.levels)
+    asked = state.family.text.asked(batch, "ask")
+    there = [bool(state.data.sample(number).caption) for number in range(18)]
+    assert asked.keep.tolist() == there
+    assert sum(there) >= 17
+
+
+def test_the_command_samples_by_prompts(whole, tmp_path):
+    run = whole / "images"
+    words = ["sample", str(run), "--num", "2", "--text", "a face, red hair", "--guidance", "2"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    (folder,) = (run / "samples").glob("*red-hair*_g2")
+    assert (folder / "prompts.txt").read_text() == "a face, red hair\n"
+    assert len(list(folder.glob("0000*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["clip=null"], "clip: family.text needs it"),
+        (["family.text.embed_dim=7"], "family.text.embed_dim: 7"),
+    ],
+)
+def test_mistakes_are_named(overrides, words, drawn_data, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        StageState(text_config(drawn_data, tmp_path, "images", *overrides), 0)
+
+
+def test_another_clip_is_refused(whole, drawn_data, tmp_path):
+    other = random_clip(tmp_path / "clip", seed=1)
+    config = text_config(drawn_data, tmp_path, "images", f"clip.path={other}")
+    with pytest.raises(ConfigError, match="is not the one that embedded"):
+        StageState(config, 0)
+
+
+def test_runs_without_text_cannot_be_asked(drawn_data, tmp_path):
+    config = text_config(drawn_data, tmp_path, "images", "family.text=null", "clip=null")
+    train(config)
+    result = CliRunner().invoke(app, ["sample", str(config.run), "--text", "a face"])
+    assert result.exit_code != 0
+    assert "was not trained to be asked" in str(result.exception) + result.output
