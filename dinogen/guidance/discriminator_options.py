@@ -18,7 +18,7 @@ class DiscriminatorOptions(Section):
         description="projected: heads on the layers of a frozen guide; patch: PatchGAN on pixels",
     )
     from_resolution: int = Field(64, ge=4, description="stages from this resolution on have it")
-    weight: float = Field(1.0, gt=0, description="of G's adversarial loss")
+    weight: float = Field(0.1, gt=0, description="of G's adversarial loss")
     ramp_kimg: float = Field(
         10.0,
         ge=0,

@@ -370,7 +370,7 @@ def striped(num, upright, first=0):
     ("kind", "loss"), [("whole", "hinge"), ("crop", "relativistic"), ("patch", "hinge")]
 )
 def test_it_learns_to_tell_two_kinds_of_pictures_apart(kind, loss, make):
-    judge = make(kind, loss=loss)
+    judge = make(kind, loss=loss, weight=1.0)
     optimizer = torch.optim.Adam(judge.network.parameters(), 1e-2, betas=(0.5, 0.99))
     for step in range(60):
         positions = torch.arange(16 * step, 16 * step + 16)
