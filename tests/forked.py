@@ -30,7 +30,8 @@ def context() -> ForkServerContext:
     try:
         os.environ.clear()
         # It finds what it imports by PYTHONPATH alone, and keeps its variables for all that follow.
-        os.environ.update(_ENVIRONMENT | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"})
+        fixed = {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        os.environ.update(_ENVIRONMENT | fixed)
         forkserver.ensure_running()
     finally:
         os.environ.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 
 from dinogen._torchvision import ensure_torchvision
 
@@ -21,3 +22,6 @@ from dinogen.families.registry import family_names  # noqa: E402
 for name in family_names():
     importlib.import_module(f"dinogen.families.{name}")
 get_checkpoint_conversion_mapping("dinov2")  # built once, and from_pretrained asks for it
+with suppress(ModuleNotFoundError):  # an extra; the second is what ZeRO imports at its first use
+    import deepspeed
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401

@@ -3,45 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from dinogen.training.checkpoint import on_host, save_checkpoint
+from tests.training.benchmarks import FOLDER, benchmark  # noqa: F401
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BATCH = 4
 
 
 @pytest.fixture
 def checks(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(FOLDER))
     import chaos_checks
 
     return chaos_checks
 
 
-def run(script: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.mark.parametrize("options", [("5", "--engine", "any"), ("3", "--fixed-world", "3")])
-def test_a_run_killed_at_random_moments_ends_as_one_that_was_left_alone(options):
-    printed = run("chaos.py", "--seed", "5", "--steps", "48", "--kills", *options)
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_left_alone(
+    benchmark,  # noqa: F811
+    options,
+):
+    printed = benchmark("chaos", "--seed", "5", "--steps", "48", "--kills", *options)
     table = dict(line.split("  ", 1) for line in printed.splitlines() if "  " in line)
     assert table["kills"].strip().startswith(f"{options[0]} (")
     assert table["violations"].strip() == "0"

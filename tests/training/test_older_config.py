@@ -63,12 +63,15 @@ def setting(key, value):
 
 
 @pytest.mark.parametrize("keys", [NEW, NEW_SECTIONS])
-def test_keys_that_the_older_one_lacks_are_defaults(make_config, tmp_path, keys):
+def test_keys_that_the_older_one_lacks_are_defaults(make_config, tmp_path, place_of_both, keys):
     # probe_samples is no default in the other tests, so that this run agrees with what is dropped
-    config = make_config("family.probe_samples=64", run="whole")
-    train(config)
+    config = make_config("family.probe_samples=64", run=str(place_of_both / "whole"))
+    half = make_config("family.probe_samples=64", HALF, run=str(place_of_both / "half"))
+    if not half.run.exists():
+        train(config)
+        train(half, 4)
     older = make_config("family.probe_samples=64", run="older")
-    train(make_config("family.probe_samples=64", HALF, run="older"), 4)
+    shutil.copytree(half.run, older.run)
     edit(older, without(*keys))
 
     pictures = load_snapshot(older.run).sample(2, 0)
@@ -86,15 +89,14 @@ def test_keys_that_the_older_one_lacks_are_defaults(make_config, tmp_path, keys)
         assert all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
-def test_a_key_that_was_not_there_counts_by_its_default(make_config):
-    config = make_config(HALF)
-    train(config, 4)
-    edit(config, without("engine.clip_grad_norm", "ema"))
+def test_a_key_that_was_not_there_counts_by_its_default(half_trained):
+    make, _ = half_trained
+    edit(make(), without("engine.clip_grad_norm", "ema"))
     with pytest.raises(ConfigError, match=r"engine.clip_grad_norm: .* trained with None, .*says 1"):
-        train(make_config("engine.clip_grad_norm=1"), 4)
+        train(make("engine.clip_grad_norm=1"), 4)
     with pytest.raises(ConfigError, match=r"ema.halflife_kimg: .* trained with 10.0, .*says 3"):
-        train(make_config("ema.halflife_kimg=3"), 4)
-    train(make_config(), 4)
+        train(make("ema.halflife_kimg=3"), 4)
+    train(make(), 4)
 
 
 @pytest.mark.parametrize(
@@ -109,13 +111,13 @@ def test_a_key_that_was_not_there_counts_by_its_default(make_config):
         ("family.z_dim", 0, "z_dim"),
     ],
 )
-def test_what_today_does_not_know_is_one_clear_error(make_config, tmp_path, key, value, named):
-    config = make_config(HALF)
-    train(config, 4)
+def test_what_today_does_not_know_is_one_clear_error(half_trained, tmp_path, key, value, named):
+    make, _ = half_trained
+    config = make()
     today = (config.run / "config.yaml").read_text()
     edit(config, setting(key, value))
     uses = {
-        "train": lambda: train(make_config(), 4),
+        "train": lambda: train(make(), 4),
         "sample": lambda: load_snapshot(config.run),
         "export": lambda: export(config.run, tmp_path / "G.safetensors"),
         "evaluate": lambda: evaluate(config.run, split="train"),
@@ -213,6 +215,12 @@ def test_a_run_whose_data_moved_is_read_where_its_config_says(half_trained, tmp_
     config = load_config(run / "config.yaml", [f"data.path={moved}"])
     (run / "config.yaml").write_text(dump_config(config))
     assert evaluate(run, split="train")["num_samples"] == 40
+
+
+@pytest.fixture(scope="module")
+def place_of_both(tmp_path_factory):
+    """Where a whole and a half-trained run lie, once they are trained."""
+    return tmp_path_factory.mktemp("both")
 
 
 @pytest.fixture(scope="module")
