@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import GuideConfig
 from dinogen.features.base import GuideError, GuideInfo, guide_dtype
-from dinogen.features.hub import checkpoint_folder, quiet_transformers
-from dinogen.features.weights import weights_sha256
+from dinogen.features.checkpoint import damage_told, hash_folder, read_model
+from dinogen.features.hub import GUIDE, checkpoint_folder, quiet_transformers
 
 RANDOM_KEY = "dinogen_random_weights"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -119,9 +116,9 @@ def load(config: GuideConfig, device: torch.device) -> Dinov2Guide:
             network; or there is no such layer.
     """
     folder, revision = checkpoint_folder(config.path, config.revision)
-    with _damage_told(config.path):
+    with damage_told(GUIDE.key, config.path):
         model, model_config = _read_model(folder, config.path)
-        weights = _hash_folder(folder)
+        weights = hash_folder(folder, "*.safetensors")
     asked = config.layer if isinstance(config.layer, tuple) else (config.layer,)
     blocks = _keep_layers(model, asked)
     random = bool(getattr(model_config, RANDOM_KEY, False))
@@ -203,19 +200,6 @@ def make_random_dinov2(
     partial.rename(folder)
 
 
-@contextmanager
-def _damage_told(path: str) -> Iterator[None]:
-    """What transformers and safetensors raise on damaged files, as one GuideError."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()
-        raise GuideError(
-            f"guide.path: {path} is damaged ({reason[0] if reason else repr(error)}): get the "
-            "checkpoint again, whole"
-        ) from error
-
-
 def _read_model(folder: Path, path: str) -> tuple[Any, Any]:
     """The network in float32, and its config; ``path`` is how the user names the folder."""
     ensure_torchvision()
@@ -231,29 +215,7 @@ def _read_model(folder: Path, path: str) -> tuple[Any, Any]:
             f"guide.path: {path} holds a {config.model_type!r} network: give a DINOv2 checkpoint, "
             "such as facebook/dinov2-small"
         )
-    with quiet_transformers():
-        model, report = classes[config.model_type].from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, in one line
-        )
-    if report["missing_keys"]:
-        names = sorted(report["missing_keys"])
-        raise GuideError(
-            f"guide.path: {path} lacks {len(names)} weights ({', '.join(names[:3])}, ...): get the "
-            "checkpoint again, whole"
-        )
-    if report["mismatched_keys"]:
-        name, stored, wanted = min(report["mismatched_keys"])
-        raise GuideError(
-            f"guide.path: {path} is damaged ({name} is {list(stored)}, by config.json it is "
-            f"{list(wanted)}): get the checkpoint again, whole"
-        )
+    model = read_model(classes[config.model_type], folder, config, GUIDE.key, path)
     return model, config
 
 
@@ -274,11 +236,3 @@ def _keep_layers(model: Any, layers: Sequence[int | str]) -> list[int]:
         raise GuideError(f"guide.layer: {list(layers)}: -1 is block {num_layers}: name it once")
     model.encoder.layer = model.encoder.layer[: max(resolved)]
     return resolved
-
-
-def _hash_folder(folder: Path) -> str:
-    """Hash of the weights as they lie on disk, whatever transformers renames them to."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors.update(load_file(file))
-    return weights_sha256(tensors)
