@@ -33,6 +33,9 @@ class MetricsConfig(Section):
         None, description="safetensors file of FID's InceptionV3 with batch norm folded"
     )
     dinov2: str | None = Field(None, description="hub name or checkpoint folder of a DINOv2")
+    onet: str | None = Field(
+        None, description="file of MTCNN's O-Net; that of facenet-pytorch's wheel unless given"
+    )
     lpips: Literal["alex", "vgg", "squeeze"] = Field("alex", description="network of LPIPS")
     lpips_backbone: str | None = Field(
         None, description="file of its weights; torchvision's in torch's hub cache unless given"

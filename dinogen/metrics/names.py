@@ -15,6 +15,7 @@ from dinogen.metrics.collect import Seen
 from dinogen.metrics.figure import Better
 from dinogen.metrics.frechet import frechet_of, frechet_spread
 from dinogen.metrics.inception_score import inception_score
+from dinogen.metrics.judges.onet import FACE
 from dinogen.metrics.kernel import kernel_distance
 from dinogen.metrics.manifold import Manifold, manifold
 from dinogen.metrics.memorisation import memorisation
@@ -94,6 +95,13 @@ def _inception_score(sets: Sets) -> Estimate:
     return inception_score(sets.generated.logits)
 
 
+def _faces(sets: Sets) -> Estimate:
+    """Mean probability of a face, and its standard error."""
+    assert sets.generated.logits is not None
+    chance = sets.generated.logits.double().softmax(1)[:, FACE]
+    return Estimate(float(chance.mean()), float(chance.std() / len(chance) ** 0.5))
+
+
 def _manifold(name: str, sets: Sets) -> Estimate:
     found: Estimate = getattr(sets.manifold, name)
     return found
@@ -121,6 +129,8 @@ JUDGED = {
     **_of_judge("inception", "fid", "kid", ""),
     **_of_judge("inception768", "fid768", "kid768", "768"),
     **_of_judge("dinov2", "fd_dinov2", "kd_dinov2", "_dinov2"),
+    **_of_judge("onet", "fd_onet", "kd_onet", "_onet"),
+    "faces": Metric("onet", "higher", _faces, real=None),
 }
 # Measured by other means than rows of a judge.
 LPIPS_DIVERSITY = "lpips_diversity"

@@ -46,6 +46,19 @@ MEASURED: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         ),
     ),
     (
+        "Face detector",
+        (
+            ("faces", "faces"),
+            ("fd_onet", "FD-O-Net"),
+            ("kd_onet", "KD-O-Net"),
+            ("precision_onet", "precision"),
+            ("recall_onet", "recall"),
+            ("density_onet", "density"),
+            ("coverage_onet", "coverage"),
+            ("memorisation_onet", "memorisation"),
+        ),
+    ),
+    (
         "Diversity",
         (("lpips_diversity", "LPIPS diversity"), ("guide_diversity", "guide diversity")),
     ),

@@ -248,3 +248,25 @@ def test_with_the_hub_offline_nothing_is_asked_for(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(inception_file.urllib.request, "urlopen", lambda *a, **k: pytest.fail())
     assert not inception_file._answers.__wrapped__("https://example.com")
+
+
+def test_onet_is_the_detectors_own_and_knows_a_face():
+    from skimage import data
+
+    judge = judge_of("onet")
+    images = pictures(3, 48)
+    found = judge(images)
+    with torch.no_grad():
+        theirs = judge.net((images.float() - 127.5) / 128)[2][:, 1]
+    torch.testing.assert_close(found["logits"].softmax(1)[:, 1], theirs)
+    assert found["features"].shape == (3, judge.info.num_channels)
+    face = torch.from_numpy(data.astronaut()[62:172, 170:280]).permute(2, 0, 1)[None]
+    chance = judge(face)["logits"].softmax(1)[0, 1]
+    assert chance > 0.95
+    assert judge(images)["logits"].softmax(1)[:, 1].max() < 0.5
+
+
+def test_another_file_for_onet_is_named(tmp_path):
+    (tmp_path / "onet.pt").write_bytes(b"nothing")
+    with pytest.raises(NotAvailable, match=r"metrics\.onet: .*onet\.pt"):
+        judge_of("onet", tmp_path / "onet.pt")
