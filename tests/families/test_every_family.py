@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +16,8 @@ from dinogen.training.state import StageState
 from dinogen.training.trainer import Trainer
 from tests.families.tiny import BATCH, RESOLUTION, TINY, tiny_config
 from tests.families.train_families import run_of
+from tests.forked import torchrun
 
-REPO = Path(__file__).parents[2]
 FAMILIES = [pytest.param(name, id=name) for name in family_names()]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -152,11 +149,8 @@ def one_and_two(disc_data, tmp_path_factory):
     """All families trained by one process, and by two ranks in two engines."""
     out = tmp_path_factory.mktemp("engines")
     items = [f"{name}:{engine}" for name in family_names() for engine in ("ddp", "deepspeed")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", str(REPO / "tests/families/train_families.py")]
-    command += [str(disc_data), str(out), *items]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    script = Path(__file__).with_name("train_families.py")
+    done = torchrun(2, script, disc_data, out, *items, timeout=280)
     assert done.returncode == 0, done.stderr[-6000:]
     for name in family_names():
         train(tiny_config(name, disc_data, run_of(out, f"{name}:single")))

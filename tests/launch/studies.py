@@ -15,6 +15,7 @@ import yaml
 
 from dinogen.config import Config, load_config
 from dinogen.features.dinov2 import make_random_dinov2
+from tests import forked
 from tests.families.tiny import TINY, pack_discs
 
 METRIC = "fid"
@@ -257,21 +258,7 @@ def run_here(words: list[str], said: Path) -> None:
 
 def start_study(study: Path, said: Path) -> multiprocessing.process.BaseProcess:
     """Start `dinogen study run` in a process of its own, which leads a group of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "dinogen.training.run",
-            "dinogen.training.evaluate",
-            "dinogen.training.looks",
-            "dinogen.features.dinov2",
-            "dinogen.families.vae_gan",
-            "dinogen.families.wgan_gp",
-            "launch.study_report",
-            "matplotlib.pyplot",
-            "torch.utils.tensorboard",
-        ]
-    )
-    process = context.Process(target=run_here, args=([str(study)], said))
+    process = forked.context().Process(target=run_here, args=([str(study)], said))
     process.start()
     return process
 

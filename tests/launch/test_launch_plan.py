@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -14,13 +15,15 @@ from typer.testing import CliRunner
 
 from dinogen.config import ConfigError, parse_config
 from dinogen.errors import UserError
+from dinogen.files import write_text
 from launch.cli import app
 from launch.jobs import read_jobs
 from launch.resources import stage_resources, step_resources
 
-# A played SLURM: jobs are lines "ID STATE REASON CODE" in $SLURM_PLAYED/jobs.
+# A played SLURM: jobs are lines "ID STATE REASON CODE" in $SLURM_PLAYED/jobs, changed under a lock,
+# for a study submits one job while another ends.
 SBATCH = """#!/usr/bin/env bash
-cd "$SLURM_PLAYED"; echo "$*" >> submitted
+cd "$SLURM_PLAYED"; exec 9> lock; flock 9; echo "$*" >> submitted
 if [[ -e refuse && "$*" == *"$(cat refuse)"* ]]; then
     echo "sbatch: error: invalid partition specified: nowhere" >&2; exit 1
 fi
@@ -33,6 +36,7 @@ set -- $line
 echo "JobId=$1 JobName=x JobState=$2 Reason=$3 Dependency=(null) Restarts=0 ExitCode=$4:0"
 """
 SCANCEL = """#!/usr/bin/env bash
+exec 9> "$SLURM_PLAYED/lock"; flock 9
 echo "$1" >> "$SLURM_PLAYED/cancelled"
 sed -i "s/^$1 .*/$1 CANCELLED None 0/" "$SLURM_PLAYED/jobs"
 """
@@ -150,10 +154,12 @@ def status(folder):
 
 
 def set_state(folder, number, state, reason="None", code=0):
-    lines = (folder / "jobs").read_text().splitlines()
     new = f"{number} {state} {reason} {code}"
-    text = "".join(f"{new if line.startswith(f'{number} ') else line}\n" for line in lines)
-    (folder / "jobs").write_text(text)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lines = (folder / "jobs").read_text().splitlines()
+        text = "".join(f"{new if line.startswith(f'{number} ') else line}\n" for line in lines)
+        write_text(folder / "jobs", text)
 
 
 def submitted(folder):
