@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# EX_TEMPFAIL: not an error, run the same command again to go on
+EXIT_STOPPED = 75
+
 
 class UserError(Exception):
     """Something outside the code is wrong; the message names the file or key and the mend.

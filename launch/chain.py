@@ -9,7 +9,6 @@ from pathlib import Path
 
 from dinogen.config import Config
 from dinogen.errors import UserError
-from dinogen.training.levels import makes_features
 from launch.progress import figure_of, is_evaluated, is_looked, stage_result
 from launch.resources import Resources, stage_resources, step_resources
 from launch.stages import choose_stages
@@ -143,6 +142,8 @@ def _data_steps(config: Config, photos: Path | None, file: Path) -> list[Step]:
         )
     if not photos.is_dir():
         raise UserError(f"--photos {photos}: no such folder")
+    from dinogen.training.levels import makes_features  # torch, which status can do without
+
     faces, pyramids = f"{data.rstrip('/')}-faces", f"{data.rstrip('/')}-pyramids"
     given: dict[str, tuple[str, ...]] = {"faces": (str(photos), faces)}
     if makes_features(config):

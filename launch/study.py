@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinogen.config import Config, load_config
-from dinogen.errors import UserError
-from dinogen.training.stop import EXIT_STOPPED
+from dinogen.errors import EXIT_STOPPED, UserError
 from launch.chain import lacking_data
 from launch.jobs import read_jobs
 from launch.local import build_command, count_processes

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from dinogen.config import dump_config
+from dinogen.errors import EXIT_STOPPED
 from dinogen.files import write_text
-from dinogen.training.stop import EXIT_STOPPED
 from launch.chain import metric_changes
 from launch.doctor import usable_cores
 from launch.local import build_command, count_processes

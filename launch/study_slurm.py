@@ -9,9 +9,8 @@ import time
 from types import FrameType
 
 from dinogen.config import dump_config
-from dinogen.errors import UserError
+from dinogen.errors import EXIT_STOPPED, UserError
 from dinogen.files import write_text
-from dinogen.training.stop import EXIT_STOPPED
 from launch.jobs import launch_folder, read_jobs
 from launch.request import Request
 from launch.slurm import ask_states, launch_slurm

@@ -30,7 +30,7 @@ def main(args: list[str] | None = None) -> None:
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.run import main as torchrun
 
-    from dinogen.training.stop import EXIT_STOPPED
+    from dinogen.errors import EXIT_STOPPED
 
     given = sys.argv[1:] if args is None else args
     try:

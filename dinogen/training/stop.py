@@ -10,15 +10,12 @@ from types import FrameType
 from typing import TypeVar
 
 from dinogen import dist
-from dinogen.errors import UserError
+from dinogen.errors import EXIT_STOPPED, UserError
 from shards.errors import FetchError
 from shards.fetch import hurry
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-# EX_TEMPFAIL: not an error, run the same command again to go on
-EXIT_STOPPED = 75
 
 
 class Stopped(UserError):

@@ -93,8 +93,7 @@ def run(
 
       dinogen study run configs/study.yaml --on slurm
     """
-    from dinogen.errors import UserError
-    from dinogen.training.stop import EXIT_STOPPED
+    from dinogen.errors import EXIT_STOPPED, UserError
     from launch.study import exit_code
     from launch.study_local import LocalStudy
     from launch.study_plan import check_study

@@ -35,9 +35,10 @@ def dinogen(*arguments, **variables):
     )
 
 
-def test_help_loads_nothing_heavy():
+def loaded_by(*arguments):
+    """What a command prints, and the packages that it has loaded."""
     code = (
-        "import sys; sys.argv = ['dinogen', '--help']\n"
+        f"import sys; sys.argv = ['dinogen', *{arguments!r}]\n"
         "from launch.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
@@ -46,10 +47,24 @@ def test_help_loads_nothing_heavy():
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert "Usage" in done.stdout
-    loaded = set(done.stderr.replace("'", " ").replace(",", " ").split())
+    return done.stdout, set(done.stderr.replace("'", " ").replace(",", " ").split())
+
+
+def test_help_loads_nothing_heavy():
+    printed, loaded = loaded_by("--help")
+    assert "Usage" in printed
     assert "typer" in loaded
     assert loaded & {"torch", "numpy", "transformers", "pydantic", "matplotlib", "PIL"} == set()
+
+
+def test_the_status_of_jobs_loads_no_torch(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        f"run: {tmp_path}\nstages: [{{resolution: 4, kimg: 1}}]\n"
+    )
+    (tmp_path / "4x4").mkdir()
+    (tmp_path / "4x4" / "stats.jsonl").write_text('{"nimg": 500}\n')
+    for words in (("launch", "status", str(tmp_path)), ("shards", "verify", str(tmp_path))):
+        assert "torch" not in loaded_by(*words)[1], words
 
 
 def cpu_of_help():

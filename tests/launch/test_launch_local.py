@@ -23,7 +23,7 @@ from dinogen.errors import UserError
 from launch.cli import app
 from launch.deepspeed import launcher_command
 from launch.relay import catches
-from tests.training.conftest import data_folder, guide_folder, make_config  # noqa: F401
+from tests.families.tiny import pack_discs, tiny_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -156,23 +156,25 @@ def test_the_deepspeed_launcher_keeps_the_gpus_that_were_chosen(monkeypatch):
 
 
 @pytest.fixture
-def config(make_config):  # noqa: F811
-    """A run of one stage that takes seconds, as a file."""
-    made = make_config("stages.0.kimg=2", "log.every_kimg=0.1", "checkpoint.every_kimg=0.1")
-    made = made.model_copy(update={"stages": made.stages[:1]})
-    path = made.run.with_suffix(".yaml")
-    path.write_text(dump_config(made))
+def config(tmp_path):
+    """A run that takes seconds, as a file; of a family that imports no guide."""
+    pack_discs(tmp_path / "discs")
+    changes = ("stages.0.kimg=1", "log.every_kimg=0.1", "checkpoint.every_kimg=0.1")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        dump_config(tiny_config("dcgan", tmp_path / "discs", tmp_path / "run", *changes))
+    )
     return path
 
 
 def checkpoints(config: Path) -> list[Path]:
     run = Path(yaml.safe_load(config.read_text())["run"])
-    return list((run / "4x4" / "checkpoints").glob("0*"))
+    return list((run / "16x16" / "checkpoints").glob("0*"))
 
 
 def result(config: Path) -> dict:
     run = Path(yaml.safe_load(config.read_text())["run"])
-    return json.loads((run / "4x4" / "result.json").read_text())
+    return json.loads((run / "16x16" / "result.json").read_text())
 
 
 def children(pid: int) -> list[int]:
@@ -187,7 +189,7 @@ def test_a_worker_that_is_killed_is_started_again(config, tmp_path):
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     assert process.wait(120) == 0, (tmp_path / "log0").read_text()
     assert "resumed from" in (tmp_path / "log0").read_text()
-    assert result(config)["nimg"] == 2000
+    assert result(config)["nimg"] == 1000
 
 
 def test_a_lost_node_leaves_the_other_to_go_on(config, tmp_path):
@@ -208,7 +210,7 @@ def test_a_lost_node_leaves_the_other_to_go_on(config, tmp_path):
     log = tmp_path / "log0"
     assert first.wait(120) == 0, log.read_text()
     assert "resumed from" in log.read_text()
-    assert (result(config)["world_size"], result(config)["nimg"]) == (1, 2000)
+    assert (result(config)["world_size"], result(config)["nimg"]) == (1, 1000)
 
 
 def dry(*words: object) -> list[str]:
@@ -222,10 +224,10 @@ def test_a_dry_run_prints_what_can_be_pasted(config, monkeypatch):
     monkeypatch.setattr("launch.local.usable_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     name = "run=my runs/a"
-    words = dry(config, name, "--gpus", 4, "--stages", "4")
+    words = dry(config, name, "--gpus", 4, "--stages", "16")
     assert words[:4] == ["OMP_NUM_THREADS=2", sys.executable, "-m", "launch.torchrun"]
     assert words[words.index("--nproc-per-node") + 1] == "4"
-    assert words[words.index("train") :] == ["train", str(config), name, "--stage", "4"]
+    assert words[words.index("train") :] == ["train", str(config), name, "--stage", "16"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert dry(config, "--gpus", 4)[0] == sys.executable
 
