@@ -21,7 +21,7 @@ class Judge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 24, 48, 64)
+        widths = (3, 16, 32, 64)
         layers: list[nn.Module] = []
         for i, o in itertools.pairwise(widths):
             layers += [nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
@@ -40,7 +40,7 @@ class Judge(nn.Module):
         return torch.stack([logits.argmax(1) for logits in self(images)], 1).numpy()
 
 
-def train_judge(seed: int = 1, num_steps: int = 120, batch: int = 96) -> Judge:
+def train_judge(seed: int = 1, num_steps: int = 150, batch: int = 64) -> Judge:
     """Taught on pictures of its own, blurred, tinted and with noise."""
     rows = drawn.some_attributes(2000, seed)
     faces = drawn.as_tensor(drawn.draw(rows, [seed, 7]))
