@@ -124,12 +124,11 @@ restartable() {
     await "$pid"
 }
 
-# await PID: wait for a child to its end; a trap ends `wait` alone.
+# await PID: wait for a child to its end, and return what it ended with. A trap ends `wait` alone, with
+# the signal's code, and the child may end before the next one: bash remembers its code.
 await() {
-    local code
-    while true; do
-        code=0
-        wait "$1" || code=$?
-        kill -0 "$1" 2>/dev/null || return "$code"
+    while kill -0 "$1" 2>/dev/null; do
+        wait "$1" || true
     done
+    wait "$1"
 }

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from dinogen.config import dump_config, parse_config
+from tests.families.tiny import TINY
 from tests.slurm.helpers import ROOT, Cluster
 from tests.training.conftest import data_folder, guide_folder  # noqa: F401
 
@@ -36,21 +37,17 @@ def cluster():
 
 
 @pytest.fixture
-def write_config(tmp_path, data_folder, guide_folder):  # noqa: F811
-    """Writes the YAML of a run of stages 4 and 8, two nodes with a process each."""
+def write_config(tmp_path, data_folder):  # noqa: F811
+    """Writes the YAML of a run of stages 4 and 8, two nodes with a process each.
+
+    Its family grows without a guide, which each process would import for seconds.
+    """
 
     def write(*overrides: str, folder: Path = tmp_path) -> Path:
         base = {
             "run": str(folder / "run"),
             "data": {"path": str(data_folder), "num_threads": 0},
-            "guide": {"path": str(guide_folder)},
-            "family": {
-                "name": "guided",
-                "z_dim": 8,
-                "channel_base": 64,
-                "channel_max": 16,
-                "probe_samples": 8,
-            },
+            "family": {"name": "progressive_gan", **TINY["progressive_gan"]},
             "stages": [
                 {"resolution": 4, "kimg": 0.08, "batch": 8, "lr": 0.01},
                 {"resolution": 8, "kimg": 0.16, "fade_kimg": 0.08, "batch": 8, "lr": 0.01},

@@ -55,14 +55,13 @@ def flag(words: list[str], name: str) -> str:
 
 
 @pytest.fixture
-def home(data_folder, guide_folder):
-    """A folder of the user nobody, with data, guide and an interpreter that it may run."""
+def home(data_folder):
+    """A folder of the user nobody, with data and an interpreter that it may run."""
     if os.geteuid():
         pytest.skip("this is not root: the other tests have been run as a plain user already")
     folder = Path(tempfile.mkdtemp(prefix="dinogen-nobody-"))
     folder.chmod(0o755)
     shutil.copytree(data_folder, folder / "data")
-    shutil.copytree(guide_folder, folder / "guide")
     for file in folder.rglob("*"):  # safetensors writes for its user alone
         file.chmod(0o755 if file.is_dir() else 0o644)
     work = folder / "work"
@@ -136,7 +135,6 @@ def test_a_user_who_is_not_root_can_submit(cluster, write_config, home):
     config = write_config(
         f"run={home / 'work' / 'run'}",
         f"data.path={home / 'data'}",
-        f"guide.path={home / 'guide'}",
         "cluster.stages=[]",
         folder=home,
     )

@@ -12,7 +12,7 @@ from dinogen.config import load_config
 from tests.slurm.helpers import wait_for
 from tests.training.helpers import torchrun, weights
 
-LONG = ("stages.0.kimg=1.2", "checkpoint.every_kimg=0.1", "log.every_kimg=0.1")
+LONG = ("stages.0.kimg=0.9", "checkpoint.every_kimg=0.05", "log.every_kimg=0.1")
 
 
 def log_of(config: Path, number: str, step: str = "train-4") -> Path:
