@@ -159,7 +159,7 @@ def test_the_deepspeed_launcher_keeps_the_gpus_that_were_chosen(monkeypatch):
 def config(tmp_path):
     """A run that takes seconds, as a file; of a family that imports no guide."""
     pack_discs(tmp_path / "discs")
-    changes = ("stages.0.kimg=1", "log.every_kimg=0.1", "checkpoint.every_kimg=0.1")
+    changes = ("stages.0.kimg=0.4", "log.every_kimg=0.04", "checkpoint.every_kimg=0.04")
     path = tmp_path / "run.yaml"
     path.write_text(
         dump_config(tiny_config("dcgan", tmp_path / "discs", tmp_path / "run", *changes))
@@ -189,7 +189,7 @@ def test_a_worker_that_is_killed_is_started_again(config, tmp_path):
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     assert process.wait(120) == 0, (tmp_path / "log0").read_text()
     assert "resumed from" in (tmp_path / "log0").read_text()
-    assert result(config)["nimg"] == 1000
+    assert result(config)["nimg"] == 400
 
 
 def test_a_lost_node_leaves_the_other_to_go_on(config, tmp_path):
@@ -210,7 +210,7 @@ def test_a_lost_node_leaves_the_other_to_go_on(config, tmp_path):
     log = tmp_path / "log0"
     assert first.wait(120) == 0, log.read_text()
     assert "resumed from" in log.read_text()
-    assert (result(config)["world_size"], result(config)["nimg"]) == (1, 1000)
+    assert (result(config)["world_size"], result(config)["nimg"]) == (1, 400)
 
 
 def dry(*words: object) -> list[str]:

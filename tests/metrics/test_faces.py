@@ -12,7 +12,7 @@ from dinogen.metrics.frechet import frechet_of
 from dinogen.metrics.judges import load_judge
 from dinogen.metrics.kernel import kernel_distance
 
-NUM, SIDE = 32, 64
+NUM, SIDE = 20, 64
 
 
 class Given:

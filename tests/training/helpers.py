@@ -51,7 +51,7 @@ def weights(config: Config, resolution: int) -> dict[str, torch.Tensor]:
     assert found is not None
     return {
         f"{name}/{key}": value
-        for name in ("G", "G.ema", "optim")
+        for name in sorted(path.stem for path in found.folder.glob("*.safetensors"))
         for key, value in found.tensors(name).items()
     }
 
