@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from dinogen.features.dinov2 import make_random_dinov2
 from launch.cli import app
+from tests.forked import torchrun
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(
@@ -127,10 +128,13 @@ def run(line: str, folder: Path) -> None:
         run_tensorboard(command, folder)
     elif command[:2] == ["dinogen", "serve"]:
         run_serve(command, folder)
-    elif command[0] == "torchrun" or command[:2] == ["dinogen", "launch"]:
-        # launch gives its place to torchrun: not to the process of the tests
-        module = "launch.cli" if command[0] == "dinogen" else "torch.distributed.run"
-        program = [sys.executable, "-m", module, *command[1:]]
+    elif command[0] == "torchrun":
+        assert command[1:4] == ["--standalone", "--nproc-per-node", "2"], line
+        done = torchrun(2, *command[4:])
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    elif command[:2] == ["dinogen", "launch"]:
+        # it gives its place to torchrun: not the process of the tests
+        program = [sys.executable, "-m", "launch.cli", *command[1:]]
         done = subprocess.run(program, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     else:
