@@ -36,6 +36,13 @@ class MetricsConfig(Section):
     onet: str | None = Field(
         None, description="file of MTCNN's O-Net; that of facenet-pytorch's wheel unless given"
     )
+    clip: str | None = Field(
+        None, description="hub name or checkpoint folder of the CLIP that judges prompts"
+    )
+    prompts: Path | None = Field(
+        None, description="text file: what a run that knows text is asked for, one per line"
+    )
+    guidance: float = Field(1.0, ge=0, description="of prompts: 1 as trained, more exaggerates")
     lpips: Literal["alex", "vgg", "squeeze"] = Field("alex", description="network of LPIPS")
     lpips_backbone: str | None = Field(
         None, description="file of its weights; torchvision's in torch's hub cache unless given"

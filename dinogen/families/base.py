@@ -168,7 +168,8 @@ class Family(ABC):
         """From now on sample what prompts ask for.
 
         Args:
-            texts: prompts; sample number i is asked for number i modulo their count.
+            texts: prompts; sample number i is asked for number i modulo their count. None of
+                them: samples are what nobody asked for, as at first.
             guidance: 1 for what training asked for, more to exaggerate it, 0 for nothing.
             facts: what :meth:`describe` said in training.
 

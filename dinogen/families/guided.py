@@ -123,8 +123,11 @@ class Guided(Family):
         """As in the base, by CLIP's embeddings of the texts."""
         if self.options.text is None:
             super().ask(texts, guidance, facts)
-        clip = clip_of(self.config, facts.get("clip", {}), "the run was trained with", self.device)
-        self.prompts = (clip.captions(list(texts)), guidance)
+        self.prompts = None
+        if texts:
+            made_by = facts.get("clip", {})
+            clip = self.text.clip if self.text else clip_of(self.config, made_by, self.device)
+            self.prompts = (clip.captions(list(texts)), guidance)
 
     def realism(self, images: Tensor) -> Tensor | None:
         """The discriminator's mean logit, where the stage has one."""
@@ -202,14 +205,14 @@ class Guided(Family):
         if not math.isfinite(diversity) or (loss is not None and not math.isfinite(loss)):
             return Verdict(scalars, "BROKEN", ("BROKEN: loss or samples are not finite",))
         share = f"samples differ {diversity:.1%} as much as real pictures"
-        if diversity < COLLAPSED_BELOW:
-            return Verdict(scalars, "COLLAPSED", (f"COLLAPSED: {share}",))
         floor, alone = self.objective.floor, not (self.objective.sets or self.adversary)
+        near = None
         if loss is not None and floor is not None and alone:
             scalars["loss_over_floor"] = loss / floor
             if loss <= COLLAPSED_NEAR_FLOOR * floor:
-                near = f"loss {loss:.4g} is within 2 % of the floor {floor:.4g}"
-                return Verdict(scalars, "COLLAPSED", (f"COLLAPSED: {near}; {share}",))
+                near = f"loss {loss:.4g} is within 2 % of the floor {floor:.4g}; {share}"
+        if near is not None or diversity < COLLAPSED_BELOW:
+            return Verdict(scalars, "COLLAPSED", (f"COLLAPSED: {near or share}",))
         if diversity < COLLAPSING_BELOW:
             return Verdict(scalars, "COLLAPSING", (f"COLLAPSING: {share}",))
         return Verdict(scalars)

@@ -13,6 +13,7 @@ from dinogen.guidance.terms import MAIN, AnyTerm, Mse
 from dinogen.guidance.text_options import TextOptions
 
 NATIVE_UP_TO = 16
+POOLED = (16, 8, 4)
 
 
 class GuidedOptions(Section):
@@ -39,7 +40,9 @@ class GuidedOptions(Section):
         "the full one; above 16x16 always pooled",
     )
     grids: dict[str, tuple[int, ...]] = Field(
-        {}, description="above 16x16, of main and of each of guides:; 16, 8 and 4 unless given"
+        {},
+        description="above 16x16, of main and each of guides:; 16, 8 and 4 unless given. Others, "
+        "such as 32 of pixels, are native",
     )
     z_dim: int = Field(512, ge=1, description="size of the latent")
     channel_base: int = Field(16384, ge=4, description="channels at R are base / R ...")
@@ -78,5 +81,6 @@ class GuidedOptions(Section):
             if stage.resolution <= NATIVE_UP_TO:
                 found.append(f"{prefix}{self.pyramid[0]}{stage.resolution}")
             else:
-                found += [f"{prefix}p{grid}" for grid in self.grids.get(name, (16, 8, 4))]
+                grids = self.grids.get(name, POOLED)
+                found += [f"{prefix}{'p' if grid in POOLED else 'n'}{grid}" for grid in grids]
         return tuple(found)

@@ -52,8 +52,7 @@ class Text:
         self.options = options
         self.seed = config.seed
         self.device = device
-        what = f"embedded the pictures of {data.location}"
-        self.clip: Clip = clip_of(config, data.manifest.clip, what, device)
+        self.clip: Clip = clip_of(config, data.manifest.clip, device)
         if self.clip.embed_dim != options.embed_dim:
             raise ConfigError(
                 f"family.text.embed_dim: {options.embed_dim}, but embeddings of the CLIP in use "
@@ -103,13 +102,12 @@ class Text:
         return ((1 - likeness) * asked.keep).mean()
 
 
-def clip_of(config: Config, made_by: Mapping[str, Any], what: str, device: torch.device) -> Clip:
-    """The CLIP of a config, if it is the one that did something before.
+def clip_of(config: Config, made_by: Mapping[str, Any], device: torch.device) -> Clip:
+    """The CLIP of a config, if it is the one that embedded what was trained on.
 
     Args:
         config: the whole run.
-        made_by: who did it, as ``Clip.info`` describes it.
-        what: it was, for the error.
+        made_by: that one, as ``Clip.info`` describes it.
         device: where it will run.
 
     Raises:
@@ -121,7 +119,7 @@ def clip_of(config: Config, made_by: Mapping[str, Any], what: str, device: torch
     clip = load_clip(config.clip, device)
     if not same_clip(made_by, clip.info):
         raise ConfigError(
-            f"clip: {config.clip.path} is not the one that {what} "
+            f"clip: {config.clip.path} is not the one that embedded the pictures "
             f"({made_by.get('path', 'none')}): use that one, or prepare and train again"
         )
     return clip

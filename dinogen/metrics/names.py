@@ -19,6 +19,7 @@ from dinogen.metrics.judges.onet import FACE
 from dinogen.metrics.kernel import kernel_distance
 from dinogen.metrics.manifold import Manifold, manifold
 from dinogen.metrics.memorisation import memorisation
+from dinogen.metrics.prompted import BETTER as PROMPTED
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 
 
@@ -138,6 +139,7 @@ GUIDE_DIVERSITY = "guide_diversity"
 OTHERS: dict[str, Better] = {
     LPIPS_DIVERSITY: "higher",
     **RECONSTRUCTION,
+    **PROMPTED,
     # as much as real pictures differ is as it should be
     GUIDE_DIVERSITY: "none",
 }

@@ -18,6 +18,8 @@ from dinogen.metrics.judged import Judges
 from dinogen.metrics.judges import Judge, JudgeInfo, NotAvailable
 from dinogen.metrics.lpips_diversity import NUM_SAMPLES, lpips_diversity
 from dinogen.metrics.names import JUDGED, LPIPS_DIVERSITY, Metric, Sets, better
+from dinogen.metrics.prompted import BETTER as PROMPTED
+from dinogen.metrics.prompted import Prompted, prompted_figures
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.reconstruction import reconstruction
 from dinogen.metrics.reference import seen_of_reference
@@ -42,12 +44,14 @@ class Subject:
         real: those they are compared with, of the same side.
         train: those that were learnt from.
         pairs: real pictures and their reconstructions.
+        prompted: pictures that were asked for by prompts.
     """
 
     generated: Sized
     real: Reference | UserError
     train: Reference | UserError
     pairs: Reconstructed | UserError
+    prompted: Prompted | UserError
 
 
 @dataclass
@@ -103,6 +107,11 @@ def measure(
         if made.pictures is not None:
             _compare(made.pictures, judges, subject, found)
     _reconstruct([name for name in there if name in RECONSTRUCTION], judges, subject, found)
+    if asked_for := [name for name in there if name in PROMPTED]:
+        clip = judges.get("clip")
+        assert isinstance(subject.prompted, Prompted) and not isinstance(clip, NotAvailable)
+        for figure, facts in prompted_figures(asked_for, subject.prompted, clip, BATCH):
+            found.add(figure, facts)
     found.figures = {name: found.figures[name] for name in asked}
     return found
 
@@ -117,6 +126,8 @@ def why_not(name: str, judges: Judges, subject: Subject) -> str | None:
         needed += [subject.train] if metric.train else []
     elif name in RECONSTRUCTION:
         needed.append(subject.pairs)
+    elif name in PROMPTED:
+        needed += [subject.prompted, judges.get("clip")]
     if name in (LPIPS_DIVERSITY, "reconstruction_lpips"):
         needed.append(judges.perceptual())
     return next((str(one) for one in needed if isinstance(one, UserError)), None)

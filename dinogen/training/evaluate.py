@@ -140,7 +140,9 @@ def _measure(
         real = real_pictures(data, split, num, resolution, "metrics.reference_split")
     else:
         real, _ = reference_at(wish.reference, settings, resolution)
-    subject = subject_of(family, snapshot.ema.networks, settings.num_samples, real, train)
+    facts = snapshot.checkpoint.state["facts"]
+    networks, num = snapshot.ema.networks, settings.num_samples
+    subject = subject_of(family, networks, num, real, train, settings, facts)
     asked = [name for name in settings.names if name != GUIDE_DIVERSITY]
     judges = Judges(settings, family.device)
     found = measure(asked, judges, subject, settings.num_bootstrap, settings.cache)

@@ -59,7 +59,7 @@ def evaluate_folder(
         real, train = reference_at(reference, settings, pictures.resolution)
         none = ConfigError("a folder holds pictures and no network")
         asked = [name for name in settings.names if name != GUIDE_DIVERSITY]
-        subject = Subject(pictures, real, train, none)
+        subject = Subject(pictures, real, train, none, none)
         judges = Judges(settings, dist.device())
         found = measure(asked, judges, subject, settings.num_bootstrap, settings.cache)
         result = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from dinogen.errors import UserError
 from dinogen.families.base import Family, Networks
 from dinogen.metrics.figure import Figure
 from dinogen.metrics.names import GUIDE_DIVERSITY, better
+from dinogen.metrics.prompted import Prompted, read_prompts
 from dinogen.metrics.sources import (
     Folder,
     Generated,
@@ -32,6 +34,8 @@ def subject_of(
     num: int,
     real: Reference | UserError,
     train: Reference | UserError,
+    settings: MetricsConfig,
+    facts: Mapping[str, Any],
 ) -> Subject:
     """Samples of a family under its run's seed, and what they are compared with.
 
@@ -41,6 +45,8 @@ def subject_of(
         num: samples.
         real: pictures of its resolution that nothing was learnt from, or why there are none.
         train: those that it was trained on.
+        settings: which prompts it is asked for by, if any.
+        facts: what ``Family.describe`` said in training.
     """
     seed, resolution = family.config.seed, family.stage.resolution
 
@@ -60,7 +66,44 @@ def subject_of(
         pairs = real
     else:
         pairs = Reconstructed(real, reconstruct)
-    return Subject(Generated(sample, num, resolution), real, train, pairs)
+    made = Generated(sample, num, resolution)
+    return Subject(made, real, train, pairs, prompted_by(family, networks, num, settings, facts))
+
+
+def prompted_by(
+    family: Family, networks: Networks, num: int, settings: MetricsConfig, facts: Mapping[str, Any]
+) -> Prompted | UserError:
+    """Pictures that a family makes when it is asked for ``metrics.prompts``, or why there are none.
+
+    Args:
+        family: samples.
+        networks: its moving averages.
+        num: pictures.
+        settings: names the prompts.
+        facts: what ``Family.describe`` said in training.
+
+    Raises:
+        ConfigError: the prompts cannot be read.
+    """
+    if settings.prompts is None:
+        return UserError("metrics.prompts: no file of prompts is given")
+    texts, guidance = read_prompts(settings.prompts), settings.guidance
+    seed, resolution = family.config.seed, family.stage.resolution
+    try:
+        family.ask(texts, guidance, facts)
+    except UserError as error:
+        return error
+    family.ask((), guidance, facts)
+
+    def sample(numbers: Tensor) -> Tensor:
+        # Only meanwhile: every other metric is about pictures that nobody asked for anything.
+        family.ask(texts, guidance, facts)
+        try:
+            return family.sample(networks, numbers, seed)
+        finally:
+            family.ask((), guidance, facts)
+
+    return Prompted(Generated(sample, num, resolution), texts, guidance)
 
 
 def real_pictures(

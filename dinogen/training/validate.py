@@ -107,7 +107,10 @@ class Validator:
         real = real_pictures(state.data, split, settings.num_reference, resolution, key)
         train = real_pictures(state.data, state.config.data.split, None, resolution, "data.split")
         num = self.config.num_generated
-        return subject_of(state.family, state.ema.networks, num, real, train)
+        facts = state.family.describe()
+        return subject_of(
+            state.family, state.ema.networks, num, real, train, state.config.metrics, facts
+        )
 
     def _check(self) -> None:
         """Say before the first step what will not be measured, and refuse to do without it."""

@@ -40,6 +40,8 @@ def test_it_reads_the_levels_of_all_guides(tmp_path):
     assert built(tmp_path, guides, "family.pyramid=pooled").inputs.levels == ("p16", "pixels.p16")
     larger = ["stages.0.resolution=32", guides, "family.grids={main: [8, 4], pixels: [8]}"]
     assert built(tmp_path, *larger).inputs.levels == ("p8", "p4", "pixels.p8")
+    larger[-1] = "family.grids={main: [16], pixels: [32, 8]}"
+    assert built(tmp_path, *larger).inputs.levels == ("p16", "pixels.n32", "pixels.p8")
 
 
 def test_one_objective_may_be_named_alone(tmp_path):

@@ -21,6 +21,7 @@ OBJECTIVES = {
 PATCH = {
     "kind": "patch",
     "from_resolution": 16,
+    "weight": 1.0,
     "loss": "relativistic",
     "r1": 1.0,
     "r2": 1.0,

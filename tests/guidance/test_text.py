@@ -16,7 +16,9 @@ from dinogen.config_clip import ClipConfig
 from dinogen.features.clip import load_clip
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid
+from dinogen.report.pictures import to_uint8
 from dinogen.training.checkpoint import newest_checkpoint
+from dinogen.training.evaluate import evaluate
 from dinogen.training.run import train
 from dinogen.training.snapshot import load_snapshot
 from dinogen.training.state import StageState
@@ -157,6 +159,36 @@ def test_the_command_samples_by_prompts(whole, tmp_path):
     (folder,) = (run / "samples").glob("*red-hair*_g2")
     assert (folder / "prompts.txt").read_text() == "a face, red hair\n"
     assert len(list(folder.glob("0000*.png"))) == 2
+
+
+def test_prompts_are_measured_and_change_no_other_figure(whole, drawn_data, tmp_path):
+    """Against the pictures of the command line, embedded and compared by hand."""
+    run = whole / "captions"
+    prompts = ["a face, red hair", "a face, glasses", "a face, smiling"]
+    (tmp_path / "prompts.txt").write_text("\n".join([*prompts, "", prompts[0]]))
+    changes = [
+        f"metrics.clip={drawn_data.parent / 'clip'}",
+        f"metrics.prompts={tmp_path / 'prompts.txt'}",
+        "metrics.guidance=1.5",
+        f"metrics.cache={tmp_path / 'cache'}",
+    ]
+    names = ["clip_score", "clip_retrieval", "fd_onet"]
+    measured = evaluate(run, num_samples=7, names=names, changes=changes)["measured"]
+    snapshot = load_snapshot(run)
+    snapshot.ask(prompts, 1.5)
+    images = torch.from_numpy(to_uint8(snapshot.sample(7, 0).numpy())).permute(0, 3, 1, 2)
+    clip = load_clip(ClipConfig(path=str(drawn_data.parent / "clip")), torch.device("cpu"))
+    cosines = clip.images(images.float() / 127.5 - 1) @ clip.captions(prompts).T
+    own = torch.arange(7) % 3
+    score = 2.5 * cosines[torch.arange(7), own].clamp(min=0).mean()
+    assert measured["clip_score"]["value"] == pytest.approx(float(score), abs=1e-3)
+    right = (cosines.argmax(1) == own).float().mean()
+    assert measured["clip_retrieval"]["value"] == pytest.approx(float(right), abs=1e-6)
+    alone = evaluate(run, num_samples=7, names=["fd_onet"], changes=changes[3:])["measured"]
+    assert alone["fd_onet"]["value"] == pytest.approx(measured["fd_onet"]["value"], rel=1e-6)
+    other = whole / "images"
+    missing = evaluate(other, num_samples=7, names=["clip_score"], changes=changes[:1])["measured"]
+    assert "metrics.prompts" in missing["clip_score"]["reason"]
 
 
 @pytest.mark.parametrize(

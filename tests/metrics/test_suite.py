@@ -71,6 +71,7 @@ def subject(data, generated=None, **changes):
         "real": real,
         "train": of(data, "train"),
         "pairs": Reconstructed(real, lambda images, numbers: images),
+        "prompted": UserError("nobody asked"),
     }
     return Subject(**(parts | changes))
 
