@@ -174,6 +174,7 @@ class Fuzz:
             "run": str(place / run),
             "stages": stages,
             "checkpoint": {"every_kimg": 2 * batch / 1000},
+            "metrics": {"num_samples": 32, "num_bootstrap": 2},
             "log": {
                 "every_kimg": batch / 1000,
                 "probe_kimg": 2 * batch / 1000,
@@ -212,6 +213,14 @@ def _evaluation(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run / "4x4" / "evaluation.json").read_text())
     (run / "4x4" / "evaluation.json").unlink()
     del found["world_size"]
+    found.pop("sampling", None)  # how fast
+    found["metrics"] |= {
+        name: figure.pop("value")
+        for name, figure in found["measured"].items()
+        if figure["value"] is not None
+    }
+    for figure in found["measured"].values():
+        figure.pop("spread")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -76,9 +77,10 @@ def run(tmp_path: Path, case: str) -> tuple[subprocess.CompletedProcess, float]:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("user error", "rank 1 failed: data/x.tar: is damaged: pack it again"),
-        ("busy", "rank 1 failed: data/x.tar: is damaged: pack it again"),
-        ("bug", "rank 1 failed: ValueError: an unforeseen thing"),
+        # said by itself or, unless torchrun ends it before, by the other one
+        ("user error", "rank 1( failed)?: data/x.tar: is damaged: pack it again"),
+        ("busy", "rank 1( failed)?: data/x.tar: is damaged: pack it again"),
+        ("bug", "ValueError: an unforeseen thing"),
         ("killed", "the connection to another rank is lost: it was killed, or its node died"),
         ("rank 0 works", "rank 0: runs/x: the disk is full"),
         ("killed at work", "rank 0 failed: no sign of life for 3 s: it was killed, or its node"),
@@ -87,7 +89,7 @@ def run(tmp_path: Path, case: str) -> tuple[subprocess.CompletedProcess, float]:
 def test_the_others_end_within_seconds_and_say_why(tmp_path, case, message):
     done, seconds = run(tmp_path, case)
     assert done.returncode != 0
-    assert message in done.stderr
+    assert re.search(message, done.stderr), done.stderr
     # torchrun itself gives the others 30 s and a collective half an hour
     assert seconds < 28
     if case == "bug":

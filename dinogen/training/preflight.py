@@ -98,6 +98,11 @@ def _check_stage(config: Config, stage: StageConfig, data: Dataset) -> None:
             f"stages: batch {stage.batch} of {name} is smaller than the number of ranks "
             f"{dist.world_size()}: each rank needs a picture"
         )
+    if 0 < inputs.bank < dist.world_size():
+        raise ConfigError(
+            f"family.bank: {inputs.bank} reals are fewer than the {dist.world_size()} ranks that "
+            "share them: give more, or 0"
+        )
 
 
 def past_config(then: dict[str, Any], source: Path | str, version: str) -> Config:

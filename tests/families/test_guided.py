@@ -9,6 +9,8 @@ from dinogen.config import ConfigError
 from dinogen.families.guided import Guided
 from dinogen.families.registry import resolve
 from dinogen.training.checkpoint import newest_checkpoint
+from dinogen.training.data import open_data
+from dinogen.training.preflight import check_run
 from dinogen.training.run import train
 from dinogen.training.state import StageState
 from tests.families.tiny import tiny_config
@@ -78,6 +80,13 @@ def test_a_bank_is_read_beside_each_batch(two_guides, tmp_path):  # noqa: F811
         found[name] = tensors(tmp_path / name / "energy")["G/dense.weight"]
     torch.testing.assert_close(found["parts"], found["bank"], rtol=1e-3, atol=2e-5)
     assert (found["bank"] - found["none"]).abs().max() > 1e-4
+
+
+def test_a_bank_that_ranks_cannot_share_is_refused(two_guides, tmp_path, monkeypatch):  # noqa: F811
+    config = objective_config(two_guides, tmp_path, "energy", "family.bank=2")
+    monkeypatch.setattr("dinogen.dist.world_size", lambda: 3)
+    with pytest.raises(ConfigError, match=r"family\.bank: 2 reals are fewer than the 3 ranks"):
+        check_run(config, [0], open_data(config))
 
 
 def test_with_a_bank_it_goes_on_bitwise(two_guides, tmp_path):  # noqa: F811

@@ -81,6 +81,7 @@ def make_config(tmp_path, data_folder, guide_folder):
                 {"resolution": 8, "kimg": 0.16, "fade_kimg": 0.08, "batch": 8, "lr": 0.01},
             ],
             "checkpoint": {"every_kimg": 0.024},
+            "metrics": {"num_samples": 32, "num_bootstrap": 2},
             "log": {
                 "every_kimg": 0.016,
                 "probe_kimg": 0.04,

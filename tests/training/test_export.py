@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dinogen.config import ConfigError
-from dinogen.families import guided
 from dinogen.features.load import load_guide as real_load_guide
+from dinogen.guidance import teacher
 from dinogen.networks.progressive import ProgressiveGenerator
 from dinogen.training import ema as ema_module
 from dinogen.training.export import export, load_exported
@@ -135,7 +135,7 @@ def test_a_guide_that_was_taught_is_not_called_random(make_config, tmp_path, mon
         guide.info = replace(guide.info, random=False)
         return guide
 
-    monkeypatch.setattr(guided, "load_guide", taught)
+    monkeypatch.setattr(teacher, "load_guide", taught)
     config = make_config()
     train(config, 4)
     caplog.clear()
