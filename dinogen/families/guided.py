@@ -205,7 +205,9 @@ class Guided(Family):
         if not math.isfinite(diversity) or (loss is not None and not math.isfinite(loss)):
             return Verdict(scalars, "BROKEN", ("BROKEN: loss or samples are not finite",))
         share = f"samples differ {diversity:.1%} as much as real pictures"
-        floor, alone = self.objective.floor, not (self.objective.sets or self.adversary)
+        # Where something else is part of the loss, the floor is not that of the loss.
+        floor = self.objective.floor
+        alone = not (self.objective.sets or self.adversary or self.text)
         near = None
         if loss is not None and floor is not None and alone:
             scalars["loss_over_floor"] = loss / floor

@@ -19,6 +19,7 @@ from torch import Tensor
 from dinogen import draws
 from dinogen.guidance.gather import gather_rows
 from dinogen.guidance.terms import MAIN, Directions, SetTerm, View
+from shards.sample import level_grid, level_guide
 
 Batch = dict[str, Any]
 Scalars = dict[str, Tensor]
@@ -243,9 +244,9 @@ def problems(features: Tensor, view: View) -> Tensor:
 
 def real_features(batch: Batch, level: str) -> Tensor:
     """Features of a batch's real pictures at a level such as ``p8`` or ``pixels.p8``."""
-    guide, _, name = level.rpartition(".")
+    guide = level_guide(level)
     pyramid = batch["guides"][guide] if guide else batch["pyramid"]
-    found: Tensor = pyramid[int(name[1:])]
+    found: Tensor = pyramid[level_grid(level)]
     return found
 
 
@@ -282,4 +283,4 @@ def _cut(batch: Batch, num: int) -> Batch:
 
 def is_of(level: str, guides: Sequence[str]) -> bool:
     """Whether a level's guide is among those named; all are if none is."""
-    return not guides or (level.rpartition(".")[0] or MAIN) in guides
+    return not guides or (level_guide(level) or MAIN) in guides

@@ -16,7 +16,7 @@ from dinogen.features.pyramid import base_grid_of, native_pyramid, pooled_pyrami
 from dinogen.guidance.joint import Features, real_features
 from dinogen.losses.pyramid import mean_pairwise_distance
 from shards.dataset import Dataset
-from shards.sample import level_grid
+from shards.sample import level_grid, level_guide
 
 # A channel that hardly varies is not blown up further than to this share of the others' deviation.
 _LEAST_DEVIATION = 0.1
@@ -43,7 +43,7 @@ class Teacher:
         self.data = data
         self.on_error = config.data.on_error
         self.guides: dict[str, Guide] = {}
-        for name in dict.fromkeys(guide_of(level) for level in levels):
+        for name in dict.fromkeys(level_guide(level) for level in levels):
             chosen = config.guides[name] if name else config.guide
             self.guides[name] = load_guide(chosen, device)
             made_by = data.manifest.guides.get(name) if name else data.manifest.guide
@@ -58,7 +58,7 @@ class Teacher:
         """
         found: Features = {}
         for name, guide in self.guides.items():
-            own = [level for level in self.levels if guide_of(level) == name]
+            own = [level for level in self.levels if level_guide(level) == name]
             for kind in dict.fromkeys(kind_of(level) for level in own):
                 grids = tuple(level_grid(level) for level in own if kind_of(level) == kind)
                 if kind == "p":
@@ -147,11 +147,6 @@ class Teacher:
             f"{key}: not the one that made the pyramids of {path} ({other}): use that one, or run "
             "`dinogen prepare` again"
         )
-
-
-def guide_of(level: str) -> str:
-    """Name of a level's guide: ``pixels`` of ``pixels.p8``, empty of ``p8``."""
-    return level.rpartition(".")[0]
 
 
 def kind_of(level: str) -> str:
