@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinogen.config import ConfigError, OptimConfig
+from dinogen.config import OptimConfig
 from dinogen.families.base import Family
 
 
@@ -27,15 +27,7 @@ def build_optimizer(
         lr: of the stage.
         family: may scale lr and betas further, see ``Family.optimizer_scale``.
         network: its name.
-
-    Raises:
-        ConfigError: ``optim.lr_scale`` names a network that the family does not have.
     """
-    if unknown := set(config.lr_scale) - set(family.networks):
-        raise ConfigError(
-            f"optim.lr_scale: there is no network {min(unknown)}: the family's are "
-            f"{', '.join(family.networks)}"
-        )
     scale = family.optimizer_scale(network)
     first, second = config.betas
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam

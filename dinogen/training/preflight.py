@@ -52,8 +52,10 @@ def check_run(config: Config, indices: list[int], data: Dataset) -> None:
     """
     chosen_names(config.metrics.names, "metrics.names")
     chosen_names(config.eval.generated, "eval.generated")
+    families = [_on_meta(config, stage) for stage in config.stages]
+    _check_lr_scale(config, families)
     for index in indices:
-        _check_stage(config, config.stages[index], data)
+        _check_stage(config, families[index], data)
     fingerprint = data_fingerprint(data)
     for stage in config.stages:
         checkpoint = stage_checkpoint(config, stage)
@@ -61,11 +63,25 @@ def check_run(config: Config, indices: list[int], data: Dataset) -> None:
             check_same_run(checkpoint, config, stage, fingerprint)
 
 
-def _check_stage(config: Config, stage: StageConfig, data: Dataset) -> None:
-    """Levels, picture size and batch of one stage; its networks take no memory on ``meta``."""
+def _on_meta(config: Config, stage: StageConfig) -> Family:
+    """The family at a stage; its networks take no memory on ``meta``."""
     with torch.device("meta"):
-        family = family_class(config.family)(config, stage, torch.device("meta"))
-    inputs = family.inputs
+        return family_class(config.family)(config, stage, torch.device("meta"))
+
+
+def _check_lr_scale(config: Config, families: list[Family]) -> None:
+    """Factors are of networks that some stage has: a discriminator may come in late."""
+    known = {name: None for family in families for name in family.networks}
+    if unknown := set(config.optim.lr_scale) - set(known):
+        raise ConfigError(
+            f"optim.lr_scale: there is no network {min(unknown)}: the family's are "
+            f"{', '.join(known)}"
+        )
+
+
+def _check_stage(config: Config, family: Family, data: Dataset) -> None:
+    """Levels, picture size and batch of one stage."""
+    stage, inputs = family.stage, family.inputs
     name, stored = f"stage {stage.resolution}", data.manifest.image_size
     missing = [level for level in inputs.levels if level not in data.manifest.levels]
     if missing:

@@ -82,6 +82,12 @@ def test_a_bank_is_read_beside_each_batch(two_guides, tmp_path):  # noqa: F811
     assert (found["bank"] - found["none"]).abs().max() > 1e-4
 
 
+def test_a_factor_for_a_network_of_no_stage_is_refused(two_guides, tmp_path):  # noqa: F811
+    config = objective_config(two_guides, tmp_path, "energy", "optim.lr_scale={D: 2}")
+    with pytest.raises(ConfigError, match="there is no network D: the family's are G"):
+        train(config)
+
+
 def test_a_bank_that_ranks_cannot_share_is_refused(two_guides, tmp_path, monkeypatch):  # noqa: F811
     config = objective_config(two_guides, tmp_path, "energy", "family.bank=2")
     monkeypatch.setattr("dinogen.dist.world_size", lambda: 3)
@@ -138,7 +144,8 @@ def test_ranks_and_parts_with_a_discriminator_train_as_one(
 def test_a_stage_may_be_the_first_with_a_discriminator(two_guides, tmp_path):  # noqa: F811
     length = "kimg: 0.016, batch: 8"
     stages = f"stages=[{{resolution: 8, {length}}}, {{resolution: 16, {length}}}]"
-    train(adversary_config(two_guides, tmp_path, "patch", stages))
+    given = [stages, "optim.lr_scale={D: 2}"]  # of a network that the first stage lacks
+    train(adversary_config(two_guides, tmp_path, "patch", *given))
     before = newest_checkpoint(tmp_path / "patch" / "8x8" / "checkpoints")
     assert before is not None
     assert not before.holds("D")
