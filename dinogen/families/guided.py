@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars, Verdict
 from dinogen.guidance.discriminate import Discriminating
 from dinogen.guidance.joint import Features
+from dinogen.guidance.latents import Rows, numbers_of
 from dinogen.guidance.objective import Objective
 from dinogen.guidance.options import GuidedOptions
 from dinogen.guidance.teacher import Teacher
@@ -59,6 +59,7 @@ class Guided(Family):
         chosen = self.options.discriminator
         if chosen is not None and chosen.applies(stage):
             self.adversary = Discriminating(chosen, config.guide, stage, config.seed, device)
+        self.rows: Rows | None = None
         self.teacher: Teacher | None = None
         self.text: Text | None = None
         self.prompts: tuple[Tensor, float] | None = None
@@ -94,6 +95,9 @@ class Guided(Family):
         split = self.config.data.split
         reals = self.teacher.reals(2 * self.options.probe_samples, split)
         self.real_distance = self.teacher.distances(reals)
+        table = self.options.table
+        if table is not None:
+            self.rows = Rows(data, split, table.num_latents)
         chosen = self.options.text
         if chosen is not None:
             self.text = Text(chosen, self.config, data, self.device)
@@ -152,7 +156,9 @@ class Guided(Family):
             "channel_base": self.options.channel_base,
             "channel_max": self.options.channel_max,
         }
-        text = self.options.text
+        table, text = self.options.table, self.options.text
+        if table is not None:
+            found |= {"num_latents": table.num_latents, "latent_rate": table.latent_rate}
         if text is not None:
             found |= {"embed_dim": text.embed_dim, "num_mapping_layers": text.mapping_layers}
         return found
@@ -224,7 +230,9 @@ class Guided(Family):
         assert self.teacher is not None, "begin() comes first"
         found: Scalars = {}
         if self.objective.pairs:
-            z = self._z(batch, "z/held-out", self.objective.paired)
+            # No latent was learnt for these: theirs is any.
+            own = self.objective.paired and self.rows is None
+            z = self._z(batch, "z/held-out", own)
             features = self.teacher.features(networks["G"](z))
             found |= self.objective.held_out_pairs(features, batch)
         if self.objective.sets:
@@ -240,10 +248,14 @@ class Guided(Family):
         return found | ({"clip": self.text.clip.info} if self.text else {})
 
     def _z(self, batch: Batch, purpose: str, paired: bool = False) -> Tensor:
-        """Latents (B, z_dim) of samples: by their position or, ``paired``, by their key."""
+        """Latents (B, z_dim) of samples: by their position or, ``paired``, their own."""
         positions = batch["position"]
+        if paired and self.rows is not None:
+            assert isinstance(self.G, ProgressiveGenerator) and self.G.table is not None
+            learnt: Tensor = self.G.table(self.rows(batch["key"]).to(self.device))
+            return learnt
         if paired:
-            purpose, positions = "paired", torch.tensor([_number(key) for key in batch["key"]])
+            purpose, positions = "paired", numbers_of(batch["key"])
         shape = (self.options.z_dim,)
         return draws.normal(self.config.seed, purpose, positions, shape, self.device)
 
@@ -288,9 +300,3 @@ class Guided(Family):
     def _shown(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Real pictures, generated ones, their positions."""
         return batch["image"], self._images(batch, "z/D"), batch["position"]
-
-
-def _number(key: str) -> int:
-    """A number of 63 bits for a sample's key."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

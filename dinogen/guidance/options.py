@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from dinogen.config import ConfigError, Section, StageConfig
 from dinogen.guidance.discriminator_options import DiscriminatorOptions
-from dinogen.guidance.terms import MAIN, AnyTerm, Mse
+from dinogen.guidance.terms import MAIN, AnyTerm, Mse, Paired
 from dinogen.guidance.text_options import TextOptions
 
 NATIVE_UP_TO = 16
@@ -57,6 +57,28 @@ class GuidedOptions(Section):
             values = dict(values)
             values["objectives"] = [{"name": values.pop("objective")}]
         return values
+
+    @model_validator(mode="after")
+    def _one_table(self) -> GuidedOptions:
+        if sum(isinstance(term, Paired) for term in self.objectives) > 1:
+            raise ValueError("objectives: paired once at the most: it says what z is")
+        table = self.table
+        if table and self.text is not None:
+            raise ValueError(
+                "objectives: latents that are learnt (num_latents) know no text: leave out one"
+            )
+        if table and table.num_latents <= self.z_dim:
+            raise ValueError(
+                f"objectives: num_latents {table.num_latents} has to be more than z_dim "
+                f"{self.z_dim}, for a Gaussian is fitted to the latents: a smaller z_dim will do"
+            )
+        return self
+
+    @property
+    def table(self) -> Paired | None:
+        """The objective whose latents are learnt, if there is one."""
+        found = (t for t in self.objectives if isinstance(t, Paired) and t.num_latents)
+        return next(found, None)
 
     def levels(self, stage: StageConfig, further: Iterable[str]) -> tuple[str, ...]:
         """What a stage compares: ``p8`` of the main guide, ``NAME.p8`` of others.

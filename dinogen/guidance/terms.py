@@ -46,9 +46,18 @@ class Mse(PairTerm):
 
 class Paired(PairTerm):
     """Mean squared error with z tied to the sample (Bojanowski et al. 2018, "Optimizing the
-    Latent Space of Generative Networks"): z is drawn from the sample's key."""
+    Latent Space of Generative Networks"): drawn from its key, or learnt for each of them."""
 
     name: Literal["paired"] = "paired"
+    num_latents: int = Field(
+        0,
+        ge=0,
+        description="a learnt latent for each training picture: how many there are; 0: z is drawn "
+        "from the key",
+    )
+    latent_rate: float = Field(
+        10.0, gt=0, description="learning rate of learnt latents over that of the generator"
+    )
 
 
 class SetTerm(Term):

@@ -14,7 +14,7 @@ from dinogen import draws
 from dinogen.config import Config, ConfigError
 from dinogen.features.clip import Clip, load_clip, same_clip
 from dinogen.guidance.text_options import TextOptions
-from dinogen.losses.clip import pseudo_text
+from dinogen.losses.clip import clip_loss, pseudo_text
 from shards.dataset import Dataset
 
 Batch = dict[str, Any]
@@ -98,8 +98,7 @@ class Text:
             images: generated (B, 3, R, R) in [-1, 1].
             asked: of the same samples.
         """
-        likeness = (self.clip.images(images) * asked.embedding).sum(1)
-        return ((1 - likeness) * asked.keep).mean()
+        return clip_loss(self.clip.images(images), asked.embedding, asked.keep)
 
 
 def clip_of(config: Config, made_by: Mapping[str, Any], device: torch.device) -> Clip:

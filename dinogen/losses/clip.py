@@ -6,22 +6,23 @@ Embeddings are (B, E), of any length but zero.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def clip_loss(generated: Tensor, condition: Tensor) -> Tensor:
-    """Mean of 1 - cos between pictures and what they were asked to be.
+def clip_loss(generated: Tensor, condition: Tensor, keep: Tensor) -> Tensor:
+    """Mean over all samples of 1 - cos between pictures and what they were asked to be.
 
     Args:
         generated: (B, E) embeddings of generated pictures.
         condition: (B, E) embeddings of pictures or captions.
+        keep: (B,) bool; False: asked for nothing, which counts 0.
 
     Returns:
         Scalar float32, from 0 to 2.
     """
-    return 1 - F.cosine_similarity(generated.float(), condition.float(), dim=1).mean()
+    likeness = F.cosine_similarity(generated.float(), condition.float(), dim=1)
+    return ((1 - likeness) * keep).mean()
 
 
 def pseudo_text(embedding: Tensor, eps: Tensor, xi: float) -> Tensor:
@@ -41,26 +42,3 @@ def pseudo_text(embedding: Tensor, eps: Tensor, xi: float) -> Tensor:
     h = embedding.float()
     noise = F.normalize(eps.float(), dim=1) * h.norm(dim=1, keepdim=True)
     return F.normalize(h + xi * noise, dim=1)
-
-
-def contrastive_loss(images: Tensor, conditions: Tensor, temperature: float) -> Tensor:
-    """Each condition has to find its own picture among those of the batch.
-
-    LAFITE's L_ConG, or L_ConD for a discriminator's features:
-    -tau log softmax_j(cos(x_j, h_i) / tau) at j = i, here the mean over i in place of the sum. (The
-    authors' code takes the exponential twice, and says so; this is the paper's formula.) It
-    compares the samples of a batch with each other, so it has to be given the whole global batch.
-
-    Args:
-        images: (B, E) embeddings of generated pictures x.
-        conditions: (B, E) what each was asked to be, h.
-        temperature: tau.
-
-    Returns:
-        Scalar float32, at least 0; tau log B where nothing is told apart.
-    """
-    x, h = F.normalize(images.float(), dim=1), F.normalize(conditions.float(), dim=1)
-    # autocast would make the products half precision
-    with torch.autocast(x.device.type, enabled=False):
-        logits = h @ x.T / temperature
-    return temperature * F.cross_entropy(logits, torch.arange(len(x), device=x.device))

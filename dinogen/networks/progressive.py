@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinogen.networks.latent_table import LatentTable
+
 LEAK = 0.2
 # Pictures begin near grey: noise of full contrast drives tanh flat before the mean is learnt.
 TO_RGB_GAIN = 0.1
@@ -41,6 +43,9 @@ class ProgressiveGenerator(nn.Module):
         z_dim: size of the latent.
         channel_base: channels at resolution R are ``channel_base / R``, at most ``channel_max``.
         channel_max: most channels at any resolution.
+        num_latents: rows of ``table``: one learnt latent per training picture; there is
+            no table if 0.
+        latent_rate: see :class:`LatentTable`.
     """
 
     alpha: Tensor
@@ -51,6 +56,8 @@ class ProgressiveGenerator(nn.Module):
         z_dim: int = 512,
         channel_base: int = 16384,
         channel_max: int = 512,
+        num_latents: int = 0,
+        latent_rate: float = 10.0,
     ) -> None:
         super().__init__()
         if resolution < 4 or resolution & (resolution - 1):
@@ -75,6 +82,7 @@ class ProgressiveGenerator(nn.Module):
                 nn.init.xavier_normal_(parameter, TO_RGB_GAIN)
             else:
                 nn.init.kaiming_normal_(parameter, a=LEAK)
+        self.table = LatentTable(num_latents, z_dim, latent_rate) if num_latents else None
 
     def new_parameters(self) -> set[str]:
         """Names of the parameters that this resolution adds: its block and its ToRGB."""

@@ -59,6 +59,15 @@ def test_one_objective_may_be_named_alone(tmp_path):
         (["family.objectives=[{name: energy, guides: [clip]}]"], "there is no guide clip"),
         (["family.grids={pixel: [8]}"], "there is no guide pixel"),
         (["family.bank=8"], "family.bank"),
+        (["family.objectives=[{name: paired, num_latents: 8}]"], "more than z_dim 8"),
+        (
+            [
+                "family.objectives=[{name: paired, num_latents: 9}]",
+                "family.text={embed_dim: 4}",
+            ],
+            "know no text",
+        ),
+        (["family.objectives=[{name: paired}, {name: paired}]"], "paired once"),
     ],
 )
 def test_mistakes_are_named(overrides, words, tmp_path):

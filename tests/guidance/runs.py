@@ -11,6 +11,7 @@ from tests.families.tiny import tiny_config
 OBJECTIVES = {
     "mse": [{"name": "mse"}],
     "paired": [{"name": "paired", "normalize": True}],
+    "latents": [{"name": "paired", "normalize": True, "num_latents": 17}],
     "energy": [{"name": "energy"}, {"name": "mse", "weight": 0.1, "guides": ["main"]}],
     "mmd": [{"name": "mmd", "guides": ["main"]}, {"name": "mmd", "guides": ["pixels"]}],
     "sliced_wasserstein": [{"name": "sliced_wasserstein", "num_slices": 4}],
