@@ -1,7 +1,9 @@
 """Starts every run of configs/ by its own command for a few steps; images/s of each.
 
-    python benchmarks/every_config.py --faces data/faces --cats data/cats --classes data/both \\
-        --inception WEIGHTS
+    python benchmarks/every_config.py --faces data/faces --cats data/cats --classes data/both
+
+The faces have to be packed with all levels of some guide and of the pixels, and with embeddings of
+some CLIP; guided configs are started with these in place of their own.
 
 Batch, length and the number of pictures drawn are cut, so that they fit a CPU: a single picture a
 step from 128x128 on. Networks are as wide as the YAML says, which takes hours for all of them, or
@@ -19,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 from dinogen.config import Config, load_config
+from shards import open_dataset
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NARROW = {  # the option that makes a family's networks narrow
@@ -32,10 +35,9 @@ NARROW = {  # the option that makes a family's networks narrow
 def main() -> None:
     """Train each and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--faces", type=Path, required=True, help="packed faces with pyramids")
+    parser.add_argument("--faces", type=Path, required=True, help="packed faces, as above")
     parser.add_argument("--cats", type=Path, required=True, help="packed cats")
     parser.add_argument("--classes", type=Path, required=True, help="packed pictures of 2 classes")
-    parser.add_argument("--inception", type=Path, required=True, help="weights of the guide")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--narrow", action="store_true", help="at most 32 channels")
@@ -87,8 +89,13 @@ def cut(config: Config, options: argparse.Namespace, run: Path) -> list[str]:
         found += [f"stages.{number}.kimg={kimg}", f"stages.{number}.batch={batch}"]
         found += [f"stages.{number}.fade_kimg={kimg / 2 if number else 0}"]
     if config.family.name == "guided":
-        found += ["guide.name=inception", f"guide.path={options.inception}"]
+        manifest = open_dataset(options.faces).manifest
+        own = manifest.guide
+        found += [f"guide.{key}={json.dumps(own[key])}" for key in ("name", "path", "layer")]
         found += ["family.probe_samples=4"]
+        if config.clip:
+            found += [f"clip.path={manifest.clip['path']}"]
+            found += [f"family.text.embed_dim={manifest.clip['embed_dim']}"]
     if config.family.name == "ddpm":
         found += ["family.sample_steps=2"]
         found += ["family.head_channels=32"] if options.narrow else []
