@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace, batch: int, micro: int) -> tuple[float,
         command += options.overrides
         command += [f"run={folder}/run", f"stages.0.batch={batch}", f"stages.0.kimg={batch / 1000}"]
         command += ["stages.0.fade_kimg=0", f"engine.micro_batch={micro}", "log.num_samples=1"]
-        with open(f"{folder}/log", "w+") as log:
+        with (Path(folder) / "log").open("w+") as log:
             child = subprocess.Popen([*command, "--stage", stage], stdout=log, stderr=log)
             # wait4 and not wait: it alone says what this very child used
             _, status, usage = os.wait4(child.pid, 0)
