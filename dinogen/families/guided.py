@@ -25,7 +25,8 @@ from dinogen.networks.progressive import ProgressiveGenerator
 from shards.dataset import Dataset
 
 COLLAPSING_BELOW = 0.5
-COLLAPSED_BELOW = 0.1
+# Measured on faces: from 20 % down every z gives the same face, in shades.
+COLLAPSED_BELOW = 0.2
 COLLAPSED_NEAR_FLOOR = 1.02
 # Generated pictures, at least, beside each part of the held-out ones.
 _HELD_OUT = 32
