@@ -157,10 +157,10 @@ class Config(Section):
     @classmethod
     def _named(cls, guides: dict[str, GuideConfig]) -> dict[str, GuideConfig]:
         for name in guides:
-            if not _GUIDE_NAME.fullmatch(name) or name in ("clip", "text"):
+            if not _GUIDE_NAME.fullmatch(name) or name in ("clip", "main", "text"):
                 raise ValueError(
                     f"'{name}' names no guide: use small letters, digits and _, a letter first, "
-                    "and neither clip nor text"
+                    "and none of clip, main (that is guide:) and text"
                 )
         return guides
 

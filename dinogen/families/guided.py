@@ -16,7 +16,7 @@ from dinogen.guidance.discriminate import Discriminating
 from dinogen.guidance.joint import Features
 from dinogen.guidance.latents import Rows, numbers_of
 from dinogen.guidance.objective import Objective
-from dinogen.guidance.options import GuidedOptions
+from dinogen.guidance.options import GuidedOptions, check_sets
 from dinogen.guidance.teacher import Teacher
 from dinogen.guidance.text import Text, clip_of
 from dinogen.losses.pyramid import mean_pairwise_distance
@@ -28,8 +28,8 @@ COLLAPSING_BELOW = 0.5
 # Measured on faces: from 20 % down every z gives the same face, in shades.
 COLLAPSED_BELOW = 0.2
 COLLAPSED_NEAR_FLOOR = 1.02
-# Generated pictures, at least, beside each part of the held-out ones.
-_HELD_OUT = 32
+# Generated pictures that held-out ones are compared with.
+_HELD_OUT = 64
 
 
 class Guided(Family):
@@ -51,13 +51,14 @@ class Guided(Family):
         self.G = kind(**self.arguments("G")).to(device)
         self.levels = self.options.levels(stage, config.guides)
         self.objective = Objective(self.options.objectives, self.levels)
-        if self.options.bank and not self.objective.sets:
-            raise ConfigError(
-                "family.bank: none of family.objectives compares distributions, so a bank of "
-                "reals means nothing: leave it out"
-            )
+        check_sets(self.options, stage.batch)
         self.adversary: Discriminating | None = None
         chosen = self.options.discriminator
+        if chosen is not None and not any(chosen.applies(s) for s in config.stages):
+            raise ConfigError(
+                f"family.discriminator.from_resolution: {chosen.from_resolution}, but no stage is "
+                "as large: the discriminator would never be trained"
+            )
         if chosen is not None and chosen.applies(stage):
             self.adversary = Discriminating(chosen, config.guide, stage, config.seed, device)
         self.rows: Rows | None = None
@@ -195,7 +196,7 @@ class Guided(Family):
 
     def constants(self) -> dict[str, float]:
         """The least that the objectives can reach, see :attr:`Objective.floor`."""
-        floor = self.objective.floor
+        floor = None if self.adversary or self.text else self.objective.floor
         return {} if floor is None else {"floor": floor}
 
     def probe(self, networks: Networks, loss: float | None) -> Verdict:
@@ -212,11 +213,9 @@ class Guided(Family):
         if not math.isfinite(diversity) or (loss is not None and not math.isfinite(loss)):
             return Verdict(scalars, "BROKEN", ("BROKEN: loss or samples are not finite",))
         share = f"samples differ {diversity:.1%} as much as real pictures"
-        # Where something else is part of the loss, the floor is not that of the loss.
-        floor = self.objective.floor
-        alone = not (self.objective.sets or self.adversary or self.text)
-        near = None
-        if loss is not None and floor is not None and alone:
+        floor, near = self.constants().get("floor"), None
+        # Of objectives between distributions it is what all would reach, and no sign of collapse.
+        if loss is not None and floor is not None and not self.objective.sets:
             scalars["loss_over_floor"] = loss / floor
             if loss <= COLLAPSED_NEAR_FLOOR * floor:
                 near = f"loss {loss:.4g} is within 2 % of the floor {floor:.4g}; {share}"
@@ -227,7 +226,7 @@ class Guided(Family):
         return Verdict(scalars)
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
-        """Against pyramids that were not trained on: each ``mse`` and, of sets, ``energy``."""
+        """Against pyramids that were not trained on: each ``mse``, and ``energy``."""
         assert self.teacher is not None, "begin() comes first"
         found: Scalars = {}
         if self.objective.pairs:
@@ -236,12 +235,10 @@ class Guided(Family):
             z = self._z(batch, "z/held-out", own)
             features = self.teacher.features(networks["G"](z))
             found |= self.objective.held_out_pairs(features, batch)
-        if self.objective.sets:
-            num = math.ceil(_HELD_OUT / len(batch["key"]))
-            z = torch.cat([self._z(batch, f"z/held-out/{i}") for i in range(num)])
-            features = self.teacher.features(networks["G"](z))
-            found |= self.objective.held_out_sets(features, batch)
-        return found
+        # The same for every part of the held-out ones, so that any parts have the same mean.
+        z = self.latents(torch.arange(_HELD_OUT), self.config.seed)
+        features = self.teacher.features(networks["G"](z))
+        return found | self.objective.held_out_sets(features, batch)
 
     def describe(self) -> dict[str, Any]:
         """Which guides taught the run, and which CLIP."""

@@ -153,7 +153,9 @@ class Discriminating:
         return losses, report
 
     def penalty_losses(self, real: Tensor, fake: Tensor, positions: Tensor) -> Losses:
-        """gamma / 2 times R1 and R2 of D's mean logit, and times ``every``; in float32.
+        """gamma / 2 times R1 and R2 of D's mean logit, and times ``every``.
+
+        In float32 but for a projected D's guide on a GPU, which stays in its own type.
 
         Differentiated to the pictures as they are, through augmentation, crop and guide, or to
         the guide's features. As :meth:`d_losses`; a penalty whose gamma is 0 is left out.

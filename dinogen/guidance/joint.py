@@ -95,6 +95,7 @@ class JointObjective:
             for micro, num in micros
         ]
         own = {level: torch.cat([part[level] for part in parts]) for level in parts[0]}
+        del parts  # the largest thing here, in a batch of thousands
         counted = [{**micro, **_cut(micro, num)} for micro, num in micros]
         found = self._find(own, counted)
         first = 0

@@ -108,7 +108,9 @@ class Objective:
         return {name: self._pair(term, features, real) for name, term in self.pairs.items()}
 
     def held_out_sets(self, features: Features, batch: Batch) -> Scalars:
-        """Energy distance between generated samples, two at least, and those of ``batch``."""
+        """Energy distance between generated samples, two at least, and those of ``batch``: a mean
+        over these.
+        """
 
         def none(size: int, number: int) -> Tensor:
             raise AssertionError("energy has no directions")

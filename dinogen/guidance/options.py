@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from dinogen.config import ConfigError, Section, StageConfig
 from dinogen.guidance.discriminator_options import DiscriminatorOptions
-from dinogen.guidance.terms import MAIN, AnyTerm, Mse, Paired
+from dinogen.guidance.terms import MAIN, AnyTerm, Mse, Paired, PairTerm, SetTerm
 from dinogen.guidance.text_options import TextOptions
 
 NATIVE_UP_TO = 16
@@ -39,7 +39,7 @@ class GuidedOptions(Section):
         description="targets up to 16x16: features of the shrunk picture, or pooled features of "
         "the full one; above 16x16 always pooled",
     )
-    grids: dict[str, tuple[int, ...]] = Field(
+    grids: dict[str, Annotated[tuple[PositiveInt, ...], Field(min_length=1)]] = Field(
         {},
         description="above 16x16, of main and each of guides:; 16, 8 and 4 unless given. Others, "
         "such as 32 of pixels, are native",
@@ -71,6 +71,23 @@ class GuidedOptions(Section):
             raise ValueError(
                 f"objectives: num_latents {table.num_latents} has to be more than z_dim "
                 f"{self.z_dim}, for a Gaussian is fitted to the latents: a smaller z_dim will do"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _text_is_heard(self) -> GuidedOptions:
+        text = self.text
+        if text is None or text.clip_weight:
+            return self
+        # A pair's real picture is the one that was asked for.
+        if not any(
+            isinstance(term, PairTerm)
+            or (isinstance(term, SetTerm) and "map" in term.views and text.joint_weight)
+            for term in self.objectives
+        ):
+            raise ValueError(
+                "text: nothing would teach the generator to heed it: set clip_weight, or "
+                "joint_weight with an objective that has the view map"
             )
         return self
 
@@ -106,3 +123,35 @@ class GuidedOptions(Section):
                 grids = self.grids.get(name, POOLED)
                 found += [f"{prefix}{'p' if grid in POOLED else 'n'}{grid}" for grid in grids]
         return tuple(found)
+
+
+def check_sets(options: GuidedOptions, batch: int) -> None:
+    """Refuse what objectives that compare distributions cannot work with.
+
+    Args:
+        options: of the run.
+        batch: size of the global batch.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    sets = [term.name for term in options.objectives if isinstance(term, SetTerm)]
+    if not sets:
+        if options.bank:
+            raise ConfigError(
+                "family.bank: none of family.objectives compares distributions, so a bank of "
+                "reals means nothing: leave it out"
+            )
+        return
+    if min(batch, options.bank or batch) < 2:
+        raise ConfigError(
+            f"family.objectives: {sets[0]} compares distributions, so stages.batch and family.bank "
+            "have to be 2 at least"
+        )
+    paired = any(isinstance(term, Paired) for term in options.objectives)
+    if not options.bank and (paired or options.text is not None):
+        raise ConfigError(
+            f"family.bank: {sets[0]} beside {'paired' if paired else 'text'} needs reals that are "
+            "not those that the pictures are made for, or each would be drawn to its own: set it, "
+            "to 512 say"
+        )

@@ -103,7 +103,7 @@ class Teacher:
         Raises:
             ConfigError: they are all the same.
         """
-        found = {level: mean_pairwise_distance(values) for level, values in reals.items()}
+        found = {level: mean_pairwise_distance(values.cpu()) for level, values in reals.items()}
         if not all(found.values()):
             raise ConfigError(
                 f"data.path: the samples of {self.data.location} are all the same: prepare photos "

@@ -16,9 +16,9 @@ from dinogen.losses.distances import distances
 def drift(generated: Tensor, real: Tensor, widths: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Mean squared distance to where the drift fields of all widths, summed, carry each sample.
 
-    Features are scaled so that samples are at a mean distance of 1, and each field so that its
-    mean square is 1 over the square root of D (appendix A.6), so the loss says nothing about how
-    far training is: the fields' lengths before that do.
+    Features are scaled so that samples are at a mean distance of the square root of D, and each
+    field so that the mean square of its coordinates is 1 (appendix A.6), so the loss says nothing
+    about how far training is: the fields' lengths before that do.
 
     Args:
         generated: (K, N, D), N at least 2: samples of each of K problems.

@@ -43,10 +43,9 @@ class LatentTable(nn.Module):
             rows = self.rows.float()
             with torch.no_grad():
                 mean = rows.mean(0)
-                apart = (rows - mean).double()
-                covariance = apart.T @ apart / len(rows)
+                covariance = (rows - mean).T @ (rows - mean) / len(rows)
                 covariance.diagonal().add_(self.least**2)
-                L = torch.linalg.cholesky(covariance).float()
+                L = torch.linalg.cholesky(covariance)
             # Looked up by embedding: its gradient is summed in one order on a GPU as well.
             own = nn.functional.embedding(numbers, rows) - mean
             z: Tensor = torch.linalg.solve_triangular(L, own.T, upper=False).T

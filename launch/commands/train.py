@@ -93,12 +93,15 @@ def sample(
     """
     from PIL import Image
 
+    from dinogen.errors import UserError
     from dinogen.files import write_text
     from dinogen.report.pictures import save_grid, to_uint8
     from dinogen.training.snapshot import load_snapshot
     from launch.logs import setup_logging
 
     setup_logging()
+    if guidance != 1 and not text:
+        raise UserError("--guidance exaggerates what --text asks for: say that as well")
     snapshot = load_snapshot(run, stage)
     size = f"{snapshot.resolution}x{snapshot.resolution}"
     if text:

@@ -58,7 +58,21 @@ def test_one_objective_may_be_named_alone(tmp_path):
         (["family.objectives=[{name: energy, wieght: 2}]"], "did you mean 'weight'"),
         (["family.objectives=[{name: energy, guides: [clip]}]"], "there is no guide clip"),
         (["family.grids={pixel: [8]}"], "there is no guide pixel"),
+        (["family.grids={main: []}"], "grids.main"),
         (["family.bank=8"], "family.bank"),
+        (["family.objectives=[{name: mmd}]", "family.bank=1"], "family.bank have"),
+        (["family.objectives=[{name: energy}]", "stages.0.batch=1"], "2 at least"),
+        (["family.objectives=[{name: energy}, {name: paired}]"], "beside paired needs reals"),
+        (["family.objectives=[{name: energy}]", "family.text={}"], "beside text needs reals"),
+        (
+            [
+                "family.objectives=[{name: energy, views: [place]}]",
+                "family.text={clip_weight: 0}",
+            ],
+            "heed it",
+        ),
+        (["family.discriminator={from_resolution: 32}"], "no stage is as large"),
+        (["guides={main: {name: pixels}}"], "none of clip, main"),
         (["family.objectives=[{name: paired, num_latents: 8}]"], "more than z_dim 8"),
         (
             [
@@ -172,3 +186,20 @@ def test_the_weight_ramps_from_the_stages_start(two_guides, tmp_path):  # noqa: 
         found.append(float(report["adversarial_weight"]))
         assert "adversarial" in losses
     assert found == pytest.approx([0.0, 0.5, 1.0])
+
+
+def test_held_out_energy_is_a_mean_over_held_out_pictures(two_guides, tmp_path):  # noqa: F811
+    """Of ``mse`` too, so that objectives can be compared; any parts have the same mean."""
+    config = objective_config(two_guides, tmp_path, "mse")
+    state = StageState(config, 0)
+    levels = state.family.inputs.levels
+    networks = {"G": state.family.networks["G"]}
+    with torch.no_grad():
+        whole, one, two = (
+            state.family.held_out(networks, state.data.read(numbers, split="val", levels=levels))
+            for numbers in ([0, 1, 2, 3, 4], [0], [1, 2, 3, 4])
+        )
+    assert set(whole) == {"mse", "energy"}
+    assert float(whole["energy"]) == pytest.approx(
+        (float(one["energy"]) + 4 * float(two["energy"])) / 5, rel=1e-4
+    )

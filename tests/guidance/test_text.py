@@ -216,3 +216,9 @@ def test_runs_without_text_cannot_be_asked(drawn_data, tmp_path):
     result = CliRunner().invoke(app, ["sample", str(config.run), "--text", "a face"])
     assert result.exit_code != 0
     assert "was not trained to be asked" in str(result.exception) + result.output
+
+
+def test_guidance_needs_words(whole):
+    result = CliRunner().invoke(app, ["sample", str(whole / "images"), "--guidance", "2"])
+    assert result.exit_code != 0
+    assert "--guidance exaggerates what --text asks for" in str(result.exception) + result.output
