@@ -39,10 +39,16 @@ MAY_IMPORT = {
     "dinogen.diffusion": set(),
     "dinogen.report": set(),
     "dinogen.prepare": {"dinogen.features", "dinogen.dist", "dinogen.report.pictures"},
-    "dinogen.metrics": {"dinogen.features", "dinogen.dist", "dinogen.report.pictures"},
+    "dinogen.metrics": {
+        "dinogen.dist",
+        "dinogen.features",
+        "dinogen.gather",
+        "dinogen.report.pictures",
+    },
     "dinogen.guidance": {
         "dinogen.dist",
         "dinogen.features",
+        "dinogen.gather",
         "dinogen.losses",
         "dinogen.networks",
     },
@@ -67,6 +73,7 @@ MAY_IMPORT = {
         "dinogen.report.pictures",
         "dinogen.training",
     },
+    "dinogen.gather": {"dinogen.dist"},
     "dinogen.takedown": {"dinogen.dist"},
     "dinogen.dist": set(),
 }

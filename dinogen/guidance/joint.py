@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinogen import draws
-from dinogen.guidance.gather import gather_rows
+from dinogen import dist, draws
+from dinogen.gather import gather_counts, gather_rows
 from dinogen.guidance.terms import MAIN, Directions, SetTerm, View
 from shards.sample import level_grid, level_guide
 
@@ -217,24 +217,25 @@ class JointObjective:
 
     def _find(self, own: Features, micros: Sequence[Batch]) -> Found:
         """Gather all ranks' features, compare, and keep what belongs to this rank's."""
-        generated: Features = {}
-        offset = num = 0
-        for level, values in own.items():
-            generated[level], offset = gather_rows(values)
-            num = len(values)
-        real = {level: gather_rows(_real(micros, level))[0].float() for level in own}
+        positions = torch.cat([micro["position"] for micro in micros])
+        num, bank = len(positions), micros[0].get("bank")
+        counts = gather_counts(num)
+        generated = {level: gather_rows(values, counts) for level, values in own.items()}
+        theirs = counts if bank is None else gather_counts(len(bank["position"]))
+        real = {level: gather_rows(_real(micros, level), theirs).float() for level in own}
         beside = None
         if self.beside is not None:
-            mine = gather_rows(torch.cat([self.beside(micro) for micro in micros]))[0]
-            banked = "bank" in micros[0]
-            beside = (mine, gather_rows(self.beside(micros[0]["bank"]))[0] if banked else mine)
-        positions = torch.cat([micro["position"] for micro in micros])
-        first = gather_rows(positions)[0].min().reshape(1)
+            mine = torch.cat([self.beside(micro) for micro in micros])
+            asked = gather_rows(mine, counts)
+            banked = None if bank is None else gather_rows(self.beside(bank), theirs)
+            beside = (asked, asked if banked is None else banked)
+        first = gather_rows(positions, counts).min().reshape(1)
 
         def directions(size: int, number: int) -> Tensor:
             device = next(iter(own.values())).device
             return draws.normal(self.seed, "slices", first, (size, number), device)[0]
 
+        offset = sum(counts[: dist.rank()])
         return self.compare(generated, real, directions, beside).rows(offset, offset + num)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dinogen import dist
+from dinogen.gather import gather_counts, gather_rows
 from dinogen.metrics.judges.base import Judge, JudgeInfo
 from dinogen.metrics.moments import Moments
 
@@ -137,14 +138,7 @@ def _batches(num: int, batch: int) -> list[list[list[int]]]:
 
 def _gather(rows: Tensor) -> Tensor:
     """Rows of all ranks, in order of rank, though their numbers differ."""
-    if dist.world_size() == 1:
-        return rows  # not copied: there may be many
-    counts = dist.all_gather(torch.tensor([len(rows)])).tolist()
-    most = max(counts)
-    padded = rows.new_zeros(most, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = dist.all_gather(padded).split(most)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return gather_rows(rows, gather_counts(len(rows)))
 
 
 def _gather_pictures(pictures: list[Tensor]) -> Tensor:
