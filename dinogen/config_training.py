@@ -22,6 +22,12 @@ class StageConfig(Section):
     fade_kimg: float = Field(0.0, ge=0, description="of these, while the new block fades in")
     batch: int = Field(64, ge=1, description="global batch, over all ranks")
     lr: float = Field(1e-3, gt=0, description="learning rate")
+    warmup_kimg: float = Field(
+        0.0, ge=0, description="its first thousands of images, in which lr rises from 0"
+    )
+    decay_kimg: float = Field(
+        0.0, ge=0, description="its last thousands of images, in which lr falls to 0"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> StageConfig:
@@ -37,6 +43,11 @@ class StageConfig(Section):
             raise ValueError(
                 f"fade_kimg {self.fade_kimg} is longer than the stage's kimg {self.kimg}: "
                 "shorten fade_kimg or lengthen kimg"
+            )
+        if self.kimg is not None and self.warmup_kimg + self.decay_kimg > self.kimg:
+            raise ValueError(
+                f"warmup_kimg {self.warmup_kimg} and decay_kimg {self.decay_kimg} are longer than "
+                f"the stage's kimg {self.kimg}: shorten them or lengthen kimg"
             )
         return self
 

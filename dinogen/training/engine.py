@@ -72,6 +72,12 @@ class SingleEngine:
             names = self.family.trainable(name)
             self.trained[name] = [p for n, p in network.named_parameters() if n in names]
 
+    def set_lr(self, factor: float) -> None:
+        """Learning rates of the next step, as a share of what they were built with."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+
     def before(self, phase: Phase, micros: Sequence[tuple[Batch, int]]) -> None:
         """Let a phase look at all of a step's microbatches, if it wants to."""
         if phase.before is not None:

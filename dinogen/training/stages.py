@@ -40,6 +40,17 @@ class StagePlan:
         """Share of the new block in the picture, 0 to 1."""
         return (nimg - self.start) / (self.fade_end - self.start) if self.fading(nimg) else 1.0
 
+    def lr_factor(self, nimg: int) -> float:
+        """Share of the learning rate that the step which begins at ``nimg`` takes.
+
+        Linear at both ends: the first step of a warm-up takes a batch's share of it, and the last
+        of a decay likewise.
+        """
+        warmup, decay = self.stage.warmup_kimg * 1000, self.stage.decay_kimg * 1000
+        rise = (nimg - self.start + self.stage.batch) / warmup if warmup else 1.0
+        fall = (self.end - nimg) / decay if decay else 1.0
+        return min(1.0, rise, fall)
+
 
 def with_lengths(config: Config, num_samples: int) -> Config:
     """The config with each length that is given in epochs written out in thousands of images.

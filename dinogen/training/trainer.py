@@ -201,11 +201,12 @@ class Trainer:
         return max(self.num_nonfinite.values(), default=0) >= UNSOUND_AFTER
 
     def _prepare_engine(self) -> None:
-        """Before the first step, and again where the fade-in ends: other parameters train then."""
+        """What trains from here on, which changes where the fade-in ends, and how fast."""
         fading = self.plan.fading(self.now)
         if fading != self.fading:
             self.fading = fading
             self.engine.prepare()
+        self.engine.set_lr(self.plan.lr_factor(self.now))
 
     def _guard(self, applied: bool, phase: str) -> None:
         """Count updates in a row that were not finite, and end the run after too many."""
@@ -264,6 +265,7 @@ class Trainer:
             **figures,
             **self.family.constants(),
             "alpha": self.plan.alpha(self.progress.nimg - self.stage.batch),
+            "lr": self.stage.lr * self.plan.lr_factor(self.progress.nimg - self.stage.batch),
             "images_per_s": window.images / elapsed,
             "data_wait": window.waited / elapsed,
             "save_share": window.saving / elapsed,

@@ -34,12 +34,13 @@ def assert_same_run(config, reference):
 
 def test_killed_at_random_moments_it_ends_bitwise_the_same(make_config):
     start(None).join(60)  # the imports are done before the clock starts
-    reference = make_config(run="whole")
+    given = ["stages.0.decay_kimg=0.064", "stages.1.warmup_kimg=0.1"]
+    reference = make_config(*given, run="whole")
     process = start(reference)
     process.join(120)
     assert process.exitcode == 0
 
-    config = make_config(run="killed")
+    config = make_config(*given, run="killed")
     rng = random.Random(0)
     # killed soon after it has come so far, wherever that is: amid steps, a save, the next stage
     for nimg in (0, *sorted(rng.sample(range(24, 200), 4))):

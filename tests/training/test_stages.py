@@ -13,6 +13,16 @@ def test_alpha_rises_in_a_line_and_then_everything_trains():
     assert plan.end == 7000
 
 
+def test_lr_rises_to_its_whole_and_falls_to_a_batch_s_share():
+    stage = StageConfig(resolution=8, kimg=1, batch=100, warmup_kimg=0.4, decay_kimg=0.5)
+    plan = StagePlan(stage, start=5000)
+    shares = [plan.lr_factor(nimg) for nimg in range(5000, 6000, 100)]
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert StagePlan(StageConfig(resolution=8, kimg=1), 0).lr_factor(999) == 1
+    with pytest.raises(ValueError, match="warmup_kimg"):
+        StageConfig(resolution=8, kimg=1, warmup_kimg=0.6, decay_kimg=0.5)
+
+
 def test_a_stage_without_fade_in_never_fades():
     plan = StagePlan(StageConfig(resolution=4, kimg=2), start=0)
     assert plan.alpha(0) == 1 and not plan.fading(0)

@@ -1,5 +1,6 @@
 """The loop as a user meets it: stages, results, and what it refuses."""
 
+import itertools
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from dinogen.config import ConfigError
 from dinogen.families.registry import resolve
 from dinogen.features.dinov2 import make_random_dinov2
+from dinogen.training.checkpoint import load_checkpoint
 from dinogen.training.run import train
 from dinogen.training.snapshot import load_snapshot
 from dinogen.training.state import Progress, StageState
@@ -63,7 +65,30 @@ def test_what_a_stage_leaves(make_config):
     assert results[1]["nimg"] == 240
     alphas = [line["alpha"] for line in curve(config, 8)]
     assert alphas[0] < alphas[1] < alphas[-1] == 1
+    assert {line["lr"] for line in curve(config, 8)} == {0.01}
     assert (config.run / "index.html").stat().st_size > 1000
+
+
+def test_the_learning_rate_rises_and_falls(make_config):
+    """Logged as Adam had it: at a rate of 0 nothing would move, and least of all at the ends."""
+    rise_and_fall = "stages=[{resolution: 4, kimg: 0.08, batch: 8, lr: 0.01, %s}]"
+    config = make_config(
+        rise_and_fall % "warmup_kimg: 0.032, decay_kimg: 0.032",
+        "log.every_kimg=0.008",
+        "checkpoint={every_kimg: 0.008, keep_last: 99}",
+    )
+    train(config)
+    rates = [line["lr"] for line in curve(config, 4)]
+    shares = [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert rates == pytest.approx([0.01 * share for share in shares])
+    folder = stage(config, 4) / "checkpoints"
+    saved = [
+        load_checkpoint(folder / f"{n:09d}").tensors("G")["dense.weight"] for n in range(8, 81, 8)
+    ]
+    moved = [float((b - a).abs().max()) for a, b in itertools.pairwise(saved)]
+    # Adam's steps are as long as its rate, give or take what a gradient does to its neighbours.
+    assert all(step < 1.5 * rate for step, rate in zip(moved, rates[1:], strict=True))
+    assert moved[-1] < moved[3] / 2
 
 
 def test_a_finished_run_is_not_trained_again_and_a_longer_one_goes_on(make_config):

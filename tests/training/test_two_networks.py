@@ -17,6 +17,7 @@ from tests.training.two_networks import (
     Training,
     TwoNetworks,
     file_name,
+    rate,
     run,
     share,
 )
@@ -46,11 +47,12 @@ def two_ranks(tmp_path_factory) -> Path:
 def plain_torch(norm: str) -> dict[str, torch.Tensor]:
     """The same training by hand: no engine, whole batches, one optimizer per network."""
     family = TwoNetworks(parse_config({}, ["stages=[{resolution: 4, kimg: 1}]"]), norm)
-    optimizers = {}
+    optimizers, full = {}, {}
     for name, network in family.networks.items():
         c = family.optimizer_scale(name)
         betas = (0.9**c, 0.99**c)
         optimizers[name] = torch.optim.Adam(network.parameters(), lr=0.01 * c, betas=betas)
+        full[name] = 0.01 * c
     for step in range(NUM_STEPS):
         family.fading = step < SWITCH
         batch = share(step)
@@ -65,6 +67,8 @@ def plain_torch(norm: str) -> dict[str, torch.Tensor]:
             sum(losses.values()).backward()
             trained = [p for p in family.networks[phase.network].parameters() if p.requires_grad]
             torch.nn.utils.clip_grad_norm_(trained, 0.5)
+            for group in optimizers[phase.network].param_groups:
+                group["lr"] = full[phase.network] * rate(step)
             optimizers[phase.network].step()
             optimizers[phase.network].zero_grad()
     found = {}

@@ -95,6 +95,11 @@ class TwoNetworks:
         return {"path": gradient.square().sum(1).mean() + 0 * unused}, {}
 
 
+def rate(step: int) -> float:
+    """Share of the learning rate that a step takes."""
+    return min(1.0, (step + 1) / 3, (NUM_STEPS - step) / 4)
+
+
 def share(step: int) -> dict:
     """This rank's part of a global batch; the ranks' parts differ in size."""
     rank, size = dist.rank(), dist.world_size()
@@ -132,6 +137,7 @@ class Training:
             if step == SWITCH and self.family.fading:
                 self.family.fading = False
                 self.engine.prepare()
+            self.engine.set_lr(rate(step))
             micros = split(share(step), parts, self.engine.device)
             for phase in self.family.phases:
                 if not phase.due(step):
