@@ -93,7 +93,7 @@ def write_run(folder, points=(8, 16, 24), value=1.0, again=None, purge=True, sta
         for nimg in points:
             writer.add_scalar("loss", value / nimg, nimg)
         writer.close()
-        # As if long ago: within a second the numbers of a process's writers, 9 and 10, sort as words.
+        # As if long ago: within a second the numbers of writers, 9 and 10, sort as words.
         for file in (stage / "tb").iterdir():
             file.rename(file.with_name(file.name.replace("tfevents.1", "tfevents.0", 1)))
         if again is not None:
