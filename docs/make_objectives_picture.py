@@ -11,11 +11,10 @@ import argparse
 import io
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from dinogen.files import write_bytes
+from dinogen.report.pictures import to_uint8
 from dinogen.training.snapshot import load_snapshot
 
 NUM, TILE, CAPTION, GAP = 12, 96, 26, 2
@@ -25,11 +24,8 @@ FONT = ImageFont.load_default(15)
 def row(run: Path) -> Image.Image:
     """The first pictures of a run's moving average, side by side."""
     snapshot = load_snapshot(run)
-    with torch.no_grad():
-        images = snapshot.family.sample(snapshot.ema.networks, torch.arange(NUM), 0)
-    pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     sheet = Image.new("RGB", (NUM * (TILE + GAP), TILE), "white")
-    for number, picture in enumerate(np.asarray(pixels)):
+    for number, picture in enumerate(to_uint8(snapshot.sample(NUM, 0).numpy())):
         tile = Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.NEAREST)
         sheet.paste(tile, (number * (TILE + GAP), 0))
     return sheet

@@ -25,8 +25,7 @@ from dinogen.networks.progressive import ProgressiveGenerator
 from shards.dataset import Dataset
 
 COLLAPSING_BELOW = 0.5
-# Measured on faces: from 20 % down every z gives the same face, in shades.
-COLLAPSED_BELOW = 0.2
+COLLAPSED_BELOW = 0.1
 COLLAPSED_NEAR_FLOOR = 1.02
 # Generated pictures that held-out ones are compared with.
 _HELD_OUT = 64
