@@ -18,7 +18,7 @@ from dinogen.guidance.latents import Rows, numbers_of
 from dinogen.guidance.objective import Objective
 from dinogen.guidance.options import GuidedOptions, check_sets
 from dinogen.guidance.teacher import Teacher
-from dinogen.guidance.text import Text, clip_of
+from dinogen.guidance.text import Asked, Text, clip_of
 from dinogen.losses.pyramid import mean_pairwise_distance
 from dinogen.networks.conditional import ConditionalGenerator
 from dinogen.networks.progressive import ProgressiveGenerator
@@ -231,9 +231,9 @@ class Guided(Family):
         if self.objective.pairs:
             # No latent was learnt for these: theirs is any.
             own = self.objective.paired and self.rows is None
-            z = self._z(batch, "z/held-out", own)
-            features = self.teacher.features(networks["G"](z))
-            found |= self.objective.held_out_pairs(features, batch)
+            z, asked = self._z(batch, "z/held-out", own), self._asked(batch, "ask/held-out")
+            features = self.teacher.features(_made(networks["G"], z, asked))
+            found |= self.objective.held_out_pairs(features, batch, asked.keep if asked else None)
         # The same for every part of the held-out ones, so that any parts have the same mean.
         z = self.latents(torch.arange(_HELD_OUT), self.config.seed)
         features = self.teacher.features(networks["G"](z))
@@ -256,12 +256,13 @@ class Guided(Family):
         shape = (self.options.z_dim,)
         return draws.normal(self.config.seed, purpose, positions, shape, self.device)
 
+    def _asked(self, batch: Batch, purpose: str) -> Asked | None:
+        return self.text.asked(batch, purpose) if self.text else None
+
     def _images(self, batch: Batch, purpose: str) -> Tensor:
-        """Pictures that a microbatch's samples stand for, with what they are asked to be."""
+        """Pictures that a microbatch's samples stand for, made as they are asked to be."""
         z = self._z(batch, purpose, self.objective.paired)
-        asked = self.text.asked(batch, "ask") if self.text else None
-        images: Tensor = self.G(z, asked.embedding, asked.keep) if asked else self.G(z)
-        return images
+        return _made(self.G, z, self._asked(batch, "ask"))
 
     def _features(self, batch: Batch) -> Features:
         assert self.teacher is not None, "begin() comes first"
@@ -274,10 +275,12 @@ class Guided(Family):
 
     def _g_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
         assert self.teacher is not None, "begin() comes first"
-        images = self._images(batch, "z")
-        losses, report = self.objective.losses(batch, self.teacher.features(images))
-        if self.text is not None and self.text.options.clip_weight:
-            asked = self.text.asked(batch, "ask")
+        asked = self._asked(batch, "ask")
+        images = _made(self.G, self._z(batch, "z", self.objective.paired), asked)
+        losses, report = self.objective.losses(
+            batch, self.teacher.features(images), asked.keep if asked else None
+        )
+        if self.text and asked and self.text.options.clip_weight:
             losses["clip"] = self.text.options.clip_weight * self.text.loss(images, asked)
         if self.adversary is not None:
             positions, size = batch["position"], self.stage.batch
@@ -297,3 +300,8 @@ class Guided(Family):
     def _shown(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Real pictures, generated ones, their positions."""
         return batch["image"], self._images(batch, "z/D"), batch["position"]
+
+
+def _made(G: nn.Module, z: Tensor, asked: Asked | None) -> Tensor:
+    images: Tensor = G(z, asked.embedding, asked.keep) if asked else G(z)
+    return images

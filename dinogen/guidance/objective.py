@@ -84,28 +84,33 @@ class Objective:
         if self.sets and beside is None:
             self.floors |= self.joint.floors(teacher.reals(_NUM_REALS, split))
 
-    def losses(self, batch: Batch, features: Features) -> tuple[Scalars, Scalars]:
+    def losses(
+        self, batch: Batch, features: Features, keep: Tensor | None = None
+    ) -> tuple[Scalars, Scalars]:
         """Weighted losses and what else is worth a curve, as ``Phase.losses`` gives them.
 
         Args:
             batch: a microbatch, with the stored features of its real pictures.
             features: of its generated pictures.
+            keep: (B,) bool, which of them were asked to be their real pictures; all without it.
         """
         losses: Scalars = {}
         report: Scalars = {}
         if self.pairs:
             real = self.real(batch)
             for name, term in self.pairs.items():
-                losses[name] = term.weight * self._pair(term, features, real)
+                losses[name] = term.weight * self._pair(term, features, real, self._taught(keep))
         if self.sets:
             joint, report = self.joint.losses(batch, features)
             losses |= joint
         return losses, report
 
-    def held_out_pairs(self, features: Features, batch: Batch) -> Scalars:
-        """Mean squared errors of samples that were not trained on, by name."""
-        real = self.real(batch)
-        return {name: self._pair(term, features, real) for name, term in self.pairs.items()}
+    def held_out_pairs(
+        self, features: Features, batch: Batch, keep: Tensor | None = None
+    ) -> Scalars:
+        """Mean squared errors of samples that were not trained on, by name; as in ``losses``."""
+        real, keep = self.real(batch), self._taught(keep)
+        return {name: self._pair(term, features, real, keep) for name, term in self.pairs.items()}
 
     def held_out_sets(self, features: Features, batch: Batch) -> Scalars:
         """Energy distance between generated samples, two at least, and those of ``batch``: a mean
@@ -121,12 +126,19 @@ class Objective:
         """Stored features of a batch's real pictures, by level."""
         return {level: real_features(batch, level).float() for level in self.levels}
 
-    def _pair(self, term: PairTerm, generated: Features, real: Features) -> Tensor:
+    def _taught(self, keep: Tensor | None) -> Tensor | None:
+        # Against a real picture that it was not asked to be, a sample's best answer is the mean:
+        # objectives between distributions know better, where there are any.
+        return keep if self.sets else None
+
+    def _pair(
+        self, term: PairTerm, generated: Features, real: Features, keep: Tensor | None
+    ) -> Tensor:
         sides: list[Features] = []
         for features in (generated, real):
             own = {k: v for k, v in features.items() if is_of(k, term.guides)}
             sides.append({k: v * self.scales[k] for k, v in own.items()} if term.normalize else own)
-        return pyramid_mse(*sides)
+        return pyramid_mse(sides[0], sides[1], keep)
 
     def _collapse_floor(self, term: PairTerm, teacher: Teacher) -> float:
         floors = []

@@ -11,7 +11,9 @@ from torch import Tensor
 Level = TypeVar("Level")
 
 
-def pyramid_mse(generated: Mapping[Level, Tensor], real: Mapping[Level, Tensor]) -> Tensor:
+def pyramid_mse(
+    generated: Mapping[Level, Tensor], real: Mapping[Level, Tensor], keep: Tensor | None = None
+) -> Tensor:
     """Mean squared error of two pyramids, each level counting the same.
 
     With generated and real pictures independent, its expectation is at least the mean over levels
@@ -21,13 +23,14 @@ def pyramid_mse(generated: Mapping[Level, Tensor], real: Mapping[Level, Tensor])
     Args:
         generated: by level, (B, grid*grid, C).
         real: the same levels and shapes.
+        keep: (B,) bool; the others count 0 in a mean over all samples. All are kept without it.
 
     Returns:
         Scalar float32.
     """
-    return torch.stack(
-        [(generated[g].float() - real[g].float()).square().mean() for g in real]
-    ).mean()
+    levels = [(generated[g].float() - real[g].float()).square().mean((1, 2)) for g in real]
+    each = torch.stack(levels).mean(0)
+    return (each if keep is None else each * keep).mean()
 
 
 def collapse_floor(total_variances: list[float]) -> float:

@@ -151,6 +151,40 @@ def test_samples_without_a_caption_are_asked_for_nothing(drawn_data, tmp_path):
     assert sum(there) >= 17
 
 
+@pytest.mark.parametrize("others", [["energy"], []])
+def test_samples_of_nothing_are_not_drawn_to_the_mean_where_others_teach_them(
+    others, drawn_data, tmp_path
+):
+    names = [{"name": name} for name in ("mse", *others)]
+    config = text_config(
+        drawn_data,
+        tmp_path,
+        "images",
+        "family.text.dropout=0.5",
+        f"family.objectives={json.dumps(names)}",
+        f"family.bank={6 if others else 0}",
+    )
+    state = StageState(config, 0)
+    family, data = state.family, state.data
+    levels = family.inputs.levels
+
+    def losses_with_other(rows):
+        batch = data.read(range(18), levels=levels)
+        batch["bank"] = data.read(range(6), levels=levels)
+        batch["pyramid"][16][rows] += 1
+        trained = family.phases[-1].losses(batch)[0]["mse"]
+        return trained.item(), family.held_out({"G": family.G}, batch)["mse"].item()
+
+    family.begin(data)
+    batch = data.read(range(18), levels=levels)
+    for place, purpose in enumerate(("ask", "ask/held-out")):
+        keep = family.text.asked(batch, purpose).keep.numpy()
+        assert 3 < keep.sum() < 15
+        whole, other = (losses_with_other(rows)[place] for rows in ([], ~keep))
+        assert (other == whole) == bool(others)
+        assert losses_with_other(keep)[place] != whole
+
+
 def test_the_command_samples_by_prompts(whole, tmp_path):
     run = whole / "images"
     words = ["sample", str(run), "--num", "2", "--text", "a face, red hair", "--guidance", "2"]

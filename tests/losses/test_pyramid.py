@@ -19,6 +19,12 @@ def test_mse_is_the_mean_over_levels_of_each_level_s_mean():
     np.testing.assert_allclose(got.item(), expected, rtol=1e-6)
 
 
+def test_samples_that_are_left_out_count_nothing_in_a_mean_over_all():
+    generated = {4: torch.tensor([[[1.0, 3.0]], [[5.0, 5.0]]])}
+    real = {4: torch.zeros(2, 1, 2)}
+    assert pyramid_mse(generated, real, torch.tensor([True, False])) == (1 + 9) / 2 / 2
+
+
 def test_a_generator_that_makes_the_mean_reaches_exactly_the_floor():
     rng = np.random.default_rng(1)
     real = rng.normal(size=(500, 16, 6)) * rng.uniform(0.1, 3, size=(16, 6))
