@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from torch import Tensor
 
 from dinogen.errors import ConfigError
-from dinogen.metrics.bootstrap import Estimate
+from dinogen.metrics.bootstrap import Estimate, halves, standard_deviation
 from dinogen.metrics.collect import Seen
 from dinogen.metrics.figure import Better
 from dinogen.metrics.frechet import frechet_of, frechet_spread
@@ -21,6 +21,7 @@ from dinogen.metrics.manifold import Manifold, manifold
 from dinogen.metrics.memorisation import memorisation
 from dinogen.metrics.prompted import BETTER as PROMPTED
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
+from dinogen.metrics.spectrum import sharpness, spectrum_distance
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,16 @@ def _kernel(sets: Sets) -> Estimate:
     return kernel_distance(generated, real, sets.num_halves, sets.seed)
 
 
+def _of_spectra(compare: Callable[[Tensor, Tensor], float], sets: Sets) -> Estimate:
+    """A figure of the two mean spectra."""
+    assert sets.real is not None
+    real, rows = sets.real.moments.mean(), sets.generated.features
+    parts = [] if rows is None else halves(len(rows), sets.num_halves, sets.seed)
+    values = [compare(rows[half].double().mean(0), real) for half in parts if rows is not None]
+    value = compare(sets.generated.moments.mean(), real)
+    return Estimate(value, standard_deviation(values))
+
+
 def _inception_score(sets: Sets) -> Estimate:
     assert sets.generated.logits is not None
     return inception_score(sets.generated.logits)
@@ -125,6 +136,11 @@ def _of_judge(judge: str, frechet: str, kernel: str, suffix: str) -> dict[str, M
     }
 
 
+_SPECTRAL: tuple[tuple[str, Better, Callable[[Tensor, Tensor], float]], ...] = (
+    ("spectrum", "lower", spectrum_distance),
+    # near 1 is as it should be
+    ("sharpness", "none", sharpness),
+)
 JUDGED = {
     "is": Metric("inception", "higher", _inception_score, real=None),
     **_of_judge("inception", "fid", "kid", ""),
@@ -132,6 +148,10 @@ JUDGED = {
     **_of_judge("dinov2", "fd_dinov2", "kd_dinov2", "_dinov2"),
     **_of_judge("onet", "fd_onet", "kd_onet", "_onet"),
     "faces": Metric("onet", "higher", _faces, real=None),
+    **{
+        name: Metric("spectrum", way, partial(_of_spectra, compare), real="moments", rows=False)
+        for name, way, compare in _SPECTRAL
+    },
 }
 # Measured by other means than rows of a judge.
 LPIPS_DIVERSITY = "lpips_diversity"

@@ -62,6 +62,7 @@ MEASURED: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         "Diversity",
         (("lpips_diversity", "LPIPS diversity"), ("guide_diversity", "guide diversity")),
     ),
+    ("Detail", (("spectrum", "spectrum, dB"), ("sharpness", "sharpness"))),
     ("Prompts", (("clip_score", "CLIP score"), ("clip_retrieval", "retrieval"))),
     (
         "Reconstruction",

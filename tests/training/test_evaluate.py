@@ -117,7 +117,7 @@ def test_any_number_of_ranks_gives_the_same(config, num_ranks, num):
     assert metrics == pytest.approx(alone.pop("metrics"), rel=1e-5)
     figures, same = (one.pop("measured") for one in (together, alone))
     there = {name for name, figure in same.items() if figure["value"] is not None}
-    assert {"guide_diversity", "faces", "kd_onet"} <= there
+    assert {"guide_diversity", "faces", "kd_onet", "spectrum"} <= there
     for name in there:
         assert figures[name]["value"] == pytest.approx(same[name]["value"], rel=1e-4), name
     assert together.pop("sampling")["num"] == alone.pop("sampling")["num"]

@@ -98,8 +98,9 @@ def test_all_metrics_of_a_run(run, place):
     result = written(run.run / "16x16")
     assert list(result["measured"]) == list(NAMES)
     there = {name for name, figure in result["measured"].items() if figure["value"] is not None}
-    always = {name for name in NAMES if name == "faces" or name.endswith("_onet")}
-    assert there == {*OF_JUDGE, *always}  # whose weights come with a library
+    # whose weights come with a library, or which have none
+    always = {"faces", "spectrum", "sharpness"} | {n for n in NAMES if n.endswith("_onet")}
+    assert there == {*OF_JUDGE, *always}
     assert result["measured"]["reconstruction_psnr"]["reason"] == "family dcgan encodes no pictures"
     assert "dcgan has no guide" in result["measured"]["guide_diversity"]["reason"]
     num_val = open_dataset(place / "data").num_samples("val")

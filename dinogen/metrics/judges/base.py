@@ -23,7 +23,7 @@ class JudgeInfo:
     """Who the judge is: two with these alike give the same features.
 
     Attributes:
-        name: ``inception``, ``inception768``, ``dinov2``.
+        name: such as ``inception``, ``inception768``, ``dinov2``.
         weights_sha256: hash of the weights.
         resize: how pictures are brought to its size, such as ``bilinear antialias 299``.
         num_channels: C of its features.

@@ -18,7 +18,8 @@ def load_judge(name: str, config: MetricsConfig, device: torch.device) -> Judge:
     """Load a judge onto a device; all ranks together, so that all have it or none.
 
     A new judge is one new file ``dinogen/metrics/judges/NAME.py`` with a function
-    ``load(path, device) -> Judge``, and its path as ``NAME`` in ``MetricsConfig``.
+    ``load(path, device) -> Judge``, and, if it has weights, their path as
+    ``NAME`` in ``MetricsConfig``.
 
     Raises:
         NotAvailable: its weights cannot be had, here or on another rank; the message names
@@ -28,7 +29,7 @@ def load_judge(name: str, config: MetricsConfig, device: torch.device) -> Judge:
     judge: Judge | None = None
     failed: NotAvailable | None = None
     try:
-        judge = module.load(getattr(config, name), device)
+        judge = module.load(getattr(config, name, None), device)
     except NotAvailable as error:
         failed = error
     if dist.any_rank(failed is not None):

@@ -1,0 +1,34 @@
+"""How the detail of generated pictures compares with that of real ones, from their mean spectra."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Files have 256 values: rounding to them alone is noise of this power, and less says nothing.
+_LEAST = 1 / 12 / 255**2
+
+
+def spectrum_distance(generated: Tensor, real: Tensor) -> float:
+    """Mean over bands of how many decibels the two are apart; 0 where the spectra are alike.
+
+    Args:
+        generated: (B,) mean power by band, as :class:`SpectrumJudge` finds it.
+        real: the same.
+    """
+    there = real > 0
+    decibels = 10 * torch.log10(generated[there].clamp(min=_LEAST) / real[there].clamp(min=_LEAST))
+    return float(decibels.abs().mean())
+
+
+def sharpness(generated: Tensor, real: Tensor) -> float:
+    """Power in the finer half of the bands over that of real pictures; 1 is as it should be.
+
+    Below 1 pictures are blurred; above it they have noise or patterns that real ones have not.
+
+    Args:
+        generated: (B,) mean power by band.
+        real: the same.
+    """
+    half = len(real) // 2
+    return float(generated[half:].sum() / real[half:].sum().clamp(min=_LEAST))
