@@ -294,7 +294,10 @@ class Family(ABC):
         return {}
 
     def describe(self) -> dict[str, Any]:
-        """Facts for results and pages (such as the guide), JSON-ready."""
+        """Facts for results and pages (such as the guide), JSON-ready.
+
+        ``frozen``: hashes, by key of the config, of weights that may not change within a run.
+        """
         return {}
 
 

@@ -240,8 +240,11 @@ class Guided(Family):
         return found | self.objective.held_out_sets(features, batch)
 
     def describe(self) -> dict[str, Any]:
-        """Which guides taught the run, and which CLIP."""
+        """Which guides taught the run, and which CLIP; what a discriminator looks through."""
         found = self.teacher.describe() if self.teacher else {}
+        if self.adversary is not None and self.adversary.guide is not None:
+            sha256 = self.adversary.guide.info.weights_sha256
+            found["frozen"] = {"family.discriminator.guide": sha256}
         return found | ({"clip": self.text.clip.info} if self.text else {})
 
     def _z(self, batch: Batch, purpose: str, paired: bool = False) -> Tensor:

@@ -229,6 +229,7 @@ class StageState:
                 f"{checkpoint.folder}: began at {state['start']} images, but the stage before now "
                 f"ends at {self.plan.start}: it was trained further. Give run: another folder"
             )
+        _check_frozen(checkpoint, self.family)
         for name, network in self.family.networks.items():
             network.load_state_dict(checkpoint.tensors(name))
         for name, network in self.ema.networks.items():
@@ -239,6 +240,21 @@ class StageState:
         self.last_saved = self.progress.nimg
         if dist.is_main():
             log.info("resumed from %s", checkpoint.folder)
+
+
+def _check_frozen(checkpoint: Checkpoint, family: Family) -> None:
+    """Refuse other frozen networks than a checkpoint was trained with.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    then = checkpoint.state["facts"].get("frozen", {})
+    for key, sha256 in family.describe().get("frozen", {}).items():
+        if then.get(key, sha256) != sha256:
+            raise ConfigError(
+                f"{key}: its weights are others than the checkpoint {checkpoint.folder} was "
+                "trained with: put those back, or give run: another folder"
+            )
 
 
 def file_mark(facts: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import torch
 from dinogen.config import ConfigError
 from dinogen.families.guided import Guided
 from dinogen.families.registry import resolve
+from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.training.checkpoint import newest_checkpoint
 from dinogen.training.data import open_data
 from dinogen.training.preflight import check_run
@@ -17,11 +18,14 @@ from tests.families.tiny import tiny_config
 from tests.guidance.conftest import two_guides  # noqa: F401
 from tests.guidance.runs import (
     ADVERSARIES,
+    PROJECTED,
     adversary_config,
     objective_config,
     train_adversaries,
 )
 from tests.training.on_ranks import on_ranks
+
+TINY_DINO = {"hidden_size": 24, "num_layers": 2, "num_heads": 2, "image_size": 42}
 
 
 def built(tmp_path, *overrides):
@@ -173,6 +177,21 @@ def test_a_stage_may_be_the_first_with_a_discriminator(two_guides, tmp_path):  #
     assert before is not None
     assert not before.holds("D")
     assert any(key.startswith("D/") for key in tensors(tmp_path / "patch"))
+
+
+def test_what_it_looks_through_may_lie_elsewhere_but_not_be_another(two_guides, tmp_path):  # noqa: F811
+    def go_on(folder, *more):
+        own = {**PROJECTED, "guide": {"name": "dinov2", "path": str(tmp_path / folder)}}
+        given = [f"family.discriminator={own}", *more]
+        return train(adversary_config(two_guides, tmp_path, "projected", *given))[-1]
+
+    make_random_dinov2(tmp_path / "one", seed=0, **TINY_DINO)
+    first = go_on("one", "stages.0.kimg=0.016")
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert go_on("two", "stages.0.kimg=0.024")["nimg"] == first["nimg"] + 8
+    make_random_dinov2(tmp_path / "three", seed=1, **TINY_DINO)
+    with pytest.raises(ConfigError, match=r"family\.discriminator\.guide: its weights are others"):
+        go_on("three", "stages.0.kimg=0.032")
 
 
 def test_the_weight_ramps_from_the_stages_start(two_guides, tmp_path):  # noqa: F811
