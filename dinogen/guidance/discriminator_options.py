@@ -9,6 +9,12 @@ from pydantic import Field, model_validator
 from dinogen.config import GuideConfig, Section, StageConfig
 from dinogen.networks.diffaugment import Transform
 
+# Keys that only one kind reads.
+_OF_KIND = {
+    "projected": ("guide", "grid", "head_channels"),
+    "patch": ("patch_scales", "patch_layers", "patch_channels"),
+}
+
 
 class DiscriminatorOptions(Section):
     """Keys of ``discriminator:``; its learning rate is ``optim.lr_scale: {D: ...}``."""
@@ -64,10 +70,15 @@ class DiscriminatorOptions(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> DiscriminatorOptions:
-        if self.kind == "patch" and self.guide is not None:
-            raise ValueError("a patch discriminator looks through no guide: leave out guide")
         if self.kind == "patch" and self.penalty_on == "features":
             raise ValueError("a patch discriminator has no features: penalty_on has to be pixels")
+        for kind, keys in _OF_KIND.items():
+            given = [k for k in keys if getattr(self, k) != type(self).model_fields[k].default]
+            if kind != self.kind and given:
+                raise ValueError(
+                    f"{given[0]} is of a {kind} discriminator, this one is {self.kind}: "
+                    f"leave out {given[0]}, or set kind: {kind}"
+                )
         return self
 
     def applies(self, stage: StageConfig) -> bool:

@@ -76,6 +76,8 @@ def test_one_objective_may_be_named_alone(tmp_path):
             "heed it",
         ),
         (["family.discriminator={from_resolution: 32}"], "no stage is as large"),
+        (["family.discriminator={patch_scales: 1}"], "leave out patch_scales, or set kind: patch"),
+        (["family.discriminator={kind: patch, grid: 8}"], "leave out grid, or set kind"),
         (["guides={main: {name: pixels}}"], "none of clip, main"),
         (["family.objectives=[{name: paired, num_latents: 8}]"], "more than z_dim 8"),
         (
