@@ -124,11 +124,11 @@ restartable() {
     await "$pid"
 }
 
-# await PID: wait for a child to its end, and return what it ended with. A trap ends `wait` alone, with
-# the signal's code, and the child may end before the next one: bash remembers its code.
+# await PID: wait for a child to its end, and return what it ended with. Traps run between two sleeps:
+# one that breaks into `wait` in the moment in which the child ends makes bash 5.2 lose its code.
 await() {
     while kill -0 "$1" 2>/dev/null; do
-        wait "$1" || true
+        sleep 0.5 || true
     done
     wait "$1"
 }
