@@ -1,4 +1,4 @@
-"""Discs with native features of two guides: a tiny random network, and the pixels themselves."""
+"""Discs with native features of two guides, and discriminators that look through a tiny one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinogen.config import GuideConfig
+from dinogen.config import GuideConfig, StageConfig
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid
+from dinogen.guidance.discriminate import Discriminating
+from dinogen.guidance.discriminator_options import DiscriminatorOptions
 from tests.families.tiny import RESOLUTION, discs, pack_discs
+from tests.guidance.judges import KINDS, SIDE
 
+CPU = torch.device("cpu")
 GRIDS = (RESOLUTION // 2, RESOLUTION)
 
 
@@ -22,8 +26,8 @@ def two_guides(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("guidance")
     make_random_dinov2(folder / "guide", seed=0, hidden_size=16, num_layers=1, num_heads=2)
     guides = {
-        "": load_guide(GuideConfig(path=str(folder / "guide")), torch.device("cpu")),
-        "pixels.": load_guide(GuideConfig(name="pixels"), torch.device("cpu")),
+        "": load_guide(GuideConfig(path=str(folder / "guide")), CPU),
+        "pixels.": load_guide(GuideConfig(name="pixels"), CPU),
     }
     levels = []
     for pixels in discs(24):
@@ -43,3 +47,31 @@ def two_guides(tmp_path_factory) -> Path:
         guides={"pixels": guides["pixels."].info.to_dict()},
     )
     return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def main(tmp_path_factory):
+    """Of a tiny random DINOv2, both layers."""
+    folder = tmp_path_factory.mktemp("guides") / "dinov2"
+    make_random_dinov2(folder, seed=0, hidden_size=24, num_layers=2, num_heads=2, image_size=42)
+    return GuideConfig(path=str(folder), layer=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def guide(main):
+    return load_guide(main, CPU)
+
+
+@pytest.fixture
+def make(main, guide):
+    """Builds a discriminator of one of the kinds, ready to judge."""
+
+    def build(kind="whole", side=SIDE, **options):
+        torch.manual_seed(0)
+        own = DiscriminatorOptions(**KINDS[kind], **options)
+        stage = StageConfig(resolution=side, kimg=1)
+        judge = Discriminating(own, main, stage, 11, CPU)
+        judge.begin(guide)
+        return judge
+
+    return build

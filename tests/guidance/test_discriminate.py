@@ -1,4 +1,4 @@
-"""The discriminator as a family uses it: losses and penalties by hand, any cut, and it learns."""
+"""The discriminator as a family uses it: its losses by hand, in any cut, and it learns."""
 
 import json
 import math
@@ -6,62 +6,15 @@ import math
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import nn
 from torch.nn import functional as F
 
 from dinogen.config import ConfigError, GuideConfig, StageConfig
-from dinogen.features.dinov2 import make_random_dinov2
-from dinogen.features.load import load_guide
-from dinogen.features.resize import to_guide
 from dinogen.guidance.discriminate import Discriminating
 from dinogen.guidance.discriminator_options import DiscriminatorOptions
+from tests.guidance.judges import KINDS, PENALTIES, SIDE, logits_by_hand, pictures
 
 CPU = torch.device("cpu")
-SIDE = 32
-PENALTIES = {"r1": 3.0, "r2": 5.0}
-KINDS = {
-    "whole": {"grid": 3, "head_channels": 8},
-    "crop": {"crop": 28, "head_channels": 8},
-    "patch": {"kind": "patch", "patch_scales": 2, "patch_layers": 1, "patch_channels": 8},
-    "patch_crop": {
-        "kind": "patch",
-        "crop": 20,
-        "patch_scales": 2,
-        "patch_layers": 1,
-        "patch_channels": 8,
-    },
-}
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(scope="module")
-def main(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("guides") / "dinov2"
-    make_random_dinov2(folder, seed=0, hidden_size=24, num_layers=2, num_heads=2, image_size=42)
-    return GuideConfig(path=str(folder), layer=(1, 2))
-
-
-@pytest.fixture(scope="module")
-def guide(main):
-    return load_guide(main, CPU)
-
-
-@pytest.fixture
-def make(main, guide):
-    def build(kind="whole", side=SIDE, **options):
-        torch.manual_seed(0)
-        own = DiscriminatorOptions(**KINDS[kind], **options)
-        stage = StageConfig(resolution=side, kimg=1)
-        judge = Discriminating(own, main, stage, 11, CPU)
-        judge.begin(guide)
-        return judge
-
-    return build
-
-
-def pictures(num=6, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(num, 3, SIDE, SIDE, generator=generator) * 2 - 1
 
 
 def total(found):
@@ -116,13 +69,6 @@ def test_every_parameter_of_d_gets_a_gradient_and_the_guide_none(kind, which, ma
     assert all(p.grad is None and not p.requires_grad for p in guide.parameters())
 
 
-def logits_by_hand(judge, guide, images):
-    maps = guide(to_guide(images, 3 * 14))
-    return [
-        head(x) for head, x in zip(judge.network.heads, (maps[:, :24], maps[:, 24:]), strict=True)
-    ]
-
-
 @pytest.mark.parametrize("loss", ["hinge", "relativistic"])
 def test_losses_are_those_of_the_heads_on_each_layer(loss, make, guide):
     judge = make(loss=loss, augment=(), weight=0.5, ramp_kimg=1)
@@ -164,99 +110,6 @@ def test_the_weight_rises_linearly_and_stays(make):
     found = [judge.weight(nimg) for nimg in (0, 500, 1000, 2000, 9000)]
     assert found == pytest.approx([0, 0.075, 0.15, 0.3, 0.3])
     assert make(weight=0.3, ramp_kimg=0).weight(0) == 0.3
-
-
-class Linear(nn.Module):
-    """Logits (B, 1, 1), linear in what it is given; two heads where it is given two maps."""
-
-    def __init__(self, *shapes):
-        super().__init__()
-        self.weights = nn.ParameterList(torch.randn(shape) for shape in shapes)
-
-    def forward(self, maps):
-        maps = [maps] if isinstance(maps, torch.Tensor) else maps
-        return [
-            (x * w).sum((1, 2, 3)).view(-1, 1, 1) for x, w in zip(maps, self.weights, strict=True)
-        ]
-
-
-def test_penalties_of_a_linear_d_on_pixels_are_known(make):
-    judge = make("patch", augment=(), every=4, **PENALTIES)
-    judge.network = Linear((3, SIDE, SIDE))
-    (w,) = judge.network.weights
-    losses, report = judge.penalty_losses(pictures(), pictures(seed=1), torch.arange(6))
-    square = w.square().sum()
-    torch.testing.assert_close(losses, {"r1": 3 / 2 * 4 * square, "r2": 5 / 2 * 4 * square})
-    torch.testing.assert_close(report["r1_penalty"], square.detach())
-    (gradient,) = torch.autograd.grad(losses["r2"], w)
-    torch.testing.assert_close(gradient, 5 / 2 * 4 * 2 * w.detach())
-
-
-def test_through_cutout_a_linear_d_s_penalty_is_that_of_what_is_left(make):
-    judge = make("patch", augment=("cutout",), every=1, r1=2.0)
-    judge.network = Linear((3, SIDE, SIDE))
-    (w,) = judge.network.weights
-    # of pictures of ones cutout leaves a mask
-    masks = judge._prepare(torch.ones(6, 3, SIDE, SIDE), "judge/D", torch.arange(6))
-    assert masks.mean() < 0.95
-    losses, _ = judge.penalty_losses(pictures(), pictures(), torch.arange(6))
-    expected = (masks * w).square().flatten(1).sum(1).mean()
-    torch.testing.assert_close(losses, {"r1": expected})
-
-
-def test_on_features_a_linear_d_s_penalty_does_not_ask_the_guide(make):
-    judge = make(penalty_on="features", every=1, r1=2.0)
-    judge.network = Linear((24, 3, 3), (24, 3, 3))
-    losses, _ = judge.penalty_losses(pictures(), pictures(), torch.arange(6))
-    # the mean of two heads: half of each
-    expected = sum((w / 2).square().sum() for w in judge.network.weights)
-    torch.testing.assert_close(losses["r1"], expected)
-
-
-def test_on_pixels_it_is_differentiated_through_the_guide(make, guide):
-    judge = make(augment=(), every=1, r1=2.0, r2=4.0)
-    real, fake = pictures(3), pictures(3, seed=1)
-
-    def square(images):
-        """By autograd's plain first derivative, summed."""
-        images = images.clone().requires_grad_()
-        logits = logits_by_hand(judge, guide, images)
-        logits = sum(one.mean((1, 2)) for one in logits) / 2
-        (gradient,) = torch.autograd.grad(logits.sum(), images)
-        return gradient.square().flatten(1).sum(1).mean()
-
-    losses, _ = judge.penalty_losses(real, fake, torch.arange(3))
-    torch.testing.assert_close(losses["r1"], square(real), rtol=1e-4, atol=0)
-    torch.testing.assert_close(losses["r2"], 2 * square(fake), rtol=1e-4, atol=0)
-    # its gradient for D, along one direction, by differences; with LeakyReLU slopes would jump
-    for module in judge.network.modules():
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.LeakyReLU):
-                setattr(module, name, nn.Softplus())
-    losses, _ = judge.penalty_losses(real, fake, torch.arange(3))
-    sum(losses.values()).backward()
-    parameters = list(judge.network.parameters())
-    steps = [0.1 * torch.randn_like(p) for p in parameters]
-    slope = sum((p.grad * s).sum() for p, s in zip(parameters, steps, strict=True)).item()
-    values = []
-    for move in (0.05, -0.1):
-        with torch.no_grad():
-            for p, s in zip(parameters, steps, strict=True):
-                p.add_(move * s)
-        values.append((square(real) + 2 * square(fake)).item())
-    assert abs(slope) > 0.1 * values[0]
-    assert slope == pytest.approx((values[0] - values[1]) / 0.1, rel=0.02)
-
-
-def test_penalties_are_lazy_or_a_part_of_d_s_own_loss(make):
-    real, fake, positions = pictures(), pictures(seed=1), torch.arange(6)
-    plain, lazy, each = make(), make(every=16, r1=2.0), make(every=1, r1=2.0)
-    assert [judge.lazy for judge in (plain, lazy, each)] == [False, True, False]
-    assert [judge.optimizer_scale for judge in (plain, lazy, each)] == [1, 16 / 17, 1]
-    found = [judge.d_losses(real, fake, positions)[0] for judge in (plain, lazy, each)]
-    assert [list(losses) for losses in found] == [["hinge"], ["hinge"], ["hinge", "r1"]]
-    penalty, _ = lazy.penalty_losses(real, fake, positions)
-    torch.testing.assert_close(penalty["r1"], 16 * found[2]["r1"])
 
 
 @every_kind
