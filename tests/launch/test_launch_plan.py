@@ -1,145 +1,18 @@
-"""What a chain of SLURM jobs asks for, and what is submitted again: a played SLURM, no real one."""
+"""A chain of SLURM jobs, and what of it is submitted again: a played SLURM, no real one."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import re
-import stat
 from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from dinogen.config import ConfigError, parse_config
 from dinogen.errors import UserError
-from dinogen.files import write_text
 from launch.cli import app
 from launch.jobs import read_jobs
-from launch.resources import stage_resources, step_resources
-
-# A played SLURM: jobs are lines "ID STATE REASON CODE" in $SLURM_PLAYED/jobs, changed under a lock,
-# for a study submits one job while another ends.
-SBATCH = """#!/usr/bin/env bash
-cd "$SLURM_PLAYED"; exec 9> lock; flock 9; echo "$*" >> submitted
-if [[ -e refuse && "$*" == *"$(cat refuse)"* ]]; then
-    echo "sbatch: error: invalid partition specified: nowhere" >&2; exit 1
-fi
-id=$(( $(wc -l < jobs) + 101 )); echo "$id PENDING Dependency 0" >> jobs; echo "$id;mini"
-"""
-SCONTROL = """#!/usr/bin/env bash
-line=$(grep "^${!#} " "$SLURM_PLAYED/jobs")
-[[ -n $line ]] || { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }
-set -- $line
-echo "JobId=$1 JobName=x JobState=$2 Reason=$3 Dependency=(null) Restarts=0 ExitCode=$4:0"
-"""
-SCANCEL = """#!/usr/bin/env bash
-exec 9> "$SLURM_PLAYED/lock"; flock 9
-echo "$1" >> "$SLURM_PLAYED/cancelled"
-sed -i "s/^$1 .*/$1 CANCELLED None 0/" "$SLURM_PLAYED/jobs"
-"""
-
-
-def make_config(**cluster):
-    sizes = (4, 8, 16, 32, 64, 128, 256)
-    stages = [{"resolution": size, "kimg": 10} for size in sizes]
-    return parse_config({"stages": stages, "cluster": cluster})
-
-
-def asked(config):
-    found = [stage_resources(config, stage) for stage in config.stages]
-    return [(one.nodes, one.gpus, one.processes) for one in found]
-
-
-def test_small_stages_take_one_gpu_and_large_ones_many():
-    config = make_config(nodes=4, gpus_per_node=8)
-    one = (1, 1, 1)
-    assert asked(config) == [one, one, one, one, (1, 4, 4), (2, 8, 8), (4, 8, 8)]
-    assert asked(make_config()) == [one] * 7
-
-
-def test_never_more_ranks_than_pictures_in_a_batch():
-    config = make_config(nodes=32, gpus_per_node=8)
-    assert asked(config)[-1] == (8, 8, 8)  # batch 64
-
-
-def test_a_cluster_without_gpus_gets_processes():
-    config = make_config(nodes=2, gpus_per_node=0, processes_per_node=2, cpus_per_process=3)
-    assert asked(config)[-1] == (2, 0, 2)
-    flags = stage_resources(config, config.stages[-1]).flags
-    assert "--cpus-per-task=6" in flags
-    assert not [flag for flag in flags if "gpu" in flag]
-    for step in ("faces", "pyramids", "pack", "evaluate"):
-        assert not [flag for flag in step_resources(config, step).flags if "gpu" in flag]
-
-
-def test_steps_and_stages_may_ask_for_something_else():
-    config = make_config(
-        nodes=2,
-        gpus_per_node=8,
-        gpu_type="h100",
-        partition="gpu",
-        account="me",
-        qos="high",
-        constraint="nvlink",
-        sbatch=["--exclusive"],
-        pack={"partition": "cpu", "mem": "16G", "sbatch": []},
-        stages=[{"resolution": 256, "nodes": 6, "time": "2-00:00:00"}],
-    )
-    flags = stage_resources(config, config.stages[-1]).flags
-    assert {
-        "--nodes=6",
-        "--gpus-per-node=h100:8",
-        "--time=2-00:00:00",
-        "--partition=gpu",
-        "--account=me",
-        "--qos=high",
-        "--constraint=nvlink",
-        "--exclusive",
-    } <= set(flags)
-    pack = step_resources(config, "pack").flags
-    assert {"--partition=cpu", "--mem=16G", "--nodes=1", "--account=me"} <= set(pack)
-    assert not {"--exclusive"} & set(pack) and not [flag for flag in pack if "gpu" in flag]
-    assert "--gpus-per-node=h100:1" in step_resources(config, "faces").flags
-    assert "--gpus-per-node=h100:8" in step_resources(config, "pyramids").flags
-
-
-@pytest.mark.parametrize(
-    ("cluster", "words"),
-    [
-        ({"time": 43200}, "in quotes"),
-        ({"time": "soon"}, "'soon' is no time"),
-        ({"nodes": 0}, "cluster.nodes"),
-        ({"partitoin": "gpu"}, "did you mean 'partition'"),
-        ({"stages": [{"resolution": 8}, {"resolution": 8}]}, "resolution 8 stands twice"),
-    ],
-)
-def test_mistakes_in_the_section_are_named(cluster, words):
-    with pytest.raises(ConfigError, match=re.escape(words)):
-        make_config(**cluster)
-
-
-@pytest.fixture
-def played(tmp_path, monkeypatch):
-    """A played SLURM on the PATH, and a run with packed data; gives the folder of both."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, text in {"sbatch": SBATCH, "scontrol": SCONTROL, "scancel": SCANCEL}.items():
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755 | stat.S_IEXEC)
-    (tmp_path / "jobs").touch()
-    monkeypatch.setenv("SLURM_PLAYED", str(tmp_path))
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    monkeypatch.setenv("COLUMNS", "220")
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "manifest.json").write_text('{"splits": {"train": {}, "val": {}}}')
-    stages = [{"resolution": size, "kimg": 1} for size in (4, 8, 16)]
-    config = {"run": str(tmp_path / "run"), "data": {"path": str(data)}, "stages": stages}
-    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
-    return tmp_path
+from tests.launch.played_slurm import set_state, submitted
 
 
 def launch(folder, *words):
@@ -151,20 +24,6 @@ def status(folder):
     result = CliRunner().invoke(app, ["launch", "status", str(folder / "run")])
     lines = result.output.splitlines()
     return result, {line.split("│")[1].strip(): line for line in lines if line.startswith("│")}
-
-
-def set_state(folder, number, state, reason="None", code=0):
-    new = f"{number} {state} {reason} {code}"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lines = (folder / "jobs").read_text().splitlines()
-        text = "".join(f"{new if line.startswith(f'{number} ') else line}\n" for line in lines)
-        write_text(folder / "jobs", text)
-
-
-def submitted(folder):
-    path = folder / "submitted"
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def record(folder):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from dinogen.errors import UserError
 from launch.cli import app
 from launch.jobs import read_jobs
-from tests.launch.test_launch_plan import played, set_state, submitted  # noqa: F401
+from tests.launch.played_slurm import set_state, submitted
 
 ROOT = Path(__file__).parents[2]
 # What stands for a training: it notes that it ran, and does what its config is called after.
@@ -151,7 +151,7 @@ def on_slurm(place, *words):
     return launch(place, "--on", "slurm", *words)
 
 
-def test_on_slurm_each_is_a_chain_of_its_own(folder, played, tmp_path):  # noqa: F811
+def test_on_slurm_each_is_a_chain_of_its_own(folder, played, tmp_path):
     place = folder("a", "b", data={"path": str(played / "data")})
     (place / "c.yaml").write_text(
         yaml.safe_dump({"run": str(tmp_path / "runs" / "c"), "data": {"path": "nowhere"}})
@@ -170,7 +170,7 @@ def test_on_slurm_each_is_a_chain_of_its_own(folder, played, tmp_path):  # noqa:
     assert again.exit_code == 0 and len(submitted(played)) == 4
 
 
-def test_the_status_of_a_study_shows_all_of_them(folder, played, tmp_path):  # noqa: F811
+def test_the_status_of_a_study_shows_all_of_them(folder, played, tmp_path):
     place = folder("a", "b", "c", data={"path": str(played / "data")})
     (place / "c.yaml").rename(tmp_path / "c.yaml")
     on_slurm(place)
@@ -202,7 +202,7 @@ def test_the_status_of_a_study_shows_all_of_them(folder, played, tmp_path):  # n
     assert "evaluate" in launch("status", tmp_path / "runs" / "a").output
 
 
-def test_photos_make_the_data_of_each(folder, played, tmp_path):  # noqa: F811
+def test_photos_make_the_data_of_each(folder, played, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     place = folder("a", "b")
@@ -223,7 +223,7 @@ def test_photos_make_the_data_of_each(folder, played, tmp_path):  # noqa: F811
     assert len(submitted(played)) == 8
 
 
-def test_the_ablations_are_a_study(tmp_path, monkeypatch, played):  # noqa: F811
+def test_the_ablations_are_a_study(tmp_path, monkeypatch, played):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     place = ROOT / "configs" / "ablations"

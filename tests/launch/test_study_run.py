@@ -20,8 +20,8 @@ from launch.cli import app
 from launch.jobs import read_jobs
 from launch.study_plan import open_study
 from launch.study_record import is_locked, study_lock
+from tests.launch.played_slurm import set_state, submitted
 from tests.launch.studies import Player, kill_all, start_study, tiny_study, write_study
-from tests.launch.test_launch_plan import played, set_state, submitted  # noqa: F401
 
 TRACKS = ["gan/a-seed0", "gan/a-seed1", "gan/b-seed0", "gan/b-seed1", "vae/c-seed0", "vae/dd-seed0"]
 ALL = [f"{run} {step}" for run in TRACKS for step in ("train", "evaluate", "look")]
@@ -236,7 +236,7 @@ def test_a_command_adds_to_its_log_in_a_session_of_its_own(tmp_path):
 
 
 @pytest.fixture
-def on_slurm(played, tmp_path, monkeypatch):  # noqa: F811
+def on_slurm(played, tmp_path, monkeypatch):
     """A study on a played SLURM, whose jobs end soon after they are submitted."""
     monkeypatch.setattr(study_slurm, "_FIRST_PAUSE", 0.02)
     monkeypatch.setattr(study_slurm, "_LAST_PAUSE", 0.05)
@@ -275,7 +275,7 @@ def on_slurm(played, tmp_path, monkeypatch):  # noqa: F811
     thread.join()
 
 
-def test_on_slurm_the_final_follows_the_tracks(on_slurm, played):  # noqa: F811
+def test_on_slurm_the_final_follows_the_tracks(on_slurm, played):
     path, player = on_slurm
     player.figures["vae/c-seed0"] = 2.0
     player.codes["gan/b-seed1", "train"] = 9
@@ -296,7 +296,7 @@ def test_on_slurm_the_final_follows_the_tracks(on_slurm, played):  # noqa: F811
     assert len(submitted(played)) == 16
 
 
-def test_a_metric_that_was_missing_is_measured_again(on_slurm, played):  # noqa: F811
+def test_a_metric_that_was_missing_is_measured_again(on_slurm, played):
     path, player = on_slurm
     player.figures["vae/c-seed0"] = "no weights"
     result = study("run", path, "--on", "slurm")
