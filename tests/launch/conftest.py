@@ -1,8 +1,9 @@
-"""A SLURM that is played, for the tests of chains of jobs."""
+"""A SLURM that is played, and the terminal and the signal handlers of tests of studies."""
 
 from __future__ import annotations
 
 import os
+import signal
 import stat
 
 import pytest
@@ -30,3 +31,14 @@ def played(tmp_path, monkeypatch):
     config = {"run": str(tmp_path / "run"), "data": {"path": str(data)}, "stages": stages}
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
     return tmp_path
+
+
+@pytest.fixture
+def calm(monkeypatch):
+    """Wide tables, and the signal handlers of the tests back at the end."""
+    monkeypatch.setenv("COLUMNS", "240")
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

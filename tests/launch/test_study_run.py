@@ -1,41 +1,27 @@
-"""A study is run to its end, whatever becomes of single runs; killed, it goes on where it was."""
+"""A study is run to its end, whatever becomes of single runs; what it does is played."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-import signal
 import sys
 import threading
-import time
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from dinogen.config import ConfigError
 from dinogen.errors import UserError
-from launch import study_local, study_slurm
-from launch.cli import app
-from launch.jobs import read_jobs
+from launch import study_local
 from launch.study_plan import open_study
 from launch.study_record import is_locked, study_lock
-from tests.launch.played_slurm import set_state, submitted
-from tests.launch.studies import Player, kill_all, start_study, tiny_study, write_study
+from tests.launch.studies import Player, write_study
+from tests.launch.study_words import compared, rows, study
+
+pytestmark = pytest.mark.usefixtures("calm")
 
 TRACKS = ["gan/a-seed0", "gan/a-seed1", "gan/b-seed0", "gan/b-seed1", "vae/c-seed0", "vae/dd-seed0"]
 ALL = [f"{run} {step}" for run in TRACKS for step in ("train", "evaluate", "look")]
-
-
-@pytest.fixture(autouse=True)
-def calm(monkeypatch):
-    """Wide tables, and the signal handlers of the tests back at the end."""
-    monkeypatch.setenv("COLUMNS", "240")
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -50,23 +36,6 @@ def played_study(tmp_path, monkeypatch):
         return path, player
 
     return make
-
-
-def compared(runs, out, title):
-    """In the place of the comparison: notes what it was asked for."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "runs").write_text("\n".join(map(str, runs)))
-    return out / "runs"
-
-
-def study(command, path, *words):
-    return CliRunner().invoke(app, ["study", command, str(path), *words])
-
-
-def rows(result):
-    """Cells of a printed table by the first of them."""
-    lines = [line.split("│")[1:-1] for line in result.output.splitlines() if line.startswith("│")]
-    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
 
 
 def test_every_run_is_trained_measured_and_looked_at_once(played_study, tmp_path):
@@ -230,164 +199,3 @@ def test_a_command_adds_to_its_log_in_a_session_of_its_own(tmp_path):
     lines = [line for line in log.read_text().splitlines() if line]
     assert lines[1::2] == ["True given"] * 2
     assert all(line.startswith("# 2") and "-c" in line for line in lines[::2])
-
-
-# --- on a played SLURM
-
-
-@pytest.fixture
-def on_slurm(played, tmp_path, monkeypatch):
-    """A study on a played SLURM, whose jobs end soon after they are submitted."""
-    monkeypatch.setattr(study_slurm, "_FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(study_slurm, "_LAST_PAUSE", 0.05)
-    monkeypatch.setattr("launch.study_report.write_comparison", compared)
-    place = tmp_path / "place"
-    path = write_study(place, final={"tracks": ["vae"]})
-    player = Player(path)
-    ended = threading.Event()
-
-    def work():
-        while not ended.wait(0.01):
-            for line in (played / "jobs").read_text().splitlines():
-                number, state = line.split()[:2]
-                if state == "PENDING":
-                    end(number)
-
-    def end(number):
-        """End a job, if those before it have ended well and it is known to its run."""
-        for file in (place / "study").glob("*/*/launch/jobs.json"):
-            run = str(file.parents[1].relative_to(place / "study"))
-            for job in read_jobs(file.parents[1]).jobs:
-                if job.id != number:
-                    continue
-                states = dict(one.split()[:2] for one in (played / "jobs").read_text().splitlines())
-                if job.after and states[job.after] == "FAILED":
-                    set_state(played, number, "CANCELLED")
-                elif not job.after or states[job.after] == "COMPLETED":
-                    steps = ["train"] if job.step.startswith("train") else ["evaluate", "look"]
-                    code = max(player.play(run, step) for step in steps)
-                    set_state(played, number, "FAILED" if code else "COMPLETED", code=code)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    yield path, player
-    ended.set()
-    thread.join()
-
-
-def test_on_slurm_the_final_follows_the_tracks(on_slurm, played):
-    path, player = on_slurm
-    player.figures["vae/c-seed0"] = 2.0
-    player.codes["gan/b-seed1", "train"] = 9
-    result = study("run", path, "--on", "slurm")
-    assert result.exit_code == 1, result.output
-    assert "train-16 (job" in rows(result)["gan/b-seed1"][0]
-    assert "ended as FAILED: exit code 9" in rows(result)["gan/b-seed1"][0]
-    assert player.done[-3:] == [
-        f"final/vae-dd-seed0 {step}" for step in ("train", "evaluate", "look")
-    ]
-    lines = submitted(played)
-    assert len(lines) == 14
-    assert sum("results.sbatch" in line and "metrics." not in line for line in lines) == 7
-    player.done.clear()
-    player.codes.clear()
-    assert study("run", path, "--on", "slurm").exit_code == 0
-    assert player.done == [f"gan/b-seed1 {step}" for step in ("train", "evaluate", "look")]
-    assert len(submitted(played)) == 16
-
-
-def test_a_metric_that_was_missing_is_measured_again(on_slurm, played):
-    path, player = on_slurm
-    player.figures["vae/c-seed0"] = "no weights"
-    result = study("run", path, "--on", "slurm")
-    assert "fid is not available: no weights" in rows(result)["vae/c-seed0"][0]
-    player.figures["vae/c-seed0"] = 2.0  # worse than the other
-    player.done.clear()
-    assert study("run", path, "--on", "slurm").exit_code == 0
-    assert player.done == ["vae/c-seed0 evaluate", "vae/c-seed0 look"]
-
-
-# --- real runs
-
-
-@pytest.fixture
-def started():
-    """Processes of a test; none of them stays, nor one that they have started."""
-    processes = []
-    yield processes
-    for process in processes:
-        if process.is_alive():
-            kill_all(process.pid)
-
-
-@pytest.mark.timeout(900)
-def test_killed_twice_it_finishes_and_nothing_is_done_again(tmp_path, started):
-    path = tiny_study(tmp_path)
-    folder = tmp_path / "study"
-
-    said = tmp_path / "said"
-
-    def begin():
-        process = start_study(path, said)
-        started.append(process)
-        return process
-
-    def until_saved(process, run):
-        """Until a run has a checkpoint, and is not done."""
-        deadline = time.monotonic() + 300
-        while not any((folder / run / "16x16" / "checkpoints").glob("0*")):
-            assert process.is_alive(), said.read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-    def kept(run):
-        """Identity of what a finished run has left."""
-        stage = folder / run / "16x16"
-        files = [stage / name for name in ("result.json", "evaluation.json", "looks/looks.json")]
-        return [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
-
-    process = begin()
-    until_saved(process, "gan/wgan_gp-seed0")
-    kill_all(process.pid)
-    process.join()
-    first = kept("gan/dcgan-seed0")
-    assert not (folder / "gan/wgan_gp-seed0/16x16/result.json").exists()
-
-    process = begin()
-    until_saved(process, "vae/vae-seed0")
-    process.terminate()
-    process.join(200)
-    assert process.exitcode == 75, said.read_text()[-3000:]
-    second = kept("gan/wgan_gp-seed0")
-    assert not (folder / "vae/vae-seed0/16x16/result.json").exists()
-
-    process = begin()
-    process.join(400)
-    assert process.exitcode == 0, said.read_text()[-3000:]
-    assert kept("gan/dcgan-seed0") == first and kept("gan/wgan_gp-seed0") == second
-
-    record = json.loads((folder / "study.json").read_text())
-    codes = {
-        run: [(one["step"], one["code"]) for one in attempts]
-        for run, attempts in record["runs"].items()
-    }
-    once = [("train", 0), ("evaluate", 0), ("look", 0)]
-    finals = [run for run in codes if run.startswith("final")]
-    assert [run.split("-")[0] for run in finals] == ["final/gan"]
-    assert codes.pop("gan/wgan_gp-seed0") == [("train", None), *once]
-    assert codes.pop("vae/vae-seed0") == [("train", 75), *once]
-    assert list(codes.values()) == [once] * 3
-    for run in ("gan/wgan_gp-seed0", "vae/vae-seed0"):
-        assert (folder / "logs" / f"{run}.log").read_text().count("resumed from") == 1
-        result = json.loads((folder / run / "16x16" / "result.json").read_text())
-        assert result["nimg"] == 960
-
-    page = (folder / "report" / "index.html").read_text()
-    told = (folder / "report" / "comparison.json").read_text()
-    for run in record["runs"]:
-        assert run in page or run.split("/")[1] in page
-        assert run.split("/")[1] in told
-        figures = json.loads((folder / run / "16x16" / "evaluation.json").read_text())["measured"]
-        assert str(figures["fd_dinov2"]["value"])[:8] in told
-    summary = (folder / "report" / "study.md").read_text()
-    assert summary.count("| done |") == 5 and "What failed" not in summary
