@@ -1,7 +1,8 @@
-"""Photos for the tests: a real face from scikit-image, real portraits where they are at hand."""
+"""Photos for the tests, a real face and real portraits among them, and a server of photos."""
 
 import os
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 from skimage import data
+
+from dinogen.prepare.download import download
+from tests.prepare.wrong_server import Server
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,3 +74,30 @@ def write_bomb(encode_png):
         path.write_bytes(encode_png(side, side, rows, bits=1, colours=0))
 
     return write
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def fetch(tmp_path):
+    """Downloads the lines into a folder; waits are noted, not waited."""
+
+    def run(*lines, suffix="txt", **options):
+        listing = tmp_path / f"list.{suffix}"
+        listing.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        options.setdefault("num_attempts", 3)
+        return download(listing, tmp_path / "out", sleep=run.waits.append, **options)
+
+    run.waits = []
+    run.out = tmp_path / "out"
+    return run
