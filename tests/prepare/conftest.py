@@ -12,6 +12,7 @@ import torch
 from skimage import data
 
 from dinogen.prepare.download import download
+from tests.prepare.face_folders import FACE, save
 from tests.prepare.wrong_server import Server
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,20 @@ def one_torch_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def photos(tmp_path, astronaut):
+    """Six photos with a face, of three sizes, and one without."""
+    src = tmp_path / "photos"
+    face = astronaut[FACE]
+    for number in range(3):
+        save(src / f"{number}.jpg", np.roll(face, 3 * number, axis=1), quality=95)
+    save(src / "album" / "0.jpg", face[:, ::-1], quality=95)
+    save(src / "album" / "wide.png", np.pad(face, ((0, 0), (40, 60), (0, 0)), mode="edge"))
+    save(src / "Zoë und Ann.png", face[5:, 5:])
+    save(src / "wall.png", np.full((220, 220, 3), 90, np.uint8))
+    return src
 
 
 @pytest.fixture
