@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 
 import numpy as np
@@ -12,99 +11,30 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from dinogen.config import GuideConfig, parse_config
 from dinogen.errors import UserError
-from dinogen.features import GuideInfo, load_guide, native_pyramid, pooled_pyramid
+from dinogen.features import native_pyramid, pooled_pyramid
 from dinogen.prepare import join, pipeline
 from dinogen.prepare import pyramid as pyramid_module
-from dinogen.prepare.captions import read_caption
 from dinogen.prepare.export_pt import export_pt
-from dinogen.prepare.faces import read_faces, write_faces
+from dinogen.prepare.faces import write_faces
 from dinogen.prepare.parts import PartFiles, write_pyramids
-from dinogen.prepare.pyramid import PyramidMaker
 from dinogen.prepare.read import PrepareError
 from launch.commands import data as commands
 from launch.commands.shards import app as shards_app
 from shards import open_dataset
 from shards.image import decode_image
 from shards.verify import verify
-
-CPU = torch.device("cpu")
-NUM = 11
-CAPTIONS = {1: "a grey square", 4: "größer ", 5: "  two\nlines\n", 9: "x" * 4096}
-SETTINGS = {
-    "faces": {"size": 32, "detect": "none"},
-    "pyramids": {"batch": 4, "shard_size": 3, "grids": [4, 8], "base_grid": 8},
-    "pack": {"shard_size": 3, "val_fraction": 0.3},
-}
-
-
-class PatchGuide:
-    """A fixed linear map of every patch; counts its calls."""
-
-    def __init__(self, patch, channels):
-        generator = torch.Generator().manual_seed(patch)
-        self.weight = torch.randn(channels, 3, patch, patch, generator=generator) / patch
-        self.patch = patch
-        self.info = GuideInfo(
-            "dinov2", f"patch{patch}", None, f"{patch:064d}", channels, [1, 2], False
-        )
-        self.calls = Counter()
-
-    def input_size(self, grid):
-        return self.patch * grid
-
-    def __call__(self, images):
-        self.calls[tuple(images.shape)] += 1
-        return torch.nn.functional.conv2d(images, self.weight, stride=self.patch)
-
-
-class Embedder:
-    """Means of the picture's colours; of a caption, its length and first letter."""
-
-    def __init__(self, weights="e", path="here"):
-        self.info = {"name": "clip", "path": path, "revision": None, "weights_sha256": weights}
-        self.info["mean"] = (0.5, 0.25)  # JSON knows no tuples
-        self.seen = []
-
-    def images(self, images):
-        assert images.shape[1:] == (3, 32, 32) and images.abs().max() <= 1
-        return torch.cat((images.mean((2, 3)), images.std((2, 3))), 1)
-
-    def captions(self, captions):
-        self.seen += captions
-        return torch.tensor([[len(c), ord(c[0]), 1, 2, 3, 4] for c in captions]).float()
-
-
-def settings(**changes):
-    values = {name: {**section, **changes.get(name, {})} for name, section in SETTINGS.items()}
-    return parse_config({"prepare": values}).prepare
-
-
-def maker_of(**changes):
-    parts = {
-        "guide": PatchGuide(3, 5),
-        "config": settings().pyramids,
-        "device": CPU,
-        "guides": {
-            "pixels": load_guide(GuideConfig(name="pixels"), CPU),
-            "wide": PatchGuide(2, 4),
-        },
-        "embedder": Embedder(),
-    }
-    return PyramidMaker(**(parts | changes))
-
-
-def fill(folder):
-    folder.mkdir()
-    for number in range(NUM):
-        pixels = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        picture = Image.fromarray(pixels).resize((48, 40), Image.Resampling.BICUBIC)
-        picture.save(folder / f"f{number:02d}.jpg")
-        if number in CAPTIONS:
-            (folder / f"f{number:02d}.txt").write_text(CAPTIONS[number], encoding="utf-8")
-    (folder / "f00x.jpg").write_bytes(b"")
-    return folder
+from tests.prepare.several_guides import (
+    CAPTIONS,
+    NUM,
+    Embedder,
+    PatchGuide,
+    all_samples,
+    contents,
+    fill,
+    maker_of,
+    settings,
+)
 
 
 @pytest.fixture
@@ -119,23 +49,6 @@ def whole(tmp_path_factory):
     maker = maker_of()
     pipeline.prepare(fill(folder / "photos"), folder / "data", settings(), maker)
     return folder / "data", maker
-
-
-def contents(data):
-    return {
-        path.name: path.read_bytes()
-        for path in data.iterdir()
-        if path.name not in ("summary.json", "rejected.csv")
-    }
-
-
-def all_samples(data):
-    dataset = open_dataset(data)
-    return [
-        dataset.sample(number, split)
-        for split in dataset.manifest.splits
-        for number in range(dataset.num_samples(split))
-    ]
 
 
 def test_every_level_is_that_of_the_picture_alone(whole):
@@ -314,73 +227,6 @@ def test_parts_of_other_guides_are_never_mixed(photos, tmp_path, changes, messag
     changes = {} if isinstance(changes, str) else changes
     with pytest.raises(PrepareError, match=message):
         write_pyramids(photos, tmp_path / "out", maker_of(**changes))
-
-
-def test_embeddings_alone(photos, tmp_path):
-    """For a family that reads no pyramids but clip."""
-    maker = maker_of(guide=None, guides={})
-    pipeline.prepare(photos, tmp_path / "data", settings(), maker)
-    data = open_dataset(tmp_path / "data")
-    assert set(data.manifest.levels) == {"clip", "text"} and data.manifest.guide == {}
-    assert "pyramids" not in data.manifest.prepare
-    assert data.read([0, 1], levels=["clip", "text"])["clip"].shape == (2, 6)
-    faces, parts = tmp_path / "faces", tmp_path / "parts"
-    write_faces(photos, faces, settings().faces)
-    write_pyramids(faces, parts, maker)
-    source = join.open_pyramids(parts)
-    join.pack_faces(faces, source, tmp_path / "steps", settings().pack, join.guide_of(source, None))
-    assert contents(tmp_path / "steps") == contents(tmp_path / "data")
-
-
-def test_without_captions_there_is_no_text(photos, tmp_path):
-    for path in photos.glob("*.txt"):
-        path.unlink()
-    pipeline.prepare(photos, tmp_path / "data", settings(), maker_of())
-    assert "text" not in open_dataset(tmp_path / "data").manifest.levels
-    assert "clip" in open_dataset(tmp_path / "data").manifest.levels
-
-
-def test_captions_without_an_embedder_are_kept_as_they_are(photos, tmp_path):
-    pipeline.prepare(photos, tmp_path / "data", settings(), None)
-    found = {sample.key: sample.caption for sample in all_samples(tmp_path / "data")}
-    assert found["f01"] == "a grey square" and found["f00"] is None
-    assert open_dataset(tmp_path / "data").manifest.levels == {}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "the caption is empty"),
-        (b" \n", "the caption is empty"),
-        (b"gr\xf6\xdfer", r"the caption is not UTF-8 \(byte 2\)"),
-        (b"x" * 4097, "at most 4096 bytes"),
-        (None, "cannot be read"),
-    ],
-)
-def test_a_caption_that_cannot_be_used_is_named(photos, tmp_path, content, message):
-    path = photos / "f07.txt"
-    if content is None:
-        path.mkdir()
-    else:
-        path.write_bytes(content)
-    with pytest.raises(PrepareError, match=rf"f07\.txt: .*{message}"):
-        pipeline.prepare(photos, tmp_path / "data", settings(), maker_of())
-    with pytest.raises(PrepareError, match=rf"f07\.txt: .*{message}"):
-        write_faces(photos, tmp_path / "faces", settings().faces)
-
-
-def test_a_byte_order_mark_is_no_letter(tmp_path):
-    (tmp_path / "a.txt").write_bytes("\ufeffhello\r\n".encode())
-    assert read_caption(tmp_path / "a.jpg") == "hello"
-    assert read_caption(tmp_path / "b.jpg") is None
-
-
-def test_every_face_of_a_photo_has_its_caption(photos, tmp_path):
-    write_faces(photos, tmp_path / "faces", settings().faces)
-    found = {crop.key: crop.caption for crop in read_faces(tmp_path / "faces")}
-    assert found["f05"] == "two\nlines" and found["f02"] is None
-    with (tmp_path / "faces" / "rejected.csv").open() as file:
-        assert [row["source"] for row in csv.DictReader(file)] == ["f00x.jpg"]
 
 
 def test_export_gives_the_main_guide_alone(whole, tmp_path):
