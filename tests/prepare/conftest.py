@@ -1,4 +1,4 @@
-"""Photos for the tests, a real face and real portraits among them, and a server of photos."""
+"""For tests of preparation: photos, some with a real face, a server of photos, a tiny guide."""
 
 import os
 import struct
@@ -11,6 +11,7 @@ import pytest
 import torch
 from skimage import data
 
+from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.prepare.download import download
 from tests.prepare.face_folders import FACE, save
 from tests.prepare.wrong_server import Server
@@ -59,6 +60,14 @@ def photos(tmp_path, astronaut):
 def noise():
     """64x48 RGB in which every pixel is different."""
     return np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Of a tiny random DINOv2."""
+    folder = tmp_path_factory.mktemp("guide") / "tiny"
+    make_random_dinov2(folder, seed=3, hidden_size=16, num_layers=1, num_heads=2, image_size=56)
+    return folder
 
 
 def png_chunk(name, data):

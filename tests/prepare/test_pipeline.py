@@ -1,4 +1,4 @@
-"""All steps in one pass against the three steps, interruptions, and the join of faces."""
+"""All steps in one pass: against the three steps, interrupted, finished, and refused."""
 
 from __future__ import annotations
 
@@ -13,16 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-import typer
-from PIL import Image
-from typer.testing import CliRunner
 
 from dinogen import dist
-from dinogen.config import GuideConfig, parse_config
-from dinogen.config_prepare import PackConfig
+from dinogen.config import GuideConfig
 from dinogen.features import load_guide
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.prepare import join, pipeline
@@ -30,61 +24,25 @@ from dinogen.prepare.faces import write_faces
 from dinogen.prepare.parts import write_pyramids
 from dinogen.prepare.pyramid import PyramidMaker
 from dinogen.prepare.read import PrepareError
-from launch.commands import data as commands
 from shards import ShardsError, open_dataset
+from tests.prepare.pipelines import (
+    CPU,
+    NAMES,
+    SETTINGS,
+    contents,
+    dinogen,
+    fill,
+    picture,
+    run,
+    settings,
+)
 
-CPU = torch.device("cpu")
 REPO = Path(__file__).parents[2]
-SETTINGS = {
-    "faces": {"size": 32, "detect": "none", "max_duplicate_distance": 2},
-    "pyramids": {"batch": 4, "shard_size": 3},
-    "pack": {"shard_size": 3, "val_fraction": 0.3},
-}
-# The order of these paths is not that of their keys, and three of them share a stem.
-NAMES = [
-    "b.jpg",
-    "b.png",
-    "Zoë 1.png",
-    "a/b.png",
-    "a-b.jpg",
-    "a.jpg",
-    "z/é/ü.jpg",
-    "10.jpg",
-    "9.jpg",
-]
-NAMES += [f"many/{number}.png" for number in range(9)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("guide") / "tiny"
-    make_random_dinov2(folder, seed=3, hidden_size=16, num_layers=1, num_heads=2, image_size=56)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def guide(checkpoint):
     return load_guide(GuideConfig(path=str(checkpoint)), CPU)
-
-
-def settings(**changes):
-    values = {name: {**section, **changes.get(name, {})} for name, section in SETTINGS.items()}
-    return parse_config({"prepare": values}).prepare
-
-
-def picture(seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((48, 40), Image.Resampling.BICUBIC)
-
-
-def fill(folder):
-    for seed, name in enumerate(NAMES):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture(seed).save(path)
-    picture(2).save(folder / "many/0-again.png")
-    (folder / "many/5-empty.jpg").write_bytes(b"")
-    return folder
 
 
 @pytest.fixture
@@ -101,26 +59,6 @@ def whole(tmp_path_factory, guide):
     maker = PyramidMaker(guide, config.pyramids, CPU)
     summary, _ = pipeline.prepare(folder / "photos", folder / "data", config, maker)
     return folder / "data", summary
-
-
-def run(photos, data, guide, config=None, progress=None):
-    config = config or settings()
-    maker = PyramidMaker(guide, config.pyramids, CPU)
-    return pipeline.prepare(photos, data, config, maker, progress=progress)
-
-
-def dinogen(*arguments):
-    app = typer.Typer()
-    commands.register(app)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def contents(data):
-    return {
-        path.name: path.read_bytes()
-        for path in data.iterdir()
-        if path.suffix == ".tar" or path.name in ("manifest.json", "rejected.csv")
-    }
 
 
 def test_one_pass_gives_the_bytes_of_the_three_steps(photos, whole, guide, tmp_path):
@@ -335,30 +273,6 @@ def test_a_finished_dataset_of_another_guide_or_other_photos_is_named(
         run(photos, data, guide)
 
 
-def test_packed_faces_are_not_packed_again(photos, guide, tmp_path):
-    config = settings()
-    faces, parts, data = (tmp_path / name for name in ("faces", "parts", "data"))
-    write_faces(photos, faces, config.faces)
-    write_pyramids(faces, parts, PyramidMaker(guide, config.pyramids, CPU))
-    command = ("pack", faces, parts, data, "prepare.pack.shard_size=3")
-    first, second = dinogen(*command), dinogen(*command)
-    assert (first.exit_code, second.exit_code) == (0, 0), second.output
-    assert second.stdout == "finished already\n" + first.stdout
-    other = dinogen("pack", faces, parts, data, "prepare.pack.shard_size=4")
-    assert "prepare.pack.shard_size: 3, now 4" in str(other.exception)
-    # A summary of the photos is missing here, and the settings are those of another way.
-    config = [f"guide.path={guide.info.path}", "prepare.faces.detect=none", "prepare.faces.size=32"]
-    config += ["prepare.faces.max_duplicate_distance=2", "prepare.pack.shard_size=3"]
-    done = dinogen("prepare", photos, data, *config)
-    assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("finished already\n20 photos, 18 pictures")
-    shutil.rmtree(parts)
-    (faces / "10.jpg").unlink()
-    write_pyramids(faces, parts, PyramidMaker(guide, settings().pyramids, CPU))
-    fewer = dinogen(*command)
-    assert "of other faces: 10 is not in both" in str(fewer.exception)
-
-
 def test_a_mistyped_folder_is_told_before_the_guide_is_loaded(tmp_path):
     done = dinogen("prepare", tmp_path / "fotos", tmp_path / "data", "guide.path=/nowhere")
     assert isinstance(done.exception, PrepareError)
@@ -390,41 +304,3 @@ def test_without_one_face_the_reasons_are_there(guide, tmp_path):
     ):
         run(photos, tmp_path / "data", guide)
     assert "a.jpg,empty" in (tmp_path / "data" / "rejected.csv").read_text()
-
-
-def test_a_photo_with_many_faces_keeps_their_order_on_both_ways(guide, tmp_path):
-    """KEY_10 comes behind KEY_9, and the further faces of `a` before the photo `a0`."""
-    faces = tmp_path / "faces"
-    faces.mkdir()
-    (faces / "settings.json").write_text("{}")
-    keys = ["a", *(f"a_{number}" for number in range(1, 12)), "a0", "b"]
-    for seed, key in enumerate(keys):
-        picture(seed).resize((32, 32)).save(faces / f"{key}.png")
-        meta = {"key": key, "source": f"{key.split('_')[0]}.jpg"}
-        (faces / f"{key}.json").write_text(json.dumps(meta))
-    config = settings()
-    write_pyramids(faces, tmp_path / "parts", PyramidMaker(guide, config.pyramids, CPU))
-    source = join.open_pyramids(tmp_path / "parts")
-    join.pack_faces(faces, source, tmp_path / "data", PackConfig(), guide.info.to_dict())
-    assert open_dataset(tmp_path / "data").keys() == [*keys[:12], "a0", "b"]
-
-
-def test_faces_and_pyramids_have_to_match(photos, guide, tmp_path):
-    config = settings(faces={"max_duplicate_distance": -1})
-    faces, parts = tmp_path / "faces", tmp_path / "parts"
-    write_faces(photos, faces, config.faces)
-    write_pyramids(faces, parts, PyramidMaker(guide, config.pyramids, CPU))
-    source = join.open_pyramids(parts)
-    for name in ("10", "9"):
-        (faces / f"{name}.jpg").rename(faces / f"new{name}.jpg")
-        (faces / f"new{name}.json").write_text(json.dumps({"key": f"new{name}"}))
-    with pytest.raises(PrepareError) as caught:
-        join.pack_faces(faces, source, tmp_path / "data", config.pack, {})
-    assert "2 of 19 faces have no pyramid (new10, new9)" in str(caught.value)
-    assert "2 pyramids have no face (10, 9)" in str(caught.value)
-    assert not (tmp_path / "data").exists()
-    with pytest.raises(PrepareError, match="holds no pyramids"):
-        join.open_pyramids(faces)
-    (parts / "x.pt").write_bytes(b"")
-    with pytest.raises(PrepareError, match="holds both"):
-        join.open_pyramids(parts)

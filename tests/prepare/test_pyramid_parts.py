@@ -27,13 +27,6 @@ NUM_FACES = 8
 CONFIG = PyramidsConfig(batch=2, shard_size=3)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("guide") / "tiny"
-    make_random_dinov2(folder, seed=3, hidden_size=16, num_layers=1, num_heads=2, image_size=56)
-    return folder
-
-
 class Counting:
     """The guide, counting pictures."""
 
