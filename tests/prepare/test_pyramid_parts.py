@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 
@@ -13,32 +12,15 @@ from PIL import Image
 
 from dinogen import dist
 from dinogen.config import GuideConfig
-from dinogen.config_prepare import PyramidsConfig
 from dinogen.features import load_guide, native_pyramid, pooled_pyramid
 from dinogen.features.dinov2 import make_random_dinov2
-from dinogen.prepare.crop import Crop
 from dinogen.prepare.parts import PartFiles, write_pyramids
 from dinogen.prepare.pyramid import PyramidMaker
 from dinogen.prepare.read import PrepareError, read_photo
 from tests.forked import torchrun
+from tests.prepare.counting_guide import CONFIG, CPU, Counting, picture
 
-CPU = torch.device("cpu")
 NUM_FACES = 8
-CONFIG = PyramidsConfig(batch=2, shard_size=3)
-
-
-class Counting:
-    """The guide, counting pictures."""
-
-    def __init__(self, guide):
-        self.guide, self.info, self.num_pictures = guide, guide.info, 0
-
-    def input_size(self, grid):
-        return self.guide.input_size(grid)
-
-    def __call__(self, images):
-        self.num_pictures += len(images)
-        return self.guide(images)
 
 
 @pytest.fixture
@@ -49,13 +31,6 @@ def guide(checkpoint):
 @pytest.fixture
 def make(guide):
     return lambda **changes: PyramidMaker(guide, CONFIG.model_copy(update=changes), CPU)
-
-
-def picture(seed, size=32, file_format="PNG"):
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC).save(buffer, file_format)
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -99,25 +74,6 @@ def test_levels_are_those_of_each_picture_alone(faces, tmp_path, make, guide):
                 array = found[f"f{number}", name]
                 assert array.dtype == np.float16 and array.shape == (grid * grid, 16)
                 np.testing.assert_allclose(array, levels[grid][0], rtol=1e-3, atol=1e-4)
-
-
-def test_the_guide_always_sees_the_same_batch_so_neighbours_do_not_matter(make, guide):
-    crops = [Crop(f"f{i}", picture(i), "png") for i in range(5)]
-    seen = []
-
-    class Watched(Counting):
-        def __call__(self, images):
-            seen.append(len(images))
-            return super().__call__(images)
-
-    maker = make(batch=4, kinds=("pooled",))
-    maker.guide = Watched(guide)
-    together = {crop.key: levels for crop, levels in maker.levels(crops)}
-    assert seen == [4, 4]
-    assert list(together) == [crop.key for crop in crops]
-    for crop in crops:
-        ((_, levels),) = maker.levels([crop])
-        assert all(np.array_equal(levels[name], together[crop.key][name]) for name in levels)
 
 
 def test_parts_follow_the_keys_and_kinds_and_grids_the_config(faces, tmp_path, make):
@@ -286,35 +242,6 @@ def test_parts_that_do_not_belong_together_are_refused(faces, tmp_path, make):
     shutil.copy(tmp_path / "b" / "part-00001.safetensors", tmp_path / "a")
     with pytest.raises(PrepareError, match=r"part-00001.safetensors: differs .*kinds"):
         PartFiles(tmp_path / "a")
-
-
-def test_faces_that_cannot_be_used_are_named(make):
-    good = Crop("good", picture(0), "png")
-    with pytest.raises(PrepareError, match=r"odd: the face is 24x24 pixels, others are 32x32"):
-        list(make().levels([good, Crop("odd", picture(1, 24), "png")]))
-    for file_format in ("png", "jpg"):
-        data = picture(1, file_format={"png": "PNG", "jpg": "JPEG"}[file_format])
-        broken = Crop("broken", data[: len(data) // 2], file_format)
-        with pytest.raises(PrepareError, match=rf"broken\.{file_format}: cannot be decoded"):
-            list(make().levels([good, broken]))
-
-
-def test_sizes_without_an_exact_native_grid_are_refused_at_once(make):
-    crops = [Crop("a", picture(0, 40), "png")]
-    with pytest.raises(PrepareError, match=r"prepare\.faces\.size: 40 .* native grid 16"):
-        list(make().levels(crops))
-    assert len(list(make(kinds=("pooled",)).levels(crops))) == 1
-
-
-def test_features_beyond_float16_are_refused(make, guide):
-    class Loud(Counting):
-        def __call__(self, images):
-            return super().__call__(images) * 1e5
-
-    maker = make()
-    maker.guide = Loud(guide)
-    with pytest.raises(PrepareError, match=r"a: level p4 is not finite in float16"):
-        list(maker.levels([Crop("a", picture(0), "png")]))
 
 
 def test_the_header_is_plain_json(faces, tmp_path, make):
