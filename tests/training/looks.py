@@ -1,0 +1,19 @@
+"""Pictures of a look, and when two of them are alike."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dinogen.report.pictures import to_uint8
+
+
+def images_of(look):
+    """Pictures of a look, (N, R, R, 3) uint8."""
+    (sheet,) = look.sheets
+    return to_uint8(np.asarray(sheet.images)).astype(int)
+
+
+def alike(found, expected):
+    """The same but for what a batch of another size may round otherwise."""
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1
