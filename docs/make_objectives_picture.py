@@ -1,7 +1,6 @@
 """Draws docs/objectives.png: pictures of the same numbers by runs of several objectives.
 
     python docs/make_objectives_picture.py runs/hypothesis_fast/objectives/*/seed0 ...
-    python docs/make_objectives_picture.py --num 8 --tile 128 --out docs/discriminator.png RUN ...
 
 Each run's row is headed by the name of its folder, or by NAME in NAME=RUN.
 """
@@ -18,17 +17,17 @@ from dinogen.files import write_bytes
 from dinogen.report.pictures import to_uint8
 from dinogen.training.snapshot import load_snapshot
 
-CAPTION, GAP = 26, 2
+NUM, TILE, CAPTION, GAP = 12, 96, 26, 2
 FONT = ImageFont.load_default(15)
 
 
-def row(run: Path, num: int, side: int) -> Image.Image:
+def row(run: Path) -> Image.Image:
     """The first pictures of a run's moving average, side by side."""
     snapshot = load_snapshot(run)
-    sheet = Image.new("RGB", (num * (side + GAP), side), "white")
-    for number, picture in enumerate(to_uint8(snapshot.sample(num, 0).numpy())):
-        tile = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(tile, (number * (side + GAP), 0))
+    sheet = Image.new("RGB", (NUM * (TILE + GAP), TILE), "white")
+    for number, picture in enumerate(to_uint8(snapshot.sample(NUM, 0).numpy())):
+        tile = Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.NEAREST)
+        sheet.paste(tile, (number * (TILE + GAP), 0))
     return sheet
 
 
@@ -37,17 +36,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("objectives.png"))
-    parser.add_argument("--num", type=int, default=12, help="pictures of a run")
-    parser.add_argument("--tile", type=int, default=96, help="their side")
     args = parser.parse_args()
     rows = []
     for item in args.runs:
         name, _, run = item.rpartition("=")
-        rows.append((name or Path(run).name, row(Path(run), args.num, args.tile)))
-    canvas = Image.new("RGB", (rows[0][1].width, len(rows) * (args.tile + CAPTION)), "white")
+        rows.append((name or Path(run).name, row(Path(run))))
+    canvas = Image.new("RGB", (rows[0][1].width, len(rows) * (TILE + CAPTION)), "white")
     draw = ImageDraw.Draw(canvas)
     for number, (name, sheet) in enumerate(rows):
-        top = number * (args.tile + CAPTION)
+        top = number * (TILE + CAPTION)
         draw.text((2, top + 4), name, fill="black", font=FONT)
         canvas.paste(sheet, (0, top + CAPTION))
     file = io.BytesIO()

@@ -231,9 +231,10 @@ class Guided(Family):
         if self.objective.pairs:
             # No latent was learnt for these: theirs is any.
             own = self.objective.paired and self.rows is None
-            z, asked = self._z(batch, "z/held-out", own), self._asked(batch, "ask/held-out")
+            z = self._z(batch, "z/held-out", own)
+            asked = self.text.asked(batch, "ask/held-out", drop=False) if self.text else None
             features = self.teacher.features(_made(networks["G"], z, asked))
-            found |= self.objective.held_out_pairs(features, batch, asked.keep if asked else None)
+            found |= self.objective.held_out_pairs(features, batch)
         # The same for every part of the held-out ones, so that any parts have the same mean.
         z = self.latents(torch.arange(_HELD_OUT), self.config.seed)
         features = self.teacher.features(networks["G"](z))

@@ -99,18 +99,18 @@ class Objective:
         if self.pairs:
             real = self.real(batch)
             for name, term in self.pairs.items():
-                losses[name] = term.weight * self._pair(term, features, real, self._taught(keep))
+                losses[name] = term.weight * self._pair(
+                    term, features, real, self._taught(term, keep)
+                )
         if self.sets:
             joint, report = self.joint.losses(batch, features)
             losses |= joint
         return losses, report
 
-    def held_out_pairs(
-        self, features: Features, batch: Batch, keep: Tensor | None = None
-    ) -> Scalars:
-        """Mean squared errors of samples that were not trained on, by name; as in ``losses``."""
-        real, keep = self.real(batch), self._taught(keep)
-        return {name: self._pair(term, features, real, keep) for name, term in self.pairs.items()}
+    def held_out_pairs(self, features: Features, batch: Batch) -> Scalars:
+        """Mean squared errors of samples that were not trained on, by name."""
+        real = self.real(batch)
+        return {name: self._pair(term, features, real) for name, term in self.pairs.items()}
 
     def held_out_sets(self, features: Features, batch: Batch) -> Scalars:
         """Energy distance between generated samples, two at least, and those of ``batch``: a mean
@@ -126,13 +126,18 @@ class Objective:
         """Stored features of a batch's real pictures, by level."""
         return {level: real_features(batch, level).float() for level in self.levels}
 
-    def _taught(self, keep: Tensor | None) -> Tensor | None:
-        # Against a real picture that it was not asked to be, a sample's best answer is the mean:
-        # objectives between distributions know better, where there are any.
-        return keep if self.sets else None
+    def _taught(self, term: PairTerm, keep: Tensor | None) -> Tensor | None:
+        # Against a real picture that neither words nor z tell it to be, a sample's best answer is
+        # the mean: objectives between distributions know better, where they look at the same.
+        compared = all(
+            any(is_of(level, other.guides) for other in self.sets.values())
+            for level in self.levels
+            if is_of(level, term.guides)
+        )
+        return keep if compared and not isinstance(term, Paired) else None
 
     def _pair(
-        self, term: PairTerm, generated: Features, real: Features, keep: Tensor | None
+        self, term: PairTerm, generated: Features, real: Features, keep: Tensor | None = None
     ) -> Tensor:
         sides: list[Features] = []
         for features in (generated, real):

@@ -61,12 +61,13 @@ class Text:
         variance = float(data.level_variance(options.level).sum())
         self._scale: float = options.joint_weight / max(variance, 1e-12) ** 0.5
 
-    def asked(self, batch: Batch, purpose: str) -> Asked:
+    def asked(self, batch: Batch, purpose: str, drop: bool = True) -> Asked:
         """What the samples of a batch are asked to be: something near themselves, or nothing.
 
         Args:
             batch: a microbatch or a bank.
             purpose: of its draws, which go by position.
+            drop: whether a share of them is asked for nothing, as in training.
         """
         positions = batch["position"]
         if self.options.condition == "captions":
@@ -80,8 +81,10 @@ class Text:
                 shape = (embedding.shape[1],)
                 eps = draws.normal(self.seed, f"{purpose}/noise", positions, shape, self.device)
                 embedding = pseudo_text(embedding, eps, self.options.noise)
-        chance = draws.uniform(self.seed, f"{purpose}/drop", positions, (), self.device)
-        return Asked(embedding, there & (chance >= self.options.dropout))
+        if drop:
+            chance = draws.uniform(self.seed, f"{purpose}/drop", positions, (), self.device)
+            there = there & (chance >= self.options.dropout)
+        return Asked(embedding, there)
 
     def beside(self, batch: Batch, purpose: str) -> Tensor:
         """(B, E): what was asked for, 0 where nothing was, for objectives between distributions.

@@ -69,7 +69,7 @@ def pairwise_distances(pictures: Tensor, perceptual: Perceptual) -> Tensor:
             columns = rows if other is block else _embed(pictures[other], perceptual)
             for i, row in zip(block.tolist(), rows, strict=True):
                 if i % world_size == rank:
-                    found = (columns - row).square().sum(1).double().cpu()
+                    found = (columns - row).square().sum(1).cpu().double()
                     distances[i, other] = found
     distances = dist.all_reduce_sum(distances).triu(1)
     return distances + distances.T

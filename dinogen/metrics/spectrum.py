@@ -22,9 +22,10 @@ def spectrum_distance(generated: Tensor, real: Tensor) -> float:
 
 
 def sharpness(generated: Tensor, real: Tensor) -> float:
-    """Power in the finer half of the bands over that of real pictures; 1 is as it should be.
+    """Power per frequency in the finer half of the bands over that of real pictures; 1 is as real.
 
-    Below 1 pictures are blurred; above it they have noise or patterns that real ones have not.
+    Each of these bands counts the same. Below 1 pictures are blurred; above it they have noise or
+    patterns that real ones have not.
 
     Args:
         generated: (B,) mean power by band.

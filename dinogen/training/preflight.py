@@ -34,7 +34,6 @@ MAY_CHANGE: dict[str, Any] = {
     "guide": {"path", "revision"},
     "guides": {"__all__": {"path", "revision"}},
     "clip": {"path", "revision"},
-    "family": {"discriminator": {"guide": {"path", "revision"}}},
     "data": {"path", "mix", "num_threads", "cache_dir", "cache_gb"},
     "engine": {"name", "zero", "precision", "micro_batch", "compile", "max_nonfinite"},
 }

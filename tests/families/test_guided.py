@@ -181,19 +181,19 @@ def test_a_stage_may_be_the_first_with_a_discriminator(two_guides, tmp_path):  #
     assert any(key.startswith("D/") for key in tensors(tmp_path / "patch"))
 
 
-def test_what_it_looks_through_may_lie_elsewhere_but_not_be_another(two_guides, tmp_path):  # noqa: F811
-    def go_on(folder, *more):
-        own = {**PROJECTED, "guide": {"name": "dinov2", "path": str(tmp_path / folder)}}
+def test_what_it_looks_through_may_not_become_another(two_guides, tmp_path):  # noqa: F811
+    def go_on(*more):
+        own = {**PROJECTED, "guide": {"name": "dinov2", "path": str(tmp_path / "dinov2")}}
         given = [f"family.discriminator={own}", *more]
         return train(adversary_config(two_guides, tmp_path, "projected", *given))[-1]
 
-    make_random_dinov2(tmp_path / "one", seed=0, **TINY_DINO)
-    first = go_on("one", "stages.0.kimg=0.016")
-    (tmp_path / "one").rename(tmp_path / "two")
-    assert go_on("two", "stages.0.kimg=0.024")["nimg"] == first["nimg"] + 8
-    make_random_dinov2(tmp_path / "three", seed=1, **TINY_DINO)
+    make_random_dinov2(tmp_path / "dinov2", seed=0, **TINY_DINO)
+    first = go_on("stages.0.kimg=0.016")
+    assert go_on("stages.0.kimg=0.024")["nimg"] == first["nimg"] + 8
+    (tmp_path / "dinov2").rename(tmp_path / "before")
+    make_random_dinov2(tmp_path / "dinov2", seed=1, **TINY_DINO)
     with pytest.raises(ConfigError, match=r"family\.discriminator\.guide: its weights are others"):
-        go_on("three", "stages.0.kimg=0.032")
+        go_on("stages.0.kimg=0.032")
 
 
 def test_the_weight_ramps_from_the_stages_start(two_guides, tmp_path):  # noqa: F811

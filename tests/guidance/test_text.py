@@ -55,6 +55,7 @@ def drawn_data(tmp_path_factory) -> Path:
         Image.fromarray(pixels).save(file, "PNG")
         levels = {
             "n16": features[number],
+            "more.n16": features[number],
             "clip": images[number][None],
             "text": texts[number].half().numpy()[None],
         }
@@ -74,6 +75,7 @@ def drawn_data(tmp_path_factory) -> Path:
         shard_size=8,
         val_fraction=0.25,
         guide=guide.info.to_dict(),
+        guides={"more": guide.info.to_dict()},
         clip=clip.info,
     )
     return folder / "data"
@@ -151,18 +153,30 @@ def test_samples_without_a_caption_are_asked_for_nothing(drawn_data, tmp_path):
     assert sum(there) >= 17
 
 
-@pytest.mark.parametrize("others", [["energy"], []])
+PAIRS_AND_SETS = {
+    "taught by energy": ([{"name": "mse"}, {"name": "energy"}], True),
+    "by nobody else": ([{"name": "mse"}], False),
+    "not what is compared": (
+        [{"name": "mse", "guides": ["main"]}, {"name": "energy", "guides": ["more"]}],
+        False,
+    ),
+    "z says who it is": ([{"name": "paired"}, {"name": "energy"}], False),
+}
+
+
+@pytest.mark.parametrize("case", list(PAIRS_AND_SETS))
 def test_samples_of_nothing_are_not_drawn_to_the_mean_where_others_teach_them(
-    others, drawn_data, tmp_path
+    case, drawn_data, tmp_path
 ):
-    names = [{"name": name} for name in ("mse", *others)]
+    terms, left_out = PAIRS_AND_SETS[case]
     config = text_config(
         drawn_data,
         tmp_path,
         "images",
         "family.text.dropout=0.5",
-        f"family.objectives={json.dumps(names)}",
-        f"family.bank={6 if others else 0}",
+        f"family.objectives={json.dumps(terms)}",
+        f"family.bank={6 if len(terms) > 1 else 0}",
+        f"guides={'{more: {name: pixels}}' if 'more' in str(terms) else '{}'}",
     )
     state = StageState(config, 0)
     family, data = state.family, state.data
@@ -172,17 +186,18 @@ def test_samples_of_nothing_are_not_drawn_to_the_mean_where_others_teach_them(
         batch = data.read(range(18), levels=levels)
         batch["bank"] = data.read(range(6), levels=levels)
         batch["pyramid"][16][rows] += 1
-        trained = family.phases[-1].losses(batch)[0]["mse"]
-        return trained.item(), family.held_out({"G": family.G}, batch)["mse"].item()
+        trained = family.phases[-1].losses(batch)[0][terms[0]["name"]]
+        return trained.item(), family.held_out({"G": family.G}, batch)[terms[0]["name"]].item()
 
-    family.begin(data)
     batch = data.read(range(18), levels=levels)
-    for place, purpose in enumerate(("ask", "ask/held-out")):
-        keep = family.text.asked(batch, purpose).keep.numpy()
-        assert 3 < keep.sum() < 15
-        whole, other = (losses_with_other(rows)[place] for rows in ([], ~keep))
-        assert (other == whole) == bool(others)
-        assert losses_with_other(keep)[place] != whole
+    keep = family.text.asked(batch, "ask").keep.numpy()
+    assert 3 < keep.sum() < 15
+    whole, other = losses_with_other([]), losses_with_other(~keep)
+    assert (other[0] == whole[0]) == left_out
+    # Held-out pictures are all asked for, so a run with more dropout is judged as one with less.
+    assert other[1] != whole[1]
+    assert losses_with_other(keep)[0] != whole[0]
+    assert family.text.asked(batch, "ask/held-out", drop=False).keep.all()
 
 
 def test_the_command_samples_by_prompts(whole, tmp_path):

@@ -23,7 +23,8 @@ class SpectrumJudge:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.info = JudgeInfo("spectrum", "", "none", NUM_BANDS, num_logits=0, random=False)
+        how = f"hann, {NUM_BANDS} bands"
+        self.info = JudgeInfo("spectrum", "", how, NUM_BANDS, num_logits=0, random=False)
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """(N, 3, R, R) uint8 -> ``features`` (N, 8) on the CPU: mean power of the frequencies in a
@@ -33,21 +34,27 @@ class SpectrumJudge:
         pixels, has 0. Pictures fade out towards their borders (Hann), or the steps from one border
         to the opposite one would count as detail.
         """
+        side = images.shape[-1]
+        window = torch.hann_window(side, dtype=torch.float64)
+        taper = torch.outer(window, window)
+        members = _members(side)
+        weights = members / members.sum((0, 1)).clamp(min=1) / taper.square().sum()
         with exactly(self.device):
-            x = images.to(self.device).double() / 255
-            side = x.shape[-1]
-            window = torch.hann_window(side, device=self.device, dtype=torch.float64)
-            taper = torch.outer(window, window)
-            x = (x - x.mean((2, 3), keepdim=True)) * taper
-            power = torch.fft.fft2(x).abs().square().mean(1) / taper.square().sum()
-            frequency = 2 * torch.fft.fftfreq(side, device=self.device, dtype=torch.float64)
-            radius = torch.hypot(frequency[:, None], frequency[None])
-            band = ((radius * NUM_BANDS).ceil().long() - 1).clamp(0, NUM_BANDS - 1)
-            members = torch.nn.functional.one_hot(band, NUM_BANDS).double()
-            members[0, 0] = 0  # the mean
-            counts = members.sum((0, 1)).clamp(min=1)
-            features = torch.einsum("nij,ijb->nb", power, members) / counts
-        return {"features": features.float().cpu()}
+            x = images.to(self.device).float() / 255
+            x = (x - x.mean((2, 3), keepdim=True)) * taper.float().to(self.device)
+            power = torch.fft.fft2(x).abs().square().mean(1)
+            features = power.flatten(1) @ weights.flatten(0, 1).float().to(self.device)
+        return {"features": features.cpu()}
+
+
+def _members(side: int) -> Tensor:
+    """(side, side, 8): 1 where a frequency belongs to a band; worked out alike for every device."""
+    frequency = 2 * torch.fft.fftfreq(side, dtype=torch.float64)
+    radius = torch.hypot(frequency[:, None], frequency[None])
+    band = ((radius * NUM_BANDS).ceil().long() - 1).clamp(0, NUM_BANDS - 1)
+    members = torch.nn.functional.one_hot(band, NUM_BANDS).double()
+    members[0, 0] = 0  # the mean
+    return members
 
 
 def load(path: str | None, device: torch.device) -> Judge:
