@@ -169,11 +169,11 @@ class JointObjective:
         for title, term in self.terms.items():
             levels = [level for level in real if is_of(level, term.guides)]
             found = [
-                term.floor(problems(real[level] * self.scales[level], view))
+                _floor(term, problems(real[level] * self.scales[level], view))
                 for level in levels
                 for view in term.views
             ]
-            known = [float(floor) for floor in found if floor is not None]
+            known = [floor for floor in found if floor is not None]
             if len(known) == len(found):
                 floors[title] = term.weight * sum(known) / len(known)
         return floors
@@ -250,6 +250,18 @@ def real_features(batch: Batch, level: str) -> Tensor:
     pyramid = batch["guides"][guide] if guide else batch["pyramid"]
     found: Tensor = pyramid[level_grid(level)]
     return found
+
+
+def _floor(term: SetTerm, sets: Tensor) -> float | None:
+    """The term's floor, a mean over sets (K, M, D), of some at a time."""
+    block = max(1, _MOST_PAIRS // sets.shape[1] ** 2)
+    total = 0.0
+    for part in sets.split(block):
+        floor = term.floor(part)
+        if floor is None:
+            return None
+        total += float(floor) * len(part)
+    return total / len(sets)
 
 
 def _join(features: Tensor, beside: Tensor) -> Tensor:

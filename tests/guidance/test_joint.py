@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dinogen.guidance import joint
 from dinogen.guidance.joint import JointObjective
 from dinogen.guidance.terms import Drift, Energy, Mmd, SlicedWasserstein, titles
 from dinogen.training.checkpoint import newest_checkpoint
@@ -161,7 +162,8 @@ def test_places_are_compared_in_blocks_of_bounded_size(monkeypatch):
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
 
 
-def test_the_floor_is_what_reals_reach():
+@pytest.mark.parametrize("at_once", [3, 1])
+def test_the_floor_is_what_reals_reach(at_once, monkeypatch):
     """With a generator that draws reals, the losses are the floors on average."""
     torch.manual_seed(0)
     scales = {"p2": torch.tensor([1.0, 2.0, 0.5])}
@@ -169,7 +171,10 @@ def test_the_floor_is_what_reals_reach():
     objective = JointObjective(terms, scales, 0, 8, lambda batch: {})
     sets = [{"p2": torch.randn(700, 4, 3)} for _ in range(2)]
     found = objective.compare(*sets, lambda size, number: torch.randn(size, number))
+    whole = objective.floors(sets[1])
+    monkeypatch.setattr(joint, "_MOST_PAIRS", at_once * 700**2)
     floors = objective.floors(sets[1])
+    assert floors == pytest.approx(whole, rel=1e-5)
     assert set(floors) == {"energy", "mmd"}, "that of drift is not known"
     for name, floor in floors.items():
         assert float(found.losses[name]) == pytest.approx(floor, abs=0.02)
