@@ -17,7 +17,7 @@ from dinogen.config import Config, GuideConfig, load_config
 from dinogen.errors import UserError
 from dinogen.features import Guide, GuideError, load_guide
 from dinogen.files import write_bytes, write_json
-from dinogen.prepare.read import Photos, find_photos
+from dinogen.prepare.find import Photos, find_photos
 
 log = logging.getLogger(__name__)
 

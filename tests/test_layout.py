@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("shards", "dinogen", "launch")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-MAX_LINES = 320
+MAX_LINES = 600
 
 # What each part may import of ours, besides itself and the basics below. A part that is not
 # listed here fails, so that a new one has to find its place first.

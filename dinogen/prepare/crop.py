@@ -13,7 +13,8 @@ from PIL import Image
 
 from dinogen.config_prepare import FacesConfig
 from dinogen.prepare import align, curate
-from dinogen.prepare.read import Photo, Unusable, read_photo
+from dinogen.prepare.find import Photo
+from dinogen.prepare.read import Unusable, read_photo
 
 if TYPE_CHECKING:
     from dinogen.prepare.detect import Detection, FaceDetector

@@ -19,13 +19,8 @@ from dinogen.prepare.captions import caption_path, has_captions, read_caption
 from dinogen.prepare.classes import class_names
 from dinogen.prepare.crop import Crop, Rejection
 from dinogen.prepare.curate import Duplicates
-from dinogen.prepare.read import (
-    Photo,
-    PrepareError,
-    Unusable,
-    find_photos,
-    read_photo,
-)
+from dinogen.prepare.find import Photo, find_photos
+from dinogen.prepare.read import PrepareError, Unusable, read_photo
 from dinogen.prepare.settings import SETTINGS, check_settings, read_json
 from dinogen.prepare.stream import Progress, iter_faces
 

@@ -13,8 +13,9 @@ from typing import Any
 from dinogen.config_prepare import PackConfig
 from dinogen.features.base import guide_identity
 from dinogen.prepare.faces import FacesSummary
+from dinogen.prepare.find import Photos
 from dinogen.prepare.parts import network_of
-from dinogen.prepare.read import Photos, PrepareError
+from dinogen.prepare.read import PrepareError
 from dinogen.prepare.settings import todays_settings
 from shards import open_dataset
 from shards.manifest import MANIFEST, Manifest

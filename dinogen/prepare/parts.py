@@ -20,8 +20,9 @@ from dinogen.features.base import guide_identity
 from dinogen.files import write_bytes
 from dinogen.prepare.crop import Crop
 from dinogen.prepare.faces import faces_have_captions, read_faces
+from dinogen.prepare.find import find_photos
 from dinogen.prepare.pyramid import Levels, PyramidMaker, batched
-from dinogen.prepare.read import PrepareError, find_photos
+from dinogen.prepare.read import PrepareError
 
 _FORMAT = "dinogen-pyramids"
 _VERSION = 1

@@ -17,11 +17,12 @@ from dinogen.prepare.captions import has_captions
 from dinogen.prepare.classes import class_names
 from dinogen.prepare.curate import Duplicates
 from dinogen.prepare.faces import FacesSummary
+from dinogen.prepare.find import Photos, find_photos
 from dinogen.prepare.finished import SUMMARY, finished_dataset, finished_summary
 from dinogen.prepare.join import sample_of, settings_of
 from dinogen.prepare.journal import Journal
 from dinogen.prepare.pyramid import PyramidMaker
-from dinogen.prepare.read import Photos, PrepareError, find_photos
+from dinogen.prepare.read import PrepareError
 from dinogen.prepare.settings import faces_settings
 from dinogen.prepare.stream import iter_faces
 from shards import ShardSink

@@ -12,7 +12,8 @@ from dinogen.config_prepare import FacesConfig
 from dinogen.prepare.captions import read_caption
 from dinogen.prepare.crop import Candidate, Crop, Rejection, Result, cut, read, read_and_cut
 from dinogen.prepare.curate import Duplicates
-from dinogen.prepare.read import Photo, Photos, Unusable, probe_photo
+from dinogen.prepare.find import Photo, Photos
+from dinogen.prepare.read import Unusable, probe_photo
 
 if TYPE_CHECKING:
     import torch

@@ -64,7 +64,7 @@ def prepare(
       dinogen prepare photos data/faces guides.pixels.name=pixels clip.path=clip-vit-base-patch32
     """
     from dinogen.prepare import pipeline
-    from dinogen.prepare.read import find_photos
+    from dinogen.prepare.find import find_photos
 
     settings = _settings(config, overrides)
     photos = find_photos(src)  # a mistyped folder is told before the guide is loaded

@@ -19,7 +19,8 @@ from dinogen.config_prepare import FacesConfig
 from dinogen.features.inception import InceptionTrunk
 from dinogen.prepare.export_pt import PtFiles, export_pt, file_names
 from dinogen.prepare.faces import read_faces, write_faces
-from dinogen.prepare.read import PrepareError, photo_key
+from dinogen.prepare.find import photo_key
+from dinogen.prepare.read import PrepareError
 from launch.commands import data as commands
 from shards import Sample, open_dataset, pack
 

@@ -13,7 +13,7 @@ from dinogen.prepare import detect, stream
 from dinogen.prepare.curate import Duplicates
 from dinogen.prepare.detect import FaceDetector
 from dinogen.prepare.faces import Crop, Rejection, iter_faces, write_faces
-from dinogen.prepare.read import find_photos, photo_key
+from dinogen.prepare.find import find_photos, photo_key
 from tests.prepare.face_folders import FACE, rejected, save
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

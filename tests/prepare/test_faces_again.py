@@ -13,7 +13,7 @@ from PIL import Image
 from dinogen.config_prepare import FacesConfig
 from dinogen.prepare import stream
 from dinogen.prepare.faces import Crop, PrepareError, iter_faces, read_faces, write_faces
-from dinogen.prepare.read import find_photos, photo_key
+from dinogen.prepare.find import find_photos, photo_key
 from tests.prepare.face_folders import FACE, files, rejected, save
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

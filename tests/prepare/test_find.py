@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinogen.prepare.read import PrepareError, find_photos, photo_key
+from dinogen.prepare.find import find_photos, photo_key
+from dinogen.prepare.read import PrepareError
 
 
 def test_photos_are_found_sorted_and_others_counted(tmp_path, noise):
