@@ -1,15 +1,21 @@
-"""Files behind a URL, fetched whole: tried again while a fault may pass, checked when there."""
+"""Files behind a URL: one engine of retries, and files fetched whole with it, checked when there.
+
+`insist` is the engine. Whoever fetches something else, such as `dinogen download`, uses it too.
+"""
 
 from __future__ import annotations
 
+import email.utils
 import errno
 import itertools
 import logging
 import math
 import random
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,12 +24,15 @@ from shards.errors import FetchError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# With waits of 0.5, 1, 2, 4 ... 30 s in between: about a minute and a half.
+# With waits of about 1, 2, 4 ... 60 s in between: about a minute and a half.
 TRIES = 8
-# What differs from the manifest this often differs where it came from.
+# What differs from its checksum this often differs where it came from.
 TRIES_OF_DAMAGED = 3
-FIRST_WAIT_S = 0.5
-LONGEST_WAIT_S = 30.0
+# Doubles with each try in a row; each wait is 50 to 100 % of it.
+FIRST_WAIT_S = 1.0
+LONGEST_WAIT_S = 60.0
+# A server that asks for a longer pause is not waited for.
+LONGEST_RETRY_AFTER_S = 3600.0
 # Whoever was asked to stop has some 30 s until it is killed: to get this batch, and to save.
 HURRY_S = 5.0
 HURRIED_WAIT_S = 0.5
@@ -31,7 +40,9 @@ HURRIED_WAIT_S = 0.5
 _NAP_S = 0.05
 # Silence for so long is a broken connection; the length of a transfer is nobody's business.
 _SILENCE_S = 30
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+# Request timeout, too early, too many requests; and what a server says of itself.
+PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _DRIVERS = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp",
     "https": "aiohttp", "ssh": "paramiko", "sftp": "paramiko", "abfs": "adlfs", "az": "adlfs",
@@ -56,6 +67,8 @@ class _Process:
 
 _thread = _Thread()
 _process = _Process()
+# Its own: the global one may be part of somebody's reproducible order.
+_random = random.Random()
 
 
 def hurry(asked: bool = True) -> None:
@@ -80,13 +93,109 @@ def nap() -> None:
     Raises:
         Stopped: if this thread is to stop.
     """
-    _obey()
+    obey()
     time.sleep(_NAP_S)
 
 
-def _obey() -> None:
+def obey() -> None:
+    """Raise `Stopped` if this thread is to stop."""
     if _thread.stop is not None and _thread.stop.is_set():
-        raise Stopped("stopped while waiting for a shard")
+        raise Stopped("stopped while fetching")
+
+
+def insist(
+    once: Callable[[], T],
+    what: str,
+    delay: Callable[[Exception], float | None],
+    *,
+    tries: int = TRIES,
+    progress: Callable[[], int] = lambda: 0,
+    give_up: Callable[[Exception, str], Exception] = lambda error, tried: error,
+    sleep: Callable[[float], object] | None = None,
+    level: int = logging.WARNING,
+) -> T:
+    """Do something until it works, or there is no sense in trying again.
+
+    Waits double from try to try and are spread, so that what failed together does not come back
+    together. They end early when the thread or the process is to stop.
+
+    Args:
+        once: one try.
+        what: is done, for the log.
+        delay: seconds for which the server asks before the next try, 0 if it does not say; None
+            if the error is permanent.
+        tries: that may fail in a row without progress.
+        progress: a number that grows if a failed try got something nevertheless, such as bytes.
+        give_up: makes the error to raise from the last one and from words such as
+            "3 tries in 4 s".
+        sleep: takes the place of waiting that many seconds.
+        level: of the line in the log before each wait; a wait that a server asked for and that
+            is longer than any of ours is a warning.
+
+    Raises:
+        Stopped: this thread is to stop.
+        Exception: what `give_up` returned; by default the last error of `once`.
+    """
+    began, furthest = time.monotonic(), progress()
+    num_fruitless = num_damaged = 0
+    for number in itertools.count(1):
+        obey()
+        try:
+            return once()
+        except Exception as error:
+            # What fails at the end of a process is not worth a line.
+            obey()
+            num_damaged += isinstance(error, Damaged)
+            reached = progress()
+            num_fruitless = 0 if reached > furthest else num_fruitless + 1
+            furthest = max(furthest, reached)
+            asked = delay(error)
+            late = time.monotonic() > _process.hurried_at + HURRY_S
+            often = num_fruitless >= tries or num_damaged >= TRIES_OF_DAMAGED
+            if asked is None or often or late:
+                took = time.monotonic() - began
+                tried = f"{number} tries in {took:.0f} s" if number > 1 else "one try"
+                last = give_up(error, tried + (", asked to stop" if late else ""))
+                if last is error:
+                    raise
+                raise last from error
+            wait = min(FIRST_WAIT_S * 2 ** min(max(0, num_fruitless - 1), 30), LONGEST_WAIT_S)
+            wait = max(wait * _random.uniform(0.5, 1.0), asked)
+            if _process.hurried_at < math.inf:
+                wait = min(wait, HURRIED_WAIT_S)
+            log.log(
+                max(level, logging.WARNING) if wait > LONGEST_WAIT_S else level,
+                "%s: %s; trying again in %.1f s (try %d of %d)",
+                what, describe(error), wait, num_fruitless + 1, tries,
+            )  # fmt: skip
+            (sleep or _wait)(wait)
+    raise AssertionError("unreachable")
+
+
+def _wait(seconds: float) -> None:
+    until, before = time.monotonic() + seconds, _process.hurried_at
+    while time.monotonic() < until and _process.hurried_at == before:
+        nap()
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds for which a server asks by its header Retry-After (RFC 9110, 10.2.3).
+
+    Args:
+        value: a number of seconds or a date.
+
+    Returns:
+        0 if the header is absent or makes no sense, None if it asks for more than
+        `LONGEST_RETRY_AFTER_S`.
+    """
+    seconds = 0.0
+    if value is not None and re.fullmatch(r"\s*[0-9]{1,18}\s*", value):
+        seconds = float(value)
+    elif value is not None:
+        with suppress(ValueError, OverflowError):
+            date = email.utils.parsedate_to_datetime(value)
+            seconds = max(0.0, date.timestamp() - time.time())
+    return seconds if seconds <= LONGEST_RETRY_AFTER_S else None
 
 
 class Remote:
@@ -103,15 +212,13 @@ class Remote:
         self.url = url.rstrip("/")
         self._system, root = _connect(self.url)
         self._root = root.rstrip("/")
-        # Its own: the global one may be part of somebody's reproducible order.
-        self._random = random.Random()
 
     def read(self, name: str) -> bytes:
         """The content of a small file.
 
         Raises:
             FileNotFoundError: if it is not there.
-            FetchError: if it cannot be had.
+            FetchError: if it cannot be fetched.
         """
 
         def once() -> bytes:
@@ -131,7 +238,7 @@ class Remote:
         Raises:
             FileNotFoundError: if it is not there.
             Damaged: if it was wrong each time.
-            FetchError: if it cannot be had.
+            FetchError: if it cannot be fetched.
         """
         from fsspec.callbacks import Callback
 
@@ -155,48 +262,28 @@ class Remote:
 
     def _insist(self, name: str, once: Callable[[], T]) -> T:
         """Do it until it works, or there is no sense in trying again."""
-        num_damaged = 0
-        began = time.monotonic()
-        for number in itertools.count(1):
+
+        def checked() -> T:
             try:
                 return once()
-            except (FileNotFoundError, FetchError):
-                raise
             except Exception as error:
-                # What fails at the end of a process is not worth a line.
-                _obey()
                 # Some drivers look at a checksum of the server's themselves.
-                damaged = isinstance(error, Damaged) or "Checksum" in type(error).__name__
-                num_damaged += damaged
-                what = f"{self.url}/{name}: {_describe(error)}"
-                if isinstance(error, OSError) and error.errno in _DISK_FULL:
-                    raise FetchError(
-                        f"{what}: the cache is full: make room, set data.cache_gb to what it may "
-                        f"take, or data.cache_dir to another folder"
-                    ) from error
-                if damaged and num_damaged == TRIES_OF_DAMAGED:
-                    raise Damaged(_describe(error)) from error
-                late = time.monotonic() > _process.hurried_at + HURRY_S
-                if not _may_pass(error) or number == TRIES or late:
-                    took = time.monotonic() - began
-                    tries = f"{number} tries in {took:.0f} s" if number > 1 else "one try"
-                    raise FetchError(
-                        f"{what} ({tries}{', asked to stop' if late else ''}); {_mend(error)}"
-                    ) from error
-                wait = min(FIRST_WAIT_S * 2 ** (number - 1), LONGEST_WAIT_S)
-                wait = min(wait, HURRIED_WAIT_S) if _process.hurried_at < math.inf else wait
-                wait *= self._random.uniform(0.5, 1.5)
-                log.warning(
-                    "%s; trying again in %.1f s (try %d of %d)", what, wait, number + 1, TRIES
-                )
-                self._wait(wait)
-        raise AssertionError("unreachable")
+                if "Checksum" in type(error).__name__:
+                    raise Damaged(describe(error)) from error
+                raise
 
-    @staticmethod
-    def _wait(seconds: float) -> None:
-        until, before = time.monotonic() + seconds, _process.hurried_at
-        while time.monotonic() < until and _process.hurried_at == before:
-            nap()
+        def give_up(error: Exception, tried: str) -> Exception:
+            if isinstance(error, (FileNotFoundError, FetchError, Damaged)):
+                return error
+            what = f"{self.url}/{name}: {describe(error)}"
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                return FetchError(
+                    f"{what}: the cache is full: make room, set data.cache_gb to what it may "
+                    f"take, or data.cache_dir to another folder"
+                )
+            return FetchError(f"{what} ({tried}); {_remedy(error)}")
+
+        return insist(checked, f"{self.url}/{name}", _delay, give_up=give_up)
 
 
 def _connect(url: str) -> tuple[Any, str]:
@@ -214,13 +301,13 @@ def _connect(url: str) -> tuple[Any, str]:
         system, root = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         driver = _DRIVERS.get(protocol)
-        mend = f"run `pip install {driver}`" if driver else str(error)
+        remedy = f"run `pip install {driver}`" if driver else str(error)
         raise FetchError(
-            f"{url}: cannot be reached: {protocol}:// needs a driver that is not installed: {mend} "
-            f"(`pip install -e '.[remote]'` here brings those of s3, http and ssh)"
+            f"{url}: cannot be reached: {protocol}:// needs a driver that is not installed: "
+            f"{remedy} (`pip install -e '.[remote]'` here brings those of s3, http and ssh)"
         ) from error
     except Exception as error:
-        raise FetchError(f"{url}: cannot be reached: {_describe(error)}") from error
+        raise FetchError(f"{url}: cannot be reached: {describe(error)}") from error
     if protocol in ("s3", "s3a"):
         # It is tried again here, where it can be stopped and leaves a line in the log.
         system.retries = 1
@@ -254,18 +341,21 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed later."""
+def _delay(error: Exception) -> float | None:
+    """Seconds until the same request may succeed, as the server asks; None if it never will."""
     status = _status(error)
-    if status is not None and 400 <= status < 500:
-        # Request timeout, too early, too many requests.
-        return status in (408, 425, 429)
-    if isinstance(error, (PermissionError, ImportError, ValueError, TypeError)):
-        return False
-    return "Credential" not in type(error).__name__
+    if status is not None and 400 <= status < 500 and status not in PASSING_STATUS:
+        return None
+    never = (FileNotFoundError, PermissionError, FetchError, ImportError, ValueError, TypeError)
+    if isinstance(error, never) or "Credential" in type(error).__name__:
+        return None
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return None
+    headers = getattr(error, "headers", None)
+    return retry_after(headers.get("Retry-After") if isinstance(headers, Mapping) else None)
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """One line, with the kind of error where its text alone says little."""
     if isinstance(error, Damaged):
         return str(error)
@@ -273,7 +363,7 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _mend(error: Exception) -> str:
+def _remedy(error: Exception) -> str:
     status = _status(error)
     denied = isinstance(error, PermissionError) or status in (401, 403)
     if denied or "Credential" in type(error).__name__:

@@ -1,66 +1,55 @@
-"""Fetch one file over HTTP: attempts, resuming, checksum."""
+"""Fetch one file over HTTP: resumed, checked, named by its content where its address has no name."""
 
 from __future__ import annotations
 
-import email.utils
-import hashlib
+import errno
 import json
+import logging
 import os
-import random
+import re
 import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
 
 import httpx
 
 from dinogen.files import write_json
-from dinogen.prepare.links import Item
+from dinogen.prepare.links import PHOTO_SUFFIXES, Failure, Item, shown
+from shards.fetch import PASSING_STATUS, Damaged, insist, obey, retry_after
+from shards.files import sha256_file
 
-_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-_FIRST_WAIT = 1.0  # s; doubles with each attempt that brought nothing new
-_LONGEST_WAIT = 60.0  # s; of our own choice, a server's Retry-After may be longer
-_LONGEST_RETRY_AFTER = 3600.0  # s; beyond it the file counts as failed
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One file that could not be had.
-
-    Attributes:
-        url: its address.
-        filename: what it would have been called.
-        reason: ``http_404`` and the like, ``connection``, ``checksum``, ``protocol`` or
-            ``retry_after``.
-        detail: for a person.
-    """
-
-    url: str
-    filename: str
-    reason: str
-    detail: str
-
-
-class Stopped(Exception):
-    """The whole download was interrupted; what was fetched stays for the next run."""
+_HEAD = 512  # bytes, enough to tell what a file is
+_IMAGES = {
+    rb"\xff\xd8\xff": ".jpg",
+    rb"\x89PNG\r\n": ".png",
+    rb"RIFF....WEBP": ".webp",
+    rb"II[*+]\0|MM\0[*+]": ".tif",
+    rb"GIF8[79]a": ".gif",
+    rb"BM.{4}\0{4}": ".bmp",
+    rb".{4}ftypavi[fs]": ".avif",
+    rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)": ".heic",
+    rb"\xff\x0a|\0{3}\x0cJXL ": ".jxl",
+    rb"\0{3}\x0cjP  ": ".jp2",
+}
+_WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|script|!--)", re.I)
+# What is wrong with one name in a folder that can be written.
+_NAME_ERRORS = frozenset(
+    {errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ}
+    | {errno.EACCES, errno.EPERM}
+)
 
 
-class _Permanent(Exception):
-    """Trying again would not help."""
+class _Fault(Exception):
+    """An attempt that failed; another may succeed after ``wait`` seconds, or never (None)."""
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
-class _Passing(Exception):
-    """Trying again may help, after ``wait`` seconds at least."""
-
-    def __init__(self, reason: str, detail: str, wait: float = 0.0) -> None:
+    def __init__(self, reason: str, detail: str, wait: float | None = 0.0) -> None:
         super().__init__(detail)
         self.reason = reason
         self.wait = wait
+
+
+class _WrongBytes(_Fault, Damaged):
+    """The checksum is another. Once may come of a resumed file that had changed."""
 
 
 class Fetcher:
@@ -70,10 +59,9 @@ class Fetcher:
         client: follows redirects.
         folder: where the files go.
         num_attempts: in a row that may bring no new byte of a file before it counts as failed.
-        sleep: waits between attempts; by default until :attr:`stop` is set.
+        sleep: takes the place of waiting between attempts.
 
     Attributes:
-        stop: set it to end all threads' work with :class:`Stopped`.
         num_bytes: received so far.
     """
 
@@ -84,59 +72,77 @@ class Fetcher:
         num_attempts: int,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
-        self.stop = threading.Event()
         self.num_bytes = 0
         self._client = client
         self._folder = folder
         self._num_attempts = num_attempts
-        self._sleep = sleep or self.stop.wait
+        self._sleep = sleep
         self._lock = threading.Lock()
 
     def fetch(self, item: Item) -> bool | Failure:
         """True if the file was fetched, False if it was there already.
 
         Raises:
-            Stopped: :attr:`stop` was set.
+            shards.fetch.Stopped: this thread is to stop; what was fetched stays for the next run.
             OSError: the folder cannot be written.
         """
-        final = self._folder / item.filename
-        if final.is_file() and (item.sha256 is None or _sha256(final) == item.sha256):
-            return False
         part = self._folder / f".{item.filename}.part"
-        furthest = _size(part)
-        num_fruitless = num_mismatches = 0
-        while True:
+        try:
+            if self._is_there(item):
+                return False
+            insist(
+                lambda: self._attempt(item, part),
+                shown(item.url),
+                lambda error: error.wait if isinstance(error, _Fault) else None,
+                tries=self._num_attempts,
+                progress=lambda: _size(part),
+                sleep=self._sleep,
+                level=logging.DEBUG,
+            )
+        except _Fault as fault:
+            if fault.wait is None and fault.reason != "retry_after":
+                _discard(part)
+            reason, detail = fault.reason, str(fault)
+        except OSError as error:
+            if error.errno not in _NAME_ERRORS:
+                raise
+            _discard(part)
+            reason, detail = "unwritable", str(error)
+        else:
+            return True
+        return Failure(item.line, shown(item.url), item.filename, reason, shown(detail))
+
+    def _is_there(self, item: Item) -> bool:
+        """Whether an earlier run fetched it, under whatever suffix its content gave it."""
+        for path in self._candidates(item):
+            if not path.is_file() or (item.sha256 and sha256_file(path) != item.sha256):
+                continue
             try:
-                self._attempt(item, part)
-                found = _sha256(part) if item.sha256 else None
-                if found == item.sha256:
-                    part.replace(final)
-                    _discard(part)
-                    return True
-                _discard(part)
-                num_mismatches += 1
-                detail = f"sha256 is {found}, the list says {item.sha256}"
-                # Once may come of a resumed file that had changed; twice is the server's file.
-                if num_mismatches == 2:
-                    raise _Permanent("checksum", detail)
-                raise _Passing("checksum", detail)
-            except _Permanent as error:
-                _discard(part)
-                return Failure(item.url, item.filename, error.reason, str(error))
-            except _Passing as error:
-                # A server that breaks off again and again still gets the file across.
-                num_fruitless = 0 if _size(part) > furthest else num_fruitless + 1
-                furthest = max(furthest, _size(part))
-                if num_fruitless >= self._num_attempts:
-                    return Failure(item.url, item.filename, error.reason, str(error))
-                own = min(_FIRST_WAIT * 2 ** max(0, num_fruitless - 1), _LONGEST_WAIT)
-                # Spread, so that files that failed together do not come back together.
-                self._sleep(max(own * random.uniform(0.5, 1.0), error.wait))
+                final = self._folder / _final_name(item, path)
+            except _Fault:
+                continue  # stored before contents were looked at: a web page, an empty file
+            if final != path:
+                path.rename(final)
+            return True
+        return False
+
+    def _candidates(self, item: Item) -> Iterator[Path]:
+        yield self._folder / item.filename
+        if item.by_content:
+            for suffix in _IMAGES.values():
+                yield self._folder / f"{item.filename}{suffix}"
 
     def _attempt(self, item: Item, part: Path) -> None:
-        """Bring ``part`` to the end of the file; raises if it does not get there."""
-        if self.stop.is_set():
-            raise Stopped
+        """Bring a file to its end and to its place; raises if it does not get there."""
+        self._receive(item, part)
+        found = sha256_file(part) if item.sha256 else None
+        if found != item.sha256:
+            _discard(part)
+            raise _WrongBytes("checksum", f"sha256 is {found}, the list says {item.sha256}")
+        part.replace(self._folder / _final_name(item, part))
+        _discard(part)
+
+    def _receive(self, item: Item, part: Path) -> None:
         offset, validator = _resumable(item, part)
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         if offset and validator:
@@ -147,60 +153,75 @@ class Fetcher:
                     if response.headers.get("Content-Range") == f"bytes */{offset}":
                         return  # killed after the last byte
                     _discard(part)
-                    raise _Passing("protocol", f"the server has no byte {offset}")
+                    raise _Fault("protocol", f"the server has no byte {offset}")
                 _check_status(response)
                 if response.status_code == 206:
                     span = response.headers.get("Content-Range", "")
                     if not span.startswith(f"bytes {offset}-"):
                         _discard(part)
-                        raise _Passing("protocol", f"asked for byte {offset}, got '{span}'")
+                        raise _Fault("protocol", f"asked for byte {offset}, got '{span}'")
                 else:
                     offset = 0
                     _discard(part)
                     _remember(item, part, response)
-                self._receive(response, part, offset)
+                with part.open("ab" if offset else "wb") as file:
+                    for chunk in response.iter_raw():
+                        obey()
+                        file.write(chunk)
+                        with self._lock:
+                            self.num_bytes += len(chunk)
+                    file.flush()
+                    os.fsync(file.fileno())
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.TooManyRedirects) as error:
-            raise _Permanent("protocol", str(error)) from None
+            raise _Fault("protocol", str(error), wait=None) from None
+        except UnicodeError as error:  # a redirect to a host that cannot be looked up
+            raise _Fault("protocol", str(error), wait=None) from None
         except httpx.HTTPError as error:
-            raise _Passing("connection", str(error) or type(error).__name__) from None
-
-    def _receive(self, response: httpx.Response, part: Path, offset: int) -> None:
-        with part.open("ab" if offset else "wb") as file:
-            for chunk in response.iter_raw():
-                if self.stop.is_set():
-                    raise Stopped
-                file.write(chunk)
-                with self._lock:
-                    self.num_bytes += len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
+            # A certificate does not become valid within minutes.
+            wait = None if "CERTIFICATE_VERIFY_FAILED" in str(error) else 0.0
+            raise _Fault("connection", str(error) or type(error).__name__, wait) from None
 
 
 def _check_status(response: httpx.Response) -> None:
     status = response.status_code
     detail = f"{status} {response.reason_phrase}".strip()
-    if status in _RETRIED:
-        wait = _retry_after(response.headers.get("Retry-After"))
-        if wait > _LONGEST_RETRY_AFTER:
-            raise _Permanent("retry_after", f"{detail}, to be tried again in {wait:.0f} s")
-        raise _Passing(f"http_{status}", detail, wait)
+    if status in PASSING_STATUS:
+        asked = response.headers.get("Retry-After")
+        wait = retry_after(asked)
+        if wait is None:
+            raise _Fault("retry_after", f"{detail}, to be tried again after '{asked}'", wait)
+        raise _Fault(f"http_{status}", detail, wait)
     if status not in (200, 206):
-        raise _Permanent(f"http_{status}", detail)
+        raise _Fault(f"http_{status}", detail, wait=None)
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding != "identity":
-        raise _Permanent("protocol", f"sent {encoding}-encoded though asked not to")
+        raise _Fault("protocol", f"sent {encoding}-encoded though asked not to", wait=None)
 
 
-def _retry_after(value: str | None) -> float:
-    """Seconds, from a number or a date (RFC 9110, 10.2.3); 0 if absent or meaningless."""
-    if value is None:
-        return 0.0
-    if value.strip().isdigit():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return 0.0
+def _final_name(item: Item, path: Path) -> str:
+    """What a file is to be called, now that its content is known.
+
+    Raises:
+        _Fault: it is not what the list asks for. With a checksum the list knows better.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    suffix = next((s for magic, s in _IMAGES.items() if re.match(magic, head, re.S)), None)
+    if suffix is not None:
+        return item.filename + suffix if item.by_content else item.filename
+    if item.sha256:
+        return item.filename
+    if not head:
+        raise _Fault("empty", "the server sent no byte", wait=None)
+    is_page = _WEB_PAGE.match(head) is not None
+    called = PurePosixPath(item.filename).suffix.lower()
+    begins = f"begins with {head[:24]!r}"
+    if item.by_content or called in PHOTO_SUFFIXES:
+        what = "a web page instead of an image" if is_page else "no image"
+        raise _Fault("not_an_image", f"{what}: {begins}", wait=None)
+    if is_page and called not in (".html", ".htm", ".xhtml", ".txt"):
+        raise _Fault("web_page", f"a web page instead of the file: {begins}", wait=None)
+    return item.filename
 
 
 def _note(part: Path) -> Path:
@@ -235,8 +256,3 @@ def _discard(part: Path) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,135 +6,517 @@ import csv
 import hashlib
 import re
 from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-from dinogen.prepare.read import PrepareError
+import httpx
 
+from dinogen.prepare.read import IMAGE_SUFFIXES, PrepareError
+
+# What somebody gives a name with one of these expects to be an image.
+PHOTO_SUFFIXES = IMAGE_SUFFIXES | {".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2"}
+# Other files that people have in such lists. Any other suffix of an address says nothing about
+# what lies behind it: `thumb.php`, `F00BAR.jpg:large`, `photo.v2`.
+_FILE_SUFFIXES = frozenset(
+    ".zip .tar .gz .tgz .bz2 .xz .zst .7z .parquet .arrow .npz .npy .safetensors .pt .pth .onnx "
+    ".json .jsonl .csv .tsv .txt .md .pdf .mp4 .mov .webm .dng .nef .cr2 .cr3 .arw .orf .rw2 "
+    ".raf .pef .srw".split()
+)
+_SUFFIX = re.compile(r"\.(?=[0-9]*[A-Za-z])[0-9A-Za-z]{1,12}")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
-_COLUMNS = ("url", "sha256", "filename")
+_CHECKSUM = re.compile(r"[ \t]+([0-9a-fA-F]{64})(?:[ \t]+|$)")
+_HOST = re.compile(r"(?=.{1,253}$)([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?|[0-9a-fA-F:.]+")
+_CREDENTIALS = re.compile(r"(?<=//)[^/?#\s]*@")
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and a partial file's name is longer
+_LONGEST_QUERY = 60  # bytes; longer ones are signatures, and make no readable name
+_LONGEST_SHOWN = 300
+
+_COLUMNS = ("url", "sha256", "filename")
+_DELIMITERS = ",;\t|"
+_CALLED = {
+    "url": ("url", "urls", "image_url", "img_url", "photo_url", "image_link", "link", "uri", "src"),
+    "sha256": ("sha256", "sha_256"),
+    "filename": ("filename", "file_name"),
+}
+_NO_TEXT = {
+    b"PAR1": "a Parquet file",
+    b"PK\x03\x04": "a zip archive or Excel file",
+    b"\x1f\x8b": "compressed by gzip",
+    b"\xd0\xcf\x11\xe0": "an old Excel file",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89PNG": "a PNG image",
+    b"%PDF": "a PDF file",
+}
 
 
 @dataclass(frozen=True)
 class Item:
-    """One file: its address, what it is called on disk, and its SHA-256 in hex if known."""
+    """One file to fetch.
 
+    Attributes:
+        line: of the list, counted from 1.
+        url: its address, as the list has it.
+        filename: what it is called on disk; if ``by_content``, without its suffix.
+        sha256: in lower-case hex, if known.
+        by_content: the suffix follows from what is fetched, which has to be an image.
+    """
+
+    line: int
     url: str
     filename: str
     sha256: str | None
+    by_content: bool
 
 
-def read_list(listing: Path, reserved: Set[str] = frozenset()) -> list[Item]:
-    """Read ``URL [sha256] [filename]`` lines.
+@dataclass(frozen=True)
+class Failure:
+    """One line of the list whose file was not fetched.
 
-    In a ``.csv`` file the columns are url, sha256 and filename, in this order or as a header
-    line names them; in any other file they stand apart by blanks, empty lines and lines that
-    begin with ``#`` do not count, and the filename, being last, may hold blanks. Without a
-    filename a file is called like the last part of its address; if an earlier one is called so
-    already, a hash of the address is added. A line that comes twice counts once.
+    Attributes:
+        line: of the list, counted from 1.
+        url: its address, or the whole line where none can be told; without credentials.
+        filename: what it would have been called, if known.
+        reason: ``bad_url``, ``bad_checksum``, ``bad_filename`` or ``bad_line`` for what the list
+            says; ``http_404`` and the like, ``connection``, ``checksum``, ``protocol``,
+            ``retry_after``, ``empty``, ``not_an_image``, ``web_page`` or ``unwritable`` for what
+            became of it.
+        detail: for a person.
+    """
+
+    line: int
+    url: str
+    filename: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a list says.
+
+    Attributes:
+        items: different files, in the order of the list.
+        bad: lines that cannot be used.
+        num_lines: all lines of the file.
+        num_blank: of these, empty lines, comments and the header.
+        num_repeated: of these, lines that name a file of an earlier line again.
+        num_continued: of these, lines on which the cell of an earlier line goes on.
+    """
+
+    items: tuple[Item, ...]
+    bad: tuple[Failure, ...]
+    num_lines: int
+    num_blank: int
+    num_repeated: int
+    num_continued: int
+
+
+class BadLine(Exception):
+    """A line that cannot be used."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class _Row:
+    line: int
+    text: str
+    cells: tuple[str, str, str]  # of _COLUMNS
+
+
+def read_list(listing: Path, reserved: Set[str] = frozenset()) -> Listing:
+    """Read ``URL [sha256] [filename]`` lines; a line that cannot be used stops no other.
+
+    A table is a file that ends in ``.csv`` or ``.tsv``, or whose first line names a column of
+    addresses (``url``, ``image_url``, ...; case does not count). Its cells stand apart by commas,
+    semicolons, tabs or bars. Without such a header its columns are url, sha256 and filename. Other
+    columns, such as captions, are passed over. In any other file a tab or blanks stand between
+    URL, checksum and filename; the filename may hold blanks. A blank inside a URL is part of it if
+    that is certain, and makes the line unusable if it might as well begin the filename. Empty
+    lines and lines that begin with ``#`` do not count.
+
+    Without a filename a file is called like the last part of its address; if another one is
+    called so already, a hash of the address is added. A line that comes twice counts once.
 
     Args:
-        listing: UTF-8 text.
+        listing: UTF-8 or UTF-16 text. Other bytes are allowed where they do not matter.
         reserved: names that no file may have.
 
     Raises:
-        PrepareError: naming the line, for anything but an http or https address, a checksum
-            that is none, a filename that is no plain name, two addresses for one filename or two
-            checksums for one address.
+        PrepareError: the list is missing, is no text, or has no line to use or to complain of.
     """
     try:
-        text = listing.read_text(encoding="utf-8-sig")
+        data = listing.read_bytes()
     except FileNotFoundError:
         raise PrepareError(f"{listing}: no such list") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PrepareError(f"{listing}: cannot be read as text: {error}") from None
-    rows = _csv_rows(text) if listing.suffix.lower() == ".csv" else _text_rows(text)
-    items: dict[str, Item] = {}
-    seen: set[tuple[str, str, str]] = set()
-    unnamed: set[str] = set()
-    for number, url, sha256, filename in rows:
-        where = f"{listing}, line {number}"
-        if (url, sha256, filename) in seen:
-            continue
-        seen.add((url, sha256, filename))
-        if not _is_address(url):
-            raise PrepareError(f"{where}: '{url}' is no http or https address")
-        if sha256 and not _SHA256.fullmatch(sha256):
-            raise PrepareError(f"{where}: '{sha256}' is no SHA-256, which has 64 hex digits")
-        if filename:
-            _check_name(filename, reserved, where)
-            name = filename
-            if name in items:
-                raise PrepareError(
-                    f"{where}: '{name}' is already the name of {items[name].url}: give another"
-                )
+    except OSError as error:
+        raise PrepareError(f"{listing}: cannot be read: {error.strerror}") from None
+    for magic, what in _NO_TEXT.items():
+        if data.startswith(magic):
+            raise PrepareError(f"{listing}: is {what}: save the list as text or CSV, a URL a line")
+    lines = _decode(data).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if not lines[-1]:
+        lines.pop()
+    rows: list[_Row] = []
+    bad: list[Failure] = []
+    num_blank = num_continued = 0
+    for number, span, text, found in _parse(lines, listing.suffix.lower()):
+        num_continued += span - 1
+        if found is None:
+            num_blank += 1
+        elif isinstance(found, BadLine):
+            bad.append(_failure(number, text, found))
         else:
-            if url in unnamed:
-                raise PrepareError(f"{where}: '{url}' comes twice with different checksums")
-            unnamed.add(url)
-            name = _name_of(url, {*items, *reserved})
-        items[name] = Item(url, name, sha256.lower() or None)
-    if not items:
+            rows.append(_Row(number, text, found))
+    if not rows and not bad:
         raise PrepareError(f"{listing}: no address in it: write one URL per line")
-    return list(items.values())
+    items, worse, num_repeated = _name_all(rows, reserved)
+    bad = sorted([*bad, *worse], key=lambda failure: failure.line)
+    return Listing(tuple(items), tuple(bad), len(lines), num_blank, num_repeated, num_continued)
 
 
-def _text_rows(text: str) -> Iterator[tuple[int, str, str, str]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
+def shown(text: str) -> str:
+    """A text from outside as one short printable line, without credentials."""
+    text = _CREDENTIALS.sub("***@", text[: 4 * _LONGEST_SHOWN])
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
+
+
+def _failure(line: int, text: str, error: BadLine, filename: str = "") -> Failure:
+    return Failure(line, shown(text), shown(filename), error.reason, shown(str(error)))
+
+
+def _decode(data: bytes) -> str:
+    """Text; bytes that are not UTF-8 become lone surrogates, to be told where they matter."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16", "replace")
+    # What PowerShell and old tools write without a mark: every other byte of ASCII is zero.
+    if len(data) >= 4 and data[0] and not data[1] and data[2] and not data[3]:
+        return data.decode("utf-16-le", "replace")
+    return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+
+
+def _parse(
+    lines: list[str], suffix: str
+) -> Iterator[tuple[int, int, str, tuple[str, str, str] | BadLine | None]]:
+    """(line, how many lines, their text, cells or what is wrong or None if blank) of each entry."""
+    first = next((line for line in lines if not _is_blank(line.strip(_DELIMITERS))), "")
+    said = _separator(first)
+    if said:
+        rest = lines[lines.index(first) + 1 :]
+        first = next((line for line in rest if not _is_blank(line.strip(_DELIMITERS))), "")
+    header, delimiter = _header(first, said)
+    if header is None and suffix not in (".csv", ".tsv"):
+        for number, line in enumerate(lines, 1):
+            try:
+                yield number, 1, line, None if _is_blank(line) else _split(line)
+            except BadLine as error:
+                yield number, 1, line, error
+        return
+    if header is None:
+        delimiter = said or _guess_delimiter(first, "\t" if suffix == ".tsv" else ",")
+        columns = dict(zip(_COLUMNS, range(3), strict=True))
+        width = len(columns)
+    else:
+        columns, width = header
+    to_come = header is not None
+    for number, span, cells in _records(lines, delimiter, columns):
+        text = lines[number - 1]
+        if cells is not None:
+            cells = [cell.strip() for cell in cells]
+            while cells and not cells[-1]:
+                cells.pop()
+        if cells == [] or text.startswith("#") or (said and _separator(text)):
+            yield number, span, text, None
+        elif to_come:
+            to_come = False
+            yield number, span, text, None
+        elif cells is None:
+            yield (
+                number,
+                span,
+                text,
+                BadLine("bad_line", "quotes are not closed, or stand inside a cell"),
+            )
+        elif len(cells) > width > 1:
+            yield (
+                number, span, text,
+                BadLine(
+                    "bad_line",
+                    f"{len(cells)} cells, there are {width} columns: put a cell that holds "
+                    f"'{delimiter}' in double quotes",
+                ),
+            )  # fmt: skip
+        else:
+            if width == 1:
+                cells = [delimiter.join(cells)]
+            url, sha256, filename = (
+                cells[place] if (place := columns.get(name, width)) < len(cells) else ""
+                for name in _COLUMNS
+            )
+            yield number, span, text, (url, sha256, filename)
+
+
+def _is_blank(line: str) -> bool:
+    return not line.strip() or line.lstrip().startswith("#")
+
+
+def _separator(line: str) -> str | None:
+    """Excel's own first line, ``sep=;``."""
+    found = re.fullmatch(rf'"?sep=([{re.escape(_DELIMITERS)}])"?', line.strip(" \r\n"), re.I)
+    return found[1] if found else None
+
+
+def _header(line: str, said: str | None) -> tuple[tuple[dict[str, int], int] | None, str]:
+    """Where the columns are and how many there are, if a line names them; and the delimiter."""
+    for delimiter in said or _DELIMITERS:
+        try:
+            cells = next(csv.reader([line], delimiter=delimiter), [])
+        except csv.Error:  # longer than the limit: no header
             continue
-        url, *rest = line.split(maxsplit=1)
-        sha256, filename = "", rest[0].strip() if rest else ""
-        first, *others = filename.split(maxsplit=1) if filename else [""]
-        if _SHA256.fullmatch(first):
-            sha256, filename = first, others[0] if others else ""
-        yield number, url, sha256, filename
+        called = [re.sub(r"[\s-]+", "_", cell.strip().casefold()) for cell in cells]
+        while called and not called[-1]:
+            called.pop()
+        places = {
+            column: called.index(name)
+            for column, names in _CALLED.items()
+            for name in reversed(names)
+            if name in called
+        }
+        if "url" in places:
+            return (places, len(called)), delimiter
+    return None, ","
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, str, str, str]]:
-    reader = csv.reader(text.splitlines())
-    columns: tuple[str, ...] = _COLUMNS
-    for row in reader:
-        cells = [cell.strip() for cell in row]
-        if not any(cells):
-            continue
-        if reader.line_num == 1 and "url" in [cell.lower() for cell in cells]:
-            columns = tuple(cell.lower() for cell in cells)
-            continue
-        named = dict(zip(columns, cells, strict=False))
-        yield reader.line_num, *(named.get(column, "") for column in _COLUMNS)  # type: ignore[misc]
+def _guess_delimiter(line: str, usual: str) -> str:
+    """Of a table without header: what is followed by a checksum, or by no cell."""
+    for delimiter in usual + _DELIMITERS:
+        _, found, rest = line.partition(delimiter)
+        second = rest.partition(delimiter)[0].strip(' "')
+        if found and (not second or _SHA256.fullmatch(second)):
+            return delimiter
+    return usual
 
 
-def _is_address(url: str) -> bool:
+def _records(
+    lines: list[str], delimiter: str, columns: dict[str, int]
+) -> Iterator[tuple[int, int, list[str] | None]]:
+    """(line, how many lines, cells or None if a quote is not closed) of each record of a table.
+
+    A quote that nobody closes would swallow all the lines behind it: it costs its own line alone.
+    """
+
+    def swallowed(line: str) -> bool:
+        if '"' in line:
+            return False
+        cells = line.split(delimiter)
+        found = cells[columns["url"]] if columns["url"] < len(cells) else ""
+        return bool(re.match(r"\s*https?://", found, re.I))
+
+    def behind(start: int) -> Iterator[str]:
+        yield lines[start] + "\n"
+        for number in range(start + 1, len(lines)):
+            if swallowed(lines[number]):
+                raise csv.Error("an open quote runs over a line that has an address")
+            yield lines[number] + "\n"
+
+    before = csv.field_size_limit(2**31 - 1)
     try:
-        parts = urlsplit(url)
-    except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname)
+        start = 0
+        while start < len(lines):
+            reader = csv.reader(behind(start), delimiter=delimiter, strict=True)
+            span = 1
+            cells: list[str] | None = None
+            try:
+                cells = next(reader)
+                span = max(1, reader.line_num)
+            except csv.Error:
+                # Quotes inside a caption, which do no harm to the cells that are read.
+                if lines[start].count('"') % 2 == 0:
+                    lenient = next(csv.reader([lines[start]], delimiter=delimiter))
+                    plain = lines[start].split(delimiter)
+                    read = [place for place in columns.values() if place < len(lenient)]
+                    if all(lenient[place] == plain[place] for place in read):
+                        cells = lenient
+            yield start + 1, span, cells
+            start += span
+    finally:
+        csv.field_size_limit(before)
 
 
-def _check_name(name: str, reserved: Set[str], where: str) -> None:
+def _split(line: str) -> tuple[str, str, str]:
+    """URL, checksum and filename of a line of text.
+
+    Raises:
+        BadLine: a blank may be part of the URL or stand before the filename.
+    """
+    line = line.strip()
+    if found := _CHECKSUM.search(line):
+        return line[: found.start()].strip(), found[1], line[found.end() :].strip()
+    if "\t" in line:
+        url, _, name = line.partition("\t")
+        return url.strip(), "", name.strip()
+    first, blank, name = line.partition(" ")
+    if not blank:
+        return line, "", ""
+    if "://" in name:
+        raise BadLine("bad_line", "two addresses: write one per line")
+    last = first.partition("://")[2]
+    suffix = PurePosixPath(last).suffix.lower()
+    if "?" not in first and (suffix in PHOTO_SUFFIXES | _FILE_SUFFIXES or last.endswith("/")):
+        return first, "", name.strip()
+    if "/" in name:  # which no name of a file can hold
+        return line, "", ""
+    raise BadLine(
+        "bad_url",
+        f"a blank: if '{name.strip()}' is part of the address, write %20 for the blank; if it is "
+        f"the name of the file, put a tab before it",
+    )
+
+
+def _name_all(rows: list[_Row], reserved: Set[str]) -> tuple[list[Item], list[Failure], int]:
+    """Check each row and name its file; returns files, unusable rows, number of repetitions."""
+    bad: list[Failure] = []
+    seen: set[tuple[str, str, str]] = set()
+    unnamed: dict[str, Item] = {}
+    names = _Names(reserved)
+    items: dict[int, Item] = {}
+    derived: list[_Row] = []
+    for row in rows:
+        url, sha256, filename = row.cells
+        try:
+            _check_address(url)
+            if sha256 and not _SHA256.fullmatch(sha256):
+                raise BadLine(
+                    "bad_checksum",
+                    f"'{sha256}' is not a SHA-256, which has 64 hex digits; other columns than "
+                    f"url, sha256 and filename need a header line that names them",
+                )
+            if filename:
+                _check_name(filename, reserved)
+        except BadLine as error:
+            bad.append(_failure(row.line, url or row.text, error, filename))
+            continue
+        if row.cells in seen:
+            continue
+        seen.add(row.cells)
+        if not filename:
+            derived.append(row)
+            continue
+        item = Item(
+            row.line, url, filename, sha256.lower() or None,
+            by_content=not _SUFFIX.fullmatch(PurePosixPath(filename).suffix),
+        )  # fmt: skip
+        other = names.holder(item.filename, item.by_content)
+        if other is None:
+            names.add(item)
+            items[row.line] = item
+        else:
+            what = f"'{filename}' is already the name of line {other.line}: give another"
+            bad.append(_failure(row.line, url, BadLine("bad_filename", what), filename))
+    # Given names come first, so that no derived one takes theirs.
+    for row in derived:
+        url, sha256, _ = row.cells
+        earlier = unnamed.get(url)
+        if earlier is None:
+            item = names.derive(row.line, url, sha256.lower() or None)
+            unnamed[url] = items[row.line] = item
+        elif sha256 and earlier.sha256 and sha256.lower() != earlier.sha256:
+            what = f"line {earlier.line} has another checksum for the same address"
+            bad.append(_failure(row.line, url, BadLine("bad_checksum", what)))
+        elif sha256 and not earlier.sha256:
+            # The more careful of the two lines counts.
+            unnamed[url] = items[earlier.line] = replace(earlier, sha256=sha256.lower())
+    num_repeated = len(rows) - len(items) - len(bad)
+    return [items[line] for line in sorted(items)], bad, num_repeated
+
+
+def _check_address(url: str) -> None:
+    """Raise BadLine unless ``url`` is an http or https address that can be asked for."""
+    if not url:
+        raise BadLine("bad_url", "no address in this line")
+    if any("\ud800" <= c <= "\udfff" for c in url):
+        raise BadLine("bad_url", "the address is not UTF-8: save the list as UTF-8")
+    if not url.isprintable() and any(c < " " or c == "\x7f" for c in url):
+        raise BadLine("bad_url", "the address holds control characters")
+    scheme, found, rest = url.partition("://")
+    if not found or scheme.lower() not in ("http", "https"):
+        more = ": write https: before it" if url.startswith("//") else ""
+        raise BadLine("bad_url", f"is no http or https address{more}")
+    if "#" in url:
+        raise BadLine(
+            "bad_url", "holds '#': write %23 if it is part of the name, or leave out what follows"
+        )
+    if "@" in re.split(r"[/?]", rest, maxsplit=1)[0]:
+        raise BadLine("bad_url", "holds credentials, which would be written to logs: not supported")
+    try:
+        parts = httpx.URL(url)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise BadLine("bad_url", f"makes no sense: {error}") from None
+    if not _HOST.fullmatch(parts.raw_host.decode("ascii")):
+        raise BadLine("bad_url", f"'{parts.host}' is no name of a host")
+    if parts.port is not None and not 0 < parts.port < 65536:
+        raise BadLine("bad_url", f"there is no port {parts.port}")
+
+
+def _check_name(name: str, reserved: Set[str]) -> None:
     plain = PurePosixPath(name).name == name and "\\" not in name and name.isprintable()
     if not plain or name.startswith(".") or len(name.encode()) > _LONGEST_NAME:
-        raise PrepareError(
-            f"{where}: '{name}' is no plain file name: leave out folders, control characters and "
-            f"a leading dot, and keep to {_LONGEST_NAME} bytes"
+        raise BadLine(
+            "bad_filename",
+            f"'{name}' is no plain file name: leave out folders, control characters and a leading "
+            f"dot, and keep to {_LONGEST_NAME} bytes",
         )
     if name in reserved:
-        raise PrepareError(f"{where}: '{name}' is written by dinogen itself: give another name")
+        raise BadLine("bad_filename", f"'{name}' is written by dinogen itself: give another name")
 
 
-def _name_of(url: str, taken: Set[str]) -> str:
-    last = PurePosixPath(unquote(urlsplit(url).path)).name
-    name = re.sub(r"[^\w.()+-]+", "_", last).lstrip(".") or "file"
-    path = PurePosixPath(name)
-    suffix = path.suffix if len(path.suffix.encode()) <= 16 else ""
-    stem = name.removesuffix(suffix)
-    room = _LONGEST_NAME - 20 - len(suffix.encode())
-    stem = stem.encode()[:room].decode("utf-8", "ignore")
-    name = stem + suffix
-    if name in taken:
-        name = f"{stem}-{hashlib.sha256(url.encode()).hexdigest()[:16]}{suffix}"
-    return name
+class _Names:
+    """Names that are taken, and who has them. A name by content takes all its suffixes."""
+
+    def __init__(self, reserved: Set[str]) -> None:
+        self._reserved = reserved
+        self._whole: dict[str, Item] = {}
+        self._stems: dict[str, Item] = {}
+
+    def holder(self, name: str, by_content: bool) -> Item | None:
+        path = PurePosixPath(name)
+        mine = [name, *(name + suffix for suffix in PHOTO_SUFFIXES)] if by_content else [name]
+        found = next((self._whole[one] for one in mine if one in self._whole), None)
+        found = found or self._stems.get(name)
+        if found is None and path.suffix in PHOTO_SUFFIXES:
+            found = self._stems.get(path.stem)
+        return found
+
+    def add(self, item: Item) -> None:
+        (self._stems if item.by_content else self._whole)[item.filename] = item
+
+    def derive(self, line: int, url: str, sha256: str | None) -> Item:
+        """A file called like the last part of its address."""
+        parts = httpx.URL(url)
+        last = PurePosixPath(parts.path).name
+        name = re.sub(r"[^\w.()+-]+", "_", last).lstrip(".") or "file"
+        suffix = PurePosixPath(name).suffix
+        by_content = suffix.lower() not in PHOTO_SUFFIXES | _FILE_SUFFIXES
+        if by_content:
+            # Without a suffix it is often the query that tells one photo from another.
+            query = re.sub(r"[^\w.()+-]+", "_", unquote(parts.query)).strip("_")
+            if query and len(query.encode()) <= _LONGEST_QUERY:
+                path = PurePosixPath(f"{name}_{query}")
+                name = path.stem if path.suffix.lower() in PHOTO_SUFFIXES else path.name
+            suffix = ""
+        stem = name.removesuffix(suffix)
+        room = _LONGEST_NAME - 20 - len(suffix.encode())
+        stem = stem.encode()[:room].decode("utf-8", "ignore")
+        name = stem + suffix
+        if name in self._reserved or self.holder(name, by_content):
+            name = f"{stem}-{hashlib.sha256(url.encode()).hexdigest()[:16]}{suffix}"
+        item = Item(line, url, name, sha256, by_content)
+        self.add(item)
+        return item
