@@ -95,7 +95,7 @@ def download(
         _write_failed(folder / _FAILED, listed.bad)
         first = listed.bad[0]
         raise PrepareError(
-            f"{listing}: none of its {len(listed.bad)} lines can be used (see {folder / _FAILED}); "
+            f"{listing}: none of its lines can be used (all in {folder / _FAILED}); "
             f"line {first.line}: {first.reason}: {first.detail}"
         )
     outcomes: dict[Item, bool | Failure] = {}

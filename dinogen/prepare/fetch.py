@@ -1,4 +1,4 @@
-"""Fetch one file over HTTP: resumed, checked, named by its content where its address has no name."""
+"""Fetch one file over HTTP: resumed, checked, named by its content if its address has no name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 import httpx
 
 from dinogen.files import write_json
-from dinogen.prepare.links import PHOTO_SUFFIXES, Failure, Item, shown
+from dinogen.prepare.links import Failure, Item, address, shown, shown_url
+from dinogen.prepare.rows import PHOTO_SUFFIXES
 from shards.fetch import PASSING_STATUS, Damaged, insist, obey, retry_after
 from shards.files import sha256_file
 
@@ -92,7 +93,7 @@ class Fetcher:
                 return False
             insist(
                 lambda: self._attempt(item, part),
-                shown(item.url),
+                shown_url(item.url),
                 lambda error: error.wait if isinstance(error, _Fault) else None,
                 tries=self._num_attempts,
                 progress=lambda: _size(part),
@@ -110,7 +111,7 @@ class Fetcher:
             reason, detail = "unwritable", str(error)
         else:
             return True
-        return Failure(item.line, shown(item.url), item.filename, reason, shown(detail))
+        return Failure(item.line, shown_url(item.url), item.filename, reason, shown(detail))
 
     def _is_there(self, item: Item) -> bool:
         """Whether an earlier run fetched it, under whatever suffix its content gave it."""
@@ -148,7 +149,7 @@ class Fetcher:
         if offset and validator:
             headers["If-Range"] = validator
         try:
-            with self._client.stream("GET", item.url, headers=headers) as response:
+            with self._client.stream("GET", address(item.url), headers=headers) as response:
                 if response.status_code == 416 and offset:
                     if response.headers.get("Content-Range") == f"bytes */{offset}":
                         return  # killed after the last byte
@@ -163,9 +164,11 @@ class Fetcher:
                 else:
                     offset = 0
                     _discard(part)
-                    _remember(item, part, response)
+                    if not _is_encoded(response):
+                        _remember(item, part, response)
+                chunks = response.iter_bytes if _is_encoded(response) else response.iter_raw
                 with part.open("ab" if offset else "wb") as file:
-                    for chunk in response.iter_raw():
+                    for chunk in chunks():
                         obey()
                         file.write(chunk)
                         with self._lock:
@@ -193,9 +196,14 @@ def _check_status(response: httpx.Response) -> None:
         raise _Fault(f"http_{status}", detail, wait)
     if status not in (200, 206):
         raise _Fault(f"http_{status}", detail, wait=None)
-    encoding = response.headers.get("Content-Encoding", "identity")
-    if encoding != "identity":
+    encoding = response.headers.get("Content-Encoding", "")
+    if _is_encoded(response) and (status == 206 or encoding.lower() not in ("gzip", "deflate")):
         raise _Fault("protocol", f"sent {encoding}-encoded though asked not to", wait=None)
+
+
+def _is_encoded(response: httpx.Response) -> bool:
+    """Whether a server compresses though asked not to: what came of it cannot be resumed."""
+    return response.headers.get("Content-Encoding", "identity").lower() not in ("", "identity")
 
 
 def _final_name(item: Item, path: Path) -> str:

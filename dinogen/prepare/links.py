@@ -2,52 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 import httpx
 
-from dinogen.prepare.read import IMAGE_SUFFIXES, PrepareError
+from dinogen.prepare.read import PrepareError
+from dinogen.prepare.rows import FILE_SUFFIXES, PHOTO_SUFFIXES, SHA256, BadLine, read_rows
 
-# What somebody gives a name with one of these expects to be an image.
-PHOTO_SUFFIXES = IMAGE_SUFFIXES | {".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2"}
-# Other files that people have in such lists. Any other suffix of an address says nothing about
-# what lies behind it: `thumb.php`, `F00BAR.jpg:large`, `photo.v2`.
-_FILE_SUFFIXES = frozenset(
-    ".zip .tar .gz .tgz .bz2 .xz .zst .7z .parquet .arrow .npz .npy .safetensors .pt .pth .onnx "
-    ".json .jsonl .csv .tsv .txt .md .pdf .mp4 .mov .webm .dng .nef .cr2 .cr3 .arw .orf .rw2 "
-    ".raf .pef .srw".split()
-)
 _SUFFIX = re.compile(r"\.(?=[0-9]*[A-Za-z])[0-9A-Za-z]{1,12}")
-_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
-_CHECKSUM = re.compile(r"[ \t]+([0-9a-fA-F]{64})(?:[ \t]+|$)")
 _HOST = re.compile(r"(?=.{1,253}$)([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?|[0-9a-fA-F:.]+")
 _CREDENTIALS = re.compile(r"(?<=//)[^/?#\s]*@")
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and a partial file's name is longer
 _LONGEST_QUERY = 60  # bytes; longer ones are signatures, and make no readable name
 _LONGEST_SHOWN = 300
-
-_COLUMNS = ("url", "sha256", "filename")
-_DELIMITERS = ",;\t|"
-_CALLED = {
-    "url": ("url", "urls", "image_url", "img_url", "photo_url", "image_link", "link", "uri", "src"),
-    "sha256": ("sha256", "sha_256"),
-    "filename": ("filename", "file_name"),
-}
-_NO_TEXT = {
-    b"PAR1": "a Parquet file",
-    b"PK\x03\x04": "a zip archive or Excel file",
-    b"\x1f\x8b": "compressed by gzip",
-    b"\xd0\xcf\x11\xe0": "an old Excel file",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"\x89PNG": "a PNG image",
-    b"%PDF": "a PDF file",
-}
+_LONGEST_URL = 4000
+_LONGEST_QUOTED = 60
 
 
 @dataclass(frozen=True)
@@ -112,19 +86,13 @@ class Listing:
     num_continued: int
 
 
-class BadLine(Exception):
-    """A line that cannot be used."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
 @dataclass(frozen=True)
-class _Row:
+class _Wanted:
     line: int
     text: str
-    cells: tuple[str, str, str]  # of _COLUMNS
+    url: str
+    sha256: str
+    filename: str
 
 
 def read_list(listing: Path, reserved: Set[str] = frozenset()) -> Listing:
@@ -146,266 +114,88 @@ def read_list(listing: Path, reserved: Set[str] = frozenset()) -> Listing:
         reserved: names that no file may have.
 
     Raises:
-        PrepareError: the list is missing, is no text, or has no line to use or to complain of.
+        PrepareError: the list is missing, is no text, or holds no line but comments.
     """
-    try:
-        data = listing.read_bytes()
-    except FileNotFoundError:
-        raise PrepareError(f"{listing}: no such list") from None
-    except OSError as error:
-        raise PrepareError(f"{listing}: cannot be read: {error.strerror}") from None
-    for magic, what in _NO_TEXT.items():
-        if data.startswith(magic):
-            raise PrepareError(f"{listing}: is {what}: save the list as text or CSV, a URL a line")
-    lines = _decode(data).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    if not lines[-1]:
-        lines.pop()
-    rows: list[_Row] = []
+    entries = list(read_rows(listing))
+    rows: list[_Wanted] = []
     bad: list[Failure] = []
-    num_blank = num_continued = 0
-    for number, span, text, found in _parse(lines, listing.suffix.lower()):
-        num_continued += span - 1
-        if found is None:
-            num_blank += 1
-        elif isinstance(found, BadLine):
-            bad.append(_failure(number, text, found))
-        else:
-            rows.append(_Row(number, text, found))
+    for row in entries:
+        if isinstance(row.cells, BadLine):
+            bad.append(_failure(row.line, row.text, row.cells))
+        elif row.cells is not None:
+            rows.append(_Wanted(row.line, row.text, *row.cells))
     if not rows and not bad:
         raise PrepareError(f"{listing}: no address in it: write one URL per line")
     items, worse, num_repeated = _name_all(rows, reserved)
     bad = sorted([*bad, *worse], key=lambda failure: failure.line)
-    return Listing(tuple(items), tuple(bad), len(lines), num_blank, num_repeated, num_continued)
+    return Listing(
+        items=tuple(items),
+        bad=tuple(bad),
+        num_lines=sum(row.num_lines for row in entries),
+        num_blank=sum(row.cells is None for row in entries),
+        num_repeated=num_repeated,
+        num_continued=sum(row.num_lines - 1 for row in entries),
+    )
 
 
-def shown(text: str) -> str:
-    """A text from outside as one short printable line, without credentials."""
-    text = _CREDENTIALS.sub("***@", text[: 4 * _LONGEST_SHOWN])
+def address(url: str) -> httpx.URL:
+    """The address to ask for: blanks, other alphabets and lone percent signs are encoded.
+
+    Raises:
+        httpx.InvalidURL: it makes no sense.
+    """
+    return httpx.URL(re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", url))
+
+
+def _quoted(text: str) -> str:
+    return f"'{shown(text, _LONGEST_QUOTED)}'"
+
+
+def shown_url(url: str) -> str:
+    """An address, or a whole line, as one printable line without credentials."""
+    return shown(_CREDENTIALS.sub("***@", url[: 2 * _LONGEST_URL]), _LONGEST_URL)
+
+
+def shown(text: str, longest: int = _LONGEST_SHOWN) -> str:
+    """A text from outside as one short printable line."""
+    text = text[: longest + 1]
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     text = "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
-    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
+    return text if len(text) <= longest else text[:longest] + "..."
 
 
 def _failure(line: int, text: str, error: BadLine, filename: str = "") -> Failure:
-    return Failure(line, shown(text), shown(filename), error.reason, shown(str(error)))
+    return Failure(line, shown_url(text), shown(filename), error.reason, shown(str(error)))
 
 
-def _decode(data: bytes) -> str:
-    """Text; bytes that are not UTF-8 become lone surrogates, to be told where they matter."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return data.decode("utf-16", "replace")
-    # What PowerShell and old tools write without a mark: every other byte of ASCII is zero.
-    if len(data) >= 4 and data[0] and not data[1] and data[2] and not data[3]:
-        return data.decode("utf-16-le", "replace")
-    return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
-
-
-def _parse(
-    lines: list[str], suffix: str
-) -> Iterator[tuple[int, int, str, tuple[str, str, str] | BadLine | None]]:
-    """(line, how many lines, their text, cells or what is wrong or None if blank) of each entry."""
-    first = next((line for line in lines if not _is_blank(line.strip(_DELIMITERS))), "")
-    said = _separator(first)
-    if said:
-        rest = lines[lines.index(first) + 1 :]
-        first = next((line for line in rest if not _is_blank(line.strip(_DELIMITERS))), "")
-    header, delimiter = _header(first, said)
-    if header is None and suffix not in (".csv", ".tsv"):
-        for number, line in enumerate(lines, 1):
-            try:
-                yield number, 1, line, None if _is_blank(line) else _split(line)
-            except BadLine as error:
-                yield number, 1, line, error
-        return
-    if header is None:
-        delimiter = said or _guess_delimiter(first, "\t" if suffix == ".tsv" else ",")
-        columns = dict(zip(_COLUMNS, range(3), strict=True))
-        width = len(columns)
-    else:
-        columns, width = header
-    to_come = header is not None
-    for number, span, cells in _records(lines, delimiter, columns):
-        text = lines[number - 1]
-        if cells is not None:
-            cells = [cell.strip() for cell in cells]
-            while cells and not cells[-1]:
-                cells.pop()
-        if cells == [] or text.startswith("#") or (said and _separator(text)):
-            yield number, span, text, None
-        elif to_come:
-            to_come = False
-            yield number, span, text, None
-        elif cells is None:
-            yield (
-                number,
-                span,
-                text,
-                BadLine("bad_line", "quotes are not closed, or stand inside a cell"),
-            )
-        elif len(cells) > width > 1:
-            yield (
-                number, span, text,
-                BadLine(
-                    "bad_line",
-                    f"{len(cells)} cells, there are {width} columns: put a cell that holds "
-                    f"'{delimiter}' in double quotes",
-                ),
-            )  # fmt: skip
-        else:
-            if width == 1:
-                cells = [delimiter.join(cells)]
-            url, sha256, filename = (
-                cells[place] if (place := columns.get(name, width)) < len(cells) else ""
-                for name in _COLUMNS
-            )
-            yield number, span, text, (url, sha256, filename)
-
-
-def _is_blank(line: str) -> bool:
-    return not line.strip() or line.lstrip().startswith("#")
-
-
-def _separator(line: str) -> str | None:
-    """Excel's own first line, ``sep=;``."""
-    found = re.fullmatch(rf'"?sep=([{re.escape(_DELIMITERS)}])"?', line.strip(" \r\n"), re.I)
-    return found[1] if found else None
-
-
-def _header(line: str, said: str | None) -> tuple[tuple[dict[str, int], int] | None, str]:
-    """Where the columns are and how many there are, if a line names them; and the delimiter."""
-    for delimiter in said or _DELIMITERS:
-        try:
-            cells = next(csv.reader([line], delimiter=delimiter), [])
-        except csv.Error:  # longer than the limit: no header
-            continue
-        called = [re.sub(r"[\s-]+", "_", cell.strip().casefold()) for cell in cells]
-        while called and not called[-1]:
-            called.pop()
-        places = {
-            column: called.index(name)
-            for column, names in _CALLED.items()
-            for name in reversed(names)
-            if name in called
-        }
-        if "url" in places:
-            return (places, len(called)), delimiter
-    return None, ","
-
-
-def _guess_delimiter(line: str, usual: str) -> str:
-    """Of a table without header: what is followed by a checksum, or by no cell."""
-    for delimiter in usual + _DELIMITERS:
-        _, found, rest = line.partition(delimiter)
-        second = rest.partition(delimiter)[0].strip(' "')
-        if found and (not second or _SHA256.fullmatch(second)):
-            return delimiter
-    return usual
-
-
-def _records(
-    lines: list[str], delimiter: str, columns: dict[str, int]
-) -> Iterator[tuple[int, int, list[str] | None]]:
-    """(line, how many lines, cells or None if a quote is not closed) of each record of a table.
-
-    A quote that nobody closes would swallow all the lines behind it: it costs its own line alone.
-    """
-
-    def swallowed(line: str) -> bool:
-        if '"' in line:
-            return False
-        cells = line.split(delimiter)
-        found = cells[columns["url"]] if columns["url"] < len(cells) else ""
-        return bool(re.match(r"\s*https?://", found, re.I))
-
-    def behind(start: int) -> Iterator[str]:
-        yield lines[start] + "\n"
-        for number in range(start + 1, len(lines)):
-            if swallowed(lines[number]):
-                raise csv.Error("an open quote runs over a line that has an address")
-            yield lines[number] + "\n"
-
-    before = csv.field_size_limit(2**31 - 1)
-    try:
-        start = 0
-        while start < len(lines):
-            reader = csv.reader(behind(start), delimiter=delimiter, strict=True)
-            span = 1
-            cells: list[str] | None = None
-            try:
-                cells = next(reader)
-                span = max(1, reader.line_num)
-            except csv.Error:
-                # Quotes inside a caption, which do no harm to the cells that are read.
-                if lines[start].count('"') % 2 == 0:
-                    lenient = next(csv.reader([lines[start]], delimiter=delimiter))
-                    plain = lines[start].split(delimiter)
-                    read = [place for place in columns.values() if place < len(lenient)]
-                    if all(lenient[place] == plain[place] for place in read):
-                        cells = lenient
-            yield start + 1, span, cells
-            start += span
-    finally:
-        csv.field_size_limit(before)
-
-
-def _split(line: str) -> tuple[str, str, str]:
-    """URL, checksum and filename of a line of text.
-
-    Raises:
-        BadLine: a blank may be part of the URL or stand before the filename.
-    """
-    line = line.strip()
-    if found := _CHECKSUM.search(line):
-        return line[: found.start()].strip(), found[1], line[found.end() :].strip()
-    if "\t" in line:
-        url, _, name = line.partition("\t")
-        return url.strip(), "", name.strip()
-    first, blank, name = line.partition(" ")
-    if not blank:
-        return line, "", ""
-    if "://" in name:
-        raise BadLine("bad_line", "two addresses: write one per line")
-    last = first.partition("://")[2]
-    suffix = PurePosixPath(last).suffix.lower()
-    if "?" not in first and (suffix in PHOTO_SUFFIXES | _FILE_SUFFIXES or last.endswith("/")):
-        return first, "", name.strip()
-    if "/" in name:  # which no name of a file can hold
-        return line, "", ""
-    raise BadLine(
-        "bad_url",
-        f"a blank: if '{name.strip()}' is part of the address, write %20 for the blank; if it is "
-        f"the name of the file, put a tab before it",
-    )
-
-
-def _name_all(rows: list[_Row], reserved: Set[str]) -> tuple[list[Item], list[Failure], int]:
+def _name_all(rows: list[_Wanted], reserved: Set[str]) -> tuple[list[Item], list[Failure], int]:
     """Check each row and name its file; returns files, unusable rows, number of repetitions."""
     bad: list[Failure] = []
     seen: set[tuple[str, str, str]] = set()
     unnamed: dict[str, Item] = {}
     names = _Names(reserved)
     items: dict[int, Item] = {}
-    derived: list[_Row] = []
+    derived: list[_Wanted] = []
     for row in rows:
-        url, sha256, filename = row.cells
+        url, sha256, filename = row.url, row.sha256, row.filename
         try:
             _check_address(url)
-            if sha256 and not _SHA256.fullmatch(sha256):
+            if sha256 and not SHA256.fullmatch(sha256):
                 raise BadLine(
                     "bad_checksum",
-                    f"'{sha256}' is not a SHA-256, which has 64 hex digits; other columns than "
-                    f"url, sha256 and filename need a header line that names them",
+                    f"{_quoted(sha256)} is not a SHA-256, which has 64 hex digits; if it is "
+                    f"a caption or the like, begin the table with a line that names its columns",
                 )
             if filename:
                 _check_name(filename, reserved)
         except BadLine as error:
             bad.append(_failure(row.line, url or row.text, error, filename))
             continue
-        if row.cells in seen:
+        if (url, sha256, filename) in seen:
             continue
-        seen.add(row.cells)
+        seen.add((url, sha256, filename))
         if not filename:
             derived.append(row)
             continue
@@ -418,11 +208,11 @@ def _name_all(rows: list[_Row], reserved: Set[str]) -> tuple[list[Item], list[Fa
             names.add(item)
             items[row.line] = item
         else:
-            what = f"'{filename}' is already the name of line {other.line}: give another"
+            what = f"{_quoted(filename)} is already the name of line {other.line}: give another"
             bad.append(_failure(row.line, url, BadLine("bad_filename", what), filename))
     # Given names come first, so that no derived one takes theirs.
     for row in derived:
-        url, sha256, _ = row.cells
+        url, sha256 = row.url, row.sha256
         earlier = unnamed.get(url)
         if earlier is None:
             item = names.derive(row.line, url, sha256.lower() or None)
@@ -440,7 +230,7 @@ def _name_all(rows: list[_Row], reserved: Set[str]) -> tuple[list[Item], list[Fa
 def _check_address(url: str) -> None:
     """Raise BadLine unless ``url`` is an http or https address that can be asked for."""
     if not url:
-        raise BadLine("bad_url", "no address in this line")
+        raise BadLine("bad_url", "there is no address in this line")
     if any("\ud800" <= c <= "\udfff" for c in url):
         raise BadLine("bad_url", "the address is not UTF-8: save the list as UTF-8")
     if not url.isprintable() and any(c < " " or c == "\x7f" for c in url):
@@ -448,7 +238,7 @@ def _check_address(url: str) -> None:
     scheme, found, rest = url.partition("://")
     if not found or scheme.lower() not in ("http", "https"):
         more = ": write https: before it" if url.startswith("//") else ""
-        raise BadLine("bad_url", f"is no http or https address{more}")
+        raise BadLine("bad_url", f"is not an http or https address{more}")
     if "#" in url:
         raise BadLine(
             "bad_url", "holds '#': write %23 if it is part of the name, or leave out what follows"
@@ -456,11 +246,11 @@ def _check_address(url: str) -> None:
     if "@" in re.split(r"[/?]", rest, maxsplit=1)[0]:
         raise BadLine("bad_url", "holds credentials, which would be written to logs: not supported")
     try:
-        parts = httpx.URL(url)
+        parts = address(url)
     except (httpx.InvalidURL, ValueError) as error:
         raise BadLine("bad_url", f"makes no sense: {error}") from None
     if not _HOST.fullmatch(parts.raw_host.decode("ascii")):
-        raise BadLine("bad_url", f"'{parts.host}' is no name of a host")
+        raise BadLine("bad_url", f"{_quoted(parts.host)} is not the name of a host")
     if parts.port is not None and not 0 < parts.port < 65536:
         raise BadLine("bad_url", f"there is no port {parts.port}")
 
@@ -470,11 +260,13 @@ def _check_name(name: str, reserved: Set[str]) -> None:
     if not plain or name.startswith(".") or len(name.encode()) > _LONGEST_NAME:
         raise BadLine(
             "bad_filename",
-            f"'{name}' is no plain file name: leave out folders, control characters and a leading "
-            f"dot, and keep to {_LONGEST_NAME} bytes",
+            f"{_quoted(name)} is not a plain file name: leave out folders, control characters and "
+            f"a leading dot, and keep to {_LONGEST_NAME} bytes",
         )
     if name in reserved:
-        raise BadLine("bad_filename", f"'{name}' is written by dinogen itself: give another name")
+        raise BadLine(
+            "bad_filename", f"{_quoted(name)} is written by dinogen itself: give another name"
+        )
 
 
 class _Names:
@@ -499,11 +291,11 @@ class _Names:
 
     def derive(self, line: int, url: str, sha256: str | None) -> Item:
         """A file called like the last part of its address."""
-        parts = httpx.URL(url)
+        parts = address(url)
         last = PurePosixPath(parts.path).name
         name = re.sub(r"[^\w.()+-]+", "_", last).lstrip(".") or "file"
         suffix = PurePosixPath(name).suffix
-        by_content = suffix.lower() not in PHOTO_SUFFIXES | _FILE_SUFFIXES
+        by_content = suffix.lower() not in PHOTO_SUFFIXES | FILE_SUFFIXES
         if by_content:
             # Without a suffix it is often the query that tells one photo from another.
             query = re.sub(r"[^\w.()+-]+", "_", unquote(parts.query)).strip("_")

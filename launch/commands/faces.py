@@ -72,7 +72,8 @@ def faces(
 
 def download(
     listing: Annotated[
-        Path, typer.Argument(help="Lines of URL [SHA256] [FILENAME], or CSV.", metavar="LIST")
+        Path,
+        typer.Argument(help="Lines of URL [SHA256] [FILENAME], or CSV or TSV.", metavar="LIST"),
     ],
     folder: Annotated[Path, typer.Argument(help="Folder for the files.", metavar="DIR")],
     num_parallel: Annotated[
@@ -82,10 +83,13 @@ def download(
         int, typer.Option(min=1, help="In a row without a new byte, then a file has failed.")
     ] = 5,
 ) -> None:
-    """Fetch a list of files: checked, retried, resumed after an interruption.
+    """Fetch a list of photos: checked, retried, resumed after an interruption.
 
-    What could not be had stands in DIR/failed.csv, and the exit code is 1; the same command again
-    tries it once more.
+    What was not fetched stands in DIR/failed.csv with its line and the reason, and the exit code
+    is 1; all else is fetched. The same command again tries what is missing once more.
+
+    A photo whose address has no image suffix gets one by its content. A web page or an empty
+    answer in place of a photo counts as failed.
 
     [bold]Examples[/bold]
 
@@ -93,11 +97,18 @@ def download(
 
       dinogen download urls.csv photos --num-parallel 16
 
-    [bold]A list[/bold], the checksum and the name may be left out
+    [bold]A text list[/bold], checksum and name may be left out; a tab before a name is never
+    taken for a part of the address
 
       https://example.org/a.jpg
 
       https://example.org/b.jpg 9f86d081...(64 digits)...0f00a08 b2.jpg
+
+    [bold]A table[/bold], with commas, semicolons, tabs or bars; other columns are passed over
+
+      url;caption;filename
+
+      https://example.org/photo?id=7;"a cat; asleep";cat
     """
     from dinogen.prepare.download import download as fetch
     from launch.logs import setup_logging
@@ -155,12 +166,13 @@ def _tell_download(summary: DownloadSummary, folder: Path) -> None:
     console = Console()
     console.print(
         f"{folder}: {summary.num_fetched} fetched ({summary.num_bytes / 1e6:.1f} MB), "
-        f"{summary.num_present} there before, {len(summary.failures)} failed",
+        f"{summary.num_present} there before, {len(summary.failures)} failed"
+        + (f", {summary.num_repeated} lines repeated" if summary.num_repeated else ""),
         soft_wrap=True,
         highlight=False,
     )
     for failure in summary.failures[:_NUM_SHOWN]:
-        line = f"  {failure.reason}: {failure.url}: {failure.detail}"
+        line = f"  line {failure.line}: {failure.reason}: {failure.url}: {failure.detail}"
         console.print(line, style="red", soft_wrap=True, highlight=False, markup=False)
     if summary.failures:
         console.print(f"all of them: {folder / 'failed.csv'}", soft_wrap=True, highlight=False)

@@ -6,7 +6,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-BODY = bytes(i * i % 251 for i in range(300_000))
+JPEG = b"\xff\xd8\xff\xe0"  # that it begins so is all that downloading asks of an image
+BODY = JPEG + bytes(i * i % 251 for i in range(300_000 - len(JPEG)))
 SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
