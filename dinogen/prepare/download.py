@@ -16,7 +16,7 @@ import httpx
 
 from dinogen.files import write_text
 from dinogen.prepare.fetch import Fetcher
-from dinogen.prepare.links import Failure, Item, read_list
+from dinogen.prepare.links import Failure, Item, read_list, shown
 from dinogen.prepare.read import PrepareError
 from shards.fetch import stop_at
 
@@ -96,7 +96,7 @@ def download(
         first = listed.bad[0]
         raise PrepareError(
             f"{listing}: none of its lines can be used (all in {folder / _FAILED}); "
-            f"line {first.line}: {first.reason}: {first.detail}"
+            f"line {first.line}: {first.reason}: {shown(first.url)}: {first.detail}"
         )
     outcomes: dict[Item, bool | Failure] = {}
     stop = threading.Event()

@@ -177,11 +177,11 @@ def _name_all(rows: list[_Wanted], reserved: Set[str]) -> tuple[list[Item], list
     unnamed: dict[str, Item] = {}
     names = _Names(reserved)
     items: dict[int, Item] = {}
-    derived: list[_Wanted] = []
+    derived: list[tuple[_Wanted, str, str]] = []
     for row in rows:
         url, sha256, filename = row.url, row.sha256, row.filename
         try:
-            _check_address(url)
+            parts = _check_address(url)
             if sha256 and not SHA256.fullmatch(sha256):
                 raise BadLine(
                     "bad_checksum",
@@ -197,7 +197,7 @@ def _name_all(rows: list[_Wanted], reserved: Set[str]) -> tuple[list[Item], list
             continue
         seen.add((url, sha256, filename))
         if not filename:
-            derived.append(row)
+            derived.append((row, PurePosixPath(parts.path).name, parts.query.decode("ascii")))
             continue
         item = Item(
             row.line, url, filename, sha256.lower() or None,
@@ -211,11 +211,11 @@ def _name_all(rows: list[_Wanted], reserved: Set[str]) -> tuple[list[Item], list
             what = f"{_quoted(filename)} is already the name of line {other.line}: give another"
             bad.append(_failure(row.line, url, BadLine("bad_filename", what), filename))
     # Given names come first, so that no derived one takes theirs.
-    for row in derived:
+    for row, last, query in derived:
         url, sha256 = row.url, row.sha256
         earlier = unnamed.get(url)
         if earlier is None:
-            item = names.derive(row.line, url, sha256.lower() or None)
+            item = names.derive(row.line, url, sha256.lower() or None, last, query)
             unnamed[url] = items[row.line] = item
         elif sha256 and earlier.sha256 and sha256.lower() != earlier.sha256:
             what = f"line {earlier.line} has another checksum for the same address"
@@ -227,8 +227,8 @@ def _name_all(rows: list[_Wanted], reserved: Set[str]) -> tuple[list[Item], list
     return [items[line] for line in sorted(items)], bad, num_repeated
 
 
-def _check_address(url: str) -> None:
-    """Raise BadLine unless ``url`` is an http or https address that can be asked for."""
+def _check_address(url: str) -> httpx.URL:
+    """The parts of ``url``; raises BadLine unless it is an http or https address."""
     if not url:
         raise BadLine("bad_url", "there is no address in this line")
     if any("\ud800" <= c <= "\udfff" for c in url):
@@ -253,6 +253,7 @@ def _check_address(url: str) -> None:
         raise BadLine("bad_url", f"{_quoted(parts.host)} is not the name of a host")
     if parts.port is not None and not 0 < parts.port < 65536:
         raise BadLine("bad_url", f"there is no port {parts.port}")
+    return parts
 
 
 def _check_name(name: str, reserved: Set[str]) -> None:
@@ -289,16 +290,14 @@ class _Names:
     def add(self, item: Item) -> None:
         (self._stems if item.by_content else self._whole)[item.filename] = item
 
-    def derive(self, line: int, url: str, sha256: str | None) -> Item:
-        """A file called like the last part of its address."""
-        parts = address(url)
-        last = PurePosixPath(parts.path).name
+    def derive(self, line: int, url: str, sha256: str | None, last: str, query: str) -> Item:
+        """A file called like the last part of its address, and its query where that helps."""
         name = re.sub(r"[^\w.()+-]+", "_", last).lstrip(".") or "file"
         suffix = PurePosixPath(name).suffix
         by_content = suffix.lower() not in PHOTO_SUFFIXES | FILE_SUFFIXES
         if by_content:
             # Without a suffix it is often the query that tells one photo from another.
-            query = re.sub(r"[^\w.()+-]+", "_", unquote(parts.query)).strip("_")
+            query = re.sub(r"[^\w.()+-]+", "_", unquote(query)).strip("_")
             if query and len(query.encode()) <= _LONGEST_QUERY:
                 path = PurePosixPath(f"{name}_{query}")
                 name = path.stem if path.suffix.lower() in PHOTO_SUFFIXES else path.name

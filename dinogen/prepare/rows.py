@@ -22,6 +22,7 @@ FILE_SUFFIXES = frozenset(
 )
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _CHECKSUM = re.compile(r"[ \t]+([0-9a-fA-F]{64})(?:[ \t]+|$)")
+_ADDRESS = re.compile(r"\s*https?://", re.I)
 
 _COLUMNS = ("url", "sha256", "filename")
 _DELIMITERS = ",;\t|"
@@ -202,7 +203,7 @@ def _records(
             return False
         cells = line.split(delimiter)
         found = cells[places[0]] if places[0] < len(cells) else ""
-        return bool(re.match(r"\s*https?://", found, re.I))
+        return _ADDRESS.match(found) is not None
 
     def behind(start: int) -> Iterator[str]:
         yield lines[start] + "\n"
@@ -247,7 +248,7 @@ def _split(line: str) -> tuple[str, str, str]:
         url, _, name = line.partition("\t")
         return url.strip(), "", name.strip()
     first, blank, name = line.partition(" ")
-    if not blank:
+    if not blank or not _ADDRESS.match(first):
         return line, "", ""
     if "://" in name:
         raise BadLine("bad_line", "two addresses: write one per line")
