@@ -229,6 +229,12 @@ def _records(
                     plain = lines[start].split(delimiter)
                     if all(lenient[p : p + 1] == plain[p : p + 1] for p in places):
                         cells = lenient
+            if span > 1 and cells is not None:
+                url = "".join(cells[places[0] : places[0] + 1])
+                more = any("://" in line for line in lines[start + 1 : start + span])
+                # Nothing to fetch here, so that it must not hide what its other lines say.
+                if "\n" in url or (more and not _ADDRESS.match(url)):
+                    cells, span = None, 1
             yield start + 1, span, None if cells is None else [cell.strip() for cell in cells]
             start += span
     finally:
