@@ -12,11 +12,18 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dinogen.errors import UserError
+from shards.kinds import IMAGE_SUFFIXES, PLUGINS, UNREAD, kind_of
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".dib"}
-)
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")  # JPEG's plugin also opens phones' MPO
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "UNREAD",
+    "PrepareError",
+    "Unusable",
+    "kind_of",
+    "probe_photo",
+    "read_photo",
+]
+
 _PNG_END = b"IEND\xaeB`\x82"
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"II*\x00", b"MM\x00*", b"BM")
 
@@ -115,7 +122,7 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
     except OSError as error:
         raise Unusable("unreadable", str(error.strerror)) from None
     try:
-        image = Image.open(path, formats=_FORMATS)
+        image = Image.open(path, formats=PLUGINS)
     except UnidentifiedImageError:
         if head.startswith(_MAGIC):
             raise Unusable("corrupt", "begins like a picture but has no usable header") from None
