@@ -120,6 +120,8 @@ _UNREAD = (
 )
 
 KINDS = (*_READ, *_UNREAD)
+# What is found where an image should be, and has no pixels of its own.
+NO_IMAGES = (VIDEO, ARCHIVE, PDF, TEXT, LFS, APPLE_DOUBLE, UNFINISHED)
 # What Pillow may be asked to open, and no more.
 PLUGINS = tuple(kind.plugin for kind in _READ if kind.plugin)
 # Suffixes of the files that are read on this machine.
