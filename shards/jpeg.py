@@ -108,7 +108,7 @@ def read_header(data: Bytes) -> Header:
                 _read_application(found, marker, bytes(data[start:end]), profile)
             position = end
         if end > len(data):
-            raise EOFError
+            raise IndexError
     except IndexError:
         raise EOFError("ends before its coded data begin") from None
     if not found.components:

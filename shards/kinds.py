@@ -105,15 +105,15 @@ APPLE_DOUBLE = Kind("a file of macOS beside another", (), "", "delete it: it hol
 UNFINISHED = Kind(
     "an unfinished download", (".crdownload", ".icloud", ".part"), "", "get the whole file"
 )
+HDR = Kind(
+    "an image of high dynamic range",
+    (".exr", ".hdr", ".pfm"),
+    "",
+    "map its tones to 8 or 16 bits and save it as PNG",
+)
+OTHER = Kind("an image of another kind", (".ico", ".jxr", ".pcx", ".tga"), "", "convert to PNG")
 _UNREAD = (
-    *(JXL, RAW, VIDEO, ARCHIVE, DESIGN, VECTOR, PDF, TEXT, UNFINISHED),
-    Kind(
-        "an image of high dynamic range",
-        (".exr", ".hdr", ".pfm"),
-        "",
-        "map its tones to 8 or 16 bits and save it as PNG",
-    ),
-    Kind("an image of another kind", (".ico", ".jxr", ".pcx", ".tga"), "", "convert to PNG"),
+    *(JXL, RAW, HDR, OTHER, VIDEO, ARCHIVE, DESIGN, VECTOR, PDF, TEXT, UNFINISHED),
     Kind("medical data", (".dcm", ".nii"), "", "choose a window of grey values, save it as PNG"),
     Kind("an array", (".h5", ".mat", ".npy", ".npz"), "", "save its images as PNG"),
     Kind("a database", (".lmdb", ".mdb", ".parquet", ".tfrecord"), "", "export its images as PNG"),
@@ -128,6 +128,10 @@ PLUGINS = tuple(kind.plugin for kind in _READ if kind.plugin)
 IMAGE_SUFFIXES = frozenset(suffix for kind in _READ if kind.plugin for suffix in kind.suffixes)
 # What to do about files that hold images but are not read on this machine, by suffix.
 UNREAD = {suffix: kind.remedy for kind in KINDS if not kind.plugin for suffix in kind.suffixes}
+# Those of them that can be nothing but images.
+UNREAD_IMAGES = frozenset(
+    suffix for kind in (*_READ, JXL, RAW, HDR, OTHER) if not kind.plugin for suffix in kind.suffixes
+)
 
 _BRANDS = {b"avif": AVIF, b"avis": AVIF, b"crx ": RAW}
 _BRANDS |= dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), HEIC)
