@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from shards.errors import FinishedError, IndexFileError, PackError
 from shards.files import TEMPORARY, atomic_write, sha256_file
-from shards.image import image_header
+from shards.image import check_image
 from shards.index import index_name, load
 from shards.manifest import (
     IDENTITY,
@@ -214,7 +214,7 @@ class ShardSink:
                 f"{sample.key}: label {sample.label} is none of the {self._num_classes} classes, "
                 "which are numbered from 0"
             )
-        width, height = image_header(sample.image, f"{sample.key}.{sample.image_format}")
+        width, height = check_image(sample.image, f"{sample.key}.{sample.image_format}")
         if width != height:
             raise ValueError(f"{sample.key}: the image is {width}x{height}; crop it to a square")
         levels = {

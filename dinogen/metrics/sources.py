@@ -6,25 +6,28 @@ is rounded to the 256 values of a file first.
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dinogen.errors import UserError
 from dinogen.metrics.fingerprint import Facts, data_sha256, files_sha256
 from dinogen.report.pictures import to_uint8
 from shards.dataset import Dataset
+from shards.image import BadImage, decode
+from shards.kinds import IMAGE_SUFFIXES, UNREAD, UNREAD_IMAGES
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+log = logging.getLogger(__name__)
 _GRID = re.compile(r"grid_\d+x\d+\b.*\.png")
-_MODES = ("RGB", "L", "P", "1", "RGBA")
 
 
 class Reference(ABC):
@@ -90,36 +93,74 @@ class Pictures(Reference):
 
 
 class Folder(Reference):
-    """PNG and JPEG files of one folder in order of their names, as they are.
+    """Image files of one folder in order of their names, read as photos are.
+
+    All files are decoded once to begin with. Those that cannot be used are left out, which is said
+    in the log: one damaged file must not stop the measuring of all others.
 
     Args:
         folder: of the files.
         num: the first so many; all unless given.
 
+    Attributes:
+        files: those that are used.
+        left_out: why each of the others is not, by its name.
+
     Raises:
-        UserError: there are none, or one is not square, of another size or cannot be read; names
+        UserError: there are none that can be read, or one is not square or of another size; names
             the file.
     """
 
     def __init__(self, folder: Path, num: int | None = None) -> None:
         self.folder = folder
-        found = picture_files(folder)
+        found = picture_files(folder)[:num]
+        self.left_out = _unread(folder)
         if not found:
-            raise UserError(f"{folder}: no PNG or JPEG files here: give the folder they lie in")
-        self.files = found[:num]
-        self.num = len(self.files)
+            others = f" ({_counted(self.left_out)})" if self.left_out else ""
+            raise UserError(f"{folder}: no images here that can be read{others}: give their folder")
         self._sha256 = ""
-        self.resolution = _side(self.files[0], None)
-        for file in self.files[1:]:
-            _side(file, self.resolution)
+        self.files: list[Path] = []
+        self.resolution = 0
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for file, size in zip(found, pool.map(_size, found), strict=True):
+                if isinstance(size, str):
+                    self.left_out[file.name] = size
+                    continue
+                self.resolution = _side(file, size, self.resolution)
+                self.files.append(file)
+        self.num = len(self.files)
+        if not self.files:
+            name = found[0].name
+            raise UserError(
+                f"{folder}: none of its {len(found)} images can be read; {name}: "
+                f"{self.left_out[name]}"
+            )
+        if self.left_out:
+            log.warning(
+                "%s: %d files are LEFT OUT, all values are from the other %d:",
+                folder,
+                len(self.left_out),
+                self.num,
+            )
+            for name, reason in sorted(self.left_out.items()):
+                log.warning("  %s: %s", name, reason)
 
     def read(self, numbers: list[int]) -> Tensor:
         """(len(numbers), 3, R, R) uint8 RGB.
 
         Raises:
-            UserError: a file is damaged; names it.
+            UserError: a file was changed meanwhile, and cannot be read any longer; names it.
         """
-        return torch.stack([_pixels(self.files[number]) for number in numbers])
+        return torch.stack([self._pixels(self.files[number]) for number in numbers])
+
+    def _pixels(self, file: Path) -> Tensor:
+        try:
+            pixels = decode(file.read_bytes()).pixels
+        except (OSError, BadImage) as error:
+            raise UserError(f"{file}: was sound before, now cannot be read ({error})") from None
+        if pixels.shape[:2] != (self.resolution, self.resolution):
+            raise UserError(f"{file}: has another size than before: measure again")
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
     def facts(self) -> Facts:
         """The files' hash; they have no split, and nothing shrinks them."""
@@ -189,50 +230,65 @@ def as_pixels(images: Tensor) -> Tensor:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """PNG and JPEG files that lie in a folder itself, in order of their names.
+    """Image files that lie in a folder itself, in order of their names; not hidden ones.
 
-    The grid that `dinogen sample` puts beside its pictures is none of them.
+    The grid that `dinogen sample` puts beside its images is none of them.
     """
+    return [file for file in _visible(folder) if file.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def _visible(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    files = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    return sorted(path for path in files if path.is_file() and not _GRID.match(path.name))
+    files = (file for file in folder.iterdir() if not file.name.startswith("."))
+    return sorted(file for file in files if file.is_file() and not _GRID.match(file.name))
 
 
-def _side(file: Path, expected: int | None) -> int:
-    """Side of a square picture, from the head of its file.
+def _unread(folder: Path) -> dict[str, str]:
+    """What to do about the files that hold images but are not read on this machine, by name."""
+    found = ((file.name, file.suffix.lower()) for file in _visible(folder))
+    return {
+        name: f"not read here: {UNREAD[suffix]}"
+        for name, suffix in found
+        if suffix in UNREAD_IMAGES
+    }
+
+
+def _counted(names: Iterable[str]) -> str:
+    counts = Counter(Path(name).suffix.lower() for name in names)
+    return ", ".join(
+        f"{count} {suffix}: {UNREAD[suffix]}" for suffix, count in counts.most_common()
+    )
+
+
+def _size(file: Path) -> tuple[int, int] | str:
+    """(width, height) of an image file, or why it cannot be used."""
+    try:
+        height, width = decode(file.read_bytes()).pixels.shape[:2]
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    except BadImage as error:
+        return str(error)
+    return width, height
+
+
+def _side(file: Path, size: tuple[int, int], expected: int) -> int:
+    """Side of a square image.
+
+    Args:
+        file: it.
+        size: its width and height.
+        expected: the side of those before it; 0 for the first.
 
     Raises:
-        UserError: it is not square, or not of the ``expected`` side, or cannot be read.
+        UserError: it is not square, or not of the side of the others.
     """
-    try:
-        with Image.open(file) as picture:
-            (width, height), mode = picture.size, picture.mode
-    except (OSError, UnidentifiedImageError) as error:
-        raise _damaged(file, error) from None
+    width, height = size
     if width != height:
-        raise UserError(f"{file}: {width}x{height} pixels: only square pictures can be measured")
-    if expected is not None and width != expected:
+        raise UserError(f"{file}: {width}x{height} pixels: only square images can be measured")
+    if expected and width != expected:
         raise UserError(
             f"{file}: {width}x{height} pixels, but the files before it have {expected}x{expected}: "
             "all have to be of one size; put others elsewhere"
         )
-    if mode not in _MODES:
-        raise UserError(f"{file}: pixels of kind {mode}: save it as RGB with 8 bits")
     return width
-
-
-def _pixels(file: Path) -> Tensor:
-    """One picture (3, R, R) uint8."""
-    try:
-        with Image.open(file) as picture:
-            if "A" in picture.getbands() and picture.getchannel("A").getextrema()[0] != 255:
-                raise UserError(f"{file}: is partly transparent: save it on a background, as RGB")
-            pixels = np.array(picture.convert("RGB"))
-    except OSError as error:
-        raise _damaged(file, error) from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _damaged(file: Path, error: Exception) -> UserError:
-    return UserError(f"{file}: cannot be read as a picture ({error}): replace or remove it")

@@ -20,7 +20,7 @@ from dinogen.prepare.classes import class_names
 from dinogen.prepare.crop import Crop, Rejection
 from dinogen.prepare.curate import Duplicates
 from dinogen.prepare.find import Photo, find_photos
-from dinogen.prepare.read import PrepareError, Unusable, read_photo
+from dinogen.prepare.read import PrepareError, Unusable, decode_photo
 from dinogen.prepare.settings import SETTINGS, check_settings, read_json
 from dinogen.prepare.stream import Progress, iter_faces
 
@@ -64,6 +64,23 @@ class FacesSummary:
     num_new: int
     rejected: dict[str, int]
     seconds: float
+
+
+class UnusableImage(PrepareError):
+    """One image of a folder that is packed as it lies cannot be used.
+
+    Attributes:
+        source: its path relative to the folder.
+        reason: as :class:`Unusable` says it.
+        detail: likewise.
+    """
+
+    def __init__(self, picture: Photo, error: Unusable) -> None:
+        self.source, self.reason, self.detail = picture.source, error.reason, error.detail
+        super().__init__(
+            f"{picture.path}: {error.reason}: {error.detail}: remove the file, or run "
+            "'dinogen faces' with prepare.faces.detect=none, which lists such files and goes on"
+        )
 
 
 def write_faces(
@@ -205,21 +222,21 @@ def _read_written(picture: Photo) -> Crop:
 
 
 def _read_plain(picture: Photo) -> Crop:
+    """An image as it lies there, or encoded again where another program would show it otherwise.
+
+    Raises:
+        UnusableImage: it is damaged, or no image that can be read.
+    """
     try:
-        pixels = read_photo(picture.path, FacesConfig().max_pixels)
+        found, data = decode_photo(picture.path, FacesConfig().max_pixels)
     except Unusable as error:
-        raise PrepareError(
-            f"{picture.path}: {error.reason}: {error.detail}: remove the file, or run "
-            "'dinogen faces' with prepare.faces.detect=none, which lists such files and goes on"
-        ) from None
-    with Image.open(picture.path) as image:
-        image_format = {"JPEG": "jpg", "PNG": "png"}.get(image.format or "")
-        plain = image.mode == "RGB" and not image.getexif() and not image.info.get("transparency")
+        raise UnusableImage(picture, error) from None
     meta, caption = _plain_meta(picture), read_caption(picture.path)
-    if image_format and plain:
-        return Crop(picture.key, picture.path.read_bytes(), image_format, meta, caption)
+    image_format = {"JPEG": "jpg", "PNG": "png"}.get(found.kind.name)
+    if image_format and found.plain:
+        return Crop(picture.key, data, image_format, meta, caption)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(found.pixels).save(buffer, "PNG")
     return Crop(picture.key, buffer.getvalue(), "png", meta, caption)
 
 

@@ -33,7 +33,7 @@ def evaluate_folder(
     reference: str | None = None,
     changes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Measure PNG and JPEG files, whoever made them, and write ``FOLDER/evaluation.json``.
+    """Measure image files, whoever made them, and write ``FOLDER/evaluation.json``.
 
     Args:
         folder: of the files.
@@ -47,7 +47,7 @@ def evaluate_folder(
         The result as written, with ``measured`` and ``fingerprints`` as in :func:`evaluate`.
 
     Raises:
-        UserError: a file cannot be measured, or the reference does not fit.
+        UserError: no file can be measured, or the reference does not fit.
     """
     wish = Wish(tuple(names), num_samples, split, reference, tuple(changes))
     dist.use_device("auto")
@@ -67,6 +67,7 @@ def evaluate_folder(
             "pictures": pictures.facts()["data"],
             "resolution": pictures.resolution,
             "num_samples": pictures.num,
+            "left_out": pictures.left_out,
             "world_size": dist.world_size(),
             "device": str(dist.device()),
             "versions": versions(),

@@ -55,7 +55,7 @@ def evaluate(
     place: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a run, one of its checkpoints, or any folder of PNG or JPEG pictures.",
+            help="Folder of a run, one of its checkpoints, or any folder of images.",
             metavar="RUN|FOLDER",
         ),
     ],

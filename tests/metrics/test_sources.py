@@ -92,20 +92,22 @@ def oblong(folder):
 
 def no_picture(folder):
     (folder / "0.png").write_bytes(b"no picture")
+    (folder / "1.png").touch()
 
 
-def deep(folder):
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(folder / "0.png")
+def unread(folder):
+    (folder / "0.jxl").write_bytes(b"\xff\x0a")
+    (folder / "1.JXL").write_bytes(b"\xff\x0a")
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: None, "no PNG or JPEG files here"),
+        (lambda folder: None, "no images here that can be read: give"),
+        (unread, r"no images here that can be read \(2 .jxl: convert to PNG"),
         (oddly_sized, r"1\.png: 8x8 pixels, but the files before it have 16x16"),
         (oblong, r"0\.png: 16x8 pixels: only square"),
-        (no_picture, r"0\.png: cannot be read as a picture"),
-        (deep, r"0\.png: pixels of kind I.*: save it as RGB"),
+        (no_picture, r"none of its 2 images can be read; 0\.png: not_an_image"),
     ],
 )
 def test_a_folder_that_cannot_be_measured_names_the_file(make, message, tmp_path):
@@ -114,19 +116,46 @@ def test_a_folder_that_cannot_be_measured_names_the_file(make, message, tmp_path
         Folder(tmp_path)
 
 
-def test_damage_and_transparency_are_found_where_pixels_are_read(tmp_path):
-    Image.new("RGBA", (64, 64), (1, 2, 3, 255)).save(tmp_path / "0.png")
-    Image.new("RGBA", (64, 64), (1, 2, 3, 254)).save(tmp_path / "1.png")
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    Image.fromarray(noise).save(tmp_path / "2.png")
-    whole = (tmp_path / "2.png").read_bytes()
-    (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
+def test_what_is_damaged_is_left_out_and_named(tmp_path, caplog):
+    noise = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
+    for name in ("0.png", "1.jpg", "2.png", "3.png"):
+        Image.fromarray(noise).save(tmp_path / name)
+    whole = (tmp_path / "1.jpg").read_bytes()
+    (tmp_path / "1.jpg").write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    (tmp_path / "4.jxl").write_bytes(b"\xff\x0a")
+    (tmp_path / "._0.png").write_bytes(b"\0\5\x16\7 beside another")
     source = Folder(tmp_path)
-    assert source.read([0])[0, :, 5, 5].tolist() == [1, 2, 3]
-    with pytest.raises(UserError, match=r"1\.png: is partly transparent"):
+    assert [file.name for file in source.files] == ["0.png", "3.png"] and source.num == 2
+    assert source.left_out.keys() == {"1.jpg", "2.png", "4.jxl"}
+    assert source.left_out["1.jpg"].startswith("truncated: ")
+    assert "3 files are LEFT OUT, all values are from the other 2" in caplog.text
+    assert "2.png: not_an_image" in caplog.text
+    assert torch.equal(source.read([1]), nchw([noise]))
+    assert source.facts() == Folder(tmp_path, 4).facts()
+    (tmp_path / "3.png").write_bytes(whole[:99])
+    with pytest.raises(UserError, match=r"3\.png: was sound before, now cannot be read"):
         source.read([1])
-    with pytest.raises(UserError, match=r"2\.png: cannot be read as a picture"):
-        source.read([2])
+
+
+def test_files_are_read_as_photos_are(tmp_path):
+    image = Image.fromarray(discs(1)[0])
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    image.rotate(180).save(tmp_path / "0.png", exif=exif)
+    image.save(tmp_path / "1.webp", lossless=True)
+    image.quantize(200).save(tmp_path / "2.gif")
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    clear.save(tmp_path / "3.png")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(tmp_path / "4.png")
+    image.save(tmp_path / "5.tif")
+    found = Folder(tmp_path).read([0, 1, 2, 3, 4, 5]).permute(0, 2, 3, 1).numpy()
+    for number in (0, 1, 5):
+        np.testing.assert_array_equal(found[number], np.asarray(image))
+    assert np.abs(found[2].astype(int) - np.asarray(image)).mean() < 9
+    assert (found[3] == 255).all()
+    np.testing.assert_array_equal(found[4, ..., 1], np.asarray(image.convert("L")))
 
 
 def test_the_speed_is_that_behind_the_first_batch():

@@ -1,25 +1,57 @@
-"""Pixels are Pillow's, to the last bit."""
+"""Pixels are Pillow's, to the last bit; what decides them is the content, in shards too."""
 
 from __future__ import annotations
 
 import io
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from shards.image import decode_image, image_header, scale_into, shrink
+from shards import open_dataset
+from shards.image import (
+    BadImage,
+    check_image,
+    decode,
+    decode_image,
+    decode_rgbx,
+    image_header,
+    scale_into,
+    shrink,
+)
 
 from .conftest import jpeg
+from .odd_images import encode, photo, png
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("kind, name", [("JPEG", "jpg"), ("PNG", "png")])
+@pytest.mark.parametrize("kind, name", [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
 def test_decoding_equals_pillow(mode: str, kind: str, name: str):
-    file = io.BytesIO()
-    Image.open(io.BytesIO(jpeg(3, 67))).convert(mode).save(file, kind, quality=80)
-    expected = np.asarray(Image.open(file).convert("RGB"))
-    np.testing.assert_array_equal(decode_image(file.getvalue(), name), expected)
+    data = encode(photo(67, 67).convert(mode), kind, quality=80)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(decode_image(data, name), expected)
+    # The second of two equal headers takes a shorter way.
+    for _ in range(2):
+        np.testing.assert_array_equal(decode_rgbx(memoryview(data), name)[..., :3], expected)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 1, 2, "4:1:1"])
+@pytest.mark.parametrize("rows", [0, 1])
+def test_jpegs_of_all_layouts_equal_pillow(mode, progressive, subsampling, rows):
+    data = encode(
+        photo(83, 61).convert(mode),
+        "JPEG",
+        subsampling=subsampling,
+        progressive=progressive,
+        restart_marker_rows=rows,
+    )
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(decode(data).pixels, expected)
+    np.testing.assert_array_equal(decode_image(data, "jpg"), expected)
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 16, 31, 32])
@@ -54,31 +86,111 @@ def test_scale_covers_exactly_minus_one_to_one():
 
 @pytest.mark.parametrize("data", [b"", b"not an image", jpeg(0)[:100]])
 def test_broken_headers_are_named(data: bytes):
-    with pytest.raises(ValueError, match=r"k\.jpg: not a readable"):
-        image_header(data, "k.jpg")
+    for check in (image_header, check_image):
+        with pytest.raises(ValueError, match=r"k\.jpg: (empty|not_an_image|truncated)"):
+            check(data, "k.jpg")
 
 
-def test_modes_that_would_lose_something_are_refused():
-    file = io.BytesIO()
-    Image.new("RGBA", (8, 8)).save(file, "PNG")
-    with pytest.raises(ValueError, match="RGBA; convert"):
-        image_header(file.getvalue(), "k.png")
+def test_a_header_says_the_size_of_the_upright_image():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+        options = {} if kind == "TIFF" else {"exif": exif}
+        expected = (40, 20) if kind == "TIFF" else (20, 40)
+        assert image_header(encode(photo(40, 20), kind, **options)) == expected
 
 
-@pytest.mark.parametrize("kind, name", [("JPEG", "jpg"), ("PNG", "png")])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+def test_modes_that_would_lose_something_are_not_packed(mode: str):
+    with pytest.raises(ValueError, match=f"k.png: mode {mode}; convert"):
+        check_image(encode(photo(8, 8).convert(mode), "PNG"), "k.png")
+    with pytest.raises(ValueError, match="mode CMYK"):
+        check_image(encode(photo(8, 8).convert("CMYK"), "JPEG"), "k.jpg")
+    with pytest.raises(ValueError, match="mode RGB;16"):
+        check_image(png(np.zeros((4, 4, 3), np.uint16)), "k.png")
+
+
+def test_what_is_packed_is_what_its_name_says():
+    assert check_image(jpeg(0), "k.jpg") == (32, 32)
+    with pytest.raises(ValueError, match=r"k\.png: holds JPEG; give it the format"):
+        check_image(jpeg(0), "k.png")
+
+
+@pytest.mark.parametrize("kind, name", [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
 def test_cut_off_images_raise(kind: str, name: str):
     data = jpeg(0, 64, kind)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="truncated"):
         decode_image(data[: len(data) // 2], name)
 
 
-@pytest.mark.parametrize("kind", ["BMP", "JPEG"])
-def test_only_png_is_read_as_png(kind: str):
-    with pytest.raises(ValueError, match="cannot identify"):
-        decode_image(jpeg(0, 8, kind), "png")
+def test_the_content_decides_whatever_the_name_says():
+    for kind in ("JPEG", "PNG", "BMP", "GIF", "WEBP"):
+        data = encode(photo(20, 10), kind)
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        for name in ("jpg", "png", "webp"):
+            np.testing.assert_array_equal(decode_image(data, name), expected)
+    # Pillow would start Ghostscript for it.
+    with pytest.raises(ValueError, match="unsupported: a vector drawing: render it to PNG"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "png")
 
 
-def test_a_picture_too_large_to_be_honest_is_damage(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="decompression bomb"):
-        decode_image(jpeg(0, 32, "PNG"), "png")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000"])
+def test_too_many_pixels_are_refused_before_they_are_decoded(kind, monkeypatch):
+    data = encode(photo(32, 32), kind)
+    assert decode(data, 32 * 32).pixels.shape == (32, 32, 3)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(BadImage, match="too_large: 32x32 = 1024 pixels, allowed are 1023"):
+        decode(data, 32 * 32 - 1)
+    monkeypatch.setattr("shards.image.MAX_PIXELS", 32 * 32 - 1)
+    monkeypatch.setattr("shards.image._last_plain", b"")
+    with pytest.raises(ValueError, match="too_large"):
+        decode_image(data, "jpg" if kind == "JPEG" else "png")
+
+
+def test_damage_anywhere_is_told_by_one_error():
+    rng = np.random.default_rng(1)
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000"):
+        whole = encode(photo(40, 30), kind)
+        for _ in range(150):
+            data = bytearray(whole)
+            for place in rng.integers(0, len(data), rng.integers(1, 9)):
+                data[place] = rng.integers(256)
+            del data[rng.integers(len(data), 2 * len(data)) :]
+            for read in (lambda data: decode(data).pixels, lambda data: decode_rgbx(data, "jpg")):
+                try:
+                    pixels = read(bytes(data))
+                except BadImage as error:
+                    assert error.reason and error.detail
+                else:
+                    assert pixels.dtype == np.uint8 and pixels.shape[2] in (3, 4)
+
+
+def test_members_of_foreign_tars_are_read_by_the_same_rule(tmp_path: Path):
+    upright = photo(48, 48)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    clear = upright.convert("RGBA")
+    clear.putalpha(0)
+    members = {
+        "a.jpg": (encode(upright.rotate(180), "JPEG", exif=exif, quality=95), 6.0),
+        "b.png": (encode(upright.rotate(180), "PNG", exif=exif), 0.0),
+        "c.png": (png(np.asarray(upright).astype(np.uint16) * 257), 0.0),
+        "d.jpg": (encode(upright, "JPEG", quality=95)[:-2], 6.0),
+        "e.jpg": (encode(upright.convert("CMYK"), "JPEG", quality=95), 9.0),
+        "f.png": (encode(upright.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"), 6.0),
+        "g.png": (png(np.asarray(upright.convert("L")).astype(np.uint16) * 257), None),
+        "h.png": (encode(clear, "PNG"), None),
+    }
+    with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:
+        for name, (data, _) in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    batch = open_dataset(tmp_path).read(list(range(len(members))), image_size=48)
+    pixels = (batch["image"].numpy() * 127.5 + 127.5).transpose(0, 2, 3, 1)
+    for found, (name, (_, most)) in zip(pixels, members.items(), strict=True):
+        if most is not None:
+            assert np.abs(found - np.asarray(upright)).mean() <= most, name
+    np.testing.assert_allclose(pixels[6, ..., 1], np.asarray(upright.convert("L")), atol=1e-3)
+    assert (pixels[7] == 255).all()
