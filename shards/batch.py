@@ -90,7 +90,7 @@ class SplitReader:
         return skipped
 
     def _read(self, places: Place, rows: list[int], out: Arrays) -> Failures:
-        """As `BatchReader.read`; samples without a label are failures as well where one is needed."""
+        """As `BatchReader.read`; where labels are needed, samples without one are failures too."""
         failures = self._reader.read(places, rows, out)
         if self._need_labels:
             for item, found in enumerate(_pairs(places)):

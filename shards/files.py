@@ -84,7 +84,7 @@ def keep(path: Path) -> Path:
             os.link(path, kept)
         except FileExistsError:
             # An earlier repair was interrupted after this step.
-            if os.path.samefile(path, kept):
+            if path.samefile(kept):
                 return kept
             continue
         except OSError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 # First bytes, what that is, and how it becomes a tar; {name} is the file's.
@@ -46,7 +45,7 @@ _HEAD = 512
 
 
 def what_it_is(path: Path) -> tuple[str, str] | None:
-    """What a file is whose first block is no tar header, and the remedy; None if there is no telling.
+    """What a file is that does not begin as a tar, and the remedy; None if there is no telling.
 
     Raises:
         OSError: if it cannot be read.
@@ -68,9 +67,8 @@ def what_it_is(path: Path) -> tuple[str, str] | None:
 
 def compressed_tars(folder: Path) -> list[str]:
     """Names of the compressed tars in a folder, sorted."""
-    return sorted(
-        name for name in os.listdir(folder) if _tool(name) is not None and not name.startswith(".")
-    )
+    names = (path.name for path in folder.iterdir())
+    return sorted(name for name in names if _tool(name) is not None and not name.startswith("."))
 
 
 def unpack_advice(names: list[str]) -> str:

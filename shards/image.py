@@ -21,10 +21,10 @@ def image_header(data: bytes, name: str) -> tuple[int, int]:
         ValueError: if it cannot be read, or is neither RGB nor grey.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             mode, size = image.mode, image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: not a readable JPEG or PNG: {error}") from error
+        raise ValueError(f"{name}: not a readable JPEG, PNG or WebP: {error}") from error
     if mode not in ("RGB", "L"):
         raise ValueError(f"{name}: mode {mode}; convert it to RGB or grey (L) first")
     return size
@@ -52,7 +52,7 @@ def decode_rgbx(data: bytes | memoryview, image_format: str) -> Pixels:
         return pixels
     try:
         # No other plugin: that of EPS would hand the bytes to Ghostscript.
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        with Image.open(io.BytesIO(data), formats=("PNG", "WEBP")) as image:
             return np.asarray(image.convert("RGB").convert("RGBX"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error

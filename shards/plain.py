@@ -88,8 +88,8 @@ def describe_plain(folder: Path) -> tuple[Manifest, dict[str, ShardIndex]]:
             indexes[tar.name] = index
         if (found := levels_of(index, tar.name)) != wanted:
             raise ManifestError(
-                f"{tar}: holds {_named(found)}, {tars[0].name} {_named(wanted)}: make all tars with "
-                "the same features, or keep these in folders of their own"
+                f"{tar}: holds {_named(found)}, {tars[0].name} {_named(wanted)}: make all tars "
+                "with the same features, or keep these in folders of their own"
             )
     shards = tuple(
         ShardInfo(
@@ -208,9 +208,8 @@ def common_size(indexes: Mapping[str, ShardIndex]) -> tuple[int | None, list[str
     counts: Counter[tuple[int, int]] = Counter()
     example: dict[tuple[int, int], str] = {}
     for name, index in indexes.items():
-        for row, (width, height) in enumerate(
-            [] if index.pixels is None else index.pixels.tolist()
-        ):
+        sizes = [] if index.pixels is None else index.pixels.tolist()
+        for row, (width, height) in enumerate(sizes):
             if width:
                 counts[width, height] += 1
                 example.setdefault((width, height), f"{index.key(row)} of {name}")
@@ -222,8 +221,8 @@ def common_size(indexes: Mapping[str, ShardIndex]) -> tuple[int | None, list[str
     line = f"images differ in size: {shown}{', ...' if len(counts) > 6 else ''}"
     smallest = min(counts, key=min)
     line += (
-        f"; stages larger than {min(smallest)}x{min(smallest)} cannot use all of them, for instance "
-        f"{example[smallest]}"
+        f"; stages larger than {min(smallest)}x{min(smallest)} cannot use all of them, for "
+        f"instance {example[smallest]}"
     )
     if (odd := [size for size in counts if size[0] != size[1]]) and odd != [smallest]:
         line += f"; no stage can use those that are not square, for instance {example[odd[0]]}"

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -147,10 +148,14 @@ class _Walk:
                     position, "the end-of-archive blocks are missing: the tar is cut off"
                 )
             if header.count(0) == BLOCK:
-                return self._at_end(position)
+                self._check_end(position)
+                return None
             name, size, kind = _parse(header, position)
             start = position + BLOCK
-            if kind in _NO_DATA or (kind == b"\0" and name.endswith("/")):
+            if kind in _NO_DATA or (
+                # So do tars of 1979 mark a folder.
+                kind == b"\0" and (extended.name or name).endswith("/")
+            ):
                 self._position = self._behind_empty(start, size)
                 if kind in _NO_DATA and kind != b"5":
                     self._passed_over[_NO_DATA[kind]] += 1
@@ -196,8 +201,8 @@ class _Walk:
             self._last_content = error.end + BLOCK
         return error.end
 
-    def _at_end(self, position: int) -> None:
-        """Nothing, unless more of a tar lies behind the zeroed block at `position`."""
+    def _check_end(self, position: int) -> None:
+        """Raise TarError if more of a tar lies behind the zeroed block at `position`."""
         found = find_header(self._descriptor, position + BLOCK, self._num_bytes, position % BLOCK)
         if found is None:
             return
@@ -274,7 +279,7 @@ class _Walk:
                 extents.append((at, length, position))
                 at += length
         name = extended.sparse.get("name", name)
-        ordered = all(a[2] + a[1] <= b[2] for a, b in zip(extents, extents[1:], strict=False))
+        ordered = all(a[2] + a[1] <= b[2] for a, b in pairwise(extents))
         if at > self._num_bytes or not ordered or not 0 <= whole <= _MAX_SPARSE:
             raise TarError(start - BLOCK, f"the map of the sparse file {name} is damaged")
         if extents and extents[-1][2] + extents[-1][1] > whole:
@@ -367,8 +372,7 @@ def _is_about_next(lost: bytes) -> bool:
         return False
     content = lost[BLOCK : 2 * BLOCK]
     return (
-        lost[156:157] in b"xXL"
-        and lost[156] != 0
+        lost[156] in b"xXL"
         or b"PaxHeader" in lost[:100]
         or b"@LongLink" in lost[:100]
         or _PAX_RECORD.match(content) is not None

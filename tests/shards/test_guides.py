@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from launch.commands.shards import app
-from shards import Sample, ShardSink, open_dataset, pack
+from shards import ShardSink, open_dataset, pack
 from shards.errors import CorruptSample, ManifestError, PackError
 from shards.mix import MixedDataset
 from shards.repair import rebuild_indexes, repair
