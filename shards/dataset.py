@@ -77,6 +77,21 @@ class Dataset(ABC):
             ManifestError: if the dataset lacks the level, or has no statistics.
         """
 
+    @abstractmethod
+    def unfit_images(self, size: int, split: str = "train") -> tuple[int, str]:
+        """Images of a split that are known to be smaller than `size` pixels, or not square.
+
+        Nothing is decoded: the manifest, the indexes or the images' headers tell. What lies behind
+        a URL, and whose indexes do not tell, counts as fit.
+
+        Returns:
+            How many there are, and which is the first, in words.
+        """
+
+    @abstractmethod
+    def label_fault(self, split: str = "train") -> str:
+        """The first sample whose metadata keep a split from having labels, in words, or ""."""
+
     def level_info(self, level: int | str) -> LevelInfo:
         """What the manifest says about a level.
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,8 @@ from shards.tar import Member, TarError, walk
 _FLOATS = ("<f2", "<f4")
 _CHUNK = 1 << 26
 _IMAGE_HEAD = 4096
+# The square of a number beyond is no float32, nor is a variance.
+_LARGEST = 1e18
 RESTORE = (
     "restore the shard from a copy, or run `dinogen shards repair` to go on with what can be read"
 )
@@ -473,10 +476,8 @@ class _Table:
                 total = sum64(content)
                 if self._finite and form is not None and column.dtype is not None:
                     values = as_array(content, form.dtype, form.shape, form.fortran)
-                    with np.errstate(over="ignore"):
-                        finite = np.isfinite(values.astype(column.dtype)).all()
-                    if not finite:
-                        what = f"holds numbers that are not finite as {np.dtype(column.dtype)}"
+                    what = unusable(values, column.dtype)
+                    if what is not None:
                         self._faults.append(Fault(number, suffix, what))
                         return None
         if not direct:
@@ -512,6 +513,17 @@ class _Table:
 def _label_of_meta(data: bytes, key: str) -> int | None:
     label: int | None = decode_meta(data, key).get("label")
     return label
+
+
+def unusable(values: npt.NDArray[Any], dtype: str) -> str | None:
+    """What is wrong with the numbers of a level once they are read as `dtype`, if anything is."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = values.astype(dtype)
+        if not np.isfinite(converted).all():
+            return f"holds numbers that are not finite as {np.dtype(dtype)}"
+        if np.abs(converted).max(initial=0) > _LARGEST:
+            return f"holds numbers beyond {_LARGEST:g}"
+    return None
 
 
 def _sum_of(descriptor: int, size: int, offset: int) -> int:

@@ -40,6 +40,9 @@ _OTHER = {
     b"M": "continued file of another volume",
     b"D": "list of a folder",
 }
+# The last digit of a header's checksum and what ends it.
+_CHECKSUM = re.compile(rb"[0-7]\0 ")
+_CHECKSUM_AT = 153
 _PAX_RECORD = re.compile(rb"\d+ [A-Za-z][\w.]*=")
 # (first byte in the tar, bytes, position in the file) of each stored part of a sparse file.
 Extents = tuple[tuple[int, int, int], ...]
@@ -386,8 +389,8 @@ def find_header(descriptor: int, start: int, num_bytes: int, phase: int) -> int 
         descriptor: of the tar.
         start: where to begin.
         num_bytes: size of the tar.
-        phase: headers without the mark `ustar` are looked for at this place modulo 512 alone;
-            those with it anywhere, for bytes may have been lost.
+        phase: headers whose checksum is written in an odd way are looked for at this place modulo
+            512 alone; all others anywhere, for bytes may have been lost.
     """
     position = start
     while position < num_bytes:
@@ -395,12 +398,13 @@ def find_header(descriptor: int, start: int, num_bytes: int, phase: int) -> int 
         if len(chunk) < BLOCK:
             return None
         found = _aligned(chunk, (phase - position) % BLOCK)
-        at = chunk.find(b"ustar")
-        while at >= 0 and (found is None or at - 257 < found):
-            if at >= 257 and _is_header(chunk[at - 257 : at - 257 + BLOCK].ljust(BLOCK, b"\1")):
-                found = at - 257
+        for mark in _CHECKSUM.finditer(chunk):
+            at = mark.start() - _CHECKSUM_AT
+            if found is not None and at >= found:
                 break
-            at = chunk.find(b"ustar", at + 1)
+            if at >= 0 and _is_header(chunk[at : at + BLOCK].ljust(BLOCK, b"\1")):
+                found = at
+                break
         if found is not None:
             return position + found
         position += _CHUNK

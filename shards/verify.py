@@ -20,7 +20,7 @@ from shards.packed import PackedDataset
 from shards.plain import common_size, levels_of, tars_of
 from shards.reader import read_member
 from shards.sample import IMAGE_SUFFIXES, LABEL_SUFFIXES, image_suffix, level_name, level_suffix
-from shards.scan import RESTORE, Survey, survey
+from shards.scan import RESTORE, Survey, survey, unusable
 from shards.table import Source
 
 FIX_INDEX = "run `dinogen shards index`"
@@ -339,7 +339,7 @@ def _follow(
     descriptor = os.open(tar, os.O_RDONLY)
     try:
         for row in range(len(stored)):
-            sound = True
+            sound, moved = True, False
             for number, column in enumerate(stored.columns):
                 if stored.offsets[row, number] < 0:
                     continue
@@ -352,11 +352,15 @@ def _follow(
                     same_sum = scanned.sums[place] == stored.sums[row, number]
                     if same_sum and scanned.sizes[place] == stored.sizes[row, number]:
                         offsets[row, number] = scanned.offsets[place]
-                        sound = True
+                        sound = moved = True
             num_sound += sound
+            if moved:
+                what = "does not lie where its index says: bytes were put in or lost before it"
+                problem = Problem(tar.name, stored.key(row), "", what, FIX_REPAIR)
+                report.problems.append(problem)
     finally:
         os.close(descriptor)
-    if num_sound == 0 and stored.keys.tolist() != scanned.keys.tolist():
+    if num_sound == 0 and not report.torn and stored.keys.tolist() != scanned.keys.tolist():
         return None
     if not np.array_equal(offsets, stored.offsets):
         # The tar has to be written again: its samples do not lie where its index says.
@@ -448,8 +452,8 @@ def _check_sample(
         values = members.get(level_suffix(name))
         if not isinstance(values, np.ndarray):
             raise CorruptSample(shard, key, level_suffix(name), "is missing")
-        if not np.isfinite(values).all():
-            raise CorruptSample(shard, key, level_suffix(name), "holds numbers not finite")
+        if (what := unusable(values, values.dtype.str)) is not None:
+            raise CorruptSample(shard, key, level_suffix(name), what)
     suffix = image_suffix(list(members))
     if suffix is None:
         raise CorruptSample(shard, key, "", "has no image")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -60,12 +61,12 @@ def tools() -> list[str]:
     return found
 
 
-def draw_entries(rng: Rng, count: int, odd: bool = True) -> list[Entry]:
+def draw_entries(rng: Rng, count: int, first: int = 0) -> list[Entry]:
     """Samples with random names and members, and between them what is no file."""
     entries: list[Entry] = []
     label = rng.integers(4)
     dtype = str(rng.choice(_DTYPES))
-    for number in range(count):
+    for number in range(first, first + count):
         key = str(rng.choice(_FOLDERS)) + _stem(rng, number)
         suffix, image = images()[rng.integers(len(images()))]
         members = {suffix: image}
@@ -81,7 +82,7 @@ def draw_entries(rng: Rng, count: int, odd: bool = True) -> list[Entry]:
         if rng.random() < 0.3:
             rng.shuffle(names)
         entries += [Entry(f"{key}.{name}", members[name]) for name in names]
-        if odd and rng.random() < 0.6:
+        if rng.random() < 0.6:
             entries.append(_odd(rng, number, entries))
     return entries
 
@@ -160,10 +161,9 @@ def _add(rng: Rng, tar: tarfile.TarFile, entry: Entry) -> None:
         info.pax_headers = {"comment": "some words", "SCHILY.xattr.user.x": "\x01 =1"}
     if rng.random() < 0.1:
         _add_global(tar)
-    try:
+    # USTAR has no room for every name.
+    with contextlib.suppress(ValueError, UnicodeError):
         tar.addfile(info, io.BytesIO(entry.content) if info.size else None)
-    except (ValueError, UnicodeError):
-        pass  # USTAR has no room for every name
 
 
 def _add_global(tar: tarfile.TarFile) -> None:
