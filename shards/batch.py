@@ -12,9 +12,10 @@ import torch
 
 from shards.buffers import Buffers
 from shards.errors import CorruptSample
+from shards.index import NO_LABEL
 from shards.order import Order, Place
 from shards.plan import Plan, Portion
-from shards.reader import Arrays, BatchReader
+from shards.reader import Arrays, BatchReader, Failures
 from shards.sample import VECTORS, level_grid, level_guide
 from shards.table import SampleTable
 
@@ -38,6 +39,7 @@ class SplitReader:
         levels: as `Dataset.stream`.
         successor: in the dataset's own order; None stops at a damaged sample.
         among: whether there are other datasets, so that a damaged sample has to say whose it is.
+        need_labels: a sample whose label cannot be known counts as damaged.
 
     Raises:
         ManifestError: if the dataset lacks the split or a level.
@@ -53,6 +55,7 @@ class SplitReader:
         levels: Sequence[int | str],
         successor: Successor | None,
         among: bool = False,
+        need_labels: bool = False,
     ) -> None:
         size = dataset.manifest.image_size
         if image_size is not None and (image_size < 1 or (size is not None and image_size > size)):
@@ -61,6 +64,7 @@ class SplitReader:
         self._reader = BatchReader(self.table, dataset.level_shapes(levels), image_size)
         self._successor = successor
         self._prefix = f"{dataset.location}/" if among else ""
+        self._need_labels = need_labels
         self.shapes = self._reader.shapes
 
     def fill(self, places: Place, rows: list[int], out: Arrays) -> list[CorruptSample]:
@@ -72,7 +76,7 @@ class SplitReader:
         Raises:
             CorruptSample: if one is damaged and there is no successor, or none that is sound.
         """
-        failures = self._reader.read(places, rows, out)
+        failures = self._read(places, rows, out)
         skipped = []
         for item, failure in sorted(failures.items()):
             if self._prefix:
@@ -85,6 +89,15 @@ class SplitReader:
             skipped.append(failure)
         return skipped
 
+    def _read(self, places: Place, rows: list[int], out: Arrays) -> Failures:
+        """As `BatchReader.read`; where labels are needed, samples without one are failures too."""
+        failures = self._reader.read(places, rows, out)
+        if self._need_labels:
+            for item, found in enumerate(_pairs(places)):
+                if item not in failures and self.table.labels([found])[0] == NO_LABEL:
+                    failures[item] = self.table.no_label(*found)
+        return failures
+
     def _replace(
         self, successor: Successor, places: Place, item: int, row: int, out: Arrays
     ) -> bool:
@@ -93,7 +106,7 @@ class SplitReader:
         # so far that a whole epoch is among them
         for step in range(1, 2 * self.table.num_samples):
             other = successor(position, step)
-            if not self._reader.read(other, [row], out):
+            if not self._read(other, [row], out):
                 places.shard[item] = other.shard[0]
                 places.sample[item] = other.sample[0]
                 return True
@@ -132,11 +145,12 @@ class BatchMaker:
         for portion in plan.portions:
             reader, places = self._readers[portion.number], portion.places
             skipped += reader.fill(places, portion.rows, out)
-            found = list(zip(places.shard.tolist(), places.sample.tolist(), strict=True))
+            found = _pairs(places)
             for row, key in zip(portion.rows, reader.table.keys(found), strict=True):
                 keys[row] = key
             if self._has_labels:
-                labels[portion.rows] = reader.table.labels(found)
+                mine = reader.table.labels(found)
+                labels[portion.rows] = np.where(mine == NO_LABEL, -1, mine)
         batch: Batch = {"key": keys, "position": torch.from_numpy(plan.position.copy())}
         if "image" in tensors:
             batch["image"] = tensors.pop("image")
@@ -153,6 +167,11 @@ class BatchMaker:
         return batch, skipped
 
 
+def _pairs(places: Place) -> list[tuple[int, int]]:
+    """(shard, sample) of each place."""
+    return list(zip(places.shard.tolist(), places.sample.tolist(), strict=True))
+
+
 def read_batch(
     dataset: Dataset,
     numbers: list[int],
@@ -160,6 +179,7 @@ def read_batch(
     image_size: int | None,
     levels: Sequence[int | str],
     on_error: Literal["stop", "skip"],
+    need_labels: bool = False,
 ) -> Batch:
     """Batch of samples by their numbers in packed order; see `Dataset.read`."""
     check_on_error(on_error)
@@ -178,7 +198,7 @@ def read_batch(
             continue
         follow = _in_packed_order(one.table(split)) if on_error == "skip" else None
         among = len(dataset.sets) > 1
-        readers.append(SplitReader(one, split, image_size, levels, follow, among))
+        readers.append(SplitReader(one, split, image_size, levels, follow, among, need_labels))
         rows = np.flatnonzero(number == which)
         if len(rows):
             places = _places(one.table(split), index[rows] - starts[which])

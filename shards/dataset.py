@@ -77,6 +77,21 @@ class Dataset(ABC):
             ManifestError: if the dataset lacks the level, or has no statistics.
         """
 
+    @abstractmethod
+    def unfit_images(self, size: int, split: str = "train") -> tuple[int, str]:
+        """Images of a split that are known to be smaller than `size` pixels, or not square.
+
+        Nothing is decoded: the manifest, the indexes or the images' headers tell. What lies behind
+        a URL, and whose indexes do not tell, counts as fit.
+
+        Returns:
+            How many there are, and which is the first, in words.
+        """
+
+    @abstractmethod
+    def label_fault(self, split: str = "train") -> str:
+        """The first sample whose metadata keep a split from having labels, in words, or ""."""
+
     def level_info(self, level: int | str) -> LevelInfo:
         """What the manifest says about a level.
 
@@ -115,6 +130,7 @@ class Dataset(ABC):
         image_size: int | None = None,
         levels: Sequence[int | str] = (),
         on_error: Literal["stop", "skip"] = "stop",
+        need_labels: bool = False,
     ) -> Batch:
         """One batch of samples by their numbers in packed order; `position` holds the numbers.
 
@@ -125,6 +141,7 @@ class Dataset(ABC):
             levels: as in `stream`.
             on_error: "stop" raises on a damaged sample; "skip" gives the next sound one in packed
                 order (behind the last comes the first) in its place, and names it in the log.
+            need_labels: as in `stream`.
 
         Raises:
             CorruptSample: if one cannot be read, or none of the split can.
@@ -132,7 +149,7 @@ class Dataset(ABC):
         """
         from shards.batch import read_batch
 
-        return read_batch(self, list(numbers), split, image_size, levels, on_error)
+        return read_batch(self, list(numbers), split, image_size, levels, on_error, need_labels)
 
     def stream(
         self,
@@ -149,6 +166,7 @@ class Dataset(ABC):
         window_shards: int = 4,
         on_error: Literal["stop", "skip"] = "stop",
         pin_memory: bool = False,
+        need_labels: bool = False,
     ) -> Stream:
         """Endless batches of a split in an order that depends on seed and position alone.
 
@@ -169,6 +187,8 @@ class Dataset(ABC):
             on_error: "stop" raises on a damaged sample; "skip" shows the next sound one of the
                 order in its place, alike on every rank, and counts it.
             pin_memory: batches in pinned memory, for asynchronous copies to a GPU.
+            need_labels: a sample whose metadata are at fault, so that its label is unknown, counts
+                as damaged; otherwise its label in a batch is -1.
 
         Raises:
             ManifestError: if the dataset lacks the split, a level or labels.
@@ -191,4 +211,5 @@ class Dataset(ABC):
             window_shards=window_shards,
             on_error=on_error,
             pin_memory=pin_memory,
+            need_labels=need_labels,
         )

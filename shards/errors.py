@@ -1,4 +1,4 @@
-"""The errors of this package: each names the file and says how to mend it."""
+"""The errors of this package: each names the file and the remedy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class ShardsError(Exception):
-    """Base of all errors about data on disk; the message names the file and the mend."""
+    """Base of all errors about data on disk; the message names the file and the remedy."""
 
 
 class ManifestError(ShardsError):
@@ -18,7 +18,7 @@ class IndexFileError(ShardsError):
 
 
 class FetchError(ShardsError):
-    """A file behind a URL cannot be had, though it was tried again while the fault might pass.
+    """A file behind a URL is not available, though it was tried again while the fault might pass.
 
     It says nothing about a sample, so that `on_error="skip"` does not pass over it.
     """
@@ -56,9 +56,9 @@ class CorruptSample(ShardsError):
         self.shard, self.key, self.member, self.what = shard, key, member, what
         place = f"{key}.{member}" if member else key
         super().__init__(
-            f"{shard}: {place}: {what}; run `dinogen shards verify` for the whole list and "
-            f"`dinogen shards repair` to rewrite the shard without it, or pass over it with "
-            f"data.on_error=skip (in Python on_error='skip')"
+            f"{shard}: {place}: {what}; `dinogen shards verify` lists all that is damaged, "
+            f"`dinogen shards repair` writes the shard again without it, data.on_error=skip (in "
+            f"Python on_error='skip') passes over it"
         )
 
     def __reduce__(self) -> tuple[type[CorruptSample], tuple[str, str, str, str]]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 
 TEMPORARY = ".tmp"
+KEPT = ".before-repair"
 # To be held while numpy reads the header of a .npy: it uses `ast`, which in CPython 3.11 ends in
 # a SystemError ("AST constructor recursion depth mismatch") where two threads are in it at once.
 NPY_HEADERS = threading.Lock()
@@ -66,6 +69,41 @@ def atomic_write(path: Path) -> Iterator[AtomicFile]:
         raise
 
 
+def keep(path: Path) -> Path:
+    """Give what a file holds now a second name, which stays when the file is replaced or removed.
+
+    Returns:
+        `NAME.before-repair`, or `NAME.before-repair-2` and so on where those are of other content.
+
+    Raises:
+        OSError: if there is no room for it; then nothing has changed.
+    """
+    for number in count(1):
+        kept = path.with_name(f"{path.name}{KEPT}{f'-{number}' if number > 1 else ''}")
+        try:
+            os.link(path, kept)
+        except FileExistsError:
+            # An earlier repair was interrupted after this step.
+            if path.samefile(kept):
+                return kept
+            continue
+        except OSError:
+            # A file system without hard links.
+            if kept.exists():
+                continue
+            _copy(path, kept)
+        break
+    sync_folder(path.parent)
+    return kept
+
+
+def _copy(path: Path, to: Path) -> None:
+    with path.open("rb") as source, atomic_write(to) as file:
+        while chunk := source.read(_CHUNK):
+            file.write(chunk)
+    shutil.copystat(path, to)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable: a rename is lost in a power cut until then."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -73,6 +111,39 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """`size` bytes of a file from `offset` on; fewer if it ends before."""
+    data = os.pread(descriptor, size, offset)
+    if len(data) == size or not data:
+        return data
+    # One call gives 2 GiB at most.
+    parts, done = [data], len(data)
+    while done < size and (data := os.pread(descriptor, size - done, offset + done)):
+        parts.append(data)
+        done += len(data)
+    return b"".join(parts)
+
+
+def gather(descriptor: int, extents: tuple[tuple[int, int, int], ...], size: int) -> bytes:
+    """The content of a sparse file, `size` bytes, from the parts that are stored.
+
+    Args:
+        descriptor: of the file that holds them.
+        extents: (first byte, bytes, position in the content) of each; the rest is zero.
+        size: of the content.
+
+    Returns:
+        Nothing if one of the parts is cut off.
+    """
+    content = bytearray(size)
+    for offset, length, position in extents:
+        part = read_at(descriptor, length, offset)
+        if len(part) < length:
+            return b""
+        content[position : position + length] = part
+    return bytes(content)
 
 
 def sha256_file(path: Path) -> str:

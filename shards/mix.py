@@ -74,6 +74,16 @@ class MixedDataset(Dataset):
             number -= one.num_samples(split)
         raise AssertionError("the counts of the datasets sum to that of the mix")
 
+    def unfit_images(self, size: int, split: str = "train") -> tuple[int, str]:
+        """As `Dataset.unfit_images`."""
+        found = [one.unfit_images(size, split) for one in self._sets if one.num_samples(split)]
+        return sum(count for count, _ in found), next((first for _, first in found if first), "")
+
+    def label_fault(self, split: str = "train") -> str:
+        """As `Dataset.label_fault`."""
+        sets = (one for one in self._sets if one.num_samples(split))
+        return next((fault for one in sets if (fault := one.label_fault(split))), "")
+
     def level_variance(self, level: int | str) -> npt.NDArray[np.float32]:
         """As `Dataset.level_variance`: of the mix, in which each dataset has its weight."""
         return self._variance(level).astype(np.float32)

@@ -16,7 +16,8 @@ from shards.index import ShardIndex
 from shards.manifest import MANIFEST, PACKING, Manifest, parse_manifest
 from shards.plain import describe_plain
 from shards.reader import read_sample
-from shards.sample import Sample, level_name
+from shards.sample import LABEL_SUFFIXES, Sample, level_name
+from shards.scan import image_sizes
 from shards.table import FILES_OPEN, OpenFile, SampleTable, Source
 
 
@@ -138,6 +139,39 @@ class PackedDataset(Dataset):
         # Held until it is read: another thread may drop it from the table meanwhile.
         file = table.file(shard)
         return read_sample(index, row, table.shards[shard].name, file.descriptor)
+
+    def unfit_images(self, size: int, split: str = "train") -> tuple[int, str]:
+        """As `Dataset.unfit_images`."""
+        stored = self.manifest.image_size
+        if stored is not None:
+            fits = stored >= size
+            return (0, "") if fits else (self.num_samples(split), f"all are {stored}x{stored}")
+        count, first = 0, ""
+        table = self.table(split)
+        for number, shard in enumerate(table.shards):
+            index = table.index(number)
+            pixels = index.pixels
+            if pixels is None:
+                if "://" in self.location:
+                    continue
+                pixels = image_sizes(table.file(number).descriptor, index)
+            width, height = pixels[:, 0], pixels[:, 1]
+            rows = np.flatnonzero((width > 0) & ((width != height) | (width < size)))
+            if len(rows) and not first:
+                row = int(rows[0])
+                first = f"{index.key(row)} of {shard.name} is {width[row]}x{height[row]}"
+            count += len(rows)
+        return count, first
+
+    def label_fault(self, split: str = "train") -> str:
+        """As `Dataset.label_fault`."""
+        table = self.table(split)
+        for number, shard in enumerate(table.shards):
+            for fault in table.index(number).faults:
+                if fault.suffix in LABEL_SUFFIXES:
+                    key = table.index(number).key(fault.row)
+                    return f"{shard.name}: {key}.{fault.suffix}: {fault.what}"
+        return ""
 
     def level_mean(self, level: int | str) -> npt.NDArray[np.float32]:
         """Mean of a level's features over train, float32 (grid * grid, C).

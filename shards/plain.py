@@ -2,21 +2,66 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from shards import index as index_files
-from shards.errors import ManifestError
-from shards.files import sha256_file
+from shards.errors import IndexFileError, ManifestError
+from shards.files import keep, sha256_file
+from shards.foreign import compressed_tars, unpack_advice
 from shards.index import ShardIndex
 from shards.manifest import SPLITS, STATISTICS, LevelInfo, Manifest, ShardInfo, split_table
 from shards.sample import level_grid, level_of_suffix
+from shards.scan import survey
 from shards.stats import Statistics, recall, save_statistics, shard_moments
 from shards.table import build_index, load_plain_index
 
+log = logging.getLogger(__name__)
+# As many tars are named in one error.
+_SHOWN = 20
 _SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d+\.tar")
+
+
+def tars_of(folder: Path) -> list[Path]:
+    """The tars in a folder that are not hidden, sorted by name.
+
+    Raises:
+        ManifestError: if there are none.
+    """
+    tars = sorted(
+        path for path in folder.glob("*.tar") if not path.name.startswith(".") and not path.is_dir()
+    )
+    compressed = compressed_tars(folder)
+    if not tars:
+        raise ManifestError(f"{folder} {_why_none(folder, compressed)}")
+    if compressed:
+        log.warning(
+            "%s: %d compressed tars are not read (%s, ...); %s",
+            folder, len(compressed), compressed[0], unpack_advice(compressed),
+        )  # fmt: skip
+    return tars
+
+
+def _why_none(folder: Path, compressed: list[str]) -> str:
+    if compressed:
+        others = f" and {len(compressed) - 1} more" if len(compressed) > 1 else ""
+        return (
+            f"holds compressed tars ({compressed[0]}{others}), no plain ones; "
+            f"{unpack_advice(compressed)}"
+        )
+    below = sorted(path.parent.name for path in folder.glob("*/*.tar"))
+    if below:
+        return f"holds no .tar, its folder {below[0]} does: give that one"
+    upper = sorted(path.name for path in folder.glob("*.[tT][aA][rR]"))
+    if upper:
+        return f"holds no .tar; name {upper[0]} {upper[0][:-4]}.tar"
+    return "holds neither manifest.json nor any .tar; pack data into it"
 
 
 def describe_plain(folder: Path) -> tuple[Manifest, dict[str, ShardIndex]]:
@@ -24,41 +69,75 @@ def describe_plain(folder: Path) -> tuple[Manifest, dict[str, ShardIndex]]:
 
     Raises:
         ManifestError: if there are no tars, or they hold different levels.
-        IndexFileError: if a tar is damaged.
+        IndexFileError: if tars cannot be used; it names each.
     """
-    tars = sorted(folder.glob("*.tar"))
-    if not tars:
-        raise ManifestError(f"{folder} holds neither manifest.json nor any .tar; pack data into it")
-    indexes = {tar.name: load_plain_index(tar) for tar in tars}
-    shards = []
-    for name, index in indexes.items():
-        match = _SPLIT_NAME.fullmatch(name)
-        split = match[1] if match else "train"
-        shards.append(
-            ShardInfo(
-                name=name,
-                split=split,
-                num_samples=len(index),
-                num_bytes=index.num_bytes,
-                sha256=None,
+    tars = tars_of(folder)
+    indexes = {}
+    errors = []
+    for tar in tars:
+        try:
+            indexes[tar.name] = load_plain_index(tar)
+        except (IndexFileError, OSError) as error:
+            errors.append(str(error))
+    raise_for(errors)
+    wanted = levels_of(indexes[tars[0].name], tars[0].name)
+    for tar in tars[1:]:
+        index = indexes[tar.name]
+        if _same_but_dtype(levels_of(index, tar.name), wanted):
+            index = build_index(tar, index.sums is not None, levels=wanted)
+            indexes[tar.name] = index
+        if (found := levels_of(index, tar.name)) != wanted:
+            raise ManifestError(
+                f"{tar}: holds {_named(found)}, {tars[0].name} {_named(wanted)}: make all tars "
+                "with the same features, or keep these in folders of their own"
             )
+    shards = tuple(
+        ShardInfo(
+            name=name,
+            split=split_of_name(name),
+            num_samples=len(index),
+            num_bytes=index.num_bytes,
+            sha256=None,
         )
-    shards.sort(key=lambda shard: SPLITS.index(shard.split))
-    levels = [levels_of(index, name) for name, index in indexes.items()]
-    for name, found in zip(indexes, levels, strict=True):
-        if found != levels[0]:
-            raise ManifestError(f"{folder / name}: holds other levels than {tars[0].name}")
+        for name, index in indexes.items()
+    )
+    shards = tuple(sorted(shards, key=lambda shard: SPLITS.index(shard.split)))
     manifest = Manifest(
         image_size=None,
         has_labels=all(index.labels is not None for index in indexes.values()),
-        splits=split_table(tuple(shards)),
-        levels=levels[0],
+        splits=split_table(shards),
+        levels=wanted,
         guide={},
         prepare={},
         statistics=None,
-        shards=tuple(shards),
+        shards=shards,
     )
     return manifest, indexes
+
+
+def split_of_name(name: str) -> str:
+    """Split that a plain tar belongs to, by its name."""
+    match = _SPLIT_NAME.fullmatch(name)
+    return match[1] if match else "train"
+
+
+def raise_for(errors: list[str]) -> None:
+    """Raise one IndexFileError for all of them, if there are any."""
+    if errors:
+        more = f"\nand {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
+        raise IndexFileError("\n".join(errors[:_SHOWN]) + more)
+
+
+def _same_but_dtype(one: dict[str, LevelInfo], other: dict[str, LevelInfo]) -> bool:
+    def shapes(levels: dict[str, LevelInfo]) -> dict[str, tuple[int, int]]:
+        return {name: (info.grid, info.channels) for name, info in levels.items()}
+
+    return one != other and shapes(one) == shapes(other)
+
+
+def _named(levels: dict[str, LevelInfo]) -> str:
+    parts = (f"{name} of {info.channels} channels" for name, info in levels.items())
+    return f"the levels {', '.join(parts)}" if levels else "no levels"
 
 
 def levels_of(index: ShardIndex, shard: str) -> dict[str, LevelInfo]:
@@ -80,31 +159,78 @@ def levels_of(index: ShardIndex, shard: str) -> dict[str, LevelInfo]:
     return levels
 
 
-def adopt(folder: Path) -> Manifest:
+def adopt(folder: Path) -> tuple[Manifest, list[str]]:
     """Give a folder of plain tars whole indexes, statistics and a manifest, by reading it all.
 
     Where only the manifest of a dataset was lost, what the statistics repeat of it comes back.
 
+    Returns:
+        The manifest, and what a user has to know about the tars, one line each.
+
     Raises:
         ManifestError: if there are no tars, or they hold different levels.
-        IndexFileError: if a tar is damaged.
-        CorruptSample: if a sample of the train split cannot be read.
+        IndexFileError: if tars cannot be used; it names each. Then nothing has changed.
     """
-    for tar in sorted(folder.glob("*.tar")):
-        build_index(tar, with_sums=True)
+    surveys = {tar: survey(tar, True, pixels=True, finite=True) for tar in tars_of(folder)}
+    raise_for([f"{tar}: {found.troubles[0]}" for tar, found in surveys.items() if found.troubles])
+    found_indexes = {tar.name: found.index for tar, found in surveys.items() if found.index}
+    image_size, about_sizes = common_size(found_indexes)
+    remarks = []
+    for tar, found in surveys.items():
+        assert found.index is not None
+        # Where all are alike, the manifest says so.
+        pixels = None if image_size else found.index.pixels
+        path = tar.with_name(index_files.index_name(tar.name))
+        index_files.save(replace(found.index, pixels=pixels), path)
+        remarks += [f"{tar.name}: {line}" for line in found.remarks()]
     manifest, _ = describe_plain(folder)
     shards = tuple(
         shard.model_copy(update={"sha256": sha256_file(folder / shard.name)})
         for shard in manifest.shards
     )
-    manifest = manifest.model_copy(update={"shards": shards})
+    manifest = manifest.model_copy(update={"shards": shards, "image_size": image_size})
     statistics, has_labels = _measure(folder, manifest)
     identity = recall(folder / STATISTICS, statistics.arrays())
-    return _save(folder, manifest.model_copy(update=identity), statistics, has_labels)
+    if not identity and (folder / STATISTICS).is_file():
+        remarks.append(
+            f"{STATISTICS}: is of other features; kept as {keep(folder / STATISTICS).name}"
+        )
+    manifest = manifest.model_copy(update=identity)
+    return _save(folder, manifest, statistics, has_labels), remarks + about_sizes
+
+
+def common_size(indexes: Mapping[str, ShardIndex]) -> tuple[int | None, list[str]]:
+    """Side of all images if it is one, else None; and a line about images that differ.
+
+    Args:
+        indexes: by the names of their tars.
+    """
+    counts: Counter[tuple[int, int]] = Counter()
+    example: dict[tuple[int, int], str] = {}
+    for name, index in indexes.items():
+        sizes = [] if index.pixels is None else index.pixels.tolist()
+        for row, (width, height) in enumerate(sizes):
+            if width:
+                counts[width, height] += 1
+                example.setdefault((width, height), f"{index.key(row)} of {name}")
+    if len(counts) == 1 and (size := next(iter(counts)))[0] == size[1]:
+        return size[0], []
+    if not counts:
+        return None, []
+    shown = ", ".join(f"{count:,} of {w}x{h}" for (w, h), count in counts.most_common(6))
+    line = f"images differ in size: {shown}{', ...' if len(counts) > 6 else ''}"
+    smallest = min(counts, key=min)
+    line += (
+        f"; stages larger than {min(smallest)}x{min(smallest)} cannot use all of them, for "
+        f"instance {example[smallest]}"
+    )
+    if (odd := [size for size in counts if size[0] != size[1]]) and odd != [smallest]:
+        line += f"; no stage can use those that are not square, for instance {example[odd[0]]}"
+    return None, [line]
 
 
 def complete(folder: Path, manifest: Manifest) -> Manifest:
-    """Count and measure anew what a manifest says about its shards, and save it.
+    """Count and measure again what a manifest says about its shards, and save it.
 
     Args:
         folder: of the dataset.

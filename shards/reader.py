@@ -13,11 +13,22 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import CorruptSample, FetchError, ShardsError
-from shards.files import sum64
+from shards.files import gather, read_at, sum64
 from shards.image import decode_rgbx, scale_into, shrink
 from shards.index import ShardIndex
 from shards.order import Place
-from shards.sample import IMAGE_SUFFIXES, Sample, decode, level_of_suffix, level_suffix
+from shards.sample import (
+    CAPTION_SUFFIX,
+    IMAGE_SUFFIXES,
+    LABEL_SUFFIX,
+    META_SUFFIX,
+    Sample,
+    as_array,
+    decode,
+    image_suffix,
+    level_of_suffix,
+    level_suffix,
+)
 from shards.table import OpenFile, SampleTable
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -161,15 +172,42 @@ class _Batch:
         targets = [(target[row * size : row * size + size],) for row in rows]
         items = list(range(len(rows)))
         reads = _Reads(suffix, items, self._descriptors, targets, offsets)
-        wrong = column.sizes[self._places.index] != size
+        for item in np.flatnonzero(column.offsets[self._places.index] < -1).tolist():
+            values = self._converted(item, suffix)
+            if values is not None:
+                out[rows[item]] = values
+        wrong = (column.sizes[self._places.index] != size) | (
+            column.offsets[self._places.index] < 0
+        )
         if len(self._sound) < len(self._files):
             wrong |= np.array(self._descriptors) < 0
         if wrong.any():
             for item in np.flatnonzero(wrong).tolist():
-                lost = offsets[item] < 0
-                self.fail(item, suffix, "is missing" if lost else "has not the manifest's shape")
+                if offsets[item] >= 0:
+                    self.fail(item, suffix, "has not the manifest's shape")
+                elif offsets[item] == -1:
+                    self.fail(item, suffix, self._fault(item, suffix) or "is missing")
             reads = reads.only((~wrong).tolist())
         self._queue.append(reads)
+
+    def _fault(self, item: int, suffix: str) -> str | None:
+        shard, row = self._shards[item], int(self._places.sample[item])
+        if self._files[shard] is None:
+            return None
+        return self._table.index(shard).fault(row, suffix)
+
+    def _converted(self, item: int, suffix: str) -> Any:
+        """A member that does not lie as it is needed: bytes, or an array if it is a level."""
+        shard, row = self._shards[item], int(self._places.sample[item])
+        index, file = self._table.index(shard), self._files[shard]
+        number = index.column(suffix)
+        if file is None or number is None:
+            return None
+        try:
+            return read_member(index, row, number, self._table.shards[shard].name, file.descriptor)
+        except CorruptSample as error:
+            self.fail(item, suffix, error.what)
+            return None
 
     def queue_images(self) -> dict[str, dict[int, memoryview]]:
         """Plan to read one encoded image of every item; returns their bytes by suffix and item."""
@@ -196,11 +234,17 @@ class _Batch:
             images[suffix] = {
                 item: target for item, (target,) in zip(reads.items, reads.targets, strict=True)
             }
-            found.update(reads.items)
             self._queue.append(reads)
+            for item in np.flatnonzero(column.offsets[self._places.index] < -1).tolist():
+                if item not in found and (data := self._converted(item, suffix)) is not None:
+                    images[suffix][item] = memoryview(data)
+                    found.add(item)
+            found.update(reads.items)
         for item, descriptor in enumerate(self._descriptors):
             if descriptor >= 0 and item not in found:
-                self.fail(item, "", "has no image")
+                faults = ((suffix, self._fault(item, suffix)) for suffix in IMAGE_SUFFIXES)
+                suffix, what = next(((s, w) for s, w in faults if w), ("", "has no image"))
+                self.fail(item, suffix, what)
         return images
 
     def read(self) -> None:
@@ -260,23 +304,68 @@ def read_sample(index: ShardIndex, row: int, shard: str, descriptor: int) -> Sam
         CorruptSample: naming the member that cannot be read.
     """
     key = index.key(row)
+    suffixes = [
+        column.suffix
+        for number, column in enumerate(index.columns)
+        if index.offsets[row, number] != -1
+    ]
+    wanted = {image_suffix(suffixes), META_SUFFIX, LABEL_SUFFIX, CAPTION_SUFFIX}
     members: dict[str, bytes] = {}
-    levels: dict[str, npt.NDArray[Any]] = {}
+    for fault in index.faults:
+        if fault.row == row:
+            raise CorruptSample(shard, key, fault.suffix, fault.what)
     for number, column in enumerate(index.columns):
-        offset, size = int(index.offsets[row, number]), int(index.sizes[row, number])
-        if offset < 0:
-            continue
-        data = os.pread(descriptor, size, offset)
-        if len(data) < size:
-            raise CorruptSample(shard, key, column.suffix, "its tar is cut off before its end")
-        if index.sums is not None and sum64(data) != int(index.sums[row, number]):
-            raise CorruptSample(shard, key, column.suffix, "its bytes differ from its checksum")
-        name = level_of_suffix(column.suffix)
-        if name is None:
-            members[column.suffix] = data
-        elif column.shape is not None and column.dtype is not None:
-            levels[name] = np.frombuffer(data, column.dtype).reshape(column.shape)
+        if column.suffix in wanted and index.offsets[row, number] != -1:
+            members[column.suffix] = read_member(index, row, number, shard, descriptor)
+    levels = read_levels(index, row, shard, descriptor)
     try:
-        return replace(decode(key, members), levels=levels)
+        sample = decode(key, members)
     except ValueError as error:
-        raise CorruptSample(shard, key, "", str(error)) from error
+        raise CorruptSample(shard, key, "", str(error).removeprefix(f"{key}: ")) from error
+    return replace(sample, levels=levels)
+
+
+def read_levels(
+    index: ShardIndex, row: int, shard: str, descriptor: int
+) -> dict[str, npt.NDArray[Any]]:
+    """The levels of a sample, by name, as they are trained on; without those that are at fault.
+
+    Raises:
+        CorruptSample: naming the one that cannot be read.
+    """
+    levels = {}
+    for number, column in enumerate(index.columns):
+        name = level_of_suffix(column.suffix)
+        if name is not None and column.shape is not None and index.offsets[row, number] != -1:
+            levels[name] = read_member(index, row, number, shard, descriptor)
+    return levels
+
+
+def read_member(index: ShardIndex, row: int, number: int, shard: str, descriptor: int) -> Any:
+    """One member of a sample, checked: its bytes, or the array if it is a level.
+
+    Raises:
+        CorruptSample: if it cannot be read as it was written.
+    """
+    column = index.columns[number]
+    offset, size = int(index.offsets[row, number]), int(index.sizes[row, number])
+    key, dtype, shape, fortran = index.key(row), column.dtype, column.shape, False
+    try:
+        if offset >= 0:
+            data = read_at(descriptor, size, offset)
+        else:
+            stored = index.indirect[-2 - offset]
+            data = gather(descriptor, stored.extents, size)
+            dtype, shape, fortran = stored.dtype, stored.shape, stored.fortran
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}"
+        raise CorruptSample(shard, key, column.suffix, what) from error
+    if len(data) < size:
+        raise CorruptSample(shard, key, column.suffix, "its tar is cut off before its end")
+    if index.sums is not None and sum64(data) != int(index.sums[row, number]):
+        raise CorruptSample(shard, key, column.suffix, "its bytes differ from its checksum")
+    if column.shape is None or dtype is None or shape is None:
+        return data
+    values = as_array(data, np.dtype(dtype), shape, fortran)
+    with np.errstate(over="ignore"):
+        return values.astype(column.dtype, order="C", copy=False).reshape(column.shape)

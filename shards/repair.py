@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from shards import index as index_files
-from shards.errors import CorruptSample, IndexFileError, ManifestError
-from shards.files import sha256_file
+from shards.errors import IndexFileError, ManifestError
+from shards.files import keep, sha256_file
 from shards.index import ShardIndex
 from shards.manifest import MANIFEST, STATISTICS, Manifest, ShardInfo, parse_manifest
 from shards.packed import Folder
-from shards.plain import adopt, complete
+from shards.plain import adopt, complete, split_of_name
+from shards.reader import read_member
 from shards.sample import encode_npy
-from shards.scan import scan
-from shards.table import build_index
-from shards.verify import inspect_shard
+from shards.scan import scan, survey
+from shards.verify import ShardReport, inspect_plain, inspect_shard
 from shards.writer import write_shard
+
+# As many lost samples of a shard are named one by one.
+_SHOWN = 20
 
 
 def rebuild_indexes(folder: Path) -> list[str]:
-    """Make the indexes anew that are missing or wrong; give plain tars a manifest as well.
+    """Make the indexes again that are missing or wrong; give plain tars a manifest as well.
 
     Returns:
         One line for each thing done.
@@ -42,97 +47,274 @@ def rebuild_indexes(folder: Path) -> list[str]:
                 f"{tar} is missing or differs from {MANIFEST}; run `dinogen shards verify`"
             )
         name = index_files.index_name(shard.name)
-        index = scan(tar, with_sums=True, levels=manifest.levels)
+        found = survey(tar, True, manifest.levels, pixels=manifest.image_size is None, finite=True)
+        if found.troubles or found.index is None:
+            raise IndexFileError(f"{tar}: {found.troubles[0]}")
+        index = found.index
         if not _stored_equals(folder / name, index):
             index_files.save(index, folder / name)
-            done.append(f"{name}: made anew")
+            done.append(f"{name}: made again")
     return done
 
 
-def repair(folder: Path) -> list[str]:
-    """Make a damaged dataset usable again, at the price of its damaged samples.
+@dataclass
+class RepairPlan:
+    """What a repair would do; nothing is changed until `run`.
 
-    Shards are rewritten without the samples that cannot be read; missing ones leave the manifest;
-    indexes, checksums, counts and statistics are made anew where they are wrong. Whoever calls
-    this has looked at what `verify` says and has no better copy.
+    Attributes:
+        lines: what would be done, and which samples would go and why.
+        num_lost: samples that would be lost.
+        rewrites: whether a tar would be written again or set aside.
+    """
+
+    lines: list[str] = field(default_factory=list)
+    num_lost: int = 0
+    rewrites: bool = False
+    _steps: list[Callable[[], str]] = field(default_factory=list)
+    _last: Callable[[], list[str]] = list
+
+    def run(self) -> list[str]:
+        """Carry it out.
+
+        Returns:
+            One line for each thing done.
+        """
+        done = [step() for step in self._steps]
+        return done + self._last()
+
+    def add(self, step: Callable[[], str]) -> None:
+        """Plan one more step."""
+        self._steps.append(step)
+
+    def finally_do(self, step: Callable[[], list[str]]) -> None:
+        """Plan what comes last."""
+        self._last = step
+
+    def lose(self, shard: str, count: int, reasons: Sequence[str]) -> None:
+        """Plan to go on without samples of a shard."""
+        self.num_lost += count
+        shown = list(reasons[:_SHOWN])
+        if len(reasons) > _SHOWN:
+            shown.append(f"and {len(reasons) - _SHOWN} more")
+        self.lines += [f"{shard}: {reason}" for reason in shown]
+
+
+def repair(folder: Path, allow_loss: bool = False) -> list[str]:
+    """Make a damaged dataset usable again; see `plan_repair`.
+
+    Args:
+        folder: of the dataset.
+        allow_loss: go on although samples that cannot be read will not be in the dataset any more.
 
     Returns:
         One line for each thing done.
 
     Raises:
-        ManifestError: if there is no dataset, or nothing of it is left.
+        ManifestError: if there is no dataset, nothing of it is left, or samples would be lost.
+    """
+    plan = plan_repair(folder)
+    if plan.num_lost and not allow_loss:
+        raise ManifestError(f"{folder}: {plan.num_lost} samples would be lost; nothing was changed")
+    return plan.run()
+
+
+def plan_repair(folder: Path) -> RepairPlan:
+    """Find out what it takes to make a damaged dataset usable again.
+
+    Shards with damaged samples or headers are written again without what cannot be read; missing
+    ones leave the manifest; indexes, checksums, counts and statistics are made again where they
+    are wrong. Every tar that is written again or set aside is kept as `NAME.tar.before-repair`. A
+    tar that this would not help is left alone.
+
+    Raises:
+        ManifestError: if there is no dataset, or nothing of it would be left.
     """
     if not (folder / MANIFEST).is_file():
-        return _repair_plain(folder)
+        return _plan_plain(folder)
     manifest = _manifest(folder)
-    done: list[str] = []
-    shards = []
+    plan = RepairPlan()
+    kept: dict[str, ShardInfo] = {}
     for shard in manifest.shards:
-        kept = _repair_shard(folder, manifest, shard, done)
-        if kept is not None:
-            shards.append(kept)
-    if not any(shard.split == "train" for shard in shards):
+        _plan_shard(folder, manifest, shard, plan, kept)
+    if not any(shard.split == "train" for shard in kept.values()):
         raise ManifestError(f"{folder}: no sample of the train split is left; restore it")
-    mended = complete(folder, manifest.model_copy(update={"shards": tuple(shards)}))
-    if mended != manifest:
-        done.append(f"{MANIFEST}: shards, counts and statistics brought up to date")
-    return done
+
+    def finish() -> list[str]:
+        shards = tuple(kept[shard.name] for shard in manifest.shards if shard.name in kept)
+        done = []
+        if plan.num_lost:
+            copy = keep(folder / MANIFEST)
+            done.append(f"{MANIFEST}: kept as {copy.name}, for it names what was lost")
+        repaired = complete(folder, manifest.model_copy(update={"shards": shards}))
+        if repaired != manifest:
+            done.append(f"{MANIFEST}: shards, counts and statistics brought up to date")
+        return done
+
+    plan.finally_do(finish)
+    return plan
 
 
-def _repair_shard(
-    folder: Path, manifest: Manifest, shard: ShardInfo, done: list[str]
-) -> ShardInfo | None:
-    """What the manifest shall say about a shard from now on; None if nothing is left of it."""
+def _plan_shard(
+    folder: Path,
+    manifest: Manifest,
+    shard: ShardInfo,
+    plan: RepairPlan,
+    kept: dict[str, ShardInfo],
+) -> None:
+    """Plan what a shard needs; `kept` gets what the manifest shall say about it from now on."""
     report = inspect_shard(Folder(folder), manifest, shard)
     tar, index_path = folder / shard.name, folder / index_files.index_name(shard.name)
     if report.missing:
-        done.append(f"{shard.name}: missing, taken out of {MANIFEST}")
-        index_path.unlink(missing_ok=True)
-        return None
-    rows = len(report.index) if report.index else 0
-    sound = [row for row in range(rows) if row not in report.damaged]
+        plan.lose(shard.name, shard.num_samples, [f"is missing with {shard.num_samples} samples"])
+
+        def drop() -> str:
+            _set_aside(index_path)
+            return f"{shard.name}: missing, taken out of {MANIFEST}"
+
+        plan.add(drop)
+        return
+    sound = _sound_rows(report)
     if report.index is None or not sound:
-        tar.replace(tar.with_suffix(".tar.damaged"))
-        index_path.unlink(missing_ok=True)
-        done.append(f"{shard.name}: no sample can be read; set aside as {tar.name}.damaged")
-        return None
-    if report.torn or len(sound) < rows:
-        info, _ = write_shard(tar, shard.split, _members(tar, report.index, sound))
-        lost = shard.num_samples - info.num_samples
-        done.append(f"{shard.name}: rewritten with {info.num_samples} samples, {lost} lost")
-        return info
+        reasons = [f"not one of its {shard.num_samples} samples can be read", *_reasons(report)]
+        plan.lose(shard.name, shard.num_samples, reasons)
+        plan.rewrites = True
+        plan.add(lambda: _put_away(tar))
+        return
+    index = report.index
+    kept[shard.name] = shard
+    if report.torn or report.damaged:
+        plan.rewrites = True
+        lost = max(shard.num_samples - len(sound), 0)
+        _announce(plan, shard.name, lost, len(sound), report)
+
+        def rewrite() -> str:
+            kept[shard.name], line = _rewrite(tar, shard.split, index, sound, lost)
+            return line
+
+        plan.add(rewrite)
+        return
+    num_samples = len(index)
     if report.index_wrong:
-        build_index(tar, with_sums=True)
-        done.append(f"{index_path.name}: made anew")
+        plan.lines.append(f"{index_path.name}: will be made again")
+
+        def rebuild() -> str:
+            found = scan(tar, with_sums=True, levels=manifest.levels)
+            index_files.save(found, index_path)
+            kept[shard.name] = _described(tar, shard, len(found))
+            return f"{index_path.name}: made again"
+
+        plan.add(rebuild)
+    kept[shard.name] = _described(tar, shard, num_samples)
+
+
+def _described(tar: Path, shard: ShardInfo, num_samples: int) -> ShardInfo:
     return shard.model_copy(
         update={
-            "num_samples": rows,
+            "num_samples": num_samples,
             "num_bytes": tar.stat().st_size,
             "sha256": sha256_file(tar),
         }
     )
 
 
-def _repair_plain(folder: Path) -> list[str]:
-    done: list[str] = []
-    for tar in sorted(folder.glob("*.tar")):
-        damage: list[CorruptSample] = []
-        index = scan(tar, with_sums=True, on_damage=damage.append)
-        if damage:
-            rows = list(range(len(index)))
-            info, _ = write_shard(tar, "train", _members(tar, index, rows))
-            done.append(f"{tar.name}: rewritten with the {info.num_samples} samples that are whole")
-    return done + _adopt(folder)
+def _sound_rows(report: ShardReport) -> list[int]:
+    return [row for row in range(len(report.index or ())) if row not in report.damaged]
+
+
+def _reasons(report: ShardReport) -> list[str]:
+    """Why samples of a shard would go, one line each."""
+    reasons = list(report.lost)
+    if report.index is not None:
+        reasons += [f"{report.index.key(row)}: {what}" for row, what in report.damaged.items()]
+    return reasons
+
+
+def _announce(
+    plan: RepairPlan, name: str, num_lost: int, num_sound: int, report: ShardReport
+) -> None:
+    plan.lines.append(
+        f"{name}: will be written again with {num_sound} samples, {num_lost} will be lost"
+    )
+    plan.lose(name, num_lost, _reasons(report))
+
+
+def _rewrite(
+    tar: Path, split: str, index: ShardIndex, rows: list[int], num_lost: int
+) -> tuple[ShardInfo, str]:
+    """Write a tar again with some of its samples; what it was is kept first."""
+    copy = keep(tar)
+    info, _ = write_shard(tar, split, _members(copy, index, rows))
+    line = (
+        f"{tar.name}: rewritten with {info.num_samples} samples, {num_lost} lost; "
+        f"what it was is kept as {copy.name}"
+    )
+    return info, line
+
+
+def _put_away(tar: Path) -> str:
+    copy = keep(tar)
+    tar.unlink()
+    _set_aside(tar.with_name(index_files.index_name(tar.name)))
+    return f"{tar.name}: no sample can be read; kept as {copy.name}"
+
+
+def _set_aside(path: Path) -> None:
+    """Take a file away that has no use any more, and keep what it holds."""
+    if path.is_file():
+        keep(path)
+        path.unlink()
+
+
+def _plan_plain(folder: Path) -> RepairPlan:
+    plan = RepairPlan()
+    unusable = []
+    num_left = 0
+    for tar, report in inspect_plain(folder):
+        sound = _sound_rows(report)
+        if report.unfit is not None and report.index is not None and sound:
+            # Its samples are all there, but not as they should be: nothing to gain by losing some.
+            raise ManifestError(f"{tar}: {report.unfit}")
+        if not sound or report.index is None:
+            what = report.unfit or "not one of its samples can be read"
+            unusable.append((tar, what, len(report.index or ()) + len(_known_lost(report))))
+            continue
+        num_left += len(sound)
+        if report.torn or report.damaged:
+            _plan_rewrite(tar, report, sound, plan)
+    if not num_left:
+        raise ManifestError("\n".join(f"{tar}: {what}" for tar, what, _ in unusable))
+    for tar, what, count in unusable:
+        # How many samples it held may not be known: one at least is what it was made for.
+        plan.lose(tar.name, max(count, 1), [f"{what}; it will be set aside"])
+        plan.rewrites = True
+        plan.add(partial(_put_away, tar))
+    plan.lines.append(f"{MANIFEST}: will be made from the tars, with their indexes")
+    plan.finally_do(lambda: _adopt(folder))
+    return plan
+
+
+def _plan_rewrite(tar: Path, report: ShardReport, sound: list[int], plan: RepairPlan) -> None:
+    assert report.index is not None
+    index = report.index
+    lost = len(index) - len(sound) + len(_known_lost(report))
+    plan.rewrites = True
+    _announce(plan, tar.name, lost, len(sound), report)
+    split = split_of_name(tar.name)
+    plan.add(lambda: _rewrite(tar, split, index, sound, lost)[1])
+
+
+def _known_lost(report: ShardReport) -> list[str]:
+    return report.survey.lost if report.survey is not None else []
 
 
 def _adopt(folder: Path) -> list[str]:
-    manifest = adopt(folder)
+    manifest, remarks = adopt(folder)
     done = [f"{MANIFEST}: made from {len(manifest.shards)} plain tars, with their indexes"]
     if manifest.guide:
         done.append(f"{MANIFEST}: guide and prepare taken from {STATISTICS}")
     elif manifest.levels:
         done.append(f"{MANIFEST}: guide is empty, for nothing here says which one made the levels")
-    return done
+    return done + remarks
 
 
 def _members(
@@ -144,14 +326,12 @@ def _members(
         for row in rows:
             members = {}
             for number, column in enumerate(index.columns):
-                offset, size = int(index.offsets[row, number]), int(index.sizes[row, number])
-                if offset < 0:
+                if index.offsets[row, number] == -1:
                     continue
-                data = os.pread(descriptor, size, offset)
-                if column.shape is not None and column.dtype is not None:
-                    # The header in the tar is not held by any checksum: written anew.
-                    data = encode_npy(np.frombuffer(data, column.dtype).reshape(column.shape))
-                members[column.suffix] = data
+                data = read_member(index, row, number, tar.name, descriptor)
+                # The header in the tar is not held by any checksum: written again.
+                is_level = isinstance(data, np.ndarray)
+                members[column.suffix] = encode_npy(data) if is_level else data
             yield index.key(row), members
     finally:
         os.close(descriptor)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
+import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,15 +17,25 @@ import numpy.typing as npt
 from shards.files import NPY_HEADERS
 
 # The first of them that a sample has is its image.
-IMAGE_SUFFIXES = {"jpg": "jpg", "jpeg": "jpg", "png": "png"}
+IMAGE_SUFFIXES = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp"}
 META_SUFFIX = "json"
+# A class number in ASCII, as WebDataset decodes it.
+LABEL_SUFFIX = "cls"
+LABEL_SUFFIXES = (META_SUFFIX, LABEL_SUFFIX)
 CAPTION_SUFFIX = "txt"
 # Levels that hold one vector of a sample: the embeddings of its image and of its caption.
 VECTORS = ("clip", "text")
 _LEVEL = re.compile(r"(?:([a-z][a-z0-9_]*)\.)?[pn]([1-9][0-9]*)")
-# A USTAR name holds 100 bytes; 20 of them are kept for the suffix, unless a guide's name is longer.
-_MAX_KEY_BYTES = 80
-_MAX_NAME_BYTES = 100
+# WebDataset's rule: up to the first dot of the last part of the name; what it takes for metadata
+# of the tar itself is passed over.
+_NAME = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")
+_PASSED_OVER = re.compile(r"__[^/]*__(?:/|$)")
+# What numpy raises for a damaged header of a .npy, which it hands to Python's own parser.
+_NPY_ERRORS = (
+    ValueError, KeyError, TypeError, SyntaxError, tokenize.TokenError, OverflowError, EOFError,
+    MemoryError, RecursionError,
+)  # fmt: skip
+_NUMBERS = "fiub"
 
 
 @dataclass(frozen=True)
@@ -31,16 +43,16 @@ class Sample:
     """One training example as it lies on disk.
 
     Attributes:
-        key: unique name; no `.` (WebDataset splits a name at its first dot), no `/`.
+        key: unique name, of any length; see :func:`check_key`.
         image: the encoded image file, stored as it is.
-        image_format: "jpg" or "png".
+        image_format: "jpg", "png" or "webp".
         meta: free JSON object (`label` is reserved).
         levels: features by level, {"p4": (16, C), "p8": (64, C), "p16": (256, C)}: `p` pooled,
             `n` native, the number is the grid's side; "NAME.p4" are those of a further guide. Of
             "clip" and "text", (1, E): embeddings of the image and of the caption, zeros where
             there is no caption. Stored as float16.
         label: class number, or None.
-        caption: what is in the picture, in words, or None.
+        caption: what is in the image, in words, or None.
 
     Raises:
         ValueError: naming the key and what is wrong with it.
@@ -56,8 +68,10 @@ class Sample:
 
     def __post_init__(self) -> None:
         check_key(self.key)
-        if self.image_format not in ("jpg", "png"):
-            raise ValueError(f"{self.key}: image_format {self.image_format!r} is not jpg or png")
+        if self.image_format not in IMAGE_SUFFIXES.values():
+            raise ValueError(
+                f"{self.key}: image_format {self.image_format!r} is not jpg, png or webp"
+            )
         if "label" in self.meta:
             raise ValueError(f"{self.key}: give the label as Sample.label, not inside meta")
         for name, values in self.levels.items():
@@ -66,22 +80,33 @@ class Sample:
                 raise ValueError(
                     f"{self.key}: level {name} has shape {values.shape}, needed is ({places}, C)"
                 )
-            member = f"{self.key}.{level_suffix(name)}"
-            if len(member.encode()) > _MAX_NAME_BYTES:
-                raise ValueError(
-                    f"{member}: a member's name has to be of at most {_MAX_NAME_BYTES} bytes: give "
-                    "the guide a shorter name"
-                )
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and suffix of a member of a tar, as WebDataset splits its name.
+
+    The folders are part of the key: `a/v1.5/x.p4.npy` is `p4.npy` of `a/v1.5/x`. Suffixes are
+    lower case.
+
+    Returns:
+        None for a name that is no member of a sample: without a dot, of a hidden file, or `__x__`.
+    """
+    found = _NAME.fullmatch(name)
+    if found is None or _PASSED_OVER.match(name):
+        return None
+    return found[1], found[2].lower()
 
 
 def check_key(key: str) -> None:
-    """Raise ValueError unless `key` can name a sample in a WebDataset tar."""
-    if not key or len(key.encode()) > _MAX_KEY_BYTES:
-        raise ValueError(f"key {key!r} must have 1 to {_MAX_KEY_BYTES} bytes in UTF-8")
-    if key.startswith("__") or any(c in "./\\" or not c.isprintable() for c in key):
+    """Raise ValueError unless what WebDataset reads back is this key.
+
+    The one rule for keys, of samples that are written and of samples that are read: any length,
+    any folders, no dot in its last part.
+    """
+    if "\0" in key or split_name(f"{key}.jpg") != (key, "jpg"):
         raise ValueError(
-            f"key {key!r} must not contain '.', '/', '\\' or unprintable characters, "
-            f"nor begin with '__': WebDataset would split or skip it"
+            f"key {key!r} names no sample: it must not be empty, its last part must not contain "
+            "'.', and it must not begin with a folder '__x__'; WebDataset would split or skip it"
         )
 
 
@@ -170,6 +195,8 @@ def decode(key: str, members: Mapping[str, bytes]) -> Sample:
         raise ValueError(f"{key}: has no image; its members are {', '.join(members)}")
     meta = decode_meta(members.get(META_SUFFIX, b"{}"), key)
     label = meta.pop("label", None)
+    if label is None and LABEL_SUFFIX in members:
+        label = decode_label(members[LABEL_SUFFIX], key)
     levels = {
         name: as_level(name, decode_npy(data, f"{key}.{member}"))
         for member, data in members.items()
@@ -191,18 +218,37 @@ def decode_meta(data: bytes, key: str) -> dict[str, Any]:
     """The JSON object of a sample.
 
     Raises:
-        ValueError: if it is no JSON object, or its `label` is not an integer.
+        ValueError: if it is no JSON object, or its `label` is not an integer of 64 bits.
     """
+    name = f"{key}.{META_SUFFIX}"
+    if not data.strip():
+        raise ValueError(f"{name}: is empty, needed is a JSON object")
     try:
         meta = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{key}.json: not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON: {error}") from error
     if not isinstance(meta, dict):
-        raise ValueError(f"{key}.json: holds a {type(meta).__name__}, needed is an object")
+        raise ValueError(f"{name}: holds a {type(meta).__name__}, needed is an object")
     label = meta.get("label")
     if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
-        raise ValueError(f"{key}.json: label {label!r} is not an integer")
+        raise ValueError(f"{name}: label {label!r:.80} is not an integer")
+    if label is not None and not -(2**63) < label < 2**63:
+        raise ValueError(f"{name}: label {label!r:.80} does not fit into 64 bits")
     return meta
+
+
+def decode_label(data: bytes, key: str) -> int:
+    """The class number in a `.cls` member.
+
+    Raises:
+        ValueError: if it is not an integer of 64 bits in ASCII.
+    """
+    text = bytes(data).strip()
+    if not re.fullmatch(rb"[+-]?[0-9]{1,18}", text):
+        raise ValueError(
+            f"{key}.{LABEL_SUFFIX}: {text[:40].decode('utf-8', 'replace')!r} is not an integer"
+        )
+    return int(text)
 
 
 def to_float16(key: str, name: str, values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
@@ -229,11 +275,15 @@ def encode_npy(array: npt.NDArray[Any]) -> bytes:
     return file.getvalue()
 
 
-def npy_header(data: bytes, name: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """Shape, dtype and header length of a .npy file from its first bytes.
+def npy_header(data: bytes, name: str) -> tuple[tuple[int, ...], np.dtype[Any], bool, int]:
+    """Shape, dtype, whether in Fortran order, and header length of a .npy file.
+
+    Args:
+        data: its first bytes.
+        name: of the file, for the error.
 
     Raises:
-        ValueError: if it is no npy file, is Fortran-ordered, or would need unpickling.
+        ValueError: if it is no npy file of numbers (floating-point, integer or boolean).
     """
     file = io.BytesIO(data)
     try:
@@ -244,11 +294,13 @@ def npy_header(data: bytes, name: str) -> tuple[tuple[int, ...], np.dtype[Any], 
         }[version]
         with NPY_HEADERS:
             shape, fortran, dtype = read(file)
-    except (ValueError, KeyError) as error:
+    except _NPY_ERRORS as error:
         raise ValueError(f"{name}: not a .npy file: {error}") from error
-    if fortran or dtype.hasobject:
-        raise ValueError(f"{name}: Fortran order and object arrays are not read")
-    return shape, dtype, file.tell()
+    if dtype.kind not in _NUMBERS:
+        raise ValueError(f"{name}: holds {dtype}; needed are numbers")
+    if any(isinstance(length, bool) or length < 0 for length in shape):
+        raise ValueError(f"{name}: not a .npy file: its shape is {shape}")
+    return shape, dtype, bool(fortran), file.tell()
 
 
 def decode_npy(data: bytes, name: str) -> npt.NDArray[Any]:
@@ -257,7 +309,15 @@ def decode_npy(data: bytes, name: str) -> npt.NDArray[Any]:
     Raises:
         ValueError: as `npy_header`, or if the length does not fit the shape.
     """
-    shape, dtype, header = npy_header(data, name)
-    if len(data) - header != int(np.prod(shape)) * dtype.itemsize:
+    shape, dtype, fortran, header = npy_header(data, name)
+    if len(data) - header != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name}: {len(data) - header} bytes do not fit {shape} {dtype}")
-    return np.frombuffer(data, dtype, offset=header).reshape(shape)
+    return as_array(data[header:], dtype, shape, fortran)
+
+
+def as_array(
+    payload: bytes | memoryview, dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool
+) -> npt.NDArray[Any]:
+    """What follows the header of a .npy, as an array."""
+    values = np.frombuffer(payload, dtype)
+    return values.reshape(shape[::-1]).T if fortran else values.reshape(shape)

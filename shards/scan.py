@@ -2,185 +2,558 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from shards.errors import CorruptSample, IndexFileError
-from shards.files import sum64
-from shards.index import Column, ShardIndex
+from shards.errors import IndexFileError
+from shards.files import gather, read_at, sum64
+from shards.foreign import what_it_is
+from shards.image import image_header
+from shards.index import NO_LABEL, Column, Fault, Indirect, ShardIndex, as_keys
 from shards.manifest import LevelInfo
-from shards.sample import META_SUFFIX, VECTORS, decode_meta, level_of_suffix, npy_header
-from shards.tar import BLOCK, Member, TarError, walk
+from shards.sample import (
+    IMAGE_SUFFIXES,
+    LABEL_SUFFIX,
+    META_SUFFIX,
+    VECTORS,
+    as_array,
+    decode_label,
+    decode_meta,
+    image_suffix,
+    level_grid,
+    level_of_suffix,
+    npy_header,
+    split_name,
+)
+from shards.tar import Member, TarError, walk
 
+# What levels are read as; all other numbers are converted to the second.
 _FLOATS = ("<f2", "<f4")
+_CHUNK = 1 << 26
+_IMAGE_HEAD = 4096
+# The square of a number beyond is no float32, nor is a variance.
+_LARGEST = 1e18
+RESTORE = (
+    "restore the shard from a copy, or run `dinogen shards repair` to go on with what can be read"
+)
+_SORT = "make the tar again with `tar --sort=name`"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One sample found in a tar: its members by suffix."""
+class Trouble:
+    """Why a tar as a whole cannot be used as it is: what is wrong, at which sample, the remedy."""
 
     key: str
-    members: dict[str, Member]
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{f'{self.key}: ' if self.key else ''}{self.what}; {self.remedy}"
 
 
-def entries(descriptor: int, shard: str) -> Iterator[Entry]:
-    """Samples of a tar, as WebDataset groups them: neighbours with the same key.
+@dataclass
+class _Entry:
+    """One sample found in a tar: its members by suffix.
 
-    Raises:
-        CorruptSample: where the tar is damaged, after the last sample that is surely whole.
+    Attributes:
+        repeated: suffixes that came more than once; the first of them counts.
+        beside_damage: it lies right before or behind a damaged place, so that it may lack members.
+        overrun: the content of its last member holds a header: bytes of it were lost.
     """
-    key: str | None = None
-    members: dict[str, Member] = {}
-    try:
-        for member in walk(descriptor):
-            folder, slash, base = member.name.rpartition("/")
-            stem, dot, suffix = base.partition(".")
-            if not dot or not stem:
-                continue
-            mine = folder + slash + stem
-            if mine != key:
-                if key is not None:
-                    yield Entry(key, members)
-                key, members = mine, {}
-            if suffix.lower() in members:
-                raise CorruptSample(shard, mine, suffix, "the sample has this member twice")
-            members[suffix.lower()] = member
-    except TarError as error:
-        where = "the first sample" if key is None else key
-        raise CorruptSample(shard, where, "", f"here or right behind it: {error}") from error
-    if key is not None:
-        yield Entry(key, members)
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+    repeated: list[str] = field(default_factory=list)
+    beside_damage: bool = False
+    overrun: bool = False
 
 
-def payload_start(member: Member, suffix: str, shard: str, key: str) -> tuple[int, Column]:
-    """Bytes before the payload of a member, and the column it belongs to.
+@dataclass
+class Survey:
+    """What a tar holds.
 
-    Raises:
-        CorruptSample: if a level's .npy header is damaged or does not fit its size.
+    Attributes:
+        index: of its samples; None if it holds none.
+        troubles: why it cannot be used as it is.
+        torn: headers are damaged, or members are lost: other tools stumble, too.
+        lost: keys of samples that are known and cannot be used at all.
+        without_image: names like `README (md)` of what is no sample.
+        links: entries that are no files, by kind.
+        keys_twice: keys of several samples.
     """
-    level = level_of_suffix(suffix)
-    if level is None:
-        return 0, Column(suffix)
-    try:
-        shape, dtype, header = npy_header(member.head, member.name)
-    except ValueError as error:
-        raise CorruptSample(shard, key, suffix, str(error)) from error
-    if level in VECTORS:
-        if len(shape) == 1:
-            shape = (1, *shape)
-        if dtype.str not in _FLOATS or len(shape) != 2 or shape[0] != 1:
-            return 0, Column(suffix)  # tars from elsewhere may call anything so
-    if dtype.str not in _FLOATS or len(shape) != 2:
-        raise CorruptSample(
-            shard, key, suffix, f"is {dtype} {shape}; needed is float16 or float32 (places, C)"
-        )
-    if header >= BLOCK or header + int(np.prod(shape)) * dtype.itemsize != member.size:
-        raise CorruptSample(shard, key, suffix, f"{member.size} bytes do not fit {shape} {dtype}")
-    return header, Column(suffix, dtype.str, shape)
+
+    index: ShardIndex | None = None
+    troubles: list[Trouble] = field(default_factory=list)
+    torn: bool = False
+    lost: list[str] = field(default_factory=list)
+    without_image: list[str] = field(default_factory=list)
+    links: Counter[str] = field(default_factory=Counter)
+    keys_twice: list[str] = field(default_factory=list)
+
+    def remarks(self, faults: bool = True) -> list[str]:
+        """What a user has to know about a tar that can be used, one line each.
+
+        Args:
+            faults: name members that cannot be used and keys that occur twice as well.
+        """
+        lines = []
+        if self.links:
+            kinds = ", ".join(
+                f"{count} {_plural(kind, count)}" for kind, count in self.links.items()
+            )
+            lines.append(f"passed over, for they are no files: {kinds}")
+        if self.without_image and self.index is not None:
+            lines.append(f"passed over, for they have no image: {_listed(self.without_image)}")
+        if faults and self.keys_twice:
+            lines.append(f"keys that occur twice: {_listed(self.keys_twice)}")
+        if faults and self.index is not None and self.index.faults:
+            shown = [f"{self.index.key(f.row)}.{f.suffix}: {f.what}" for f in self.index.faults]
+            lines.append(f"cannot be used: {_listed(shown)}")
+        if self.index is not None and self.index.indirect:
+            count = len(self.index.indirect)
+            lines.append(
+                f"{count} {_plural('member', count)} converted on each read, which is slower"
+            )
+        return lines
 
 
-def scan(
-    path: Path,
-    with_sums: bool,
-    levels: Mapping[str, LevelInfo] | None = None,
-    on_damage: Callable[[CorruptSample], None] | None = None,
-) -> ShardIndex:
-    """Index of a tar, from its headers alone or (with_sums) from all its bytes.
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def _listed(names: list[str]) -> str:
+    shown = "; ".join(names[:3])
+    return f"{shown}; and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def scan(path: Path, with_sums: bool, levels: Mapping[str, LevelInfo] | None = None) -> ShardIndex:
+    """Index of a sound tar, from its headers alone or (with_sums) from all its bytes.
 
     Args:
         path: of the tar.
         with_sums: read the payloads too and sum them up.
-        levels: what the arrays must be; those of the first sample unless given.
-        on_damage: takes each damaged sample, which is then left out; where it is None, the first
-            one is raised.
+        levels: what the arrays must be; those of most samples unless given.
 
     Raises:
-        IndexFileError: if the tar holds no sample, or one key twice.
-        CorruptSample: if the tar is damaged, or a sample's members contradict the others'.
+        IndexFileError: if the tar is damaged, holds no sample, or is no tar.
     """
-    columns: dict[str, Column] = {}
-    keys: list[bytes] = []
-    rows: list[dict[str, tuple[int, int, int]]] = []
-    labels: list[int | None] = []
+    found = survey(path, with_sums, levels)
+    if found.troubles or found.index is None:
+        raise IndexFileError(f"{path}: {found.troubles[0]}")
+    return found.index
+
+
+def survey(
+    path: Path,
+    with_sums: bool,
+    levels: Mapping[str, LevelInfo] | None = None,
+    pixels: bool = False,
+    finite: bool = False,
+) -> Survey:
+    """Look through a tar, whatever it is.
+
+    Args:
+        path: of the tar.
+        with_sums: read the payloads too and sum them up.
+        levels: what the arrays must be; those of most samples unless given.
+        pixels: look at the headers of the images for their sizes.
+        finite: look at every number of the levels; needs `with_sums`.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    found = Survey()
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        num_bytes = os.fstat(descriptor).st_size
-        found = entries(descriptor, path.name)
-        while True:
-            try:
-                entry = next(found, None)
-                if entry is None:
-                    break
-                row = _row(descriptor, entry, path.name, columns, levels or {}, with_sums)
-                label = _label(descriptor, entry, path.name)
-            except CorruptSample as damage:
-                if on_damage is None:
-                    raise
-                on_damage(damage)
-                continue
-            keys.append(entry.key.encode("utf-8", "surrogateescape"))
-            rows.append(row)
-            labels.append(label)
+        entries = _entries(descriptor, path, found)
+        if entries:
+            table = _Table(descriptor, entries, levels or {}, with_sums, finite)
+            found.index = table.index()
+            if pixels:
+                sizes = image_sizes(descriptor, found.index)
+                found.index = replace(found.index, pixels=sizes)
     finally:
         os.close(descriptor)
-    if not keys:
-        raise IndexFileError(f"{path}: holds no sample; delete the file")
-    if len(set(keys)) != len(keys):
-        raise IndexFileError(f"{path}: a key occurs twice; pack the data anew with unique keys")
-    table = [[row.get(suffix, (-1, 0, 0)) for suffix in columns] for row in rows]
-    # Sums use all 64 bits, which the other two columns' signed type has not.
-    sums = np.array([[cell[2] for cell in cells] for cells in table], np.uint64)
-    return ShardIndex(
-        num_bytes=num_bytes,
-        columns=tuple(columns.values()),
-        keys=np.array(keys),
-        offsets=np.array([[cell[0] for cell in cells] for cells in table], np.int64),
-        sizes=np.array([[cell[1] for cell in cells] for cells in table], np.int64),
-        sums=sums if with_sums else None,
-        labels=None if None in labels else np.array(labels, np.int64),
-    )
+    return found
 
 
-def _row(
-    descriptor: int,
-    entry: Entry,
-    shard: str,
-    columns: dict[str, Column],
-    levels: Mapping[str, LevelInfo],
-    with_sums: bool,
-) -> dict[str, tuple[int, int, int]]:
-    """(offset, size, sum) of every payload of a sample; new kinds of members join `columns`."""
-    row = {}
-    for suffix, member in entry.members.items():
-        header, column = payload_start(member, suffix, shard, entry.key)
-        level = levels.get(level_of_suffix(suffix) or "")
-        if level is not None:
-            dtype, shape = np.dtype(level.dtype).str, (level.grid**2, level.channels)
-            needed = Column(suffix, dtype, shape)
+def _entries(descriptor: int, path: Path, found: Survey) -> list[_Entry]:
+    """The samples of a tar; what is wrong with the tar goes into `found`."""
+    damage: list[TarError] = []
+    groups = list(_groups(descriptor, damage, found.links))
+    if not groups and damage and damage[0].offset == 0 and (known := what_it_is(path)):
+        found.troubles.append(Trouble("", *known))
+        return []
+    for error, key in zip(damage, _beside(groups, damage), strict=True):
+        found.torn = True
+        end = error.end
+        lost = f"; it goes on at byte {end}" if end is not None else ""
+        where = f"here or right behind it: {error}{lost}"
+        found.troubles.append(Trouble(key or "the first sample", where, RESTORE))
+    _note_apart(groups, found)
+    samples = [group for group in groups if _is_sample(group)]
+    usual = _usual(samples)
+    kept = []
+    for group in groups:
+        if not _is_sample(group):
+            found.without_image.append(f"{group.key} ({_shortened(list(group.members))})")
+            if group.beside_damage:
+                _lose(group, "has lost its image", found)
+        elif group.overrun:
+            _lose(group, "has lost bytes: another header lies inside it", found)
+        elif group.beside_damage and not usual <= group.members.keys():
+            missing = ", ".join(sorted(usual - group.members.keys()))
+            _lose(group, f"lacks {missing}, which other samples have", found)
         else:
-            needed = columns.get(suffix, column)
-        if column != needed:
-            what = f"is {column.dtype} {column.shape}, needed is {needed.dtype} {needed.shape}"
-            raise CorruptSample(shard, entry.key, suffix, what)
-        columns.setdefault(suffix, column)
+            kept.append(group)
+    if not kept and not found.troubles:
+        found.troubles.append(_no_sample(groups))
+    return kept
+
+
+def _lose(group: _Entry, what: str, found: Survey) -> None:
+    found.lost.append(group.key)
+    found.troubles.append(Trouble(group.key, what, RESTORE))
+
+
+def _groups(descriptor: int, damage: list[TarError], links: Counter[str]) -> Iterator[_Entry]:
+    """Samples of a tar, as WebDataset groups them: neighbours with the same key."""
+    entry: _Entry | None = None
+    num_damaged = 0
+    for member in walk(descriptor, damage.append, links):
+        split = split_name(member.name)
+        torn = len(damage) > num_damaged
+        if torn and entry is not None:
+            entry.beside_damage = True
+            entry.overrun |= any(_overruns(error) for error in damage[num_damaged:])
+        if split is None:
+            continue
+        num_damaged = len(damage)
+        key, suffix = split
+        if entry is None or entry.key != key:
+            if entry is not None:
+                yield entry
+            entry = _Entry(key, beside_damage=torn)
+        if suffix in entry.members:
+            entry.repeated.append(suffix)
+        else:
+            entry.members[suffix] = member
+    if entry is not None:
+        entry.beside_damage |= len(damage) > num_damaged
+        entry.overrun |= any(_overruns(error) for error in damage[num_damaged:])
+        yield entry
+
+
+def _overruns(error: TarError) -> bool:
+    return error.end is not None and error.end < error.offset
+
+
+def _beside(groups: list[_Entry], damage: list[TarError]) -> list[str]:
+    """Of each damaged place, the key of the last sample that begins before it."""
+    begins = [
+        (min(member.offset for member in group.members.values()), group.key) for group in groups
+    ]
+    return [
+        next((key for offset, key in reversed(begins) if offset <= error.offset), "")
+        for error in damage
+    ]
+
+
+def _note_apart(groups: list[_Entry], found: Survey) -> None:
+    """Find keys that come back after other samples."""
+    first: dict[str, _Entry] = {}
+    apart = []
+    for group in groups:
+        before = first.setdefault(group.key, group)
+        if before is group:
+            continue
+        if _is_sample(before) and _is_sample(group):
+            found.keys_twice.append(group.key)
+        elif (_is_sample(before) or _is_sample(group)) and not (
+            before.members.keys() & group.members.keys()
+        ):
+            apart.append(group.key)
+    if apart:
+        others = f", nor are those of {len(apart) - 1} more samples" if len(apart) > 1 else ""
+        what = f"members of sample {apart[0]} are not next to each other{others}"
+        found.troubles.append(Trouble(apart[0], what, _SORT))
+
+
+def _is_sample(group: _Entry) -> bool:
+    suffixes = list(group.members)
+    return image_suffix(suffixes) is not None or any(map(level_of_suffix, suffixes))
+
+
+def _usual(groups: list[_Entry]) -> frozenset[str]:
+    """The members that most samples away from damage have."""
+    counts = Counter(frozenset(g.members) for g in groups if not g.beside_damage)
+    return counts.most_common(1)[0][0] if counts else frozenset()
+
+
+def _no_sample(groups: list[_Entry]) -> Trouble:
+    for group in groups:
+        for suffix in group.members:
+            stem, dot, last = suffix.rpartition(".")
+            if dot and last in IMAGE_SUFFIXES:
+                what = (
+                    f"no sample has an image: a name is split at its first dot, so that "
+                    f"{group.key}.{suffix} is read as {suffix!r} of sample {group.key!r}"
+                )
+                base = group.key.rpartition("/")[2]
+                better = f"{base}_{stem.replace('.', '_')}.{last}"
+                return Trouble("", what, f"name it {better}, and make the tar again")
+    kinds = ", ".join(IMAGE_SUFFIXES)
+    if not groups:
+        return Trouble("", "holds no sample", f"make it of files NAME.SUFFIX ({kinds})")
+    shown = _shortened(sorted({suffix or "none" for group in groups for suffix in group.members}))
+    what = f"no sample has an image ({kinds}); the suffixes of its members are: {shown}"
+    return Trouble("", what, "give the images one of these suffixes, and make the tar again")
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How the array of a level is stored."""
+
+    header: int
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+    fortran: bool
+
+    @property
+    def column(self) -> tuple[str, tuple[int, ...]]:
+        """dtype and shape that it is read as."""
+        wide = self.dtype.str not in ("<f2", ">f2")
+        return _FLOATS[wide], self.shape
+
+
+class _Table:
+    """The samples of a tar as the arrays of an index."""
+
+    def __init__(
+        self,
+        descriptor: int,
+        entries: list[_Entry],
+        levels: Mapping[str, LevelInfo],
+        with_sums: bool,
+        finite: bool,
+    ) -> None:
+        self._descriptor = descriptor
+        self._entries = entries
+        self._with_sums, self._finite = with_sums, finite
+        self._faults: list[Fault] = []
+        self._indirect: list[Indirect] = []
+        self._forms: dict[tuple[int, str], _Form] = {}
+        self._columns = self._find_columns(levels)
+
+    def index(self) -> ShardIndex:
+        """The index of the tar."""
+        bad = {(fault.row, fault.suffix) for fault in self._faults}
+        rows = [self._row(number, entry, bad) for number, entry in enumerate(self._entries)]
+        labels = [self._label(number, entry) for number, entry in enumerate(self._entries)]
+        table = [[row.get(suffix, (-1, 0, 0)) for suffix in self._columns] for row in rows]
+        # Sums use all 64 bits, which the other two columns' signed type has not.
+        sums = np.array([[cell[2] for cell in cells] for cells in table], np.uint64)
+        labelled = None not in labels and any(label != NO_LABEL for label in labels)
+        return ShardIndex(
+            num_bytes=os.fstat(self._descriptor).st_size,
+            columns=tuple(self._columns.values()),
+            keys=as_keys([e.key.encode("utf-8", "surrogateescape") for e in self._entries]),
+            offsets=np.array([[cell[0] for cell in cells] for cells in table], np.int64),
+            sizes=np.array([[cell[1] for cell in cells] for cells in table], np.int64),
+            sums=sums if self._with_sums else None,
+            labels=np.array(labels, np.int64) if labelled else None,
+            indirect=tuple(self._indirect),
+            faults=tuple(self._faults),
+        )
+
+    def _find_columns(self, levels: Mapping[str, LevelInfo]) -> dict[str, Column]:
+        """What each kind of member is: what most samples have, for one may be damaged."""
+        columns: dict[str, Column] = {}
+        kinds: dict[str, Counter[tuple[str, tuple[int, ...]]]] = {}
+        for number, entry in enumerate(self._entries):
+            for suffix, member in entry.members.items():
+                columns.setdefault(suffix, Column(suffix))
+                level = level_of_suffix(suffix)
+                if level is None:
+                    continue
+                form = self._form(number, suffix, member, level)
+                if form is not None:
+                    self._forms[number, suffix] = form
+                    kinds.setdefault(suffix, Counter())[form.column] += 1
+        for suffix, counts in kinds.items():
+            info = levels.get(level_of_suffix(suffix) or "")
+            dtype, shape = counts.most_common(1)[0][0]
+            if info is not None:
+                dtype, shape = np.dtype(info.dtype).str, (info.grid**2, info.channels)
+            columns[suffix] = Column(suffix, dtype, shape)
+        return columns
+
+    def _form(self, number: int, suffix: str, member: Member, level: str) -> _Form | None:
+        """How a level is stored; None, with a fault, if it is none."""
+        try:
+            head = member.head or self._content(member)
+            shape, dtype, fortran, header = npy_header(head, member.name)
+            if level in VECTORS and len(shape) == 1:
+                shape = (1, *shape)
+            places = level_grid(level) ** 2
+            if len(shape) != 2 or shape[0] != places or shape[1] < 1:
+                if level in VECTORS:
+                    return None  # tars from elsewhere may call anything so
+                raise ValueError(f"has shape {shape}, needed is ({places}, C)")
+            if header + math.prod(shape) * dtype.itemsize != member.size:
+                raise ValueError(f"{member.size} bytes do not fit {shape} {dtype}")
+        except ValueError as error:
+            if level not in VECTORS:
+                what = str(error).removeprefix(f"{member.name}: ")
+                self._faults.append(Fault(number, suffix, what))
+            return None
+        # An array of one row or one column lies the same way in either order.
+        return _Form(header, dtype, shape, fortran and min(shape) > 1)
+
+    def _row(
+        self, number: int, entry: _Entry, bad: set[tuple[int, str]]
+    ) -> dict[str, tuple[int, int, int]]:
+        """(offset, size, sum) of every payload of a sample that can be used."""
+        row = {}
+        for suffix, member in entry.members.items():
+            column, form = self._columns[suffix], self._forms.get((number, suffix))
+            if suffix in entry.repeated:
+                self._faults.append(Fault(number, suffix, "the sample has this member twice"))
+            elif (number, suffix) in bad:
+                continue
+            elif column.shape is not None and (form is None or form.shape != column.shape):
+                stored = "is no such array" if form is None else f"is {form.dtype} {form.shape}"
+                what = f"{stored}, needed is {column.dtype} {column.shape}"
+                self._faults.append(Fault(number, suffix, what))
+            else:
+                cell = self._cell(number, suffix, member, form)
+                if cell is not None:
+                    row[suffix] = cell
+        return row
+
+    def _cell(
+        self, number: int, suffix: str, member: Member, form: _Form | None
+    ) -> tuple[int, int, int] | None:
+        column = self._columns[suffix]
+        header = 0 if column.shape is None or form is None else form.header
         offset, size = member.offset + header, member.size - header
-        total = sum64(os.pread(descriptor, size, offset)) if with_sums else 0
-        row[suffix] = (offset, size, total)
-    return row
+        direct = member.extents is None and (
+            column.shape is None
+            or (form is not None and form.dtype.str == column.dtype and not form.fortran)
+        )
+        if not direct:
+            if header and member.extents is not None:
+                # The parts are cut where the header ends.
+                extents = tuple(
+                    (at + max(0, header - to), length - max(0, header - to), max(to - header, 0))
+                    for at, length, to in member.extents
+                    if to + length > header
+                )
+            else:
+                extents = member.extents or ((offset, size, 0),)
+            stored = Indirect(extents)
+            if form is not None and column.shape is not None:
+                stored = Indirect(extents, form.dtype.str, form.shape, form.fortran)
+            offset = -2 - len(self._indirect)
+        total = 0
+        if self._with_sums:
+            if direct and column.shape is None:
+                total = _sum_of(self._descriptor, size, offset)
+            else:
+                content = self._content(member)[header:]
+                total = sum64(content)
+                if self._finite and form is not None and column.dtype is not None:
+                    values = as_array(content, form.dtype, form.shape, form.fortran)
+                    what = unusable(values, column.dtype)
+                    if what is not None:
+                        self._faults.append(Fault(number, suffix, what))
+                        return None
+        if not direct:
+            self._indirect.append(stored)
+        return offset, size, total
+
+    def _label(self, number: int, entry: _Entry) -> int | None:
+        """The label; None if there is none, `NO_LABEL` with a fault if it cannot be known."""
+        faulty = False
+        for suffix, decoded in ((META_SUFFIX, _label_of_meta), (LABEL_SUFFIX, decode_label)):
+            if suffix not in entry.members or suffix in entry.repeated:
+                continue
+            try:
+                label = decoded(self._content(entry.members[suffix]), entry.key)
+            except ValueError as error:
+                what = str(error).removeprefix(f"{entry.key}.{suffix}: ")
+                self._faults.append(Fault(number, suffix, what))
+                faulty = True
+                continue
+            if label is not None:
+                return label
+        return NO_LABEL if faulty else None
+
+    def _content(self, member: Member) -> bytes:
+        if len(member.head) == member.size:
+            return member.head
+        extents = member.extents
+        if extents is None:
+            return read_at(self._descriptor, member.size, member.offset)
+        return gather(self._descriptor, extents, member.size)
 
 
-def _label(descriptor: int, entry: Entry, shard: str) -> int | None:
-    member = entry.members.get(META_SUFFIX)
-    if member is None:
-        return None
-    whole = len(member.head) == member.size
-    data = member.head if whole else os.pread(descriptor, member.size, member.offset)
-    try:
-        label: int | None = decode_meta(data, entry.key).get("label")
-    except ValueError as error:
-        raise CorruptSample(shard, entry.key, META_SUFFIX, str(error)) from error
+def _label_of_meta(data: bytes, key: str) -> int | None:
+    label: int | None = decode_meta(data, key).get("label")
     return label
+
+
+def unusable(values: npt.NDArray[Any], dtype: str) -> str | None:
+    """What is wrong with the numbers of a level once they are read as `dtype`, if anything is."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = values.astype(dtype)
+        if not np.isfinite(converted).all():
+            return f"holds numbers that are not finite as {np.dtype(dtype)}"
+        if np.abs(converted).max(initial=0) > _LARGEST:
+            return f"holds numbers beyond {_LARGEST:g}"
+    return None
+
+
+def _sum_of(descriptor: int, size: int, offset: int) -> int:
+    """sum64 of a range, a chunk of whole words at a time."""
+    total = 0
+    for start in range(0, size, _CHUNK):
+        total += sum64(read_at(descriptor, min(_CHUNK, size - start), offset + start))
+    return total & 0xFFFF_FFFF_FFFF_FFFF
+
+
+def image_sizes(descriptor: int, index: ShardIndex) -> npt.NDArray[np.int32]:
+    """(n, 2) width and height of the images by their headers, 0 where one cannot be read."""
+    found = np.zeros((len(index), 2), np.int32)
+    for suffix in reversed(IMAGE_SUFFIXES):
+        number = index.column(suffix)
+        if number is None:
+            continue
+        for row in np.flatnonzero(index.offsets[:, number] != -1).tolist():
+            offset, size = int(index.offsets[row, number]), int(index.sizes[row, number])
+            name = f"{index.key(row)}.{suffix}"
+            found[row] = 0
+            # Mostly the first bytes tell; a preview or a profile may lie before the size.
+            for length in (min(size, _IMAGE_HEAD), size):
+                if offset < -1:
+                    data = gather(descriptor, index.indirect[-2 - offset].extents, size)
+                else:
+                    data = read_at(descriptor, length, offset)
+                try:
+                    found[row] = image_header(data, name)
+                    break
+                except ValueError:
+                    continue
+    return found

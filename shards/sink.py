@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -29,15 +30,21 @@ from shards.sample import Sample, encode, to_float16
 from shards.stats import Moments, Statistics, save_statistics, shard_moments
 from shards.writer import ShardWriter
 
+log = logging.getLogger(__name__)
 _LOCK = ".packing.lock"
 
 
 def split_of(key: str, val_fraction: float, test_fraction: float) -> str:
     """Split of a key: a function of nothing else, so adding samples never moves one."""
-    word = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2.0**64
+    word = _word(key)
     if word < val_fraction:
         return "val"
     return "test" if word >= 1.0 - test_fraction else "train"
+
+
+def _word(key: str) -> float:
+    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2.0**64
 
 
 class ShardSink:
@@ -157,6 +164,7 @@ class ShardSink:
         shards = tuple(sorted(self._shards, key=lambda s: (SPLITS.index(s.split), s.name)))
         if not any(shard.split == "train" for shard in shards):
             raise PackError(f"{self._out}: no sample for the train split; check the input")
+        self._warn_of_empty_splits({shard.split for shard in shards})
         levels = self._levels or {}
         variances = self._statistics.total_variances()
         manifest = Manifest(
@@ -178,6 +186,21 @@ class ShardSink:
         (self._out / _LOCK).unlink()
         self.close()
         return manifest
+
+    def _warn_of_empty_splits(self, filled: set[str]) -> None:
+        """Say which splits were asked for and got no sample, and the fraction that gives one."""
+        words = [_word(key) for key in self.seen | self._completed]
+        for split, nearest in (("val", min(words)), ("test", 1.0 - max(words))):
+            fraction = self._fractions[split]
+            if fraction and split not in filled:
+                enough = (int(nearest * 100) + 1) / 100
+                log.warning(
+                    "EMPTY SPLIT: %s: %s_fraction %g of %d samples gave none to %s, for the split "
+                    "of a sample follows from the hash of its key; %s",
+                    self._out, split, fraction, len(words), split,
+                    f"{split}_fraction {enough:g} gives it one, or add more photos"
+                    if enough < 1 else "add more photos",
+                )  # fmt: skip
 
     def close(self) -> None:
         """Drop unfinished shards and let go of the folder; what is finished stays."""

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from shards.files import atomic_write
 from shards.index import ShardIndex
 from shards.manifest import IDENTITY, STATISTICS, StatisticsInfo
-from shards.reader import read_sample
+from shards.reader import read_levels
 
 Doubles = npt.NDArray[np.float64]
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def shard_moments(tar: Path, index: ShardIndex) -> dict[str, Moments]:
     descriptor = os.open(tar, os.O_RDONLY)
     try:
         for row in range(len(index)):
-            for name, values in read_sample(index, row, tar.name, descriptor).levels.items():
+            for name, values in read_levels(index, row, tar.name, descriptor).items():
                 moments.setdefault(name, Moments()).add(values)
     finally:
         os.close(descriptor)

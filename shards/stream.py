@@ -62,6 +62,7 @@ class Stream:
         window_shards: int,
         on_error: Literal["stop", "skip"],
         pin_memory: bool,
+        need_labels: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size} ranks")
@@ -96,6 +97,7 @@ class Stream:
                 levels,
                 along(order()) if on_error == "skip" else None,
                 among=num_sets > 1,
+                need_labels=need_labels,
             )
             for one, order in zip(dataset.sets, orders, strict=True)
         ]

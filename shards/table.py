@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,8 +18,9 @@ from shards import index as index_files
 from shards.errors import CorruptSample, FetchError, IndexFileError, ShardsError
 from shards.files import sha256_file
 from shards.index import ShardIndex
-from shards.manifest import ShardInfo
-from shards.scan import scan
+from shards.manifest import LevelInfo, ShardInfo
+from shards.sample import LABEL_SUFFIXES
+from shards.scan import survey
 
 log = logging.getLogger(__name__)
 # Each rank walks its own lanes, 64 at most by default, each within a few shards.
@@ -156,6 +157,7 @@ class SampleTable:
         table.sizes[rows] = index.sizes[:, number]
         if index.sums is not None:
             table.sums[rows] = index.sums[:, number]
+            # What is converted on reading is checked each time.
             table.unchecked[rows] = index.offsets[:, number] >= 0
 
     def key(self, shard: int, sample: int) -> str:
@@ -171,7 +173,7 @@ class SampleTable:
         return [key_at[shard](row).decode("utf-8", "surrogateescape") for shard, row in rows]
 
     def labels(self, rows: list[tuple[int, int]]) -> npt.NDArray[np.int64]:
-        """Labels of samples given as (shard, sample); all of them have one.
+        """Labels of samples given as (shard, sample); `NO_LABEL` where the metadata are at fault.
 
         Raises:
             IndexFileError: if a shard's index lacks them against the manifest's word.
@@ -186,6 +188,13 @@ class SampleTable:
                 )
             found[i] = labels[sample]
         return found
+
+    def no_label(self, shard: int, sample: int) -> CorruptSample:
+        """Why the label of a sample is not known."""
+        index = self.index(shard)
+        faults = [f for f in index.faults if f.row == sample and f.suffix in LABEL_SUFFIXES]
+        suffix, what = (faults[0].suffix, faults[0].what) if faults else ("", "has no label")
+        return CorruptSample(self.shards[shard].name, index.key(sample), suffix, what)
 
     def file(self, shard: int) -> OpenFile:
         """The open tar of a shard.
@@ -212,16 +221,16 @@ def load_index(source: Source, shard: ShardInfo) -> ShardIndex:
 
     Raises:
         IndexFileError: if it cannot be used, and the tar is missing or does not fit the manifest.
-        FetchError: if they are behind a URL and cannot be had.
+        FetchError: if they are behind a URL and cannot be fetched.
     """
     name = index_files.index_name(shard.name)
     try:
         index = index_files.load(source.path(name))
         if (len(index), index.num_bytes) == (shard.num_samples, shard.num_bytes):
             return index
-        log.warning("%s does not fit %s; making it anew", name, shard.name)
+        log.warning("%s does not fit %s; making it again", name, shard.name)
     except FileNotFoundError:
-        log.warning("%s is missing; making it anew", name)
+        log.warning("%s is missing; making it again", name)
     except IndexFileError as error:
         log.warning("%s", error)
     try:
@@ -236,7 +245,7 @@ def load_index(source: Source, shard: ShardInfo) -> ShardIndex:
             f"{shard.name} differs from what manifest.json says and has no usable index; "
             f"run `dinogen shards verify`, then restore it or run `dinogen shards repair`"
         )
-    index = build_index(file.path, with_sums=True)
+    index = build_index(file.path, with_sums=True, pixels=False)
     if len(index) != shard.num_samples:
         raise IndexFileError(
             f"{shard.name} holds {len(index)} samples, manifest.json says {shard.num_samples}; "
@@ -258,7 +267,7 @@ def load_plain_index(tar: Path) -> ShardIndex:
         # Nothing else tells that a plain tar was written anew since.
         if index.num_bytes == status.st_size and path.stat().st_mtime_ns >= status.st_mtime_ns:
             return index
-        log.warning("%s does not fit %s; making it anew", path.name, tar.name)
+        log.warning("%s does not fit %s; making it again", path.name, tar.name)
     except FileNotFoundError:
         log.info("%s has no index yet; making it", tar.name)
     except IndexFileError as error:
@@ -266,19 +275,31 @@ def load_plain_index(tar: Path) -> ShardIndex:
     return build_index(tar, with_sums=False)
 
 
-def build_index(tar: Path, with_sums: bool) -> ShardIndex:
+def build_index(
+    tar: Path,
+    with_sums: bool,
+    pixels: bool = True,
+    levels: Mapping[str, LevelInfo] | None = None,
+) -> ShardIndex:
     """Scan a tar and write its index beside it; in a read-only folder it lives in memory.
 
+    Args:
+        tar: which.
+        with_sums: read all of it, and look at every number.
+        pixels: look for the sizes of the images, which no manifest tells.
+        levels: what the arrays must be; those of most samples unless given.
+
     Raises:
-        IndexFileError: if the tar is damaged.
+        IndexFileError: if the tar is damaged, holds no sample, or is no tar.
     """
-    try:
-        index = scan(tar, with_sums)
-    except CorruptSample as error:
-        raise IndexFileError(str(error)) from error
+    found = survey(tar, with_sums, levels, pixels=pixels, finite=with_sums)
+    if found.troubles or found.index is None:
+        raise IndexFileError(f"{tar}: {found.troubles[0]}")
+    for line in found.remarks():
+        log.warning("%s: %s", tar.name, line)
     path = tar.with_name(index_files.index_name(tar.name))
     try:
-        index_files.save(index, path)
+        index_files.save(found.index, path)
     except OSError as error:
         log.warning("%s cannot be written (%s); it is kept in memory", path, error)
-    return index
+    return found.index

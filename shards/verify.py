@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,22 @@ from shards import index as index_files
 from shards.errors import CorruptSample, FetchError, IndexFileError, ManifestError
 from shards.files import sha256_file
 from shards.image import decode_image
-from shards.index import ShardIndex
+from shards.index import NO_LABEL, ShardIndex
 from shards.manifest import MANIFEST, LevelInfo, Manifest, ShardInfo
 from shards.packed import PackedDataset
-from shards.plain import levels_of
-from shards.reader import read_sample
-from shards.sample import level_name, level_suffix
-from shards.scan import scan
+from shards.plain import common_size, levels_of, tars_of
+from shards.reader import read_member
+from shards.sample import IMAGE_SUFFIXES, LABEL_SUFFIXES, image_suffix, level_name, level_suffix
+from shards.scan import RESTORE, Survey, survey, unusable
 from shards.table import Source
 
-MEND_SHARD = "restore the shard from a copy, or run `dinogen shards repair` to go on without it"
-MEND_INDEX = "run `dinogen shards index`"
-MEND_REPAIR = "run `dinogen shards repair`"
+FIX_INDEX = "run `dinogen shards index`"
+FIX_REPAIR = "run `dinogen shards repair`"
+FIX_META = "correct it and make the tar again; until then the image is used without it"
+FIX_SAMPLE = (
+    "correct it and make the tar again, or run `dinogen shards repair` to go on without the sample"
+)
+FIX_KEYS = "give every sample its own key and make the tar again"
 
 
 @dataclass(frozen=True)
@@ -36,19 +41,19 @@ class Problem:
         key: key of the sample, or "".
         member: suffix of the member, or "".
         what: what is wrong.
-        mend: what to do about it.
+        remedy: what to do about it.
     """
 
     shard: str
     key: str
     member: str
     what: str
-    mend: str
+    remedy: str
 
     def __str__(self) -> str:
         member = f".{self.member}" if self.member else ""
         place = f": {self.key}{member}" if self.key else ""
-        return f"{self.shard}{place}: {self.what}; {self.mend}"
+        return f"{self.shard}{place}: {self.what}; {self.remedy}"
 
 
 @dataclass
@@ -61,8 +66,11 @@ class ShardReport:
         altered: the tar differs from what the manifest says.
         index: the best index there is; None if there is no telling what the tar holds.
         index_wrong: the index on disk is not `index`.
-        damaged: rows of `index` that cannot be used.
+        damaged: rows of `index` that cannot be used, and why.
         torn: the tar's headers are damaged, so that other tools stumble.
+        unfit: the tar as a whole cannot be used, for another reason than damage.
+        lost: samples that were in the tar and are not in `index`, and why.
+        survey: what a look through the tar found.
     """
 
     problems: list[Problem] = field(default_factory=list)
@@ -70,8 +78,28 @@ class ShardReport:
     altered: bool = False
     index: ShardIndex | None = None
     index_wrong: bool = False
-    damaged: set[int] = field(default_factory=set)
+    damaged: dict[int, str] = field(default_factory=dict)
     torn: bool = False
+    unfit: str | None = None
+    lost: list[str] = field(default_factory=list)
+    survey: Survey | None = None
+
+
+@dataclass
+class Findings:
+    """What a check of a whole dataset found.
+
+    Attributes:
+        problems: in the order of the files; empty if all is well.
+        remarks: what is no fault, and yet has to be known.
+        num_samples: that were looked at.
+        num_shards: that were looked at.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    num_samples: int = 0
+    num_shards: int = 0
 
 
 def verify(data: PackedDataset, progress: Callable[[int], None] | None = None) -> list[Problem]:
@@ -84,29 +112,117 @@ def verify(data: PackedDataset, progress: Callable[[int], None] | None = None) -
     Returns:
         Every problem found, in the order of the files; empty if all is well.
     """
-    problems: list[Problem] = []
-    seen: dict[str, str] = {}
+    return examine(data, progress).problems
+
+
+def examine(data: PackedDataset, progress: Callable[[int], None] | None = None) -> Findings:
+    """As `verify`, with what else has to be known."""
+    found = Findings()
+    keys = _Keys()
     manifest = data.manifest
+    indexes: dict[str, ShardIndex] = {}
     labelled = True
     for shard in manifest.shards:
         report = inspect_shard(data.source, manifest, shard)
-        problems += report.problems
+        _take(found, shard.name, report, keys)
         if report.index is not None:
             labelled &= report.index.labels is not None
-            for row in range(len(report.index)):
-                key = report.index.key(row)
-                if key in seen:
-                    what = f"has the same key as a sample of {seen[key]}"
-                    mend = "pack the data anew with unique keys"
-                    problems.append(Problem(shard.name, key, "", what, mend))
-                seen[key] = shard.name
+            indexes[shard.name] = report.index
         if progress is not None:
             progress(shard.num_samples)
     if manifest.has_labels and not labelled:
         what = "says that all samples have labels, but some have none"
-        problems.append(Problem(MANIFEST, "", "", what, MEND_REPAIR))
-    problems += _strangers(data)
-    return problems + check_statistics(data)
+        found.problems.append(Problem(MANIFEST, "", "", what, FIX_REPAIR))
+    if manifest.image_size is None:
+        found.remarks += common_size(indexes)[1]
+    found.remarks += keys.remarks()
+    found.problems += _strangers(data)
+    found.problems += check_statistics(data)
+    return found
+
+
+def examine_plain(folder: Path, progress: Callable[[int], None] | None = None) -> Findings:
+    """Reread a folder of plain tars, whatever they are; nothing is written.
+
+    Raises:
+        ManifestError: if there are no tars.
+    """
+    found = Findings()
+    keys = _Keys()
+    indexes: dict[str, ShardIndex] = {}
+    for tar, report in inspect_plain(folder):
+        _take(found, tar.name, report, keys)
+        if report.index is not None:
+            indexes[tar.name] = report.index
+        if progress is not None:
+            progress(len(report.index or ()))
+    found.remarks += common_size(indexes)[1] + keys.remarks()
+    return found
+
+
+class _Keys:
+    """Keys that several samples have: named within a tar, counted across tars."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, str] = {}
+        self._shared: Counter[tuple[str, str]] = Counter()
+        self._first = ""
+
+    def of(self, shard: str, index: ShardIndex) -> list[Problem]:
+        """Those of one shard."""
+        problems = []
+        mine: set[str] = set()
+        for row in range(len(index)):
+            key = index.key(row)
+            if key in mine:
+                problems.append(Problem(shard, key, "", "the key occurs twice", FIX_KEYS))
+            elif (other := self._seen.get(key)) is not None:
+                self._shared[other, shard] += 1
+                self._first = self._first or key
+            mine.add(key)
+        self._seen |= dict.fromkeys(mine, shard)
+        return problems
+
+    def remarks(self) -> list[str]:
+        """A line about the keys that several shards have in common."""
+        if not self._shared:
+            return []
+        (one, other), count = self._shared.most_common(1)[0]
+        total = self._shared.total()
+        return [
+            f"{total} keys occur in more than one tar ({self._first}; {count} in both {one} and "
+            f"{other}): all are used, and what is exported by key overwrites itself"
+        ]
+
+
+def _take(found: Findings, name: str, report: ShardReport, keys: _Keys) -> None:
+    """Put what was found in one shard to what was found before."""
+    found.problems += report.problems
+    found.num_shards += 1
+    if report.survey is not None:
+        found.remarks += [f"{name}: {line}" for line in report.survey.remarks(faults=False)]
+    if report.index is not None:
+        found.num_samples += len(report.index)
+        found.problems += keys.of(name, report.index)
+
+
+def inspect_plain(folder: Path) -> Iterator[tuple[Path, ShardReport]]:
+    """Look at every sample of a folder of plain tars, one tar after the other.
+
+    Raises:
+        ManifestError: if there are no tars.
+    """
+    levels: dict[str, LevelInfo] | None = None
+    for tar in tars_of(folder):
+        report = ShardReport()
+        index = _survey(tar, levels, report)
+        report.index = index
+        if index is not None:
+            if levels is None:
+                levels = levels_of(index, tar.name)
+            has_labels = index.labels is not None
+            _check_samples(tar, levels, None, has_labels, report)
+        yield tar, report
 
 
 def inspect_shard(source: Source, manifest: Manifest, shard: ShardInfo) -> ShardReport:
@@ -114,10 +230,10 @@ def inspect_shard(source: Source, manifest: Manifest, shard: ShardInfo) -> Shard
     report = ShardReport()
     try:
         file = source.open(shard.name)
-    except (FileNotFoundError, FetchError) as error:
+    except (OSError, FetchError) as error:
         report.missing = True
-        what = str(error) if isinstance(error, FetchError) else "the shard is missing"
-        report.problems.append(Problem(shard.name, "", "", what, MEND_SHARD))
+        what = "the shard is missing" if isinstance(error, FileNotFoundError) else str(error)
+        report.problems.append(Problem(shard.name, "", "", what, RESTORE))
         return report
     # Held to the end: the cache of a remote dataset may not evict it meanwhile.
     tar = file.path
@@ -125,27 +241,30 @@ def inspect_shard(source: Source, manifest: Manifest, shard: ShardInfo) -> Shard
     report.altered = shard.sha256 is not None and sha256_file(tar) != shard.sha256
     if num_bytes < shard.num_bytes:
         what = f"is cut off: {num_bytes} of {shard.num_bytes} bytes"
-        report.problems.append(Problem(shard.name, "", "", what, MEND_SHARD))
+        report.problems.append(Problem(shard.name, "", "", what, RESTORE))
     stored = _stored_index(source, shard, report)
-    # Sums of an altered tar would hide what was altered; those of the index show it.
-    with_sums = stored is None or not report.altered
-    scanned = _scanned_index(tar, with_sums, manifest.levels, report)
-    if stored and scanned and not report.torn:
-        # What an altered tar holds is no witness against its index, only where it holds it.
-        fits = stored.same_layout if report.altered else stored.same_as
-        if not fits(scanned):
+    scanned = _survey(tar, manifest.levels, report)
+    if stored is not None and report.altered:
+        # Its sums are the witnesses of what the tar held; headers of it may have been altered.
+        stored = _follow(stored, scanned, tar, report)
+        report.index_wrong |= stored is not None and stored.num_bytes != num_bytes
+        if stored is not None and scanned is not None:
+            _compare_headers(stored, scanned, tar, report)
+        if stored is None and scanned is not None:
             _blame_index(report, shard, "does not fit its tar")
-            stored = None
+    elif stored and scanned and not report.torn and not stored.same_as(scanned):
+        _blame_index(report, shard, "does not fit its tar")
+        stored = None
     report.index = stored or scanned
     if report.index is None:
         return report
     if len(report.index) != shard.num_samples and stored is None and not report.torn:
         what = f"says {shard.name} has {shard.num_samples} samples, it has {len(report.index)}"
-        report.problems.append(Problem(MANIFEST, "", "", what, MEND_REPAIR))
-    _check_samples(tar, manifest, report)
+        report.problems.append(Problem(MANIFEST, "", "", what, FIX_REPAIR))
+    _check_samples(tar, manifest.levels, manifest.image_size, manifest.has_labels, report)
     if report.altered and not report.damaged and not report.torn:
         what = f"has another checksum for {shard.name}, whose samples are all sound"
-        report.problems.append(Problem(MANIFEST, "", "", what, MEND_REPAIR))
+        report.problems.append(Problem(MANIFEST, "", "", what, FIX_REPAIR))
     return report
 
 
@@ -167,66 +286,184 @@ def _stored_index(source: Source, shard: ShardInfo, report: ShardReport) -> Shar
 def _blame_index(report: ShardReport, shard: ShardInfo, what: str) -> None:
     report.index_wrong = True
     name = index_files.index_name(shard.name)
-    report.problems.append(Problem(name, "", "", what, MEND_INDEX))
+    report.problems.append(Problem(name, "", "", what, FIX_INDEX))
 
 
-def _scanned_index(
-    tar: Path, with_sums: bool, levels: dict[str, LevelInfo], report: ShardReport
+def _survey(
+    tar: Path, levels: dict[str, LevelInfo] | None, report: ShardReport
 ) -> ShardIndex | None:
-    def note(damage: CorruptSample) -> None:
-        report.torn = True
-        problem = Problem(tar.name, damage.key, damage.member, damage.what, MEND_SHARD)
-        report.problems.append(problem)
-
+    """Look through a tar; what is wrong with it goes into the report."""
     try:
-        index = scan(tar, with_sums, levels, note)
-        if (found := levels_of(index, tar.name).keys()) != levels.keys():
-            have = ", ".join(found) or "none"
-            what = f"has the levels {have}, {MANIFEST} says {', '.join(levels)}"
-            report.problems.append(Problem(tar.name, "", "", what, MEND_SHARD))
-    except (IndexFileError, ManifestError) as error:
-        report.torn = True
-        report.problems.append(Problem(tar.name, "", "", str(error), MEND_SHARD))
+        found = survey(tar, True, levels, pixels=True, finite=True)
+    except OSError as error:
+        report.unfit = f"cannot be read: {error.strerror or error}"
+        report.problems.append(Problem(tar.name, "", "", report.unfit, RESTORE))
         return None
-    return index
+    report.survey, report.torn = found, found.torn
+    report.lost = [f"{trouble.key}: {trouble.what}" for trouble in found.troubles]
+    for trouble in found.troubles:
+        problem = Problem(tar.name, trouble.key, "", trouble.what, trouble.remedy)
+        report.problems.append(problem)
+    if found.troubles and not found.torn:
+        report.unfit = str(found.troubles[0])
+    if found.index is None or levels is None:
+        return found.index
+    try:
+        have = levels_of(found.index, tar.name)
+    except ManifestError as error:
+        report.problems.append(Problem(tar.name, "", "", str(error), RESTORE))
+        return found.index
+    if have.keys() != levels.keys():
+        what = f"has the levels {', '.join(have) or 'none'}, not {', '.join(levels) or 'none'}"
+        report.problems.append(Problem(tar.name, "", "", what, RESTORE))
+    return found.index
 
 
-def _check_samples(tar: Path, manifest: Manifest, report: ShardReport) -> None:
-    assert report.index is not None
-    named = {(problem.key, problem.member) for problem in report.problems}
+def _follow(
+    stored: ShardIndex, scanned: ShardIndex | None, tar: Path, report: ShardReport
+) -> ShardIndex | None:
+    """The stored index of an altered tar, with those samples that were moved at their new places.
+
+    Returns:
+        None if not one of its samples is in the tar: it is that of another tar.
+    """
+    if stored.sums is None or scanned is None or scanned.sums is None:
+        return stored
+    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for number, column in enumerate(scanned.columns):
+        for row in range(len(scanned)):
+            if scanned.offsets[row, number] >= 0:
+                found.setdefault((scanned.key(row), column.suffix), []).append((row, number))
+    offsets = stored.offsets.copy()
+    num_sound = 0
     descriptor = os.open(tar, os.O_RDONLY)
     try:
-        for row in range(len(report.index)):
+        for row in range(len(stored)):
+            sound, moved = True, False
+            for number, column in enumerate(stored.columns):
+                if stored.offsets[row, number] < 0:
+                    continue
+                try:
+                    read_member(stored, row, number, tar.name, descriptor)
+                    continue
+                except CorruptSample:
+                    sound = False
+                for place in found.get((stored.key(row), column.suffix), []):
+                    same_sum = scanned.sums[place] == stored.sums[row, number]
+                    if same_sum and scanned.sizes[place] == stored.sizes[row, number]:
+                        offsets[row, number] = scanned.offsets[place]
+                        sound = moved = True
+            num_sound += sound
+            if moved:
+                what = "does not lie where its index says: bytes were put in or lost before it"
+                problem = Problem(tar.name, stored.key(row), "", what, FIX_REPAIR)
+                report.problems.append(problem)
+    finally:
+        os.close(descriptor)
+    if num_sound == 0 and not report.torn and stored.keys.tolist() != scanned.keys.tolist():
+        return None
+    if not np.array_equal(offsets, stored.offsets):
+        # The tar has to be written again: its samples do not lie where its index says.
+        report.torn = True
+    return replace(stored, offsets=offsets)
+
+
+def _compare_headers(
+    stored: ShardIndex, scanned: ShardIndex, tar: Path, report: ShardReport
+) -> None:
+    """Name what other tools will not find in an altered tar, though the index knows its place."""
+    before = {(fault.row, fault.suffix) for fault in stored.faults}
+    rows = {key: row for row, key in enumerate(stored.keys.tolist())}
+    for fault in scanned.faults:
+        row = rows.get(scanned.keys[fault.row])
+        if row is not None and (row, fault.suffix) not in before:
+            report.torn = True
+            key = scanned.key(fault.row)
+            report.problems.append(Problem(tar.name, key, fault.suffix, fault.what, RESTORE))
+    if report.torn:
+        return
+    for key in rows.keys() - set(scanned.keys.tolist()):
+        report.torn = True
+        name = bytes(key).decode("utf-8", "surrogateescape")
+        what = "no header in the tar names this sample"
+        report.problems.append(Problem(tar.name, name, "", what, RESTORE))
+
+
+def _check_samples(
+    tar: Path,
+    levels: dict[str, LevelInfo],
+    image_size: int | None,
+    has_labels: bool,
+    report: ShardReport,
+) -> None:
+    assert report.index is not None
+    index = report.index
+    named = {(problem.key, problem.member) for problem in report.problems}
+    faults: dict[int, list[tuple[str, str]]] = {}
+    for fault in index.faults:
+        faults.setdefault(fault.row, []).append((fault.suffix, fault.what))
+    descriptor = os.open(tar, os.O_RDONLY)
+    try:
+        for row in range(len(index)):
+            key = index.key(row)
+            flaws = faults.get(row, [])
+            no_label = index.labels is not None and index.labels[row] == NO_LABEL
+            for suffix, what in flaws:
+                fatal = _is_needed(suffix, levels) or (has_labels and no_label)
+                if suffix in LABEL_SUFFIXES or fatal:
+                    remedy = FIX_SAMPLE if fatal else FIX_META
+                    report.problems.append(Problem(tar.name, key, suffix, what, remedy))
+                if fatal:
+                    report.damaged.setdefault(row, f"{suffix}: {what}")
             try:
-                _check_sample(report.index, row, tar.name, descriptor, manifest)
+                _check_sample(index, row, tar.name, descriptor, levels, image_size)
             except CorruptSample as error:
-                report.damaged.add(row)
+                if row in report.damaged:
+                    continue
+                place = f"{error.member}: " if error.member else ""
+                report.damaged[row] = f"{place}{error.what}"
                 if (error.key, error.member) not in named:
-                    problem = Problem(tar.name, error.key, error.member, error.what, MEND_SHARD)
+                    problem = Problem(tar.name, error.key, error.member, error.what, RESTORE)
                     report.problems.append(problem)
     finally:
         os.close(descriptor)
 
 
+def _is_needed(suffix: str, levels: dict[str, LevelInfo]) -> bool:
+    return suffix in IMAGE_SUFFIXES or suffix in {level_suffix(name) for name in levels}
+
+
 def _check_sample(
-    index: ShardIndex, row: int, shard: str, descriptor: int, manifest: Manifest
+    index: ShardIndex,
+    row: int,
+    shard: str,
+    descriptor: int,
+    levels: dict[str, LevelInfo],
+    image_size: int | None,
 ) -> None:
     """Raise CorruptSample unless a sample can be read, decoded and trained on."""
-    sample = read_sample(index, row, shard, descriptor)
-    missing = manifest.levels.keys() - sample.levels.keys()
-    if missing:
-        raise CorruptSample(shard, sample.key, level_suffix(min(missing)), "is missing")
-    for name, values in sample.levels.items():
-        if not np.isfinite(values).all():
-            raise CorruptSample(shard, sample.key, level_suffix(name), "holds numbers not finite")
+    key = index.key(row)
+    members = {
+        column.suffix: read_member(index, row, number, shard, descriptor)
+        for number, column in enumerate(index.columns)
+        if index.offsets[row, number] != -1
+    }
+    for name in levels:
+        values = members.get(level_suffix(name))
+        if not isinstance(values, np.ndarray):
+            raise CorruptSample(shard, key, level_suffix(name), "is missing")
+        if (what := unusable(values, values.dtype.str)) is not None:
+            raise CorruptSample(shard, key, level_suffix(name), what)
+    suffix = image_suffix(list(members))
+    if suffix is None:
+        raise CorruptSample(shard, key, "", "has no image")
     try:
-        height, width = decode_image(sample.image, sample.image_format).shape[:2]
+        height, width = decode_image(members[suffix], IMAGE_SUFFIXES[suffix]).shape[:2]
     except ValueError as error:
-        raise CorruptSample(shard, sample.key, sample.image_format, str(error)) from error
-    size = manifest.image_size
-    if height != width or (size is not None and width != size):
-        what = f"is {width}x{height}, needed is {size or 'a square'}"
-        raise CorruptSample(shard, sample.key, sample.image_format, what)
+        raise CorruptSample(shard, key, suffix, str(error)) from error
+    if height != width or (image_size is not None and width != image_size):
+        what = f"is {width}x{height}, needed is {image_size or 'a square'}"
+        raise CorruptSample(shard, key, suffix, what)
 
 
 def _strangers(data: PackedDataset) -> list[Problem]:
@@ -235,9 +472,9 @@ def _strangers(data: PackedDataset) -> list[Problem]:
         return []
     known = {shard.name for shard in data.manifest.shards}
     what = f"is not in {MANIFEST}"
-    mend = "delete it, or pack the data anew"
-    names = sorted(tar.name for tar in folder.glob("*.tar"))
-    return [Problem(name, "", "", what, mend) for name in names if name not in known]
+    remedy = "move it elsewhere, or pack the data again"
+    names = sorted(tar.name for tar in folder.glob("*.tar") if not tar.name.startswith("."))
+    return [Problem(name, "", "", what, remedy) for name in names if name not in known]
 
 
 def check_statistics(data: PackedDataset) -> list[Problem]:
@@ -253,10 +490,10 @@ def check_statistics(data: PackedDataset) -> list[Problem]:
             variance = data.level_variance(level)
             if variance.shape != (info.grid**2, info.channels):
                 what = f"{level}: variances of shape {variance.shape}"
-                problems.append(Problem(name, "", "", what, MEND_REPAIR))
+                problems.append(Problem(name, "", "", what, FIX_REPAIR))
             elif not np.isclose(variance.mean(dtype=np.float64), data.total_variance(level)):
                 what = f"total_variance of {level} is not the mean of its variances"
-                problems.append(Problem(MANIFEST, "", "", what, MEND_REPAIR))
+                problems.append(Problem(MANIFEST, "", "", what, FIX_REPAIR))
     except (ManifestError, FetchError, KeyError, ValueError) as error:
-        problems.append(Problem(name, "", "", str(error), MEND_REPAIR))
+        problems.append(Problem(name, "", "", str(error), FIX_REPAIR))
     return problems

@@ -73,4 +73,5 @@ def _stream(state: StageState, batch: int, seed: int, start: int, image_size: in
         window_shards=config.window_shards,
         on_error=config.on_error,
         pin_memory=state.device.type == "cuda",
+        need_labels=state.family.inputs.labels,
     )

@@ -15,9 +15,11 @@ def check_classes(config: Config, data: Dataset) -> None:
     """
     path, wanted = config.data.location, config.family.options.get("num_classes")
     if not data.manifest.has_labels:
+        fault = data.label_fault(config.data.split)
         raise ConfigError(
-            f"family.num_classes: the samples of {path} have no labels: prepare photos in one "
-            "folder per class (docs/data-format.md), or set it to 0"
+            f"family.num_classes: the samples of {path} have no labels"
+            f"{f' that are numbers ({fault})' if fault else ''}: prepare photos in one folder per "
+            "class (docs/data-format.md), or set it to 0"
         )
     classes = data.manifest.classes
     if classes and len(classes) != wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dinogen.training.labels import check_classes
 from dinogen.training.stages import find_stage
 from shards.dataset import Dataset
 
+log = logging.getLogger(__name__)
 # What may differ from one part of a run to the next: places, lengths, what is logged and kept, and
 # what alters a step by rounding at most. Guide and data are compared by hashes of what they hold.
 MAY_CHANGE: dict[str, Any] = {
@@ -56,6 +58,7 @@ def check_run(config: Config, indices: list[int], data: Dataset) -> None:
     _check_lr_scale(config, families)
     for index in indices:
         _check_stage(config, families[index], data)
+    _check_image_sizes(config, [families[index] for index in indices], data)
     fingerprint = data_fingerprint(data)
     for stage in config.stages:
         checkpoint = stage_checkpoint(config, stage)
@@ -119,6 +122,33 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
             f"family.bank: {inputs.bank} reals are fewer than the {dist.world_size()} ranks that "
             "share them: give more, or 0"
         )
+
+
+def _check_image_sizes(config: Config, families: list[Family], data: Dataset) -> None:
+    """Images of tars from elsewhere may differ in size: some may be too small for a stage."""
+    sizes = [f.inputs.image_size for f in families if f.inputs.image_size is not None]
+    if not sizes or all(one.manifest.image_size is not None for one in data.sets):
+        return
+    splits = [config.data.split]
+    if config.eval.every_kimg is not None and data.num_samples("val"):
+        splits.append("val")
+    for split in dict.fromkeys(splits):
+        for size in sorted(set(sizes)):
+            count, first = data.unfit_images(size, split)
+            if not count:
+                continue
+            total = data.num_samples(split)
+            what = (
+                f"{count:,} of the {total:,} images in split {split} of {data.location} are "
+                f"smaller than {size}x{size} or not square ({first})"
+            )
+            if config.data.on_error != "skip" or count == total:
+                raise ConfigError(
+                    f"stages: {what}: leave out the stages that need them, make the images larger "
+                    "and square, or set data.on_error=skip to train without them"
+                )
+            log.warning("%s; they are passed over (data.on_error=skip)", what)
+            break
 
 
 def past_config(then: dict[str, Any], source: Path | str, version: str) -> Config:

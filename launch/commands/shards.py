@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Look at packed data, check it, mend it.")
+app = typer.Typer(help="Look at packed data, check it, repair it.")
 
 Location = Annotated[
     str, typer.Argument(help="Folder of a dataset, or its URL (s3://, gs://, ...).", metavar="DATA")
@@ -77,61 +77,90 @@ def ls(data: Location, cache_dir: CacheDir = None) -> None:
 def verify(data: Location, cache_dir: CacheDir = None, cache_gb: CacheGb = None) -> None:
     """Reread every byte and name each damaged shard and sample; exits 1 if there is any.
 
+    Nothing is written. Tars from elsewhere are checked as they are.
+
     [bold]Example[/bold]  dinogen shards verify data/faces
     """
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
 
     from shards import open_dataset
-    from shards.verify import verify as verify_dataset
+    from shards.manifest import MANIFEST, PACKING
+    from shards.verify import examine, examine_plain
 
-    dataset = open_dataset(data, cache_dir=cache_dir, cache_gb=cache_gb)
-    total = sum(shard.num_samples for shard in dataset.manifest.shards)
+    folder = Path(data)
+    plain = folder.is_dir() and not any((folder / name).exists() for name in (MANIFEST, PACKING))
+    dataset = None if plain else open_dataset(data, cache_dir=cache_dir, cache_gb=cache_gb)
+    shards = () if dataset is None else dataset.manifest.shards
+    total = sum(shard.num_samples for shard in shards) if dataset is not None else None
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("samples", total=total)
-        problems = verify_dataset(dataset, lambda count: bar.advance(task, count))
-    console = Console()
-    if not problems:
-        console.print(f"{data}: {total:,} samples in {len(dataset.manifest.shards)} shards, sound")
+        if dataset is None:
+            found = examine_plain(folder, lambda count: bar.advance(task, count))
+        else:
+            found = examine(dataset, lambda count: bar.advance(task, count))
+    for line in found.remarks:
+        typer.echo(printable(line))
+    if not found.problems:
+        typer.echo(f"{data}: {found.num_samples:,} samples in {found.num_shards} shards, sound")
         return
-    table = Table("file", "sample", "member", "what is wrong", "what to do", title=data)
-    for problem in problems:
-        table.add_row(problem.shard, problem.key, problem.member, problem.what, problem.mend)
-    console.print(table)
-    console.print(f"{data}: {len(problems)} problems")
+    for problem in found.problems:
+        typer.echo(printable(str(problem)))
+    typer.echo(f"{data}: {_count(len(found.problems), 'problem')}")
     raise typer.Exit(1)
 
 
 @app.command("index")
 def make_index(data: Folder) -> None:
-    """Make missing or wrong indexes anew; give plain WebDataset tars a manifest and statistics.
+    """Make missing or wrong indexes again; give plain WebDataset tars a manifest and statistics.
 
-    A lost manifest.json is made anew as well; stats.safetensors still knows the guide.
+    A lost manifest.json is made again as well; stats.safetensors still knows the guide. Tars are
+    only read.
 
     [bold]Example[/bold]  dinogen shards index data/tars-from-elsewhere
     """
     from shards.repair import rebuild_indexes
 
     for line in rebuild_indexes(data) or ["all indexes fit their shards"]:
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 @app.command()
 def repair(
     data: Folder,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Do not ask, and go on without what is lost.")
+    ] = False,
 ) -> None:
     """Rewrite damaged shards without their damaged samples; bring manifest and indexes up to date.
 
-    What is lost stays lost: look at [bold]dinogen shards verify[/bold] first, and restore shards
-    from a copy where there is one.
+    It first says which samples will go and why, and loses none without [bold]--yes[/bold]. What a
+    tar was is kept beside it as NAME.tar.before-repair. Where there is a sound copy, restore that.
 
     [bold]Example[/bold]  dinogen shards repair data/faces
     """
-    from shards.repair import repair as repair_dataset
+    from shards.repair import plan_repair
 
-    if not yes:
-        typer.confirm(f"{data}: drop every sample that cannot be read?", abort=True)
-    for line in repair_dataset(data) or ["nothing to repair"]:
-        typer.echo(line)
+    plan = plan_repair(data)
+    for line in plan.lines:
+        typer.echo(printable(line))
+    if plan.num_lost and not yes:
+        typer.echo(
+            f"{data}: nothing was changed: {_count(plan.num_lost, 'sample')} would be lost; give "
+            "--yes to go on without (the tars are kept as NAME.tar.before-repair)",
+            err=True,
+        )
+        raise typer.Exit(1)
+    if plan.rewrites and not yes:
+        typer.confirm(f"{data}: write these tars again? No sample is lost", abort=True)
+    for line in plan.run() or ["nothing to repair"]:
+        typer.echo(printable(line))
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
+
+
+def printable(text: str) -> str:
+    """Text that any terminal takes: names of files need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

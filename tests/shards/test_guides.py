@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from launch.commands.shards import app
-from shards import Sample, ShardSink, open_dataset, pack
+from shards import ShardSink, open_dataset, pack
 from shards.errors import CorruptSample, ManifestError, PackError
 from shards.mix import MixedDataset
 from shards.repair import rebuild_indexes, repair
@@ -143,13 +143,6 @@ def test_names_of_levels():
             level_name(wrong)
 
 
-def test_a_name_too_long_for_a_tar_is_refused():
-    values = np.zeros((1, 2), np.float16)
-    Sample("k" * 80, b"", "jpg", {}, {"ten_chars_.n1": values})
-    with pytest.raises(ValueError, match=r"kk\.much_longer_than_that\.n1\.npy: .*100 bytes"):
-        Sample("k" * 80, b"", "jpg", {}, {"much_longer_than_that.n1": values})
-
-
 def test_statistics_and_manifest_know_all_of_them(guided, expected):
     data = open_dataset(guided)
     manifest = data.manifest
@@ -221,7 +214,7 @@ def test_damage_is_named_and_repaired_at_the_price_of_that_sample(data, flip, me
         with pytest.raises(CorruptSample, match=member):
             open_dataset(data).read(range(5), levels=[member.removesuffix(".npy")])
     keys = open_dataset(data).keys()
-    repair(data)
+    repair(data, allow_loss=True)
     mended = open_dataset(data)
     assert verify(mended) == []
     assert mended.keys() == [other for other in keys if other != key]

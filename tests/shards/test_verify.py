@@ -109,7 +109,7 @@ def test_a_wrong_index_is_found_and_rebuilt(copy: Path, change: str):
         save(index, path)
     found = problems_of(copy)
     assert [problem.shard for problem in found] == [path.name]
-    assert rebuild_indexes(copy) == [f"{path.name}: made anew"]
+    assert rebuild_indexes(copy) == [f"{path.name}: made again"]
     assert path.read_bytes() == before
     assert rebuild_indexes(copy) == []
 
@@ -185,6 +185,6 @@ def test_command_ls_and_index(copy: Path):
         assert text in listed
     assert "all indexes fit" in run(app, ["index", str(copy)]).output
     (copy / "val-00000.index.npz").unlink()
-    assert "val-00000.index.npz: made anew" in run(app, ["index", str(copy)]).output
+    assert "val-00000.index.npz: made again" in run(app, ["index", str(copy)]).output
     missing = run(app, ["ls", str(copy / "nothing")])
     assert isinstance(missing.exception, ShardsError)
