@@ -41,7 +41,9 @@ def faces_settings(config: FacesConfig, landmark_offset: float = 0.0) -> dict[st
     """What decides the crops, besides the photos; JSON values."""
     # How fast the work is done does not change what comes out.
     settings = config.model_dump(mode="json", exclude={"batch", "num_threads"})
-    return settings | ({_OFFSET: landmark_offset} if config.detect != "none" else {})
+    if config.detect != "none" and landmark_offset != _EARLIER_OFFSET:
+        settings[_OFFSET] = landmark_offset
+    return settings
 
 
 def landmark_offset_of(saved: Mapping[str, Any]) -> float:
