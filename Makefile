@@ -3,7 +3,7 @@
 VENV := .venv
 STAMP := $(VENV)/.installed
 # A bare interpreter of another version may stand under each of these names: ask it.
-PYTHON ?= $(shell for name in python3.11 python3 python; do \
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; do \
 	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
 	then command -v $$name; break; fi; done)
 

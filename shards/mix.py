@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -18,6 +19,9 @@ from shards.sample import Sample
 # Guides that have these alike give the same features, wherever they were loaded from.
 _GUIDE = ("name", "weights_sha256", "layer")
 _POOLED = "base_grid"
+# How images were resized for the guides; silence is what earlier versions did.
+_RESIZE = "resize"
+log = logging.getLogger(__name__)
 
 
 class MixedDataset(Dataset):
@@ -136,7 +140,7 @@ def _common(sets: Sequence[PackedDataset]) -> Manifest:
             if all(name in manifest.guides for manifest in manifests)
         },
         clip=first.clip if all(manifest.clip for manifest in manifests) else {},
-        prepare=_pooled_from(first),
+        prepare=_pyramids_of(first, (_POOLED, _RESIZE)),
         statistics=None,
         shards=tuple(shard for manifest in manifests for shard in manifest.shards),
     )
@@ -188,17 +192,32 @@ def _check_guides(first: PackedDataset, other: PackedDataset) -> None:
                 f"{other.location}: another guide{name} made its features ({its.get('path')}) than "
                 f"those of {first.location} ({mine.get('path')}): prepare both with the same one"
             )
-    if _pooled_from(a) != _pooled_from(b):
+    grids, resizes = (
+        [_pyramids_of(m, (name,)).get("pyramids", {}).get(name) for m in (a, b)]
+        for name in (_POOLED, _RESIZE)
+    )
+    if resizes[0] != resizes[1]:
+        log.warning(
+            "%s and %s: images were resized for the guides in different ways (%s, %s), which "
+            "shifts their features a little; what is generated is resized as the first has it. "
+            "Prepare the older one again",
+            first.location,
+            other.location,
+            *(name or "as by an earlier version" for name in resizes),
+        )
+    if grids[0] != grids[1]:
         raise ManifestError(
             f"{other.location}: its pooled levels are means of another grid than those of "
             f"{first.location}: prepare both with the same prepare.pyramids.base_grid"
         )
 
 
-def _pooled_from(manifest: Manifest) -> dict[str, Any]:
-    """What `prepare` says about the grid that pooled levels are means of; nothing if it is 16."""
-    pyramids = manifest.prepare.get("pyramids", {})
-    return {"pyramids": {_POOLED: pyramids[_POOLED]}} if _POOLED in pyramids else {}
+def _pyramids_of(manifest: Manifest, facts: Sequence[str]) -> dict[str, Any]:
+    """Of what `prepare` says about the pyramids, these facts, where it says anything at all."""
+    pyramids = manifest.prepare.get("pyramids")
+    if pyramids is None:
+        return {}
+    return {"pyramids": {fact: pyramids[fact] for fact in facts if fact in pyramids}}
 
 
 def _named(classes: Sequence[str]) -> str:

@@ -1,8 +1,18 @@
-"""Which tests run in one process, one after the other, when several processes share them."""
+"""Which tests run in one process when several share them; which are left out without torch."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import FrameType, ModuleType
+
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -16,3 +26,42 @@ def pytest_xdist_make_scheduler(config, log):
             return "tests/slurm" if file.startswith("tests/slurm/") else file
 
     return ByFile(config, log)
+
+
+class _SkipWithoutTorch:
+    """Finds no module; skips the test, or the file, in which our code asks for torch or its like.
+
+    Other libraries that try to import torch go on without it as they always do.
+    """
+
+    names = ("torch", "torchvision", "transformers", "facenet_pytorch", "torch_fidelity", "lpips")
+
+    def find_spec(
+        self,
+        name: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        if name.partition(".")[0] not in self.names:
+            return None
+        asking = [file for file in _files_of_the_stack() if "importlib" not in str(file)]
+        if asking and asking[0].is_relative_to(ROOT) and "site-packages" not in asking[0].parts:
+            tests = [f.relative_to(ROOT) for f in asking if f.name.startswith("test_")]
+            where = tests[-1] if tests else asking[0].relative_to(ROOT)
+            pytest.skip(f"{where}: needs {name.partition('.')[0]}", allow_module_level=True)
+        return None
+
+
+def _files_of_the_stack() -> Iterator[Path]:
+    """Where the caller's caller is, innermost first."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield Path(frame.f_code.co_filename)
+        frame = frame.f_back
+
+
+# .ci/run sets it where the newest Python of a machine has no torch that is worth its download.
+# Otherwise a missing torch is an error like any other.
+if os.environ.get("DINOGEN_TESTS_WITHOUT_TORCH") == "1":
+    assert importlib.util.find_spec("torch") is None, "torch is here: run the tests with it"
+    sys.meta_path.append(_SkipWithoutTorch())

@@ -18,6 +18,7 @@ def pooled_pyramid(
     images: Tensor,
     grids: Sequence[int] = (4, 8, 16),
     base_grid: int = BASE_GRID,
+    antialias: bool = True,
 ) -> dict[int, Tensor]:
     """The 16x16 map of the picture, and its exact 2x2 means; differentiable to the pixels.
 
@@ -26,6 +27,7 @@ def pooled_pyramid(
         images: (B, 3, R, R), RGB in [-1, 1], resized to ``guide.input_size(base_grid)``.
         grids: sides wanted, each ``base_grid`` or a half, a quarter, ... of it.
         base_grid: side of the map that the others are means of, a power of 2.
+        antialias: as in :func:`dinogen.features.resize.to_guide`.
 
     Returns:
         ``{grid: (B, grid * grid, C)}`` float32, places row by row.
@@ -34,7 +36,7 @@ def pooled_pyramid(
         ValueError: a grid that 2x2 means of the map do not reach.
     """
     _check_pooled(grids, base_grid)
-    features = guide(to_guide(images, guide.input_size(base_grid)))
+    features = guide(to_guide(images, guide.input_size(base_grid), antialias))
     levels = {}
     for halving in range(base_grid.bit_length()):
         grid = base_grid >> halving
@@ -45,7 +47,9 @@ def pooled_pyramid(
     return {grid: levels[grid] for grid in grids}
 
 
-def native_pyramid(guide: Guide, images: Tensor, grids: Sequence[int]) -> dict[int, Tensor]:
+def native_pyramid(
+    guide: Guide, images: Tensor, grids: Sequence[int], antialias: bool = True
+) -> dict[int, Tensor]:
     """Per grid, the features of the picture shrunk to grid x grid pixels; differentiable.
 
     It is what a generated picture of grid x grid pixels goes through, so a generator can reach
@@ -55,6 +59,7 @@ def native_pyramid(guide: Guide, images: Tensor, grids: Sequence[int]) -> dict[i
         guide: frozen feature network.
         images: (B, 3, R, R), RGB in [-1, 1], R a multiple of every grid.
         grids: sides wanted.
+        antialias: as in :func:`dinogen.features.resize.to_guide`.
 
     Returns:
         ``{grid: (B, grid * grid, C)}`` float32, places row by row.
@@ -63,7 +68,7 @@ def native_pyramid(guide: Guide, images: Tensor, grids: Sequence[int]) -> dict[i
         ValueError: R is not a multiple of a grid.
     """
     return {
-        grid: tokens(guide(to_guide(shrink_area(images, grid), guide.input_size(grid))))
+        grid: tokens(guide(to_guide(shrink_area(images, grid), guide.input_size(grid), antialias)))
         for grid in grids
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from dinogen.config import Config, ConfigError
 from dinogen.features.base import Guide, same_guide
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import base_grid_of, native_pyramid, pooled_pyramid
+from dinogen.features.resize import resized_with_antialias
 from dinogen.guidance.joint import Features, real_features
 from dinogen.losses.pyramid import mean_pairwise_distance
 from shards.dataset import Dataset
@@ -20,6 +22,8 @@ from shards.sample import level_grid, level_guide
 
 # A channel that hardly varies is not blown up further than to this share of the others' deviation.
 _LEAST_DEVIATION = 0.1
+
+_logger = logging.getLogger(__name__)
 
 
 class Teacher:
@@ -49,6 +53,16 @@ class Teacher:
             made_by = data.manifest.guides.get(name) if name else data.manifest.guide
             self._check(name, made_by or {})
         self.base_grid = base_grid_of(data.manifest.prepare)
+        # Generated images are enlarged as the real ones were, or equal images would differ.
+        self.antialias = resized_with_antialias(data.manifest.prepare)
+        if self.guides and not self.antialias:
+            _logger.warning(
+                "%s: its pyramids were made by an earlier version of dinogen, which enlarged "
+                "images for a guide without antialias (1 to 2 of 255 from Pillow's bicubic). "
+                "Generated images are enlarged the same way, so that features compare. Prepare "
+                "the photos again, into a new folder, to have both as Pillow does it",
+                data.location,
+            )
 
     def features(self, images: Tensor) -> Features:
         """Features of pictures (B, 3, R, R) in [-1, 1] at every level, differentiable.
@@ -62,9 +76,9 @@ class Teacher:
             for kind in dict.fromkeys(kind_of(level) for level in own):
                 grids = tuple(level_grid(level) for level in own if kind_of(level) == kind)
                 if kind == "p":
-                    pyramid = pooled_pyramid(guide, images, grids, self.base_grid)
+                    pyramid = pooled_pyramid(guide, images, grids, self.base_grid, self.antialias)
                 else:
-                    pyramid = native_pyramid(guide, images, grids)
+                    pyramid = native_pyramid(guide, images, grids, self.antialias)
                 prefix = f"{name}." if name else ""
                 found |= {f"{prefix}{kind}{grid}": values for grid, values in pyramid.items()}
         return {level: found[level] for level in self.levels}

@@ -1,8 +1,9 @@
 """Cut an aligned square out of a photo.
 
 Points are in pixels with (0, 0) at the outer corner of the first pixel, so pixel i reaches from i
-to i + 1 and its centre is at i + 0.5. MTCNN's landmarks are such points. A crop of 64 is thus the
-same view as a crop of 256 shrunk to a quarter.
+to i + 1 and its centre is at i + 0.5. The detector's landmarks are such points. A crop of 64 is
+thus the same view as a crop of 256 shrunk to a quarter, and x on a photo of width W is W - x on its
+mirror image, whose crop is the mirrored crop.
 """
 
 from __future__ import annotations

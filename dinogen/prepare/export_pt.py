@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinogen.features.resize import RESIZE
 from dinogen.files import write_bytes, write_json
 from dinogen.prepare.pyramid import Levels
 from dinogen.prepare.read import PrepareError
@@ -134,7 +135,12 @@ class PtFiles:
         self._paths = {path.stem: path for path in sorted(folder.glob("*.pt"))}
         if not self._paths:
             raise PrepareError(f"{folder}: holds no .pt files")
-        self.settings: dict[str, Any] = {"grids": list(GRIDS), "kinds": ["pooled"]}
+        # They do not say how images were resized: other programs' do as Pillow does.
+        self.settings: dict[str, Any] = {
+            "grids": list(GRIDS),
+            "kinds": ["pooled"],
+            "resize": RESIZE,
+        }
         self.guide: dict[str, Any] | None = None
         self.guides: dict[str, dict[str, Any]] = {}
         self.clip: dict[str, Any] = {}

@@ -118,7 +118,7 @@ def write_faces(
     photos = find_photos(src)
     by_folder = config.classes == "folders"
     classes = class_names(src, (p.source for p in photos.photos)) if by_folder else ()
-    check_settings(src, out, config, classes)
+    landmark_offset = check_settings(src, out, config, classes)
     done: set[str] = set()
     rejections: dict[str, list[Rejection]] = {}
     duplicates = Duplicates(config.max_duplicate_distance)
@@ -141,6 +141,7 @@ def write_faces(
             skip=done.__contains__,
             progress=progress,
             duplicates=duplicates,
+            landmark_offset=landmark_offset,
         ):
             if isinstance(item, Rejection):
                 rejections.setdefault(item.source, []).append(item)

@@ -18,9 +18,24 @@ from dinogen.prepare.parts import network_of
 from dinogen.prepare.read import PrepareError
 from dinogen.prepare.settings import todays_settings
 from shards import open_dataset
-from shards.manifest import MANIFEST, Manifest
+from shards.manifest import MANIFEST, PACKING, Manifest
 
 SUMMARY = "summary.json"
+
+
+def begun_with(out: Path) -> dict[str, Any]:
+    """What a dataset in ``out``, finished or not, says about its preparation; empty if none does.
+
+    What is damaged says nothing: whoever takes it up tells it.
+    """
+    for name, holder in ((MANIFEST, None), (PACKING, "settings")):
+        try:
+            found = json.loads((out / name).read_bytes())
+            prepare = (found[holder] if holder else found)["prepare"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return prepare if isinstance(prepare, dict) else {}
+    return {}
 
 
 def finished_dataset(
@@ -48,10 +63,13 @@ def finished_dataset(
     if not (out / MANIFEST).is_file():
         return None
     manifest = open_dataset(out).manifest
-    made_with = manifest.prepare | {"faces": todays_settings(manifest.prepare.get("faces", {}))}
+    made_with, asked_for = (
+        said | {"faces": todays_settings(said.get("faces", {}))}
+        for said in (manifest.prepare, json.loads(json.dumps(prepare)))
+    )
     if "pyramids" not in prepare:
         made_with.pop("pyramids", None)
-    changed = [*_changed("prepare", made_with, json.loads(json.dumps(prepare)))]
+    changed = [*_changed("prepare", made_with, asked_for)]
     if manifest.classes != tuple(classes):
         changed.append(f"classes: {_listed(manifest.classes)}, now {_listed(classes)}")
     changed += _other_networks(manifest, made_by)

@@ -167,7 +167,7 @@ def settings_of(faces: dict[str, Any], pyramids: dict[str, Any] | None) -> dict[
     """What the manifest says about the preparation, alike on both ways."""
     if not pyramids or "grids" not in pyramids:
         return {"faces": faces}
-    decisive = ("grids", "kinds", "base_grid")
+    decisive = ("grids", "kinds", "base_grid", "resize")
     return {"faces": faces, "pyramids": {n: pyramids[n] for n in decisive if n in pyramids}}
 
 

@@ -17,6 +17,7 @@ from safetensors.numpy import save
 from dinogen import dist
 from dinogen.features import GuideInfo
 from dinogen.features.base import guide_identity
+from dinogen.features.resize import resized_with_antialias
 from dinogen.files import write_bytes
 from dinogen.prepare.crop import Crop
 from dinogen.prepare.faces import faces_have_captions, read_faces
@@ -76,6 +77,7 @@ def write_pyramids(
     num_parts = -(-num_faces // size)
     with_text = maker.embedder is not None and faces_have_captions(faces)
     identity = maker.identity()
+    maker.antialias = _resized_with_antialias(out)
     header = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -86,6 +88,7 @@ def write_pyramids(
     }
     out.mkdir(parents=True, exist_ok=True)
     _check_parts(out, num_parts, header, num_faces)
+    maker.warn_of_resize(out)
     with dist.main_section() as main:
         if main:
             for leftover in out.glob(".*.tmp"):
@@ -194,6 +197,16 @@ def _check_parts(out: Path, num_parts: int, header: dict[str, Any], num_faces: i
             continue  # made anew when its turn comes
         if changed := _changes(found, header):
             raise _foreign(path, changed)
+
+
+def _resized_with_antialias(out: Path) -> bool:
+    """How the images of the parts in a folder were enlarged; as today if there are none yet."""
+    for path in sorted(out.glob("part-*.safetensors")):
+        try:
+            return resized_with_antialias({"pyramids": _read_header(path)["settings"]})
+        except PrepareError:
+            continue  # told, or made again, when its turn comes
+    return True
 
 
 def _is_done(path: Path, written: dict[str, Any]) -> bool:

@@ -12,18 +12,19 @@ from pathlib import Path
 
 from dinogen import dist
 from dinogen.config_prepare import FacesConfig, PrepareConfig
+from dinogen.features.resize import resized_with_antialias
 from dinogen.files import write_json, write_text
 from dinogen.prepare.captions import has_captions
 from dinogen.prepare.classes import class_names
 from dinogen.prepare.curate import Duplicates
 from dinogen.prepare.faces import FacesSummary
 from dinogen.prepare.find import Photos, find_photos
-from dinogen.prepare.finished import SUMMARY, finished_dataset, finished_summary
+from dinogen.prepare.finished import SUMMARY, begun_with, finished_dataset, finished_summary
 from dinogen.prepare.join import sample_of, settings_of
 from dinogen.prepare.journal import Journal
 from dinogen.prepare.pyramid import PyramidMaker
 from dinogen.prepare.read import PrepareError
-from dinogen.prepare.settings import faces_settings
+from dinogen.prepare.settings import faces_settings, landmark_offset_of, warn_of_offset
 from dinogen.prepare.stream import iter_faces
 from shards import ShardSink
 from shards.manifest import Manifest
@@ -101,13 +102,23 @@ def prepare(
     by_folder = config.faces.classes == "folders"
     classes = class_names(src, (p.source for p in photos.photos)) if by_folder else ()
     made_by = maker.identity() if maker else {"guide": {}, "guides": {}, "clip": {}}
-    made_with = settings_of(faces_settings(config.faces), maker.settings() if maker else None)
+    # What an earlier version began goes on as it was begun, so that all samples are alike.
+    begun = begun_with(out)
+    landmark_offset = landmark_offset_of(begun.get("faces", {}))
+    if maker is not None:
+        maker.antialias = resized_with_antialias(begun)
+    cut_with = faces_settings(config.faces, landmark_offset)
+    made_with = settings_of(cut_with, maker.settings() if maker else None)
     manifest = finished_dataset(out, config.pack, made_by, made_with, classes)
     if manifest is not None:
         summary = finished_summary(src, out, photos)
         if progress is not None:
             progress(summary.num_photos, summary.num_photos)
         return summary, manifest
+    if config.faces.detect != "none":
+        warn_of_offset(out, landmark_offset)
+    if maker is not None:
+        maker.warn_of_resize(out)
     sink = ShardSink(
         out,
         shard_size=config.pack.shard_size,
@@ -138,6 +149,7 @@ def prepare(
             skip=finished.__contains__,
             progress=progress,
             duplicates=duplicates,
+            landmark_offset=landmark_offset,
         )
         crops = journal.record(items)
         with_text = has_captions(photo.path for photo in photos.photos)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor
 from dinogen.config_prepare import PyramidsConfig
 from dinogen.features import Guide, native_pyramid, pooled_pyramid
 from dinogen.features.pyramid import BASE_GRID
+from dinogen.features.resize import RESIZE
 from dinogen.prepare.crop import Crop
 from dinogen.prepare.read import PrepareError
 from shards.image import decode_image
@@ -22,6 +25,8 @@ from shards.image import decode_image
 Levels = dict[str, NDArray[np.float16]]
 
 _NUM_DECODERS = 2
+
+_logger = logging.getLogger(__name__)
 
 
 class Embedder(Protocol):
@@ -54,6 +59,10 @@ class PyramidMaker:
         device: where the networks run.
         guides: further ones by name; of each all grids and kinds are made too.
         embedder: makes the levels ``clip`` and, of captions, ``text``.
+
+    Attributes:
+        antialias: whether images are enlarged for the guides as Pillow does it. False goes on
+            with work that an earlier version began, see :func:`resized_with_antialias`.
     """
 
     def __init__(
@@ -69,6 +78,7 @@ class PyramidMaker:
         self.device = device
         self.guides = dict(guides or {})
         self.embedder = embedder
+        self.antialias = True
 
     def settings(self) -> dict[str, Any]:
         """What decides the features, besides the networks and the pictures; JSON values."""
@@ -77,6 +87,8 @@ class PyramidMaker:
         found: dict[str, Any] = {"grids": list(self.config.grids), "kinds": list(self.config.kinds)}
         if self.config.base_grid != BASE_GRID:  # silence means what there was before others were
             found["base_grid"] = self.config.base_grid
+        if self.antialias:
+            found["resize"] = RESIZE
         return found
 
     def identity(self) -> dict[str, dict[str, Any]]:
@@ -87,6 +99,17 @@ class PyramidMaker:
             # As JSON gives it back, so that it can be compared with what a manifest says.
             "clip": json.loads(json.dumps(self.embedder.info)) if self.embedder else {},
         }
+
+    def warn_of_resize(self, out: Path) -> None:
+        """Say that work in ``out`` goes on as an earlier version began it, if it does."""
+        if self.guide is not None and not self.antialias:
+            _logger.warning(
+                "%s: its pyramids were begun by an earlier version of dinogen, which enlarged "
+                "images for a guide without antialias (1 to 2 of 255 from Pillow's bicubic). The "
+                "rest is made the same way, so that all are alike. Choose another folder to have "
+                "all of them as Pillow does it",
+                out,
+            )
 
     @property
     def label(self) -> str:
@@ -163,9 +186,9 @@ class PyramidMaker:
         for prefix, guide in self._by_prefix().items():
             for kind in self.config.kinds:
                 pyramid = (
-                    pooled_pyramid(guide, images, grids, self.config.base_grid)
+                    pooled_pyramid(guide, images, grids, self.config.base_grid, self.antialias)
                     if kind == "pooled"
-                    else native_pyramid(guide, images, grids)
+                    else native_pyramid(guide, images, grids, self.antialias)
                 )
                 for grid, features in pyramid.items():
                     levels[f"{prefix}{kind[0]}{grid}"] = features.half()

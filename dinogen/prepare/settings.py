@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,12 @@ from dinogen.files import write_json
 from dinogen.prepare.read import PrepareError
 
 SETTINGS = "settings.json"
+# How far right and down of their places landmarks were put, pixels. Silence is what versions did
+# that did not know of it.
+_OFFSET = "landmark_offset"
+_EARLIER_OFFSET = 0.5
+
+_logger = logging.getLogger(__name__)
 
 
 def read_settings(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]] | None:
@@ -29,22 +37,52 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]] | None
     return found.get("faces", {}), tuple(found.get("classes", ()))
 
 
-def faces_settings(config: FacesConfig) -> dict[str, Any]:
+def faces_settings(config: FacesConfig, landmark_offset: float = 0.0) -> dict[str, Any]:
     """What decides the crops, besides the photos; JSON values."""
     # How fast the work is done does not change what comes out.
-    return config.model_dump(mode="json", exclude={"batch", "num_threads"})
+    settings = config.model_dump(mode="json", exclude={"batch", "num_threads"})
+    if config.detect != "none" and landmark_offset != _EARLIER_OFFSET:
+        settings[_OFFSET] = landmark_offset
+    return settings
+
+
+def landmark_offset_of(saved: Mapping[str, Any]) -> float:
+    """How far right and down landmarks were put where these settings were saved, pixels.
+
+    Args:
+        saved: by :func:`faces_settings` of this or an earlier version; empty means that there are
+            no faces yet.
+    """
+    return float(saved.get(_OFFSET, _EARLIER_OFFSET)) if saved else 0.0
+
+
+def warn_of_offset(out: Path, landmark_offset: float) -> None:
+    """Say that work goes on as an earlier version began it, if it does."""
+    if landmark_offset:
+        _logger.warning(
+            "%s: its faces were cut out by an earlier version of dinogen, which put landmarks "
+            "%g px too far right and down. New ones are cut out the same way, so that all are "
+            "alike. Choose another folder to have all of them right",
+            out,
+            landmark_offset,
+        )
 
 
 def todays_settings(saved: dict[str, Any]) -> dict[str, Any]:
     """What :func:`faces_settings` of an older version saved, by today's names and defaults."""
     try:
-        return faces_settings(FacesConfig.model_validate(saved)) if saved else {}
+        config = {name: value for name, value in saved.items() if name != _OFFSET}
+        offset = landmark_offset_of(saved)
+        return faces_settings(FacesConfig.model_validate(config), offset) if saved else {}
     except ValidationError:
         return saved
 
 
-def check_settings(src: Path, out: Path, config: FacesConfig, classes: tuple[str, ...]) -> None:
+def check_settings(src: Path, out: Path, config: FacesConfig, classes: tuple[str, ...]) -> float:
     """Write the file, or make sure that what lies there was made alike.
+
+    Returns:
+        How far right and down landmarks are to be put, pixels: as in what lies there.
 
     Raises:
         PrepareError: the folder holds something else, or faces of other photos or settings.
@@ -63,19 +101,23 @@ def check_settings(src: Path, out: Path, config: FacesConfig, classes: tuple[str
                 f"if the photos have only moved, write their place into {path}"
             )
         old = todays_settings(before["faces"]) | {"classes of the photos": before.get("classes")}
-        new = settings["faces"] | {"classes of the photos": settings.get("classes")}
+        offset = landmark_offset_of(before["faces"]) if config.detect != "none" else 0.0
+        asked = faces_settings(config, offset)
+        new = asked | {"classes of the photos": settings.get("classes")}
         changed = [f"{k} {old.get(k)} is now {v}" for k, v in new.items() if old.get(k) != v]
         if changed:
             raise PrepareError(
                 f"{out}: holds faces made with other settings ({', '.join(changed)}): choose "
                 "another folder, or delete this one"
             )
-    elif not path.exists() and out.exists() and any(out.iterdir()):
+        warn_of_offset(out, offset)
+        return offset
+    if not path.exists() and out.exists() and any(out.iterdir()):
         raise PrepareError(
             f"{out}: is not empty and was not written by 'dinogen faces': choose another folder"
         )
-    else:
-        write_json(path, settings)
+    write_json(path, settings)
+    return 0.0
 
 
 def read_json(path: Path) -> dict[str, Any]:

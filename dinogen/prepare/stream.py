@@ -36,6 +36,7 @@ def iter_faces(
     skip: Callable[[str], bool] | None = None,
     progress: Progress | None = None,
     duplicates: Duplicates | None = None,
+    landmark_offset: float = 0.0,
 ) -> Iterator[Crop | Rejection]:
     """Find, align and judge the faces of photos.
 
@@ -52,6 +53,7 @@ def iter_faces(
         progress: called with the number of photos done (or skipped) and of all photos.
         duplicates: what is compared against, besides the crops of this call: fill it with the
             crops of the photos that are skipped. Unused while ``max_duplicate_distance`` is -1.
+        landmark_offset: as in :class:`dinogen.prepare.detect.FaceDetector`.
 
     Returns:
         Crops and rejections. Those of one photo follow each other.
@@ -71,7 +73,7 @@ def iter_faces(
     if config.detect != "none":
         from dinogen.prepare.detect import FaceDetector
 
-        detector = FaceDetector(device, config.min_face)
+        detector = FaceDetector(device, config.min_face, landmark_offset)
     with _workers(config.num_threads, detector) as pool:
         for result in _results(wanted, config, detector, pool):
             yield from _compare(result, config, known)

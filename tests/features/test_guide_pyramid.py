@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage import data
 
 from dinogen.features.pyramid import native_pyramid, pooled_pyramid
-from dinogen.features.resize import shrink_area, to_guide
+from dinogen.features.resize import RESIZE, resized_with_antialias, shrink_area, to_guide
 
 
 def pictures(size, num=2):
@@ -124,12 +125,56 @@ def cubic_matrix(num_in, num_out, a, antialias):
 
 
 @pytest.mark.parametrize(("side", "size"), [(4, 56), (16, 43), (100, 56)])
-def test_to_guide_is_bicubic_with_antialias_only_when_shrinking(side, size):
+@pytest.mark.parametrize("antialias", [True, False])
+def test_to_guide_is_bicubic_with_antialias(side, size, antialias):
+    """Without it where an earlier version enlarged; it never shrank without."""
     images = pictures(side, 1)
-    shrinking = side > size
-    m = cubic_matrix(side, size, a=-0.5 if shrinking else -0.75, antialias=shrinking)
+    as_pillow = antialias or side > size
+    m = cubic_matrix(side, size, a=-0.5 if as_pillow else -0.75, antialias=as_pillow)
     expected = m @ images[0].double().numpy() @ m.T
-    np.testing.assert_allclose(to_guide(images, size)[0], expected, atol=1e-5)
+    np.testing.assert_allclose(to_guide(images, size, antialias)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "size"), [(4, 56), (16, 224), (128, 224), (256, 299), (256, 224)])
+def test_to_guide_is_pillow_but_for_its_rounding(side, size):
+    photo = Image.fromarray(data.astronaut())
+    small = photo.resize((side, side), Image.Resampling.BOX)
+    expected = np.asarray(small.resize((size, size), Image.Resampling.BICUBIC)).astype(float)
+    images = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 127.5 - 1
+
+    def apart(resized):
+        pixels = ((resized[0].permute(1, 2, 0).numpy() + 1) * 127.5).clip(0, 255)
+        return np.abs(pixels - expected).mean()
+
+    assert apart(to_guide(images, size)) < 0.35
+    assert size < side or apart(to_guide(images, size, antialias=False)) > 0.7
+
+
+@pytest.mark.parametrize(
+    ("prepare", "expected"),
+    [
+        ({}, True),  # packed by other programs, or before anybody asked
+        ({"faces": {}}, True),
+        ({"pyramids": {"grids": [4], "kinds": ["native"]}}, False),  # an earlier version's
+        ({"pyramids": {"grids": [4], "kinds": ["native"], "resize": RESIZE}}, True),
+    ],
+)
+def test_how_images_were_resized_stands_in_the_manifest(prepare, expected):
+    assert resized_with_antialias(prepare) is expected
+
+
+def test_a_penalty_of_the_gradient_passes_through_the_resize():
+    """As R1 of a discriminator that looks through a guide has it."""
+    images = pictures(8, 1).double().requires_grad_()
+
+    def squared_gradient(x):
+        (gradient,) = torch.autograd.grad(to_guide(x, 21).pow(3).sum(), x, create_graph=True)
+        return gradient.pow(2).sum()
+
+    (second,) = torch.autograd.grad(squared_gradient(images), images)
+    step = torch.randn(images.shape, dtype=torch.float64) * 1e-6
+    change = (squared_gradient(images + step) - squared_gradient(images - step)) / 2
+    torch.testing.assert_close(change, (second * step).sum(), rtol=1e-4, atol=1e-12)
 
 
 def test_to_guide_leaves_a_fitting_picture_alone():

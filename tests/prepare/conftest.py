@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from skimage import data
 
-from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.prepare.download import download
 from tests.prepare.face_folders import FACE, save
 from tests.prepare.wrong_server import Server
@@ -36,6 +34,11 @@ def assets():
 @pytest.fixture(scope="module")
 def one_torch_thread():
     """Small networks on shared cores: more threads only wait for each other."""
+    if os.environ.get("DINOGEN_TESTS_WITHOUT_TORCH") == "1":  # see tests/conftest.py
+        yield
+        return
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -65,6 +68,8 @@ def noise():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Of a tiny random DINOv2."""
+    from dinogen.features.dinov2 import make_random_dinov2
+
     folder = tmp_path_factory.mktemp("guide") / "tiny"
     make_random_dinov2(folder, seed=3, hidden_size=16, num_layers=1, num_heads=2, image_size=56)
     return folder

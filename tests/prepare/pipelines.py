@@ -56,7 +56,7 @@ def fill(folder):
 
 def run(photos, data, guide, config=None, progress=None):
     config = config or settings()
-    maker = PyramidMaker(guide, config.pyramids, CPU)
+    maker = PyramidMaker(guide, config.pyramids, CPU) if guide else None
     return pipeline.prepare(photos, data, config, maker, progress=progress)
 
 

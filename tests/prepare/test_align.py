@@ -61,6 +61,23 @@ def test_landmarks_come_to_lie_on_the_reference(scale, degrees):
         np.testing.assert_allclose(found, expected, atol=0.25)
 
 
+@pytest.mark.parametrize("align", [align_landmarks, align_ffhq])
+@pytest.mark.parametrize("scale", [0.7, 1.0, 2.6])
+def test_a_mirrored_photo_gives_the_mirrored_crop(align, scale):
+    """x is W - x on the mirror image; half a pixel between the two would show at every edge."""
+    rng = np.random.default_rng(3)
+    width, height = 430, 400
+    coarse = rng.integers(0, 256, (height // 4, width // 4 + 1, 3)).astype(float)
+    photo = zoom(coarse, (4, 4, 1), order=3)[:height, :width].clip(0, 255).astype(np.uint8)
+    points = move(REFERENCE_128 + rng.uniform(-2, 2, (5, 2)), scale, 9, (211.3, 190.6))
+    mirrored = (points * [-1, 1] + [width, 0])[[1, 0, 2, 4, 3]]
+    crop = align(photo, [tuple(p) for p in points], 128).astype(int)
+    other = align(photo[:, ::-1].copy(), [tuple(p) for p in mirrored], 128).astype(int)
+    assert np.abs(crop - other[:, ::-1]).mean() < 0.2
+    shifted = align(photo[:, ::-1].copy(), [(x + 0.5, y) for x, y in mirrored], 128)
+    assert np.abs(crop - shifted[:, ::-1]).mean() > 1
+
+
 def test_a_real_face_is_no_similarity_and_still_comes_near():
     """The least-squares fit of a face with its own proportions spreads the error."""
     face = REFERENCE_128 + np.array([(2, -1), (-2, 1), (3, 2), (-1, -2), (1, 1)])

@@ -90,7 +90,9 @@ def test_exported_and_packed_again_nothing_has_changed(dataset, faces, tmp_path)
     assert done.exit_code == 0, done.output
     again = open_dataset(tmp_path / "again")
     assert again.manifest.guide == GUIDE
-    assert again.manifest.prepare["pyramids"] == {"grids": [4, 8, 16], "kinds": ["pooled"]}
+    assert again.manifest.prepare["pyramids"] == {
+        "grids": [4, 8, 16], "kinds": ["pooled"], "resize": "bicubic antialias",
+    }  # fmt: skip
     for number, before in enumerate(samples()):
         after = again.sample(number)
         assert (after.key, after.image, after.meta) == (before.key, before.image, before.meta)

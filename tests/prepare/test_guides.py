@@ -90,6 +90,7 @@ def test_the_manifest_says_who_made_what_and_from_which_grid(whole):
     assert manifest.clip == {**maker.embedder.info, "mean": [0.5, 0.25]}
     assert manifest.prepare["pyramids"] == {
         "grids": [4, 8], "kinds": ["pooled", "native"], "base_grid": 8,
+        "resize": "bicubic antialias",
     }  # fmt: skip
     said = CliRunner().invoke(shards_app, ["ls", str(data)], env={"COLUMNS": "250"}).output
     assert "wide.n8" in said and "guide wide: name=dinov2" in said and "clip: name=clip" in said
