@@ -174,6 +174,29 @@ _MAGIC = (
 _SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<svg[\s>]", re.S)
 _HTML = re.compile(rb"(?i)(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|script)\b")
 
+# Files and folders that systems and programs keep beside those of the user, in lower case.
+_SYSTEM = frozenset(
+    {
+        *("@eadir", "@recently-snapshot", "@recycle", "@sharebin", "@tmp", "#recycle", "#snapshot"),
+        *("$recycle.bin", "recycler", "system volume information", "thumbs.db", "ehthumbs.db"),
+        *("ehthumbs_vista.db", "desktop.ini", "folder.htt", "lost+found", "__macosx", "icon\r"),
+        *("network trash folder", "temporary items", "thumbs.db:encryptable", "~snapshot"),
+        *("picasa.ini", "zbthumbnail.info"),
+    }
+)
+# Streams of a file that file systems without streams show as files of their own.
+_STREAMS = (":zone.identifier", "@synoeastream", "@synoresource")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name belongs to a system or program and not to the user.
+
+    Names that begin with a dot do (``.git``, ``._a.jpg`` of macOS, ``.ipynb_checkpoints``,
+    ``.thumbnails``, ``.Trash-1000``), and those that NAS boxes, Windows and macOS reserve.
+    """
+    low = name.lower()
+    return low.startswith(".") or low in _SYSTEM or low.endswith(_STREAMS)
+
 
 def kind_of(head: bytes) -> Kind | None:
     """The kind of a file by its first 64 bytes or more; None where they say nothing."""

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dinogen.config_prepare import FacesConfig
 from dinogen.prepare import align, curate
+from dinogen.prepare.changed import FileRecord, record_of
 from dinogen.prepare.find import Photo
 from dinogen.prepare.read import Unusable, read_photo
 
@@ -39,6 +40,8 @@ class Crop:
             pixels) and ``probability``, else ``fit``; if duplicates are looked for ``phash`` (16
             hex digits). For a picture that lay there without metadata ``source`` alone.
         caption: of the photo, if a text file lies beside it.
+        file: what tells the photo's file from its replacement, see
+            :func:`dinogen.prepare.changed.record_of`; it is no part of a dataset.
     """
 
     key: str
@@ -46,6 +49,7 @@ class Crop:
     image_format: str
     meta: dict[str, Any] = field(default_factory=dict)
     caption: str | None = None
+    file: FileRecord | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,16 @@ class Rejection:
         source: the photo's path relative to the folder searched.
         reason: ``unreadable``, ``empty``, ``not_an_image``, ``truncated``, ``corrupt``,
             ``too_large``, ``unsupported``, ``no_face``, ``low_probability``, ``small_face``,
-            ``bad_landmarks``, ``blurred`` or ``duplicate``.
+            ``bad_landmarks``, ``blurred`` or ``duplicate``; ``bad_caption`` of a photo that is
+            used without its caption.
         detail: what was found, for a person.
+        file: of a photo none of whose faces is used, as in :class:`Crop`.
     """
 
     source: str
     reason: str
     detail: str
+    file: FileRecord | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -76,11 +83,12 @@ class Candidate:
 
 @dataclass
 class Result:
-    """What became of one photo."""
+    """What became of one photo; ``file`` tells it from its replacement."""
 
     photo: Photo
     candidates: list[Candidate] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)
+    file: FileRecord | None = None
 
 
 def read(photo: Photo, config: FacesConfig) -> Pixels | Unusable:
@@ -113,9 +121,10 @@ def cut(
         config: what is accepted, and how it is cut out.
         detections: faces, largest first; None takes the whole picture as one face.
     """
+    record = record_of(photo.path)
     if isinstance(pixels, Unusable):
-        return Result(photo, rejected=[(pixels.reason, pixels.detail)])
-    result = Result(photo)
+        return Result(photo, rejected=[(pixels.reason, pixels.detail)], file=record)
+    result = Result(photo, file=record)
     faces: Sequence[Detection | None] = [None]
     if detections is not None:
         faces, result.rejected = _select(detections, config)

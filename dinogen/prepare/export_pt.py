@@ -1,35 +1,49 @@
-"""The exchange format: one ``.pt`` per picture, named after it: its pooled pyramid in float32."""
+"""The exchange format: one ``.pt`` per image, named after it: its pooled pyramid in float32."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dinogen.features.resize import RESIZE
 from dinogen.files import write_bytes, write_json
+from dinogen.prepare.crop import Crop
 from dinogen.prepare.pyramid import Levels
 from dinogen.prepare.read import PrepareError
 from shards import open_dataset
+from shards.kinds import is_hidden
 from shards.packed import PackedDataset
 from shards.sample import decode_meta
 
 GRIDS = (4, 8, 16)
 _GUIDE = "guide.json"
+# Longer names leave no room for ".pt", its temporary name and its process's number.
+_MAX_NAME = 200
+# What no file system of a user forbids; "/" and "\\" would lead out of the folder.
+_SAFE_NAME = re.compile(r"[^./\\:*?\"<>|\x00-\x1f\x7f][^/\\:*?\"<>|\x00-\x1f\x7f]*")
+
+
+class BadPyramid(PrepareError):
+    """One ``.pt`` file cannot be used; the message names it."""
 
 
 def export_pt(data: Path, out: Path, *, progress: Callable[[int, int], None] | None = None) -> int:
     """Write the main guide's pooled pyramid of every sample, of all splits, as ``out/NAME.pt``.
 
-    NAME is the picture's, without its suffix, see :func:`file_names`. A file holds
+    NAME is the image's, without its suffix, see :func:`file_names`. A file holds
     ``{"4x4": (1, 16, C), "8x8": (1, 64, C), "16x16": (1, 256, C)}`` float32. Beside them
     ``guide.json`` says which guide made them, if the dataset knows.
 
@@ -78,25 +92,48 @@ def export_pt(data: Path, out: Path, *, progress: Callable[[int, int], None] | N
 
 
 def file_names(sources: Mapping[str, Any]) -> dict[str, str]:
-    """How the pictures' files are called, without ``.pt``.
+    """How the images' files are called, without ``.pt``; no two alike, all inside their folder.
 
     Args:
-        sources: by key, the path of the picture that a sample comes from.
+        sources: by key, the path of the image that a sample comes from.
 
     Returns:
         By key, the path's last part without its suffix, as the original experiment has it; where
-        that names several pictures, or is another one's key, the key.
+        that names several images, or is another one's key, or no safe name of a file, the key.
+        Of a key that is no safe name, such as those of foreign tars with ``/`` or ``..``, what is
+        safe of it and a hash.
     """
     stems = {key: PurePosixPath(str(source)).stem for key, source in sources.items()}
-    count = Counter(stems.values())
+    count = Counter(stem.lower() for stem in stems.values())
+    keys = Counter(key.lower() for key in stems)
     return {
-        key: stem if stem and count[stem] == 1 and (stem == key or stem not in stems) else key
+        key: stem
+        if _is_safe(stem) and count[stem.lower()] == 1 and (stem == key or stem.lower() not in keys)
+        else _safe_key(key, keys[key.lower()] == 1)
         for key, stem in stems.items()
     }
 
 
+def _is_safe(name: str) -> bool:
+    size = len(os.fsencode(name)) if not _lone_surrogates(name) else _MAX_NAME + 1
+    return size <= _MAX_NAME and bool(_SAFE_NAME.fullmatch(name)) and not is_hidden(f"{name}.pt")
+
+
+def _lone_surrogates(name: str) -> bool:
+    """Bytes of a name that are not UTF-8; they would name a file that few programs can open."""
+    return any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def _safe_key(key: str, is_unique: bool) -> str:
+    if _is_safe(key) and is_unique:
+        return key
+    letters = re.sub(r"[^A-Za-z0-9_-]+", "-", key).strip("-")[-64:]
+    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return f"{letters}-{digest}" if letters else digest
+
+
 def _sources(dataset: PackedDataset) -> dict[str, Any]:
-    """By key, the path of each sample's picture; reads the samples' metadata alone."""
+    """By key, the path of each sample's image; reads the samples' metadata alone."""
     found: dict[str, Any] = {}
     for split in dataset.manifest.splits:
         table = dataset.table(split)
@@ -116,6 +153,11 @@ def _sources(dataset: PackedDataset) -> dict[str, Any]:
     return found
 
 
+def pt_paths(folder: Path) -> list[Path]:
+    """The ``.pt`` files in a folder, sorted; hidden ones are passed over."""
+    return sorted(path for path in folder.glob("*.pt") if not is_hidden(path.name))
+
+
 class PtFiles:
     """A folder of the exchange format, by file name; nothing in it is unpickled.
 
@@ -132,7 +174,7 @@ class PtFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._paths = {path.stem: path for path in sorted(folder.glob("*.pt"))}
+        self._paths = {path.stem: path for path in pt_paths(folder)}
         if not self._paths:
             raise PrepareError(f"{folder}: holds no .pt files")
         # They do not say how images were resized: other programs' do as Pillow does.
@@ -156,43 +198,64 @@ class PtFiles:
         return set(self._paths)
 
     def names(self, sources: Mapping[str, str]) -> dict[str, str]:
-        """Which file is that of each face: of its key, else of its picture's name.
+        """Which file is that of each face: of its key, else of its image's name.
 
         Args:
-            sources: by the face's key, the path of the picture that it comes from.
+            sources: by the face's key, the path of the image that it comes from.
         """
         called = file_names(sources)
         return {key: key if key in self._paths else called[key] for key in sources}
 
+    def belongs(self, crop: Crop) -> bool:
+        """True: these files do not say of which image they were made."""
+        return True
+
     def levels(self, key: str) -> Levels:
-        """The pooled levels of one picture, ``{"p4": (16, C), ...}`` float16.
+        """The pooled levels of one image, ``{"p4": (16, C), ...}`` float16.
+
+        Tensors may be of any float type, on any device, need gradients or be views; keys beside
+        those of the levels are left alone.
 
         Raises:
-            PrepareError: the file is damaged, would run code, or holds something else.
+            BadPyramid: the file is damaged, would run code, or holds something else.
         """
         path = self._paths[key]
         try:
             pyramid = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds on what is no file of tensors
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise PrepareError(f"{path}: no file of plain tensors ({reason})") from error
+            raise BadPyramid(f"{path}: no file of plain tensors ({reason})") from error
         _check(path, pyramid)
-        return {f"p{grid}": pyramid[f"{grid}x{grid}"][0].half().numpy() for grid in GRIDS}
+        return {f"p{grid}": _half(path, pyramid, grid) for grid in GRIDS}
+
+
+def _half(path: Path, pyramid: Mapping[str, Tensor], grid: int) -> NDArray[np.float16]:
+    """One level (g * g, C) as shards store it."""
+    name = f"{grid}x{grid}"
+    try:
+        half = pyramid[name].detach()[0].half().cpu()
+        if not torch.isfinite(half).all():
+            raise BadPyramid(f"{path}: {name} is not finite in float16, as shards store it")
+        found: NDArray[np.float16] = half.contiguous().numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BadPyramid(f"{path}: {name} holds no plain numbers ({reason})") from None
+    return found
 
 
 def _check(path: Path, pyramid: Any) -> None:
     wanted = {f"{grid}x{grid}": grid * grid for grid in GRIDS}
-    if not isinstance(pyramid, dict) or set(pyramid) != set(wanted):
+    if not isinstance(pyramid, dict) or not set(wanted) <= set(pyramid):
         found = sorted(map(str, pyramid)) if isinstance(pyramid, dict) else type(pyramid).__name__
-        raise PrepareError(f"{path}: holds {found}, needed is a dict with {list(wanted)}")
+        raise BadPyramid(f"{path}: holds {found}, needed is a dict with {list(wanted)}")
     channels = set()
     for name, num_places in wanted.items():
         value = pyramid[name]
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if not isinstance(value, Tensor) or value.dim() != 3 or shape[:2] != (1, num_places):
-            raise PrepareError(f"{path}: {name} is {shape}, needed is (1, {num_places}, C)")
-        if not torch.isfinite(value.half()).all():
-            raise PrepareError(f"{path}: {name} is not finite in float16, as shards store it")
+            raise BadPyramid(f"{path}: {name} is {shape}, needed is (1, {num_places}, C)")
+        if value.is_complex():
+            raise BadPyramid(f"{path}: {name} holds complex numbers, needed are real ones")
         channels.add(value.shape[2])
     if len(channels) != 1:
-        raise PrepareError(f"{path}: its levels have different numbers of channels {channels}")
+        raise BadPyramid(f"{path}: its levels have different numbers of channels {channels}")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,72 +18,55 @@ from PIL import Image
 
 from dinogen.config_prepare import FacesConfig
 from dinogen.files import write_bytes, write_json, write_text
-from dinogen.prepare.captions import caption_path, has_captions, read_caption
+from dinogen.prepare.captions import BAD_CAPTION, caption_path, try_caption
+from dinogen.prepare.changed import gone, looks_like_an_accident, record_of, same_file
 from dinogen.prepare.classes import class_names
 from dinogen.prepare.crop import Crop, Rejection
 from dinogen.prepare.curate import Duplicates
-from dinogen.prepare.find import Photo, find_photos
-from dinogen.prepare.read import PrepareError, Unusable, decode_photo
+from dinogen.prepare.find import (
+    Photo,
+    Photos,
+    face_key,
+    face_number,
+    find_photos,
+    kept_apart,
+    named,
+)
+from dinogen.prepare.read import PrepareError, Unusable, decode_photo, probe_photo
 from dinogen.prepare.settings import SETTINGS, check_settings, read_json
 from dinogen.prepare.stream import Progress, iter_faces
+from dinogen.prepare.summary import (
+    SUMMARY,
+    FacesSummary,
+    replaced_words,
+    summary_of,
+    withdrawn_words,
+)
+from shards.kinds import is_hidden
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
     "Crop",
+    "FaceFolder",
     "FacesSummary",
     "PrepareError",
     "Rejection",
-    "faces_have_captions",
     "iter_faces",
     "read_faces",
     "read_metas",
+    "read_rejected",
     "write_faces",
+    "write_rejected",
 ]
 
-_SUMMARY = "summary.json"
-_REJECTED = "rejected.csv"
+REJECTED = "rejected.csv"
+# In a crop's JSON, and no part of a dataset.
+_FILE = "file"
+_NUM_READERS = 8
 
-
-@dataclass(frozen=True)
-class FacesSummary:
-    """What became of a folder of photos.
-
-    Attributes:
-        num_photos: files with an image suffix.
-        num_skipped: of these, photos done by an earlier run.
-        num_ignored: files with another suffix.
-        num_crops: crops in the folder now, those of earlier runs included.
-        num_new: of these, crops of this run.
-        rejected: number of rejected photos or faces for each reason, most frequent first.
-        seconds: of this run.
-    """
-
-    num_photos: int
-    num_skipped: int
-    num_ignored: int
-    num_crops: int
-    num_new: int
-    rejected: dict[str, int]
-    seconds: float
-
-
-class UnusableImage(PrepareError):
-    """One image of a folder that is packed as it lies cannot be used.
-
-    Attributes:
-        source: its path relative to the folder.
-        reason: as :class:`Unusable` says it.
-        detail: likewise.
-    """
-
-    def __init__(self, picture: Photo, error: Unusable) -> None:
-        self.source, self.reason, self.detail = picture.source, error.reason, error.detail
-        super().__init__(
-            f"{picture.path}: {error.reason}: {error.detail}: remove the file, or run "
-            "'dinogen faces' with prepare.faces.detect=none, which lists such files and goes on"
-        )
+_logger = logging.getLogger(__name__)
 
 
 def write_faces(
@@ -88,6 +74,8 @@ def write_faces(
     out: Path,
     config: FacesConfig,
     *,
+    with_captions: bool = True,
+    withdraw: bool = False,
     device: str | torch.device = "auto",
     progress: Progress | None = None,
 ) -> FacesSummary:
@@ -97,38 +85,71 @@ def write_faces(
 
     Beside them: ``rejected.csv`` (source, reason, detail), ``summary.json`` and
     ``settings.json``. Photos whose crops are there already are skipped; a rejected photo is tried
-    again, so a mended file is taken up. After a kill the same call completes the folder.
+    again, so a repaired file is taken up. Crops of photos that are gone are removed, those of
+    photos whose file was replaced are made again; of a caption the same holds. After a kill the
+    same call completes the folder.
 
     Args:
         src: folder of photos.
         out: folder to write; made if missing.
         config: what is accepted, and how it is cut out.
+        with_captions: whether captions are read.
+        withdraw: crops are removed even if all or most of their photos are gone.
         device: as in :func:`iter_faces`.
         progress: as in :func:`iter_faces`.
 
     Raises:
         PrepareError: ``src`` is missing or holds no photo, or has no folder per class where that
-            is asked for; ``out`` lies below ``src``, or holds something else or faces made with
-            other settings; a caption cannot be used.
+            is asked for; ``out`` lies below ``src``, or holds something else, or faces made with
+            other settings, or of photos most of which are gone.
         OSError: ``out`` cannot be written.
     """
     started = time.monotonic()
     if out.resolve().is_relative_to(src.resolve()):
         raise PrepareError(f"{out}: lies below the photos in {src}: choose a folder outside it")
-    photos = find_photos(src)
+    photos = _find(src, out)
     by_folder = config.classes == "folders"
     classes = class_names(src, (p.source for p in photos.photos)) if by_folder else ()
     landmark_offset = check_settings(src, out, config, classes)
-    done: set[str] = set()
+    if (out / SETTINGS.upper()).exists():  # the file system knows no upper and lower case
+        photos = kept_apart(photos)
+    before = _crops_in(out)
+    withdrawn = gone(before, photos)
+    # Versions before took hidden files for photos: those are no accident.
+    missing = [s for s in withdrawn if not any(map(is_hidden, s.split("/")))]
+    if not withdraw and looks_like_an_accident(len(missing), len(before)):
+        raise PrepareError(
+            f"{src}: {len(missing)} of the {len(before)} photos that {out} holds crops of are "
+            f"gone ({named(missing)}). Nothing was removed: see whether the folder is mounted "
+            "and complete. If they were taken out on purpose, add --withdraw"
+        )
+    num_removed = sum(_remove(out, before.pop(source)) for source in withdrawn)
+    if withdrawn:
+        _logger.warning("%s (%s)", withdrawn_words(len(withdrawn), num_removed), named(withdrawn))
+    done: dict[str, list[dict[str, Any]]] = {}
+    replaced: list[str] = []
+    for photo in photos.photos:
+        metas = before.get(photo.source)
+        if not metas:
+            continue
+        if _is_whole(out, photo, metas, config):
+            if _is_same(out, photo, metas[0], config):
+                done[photo.key] = metas
+                continue
+            replaced.append(photo.source)
+        _remove(out, metas)
+    if replaced:
+        _logger.warning("%s (%s)", replaced_words(len(replaced)), named(replaced))
     rejections: dict[str, list[Rejection]] = {}
     duplicates = Duplicates(config.max_duplicate_distance)
-    num_crops = 0
+    used: set[str] = set()
     for photo in photos.photos:
-        metas = _finished(out, photo, config)
-        if metas:
-            done.add(photo.key)
-            num_crops += len(metas)
+        if photo.key in done:
+            used.add(photo.source)
+            metas = done[photo.key]
             rejections[photo.source] = [Rejection(photo.source, *i) for i in metas[0]["rejected"]]
+            if with_captions and (bad := _update_caption(out, photo, metas, config)):
+                rejections[photo.source].append(Rejection(photo.source, BAD_CAPTION, bad))
             for meta in metas:
                 if "phash" in meta:
                     duplicates.add(meta["key"], int(meta["phash"], 16))
@@ -141,120 +162,316 @@ def write_faces(
             skip=done.__contains__,
             progress=progress,
             duplicates=duplicates,
+            with_captions=with_captions,
             landmark_offset=landmark_offset,
         ):
             if isinstance(item, Rejection):
                 rejections.setdefault(item.source, []).append(item)
                 continue
-            # The picture comes last: where it is, its metadata and caption are too.
-            write_json(out / f"{item.key}.json", {"key": item.key, **item.meta})
+            # The image comes last: where it is, its metadata and caption are too.
+            write_json(out / f"{item.key}.json", {"key": item.key, **item.meta, _FILE: item.file})
             if item.caption is not None:
                 write_text(caption_path(out / f"{item.key}.{item.image_format}"), item.caption)
             write_bytes(out / f"{item.key}.{item.image_format}", item.image)
+            used.add(item.meta["source"])
             num_new += 1
     finally:
         # In the order of the photos, also after an interruption.
         lines = [line for photo in photos.photos for line in rejections.get(photo.source, [])]
-        _write_rejected(out / _REJECTED, lines)
-    summary = FacesSummary(
-        num_photos=len(photos.photos),
+        write_rejected(out / REJECTED, lines)
+    summary = summary_of(
+        photos,
+        used,
+        (line.reason for line in lines),
+        with_captions=with_captions,
         num_skipped=len(done),
-        num_ignored=photos.num_ignored,
-        num_crops=num_crops + num_new,
+        num_crops=sum(map(len, done.values())) + num_new,
         num_new=num_new,
-        rejected=dict(Counter(line.reason for line in lines).most_common()),
-        seconds=round(time.monotonic() - started, 3),
+        num_withdrawn=len(withdrawn),
+        num_removed=num_removed,
+        num_replaced=len(replaced),
+        seconds=time.monotonic() - started,
     )
-    write_json(out / _SUMMARY, asdict(summary))
+    write_json(out / SUMMARY, asdict(summary))
     return summary
 
 
-def read_faces(folder: Path, numbers: Iterable[int] | None = None) -> Iterator[Crop]:
-    """Read aligned faces back, sorted by key.
+class FaceFolder:
+    """Aligned faces in a folder, sorted by key; the folder is listed once.
+
+    Written by :func:`write_faces`, or any folder of aligned images, searched with its subfolders.
+    There each image's key comes from its path (see :func:`dinogen.prepare.find.photo_key`), its
+    metadata are that path alone, and what is no plain RGB JPEG or PNG is encoded again as PNG,
+    upright.
 
     Args:
-        folder: written by :func:`write_faces`, or any folder of aligned pictures, searched with
-            its subfolders. There each picture's key comes from its path (see
-            :func:`dinogen.prepare.read.photo_key`), its metadata are that path alone, and what is
-            no plain RGB JPEG or PNG is encoded anew as PNG, upright.
-        numbers: read these faces alone, in this order; they are counted in the order of the keys.
+        folder: where they lie.
+
+    Attributes:
+        folder: likewise.
+        written: whether :func:`write_faces` wrote it.
+        faces: the files, sorted by key.
+        found: all that was found.
+
+    Raises:
+        PrepareError: the folder is missing or empty.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.written = (folder / SETTINGS).is_file()
+        self.found = find_photos(folder)
+        self.faces = sorted(
+            self.found.photos, key=lambda face: face.path.stem if self.written else face.key
+        )
+
+    def __len__(self) -> int:
+        return len(self.faces)
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether a text file lies beside any face."""
+        return any(face.has_caption for face in self.faces)
+
+    def metas(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Key and metadata of every face, without its image.
+
+        Raises:
+            PrepareError: the metadata of a face are damaged (when it is reached).
+        """
+        return map(self._meta, self.faces)
+
+    def read(
+        self, numbers: Iterable[int] | None = None, with_captions: bool = True
+    ) -> Iterator[Crop | Rejection]:
+        """The faces, in order; a rejection where one cannot be used.
+
+        Args:
+            numbers: these faces alone, in this order; they are counted in the order of the keys.
+            with_captions: whether captions beside images are read. Of one that cannot be used
+                there is a rejection behind its face, which is without caption then.
+
+        Raises:
+            PrepareError: the metadata of a face are damaged (when it is reached).
+        """
+        for face in self.faces if numbers is None else (self.faces[n] for n in numbers):
+            caption, bad = None, ""
+            if face.has_caption and with_captions:
+                caption, bad = try_caption(face.path)
+            try:
+                yield (
+                    self._read_written(face, caption)
+                    if self.written
+                    else _read_plain(face, caption)
+                )
+            except Unusable as error:
+                yield Rejection(face.source, error.reason, error.detail)
+                continue
+            if bad:
+                yield Rejection(face.source, BAD_CAPTION, bad)
+
+    def drop_odd(self) -> list[Rejection]:
+        """Leave out images that are not square, or of another size than most; say which.
+
+        Those that cannot be read are left for :meth:`read` to report. What :func:`write_faces`
+        wrote has one size, and is not looked at.
+
+        Raises:
+            PrepareError: that would be more than half of them.
+        """
+        if self.written:
+            return []
+        with ThreadPoolExecutor(_NUM_READERS) as pool:
+            sizes = list(pool.map(_size, self.faces))
+        squares = Counter(size for size in sizes if size and size[0] == size[1])
+        usual = max(squares, key=lambda size: (squares[size], size)) if squares else None
+        odd = [
+            (face, size)
+            for face, size in zip(self.faces, sizes, strict=True)
+            if size is not None and size != usual
+        ]
+        if 2 * len(odd) > len(self.faces):
+            face, size = odd[0]
+            raise PrepareError(
+                f"{self.folder}: {len(odd)} of {len(self.faces)} images are not square or of "
+                f"another size than the others ({face.source} is {size[0]}x{size[1]}): make them "
+                "alike with `dinogen faces` (prepare.faces.detect=none)"
+            )
+        dropped = {face.source for face, _ in odd}
+        self.faces = [face for face in self.faces if face.source not in dropped]
+        return [
+            Rejection(
+                face.source,
+                "not_square" if size[0] != size[1] else "other_size",
+                f"{size[0]}x{size[1]} pixels, most are {usual[0]}x{usual[1]}" if usual else "",
+            )
+            for face, size in odd
+        ]
+
+    def _meta(self, face: Photo) -> tuple[str, dict[str, Any]]:
+        if not self.written:
+            return face.key, _plain_meta(face)
+        meta = read_json(face.path.with_suffix(".json"))
+        meta.pop(_FILE, None)
+        return meta.pop("key"), meta
+
+    def _read_written(self, face: Photo, caption: str | None) -> Crop:
+        key, meta = self._meta(face)
+        return Crop(key, face.path.read_bytes(), face.path.suffix[1:], meta, caption)
+
+
+def read_faces(folder: Path) -> Iterator[Crop]:
+    """Read aligned faces back, sorted by key; see :class:`FaceFolder`.
 
     Raises:
         PrepareError: the folder is missing or empty (at once), or a file cannot be used (when it
             is reached).
     """
-    pictures, written = _list_faces(folder)
-    chosen = pictures if numbers is None else (pictures[number] for number in numbers)
-    return (_read_written(photo) if written else _read_plain(photo) for photo in chosen)
+
+    def crops() -> Iterator[Crop]:
+        for item in faces.read():
+            if isinstance(item, Rejection):
+                raise PrepareError(f"{folder / item.source}: {item.reason}: {item.detail}")
+            yield item
+
+    faces = FaceFolder(folder)
+    return crops()
 
 
 def read_metas(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key and metadata of every face that :func:`read_faces` reads, without its picture."""
-    pictures, written = _list_faces(folder)
-    return (_read_meta(photo) if written else (photo.key, _plain_meta(photo)) for photo in pictures)
+    """Key and metadata of every face that :func:`read_faces` reads, without its image."""
+    return FaceFolder(folder).metas()
 
 
-def faces_have_captions(folder: Path) -> bool:
-    """Whether any face that :func:`read_faces` reads has a caption."""
-    return has_captions(photo.path for photo in find_photos(folder).photos)
-
-
-def _list_faces(folder: Path) -> tuple[list[Photo], bool]:
-    """The pictures in the order of their keys, and whether write_faces wrote them."""
-    pictures = find_photos(folder).photos
-    if (folder / SETTINGS).is_file():
-        return sorted(pictures, key=lambda picture: picture.path.stem), True
-    return sorted(pictures, key=lambda picture: picture.key), False
-
-
-def _read_meta(picture: Photo) -> tuple[str, dict[str, Any]]:
-    meta = read_json(picture.path.with_suffix(".json"))
-    return meta.pop("key"), meta
-
-
-def _plain_meta(picture: Photo) -> dict[str, Any]:
-    return {"source": picture.source}
-
-
-def _read_written(picture: Photo) -> Crop:
-    key, meta = _read_meta(picture)
-    caption = read_caption(picture.path)
-    return Crop(key, picture.path.read_bytes(), picture.path.suffix[1:], meta, caption)
-
-
-def _read_plain(picture: Photo) -> Crop:
-    """An image as it lies there, or encoded again where another program would show it otherwise.
-
-    Raises:
-        UnusableImage: it is damaged, or no image that can be read.
-    """
-    try:
-        found, data = decode_photo(picture.path, FacesConfig().max_pixels)
-    except Unusable as error:
-        raise UnusableImage(picture, error) from None
-    meta, caption = _plain_meta(picture), read_caption(picture.path)
-    image_format = {"JPEG": "jpg", "PNG": "png"}.get(found.kind.name)
-    if image_format and found.plain:
-        return Crop(picture.key, data, image_format, meta, caption)
-    buffer = io.BytesIO()
-    Image.fromarray(found.pixels).save(buffer, "PNG")
-    return Crop(picture.key, buffer.getvalue(), "png", meta, caption)
-
-
-def _finished(out: Path, photo: Photo, config: FacesConfig) -> list[dict[str, Any]]:
-    """The metadata of a photo's crops, or nothing unless all of them are there."""
-    if not (out / f"{photo.key}.{config.format}").exists():
-        return []
-    first = read_json(out / f"{photo.key}.json")
-    keys = [photo.key, *(f"{photo.key}_{i}" for i in range(1, first["num_crops"]))]
-    if not all((out / f"{key}.{config.format}").exists() for key in keys):
-        return []
-    return [first, *(read_json(out / f"{key}.json") for key in keys[1:])]
-
-
-def _write_rejected(path: Path, rejections: list[Rejection]) -> None:
+def write_rejected(path: Path, rejections: Iterable[Rejection]) -> None:
+    """Write the list of what is not used: source, reason and detail of each."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["source", "reason", "detail"])
     writer.writerows([line.source, line.reason, line.detail] for line in rejections)
     write_text(path, buffer.getvalue())
+
+
+def read_rejected(path: Path) -> list[Rejection]:
+    """What :func:`write_rejected` wrote; nothing where there is no such file."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [
+                Rejection(s, r, d) for s, r, d in (row for row in csv.reader(file) if len(row) == 3)
+            ][1:]
+    except OSError:
+        return []
+
+
+def _plain_meta(face: Photo) -> dict[str, Any]:
+    return {"source": face.source}
+
+
+def _size(face: Photo) -> tuple[int, int] | None:
+    try:
+        return probe_photo(face.path, FacesConfig().max_pixels)
+    except Unusable:
+        return None
+
+
+def _read_plain(face: Photo, caption: str | None) -> Crop:
+    """An image as it lies there, or encoded again where another program would show it otherwise.
+
+    Raises:
+        Unusable: it is damaged, or no image that can be read.
+    """
+    found, data = decode_photo(face.path, FacesConfig().max_pixels)
+    meta = _plain_meta(face)
+    image_format = {"JPEG": "jpg", "PNG": "png"}.get(found.kind.name)
+    if image_format and found.plain:
+        return Crop(face.key, data, image_format, meta, caption)
+    buffer = io.BytesIO()
+    Image.fromarray(found.pixels).save(buffer, "PNG")
+    return Crop(face.key, buffer.getvalue(), "png", meta, caption)
+
+
+def _find(src: Path, out: Path) -> Photos:
+    """The photos; where there are none, what that means for the crops that are there."""
+    try:
+        return find_photos(src)
+    except PrepareError as error:
+        if (out / SETTINGS).is_file() and _crops_in(out):
+            raise PrepareError(
+                f"{error}. {out} still holds crops of photos that were there: if those were taken "
+                f"out on purpose, delete {out}"
+            ) from None
+        raise
+
+
+def _crops_in(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """By source, what is written beside the crops of each photo, in order of its faces."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(out.glob("*.json")):
+        if path.name in (SETTINGS, SUMMARY):
+            continue
+        try:
+            meta = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            _logger.warning("%s: damaged: its photo is gone through again", path)
+            continue
+        if isinstance(meta, dict) and meta.get("key") == path.stem and "num_crops" in meta:
+            found.setdefault(meta["source"], []).append(meta)
+    for metas in found.values():
+        metas.sort(key=lambda meta: face_number(meta["key"]))
+    return found
+
+
+def _is_whole(
+    out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: FacesConfig
+) -> bool:
+    """Whether these are all crops of a photo, under the keys that it has today."""
+    keys = [face_key(photo.key, number) for number in range(metas[0]["num_crops"])]
+    return keys == [meta["key"] for meta in metas] and all(
+        (out / f"{key}.{config.format}").exists() for key in keys
+    )
+
+
+def _is_same(out: Path, photo: Photo, meta: dict[str, Any], config: FacesConfig) -> bool:
+    """Whether crops are of the photo as it is now; brings up to date what tells that."""
+    record = meta.get(_FILE)
+    try:
+        mtime_ns = photo.path.stat().st_mtime_ns
+        made_ns = (out / f"{meta['key']}.{config.format}").stat().st_mtime_ns
+    except OSError:
+        return True
+    if record is None:  # as versions before wrote it
+        same = mtime_ns <= made_ns
+    else:
+        same = same_file(photo.path, record)
+    if same and (record is None or record["mtime_ns"] != mtime_ns):
+        meta[_FILE] = record_of(photo.path)
+        write_json(out / f"{meta['key']}.json", meta)
+    return same
+
+
+def _remove(out: Path, metas: Collection[dict[str, Any]]) -> int:
+    """Remove the crops of a photo; returns how many there were."""
+    num_removed = 0
+    for meta in metas:
+        # The metadata last: as long as they are there, the rest is found again.
+        for suffix in ("jpg", "png"):
+            path = out / f"{meta['key']}.{suffix}"
+            num_removed += path.exists()
+            path.unlink(missing_ok=True)
+        for suffix in ("txt", "json"):
+            (out / f"{meta['key']}.{suffix}").unlink(missing_ok=True)
+    return num_removed
+
+
+def _update_caption(
+    out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: FacesConfig
+) -> str:
+    """Make the captions of a photo's crops that of the photo; why it cannot be used, or ""."""
+    caption, bad = try_caption(photo.path) if photo.has_caption else (None, "")
+    for meta in metas:
+        path = caption_path(out / f"{meta['key']}.{config.format}")
+        if caption is None:
+            path.unlink(missing_ok=True)
+        elif not path.exists() or path.read_bytes() != caption.encode():
+            write_text(path, caption)
+    return bad

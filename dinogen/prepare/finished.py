@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import isclose
 from pathlib import Path
 from typing import Any
 
 from dinogen.config_prepare import PackConfig
 from dinogen.features.base import guide_identity
-from dinogen.prepare.faces import FacesSummary
-from dinogen.prepare.find import Photos
+from dinogen.prepare.changed import PHOTOS, changes_since, read_photos
+from dinogen.prepare.crop import Rejection
+from dinogen.prepare.faces import REJECTED, FaceFolder, read_rejected
+from dinogen.prepare.find import Photos, face_number, named
 from dinogen.prepare.parts import network_of
 from dinogen.prepare.read import PrepareError
 from dinogen.prepare.settings import todays_settings
+from dinogen.prepare.summary import SUMMARY, FacesSummary, summary_of
 from shards import open_dataset
+from shards.files import sum64
+from shards.index import ShardIndex, index_name
+from shards.index import load as load_index
 from shards.manifest import MANIFEST, PACKING, Manifest
 
-SUMMARY = "summary.json"
+_logger = logging.getLogger(__name__)
 
 
 def begun_with(out: Path) -> dict[str, Any]:
@@ -93,43 +99,141 @@ def finished_dataset(
     return manifest
 
 
-def finished_summary(src: Path, out: Path, photos: Photos) -> FacesSummary:
+def finished_summary(src: Path, out: Path, photos: Photos, with_captions: bool) -> FacesSummary:
     """What became of the photos of a finished dataset.
+
+    Args:
+        src: folder of the photos.
+        out: folder of the dataset.
+        photos: what lies in ``src`` now.
+        with_captions: whether captions are read.
 
     Raises:
         PrepareError: the dataset was made of other photos than those in ``src``.
     """
     started = time.monotonic()
     path = out / SUMMARY
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    num_photos = before.get("num_photos", len(photos.photos))
-    if num_photos != len(photos.photos):
-        raise _other(out, f"photos: {num_photos}, now {len(photos.photos)} in {src}")
-    keys, known = _keys_of(out), {photo.key for photo in photos.photos}
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    keys, there = keys_of(out), {photo.key: photo.source for photo in photos.photos}
+    before = read_photos(out / PHOTOS)
+    if before is not None:
+        if changes := changes_since(before, photos):
+            raise _other(out, f"the photos have changed: {changes}", again=True)
+    else:
+        num_photos = summary.get("num_photos", len(photos.photos))
+        if num_photos != len(photos.photos):
+            raise _other(
+                out, f"photos: {num_photos}, now {len(photos.photos)} in {src}", again=True
+            )
+        newer = [p.source for p in photos.photos if _time(p.path) > _time(out / MANIFEST)]
+        if newer:
+            _logger.warning(
+                "%s: %d photos are newer than the dataset, which does not say what they were "
+                "(%s): if they were replaced, add --repack to make it again",
+                out,
+                len(newer),
+                named(newer),
+            )
+    used = set()
     for key in sorted(keys):
         # The second, third, ... face of a photo is KEY_1, KEY_2, ...
-        if key not in known and key.rpartition("_")[0] not in known:
-            raise _other(out, f"the photo of {key} is not in {src}")
-    return FacesSummary(
-        num_photos=num_photos,
-        num_skipped=num_photos,
-        num_ignored=photos.num_ignored,
+        own = key if key in there or not face_number(key) else key.rpartition("_")[0]
+        if own in there:
+            used.add(there[own])
+        elif before is None:
+            raise _other(out, f"the photo of {key} is not in {src}", again=True)
+    rejected = summary.get("rejected", {})
+    return summary_of(
+        photos,
+        used,
+        (reason for reason, count in rejected.items() for _ in range(count)),
+        with_captions=with_captions,
+        num_skipped=len(photos.photos),
         num_crops=len(keys),
         num_new=0,
-        rejected=before.get("rejected", {}),
-        seconds=round(time.monotonic() - started, 3),
+        seconds=time.monotonic() - started,
     )
 
 
-def check_faces(out: Path, keys: set[str]) -> None:
-    """Raise PrepareError unless these are the keys of a finished dataset's faces."""
-    if odd := keys ^ _keys_of(out):
-        raise _other(out, f"of other faces: {min(odd)} is not in both, nor are {len(odd) - 1} more")
+def keys_of(data: Path) -> set[str]:
+    """Keys of all samples of a dataset; of an unfinished one, of those in whole shards."""
+    return {key for key, _ in _rows_of(data)}
 
 
-def _keys_of(data: Path) -> set[str]:
-    dataset = open_dataset(data)
-    return set(itertools.chain.from_iterable(map(dataset.keys, dataset.manifest.splits)))
+def check_faces(out: Path, faces: FaceFolder, sources: Mapping[str, str]) -> None:
+    """Make sure that a dataset, finished or not, was packed from the faces as they are now.
+
+    Args:
+        out: folder of the dataset.
+        faces: the folder that was packed.
+        sources: by the key of each face, in order, the photo that it comes from, or "".
+
+    Raises:
+        PrepareError: faces of it were removed or replaced, or there are new ones in a finished
+            one; naming them.
+    """
+    if not (out / MANIFEST).is_file() and not (out / PACKING).is_file():
+        return
+    rows = dict(_rows_of(out))
+    left_out = {line.source for line in read_rejected(out / REJECTED)}
+    removed = sorted(rows.keys() - sources.keys())
+    added, replaced = [], []
+    for number, (key, face) in enumerate(zip(sources, faces.faces, strict=True)):
+        if key not in rows:
+            if (sources[key] or key) not in left_out or _time(face.path) > _time(out / REJECTED):
+                added.append(key)
+        elif _is_another(faces, number, *rows[key]):
+            replaced.append(key)
+    found = {"removed": removed, "replaced": replaced}
+    if (out / MANIFEST).is_file():
+        found["new"] = added
+    said = ", ".join(
+        f"{len(names)} {what} ({named(names)})" for what, names in found.items() if names
+    )
+    if said:
+        raise _other(out, f"the faces have changed: {said}", again=True)
+
+
+def _is_another(
+    faces: FaceFolder, number: int, index_path: Path, index: ShardIndex, row: int
+) -> bool:
+    """Whether a face differs from what was packed; only what may differ is read."""
+    path = faces.faces[number].path
+    columns = [n for n in map(index.column, ("jpg", "png", "jpeg", "webp")) if n is not None]
+    column = next((n for n in columns if index.offsets[row, n] >= 0), None)
+    if column is None:
+        return True
+    size = int(index.sizes[row, column])
+    if path.stat().st_size == size and _time(path) <= _time(index_path):
+        return False
+    item = next(faces.read([number], with_captions=False))
+    if isinstance(item, Rejection):
+        return True
+    same_sum = index.sums is None or int(index.sums[row, column]) == sum64(item.image)
+    return len(item.image) != size or not same_sum
+
+
+def _rows_of(out: Path) -> Iterator[tuple[str, tuple[Path, ShardIndex, int]]]:
+    """Key of each sample in whole shards, and where its index says what it is."""
+    if (out / MANIFEST).is_file():
+        shards = [shard.name for shard in open_dataset(out).manifest.shards]
+    elif (out / PACKING).is_file():
+        shards = [shard["name"] for shard in json.loads((out / PACKING).read_bytes())["shards"]]
+    else:
+        shards = []
+    for name in shards:
+        path = out / index_name(name)
+        index = load_index(path)
+        for row in range(len(index)):
+            yield index.key(row), (path, index, row)
+
+
+def _time(path: Path) -> int:
+    """When a file was last changed, in ns; 0 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _changed(name: str, old: Any, new: Any) -> list[str]:
@@ -167,8 +271,24 @@ def _label(guide: dict[str, Any]) -> str:
     return f"{guide.get('name')} ({guide.get('path')}) layer {guide.get('layer')}"
 
 
-def _other(out: Path, what: str) -> PrepareError:
+def _other(out: Path, what: str, again: bool = False) -> PrepareError:
+    """The error of a folder that holds another dataset.
+
+    Args:
+        out: the folder.
+        what: is different.
+        again: whether the dataset can be made again in its place.
+    """
+    if not (out / MANIFEST).is_file():
+        return PrepareError(
+            f"{out}: holds an unfinished dataset that was made otherwise ({what}): delete it to "
+            "begin again, or choose another folder"
+        )
+    remedy = (
+        "add --repack to make it again, or choose another folder"
+        if again
+        else "choose another folder, or delete this one"
+    )
     return PrepareError(
-        f"{out}: holds a finished dataset that was made otherwise ({what}): choose another folder, "
-        "or delete this one"
+        f"{out}: holds a finished dataset that was made otherwise ({what}): {remedy}"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ import torch
 from dinogen.config import GuideConfig
 from dinogen.config_prepare import PackConfig
 from dinogen.features import load_guide
+from dinogen.prepare.captions import BAD_CAPTION
 from dinogen.prepare.classes import class_names, label_of
-from dinogen.prepare.crop import Crop
-from dinogen.prepare.export_pt import PtFiles
-from dinogen.prepare.faces import read_faces, read_metas
+from dinogen.prepare.crop import Crop, Rejection
+from dinogen.prepare.export_pt import BadPyramid, PtFiles, pt_paths
+from dinogen.prepare.faces import REJECTED, FaceFolder, read_rejected, write_rejected
+from dinogen.prepare.find import face_number, named
 from dinogen.prepare.finished import check_faces, finished_dataset
 from dinogen.prepare.parts import PartFiles
 from dinogen.prepare.pyramid import Levels
@@ -25,7 +29,7 @@ from shards.manifest import Manifest
 
 Progress = Callable[[int, int], None]
 
-_NUM_NAMED = 5
+_logger = logging.getLogger(__name__)
 
 
 def open_pyramids(folder: Path) -> PartFiles | PtFiles:
@@ -34,7 +38,7 @@ def open_pyramids(folder: Path) -> PartFiles | PtFiles:
     Raises:
         PrepareError: the folder holds neither, or both.
     """
-    parts, exchanged = any(folder.glob("part-*.safetensors")), any(folder.glob("*.pt"))
+    parts, exchanged = any(folder.glob("part-*.safetensors")), bool(pt_paths(folder))
     if parts and exchanged:
         raise PrepareError(f"{folder}: holds both part-*.safetensors and .pt files: move one away")
     if not parts and not exchanged:
@@ -60,10 +64,12 @@ def pack_faces(
     Labels are those that ``dinogen faces`` was asked for.
 
     After a kill the same call goes on behind the last whole shard; a dataset that is finished is
-    left as it is.
+    left as it is. What cannot be packed is listed in ``out/rejected.csv`` (source, reason,
+    detail): damaged images of a plain folder, those of another size than most, faces whose ``.pt``
+    file is damaged or missing.
 
     Args:
-        faces: as :func:`dinogen.prepare.faces.read_faces` reads it.
+        faces: as :class:`dinogen.prepare.faces.FaceFolder` reads it.
         pyramids: of the same faces; None packs the faces alone.
         out: folder of the dataset.
         config: shards and splits.
@@ -74,16 +80,20 @@ def pack_faces(
         progress: called with the number of faces done and of all faces.
 
     Raises:
-        PrepareError: faces without pyramid, or pyramids without face; classes are asked for, but
-            there are none; or ``out`` holds a finished dataset of other faces or settings.
+        PrepareError: faces without pyramid, or with one of another face, or pyramids without face;
+            classes are asked for, but there are none; or ``out`` holds a dataset of other faces or
+            settings.
         ShardsError: they cannot be packed.
     """
-    sources = {key: str(meta.get("source", "")) for key, meta in read_metas(faces)}
+    folder = FaceFolder(faces)
+    rejected = {line.source: line for line in folder.drop_odd()}
+    sources = {key: str(meta.get("source", "")) for key, meta in folder.metas()}
     keys = list(sources)
-    numbers = sorted(range(len(keys)), key=lambda n: _photo_order(keys[n], sources[keys[n]]))
     names = pyramids.names(sources) if pyramids else {}
     if pyramids:
-        _check_join(faces, names, pyramids.keys())
+        lacking = _check_join(folder, names, pyramids)
+        rejected |= {line.source: line for line in lacking.values()}
+    numbers = sorted(range(len(keys)), key=lambda n: _photo_order(keys[n], sources[keys[n]]))
     cut_with, classes = _settings_of_faces(faces, sources.values(), by_folder)
     made_with = settings_of(cut_with, pyramids.settings if pyramids else None)
     made_by = {
@@ -91,24 +101,58 @@ def pack_faces(
         "guides": pyramids.guides if pyramids else {},
         "clip": pyramids.clip if pyramids else {},
     }
+    # Captions that `dinogen faces` wrote were asked for; others are read where text is asked for.
+    with_captions = folder.written or bool(made_by["clip"])
     manifest = finished_dataset(out, config, made_by, made_with, classes)
+    check_faces(out, folder, sources)
     if manifest is not None:
-        check_faces(out, set(sources))
         if progress is not None:
             progress(len(keys), len(keys))
+        _tell_rejected(out, read_rejected(out / REJECTED), folder)
         return manifest
+    bad_captions: list[Rejection] = []
 
     def samples() -> Iterator[Sample]:
-        for done, crop in enumerate(read_faces(faces, numbers), start=1):
-            if crop.key != keys[numbers[done - 1]]:
-                raise PrepareError(f"{faces}: changed while it was packed: run again")
-            levels = pyramids.levels(names[crop.key]) if pyramids else {}
-            yield sample_of(crop, levels, classes)
+        done = 0
+        for item in folder.read(numbers, with_captions):
+            if isinstance(item, Rejection) and item.reason == BAD_CAPTION:
+                bad_captions.append(item)
+                continue
+            done += 1
             if progress is not None:
                 progress(done, len(keys))
+            key = keys[numbers[done - 1]]
+            if isinstance(item, Rejection):
+                rejected[item.source] = item
+            elif item.key != key:
+                raise PrepareError(f"{faces}: changed while it was packed: run again")
+            elif not pyramids:
+                yield sample_of(item, {}, classes)
+            elif key not in lacking:
+                try:
+                    levels = levels_of(pyramids, names[key], item)
+                except BadPyramid as error:
+                    rejected[sources[key] or key] = Rejection(
+                        sources[key] or key, "bad_pyramid", str(error)
+                    )
+                    continue
+                yield sample_of(item, levels, classes)
+
+    def checked() -> Iterator[Sample]:
+        yield from samples()
+        if len(rejected) >= len(folder.found.photos):
+            first = next(iter(rejected.values()))
+            raise PrepareError(
+                f"{faces}: no face can be packed ({len(rejected)} of {len(rejected)} are "
+                f"unusable; {first.source}: {first.reason}: {first.detail})"
+            )
+        lines = [*rejected.values(), *bad_captions]
+        if lines:
+            write_rejected(out / REJECTED, sorted(lines, key=lambda line: line.source))
+            _tell_rejected(out, lines, folder)
 
     return pack(
-        samples(),
+        checked(),
         out,
         shard_size=config.shard_size,
         val_fraction=config.val_fraction,
@@ -117,6 +161,36 @@ def pack_faces(
         prepare=made_with,
         classes=classes,
     )
+
+
+def levels_of(pyramids: PartFiles | PtFiles, name: str, crop: Crop) -> Levels:
+    """The levels of a face.
+
+    Raises:
+        PrepareError: they were made of another face.
+        BadPyramid: the ``.pt`` file cannot be used.
+    """
+    if not pyramids.belongs(crop):
+        raise PrepareError(
+            f"{pyramids.folder}: {crop.key} has changed since its pyramid was made: run "
+            "`dinogen pyramids` on these faces into this folder again"
+        )
+    return pyramids.levels(name)
+
+
+def _tell_rejected(out: Path, rejected: Sequence[Rejection], folder: FaceFolder) -> None:
+    """Say loudly what was not packed."""
+    reasons = Counter(line.reason for line in rejected)
+    if num_bad := reasons.pop(BAD_CAPTION, 0):
+        _logger.warning("%d packed without their caption: see %s", num_bad, out / REJECTED)
+    if reasons:
+        _logger.warning(
+            "%d of %d images NOT PACKED (%s): see %s",
+            sum(reasons.values()),
+            len(folder.found.photos),
+            ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()),
+            out / REJECTED,
+        )
 
 
 def guide_of(pyramids: PartFiles | PtFiles, config: GuideConfig | None) -> dict[str, Any]:
@@ -138,14 +212,24 @@ def guide_of(pyramids: PartFiles | PtFiles, config: GuideConfig | None) -> dict[
             "guide.path=... or -c CONFIG"
         )
     info = load_guide(config, torch.device("cpu")).info
-    key = min(pyramids.keys())
-    num_channels = pyramids.levels(key)["p4"].shape[1]
+    key, num_channels = _some_channels(pyramids)
     if num_channels != info.num_channels:
         raise PrepareError(
             f"guide.path: {info.label} has {info.num_channels} channels, {key}.pt has "
             f"{num_channels}: name the guide that made these files"
         )
     return info.to_dict()
+
+
+def _some_channels(pyramids: PartFiles | PtFiles) -> tuple[str, int]:
+    """A key, and the number of channels of its pyramid: of the first one that can be read."""
+    problem: BadPyramid | None = None
+    for key in sorted(pyramids.keys()):
+        try:
+            return key, int(pyramids.levels(key)["p4"].shape[1])
+        except BadPyramid as error:
+            problem = problem or error
+    raise problem or PrepareError(f"{pyramids.folder}: holds no pyramids")
 
 
 def sample_of(crop: Crop, levels: Levels, classes: Sequence[str] = ()) -> Sample:
@@ -188,25 +272,55 @@ def _settings_of_faces(
 
 def _photo_order(key: str, source: str) -> tuple[bytes, int, str]:
     """Sorts faces as the photos are gone through: by path, then by the face's number."""
-    # The further faces of KEY are KEY_1, KEY_2, ... KEY_10: the shorter key comes first.
-    return source.encode(), len(key) if source else 0, key
+    # The further faces of KEY are KEY_1, KEY_2, ... KEY_10.
+    return source.encode(), face_number(key) if source else 0, key
 
 
-def _check_join(faces: Path, names: dict[str, str], pyramids: set[str]) -> None:
-    lacking = sorted(key for key, name in names.items() if name not in pyramids)
-    extra = sorted(pyramids - set(names.values()))
+def _check_join(
+    folder: FaceFolder, names: dict[str, str], pyramids: PartFiles | PtFiles
+) -> dict[str, Rejection]:
+    """By key, the faces that have no pyramid and are left out for that.
+
+    Raises:
+        PrepareError: more is lacking than that.
+    """
+    there = pyramids.keys()
+    lacking = sorted(key for key, name in names.items() if name not in there)
+    extra = sorted(there - set(names.values()))
+    left_out: dict[str, Rejection] = {}
+    if isinstance(pyramids, PtFiles):
+        # Made by hand or by another program: what fits is packed.
+        if extra:
+            _logger.warning(
+                "%s: %d .pt files belong to no face: left out (%s)",
+                pyramids.folder,
+                len(extra),
+                named(extra),
+            )
+        if 2 * len(lacking) <= len(names):
+            sources = {key: str(meta.get("source") or key) for key, meta in folder.metas()}
+            left_out = {
+                key: Rejection(sources[key], "no_pyramid", f"no {names[key]}.pt") for key in lacking
+            }
+            return left_out
+        extra = []
+    elif lacking and not folder.written:
+        # Images that cannot be read have no pyramid either: reading them says why.
+        numbers = {face.key: number for number, face in enumerate(folder.faces)}
+        left_out = {
+            key: item
+            for key in lacking
+            for item in folder.read([numbers[key]], with_captions=False)
+            if isinstance(item, Rejection)
+        }
+        lacking = [key for key in lacking if key not in left_out]
     problems = []
     if lacking:
-        problems.append(f"{len(lacking)} of {len(names)} faces have no pyramid ({_named(lacking)})")
+        problems.append(f"{len(lacking)} of {len(names)} faces have no pyramid ({named(lacking)})")
     if extra:
-        problems.append(f"{len(extra)} pyramids have no face ({_named(extra)})")
+        problems.append(f"{len(extra)} pyramids have no face ({named(extra)})")
     if problems:
         raise PrepareError(
-            f"{faces}: {' and '.join(problems)}: run `dinogen pyramids` on these faces into a "
-            "new folder"
+            f"{folder.folder}: {' and '.join(problems)}: run `dinogen pyramids` on these faces"
         )
-
-
-def _named(keys: list[str]) -> str:
-    more = ", ..." if len(keys) > _NUM_NAMED else ""
-    return ", ".join(keys[:_NUM_NAMED]) + more
+    return left_out

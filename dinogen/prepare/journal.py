@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from dinogen.prepare.changed import FileRecord
 from dinogen.prepare.crop import Crop, Rejection
 from dinogen.prepare.read import PrepareError
 
+JOURNAL = "prepare.jsonl"
 _FORMAT = "dinogen-journal"
 
 
@@ -22,11 +24,14 @@ class Outcome:
         source: its path relative to the folder searched.
         hashes: per crop, key and perceptual hash (16 hex digits; None if none was computed).
         rejected: reason and detail of each face, or of the photo, that is not used.
+        file: what tells the photo's file from its replacement, see
+            :func:`dinogen.prepare.changed.record_of`; None if an older version wrote the line.
     """
 
     source: str
     hashes: dict[str, str | None] = field(default_factory=dict)
     rejected: list[tuple[str, str]] = field(default_factory=list)
+    file: FileRecord | None = None
 
 
 class Journal:
@@ -74,7 +79,7 @@ class Journal:
             if current is None or current.source != source:
                 if current is not None:
                     self._write(current)
-                current = Outcome(source)
+                current = Outcome(source, file=item.file)
             if isinstance(item, Rejection):
                 current.rejected.append((item.reason, item.detail))
             else:
@@ -109,7 +114,10 @@ class Journal:
                 )
             for values in outcomes:
                 outcome = Outcome(
-                    values["source"], values["hashes"], [(r, d) for r, d in values["rejected"]]
+                    values["source"],
+                    values["hashes"],
+                    [(r, d) for r, d in values["rejected"]],
+                    values.get("file"),
                 )
                 self.outcomes[outcome.source] = outcome
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,17 @@ from dinogen.features import GuideInfo
 from dinogen.features.base import guide_identity
 from dinogen.features.resize import resized_with_antialias
 from dinogen.files import write_bytes
-from dinogen.prepare.crop import Crop
-from dinogen.prepare.faces import faces_have_captions, read_faces
-from dinogen.prepare.find import find_photos
-from dinogen.prepare.pyramid import Levels, PyramidMaker, batched
+from dinogen.prepare.captions import BAD_CAPTION
+from dinogen.prepare.changed import looks_like_an_accident
+from dinogen.prepare.crop import Crop, Rejection
+from dinogen.prepare.faces import FaceFolder
+from dinogen.prepare.pyramid import Levels, PyramidMaker
 from dinogen.prepare.read import PrepareError
 
 _FORMAT = "dinogen-pyramids"
 _VERSION = 1
 _HEADER = "dinogen"
+_NUM_LOOKED_AT = 16
 
 _logger = logging.getLogger(__name__)
 
@@ -58,10 +59,12 @@ def write_pyramids(
 
     Parts hold ``prepare.pyramids.shard_size`` faces each. Under torchrun rank r makes the parts
     r, r + world_size, ...; finished parts of the same guide, settings and faces are kept, so after
-    a kill the same call redoes at most one part per rank.
+    a kill the same call redoes at most one part per rank. Where faces were removed, replaced or
+    added since, parts are written again; only new and replaced faces are put through the guides.
 
     Args:
-        faces: as :func:`dinogen.prepare.faces.read_faces` reads it.
+        faces: as :class:`dinogen.prepare.faces.FaceFolder` reads it. Images of a plain folder that
+            cannot be used are left out.
         out: folder; made if missing.
         maker: guides and settings.
         progress: called with this rank's number of faces done and to do.
@@ -72,10 +75,17 @@ def write_pyramids(
     """
     if out.resolve().is_relative_to(faces.resolve()):
         raise PrepareError(f"{out}: lies below the faces in {faces}: choose a folder outside it")
+    folder = FaceFolder(faces)
+    _tell_left_out(faces, folder.drop_odd())
     size = maker.config.shard_size
-    num_faces = len(find_photos(faces).photos)
-    num_parts = -(-num_faces // size)
-    with_text = maker.embedder is not None and faces_have_captions(faces)
+    num_parts = -(-len(folder) // size)
+    with_text = maker.embedder is not None and folder.has_captions
+    if maker.embedder is not None and folder.written and not with_text:
+        _logger.warning(
+            "%s: holds no captions, so there will be no text. If the photos have some, run "
+            "`dinogen faces` with this config (-c), then this command again",
+            faces,
+        )
     identity = maker.identity()
     maker.antialias = _resized_with_antialias(out)
     header = {
@@ -87,7 +97,7 @@ def write_pyramids(
         **({"text": True} if with_text else {}),
     }
     out.mkdir(parents=True, exist_ok=True)
-    _check_parts(out, num_parts, header, num_faces)
+    known = _known(out, header, folder, with_text)
     maker.warn_of_resize(out)
     with dist.main_section() as main:
         if main:
@@ -95,28 +105,66 @@ def write_pyramids(
                 leftover.unlink()
     rank, world_size = dist.rank(), dist.world_size()
     mine = range(rank, num_parts, world_size)
-    shares = [range(number * size, min((number + 1) * size, num_faces)) for number in mine]
+    shares = [range(n * size, min((n + 1) * size, len(folder))) for n in mine]
     total = sum(map(len, shares))
-    num_done, num_seen = 0, 0
-    crops_of_parts = batched(read_faces(faces, chain.from_iterable(shares)), size)
-    for number, crops in zip(mine, crops_of_parts, strict=True):
+    num_done, num_seen, num_reused = 0, 0, 0
+    for number, share in zip(mine, shares, strict=True):
         path = out / _part_name(number)
+        crops = list(_crops(folder, share, with_text))
+        sums = {crop.key: _sum(crop, with_text) for crop in crops}
         hashed = _faces_hash(crops, with_text)
-        written = {**header, "faces": hashed, "keys": [crop.key for crop in crops]}
-        if _is_done(path, written):
-            num_seen += len(crops)
-        else:
-            tensors: Levels = {}
-            for crop, levels in maker.levels(crops, with_text):
-                tensors |= {f"{crop.key}/{name}": array for name, array in levels.items()}
-                num_seen += 1
+        written = {**header, "faces": hashed, "keys": list(sums), "sums": list(sums.values())}
+        if not _is_done(path, written):
+            tensors: dict[str, Levels] = {}
+            for crop in crops:
+                if (found := known.levels(crop.key, sums[crop.key])) is not None:
+                    tensors[crop.key] = found
+            num_reused += len(tensors)
+            fresh = [crop for crop in crops if crop.key not in tensors]
+            for num_made, (crop, levels) in enumerate(maker.levels(fresh, with_text), start=1):
+                tensors[crop.key] = levels
                 if progress is not None:
-                    progress(num_seen, total)
-            write_bytes(path, save(tensors, {_HEADER: json.dumps(written)}))
+                    progress(num_seen + num_made, total)
+            flat = {f"{key}/{name}": array for key in sums for name, array in tensors[key].items()}
+            write_bytes(path, save(flat, {_HEADER: json.dumps(written)}))
             num_done += 1
+        num_seen += len(share)
         if progress is not None:
             progress(num_seen, total)
+    with dist.main_section() as main:
+        if main:
+            for path in out.glob("part-*.safetensors"):
+                if path.name not in map(_part_name, range(num_parts)):
+                    path.unlink()  # there were more faces before
+    if num_reused:
+        _logger.info("%s: %d pyramids taken over from parts that were there", out, num_reused)
     return PartsSummary(num_parts, num_done, len(mine) - num_done)
+
+
+class _Known:
+    """Levels in parts that were there before, by key and sum; the parts stay open.
+
+    Args:
+        headers: of the parts that may be used, by path.
+    """
+
+    def __init__(self, headers: Mapping[Path, dict[str, Any]]) -> None:
+        self._places: dict[str, tuple[str, Any, list[str]]] = {}
+        for path, header in headers.items():
+            if sums := header.get("sums"):
+                file, names = safe_open(path, "numpy"), _level_names(header)
+                for key, found in zip(header["keys"], sums, strict=False):
+                    self._places[key] = (found, file, names)
+
+    def levels(self, key: str, wanted: str) -> Levels | None:
+        """The levels of a face, or None if they are not known."""
+        if key not in self._places or self._places[key][0] != wanted:
+            return None
+        _, file, names = self._places[key]
+        try:
+            return {name: file.get_tensor(f"{key}/{name}") for name in names}
+        except SafetensorError:
+            return None  # made again
 
 
 class PartFiles:
@@ -144,7 +192,9 @@ class PartFiles:
         self.clip: dict[str, Any] = headers[0].get("clip", {})
         self.settings: dict[str, Any] = headers[0]["settings"]
         self._names = _level_names(headers[0])
+        self._with_text = bool(headers[0].get("text"))
         self._paths: dict[str, Path] = {}
+        self._sums: dict[str, str] = {}
         for path, header in zip(paths, headers, strict=True):
             if changed := _changes(headers[0], header):
                 raise PrepareError(
@@ -152,6 +202,7 @@ class PartFiles:
                     "`dinogen pyramids` again"
                 )
             self._paths |= dict.fromkeys(header["keys"], path)
+            self._sums |= dict(zip(header["keys"], header.get("sums", ()), strict=False))
         self._open: tuple[Path, Any] | None = None
 
     def keys(self) -> set[str]:
@@ -165,6 +216,11 @@ class PartFiles:
             sources: by the face's key, the path of the picture that it comes from.
         """
         return {key: key for key in sources}
+
+    def belongs(self, crop: Crop) -> bool:
+        """Whether the pyramid of this key was made of this face, as far as the parts say."""
+        found = self._sums.get(crop.key)
+        return found is None or found == _sum(crop, self._with_text)
 
     def levels(self, key: str) -> Levels:
         """The levels of one face; fastest in order of the keys.
@@ -185,18 +241,20 @@ def _part_name(number: int) -> str:
     return f"part-{number:05d}.safetensors"
 
 
-def _check_parts(out: Path, num_parts: int, header: dict[str, Any], num_faces: int) -> None:
-    """Refuse a folder with parts of something else before any work is done."""
-    wanted = {_part_name(number) for number in range(num_parts)}
-    for path in sorted(out.glob("part-*.safetensors")):
-        if path.name not in wanted:
-            raise _foreign(path, f"{num_faces} faces have {num_parts} parts")
-        try:
-            found = _read_header(path)
-        except PrepareError:
-            continue  # made anew when its turn comes
-        if changed := _changes(found, header):
-            raise _foreign(path, changed)
+def _tell_left_out(faces: Path, rejections: Sequence[Rejection]) -> None:
+    for line in rejections:
+        _logger.warning("%s: left out: %s: %s", faces / line.source, line.reason, line.detail)
+
+
+def _crops(folder: FaceFolder, share: range, with_text: bool) -> Iterator[Crop]:
+    """The faces of a part; those that cannot be used are told and left out."""
+    for item in folder.read(share, with_captions=with_text):
+        if isinstance(item, Crop):
+            yield item
+        elif item.reason == BAD_CAPTION:
+            _logger.warning("%s: used without its caption: %s", item.source, item.detail)
+        else:
+            _tell_left_out(folder.folder, [item])
 
 
 def _resized_with_antialias(out: Path) -> bool:
@@ -209,17 +267,65 @@ def _resized_with_antialias(out: Path) -> bool:
     return True
 
 
+def _known(out: Path, header: dict[str, Any], folder: FaceFolder, with_text: bool) -> _Known:
+    """What the parts in ``out`` hold already.
+
+    Raises:
+        PrepareError: a part is of something else, or of faces most of which are not there.
+    """
+    headers = {}
+    for path in sorted(out.glob("part-*.safetensors")):
+        try:
+            found = _read_header(path)
+        except PrepareError:
+            continue  # made again when its turn comes
+        if changed := _changes(found, header):
+            raise _foreign(path, changed)
+        headers[path] = found
+    numbers = {key: number for number, (key, _) in enumerate(folder.metas())} if headers else {}
+    before = [(path, key) for path, found in headers.items() for key in found["keys"]]
+    lost = [(path, key) for path, key in before if key not in numbers]
+    if looks_like_an_accident(len(lost), len(before)):
+        raise _foreign(lost[0][0], f"{len(lost)} of their {len(before)} faces are not in FACES")
+    _check_some(headers, numbers, folder, with_text)
+    return _Known(headers)
+
+
+def _check_some(
+    headers: Mapping[Path, dict[str, Any]],
+    numbers: Mapping[str, int],
+    folder: FaceFolder,
+    with_text: bool,
+) -> None:
+    """Raise PrepareError if none of the faces is the one that the parts were made of."""
+    sums = {
+        key: (path, found)
+        for path, header in headers.items()
+        for key, found in zip(header["keys"], header.get("sums", ()), strict=False)
+        if key in numbers
+    }
+    looked_at = list(sums)[:: max(1, len(sums) // _NUM_LOOKED_AT)]
+    for key in looked_at:
+        for crop in _crops(folder, range(numbers[key], numbers[key] + 1), with_text):
+            if _sum(crop, with_text) == sums[key][1]:
+                return
+    if looked_at:
+        raise _foreign(sums[looked_at[0]][0], "the faces have changed")
+
+
 def _is_done(path: Path, written: dict[str, Any]) -> bool:
     if not path.exists():
         return False
     try:
         found = _read_header(path)
     except PrepareError as error:
-        _logger.warning("%s; it is made anew", error)
+        _logger.warning("%s; it is made again", error)
         return False
-    if (found["faces"], found["keys"]) != (written["faces"], written["keys"]):
+    if (found["faces"], found["keys"]) == (written["faces"], written["keys"]):
+        return True
+    if "sums" not in found:  # as versions before wrote it
         raise _foreign(path, "the faces have changed")
-    return True
+    return False
 
 
 def _foreign(path: Path, what: str) -> PrepareError:
@@ -266,6 +372,11 @@ def network_of(clip: Mapping[str, Any]) -> dict[str, Any]:
 
 def _who(guide: dict[str, Any]) -> str:
     return f"{(info := GuideInfo(**guide)).label} layer {info.layer}" if guide else "none"
+
+
+def _sum(crop: Crop, with_text: bool) -> str:
+    """What tells a face, and its caption where that counts, from another one of the same key."""
+    return _faces_hash([crop], with_text)[:32]
 
 
 def _faces_hash(crops: list[Crop], with_text: bool) -> str:

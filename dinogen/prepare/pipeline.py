@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,25 +10,25 @@ from pathlib import Path
 from dinogen import dist
 from dinogen.config_prepare import FacesConfig, PrepareConfig
 from dinogen.features.resize import resized_with_antialias
-from dinogen.files import write_json, write_text
-from dinogen.prepare.captions import has_captions
+from dinogen.files import write_json
+from dinogen.prepare.changed import PHOTOS, gone, same_file, write_photos
 from dinogen.prepare.classes import class_names
+from dinogen.prepare.crop import Rejection
 from dinogen.prepare.curate import Duplicates
-from dinogen.prepare.faces import FacesSummary
-from dinogen.prepare.find import Photos, find_photos
-from dinogen.prepare.finished import SUMMARY, begun_with, finished_dataset, finished_summary
+from dinogen.prepare.faces import REJECTED, write_rejected
+from dinogen.prepare.find import Photos, find_photos, named
+from dinogen.prepare.finished import begun_with, finished_dataset, finished_summary
 from dinogen.prepare.join import sample_of, settings_of
-from dinogen.prepare.journal import Journal
+from dinogen.prepare.journal import JOURNAL, Journal
 from dinogen.prepare.pyramid import PyramidMaker
 from dinogen.prepare.read import PrepareError
 from dinogen.prepare.settings import faces_settings, landmark_offset_of, warn_of_offset
 from dinogen.prepare.stream import iter_faces
+from dinogen.prepare.summary import SUMMARY, FacesSummary, summary_of
 from shards import ShardSink
 from shards.manifest import Manifest
 
 Progress = Callable[[int, int], None]
-
-_JOURNAL = "prepare.jsonl"
 
 
 class NoFaceError(PrepareError):
@@ -53,7 +50,7 @@ def in_words(rejected: dict[str, int]) -> str:
 
 def noun(config: FacesConfig) -> str:
     """What is cut out of a photo."""
-    return "picture" if config.detect == "none" else "face"
+    return "image" if config.detect == "none" else "face"
 
 
 def prepare(
@@ -67,9 +64,10 @@ def prepare(
 ) -> tuple[FacesSummary, Manifest]:
     """Photos to shards in one pass: the same bytes in the tars as by the three steps.
 
-    Beside the shards: ``rejected.csv`` and ``summary.json``. After a kill the same call goes on
-    behind the last whole shard of each split; photos that came later are gone through again. A
-    dataset that is finished is left as it is.
+    Beside the shards: ``rejected.csv``, ``summary.json`` and ``photos.csv``, which says of which
+    photos the dataset was made. After a kill the same call goes on behind the last whole shard of
+    each split; photos that came later are gone through again. A dataset that is finished is left
+    as it is. Captions are read where the maker has an embedder.
 
     Args:
         src: folder of photos.
@@ -84,7 +82,7 @@ def prepare(
         NoFaceError: no photo has a face.
         PrepareError: ``src`` holds no photo, or has no folder per class where that is asked for;
             ``out`` lies below it, or holds a preparation of other photos or a finished dataset of
-            other settings; there are several ranks; a caption cannot be used.
+            other photos or settings; there are several ranks.
         ShardsError: ``out`` holds something else, or work of other settings.
     """
     started = time.monotonic()
@@ -111,7 +109,9 @@ def prepare(
     made_with = settings_of(cut_with, maker.settings() if maker else None)
     manifest = finished_dataset(out, config.pack, made_by, made_with, classes)
     if manifest is not None:
-        summary = finished_summary(src, out, photos)
+        summary = finished_summary(
+            src, out, photos, maker is not None and maker.embedder is not None
+        )
         if progress is not None:
             progress(summary.num_photos, summary.num_photos)
         return summary, manifest
@@ -128,8 +128,10 @@ def prepare(
         prepare=made_with,
         classes=classes,
     )
-    with sink, Journal(out / _JOURNAL, src) as journal:
+    with_captions = maker is not None and maker.embedder is not None
+    with sink, Journal(out / JOURNAL, src) as journal:
         completed = sink.completed_keys()
+        _check_packed(src, out, photos, journal, completed)
         finished = {
             photo.key: list(journal.outcomes[photo.source].hashes)
             for photo in photos.photos
@@ -149,53 +151,69 @@ def prepare(
             skip=finished.__contains__,
             progress=progress,
             duplicates=duplicates,
+            with_captions=with_captions,
             landmark_offset=landmark_offset,
         )
         crops = journal.record(items)
-        with_text = has_captions(photo.path for photo in photos.photos)
+        with_text = with_captions and any(photo.has_caption for photo in photos.photos)
         made = maker.levels(crops, with_text) if maker else ((crop, {}) for crop in crops)
         for crop, levels in made:
             sink.add(sample_of(crop, levels, classes))
         kept = sink.seen.union(*finished.values())
         if lost := completed - kept:
-            raise PrepareError(
-                f"{src}: the photo of {min(lost)}, which an earlier run packed into {out}, is gone "
-                f"or changed: put it back, or delete {out}"
-            )
-        rejected = _write_rejected(out / "rejected.csv", photos, journal)
-        if not kept:
-            raise NoFaceError(
-                f"{src}: none of {len(photos.photos)} photos gave a "
-                f"{noun(config.faces)} ({in_words(rejected)}): "
-                f"see {out}/rejected.csv",
-                rejected,
-            )
-        summary = FacesSummary(
-            num_photos=len(photos.photos),
+            raise _gone(src, out, f"the photo of {min(lost)}")
+        outcomes = [
+            journal.outcomes[photo.source]
+            for photo in photos.photos
+            if photo.source in journal.outcomes
+        ]
+        lines = [Rejection(one.source, *line) for one in outcomes for line in one.rejected]
+        write_rejected(out / REJECTED, lines)
+        summary = summary_of(
+            photos,
+            {one.source for one in outcomes if one.hashes},
+            (line.reason for line in lines),
+            with_captions=with_captions,
             num_skipped=len(finished),
-            num_ignored=photos.num_ignored,
             num_crops=len(kept),
             num_new=len(kept - completed),
-            rejected=rejected,
-            seconds=round(time.monotonic() - started, 3),
+            seconds=time.monotonic() - started,
         )
+        if not kept:
+            what = "an image" if config.faces.detect == "none" else "a face"
+            raise NoFaceError(
+                f"{src}: none of {len(photos.photos)} photos gave {what} "
+                f"({in_words(summary.rejected)}): see {out / REJECTED}",
+                summary.rejected,
+            )
+        write_photos(out / PHOTOS, ((one.source, len(one.hashes), one.file) for one in outcomes))
         write_json(out / SUMMARY, asdict(summary))
         manifest = sink.finish()
         journal.remove()
     return summary, manifest
 
 
-def _write_rejected(path: Path, photos: Photos, journal: Journal) -> dict[str, int]:
-    """Write the list of what is not used, in the order of the photos; count it by reason."""
-    lines = [
-        (photo.source, reason, detail)
-        for photo in photos.photos
-        if photo.source in journal.outcomes
-        for reason, detail in journal.outcomes[photo.source].rejected
-    ]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["source", "reason", "detail"])
-    writer.writerows(lines)
-    write_text(path, buffer.getvalue())
-    return dict(Counter(reason for _, reason, _ in lines).most_common())
+def _check_packed(
+    src: Path, out: Path, photos: Photos, journal: Journal, completed: set[str]
+) -> None:
+    """Raise PrepareError if a photo in a whole shard of an earlier run is gone or replaced."""
+    packed = {
+        source: outcome
+        for source, outcome in journal.outcomes.items()
+        if not completed.isdisjoint(outcome.hashes)
+    }
+    changed = gone(packed, photos)
+    for photo in photos.photos:
+        record = packed[photo.source].file if photo.source in packed else None
+        if record is not None and not same_file(photo.path, record):
+            changed.append(photo.source)
+    if changed:
+        keys = [key for source in changed for key in packed[source].hashes]
+        raise _gone(src, out, f"the photo of {named(keys)}")
+
+
+def _gone(src: Path, out: Path, what: str) -> PrepareError:
+    return PrepareError(
+        f"{src}: {what}, which an earlier run packed into {out}, is gone or changed: put it back, "
+        f"or delete {out}, which is unfinished, to begin again"
+    )

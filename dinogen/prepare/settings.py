@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from dinogen.config_prepare import FacesConfig
 from dinogen.files import write_json
 from dinogen.prepare.read import PrepareError
+from shards.kinds import is_hidden
 
 SETTINGS = "settings.json"
 # How far right and down of their places landmarks were put, pixels. Silence is what versions did
@@ -112,7 +113,8 @@ def check_settings(src: Path, out: Path, config: FacesConfig, classes: tuple[str
             )
         warn_of_offset(out, offset)
         return offset
-    if not path.exists() and out.exists() and any(out.iterdir()):
+    there = list(out.iterdir()) if out.exists() else []
+    if not path.exists() and not all(is_hidden(item.name) for item in there):
         raise PrepareError(
             f"{out}: is not empty and was not written by 'dinogen faces': choose another folder"
         )
@@ -129,7 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise PrepareError(f"{path}: missing: delete the picture beside it and run again") from None
+        raise PrepareError(f"{path}: missing: delete the image beside it and run again") from None
     except ValueError as error:
         raise PrepareError(f"{path}: not JSON ({error}): delete it and run again") from None
     return value

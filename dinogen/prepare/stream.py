@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dinogen.config_prepare import FacesConfig
-from dinogen.prepare.captions import read_caption
+from dinogen.prepare.captions import BAD_CAPTION, try_caption
 from dinogen.prepare.crop import Candidate, Crop, Rejection, Result, cut, read, read_and_cut
 from dinogen.prepare.curate import Duplicates
-from dinogen.prepare.find import Photo, Photos
+from dinogen.prepare.find import Photo, Photos, face_key
 from dinogen.prepare.read import Unusable, probe_photo
 
 if TYPE_CHECKING:
@@ -36,9 +36,10 @@ def iter_faces(
     skip: Callable[[str], bool] | None = None,
     progress: Progress | None = None,
     duplicates: Duplicates | None = None,
+    with_captions: bool = True,
     landmark_offset: float = 0.0,
 ) -> Iterator[Crop | Rejection]:
-    """Find, align and judge the faces of photos.
+    """Find, align and check the faces of photos.
 
     The order is that of the photos' paths. Memory is bounded by a few dozen photos. The result
     does not depend on ``num_threads``; on CPU it does not depend on ``batch`` or ``skip`` either,
@@ -46,20 +47,19 @@ def iter_faces(
     because threads inside these small networks spend their time waiting for each other.
 
     Args:
-        photos: as :func:`dinogen.prepare.read.find_photos` lists them.
+        photos: as :func:`dinogen.prepare.find.find_photos` lists them.
         config: what is accepted, and how it is cut out.
         device: where faces are detected; ``auto`` is the GPU of this rank if there is one.
         skip: called with a photo's key; photos for which it is true are passed over.
         progress: called with the number of photos done (or skipped) and of all photos.
         duplicates: what is compared against, besides the crops of this call: fill it with the
             crops of the photos that are skipped. Unused while ``max_duplicate_distance`` is -1.
+        with_captions: whether captions beside photos are read; of one that cannot be used there
+            is a rejection, and the photo is used without it.
         landmark_offset: as in :class:`dinogen.prepare.detect.FaceDetector`.
 
     Returns:
         Crops and rejections. Those of one photo follow each other.
-
-    Raises:
-        PrepareError: the caption beside a photo cannot be used.
     """
     known = duplicates or Duplicates(config.max_duplicate_distance)
     total = len(photos.photos)
@@ -76,18 +76,20 @@ def iter_faces(
         detector = FaceDetector(device, config.min_face, landmark_offset)
     with _workers(config.num_threads, detector) as pool:
         for result in _results(wanted, config, detector, pool):
-            yield from _compare(result, config, known)
+            yield from _compare(result, config, known, with_captions)
             num_done += 1
             if progress is not None:
                 progress(num_done, total)
 
 
-def _compare(result: Result, config: FacesConfig, known: Duplicates) -> Iterator[Crop | Rejection]:
+def _compare(
+    result: Result, config: FacesConfig, known: Duplicates, with_captions: bool
+) -> Iterator[Crop | Rejection]:
     """Drop what repeats an earlier crop, and name the rest."""
     kept: list[tuple[str, Candidate]] = []
     rejected = list(result.rejected)
     for candidate in result.candidates:
-        key = f"{result.photo.key}_{len(kept)}" if kept else result.photo.key
+        key = face_key(result.photo.key, len(kept))
         if candidate.phash is not None:
             twin = known.find(candidate.phash)
             if twin is not None:
@@ -96,14 +98,18 @@ def _compare(result: Result, config: FacesConfig, known: Duplicates) -> Iterator
                 continue
             known.add(key, candidate.phash)
         kept.append((key, candidate))
-    caption = read_caption(result.photo.path) if kept else None
+    caption, bad = None, ""
+    if kept and with_captions and result.photo.has_caption:
+        caption, bad = try_caption(result.photo.path)
     for number, (key, candidate) in enumerate(kept):
         meta = {**candidate.meta, "num_crops": len(kept)}
         if number == 0:
             meta["rejected"] = [list(item) for item in rejected]
-        yield Crop(key, candidate.image, config.format, meta, caption)
+        yield Crop(key, candidate.image, config.format, meta, caption, result.file)
     for reason, detail in rejected:
-        yield Rejection(result.photo.source, reason, detail)
+        yield Rejection(result.photo.source, reason, detail, result.file)
+    if bad:
+        yield Rejection(result.photo.source, BAD_CAPTION, bad, result.file)
 
 
 @contextmanager

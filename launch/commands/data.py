@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +25,12 @@ ConfigFile = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the config.")
 ]
+Repack = Annotated[
+    bool,
+    typer.Option(
+        "--repack", help="Make the dataset in DATA again; the old one goes when it is done."
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -40,6 +46,7 @@ def prepare(
     data: Annotated[Path, typer.Argument(help="Folder of the dataset.", metavar="DATA")],
     overrides: Overrides = None,
     config: ConfigFile = None,
+    repack: Repack = False,
 ) -> None:
     """Photos to shards in one pass: find faces, compute their features, pack both.
 
@@ -47,11 +54,14 @@ def prepare(
     not used and why. On several GPUs run faces, pyramids and pack one after the other.
 
     With the config of a family that reads no pyramids none are made, and no guide is needed.
-    prepare.faces.detect=none takes pictures of anything as they are; prepare.faces.classes=folders
-    makes each folder below SRC a class. What a NAME.txt beside a photo says is kept as its caption.
+    prepare.faces.detect=none takes photos of anything as they are; prepare.faces.classes=folders
+    makes each folder below SRC a class.
 
     With the config's guides: the features of each of them are made as well, with clip: also its
-    embeddings of pictures and captions.
+    embeddings of images and captions; the caption of a photo NAME.jpg is NAME.txt beside it.
+
+    Where photos were taken out, replaced or added since DATA was finished, that is said, and
+    --repack makes it again.
 
     [bold]Examples[/bold]
 
@@ -65,20 +75,23 @@ def prepare(
     """
     from dinogen.prepare import pipeline
     from dinogen.prepare.find import find_photos
+    from dinogen.prepare.summary import account
 
     settings = _settings(config, overrides)
     photos = find_photos(src)  # a mistyped folder is told before the guide is loaded
     maker = _maker(settings, _wants_pyramids(settings))
-    finished = _is_finished(data)
-    with _bar("photos") as progress:
+    finished = _is_finished(data) and not repack
+    with _place(data, repack) as folder, _bar("photos") as progress:
         summary, manifest = pipeline.prepare(
-            src, data, settings.prepare, maker, photos=photos, progress=progress
+            src, folder, settings.prepare, maker, photos=photos, progress=progress
         )
     rejected = pipeline.in_words(summary.rejected)
     if finished:
         typer.echo("finished already")
     what = f"{pipeline.noun(settings.prepare.faces)}s"
     typer.echo(f"{summary.num_photos} photos, {summary.num_crops} {what}; {rejected or 'all used'}")
+    for line in account(summary):
+        typer.echo(line)
     if rejected:
         typer.echo(f"why not: {data / 'rejected.csv'}")
     _tell(data, manifest)
@@ -133,10 +146,14 @@ def pack(
         ),
     ],
     config: ConfigFile = None,
+    repack: Repack = False,
 ) -> None:
     """Join faces and their pyramids and pack them as tar shards with an index and a manifest.
 
     The same command again goes on after an interruption. Families that read no pyramids need none.
+    Damaged images of a plain folder and damaged .pt files stand in DATA/rejected.csv; the rest is
+    packed. Where faces have changed since DATA was finished, that is said, and --repack makes it
+    again.
 
     [bold]Examples[/bold]
 
@@ -163,12 +180,12 @@ def pack(
     source = join.open_pyramids(pyramids) if pyramids is not None else None
     named = config is not None or any(item.startswith("guide.") for item in overrides)
     guide = join.guide_of(source, settings.guide if named else None) if source else {}
-    finished = _is_finished(data)
-    with _bar("faces") as progress:
+    finished = _is_finished(data) and not repack
+    with _place(data, repack) as folder, _bar("faces") as progress:
         manifest = join.pack_faces(
             faces,
             source,
-            data,
+            folder,
             settings.prepare.pack,
             guide,
             by_folder=settings.prepare.faces.classes == "folders",
@@ -183,7 +200,7 @@ def export_pt(
     data: Annotated[Path, typer.Argument(help="Packed dataset.", metavar="DATA")],
     out: Annotated[Path, typer.Argument(help="Folder of the .pt files.", metavar="DIR")],
 ) -> None:
-    """Write one .pt per picture: {'4x4': (1, 16, C), '8x8': ..., '16x16': ...} float32.
+    """Write one .pt per image: {'4x4': (1, 16, C), '8x8': ..., '16x16': ...} float32.
 
     dinogen pack reads such a folder back.
 
@@ -208,7 +225,7 @@ def _folders(words: list[str]) -> tuple[Path | None, Path, list[str]]:
     if len(paths) not in (1, 2):
         raise UserError("write dinogen pack FACES [PYRAMIDS] DATA [KEY=VALUE]...")
     data = paths[-1]
-    if any(data.glob("part-*.safetensors")) or any(data.glob("*.pt")):
+    if any(data.glob("part-*.safetensors")) or any(data.glob("[!.]*.pt")):
         raise UserError(f"{data} holds pyramids: name the folder of the dataset after it")
     return (paths[0] if len(paths) == 2 else None), data, [word for word in words if "=" in word]
 
@@ -269,6 +286,13 @@ def _guide(key: str, config: GuideConfig, device: torch.device) -> Guide:
             f"{str(error).replace('guide.', f'{key}.')}\nWithout a guide, for a family that "
             "reads no pyramids: give its config, or prepare.pyramids.make=never"
         ) from None
+
+
+def _place(data: Path, repack: bool) -> AbstractContextManager[Path]:
+    """Where to pack to: the folder itself, or one that takes its place when it is finished."""
+    from dinogen.prepare.repack import repacked
+
+    return repacked(data) if repack else nullcontext(data)
 
 
 def _is_finished(data: Path) -> bool:

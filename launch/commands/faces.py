@@ -34,11 +34,19 @@ def faces(
     device: Annotated[
         str, typer.Option(help="Where faces are detected: auto, cpu, cuda:1, ...")
     ] = "auto",
+    withdraw: Annotated[
+        bool,
+        typer.Option(
+            "--withdraw", help="Remove the crops of photos that are gone, even if most are."
+        ),
+    ] = False,
 ) -> None:
-    """Find the faces in photos and write them as aligned square pictures.
+    """Find the faces in photos and write them as aligned square images.
 
-    Reads JPEG, PNG, WebP, TIFF and BMP below SRC. What is not used stands in OUT/rejected.csv
-    with the reason. The same command again goes on after an interruption.
+    Reads JPEG, PNG, WebP, TIFF, BMP and more below SRC. What is not used stands in
+    OUT/rejected.csv with the reason; hidden and system files are passed over. The same command
+    again goes on after an interruption, removes the crops of photos that were taken out of SRC and
+    makes those of photos that were replaced again. Captions are read if the config has clip.
 
     [bold]Examples[/bold]
 
@@ -48,7 +56,7 @@ def faces(
 
       dinogen faces party faces_all prepare.faces.which=all prepare.faces.min_face=40
 
-      dinogen faces cats cats_256 prepare.faces.detect=none     (pictures as they are)
+      dinogen faces cats cats_256 prepare.faces.detect=none     (photos as they are)
 
     [bold]Options, with their defaults[/bold]  dinogen config show FILE
     """
@@ -64,7 +72,15 @@ def faces(
         settings = load_config(config, overrides or ())
     dist.set_cpu_threads()
     with progress_bar("faces", "photos/s") as move:
-        summary = write_faces(src, out, settings.prepare.faces, device=device, progress=move)
+        summary = write_faces(
+            src,
+            out,
+            settings.prepare.faces,
+            with_captions=settings.clip is not None,
+            withdraw=withdraw,
+            device=device,
+            progress=move,
+        )
     _tell_faces(summary, out)
     if not summary.num_crops:
         raise typer.Exit(1)
@@ -135,6 +151,8 @@ def _tell_faces(summary: FacesSummary, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from dinogen.prepare.summary import account
+
     console = Console()
     table = Table(title=f"{summary.num_photos} photos", title_justify="left")
     table.add_column("outcome")
@@ -143,8 +161,9 @@ def _tell_faces(summary: FacesSummary, out: Path) -> None:
     for reason, number in summary.rejected.items():
         table.add_row(f"rejected: {reason}", str(number), style="yellow")
     table.add_row("photos done before", str(summary.num_skipped))
-    table.add_row("files with another suffix", str(summary.num_ignored))
     console.print(table)
+    for line in account(summary):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     if summary.rejected:
         console.print(f"why: {out / 'rejected.csv'}", soft_wrap=True, highlight=False)
     if summary.num_crops:
@@ -155,7 +174,7 @@ def _tell_faces(summary: FacesSummary, out: Path) -> None:
         )
     else:
         console.print(
-            "[bold red]NO FACE AT ALL.[/bold red] Look into rejected.csv; for pictures that are "
+            "[bold red]NO FACE AT ALL.[/bold red] Look into rejected.csv; for photos that are "
             "of something else, or already cropped, use prepare.faces.detect=none."
         )
 

@@ -1,0 +1,163 @@
+"""What has changed below a folder of photos since crops or a dataset were made of it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dinogen.files import write_text
+from dinogen.prepare.find import Photo, Photos, named
+
+PHOTOS = "photos.csv"
+_COLUMNS = ("source", "crops", "bytes", "mtime_ns", "sha256")
+# Of fewer photos so many may well be withdrawn by hand.
+_MANY = 10
+
+FileRecord = dict[str, Any]
+
+
+def record_of(path: Path) -> FileRecord | None:
+    """What tells a file from its replacement; None if it cannot be read.
+
+    Returns:
+        ``bytes``, ``mtime_ns`` and ``sha256``; JSON values.
+    """
+    digest = hashlib.sha256()
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            return None
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError:
+        return None
+    return {
+        "bytes": info.st_size,
+        "mtime_ns": info.st_mtime_ns,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def same_file(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a file is what its record says: by size and time, or else by its bytes.
+
+    One that was only touched or copied is the same. One that cannot be read now is not held to be
+    another.
+    """
+    try:
+        info = path.stat()
+    except OSError:
+        return True
+    if info.st_size != record["bytes"]:
+        return False
+    if info.st_mtime_ns == record["mtime_ns"]:
+        return True
+    found = record_of(path)
+    return found is None or bool(found["sha256"] == record["sha256"])
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How photos differ from those of an earlier run, by their sources.
+
+    Attributes:
+        withdrawn: were there, and are gone.
+        replaced: are there, with other content.
+        added: were not there.
+    """
+
+    withdrawn: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    added: tuple[str, ...] = field(default=())
+
+    def __bool__(self) -> bool:
+        return bool(self.withdrawn or self.replaced or self.added)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{len(names)} {what} ({named(names)})" for what, names in vars(self).items() if names
+        ]
+        return ", ".join(parts)
+
+
+def gone(before: Iterable[str], photos: Photos) -> list[str]:
+    """Sources of an earlier run that are not among the photos any more.
+
+    What lies in a folder that cannot be listed now is not held to be gone.
+    """
+    there = {photo.source for photo in photos.photos}
+    hidden = tuple(f"{folder}/" for folder in photos.unlistable if folder != ".")
+    if "." in photos.unlistable:
+        return []
+    return [s for s in before if s not in there and not (hidden and s.startswith(hidden))]
+
+
+def looks_like_an_accident(num_gone: int, num_before: int) -> bool:
+    """Whether so many photos are gone that the folder may be another one, or not mounted."""
+    return num_gone > 0 and (
+        num_gone == num_before or (num_gone > _MANY and 2 * num_gone > num_before)
+    )
+
+
+def write_photos(path: Path, photos: Iterable[tuple[str, int, FileRecord | None]]) -> None:
+    """Write down of which photos a dataset was made.
+
+    Args:
+        path: of the file.
+        photos: source, number of crops and record of each.
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for source, num_crops, record in photos:
+        found = record or {}
+        writer.writerow([source, num_crops, *(found.get(name, "") for name in _COLUMNS[2:])])
+    write_text(path, buffer.getvalue())
+
+
+def read_photos(path: Path) -> dict[str, FileRecord | None] | None:
+    """By source, the record of each photo that a dataset was made of.
+
+    Returns:
+        None if the dataset does not say; a photo's record is None where the file could not be
+        read.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {
+            row["source"]: {
+                "bytes": int(row["bytes"]),
+                "mtime_ns": int(row["mtime_ns"]),
+                "sha256": row["sha256"],
+            }
+            if row["sha256"]
+            else None
+            for row in rows
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def changes_since(before: Mapping[str, FileRecord | None], photos: Photos) -> Changes:
+    """How photos differ from those that a dataset was made of."""
+
+    def is_replaced(photo: Photo) -> bool:
+        record = before[photo.source]
+        if record is None:  # it could not be read then
+            return record_of(photo.path) is not None
+        return not same_file(photo.path, record)
+
+    known = [photo for photo in photos.photos if photo.source in before]
+    return Changes(
+        tuple(gone(before, photos)),
+        tuple(photo.source for photo in known if is_replaced(photo)),
+        tuple(photo.source for photo in photos.photos if photo.source not in before),
+    )
