@@ -91,11 +91,21 @@ def fill(folder):
     return folder
 
 
+def photos_as_faces(photos):
+    """Square pictures, which need no cutting; captions stay beside them."""
+    (photos / "f00x.jpg").unlink()
+    for path in photos.glob("*.jpg"):
+        with Image.open(path) as picture:
+            square = picture.resize((32, 32))
+        square.save(path)
+    return photos
+
+
 def contents(data):
     return {
         path.name: path.read_bytes()
         for path in data.iterdir()
-        if path.name not in ("summary.json", "rejected.csv")
+        if path.name not in ("summary.json", "rejected.csv", "photos.csv")
     }
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-
 import pytest
 
 from dinogen.prepare import join, pipeline
 from dinogen.prepare.captions import read_caption
 from dinogen.prepare.faces import read_faces, write_faces
 from dinogen.prepare.parts import write_pyramids
-from dinogen.prepare.read import PrepareError
 from shards import open_dataset
-from tests.prepare.several_guides import all_samples, contents, fill, maker_of, settings
+from tests.prepare.face_folders import rejected
+from tests.prepare.several_guides import (
+    CAPTIONS,
+    NUM,
+    all_samples,
+    contents,
+    fill,
+    maker_of,
+    photos_as_faces,
+    settings,
+)
 
 
 @pytest.fixture
@@ -44,33 +51,74 @@ def test_without_captions_there_is_no_text(photos, tmp_path):
     assert "clip" in open_dataset(tmp_path / "data").manifest.levels
 
 
-def test_captions_without_an_embedder_are_kept_as_they_are(photos, tmp_path):
-    pipeline.prepare(photos, tmp_path / "data", settings(), None)
+def test_without_an_embedder_captions_are_not_read(photos, tmp_path):
+    """Nothing in the config asks for text: one that cannot be used is no matter."""
+    (photos / "f07.txt").write_bytes(b"gr\xf6\xdfer")
+    summary, _ = pipeline.prepare(photos, tmp_path / "data", settings(), None)
+    assert {sample.caption for sample in all_samples(tmp_path / "data")} == {None}
+    assert summary.num_captions_not_read == len(CAPTIONS) + 1
+    assert "bad_caption" not in summary.rejected
+    again, _ = pipeline.prepare(photos, tmp_path / "data", settings(), None)
+    assert again.num_captions_not_read == summary.num_captions_not_read
+
+
+BAD = [
+    (b"", "the caption is empty"),
+    (b" \n", "the caption is empty"),
+    (b"\xef\xbb\xbf", "the caption is empty"),
+    (b"gr\xf6\xdfer", "the caption is not UTF-8 (byte 2)"),
+    ("größer".encode("utf-16"), "is UTF-16 or no text"),
+    ("larger".encode("utf-16-le"), "is UTF-16 or no text"),
+    (b"x" * 4097, "at most 4096 bytes"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD)
+def test_one_bad_caption_is_one_line_and_its_photo_is_used(photos, tmp_path, content, message):
+    (photos / "f07.txt").write_bytes(content)
+    faces, parts = tmp_path / "faces", tmp_path / "parts"
+    summary, _ = pipeline.prepare(photos, tmp_path / "data", settings(), maker_of())
+    write_faces(photos, faces, settings().faces)
+    assert (tmp_path / "data" / "rejected.csv").read_text() == (faces / "rejected.csv").read_text()
+    (empty, line) = rejected(faces)
+    assert empty[:2] == ("f00x.jpg", "empty")
+    assert line[:2] == ("f07.jpg", "bad_caption") and message in line[2]
+    assert (summary.num_used, summary.num_rejected) == (NUM, 1)
+    assert summary.rejected == {"empty": 1, "bad_caption": 1}
     found = {sample.key: sample.caption for sample in all_samples(tmp_path / "data")}
-    assert found["f01"] == "a grey square" and found["f00"] is None
-    assert open_dataset(tmp_path / "data").manifest.levels == {}
+    assert len(found) == NUM and found["f07"] is None and found["f01"] == "a grey square"
+    write_pyramids(faces, parts, maker_of())
+    source = join.open_pyramids(parts)
+    join.pack_faces(faces, source, tmp_path / "steps", settings().pack, join.guide_of(source, None))
+    assert contents(tmp_path / "steps") == contents(tmp_path / "data")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "the caption is empty"),
-        (b" \n", "the caption is empty"),
-        (b"gr\xf6\xdfer", r"the caption is not UTF-8 \(byte 2\)"),
-        (b"x" * 4097, "at most 4096 bytes"),
-        (None, "cannot be read"),
-    ],
-)
-def test_a_caption_that_cannot_be_used_is_named(photos, tmp_path, content, message):
-    path = photos / "f07.txt"
-    if content is None:
-        path.mkdir()
-    else:
-        path.write_bytes(content)
-    with pytest.raises(PrepareError, match=rf"f07\.txt: .*{message}"):
-        pipeline.prepare(photos, tmp_path / "data", settings(), maker_of())
-    with pytest.raises(PrepareError, match=rf"f07\.txt: .*{message}"):
-        write_faces(photos, tmp_path / "faces", settings().faces)
+def test_a_bad_caption_in_a_plain_folder_is_listed_where_text_is_asked_for(photos, tmp_path):
+    photos_as_faces(photos)
+    (photos / "f07.txt").write_bytes(b"")
+    join.pack_faces(photos, None, tmp_path / "plain", settings().pack, {})
+    assert not (tmp_path / "plain" / "rejected.csv").exists()
+    write_pyramids(photos, tmp_path / "parts", maker_of())
+    source = join.open_pyramids(tmp_path / "parts")
+    join.pack_faces(photos, source, tmp_path / "data", settings().pack, join.guide_of(source, None))
+    assert [line[:2] for line in rejected(tmp_path / "data")] == [("f07.jpg", "bad_caption")]
+    found = {sample.key: sample.caption for sample in all_samples(tmp_path / "data")}
+    assert len(found) == NUM and found["f07"] is None
+
+
+def test_captions_of_faces_follow_those_of_the_photos(photos, tmp_path):
+    out = tmp_path / "faces"
+    write_faces(photos, out, settings().faces, with_captions=False)
+    assert not list(out.glob("*.txt"))
+    for change, expected in ((None, "a grey square"), ("other", "other"), ("", None)):
+        if change is not None:
+            (photos / "f01.txt").write_text(change)
+        assert write_faces(photos, out, settings().faces).num_new == 0
+        assert read_caption(out / "f01.jpg") == expected
+    assert ("f01.jpg", "bad_caption") in [line[:2] for line in rejected(out)]
+    (photos / "f04.txt").unlink()
+    write_faces(photos, out, settings().faces)
+    assert read_caption(out / "f04.jpg") is None
 
 
 def test_a_byte_order_mark_is_no_letter(tmp_path):
@@ -83,5 +131,4 @@ def test_every_face_of_a_photo_has_its_caption(photos, tmp_path):
     write_faces(photos, tmp_path / "faces", settings().faces)
     found = {crop.key: crop.caption for crop in read_faces(tmp_path / "faces")}
     assert found["f05"] == "two\nlines" and found["f02"] is None
-    with (tmp_path / "faces" / "rejected.csv").open() as file:
-        assert [row["source"] for row in csv.DictReader(file)] == ["f00x.jpg"]
+    assert [line[0] for line in rejected(tmp_path / "faces")] == ["f00x.jpg"]

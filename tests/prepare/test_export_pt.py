@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -17,12 +18,15 @@ from typer.testing import CliRunner
 
 from dinogen.config_prepare import FacesConfig
 from dinogen.features.inception import InceptionTrunk
+from dinogen.prepare import export_pt as export_module
 from dinogen.prepare.export_pt import PtFiles, export_pt, file_names
 from dinogen.prepare.faces import read_faces, write_faces
 from dinogen.prepare.find import photo_key
 from dinogen.prepare.read import PrepareError
 from launch.commands import data as commands
 from shards import Sample, open_dataset, pack
+from shards.packed import PackedDataset
+from tests.prepare.face_folders import rejected
 
 NUM_CHANNELS = 5
 GUIDE = {"name": "patch", "weights_sha256": "ab", "layer": 3}
@@ -144,7 +148,84 @@ def test_a_picture_s_name_never_hides_a_key():
     named = file_names(
         {"a": "a.jpg", "a_1": "a.jpg", "a_1-00": "other/a_1.png", "b": "", "c": "../.."}
     )
-    assert named == {"a": "a", "a_1": "a_1", "a_1-00": "a_1-00", "b": "b", "c": ".."}
+    assert named == {"a": "a", "a_1": "a_1", "a_1-00": "a_1-00", "b": "b", "c": "c"}
+
+
+FOREIGN = ["../../up", "/etc/passwd", "dir/a", "dir/b", "a\\b", "C:x", ".", ".hidden", "x" * 300]
+
+
+def test_names_stay_inside_the_folder_whatever_the_keys():
+    """Keys of foreign tars may hold anything."""
+    named = file_names(dict.fromkeys(FOREIGN, ""))
+    assert len(set(named.values())) == len(FOREIGN)
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,80}", name) for name in named.values())
+    assert named == file_names(dict.fromkeys(reversed(FOREIGN), ""))
+    sources = {"k1": "../..\\evil.jpg", "k2": "a/.x.jpg", "k3": "B.jpg", "k4": "c/b.png"}
+    assert file_names(sources) == {key: key for key in sources}
+    assert len({name.lower() for name in file_names({"A": "", "a": ""}).values()}) == 2
+
+
+def test_export_of_keys_with_folders_and_dots_writes_beside_nothing(dataset, tmp_path, monkeypatch):
+    keys = ["../../up", "dir/a", "other/a", "face3", "face4", "face5", "face6"]
+    renamed = dict(zip([f"face{number}" for number in range(7)], keys, strict=True))
+    sample = PackedDataset.sample
+    monkeypatch.setattr(export_module, "_sources", lambda dataset: dict.fromkeys(keys, ""))
+
+    def foreign(self, number, split="train"):
+        found = sample(self, number, split)
+        object.__setattr__(found, "key", renamed[found.key])
+        return found
+
+    monkeypatch.setattr(PackedDataset, "sample", foreign)
+    before = set(tmp_path.rglob("*"))
+    assert export_pt(dataset, tmp_path / "pt") == 7
+    made = set(tmp_path.rglob("*")) - before - {tmp_path / "pt"}
+    assert {path.parent for path in made} == {tmp_path / "pt"} and len(made) == 7 + 1
+
+
+ODD_TENSORS = {
+    "needs gradients": lambda t: t.requires_grad_(),
+    "a parameter": torch.nn.Parameter,
+    "float64": lambda t: t.double(),
+    "half": lambda t: t.half(),
+    "bfloat16": lambda t: t.bfloat16(),
+    "a view": lambda t: torch.cat((t, t + 1), 2)[:, :, : t.shape[2]],
+    "transposed": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+def test_tensors_of_any_float_type_are_read(tmp_path, kind):
+    levels = {f"{g}x{g}": torch.arange(g * g * 3.0).reshape(1, g * g, 3) / 4 for g in (4, 8, 16)}
+    odd = {name: ODD_TENSORS[kind](tensor.clone()) for name, tensor in levels.items()}
+    torch.save({**odd, "32x32": torch.zeros(1)}, tmp_path / "x.pt")
+    found = PtFiles(tmp_path).levels("x")
+    for grid in (4, 8, 16):
+        exact = levels[f"{grid}x{grid}"][0]
+        if kind == "bfloat16":
+            exact = exact.bfloat16()
+        assert np.array_equal(found[f"p{grid}"], exact.half().numpy())
+        assert found[f"p{grid}"].dtype == np.float16
+
+
+def test_what_does_not_fit_is_listed_and_the_rest_packed(dataset, faces, tmp_path, caplog):
+    pt, out = tmp_path / "pt", tmp_path / "again"
+    export_pt(dataset, pt)
+    (pt / "face1.pt").write_bytes(b"PK\x03\x04 cut off")
+    (pt / "face2.pt").unlink()
+    (pt / "._face3.pt").write_bytes(b"of macOS")
+    shutil.copy(pt / "face4.pt", pt / "stranger.pt")
+    done = command("pack", faces, pt, out)
+    assert done.exit_code == 0, done.output
+    assert set(open_dataset(out).keys()) == {f"face{n}" for n in (0, 3, 4, 5, 6)}
+    reasons = {source: reason for source, reason, _ in rejected(out)}
+    assert reasons == {"face1": "bad_pyramid", "face2": "no_pyramid"}
+    again = command("pack", faces, pt, out)
+    assert again.exit_code == 0 and again.stdout.startswith("finished already")
+    for number in (0, 3, 4, 5):
+        (pt / f"face{number}.pt").unlink()
+    most = command("pack", faces, pt, tmp_path / "more")
+    assert "5 of 7 faces have no pyramid" in str(most.exception)
 
 
 def test_a_dataset_without_pooled_levels_cannot_be_exported(tmp_path):
@@ -178,6 +259,8 @@ def pyramid(**changes):
     ("content", "message"),
     [
         (torch.zeros(3), "holds Tensor, needed is a dict"),
+        (pyramid(**{"4x4": torch.zeros(1, 16, 3).to_sparse()}), "4x4 holds no plain numbers"),
+        (pyramid(**{"4x4": torch.zeros(1, 16, 3, dtype=torch.cfloat)}), "4x4 holds complex"),
         ({"4x4": torch.zeros(1, 16, 3)}, r"holds \['4x4'\], needed is a dict"),
         (pyramid(**{"8x8": torch.zeros(1, 63, 3)}), r"8x8 is \(1, 63, 3\), needed is \(1, 64, C\)"),
         (pyramid(**{"8x8": torch.zeros(64, 3)}), r"8x8 is \(64, 3\), needed"),

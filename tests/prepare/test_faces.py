@@ -106,16 +106,16 @@ def test_every_bad_input_has_its_line(photos, tmp_path, write_bomb):
     assert [(source, reason) for source, reason, _ in rejected(out)] == [
         ("bomb.png", "too_large"),
         ("cut.jpg", "truncated"),
-        ("folder.jpg", "unreadable"),
         ("link.jpg", "unreadable"),
         ("nothing.png", "empty"),
         ("text.jpg", "not_an_image"),
         ("wall.png", "no_face"),
     ]
     assert all(detail for *_, detail in rejected(out))
-    assert summary.num_photos == 14
+    assert summary.num_photos == 13
     assert summary.num_crops == 7
-    assert summary.num_ignored == 1
+    assert (summary.num_used, summary.num_rejected, summary.num_sidecars) == (7, 6, 1)
+    assert summary.num_files == 14 and summary.left_out == {}
     assert len(list(out.glob("*.jpg"))) == 7
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import typer
-from PIL import Image
 from typer.testing import CliRunner
 
 from dinogen.errors import UserError
@@ -33,6 +32,7 @@ from tests.prepare.several_guides import (
     contents,
     fill,
     maker_of,
+    photos_as_faces,
     settings,
 )
 
@@ -158,16 +158,6 @@ def test_parts_interrupted_and_resumed_are_the_same(photos, tmp_path):
     assert len(parts.levels("f04")) == 14 and set(parts.guides) == {"pixels", "wide"}
 
 
-def photos_as_faces(photos):
-    """Square pictures, which need no cutting; captions stay beside them."""
-    (photos / "f00x.jpg").unlink()
-    for path in photos.glob("*.jpg"):
-        with Image.open(path) as picture:
-            square = picture.resize((32, 32))
-        square.save(path)
-    return photos
-
-
 CHANGES = [
     ({"guides": {"wide": PatchGuide(2, 4)}}, None),
     ({"guides": {}}, None),
@@ -213,21 +203,31 @@ def test_a_finished_dataset_of_another_base_grid_is_another(whole):
             {"config": settings(pyramids={"base_grid": 16}).pyramids},
             r"base_grid: 8, now None",
         ),
-        ("caption", r"the faces have changed"),
         ("no captions", r"captions: none now"),
     ],
 )
 def test_parts_of_other_guides_are_never_mixed(photos, tmp_path, changes, message):
     photos_as_faces(photos)
     write_pyramids(photos, tmp_path / "out", maker_of())
-    if changes == "caption":
-        (photos / "f04.txt").write_text("another")
-    elif changes == "no captions":
+    if changes == "no captions":
         for path in photos.glob("*.txt"):
             path.unlink()
     changes = {} if isinstance(changes, str) else changes
     with pytest.raises(PrepareError, match=message):
         write_pyramids(photos, tmp_path / "out", maker_of(**changes))
+
+
+def test_a_changed_caption_is_embedded_again_alone(photos, tmp_path):
+    photos_as_faces(photos)
+    write_pyramids(photos, tmp_path / "out", maker_of())
+    (photos / "f04.txt").write_text("another")
+    maker = maker_of()
+    summary = write_pyramids(photos, tmp_path / "out", maker)
+    assert (summary.num_done, summary.num_kept) == (1, 3)
+    assert maker.embedder.seen == ["another"]
+    write_pyramids(photos, tmp_path / "fresh", maker_of())
+    for part in (tmp_path / "fresh").iterdir():
+        assert part.read_bytes() == (tmp_path / "out" / part.name).read_bytes()
 
 
 def test_export_gives_the_main_guide_alone(whole, tmp_path):

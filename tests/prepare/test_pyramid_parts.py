@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from dinogen import dist
 from dinogen.config import GuideConfig
@@ -16,9 +17,18 @@ from dinogen.features import load_guide, native_pyramid, pooled_pyramid
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.prepare.parts import PartFiles, write_pyramids
 from dinogen.prepare.pyramid import PyramidMaker
-from dinogen.prepare.read import PrepareError, read_photo
+from dinogen.prepare.read import PrepareError, decode_photo
 from tests.forked import torchrun
-from tests.prepare.counting_guide import CONFIG, CPU, Counting, picture
+from tests.prepare.counting_guide import (
+    CONFIG,
+    CPU,
+    Counting,
+    as_an_older_version_wrote_it,
+    names_in,
+    picture,
+    same,
+    whole,
+)
 
 NUM_FACES = 8
 
@@ -40,24 +50,6 @@ def faces(tmp_path):
     for number in range(NUM_FACES):
         (folder / f"f{number}.jpg").write_bytes(picture(number, file_format="JPEG"))
     return folder
-
-
-def whole(folder):
-    """Every level of every face."""
-    parts = PartFiles(folder)
-    return {
-        (key, name): array
-        for key in sorted(parts.keys())
-        for name, array in parts.levels(key).items()
-    }
-
-
-def names_in(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
 
 
 def test_levels_are_those_of_each_picture_alone(faces, tmp_path, make, guide):
@@ -147,8 +139,8 @@ def test_ranks_share_the_parts_and_together_make_the_same(faces, tmp_path, make,
 def test_a_rank_reads_its_own_faces_alone(faces, tmp_path, make, monkeypatch):
     read = []
     monkeypatch.setattr(
-        "dinogen.prepare.faces.read_photo",
-        lambda path, most: (read.append(path.stem), read_photo(path, most))[1],
+        "dinogen.prepare.faces.decode_photo",
+        lambda path, most: (read.append(path.stem), decode_photo(path, most))[1],
     )
     monkeypatch.setattr(dist, "rank", lambda: 1)
     monkeypatch.setattr(dist, "world_size", lambda: 2)
@@ -192,9 +184,9 @@ def changed_guide(make, tmp_path):
         ("guide", r"guide: RANDOM guide \(dinov2\) layer 1, now"),
         ("grids", r"prepare\.pyramids\.grids: \[4, 8, 16\], now \[4\]"),
         ("shard_size", r"prepare\.pyramids\.shard_size: 3, now 4"),
-        ("pixels", r"part-00001.safetensors: .*the faces have changed"),
-        ("one more", r"part-00002.safetensors: .*the faces have changed"),
-        ("fewer", r"part-00002.safetensors: .*4 faces have 2 parts"),
+        ("other pixels", r"part-00000.safetensors: .*the faces have changed"),
+        ("other names", r"part-00000.safetensors: .*8 of their 8 faces are not in FACES"),
+        ("older", r"part-00001.safetensors: .*the faces have changed"),
     ],
 )
 def test_pyramids_of_something_else_are_never_mixed(faces, tmp_path, make, change, message):
@@ -208,13 +200,15 @@ def test_pyramids_of_something_else_are_never_mixed(faces, tmp_path, make, chang
         maker = make(grids=(4,))
     elif change == "shard_size":
         maker = make(shard_size=4)
-    elif change == "pixels":
-        shutil.copy(faces / "f0.jpg", faces / "f4.jpg")
-    elif change == "one more":
-        shutil.copy(faces / "f0.jpg", faces / "f8.jpg")
+    elif change == "other pixels":
+        for number in range(NUM_FACES):
+            (faces / f"f{number}.jpg").write_bytes(picture(50 + number, file_format="JPEG"))
+    elif change == "other names":
+        for number in range(NUM_FACES):
+            (faces / f"f{number}.jpg").rename(faces / f"g{number}.jpg")
     else:
-        for number in range(4):
-            (faces / f"f{number}.jpg").unlink()
+        before = as_an_older_version_wrote_it(out)
+        shutil.copy(faces / "f0.jpg", faces / "f4.jpg")
     with pytest.raises(PrepareError, match=message):
         write_pyramids(faces, out, maker)
     assert before == {path: path.read_bytes() for path in out.iterdir()}
@@ -245,8 +239,6 @@ def test_parts_that_do_not_belong_together_are_refused(faces, tmp_path, make):
 
 
 def test_the_header_is_plain_json(faces, tmp_path, make):
-    from safetensors import safe_open
-
     write_pyramids(faces, tmp_path / "out", make())
     with safe_open(tmp_path / "out" / "part-00000.safetensors", "numpy") as file:
         header = json.loads(file.metadata()["dinogen"])

@@ -81,7 +81,7 @@ def test_one_pass_and_three_steps_without_a_guide(photos, plain, tmp_path):
     done = dinogen("prepare", photos, once, "-c", plain)
     assert done.exit_code == 0, done.output
     assert "no pyramids: family dcgan reads none" in done.stdout
-    assert "9 photos, 9 pictures; all used" in done.stdout
+    assert "9 photos, 9 images; all used" in done.stdout
     write_faces(photos, faces, load_config(plain).prepare.faces)
     done = dinogen("pack", faces, steps, "-c", plain)
     assert done.exit_code == 0, done.output
