@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shlex
@@ -25,6 +24,7 @@ from launch.study_choice import present_runs
 from launch.study_plan import STEPS, Study, StudyRun, is_trained, lacking, steps_left
 from launch.study_record import Record, read_record, study_lock
 from launch.study_say import complaint
+from shards.lock import Locked, lock
 
 log = logging.getLogger(__name__)
 
@@ -144,14 +144,13 @@ class LocalStudy:
         told = False
         run.folder.mkdir(parents=True, exist_ok=True)
         while not self._relay.stopping:
-            with (run.folder / ".lock").open("w") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path = run.folder / ".lock"
+            with path.open("w") as file:
+                if lock(file, path, shared=False, wait=False) is not Locked.BUSY:
                     return
-                except BlockingIOError:
-                    if not told:
-                        log.warning("%s: another process trains there: waiting for it", run.folder)
-                    told = True
+            if not told:
+                log.warning("%s: another process trains there: waiting for it", run.folder)
+            told = True
             time.sleep(0.5)
 
     def _workers(self) -> list[int]:

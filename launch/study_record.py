@@ -5,7 +5,6 @@ What is done is read from the runs' own files; this is for people, and tells wha
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,8 @@ from typing import Any
 from dinogen.errors import UserError
 from dinogen.files import write_json
 from launch.study_plan import Study, StudyRun
+from shards.lock import Locked, lock
+from shards.lock import is_locked as is_file_locked
 
 FORMAT = 1
 
@@ -131,28 +132,19 @@ def study_lock(folder: Path) -> Iterator[None]:
         UserError: another one is at work.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    path = folder / ".lock"
+    with path.open("w") as file:
         for left in reversed(range(5)):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock(file, path, shared=False, wait=False) is not Locked.BUSY:
                 break
-            except BlockingIOError:
-                if not left:
-                    raise UserError(
-                        f"{folder}: another dinogen study run is at work there: wait for it, or "
-                        "stop it"
-                    ) from None
-                time.sleep(0.1)  # it may be a look at it, see is_locked
+            if not left:
+                raise UserError(
+                    f"{folder}: another dinogen study run is at work there: wait for it, or stop it"
+                )
+            time.sleep(0.1)  # it may be a look at it, see is_locked
         yield
 
 
 def is_locked(folder: Path) -> bool:
     """Whether a process holds ``FOLDER/.lock`` now."""
-    try:
-        with (folder / ".lock").open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    return is_file_locked(folder / ".lock")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dinogen import dist
 from dinogen.config import ConfigError
+from shards.lock import Locked, lock
 
 
 @contextmanager
@@ -21,10 +21,9 @@ def run_lock(run: Path) -> Iterator[None]:
     file = None
     if dist.is_main():
         run.mkdir(parents=True, exist_ok=True)
-        file = (run / ".lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        path = run / ".lock"
+        file = path.open("w")
+        if lock(file, path, shared=False, wait=False) is Locked.BUSY:
             file.close()
             file = None
     try:
