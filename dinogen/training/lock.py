@@ -29,8 +29,8 @@ def run_lock(run: Path) -> Iterator[None]:
     try:
         if dist.any_rank(dist.is_main() and file is None):
             raise ConfigError(
-                f"run: another process trains in {run}: wait until it has ended, or give run: "
-                "another folder"
+                f"run: another process trains in {run}{dist.started_by_slurm()}: wait until it has "
+                "ended, or give run: another folder"
             )
         yield
     finally:

@@ -44,7 +44,7 @@ def train(
     from dinogen.config import load_config
     from dinogen.training.run import train as train_run
     from dinogen.training.stop import Stopped
-    from launch.logs import setup_logging
+    from launch.logs import say, setup_logging
     from launch.stages import choose_stages
 
     settings = load_config(config, overrides or ())
@@ -56,15 +56,15 @@ def train(
             raise
         # torchrun would start a worker again that ends with another code than 0
         if dist.is_main():
-            typer.echo(f"dinogen: {stopped}", err=True)
+            say(f"dinogen: {stopped}", err=True)
         dist.shutdown()
         return
     if dist.is_main():
         for result in results:
             name = f"{result['resolution']}x{result['resolution']}"
-            typer.echo(f"{name}: {settings.run / name / result['files']['final']}")
-        typer.echo(f"page: {settings.run / 'index.html'}")
-        typer.echo(f"curves: tensorboard --logdir {settings.run}")
+            say(f"{name}: {settings.run / name / result['files']['final']}")
+        say(f"page: {settings.run / 'index.html'}")
+        say(f"curves: tensorboard --logdir {settings.run}")
     dist.shutdown()
 
 
