@@ -104,11 +104,14 @@ class StopFlag:
             "command to go on"
         )
 
+    @property
+    def _old(self) -> bool:
+        return time.monotonic() - self._asked > _SAME
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.name is None:
             self.name, self._asked = signal.Signals(number).name, time.monotonic()
-        elif number == signal.SIGINT and not self._saving:
-            if time.monotonic() - self._asked > _SAME:
-                raise KeyboardInterrupt
+        elif number == signal.SIGINT and not self._saving and self._old:
+            raise KeyboardInterrupt
         # A shard that does not come must not keep this rank from stopping.
         hurry()

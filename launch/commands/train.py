@@ -47,8 +47,8 @@ def train(
     from launch.logs import say, setup_logging
     from launch.stages import choose_stages
 
-    settings = load_config(config, overrides or ())
     setup_logging(quiet=not dist.is_main())
+    settings = load_config(config, overrides or ())
     try:
         results = train_run(settings, *choose_stages(settings, stage))
     except Stopped as stopped:
