@@ -199,7 +199,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     if any(item.partition("=")[0].strip() == "run" for item in overrides) or not _of_a_run(path):
         return config
     here = path.parent
-    if config.run.exists() and config.run.samefile(here):
+    if config.run.resolve() == here.resolve():
         return config
     log.info("%s lies in the folder of a run: it means this run, not %s", path, config.run)
     return config.model_copy(update={"run": here})

@@ -168,7 +168,7 @@ def started_by_slurm() -> str:
     if "SLURM_PROCID" not in os.environ or under_agent():
         return ""
     return (
-        f" (this is task {os.environ['SLURM_PROCID']} of a SLURM job: srun without torchrun starts "
+        f" (this is task {os.environ['SLURM_PROCID']} of a SLURM job; srun without torchrun starts "
         "processes that do not know each other)"
     )
 

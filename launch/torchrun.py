@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 
 from launch.relay import Relay, children
@@ -36,8 +37,13 @@ def main(args: list[str] | None = None) -> None:
     from dinogen.errors import EXIT_STOPPED
 
     given = sys.argv[1:] if args is None else args
+    address = _address(given)
+    if address:
+        # torchrun asks for its full name several times, for labels alone: where a DNS server does
+        # not answer, that is 20 s each time.
+        socket.getfqdn = lambda name="": name or socket.gethostname()
     try:
-        torchrun(["--signals-to-handle", _ITS_OWN, *_address(given), *given])
+        torchrun(["--signals-to-handle", _ITS_OWN, *address, *given])
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
     except ChildFailedError as error:

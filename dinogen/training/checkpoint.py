@@ -87,7 +87,7 @@ def save_checkpoint(
     for folder in _folders(parent):
         if folder.name < final.name:
             continue
-        if folder == final and _whole(final):
+        if folder == final and _whole(final, usable=state_trouble({"files": {}} | state) is None):
             return final
         aside = folder.with_name(f"{BROKEN}{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -201,12 +201,12 @@ def _marks(folder: Path) -> dict[str, Any]:
     return marks
 
 
-def _whole(folder: Path) -> bool:
+def _whole(folder: Path, usable: bool) -> bool:
     try:
-        load_checkpoint(folder)
+        found = load_checkpoint(folder)
     except ValueError:
         return False
-    return True
+    return not usable or state_trouble(found.state) is None
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 def cut_lines(path: Path, nimg: int) -> None:
     """Drop what was written past ``nimg``, and every line that is damaged or was cut off.
 
+    A file with damage that no kill explains, which cuts off the last line alone, is kept beside the
+    new one as ``NAME.damaged``.
+
     Raises:
         UserError: the file cannot be read, or something else stands in its place.
     """
@@ -30,6 +33,10 @@ def cut_lines(path: Path, nimg: int) -> None:
     damaged = sum(line_nimg(line) == math.inf for line in lines)
     if damaged:
         log.warning("%s: %d damaged lines are dropped", path, damaged)
+        if damaged > 1 or found.value.endswith(b"\n") or line_nimg(lines[-1]) < math.inf:
+            kept_as = path.with_name(f"{path.name}.damaged")
+            write_bytes(kept_as, found.value)
+            log.warning("%s: as it was, it is kept as %s", path, kept_as)
     text = b"".join(kept)
     if kept and not text.endswith(b"\n"):
         text += b"\n"  # or the next line would be appended to this one

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dinogen import dist
 from dinogen.config import ConfigError
+from dinogen.report.runfiles import stage_folders
 from shards.lock import Locked, lock
 
 
@@ -56,8 +57,8 @@ def _check_writable(run: Path) -> None:
         OSError: naming what cannot be written.
     """
     folders = [run]
-    for stage in run.glob("*x*"):
-        folders += [one for one in (stage, *stage.iterdir()) if one.is_dir()]
+    for _, stage in stage_folders(run).value:
+        folders += [stage, *(one for one in stage.iterdir() if one.is_dir())]
     for folder in folders:
         try:
             with tempfile.TemporaryFile(dir=folder):

@@ -38,7 +38,7 @@ def train(
 
       dinogen train configs/guided_256.yaml --stage 4..32
 
-      torchrun --standalone --nproc-per-node 4 -m launch.cli train configs/guided_256.yaml
+      dinogen launch configs/guided_256.yaml --gpus 4
     """
     from dinogen import dist
     from dinogen.config import load_config
