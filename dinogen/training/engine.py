@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,23 +89,15 @@ class SingleEngine:
     def losses(self, phase: Phase, batch: Batch, last: bool) -> tuple[Scalars, Scalars]:
         """Forward of a microbatch; ``last`` says that a step follows its backward."""
         self._train_only(phase.network)
-        with self._compiled(phase), self._autocast():
+        with self._compiled(phase), self._explained(phase), self._autocast():
             return self._forward(phase, batch, last)
 
     def backward(self, phase: Phase, losses: Scalars, weight: float) -> None:
         """Add the gradients of the summed losses, weighed by the share of the global batch."""
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
         self.finite = self.finite & torch.isfinite(total.detach())
-        try:
+        with self._explained(phase):
             self.scalers[phase.network].scale(total * weight).backward()
-        except RuntimeError as error:
-            if "double backward" not in str(error):
-                raise
-            raise ConfigError(
-                f"engine.compile: phase {phase.name} takes derivatives of derivatives, which "
-                "compiled code cannot: its family has to say so (Phase(..., second_order=True)), "
-                "or set engine.compile=false"
-            ) from error
 
     def step(self, phase: Phase) -> Update:
         """One optimizer step, unless a gradient or loss is not finite."""
@@ -174,6 +166,21 @@ class SingleEngine:
             eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
             return eager
         return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _explained(self, phase: Phase) -> Iterator[None]:
+        """Context that explains what torch says where compiled code is differentiated twice."""
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error)
+            if not self.config.compile or not ("double backward" in text or "donated buf" in text):
+                raise
+            raise ConfigError(
+                f"engine.compile: phase {phase.name} takes derivatives of derivatives, which "
+                "compiled code cannot: its family has to say so (Phase(..., second_order=True)), "
+                "or set engine.compile=false"
+            ) from error
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -59,7 +59,7 @@ def config(tmp_path):
     from dinogen.config import dump_config
 
     pack_discs(tmp_path / "discs")
-    changes = ("stages.0.kimg=0.8", "log.every_kimg=0.04", "checkpoint.every_kimg=0.04")
+    changes = ("stages.0.kimg=0.4", "log.every_kimg=0.04", "checkpoint.every_kimg=0.04")
     path = tmp_path / "run.yaml"
     path.write_text(
         dump_config(tiny_config("dcgan", tmp_path / "discs", tmp_path / "run", *changes))
@@ -112,7 +112,7 @@ def test_a_launched_run_saves_at_hup_and_goes_on_under_nohup(config, tmp_path):
     os.killpg(process.pid, signal.SIGHUP)
     assert process.wait(120) == 0, (tmp_path / "log1").read_text()
     assert f"resumed from {tmp_path}" in (tmp_path / "log1").read_text()
-    assert result(config)["nimg"] == 800
+    assert result(config)["nimg"] == 400
 
 
 def test_a_closed_terminal_saves(config):
