@@ -19,7 +19,7 @@ from launch.doctor import usable_cores
 from launch.local import build_command, count_processes
 from launch.relay import Relay
 from launch.request import Request
-from launch.study import Outcome
+from launch.study import Outcome, unwritable
 from launch.study_choice import present_runs
 from launch.study_plan import STEPS, Study, StudyRun, is_trained, lacking, steps_left
 from launch.study_record import Record, read_record, study_lock
@@ -83,8 +83,13 @@ class LocalStudy:
         if why := lacking(run):
             log.warning("%s: %s", run.id, why)
             return Outcome(run.source, run.folder, why, 1)
-        write_text(self.study.copy_of(run), dump_config(run.config))
-        self._wait_for_folder(run)
+        try:
+            write_text(self.study.copy_of(run), dump_config(run.config))
+            self._wait_for_folder(run)
+        except OSError as error:
+            log.error("%s: %s", run.id, unwritable(error))
+            self._failed.add(run.id)
+            return Outcome(run.source, run.folder, unwritable(error), 1)
         began = time.monotonic()
         problems: list[str] = []
         for step in STEPS:

@@ -50,7 +50,7 @@ def _check_there(path: str, key: str) -> None:
     if "://" in path or folder.is_dir():
         return
     what = "is not a folder" if folder.exists() else "is not there"
-    hint = "" if folder.is_absolute() else ", for a relative path begins in the current folder"
+    hint = "" if folder.is_absolute() else ": relative paths begin in the current folder"
     raise ConfigError(
         f"{key}: {path} {what} (looked for {folder.absolute()}{hint}): give {key}= the folder or "
         "URL of packed shards"
