@@ -9,6 +9,7 @@ the family is built.
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +59,9 @@ from dinogen.config_training import (
 )
 from dinogen.errors import ConfigError as ConfigError
 
+log = logging.getLogger(__name__)
 _GUIDE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_STAGE_FOLDER = re.compile(r"([1-9]\d*)x\1")
 
 
 class GuideConfig(Section):
@@ -180,6 +183,9 @@ class Config(Section):
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply ``key=value`` overrides, and check the result.
 
+    A ``config.yaml`` that lies beside the stages of a run means this run, wherever the run was
+    copied or moved to; an override of ``run`` names another one.
+
     Args:
         path: YAML file.
         overrides: ``a.b=value`` items; the value is parsed as YAML, list items are addressed by
@@ -188,7 +194,22 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ConfigError: naming the file and key, with the nearest valid name or the mend.
     """
-    return parse_config(read_mapping(Path(path)), overrides, source=str(path))
+    path = Path(path)
+    config = parse_config(read_mapping(path), overrides, source=str(path))
+    if any(item.partition("=")[0].strip() == "run" for item in overrides) or not _of_a_run(path):
+        return config
+    here = path.parent
+    if config.run.resolve() == here.resolve():
+        return config
+    log.info("%s lies in the folder of a run: it means this run, not %s", path, config.run)
+    return config.model_copy(update={"run": here})
+
+
+def _of_a_run(path: Path) -> bool:
+    """Whether a file is the config in the folder of a run whose first stage has begun."""
+    return path.name == "config.yaml" and any(
+        _STAGE_FOLDER.fullmatch(one.name) and one.is_dir() for one in path.parent.iterdir()
+    )
 
 
 def parse_config(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,15 @@ from dinogen.errors import UserError
 _TIMEOUT = timedelta(minutes=30)
 _LONGEST_NAP = 0.1  # seconds between two looks at the store
 _LEAVING = 30.0  # seconds that rank 0 stays for others: one may have been killed at the very end
+_LOOPBACK = "127.0.0.1"
+# How launchers other than torchrun say how many processes they started: srun, Open MPI, MPICH and
+# Intel MPI, MVAPICH.
+_STARTED = (
+    ("SLURM_STEP_NUM_TASKS", "srun"),
+    ("OMPI_COMM_WORLD_SIZE", "mpirun"),
+    ("PMI_SIZE", "mpirun"),
+    ("MV2_COMM_WORLD_SIZE", "mpirun"),
+)
 
 
 class DistError(UserError):
@@ -31,23 +41,28 @@ class DistError(UserError):
 
 def rank() -> int:
     """This process's number over all nodes, 0 to ``world_size() - 1``."""
-    return td.get_rank() if _grouped() else int(os.environ.get("RANK", "0"))
+    return td.get_rank() if _grouped() else _count("RANK", 0)
 
 
 def world_size() -> int:
     """Number of processes over all nodes; 1 without torchrun."""
-    return td.get_world_size() if _grouped() else int(os.environ.get("WORLD_SIZE", "1"))
+    return td.get_world_size() if _grouped() else _count("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """This process's number on its node."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return _count("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
     """Number of processes on this node."""
     # torchrun says the one, deepspeed's launcher the other
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    return _count("LOCAL_WORLD_SIZE", _count("LOCAL_SIZE", 1))
+
+
+def on_one_machine() -> bool:
+    """Whether all processes run on this machine, as far as who started them has said."""
+    return local_world_size() == world_size()
 
 
 def is_main() -> bool:
@@ -98,14 +113,10 @@ def init(alone: bool = False) -> None:
         alone: make a process group of one rank too, for libraries that cannot do without.
 
     Raises:
-        DistError: several tasks were started by srun without torchrun, so none knows the others;
-            or there are more local ranks than GPUs.
+        DistError: several tasks were started by srun or mpirun without torchrun, so none knows the
+            others; or there are more local ranks than GPUs.
     """
-    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        raise DistError(
-            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks that do not know each other: "
-            "start one task per node and torchrun in it, as the scripts in slurm/ do"
-        )
+    check_known()
     place = device()
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -113,6 +124,8 @@ def init(alone: bool = False) -> None:
         return
     os.environ.setdefault("LOCAL_RANK", str(local_rank()))  # DeepSpeed asks for it, even alone
     on_gpu = place.type == "cuda"
+    if not on_gpu and on_one_machine():
+        _use_loopback()
     store: Any = _store() if world_size() > 1 else td.HashStore()  # type: ignore[attr-defined]
     td.init_process_group(
         "nccl" if on_gpu else "gloo",
@@ -125,6 +138,39 @@ def init(alone: bool = False) -> None:
     # A connection of its own: the process group waits on the other one, and holds it meanwhile.
     _Control.store = None if world_size() == 1 else td.PrefixStore("control", store.clone())  # type: ignore[attr-defined]
     _Control.num_waits = 0
+
+
+def check_known() -> None:
+    """Refuse to be one of several processes of which none knows the others.
+
+    Each would do the whole work alone, and write into the same folder as all the others.
+
+    Raises:
+        DistError: srun or mpirun started several, without torchrun.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        for name, starter in _STARTED:
+            if (num := _count(name, 1)) > 1:
+                raise DistError(
+                    f"{starter} started {num} tasks that do not know each other ({name}={num}): "
+                    "start one task per node and torchrun in it, as the scripts in slurm/ do, or "
+                    "use dinogen launch"
+                )
+    elif world_size() > 1 and "RANK" not in os.environ:
+        raise DistError(
+            f"WORLD_SIZE is {world_size()} but RANK is not set, so no process knows which one it "
+            f"is{started_by_slurm()}: start with torchrun, as the scripts in slurm/ do"
+        )
+
+
+def started_by_slurm() -> str:
+    """A remark for errors of processes that get in each other's way; empty where none fits."""
+    if "SLURM_PROCID" not in os.environ or under_agent():
+        return ""
+    return (
+        f" (this is task {os.environ['SLURM_PROCID']} of a SLURM job; srun without torchrun starts "
+        "processes that do not know each other)"
+    )
 
 
 def shutdown() -> None:
@@ -252,6 +298,27 @@ def broadcast_object(obj: Any) -> Any:
     return json.loads(payload.cpu().numpy().tobytes())
 
 
+def _count(name: str, default: int) -> int:
+    """A number that who started this process has put into its environment.
+
+    Raises:
+        DistError: it is no number.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdigit():
+        raise DistError(f"{name} is '{text}' in the environment, which is no number: unset it")
+    return int(text)
+
+
+def _use_loopback() -> None:
+    """Let gloo's ranks find each other without the name of this machine, which no DNS may know."""
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
+
+
 class _Sum(torch.autograd.Function):
     """Sum over ranks; what each rank puts in changes the losses of all of them."""
 
@@ -299,6 +366,8 @@ def _store() -> Any:
     After a restart by torchrun the keys of the dead attempt may still be there, and ranks that
     meet them wait for processes that are gone. Hence every attempt has its own prefix. Where the
     torchrun agent hosts the store, all ranks are its clients; otherwise rank 0 hosts it.
+
+    Where all ranks are on one machine, so is the store: its name need not be known to any DNS.
     """
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
@@ -307,6 +376,8 @@ def _store() -> Any:
         raise DistError(
             f"WORLD_SIZE is {world_size()} but {error.args[0]} is not set: start with torchrun"
         ) from None
+    if on_one_machine():
+        address = _LOOPBACK
     store = td.TCPStore(  # type: ignore[attr-defined]
         address,
         port,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -139,8 +140,11 @@ def main() -> None:
         line = _line(error)
         if os.environ.get("DINOGEN_DEBUG") or line is None:
             raise
-        print(f"dinogen: {line}", file=sys.stderr)
+        with suppress(OSError):  # the terminal is gone
+            print(f"dinogen: {line}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
+    finally:
+        _leave_quietly()
 
 
 def _line(error: Exception) -> str | None:
@@ -154,6 +158,16 @@ def _line(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}: choose a folder that can be written"
     return None
+
+
+def _leave_quietly() -> None:
+    """Let what cannot be written any more go nowhere: Python would end with a code of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 
 from dinogen.errors import UserError
 from dinogen.files import write_json
+from shards.lock import Locked, lock
 
 FORMAT = 1
 
@@ -99,9 +99,8 @@ def launch_lock(folder: Path) -> Iterator[None]:
         UserError: another one is at work.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another launch is at work there: wait for it") from None
+    path = folder / ".lock"
+    with path.open("w") as file:
+        if lock(file, path, shared=False, wait=False) is Locked.BUSY:
+            raise UserError(f"{folder}: another launch is at work there: wait for it")
         yield

@@ -1,8 +1,10 @@
-"""How the command line shows log messages: in colour on a terminal, whole lines in a log file."""
+"""How the command line shows messages: in colour on a terminal, whole lines in a log file."""
 
 from __future__ import annotations
 
 import logging
+import sys
+from contextlib import suppress
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -23,3 +25,9 @@ def setup_logging(quiet: bool = False) -> None:
     level = logging.ERROR if quiet else logging.INFO
     for name in ("dinogen", "shards", "launch"):
         logging.getLogger(name).setLevel(level)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line; a terminal that is gone, or a pipe that nobody reads, is no error."""
+    with suppress(OSError):
+        print(text, file=sys.stderr if err else sys.stdout, flush=True)

@@ -5,20 +5,29 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+IGNORABLE = (signal.SIGHUP, signal.SIGQUIT)
 _EVERY = 0.2  # seconds between two looks for workers that can take the signal
+_SAME = 5.0  # seconds in which further signals mean the same as the one before
+_MEANT = 3  # how often TERM or INT come until the launcher no longer waits for its workers
 
 
 class Relay:
     """Signal handlers of a launcher whose workers save and leave when they are asked to.
 
     USR1 is kept until there are workers that catch it, and given to those that come later too: a
-    worker that is only starting would die of it. TERM and INT are handed on as TERM if every
-    worker catches it; otherwise nothing is there to be saved, and ``end`` is called. So it is at
-    the second of them.
+    worker that is only starting would die of it. TERM, INT, HUP and QUIT are handed on as TERM if
+    every worker catches it; otherwise nothing is there to be saved, and ``end`` is called. HUP and
+    QUIT stay ignored, here and in the workers, where they were ignored at the start (``nohup``).
+
+    Whoever asks again while the workers save loses nothing: a closed terminal sends HUP several
+    times, and people press Ctrl-C twice. A later INT is handed on as INT, which interrupts workers
+    that are not saving. Only at the third TERM or INT, with seconds between them, ``end`` is
+    called, which may kill them.
 
     Args:
         workers: process ids of the workers that are there now.
@@ -29,6 +38,8 @@ class Relay:
         self, workers: Callable[[], list[int]], end: Callable[[signal.Signals], None]
     ) -> None:
         self.stopping = False
+        self._num_asked = 0
+        self._counted = -_SAME
         self._workers = workers
         self._end = end
         self._wanted: set[signal.Signals] = set()
@@ -36,18 +47,28 @@ class Relay:
         self._thread: threading.Thread | None = None
 
     def install(self) -> None:
-        """Take over USR1, TERM and INT; main thread only."""
+        """Take over USR1, TERM and INT, HUP and QUIT too if they count; main thread only."""
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
+        for number in IGNORABLE:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number != signal.SIGUSR1:
-            # A second one is meant; and a worker that does not catch it has nothing to save.
             workers = self._workers()
+            asked = signal.SIGTERM in self._wanted
+            now = time.monotonic()
+            if not asked or (number not in IGNORABLE and now - self._counted > _SAME):
+                self._num_asked, self._counted = self._num_asked + 1, now
+            # A worker that does not catch it has nothing to save.
             ready = bool(workers) and all(catches(pid, signal.SIGTERM) for pid in workers)
-            if signal.SIGTERM in self._wanted or not ready:
+            if self._num_asked >= _MEANT or not (asked or ready):
                 self._end(signal.Signals(number))
                 return
+            if asked and number == signal.SIGINT:
+                for pid in workers:
+                    _kill(pid, signal.SIGINT)
         self.stopping = True
         # Python catches INT from its first moment on, so only TERM tells who is ready to save.
         self._wanted.add(signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM)

@@ -124,6 +124,11 @@ def run_study(requests: Sequence[Request]) -> list[Outcome]:
     return outcomes
 
 
+def unwritable(error: OSError) -> str:
+    """What to say of a run whose files cannot be written: it costs this run alone."""
+    return f"{error.filename or 'a file of it'} cannot be written ({error.strerror or error})"
+
+
 def exit_code(outcomes: Sequence[Outcome]) -> int:
     """0 if all is well, 75 if the study was asked to stop, else 1."""
     if any(one.code == EXIT_STOPPED for one in outcomes):
@@ -156,6 +161,8 @@ def submit_study(requests: Sequence[Request]) -> list[Outcome]:
             outcomes.append(Outcome(request.path, request.config.run, "submitted"))
         except UserError as error:
             outcomes.append(Outcome(request.path, request.config.run, str(error), error.exit_code))
+        except OSError as error:
+            outcomes.append(Outcome(request.path, request.config.run, unwritable(error), 1))
     return outcomes
 
 
@@ -174,6 +181,11 @@ def study_rows(folder: Path) -> list[tuple[str, Row]]:
     """
     rows: list[tuple[str, Row]] = []
     for path, config in study_configs(folder).items():
-        found = job_rows(config.run) if read_jobs(config.run).jobs else stage_rows(config)
+        try:
+            submitted = bool(read_jobs(config.run).jobs)
+        except UserError as error:
+            rows.append((path.stem, Row("", "", "damaged", "", str(error), False)))
+            submitted = False
+        found = job_rows(config.run) if submitted else stage_rows(config)
         rows += [(path.stem, row) for row in found]
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shlex
@@ -20,11 +19,12 @@ from launch.doctor import usable_cores
 from launch.local import build_command, count_processes
 from launch.relay import Relay
 from launch.request import Request
-from launch.study import Outcome
+from launch.study import Outcome, unwritable
 from launch.study_choice import present_runs
 from launch.study_plan import STEPS, Study, StudyRun, is_trained, lacking, steps_left
 from launch.study_record import Record, read_record, study_lock
 from launch.study_say import complaint
+from shards.lock import Locked, lock
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +83,13 @@ class LocalStudy:
         if why := lacking(run):
             log.warning("%s: %s", run.id, why)
             return Outcome(run.source, run.folder, why, 1)
-        write_text(self.study.copy_of(run), dump_config(run.config))
-        self._wait_for_folder(run)
+        try:
+            write_text(self.study.copy_of(run), dump_config(run.config))
+            self._wait_for_folder(run)
+        except OSError as error:
+            log.error("%s: %s", run.id, unwritable(error))
+            self._failed.add(run.id)
+            return Outcome(run.source, run.folder, unwritable(error), 1)
         began = time.monotonic()
         problems: list[str] = []
         for step in STEPS:
@@ -144,14 +149,13 @@ class LocalStudy:
         told = False
         run.folder.mkdir(parents=True, exist_ok=True)
         while not self._relay.stopping:
-            with (run.folder / ".lock").open("w") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path = run.folder / ".lock"
+            with path.open("w") as file:
+                if lock(file, path, shared=False, wait=False) is not Locked.BUSY:
                     return
-                except BlockingIOError:
-                    if not told:
-                        log.warning("%s: another process trains there: waiting for it", run.folder)
-                    told = True
+            if not told:
+                log.warning("%s: another process trains there: waiting for it", run.folder)
+            told = True
             time.sleep(0.5)
 
     def _workers(self) -> list[int]:

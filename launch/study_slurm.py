@@ -15,7 +15,7 @@ from launch.jobs import launch_folder, read_jobs
 from launch.request import Request
 from launch.slurm import ask_states, launch_slurm
 from launch.status import job_rows
-from launch.study import Outcome
+from launch.study import Outcome, unwritable
 from launch.study_choice import present_runs
 from launch.study_plan import Study, StudyRun, lacking, steps_left
 from launch.study_record import Attempt, read_record, study_lock
@@ -95,15 +95,18 @@ class SlurmStudy:
 
     def _submit(self, run: StudyRun) -> None:
         copy = self.study.copy_of(run)
-        write_text(copy, dump_config(run.config))
         folder = launch_folder(run.folder)
         command = ["dinogen", "launch", str(copy), "--on", "slurm"]
         log.info("%s:", run.id)
         attempt = self.record.open(run) or self.record.begin(run, "jobs", command, folder)
         try:
+            write_text(copy, dump_config(run.config))
             launch_slurm(Request(copy, (), run.config, metric=self.metric))
         except UserError as error:
             self._fail(run, attempt, 0.0, str(error))
+            return
+        except OSError as error:
+            self._fail(run, attempt, 0.0, unwritable(error))
             return
         self._waiting[run.id] = (run, attempt, time.monotonic())
 

@@ -1,16 +1,20 @@
 """torchrun that hands signals on: asked to stop, its workers save and it ends with code 75.
 
 ``python -m launch.torchrun`` takes what torchrun takes. torchrun itself dies of USR1, by which
-SLURM tells that the time is nearly up, and gives its workers 30 s after a TERM.
+SLURM tells that the time is nearly up, gives its workers 30 s after a TERM, takes back what
+``nohup`` asks for, and waits for minutes where no DNS knows the name of this machine.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 
 from launch.relay import Relay, children
+
+LOOPBACK = "127.0.0.1"
 
 
 def main(args: list[str] | None = None) -> None:
@@ -33,8 +37,13 @@ def main(args: list[str] | None = None) -> None:
     from dinogen.errors import EXIT_STOPPED
 
     given = sys.argv[1:] if args is None else args
+    address = _address(given)
+    if address:
+        # torchrun asks for its full name several times, for labels alone: where a DNS server does
+        # not answer, that is 20 s each time.
+        socket.getfqdn = lambda name="": name or socket.gethostname()
     try:
-        torchrun(["--signals-to-handle", "SIGHUP,SIGQUIT", *given])
+        torchrun(["--signals-to-handle", _ITS_OWN, *address, *given])
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
     except ChildFailedError as error:
@@ -51,6 +60,31 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(1) from None
     if relay.stopping:
         raise SystemExit(EXIT_STOPPED)
+
+
+# torchrun has to handle some signal: with none named it warns with a traceback. It takes over this
+# one alone, which the relay leaves to it; its handlers would end workers before they have saved,
+# and what has a handler is ignored no more in the workers.
+_ITS_OWN = "SIGXCPU"
+
+
+def _address(given: list[str]) -> list[str]:
+    """The address of this machine where all workers are on it, whether or not DNS knows its name.
+
+    Options of torchrun end where the name of its program begins, so only those before it count.
+    """
+    named = {word.partition("=")[0].replace("_", "-") for word in given[: _num_options(given)]}
+    if "--standalone" not in named or "--local-addr" in named:
+        return []
+    return ["--local-addr", LOOPBACK]
+
+
+def _num_options(given: list[str]) -> int:
+    """How many words come before torchrun's program: it begins after ``-m`` or at a file."""
+    for number, word in enumerate(given):
+        if word in ("-m", "--module") or word.endswith(".py"):
+            return number
+    return len(given)
 
 
 def _end(number: signal.Signals) -> None:

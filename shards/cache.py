@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from shards.fetch import nap
+from shards.lock import Locked, lock
 from shards.table import OpenFile
 
 log = logging.getLogger(__name__)
 GB = 10**9
 _EVICTABLE = ".tar"
 _USER = ".user-"
+# Where the file system has no locks, what was not touched for so many seconds has nobody any more.
+_FORGOTTEN_S = 3600.0
 # Whoever gives a folder with other things in it does not want them counted, let alone deleted.
 _OURS = re.compile("[0-9a-f]{20}")
 
@@ -32,7 +36,7 @@ class HeldFile(OpenFile):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+        lock(self.descriptor, path, shared=True, wait=True)
         if os.fstat(self.descriptor).st_nlink == 0:
             raise FileNotFoundError(path)
 
@@ -57,6 +61,7 @@ class Cache:
         self.limit = limit
         root.mkdir(parents=True, exist_ok=True)
         self._warned = False
+        self._has_locks = True
 
     @contextmanager
     def fetching(self, path: Path) -> Iterator[IO[bytes]]:
@@ -65,23 +70,34 @@ class Cache:
         Raises:
             Stopped: if this thread is to stop while it waits for another.
         """
-        with lock_of(path).open("ab") as lock:
-            while not _locked(lock):
+        with lock_of(path).open("ab") as file:
+            while (got := _lock(file, lock_of(path))) is Locked.BUSY:
                 nap()
+            self._has_locks = got is Locked.HELD
             try:
-                yield lock
+                yield file
             finally:
                 # Its length is what a fetch under way will take, see `reserve`. Who counts must
                 # not miss both it and the file.
                 if self.limit is not None:
                     with self._alone():
-                        os.ftruncate(lock.fileno(), 0)
+                        os.ftruncate(file.fileno(), 0)
 
-    def reserve(self, lock: IO[bytes], num_bytes: int, urgent: bool) -> bool:
+    def part_of(self, path: Path) -> Path:
+        """Where the file at `path` lies while it is fetched; to be asked inside `fetching`.
+
+        Where the file system has no locks each thread of each process has a place of its own, so
+        two that fetch the same file do not write into each other's.
+        """
+        if self._has_locks:
+            return part_of(path)
+        return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+
+    def reserve(self, file: IO[bytes], num_bytes: int, urgent: bool) -> bool:
         """Make room for a file that is about to be fetched, until its lock is given back.
 
         Args:
-            lock: the lock file of the fetch.
+            file: the lock file of the fetch.
             num_bytes: of the file.
             urgent: a reader waits for it: if there is no room, the limit gives way.
 
@@ -96,7 +112,7 @@ class Cache:
                 if not urgent:
                     return False
                 self.warn(taken + num_bytes)
-            os.ftruncate(lock.fileno(), num_bytes)
+            os.ftruncate(file.fileno(), num_bytes)
         return True
 
     def warn(self, needed: int) -> None:
@@ -114,7 +130,7 @@ class Cache:
         """Count as one of those who share the limit."""
         with self._alone():
             descriptor, name = tempfile.mkstemp(prefix=_USER, dir=self.root)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor, Path(name), shared=False, wait=True)
         try:
             yield
         finally:
@@ -124,7 +140,7 @@ class Cache:
     def share(self) -> tuple[float, int]:
         """Bytes of shards that one user may have to itself, and how many users there are."""
         with self._alone():
-            num_users = sum(not _unlink_unless_locked(p) for p in self.root.glob(f"{_USER}*"))
+            num_users = sum(_in_use(p) for p in self.root.glob(f"{_USER}*"))
             taken, evictable = self._scan()
         num_users = max(num_users, 1)
         if self.limit is None:
@@ -170,25 +186,35 @@ class Cache:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with (self.root / ".lock").open("ab") as lock:
+        path = self.root / ".lock"
+        with path.open("ab") as file:
             # Held for moments only.
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock(file, path, shared=False, wait=True)
             yield
 
 
-def _locked(file: IO[bytes]) -> bool:
-    """Whether the lock could be had at once."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _lock(file: IO[bytes], path: Path) -> Locked:
+    return lock(file, path, shared=False, wait=False)
+
+
+def _in_use(path: Path) -> bool:
+    """Whether the process of a user's file is there; if not, the file is deleted."""
+    with suppress(FileNotFoundError), path.open("r+b") as file:
+        got = _lock(file, path)
+        if got is Locked.HELD:
+            path.unlink(missing_ok=True)
+        return got is Locked.BUSY or (got is Locked.UNKNOWN and _is_fresh(file))
+    return False
 
 
 def _unlink_unless_locked(path: Path) -> bool:
-    """Delete a file that nobody holds; whether it is gone."""
+    """Delete a file that nobody holds; whether it is gone.
+
+    Without locks a shard that is being read may be deleted: its readers keep it open, and the next
+    one fetches it again.
+    """
     with suppress(FileNotFoundError), path.open("r+b") as file:
-        if not _locked(file):
+        if _lock(file, path) is Locked.BUSY:
             return False
         path.unlink(missing_ok=True)
     return True
@@ -196,12 +222,17 @@ def _unlink_unless_locked(path: Path) -> bool:
 
 def _reserved(lock_path: Path) -> int:
     """Bytes that a fetch under way will take; nothing, if its process is no more."""
-    with lock_path.open("ab") as lock:
-        if not _locked(lock):
-            return os.fstat(lock.fileno()).st_size
-        os.ftruncate(lock.fileno(), 0)
+    with lock_path.open("ab") as file:
+        got = _lock(file, lock_path)
+        if got is Locked.BUSY or (got is Locked.UNKNOWN and _is_fresh(file)):
+            return os.fstat(file.fileno()).st_size
+        os.ftruncate(file.fileno(), 0)
         part_of(lock_path.with_name(lock_path.name[1 : -len(".lock")])).unlink(missing_ok=True)
     return 0
+
+
+def _is_fresh(file: IO[bytes]) -> bool:
+    return time.time() - os.fstat(file.fileno()).st_mtime < _FORGOTTEN_S
 
 
 def lock_of(path: Path) -> Path:

@@ -10,7 +10,7 @@ import weakref
 from pathlib import Path
 
 from shards import index as index_files
-from shards.cache import GB, Cache, HeldFile, part_of
+from shards.cache import GB, Cache, HeldFile
 from shards.errors import FetchError, IndexFileError, ManifestError
 from shards.fetch import Damaged, Remote
 from shards.files import atomic_write, sha256_file, sync_folder
@@ -144,13 +144,13 @@ class RemoteFolder:
     def _obtain(self, name: str, urgent: bool) -> bool:
         """Have a file in the cache; False if there is no room for it."""
         path = self.folder / name
-        part = part_of(path)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.cache.fetching(path) as lock:
                 # Another process may have fetched it while this one waited.
                 if path.is_file():
                     return True
+                part = self.cache.part_of(path)
                 shard = self._shards.get(name)
                 if shard and not self.cache.reserve(lock, shard.num_bytes, urgent):
                     return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,6 +14,7 @@ from shards.errors import FinishedError, IndexFileError, PackError
 from shards.files import TEMPORARY, atomic_write, sha256_file
 from shards.image import check_image
 from shards.index import index_name, load
+from shards.lock import Locked, lock
 from shards.manifest import (
     IDENTITY,
     MANIFEST,
@@ -183,7 +183,7 @@ class ShardSink:
         )
         manifest.save(self._out)
         (self._out / PACKING).unlink()
-        (self._out / _LOCK).unlink()
+        (self._out / _LOCK).unlink(missing_ok=True)
         self.close()
         return manifest
 
@@ -223,13 +223,12 @@ class ShardSink:
         self.close()
 
     def _take_lock(self) -> TextIO:
-        lock = (self._out / _LOCK).open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise PackError(f"{self._out}: another process is packing into it") from error
-        return lock
+        path = self._out / _LOCK
+        file = path.open("w")
+        if lock(file, path, shared=False, wait=False) is Locked.BUSY:
+            file.close()
+            raise PackError(f"{self._out}: another process is packing into it")
+        return file
 
     def _check(self, sample: Sample) -> None:
         if self._num_classes and sample.label not in range(self._num_classes):

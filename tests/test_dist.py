@@ -88,7 +88,8 @@ def test_two_ranks_agree_after_a_crash_and_a_restart(tmp_path):
 
 @pytest.fixture
 def alone(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    for name in (*names, "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -118,8 +119,39 @@ def test_srun_without_torchrun_is_refused(alone):
         dist.init()
 
 
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_mpirun_without_torchrun_is_refused(alone, name):
+    alone.setenv(name, "2")
+    with pytest.raises(dist.DistError, match=f"mpirun started 2 tasks .*{name}=2.* torchrun"):
+        dist.init()
+
+
+def test_a_job_script_of_several_tasks_may_run_one_process(alone):
+    """What sbatch sets in the script itself; it is not srun that started this process."""
+    alone.setenv("SLURM_NTASKS", "2")
+    alone.setenv("SLURM_PROCID", "0")
+    dist.init()
+    assert dist.world_size() == 1
+
+
+def test_a_world_without_ranks_is_refused_and_slurm_named(alone):
+    alone.setenv("WORLD_SIZE", "2")
+    with pytest.raises(dist.DistError, match=r"RANK is not set, so .* it is: start with torchrun"):
+        dist.init()
+    alone.setenv("SLURM_PROCID", "1")
+    with pytest.raises(dist.DistError, match=r"task 1 of a SLURM job; srun without torchrun"):
+        dist.init()
+
+
+def test_a_variable_that_is_no_number_is_named(alone):
+    alone.setenv("RANK", "zero")
+    with pytest.raises(dist.DistError, match="RANK is 'zero' in the environment"):
+        dist.rank()
+
+
 def test_a_world_without_an_address_is_refused(alone):
     alone.setenv("WORLD_SIZE", "2")
+    alone.setenv("RANK", "0")
     alone.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(dist.DistError, match="MASTER_ADDR is not set: start with torchrun"):
         dist.init()

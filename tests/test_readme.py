@@ -128,9 +128,9 @@ def run(line: str, folder: Path) -> None:
         run_tensorboard(command, folder)
     elif command[:2] == ["dinogen", "serve"]:
         run_serve(command, folder)
-    elif command[0] == "torchrun":
-        assert command[1:4] == ["--standalone", "--nproc-per-node", "2"], line
-        done = torchrun(2, *command[4:])
+    elif command[:3] == ["python", "-m", "launch.torchrun"]:
+        assert command[3:6] == ["--standalone", "--nproc-per-node", "2"], line
+        done = torchrun(2, *command[6:])
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     elif command[:2] == ["dinogen", "launch"]:
         # it gives its place to torchrun: not the process of the tests

@@ -35,6 +35,8 @@ class Phase:
             called once, without gradients, with all of the rank's microbatches and how many
             samples each counts (0: it stands for another's), which it may add entries to; all
             ranks call it, so it may use collectives.
+        second_order: its losses hold derivatives of networks, such as a gradient penalty: it is
+            left out of ``engine.compile``, which knows first derivatives alone.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Phase:
     every: int = 1
     remembered: tuple[str, ...] = ()
     before: Callable[[Sequence[tuple[Batch, int]]], None] | None = None
+    second_order: bool = False
 
     def due(self, step: int) -> bool:
         """Whether the phase runs at this step."""

@@ -79,8 +79,10 @@ class Guided(Family):
         if self.adversary is not None:
             if self.adversary.lazy:
                 every = self.adversary.options.every
-                phases.insert(0, Phase("D_reg", "D", self._d_penalties, every))
-            phases.insert(0, Phase("D", "D", self._d_losses))
+                phases.insert(0, Phase("D_reg", "D", self._d_penalties, every, second_order=True))
+            own = self.adversary.options
+            penalised = bool(own.r1 or own.r2) and not self.adversary.lazy
+            phases.insert(0, Phase("D", "D", self._d_losses, second_order=penalised))
         return tuple(phases)
 
     @property

@@ -66,7 +66,7 @@ class ProgressiveGan(Family):
         """One update of D, now and then one by R1, one of G."""
         return (
             Phase("D", "D", self._d_losses),
-            Phase("D_reg", "D", self._r1, every=self.options.r1_every),
+            Phase("D_reg", "D", self._r1, every=self.options.r1_every, second_order=True),
             Phase("G", "G", self._g_losses),
         )
 

@@ -105,12 +105,19 @@ class StyleGAN2Ada(Family):
         own = self.options
         phases = (
             Phase("D", "D", self._d_losses, remembered=("sign",)),
-            Phase("D_reg", "D", self._r1, every=own.r1_every),
+            Phase("D_reg", "D", self._r1, every=own.r1_every, second_order=True),
             Phase("G", "G", self._g_losses, remembered=("w",)),
         )
         if not own.path_weight:
             return phases
-        lazy = Phase("G_reg", "G", self._path, every=own.path_every, remembered=("length",))
+        lazy = Phase(
+            "G_reg",
+            "G",
+            self._path,
+            every=own.path_every,
+            remembered=("length",),
+            second_order=True,
+        )
         return (*phases, lazy)
 
     @property

@@ -64,7 +64,7 @@ class WganGp(Family):
     def phases(self) -> tuple[Phase, ...]:
         """One update of D, and in every n-th step one of G."""
         return (
-            Phase("D", "D", self._d_losses),
+            Phase("D", "D", self._d_losses, second_order=True),
             Phase("G", "G", self._g_losses, every=self.options.n_critic),
         )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from dinogen import dist
 from dinogen.config import Config, StageConfig
 from dinogen.files import write_json
+from dinogen.report.runfiles import state_trouble
 from shards.files import sha256_file, sync_folder
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def save_checkpoint(
     for folder in _folders(parent):
         if folder.name < final.name:
             continue
-        if folder == final and _whole(final):
+        if folder == final and _whole(final, usable=state_trouble({"files": {}} | state) is None):
             return final
         aside = folder.with_name(f"{BROKEN}{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -126,6 +127,8 @@ def load_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         hashes = dict(state["files"])
+        if not hashes:
+            raise ValueError("it names no files")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is missing or not readable ({error})") from error
     for name, expected in hashes.items() if verify else ():
@@ -138,11 +141,19 @@ def load_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     return Checkpoint(folder, state)
 
 
-def newest_checkpoint(parent: Path) -> Checkpoint | None:
-    """The newest complete checkpoint; a broken one is skipped with a warning."""
+def newest_checkpoint(parent: Path, usable: bool = False) -> Checkpoint | None:
+    """The newest complete checkpoint; a broken one is skipped with a warning.
+
+    Args:
+        parent: the stage's ``checkpoints`` folder.
+        usable: it also has to hold all that a run needs to go on.
+    """
     for folder in reversed(_folders(parent)):
         try:
-            return load_checkpoint(folder)
+            checkpoint = load_checkpoint(folder)
+            if usable and (trouble := state_trouble(checkpoint.state)):
+                raise ValueError(f"{folder / STATE}: {trouble}")
+            return checkpoint
         except ValueError as error:
             log.warning("checkpoint %s is broken and skipped: %s", folder, error)
     return None
@@ -158,7 +169,7 @@ def stage_checkpoint(config: Config, stage: StageConfig) -> Checkpoint | None:
     parent = stage_folder(config, stage) / "checkpoints"
     # rank 0 alone verifies hashes: the others read what it chose
     with dist.main_section() as mine:
-        found = newest_checkpoint(parent) if mine else None
+        found = newest_checkpoint(parent, usable=True) if mine else None
     name = dist.broadcast_object(found.folder.name if found else None)
     if name is None:
         return None
@@ -190,12 +201,12 @@ def _marks(folder: Path) -> dict[str, Any]:
     return marks
 
 
-def _whole(folder: Path) -> bool:
+def _whole(folder: Path, usable: bool) -> bool:
     try:
-        load_checkpoint(folder)
+        found = load_checkpoint(folder)
     except ValueError:
         return False
-    return True
+    return not usable or state_trouble(found.state) is None
 
 
 def _folders(parent: Path) -> list[Path]:

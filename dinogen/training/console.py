@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -49,14 +50,16 @@ class ProgressLine:
             parts.append(f"ETA {duration(max(0.0, (self.end - nimg) / speed))}")
         text = ", ".join(parts)
         if self.bar is not None:
-            self.bar.update(self.task, completed=min(nimg, self.end) - self.start, text=text)
+            with suppress(OSError):  # the terminal is gone
+                self.bar.update(self.task, completed=min(nimg, self.end) - self.start, text=text)
         else:
             log.info("%s: %s", self.title, text)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         if self.bar is not None:
-            self.bar.stop()
+            with suppress(OSError):
+                self.bar.stop()
 
 
 def duration(seconds: float) -> str:

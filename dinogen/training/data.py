@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from fractions import Fraction
+from pathlib import Path
 
 from dinogen import dist
 from dinogen.config import Config, ConfigError
@@ -17,11 +18,13 @@ def open_data(config: Config) -> Dataset:
     """The dataset that a config names, or the mix of several; every rank has to call it.
 
     Raises:
-        ConfigError: ranks see different datasets.
+        ConfigError: a folder is not there, or ranks see different datasets.
         ShardsError: there is none, or it cannot be used, or those of a mix contradict each other.
     """
     where = config.data
     paths = [one.path for one in where.mix] or [where.path]
+    for number, path in enumerate(paths):
+        _check_there(path, f"data.mix.{number}.path" if where.mix else "data.path")
     found = [open_dataset(path, where.cache_dir, where.cache_gb) for path in paths]
     data: Dataset = found[0]
     if where.mix:
@@ -35,6 +38,23 @@ def open_data(config: Config) -> Dataset:
             f"all nodes, and do not pack into it while a run starts"
         )
     return data
+
+
+def _check_there(path: str, key: str) -> None:
+    """Name the key whose local folder is not there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    folder = Path(path)
+    if "://" in path or folder.is_dir():
+        return
+    what = "is not a folder" if folder.exists() else "is not there"
+    hint = "" if folder.is_absolute() else ": relative paths begin in the current folder"
+    raise ConfigError(
+        f"{key}: {path} {what} (looked for {folder.absolute()}{hint}): give {key}= the folder or "
+        "URL of packed shards"
+    )
 
 
 def data_fingerprint(data: Dataset) -> str:

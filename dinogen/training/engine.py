@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from dinogen.config import Config, ConfigError
 from dinogen.families.base import Batch, Family, Phase, Scalars
 from dinogen.training.batchnorm import sync_batch_norms
 from dinogen.training.optim import build_optimizer, load_optimizer_state, optimizer_state
+
+COMPILER = "inductor"  # torch.compile's backend
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class SingleEngine:
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         if self.config.compile:
             for network in family.networks.values():
-                network.compile()
+                network.compile(backend=COMPILER)
 
     def prepare(self) -> None:
         """Take over which parameters train now; called at the start and where a fade-in ends."""
@@ -87,14 +89,15 @@ class SingleEngine:
     def losses(self, phase: Phase, batch: Batch, last: bool) -> tuple[Scalars, Scalars]:
         """Forward of a microbatch; ``last`` says that a step follows its backward."""
         self._train_only(phase.network)
-        with self._autocast():
+        with self._compiled(phase), self._explained(phase), self._autocast():
             return self._forward(phase, batch, last)
 
     def backward(self, phase: Phase, losses: Scalars, weight: float) -> None:
         """Add the gradients of the summed losses, weighed by the share of the global batch."""
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
         self.finite = self.finite & torch.isfinite(total.detach())
-        self.scalers[phase.network].scale(total * weight).backward()
+        with self._explained(phase):
+            self.scalers[phase.network].scale(total * weight).backward()
 
     def step(self, phase: Phase) -> Update:
         """One optimizer step, unless a gradient or loss is not finite."""
@@ -156,6 +159,28 @@ class SingleEngine:
             if name == network:
                 for parameter in parameters:
                     parameter.requires_grad_(True)
+
+    def _compiled(self, phase: Phase) -> contextlib.AbstractContextManager[Any]:
+        """Where compiled networks run as they are written, if a phase needs second derivatives."""
+        if self.config.compile and phase.second_order:
+            eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+            return eager
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _explained(self, phase: Phase) -> Iterator[None]:
+        """Context that explains what torch says where compiled code is differentiated twice."""
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error)
+            if not self.config.compile or not ("double backward" in text or "donated buf" in text):
+                raise
+            raise ConfigError(
+                f"engine.compile: phase {phase.name} takes derivatives of derivatives, which "
+                "compiled code cannot: its family has to say so (Phase(..., second_order=True)), "
+                "or set engine.compile=false"
+            ) from error
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -239,7 +264,8 @@ def make_engine(config: Config, family: Family, lr: float, device: torch.device)
         from dinogen.training.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(config, family, lr, device)
-    if name == "auto":
+    if name in ("auto", "ddp"):
+        # of one rank there is nothing to average, and no process group
         name = "ddp" if dist.world_size() > 1 else "single"
     if name == "single" and dist.world_size() > 1:
         raise ConfigError(

@@ -1,14 +1,18 @@
-"""One training at a time in the folder of a run."""
+"""One training at a time in the folder of a run, which has to be writable."""
 
 from __future__ import annotations
 
-import fcntl
+import errno
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dinogen import dist
 from dinogen.config import ConfigError
+from dinogen.report.runfiles import stage_folders
+from shards.lock import Locked, lock
 
 
 @contextmanager
@@ -16,24 +20,52 @@ def run_lock(run: Path) -> Iterator[None]:
     """Hold ``RUN/.lock`` on rank 0; the system lets go of it however the process ends.
 
     Raises:
-        ConfigError: on every rank, if another process trains there.
+        ConfigError: on every rank, if another process trains there; on rank 0, if the folder
+            cannot be written.
     """
     file = None
     if dist.is_main():
-        run.mkdir(parents=True, exist_ok=True)
-        file = (run / ".lock").open("w")
+        path = run / ".lock"
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            run.mkdir(parents=True, exist_ok=True)
+            _check_writable(run)
+            file = path.open("w")
+        except OSError as error:
+            raise ConfigError(
+                f"run: {error.filename or run} cannot be written ({error.strerror}): make it "
+                "writable, or set run= to another folder"
+            ) from None
+        if lock(file, path, shared=False, wait=False) is Locked.BUSY:
             file.close()
             file = None
     try:
         if dist.any_rank(dist.is_main() and file is None):
             raise ConfigError(
-                f"run: another process trains in {run}: wait until it has ended, or give run: "
-                "another folder"
+                f"run: another process trains in {run}{dist.started_by_slurm()}: wait until it has "
+                "ended, or set run= to another folder"
             )
         yield
     finally:
         if file is not None:
             file.close()
+
+
+def _check_writable(run: Path) -> None:
+    """See that files can be made in the folders of a run and its stages, and be changed there.
+
+    Raises:
+        OSError: naming what cannot be written.
+    """
+    folders = [run]
+    for _, stage in stage_folders(run).value:
+        folders += [stage, *(one for one in stage.iterdir() if one.is_dir())]
+    for folder in folders:
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            # it names a temporary file, which means nothing to anybody
+            raise OSError(error.errno, error.strerror, str(folder)) from None
+    for path in (run / ".lock", *run.glob("*x*/*.jsonl")):
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))

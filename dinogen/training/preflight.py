@@ -33,6 +33,7 @@ MAY_CHANGE: dict[str, Any] = {
     "device": True,
     "eval": True,
     "stages": True,  # all but the one at hand, which is compared without its length
+    "family": {"file"},
     "guide": {"path", "revision"},
     "guides": {"__all__": {"path", "revision"}},
     "clip": {"path", "revision"},
@@ -204,9 +205,17 @@ def check_same_run(
         if old != new:
             raise ConfigError(
                 f"{key}: the checkpoint {checkpoint.folder} was trained with {old}, the config "
-                f"says {new}: put it back, or give run: another folder"
+                f"says {new}: {or_a_new_run(config)}"
             )
     check_same_data(checkpoint, config, fingerprint)
+
+
+def or_a_new_run(config: Config) -> str:
+    """What to do where a config, data or weights differ from those of a checkpoint."""
+    return (
+        f"restore that, or set run= to a new folder (with init_from={config.run} too, the new run "
+        "starts from the weights of this one)"
+    )
 
 
 def check_same_data(checkpoint: Checkpoint, config: Config, fingerprint: str) -> None:
@@ -218,7 +227,7 @@ def check_same_data(checkpoint: Checkpoint, config: Config, fingerprint: str) ->
     if checkpoint.state["data"] != fingerprint:
         raise ConfigError(
             f"data.path: {config.data.location} holds other shards than the checkpoint "
-            f"{checkpoint.folder} was trained on: put them back, or give run: another folder"
+            f"{checkpoint.folder} was trained on: {or_a_new_run(config)}"
         )
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from dinogen import dist
-from dinogen.config import Config, ConfigError, dump_config
+from dinogen.config import Config, dump_config
 from dinogen.errors import UserError
 from dinogen.families.registry import resolve
 from dinogen.files import write_text
 from dinogen.report.page import write_page
-from dinogen.report.stats import read_stats
+from dinogen.report.runfiles import STATS, read_lines, read_result
 from dinogen.takedown import takedown
 from dinogen.training.artifacts import finish_stage
 from dinogen.training.checkpoint import stage_checkpoint
 from dinogen.training.data import open_data
+from dinogen.training.jsonl import cut_lines
 from dinogen.training.lock import run_lock
 from dinogen.training.preflight import check_run
 from dinogen.training.stages import find_stage, with_lengths
@@ -60,7 +60,7 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
             with dist.main_section() as mine:
                 if mine:
                     # Also for a stage passed over: a kill may have come before its page was written
-                    log.info("page: %s", write_page(config.run))
+                    _write_page(config.run)
             if index != indices[-1] and stop.agreed():
                 raise stop.error(f"after stage {config.stages[index].resolution}")
         return results
@@ -74,16 +74,21 @@ def _train_stage(config: Config, index: int, stop: StopFlag) -> dict[str, Any]:
         log.info("stage %dx%d is finished already", stage.resolution, stage.resolution)
         return finished
     state = StageState(config, index)
+    if state.progress.nimg >= state.plan.end + stage.batch and dist.is_main():
+        log.warning(
+            "stage %dx%d: its checkpoint has seen %d images and the config ends it at %d (kimg or "
+            "epochs were lowered): the stage counts as finished",
+            stage.resolution, stage.resolution, state.progress.nimg, state.plan.end,
+        )  # fmt: skip
     if not state.finished:
         Trainer(state, stop).run()
     result = None
     with dist.main_section() as mine:
         if mine:
-            try:
-                lines = read_stats(state.folder / "stats.jsonl")
-            except UserError as error:
-                raise ConfigError(f"{error}") from None
-            result = finish_stage(state, lines[-1])
+            cut_lines(state.folder / STATS, state.progress.nimg)
+            # a log that was lost costs the stage its curve, and no more
+            lines = read_lines(state.folder / STATS).value
+            result = finish_stage(state, lines[-1] if lines else {})
     written: dict[str, Any] = dist.broadcast_object(result)
     return written
 
@@ -98,16 +103,28 @@ def _finished_result(config: Config, index: int) -> dict[str, Any] | None:
     path = checkpoint.folder.parent.parent / "result.json"
     result = None
     if dist.is_main() and is_finished(config, stage, state):
-        result = _read_json(path)
-        if result is not None and result.get("nimg") != state["progress"]["nimg"]:
-            result = None
+        read = read_result(path)
+        for trouble in read.told():
+            log.warning("%s: it is written again", trouble)
+        sound = read.value is not None and not read.troubles
+        result = read.value if sound and _is_whole(read.value, state) else None
     found: dict[str, Any] | None = dist.broadcast_object(result)
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _is_whole(result: dict[str, Any] | None, state: dict[str, Any]) -> bool:
+    """Whether a result holds what its readers need, and is that of the checkpoint."""
+    result = result or {}
+    return (
+        result.get("nimg") == state["progress"]["nimg"]
+        and "resolution" in result
+        and "final" in (result.get("files") or {})
+    )
+
+
+def _write_page(run: Path) -> None:
+    """Write the page of a run; a damaged file of it costs the page, and no training."""
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return data
+        log.info("page: %s", write_page(run))
+    except UserError as error:
+        log.warning("no page: %s", error)

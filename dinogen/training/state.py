@@ -27,6 +27,7 @@ from dinogen.training.checkpoint import (
 from dinogen.training.data import data_fingerprint, open_data
 from dinogen.training.ema import Ema
 from dinogen.training.engine import SingleEngine, make_engine
+from dinogen.training.preflight import or_a_new_run
 from dinogen.training.stages import StagePlan, due, grow
 from dinogen.training.transfer import init_from
 
@@ -227,7 +228,7 @@ class StageState:
         if state["start"] != self.plan.start:
             raise ConfigError(
                 f"{checkpoint.folder}: began at {state['start']} images, but the stage before now "
-                f"ends at {self.plan.start}: it was trained further. Give run: another folder"
+                f"ends at {self.plan.start}: it was trained further: {or_a_new_run(self.config)}"
             )
         _check_frozen(checkpoint, self.family)
         for name, network in self.family.networks.items():
@@ -253,7 +254,7 @@ def _check_frozen(checkpoint: Checkpoint, family: Family) -> None:
         if then.get(key, sha256) != sha256:
             raise ConfigError(
                 f"{key}: its weights are others than the checkpoint {checkpoint.folder} was "
-                "trained with: put those back, or give run: another folder"
+                f"trained with: {or_a_new_run(family.config)}"
             )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import logging
 import signal
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
@@ -16,6 +18,7 @@ from shards.fetch import hurry
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_SAME = 5.0  # seconds in which further signals mean the same as the first
 
 
 class Stopped(UserError):
@@ -30,18 +33,37 @@ def _pass_over(number: int, frame: FrameType | None) -> None:
 
 
 class StopFlag:
-    """Context in which SIGTERM, SIGUSR1 and SIGINT only set a flag; a second SIGINT interrupts."""
+    """Context in which signals that ask for an end only set a flag.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SIGHUP (the terminal is gone) and SIGQUIT stay ignored where they were ignored at the start, as
+    ``nohup`` asks for. A SIGINT that comes some seconds after the first signal interrupts at once,
+    unless a checkpoint is being saved: who presses Ctrl-C twice in a row loses nothing.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    IGNORABLE = (signal.SIGHUP, signal.SIGQUIT)
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._asked = 0.0
+        self._saving = False
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopFlag:
         for number in self.SIGNALS:
+            if number in self.IGNORABLE and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._handle)
         return self
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Context in which no signal interrupts: what was learnt is on its way to disk."""
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._saving = False
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
@@ -82,9 +104,14 @@ class StopFlag:
             "command to go on"
         )
 
+    @property
+    def _old(self) -> bool:
+        return time.monotonic() - self._asked > _SAME
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.name is not None:
+        if self.name is None:
+            self.name, self._asked = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and not self._saving and self._old:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
         # A shard that does not come must not keep this rank from stopping.
         hurry()

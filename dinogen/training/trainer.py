@@ -110,8 +110,9 @@ class Trainer:
                         if self._unsound:
                             raise self._blown_up("stopped while updates were not finite,")
                         if self.now > began:
-                            self.save()
-                            self._saved()
+                            with self.stop.saving():
+                                self.save()
+                                self._saved()
                         raise self.stop.error(f"at {self.now} images")
                     check_labels(self.family, batch)
                     self.num_skipped_here = self.feed.num_skipped

@@ -112,7 +112,8 @@ def pyramids(
 
       dinogen pyramids faces pyramids -c my.yaml
 
-      torchrun --standalone --nproc-per-node 8 -m launch.cli pyramids faces pyramids -c my.yaml
+      python -m launch.torchrun --standalone --nproc-per-node 8 -m launch.cli \\
+        pyramids faces pyramids -c my.yaml
     """
     from dinogen import dist
     from dinogen.prepare.parts import write_pyramids

@@ -112,7 +112,7 @@ def evaluate(
 
       dinogen evaluate pictures --reference data/faces --metrics fid,precision,recall
 
-      torchrun --standalone --nproc-per-node 4 -m launch.cli evaluate runs/first
+      python -m launch.torchrun --standalone --nproc-per-node 4 -m launch.cli evaluate runs/first
     """
     from dinogen import dist
     from dinogen.training.evaluate import evaluate as evaluate_run

@@ -38,17 +38,17 @@ def train(
 
       dinogen train configs/guided_256.yaml --stage 4..32
 
-      torchrun --standalone --nproc-per-node 4 -m launch.cli train configs/guided_256.yaml
+      dinogen launch configs/guided_256.yaml --gpus 4
     """
     from dinogen import dist
     from dinogen.config import load_config
     from dinogen.training.run import train as train_run
     from dinogen.training.stop import Stopped
-    from launch.logs import setup_logging
+    from launch.logs import say, setup_logging
     from launch.stages import choose_stages
 
-    settings = load_config(config, overrides or ())
     setup_logging(quiet=not dist.is_main())
+    settings = load_config(config, overrides or ())
     try:
         results = train_run(settings, *choose_stages(settings, stage))
     except Stopped as stopped:
@@ -56,15 +56,15 @@ def train(
             raise
         # torchrun would start a worker again that ends with another code than 0
         if dist.is_main():
-            typer.echo(f"dinogen: {stopped}", err=True)
+            say(f"dinogen: {stopped}", err=True)
         dist.shutdown()
         return
     if dist.is_main():
         for result in results:
             name = f"{result['resolution']}x{result['resolution']}"
-            typer.echo(f"{name}: {settings.run / name / result['files']['final']}")
-        typer.echo(f"page: {settings.run / 'index.html'}")
-        typer.echo(f"curves: tensorboard --logdir {settings.run}")
+            say(f"{name}: {settings.run / name / result['files']['final']}")
+        say(f"page: {settings.run / 'index.html'}")
+        say(f"curves: tensorboard --logdir {settings.run}")
     dist.shutdown()
 
 

@@ -37,7 +37,7 @@ def played(tmp_path, monkeypatch):
 def calm(monkeypatch):
     """Wide tables, and the signal handlers of the tests back at the end."""
     monkeypatch.setenv("COLUMNS", "240")
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():

@@ -195,7 +195,7 @@ class Forked:
         code = 1
         try:
             os.setsid()
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             write_to(log)
             code = self._run(command[command.index("launch.cli") + 1 :])

@@ -72,8 +72,19 @@ def start(folder, *words):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     command = [sys.executable, "-c", STUDY, "launch", str(folder), *words]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=not_ignored,
     )
+
+
+def not_ignored():
+    """The tests themselves may run under nohup."""
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def ran(folder):
@@ -97,7 +108,9 @@ def test_one_that_fails_does_not_stop_the_others(folder):
     assert "seed=5" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT]
+)
 def test_asked_to_stop_the_present_one_saves_and_no_other_begins(folder, number):
     place = folder("a", "c_waits", "d")
     process = start(place)
@@ -197,6 +210,9 @@ def test_the_status_of_a_study_shows_all_of_them(folder, played, tmp_path):
     assert "1 kimg, ok" in launch("status", place).output
     set_state(played, 101, "FAILED", "NonZeroExitCode", 1)
     assert launch("status", place).exit_code == 1
+    (tmp_path / "runs" / "b" / "launch" / "jobs.json").write_text("{")
+    told = launch("status", place).output
+    assert "jobs.json: cannot be read" in told and "1 kimg, ok" in told and "FAILED" in told
     # a run's own folder is no study, though it holds its config
     (tmp_path / "runs" / "a" / "config.yaml").write_text((place / "a.yaml").read_text())
     assert "evaluate" in launch("status", tmp_path / "runs" / "a").output

@@ -152,6 +152,16 @@ def test_one_study_at_a_time(played_study):
     assert player.done == [] and not is_locked(folder)
 
 
+def test_a_run_whose_folder_cannot_be_made_does_not_stop_the_others(played_study):
+    path, player = played_study()
+    folder = open_study(path).folder / "gan" / "a-seed0"
+    folder.parent.mkdir(parents=True)
+    folder.write_text("a file in its place")
+    result = study("run", path)
+    assert result.exit_code == 1 and "a-seed0 cannot be written (" in result.output
+    assert player.done == [one for one in ALL if not one.startswith("gan/a-seed0")]
+
+
 def test_it_waits_for_a_training_that_outlived_a_killed_study(played_study):
     path, player = played_study()
     folder = open_study(path).folder / "gan" / "a-seed0"

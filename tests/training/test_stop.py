@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+import time
 
 import pytest
 import torch
@@ -162,3 +164,78 @@ def test_what_is_started_afterwards_can_still_trap_the_signal():
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert done.stdout == "trapped\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
+def test_hup_and_quit_save_unless_they_were_ignored_at_the_start(number):
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with StopFlag() as stop:
+            signal.raise_signal(number)
+            assert stop.name == number.name
+        assert signal.getsignal(number) == signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)
+        with StopFlag() as stop:
+            signal.raise_signal(number)
+            assert stop.name is None and signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds since the start, as the flag sees them."""
+    passed = [100.0]
+    monkeypatch.setattr("dinogen.training.stop.time.monotonic", lambda: passed[0])
+    return passed
+
+
+def test_only_a_late_ctrl_c_interrupts(clock):
+    with StopFlag() as stop:
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert stop.name == "SIGHUP"
+        clock[0] += 60
+        signal.raise_signal(signal.SIGTERM)
+        with stop.saving():
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_signals_during_a_save_do_not_lose_it(make_config, monkeypatch):
+    from dinogen.training import checkpoint
+
+    monkeypatch.setattr("dinogen.training.stop._SAME", 0.0)
+    config = make_config("checkpoint.every_kimg=1")
+    save = checkpoint.save_checkpoint
+
+    def slowly(*arguments):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+        return save(*arguments)
+
+    monkeypatch.setattr("dinogen.training.state.save_checkpoint", slowly)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        stop_at(monkeypatch, 24)
+        with pytest.raises(Stopped, match="SIGTERM at 24 images"):
+            train(config)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoints(config) == ["000000024"]
+
+
+def stop_at(monkeypatch, nimg):
+    """Ask for a stop after the step that ends at these images."""
+    from dinogen.training.trainer import Trainer
+
+    step = Trainer.train_step
+
+    def stopping(self, batch):
+        step(self, batch)
+        if self.progress.nimg == nimg:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)

@@ -1,0 +1,51 @@
+"""engine.compile, where a phase takes derivatives of derivatives, which compiled code cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from dinogen.config import ConfigError
+from dinogen.families.wgan_gp import WganGp
+from dinogen.training import engine
+from dinogen.training.run import train
+from tests.families.tiny import pack_discs, tiny_config
+from tests.training.helpers import weights
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Runs of two steps; everything of torch.compile but the generated code."""
+    pack_discs(tmp_path / "discs")
+    monkeypatch.setattr(engine, "COMPILER", "aot_eager")
+    torch.compiler.reset()
+
+    def make(family, *overrides):
+        run = tmp_path / f"{family}{len(overrides)}"
+        return tiny_config(family, tmp_path / "discs", run, "stages.0.kimg=0.016", *overrides)
+
+    yield make
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("family", ["wgan_gp", "progressive_gan", "sagan", "stylegan2_ada"])
+def test_penalties_train_as_without_it(tiny, family):
+    plain, compiled = tiny(family), tiny(family, "engine.compile=true")
+    train(plain)
+    train(compiled)
+    left, right = weights(compiled, 16), weights(plain, 16)
+    assert left.keys() == right.keys()
+    for name, value in right.items():
+        torch.testing.assert_close(left[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_family_that_does_not_say_so_is_one_line(tiny, monkeypatch):
+    phases = WganGp.phases.fget
+    silent = property(
+        lambda self: tuple(dataclasses.replace(p, second_order=False) for p in phases(self))
+    )
+    monkeypatch.setattr(WganGp, "phases", silent)
+    with pytest.raises(ConfigError, match=r"engine.compile: phase D .*second_order=True"):
+        train(tiny("wgan_gp", "engine.compile=true"))
