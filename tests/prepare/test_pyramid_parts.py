@@ -16,7 +16,7 @@ from dinogen.features import load_guide, native_pyramid, pooled_pyramid
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.prepare.parts import PartFiles, write_pyramids
 from dinogen.prepare.pyramid import PyramidMaker
-from dinogen.prepare.read import PrepareError, read_photo
+from dinogen.prepare.read import PrepareError, decode_photo
 from tests.forked import torchrun
 from tests.prepare.counting_guide import CONFIG, CPU, Counting, picture
 
@@ -147,8 +147,8 @@ def test_ranks_share_the_parts_and_together_make_the_same(faces, tmp_path, make,
 def test_a_rank_reads_its_own_faces_alone(faces, tmp_path, make, monkeypatch):
     read = []
     monkeypatch.setattr(
-        "dinogen.prepare.faces.read_photo",
-        lambda path, most: (read.append(path.stem), read_photo(path, most))[1],
+        "dinogen.prepare.faces.decode_photo",
+        lambda path, most: (read.append(path.stem), decode_photo(path, most))[1],
     )
     monkeypatch.setattr(dist, "rank", lambda: 1)
     monkeypatch.setattr(dist, "world_size", lambda: 2)
