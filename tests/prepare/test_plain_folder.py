@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from dinogen.prepare.faces import UnusableImage, read_faces
+from dinogen.prepare.faces import PrepareError, read_faces
 from shards import Sample, open_dataset, pack
 from shards.image import check_image
 from shards.verify import verify
@@ -96,6 +96,5 @@ def test_own_crops_hold_neither_profile_nor_orientation(tmp_path):
 def test_a_damaged_image_says_which_and_why(tmp_path):
     whole = encode(IMAGE, "JPEG")
     (tmp_path / "a.jpg").write_bytes(whole[:-60] + b"\xff\xd9")
-    with pytest.raises(UnusableImage, match=r"a\.jpg: truncated: .*premature end") as caught:
+    with pytest.raises(PrepareError, match=r"a\.jpg: truncated: .*premature end"):
         list(read_faces(tmp_path))
-    assert (caught.value.source, caught.value.reason) == ("a.jpg", "truncated")
