@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from shards import boxes, colour, jpeg, png
 from shards.kinds import AVIF, HEIC, JPEG, NO_IMAGES, PNG, RAW, WEBP, Kind, kind_of
@@ -43,6 +43,12 @@ _TURN_UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ON_SIDE = (5, 6, 7, 8)
+# The tag in either order of bytes, with what follows it: its type, how many values, the first.
+_EXIF_ORIENTATION = re.compile(rb"\x01\x12\x00[\x01-\x0c].{8}|\x12\x01[\x01-\x0c]\x00.{8}", re.S)
+_UPRIGHT = {
+    b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x01\x00\x00",
+    b"\x12\x01\x03\x00\x01\x00\x00\x00\x01\x00\x00\x00",
+}
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 # What libjpeg says of headers that are odd, but decide nothing. It tells its first warning alone.
 _HARMLESS = ("Invalid SOS parameters", "Unknown Adobe", "Warning: unknown JFIF", "unknown JFIF")
@@ -239,6 +245,8 @@ def _damage(error: Exception, data: Bytes) -> BadImage:
     text = str(error) or type(error).__name__
     if isinstance(error, Image.DecompressionBombError):
         return BadImage("too_large", text)
+    if isinstance(error, UnidentifiedImageError):
+        text = "its header is damaged, or of a rare kind: convert it to PNG"
     # The plugin for WebP decodes while it opens, and names no cause.
     short = data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data)
     words = ("truncated", "unexpected end", "end of file", "not enough", "premature end")
@@ -250,10 +258,11 @@ def _damage(error: Exception, data: Bytes) -> BadImage:
 # The header of the last plain JPEG: those of a dataset tend to be the same, byte for byte. A thread
 # may read what another wrote: any value is right by itself.
 _last_plain = b""
+_LONGEST_HEADER = 4096
 
 
 def _is_plain_jpeg(data: Bytes) -> bool:
-    """Whether the coded data of a JPEG alone decide its pixels, so that it can just be decoded."""
+    """Whether a JPEG can just be decoded: nothing is to be turned or converted."""
     global _last_plain
     known = _last_plain
     if known and bytes(data[: len(known)]) == known:
@@ -264,9 +273,12 @@ def _is_plain_jpeg(data: Bytes) -> bool:
         header = jpeg.read_header(data)
     except (EOFError, ValueError):
         return False
-    if not header.plain or header.width * header.height > MAX_PIXELS:
+    if not header.simple or header.width * header.height > MAX_PIXELS:
         return False
-    _last_plain = bytes(data[: header.coded])
+    if _of_exif(header.exif, header.xmp) != (1, False):
+        return False
+    if header.coded <= _LONGEST_HEADER:
+        _last_plain = bytes(data[: header.coded])
     return True
 
 
@@ -405,13 +417,18 @@ def _of_exif(data: bytes | None, xmp: bytes | None) -> tuple[int, bool]:
     """The orientation, 1 to 8, and whether the colours are those that cameras call Adobe RGB."""
     turn, adobe_rgb = 0, False
     if data is not None:
+        # Reading all tags takes as long as decoding a small image; mostly these bytes will do.
+        turns = set(_EXIF_ORIENTATION.findall(data))
+        if not turns - _UPRIGHT and b"R03" not in data:
+            turn, data = int(bool(turns)), None
+    if data is not None:
         exif = Image.Exif()
         try:
             exif.load(data)
             turn = exif.get(ExifTags.Base.Orientation) or 0
             space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
             index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
-            adobe_rgb = space == 2 or (space == 0xFFFF and str(index).startswith("R03"))
+            adobe_rgb = space == 0xFFFF and str(index).startswith("R03")
         except Exception:  # as in `_of_image`
             pass
     if not turn and xmp and (found := _XMP_ORIENTATION.search(xmp)):

@@ -57,15 +57,9 @@ class Header:
     segments: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
-    def plain(self) -> bool:
-        """Whether nothing but the coded data decides the pixels, in grey or three colours."""
-        return (
-            self.one_scan
-            and self.exif is None
-            and self.xmp is None
-            and self.profile is None
-            and len(self.components) in (1, 3)
-        )
+    def simple(self) -> bool:
+        """Whether it is in grey or three colours without a profile, all of them in one scan."""
+        return self.one_scan and self.profile is None and len(self.components) in (1, 3)
 
 
 def read_header(data: Bytes) -> Header:

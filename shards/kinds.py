@@ -133,6 +133,7 @@ UNREAD_IMAGES = frozenset(
     suffix for kind in (*_READ, JXL, RAW, HDR, OTHER) if not kind.plugin for suffix in kind.suffixes
 )
 
+_BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # their lengths
 _BRANDS = {b"avif": AVIF, b"avis": AVIF, b"crx ": RAW}
 _BRANDS |= dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"), HEIC)
 _BY_NAME = {kind.name: kind for kind in _READ}
@@ -207,7 +208,7 @@ def kind_of(head: bytes) -> Kind | None:
         return {b"WEBP": WEBP, b"AVI ": VIDEO}.get(head[8:12])
     if head[4:8] == b"ftyp":
         return _of_brands(head)
-    if head[:2] == b"BM" and head[6:10] == bytes(4):
+    if head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in _BMP_HEADERS:
         return _BY_NAME["BMP"]
     if head[:1] == b"P" and head[1:2] in b"123456" and head[2:3] in b" \t\r\n#":
         return _BY_NAME["PPM"]

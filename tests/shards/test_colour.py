@@ -200,3 +200,41 @@ def test_without_littlecms_it_is_said_once(monkeypatch, caplog):
     for _ in range(2):
         assert off(data) == 0
     assert caplog.text.count("colour profiles of images are NOT applied") == 1
+
+
+def four_inks() -> bytes:
+    """A profile of CMYK by a table of its 16 corners: cyan alone tells how dark it is."""
+    lightness = [
+        round(255 * (1 - 0.5 * bool(i & 8))) for i in range(16)
+    ]  # the first ink is slowest
+    table = b"".join(bytes((value, 128, 128)) for value in lightness)
+    unit = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    line = bytes(range(256))
+    lut = b"mft1" + bytes(4) + bytes((4, 3, 2, 0)) + unit + line * 4 + table + line * 3
+    lut += bytes(-len(lut) % 4)
+    start = 128 + 4 + 12
+    head = struct.pack(
+        ">I4sI4s4s4s", start + len(lut), bytes(4), 0x02400000, b"prtr", b"CMYK", b"Lab "
+    )
+    head += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    tag = struct.pack(">I4sII", 1, b"A2B0", start, len(lut))
+    return head.ljust(128, b"\0") + tag + lut
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_a_profile_of_inks_is_applied(kind: str):
+    """Of what the inks look like the profile alone knows: here cyan is a grey of L* 50."""
+    inks = Image.new("CMYK", (32, 32), (255, 0, 0, 0))
+    found = decode(encode(inks, kind, icc_profile=four_inks())).pixels
+    np.testing.assert_allclose(found, 119, atol=3)  # L* 50 is a light of 0.184
+    assert decode(encode(inks, kind)).pixels[0, 0].tolist()[0] < 10
+    paper = Image.new("CMYK", (32, 32), (0, 0, 0, 0))
+    assert decode(encode(paper, kind, icc_profile=four_inks())).pixels.min() > 250
+
+
+def test_a_profile_in_many_segments_of_a_jpeg_is_put_together():
+    profile = colour.adobe_rgb()
+    large = profile[:4] + profile[4:] + bytes(150_000)
+    data = encode(in_adobe_rgb(MUTED), "JPEG", quality=97, icc_profile=large)
+    assert data.count(b"ICC_PROFILE\0") == 3
+    assert off(data) < 2

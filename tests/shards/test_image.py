@@ -98,6 +98,9 @@ def test_a_header_says_the_size_of_the_upright_image():
         options = {} if kind == "TIFF" else {"exif": exif}
         expected = (40, 20) if kind == "TIFF" else (20, 40)
         assert image_header(encode(photo(40, 20), kind, **options)) == expected
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
+    data = encode(photo(40, 20), "JPEG", xmp=xmp)
+    assert image_header(data) == (20, 40) == decode(data).pixels.shape[1::-1]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])

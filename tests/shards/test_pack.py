@@ -196,7 +196,7 @@ def test_wrong_samples_are_named(tmp_path: Path):
         r"face-0001: has levels p4 \(16, 6\), those before: p16": [
             good, replace(other, levels={"p4": other.levels["p4"]}),
         ],
-        r"face-0000\.jpg: not a readable": [replace(good, image=b"no")],
+        r"face-0000\.jpg: not_an_image": [replace(good, image=b"no")],
         r"face-0000: level p4 is not finite": [
             replace(good, levels={"p4": np.full((16, CHANNELS), np.nan)}),
         ],

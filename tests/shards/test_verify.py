@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,11 @@ from typer.testing import CliRunner
 
 from launch.commands.shards import app
 from shards import Sample, open_dataset, pack
-from shards.errors import IndexFileError, ManifestError, ShardsError
+from shards.errors import IndexFileError, ManifestError, PackError, ShardsError
 from shards.index import load, save
+from shards.plain import adopt
 from shards.repair import rebuild_indexes, repair
 from shards.sample import encode
-from shards.sink import split_of
 from shards.verify import verify
 
 from .damaged import Flip, change_manifest, place, problems_of
@@ -152,10 +154,19 @@ def test_an_image_that_was_broken_before_packing_is_found(tmp_path: Path, sample
     from dataclasses import replace
 
     jpg = next(s for s in samples if s.image_format == "jpg")
-    cut = replace(jpg, key="cut", image=jpg.image[:-200])
-    assert split_of("cut", 0, 0) == "train"
-    pack([jpg, cut], tmp_path / "x")
-    (problem,) = problems_of(tmp_path / "x")
+    cut = replace(jpg, key="cut", image=jpg.image[:-200] + b"\xff\xd9")
+    with pytest.raises(PackError, match=r"cut\.jpg: truncated: .*premature end"):
+        pack([jpg, cut], tmp_path / "x")
+    # Others pack it all the same.
+    folder = tmp_path / "y"
+    folder.mkdir()
+    with tarfile.open(folder / "train-0.tar", "w") as tar:
+        for sample in (jpg, cut):
+            info = tarfile.TarInfo(f"{sample.key}.jpg")
+            info.size = len(sample.image)
+            tar.addfile(info, io.BytesIO(sample.image))
+    adopt(folder)
+    (problem,) = problems_of(folder)
     assert (problem.key, problem.member) == ("cut", "jpg")
 
 
