@@ -202,7 +202,7 @@ def _entries(descriptor: int, path: Path, found: Survey) -> list[_Entry]:
         lost = f"; it goes on at byte {end}" if end is not None else ""
         where = f"here or right behind it: {error}{lost}"
         found.troubles.append(Trouble(key or "the first sample", where, RESTORE))
-    _note_apart(groups, found)
+    apart = _note_apart(groups, found)
     samples = [group for group in groups if _is_sample(group)]
     usual = _usual(samples)
     kept = []
@@ -211,6 +211,8 @@ def _entries(descriptor: int, path: Path, found: Survey) -> list[_Entry]:
             found.without_image.append(f"{group.key} ({_shortened(list(group.members))})")
             if group.beside_damage:
                 _lose(group, "has lost its image", found)
+        elif found.torn and group.key in apart:
+            _lose(group, "its members do not lie next to each other", found)
         elif group.overrun:
             _lose(group, "has lost bytes: another header lies inside it", found)
         elif group.beside_damage and not usual <= group.members.keys():
@@ -271,8 +273,8 @@ def _beside(groups: list[_Entry], damage: list[TarError]) -> list[str]:
     ]
 
 
-def _note_apart(groups: list[_Entry], found: Survey) -> None:
-    """Find keys that come back after other samples."""
+def _note_apart(groups: list[_Entry], found: Survey) -> set[str]:
+    """Find keys that come back after other samples, with other members of them."""
     first: dict[str, _Entry] = {}
     apart = []
     for group in groups:
@@ -285,10 +287,12 @@ def _note_apart(groups: list[_Entry], found: Survey) -> None:
             before.members.keys() & group.members.keys()
         ):
             apart.append(group.key)
-    if apart:
+    # In a damaged tar they may as well be names that damage made.
+    if apart and not found.torn:
         others = f", nor are those of {len(apart) - 1} more samples" if len(apart) > 1 else ""
         what = f"members of sample {apart[0]} are not next to each other{others}"
         found.troubles.append(Trouble(apart[0], what, _SORT))
+    return set(apart)
 
 
 def _is_sample(group: _Entry) -> bool:

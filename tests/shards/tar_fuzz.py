@@ -28,9 +28,13 @@ def same_as_webdataset(seed: int, folder: Path, program: str) -> str:
     rng = np.random.default_rng(seed)
     path = folder / "train-0.tar"
     how = write(rng, program, draw_entries(rng, 6), path)
-    wanted = by_webdataset(path)
-    assert by_dinogen(path) == wanted, f"seed {seed}: {how}"
-    if wanted:
+    wanted, got = by_webdataset(path), by_dinogen(path)
+    assert [key for key, _ in got] == [key for key, _ in wanted], f"seed {seed}: {how}"
+    for (key, members), (_, mine) in zip(wanted, got, strict=True):
+        # More than webdataset only where tarfile misses the name of a sparse file.
+        assert members == ({name: mine[name] for name in members} if "-S" in how else mine), key
+    # Where a format had no room for a name, a sample may lack its features: that is no sound tar.
+    if wanted and len({"p4.npy" in members for _, members in got}) == 1:
         found = examine_plain(folder)
         assert not found.problems, f"seed {seed}: {how}: {found.problems[0]}"
         rebuild_indexes(folder)
