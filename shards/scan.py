@@ -22,6 +22,7 @@ from shards.manifest import LevelInfo
 from shards.sample import (
     IMAGE_SUFFIXES,
     LABEL_SUFFIX,
+    LABEL_SUFFIXES,
     META_SUFFIX,
     VECTORS,
     as_array,
@@ -39,6 +40,7 @@ from shards.tar import Member, TarError, walk
 _FLOATS = ("<f2", "<f4")
 _CHUNK = 1 << 26
 _IMAGE_HEAD = 4096
+_NPY_HEAD = 256
 # The square of a number beyond is no float32, nor is a variance.
 _LARGEST = 1e18
 RESTORE = (
@@ -251,11 +253,19 @@ def _groups(descriptor: int, damage: list[TarError], links: Counter[str]) -> Ite
         if suffix in entry.members:
             entry.repeated.append(suffix)
         else:
-            entry.members[suffix] = member
+            entry.members[suffix] = _lighter(member, suffix)
     if entry is not None:
         entry.beside_damage |= len(damage) > num_damaged
         entry.overrun |= any(_overruns(error) for error in damage[num_damaged:])
         yield entry
+
+
+def _lighter(member: Member, suffix: str) -> Member:
+    """A member without first bytes that nobody will look at: a tar may have a million of them."""
+    if level_of_suffix(suffix) is not None:
+        return replace(member, head=member.head[:_NPY_HEAD])
+    whole = suffix in LABEL_SUFFIXES and len(member.head) == member.size
+    return member if whole else replace(member, head=b"")
 
 
 def _overruns(error: TarError) -> bool:
@@ -407,8 +417,14 @@ class _Table:
     def _form(self, number: int, suffix: str, member: Member, level: str) -> _Form | None:
         """How a level is stored; None, with a fault, if it is none."""
         try:
-            head = member.head or self._content(member)
-            shape, dtype, fortran, header = npy_header(head, member.name)
+            try:
+                shape, dtype, fortran, header = npy_header(member.head, member.name)
+            except ValueError:
+                if len(member.head) == member.size:
+                    raise
+                # The header may be longer than what was kept of it, or lie behind a hole.
+                content = self._content(member)
+                shape, dtype, fortran, header = npy_header(content, member.name)
             if level in VECTORS and len(shape) == 1:
                 shape = (1, *shape)
             places = level_grid(level) ** 2

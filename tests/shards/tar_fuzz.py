@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,12 @@ def nothing_is_lost(seed: int, folder: Path) -> str:
     named = {problem.key for problem in found.problems}
     if with_manifest:
         _check_read(data, before, named, where)
-    elif not found.problems:
-        assert found.num_samples == len(before), where
+    elif not found.problems and found.num_samples < len(before):
+        # No index knew what was there. An image that is gone without a trace leaves the rest of
+        # its sample, and one whose end was zeroed is a tar that ends sooner.
+        left = {key for path in data.glob("*.tar") for key, _ in by_dinogen(path)}
+        gone = [k for k in before.keys() - left if not any(k in line for line in found.remarks)]
+        assert not gone or _ends_in_zeros(tar, changed), where
     ended = _repair(data, tar, changed, before, named, with_manifest, where)
     return f"{how.partition(' ')[0]}: {ended}"
 
@@ -92,6 +97,13 @@ def _make(rng: np.random.Generator, seed: int, data: Path) -> bool:
     if kind == 1:
         rebuild_indexes(data)
     return kind == 1
+
+
+def _ends_in_zeros(tar: Path, changed: bytes) -> bool:
+    """Whether more zeros stand at the end of a tar than any program writes."""
+    with tarfile.open(tar) as archive:
+        archive.getmembers()
+        return not any(changed[archive.offset :])
 
 
 def _examine(data: Path) -> Findings:
