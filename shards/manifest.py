@@ -15,6 +15,7 @@ MANIFEST = "manifest.json"
 # Lies in the folder instead of the manifest while packing is not finished.
 PACKING = "packing.json"
 STATISTICS = "stats.safetensors"
+MADE_AGAIN = "run `dinogen shards index`"
 SPLITS = ("train", "val", "test")
 # What only the packer knows, and whether it is written though it be empty.
 IDENTITY = {"guide": True, "prepare": True, "classes": False, "guides": False, "clip": False}
@@ -132,7 +133,7 @@ def parse_manifest(data: bytes, name: str, counted: bool = True) -> Manifest:
         where = ".".join(str(part) for part in first["loc"])
         raise ManifestError(
             f"{name}: {where or 'file'}: {first['msg']}; restore the file from its source, or "
-            f"delete it and run `dinogen shards index` to make it anew from the tars"
+            f"move it elsewhere and {MADE_AGAIN} to make it again from the tars"
         ) from error
     for split, info in manifest.splits.items() if counted else ():
         shards = [shard for shard in manifest.shards if shard.split == split]

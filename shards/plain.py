@@ -58,7 +58,7 @@ def _why_none(folder: Path, compressed: list[str]) -> str:
     below = sorted(path.parent.name for path in folder.glob("*/*.tar"))
     if below:
         return f"holds no .tar, its folder {below[0]} does: give that one"
-    upper = sorted(path.name for path in folder.glob("*.[tT][aA][rR]"))
+    upper = sorted(path.name for path in folder.glob("[!.]*.[tT][aA][rR]"))
     if upper:
         return f"holds no .tar; name {upper[0]} {upper[0][:-4]}.tar"
     return "holds neither manifest.json nor any .tar; pack data into it"

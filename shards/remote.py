@@ -174,8 +174,7 @@ class RemoteFolder:
             if name in self._indexes:
                 raise IndexFileError(what) from error
             raise FetchError(
-                f"{what}, each time; upload it again, or run `dinogen shards verify` where it came "
-                f"from"
+                f"{what}, each time; upload it again, and check it where it comes from"
             ) from error
         except OSError as error:
             raise FetchError(

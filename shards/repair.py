@@ -14,7 +14,14 @@ from shards import index as index_files
 from shards.errors import IndexFileError, ManifestError
 from shards.files import keep, sha256_file
 from shards.index import ShardIndex
-from shards.manifest import MANIFEST, STATISTICS, Manifest, ShardInfo, parse_manifest
+from shards.manifest import (
+    MADE_AGAIN,
+    MANIFEST,
+    STATISTICS,
+    Manifest,
+    ShardInfo,
+    parse_manifest,
+)
 from shards.packed import Folder
 from shards.plain import adopt, complete, split_of_name
 from shards.reader import read_member
@@ -38,7 +45,10 @@ def rebuild_indexes(folder: Path) -> list[str]:
     """
     if not (folder / MANIFEST).is_file():
         return _adopt(folder)
-    manifest = _manifest(folder)
+    try:
+        manifest = _manifest(folder)
+    except ManifestError as error:
+        raise ManifestError(str(error).replace(MADE_AGAIN, "give this command again")) from error
     done = []
     for shard in manifest.shards:
         tar = folder / shard.name

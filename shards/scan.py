@@ -22,6 +22,7 @@ from shards.manifest import LevelInfo
 from shards.sample import (
     IMAGE_SUFFIXES,
     LABEL_SUFFIX,
+    LABEL_SUFFIXES,
     META_SUFFIX,
     VECTORS,
     as_array,
@@ -39,6 +40,7 @@ from shards.tar import Member, TarError, walk
 _FLOATS = ("<f2", "<f4")
 _CHUNK = 1 << 26
 _IMAGE_HEAD = 4096
+_NPY_HEAD = 256
 # The square of a number beyond is no float32, nor is a variance.
 _LARGEST = 1e18
 RESTORE = (
@@ -202,7 +204,7 @@ def _entries(descriptor: int, path: Path, found: Survey) -> list[_Entry]:
         lost = f"; it goes on at byte {end}" if end is not None else ""
         where = f"here or right behind it: {error}{lost}"
         found.troubles.append(Trouble(key or "the first sample", where, RESTORE))
-    _note_apart(groups, found)
+    apart = _note_apart(groups, found)
     samples = [group for group in groups if _is_sample(group)]
     usual = _usual(samples)
     kept = []
@@ -211,6 +213,8 @@ def _entries(descriptor: int, path: Path, found: Survey) -> list[_Entry]:
             found.without_image.append(f"{group.key} ({_shortened(list(group.members))})")
             if group.beside_damage:
                 _lose(group, "has lost its image", found)
+        elif found.torn and group.key in apart:
+            _lose(group, "its members do not lie next to each other", found)
         elif group.overrun:
             _lose(group, "has lost bytes: another header lies inside it", found)
         elif group.beside_damage and not usual <= group.members.keys():
@@ -249,11 +253,19 @@ def _groups(descriptor: int, damage: list[TarError], links: Counter[str]) -> Ite
         if suffix in entry.members:
             entry.repeated.append(suffix)
         else:
-            entry.members[suffix] = member
+            entry.members[suffix] = _lighter(member, suffix)
     if entry is not None:
         entry.beside_damage |= len(damage) > num_damaged
         entry.overrun |= any(_overruns(error) for error in damage[num_damaged:])
         yield entry
+
+
+def _lighter(member: Member, suffix: str) -> Member:
+    """A member without first bytes that nobody will look at: a tar may have a million of them."""
+    if level_of_suffix(suffix) is not None:
+        return replace(member, head=member.head[:_NPY_HEAD])
+    whole = suffix in LABEL_SUFFIXES and len(member.head) == member.size
+    return member if whole else replace(member, head=b"")
 
 
 def _overruns(error: TarError) -> bool:
@@ -271,8 +283,8 @@ def _beside(groups: list[_Entry], damage: list[TarError]) -> list[str]:
     ]
 
 
-def _note_apart(groups: list[_Entry], found: Survey) -> None:
-    """Find keys that come back after other samples."""
+def _note_apart(groups: list[_Entry], found: Survey) -> set[str]:
+    """Find keys that come back after other samples, with other members of them."""
     first: dict[str, _Entry] = {}
     apart = []
     for group in groups:
@@ -285,10 +297,12 @@ def _note_apart(groups: list[_Entry], found: Survey) -> None:
             before.members.keys() & group.members.keys()
         ):
             apart.append(group.key)
-    if apart:
+    # In a damaged tar they may as well be names that damage made.
+    if apart and not found.torn:
         others = f", nor are those of {len(apart) - 1} more samples" if len(apart) > 1 else ""
         what = f"members of sample {apart[0]} are not next to each other{others}"
         found.troubles.append(Trouble(apart[0], what, _SORT))
+    return set(apart)
 
 
 def _is_sample(group: _Entry) -> bool:
@@ -403,8 +417,14 @@ class _Table:
     def _form(self, number: int, suffix: str, member: Member, level: str) -> _Form | None:
         """How a level is stored; None, with a fault, if it is none."""
         try:
-            head = member.head or self._content(member)
-            shape, dtype, fortran, header = npy_header(head, member.name)
+            try:
+                shape, dtype, fortran, header = npy_header(member.head, member.name)
+            except ValueError:
+                if len(member.head) == member.size:
+                    raise
+                # The header may be longer than what was kept of it, or lie behind a hole.
+                content = self._content(member)
+                shape, dtype, fortran, header = npy_header(content, member.name)
             if level in VECTORS and len(shape) == 1:
                 shape = (1, *shape)
             places = level_grid(level) ** 2

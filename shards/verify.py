@@ -382,11 +382,23 @@ def _compare_headers(
             report.problems.append(Problem(tar.name, key, fault.suffix, fault.what, RESTORE))
     if report.torn:
         return
-    for key in rows.keys() - set(scanned.keys.tolist()):
-        report.torn = True
-        name = bytes(key).decode("utf-8", "surrogateescape")
-        what = "no header in the tar names this sample"
-        report.problems.append(Problem(tar.name, name, "", what, RESTORE))
+    named = _members_of(scanned)
+    for key, suffixes in _members_of(stored).items():
+        for suffix in sorted(suffixes - named.get(key, set())):
+            report.torn = True
+            what = "no header in the tar names this member"
+            report.problems.append(Problem(tar.name, key, suffix, what, RESTORE))
+
+
+def _members_of(index: ShardIndex) -> dict[str, set[str]]:
+    """Suffixes of the members of each sample that can be used, by its key."""
+    found: dict[str, set[str]] = {}
+    for row in range(len(index)):
+        mine = found.setdefault(index.key(row), set())
+        for column, offset in zip(index.columns, index.offsets[row].tolist(), strict=True):
+            if offset != -1:
+                mine.add(column.suffix)
+    return found
 
 
 def _check_samples(

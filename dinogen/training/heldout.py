@@ -131,6 +131,7 @@ def _read(
         image_size=inputs.image_size,
         levels=inputs.levels,
         on_error=on_error,
+        need_labels=inputs.labels,
     )
     check_labels(family, batch)
     ((micro, _),) = to_device(batch, 1, family.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,13 @@ def same_as_webdataset(seed: int, folder: Path, program: str) -> str:
     rng = np.random.default_rng(seed)
     path = folder / "train-0.tar"
     how = write(rng, program, draw_entries(rng, 6), path)
-    wanted = by_webdataset(path)
-    assert by_dinogen(path) == wanted, f"seed {seed}: {how}"
-    if wanted:
+    wanted, got = by_webdataset(path), by_dinogen(path)
+    assert [key for key, _ in got] == [key for key, _ in wanted], f"seed {seed}: {how}"
+    for (key, members), (_, mine) in zip(wanted, got, strict=True):
+        # More than webdataset only where tarfile misses the name of a sparse file.
+        assert members == ({name: mine[name] for name in members} if "-S" in how else mine), key
+    # Where a format had no room for a name, a sample may lack its features: that is no sound tar.
+    if wanted and len({"p4.npy" in members for _, members in got}) == 1:
         found = examine_plain(folder)
         assert not found.problems, f"seed {seed}: {how}: {found.problems[0]}"
         rebuild_indexes(folder)
@@ -60,8 +65,12 @@ def nothing_is_lost(seed: int, folder: Path) -> str:
     named = {problem.key for problem in found.problems}
     if with_manifest:
         _check_read(data, before, named, where)
-    elif not found.problems:
-        assert found.num_samples == len(before), where
+    elif not found.problems and found.num_samples < len(before):
+        # No index knew what was there. An image that is gone without a trace leaves the rest of
+        # its sample, and one whose end was zeroed is a tar that ends sooner.
+        left = {key for path in data.glob("*.tar") for key, _ in by_dinogen(path)}
+        gone = [k for k in before.keys() - left if not any(k in line for line in found.remarks)]
+        assert not gone or _ends_in_zeros(tar, changed), where
     ended = _repair(data, tar, changed, before, named, with_manifest, where)
     return f"{how.partition(' ')[0]}: {ended}"
 
@@ -88,6 +97,13 @@ def _make(rng: np.random.Generator, seed: int, data: Path) -> bool:
     if kind == 1:
         rebuild_indexes(data)
     return kind == 1
+
+
+def _ends_in_zeros(tar: Path, changed: bytes) -> bool:
+    """Whether more zeros stand at the end of a tar than any program writes."""
+    with tarfile.open(tar) as archive:
+        archive.getmembers()
+        return not any(changed[archive.offset :])
 
 
 def _examine(data: Path) -> Findings:

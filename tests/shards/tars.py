@@ -159,7 +159,7 @@ def _add(rng: Rng, tar: tarfile.TarFile, entry: Entry) -> None:
         entry = Entry(entry.name, b"y" * info.size, "fifo")
     if tar.format == tarfile.PAX_FORMAT and rng.random() < 0.1:
         info.pax_headers = {"comment": "some words", "SCHILY.xattr.user.x": "\x01 =1"}
-    if rng.random() < 0.1:
+    if rng.random() < 0.1 and entry.kind == "file" and len(entry.name) < 90:
         _add_global(tar)
     # USTAR has no room for every name.
     with contextlib.suppress(ValueError, UnicodeError):
