@@ -19,7 +19,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ConfigError: no such file, no text, no YAML, a key that stands twice, or no mapping.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        data = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeyLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -29,6 +29,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid YAML: it is nested too deep") from None
+    except (ValueError, OverflowError) as error:  # such as a date in month 13
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if data is None:
         return {}
@@ -85,6 +89,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = key_node.value
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    problem="a key is a list or a mapping", problem_mark=key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"key '{key}' stands twice: keep one", problem_mark=key_node.start_mark

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -18,6 +17,7 @@ from dinogen.errors import UserError
 from dinogen.features import Guide, GuideError, load_guide
 from dinogen.files import write_bytes, write_json
 from dinogen.prepare.find import Photos, find_photos
+from dinogen.report.runfiles import read_object
 
 log = logging.getLogger(__name__)
 
@@ -148,10 +148,12 @@ def _asked(photos: Path | None, guide_path: str | None) -> dict[str, str | None]
 
 def _check_same(out: Path, photos: Path | None, guide_path: str | None) -> None:
     """Refuse to mix two demos in one folder."""
-    path = out / _ASKED
-    if not path.is_file():
+    found = read_object(out / _ASKED)
+    if not found.there:
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    if found.value is None:
+        raise UserError(f"{found.told()[0]}: choose another folder with --out")
+    before = found.value
     for name, value in _asked(photos, guide_path).items():
         if before.get(name) != value:
             raise UserError(

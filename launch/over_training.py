@@ -15,6 +15,7 @@ from typing import Any
 
 from dinogen.files import write_text
 from dinogen.report.compare_numbers import OVER_TRAINING
+from dinogen.report.runfiles import EVALUATION, read_evaluation, read_metrics
 from launch.missing import last_done
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,8 @@ def measure_over_training(
             lines[nimg] = {
                 "nimg": nimg,
                 "stage": size,
-                "metrics": old["metrics"] | result["measured"],
-                "fingerprints": old["fingerprints"] | result["fingerprints"],
+                "metrics": old["metrics"] | (result.get("measured") or {}),
+                "fingerprints": old["fingerprints"] | (result.get("fingerprints") or {}),
             }
             text = "".join(json.dumps(lines[key]) + "\n" for key in sorted(lines))
             write_text(stage / OVER_TRAINING, text)
@@ -82,14 +83,18 @@ def _evaluate(run: Path, stage: Path, words: Sequence[str]) -> dict[str, Any] | 
         command = [sys.executable, "-m", "launch.cli", "evaluate", str(place), *words]
         if subprocess.run(command, check=False).returncode:
             return None
-        text = (place / stage.name / "evaluation.json").read_text(encoding="utf-8")
-        found: dict[str, Any] = json.loads(text.replace(str(place), str(run)))
-        return found
+        found = read_evaluation(place / stage.name / EVALUATION)
+        for trouble in found.told():
+            log.warning("%s", trouble)
+        # its own commands name the place that it was given
+        text = json.dumps(found.value).replace(str(place), str(run))
+        written: dict[str, Any] | None = json.loads(text)
+        return written
 
 
 def _read(path: Path) -> dict[int, dict[str, Any]]:
-    """Lines that are there already, by their images."""
-    if not path.is_file():
-        return {}
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {line["nimg"]: line for line in lines}
+    """Sound lines that are there already, by their images."""
+    found = read_metrics(path)
+    for trouble in found.told():
+        log.warning("%s", trouble)
+    return {line["nimg"]: {"fingerprints": {}} | line for line in found.value}

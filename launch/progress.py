@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dinogen.config import Config, ConfigError, StageConfig, load_config
-from dinogen.errors import UserError
-from dinogen.report.stats import read_stats
+from dinogen.report.runfiles import (
+    EVALUATION,
+    RESULT,
+    STATS,
+    read_evaluation,
+    read_lines,
+    read_looks_index,
+    read_result,
+)
 
 
 def end_of(config: Config, stage: StageConfig) -> int | None:
@@ -23,11 +29,11 @@ def end_of(config: Config, stage: StageConfig) -> int | None:
 
 def stage_result(config: Config, stage: StageConfig) -> dict[str, Any] | None:
     """result.json of a stage that is done; None if it is not, or has to go on further now."""
-    result = _read(_folder(config, stage) / "result.json")
-    if result is None:
+    result = read_result(_folder(config, stage) / RESULT).value
+    if result is None or result.get("nimg") is None:
         return None
     end = end_of(config, stage)
-    done = result.get("ended_early") or (end is not None and result.get("nimg", -1) >= end)
+    done = result.get("ended_early") or (end is not None and result["nimg"] >= end)
     return result if done else None
 
 
@@ -41,27 +47,22 @@ def figure_of(config: Config, stage: StageConfig, metric: str) -> dict[str, Any]
 
     Its ``value`` is None where the metric is not available; ``reason`` then says why.
     """
-    figure: dict[str, Any] | None = (
-        (_evaluation(config, stage) or {}).get("measured", {}).get(metric)
-    )
+    measured = (_evaluation(config, stage) or {}).get("measured") or {}
+    figure: dict[str, Any] | None = measured.get(metric)
     return figure
 
 
 def is_looked(config: Config, stage: StageConfig) -> bool:
     """Whether the pictures of `dinogen look` are of the end of a stage."""
     result = stage_result(config, stage)
-    looks = _read(_folder(config, stage) / "looks" / "looks.json")
-    if result is None or looks is None:
-        return False
-    return any(one.get("nimg") == result["nimg"] for one in looks.values())
+    looks = read_looks_index(_folder(config, stage) / "looks" / "looks.json").value
+    return result is not None and any(one.get("nimg") == result["nimg"] for one in looks.values())
 
 
 def num_images(config: Config, stage: StageConfig) -> int | None:
     """Images that the run had seen at the newest log line of a stage; None before the first."""
-    try:
-        return int(read_stats(_folder(config, stage) / "stats.jsonl")[-1]["nimg"])
-    except UserError:
-        return None
+    lines = read_lines(_folder(config, stage) / STATS).value
+    return lines[-1]["nimg"] if lines else None
 
 
 def _length(config: Config, stage: StageConfig) -> int | None:
@@ -80,18 +81,10 @@ def _length(config: Config, stage: StageConfig) -> int | None:
 def _evaluation(config: Config, stage: StageConfig) -> dict[str, Any] | None:
     """evaluation.json of a stage that is done, if it was measured at its end."""
     result = stage_result(config, stage)
-    measured = _read(_folder(config, stage) / "evaluation.json")
+    measured = read_evaluation(_folder(config, stage) / EVALUATION).value
     if result is None or measured is None or measured.get("nimg") != result["nimg"]:
         return None
     return measured
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found
 
 
 def _folder(config: Config, stage: StageConfig) -> Path:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dinogen.config import Config, StageConfig
 from dinogen.errors import UserError
-from dinogen.report.stats import read_stats
+from dinogen.report.kinds import amount
+from dinogen.report.runfiles import RESULT, STATS, read_lines, read_result
 from launch.progress import num_images, stage_result
 from launch.study_plan import StudyRun
 from shards.errors import ShardsError
@@ -123,9 +122,8 @@ def _once(folders: Iterable[Path]) -> list[Path]:
 
 def _read(folder: Path, family: str, same: bool) -> Speed | None:
     """The speed that a stage's files tell; None if they tell none, or are of another family."""
-    try:
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    result = read_result(folder / RESULT).value
+    if result is None:
         return _read_log(folder, same)
     speed = result.get("images_per_s")
     if result.get("family") != family or not speed:
@@ -134,10 +132,7 @@ def _read(folder: Path, family: str, same: bool) -> Speed | None:
 
 
 def _read_log(folder: Path, same: bool) -> Speed | None:
-    try:
-        lines = read_stats(folder / "stats.jsonl")[-_RECENT:]
-    except UserError:
-        return None
+    lines = read_lines(folder / STATS, {"images_per_s": amount}).value[-_RECENT:]
     found = [line["images_per_s"] for line in lines if line.get("images_per_s")]
     return Speed(statistics.median(found), folder, None, None, same) if found else None
 

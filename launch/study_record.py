@@ -6,17 +6,20 @@ What is done is read from the runs' own files; this is for people, and tells wha
 from __future__ import annotations
 
 import fcntl
-import json
+import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from dinogen.errors import UserError
 from dinogen.files import write_json
+from dinogen.report.runfiles import read_attempts, read_object
 from launch.study_plan import Study, StudyRun
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 
@@ -52,11 +55,20 @@ class Attempt:
 
 @dataclass
 class Record:
-    """All attempts of a study by the runs' ids, oldest first."""
+    """All attempts of a study by the runs' ids, oldest first.
+
+    Attributes:
+        study: the study.
+        attempts: by run.
+        best: name of the best config by track.
+        damaged: whether the file holds what could not be read; it is kept when a new one is
+            written.
+    """
 
     study: Study
     attempts: dict[str, list[Attempt]] = field(default_factory=dict)
     best: dict[str, str] = field(default_factory=dict)
+    damaged: bool = False
 
     @property
     def path(self) -> Path:
@@ -96,31 +108,63 @@ class Record:
             "best": self.best,
         }
         runs = {key: [asdict(one) for one in attempts] for key, attempts in self.attempts.items()}
+        if self.damaged:
+            kept = next_free(self.path.with_name(f"{self.path.name}.damaged"))
+            self.path.replace(kept)
+            log.warning("%s: damaged, and kept as %s", self.path, kept)
+            self.damaged = False
         write_json(self.path, facts | {"runs": runs})
 
 
 def read_record(study: Study) -> Record:
     """What was tried so far; nothing if there is no file.
 
+    What cannot be understood of it is left out with a warning: what is done is known from the
+    runs. The file as it was is kept beside when it is written again.
+
     Raises:
-        UserError: the file is there, but cannot be understood.
+        UserError: a later version of dinogen wrote it.
     """
     record = Record(study)
-    try:
-        data: dict[str, Any] = json.loads(record.path.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
-            raise ValueError(f"format {data['format']}, this version knows {FORMAT}")
-        record.best = dict(data["best"])
-        for key, attempts in data["runs"].items():
-            record.attempts[key] = [Attempt(**one) for one in attempts]
-    except FileNotFoundError:
-        return record
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    whole = read_object(record.path)
+    data = whole.value or {}
+    if isinstance(data.get("format"), int) and data["format"] != FORMAT:
         raise UserError(
-            f"{record.path}: cannot be read ({error}): move it away; what is done is known from "
-            "the runs"
-        ) from None
+            f"{record.path}: cannot be read (format {data['format']}, this version knows "
+            f"{FORMAT}): move it away; what is done is known from the runs"
+        )
+    found = read_attempts(record.path)
+    troubles = list(found.troubles)
+    known = {one.name for one in fields(Attempt)}
+    needed = {one.name for one in fields(Attempt) if one.default is MISSING}
+    for key, attempts in found.value.items():
+        record.attempts[key] = []
+        for one in attempts:
+            given = {name: value for name, value in one.items() if name in known}
+            if any(given.get(name) is None for name in needed):
+                troubles.append(
+                    f": runs: {key}: an attempt lacks one of {', '.join(sorted(needed))}"
+                )
+                continue
+            record.attempts[key].append(Attempt(**given))
+    best = data.get("best")
+    if isinstance(best, dict) and all(isinstance(name, str) for name in best.values()):
+        record.best = best
+    elif best is not None:
+        troubles.append(f": best: {best!r} is no mapping of tracks to names")
+    for trouble in troubles:
+        log.warning("%s%s; what is done is known from the runs", record.path, trouble)
+    record.damaged = bool(troubles)
     return record
+
+
+def next_free(path: Path) -> Path:
+    """The path, or the first of ``PATH-2``, ``PATH-3`` and so on that is not there."""
+    free, number = path, 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 @contextmanager

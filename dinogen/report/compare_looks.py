@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dinogen.report.runfiles import Found, read_looks_index, read_raw
 
 MAX_BYTES = 4_000_000
 TYPES = {".png": "png", ".gif": "gif", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -47,14 +48,14 @@ class Look:
 
     @property
     def uri(self) -> str | None:
-        """The file as a data URI; None if there is none or it is too large for a page."""
-        if self.path is None or not self.path.is_file() or self.path.stat().st_size > MAX_BYTES:
+        """The file as a data URI; None if it cannot be read or it is too large for a page."""
+        if self.path is None:
             return None
         kind = TYPES.get(self.path.suffix.lower())
-        if kind is None:
+        data = read_raw(self.path).value
+        if kind is None or not 0 < len(data) <= MAX_BYTES:
             return None
-        data = base64.b64encode(self.path.read_bytes()).decode("ascii")
-        return f"data:image/{kind};base64,{data}"
+        return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
     @property
     def section(self) -> str:
@@ -67,31 +68,28 @@ class Look:
         return "more"
 
 
-def read_looks(stage: Path, result: dict[str, Any] | None) -> tuple[list[Look], list[str]]:
-    """Pictures of ``looks/looks.json``, else the last grid of training; and what is wrong.
+def read_looks(
+    stage: Path, result: dict[str, Any] | None
+) -> tuple[Found[dict[str, dict[str, Any]]], list[Look], list[str]]:
+    """looks.json, its images, else the last grid of training; and what is missing.
 
     Args:
         stage: folder of the stage.
-        result: its result.json.
+        result: its result.json, as checked.
     """
     folder = stage / "looks"
-    looks: list[Look] = []
-    troubles: list[str] = []
-    if (folder / "looks.json").is_file():
-        try:
-            entries = json.loads((folder / "looks.json").read_text(encoding="utf-8"))
-            looks = [_look(name, one, folder) for name, one in entries.items()]
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            troubles.append(f"looks/looks.json cannot be read: {error}")
+    index = read_looks_index(folder / "looks.json")
+    looks = [_look(name, one, folder) for name, one in index.value.items()]
     missing = [one.path.name for one in looks if one.path and not one.path.is_file()]
+    troubles = []
     if missing:
-        troubles.append(f"pictures are missing: {', '.join(missing)}: run dinogen look again")
+        troubles.append(f"images are missing: {', '.join(missing)}: run dinogen look again")
     if not any(one.section == "samples" and one.path for one in looks) and result:
         name = (result.get("files") or {}).get("final")
         if name and (stage / name).is_file():
             caption = "drawn at the end of training, under the seed of the run"
             looks.append(Look("final", stage / name, caption, result.get("nimg")))
-    return looks, troubles
+    return index, looks, troubles
 
 
 def _look(name: str, one: dict[str, Any], folder: Path) -> Look:
@@ -99,7 +97,7 @@ def _look(name: str, one: dict[str, Any], folder: Path) -> Look:
     return Look(
         name=name,
         path=folder / file if file else None,
-        caption=str(one.get("caption") or name),
+        caption=one.get("caption") or name,
         nimg=one.get("nimg"),
         seed=one.get("seed"),
         command=one.get("command"),

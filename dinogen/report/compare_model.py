@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dinogen.errors import UserError
 from dinogen.report.compare_looks import Look
-from dinogen.report.stats import Line, read_stats
+from dinogen.report.runfiles import Found, Line
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Number:
         num_samples: generated pictures that it was measured on.
         num_reference: real pictures that they were compared with.
         fingerprint: id of how it was measured; only equal ones compare.
-        reason: why there is no value, with the mend.
+        reason: why there is no value, with the remedy.
         source: key of :attr:`Run.sources`.
     """
 
@@ -61,7 +60,12 @@ class Source:
 
 @dataclass
 class Run:
-    """All that a comparison says about one run."""
+    """All that a comparison says about one run.
+
+    Attributes (those that do not explain themselves):
+        troubles: what a reader has to know of it: damage, collapse, where it stopped.
+        damage: those of them that say which of its files is damaged.
+    """
 
     folder: Path
     name: str
@@ -85,6 +89,7 @@ class Run:
     looks: list[Look] = field(default_factory=list)
     real: Look | None = None
     troubles: list[str] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -92,33 +97,9 @@ class Run:
         return self.status == "finished"
 
 
-def read_json(path: Path, run: Run) -> dict[str, Any] | None:
-    """A JSON object; None if the file is missing, or broken, which is a trouble of the run."""
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("no object")
-    except (OSError, ValueError) as error:
-        run.troubles.append(f"{path.relative_to(run.folder)} cannot be read: {error}")
-        return None
-    return value
-
-
-def read_lines(run: Run, path: Path) -> list[Line]:
-    """Lines against nimg; none if there is no file, and a trouble of the run if none is whole."""
-    if not path.is_file() or not path.stat().st_size:
-        return []
-    try:
-        return read_stats(path)
-    except UserError as error:
-        run.troubles.append(str(error))
-        return []
-
-
-def finite(value: Any) -> float | None:
-    """A finite number, else None."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
+def take(run: Run, found: Found[T]) -> T:
+    """What is sound of one of a run's files; what is not becomes a trouble of the run."""
+    said = found.told(run.folder)
+    run.troubles += said
+    run.damage += said
+    return found.value

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dinogen.report.compare_model import Number, Run, Source, finite, read_json, read_lines
-from dinogen.report.stats import Line
+from dinogen.report.compare_model import Number, Run, Source, take
+from dinogen.report.kinds import finite
+from dinogen.report.runfiles import EVALUATION, METRICS, read_evaluation, read_metrics
 
 # figures of kept checkpoints, measured after training
 OVER_TRAINING = "checkpoints.jsonl"
@@ -21,7 +22,7 @@ def read_costs(run: Run, results: dict[int, dict[str, Any]]) -> None:
         f"{max(results)}x{max(results)}/result.json",
         f"dinogen train {run.folder / 'config.yaml'}",
         last.get("nimg"),
-        dict(last.get("versions") or {}),
+        last.get("versions") or {},
         last.get("device"),
     )
     parts = list(results.values())
@@ -42,7 +43,7 @@ def read_costs(run: Run, results: dict[int, dict[str, Any]]) -> None:
     }
     for name, value in costs.items():
         run.numbers[name] = Number(name, value, "training")
-    verdict = last.get("verdict", "unknown")
+    verdict = last.get("verdict") or "unknown"
     if verdict != "ok":
         said = " ".join(last.get("warnings") or ())
         run.troubles.append(said if said.startswith(verdict) else f"{verdict}: {said}")
@@ -53,33 +54,34 @@ def read_costs(run: Run, results: dict[int, dict[str, Any]]) -> None:
 def read_measured(run: Run, stage: Path) -> None:
     """Figures of `dinogen evaluate`; what it has not, as measured last in training."""
     trained = run.facts.get("nimg")
-    in_training = _with_figures(read_lines(run, stage / "metrics.jsonl"))
-    run.measured = _with_figures(read_lines(run, stage / OVER_TRAINING)) or in_training
+    in_training = take(run, read_metrics(stage / METRICS))
+    run.measured = take(run, read_metrics(stage / OVER_TRAINING)) or in_training
     for line in run.measured:
-        run.fingerprints |= dict(line.get("fingerprints") or {})
+        run.fingerprints |= line.get("fingerprints") or {}
     if in_training:
         newest = in_training[-1]
         run.sources["in_training"] = Source(
-            f"{stage.name}/metrics.jsonl",
+            f"{stage.name}/{METRICS}",
             f"dinogen train {run.folder / 'config.yaml'}",
             newest["nimg"],
-            dict(run.facts.get("versions") or {}),
+            run.facts.get("versions") or {},
             run.facts.get("device"),
         )
         _add_figures(run, newest["metrics"], "in_training")
-    found = read_json(stage / "evaluation.json", run)
+    evaluation = read_evaluation(stage / EVALUATION)
+    found = take(run, evaluation)
     if found is None:
-        if run.facts and not (stage / "evaluation.json").is_file():
+        if run.facts and not evaluation.there:
             run.troubles.append(f"never measured: dinogen evaluate {run.folder}")
         return
     run.sources["evaluation"] = Source(
         f"{stage.name}/evaluation.json",
-        str(found.get("command") or f"dinogen evaluate {run.folder}"),
+        found.get("command") or f"dinogen evaluate {run.folder}",
         found.get("nimg"),
-        dict(found.get("versions") or {}),
+        found.get("versions") or {},
         found.get("device"),
     )
-    run.fingerprints |= dict(found.get("fingerprints") or {})
+    run.fingerprints |= found.get("fingerprints") or {}
     _add_figures(run, found.get("measured") or {}, "evaluation")
     speed = found.get("sampling") or {}
     run.numbers["sampling_images_per_s"] = Number(
@@ -99,21 +101,17 @@ def read_measured(run: Run, stage: Path) -> None:
         )
 
 
-def _with_figures(lines: list[Line]) -> list[Line]:
-    return [line for line in lines if isinstance(line.get("metrics"), dict)]
-
-
 def _add_figures(run: Run, figures: dict[str, Any], source: str) -> None:
     """Figures of a mapping by name; one that has a value is not replaced by one without."""
     for name, one in figures.items():
-        if not isinstance(one, dict):
+        if one is None:
             continue
         number = Number(
             name=name,
-            value=finite(one.get("value")),
+            value=one.get("value"),
             source=_source_of(run, source, one.get("command")),
-            better=str(one.get("better", "none")),
-            spread=finite(one.get("spread")),
+            better=one.get("better") or "none",
+            spread=one.get("spread"),
             num_samples=one.get("num_samples"),
             num_reference=one.get("num_reference"),
             fingerprint=one.get("fingerprint"),

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from dinogen.report.compare_columns import Column, all_digits, label_of, show_counts
 from dinogen.report.compare_looks import Look
-from dinogen.report.compare_model import Run, finite
+from dinogen.report.compare_model import Run
 from dinogen.report.compare_plots import (
     NARROW,
     NUM_COLOURS,
@@ -149,7 +149,7 @@ def _plots(runs: Sequence[Run], numbers: dict[str, int]) -> list[Plot]:
                 (line["nimg"] / 1000, value, one.get("fingerprint"))
                 for line in run.measured
                 if (one := line["metrics"].get(name)) is not None
-                and (value := finite(one.get("value"))) is not None
+                and (value := one.get("value")) is not None
             ]
             if points:
                 prints |= {point[2] for point in points}

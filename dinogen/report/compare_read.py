@@ -3,43 +3,87 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
+import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dinogen.config_file import read_mapping
 from dinogen.errors import UserError
 from dinogen.report.compare_looks import Look, read_looks
-from dinogen.report.compare_model import Run, finite, read_json, read_lines
+from dinogen.report.compare_model import Run, take
 from dinogen.report.compare_numbers import read_costs, read_measured
-from dinogen.report.stats import read_stats, series
+from dinogen.report.kinds import finite
+from dinogen.report.runfiles import (
+    CONFIG,
+    RESULT,
+    STATE,
+    STATS,
+    read_attempts,
+    read_config,
+    read_lines,
+    read_raw,
+    read_result,
+    read_state,
+    read_text,
+    stage_folders,
+)
+from dinogen.report.stats import series
+
+log = logging.getLogger(__name__)
 
 NOTES = ("step", "change", "failed", "next")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run, be its config lost: it has a config or stages."""
+    return os.path.lexists(path / CONFIG) or bool(stage_folders(path).value)
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """Folders of runs: those given, and those below a given folder that is no run itself.
 
+    A path that holds no run, where another one does, is taken for a run that was lost: it is
+    listed as such, and stops nothing.
+
     Raises:
-        UserError: a folder is missing, or holds no run.
+        UserError: nothing is there under a path, or none of them holds a run.
     """
     found: list[Path] = []
+    lost: list[Path] = []
     for path in paths:
-        if (path / "config.yaml").is_file():
+        if path.name == CONFIG and path.is_file():
+            path = path.parent
+        if is_run(path):
             found.append(path)
             continue
-        if not path.is_dir():
+        if not os.path.lexists(path):
             raise UserError(f"{path}: no such folder: give folders of runs, or one that holds some")
         # a study knows of runs that never came to a config.yaml of their own
-        below = [path / name for name in _attempts(path)]
-        for depth in ("*", "*/*"):
-            below += sorted(config.parent for config in path.glob(f"{depth}/config.yaml"))
+        below = [path / name for name in read_attempts(path / "study.json").value]
+        below += [one for one in _folders_below(path) if is_run(one)]
         if not below:
-            raise UserError(f"{path}: no run here or below (no config.yaml): train one first")
-        found += below
+            lost.append(path)
+        found += below or [path]
+    if lost and len(lost) == len(found):
+        raise UserError(f"{lost[0]}: no run here or below (no config.yaml): train one first")
     return list(dict.fromkeys(found))
+
+
+def _folders_below(path: Path) -> list[Path]:
+    """Folders in a folder and in those, sorted; one that may not be read holds nothing."""
+    found: list[Path] = []
+    level = [path]
+    for _ in range(2):
+        following = []
+        for folder in level:
+            try:
+                following += sorted(one for one in folder.iterdir() if one.is_dir())
+            except OSError as error:
+                log.warning("%s: cannot be read: %s", folder, error.strerror)
+        found += following
+        level = following
+    return found
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
@@ -50,26 +94,40 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     while depth < max(map(len, parts), default=1) and len({p[-depth:] for p in parts}) < len(parts):
         depth += 1
     return [
-        _read_run(folder, "/".join(part[-depth:]).lstrip("/"))
+        _read_run(folder, _printable("/".join(part[-depth:]).lstrip("/")))
         for folder, part in zip(folders, parts, strict=True)
     ]
 
 
+def _printable(name: str) -> str:
+    """A name as UTF-8 can write it: that of a folder may be any bytes."""
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
 def _read_run(folder: Path, name: str) -> Run:
+    """One run; whatever is wrong with its files is a trouble of this run alone."""
     run = Run(folder, name)
+    try:
+        _read_files(run)
+    except Exception as error:  # a fault of ours, which must not cost the other runs their page
+        log.exception("%s: cannot be read", folder)
+        run.status = "damaged"
+        run.damage.append(f"cannot be read: {type(error).__name__}: {error}")
+        run.troubles.append(run.damage[-1])
+    return run
+
+
+def _read_files(run: Run) -> None:
+    folder = run.folder
     _read_attempts(run)
     _read_config(run)
     if not folder.is_dir():
-        run.troubles.append("never begun: there is no such folder")
-        return run
-    stages = sorted(
-        (int(path.name.partition("x")[0]), path)
-        for path in folder.iterdir()
-        if re.fullmatch(r"(\d+)x\1", path.name) and path.is_dir()
-    )
+        _say_not_begun(run)
+        return
+    stages = take(run, stage_folders(folder))
     results = {}
     for resolution, path in stages:
-        result = read_json(path / "result.json", run)
+        result = take(run, read_result(path / RESULT))
         if result is not None:
             results[resolution] = result
     planned = [stage.get("resolution") for stage in run.config.get("stages") or ()]
@@ -77,9 +135,11 @@ def _read_run(folder: Path, name: str) -> Run:
         run.status = "finished"
     elif run.config:
         run.status = "unfinished" if stages else "not begun"
+    elif stages:
+        run.status = "damaged"
     if not stages:
         run.troubles.append("it ended before its first stage: no stage has a folder")
-        return run
+        return
     run.resolution = max(results, default=stages[-1][0])
     main = folder / f"{run.resolution}x{run.resolution}"
     _read_losses(run, [path for _, path in stages])
@@ -89,52 +149,59 @@ def _read_run(folder: Path, name: str) -> Run:
     if results:
         read_costs(run, results)
     read_measured(run, main)
-    run.looks, troubles = read_looks(main, results.get(run.resolution))
+    index, run.looks, troubles = read_looks(main, results.get(run.resolution))
+    take(run, index)
     run.troubles += troubles
     real = (results.get(run.resolution, {}).get("files") or {}).get("real")
     if real and (main / real).is_file():
-        run.real = Look("real", main / real, f"real pictures, {run.resolution}x{run.resolution}")
-    return run
+        run.real = Look("real", main / real, f"real images, {run.resolution}x{run.resolution}")
+
+
+def _say_not_begun(run: Run) -> None:
+    """There is no folder: it was never made, or something else stands in its place."""
+    if os.path.lexists(run.folder):
+        run.status = "damaged"
+        run.damage.append("there is no folder of this name, but a file or a broken link")
+        run.troubles.append(run.damage[-1])
+    else:
+        run.troubles.append("never begun: there is no such folder")
 
 
 def _read_config(run: Run) -> None:
-    path = run.folder / "config.yaml"
-    if not path.is_file():
+    path = run.folder / CONFIG
+    if not os.path.lexists(path):
         # what a study would have started it with still tells its family and notes
-        path = run.folder.parent.parent / "configs" / run.folder.parent.name / run.folder.name
-        path = path.with_name(f"{path.name}.yaml")
+        copy = run.folder.parent.parent / "configs" / run.folder.parent.name / run.folder.name
+        path = copy.with_name(f"{copy.name}.yaml")
         if not path.is_file():
+            if run.folder.is_dir():
+                run.damage.append(f"{CONFIG} is missing")
+                run.troubles.append(run.damage[-1])
             return
-    run.config_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    try:
-        run.config_text = path.read_text(encoding="utf-8")
-        run.config = read_mapping(path)
-    except (UserError, ValueError) as error:
-        run.troubles.append(f"config.yaml cannot be read: {error}")
-        return
-    run.family = str((run.config.get("family") or {}).get("name", "unknown"))
+    raw = read_raw(path)
+    if raw.value:
+        run.config_sha256 = hashlib.sha256(raw.value).hexdigest()
+    run.config_text = _printable(read_text(path).value.replace("\0", "\ufffd"))
+    found = read_config(path)
+    run.config = take(run, found)
+    if not run.config and not found.troubles:
+        run.damage.append(f"{CONFIG} is empty")
+        run.troubles.append(run.damage[-1])
+    run.family = (run.config.get("family") or {}).get("name") or "unknown"
     run.seed = run.config.get("seed")
     data = run.config.get("data") or {}
     mix = [str(part.get("path")) for part in data.get("mix") or ()]
     run.data = " + ".join(mix) or data.get("path")
     notes = run.config.get("notes") or {}
-    run.notes = {key: str(notes[key]) for key in NOTES if notes.get(key) is not None}
-
-
-def _attempts(study: Path) -> dict[str, list[dict[str, Any]]]:
-    """What `dinogen study` has tried in a folder, by run; nothing if it holds no study."""
-    try:
-        data = json.loads((study / "study.json").read_text(encoding="utf-8"))
-        return {str(name): list(tried) for name, tried in data["runs"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+    run.notes = {key: notes[key] for key in NOTES if notes.get(key) is not None}
 
 
 def _read_attempts(run: Run) -> None:
     """What went wrong when a step of a run of a study was tried last, and where its log is."""
     folder = run.folder.absolute()
-    tried = _attempts(folder.parent.parent).get(f"{folder.parent.name}/{folder.name}", [])
-    newest = {one.get("step"): one for one in tried}
+    record = read_attempts(folder.parent.parent / "study.json")
+    tried = record.value.get(f"{folder.parent.name}/{folder.name}", [])
+    newest: dict[Any, dict[str, Any]] = {one.get("step"): one for one in tried}
     for step, one in newest.items():
         if one.get("what"):
             run.troubles.append(f"{step}: {one['what']} (log: {one.get('log')})")
@@ -143,17 +210,19 @@ def _read_attempts(run: Run) -> None:
 def _read_losses(run: Run, folders: list[Path]) -> None:
     """The loss over all stages; they count images on."""
     for folder in folders:
-        lines = read_lines(run, folder / "stats.jsonl")
+        found = read_lines(folder / STATS)
+        lines = take(run, found)
+        if found.there and not lines and read_raw(found.path).value:
+            run.damage.append(f"{folder.name}/{STATS}: holds no line of statistics")
+            run.troubles.append(run.damage[-1])
         kimg, loss = series(lines, "loss")
         run.loss = (run.loss[0] + kimg, run.loss[1] + loss)
 
 
 def _say_how_far(run: Run, folder: Path) -> None:
     """Where a run without a result stands, for the list of what failed."""
-    path = folder / "stats.jsonl"
-    try:
-        lines = read_stats(path)
-    except UserError:
+    lines = read_lines(folder / STATS).value
+    if not lines:
         run.troubles.append(f"stopped or still at work in stage {folder.name}: not a log line yet")
         return
     stages = run.config.get("stages") or ()
@@ -174,8 +243,8 @@ def _say_how_far(run: Run, folder: Path) -> None:
 
 def _read_checkpoint(run: Run, stage: Path) -> None:
     """What the newest checkpoint knows of the data."""
-    for path in sorted(stage.glob("checkpoints/*/state.json"), reverse=True):
-        state = read_json(path, run)
+    for path in sorted(stage.glob(f"checkpoints/*/{STATE}"), reverse=True):
+        state = take(run, read_state(path))
         if state is not None:
             run.data_sha256 = state.get("data")
             return

@@ -73,7 +73,8 @@ def _draw_loss(axes: Axes, lines: list[Line]) -> None:
     if crowded:
         axes.plot(kimg, _running_mean(loss), color=BLUE, linewidth=1.8, label="loss")
     _draw_floor(axes, lines)
-    faded, _ = series([line for line in lines if line.get("alpha", 1.0) < 1.0], "nimg")
+    kimg_alpha, alpha = series(lines, "alpha")
+    faded = [at for at, share in zip(kimg_alpha, alpha, strict=True) if share < 1.0]
     if faded:
         axes.axvspan(faded[0], faded[-1], color=GREY, alpha=0.18, linewidth=0, label="fade-in")
     whole = set(kimg)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import base64
-import json
-import math
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,17 @@ from jinja2 import Environment, StrictUndefined
 
 from dinogen.errors import UserError
 from dinogen.files import write_text
+from dinogen.report.kinds import finite
+from dinogen.report.runfiles import (
+    CONFIG,
+    RESULT,
+    read_raw,
+    read_result,
+    read_text,
+    stage_folders,
+)
+
+log = logging.getLogger(__name__)
 
 PAGE = "index.html"
 Show = Callable[[dict[str, Any]], str]
@@ -48,7 +58,7 @@ class Stage:
     @property
     def verdict(self) -> str:
         """``ok``, ``COLLAPSING`` or ``COLLAPSED``."""
-        return str(self.result.get("verdict", "unknown"))
+        return self.result.get("verdict") or "unknown"
 
     @property
     def badge(self) -> str:
@@ -65,17 +75,24 @@ def write_page(run: Path) -> Path:
     Returns:
         The page.
 
+    A stage whose result cannot be read is left out, with a warning in the log and on the page.
+
     Raises:
-        UserError: the run has no finished stage, or a result cannot be read.
+        UserError: the run has no finished stage.
     """
-    stages = [_read_stage(path) for path in _results(run)]
+    stages, damaged = _read_stages(run)
+    for trouble in damaged:
+        log.warning("%s", trouble)
     if not stages:
-        raise UserError(f"{run}: no stage is finished (no result.json below it): train it first")
+        raise UserError(
+            f"{run}: no stage is finished (no sound result.json below it): train it first"
+        )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     html = template.render(
         title=run.resolve().name,
         stages=stages,
+        damaged=damaged,
         rows=[(label, [show(stage.result) for stage in stages]) for label, show in ROWS.items()],
         guides=sorted(
             {str(s.result["guide_label"]) for s in stages if s.result.get("guide_label")}
@@ -85,28 +102,26 @@ def write_page(run: Path) -> Path:
         collapsing=[stage.name for stage in stages if stage.verdict == "COLLAPSING"],
         guide=stages[-1].result.get("guide") or {},
         versions=stages[-1].result.get("versions") or {},
-        config=_read_text(run / "config.yaml"),
+        config=_read_text(run / CONFIG),
     )
     page = run / PAGE
     write_text(page, html)
     return page
 
 
-def _results(run: Path) -> list[Path]:
-    """result.json of each finished stage, smallest resolution first."""
-    paths = [
-        path for path in run.glob("*x*/result.json") if path.parent.name.split("x")[0].isdigit()
-    ]
-    return sorted(paths, key=lambda path: int(path.parent.name.split("x")[0]))
+def _read_stages(run: Path) -> tuple[list[Stage], list[str]]:
+    """The finished stages, smallest resolution first, and what is wrong with their files."""
+    stages, damaged = [], []
+    for _, folder in stage_folders(run).value:
+        found = read_result(folder / RESULT)
+        damaged += found.told(run)
+        if found.value is not None:
+            stages.append(_stage(folder, found.value))
+    return stages, damaged
 
 
-def _read_stage(path: Path) -> Stage:
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        files = dict(result["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a stage's result ({error}): train the stage again") from None
-    folder = path.parent
+def _stage(folder: Path, result: dict[str, Any]) -> Stage:
+    files = result.get("files") or {}
     return Stage(
         name=folder.name,
         result=result,
@@ -120,24 +135,26 @@ def _read_stage(path: Path) -> Stage:
 
 def _read_picture(folder: Path, caption: str, name: str | None) -> Picture:
     path = folder / (name or caption)
-    if not path.is_file():
+    raw = read_raw(path)
+    if not raw.value:
         return Picture(caption, path.name, None)
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    data = base64.b64encode(raw.value).decode("ascii")
     return Picture(caption, path.name, f"data:image/png;base64,{data}")
 
 
 def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else f"{path.name} is missing"
+    found = read_text(path)
+    if not found.there:
+        return f"{path.name} is missing"
+    return found.value or "; ".join(found.told(path.parent)) or f"{path.name} is empty"
 
 
 def _number(name: str, form: str, scale: float = 1.0) -> Show:
     """Reads a number of a result as text; a dash where the run has none."""
 
     def show(result: dict[str, Any]) -> str:
-        value = result.get(name)
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            return form.format(value * scale)
-        return "–"
+        value = finite(result.get(name))
+        return "–" if value is None else form.format(value * scale)
 
     return show
 
@@ -151,8 +168,8 @@ def _word(name: str) -> Show:
 
 
 def _time(result: dict[str, Any]) -> str:
-    seconds = result.get("seconds")
-    if not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
+    seconds = finite(result.get("seconds"))
+    if seconds is None:
         return "–"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

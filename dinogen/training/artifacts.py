@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from dinogen import dist
+from dinogen.errors import UserError
 from dinogen.files import write_json
 from dinogen.report.curves import plot_loss_curve
 from dinogen.report.pictures import save_grid
@@ -49,7 +50,11 @@ def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]
     save_samples(state, folder / files["final"])
     save_grid(_real_pictures(state), folder / files["real"])
     title = f"{resolution}x{resolution}, {facts.get('guide_label', state.config.family.name)}"
-    plot_loss_curve(folder / "stats.jsonl", folder / files["loss_curve"], title=title)
+    try:
+        plot_loss_curve(folder / "stats.jsonl", folder / files["loss_curve"], title=title)
+    except UserError as error:
+        log.warning("no loss curve: %s", error)
+        del files["loss_curve"]
     progress = state.progress
     network = state.family.networks[state.family.ema_networks[0]]
     result = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from pathlib import Path
@@ -12,6 +11,7 @@ from dinogen import dist
 from dinogen.files import write_json
 from dinogen.metrics.fingerprint import differences
 from dinogen.metrics.suite import Measurement
+from dinogen.report.runfiles import read_evaluation
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,10 @@ def write_result(
     with dist.main_section() as mine:
         if mine:
             path = folder / RESULT
-            before = _read(path)
+            earlier = read_evaluation(path)
+            for trouble in earlier.told():
+                log.warning("%s; figures of before that cannot be read are left out", trouble)
+            before = earlier.value or {}
             if all(before.get(key) == result.get(key) for key in _SAME):
                 _keep(result, before)
             write_json(path, result)
@@ -81,12 +84,3 @@ def _keep(result: dict[str, Any], before: dict[str, Any]) -> None:
     result["measured"] = measured
     result["fingerprints"] = {mark: facts for mark, facts in marks.items() if mark in used}
     result["sampling"] = result["sampling"] or before.get("sampling")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What an earlier command wrote; nothing if there was none, or it cannot be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

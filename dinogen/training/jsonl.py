@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from dinogen.files import write_text
+from dinogen.errors import UserError
+from dinogen.files import write_bytes
+from dinogen.report.runfiles import line_nimg, read_raw
+
+log = logging.getLogger(__name__)
 
 
 def cut_lines(path: Path, nimg: int) -> None:
-    """Drop what was written past ``nimg``, and what a kill has cut off."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if _nimg(line) <= nimg]
-    if kept != lines:
-        write_text(path, "".join(kept))
+    """Drop what was written past ``nimg``, and every line that is damaged or was cut off.
+
+    Raises:
+        UserError: the file cannot be read, or something else stands in its place.
+    """
+    found = read_raw(path)
+    if found.troubles:
+        raise UserError(f"{found.told()[0]}: move it away")
+    lines = found.value.splitlines(keepends=True)
+    kept = [line for line in lines if line_nimg(line) <= nimg]
+    damaged = sum(line_nimg(line) == math.inf for line in lines)
+    if damaged:
+        log.warning("%s: %d damaged lines are dropped", path, damaged)
+    text = b"".join(kept)
+    if kept and not text.endswith(b"\n"):
+        text += b"\n"  # or the next line would be appended to this one
+    if text != found.value:
+        write_bytes(path, text)
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Add a line, and bring it to disk: what it says took long to find out.
 
+    What a kill has left of a line before stays a line of its own.
+
     Raises:
         ValueError: a number is not finite.
     """
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
+    text = json.dumps(line, allow_nan=False) + "\n"
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                text = "\n" + text
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def _nimg(line: str) -> float:
-    """nimg of a line; infinite if the line was cut off by a kill."""
-    try:
-        return float(json.loads(line)["nimg"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
 from dinogen import dist
-from dinogen.config import Config, ConfigError, dump_config
-from dinogen.errors import UserError
+from dinogen.config import Config, dump_config
 from dinogen.families.registry import resolve
 from dinogen.files import write_text
 from dinogen.report.page import write_page
-from dinogen.report.stats import read_stats
+from dinogen.report.runfiles import STATS, read_lines, read_result
 from dinogen.takedown import takedown
 from dinogen.training.artifacts import finish_stage
 from dinogen.training.checkpoint import stage_checkpoint
@@ -79,11 +76,9 @@ def _train_stage(config: Config, index: int, stop: StopFlag) -> dict[str, Any]:
     result = None
     with dist.main_section() as mine:
         if mine:
-            try:
-                lines = read_stats(state.folder / "stats.jsonl")
-            except UserError as error:
-                raise ConfigError(f"{error}") from None
-            result = finish_stage(state, lines[-1])
+            # a log that was lost costs the stage its curve, and no more
+            lines = read_lines(state.folder / STATS).value
+            result = finish_stage(state, lines[-1] if lines else {})
     written: dict[str, Any] = dist.broadcast_object(result)
     return written
 
@@ -98,16 +93,8 @@ def _finished_result(config: Config, index: int) -> dict[str, Any] | None:
     path = checkpoint.folder.parent.parent / "result.json"
     result = None
     if dist.is_main() and is_finished(config, stage, state):
-        result = _read_json(path)
+        result = read_result(path).value
         if result is not None and result.get("nimg") != state["progress"]["nimg"]:
             result = None
     found: dict[str, Any] | None = dist.broadcast_object(result)
     return found
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return data

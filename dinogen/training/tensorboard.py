@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +17,18 @@ from torch.utils.tensorboard.summary import hparams
 from dinogen.config import Config, StageConfig
 from dinogen.families.base import Family
 from dinogen.files import write_bytes
+from dinogen.report.kinds import finite
+from dinogen.report.runfiles import (
+    EVALUATION,
+    METRICS,
+    RESULT,
+    read_evaluation,
+    read_looks_index,
+    read_metrics,
+    read_result,
+)
+
+log = logging.getLogger(__name__)
 
 FOLDER = "tb"
 # inside FOLDER: what a stage came to, a run of its own for TensorBoard
@@ -88,8 +100,8 @@ def write_summary(folder: Path, config: Config, stage: StageConfig) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    result = _read_json(folder / "result.json")
-    if result is None:
+    result = read_result(folder / RESULT).value
+    if result is None or "nimg" not in result:
         return
     final = folder / FOLDER / FINAL
     with tempfile.TemporaryDirectory() as place:
@@ -102,7 +114,11 @@ def write_summary(folder: Path, config: Config, stage: StageConfig) -> None:
             for name, (value, nimg) in _figures(folder, result).items():
                 writer.add_scalar(f"final/{name}", value, nimg)
             for name, path, nimg in _pictures(folder, result):
-                pixels = np.asarray(Image.open(path).convert("RGB"))
+                try:
+                    pixels = np.asarray(Image.open(path).convert("RGB"))
+                except (OSError, ValueError, SyntaxError) as error:
+                    log.warning("%s is not shown in TensorBoard: %s", path, error)
+                    continue
                 writer.add_image(name, pixels, nimg, dataformats="HWC")
         (made,) = Path(place).iterdir()
         older = list(final.glob("*tfevents*"))
@@ -143,39 +159,31 @@ def _figures(folder: Path, result: dict[str, Any]) -> dict[str, tuple[float, int
 
     What was evaluated of an earlier checkpoint is none of them.
     """
-    found = {name: (result.get(name), result["nimg"]) for name in FIGURES}
-    lines = folder / "metrics.jsonl"
-    if lines.is_file():
-        for text in lines.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            for name, figure in line["metrics"].items():
-                found[name] = figure["value"], line["nimg"]
-    evaluation = _read_json(folder / "evaluation.json")
-    if evaluation is not None and evaluation["nimg"] == result["nimg"]:
-        values = dict(evaluation["metrics"])
-        values |= {name: one["value"] for name, one in evaluation.get("measured", {}).items()}
-        found |= {name: (value, result["nimg"]) for name, value in values.items()}
+    trained = result["nimg"]
+    found: dict[str, tuple[Any, int]] = {name: (result.get(name), trained) for name in FIGURES}
+    for line in read_metrics(folder / METRICS).value:
+        for name, figure in line["metrics"].items():
+            found[name] = figure["value"], line["nimg"]
+    evaluation = read_evaluation(folder / EVALUATION).value or {}
+    if evaluation.get("nimg") == trained:
+        values = dict(evaluation.get("metrics") or {})
+        measured = evaluation.get("measured") or {}
+        values |= {name: one["value"] for name, one in measured.items()}
+        found |= {name: (value, trained) for name, value in values.items()}
     return {
-        name: (float(value), nimg)
-        for name, (value, nimg) in found.items()
-        if isinstance(value, (int, float)) and math.isfinite(value)
+        name: (value, nimg)
+        for name, (given, nimg) in found.items()
+        if (value := finite(given)) is not None
     }
 
 
 def _pictures(folder: Path, result: dict[str, Any]) -> Iterator[tuple[str, Path, int]]:
     """Name, file and images seen of the pictures that are there."""
-    files = {name: result["files"].get(name) for name in ("final", "real")}
+    known = result.get("files") or {}
+    files = {name: known.get(name) for name in ("final", "real")}
     named = [(name, folder / file, result["nimg"]) for name, file in files.items() if file]
-    looks = _read_json(folder / "looks" / "looks.json") or {}
-    for name, entry in looks.items():
-        if entry["file"] and entry["file"].endswith(".png"):
-            named.append((f"looks/{name}", folder / "looks" / entry["file"], entry["nimg"]))
+    for name, entry in read_looks_index(folder / "looks" / "looks.json").value.items():
+        file = entry.get("file")
+        if file and file.endswith(".png"):
+            named.append((f"looks/{name}", folder / "looks" / file, entry.get("nimg") or 0))
     yield from (each for each in named if each[1].is_file())
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """A file of the stage; None if it is not there."""
-    if not path.is_file():
-        return None
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data

@@ -164,8 +164,9 @@ def test_failed_runs_are_listed_with_what_is_known(tmp_path):
     assert "last 1 log lines hold no finite loss" in failures["stopped"]["what"][1]
     assert failures["stopped"]["status"] == "unfinished"
     assert failures["collapsed"]["what"] == ["COLLAPSED: samples differ 3 %"]
-    assert "holds no line of statistics" in failures["broken"]["what"][0]
-    assert "evaluation.json cannot be read" in failures["broken"]["what"][1]
+    said = "; ".join(failures["broken"]["what"])
+    assert "32x32/stats.jsonl: holds no line of statistics" in said
+    assert "32x32/evaluation.json cannot be read" in said
     assert "measured at 10,000 images, but trained to 20,016" in failures["stale"]["what"][0]
     assert failures["never"]["what"] == ["never begun: there is no such folder"]
     for one in failures.values():

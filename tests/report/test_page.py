@@ -171,8 +171,14 @@ def test_a_run_without_results_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
-def test_a_broken_result_is_named(tmp_path, text):
-    run = make_run(tmp_path / "run")
-    (run / "8x8" / "result.json").write_text(text)
-    with pytest.raises(UserError, match=r"8x8/result\.json: not a stage's result"):
+def test_a_broken_result_costs_its_stage_alone_and_is_named(tmp_path, text):
+    run = make_run(tmp_path / "run", (8,))
+    (run / "16x16").mkdir()
+    (run / "16x16" / "result.json").write_text(text)
+    page = load(run)
+    assert "8x8" in page.text
+    assert "DAMAGED FILES" in page.text and "16x16/result.json" in page.text
+    (run / "8x8" / "result.json").write_text("{")
+    (run / "16x16" / "result.json").write_text("{")
+    with pytest.raises(UserError, match="no stage is finished"):
         write_page(run)

@@ -1,0 +1,275 @@
+"""Kinds of values that a file of a run may hold, and how a value is found to be of one.
+
+A kind is a function: it gives the value back, or raises a ValueError that says what is wrong with
+it. JSON is read as dinogen writes it: what is not finite is None, and so is a whole number that
+nobody can have meant.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Kind = Callable[[Any], Any]
+
+MAX_VALUES = 200_000  # in a config: YAML's aliases can make a small file endless
+_MAX_DIGITS = 20  # of a whole number
+_MAX_NUMBER = 1e100  # squares of it are finite
+
+
+def checked(
+    value: Mapping[str, Any], kinds: Mapping[str, Kind]
+) -> tuple[dict[str, Any], list[str]]:
+    """A mapping whose known keys are of their kinds, and what was left out.
+
+    A key that is not known stays: a later version wrote it. None stays too.
+    """
+    sound: dict[str, Any] = {}
+    troubles = []
+    for key, one in value.items():
+        kind = kinds.get(key)
+        if kind is None or one is None:
+            sound[key] = one
+            continue
+        try:
+            sound[key] = kind(one)
+        except Partly as error:
+            sound[key] = error.sound
+            troubles += [f"{key}: {reason}" for reason in error.reasons]
+        except ValueError as error:
+            troubles.append(f"{key}: {error}")
+    return sound, troubles
+
+
+def finite(value: Any) -> float | None:
+    """A finite number, else None."""
+    try:
+        return number(value)
+    except ValueError:
+        return None
+
+
+def number(value: Any) -> float:
+    """A finite number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if plain and abs(value) <= _MAX_NUMBER:  # neither NaN nor what float cannot hold
+        return float(value)
+    raise ValueError(f"{short(value)} is no finite number")
+
+
+def amount(value: Any) -> float:
+    """A finite number from 0 on.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if number(value) < 0:
+        raise ValueError(f"{short(value)} is below 0")
+    return float(value)
+
+
+def count(value: Any, name: str = "") -> int:
+    """A whole number from 0 on.
+
+    Raises:
+        ValueError: it is none.
+    """
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not whole or not 0 <= value < 1 << 63:
+        raise ValueError(f"{name}{': ' if name else ''}{short(value)} is no whole number from 0 on")
+    return int(value)
+
+
+def word(value: Any, name: str = "") -> str:
+    """Text.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{name}{': ' if name else ''}{short(value)} is no text")
+    return value
+
+
+def text_of(value: Any) -> str:
+    """A single value as text: YAML takes ``step: 2`` for a number.
+
+    Raises:
+        ValueError: a list or a mapping.
+    """
+    if isinstance(value, (dict, list)):
+        raise ValueError(f"{short(value)} is no text")
+    return str(value)
+
+
+def section(value: Any, name: str = "") -> dict[str, Any]:
+    """A mapping.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, dict):
+        given = f"{name}{': ' if name else ''}{short(value)}"
+        raise ValueError(f"{given} is not a mapping of keys to values")
+    return value
+
+
+def flag(value: Any) -> bool:
+    """True or false.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{short(value)} is neither true nor false")
+    return value
+
+
+class Partly(ValueError):
+    """A value that is sound in part."""
+
+    def __init__(self, sound: Any, reasons: list[str]) -> None:
+        super().__init__("; ".join(reasons))
+        self.sound, self.reasons = sound, reasons
+
+
+def keys_of(kinds: Mapping[str, Kind], needs: tuple[str, ...] = ()) -> Kind:
+    """A mapping whose known keys are of these kinds; without one of ``needs`` it is none."""
+
+    def check(value: Any) -> dict[str, Any]:
+        sound, reasons = checked(section(value), kinds)
+        for key in needs:
+            if key not in sound:
+                raise ValueError("; ".join(reasons) or f"{key} is missing")
+        if reasons:
+            raise Partly(sound, reasons)
+        return sound
+
+    return check
+
+
+def each(kind: Kind, none: bool = False) -> Kind:
+    """A mapping whose values are all of one kind, or None where that is allowed."""
+
+    def check(value: Any) -> dict[str, Any]:
+        sound: dict[str, Any] = {}
+        reasons = []
+        for key, one in section(value).items():
+            try:
+                sound[key] = None if one is None and none else kind(one)
+            except Partly as error:
+                sound[key] = error.sound
+                reasons += [f"{key}: {reason}" for reason in error.reasons]
+            except ValueError as error:
+                reasons.append(f"{key}: {error}")
+        if reasons:
+            raise Partly(sound, reasons)
+        return sound
+
+    return check
+
+
+def list_of(kind: Kind) -> Kind:
+    """A list whose members are all of one kind."""
+    members = each(kind)
+
+    def check(value: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise ValueError(f"{short(value)} is no list")
+        try:
+            return list(members({str(number): one for number, one in enumerate(value)}).values())
+        except Partly as error:
+            raise Partly(list(error.sound.values()), error.reasons) from None
+
+    return check
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: it is none; says why.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+        value = json.loads(text, parse_float=_float, parse_int=_int, parse_constant=_no_number)
+        if "\\u" in text or "\\U" in text:
+            value = plain(value, [MAX_VALUES])  # half of a surrogate pair is no text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text (byte {error.start} is {byte_of(error)})") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, " if error.lineno > 1 else ""
+        what = (
+            "it is empty"
+            if not text.strip()
+            else f"not JSON ({error.msg}: {where}column {error.colno})"
+        )
+        raise ValueError(what) from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{short(value)} is not a mapping of keys to values")
+    return value
+
+
+def _float(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def _int(text: str) -> int | None:
+    return int(text) if len(text) <= _MAX_DIGITS else None
+
+
+def _no_number(text: str) -> None:
+    """NaN and Infinity."""
+
+
+def plain(value: Any, left: list[int]) -> Any:
+    """The same of plain values alone, which can be written as JSON and as UTF-8.
+
+    Args:
+        value: as YAML or JSON give it.
+        left: how many values may still come; counted down.
+
+    Raises:
+        ValueError: there are more.
+    """
+    left[0] -= 1
+    if left[0] < 0:
+        raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+    if isinstance(value, dict):
+        return {_sound(str(key)): plain(one, left) for key, one in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(one, left) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value if value.bit_length() <= 64 else None
+    if value is None or isinstance(value, bool):
+        return value
+    return _sound(str(value))
+
+
+def _sound(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def byte_of(error: UnicodeDecodeError) -> str:
+    """The byte that is no text, such as ``0xff``."""
+    return f"0x{error.object[error.start]:02x}"
+
+
+def short(value: object) -> str:
+    """A value in a message; only the beginning of a long one."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of more digits than Python writes
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
