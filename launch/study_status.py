@@ -83,9 +83,11 @@ def _state(study: Study, record: Record, busy: bool, run: StudyRun) -> State:
 
 def _queued(run: StudyRun) -> tuple[str, str] | None:
     """Whether SLURM has a job of the run, and which."""
-    if not squeue.has_slurm() or not read_jobs(run.folder).jobs:
+    if not squeue.has_slurm():
         return None
     try:
+        if not read_jobs(run.folder).jobs:
+            return None
         active = [row for row in job_rows(run.folder) if row.state.split()[0] in squeue.ACTIVE]
     except UserError as error:
         return "unknown", str(error)

@@ -43,14 +43,10 @@ def is_run(path: Path) -> bool:
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """Folders of runs: those given, and those below a given folder that is no run itself.
 
-    A path that holds no run, where another one does, is taken for a run that was lost: it is
-    listed as such, and stops nothing.
-
     Raises:
-        UserError: nothing is there under a path, or none of them holds a run.
+        UserError: a folder is missing, or holds no run.
     """
     found: list[Path] = []
-    lost: list[Path] = []
     for path in paths:
         if path.name == CONFIG and path.is_file():
             path = path.parent
@@ -63,10 +59,8 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         below = [path / name for name in read_attempts(path / "study.json").value]
         below += [one for one in _folders_below(path) if is_run(one)]
         if not below:
-            lost.append(path)
-        found += below or [path]
-    if lost and len(lost) == len(found):
-        raise UserError(f"{lost[0]}: no run here or below (no config.yaml): train one first")
+            raise UserError(f"{path}: no run here or below (no config.yaml): train one first")
+        found += below
     return list(dict.fromkeys(found))
 
 

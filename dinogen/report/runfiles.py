@@ -277,7 +277,11 @@ def _checked(
     if found.value is None:
         return found
     value, reasons = checked(found.value, kinds)
-    reasons += [f"{key} is missing" for key in needs if key not in found.value]
+    reasons += [
+        f"{key} is {'no finite number' if key in found.value else 'missing'}"
+        for key in needs
+        if found.value.get(key) is None
+    ]
     return Found(found.path, value, tuple(f": {one}" for one in reasons))
 
 
