@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from dinogen import dist
 from dinogen.config import Config, StageConfig
 from dinogen.files import write_json
+from dinogen.report.runfiles import state_trouble
 from shards.files import sha256_file, sync_folder
 
 log = logging.getLogger(__name__)
@@ -126,7 +128,7 @@ def load_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         hashes = dict(state["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is missing or not readable ({error})") from error
     for name, expected in hashes.items() if verify else ():
         try:
@@ -138,11 +140,21 @@ def load_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     return Checkpoint(folder, state)
 
 
-def newest_checkpoint(parent: Path) -> Checkpoint | None:
-    """The newest complete checkpoint; a broken one is skipped with a warning."""
+def newest_checkpoint(
+    parent: Path, trouble_of: Callable[[object], str | None] = lambda _: None
+) -> Checkpoint | None:
+    """The newest complete checkpoint; a broken one is skipped with a warning.
+
+    Args:
+        parent: of the checkpoints.
+        trouble_of: says why a state is of no use, or None.
+    """
     for folder in reversed(_folders(parent)):
         try:
-            return load_checkpoint(folder)
+            found = load_checkpoint(folder)
+            if trouble := trouble_of(found.state):
+                raise ValueError(f"{folder / STATE} cannot be used: {trouble}")
+            return found
         except ValueError as error:
             log.warning("checkpoint %s is broken and skipped: %s", folder, error)
     return None
@@ -158,7 +170,7 @@ def stage_checkpoint(config: Config, stage: StageConfig) -> Checkpoint | None:
     parent = stage_folder(config, stage) / "checkpoints"
     # rank 0 alone verifies hashes: the others read what it chose
     with dist.main_section() as mine:
-        found = newest_checkpoint(parent) if mine else None
+        found = newest_checkpoint(parent, state_trouble) if mine else None
     name = dist.broadcast_object(found.folder.name if found else None)
     if name is None:
         return None

@@ -230,8 +230,8 @@ def _probe(snapshot: Snapshot) -> Verdict:
             scalars = {k: float(v) if math.isfinite(v) else None for k, v in known}
             found = [scalars, verdict.verdict, list(verdict.warnings)]
     scalars, said, warnings = dist.broadcast_object(found)
-    scalars = {name: math.nan if value is None else value for name, value in scalars.items()}
-    return Verdict(scalars, said, tuple(warnings))
+    finite = {name: math.nan if value is None else value for name, value in scalars.items()}
+    return Verdict(finite, said, tuple(warnings))
 
 
 def _held_out_numbers(family: Family, data: Dataset, wish: Wish) -> list[int]:

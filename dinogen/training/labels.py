@@ -59,7 +59,7 @@ def class_shares(family: Family, data: Dataset | UserError) -> tuple[float, ...]
             for one, weight in zip(data.sets, data.weights, strict=True):
                 counts = _counts(one, family.config.data.split, num_classes)
                 shares += float(weight) / total * counts / counts.sum()
-    except (ShardsError, ConfigError, OSError) as error:
+    except (ShardsError, ValueError, OSError) as error:
         failure = error
     if dist.any_rank(failure is not None):
         if dist.is_main():

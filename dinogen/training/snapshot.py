@@ -12,6 +12,7 @@ from dinogen import dist
 from dinogen.config import Config, ConfigError, StageConfig, load_config
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class
+from dinogen.report.runfiles import state_trouble
 from dinogen.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -141,7 +142,10 @@ def _checkpoint_at(config: Config, stage: StageConfig, nimg: int) -> Checkpoint 
     if not folder.is_dir():
         return None
     try:
-        return load_checkpoint(folder)
+        found = load_checkpoint(folder)
+        if trouble := state_trouble(found.state):
+            raise ValueError(f"{folder}: state.json cannot be used: {trouble}")
+        return found
     except ValueError as error:
         raise ConfigError(f"{error}: take another checkpoint") from None
 
