@@ -37,13 +37,13 @@ def closing_lines(result: dict[str, Any]) -> Iterator[str]:
         for line in _own(result):
             yield f"{line} (measured before)"
     for name, figure in measured.items():
-        if name in before:
+        if name in before and figure["value"] is not None:
             yield f"  {_figure(name, figure, prints)} (measured before: {figure.get('command')})"
     missing: dict[str, list[str]] = {}
     for name, reason in (result.get("not_measured") or {}).items():
         missing.setdefault(reason, []).append(name)
     for name, figure in measured.items():
-        if figure["value"] is None:
+        if figure["value"] is None and name not in before:
             missing.setdefault(figure["reason"], []).append(name)
     for reason, names in missing.items():
         yield f"  not available: {', '.join(names)}: {reason}"

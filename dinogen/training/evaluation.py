@@ -175,8 +175,7 @@ def _keep(result: dict[str, Any], before: dict[str, Any]) -> None:
         new = measured.get(name)
         if new is None or (new["value"] is None and figure["value"] is not None):
             measured[name] = figure
-            if figure["value"] is not None:
-                result["measured_before"].append(name)
+            result["measured_before"].append(name)
         elif (
             new["value"] is not None
             and figure["value"] is not None
