@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 from dinogen import dist
 from dinogen.errors import UserError
-from dinogen.files import write_json
+from dinogen.files import why_not_writable, write_json
 from dinogen.metrics import suite
 from dinogen.metrics.figure import Figure
 from dinogen.metrics.fingerprint import Facts, differences
@@ -70,7 +68,7 @@ def find_place(folder: Path, out: Path | None) -> Place:
     trouble = None
     with dist.main_section() as mine:
         if mine:
-            trouble = _why_not_writable(path, make=out is not None)
+            trouble = why_not_writable(path, make=out is not None)
     trouble = dist.broadcast_object(trouble)
     if trouble is None:
         return Place(path, True)
@@ -80,20 +78,6 @@ def find_place(folder: Path, out: Path | None) -> Place:
         log.warning("%s cannot be written: %s", path, trouble)
         log.warning("FIGURES WILL BE PRINTED ONLY: give --out FILE or FOLDER to keep them")
     return Place(path, False)
-
-
-def _why_not_writable(path: Path, make: bool) -> str | None:
-    if path.is_dir():
-        return "it is a folder"
-    try:
-        if make:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(descriptor)
-        Path(name).unlink()
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
 
 
 def figure_teller(tell: Tell | None) -> suite.Tell | None:
