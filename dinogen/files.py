@@ -6,6 +6,8 @@ A job may be killed at any moment, and the next one decides by a file's presence
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +38,23 @@ def write_json(path: Path, value: Any) -> None:
         TypeError: a value that JSON cannot hold.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def why_not_writable(path: Path, make: bool) -> str | None:
+    """Why a file cannot be written, found out by trying and leaving no trace; None if it can.
+
+    Args:
+        path: the file, which is not touched.
+        make: whether to make the folder that it lies in.
+    """
+    if path.is_dir():
+        return "it is a folder"
+    try:
+        if make:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(descriptor)
+        Path(name).unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None

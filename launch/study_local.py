@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from dinogen.config import dump_config
-from dinogen.errors import EXIT_STOPPED
+from dinogen.errors import EXIT_STOPPED, UserError
 from dinogen.files import write_text
 from launch.chain import metric_changes
 from launch.doctor import usable_cores
@@ -57,7 +57,12 @@ class LocalStudy:
             self.record = read_record(self.study)
             self._relay.install()
             while not self._relay.stopping and (run := self._next()) is not None:
-                self.outcomes[run.id] = self._try(run)
+                try:
+                    self.outcomes[run.id] = self._try(run)
+                except (UserError, OSError) as error:  # its folder, which is no other run's fault
+                    log.error("%s: %s", run.id, error)
+                    self._failed.add(run.id)
+                    self.outcomes[run.id] = Outcome(run.source, run.folder, str(error), 1)
             runs, choices = present_runs(self.study, self._settled)
             self.record.best = {n: one.best for n, one in choices.items() if one.best is not None}
             self.record.write()

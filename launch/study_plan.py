@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from dinogen.config import Config, ConfigError, load_config
 from dinogen.config_study import FINAL, EntryConfig, StudyConfig, TrackConfig, load_study
 from launch.chain import lacking_data
 from launch.progress import figure_of, is_looked, stage_result
+
+log = logging.getLogger(__name__)
 
 # What is done for each run, in this order.
 STEPS = ("train", "evaluate", "look")
@@ -171,9 +174,13 @@ def changed(study: Study, run: StudyRun) -> str | None:
 
     # A shorter or longer run is another one once it is done.
     ignored = {key: value for key, value in MAY_CHANGE.items() if key != "stages"}
+    try:
+        trained = load_config(copy)
+    except ConfigError as error:
+        log.warning("%s: what %s was trained with is not known", error, run.folder)
+        return None
     then, now = (
-        resolve(config).model_dump(mode="json", exclude=ignored)
-        for config in (load_config(copy), run.config)
+        resolve(config).model_dump(mode="json", exclude=ignored) for config in (trained, run.config)
     )
     found = _difference(then, now)
     if found is None:

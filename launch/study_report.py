@@ -7,6 +7,7 @@ from pathlib import Path
 from dinogen.errors import UserError
 from dinogen.files import write_text
 from dinogen.report.compare import write_comparison
+from dinogen.report.compare_read import is_run
 from launch.study_choice import Choice
 from launch.study_plan import Study
 from launch.study_status import State, study_states
@@ -21,7 +22,7 @@ def write_report(study: Study) -> Path:
         UserError: no run has begun.
     """
     states, choices = study_states(study)
-    begun = [one.run.folder for one in states if (one.run.folder / "config.yaml").is_file()]
+    begun = [one.run.folder for one in states if is_run(one.run.folder)]
     if not begun:
         raise UserError(
             f"{study.folder}: no run has begun: dinogen study run {study.path}, and look with "
@@ -29,7 +30,7 @@ def write_report(study: Study) -> Path:
         )
     out = study.folder / "report"
     write_text(out / SUMMARY, summary(study, states, choices))
-    return write_comparison(begun, out, study.plan.title)
+    return write_comparison(begun, out, study.plan.title).page
 
 
 def summary(study: Study, states: list[State], choices: dict[str, Choice]) -> str:

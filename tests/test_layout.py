@@ -43,6 +43,7 @@ MAY_IMPORT = {
         "dinogen.dist",
         "dinogen.features",
         "dinogen.gather",
+        "dinogen.report.cautions",
         "dinogen.report.pictures",
     },
     "dinogen.guidance": {

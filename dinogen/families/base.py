@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -142,6 +143,33 @@ class Family(ABC):
         The same number and seed give the same picture, whatever else is asked for.
         """
         return self.decode(networks, self.latents(indices, seed), indices, seed)
+
+    def measured(
+        self, networks: Networks, indices: Tensor, seed: int, shares: Sequence[float] | None
+    ) -> Tensor:
+        """Images as metrics are measured on; those of :meth:`sample` in most families.
+
+        Where a family has classes, they are as frequent as in the data; where its generator takes
+        noise beside the latent, each image has noise of its own, as in training.
+
+        Args:
+            networks: the moving averages.
+            indices: (N,) int64 sample numbers.
+            seed: of the draws.
+            shares: of the classes in the data; None: each class in turn.
+
+        Returns:
+            (N, 3, R, R) float32 in [-1, 1]; the same for the same number, whatever else is asked.
+        """
+        return self.sample(networks, indices, seed)
+
+    @property
+    def measured_as(self) -> dict[str, Any]:
+        """In what :meth:`measured` differs from :meth:`sample`, beside the classes' shares.
+
+        Part of the fingerprint of what is measured; empty where there is no difference.
+        """
+        return {}
 
     @abstractmethod
     def latents(self, indices: Tensor, seed: int) -> Tensor:
@@ -302,6 +330,24 @@ class Family(ABC):
         ``frozen``: hashes, by key of the config, of weights that may not change within a run.
         """
         return {}
+
+
+def classes_of(indices: Tensor, shares: Sequence[float]) -> Tensor:
+    """Classes (N,) int64 of sample numbers, as frequent as ``shares`` among any run of numbers.
+
+    Number i takes the class at the fractional part of i times the golden ratio, in whole numbers
+    of 64 bits: of n numbers in a row a class has its share up to about log(n) / n.
+
+    Args:
+        indices: (N,) int64 sample numbers.
+        shares: of the classes, not negative; their sum need not be 1.
+    """
+    step = np.uint64(0x9E3779B97F4A7C15)
+    turned = indices.cpu().numpy().astype(np.uint64) * step  # modulo 2**64
+    place = (turned >> np.uint64(11)).astype(np.float64) / 2.0**53
+    edges = np.cumsum(np.asarray(shares, np.float64))
+    found = np.searchsorted(edges / edges[-1], place, side="right")
+    return torch.from_numpy(np.minimum(found, len(edges) - 1))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from dinogen import draws
 from dinogen.config import Config, ConfigError, Section, StageConfig
 from dinogen.diffusion.sampler import sample
 from dinogen.diffusion.schedule import Schedule
-from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars
+from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars, classes_of
 from dinogen.networks.unet import UNet
 from shards.dataset import Dataset
 
@@ -124,13 +125,29 @@ class Ddpm(Family):
         DDPM's noise on the way goes by ``indices``, so it too follows from the arguments.
         """
         num_classes = self.options.num_classes
-        label = (indices % num_classes).to(self.device) if num_classes else None
+        label = indices % num_classes if num_classes else None
+        return self._walk(networks["G"], latents, indices, seed, label)
+
+    def measured(
+        self, networks: Networks, indices: Tensor, seed: int, shares: Sequence[float] | None
+    ) -> Tensor:
+        """As in the base: with classes, as frequent as in the data."""
+        if not self.options.num_classes or shares is None:
+            return self.sample(networks, indices, seed)
+        label = classes_of(indices, shares)
+        return self._walk(networks["G"], self.latents(indices, seed), indices, seed, label)
+
+    def _walk(
+        self, G: nn.Module, latents: Tensor, indices: Tensor, seed: int, label: Tensor | None
+    ) -> Tensor:
+        if label is not None:
+            label = label.to(self.device)
 
         def noise(t: int) -> Tensor:
             return draws.normal(seed, f"sample/{t}", indices, self._shape, device=self.device)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            return self._guided(networks["G"], x, t.to(self.device), label)
+            return self._guided(G, x, t.to(self.device), label)
 
         return sample(
             predict,

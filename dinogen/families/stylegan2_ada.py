@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from dinogen.families.base import (
     Networks,
     Phase,
     Scalars,
+    classes_of,
     judged_alone,
 )
 from dinogen.losses.adversarial import bce_d, bce_g
@@ -141,6 +143,26 @@ class StyleGAN2Ada(Family):
         psi = psi * self.options.truncation
         images: Tensor = networks["G"](latents, self._label(indices), psi=psi)
         return images.clamp(-1, 1)
+
+    def measured(
+        self, networks: Networks, indices: Tensor, seed: int, shares: Sequence[float] | None
+    ) -> Tensor:
+        """With noise of each image's own, as the authors measure, and classes as in the data."""
+        G = networks["G"]
+        assert isinstance(G, StyleGAN2Generator)
+        label = self._label(indices)
+        if label is not None and shares is not None:
+            label = classes_of(indices, shares).to(self.device)
+        shape = (G.synthesis.num_noise,)
+        noise = draws.normal(seed, "sample/noise", indices, shape, self.device)
+        latents = self.latents(indices, seed)
+        images: Tensor = G(latents, label, noise, psi=self.options.truncation)
+        return images.clamp(-1, 1)
+
+    @property
+    def measured_as(self) -> dict[str, Any]:
+        """Noise is drawn per image."""
+        return {"noise": "per image"}
 
     @property
     def truncates(self) -> bool:

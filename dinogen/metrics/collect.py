@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from dinogen import dist
+from dinogen.errors import UserError
 from dinogen.gather import gather_counts, gather_rows
 from dinogen.metrics.judges.base import Judge, JudgeInfo
 from dinogen.metrics.moments import Moments
+from shards.errors import ShardsError
 
 
 class Source(Protocol):
@@ -83,6 +85,7 @@ def collect(
 
     Raises:
         ValueError: no pictures.
+        Unreadable: one cannot be read; on every rank, whichever found it.
     """
     if source.num < 1:
         raise ValueError("there are no pictures to measure")
@@ -90,14 +93,33 @@ def collect(
     mine = _batches(source.num, batch)[dist.rank()]
     notes = {judge.info.name: _Notes(judge, judge.info.name in keep) for judge in judges}
     pictures: list[Tensor] = []
-    for numbers in mine:
-        images = source.read(numbers)
-        pictures.append(images[: max(0, num_pictures - numbers[0])].cpu())
-        for note in notes.values():
-            note.take(images)
+    failure: Exception | None = None
+    try:
+        for numbers in mine:
+            images = source.read(numbers)
+            pictures.append(images[: max(0, num_pictures - numbers[0])].cpu())
+            for note in notes.values():
+                note.take(images)
+    except (UserError, ShardsError) as error:
+        failure = error
+    agree_readable(failure)
     seen = {name: note.joined(source.num) for name, note in notes.items()}
     first = _gather_pictures(pictures) if num_pictures else None
     return Collected(source.num, seen, first)
+
+
+class Unreadable(UserError):
+    """Images that something is to be measured on cannot be read; names the first."""
+
+
+def agree_readable(failure: Exception | None) -> None:
+    """Meet the other ranks behind the reading of images; every rank has to call it.
+
+    Raises:
+        Unreadable: a rank could not read its own.
+    """
+    if dist.any_rank(failure is not None):
+        raise Unreadable(str(failure or "an image cannot be read on another rank")) from failure
 
 
 class _Notes:

@@ -22,7 +22,8 @@ class Figure:
         num_samples: generated pictures behind it.
         num_reference: real pictures behind it; None where it needs none.
         fingerprint: id of what it was measured against; only figures of one id can be compared.
-        reason: why the value is None, with the mend; None otherwise.
+        reason: why the value is None, with the remedy; None otherwise.
+        caution: why it is to be read with care; None if nothing speaks against it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Figure:
     num_reference: int | None
     fingerprint: str | None
     reason: str | None = None
+    caution: str | None = None
 
     def __post_init__(self) -> None:
         if self.value is not None and not math.isfinite(self.value):

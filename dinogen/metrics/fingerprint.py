@@ -27,6 +27,7 @@ def fingerprint(
     num_samples: int,
     reference: Facts | None = None,
     num_reference: int | None = None,
+    sampling: Facts | None = None,
 ) -> Facts:
     """Everything that two figures of one metric need to have in common.
 
@@ -35,11 +36,13 @@ def fingerprint(
         resolution: side of the generated pictures.
         num_samples: how many there are.
         reference: what ``Reference.facts`` says; None where a metric compares with nothing.
-        num_reference: how many real pictures.
+        num_reference: how many real images.
+        sampling: how they were drawn, where that is not as everywhere: shares of classes, noise.
 
     Returns:
         ``data``, ``split``, ``num_reference``, ``num_samples``, ``resolution``, ``resize``,
-        ``judge``, ``weights_sha256`` and ``random``, JSON-ready.
+        ``judge``, ``weights_sha256`` and ``random``, JSON-ready; and ``sampling``, if there is
+        any, so that figures of other families keep the ids that they always had.
     """
     facts = reference or {"data": None, "split": None, "resize": "none"}
     return {
@@ -53,6 +56,7 @@ def fingerprint(
         "judge": judge.name,
         "weights_sha256": judge.weights_sha256,
         "random": judge.random,
+        **({"sampling": sampling} if sampling else {}),
     }
 
 

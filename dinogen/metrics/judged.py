@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dinogen.config_metrics import MetricsConfig
+from dinogen.errors import UserError
 from dinogen.metrics.judges import Judge, NotAvailable, load_judge
 from dinogen.metrics.perceptual import Perceptual, load_perceptual
 
@@ -29,6 +30,9 @@ class Judges:
                 self._known[name] = load_judge(name, self._config, self._device)
             except NotAvailable as error:
                 self._known[name] = error
+            except UserError as error:
+                # a file of weights that is damaged is no reason to lose what others measure
+                self._known[name] = NotAvailable(str(error))
         return self._known[name]
 
     def perceptual(self) -> Perceptual | NotAvailable:
@@ -41,4 +45,6 @@ class Judges:
                 )
             except NotAvailable as error:
                 self._perceptual = error
+            except UserError as error:
+                self._perceptual = NotAvailable(str(error))
         return self._perceptual

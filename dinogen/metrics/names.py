@@ -60,6 +60,7 @@ class Metric:
         real: ``moments`` or ``rows`` of real pictures are needed, or None of them at all.
         rows: generated features are needed row by row, whether a spread is asked for or not.
         train: features of the pictures that were learnt from are needed too.
+        covariance: that of the features is compared, which takes more images than dimensions.
     """
 
     judge: str
@@ -68,6 +69,7 @@ class Metric:
     real: str | None = "rows"
     rows: bool = True
     train: bool = False
+    covariance: bool = False
 
 
 def _rows(seen: Seen | None) -> Tensor:
@@ -128,7 +130,7 @@ def _of_judge(judge: str, frechet: str, kernel: str, suffix: str) -> dict[str, M
     """The metrics that every judge has, by name."""
     shares = ("precision", "recall", "density", "coverage")
     return {
-        frechet: Metric(judge, "lower", _frechet, real="moments", rows=False),
+        frechet: Metric(judge, "lower", _frechet, real="moments", rows=False, covariance=True),
         kernel: Metric(judge, "lower", _kernel),
         **{f"{name}{suffix}": Metric(judge, "higher", partial(_manifold, name)) for name in shares},
         # near 1 is as it should be, and both ways from there are worse

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from dinogen import dist
+from dinogen.errors import UserError
+from dinogen.metrics.collect import agree_readable
 from dinogen.metrics.figure import Figure
 from dinogen.metrics.judges.base import NotAvailable
 from dinogen.metrics.perceptual import Perceptual
+from shards.errors import ShardsError
 
 BETTER: dict[str, Literal["lower", "higher"]] = {
     "reconstruction_lpips": "lower",
@@ -56,19 +59,25 @@ def reconstruction(
 
     Raises:
         ValueError: no pairs.
+        Unreadable: an image cannot be read; on every rank.
     """
     if pairs.num < 1:
         raise ValueError("there are no reconstructions to measure")
     starts = np.arange(0, pairs.num, batch)
     rows = torch.zeros(pairs.num, len(BETTER), dtype=torch.float64)
-    for start in np.array_split(starts, dist.world_size())[dist.rank()].tolist():
-        numbers = list(range(start, min(start + batch, pairs.num)))
-        real, made = pairs.read(numbers)
-        if isinstance(perceptual, Perceptual):
-            rows[numbers, 0] = perceptual.distance(real, made).double()
-        for number, a, b in zip(numbers, real.cpu(), made.cpu(), strict=True):
-            rows[number, 1] = psnr(a, b)
-            rows[number, 2] = ssim(a, b)
+    failure: Exception | None = None
+    try:
+        for start in np.array_split(starts, dist.world_size())[dist.rank()].tolist():
+            numbers = list(range(start, min(start + batch, pairs.num)))
+            real, made = pairs.read(numbers)
+            if isinstance(perceptual, Perceptual):
+                rows[numbers, 0] = perceptual.distance(real, made).double()
+            for number, a, b in zip(numbers, real.cpu(), made.cpu(), strict=True):
+                rows[number, 1] = psnr(a, b)
+                rows[number, 2] = ssim(a, b)
+    except (UserError, ShardsError) as error:
+        failure = error
+    agree_readable(failure)
     rows = dist.all_reduce_sum(rows)
     missing = dict.fromkeys(BETTER, "")
     if isinstance(perceptual, NotAvailable):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def seen_of_reference(
     """
     facts = source.facts()
     keys = {one.info.name: _key(one.info, source, facts) for one in judges}
-    folder = (cache or CACHE).expanduser()
+    folder = _expanded(cache or CACHE)
     found: dict[str, Seen] = {}
     for judge in judges:
         name = judge.info.name
@@ -77,19 +78,19 @@ def _path(folder: Path, key: Facts) -> Path:
 def _load(folder: Path, key: Facts, info: JudgeInfo, keep: bool) -> Seen | None:
     """What was stored, if it is whole, of the same pictures, and all that is asked for."""
     path = _path(folder, key)
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         with safe_open(path, "pt") as file:
             said = file.metadata() or {}
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         sound = weights_sha256(tensors) == said.get("sha256")
         of_these = json.loads(said.get("facts", "null")) == key
     except (OSError, ValueError, SafetensorError) as error:
-        log.warning("%s: is damaged (%s): it is worked out anew", path, error)
+        log.warning("%s: is damaged (%s): it is worked out again", path, error)
         return None
     if not sound or not of_these:
-        log.warning("%s: is damaged or of other pictures: it is worked out anew", path)
+        log.warning("%s: is damaged or of other pictures: it is worked out again", path)
         return None
     features = tensors.get("features")
     if keep and features is None:
@@ -108,4 +109,17 @@ def _store(folder: Path, key: Facts, seen: Seen) -> None:
         write_bytes(path, save(tensors, metadata))
         write_json(path.with_suffix(".json"), key)
     except OSError as error:
-        log.warning("%s: cannot be written (%s): set metrics.cache to another folder", path, error)
+        log.warning(
+            "%s: cannot be written (%s), so these real images are read again the next time: set "
+            "metrics.cache to another folder",
+            path,
+            error.strerror or error,
+        )
+
+
+def _expanded(folder: Path) -> Path:
+    """A folder with its ``~`` written out; a user without a home has a cache of this machine."""
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "dinogen" / "metrics"

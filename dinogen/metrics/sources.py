@@ -176,10 +176,18 @@ class Generated:
             whatever else is asked for.
         num: how many there are.
         resolution: side in pixels.
+        how: in what they differ from what the generator gives people; part of the fingerprint.
     """
 
-    def __init__(self, sample: Callable[[Tensor], Tensor], num: int, resolution: int) -> None:
+    def __init__(
+        self,
+        sample: Callable[[Tensor], Tensor],
+        num: int,
+        resolution: int,
+        how: Facts | None = None,
+    ) -> None:
         self._sample = sample
+        self.how = how or {}
         self.num, self.resolution = num, resolution
         self._made: list[tuple[int, float]] = []
 

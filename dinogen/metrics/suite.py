@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinogen import dist
 from dinogen.errors import UserError
-from dinogen.metrics.collect import Collected, Seen, Source, collect
+from dinogen.metrics.collect import Collected, Seen, Source, Unreadable, collect
 from dinogen.metrics.figure import Figure
 from dinogen.metrics.fingerprint import Facts, fingerprint, fingerprint_id
 from dinogen.metrics.judged import Judges
@@ -23,7 +23,8 @@ from dinogen.metrics.prompted import Prompted, prompted_figures
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.reconstruction import reconstruction
 from dinogen.metrics.reference import seen_of_reference
-from dinogen.metrics.sources import Reconstructed, Reference
+from dinogen.metrics.sources import Generated, Reconstructed, Reference
+from dinogen.report.cautions import caution_of
 
 BATCH = 50  # pictures made and judged at a time
 _SEED = 0  # of the halves that spreads are taken over: no figure may depend on a run's seed
@@ -54,6 +55,9 @@ class Subject:
     prompted: Prompted | UserError
 
 
+Tell = Callable[[Figure, Mapping[str, Facts]], None]
+
+
 @dataclass
 class Measurement:
     """What was found, the same on every rank.
@@ -61,19 +65,42 @@ class Measurement:
     Attributes:
         figures: by name of the metric, one for each that was asked for.
         fingerprints: by their ids, what the figures were measured against.
-        made: whether pictures were generated: nothing is, if no metric can be had.
+        made: whether images were generated: nothing is, if no metric is available.
+        tell: see :func:`measure`.
     """
 
     figures: dict[str, Figure] = field(default_factory=dict)
     fingerprints: dict[str, Facts] = field(default_factory=dict)
     made: bool = False
+    tell: Tell | None = None
 
-    def add(self, figure: Figure, facts: Facts | None) -> None:
-        """Take in a figure, under the fingerprint of what it was measured against."""
-        if facts is not None and figure.value is not None:
-            figure = replace(figure, fingerprint=fingerprint_id(facts))
-            self.fingerprints[fingerprint_id(facts)] = facts
+    def say(self, name: str) -> None:
+        """Tell a figure that was taken in, on rank 0."""
+        figure = self.figures[name]
+        if self.tell is not None and figure.value is not None and dist.is_main():
+            self.tell(figure, self.fingerprints)
+
+    def add(self, figure: Figure, facts: Facts | None, num_dims: int | None = None) -> Figure:
+        """Take in a figure, under the fingerprint of what it was measured against.
+
+        Args:
+            figure: of a metric.
+            facts: its fingerprint; None where it compares with nothing.
+            num_dims: dimensions whose covariance it reads; None for other metrics.
+
+        Returns:
+            The figure as it was taken in: with its fingerprint, and with a caution if it needs one.
+        """
+        if figure.value is not None:
+            if facts is not None:
+                figure = replace(figure, fingerprint=fingerprint_id(facts))
+                self.fingerprints[fingerprint_id(facts)] = facts
+            # prompts are counted where others count real images
+            num_real = None if figure.name in PROMPTED else figure.num_reference
+            caution = caution_of(figure.num_samples, num_real, num_dims)
+            figure = replace(figure, caution=caution)
         self.figures[figure.name] = figure
+        return figure
 
 
 def measure(
@@ -82,6 +109,7 @@ def measure(
     subject: Subject,
     num_halves: int = 0,
     cache: Path | None = None,
+    tell: Tell | None = None,
 ) -> Measurement:
     """Measure; all ranks together, with the same figures on any number of them.
 
@@ -91,9 +119,10 @@ def measure(
         subject: what is measured.
         num_halves: halves of the generated pictures, for spreads; no spread below 2.
         cache: folder of reference statistics.
+        tell: told each figure that has a value as soon as it is known, on rank 0.
     """
     asked = list(names)
-    found = Measurement()
+    found = Measurement(tell=tell)
     for name in asked:
         reason = why_not(name, judges, subject)
         if reason is not None:
@@ -103,8 +132,8 @@ def measure(
     num_pictures = NUM_SAMPLES if LPIPS_DIVERSITY in there else 0
     if chosen or num_pictures:
         made = _judge(chosen, judges, subject, num_halves, cache, num_pictures, found)
-        found.made = True
-        if made.pictures is not None:
+        found.made = made is not None
+        if made is not None and made.pictures is not None:
             _compare(made.pictures, judges, subject, found)
     _reconstruct([name for name in there if name in RECONSTRUCTION], judges, subject, found)
     if asked_for := [name for name in there if name in PROMPTED]:
@@ -112,6 +141,7 @@ def measure(
         assert isinstance(subject.prompted, Prompted) and not isinstance(clip, NotAvailable)
         for figure, facts in prompted_figures(asked_for, subject.prompted, clip, BATCH):
             found.add(figure, facts)
+            found.say(figure.name)
     found.figures = {name: found.figures[name] for name in asked}
     return found
 
@@ -141,33 +171,46 @@ def _judge(
     cache: Path | None,
     num_pictures: int,
     found: Measurement,
-) -> Collected:
+) -> Collected | None:
     """Show everything to the judges, and work out their metrics on rank 0."""
+    real, bad_real = _seen(subject.real, chosen, judges, cache, train=False)
+    train, bad_train = _seen(subject.train, chosen, judges, cache, train=True)
+    for name, metric in list(chosen.items()):
+        reason = (bad_real if metric.real else None) or (bad_train if metric.train else None)
+        if reason is not None:
+            found.add(Figure.missing(name, metric.better, reason), None)
+            del chosen[name]
     metrics = list(chosen.values())
-    on_real, on_train = [m for m in metrics if m.real], [m for m in metrics if m.train]
-    keep_real = {m.judge for m in on_real if m.real == "rows"}
-    real = _seen(subject.real, _loaded(on_real, judges), keep_real, cache)
-    train = _seen(subject.train, _loaded(on_train, judges), {m.judge for m in on_train}, cache)
+    if not metrics and not num_pictures:
+        return None
     keep = {m.judge for m in metrics if m.rows or num_halves > 1}
     source: Source = subject.generated if metrics else _First(subject.generated, num_pictures)
     made = collect(source, _loaded(metrics, judges), keep, BATCH, num_pictures)
     results = None
     with dist.main_section() as mine:
         if mine:
+            results = []
             sets = {
                 judge: Sets(seen, real.get(judge), train.get(judge), num_halves, _SEED)
                 for judge, seen in made.seen.items()
             }
-            results = [
-                _figure(name, metric, sets[metric.judge], made.num, subject).to_dict()
-                for name, metric in chosen.items()
-            ]
+            for name, metric in chosen.items():
+                figure = _figure(name, metric, sets[metric.judge], made.num, subject)
+                _take(figure, metric, made, subject, found)
+                found.say(name)
+                results.append(figure.to_dict())
     for stored in dist.broadcast_object(results):
         figure = Figure.from_dict(stored)
-        metric = chosen[figure.name]
-        info = made.seen[metric.judge].info
-        found.add(figure, _facts(metric, info, subject))
+        _take(figure, chosen[figure.name], made, subject, found)
     return made
+
+
+def _take(
+    figure: Figure, metric: Metric, made: Collected, subject: Subject, found: Measurement
+) -> None:
+    info = made.seen[metric.judge].info
+    dims = info.num_channels if metric.covariance else None
+    found.add(figure, _facts(metric, info, subject), dims)
 
 
 def _figure(name: str, metric: Metric, sets: Sets, num: int, subject: Subject) -> Figure:
@@ -175,30 +218,48 @@ def _figure(name: str, metric: Metric, sets: Sets, num: int, subject: Subject) -
     num_real = subject.real.num if metric.real and isinstance(subject.real, Reference) else None
     try:
         estimate = metric.estimate(sets)
-    except ValueError as error:
-        return Figure.missing(name, metric.better, str(error))
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        # one that cannot be worked out costs the others nothing
+        return Figure.missing(name, metric.better, str(error) or type(error).__name__)
     return Figure(name, estimate.value, estimate.spread, metric.better, num, num_real, None)
 
 
 def _facts(metric: Metric, judge: JudgeInfo, subject: Subject) -> Facts:
     """What a metric's figure was measured against."""
-    made = subject.generated
+    made, how = subject.generated, _how(subject)
     if not metric.real or not isinstance(subject.real, Reference):
-        return fingerprint(judge, made.resolution, made.num)
+        return fingerprint(judge, made.resolution, made.num, sampling=how)
     reference = subject.real.facts()
     if metric.train and isinstance(subject.train, Reference):
         learnt = subject.train.facts()
         beside = f"{subject.train.num} of {learnt['split']} of {learnt['data'][:12]}"
         reference = reference | {"split": f"{reference['split']} beside {beside}"}
-    return fingerprint(judge, made.resolution, made.num, reference, subject.real.num)
+    return fingerprint(judge, made.resolution, made.num, reference, subject.real.num, how)
+
+
+def _how(subject: Subject) -> Facts:
+    """How the images were drawn, where that is not as everywhere."""
+    made = subject.generated
+    return made.how if isinstance(made, Generated) else {}
 
 
 def _seen(
-    source: Reference | UserError, judges: list[Judge], keep: set[str], cache: Path | None
-) -> dict[str, Seen]:
-    if not judges or isinstance(source, UserError):
-        return {}
-    return seen_of_reference(source, judges, keep, BATCH, cache)
+    source: Reference | UserError,
+    chosen: Mapping[str, Metric],
+    judges: Judges,
+    cache: Path | None,
+    train: bool,
+) -> tuple[dict[str, Seen], str | None]:
+    """What judges see of real images, or why they cannot be read."""
+    needing = [m for m in chosen.values() if (m.train if train else m.real)]
+    loaded = _loaded(needing, judges)
+    if not loaded or isinstance(source, UserError):
+        return {}, None
+    keep = {m.judge for m in needing if train or m.real == "rows"}
+    try:
+        return seen_of_reference(source, loaded, keep, BATCH, cache), None
+    except Unreadable as error:
+        return {}, str(error)
 
 
 def _loaded(metrics: list[Metric], judges: Judges) -> list[Judge]:
@@ -220,8 +281,10 @@ def _compare(pictures: Tensor, judges: Judges, subject: Subject, found: Measurem
     perceptual = judges.perceptual()
     assert not isinstance(perceptual, NotAvailable)
     figure = lpips_diversity(pictures, perceptual)
-    facts = fingerprint(perceptual.info, subject.generated.resolution, figure.num_samples)
+    resolution, num, how = subject.generated.resolution, figure.num_samples, _how(subject)
+    facts = fingerprint(perceptual.info, resolution, num, sampling=how)
     found.add(figure, facts)
+    found.say(figure.name)
 
 
 def _reconstruct(names: list[str], judges: Judges, subject: Subject, found: Measurement) -> None:
@@ -230,7 +293,12 @@ def _reconstruct(names: list[str], judges: Judges, subject: Subject, found: Meas
     if not names or isinstance(pairs, UserError):
         return
     perceptual = judges.perceptual()
-    figures = reconstruction(pairs, perceptual)
+    try:
+        figures = reconstruction(pairs, perceptual)
+    except Unreadable as error:
+        for name in names:
+            found.add(Figure.missing(name, better(name), str(error)), None)
+        return
     for name in names:
         # PSNR and SSIM compare the pixels themselves
         judge = JudgeInfo(name, "", "none", 0, 0, False)
@@ -240,3 +308,4 @@ def _reconstruct(names: list[str], judges: Judges, subject: Subject, found: Meas
         found.add(
             figures[name], fingerprint(judge, real.resolution, real.num, real.facts(), real.num)
         )
+        found.say(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ class Comparison:
         self.runs = sort_runs(begun, self.headline)
         self.failed = [run for run in runs if not run.finished]
         self.troubled = [run for run in runs if run.finished and run.troubles]
-        self.warnings = warnings_of(begun, self.columns)
+        self.damaged = [run for run in runs if run.damage]
+        self.warnings = [*_damaged(self.damaged, runs), *warnings_of(begun, self.columns)]
         self.unavailable = unavailable(begun, label_of)
         self.seeds: list[Seeds] = over_seeds(begun, self.columns)
         self.story: list[Chapter] = tell(runs, self.headline)
@@ -90,11 +91,27 @@ class Comparison:
                 run.name: {"status": run.status, "what": run.troubles}
                 for run in (*self.failed, *self.troubled)
             },
+            "damaged": {run.name: run.damage for run in self.damaged},
             "fingerprints": self.fingerprints,
         }
 
 
-def write_comparison(runs: Sequence[Path], out: Path, title: str) -> Path:
+@dataclass(frozen=True)
+class Written:
+    """A comparison on disk.
+
+    Attributes:
+        page: of it.
+        damaged: what is wrong with the files of a run, by the run's name.
+        num_sound: runs of which nothing is damaged.
+    """
+
+    page: Path
+    damaged: dict[str, list[str]]
+    num_sound: int
+
+
+def write_comparison(runs: Sequence[Path], out: Path, title: str) -> Written:
     """Write ``index.html``, ``comparison.json`` and ``comparison.md`` into a folder.
 
     Args:
@@ -103,7 +120,8 @@ def write_comparison(runs: Sequence[Path], out: Path, title: str) -> Path:
         title: heading of the page.
 
     Returns:
-        The page. It needs no other file and no network.
+        The page, which needs no other file and no network; and which runs are damaged. They are
+        listed on it with the reason, and compared as far as their files are sound.
 
     Raises:
         UserError: there is nothing to compare.
@@ -114,7 +132,19 @@ def write_comparison(runs: Sequence[Path], out: Path, title: str) -> Path:
     write_json(out / DATA, comparison.to_dict())
     write_text(out / TEXT, render_text(comparison))
     write_text(out / PAGE, render_page(comparison))
-    return out / PAGE
+    damaged = {run.name: run.damage for run in comparison.damaged}
+    return Written(out / PAGE, damaged, len(comparison.all_runs) - len(damaged))
+
+
+def _damaged(damaged: Sequence[Run], runs: Sequence[Run]) -> list[str]:
+    """One sentence above everything, if files are damaged."""
+    if not damaged:
+        return []
+    names = ", ".join(run.name for run in damaged)
+    return [
+        f"DAMAGED FILES in {len(damaged)} of {len(runs)} runs: {names}. What is wrong with each "
+        "stands under Failures; what is sound is compared."
+    ]
 
 
 def _run_dict(run: Run) -> dict[str, Any]:

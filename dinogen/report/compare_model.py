@@ -26,6 +26,7 @@ class Number:
         fingerprint: id of how it was measured; only equal ones compare.
         reason: why there is no value, with the remedy.
         source: key of :attr:`Run.sources`.
+        caution: why it is to be read with care; None if nothing speaks against it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Number:
     num_reference: int | None = None
     fingerprint: str | None = None
     reason: str | None = None
+    caution: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dinogen.report.cautions import caution_of
+from dinogen.report.compare_columns import MEASURED
 from dinogen.report.compare_model import Number, Run, Source, take
 from dinogen.report.kinds import finite
 from dinogen.report.runfiles import EVALUATION, METRICS, read_evaluation, read_metrics
 
 # figures of kept checkpoints, measured after training
 OVER_TRAINING = "checkpoints.jsonl"
+PROMPTED = {name for group, names in MEASURED if group == "Prompts" for name, _ in names}
 
 
 def read_costs(run: Run, results: dict[int, dict[str, Any]]) -> None:
@@ -116,9 +119,19 @@ def _add_figures(run: Run, figures: dict[str, Any], source: str) -> None:
             num_reference=one.get("num_reference"),
             fingerprint=one.get("fingerprint"),
             reason=one.get("reason"),
+            caution=_caution(name, one),
         )
         if number.value is not None or name not in run.numbers:
             run.numbers[name] = number
+
+
+def _caution(name: str, one: dict[str, Any]) -> str | None:
+    """What the file says, or for one of an earlier version, what follows from its counts."""
+    if one.get("value") is None or "caution" in one:
+        return one.get("caution")
+    # prompts are counted where others count real images
+    num_real = None if name in PROMPTED else one.get("num_reference")
+    return caution_of(one.get("num_samples"), num_real)
 
 
 def _source_of(run: Run, key: str, command: str | None) -> str:

@@ -127,6 +127,8 @@ def _cell(run: Run, column: Column, place: int) -> Cell:
     if number is None or number.value is None:
         return Cell("–")
     notes = [] if column.counts else [show_counts(number)]
+    if number.caution:
+        notes.append("few images")
     if not column.comparable and number.fingerprint:
         notes.append(number.fingerprint[:ID_DIGITS])
     return Cell(
@@ -212,6 +214,8 @@ def _origin(row: dict[str, Any]) -> dict[str, Any]:
     value = row["value"]
     return {
         **row,
-        "shown": (row["reason"] or "not available") if value is None else all_digits(value),
+        "shown": (row["reason"] or "not available")
+        if value is None
+        else all_digits(value) + (f" (caution: {row['caution']})" if row["caution"] else ""),
         "spread": "" if row["spread"] is None else f"{row['spread']:.4g}",
     }

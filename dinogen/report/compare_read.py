@@ -143,7 +143,7 @@ def _read_files(run: Run) -> None:
     run.resolution = max(results, default=stages[-1][0])
     main = folder / f"{run.resolution}x{run.resolution}"
     _read_losses(run, [path for _, path in stages])
-    if not run.finished:
+    if not run.finished and not (run.status == "damaged" and stages[-1][0] in results):
         _say_how_far(run, stages[-1][1])
     _read_checkpoint(run, main)
     if results:

@@ -151,6 +151,7 @@ def number_rows(run: Run) -> list[dict[str, Any]]:
                 "num_reference": number.num_reference,
                 "fingerprint": number.fingerprint,
                 "reason": number.reason,
+                "caution": number.caution,
                 "source": number.source,
                 "file": source.file if source else None,
                 "command": source.command if source else None,

@@ -31,7 +31,8 @@ def render_text(comparison: Comparison) -> str:
     lines += [
         "",
         "Bold: best of its column; ≈: two spreads do not tell it apart from the best; ± spread; "
-        "n: generated pictures / real ones.",
+        "n: generated images / real ones; few images: fewer than 1,000 of either, or than the "
+        "features have dimensions.",
         "",
     ]
     for metrics, reason, runs in comparison.unavailable:
@@ -58,7 +59,7 @@ def _figure(run: Run, column: Column) -> str:
         text += f" (n {number.num_samples:,}{real})"
     if not column.comparable and number.fingerprint:
         text += f" `{number.fingerprint}`"
-    return text
+    return text + (" (few images)" if number.caution else "")
 
 
 def _seeds(comparison: Comparison) -> list[str]:

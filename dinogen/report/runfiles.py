@@ -277,7 +277,11 @@ def _checked(
     if found.value is None:
         return found
     value, reasons = checked(found.value, kinds)
-    reasons += [f"{key} is missing" for key in needs if key not in found.value]
+    reasons += [
+        f"{key} is {'no finite number' if key in found.value else 'missing'}"
+        for key in needs
+        if found.value.get(key) is None
+    ]
     return Found(found.path, value, tuple(f": {one}" for one in reasons))
 
 
@@ -295,7 +299,7 @@ def _figure(value: Any) -> dict[str, Any]:
     sound, reasons = checked(given, _FIGURE)
     if "value" not in sound:
         raise ValueError("; ".join(reasons) or "value is missing")
-    whole = dict.fromkeys(_FIGURE) | {"better": "none"} | sound
+    whole = dict.fromkeys(_NEEDED) | {"better": "none"} | sound
     if whole["value"] is None and whole["reason"] is None:
         whole["reason"] = "its file holds no value, and does not say why"
     if reasons:
@@ -332,8 +336,11 @@ _FIGURE: dict[str, Kind] = {
     "num_reference": count,
     "fingerprint": word,
     "reason": word,
+    "caution": word,
     "command": word,
 }
+# what a reader finds in each figure; a caution is there since it was invented
+_NEEDED = [key for key in _FIGURE if key != "caution"]
 _RESULT: dict[str, Kind] = {
     "nimg": count,
     "resolution": count,

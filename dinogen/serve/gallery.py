@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,12 +13,16 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import Field, model_validator
+from safetensors import SafetensorError
 
 from dinogen.config import ConfigError, Section
+from dinogen.errors import UserError
 from dinogen.report.pictures import to_uint8
 from dinogen.training.checkpoint import stage_checkpoint
 from dinogen.training.looks_latents import spherical
-from dinogen.training.snapshot import load_snapshot, run_config
+from dinogen.training.snapshot import Snapshot, load_snapshot, run_config
+
+log = logging.getLogger(__name__)
 
 # a browser counts no further exactly
 MAX_SEED = 2**53 - 1
@@ -89,8 +94,24 @@ class Gallery:
         if not self.stages:
             raise ConfigError(f"{run}: no stage has a complete checkpoint: train it first")
         self._snapshot = lru_cache(maxsize=_NUM_OPEN)(load_snapshot)
-        largest = next(iter(self.stages.values()))
-        self.truncates = self._snapshot(run, largest.resolution, largest.nimg).family.truncates
+        self.truncates = self._first_sound().family.truncates
+
+    def _first_sound(self) -> Snapshot:
+        """The snapshot of the largest stage that can be loaded; those that cannot are dropped.
+
+        Raises:
+            ConfigError: none can.
+        """
+        reasons = []
+        for stage in list(self.stages.values()):
+            try:
+                return self._snapshot(self.run, stage.resolution, stage.nimg)
+            except (UserError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+                del self.stages[stage.resolution]
+                size = f"stage {stage.resolution}x{stage.resolution}"
+                reasons.append(f"{self.run}: {size} cannot be drawn from: {error}")
+                log.warning("%s", reasons[-1])
+        raise ConfigError("\n".join(reasons))
 
     def stage(self, query: Query) -> Stage:
         """The stage that is asked for.

@@ -11,11 +11,10 @@ import uvicorn
 
 from dinogen.errors import UserError
 from dinogen.serve.app import MAX_HEAD, make_app
+from dinogen.serve.connections import PatientProtocol
 from dinogen.serve.gallery import Gallery
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# connections at once; uvicorn answers 503 beyond
-_MAX_CONNECTIONS = 64
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def open_site(run: Path, host: str, port: int) -> Site:
         server_header=False,
         proxy_headers=False,
         ws="none",
-        limit_concurrency=_MAX_CONNECTIONS,
+        http=PatientProtocol,
         h11_max_incomplete_event_size=MAX_HEAD,
         # a picture of a large diffusion model takes long; nobody waits for it after Ctrl-C
         timeout_graceful_shutdown=1,

@@ -129,7 +129,7 @@ def load_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
         hashes = dict(state["files"])
         if not hashes:
             raise ValueError("it names no files")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is missing or not readable ({error})") from error
     for name, expected in hashes.items() if verify else ():
         try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 from dinogen import dist
 from dinogen.config import Config, ConfigError
+from dinogen.errors import UserError
 from shards.dataset import Dataset
+from shards.errors import ShardsError
 from shards.mix import MixedDataset
 from shards.packed import open_dataset
 
@@ -21,23 +24,62 @@ def open_data(config: Config) -> Dataset:
         ConfigError: a folder is not there, or ranks see different datasets.
         ShardsError: there is none, or it cannot be used, or those of a mix contradict each other.
     """
+    data = _open(config)
+    _check_alike(config, data)
+    return data
+
+
+def data_or_reason(config: Config, unlike: Callable[[Dataset], None]) -> Dataset | UserError:
+    """The dataset, or why there is none that can be used; every rank has to call it.
+
+    Args:
+        config: names it.
+        unlike: raises a UserError if the data are not those that are wanted.
+    """
+    data: Dataset | None = None
+    failure: Exception | None = None
+    try:
+        data = _open(config)
+        unlike(data)
+    except (UserError, ShardsError, OSError) as error:
+        failure = error
+    if dist.any_rank(failure is not None) or data is None:
+        said = failure or "it cannot be opened on another rank"
+        return UserError(
+            f"{said}; if the data have moved, give data.path=FOLDER behind the command"
+        )
+    try:
+        _check_alike(config, data)
+    except ConfigError as error:
+        return error
+    return data
+
+
+def _open(config: Config) -> Dataset:
     where = config.data
     paths = [one.path for one in where.mix] or [where.path]
     for number, path in enumerate(paths):
         _check_there(path, f"data.mix.{number}.path" if where.mix else "data.path")
     found = [open_dataset(path, where.cache_dir, where.cache_gb) for path in paths]
-    data: Dataset = found[0]
-    if where.mix:
-        # 0.1 means a tenth, and not the float next to it.
-        data = MixedDataset(found, [Fraction(repr(one.weight)) for one in where.mix])
+    if not where.mix:
+        return found[0]
+    # 0.1 means a tenth, and not the float next to it.
+    return MixedDataset(found, [Fraction(repr(one.weight)) for one in where.mix])
+
+
+def _check_alike(config: Config, data: Dataset) -> None:
+    """Refuse data that are not the same on all ranks.
+
+    Raises:
+        ConfigError: on every rank.
+    """
     mine = data_fingerprint(data)
     # A folder of each node's own may be another, and what is behind a URL may have just changed.
     if dist.any_rank(dist.broadcast_object(mine) != mine):
         raise ConfigError(
-            f"{where.location}: ranks see different manifests: give data.path the same dataset on "
-            f"all nodes, and do not pack into it while a run starts"
+            f"{config.data.location}: ranks see different manifests: give data.path the same "
+            f"dataset on all nodes, and do not pack into it while a run starts"
         )
-    return data
 
 
 def _check_there(path: str, key: str) -> None:

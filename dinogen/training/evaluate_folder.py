@@ -13,7 +13,7 @@ from dinogen.metrics.names import GUIDE_DIVERSITY
 from dinogen.metrics.sources import Folder, picture_files
 from dinogen.metrics.suite import Subject, measure
 from dinogen.takedown import takedown
-from dinogen.training.evaluation import write_result
+from dinogen.training.evaluation import Tell, figure_teller, find_place, write_result
 from dinogen.training.measure import reference_at
 from dinogen.training.state import versions
 from dinogen.training.wish import Wish
@@ -32,6 +32,8 @@ def evaluate_folder(
     names: Sequence[str] = (),
     reference: str | None = None,
     changes: Sequence[str] = (),
+    out: Path | None = None,
+    tell: Tell | None = None,
 ) -> dict[str, Any]:
     """Measure image files, whoever made them, and write ``FOLDER/evaluation.json``.
 
@@ -42,6 +44,8 @@ def evaluate_folder(
         names: likewise.
         reference: likewise; without it there are only figures that compare with nothing.
         changes: likewise.
+        out: file (``*.json``) or folder to write to; ``folder`` unless given.
+        tell: told on rank 0 what is known so far, in parts of the result, as soon as it is.
 
     Returns:
         The result as written, with ``measured`` and ``fingerprints`` as in :func:`evaluate`.
@@ -55,13 +59,13 @@ def evaluate_folder(
     dist.set_cpu_threads()
     with takedown():
         settings = wish.settings(MetricsConfig())
+        place = find_place(folder, out)
         pictures = Folder(folder, num_samples)
         real, train = reference_at(reference, settings, pictures.resolution)
         none = ConfigError("a folder holds pictures and no network")
         asked = [name for name in settings.names if name != GUIDE_DIVERSITY]
         subject = Subject(pictures, real, train, none, none)
         judges = Judges(settings, dist.device())
-        found = measure(asked, judges, subject, settings.num_bootstrap, settings.cache)
         result = {
             "folder": str(folder),
             "pictures": pictures.facts()["data"],
@@ -72,4 +76,8 @@ def evaluate_folder(
             "device": str(dist.device()),
             "versions": versions(),
         }
-        return write_result(folder, result, found, None, [str(folder), *wish.words()])
+        if tell is not None and dist.is_main():
+            tell(result)
+        teller = figure_teller(tell)
+        found = measure(asked, judges, subject, settings.num_bootstrap, settings.cache, teller)
+        return write_result(place, result, found, None, [str(folder), *wish.words()])

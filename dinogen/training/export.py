@@ -8,18 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from dinogen import dist
 from dinogen.config import ConfigError
+from dinogen.families.base import Family
 from dinogen.families.registry import family_class
 from dinogen.files import write_bytes
 from dinogen.training.checkpoint import on_host
 from dinogen.training.preflight import past_config
 from dinogen.training.snapshot import load_snapshot
 from dinogen.training.stages import find_stage
+from dinogen.training.state import sample_in_parts
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +95,44 @@ def export(
     return Exported(path, info, sum(p.numel() for p in network.parameters()))
 
 
-def load_exported(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild the generator of an exported file, in eval mode and without gradients.
+@dataclass(frozen=True)
+class Generator:
+    """A generator that was read from an exported file.
 
-    Returns:
-        The network on this process's device, and the file's info, see :func:`export`.
+    Attributes:
+        network: in eval mode and without gradients, on this process's device.
+        info: see :func:`export`.
+        family: knows how to draw from it.
+    """
+
+    network: nn.Module
+    info: dict[str, Any]
+    family: Family
+
+    @torch.no_grad()
+    def sample(self, num: int, seed: int = 0) -> Tensor:
+        """Images 0 to ``num - 1`` under a seed, as ``dinogen sample`` makes them.
+
+        Args:
+            num: how many.
+            seed: of the draws; the image of a number does not depend on how many are asked for.
+
+        Returns:
+            (num, 3, R, R) float32 in [-1, 1] on the CPU.
+        """
+        return sample_in_parts(
+            self.family, {self.info["network"]["name"]: self.network}, num, seed, part=1
+        )
+
+
+def load_exported(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of an exported file and its info, see :func:`load_generator`."""
+    found = load_generator(path)
+    return found.network, found.info
+
+
+def load_generator(path: Path | str) -> Generator:
+    """Rebuild the generator of an exported file; its run is not needed.
 
     Raises:
         ConfigError: no such file, not one of :func:`export`, or of a dinogen whose config this one
@@ -124,7 +160,7 @@ def load_exported(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     except RuntimeError as error:
         raise ConfigError(f"{path}: its tensors do not fit the network it names: {error}") from None
     family.set_fade({info["network"]["name"]: network}, info["alpha"], info["fading"])
-    return network.eval().requires_grad_(False), info
+    return Generator(network.eval().requires_grad_(False), info, family)
 
 
 def _check_name(path: Path) -> None:

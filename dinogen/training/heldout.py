@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from shards.manifest import SPLITS
 log = logging.getLogger(__name__)
 
 BATCH = 32
+# held-out samples that it takes to say anything at all
+_WANTED = 20
 
 
 def chosen_samples(data: Dataset, split: str, num: int | None, key: str) -> list[int]:
@@ -40,14 +43,28 @@ def chosen_samples(data: Dataset, split: str, num: int | None, key: str) -> list
         raise ConfigError(f"{key} {split}: splits are {', '.join(SPLITS)}")
     available = data.num_samples(split)
     if not available:
-        have = ", ".join(f"{info.num_samples} in {s}" for s, info in data.manifest.splits.items())
-        raise ConfigError(
-            f"{key}: {data.location} has no samples in split {split} (but {have}): prepare anew "
-            f"with prepare.pack.{split}_fraction=0.05 and train on that, for what was learnt is "
-            "not held out; or measure on what was learnt: --split train"
-        )
+        raise ConfigError(f"{key}: {_none_in(data, split)}")
     chosen = np.linspace(0, available - 1, min(num or available, available)).astype(int)
     return [int(number) for number in chosen]
+
+
+def _none_in(data: Dataset, split: str) -> str:
+    """What to say of a split without samples, and what can be done about it."""
+    have = ", ".join(f"{info.num_samples} in {s}" for s, info in data.manifest.splits.items())
+    total = sum(info.num_samples for info in data.manifest.splits.values())
+    said = f"{data.location} has no samples in split {split} (but {have}): "
+    instead = "or measure on what was learnt: --split train"
+    if total < 2 * _WANTED:
+        return (
+            f"{said}with {total} in all there are too few to hold some back: pack more photos "
+            f"with prepare.pack.{split}_fraction=0.1 and train on them, {instead}"
+        )
+    # the share that gives some to compare with, and never less than was usual before
+    share = max(0.05, math.ceil(100 * _WANTED / total) / 100)
+    return (
+        f"{said}prepare again with prepare.pack.{split}_fraction={share:g} or more and train on "
+        f"that, for what was learnt is not held out; {instead}"
+    )
 
 
 @torch.no_grad()
@@ -72,11 +89,17 @@ def held_out_means(
     mine = np.array_split(numbers, dist.world_size())[dist.rank()].tolist()
     sums: dict[str, float] = {}
     count = 0
-    for batch in _batches(family, data, split, mine):
-        size = len(batch["key"])
-        for name, value in family.held_out(networks, batch).items():
-            sums[name] = sums.get(name, 0.0) + float(value) * size
-        count += size
+    failure: Exception | None = None
+    try:
+        for batch in _batches(family, data, split, mine):
+            size = len(batch["key"])
+            for name, value in family.held_out(networks, batch).items():
+                sums[name] = sums.get(name, 0.0) + float(value) * size
+            count += size
+    except (CorruptSample, ConfigError) as error:
+        failure = error
+    if dist.any_rank(failure is not None):  # or the others would wait for this one
+        raise failure or ConfigError("a held-out sample cannot be read on another rank")
     if not count:
         # nothing fell to this rank, but it has to know which sums the others will add
         batch = _read(family, data, split, numbers[:1], "skip")

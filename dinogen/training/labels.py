@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
+import numpy as np
+import numpy.typing as npt
+
+from dinogen import dist
 from dinogen.config import Config, ConfigError
+from dinogen.errors import UserError
 from dinogen.families.base import Batch, Family
 from shards.dataset import Dataset
+from shards.errors import ShardsError
+
+log = logging.getLogger(__name__)
+
+_LABELS = 1 << 14  # read at a time
 
 
 def check_classes(config: Config, data: Dataset) -> None:
@@ -27,6 +39,54 @@ def check_classes(config: Config, data: Dataset) -> None:
             f"family.num_classes: {wanted}, but {path} has {len(classes)} classes "
             f"({', '.join(classes)}): set it to {len(classes)}"
         )
+
+
+def class_shares(family: Family, data: Dataset | UserError) -> tuple[float, ...] | None:
+    """How frequent each class is among what a family is trained on; every rank has to call it.
+
+    Args:
+        family: reads labels.
+        data: of its run; a mix counts each dataset by its weight.
+
+    Returns:
+        Shares by label, their sum 1; None, with a warning, where the data are not available or
+        hold labels of no class: samples are then of each class in turn.
+    """
+    num_classes = int(family.config.family.options.get("num_classes") or 0)
+    shares = np.zeros(num_classes)
+    failure: Exception | None = data if isinstance(data, UserError) else None
+    try:
+        if not isinstance(data, UserError):
+            total = float(sum(data.weights))
+            for one, weight in zip(data.sets, data.weights, strict=True):
+                counts = _counts(one, family.config.data.split, num_classes)
+                shares += float(weight) / total * counts / counts.sum()
+    except (ShardsError, ValueError, OSError) as error:
+        failure = error
+    if dist.any_rank(failure is not None):
+        if dist.is_main():
+            log.warning(
+                "CLASSES IN TURN: how frequent each is in the data is not known (%s), so figures "
+                "compare with no others but such",
+                failure or "on another rank",
+            )
+        return None
+    return tuple(shares.tolist())
+
+
+def _counts(data: Dataset, split: str, num_classes: int) -> npt.NDArray[np.float64]:
+    """Samples of a split by their label."""
+    num = data.num_samples(split)
+    counts = np.zeros(num_classes)
+    for start in range(0, num, _LABELS):
+        batch = data.read(list(range(start, min(start + _LABELS, num))), split=split)
+        found = np.bincount(batch["label"].numpy(), minlength=num_classes)
+        if len(found) > num_classes:
+            raise ConfigError(f"{data.location}: label {len(found) - 1} is none of the classes")
+        counts += found
+    if not counts.sum():
+        raise ConfigError(f"{data.location}: split {split} has no samples")
+    return counts
 
 
 def check_labels(family: Family, batch: Batch) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dinogen.files import write_json
+from dinogen.errors import UserError
+from dinogen.files import why_not_writable, write_json
 from dinogen.report.sheets import save_animation, save_sheet
 from dinogen.training import looks_latents as latents
 from dinogen.training import looks_real as real
@@ -16,6 +18,8 @@ from dinogen.training.looks_history import FRAME_SECONDS, History
 from dinogen.training.looks_scene import LeftOut, Maker, Scene
 from dinogen.training.snapshot import load_snapshot
 from dinogen.training.tensorboard import write_summary
+from dinogen.training.wish import check_changes
+from shards.errors import ShardsError
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,7 @@ def write_looks(
     nimg: int | None = None,
     seed: int = 0,
     out: Path | None = None,
+    places: Sequence[str] = (),
 ) -> Path:
     """Write every look that the run's family has; one at a time, each whole or not at all.
 
@@ -39,6 +44,7 @@ def write_looks(
         nimg: which checkpoint, by the images that the run had been shown; the newest unless given.
         seed: of all latents; the same for all runs that are to be compared.
         out: folder; ``RUN/RxR/looks`` unless given.
+        places: ``KEY=VALUE`` changes of where data and guides lie now, such as ``data.path=``.
 
     Returns:
         looks.json: by name ``file`` (beside it), ``caption``, ``nimg``, ``seed`` and ``command``;
@@ -46,22 +52,27 @@ def write_looks(
 
     Raises:
         ConfigError: no such run or checkpoint.
-        OSError: the folder cannot be written.
+        UserError: the folder cannot be written, which is found out before the work.
     """
-    snapshot = load_snapshot(run, resolution, nimg)
+    check_changes(tuple(places))
+    snapshot = load_snapshot(run, resolution, nimg, places)
     scene = Scene(snapshot, seed)
     folder = out or stage_folder(scene.family.config, scene.family.stage) / "looks"
     command = f"dinogen look {shlex.quote(str(run))} --stage {snapshot.resolution}"
     command += f" --nimg {snapshot.nimg} --seed {seed}"
     if out is not None:
         command += f" --out {shlex.quote(str(out))}"
+    if trouble := why_not_writable(folder / LOOKS, make=True):
+        raise UserError(f"{folder}: cannot be written: {trouble}: give --out FOLDER")
     entries: dict[str, dict[str, Any]] = {}
     for name, maker in _makers(scene).items():
         entry: dict[str, Any] = {"nimg": snapshot.nimg, "seed": seed, "command": command}
         try:
             look = maker(scene)
-        except LeftOut as reason:
-            log.info("%s is left out: %s", name, reason)
+        except (LeftOut, UserError, ShardsError) as reason:
+            # also a sample that is damaged: what does not read it is drawn all the same
+            note = log.info if isinstance(reason, LeftOut) else log.warning
+            note("%s is left out: %s", name, reason)
             entries[name] = {"file": None, "caption": None, "reason": str(reason)} | entry
             continue
         animated = len(look.sheets) > 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ def subject_of(
     train: Reference | UserError,
     settings: MetricsConfig,
     facts: Mapping[str, Any],
+    shares: Sequence[float] | None = None,
 ) -> Subject:
     """Samples of a family under its run's seed, and what they are compared with.
 
@@ -47,11 +48,12 @@ def subject_of(
         train: those that it was trained on.
         settings: which prompts it is asked for by, if any.
         facts: what ``Family.describe`` said in training.
+        shares: of the classes in the data, for families that have classes; None: in turn.
     """
     seed, resolution = family.config.seed, family.stage.resolution
 
     def sample(numbers: Tensor) -> Tensor:
-        return family.sample(networks, numbers, seed)
+        return family.measured(networks, numbers, seed, shares)
 
     def reconstruct(images: Tensor, numbers: Tensor) -> Tensor:
         batch = {"image": images.to(family.device), "position": numbers}
@@ -66,7 +68,10 @@ def subject_of(
         pairs = real
     else:
         pairs = Reconstructed(real, reconstruct)
-    made = Generated(sample, num, resolution)
+    how = dict(family.measured_as)
+    if family.inputs.labels:
+        how["classes"] = "in turn" if shares is None else [round(one, 6) for one in shares]
+    made = Generated(sample, num, resolution, how)
     return Subject(made, real, train, pairs, prompted_by(family, networks, num, settings, facts))
 
 

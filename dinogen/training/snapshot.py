@@ -12,6 +12,7 @@ from dinogen import dist
 from dinogen.config import Config, ConfigError, StageConfig, load_config
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class
+from dinogen.report.runfiles import state_trouble
 from dinogen.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -62,7 +63,12 @@ class Snapshot:
         self.family.ask(texts, guidance, self.checkpoint.state["facts"])
 
 
-def load_snapshot(run: Path, resolution: int | None = None, nimg: int | None = None) -> Snapshot:
+def load_snapshot(
+    run: Path,
+    resolution: int | None = None,
+    nimg: int | None = None,
+    places: Sequence[str] = (),
+) -> Snapshot:
     """A checkpoint of a run: by default the newest of the largest stage that has one.
 
     Every rank has to call it, and gets the same one.
@@ -71,12 +77,13 @@ def load_snapshot(run: Path, resolution: int | None = None, nimg: int | None = N
         run: folder of the run.
         resolution: which stage.
         nimg: which checkpoint, by the images that the run had been shown.
+        places: ``KEY=VALUE`` changes of where data and guides lie now.
 
     Raises:
         ConfigError: ``run`` is no run, there is no such checkpoint, or it is of a dinogen whose
             config this one does not know.
     """
-    today = run_config(run)
+    today = run_config(run, places)
     if resolution is None:
         stages = today.stages[::-1]
     else:
@@ -107,8 +114,12 @@ def load_snapshot(run: Path, resolution: int | None = None, nimg: int | None = N
     return Snapshot(stage.resolution, progress["nimg"], family, ema, mark, plan, checkpoint)
 
 
-def run_config(run: Path) -> Config:
+def run_config(run: Path, places: Sequence[str] = ()) -> Config:
     """The config of a run; chooses its device, so it comes before ranks join each other.
+
+    Args:
+        run: folder of the run.
+        places: ``KEY=VALUE`` changes of where data and guides lie now.
 
     Raises:
         ConfigError: ``run`` is no run.
@@ -116,7 +127,7 @@ def run_config(run: Path) -> Config:
     """
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: no run here (config.yaml is missing): give the folder of a run")
-    config = load_config(run / "config.yaml").model_copy(update={"run": run})
+    config = load_config(run / "config.yaml", list(places)).model_copy(update={"run": run})
     dist.use_device(config.device)
     return config
 
@@ -131,7 +142,10 @@ def _checkpoint_at(config: Config, stage: StageConfig, nimg: int) -> Checkpoint 
     if not folder.is_dir():
         return None
     try:
-        return load_checkpoint(folder)
+        found = load_checkpoint(folder)
+        if trouble := state_trouble(found.state):
+            raise ValueError(f"{folder}: state.json cannot be used: {trouble}")
+        return found
     except ValueError as error:
         raise ConfigError(f"{error}: take another checkpoint") from None
 

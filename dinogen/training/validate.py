@@ -17,6 +17,7 @@ from dinogen.metrics.names import GUIDE_DIVERSITY, better, chosen_names
 from dinogen.metrics.suite import Subject, measure, why_not
 from dinogen.training.heldout import chosen_samples, held_out_means
 from dinogen.training.jsonl import append_line, cut_lines
+from dinogen.training.labels import class_shares
 from dinogen.training.measure import guide_diversity, real_pictures, subject_of
 from dinogen.training.stages import due
 from dinogen.training.state import StageState
@@ -108,9 +109,9 @@ class Validator:
         train = real_pictures(state.data, state.config.data.split, None, resolution, "data.split")
         num = self.config.num_generated
         facts = state.family.describe()
-        return subject_of(
-            state.family, state.ema.networks, num, real, train, state.config.metrics, facts
-        )
+        shares = class_shares(state.family, state.data) if state.family.inputs.labels else None
+        networks, metrics = state.ema.networks, state.config.metrics
+        return subject_of(state.family, networks, num, real, train, metrics, facts, shares)
 
     def _check(self) -> None:
         """Say before the first step what will not be measured, and refuse to do without it."""

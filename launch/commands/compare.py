@@ -42,7 +42,8 @@ def compare(
     """Put runs side by side: figures, curves, pictures, and where every number comes from.
 
     A run whose end was never measured (dinogen evaluate) or looked at (dinogen look) is first,
-    unless --as-is is given. One that failed is listed with what is known of it.
+    unless --as-is is given. One that failed, or whose files are damaged, is listed with what is
+    known of it, and all others are compared. The exit code is 1 if every run is damaged.
 
     The page, index.html, holds all it needs; comparison.json and comparison.md say the same.
 
@@ -56,26 +57,29 @@ def compare(
     """
     from dinogen.errors import UserError
     from dinogen.report.compare import write_comparison
-    from dinogen.report.compare_read import find_runs
+    from launch.compared import folders_of, sort_words
     from launch.logs import setup_logging
     from launch.missing import make_missing
     from launch.over_training import measure_over_training
-    from launch.study import is_study, study_configs
 
     setup_logging()
-    changes = [item for item in runs if "=" in item and not Path(item).exists()]
-    folders: list[Path] = []
-    for path in (Path(item) for item in runs if item not in changes):
-        if path.is_dir() and is_study(path):
-            folders += [config.run for config in study_configs(path).values()]
-        else:
-            folders += find_runs([path])
-    problems = [] if as_is else make_missing(folders, metrics, changes)
+    paths, changes = sort_words(runs)
+    folders, problems = folders_of(paths)
+    if not as_is:
+        problems += make_missing(folders, metrics, changes)
     if over_training:
         if metrics is None or as_is:
             raise UserError("--over-training: say what is measured: --metrics fid; not --as-is")
         problems += measure_over_training(folders, metrics, changes)
     for problem in problems:
         typer.echo(problem, err=True)
-    page = write_comparison(folders, out, title)
-    typer.echo(f"{len(folders)} runs: {page}")
+    done = write_comparison(folders, out, title)
+    for name, troubles in done.damaged.items():
+        typer.echo(f"DAMAGED {name}: {'; '.join(troubles)}", err=True)
+    said = f"{len(folders)} runs"
+    if done.damaged:
+        said += f", {len(done.damaged)} of them with damaged files (see Failures)"
+    typer.echo(f"{said}: {done.page}")
+    if not done.num_sound:
+        typer.echo("dinogen: no run is sound", err=True)
+        raise typer.Exit(1)

@@ -15,6 +15,10 @@ def register(app: typer.Typer) -> None:
 
 def look(
     run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Where things lie now: data.path=FOLDER."),
+    ] = None,
     stage: Annotated[
         int | None, typer.Option(help="Resolution; the largest trained by default.", metavar="R")
     ] = None,
@@ -46,7 +50,7 @@ def look(
     from launch.logs import setup_logging
 
     setup_logging()
-    index = write_looks(run, stage, nimg, seed, out)
+    index = write_looks(run, stage, nimg, seed, out, changes or ())
     entries = json.loads(index.read_text(encoding="utf-8"))
     for name, entry in entries.items():
         typer.echo(f"  {name}: {entry['file'] or 'left out: ' + entry['reason']}")

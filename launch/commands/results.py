@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,16 +62,24 @@ def evaluate(
     ],
     changes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[metrics.KEY=VALUE]...", help="Changes to the section metrics:."),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Changes to the section metrics:, and where things lie now: data.path=FOLDER, "
+            "guide.path=FOLDER.",
+        ),
     ] = None,
     metrics: Annotated[
         str | None,
-        typer.Option(help="Which, separated by commas; all by default.", metavar="fid,kid"),
+        typer.Option(
+            help="Which, separated by commas; all by default. held_out is what the family itself "
+            "measures.",
+            metavar="fid,kid",
+        ),
     ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
-            help="Real pictures to compare with: packed shards or a folder; the run's own data by "
+            help="Real images to compare with: packed shards or a folder; the run's own data by "
             "default.",
             metavar="DATA",
         ),
@@ -92,17 +101,26 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            help="So many pictures are generated, or read of a folder, and at most so many "
+            help="So many images are generated, or read of a folder, and at most so many "
             "held-out samples; metrics.num_samples and all by default.",
         ),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File (.json) or folder to write to; beside what is measured by default.",
+            metavar="FILE|FOLDER",
+        ),
+    ] = None,
 ) -> None:
-    """Measure a checkpoint, or a folder of pictures, against real ones.
+    """Measure a checkpoint, or a folder of images, against real ones.
 
     Of a run: what its family measures on held-out samples, and metrics of
-    generated pictures such as FID (docs/metrics.md). What cannot be had, for
-    want of weights, is said with the mend; all else is measured. Under torchrun
-    the work is shared among the ranks; the figures stay the same.
+    generated images such as FID (docs/metrics.md). Only what the metrics need is
+    loaded. Where weights, data or the guide are missing, what needs them is
+    reported with the reason, and all else is measured. Each figure is printed as
+    soon as it is known; the exit code is 1 if there is none. Under torchrun the
+    work is shared among the ranks; the figures stay the same.
 
     [bold]Examples[/bold]
 
@@ -110,31 +128,43 @@ def evaluate(
 
       dinogen evaluate runs/first --metrics fid768,kid768 metrics.inception768=folded.safetensors
 
-      dinogen evaluate pictures --reference data/faces --metrics fid,precision,recall
+      dinogen evaluate moved/first data.path=/mnt/faces --out first.json
+
+      dinogen evaluate images --reference data/faces --metrics fid,precision,recall
 
       python -m launch.torchrun --standalone --nproc-per-node 4 -m launch.cli evaluate runs/first
     """
     from dinogen import dist
     from dinogen.training.evaluate import evaluate as evaluate_run
     from dinogen.training.evaluate_folder import evaluate_folder, is_folder_of_pictures
-    from dinogen.training.evaluation import RESULT
+    from dinogen.training.evaluation import find_path
     from launch.logs import setup_logging
-    from launch.measured import lines_of
+    from launch.measured import closing_lines, lines_of, measured_now
 
     setup_logging(quiet=not dist.is_main())
+
+    def tell(part: dict[str, Any]) -> None:
+        for line in lines_of(part):
+            typer.echo(line)
+        sys.stdout.flush()  # also into a pipe: what follows may take long, or fail
+
     names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
     wish: dict[str, Any] = {"names": names, "reference": reference, "changes": changes or ()}
+    wish |= {"out": out, "tell": tell}
     if is_folder_of_pictures(place):
         result = evaluate_folder(place, num_samples, split=split, **wish)
-        written = place / RESULT
+        written = find_path(place, out)
     else:
         if place.parent.name == "checkpoints" and place.name.isdigit():
             stage, nimg = int(place.parents[1].name.partition("x")[0]), int(place.name)
             place = place.parents[2]
         result = evaluate_run(place, stage, split, num_samples, nimg=nimg, **wish)
-        written = place / f"{result['resolution']}x{result['resolution']}" / RESULT
+        written = find_path(place / f"{result['resolution']}x{result['resolution']}", out)
     if dist.is_main():
-        for line in lines_of(result):
+        for line in closing_lines(result):
             typer.echo(line)
-        typer.echo(written)
+        typer.echo(written if result["kept"] else f"NOT KEPT: {written} cannot be written")
     dist.shutdown()
+    if not measured_now(result):
+        typer.echo("dinogen: nothing was measured", err=True)
+        raise typer.Exit(1)

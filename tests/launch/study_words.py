@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typer.testing import CliRunner
 
+from dinogen.report.compare import Written
 from launch.cli import app
 
 
@@ -11,7 +12,7 @@ def compared(runs, out, title):
     """In the place of the comparison: notes what it was asked for."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "runs").write_text("\n".join(map(str, runs)))
-    return out / "runs"
+    return Written(out / "runs", {}, len(runs))
 
 
 def study(command, path, *words):

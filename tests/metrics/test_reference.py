@@ -101,7 +101,7 @@ def test_a_damaged_cache_is_worked_out_anew(damage, data, tmp_path, caplog):
     damage(path, good)
     judge = Means()
     seen = ask(val(data), judge, cache)
-    assert judge.num_seen == 8 and "is worked out anew" in caplog.text
+    assert judge.num_seen == 8 and "is worked out again" in caplog.text
     assert torch.equal(seen.moments.total, expected.moments.total)
     judge = Means()
     ask(val(data), judge, cache)

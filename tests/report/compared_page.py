@@ -59,7 +59,7 @@ class Page(HTMLParser):
 
 
 def compare(out, *runs, title="Five runs"):
-    page = write_comparison(runs, out, title)
+    page = write_comparison(runs, out, title).page
     data = json.loads((out / "comparison.json").read_text())
     return Page(page.read_text()), data, (out / "comparison.md").read_text()
 

@@ -24,7 +24,7 @@ def page_file(tmp_path_factory):
         make_run(folder / f"a_run_with_a_name_that_is_rather_long_{n}", measured=measured, seed=n)
         for n in range(3)
     ]
-    return write_comparison(runs, folder / "out", "A comparison")
+    return write_comparison(runs, folder / "out", "A comparison").page
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -116,7 +116,7 @@ def test_the_files_that_a_run_writes_measure_the_same(run, place, tmp_path):
     done = command(*words, *settings(place))
     assert done.exit_code == 0, done.output
     found = written(out)
-    assert found["num_samples"] == 50 and "50 pictures of 16x16 in" in done.stdout
+    assert found["num_samples"] == 50 and "50 images of 16x16 in" in done.stdout
     # alone a picture may be rounded to the next value where in a batch it was not
     assert values(found) == pytest.approx(values(alone), rel=1e-3)
     assert found["fingerprints"] == alone["fingerprints"]
@@ -184,7 +184,7 @@ def test_a_checkpoint_by_its_folder_and_one_that_is_not_there(run):
     ("words", "message"),
     [
         (["--metrics", "fdi"], "--metrics: no metric 'fdi': did you mean fid?"),
-        (["run=elsewhere"], "run=elsewhere: only keys of metrics: can be changed here"),
+        (["run=elsewhere"], "run=elsewhere: only keys of metrics: and places"),
         (["metrics.dinov=x"], "unknown key 'metrics.dinov': did you mean 'dinov2'?"),
     ],
 )
