@@ -164,7 +164,9 @@ class PackedDataset(Dataset):
         return count, first
 
     def label_fault(self, split: str = "train") -> str:
-        """As `Dataset.label_fault`."""
+        """As `Dataset.label_fault`; nothing is fetched for that from behind a URL."""
+        if "://" in self.location:
+            return ""
         table = self.table(split)
         for number, shard in enumerate(table.shards):
             for fault in table.index(number).faults:

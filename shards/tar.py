@@ -37,8 +37,8 @@ _NO_DATA = {
 }
 _OTHER = {
     b"V": "volume label",
-    b"M": "continued file of another volume",
-    b"D": "list of a folder",
+    b"M": "continued file",
+    b"D": "folder listing",
 }
 # The last digit of a header's checksum and what ends it.
 _CHECKSUM = re.compile(rb"[0-7]\0 ")

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from dinogen.training.checkpoint import load_checkpoint, newest_checkpoint, save
 from dinogen.training.console import duration
 from dinogen.training.lock import run_lock
 from dinogen.training.logger import Logger
+from dinogen.training.preflight import check_run
 from dinogen.training.run import train
 from dinogen.training.trainer import TrainingError
 from shards import Sample, open_dataset, pack
+from tests.families.tiny import tiny_config
 
 from .helpers import stage
 
@@ -35,6 +38,29 @@ def damaged(data_folder, tmp_path):
     content[last - 40] ^= 1
     (folder / tar).write_bytes(content)
     return folder
+
+
+def test_images_too_small_for_a_stage_are_known_first(tmp_path, caplog):
+    """A tar from elsewhere, in which one image is smaller than the second stage."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for number in range(8):
+            image, side = io.BytesIO(), 16 if number == 3 else 32
+            Image.new("RGB", (side, side), (number * 30, 0, 0)).save(image, "PNG")
+            info = tarfile.TarInfo(f"{number}.png")
+            info.size = image.tell()
+            image.seek(0)
+            tar.addfile(info, image)
+    stages = [{"resolution": size, "kimg": 1, "batch": 4, "lr": 1e-3} for size in (16, 32)]
+    wanted = (folder, tmp_path / "run", f"stages={json.dumps(stages)}")
+    config, data = tiny_config("dcgan", *wanted), open_dataset(folder)
+    with pytest.raises(ConfigError, match=r"1 of the 8 images .* 32x32 .*\(3 of a.tar is 16x16\)"):
+        check_run(config, [0, 1], data)
+    assert not (tmp_path / "run").exists()
+    check_run(config, [0], data)
+    check_run(tiny_config("dcgan", *wanted, "data.on_error=skip"), [0, 1], data)
+    assert "they are passed over" in caplog.text
 
 
 @pytest.mark.parametrize("change", ["seed=5", "family.z_dim=9", "stages.0.lr=0.02"])
