@@ -32,8 +32,8 @@ def run_lock(run: Path) -> Iterator[None]:
             file = path.open("w")
         except OSError as error:
             raise ConfigError(
-                f"run: {error.filename or run} cannot be written ({error.strerror}): make it "
-                "writable, or set run= to another folder"
+                f"{error.filename or run}: {error.strerror}: choose a folder that can be written "
+                "(run=), or make this one writable"
             ) from None
         if lock(file, path, shared=False, wait=False) is Locked.BUSY:
             file.close()

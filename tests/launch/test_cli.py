@@ -224,3 +224,4 @@ def test_a_log_file_has_whole_lines(monkeypatch):
     setup_logging(quiet=True)
     logging.getLogger("dinogen.test").warning("of another rank")
     assert "another rank" not in stream.getvalue()
+    setup_logging()  # not to silence the tests that follow in this process
