@@ -58,3 +58,12 @@ def why_not_writable(path: Path, make: bool) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
+
+
+def next_free(path: Path) -> Path:
+    """The path, or the first of ``PATH-2``, ``PATH-3`` and so on that is not there."""
+    free, number = path, 1
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

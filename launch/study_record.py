@@ -6,7 +6,6 @@ What is done is read from the runs' own files; this is for people, and tells wha
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from dinogen.errors import UserError
-from dinogen.files import write_json
+from dinogen.files import next_free, write_json
 from dinogen.report.runfiles import read_attempts, read_object
 from launch.study_plan import Study, StudyRun
 from shards.lock import Locked, lock
@@ -157,15 +156,6 @@ def read_record(study: Study) -> Record:
         log.warning("%s%s; what is done is known from the runs", record.path, trouble)
     record.damaged = bool(troubles)
     return record
-
-
-def next_free(path: Path) -> Path:
-    """The path, or the first of ``PATH-2``, ``PATH-3`` and so on that is not there."""
-    free, number = path, 1
-    while os.path.lexists(free):
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
 
 
 @contextmanager

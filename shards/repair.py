@@ -319,7 +319,11 @@ def _known_lost(report: ShardReport) -> list[str]:
 
 def _adopt(folder: Path) -> list[str]:
     manifest, remarks = adopt(folder)
-    done = [f"{MANIFEST}: made from {len(manifest.shards)} plain tars, with their indexes"]
+    count = len(manifest.shards)
+    tars = (
+        "1 plain tar, with its index" if count == 1 else f"{count} plain tars, with their indexes"
+    )
+    done = [f"{MANIFEST}: made from {tars}"]
     if manifest.guide:
         done.append(f"{MANIFEST}: guide and prepare taken from {STATISTICS}")
     elif manifest.levels:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,12 @@ class Survey:
     links: Counter[str] = field(default_factory=Counter)
     keys_twice: list[str] = field(default_factory=list)
 
-    def remarks(self, faults: bool = True) -> list[str]:
+    def remarks(self, named: Set[tuple[str, str]] | None = None) -> list[str]:
         """What a user has to know about a tar that can be used, one line each.
 
         Args:
-            faults: name members that cannot be used and keys that occur twice as well.
+            named: (key, suffix) of the faults that are named elsewhere, keys that occur twice
+                among them; None if none are.
         """
         lines = []
         if self.links:
@@ -114,11 +115,17 @@ class Survey:
             lines.append(f"passed over, for they are no files: {kinds}")
         if self.without_image and self.index is not None:
             lines.append(f"passed over, for they have no image: {_listed(self.without_image)}")
-        if faults and self.keys_twice:
+        if named is None and self.keys_twice:
             lines.append(f"keys that occur twice: {_listed(self.keys_twice)}")
-        if faults and self.index is not None and self.index.faults:
-            shown = [f"{self.index.key(f.row)}.{f.suffix}: {f.what}" for f in self.index.faults]
-            lines.append(f"cannot be used: {_listed(shown)}")
+        if self.index is not None:
+            found = ((self.index.key(fault.row), fault) for fault in self.index.faults)
+            shown = [
+                f"{key}.{fault.suffix}: {fault.what}"
+                for key, fault in found
+                if (key, fault.suffix) not in (named or ())
+            ]
+            if shown:
+                lines.append(f"members that cannot be used: {_listed(shown)}")
         if self.index is not None and self.index.indirect:
             count = len(self.index.indirect)
             lines.append(

@@ -201,7 +201,9 @@ def _take(found: Findings, name: str, report: ShardReport, keys: _Keys) -> None:
     found.problems += report.problems
     found.num_shards += 1
     if report.survey is not None:
-        found.remarks += [f"{name}: {line}" for line in report.survey.remarks(faults=False)]
+        named = {(problem.key, problem.member) for problem in report.problems}
+        lines = report.survey.remarks(named)
+        found.remarks += [f"{name}: {line}" for line in lines]
     if report.index is not None:
         found.num_samples += len(report.index)
         found.problems += keys.of(name, report.index)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dinogen.errors import UserError
-from dinogen.files import write_bytes
+from dinogen.files import next_free, write_bytes
 from dinogen.report.runfiles import line_nimg, read_raw
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ def cut_lines(path: Path, nimg: int) -> None:
     """Drop what was written past ``nimg``, and every line that is damaged or was cut off.
 
     A file with damage that no kill explains, which cuts off the last line alone, is kept beside the
-    new one as ``NAME.damaged``.
+    new one as ``NAME.damaged``, ``NAME.damaged-2`` and so on.
 
     Raises:
         UserError: the file cannot be read, or something else stands in its place.
@@ -34,7 +34,7 @@ def cut_lines(path: Path, nimg: int) -> None:
     if damaged:
         log.warning("%s: %d damaged lines are dropped", path, damaged)
         if damaged > 1 or found.value.endswith(b"\n") or line_nimg(lines[-1]) < math.inf:
-            kept_as = path.with_name(f"{path.name}.damaged")
+            kept_as = next_free(path.with_name(f"{path.name}.damaged"))
             write_bytes(kept_as, found.value)
             log.warning("%s: as it was, it is kept as %s", path, kept_as)
     text = b"".join(kept)

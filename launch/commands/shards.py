@@ -102,7 +102,11 @@ def verify(data: Location, cache_dir: CacheDir = None, cache_gb: CacheGb = None)
     for line in found.remarks:
         typer.echo(printable(line))
     if not found.problems:
-        typer.echo(f"{data}: {found.num_samples:,} samples in {found.num_shards} shards, sound")
+        samples, shard_count = (
+            _count(found.num_samples, "sample"),
+            _count(found.num_shards, "shard"),
+        )
+        typer.echo(f"{data}: {samples} in {shard_count}, sound")
         return
     for problem in found.problems:
         typer.echo(printable(str(problem)))

@@ -152,6 +152,20 @@ def test_features_that_are_no_numbers_are_named(tmp_path: Path, value: float):
     assert dataset.read([2], image_size=16)["key"] == ["2"]
 
 
+def test_arrays_that_are_no_level_are_named_by_verify_too(tmp_path: Path):
+    file = io.BytesIO()
+    np.save(file, np.zeros((4, 4, 3), np.float16))
+    make(
+        tmp_path,
+        [m for i in range(3) for m in ((f"{i}.jpg", jpeg(i, 16)), (f"{i}.p4.npy", square))],
+    )
+    needed = "0.p4.npy: has shape (4, 4, 3), needed is (16, C)"
+    for command in ("verify", "index", "verify"):
+        status, said = run(command, tmp_path)
+        assert status == 0
+        assert needed in said, command
+
+
 @pytest.mark.parametrize("suffix", ["webp", "JPG", "jpeg", "JPEG", "PNG"])
 def test_images_by_any_of_their_suffixes(tmp_path: Path, suffix: str):
     kind = {"webp": "WEBP", "PNG": "PNG"}.get(suffix, "JPEG")
