@@ -157,7 +157,11 @@ def test_arrays_that_are_no_level_are_named_by_verify_too(tmp_path: Path):
     np.save(file, np.zeros((4, 4, 3), np.float16))
     make(
         tmp_path,
-        [m for i in range(3) for m in ((f"{i}.jpg", jpeg(i, 16)), (f"{i}.p4.npy", square))],
+        [
+            m
+            for i in range(3)
+            for m in ((f"{i}.jpg", jpeg(i, 16)), (f"{i}.p4.npy", file.getvalue()))
+        ],
     )
     needed = "0.p4.npy: has shape (4, 4, 3), needed is (16, C)"
     for command in ("verify", "index", "verify"):
