@@ -46,7 +46,7 @@ class FuzzData:
                     members.append((f"{split}{number:03d}", encode(next(left))))
                     number += 1
                 write_shard(folder / f"{split}-{shard:05d}.tar", split, members)
-        adopt(folder).model_copy(update={"guide": self.guide}).save(folder)
+        adopt(folder)[0].model_copy(update={"guide": self.guide}).save(folder)
         first = {"train": 0, "val": sum(case.train)}
         for split, number in case.corrupt:
             for array in self.samples[first[split] + number].levels.values():

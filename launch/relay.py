@@ -10,6 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+# Here and not where it is used: a second signal would find it half imported by the first one's
+# handler.
+import psutil
+
 IGNORABLE = (signal.SIGHUP, signal.SIGQUIT)
 _EVERY = 0.2  # seconds between two looks for workers that can take the signal
 _SAME = 5.0  # seconds in which further signals mean the same as the one before
@@ -88,8 +92,6 @@ class Relay:
 
 def children(pid: int) -> list[int]:
     """Process ids of the children of a process; none if it is gone."""
-    import psutil
-
     try:
         return [child.pid for child in psutil.Process(pid).children()]
     except psutil.NoSuchProcess:

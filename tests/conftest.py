@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -65,3 +66,21 @@ def _files_of_the_stack() -> Iterator[Path]:
 if os.environ.get("DINOGEN_TESTS_WITHOUT_TORCH") == "1":
     assert importlib.util.find_spec("torch") is None, "torch is here: run the tests with it"
     sys.meta_path.append(_SkipWithoutTorch())
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A command sets up the log of its process: the next test has neither its level nor a handler
+    whose stream is closed."""
+    root = logging.getLogger()
+    loggers = [root, *map(logging.getLogger, ("dinogen", "shards", "launch"))]
+    levels = [logger.level for logger in loggers]
+    handlers = list(root.handlers)
+    yield
+    root.handlers[:] = [h for h in root.handlers if h in handlers or _is_pytests(h)]
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def _is_pytests(handler: logging.Handler) -> bool:
+    return type(handler).__module__.startswith("_pytest")
