@@ -60,6 +60,8 @@ from dinogen.config_training import (
 from dinogen.errors import ConfigError as ConfigError
 
 log = logging.getLogger(__name__)
+# Runs of which this process has said that they were moved.
+_told: set[Path] = set()
 _GUIDE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _STAGE_FOLDER = re.compile(r"([1-9]\d*)x\1")
 
@@ -201,7 +203,9 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     here = path.parent
     if config.run.resolve() == here.resolve():
         return config
-    log.info("%s lies in the folder of a run: it means this run, not %s", path, config.run)
+    if here not in _told:
+        _told.add(here)
+        log.info("%s lies in the folder of a run: it means this run, not %s", path, config.run)
     return config.model_copy(update={"run": here})
 
 

@@ -20,7 +20,7 @@ from dinogen.training.data import open_data
 from dinogen.training.jsonl import cut_lines
 from dinogen.training.lock import run_lock
 from dinogen.training.preflight import check_run
-from dinogen.training.stages import find_stage, with_lengths
+from dinogen.training.stages import StagePlan, find_stage, with_lengths
 from dinogen.training.state import StageState, is_finished
 from dinogen.training.stop import StopFlag
 from dinogen.training.trainer import Trainer
@@ -74,12 +74,6 @@ def _train_stage(config: Config, index: int, stop: StopFlag) -> dict[str, Any]:
         log.info("stage %dx%d is finished already", stage.resolution, stage.resolution)
         return finished
     state = StageState(config, index)
-    if state.progress.nimg >= state.plan.end + stage.batch and dist.is_main():
-        log.warning(
-            "stage %dx%d: its checkpoint has seen %d images and the config ends it at %d (kimg or "
-            "epochs were lowered): the stage counts as finished",
-            stage.resolution, stage.resolution, state.progress.nimg, state.plan.end,
-        )  # fmt: skip
     if not state.finished:
         Trainer(state, stop).run()
     result = None
@@ -103,6 +97,13 @@ def _finished_result(config: Config, index: int) -> dict[str, Any] | None:
     path = checkpoint.folder.parent.parent / "result.json"
     result = None
     if dist.is_main() and is_finished(config, stage, state):
+        nimg, end = state["progress"]["nimg"], StagePlan(stage, state["start"]).end
+        if nimg >= end + stage.batch:
+            log.warning(
+                "stage %dx%d: its checkpoint has seen %d images and the config ends it at %d (kimg "
+                "or epochs were lowered): the stage counts as finished",
+                stage.resolution, stage.resolution, nimg, end,
+            )  # fmt: skip
         read = read_result(path)
         for trouble in read.told():
             log.warning("%s: it is written again", trouble)

@@ -64,7 +64,7 @@ def test_a_moved_run_measures_what_needs_no_data(run, disc_data, monkeypatch):  
     assert "  faces: " in done.stdout and "not available" not in done.stdout
     done = command(moved, "--metrics", "faces,fd_onet")
     assert done.exit_code == 0
-    assert "not available: fd_onet: data/nowhere is not a folder" in done.stdout
+    assert "not available: fd_onet: data.path: data/nowhere is not there" in done.stdout
     assert "give data.path=FOLDER" in done.stdout
     done = command(moved, "--metrics", "fd_onet", f"data.path={disc_data}")
     assert done.exit_code == 0 and "  fd_onet: " in done.stdout
