@@ -248,3 +248,28 @@ def test_compressed_tars_beside_plain_ones_are_said(tmp_path: Path, caplog):
     with caplog.at_level(logging.WARNING):
         assert open_dataset(tmp_path).num_samples() == 2
     assert "1 compressed tars are not read" in caplog.text
+
+
+@pytest.mark.parametrize("place", [5, 9])
+def test_a_sample_whose_only_header_is_damaged_counts_as_lost(tmp_path: Path, place: int) -> None:
+    tar = make(tmp_path / "data", photos(10))
+    with tarfile.open(tar) as archive:
+        header = archive.getmembers()[place].offset
+    data = bytearray(tar.read_bytes())
+    data[header + 100] ^= 1
+    tar.write_bytes(data)
+    status, output = run("repair", tar.parent)
+    assert status == 1 and "1 sample would be lost" in output, output
+    assert tar.read_bytes() == data
+    status, output = run("repair", tar.parent, "--yes")
+    assert status == 0 and "rewritten with 9 samples, 1 lost" in output, output
+
+
+def test_joined_tars_are_repaired_without_a_loss(tmp_path: Path) -> None:
+    tar = make(tmp_path / "data", photos(3))
+    other = make(tmp_path / "other", [(f"b{name}", data) for name, data in photos(3)])
+    tar.write_bytes(tar.read_bytes() + other.read_bytes())
+    plan = plan_repair(tar.parent)
+    assert plan.num_lost == 0
+    plan.run()
+    assert open_dataset(tar.parent).num_samples("train") == 6
