@@ -342,7 +342,8 @@ def _members(
         for row in rows:
             members = {}
             for number, column in enumerate(index.columns):
-                if index.offsets[row, number] == -1:
+                # webdataset's writer keeps names like `__key__` for itself, and needs a suffix.
+                if index.offsets[row, number] == -1 or column.suffix[:1] in ("", "_"):
                     continue
                 data = read_member(index, row, number, tar.name, descriptor)
                 # The header in the tar is not held by any checksum: written again.
