@@ -114,7 +114,8 @@ class PackedDataset(Dataset):
         """
         if split not in self._tables:
             shards = self.manifest.of_split(split, self.location)
-            self._tables[split] = SampleTable(self.source, shards, self._indexes)
+            levels = self.manifest.levels
+            self._tables[split] = SampleTable(self.source, shards, self._indexes, levels)
         return self._tables[split]
 
     def keys(self, split: str = "train") -> list[str]:

@@ -64,8 +64,14 @@ def _why_none(folder: Path, compressed: list[str]) -> str:
     return "holds neither manifest.json nor any .tar; pack data into it"
 
 
-def describe_plain(folder: Path) -> tuple[Manifest, dict[str, ShardIndex]]:
+def describe_plain(
+    folder: Path, known: Mapping[str, ShardIndex] | None = None
+) -> tuple[Manifest, dict[str, ShardIndex]]:
     """Manifest (without checksums and statistics) and indexes of a folder of plain tars.
+
+    Args:
+        folder: of the tars.
+        known: indexes by the names of their tars; the others are read from disk or made.
 
     Raises:
         ManifestError: if there are no tars, or they hold different levels.
@@ -76,7 +82,7 @@ def describe_plain(folder: Path) -> tuple[Manifest, dict[str, ShardIndex]]:
     errors = []
     for tar in tars:
         try:
-            indexes[tar.name] = load_plain_index(tar)
+            indexes[tar.name] = (known or {}).get(tar.name) or load_plain_index(tar)
         except (IndexFileError, OSError) as error:
             errors.append(str(error))
     raise_for(errors)
@@ -183,7 +189,8 @@ def adopt(folder: Path) -> tuple[Manifest, list[str]]:
         path = tar.with_name(index_files.index_name(tar.name))
         index_files.save(replace(found.index, pixels=pixels), path)
         remarks += [f"{tar.name}: {line}" for line in found.remarks()]
-    manifest, _ = describe_plain(folder)
+    # Not by the times of the files: a tar may come from a clock that is ahead.
+    manifest, _ = describe_plain(folder, found_indexes)
     shards = tuple(
         shard.model_copy(update={"sha256": sha256_file(folder / shard.name)})
         for shard in manifest.shards

@@ -286,7 +286,7 @@ def _plan_plain(folder: Path) -> RepairPlan:
             raise ManifestError(f"{tar}: {report.unfit}")
         if not sound or report.index is None:
             what = report.unfit or "not one of its samples can be read"
-            unusable.append((tar, what, len(report.index or ()) + len(_known_lost(report))))
+            unusable.append((tar, what, len(report.index or ()) + _num_lost(report)))
             continue
         num_left += len(sound)
         if report.torn or report.damaged:
@@ -306,15 +306,17 @@ def _plan_plain(folder: Path) -> RepairPlan:
 def _plan_rewrite(tar: Path, report: ShardReport, sound: list[int], plan: RepairPlan) -> None:
     assert report.index is not None
     index = report.index
-    lost = len(index) - len(sound) + len(_known_lost(report))
+    lost = len(index) - len(sound) + _num_lost(report)
     plan.rewrites = True
     _announce(plan, tar.name, lost, len(sound), report)
     split = split_of_name(tar.name)
     plan.add(lambda: _rewrite(tar, split, index, sound, lost)[1])
 
 
-def _known_lost(report: ShardReport) -> list[str]:
-    return report.survey.lost if report.survey is not None else []
+def _num_lost(report: ShardReport) -> int:
+    """Samples of a plain tar that are not in its index: a lost file may have been a whole one."""
+    found = report.survey
+    return 0 if found is None else max(len(found.lost), found.num_holes)
 
 
 def _adopt(folder: Path) -> list[str]:
@@ -340,7 +342,8 @@ def _members(
         for row in rows:
             members = {}
             for number, column in enumerate(index.columns):
-                if index.offsets[row, number] == -1:
+                # webdataset's writer keeps names like `__key__` for itself, and needs a suffix.
+                if index.offsets[row, number] == -1 or column.suffix[:1] in ("", "_"):
                     continue
                 data = read_member(index, row, number, tar.name, descriptor)
                 # The header in the tar is not held by any checksum: written again.

@@ -87,6 +87,7 @@ class Survey:
         troubles: why it cannot be used as it is.
         torn: headers are damaged, or members are lost: other tools stumble, too.
         lost: keys of samples that are known and cannot be used at all.
+        num_holes: places at which a file is lost, whose sample may not be known.
         without_image: names like `README (md)` of what is no sample.
         links: entries that are no files, by kind.
         keys_twice: keys of several samples.
@@ -96,6 +97,7 @@ class Survey:
     troubles: list[Trouble] = field(default_factory=list)
     torn: bool = False
     lost: list[str] = field(default_factory=list)
+    num_holes: int = 0
     without_image: list[str] = field(default_factory=list)
     links: Counter[str] = field(default_factory=Counter)
     keys_twice: list[str] = field(default_factory=list)
@@ -207,6 +209,7 @@ def _entries(descriptor: int, path: Path, found: Survey) -> list[_Entry]:
         return []
     for error, key in zip(damage, _beside(groups, damage), strict=True):
         found.torn = True
+        found.num_holes += error.loses
         end = error.end
         lost = f"; it goes on at byte {end}" if end is not None else ""
         where = f"here or right behind it: {error}{lost}"

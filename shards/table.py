@@ -84,8 +84,10 @@ class SampleTable:
         source: Source,
         shards: tuple[ShardInfo, ...],
         indexes: dict[str, ShardIndex] | None = None,
+        levels: Mapping[str, LevelInfo] | None = None,
     ) -> None:
         self.shards = shards
+        self._levels = levels
         self.starts = np.concatenate(([0], np.cumsum([s.num_samples for s in shards])))
         self.num_samples = int(self.starts[-1])
         self._source = source
@@ -113,7 +115,7 @@ class SampleTable:
             if shard in self._broken:
                 raise self._broken[shard]
             try:
-                found = load_index(self._source, self.shards[shard])
+                found = load_index(self._source, self.shards[shard], self._levels)
             except FetchError:
                 raise
             except ShardsError as error:
@@ -216,8 +218,10 @@ class SampleTable:
             return self._files[shard]
 
 
-def load_index(source: Source, shard: ShardInfo) -> ShardIndex:
-    """Index of a shard of a manifest, made anew if it is missing or does not fit.
+def load_index(
+    source: Source, shard: ShardInfo, levels: Mapping[str, LevelInfo] | None = None
+) -> ShardIndex:
+    """Index of a shard, made again with these levels if it is missing or does not fit.
 
     Raises:
         IndexFileError: if it cannot be used, and the tar is missing or does not fit the manifest.
@@ -245,7 +249,7 @@ def load_index(source: Source, shard: ShardInfo) -> ShardIndex:
             f"{shard.name} differs from what manifest.json says and has no usable index; "
             f"run `dinogen shards verify`, then restore it or run `dinogen shards repair`"
         )
-    index = build_index(file.path, with_sums=True, pixels=False)
+    index = build_index(file.path, with_sums=True, pixels=False, levels=levels)
     if len(index) != shard.num_samples:
         raise IndexFileError(
             f"{shard.name} holds {len(index)} samples, manifest.json says {shard.num_samples}; "

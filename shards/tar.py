@@ -55,10 +55,11 @@ class TarError(Exception):
         offset: first byte that cannot be read as a tar.
         end: where a sound header was found behind it; None if there is none.
         what: what is wrong.
+        loses: whether a file is lost here, which may have been a whole sample.
     """
 
-    def __init__(self, offset: int, what: str, end: int | None = None) -> None:
-        self.offset, self.what, self.end = offset, what, end
+    def __init__(self, offset: int, what: str, end: int | None = None, loses: bool = True) -> None:
+        self.offset, self.what, self.end, self.loses = offset, what, end, loses
         super().__init__(f"{what} at byte {offset}")
 
 
@@ -147,9 +148,8 @@ class _Walk:
             block = os.pread(self._descriptor, BLOCK + _HEAD, position)
             header = block[:BLOCK]
             if len(header) < BLOCK:
-                raise TarError(
-                    position, "the end-of-archive blocks are missing: the tar is cut off"
-                )
+                what = "the end-of-archive blocks are missing: the tar is cut off"
+                raise TarError(position, what, loses=bool(header))
             if header.count(0) == BLOCK:
                 self._check_end(position)
                 return None
@@ -177,7 +177,8 @@ class _Walk:
                 if self._untrusted:
                     self._untrusted = False
                     what = f"the name of the file {member.name} may be lost"
-                    raise TarError(position, what, self._position)
+                    # The damage before it counts for both.
+                    raise TarError(position, what, self._position, loses=False)
                 return member
             else:
                 self._passed_over[
@@ -212,16 +213,15 @@ class _Walk:
         first, second = (
             os.pread(self._descriptor, BLOCK, at) for at in (position, position + BLOCK)
         )
-        if first.count(0) == second.count(0) == BLOCK and _is_zero(
-            self._descriptor, position, found
-        ):
+        only_zeros = _is_zero(self._descriptor, position, found)
+        if only_zeros and first.count(0) == second.count(0) == BLOCK:
             what = "another tar follows behind the end-of-archive blocks (were tars joined by cat?)"
         else:
             what = "a zeroed block stands where a header has to be, and more files follow"
         self._untrusted = _is_about_next(
             os.pread(self._descriptor, min(found - position, _HEAD), position)
         )
-        raise TarError(position, what, found)
+        raise TarError(position, what, found, loses=not only_zeros)
 
     def _behind_empty(self, start: int, size: int) -> int:
         """Where the header behind a link, a device or a folder is: some store content of links."""

@@ -9,6 +9,7 @@ import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 from typer.testing import CliRunner
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from launch.commands.shards import app
 from shards import open_dataset
 from shards.errors import ManifestError, ShardsError
+from shards.index import load
 from shards.repair import plan_repair, repair
 from shards.scan import scan
 from shards.tar import walk
@@ -248,3 +250,54 @@ def test_compressed_tars_beside_plain_ones_are_said(tmp_path: Path, caplog):
     with caplog.at_level(logging.WARNING):
         assert open_dataset(tmp_path).num_samples() == 2
     assert "1 compressed tars are not read" in caplog.text
+
+
+@pytest.mark.parametrize("place", [5, 9])
+def test_a_sample_whose_only_header_is_damaged_counts_as_lost(tmp_path: Path, place: int) -> None:
+    tar = make(tmp_path / "data", photos(10))
+    with tarfile.open(tar) as archive:
+        header = archive.getmembers()[place].offset
+    data = bytearray(tar.read_bytes())
+    data[header + 100] ^= 1
+    tar.write_bytes(data)
+    status, output = run("repair", tar.parent)
+    assert status == 1 and "1 sample would be lost" in output, output
+    assert tar.read_bytes() == data
+    status, output = run("repair", tar.parent, "--yes")
+    assert status == 0 and "rewritten with 9 samples, 1 lost" in output, output
+
+
+def test_joined_tars_are_repaired_without_a_loss(tmp_path: Path) -> None:
+    tar = make(tmp_path / "data", photos(3))
+    other = make(tmp_path / "other", [(f"b{name}", data) for name, data in photos(3)])
+    tar.write_bytes(tar.read_bytes() + other.read_bytes())
+    plan = plan_repair(tar.parent)
+    assert plan.num_lost == 0
+    plan.run()
+    assert open_dataset(tar.parent).num_samples("train") == 6
+
+
+def test_members_that_the_writer_cannot_name_do_not_stop_a_repair(tmp_path: Path) -> None:
+    odd = [("000.__key__", b"000"), ("001.", b"x"), ("002._x", b"y")]
+    tar = make(tmp_path / "data", sorted(photos(8) + odd))
+    data = bytearray(tar.read_bytes())
+    data[data.index(b"007.jpg") + 100] ^= 1
+    tar.write_bytes(data)
+    repair(tar.parent, allow_loss=True)
+    assert len(open_dataset(tar.parent).keys()) == 7
+
+
+def test_a_lost_index_is_made_again_as_the_manifest_has_the_levels(tmp_path: Path) -> None:
+    for number, dtype in enumerate(("<f2", "<f4")):
+        file = io.BytesIO()
+        np.save(file, np.ones((16, 8), dtype))
+        members = [(f"{number}.jpg", jpeg(number, 16)), (f"{number}.p4.npy", file.getvalue())]
+        tar = make(tmp_path / "data", members, f"train-{number}.tar")
+        # A clock that was ahead: its index is older for good.
+        os.utime(tar, (4e9, 4e9))
+    assert run("index", tar.parent)[0] == 0
+    index = tar.with_name("train-1.index.npz")
+    assert load(index).sums is not None
+    index.unlink()
+    batch = open_dataset(tar.parent).read([0, 1], levels=["p4"])
+    assert batch["key"] == ["0", "1"]
