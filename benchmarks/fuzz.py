@@ -85,6 +85,8 @@ class Fuzz:
             place / "log",
             case.node_each,
         )
+        if not whole and (case.fault is None or case.fault.how == "ConfigError"):
+            return check_reason(ranks, case)
         if not whole:
             return self.check_error(ranks, case, alone)
         _finish(ranks, 0)
@@ -192,6 +194,16 @@ class Fuzz:
         path = place / f"{run}.yaml"
         path.write_text(yaml.safe_dump(base))
         return path
+
+
+def check_reason(ranks: ForkedRanks, case: Case) -> str:
+    """What cannot be measured stops nothing else, and rank 0 says why it is missing."""
+    _finish(ranks, 0)
+    assert case.error is not None
+    for line in ranks.log(0).read_text().splitlines():
+        if line.startswith("  not available: held_out: ") and re.search(case.error, line):
+            return "right reason"
+    raise Violation(f"rank 0 does not say {case.error!r}\n{_end(ranks)}")
 
 
 def _finish(ranks: ForkedRanks, *codes: int) -> None:

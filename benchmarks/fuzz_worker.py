@@ -66,7 +66,7 @@ def install(fault: Fault | None, number: int, folder: Path) -> None:
         "finish": [(run, "finish_stage")],
         "page": [(run, "write_page")],
         "held_out": [(Guided, "held_out")],
-        "result": [(evaluation, "_result")],
+        "result": [(evaluation, "_summarise")],
     }
     passed = [0]
     for owner, name in places[fault.place]:

@@ -28,3 +28,10 @@ def gather_rows(tensor: Tensor, counts: list[int]) -> Tensor:
     padded[: len(tensor)] = tensor.detach()
     parts = dist.all_gather(padded).unflatten(0, (len(counts), most))
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_text(text: str) -> list[str]:
+    """``text`` of every rank, in rank order."""
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    counts = gather_counts(len(data))
+    return [bytes(part.tolist()).decode() for part in gather_rows(data, counts).split(counts)]

@@ -311,8 +311,10 @@ def read_sample(index: ShardIndex, row: int, shard: str, descriptor: int) -> Sam
     ]
     wanted = {image_suffix(suffixes), META_SUFFIX, LABEL_SUFFIX, CAPTION_SUFFIX}
     members: dict[str, bytes] = {}
+    # Of arrays only those count that are levels here; nobody needs the others.
+    arrays = {column.suffix for column in index.columns if column.shape is not None}
     for fault in index.faults:
-        if fault.row == row:
+        if fault.row == row and (fault.suffix in arrays or not level_of_suffix(fault.suffix)):
             raise CorruptSample(shard, key, fault.suffix, fault.what)
     for number, column in enumerate(index.columns):
         if column.suffix in wanted and index.offsets[row, number] != -1:

@@ -64,6 +64,7 @@ MAY_IMPORT = {
         "dinogen.families.base",
         "dinogen.families.registry",
         "dinogen.dist",
+        "dinogen.gather",
         "dinogen.takedown",
         "dinogen.metrics",
         "dinogen.report",

@@ -14,6 +14,7 @@ from torch import nn
 from dinogen import dist
 from dinogen.config import ConfigError
 from dinogen.families.base import Batch, Family
+from dinogen.gather import gather_text
 from dinogen.training.batches import split as to_device
 from dinogen.training.labels import check_labels
 from shards.dataset import Dataset
@@ -99,7 +100,8 @@ def held_out_means(
     except (CorruptSample, ConfigError) as error:
         failure = error
     if dist.any_rank(failure is not None):  # or the others would wait for this one
-        raise failure or ConfigError("a held-out sample cannot be read on another rank")
+        said = gather_text(str(failure or ""))
+        raise failure or ConfigError(next(text for text in said if text))
     if not count:
         # nothing fell to this rank, but it has to know which sums the others will add
         batch = _read(family, data, split, numbers[:1], "skip")
