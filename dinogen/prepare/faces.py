@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -62,8 +63,9 @@ __all__ = [
 ]
 
 REJECTED = "rejected.csv"
-# In a crop's JSON, and no part of a dataset.
+# In a crop's JSON, and no parts of a dataset.
 _FILE = "file"
+_CAPTION = "caption_sha256"  # of the caption as it was written beside the crop
 _NUM_READERS = 8
 
 _logger = logging.getLogger(__name__)
@@ -124,6 +126,10 @@ def write_faces(
             "and complete. If they were taken out on purpose, add --withdraw"
         )
     num_removed = sum(_remove(out, before.pop(source)) for source in withdrawn)
+    if photos.unlistable:
+        _logger.warning(
+            "%s: cannot be listed: crops of photos there are kept", named(photos.unlistable)
+        )
     if withdrawn:
         _logger.warning("%s (%s)", withdrawn_words(len(withdrawn), num_removed), named(withdrawn))
     done: dict[str, list[dict[str, Any]]] = {}
@@ -169,7 +175,10 @@ def write_faces(
                 rejections.setdefault(item.source, []).append(item)
                 continue
             # The image comes last: where it is, its metadata and caption are too.
-            write_json(out / f"{item.key}.json", {"key": item.key, **item.meta, _FILE: item.file})
+            meta = {"key": item.key, **item.meta, _FILE: item.file}
+            if item.caption is not None:
+                meta[_CAPTION] = _sha256(item.caption.encode())
+            write_json(out / f"{item.key}.json", meta)
             if item.caption is not None:
                 write_text(caption_path(out / f"{item.key}.{item.image_format}"), item.caption)
             write_bytes(out / f"{item.key}.{item.image_format}", item.image)
@@ -313,6 +322,7 @@ class FaceFolder:
             return face.key, _plain_meta(face)
         meta = read_json(face.path.with_suffix(".json"))
         meta.pop(_FILE, None)
+        meta.pop(_CAPTION, None)
         return meta.pop("key"), meta
 
     def _read_written(self, face: Photo, caption: str | None) -> Crop:
@@ -466,12 +476,29 @@ def _remove(out: Path, metas: Collection[dict[str, Any]]) -> int:
 def _update_caption(
     out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: FacesConfig
 ) -> str:
-    """Make the captions of a photo's crops that of the photo; why it cannot be used, or ""."""
+    """Make the captions of a photo's crops that of the photo; why it cannot be used, or "".
+
+    A caption that somebody else wrote beside a crop, or edited there, is kept.
+    """
     caption, bad = try_caption(photo.path) if photo.has_caption else (None, "")
     for meta in metas:
         path = caption_path(out / f"{meta['key']}.{config.format}")
-        if caption is None:
+        there = path.read_bytes() if path.exists() else None
+        wanted = None if caption is None else caption.encode()
+        if there is not None and there != wanted and _sha256(there) != meta.get(_CAPTION):
+            _logger.warning("%s: was not copied from the photos: kept as it is", path)
+            continue
+        if wanted is None:
             path.unlink(missing_ok=True)
-        elif not path.exists() or path.read_bytes() != caption.encode():
-            write_text(path, caption)
+            continue
+        if there != wanted:
+            write_bytes(path, wanted)
+        # Second: after a kill in between, the next run finds the same caption and adds this.
+        if meta.get(_CAPTION) != _sha256(wanted):
+            meta[_CAPTION] = _sha256(wanted)
+            write_json(out / f"{meta['key']}.json", meta)
     return bad
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

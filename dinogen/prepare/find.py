@@ -67,7 +67,8 @@ class Photos:
         num_sidecars: number of text and metadata files, such as captions.
         num_hidden: number of hidden and system files and folders; what lies in such a folder is
             not counted.
-        unlistable: sources of the folders that cannot be listed.
+        unlistable: sources of the folders that cannot be listed, and of broken links that may have
+            led to folders; these are also counted in ``left_out``.
     """
 
     photos: tuple[Photo, ...]
@@ -99,6 +100,7 @@ def find_photos(src: Path) -> Photos:
         raise PrepareError(f"{src}: {what}: give the folder that holds the photos")
     found: list[tuple[Path, bool]] = []
     unlistable: list[Path] = []
+    broken: list[Path] = []  # links, perhaps to folders that are not mounted
     visited: set[str] = set()
     others: Counter[str] = Counter()
     num_sidecars = num_hidden = 0
@@ -121,6 +123,8 @@ def find_photos(src: Path) -> Photos:
             elif label in _SIDECARS:
                 num_sidecars += 1
             else:
+                if path.is_symlink() and not path.exists():
+                    broken.append(path)
                 others[label] += 1
     found += [(path, False) for path in unlistable]
     left_out = _most(others)
@@ -135,7 +139,7 @@ def find_photos(src: Path) -> Photos:
         left_out,
         num_sidecars,
         num_hidden,
-        tuple(_source(path.relative_to(src).as_posix()) for path in unlistable),
+        tuple(_source(path.relative_to(src).as_posix()) for path in (*unlistable, *broken)),
     )
 
 

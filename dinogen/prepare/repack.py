@@ -40,14 +40,16 @@ def repacked(out: Path) -> Iterator[Path]:
         PrepareError: ``out`` holds something else.
     """
     target = out.resolve()
-    _check_ours(out)
     fresh = target.with_name(f".{target.name}.repack")
+    before = target.with_name(f"{target.name}.before-repack")
+    if before.exists() and not target.exists():
+        before.rename(target)  # killed between the two renames below
+    if before.exists():
+        raise PrepareError(f"{before}: is in the way: move it elsewhere, or delete it")
+    _check_ours(out)
     yield fresh
     if not (fresh / MANIFEST).is_file():
         return
-    before = target.with_name(f"{target.name}.before-repack")
-    if before.exists():
-        raise PrepareError(f"{before}: is in the way: move it elsewhere, or delete it")
     if not target.exists():
         fresh.rename(target)
         return

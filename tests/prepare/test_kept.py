@@ -1,0 +1,68 @@
+"""A folder of faces or a dataset that follows its photos removes nothing that it should keep."""
+
+from __future__ import annotations
+
+import pytest
+
+from dinogen.config_prepare import FacesConfig
+from dinogen.prepare.faces import read_metas, write_faces
+from dinogen.prepare.find import photo_key
+from tests.prepare.pipelines import dinogen, picture
+
+CONFIG = FacesConfig(detect="none", size=32)
+WORDS = ("prepare.faces.detect=none", "prepare.faces.size=32", "prepare.pyramids.make=never")
+
+
+@pytest.fixture
+def src(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for seed, name in enumerate(["a.jpg", "b.jpg", "c.png"]):
+        picture(seed).save(tmp_path / "photos" / name)
+    return tmp_path / "photos"
+
+
+def tars(data):
+    return {path.name: path.read_bytes() for path in data.glob("*.tar")}
+
+
+def test_a_link_to_a_folder_that_is_not_mounted_withdraws_nothing(src, tmp_path, caplog):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    picture(40).save(disk / "x.jpg")
+    (src / "more").symlink_to(disk)
+    out = tmp_path / "faces"
+    write_faces(src, out, CONFIG)
+    disk.rename(tmp_path / "elsewhere")
+    assert write_faces(src, out, CONFIG).num_withdrawn == 0
+    assert (out / f"{photo_key('more/x.jpg')}.jpg").exists()
+    assert "more: cannot be listed" in caplog.text
+
+
+def test_captions_that_were_written_beside_crops_are_kept(src, tmp_path, caplog):
+    out = tmp_path / "faces"
+    (src / "c.txt").write_text("from the photos")
+    (src / "a.txt").write_text("from the photos")
+    write_faces(src, out, CONFIG)
+    assert "caption_sha256" not in dict(read_metas(out))["a"]
+    (out / "b.txt").write_text("by a captioner")
+    (out / "a.txt").write_text("edited by hand")
+    (src / "c.png").with_suffix(".txt").unlink()
+    write_faces(src, out, CONFIG)
+    assert (out / "b.txt").read_text() == "by a captioner"
+    assert (out / "a.txt").read_text() == "edited by hand"
+    assert not (out / f"{photo_key('c.png')}.txt").exists()
+    assert "was not copied from the photos" in caplog.text
+
+
+def test_repack_that_was_killed_between_two_renames_goes_on(src, tmp_path):
+    data = tmp_path / "data"
+    assert dinogen("prepare", src, data, *WORDS).exit_code == 0
+    before = tars(data)
+    data.rename(tmp_path / "data.before-repack")
+    assert dinogen("prepare", src, data, *WORDS, "--repack").exit_code == 0
+    assert tars(data) == before
+    assert not (tmp_path / "data.before-repack").exists()
+    (tmp_path / "data.before-repack").mkdir()
+    refused = dinogen("prepare", src, data, *WORDS, "--repack")
+    assert "in the way" in str(refused.exception)
+    assert not (tmp_path / ".data.repack").exists()  # said before the work, not behind it
