@@ -6,7 +6,8 @@ import csv
 import hashlib
 import io
 import stat
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,22 @@ def looks_like_an_accident(num_gone: int, num_before: int) -> bool:
     return num_gone > 0 and (
         num_gone == num_before or (num_gone > _MANY and 2 * num_gone > num_before)
     )
+
+
+def emptied(src: Path, before: Collection[str], missing: Collection[str]) -> list[str]:
+    """Folders below ``src`` that have lost many photos, all they had, and are empty now.
+
+    That is how the place of a disk looks that is not mounted.
+    """
+    had, lost = (
+        Counter(source.partition("/")[0] for source in sources if "/" in source)
+        for sources in (before, missing)
+    )
+    return [
+        name
+        for name, count in lost.items()
+        if count == had[name] > _MANY and (src / name).is_dir() and not any((src / name).iterdir())
+    ]
 
 
 def write_photos(path: Path, photos: Iterable[tuple[str, int, FileRecord | None]]) -> None:

@@ -20,7 +20,13 @@ from PIL import Image
 from dinogen.config_prepare import FacesConfig
 from dinogen.files import write_bytes, write_json, write_text
 from dinogen.prepare.captions import BAD_CAPTION, caption_path, try_caption
-from dinogen.prepare.changed import gone, looks_like_an_accident, record_of, same_file
+from dinogen.prepare.changed import (
+    emptied,
+    gone,
+    looks_like_an_accident,
+    record_of,
+    same_file,
+)
 from dinogen.prepare.classes import class_names
 from dinogen.prepare.crop import Crop, Rejection
 from dinogen.prepare.curate import Duplicates
@@ -33,7 +39,7 @@ from dinogen.prepare.find import (
     kept_apart,
     named,
 )
-from dinogen.prepare.read import PrepareError, Unusable, decode_photo, probe_photo
+from dinogen.prepare.read import PrepareError, Unusable, decode_photo, probe_photo, read_photo
 from dinogen.prepare.settings import SETTINGS, check_settings, read_json
 from dinogen.prepare.stream import Progress, iter_faces
 from dinogen.prepare.summary import (
@@ -119,13 +125,14 @@ def write_faces(
     withdrawn = gone(before, photos)
     # Versions before took hidden files for photos: those are no accident.
     missing = [s for s in withdrawn if not any(map(is_hidden, s.split("/")))]
-    if not withdraw and looks_like_an_accident(len(missing), len(before)):
+    accident = looks_like_an_accident(len(missing), len(before)) or emptied(src, before, missing)
+    if not withdraw and accident:
         raise PrepareError(
             f"{src}: {len(missing)} of the {len(before)} photos that {out} holds crops of are "
             f"gone ({named(missing)}). Nothing was removed: see whether the folder is mounted "
             "and complete. If they were taken out on purpose, add --withdraw"
         )
-    num_removed = sum(_remove(out, before.pop(source)) for source in withdrawn)
+    num_removed = sum(_remove(out, before.pop(source), config) for source in withdrawn)
     if photos.unlistable:
         _logger.warning(
             "%s: cannot be listed: crops of photos there are kept", named(photos.unlistable)
@@ -134,6 +141,7 @@ def write_faces(
         _logger.warning("%s (%s)", withdrawn_words(len(withdrawn), num_removed), named(withdrawn))
     done: dict[str, list[dict[str, Any]]] = {}
     replaced: list[str] = []
+    rejections: dict[str, list[Rejection]] = {}
     for photo in photos.photos:
         metas = before.get(photo.source)
         if not metas:
@@ -142,18 +150,27 @@ def write_faces(
             if _is_same(out, photo, metas[0], config):
                 done[photo.key] = metas
                 continue
+            if damage := _damage(photo, config):
+                done[photo.key] = metas
+                rejections[photo.source] = [damage]
+                _logger.warning(
+                    "%s: was replaced by a file that cannot be read (%s): its crops are kept",
+                    photo.source,
+                    damage.reason,
+                )
+                continue
             replaced.append(photo.source)
-        _remove(out, metas)
+        _remove(out, metas, config)
     if replaced:
         _logger.warning("%s (%s)", replaced_words(len(replaced)), named(replaced))
-    rejections: dict[str, list[Rejection]] = {}
     duplicates = Duplicates(config.max_duplicate_distance)
     used: set[str] = set()
     for photo in photos.photos:
         if photo.key in done:
             used.add(photo.source)
             metas = done[photo.key]
-            rejections[photo.source] = [Rejection(photo.source, *i) for i in metas[0]["rejected"]]
+            earlier = [Rejection(photo.source, *i) for i in metas[0]["rejected"]]
+            rejections[photo.source] = earlier + rejections.get(photo.source, [])
             if with_captions and (bad := _update_caption(out, photo, metas, config)):
                 rejections[photo.source].append(Rejection(photo.source, BAD_CAPTION, bad))
             for meta in metas:
@@ -424,7 +441,11 @@ def _crops_in(out: Path) -> dict[str, list[dict[str, Any]]]:
         except (OSError, ValueError):
             _logger.warning("%s: damaged: its photo is gone through again", path)
             continue
-        if isinstance(meta, dict) and meta.get("key") == path.stem and "num_crops" in meta:
+        if (
+            isinstance(meta, dict)
+            and meta.get("key") == path.stem
+            and {"num_crops", "source"} <= meta.keys()
+        ):
             found.setdefault(meta["source"], []).append(meta)
     for metas in found.values():
         metas.sort(key=lambda meta: face_number(meta["key"]))
@@ -459,15 +480,24 @@ def _is_same(out: Path, photo: Photo, meta: dict[str, Any], config: FacesConfig)
     return same
 
 
-def _remove(out: Path, metas: Collection[dict[str, Any]]) -> int:
+def _damage(photo: Photo, config: FacesConfig) -> Rejection | None:
+    """Why a photo cannot be read, be it damaged or still being copied; None if it can."""
+    try:
+        read_photo(photo.path, config.max_pixels)
+    except Unusable as error:
+        if error.reason in ("unreadable", "empty", "truncated", "corrupt"):
+            return Rejection(photo.source, error.reason, error.detail)
+    return None
+
+
+def _remove(out: Path, metas: Collection[dict[str, Any]], config: FacesConfig) -> int:
     """Remove the crops of a photo; returns how many there were."""
     num_removed = 0
     for meta in metas:
         # The metadata last: as long as they are there, the rest is found again.
-        for suffix in ("jpg", "png"):
-            path = out / f"{meta['key']}.{suffix}"
-            num_removed += path.exists()
-            path.unlink(missing_ok=True)
+        path = out / f"{meta['key']}.{config.format}"
+        num_removed += path.exists()
+        path.unlink(missing_ok=True)
         for suffix in ("txt", "json"):
             (out / f"{meta['key']}.{suffix}").unlink(missing_ok=True)
     return num_removed

@@ -7,6 +7,7 @@ import pytest
 from dinogen.config_prepare import FacesConfig
 from dinogen.prepare.faces import read_metas, write_faces
 from dinogen.prepare.find import photo_key
+from dinogen.prepare.read import PrepareError
 from tests.prepare.pipelines import dinogen, picture
 
 CONFIG = FacesConfig(detect="none", size=32)
@@ -66,3 +67,45 @@ def test_repack_that_was_killed_between_two_renames_goes_on(src, tmp_path):
     refused = dinogen("prepare", src, data, *WORDS, "--repack")
     assert "in the way" in str(refused.exception)
     assert not (tmp_path / ".data.repack").exists()  # said before the work, not behind it
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xd8\xff half a file"])
+def test_a_photo_replaced_by_damage_keeps_its_crops_until_it_can_be_read(src, tmp_path, damage):
+    out = tmp_path / "faces"
+    write_faces(src, out, CONFIG)
+    crop = (out / "b.jpg").read_bytes()
+    (src / "b.jpg").write_bytes(damage)
+    summary = write_faces(src, out, CONFIG)
+    assert (summary.num_replaced, summary.num_crops) == (0, 3)
+    assert (out / "b.jpg").read_bytes() == crop
+    assert "\nb.jpg," in (out / "rejected.csv").read_text()
+    picture(9).save(src / "b.jpg")
+    assert write_faces(src, out, CONFIG).num_replaced == 1
+    assert (out / "b.jpg").read_bytes() != crop
+    assert "b.jpg" not in (out / "rejected.csv").read_text()
+
+
+def test_an_empty_folder_that_held_many_photos_may_be_a_disk_that_is_not_mounted(src, tmp_path):
+    (src / "disk").mkdir()
+    for number in range(12):
+        picture(20 + number).save(src / "disk" / f"{number}.jpg")
+    for number in range(20):
+        picture(40 + number).save(src / f"more{number}.jpg")
+    out = tmp_path / "faces"
+    write_faces(src, out, CONFIG)
+    (src / "disk").rename(tmp_path / "unmounted")
+    (src / "disk").mkdir()
+    with pytest.raises(PrepareError, match=r"12 of the 35 photos .* are gone"):
+        write_faces(src, out, CONFIG)
+    assert len(list(out.glob("*.jpg"))) == 35
+    assert write_faces(src, out, CONFIG, withdraw=True).num_removed == 12
+
+
+def test_files_of_the_users_beside_crops_stay(src, tmp_path):
+    out = tmp_path / "faces"
+    write_faces(src, out, CONFIG)
+    (out / "b.png").write_bytes(b"of the user")
+    (out / "notes.json").write_text('{"key": "notes", "num_crops": 1}')
+    (src / "b.jpg").unlink()
+    assert write_faces(src, out, CONFIG).num_withdrawn == 1
+    assert (out / "b.png").read_bytes() == b"of the user" and not (out / "b.jpg").exists()
