@@ -367,7 +367,8 @@ def _store() -> Any:
     meet them wait for processes that are gone. Hence every attempt has its own prefix. Where the
     torchrun agent hosts the store, all ranks are its clients; otherwise rank 0 hosts it.
 
-    Where all ranks are on one machine, so is the store: its name need not be known to any DNS.
+    Where all ranks are on one machine, so is the store of rank 0, whose name need not be known to
+    any DNS. An agent's store may be on another machine, if torchrun's endpoint is.
     """
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
@@ -376,7 +377,7 @@ def _store() -> Any:
         raise DistError(
             f"WORLD_SIZE is {world_size()} but {error.args[0]} is not set: start with torchrun"
         ) from None
-    if on_one_machine():
+    if on_one_machine() and not agent_hosts:
         address = _LOOPBACK
     store = td.TCPStore(  # type: ignore[attr-defined]
         address,

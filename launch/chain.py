@@ -110,7 +110,7 @@ def _holds_back(config: Config, path: str) -> bool:
         return "val" in json.loads(text)["splits"]
     except FileNotFoundError:
         return config.prepare.pack.val_fraction > 0
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return True  # the job will say what is wrong
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -80,15 +81,38 @@ def read_jobs(run: Path) -> Jobs:
         data: dict[str, Any] = json.loads(jobs.path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']}, this version knows {FORMAT}")
-        jobs.jobs = [Job(**item) for item in data["jobs"]]
+        jobs.jobs = [_job(item) for item in data["jobs"]]
     except FileNotFoundError:
         return jobs
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{jobs.path}: cannot be read ({error}): look with squeue which jobs of the run are "
             "there, cancel them, and move the file away"
         ) from None
     return jobs
+
+
+def _job(item: dict[str, Any]) -> Job:
+    """A job as it was written, whose values are of the kinds that its readers expect.
+
+    Raises:
+        ValueError, TypeError: it is no job.
+    """
+    job = Job(**item)
+    texts = (job.step, job.id, job.submitted, job.config, job.log)
+    optional = (job.after, job.state)
+    words = job.command
+    if (
+        not all(isinstance(one, str) for one in texts)
+        or not all(one is None or isinstance(one, str) for one in optional)
+        or not (isinstance(words, list) and all(isinstance(one, str) for one in words))
+        or not (job.exit_code is None or isinstance(job.exit_code, int))
+        or not re.fullmatch(r"\d+", job.id)
+        or not re.fullmatch(r"faces|pyramids|pack|evaluate|train-\d+", job.step)
+        or job.state == ""
+    ):
+        raise ValueError(f"{item!r} is no job")
+    return job
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dinogen.metrics.names import GUIDE_DIVERSITY
 from dinogen.report.cautions import FEW
 
 HELD_OUT = "held_out"
@@ -34,8 +35,11 @@ def closing_lines(result: dict[str, Any]) -> Iterator[str]:
     prints = result.get("fingerprints") or {}
     measured = result["measured"]
     if HELD_OUT in before:
+        # of a probe for guide_diversity alone all else was told when it was found
+        probed = GUIDE_DIVERSITY in measured and GUIDE_DIVERSITY not in before
         for line in _own(result):
-            yield f"{line} (measured before)"
+            if not probed or line.startswith(f"  {HELD_OUT}/"):
+                yield f"{line} (measured before)"
     for name, figure in measured.items():
         if name in before and figure["value"] is not None:
             yield f"  {_figure(name, figure, prints)} (measured before: {figure.get('command')})"

@@ -79,7 +79,7 @@ def is_locked(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return lock(file, path, shared=True, wait=False) is Locked.BUSY
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

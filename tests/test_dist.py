@@ -157,6 +157,24 @@ def test_a_world_without_an_address_is_refused(alone):
         dist.init()
 
 
+@pytest.mark.parametrize(
+    ("agent", "num_local", "address"),
+    [("False", 2, "127.0.0.1"), ("True", 2, "far"), ("False", 1, "far")],
+)
+def test_a_store_is_looked_for_here_only_if_it_is_here(alone, agent, num_local, address):
+    """torchrun's agent may use the store of another machine's; other nodes' ranks are not here."""
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": num_local, "RANK": "1"}.items():
+        alone.setenv(name, str(value))
+    alone.setenv("MASTER_ADDR", "far")
+    alone.setenv("MASTER_PORT", "1")
+    alone.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
+    asked = []
+    alone.setattr(dist.td, "TCPStore", lambda host, *args, **more: asked.append(host))
+    alone.setattr(dist.td, "PrefixStore", lambda prefix, store: store)
+    dist._store()
+    assert asked == [address]
+
+
 @pytest.mark.parametrize(("num_local", "expected"), [("1", 6), ("4", 1), ("9", 1)])
 def test_cores_are_shared_among_local_ranks(alone, num_local, expected):
     chosen = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -313,10 +314,17 @@ def _facts(snapshot: Snapshot) -> dict[str, Any]:
         "family": family.config.family.name,
         "nimg": snapshot.nimg,
         **snapshot.checkpoint.state["facts"],
+        "weights_sha256": _weights(snapshot.checkpoint.state["files"]),
         "world_size": dist.world_size(),
         "device": str(family.device),
         "versions": versions(),
     }
+
+
+def _weights(files: dict[str, str]) -> str:
+    """SHA-256 over those of the moving averages: two runs may have seen equally many images."""
+    hashes = sorted(f"{name} {sha256}" for name, sha256 in files.items() if ".ema." in name)
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def _summarise(place: Place, snapshot: Snapshot) -> None:

@@ -23,8 +23,11 @@ log = logging.getLogger(__name__)
 RESULT = "evaluation.json"
 # Two results with these alike are of the same images, so their figures may stand side by side.
 _SAME = ("resolution", "nimg", "pictures")
+_WEIGHTS = "weights_sha256"  # likewise, but earlier versions did not write it
 # What the family measures of itself, which goes together.
 _OWN = ("metrics", "verdict", "warnings", "floor", "split", "num_samples", "num_skipped")
+# Those of them that are about its held-out samples.
+_OF_SAMPLES = ("floor", "split", "num_samples", "num_skipped")
 # Told a part of the result as soon as it is known, on rank 0.
 Tell = Callable[[dict[str, Any]], None]
 
@@ -133,7 +136,9 @@ def write_result(
             for said in earlier.told():
                 log.warning("%s; figures of before that cannot be read are left out", said)
             before = earlier.value or {}
-            if all(before.get(key) == result.get(key) for key in _SAME):
+            weights = result.get(_WEIGHTS)
+            same = all(before.get(key) == result.get(key) for key in _SAME)
+            if same and before.get(_WEIGHTS, weights) == weights:
                 _keep(result, before)
             if place.writable:
                 try:
@@ -176,6 +181,17 @@ def _keep(result: dict[str, Any], before: dict[str, Any]) -> None:
     result["measured"] = measured
     result["fingerprints"] = {mark: facts for mark, facts in marks.items() if mark in used}
     result["sampling"] = result["sampling"] or before.get("sampling")
-    if before.get("metrics") and not result.get("metrics"):
+    own, own_before = result.get("metrics") or {}, before.get("metrics") or {}
+    if own_before and not own:
         result |= {key: before[key] for key in _OWN if key in before}
         result["measured_before"].append(HELD_OUT)
+    elif not any(map(is_held_out, own)) and any(map(is_held_out, own_before)):
+        # probed now, but for guide_diversity alone
+        result["metrics"] = own | {k: v for k, v in own_before.items() if is_held_out(k)}
+        result |= {key: before[key] for key in _OF_SAMPLES if key in before}
+        result["measured_before"].append(HELD_OUT)
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a name in ``metrics`` is of a mean over held-out samples."""
+    return name.startswith(f"{HELD_OUT}/")

@@ -13,12 +13,13 @@ from torch import nn
 
 from dinogen import dist
 from dinogen.config import ConfigError
+from dinogen.errors import UserError
 from dinogen.families.base import Batch, Family
 from dinogen.gather import gather_text
 from dinogen.training.batches import split as to_device
 from dinogen.training.labels import check_labels
 from shards.dataset import Dataset
-from shards.errors import CorruptSample
+from shards.errors import CorruptSample, ShardsError
 from shards.manifest import SPLITS
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def held_out_means(
     Raises:
         ConfigError: all samples are damaged.
         CorruptSample: one is, and ``data.on_error`` is ``stop``.
+        UserError, ShardsError, OSError: another failure of this rank; a ConfigError on the others.
     """
     mine = np.array_split(numbers, dist.world_size())[dist.rank()].tolist()
     sums: dict[str, float] = {}
@@ -97,15 +99,15 @@ def held_out_means(
             for name, value in family.held_out(networks, batch).items():
                 sums[name] = sums.get(name, 0.0) + float(value) * size
             count += size
-    except (CorruptSample, ConfigError) as error:
+        if not count:
+            # nothing fell to this rank, but it has to know which sums the others will add
+            batch = _read(family, data, split, numbers[:1], "skip")
+            sums = dict.fromkeys(family.held_out(networks, batch), 0.0)
+    except (UserError, ShardsError, OSError) as error:
         failure = error
     if dist.any_rank(failure is not None):  # or the others would wait for this one
         said = gather_text(str(failure or ""))
         raise failure or ConfigError(next(text for text in said if text))
-    if not count:
-        # nothing fell to this rank, but it has to know which sums the others will add
-        batch = _read(family, data, split, numbers[:1], "skip")
-        sums = dict.fromkeys(family.held_out(networks, batch), 0.0)
     local = torch.tensor([*sums.values(), count], dtype=torch.float64)
     *totals, num = dist.all_reduce_sum(local).tolist()
     if not num:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,15 +137,14 @@ def evaluate(
     from dinogen.training.evaluate import evaluate as evaluate_run
     from dinogen.training.evaluate_folder import evaluate_folder, is_folder_of_pictures
     from dinogen.training.evaluation import find_path
-    from launch.logs import setup_logging
+    from launch.logs import say, setup_logging
     from launch.measured import closing_lines, lines_of, measured_now
 
     setup_logging(quiet=not dist.is_main())
 
     def tell(part: dict[str, Any]) -> None:
         for line in lines_of(part):
-            typer.echo(line)
-        sys.stdout.flush()  # also into a pipe: what follows may take long, or fail
+            say(line)  # at once, also into a pipe: what follows may take long, or fail
 
     names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
     wish: dict[str, Any] = {"names": names, "reference": reference, "changes": changes or ()}
@@ -162,8 +160,8 @@ def evaluate(
         written = find_path(place / f"{result['resolution']}x{result['resolution']}", out)
     if dist.is_main():
         for line in closing_lines(result):
-            typer.echo(line)
-        typer.echo(written if result["kept"] else f"NOT KEPT: {written} cannot be written")
+            say(line)
+        say(str(written) if result["kept"] else f"NOT KEPT: {written} cannot be written")
     dist.shutdown()
     if not measured_now(result):
         typer.echo("dinogen: nothing was measured", err=True)

@@ -6,7 +6,10 @@ import json
 
 import pytest
 
+from dinogen.config import Config
 from dinogen.errors import UserError
+from launch.chain import _holds_back
+from launch.jobs import read_jobs
 from launch.study_plan import open_study
 from launch.study_record import read_record
 from tests.launch.studies import write_study
@@ -52,3 +55,26 @@ def test_a_record_of_a_later_version_is_left_alone(tmp_path):
     read_record(study).path.write_text('{"format": 2, "runs": {}}')
     with pytest.raises(UserError, match="format 2, this version knows 1"):
         read_record(study)
+
+
+JOB = {"step": "pack", "id": "7", "after": None, "submitted": "now", "command": ["sbatch"]}
+JOB |= {"config": "c.yaml", "log": "l.txt"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"id": 7}, {"id": "x"}, {"step": "train"}, {"step": 3}, {"log": None}, {"state": ""}]
+)
+def test_what_is_no_job_is_named(tmp_path, change):
+    path = tmp_path / "launch" / "jobs.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"format": 1, "jobs": [JOB]}))
+    assert [job.id for job in read_jobs(tmp_path).jobs] == ["7"]
+    path.write_text(json.dumps({"format": 1, "jobs": [JOB | change]}))
+    with pytest.raises(UserError, match=r"jobs\.json: cannot be read"):
+        read_jobs(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", "3", '{"splits": 3}'])
+def test_a_manifest_of_another_kind_stops_no_plan(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    assert _holds_back(Config(), str(tmp_path))

@@ -56,6 +56,7 @@ def test_one_holds_it_alone_or_many_share_it(tmp_path):
         with path.open("w") as fourth:
             assert exclusive(fourth, path) is Locked.BUSY
     assert not is_locked(path) and not is_locked(tmp_path / "none")
+    assert not is_locked(path / ".lock")  # a file where its folder should be
 
 
 @pytest.mark.parametrize("number", sorted(NO_LOCKS))

@@ -217,9 +217,9 @@ def test_figures_that_are_not_finite_are_null(config, monkeypatch):
     assert written(config)["metrics"]["held_out/mse"] is None
 
 
-def test_a_family_without_held_out_figures_still_has_its_probe(config, monkeypatch):
+def test_a_family_without_held_out_figures_still_has_its_probe(config, monkeypatch, tmp_path):
     monkeypatch.setattr(Guided, "held_out", Family.held_out)
-    metrics = evaluate(config.run)["metrics"]
+    metrics = evaluate(config.run, out=tmp_path)["metrics"]
     assert set(metrics) == {"probe/diversity", "probe/loss_over_floor"}
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
 
-from dinogen.training import evaluation
+from dinogen.training import evaluation, heldout
 from dinogen.training.evaluate import evaluate
 from dinogen.training.run import train
 from launch.cli import app
 from shards import open_dataset, pack
+from shards.errors import ShardsError
 from tests.families.conftest import disc_data  # noqa: F401 - a fixture
 from tests.families.tiny import pack_discs, tiny_config
 
@@ -135,6 +138,52 @@ def test_old_figures_are_marked_and_nothing_false_is_said_of_them(run, caplog, d
     done = command(gan, "--metrics", "spectrum", *changes)
     line = next(line for line in done.stdout.splitlines() if line.startswith("  faces: "))
     assert "measured before: dinogen evaluate" in line
+
+
+def test_figures_of_another_run_are_not_taken_for_those_of_this_one(run, tmp_path, disc_data):  # noqa: F811
+    out = tmp_path / "out.json"
+    evaluate(run("dcgan"), num_samples=20, names=["faces"], out=out)
+    train(tiny_config("dcgan", disc_data, tmp_path / "other", *SHORT, "seed=7"))
+    other = evaluate(tmp_path / "other", num_samples=20, names=["spectrum"], out=out)
+    assert list(other["measured"]) == ["spectrum"] and other["measured_before"] == []
+
+
+def test_a_probe_for_one_figure_keeps_the_held_out_ones(run):
+    guided = run("guided")
+    first = evaluate(guided, num_samples=20, names=["held_out"], split="train")
+    held_out = {k: v for k, v in first["metrics"].items() if k.startswith("held_out/")}
+    done = command(guided, "--metrics", "guide_diversity")
+    assert done.exit_code == 0, (done.output, done.exception)
+    second = written(guided)
+    assert held_out and held_out.items() <= second["metrics"].items()
+    assert (second["split"], second["num_samples"]) == ("train", first["num_samples"])
+    assert second["measured_before"] == ["held_out"]
+    old = [line for line in done.stdout.splitlines() if line.endswith("(measured before)")]
+    assert len(old) == len(held_out)
+
+
+def test_a_failure_to_read_held_out_samples_is_met_by_all_ranks(monkeypatch):
+    def read(*args):
+        raise ShardsError("the server is gone")
+
+    met = []
+    monkeypatch.setattr(heldout, "_read", read)
+    monkeypatch.setattr(heldout.dist, "any_rank", lambda mine: met.append(mine) or mine)
+    for numbers in ([0, 1], []):
+        with pytest.raises(ShardsError, match="the server is gone"):
+            heldout.held_out_means(None, {}, None, "val", numbers)
+    assert met == [True, True]
+
+
+def test_a_pipe_that_nobody_reads_costs_no_figure(run):
+    gan = run("dcgan")
+    words = [sys.executable, "-m", "launch.cli", "evaluate", str(gan), "--metrics", "faces"]
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$@" | true', "-", *words, "--num-samples", "20"],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert written(gan)["measured"]["faces"]["value"] is not None
 
 
 def test_cautions_stand_beside_figures_of_few_images(run):

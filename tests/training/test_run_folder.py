@@ -89,6 +89,14 @@ def test_a_config_that_lies_beside_no_stage_means_the_run_it_names(tiny, tmp_pat
     assert load_config(path).run == tmp_path / "run"
 
 
+def test_a_folder_of_images_named_like_a_stage_is_no_run(tiny, tmp_path):
+    project = tmp_path / "project"
+    (project / "64x64").mkdir(parents=True)
+    (project / "64x64" / "a.png").write_bytes(b"")
+    (project / "config.yaml").write_text(dump_config(tiny()))
+    assert load_config(project / "config.yaml").run == tmp_path / "run"
+
+
 def test_what_a_moved_run_lacks_is_named_by_its_key(tiny, tmp_path, monkeypatch):
     config = half_done(tiny)
     text = dump_config(config.model_copy(update={"data": config.data.model_copy()}))
