@@ -8,7 +8,7 @@ import io
 import stat
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Changes:
 
     withdrawn: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
-    added: tuple[str, ...] = field(default=())
+    added: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.withdrawn or self.replaced or self.added)
@@ -94,10 +94,10 @@ def gone(before: Iterable[str], photos: Photos) -> list[str]:
     What lies in a folder that cannot be listed now is not held to be gone.
     """
     there = {photo.source for photo in photos.photos}
-    hidden = tuple(f"{folder}/" for folder in photos.unlistable if folder != ".")
+    unseen = tuple(f"{folder}/" for folder in photos.unlistable if folder != ".")
     if "." in photos.unlistable:
         return []
-    return [s for s in before if s not in there and not (hidden and s.startswith(hidden))]
+    return [s for s in before if s not in there and not s.startswith(unseen)]
 
 
 def looks_like_an_accident(num_gone: int, num_before: int) -> bool:
