@@ -69,17 +69,19 @@ if os.environ.get("DINOGEN_TESTS_WITHOUT_TORCH") == "1":
 
 
 @pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """A command sets up the log of its process: the next test has neither its level nor a handler
-    whose stream is closed."""
-    root = logging.getLogger()
-    loggers = [root, *map(logging.getLogger, ("dinogen", "shards", "launch"))]
-    levels = [logger.level for logger in loggers]
-    handlers = list(root.handlers)
+def logging_as_imported() -> Iterator[None]:
+    """A command sets up the log of its process: no test has its level, nor a handler whose stream
+    is closed. Cleared before as well, for a fixture of a whole file may have run a command."""
+    _clear_logging()
     yield
-    root.handlers[:] = [h for h in root.handlers if h in handlers or _is_pytests(h)]
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+    _clear_logging()
+
+
+def _clear_logging() -> None:
+    root = logging.getLogger()
+    root.handlers[:] = [handler for handler in root.handlers if _is_pytests(handler)]
+    for name in ("dinogen", "shards", "launch"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 def _is_pytests(handler: logging.Handler) -> bool:
