@@ -183,6 +183,14 @@ def test_hup_and_quit_save_unless_they_were_ignored_at_the_start(number):
 
 
 @pytest.fixture
+def hup():
+    """As on a terminal: under nohup the tests inherit an ignored HUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
 def clock(monkeypatch):
     """Seconds since the start, as the flag sees them."""
     passed = [100.0]
@@ -190,7 +198,7 @@ def clock(monkeypatch):
     return passed
 
 
-def test_only_a_late_ctrl_c_interrupts(clock):
+def test_only_a_late_ctrl_c_interrupts(clock, hup):
     with StopFlag() as stop:
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(number)
@@ -203,7 +211,7 @@ def test_only_a_late_ctrl_c_interrupts(clock):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_signals_during_a_save_do_not_lose_it(make_config, monkeypatch):
+def test_signals_during_a_save_do_not_lose_it(make_config, monkeypatch, hup):
     from dinogen.training import checkpoint
 
     monkeypatch.setattr("dinogen.training.stop._SAME", 0.0)
@@ -217,13 +225,9 @@ def test_signals_during_a_save_do_not_lose_it(make_config, monkeypatch):
         return save(*arguments)
 
     monkeypatch.setattr("dinogen.training.state.save_checkpoint", slowly)
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
-        stop_at(monkeypatch, 24)
-        with pytest.raises(Stopped, match="SIGTERM at 24 images"):
-            train(config)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    stop_at(monkeypatch, 24)
+    with pytest.raises(Stopped, match="SIGTERM at 24 images"):
+        train(config)
     assert checkpoints(config) == ["000000024"]
 
 
