@@ -74,11 +74,13 @@ class RepairPlan:
     Attributes:
         lines: what would be done, and which samples would go and why.
         num_lost: samples that would be lost.
+        unfit: tars that no repair helps, each with the reason; the others are repaired.
         rewrites: whether a tar would be written again or set aside.
     """
 
     lines: list[str] = field(default_factory=list)
     num_lost: int = 0
+    unfit: list[str] = field(default_factory=list)
     rewrites: bool = False
     _steps: list[Callable[[], str]] = field(default_factory=list)
     _last: Callable[[], list[str]] = list
@@ -120,12 +122,16 @@ def repair(folder: Path, allow_loss: bool = False) -> list[str]:
         One line for each thing done.
 
     Raises:
-        ManifestError: if there is no dataset, nothing of it is left, or samples would be lost.
+        ManifestError: if there is no dataset, nothing of it is left, or samples would be lost;
+            behind the repair of the others, if there are tars that no repair helps.
     """
     plan = plan_repair(folder)
     if plan.num_lost and not allow_loss:
         raise ManifestError(f"{folder}: {plan.num_lost} samples would be lost; nothing was changed")
-    return plan.run()
+    done = plan.run()
+    if plan.unfit:
+        raise ManifestError("\n".join(plan.unfit))
+    return done
 
 
 def plan_repair(folder: Path) -> RepairPlan:
@@ -283,7 +289,8 @@ def _plan_plain(folder: Path) -> RepairPlan:
         sound = _sound_rows(report)
         if report.unfit is not None and report.index is not None and sound:
             # Its samples are all there, but not as they should be: nothing to gain by losing some.
-            raise ManifestError(f"{tar}: {report.unfit}")
+            plan.unfit.append(f"{tar}: {report.unfit}")
+            continue
         if not sound or report.index is None:
             what = report.unfit or "not one of its samples can be read"
             unusable.append((tar, what, len(report.index or ()) + _num_lost(report)))
@@ -292,12 +299,16 @@ def _plan_plain(folder: Path) -> RepairPlan:
         if report.torn or report.damaged:
             _plan_rewrite(tar, report, sound, plan)
     if not num_left:
-        raise ManifestError("\n".join(f"{tar}: {what}" for tar, what, _ in unusable))
+        why = plan.unfit + [f"{tar}: {what}" for tar, what, _ in unusable]
+        raise ManifestError("\n".join(why))
     for tar, what, count in unusable:
         # How many samples it held may not be known: one at least is what it was made for.
         plan.lose(tar.name, max(count, 1), [f"{what}; it will be set aside"])
         plan.rewrites = True
         plan.add(partial(_put_away, tar))
+    if plan.unfit:
+        plan.lines += plan.unfit
+        return plan
     plan.lines.append(f"{MANIFEST}: will be made from the tars, with their indexes")
     plan.finally_do(lambda: _adopt(folder))
     return plan

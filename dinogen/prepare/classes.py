@@ -7,32 +7,34 @@ from pathlib import Path
 
 from dinogen.prepare.read import PrepareError
 
+NO_CLASS = "no_class"
+NO_CLASS_REMEDY = "lies beside the folders that are the classes: move it into one of them"
+
 
 def class_names(src: Path, sources: Iterable[str]) -> tuple[str, ...]:
     """Names of the classes, sorted; a class's label is its place among them, from 0.
+
+    Photos beside the folders have none (:func:`has_class`), and are rejected one by one.
 
     Args:
         src: folder of the photos, named in errors.
         sources: the photos' paths relative to it.
 
     Raises:
-        PrepareError: a photo lies in none of the folders, or there is but one folder.
+        PrepareError: there are fewer than two folders.
     """
-    names = set()
-    for source in sources:
-        name, slash, _ = source.partition("/")
-        if not slash:
-            raise PrepareError(
-                f"{src / source}: lies beside the folders that are the classes "
-                "(prepare.faces.classes=folders): move it into one of them, or out of the way"
-            )
-        names.add(name)
+    names = {source.partition("/")[0] for source in sources if has_class(source)}
     if len(names) < 2:
         raise PrepareError(
             f"{src}: {'one class alone, ' + names.pop() if names else 'no class'}: make a folder "
             "per class in it, or leave out prepare.faces.classes=folders"
         )
     return tuple(sorted(names))
+
+
+def has_class(source: str) -> bool:
+    """Whether a photo lies in one of the folders below the one searched."""
+    return "/" in source
 
 
 def label_of(source: str, classes: Sequence[str]) -> int | None:

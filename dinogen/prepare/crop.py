@@ -14,6 +14,7 @@ from PIL import Image
 from dinogen.config_prepare import FacesConfig
 from dinogen.prepare import align, curate
 from dinogen.prepare.changed import FileRecord, record_of
+from dinogen.prepare.classes import NO_CLASS, NO_CLASS_REMEDY, has_class
 from dinogen.prepare.find import Photo
 from dinogen.prepare.read import Unusable, read_photo
 
@@ -60,8 +61,9 @@ class Rejection:
         source: the photo's path relative to the folder searched.
         reason: ``unreadable``, ``empty``, ``not_an_image``, ``truncated``, ``corrupt``,
             ``too_large``, ``unsupported``, ``no_face``, ``low_probability``, ``small_face``,
-            ``bad_landmarks``, ``blurred`` or ``duplicate``; ``bad_caption`` of a photo that is
-            used without its caption.
+            ``bad_landmarks``, ``blurred`` or ``duplicate``; ``no_class`` where classes are
+            folders and it lies in none; ``bad_caption`` of a photo that is used without its
+            caption.
         detail: what was found, for a person.
         file: of a photo none of whose faces is used, as in :class:`Crop`.
     """
@@ -93,6 +95,8 @@ class Result:
 
 def read(photo: Photo, config: FacesConfig) -> Pixels | Unusable:
     """The photo's ``(H, W, 3)`` uint8 RGB pixels, or why it has none."""
+    if config.classes == "folders" and not has_class(photo.source):
+        return Unusable(NO_CLASS, NO_CLASS_REMEDY)
     try:
         return read_photo(photo.path, config.max_pixels)
     except Unusable as error:

@@ -14,7 +14,7 @@ from dinogen.config import GuideConfig
 from dinogen.config_prepare import PackConfig
 from dinogen.features import load_guide
 from dinogen.prepare.captions import BAD_CAPTION
-from dinogen.prepare.classes import class_names, label_of
+from dinogen.prepare.classes import NO_CLASS, NO_CLASS_REMEDY, class_names, has_class, label_of
 from dinogen.prepare.crop import Crop, Rejection
 from dinogen.prepare.export_pt import BadPyramid, PtFiles, pt_paths
 from dinogen.prepare.faces import REJECTED, FaceFolder, read_rejected, write_rejected
@@ -126,6 +126,8 @@ def pack_faces(
                 rejected[item.source] = item
             elif item.key != key:
                 raise PrepareError(f"{faces}: changed while it was packed: run again")
+            elif classes and not has_class(source := item.meta["source"]):
+                rejected[source] = Rejection(source, NO_CLASS, NO_CLASS_REMEDY)
             elif not pyramids:
                 yield sample_of(item, {}, classes)
             elif key not in lacking:

@@ -157,8 +157,15 @@ def repair(
         raise typer.Exit(1)
     if plan.rewrites and not yes:
         typer.confirm(f"{data}: write these tars again? No sample is lost", abort=True)
-    for line in plan.run() or ["nothing to repair"]:
+    for line in plan.run() or ([] if plan.unfit else ["nothing to repair"]):
         typer.echo(printable(line))
+    if plan.unfit:
+        typer.echo(
+            f"{data}: {_count(len(plan.unfit), 'tar')} NOT repaired, see above; there is no "
+            "manifest.json until these are",
+            err=True,
+        )
+        raise typer.Exit(1)
 
 
 def _count(number: int, word: str) -> str:

@@ -18,7 +18,7 @@ from dinogen.features import load_guide
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.prepare import join, pipeline
 from dinogen.prepare.classes import class_names, label_of
-from dinogen.prepare.faces import write_faces
+from dinogen.prepare.faces import read_rejected, write_faces
 from dinogen.prepare.parts import write_pyramids
 from dinogen.prepare.pyramid import PyramidMaker
 from dinogen.prepare.read import PrepareError
@@ -135,16 +135,22 @@ def test_a_new_class_in_the_middle_of_the_work_is_refused(photos, maker, tmp_pat
     assert manifest.classes == ("Zebra", "a", "a b", "über")
 
 
-def test_what_makes_no_classes_is_named(photos, tmp_path):
+def test_a_photo_in_no_class_is_rejected_and_stops_nothing(photos, tmp_path):
     config = settings()
     (photos / "loose.jpg").write_bytes((photos / "Zebra" / "0.png").read_bytes())
-    for attempt in (
-        lambda: pipeline.prepare(photos, tmp_path / "data", config, None),
-        lambda: write_faces(photos, tmp_path / "faces", config.faces),
-    ):
-        with pytest.raises(PrepareError, match=r"loose\.jpg: lies beside the folders"):
-            attempt()
-    assert not (tmp_path / "data").exists() and not (tmp_path / "faces").exists()
+    summary, manifest = pipeline.prepare(photos, tmp_path / "data", config, None)
+    write_faces(photos, tmp_path / "faces", config.faces)
+    assert manifest.classes == ("Zebra", "a", "a b", "über") and manifest.has_labels
+    assert summary.num_files == 16
+    assert (summary.num_used, summary.num_rejected, summary.num_sidecars) == (14, 1, 1)
+    for folder in ("data", "faces"):
+        (line,) = read_rejected(tmp_path / folder / "rejected.csv")
+        assert (line.source, line.reason) == ("loose.jpg", "no_class")
+    join.pack_faces(tmp_path / "faces", None, tmp_path / "steps", config.pack, {})
+    assert tars(tmp_path / "steps") == tars(tmp_path / "data")
+
+
+def test_what_makes_no_classes_is_named(photos, tmp_path):
     with pytest.raises(PrepareError, match="a: one class alone, deep"):
         class_names(photos / "a", ["deep/er/1.png"])
     # without the key such folders are no matter
@@ -153,7 +159,7 @@ def test_what_makes_no_classes_is_named(photos, tmp_path):
 
 
 def test_pictures_that_lie_there_are_packed_with_their_classes(tmp_path):
-    for number, name in enumerate(["dog/1.png", "cat/1.png", "dog/2.png"]):
+    for number, name in enumerate(["dog/1.png", "cat/1.png", "dog/2.png", "loose.png"]):
         path = tmp_path / "plain" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(number).resize((32, 32)).save(path)
@@ -161,6 +167,9 @@ def test_pictures_that_lie_there_are_packed_with_their_classes(tmp_path):
     assert done.exit_code == 0, done.output
     manifest = open_dataset(tmp_path / "data").manifest
     assert manifest.classes == ("cat", "dog")
+    assert sum(split.num_samples for split in manifest.splits.values()) == 3
+    (line,) = read_rejected(tmp_path / "data" / "rejected.csv")
+    assert (line.source, line.reason) == ("loose.png", "no_class")
     assert json.loads((tmp_path / "data" / "manifest.json").read_text())["has_labels"]
     faces = tmp_path / "faces"
     write_faces(tmp_path / "plain", faces, settings(classes="none").faces)

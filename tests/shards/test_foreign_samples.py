@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -200,6 +201,14 @@ def test_members_apart_and_keys_twice_are_two_things(tmp_path: Path):
         status, said = run(command, tmp_path / "apart")
         assert (status, "tar --sort=name" in said, "twice" in said) == (1, True, False)
         assert "members of sample 000 are not next to each other" in said
+    # the damaged tar beside it is repaired all the same
+    cut = make(tmp_path / "apart", images, "cut.tar")
+    with tarfile.open(cut) as tar:
+        end = tar.getmember("002.jpg").offset_data + 9
+    os.truncate(cut, end)
+    status, said = run("repair", "--yes", tmp_path / "apart")
+    assert status == 1 and "1 tar NOT repaired" in said and "cut.tar: rewritten with" in said
+    assert (tmp_path / "apart" / "cut.tar.before-repair").exists()
     make(tmp_path / "twice", [*images, *images])
     status, said = run("verify", tmp_path / "twice")
     assert (status, "000: the key occurs twice" in said, "--sort" in said) == (1, True, False)
