@@ -93,9 +93,12 @@ class SplitReader:
         """As `BatchReader.read`; where labels are needed, samples without one are failures too."""
         failures = self._reader.read(places, rows, out)
         if self._need_labels:
-            for item, found in enumerate(_pairs(places)):
-                if item not in failures and self.table.labels([found])[0] == NO_LABEL:
-                    failures[item] = self.table.no_label(*found)
+            pairs = _pairs(places)
+            # Of shards that cannot be read there are no labels to look up either.
+            read = [item for item in range(len(pairs)) if item not in failures]
+            labels = self.table.labels([pairs[item] for item in read])
+            for number in np.flatnonzero(labels == NO_LABEL).tolist():
+                failures[read[number]] = self.table.no_label(*pairs[read[number]])
         return failures
 
     def _replace(

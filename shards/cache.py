@@ -23,7 +23,7 @@ _EVICTABLE = ".tar"
 _USER = ".user-"
 # Where the file system has no locks, what was not touched for so many seconds has nobody any more.
 _FORGOTTEN_S = 3600.0
-# Whoever gives a folder with other things in it does not want them counted, let alone deleted.
+# A folder may hold other things, which are not to be counted, let alone deleted.
 _OURS = re.compile("[0-9a-f]{20}")
 
 

@@ -1,8 +1,32 @@
-"""The errors of this package: each names the file and the remedy."""
+"""The errors of this package: each names the file and the remedy; and how a name is shown."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+
+# A name in a tar may be megabytes long; of a longer one than this, both ends are shown.
+_LONGEST = 160
+_HEAD, _TAIL = 100, 40
+
+
+def show_name(name: str) -> str:
+    """A name from a tar as part of one line of text, safe for any terminal and any log.
+
+    Control and invisible characters, line breaks and bytes that are not UTF-8 are escaped. The
+    middle of a name of more than 160 characters is left out, and its length is added.
+    """
+    if len(name) <= _LONGEST:
+        return show_text(name)
+    left_out = f"{show_text(name[:_HEAD])}...{show_text(name[-_TAIL:])}"
+    return f"{left_out} ({len(name):,} characters)"
+
+
+def show_text(text: str) -> str:
+    """Text as one printable line: what is not printable is escaped as in Python."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class ShardsError(Exception):
@@ -54,7 +78,7 @@ class CorruptSample(ShardsError):
 
     def __init__(self, shard: str, key: str, member: str, what: str) -> None:
         self.shard, self.key, self.member, self.what = shard, key, member, what
-        place = f"{key}.{member}" if member else key
+        place = show_name(f"{key}.{member}" if member else key)
         super().__init__(
             f"{shard}: {place}: {what}; `dinogen shards verify` lists all that is damaged, "
             f"`dinogen shards repair` writes the shard again without it, data.on_error=skip (in "

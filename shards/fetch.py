@@ -1,6 +1,6 @@
 """Files behind a URL: one engine of retries, and files fetched whole with it, checked when there.
 
-`insist` is the engine. Whoever fetches something else, such as `dinogen download`, uses it too.
+`insist` is the engine. What else fetches, such as `dinogen download`, uses it too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
 # A server that asks for a longer pause is not waited for.
 LONGEST_RETRY_AFTER_S = 3600.0
-# Whoever was asked to stop has some 30 s until it is killed: to get this batch, and to save.
+# A process that was asked to stop has some 30 s until it is killed: to get this batch, and to save.
 HURRY_S = 5.0
 HURRIED_WAIT_S = 0.5
 # How soon a thread that waits learns that it is to stop.

@@ -19,6 +19,8 @@ KEPT = ".before-repair"
 # a SystemError ("AST constructor recursion depth mismatch") where two threads are in it at once.
 NPY_HEADERS = threading.Lock()
 _CHUNK = 1 << 20
+# A sparse file of a few bytes may claim any size, and is read whole into memory.
+_MAX_SPARSE = 1 << 28
 
 
 class AtomicFile:
@@ -144,6 +146,21 @@ def gather(descriptor: int, extents: tuple[tuple[int, int, int], ...], size: int
             return b""
         content[position : position + length] = part
     return bytes(content)
+
+
+def too_sparse(size: int, extents: tuple[tuple[int, int, int], ...]) -> str | None:
+    """Why a sparse file is not read, if it is mostly zeros and too large for memory; else None.
+
+    Args:
+        size: of the content.
+        extents: of the stored parts, as in `gather`.
+    """
+    if size <= _MAX_SPARSE or 2 * sum(length for _, length, _ in extents) >= size:
+        return None
+    return (
+        f"is a sparse file of {size:,} bytes, mostly zeros; such files are read up to "
+        f"{_MAX_SPARSE:,} bytes"
+    )
 
 
 def sha256_file(path: Path) -> str:

@@ -514,10 +514,10 @@ def shrink(image: Pixels, size: int) -> Pixels:
     if height == size:
         return image
     if channels == 4:
-        picture = Image.frombuffer("RGBX", (width, height), image, "raw", "RGBX", 0, 1)
+        pil = Image.frombuffer("RGBX", (width, height), image, "raw", "RGBX", 0, 1)
     else:
-        picture = Image.fromarray(np.ascontiguousarray(image))
-    return np.asarray(picture.resize((size, size), Image.Resampling.BOX))
+        pil = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(pil.resize((size, size), Image.Resampling.BOX))
 
 
 def scale_into(image: Pixels, out: npt.NDArray[Any]) -> None:

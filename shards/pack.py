@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shards.errors import PackError
+from shards.errors import PackError, show_name
 from shards.manifest import Manifest
 from shards.sample import Sample
 from shards.sink import ShardSink
@@ -31,7 +31,7 @@ def pack(
     same; the result has the same bytes as an uninterrupted one.
 
     Args:
-        samples: in the order in which they shall lie on disk.
+        samples: in the order in which they are written.
         out: folder, made if need be.
         shard_size: samples per tar.
         val_fraction: part of the keys, by their hash, that goes to the split `val`.
@@ -63,7 +63,7 @@ def pack(
         lost = sink.completed_keys() - sink.seen
         if lost:
             raise PackError(
-                f"{out}: key {min(lost)!r} of the interrupted packing is not in the input any "
-                f"more; delete the folder and pack anew"
+                f"{out}: key '{show_name(min(lost))}' of the interrupted packing is not in the input any "
+                f"more; delete the folder and pack again"
             )
         return sink.finish()

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.dataset import Dataset
-from shards.errors import ManifestError
+from shards.errors import ManifestError, show_name
 from shards.files import sha256_file
 from shards.index import ShardIndex
 from shards.manifest import MANIFEST, PACKING, Manifest, parse_manifest
@@ -160,7 +160,7 @@ class PackedDataset(Dataset):
             rows = np.flatnonzero((width > 0) & ((width != height) | (width < size)))
             if len(rows) and not first:
                 row = int(rows[0])
-                first = f"{index.key(row)} of {shard.name} is {width[row]}x{height[row]}"
+                first = f"{show_name(index.key(row))} of {shard.name} is {width[row]}x{height[row]}"
             count += len(rows)
         return count, first
 
@@ -173,7 +173,8 @@ class PackedDataset(Dataset):
             for fault in table.index(number).faults:
                 if fault.suffix in LABEL_SUFFIXES:
                     key = table.index(number).key(fault.row)
-                    return f"{shard.name}: {key}.{fault.suffix}: {fault.what}"
+                    name = show_name(f"{key}.{fault.suffix}")
+                    return f"{shard.name}: {name}: {fault.what}"
         return ""
 
     def level_mean(self, level: int | str) -> npt.NDArray[np.float32]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from shards import index as index_files
-from shards.errors import IndexFileError, ManifestError
+from shards.errors import IndexFileError, ManifestError, show_name
 from shards.files import keep, sha256_file
 from shards.foreign import compressed_tars, unpack_advice
 from shards.index import ShardIndex
@@ -219,7 +219,7 @@ def common_size(indexes: Mapping[str, ShardIndex]) -> tuple[int | None, list[str
         for row, (width, height) in enumerate(sizes):
             if width:
                 counts[width, height] += 1
-                example.setdefault((width, height), f"{index.key(row)} of {name}")
+                example.setdefault((width, height), f"{show_name(index.key(row))} of {name}")
     if len(counts) == 1 and (size := next(iter(counts)))[0] == size[1]:
         return size[0], []
     if not counts:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import CorruptSample, FetchError, ShardsError
-from shards.files import gather, read_at, sum64
+from shards.errors import CorruptSample, FetchError, ShardsError, show_name
+from shards.files import gather, read_at, sum64, too_sparse
 from shards.image import decode_rgbx, scale_into, shrink
 from shards.index import ShardIndex
 from shards.order import Place
@@ -98,7 +98,7 @@ class BatchReader:
             their rows is undefined.
 
         Raises:
-            FetchError: if a shard is behind a URL and cannot be had.
+            FetchError: if a shard is behind a URL and cannot be fetched.
         """
         batch = _Batch(self._table, places)
         for name in self._levels:
@@ -309,12 +309,13 @@ def read_sample(index: ShardIndex, row: int, shard: str, descriptor: int) -> Sam
         for number, column in enumerate(index.columns)
         if index.offsets[row, number] != -1
     ]
-    wanted = {image_suffix(suffixes), META_SUFFIX, LABEL_SUFFIX, CAPTION_SUFFIX}
+    image = image_suffix(suffixes)
+    wanted = {META_SUFFIX, LABEL_SUFFIX, CAPTION_SUFFIX, *([image] if image else IMAGE_SUFFIXES)}
     members: dict[str, bytes] = {}
-    # Of arrays only those count that are levels here; nobody needs the others.
+    # Of arrays only those count that are levels here; other members are not needed.
     arrays = {column.suffix for column in index.columns if column.shape is not None}
     for fault in index.faults:
-        if fault.row == row and (fault.suffix in arrays or not level_of_suffix(fault.suffix)):
+        if fault.row == row and fault.suffix in arrays | wanted:
             raise CorruptSample(shard, key, fault.suffix, fault.what)
     for number, column in enumerate(index.columns):
         if column.suffix in wanted and index.offsets[row, number] != -1:
@@ -323,7 +324,7 @@ def read_sample(index: ShardIndex, row: int, shard: str, descriptor: int) -> Sam
     try:
         sample = decode(key, members)
     except ValueError as error:
-        raise CorruptSample(shard, key, "", str(error).removeprefix(f"{key}: ")) from error
+        raise CorruptSample(shard, key, "", str(error).removeprefix(f"{show_name(key)}: ")) from error
     return replace(sample, levels=levels)
 
 
@@ -357,6 +358,8 @@ def read_member(index: ShardIndex, row: int, number: int, shard: str, descriptor
             data = read_at(descriptor, size, offset)
         else:
             stored = index.indirect[-2 - offset]
+            if (what := too_sparse(size, stored.extents)) is not None:
+                raise CorruptSample(shard, key, column.suffix, what)
             data = gather(descriptor, stored.extents, size)
             dtype, shape, fortran = stored.dtype, stored.shape, stored.fortran
     except OSError as error:

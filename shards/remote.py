@@ -41,7 +41,7 @@ def open_remote(
     """
     remote = Remote(url)
     data, manifest = _read_manifest(remote)
-    # The manifest is part of the name: packed anew, the dataset gets a cache of its own.
+    # The manifest is part of the name: packed again, the dataset gets a cache of its own.
     name = hashlib.sha256(remote.url.encode() + b"\0" + data).hexdigest()[:20]
     cache = Cache(cache_dir or default_cache(), None if cache_gb is None else int(cache_gb * GB))
     folder = cache.root / name

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shards.errors import show_name
 from shards.files import NPY_HEADERS
 
 # The first of them that a sample has is its image.
@@ -36,6 +37,11 @@ _NPY_ERRORS = (
     MemoryError, RecursionError,
 )  # fmt: skip
 _NUMBERS = "fiub"
+# What a JSON text may be instead of an object.
+_KINDS = {
+    list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false",
+    type(None): "null",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,15 +76,15 @@ class Sample:
         check_key(self.key)
         if self.image_format not in IMAGE_SUFFIXES.values():
             raise ValueError(
-                f"{self.key}: image_format {self.image_format!r} is not jpg, png or webp"
+                f"{show_name(self.key)}: image_format {self.image_format!r} is not jpg, png or webp"
             )
         if "label" in self.meta:
-            raise ValueError(f"{self.key}: give the label as Sample.label, not inside meta")
+            raise ValueError(f"{show_name(self.key)}: give the label as Sample.label, not inside meta")
         for name, values in self.levels.items():
             places = level_grid(name) ** 2
             if values.ndim != 2 or values.shape[0] != places or values.shape[1] < 1:
                 raise ValueError(
-                    f"{self.key}: level {name} has shape {values.shape}, needed is ({places}, C)"
+                    f"{show_name(self.key)}: level {name} has shape {values.shape}, needed is ({places}, C)"
                 )
 
 
@@ -103,9 +109,9 @@ def check_key(key: str) -> None:
     The one rule for keys, of samples that are written and of samples that are read: any length,
     any folders, no dot in its last part.
     """
-    if "\0" in key or split_name(f"{key}.jpg") != (key, "jpg"):
+    if split_name(f"{key}.jpg") != (key, "jpg"):
         raise ValueError(
-            f"key {key!r} names no sample: it must not be empty, its last part must not contain "
+            f"key '{show_name(key)}' names no sample: it must not be empty, its last part must not contain "
             "'.', and it must not begin with a folder '__x__'; WebDataset would split or skip it"
         )
 
@@ -175,7 +181,7 @@ def encode(sample: Sample) -> dict[str, bytes]:
             meta, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{sample.key}: meta is not JSON: {error}") from error
+        raise ValueError(f"{show_name(sample.key)}: meta is not JSON: {error}") from error
     members = {sample.image_format: sample.image, META_SUFFIX: text.encode()}
     if sample.caption is not None:
         members[CAPTION_SUFFIX] = sample.caption.encode()
@@ -192,7 +198,8 @@ def decode(key: str, members: Mapping[str, bytes]) -> Sample:
     """
     suffix = image_suffix(list(members))
     if suffix is None:
-        raise ValueError(f"{key}: has no image; its members are {', '.join(members)}")
+        kinds = ", ".join(map(show_name, members))
+        raise ValueError(f"{show_name(key)}: has no image; its members are {kinds}")
     meta = decode_meta(members.get(META_SUFFIX, b"{}"), key)
     label = meta.pop("label", None)
     if label is None and LABEL_SUFFIX in members:
@@ -202,7 +209,7 @@ def decode(key: str, members: Mapping[str, bytes]) -> Sample:
         for member, data in members.items()
         if (name := level_of_suffix(member))
     }
-    # Tars from elsewhere may hold text of any kind; a letter that is lost there harms nobody.
+    # Tars from elsewhere may hold text of any kind; a letter that is lost there does no harm.
     words = members.get(CAPTION_SUFFIX)
     caption = None if words is None else bytes(words).decode("utf-8", "replace")
     image = bytes(members[suffix])
@@ -220,7 +227,7 @@ def decode_meta(data: bytes, key: str) -> dict[str, Any]:
     Raises:
         ValueError: if it is no JSON object, or its `label` is not an integer of 64 bits.
     """
-    name = f"{key}.{META_SUFFIX}"
+    name = show_name(f"{key}.{META_SUFFIX}")
     if not data.strip():
         raise ValueError(f"{name}: is empty, needed is a JSON object")
     try:
@@ -228,7 +235,7 @@ def decode_meta(data: bytes, key: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not JSON: {error}") from error
     if not isinstance(meta, dict):
-        raise ValueError(f"{name}: holds a {type(meta).__name__}, needed is an object")
+        raise ValueError(f"{name}: holds {_KINDS[type(meta)]}, needed is an object")
     label = meta.get("label")
     if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
         raise ValueError(f"{name}: label {label!r:.80} is not an integer")
@@ -245,9 +252,8 @@ def decode_label(data: bytes, key: str) -> int:
     """
     text = bytes(data).strip()
     if not re.fullmatch(rb"[+-]?[0-9]{1,18}", text):
-        raise ValueError(
-            f"{key}.{LABEL_SUFFIX}: {text[:40].decode('utf-8', 'replace')!r} is not an integer"
-        )
+        name, shown = show_name(f"{key}.{LABEL_SUFFIX}"), text[:40].decode("utf-8", "replace")
+        raise ValueError(f"{name}: {shown!r} is not an integer")
     return int(text)
 
 
@@ -262,7 +268,7 @@ def to_float16(key: str, name: str, values: npt.NDArray[Any]) -> npt.NDArray[np.
     if not np.isfinite(small).all():
         worst = np.abs(values.astype(np.float64)).max()
         raise ValueError(
-            f"{key}: level {name} is not finite in float16 (largest magnitude {worst}); "
+            f"{show_name(key)}: level {name} is not finite in float16 (largest magnitude {worst}); "
             f"float16 ends at 65504: check the guide, or scale its features"
         )
     return small
@@ -285,7 +291,7 @@ def npy_header(data: bytes, name: str) -> tuple[tuple[int, ...], np.dtype[Any], 
     Raises:
         ValueError: if it is no npy file of numbers (floating-point, integer or boolean).
     """
-    file = io.BytesIO(data)
+    file, name = io.BytesIO(data), show_name(name)
     try:
         version = np.lib.format.read_magic(file)
         read = {
@@ -295,9 +301,9 @@ def npy_header(data: bytes, name: str) -> tuple[tuple[int, ...], np.dtype[Any], 
         with NPY_HEADERS:
             shape, fortran, dtype = read(file)
     except _NPY_ERRORS as error:
-        raise ValueError(f"{name}: not a .npy file: {error}") from error
+        raise ValueError(f"{name}: not a .npy file: {str(error):.200}") from error
     if dtype.kind not in _NUMBERS:
-        raise ValueError(f"{name}: holds {dtype}; needed are numbers")
+        raise ValueError(f"{name}: holds {str(dtype):.80}; needed are numbers")
     if any(isinstance(length, bool) or length < 0 for length in shape):
         raise ValueError(f"{name}: not a .npy file: its shape is {shape}")
     return shape, dtype, bool(fortran), file.tell()
@@ -311,7 +317,9 @@ def decode_npy(data: bytes, name: str) -> npt.NDArray[Any]:
     """
     shape, dtype, fortran, header = npy_header(data, name)
     if len(data) - header != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name}: {len(data) - header} bytes do not fit {shape} {dtype}")
+        raise ValueError(
+            f"{show_name(name)}: {len(data) - header} bytes do not fit {shape} {dtype}"
+        )
     return as_array(data[header:], dtype, shape, fortran)
 
 

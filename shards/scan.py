@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.errors import IndexFileError
-from shards.files import gather, read_at, sum64
+from shards.errors import IndexFileError, show_name
+from shards.files import gather, read_at, sum64, too_sparse
 from shards.foreign import what_it_is
 from shards.image import image_header
 from shards.index import NO_LABEL, Column, Fault, Indirect, ShardIndex, as_keys
@@ -58,7 +58,7 @@ class Trouble:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{f'{self.key}: ' if self.key else ''}{self.what}; {self.remedy}"
+        return f"{f'{show_name(self.key)}: ' if self.key else ''}{self.what}; {self.remedy}"
 
 
 @dataclass
@@ -89,6 +89,7 @@ class Survey:
         lost: keys of samples that are known and cannot be used at all.
         num_holes: places at which a file is lost, whose sample may not be known.
         without_image: names like `README (md)` of what is no sample.
+        not_needed: names of the members that belong to no sample, those without a key among them.
         links: entries that are no files, by kind.
         keys_twice: keys of several samples.
     """
@@ -99,6 +100,7 @@ class Survey:
     lost: list[str] = field(default_factory=list)
     num_holes: int = 0
     without_image: list[str] = field(default_factory=list)
+    not_needed: list[str] = field(default_factory=list)
     links: Counter[str] = field(default_factory=Counter)
     keys_twice: list[str] = field(default_factory=list)
 
@@ -111,29 +113,31 @@ class Survey:
         """
         lines = []
         if self.links:
-            kinds = ", ".join(
-                f"{count} {_plural(kind, count)}" for kind, count in self.links.items()
-            )
-            lines.append(f"passed over, for they are no files: {kinds}")
+            lines.append(f"passed over, not regular files: {', '.join(self.link_counts())}")
         if self.without_image and self.index is not None:
-            lines.append(f"passed over, for they have no image: {_listed(self.without_image)}")
+            lines.append(f"passed over, no image or features: {listed(self.without_image)}")
         if named is None and self.keys_twice:
-            lines.append(f"keys that occur twice: {_listed(self.keys_twice)}")
+            keys = [show_name(key) for key in self.keys_twice]
+            lines.append(f"keys that occur twice: {listed(keys)}")
         if self.index is not None:
             found = ((self.index.key(fault.row), fault) for fault in self.index.faults)
             shown = [
-                f"{key}.{fault.suffix}: {fault.what}"
+                f"{show_name(f'{key}.{fault.suffix}')}: {fault.what}"
                 for key, fault in found
                 if (key, fault.suffix) not in (named or ())
             ]
             if shown:
-                lines.append(f"members that cannot be used: {_listed(shown)}")
+                lines.append(f"members that cannot be used: {listed(shown)}")
         if self.index is not None and self.index.indirect:
             count = len(self.index.indirect)
             lines.append(
                 f"{count} {_plural('member', count)} converted on each read, which is slower"
             )
         return lines
+
+    def link_counts(self) -> list[str]:
+        """The entries that are no regular files, like `2 hard links`."""
+        return [f"{count} {_plural(kind, count)}" for kind, count in self.links.items()]
 
 
 def _plural(word: str, count: int) -> str:
@@ -144,7 +148,8 @@ def _shortened(names: list[str]) -> str:
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
     shown = "; ".join(names[:3])
     return f"{shown}; and {len(names) - 3} more" if len(names) > 3 else shown
 
@@ -203,7 +208,7 @@ def survey(
 def _entries(descriptor: int, path: Path, found: Survey) -> list[_Entry]:
     """The samples of a tar; what is wrong with the tar goes into `found`."""
     damage: list[TarError] = []
-    groups = list(_groups(descriptor, damage, found.links))
+    groups = list(_groups(descriptor, damage, found))
     if not groups and damage and damage[0].offset == 0 and (known := what_it_is(path)):
         found.troubles.append(Trouble("", *known))
         return []
@@ -220,15 +225,18 @@ def _entries(descriptor: int, path: Path, found: Survey) -> list[_Entry]:
     kept = []
     for group in groups:
         if not _is_sample(group):
-            found.without_image.append(f"{group.key} ({_shortened(list(group.members))})")
+            kinds = _shortened([show_name(suffix) for suffix in group.members])
+            found.without_image.append(f"{show_name(group.key)} ({kinds})")
             if group.beside_damage:
                 _lose(group, "has lost its image", found)
+            else:
+                found.not_needed += [show_name(f"{group.key}.{name}") for name in group.members]
         elif found.torn and group.key in apart:
             _lose(group, "its members do not lie next to each other", found)
         elif group.overrun:
             _lose(group, "has lost bytes: another header lies inside it", found)
         elif group.beside_damage and not usual <= group.members.keys():
-            missing = ", ".join(sorted(usual - group.members.keys()))
+            missing = ", ".join(map(show_name, sorted(usual - group.members.keys())))
             _lose(group, f"lacks {missing}, which other samples have", found)
         else:
             kept.append(group)
@@ -242,17 +250,18 @@ def _lose(group: _Entry, what: str, found: Survey) -> None:
     found.troubles.append(Trouble(group.key, what, RESTORE))
 
 
-def _groups(descriptor: int, damage: list[TarError], links: Counter[str]) -> Iterator[_Entry]:
+def _groups(descriptor: int, damage: list[TarError], found: Survey) -> Iterator[_Entry]:
     """Samples of a tar, as WebDataset groups them: neighbours with the same key."""
     entry: _Entry | None = None
     num_damaged = 0
-    for member in walk(descriptor, damage.append, links):
+    for member in walk(descriptor, damage.append, found.links):
         split = split_name(member.name)
         torn = len(damage) > num_damaged
         if torn and entry is not None:
             entry.beside_damage = True
             entry.overrun |= any(_overruns(error) for error in damage[num_damaged:])
         if split is None:
+            found.not_needed.append(show_name(member.name))
             continue
         num_damaged = len(damage)
         key, suffix = split
@@ -271,7 +280,7 @@ def _groups(descriptor: int, damage: list[TarError], links: Counter[str]) -> Ite
 
 
 def _lighter(member: Member, suffix: str) -> Member:
-    """A member without first bytes that nobody will look at: a tar may have a million of them."""
+    """A member without first bytes that are not needed: a tar may have a million of them."""
     if level_of_suffix(suffix) is not None:
         return replace(member, head=member.head[:_NPY_HEAD])
     whole = suffix in LABEL_SUFFIXES and len(member.head) == member.size
@@ -310,7 +319,7 @@ def _note_apart(groups: list[_Entry], found: Survey) -> set[str]:
     # In a damaged tar they may as well be names that damage made.
     if apart and not found.torn:
         others = f", nor are those of {len(apart) - 1} more samples" if len(apart) > 1 else ""
-        what = f"members of sample {apart[0]} are not next to each other{others}"
+        what = f"members of sample {show_name(apart[0])} are not next to each other{others}"
         found.troubles.append(Trouble(apart[0], what, _SORT))
     return set(apart)
 
@@ -331,17 +340,19 @@ def _no_sample(groups: list[_Entry]) -> Trouble:
         for suffix in group.members:
             stem, dot, last = suffix.rpartition(".")
             if dot and last in IMAGE_SUFFIXES:
+                name, key = show_name(f"{group.key}.{suffix}"), show_name(group.key)
                 what = (
                     f"no sample has an image: a name is split at its first dot, so that "
-                    f"{group.key}.{suffix} is read as {suffix!r} of sample {group.key!r}"
+                    f"{name} is read as '{show_name(suffix)}' of sample '{key}'"
                 )
                 base = group.key.rpartition("/")[2]
-                better = f"{base}_{stem.replace('.', '_')}.{last}"
+                better = show_name(f"{base}_{stem.replace('.', '_')}.{last}")
                 return Trouble("", what, f"name it {better}, and make the tar again")
     kinds = ", ".join(IMAGE_SUFFIXES)
     if not groups:
         return Trouble("", "holds no sample", f"make it of files NAME.SUFFIX ({kinds})")
-    shown = _shortened(sorted({suffix or "none" for group in groups for suffix in group.members}))
+    suffixes = sorted({suffix or "none" for group in groups for suffix in group.members})
+    shown = _shortened([show_name(suffix) for suffix in suffixes])
     what = f"no sample has an image ({kinds}); the suffixes of its members are: {shown}"
     return Trouble("", what, "give the images one of these suffixes, and make the tar again")
 
@@ -440,13 +451,13 @@ class _Table:
             places = level_grid(level) ** 2
             if len(shape) != 2 or shape[0] != places or shape[1] < 1:
                 if level in VECTORS:
-                    return None  # tars from elsewhere may call anything so
+                    return None  # other programs may give anything this name
                 raise ValueError(f"has shape {shape}, needed is ({places}, C)")
             if header + math.prod(shape) * dtype.itemsize != member.size:
                 raise ValueError(f"{member.size} bytes do not fit {shape} {dtype}")
         except ValueError as error:
             if level not in VECTORS:
-                what = str(error).removeprefix(f"{member.name}: ")
+                what = str(error).removeprefix(f"{show_name(member.name)}: ")
                 self._faults.append(Fault(number, suffix, what))
             return None
         # An array of one row or one column lies the same way in either order.
@@ -463,6 +474,8 @@ class _Table:
                 self._faults.append(Fault(number, suffix, "the sample has this member twice"))
             elif (number, suffix) in bad:
                 continue
+            elif (what := _too_sparse(member)) is not None:
+                self._faults.append(Fault(number, suffix, what))
             elif column.shape is not None and (form is None or form.shape != column.shape):
                 stored = "is no such array" if form is None else f"is {form.dtype} {form.shape}"
                 what = f"{stored}, needed is {column.dtype} {column.shape}"
@@ -520,10 +533,13 @@ class _Table:
         for suffix, decoded in ((META_SUFFIX, _label_of_meta), (LABEL_SUFFIX, decode_label)):
             if suffix not in entry.members or suffix in entry.repeated:
                 continue
+            if _too_sparse(entry.members[suffix]) is not None:
+                faulty = True
+                continue
             try:
                 label = decoded(self._content(entry.members[suffix]), entry.key)
             except ValueError as error:
-                what = str(error).removeprefix(f"{entry.key}.{suffix}: ")
+                what = str(error).removeprefix(f"{show_name(f'{entry.key}.{suffix}')}: ")
                 self._faults.append(Fault(number, suffix, what))
                 faulty = True
                 continue
@@ -537,7 +553,13 @@ class _Table:
         extents = member.extents
         if extents is None:
             return read_at(self._descriptor, member.size, member.offset)
+        if (what := _too_sparse(member)) is not None:
+            raise ValueError(what)
         return gather(self._descriptor, extents, member.size)
+
+
+def _too_sparse(member: Member) -> str | None:
+    return None if member.extents is None else too_sparse(member.size, member.extents)
 
 
 def _label_of_meta(data: bytes, key: str) -> int | None:

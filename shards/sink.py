@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from shards.errors import FinishedError, IndexFileError, PackError
+from shards.errors import FinishedError, IndexFileError, PackError, show_name
 from shards.files import TEMPORARY, atomic_write, sha256_file
 from shards.image import check_image
 from shards.index import index_name, load
@@ -130,7 +130,7 @@ class ShardSink:
                 that is no class.
         """
         if sample.key in self.seen:
-            raise PackError(f"key {sample.key!r} occurs twice; give every sample its own")
+            raise PackError(f"key '{show_name(sample.key)}' occurs twice; give every sample its own")
         self.seen.add(sample.key)
         if sample.key in self._completed:
             return
@@ -233,12 +233,12 @@ class ShardSink:
     def _check(self, sample: Sample) -> None:
         if self._num_classes and sample.label not in range(self._num_classes):
             raise ValueError(
-                f"{sample.key}: label {sample.label} is none of the {self._num_classes} classes, "
+                f"{show_name(sample.key)}: label {sample.label} is none of the {self._num_classes} classes, "
                 "which are numbered from 0"
             )
         width, height = check_image(sample.image, f"{sample.key}.{sample.image_format}")
         if width != height:
-            raise ValueError(f"{sample.key}: the image is {width}x{height}; crop it to a square")
+            raise ValueError(f"{show_name(sample.key)}: the image is {width}x{height}; crop it to a square")
         levels = {
             name: LevelInfo(grid=round(v.shape[0] ** 0.5), channels=v.shape[1], dtype="float16")
             for name, v in sorted(sample.levels.items())
@@ -247,7 +247,7 @@ class ShardSink:
             self._levels, self._image_size = levels, width
         if width != self._image_size:
             raise ValueError(
-                f"{sample.key}: the image is {width}x{width}, those before it "
+                f"{show_name(sample.key)}: the image is {width}x{width}, those before it "
                 f"{self._image_size}x{self._image_size}; make them all alike"
             )
         if levels != self._levels:
@@ -255,7 +255,7 @@ class ShardSink:
                 ", ".join(f"{name} ({info.grid**2}, {info.channels})" for name, info in x.items())
                 for x in (levels, self._levels)
             )
-            raise ValueError(f"{sample.key}: has levels {mine or 'none'}, those before: {others}")
+            raise ValueError(f"{show_name(sample.key)}: has levels {mine or 'none'}, those before: {others}")
 
     def _finish_shard(self, split: str) -> None:
         info, index = self._writers[split].finish()
@@ -315,9 +315,9 @@ class ShardSink:
             sound = sha256_file(tar) == shard.sha256
             index = load(tar.with_name(index_name(shard.name)))
         except (FileNotFoundError, IndexFileError) as error:
-            raise PackError(f"{error}; delete {self._out} and pack anew") from error
+            raise PackError(f"{error}; delete {self._out} and pack again") from error
         if not sound:
-            raise PackError(f"{tar} was changed since; delete {self._out} and pack anew")
+            raise PackError(f"{tar} was changed since; delete {self._out} and pack again")
         self._completed |= {index.key(row) for row in range(len(index))}
         self._has_labels &= index.labels is not None
         self._levels = levels_of(index, shard.name)

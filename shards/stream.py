@@ -73,7 +73,7 @@ class Stream:
         check_on_error(on_error)
         if pin_memory and not torch.cuda.is_available():
             raise ValueError("pin_memory needs a GPU; set it to False on this machine")
-        # Whoever uses an order has one of its own: they are not safe for several threads.
+        # Each user of an order has one of its own: they are not safe for several threads.
         num_sets = len(dataset.sets)
         orders = [
             partial(

@@ -104,7 +104,7 @@ class SampleTable:
 
         Raises:
             IndexFileError: if neither the index nor the tar can be used.
-            FetchError: if they are behind a URL and cannot be had.
+            FetchError: if they are behind a URL and cannot be fetched.
         """
         found = self._indexes[shard]
         if found is not None:
@@ -163,7 +163,7 @@ class SampleTable:
             table.unchecked[rows] = index.offsets[:, number] >= 0
 
     def key(self, shard: int, sample: int) -> str:
-        """Key of a sample, or `sample N` if the shard's index cannot be had."""
+        """Key of a sample, or `sample N` if the shard's index is not available."""
         try:
             return self.index(shard).key(sample)
         except ShardsError:
@@ -203,7 +203,7 @@ class SampleTable:
 
         Raises:
             OSError: if it cannot be opened.
-            FetchError: if it is behind a URL and cannot be had.
+            FetchError: if it is behind a URL and cannot be fetched.
         """
         found = self._files.get(shard)
         if found is not None:
@@ -268,7 +268,7 @@ def load_plain_index(tar: Path) -> ShardIndex:
     try:
         index = index_files.load(path)
         status = tar.stat()
-        # Nothing else tells that a plain tar was written anew since.
+        # Nothing else tells that a plain tar was written again since.
         if index.num_bytes == status.st_size and path.stat().st_mtime_ns >= status.st_mtime_ns:
             return index
         log.warning("%s does not fit %s; making it again", path.name, tar.name)

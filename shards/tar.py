@@ -16,6 +16,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from shards.errors import show_name
+
 BLOCK = 512
 # One read takes a header and enough of what follows for a .npy header or a small JSON.
 _HEAD = 4096
@@ -23,8 +25,9 @@ _MAX_DIGITS = 20
 _CHUNK = 1 << 20
 # A name or a set of PAX records; more than that is a damaged size.
 _MAX_EXTENDED = 1 << 24
-# A sparse file may claim any size; of this one on it is passed over.
-_MAX_SPARSE = 1 << 32
+# A sparse file may claim any size, as far as the index has room for it; how much of it is read
+# into memory is decided there.
+_MAX_SPARSE = 1 << 62
 
 _REGULAR = (b"0", b"\0", b"7", b"S")
 _NO_DATA = {
@@ -149,7 +152,7 @@ class _Walk:
             header = block[:BLOCK]
             if len(header) < BLOCK:
                 what = "the end-of-archive blocks are missing: the tar is cut off"
-                raise TarError(position, what, loses=bool(header))
+                raise TarError(position, what, loses=any(header))
             if header.count(0) == BLOCK:
                 self._check_end(position)
                 return None
@@ -167,7 +170,7 @@ class _Walk:
             if kind in _REGULAR and extended.size is not None:
                 size = extended.size
             if start + size > self._num_bytes:
-                raise TarError(position, f"{extended.name or name} is cut off")
+                raise TarError(position, f"{show_name(extended.name or name)} is cut off")
             self._position = start + -(-size // BLOCK) * BLOCK
             if kind in (b"L", b"K", b"x", b"X", b"g"):
                 self._read_extended(kind, position, start, size, extended)
@@ -176,7 +179,7 @@ class _Walk:
                 self._last_content = start
                 if self._untrusted:
                     self._untrusted = False
-                    what = f"the name of the file {member.name} may be lost"
+                    what = f"the name of the file {show_name(member.name)} may be lost"
                     # The damage before it counts for both.
                     raise TarError(position, what, self._position, loses=False)
                 return member
@@ -271,7 +274,7 @@ class _Walk:
             parts, start, whole = self._sparse(header, kind, start, extended)
         except (ValueError, IndexError) as error:
             raise TarError(
-                start - BLOCK, f"the map of the sparse file {name} is damaged"
+                start - BLOCK, f"the map of the sparse file {show_name(name)} is damaged"
             ) from error
         if kind == b"S":
             # Blocks of the map lie between the header and the content, and are not counted.
@@ -282,11 +285,12 @@ class _Walk:
                 extents.append((at, length, position))
                 at += length
         name = extended.sparse.get("name", name)
+        damaged = f"the map of the sparse file {show_name(name)} is damaged"
         ordered = all(a[2] + a[1] <= b[2] for a, b in pairwise(extents))
         if at > self._num_bytes or not ordered or not 0 <= whole <= _MAX_SPARSE:
-            raise TarError(start - BLOCK, f"the map of the sparse file {name} is damaged")
+            raise TarError(start - BLOCK, damaged)
         if extents and extents[-1][2] + extents[-1][1] > whole:
-            raise TarError(start - BLOCK, f"the map of the sparse file {name} is damaged")
+            raise TarError(start - BLOCK, damaged)
         return Member(name, start, whole, b"", tuple(extents))
 
     def _sparse(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from shards import index as index_files
-from shards.errors import CorruptSample, FetchError, IndexFileError, ManifestError
+from shards.errors import CorruptSample, FetchError, IndexFileError, ManifestError, show_name
 from shards.files import sha256_file
 from shards.image import decode_image
 from shards.index import NO_LABEL, ShardIndex
@@ -19,7 +19,14 @@ from shards.manifest import MANIFEST, LevelInfo, Manifest, ShardInfo
 from shards.packed import PackedDataset
 from shards.plain import common_size, levels_of, tars_of
 from shards.reader import read_member
-from shards.sample import IMAGE_SUFFIXES, LABEL_SUFFIXES, image_suffix, level_name, level_suffix
+from shards.sample import (
+    CAPTION_SUFFIX,
+    IMAGE_SUFFIXES,
+    LABEL_SUFFIXES,
+    image_suffix,
+    level_name,
+    level_suffix,
+)
 from shards.scan import RESTORE, Survey, survey, unusable
 from shards.table import Source
 
@@ -30,6 +37,7 @@ FIX_META = "correct it and make the tar again; until then the image is used with
 FIX_SAMPLE = (
     "correct it and make the tar again, or run `dinogen shards repair` to go on without the sample"
 )
+FIX_ACCESS = "check its permissions and the disk, or restore the file from a copy"
 FIX_KEYS = "give every sample its own key and make the tar again"
 
 
@@ -53,7 +61,7 @@ class Problem:
 
     def __str__(self) -> str:
         member = f".{self.member}" if self.member else ""
-        place = f": {self.key}{member}" if self.key else ""
+        place = f": {show_name(self.key + member)}" if self.key else ""
         return f"{self.shard}{place}: {self.what}; {self.remedy}"
 
 
@@ -70,6 +78,7 @@ class ShardReport:
         damaged: rows of `index` that cannot be used, and why.
         torn: the tar's headers are damaged, so that other tools stumble.
         unfit: the tar as a whole cannot be used, for another reason than damage.
+        unreadable: the file is there, and the system cannot read it; `unfit` says why.
         lost: samples that were in the tar and are not in `index`, and why.
         survey: what a look through the tar found.
     """
@@ -82,6 +91,7 @@ class ShardReport:
     damaged: dict[int, str] = field(default_factory=dict)
     torn: bool = False
     unfit: str | None = None
+    unreadable: bool = False
     lost: list[str] = field(default_factory=list)
     survey: Survey | None = None
 
@@ -191,7 +201,7 @@ class _Keys:
         (one, other), count = self._shared.most_common(1)[0]
         total = self._shared.total()
         return [
-            f"{total} keys occur in more than one tar ({self._first}; {count} in both {one} and "
+            f"{total} keys occur in more than one tar ({show_name(self._first)}; {count} in both {one} and "
             f"{other}): all are used, and what is exported by key overwrites itself"
         ]
 
@@ -233,15 +243,21 @@ def inspect_shard(source: Source, manifest: Manifest, shard: ShardInfo) -> Shard
     report = ShardReport()
     try:
         file = source.open(shard.name)
-    except (OSError, FetchError) as error:
+        # Held to the end: the cache of a remote dataset may not evict it meanwhile.
+        tar = file.path
+        num_bytes = tar.stat().st_size
+        report.altered = shard.sha256 is not None and sha256_file(tar) != shard.sha256
+    except FileNotFoundError:
         report.missing = True
-        what = "the shard is missing" if isinstance(error, FileNotFoundError) else str(error)
-        report.problems.append(Problem(shard.name, "", "", what, RESTORE))
+        report.problems.append(Problem(shard.name, "", "", "the shard is missing", RESTORE))
         return report
-    # Held to the end: the cache of a remote dataset may not evict it meanwhile.
-    tar = file.path
-    num_bytes = tar.stat().st_size
-    report.altered = shard.sha256 is not None and sha256_file(tar) != shard.sha256
+    except FetchError as error:
+        report.unreadable, report.unfit = True, str(error)
+        report.problems.append(Problem(shard.name, "", "", report.unfit, RESTORE))
+        return report
+    except OSError as error:
+        _cannot_read(shard.name, error, report)
+        return report
     if num_bytes < shard.num_bytes:
         what = f"is cut off: {num_bytes} of {shard.num_bytes} bytes"
         report.problems.append(Problem(shard.name, "", "", what, RESTORE))
@@ -300,11 +316,10 @@ def _survey(
     try:
         found = survey(tar, True, levels, pixels=True, finite=True)
     except OSError as error:
-        report.unfit = f"cannot be read: {error.strerror or error}"
-        report.problems.append(Problem(tar.name, "", "", report.unfit, RESTORE))
+        _cannot_read(tar.name, error, report)
         return None
     report.survey, report.torn = found, found.torn
-    report.lost = [f"{trouble.key}: {trouble.what}" for trouble in found.troubles]
+    report.lost = [f"{show_name(trouble.key)}: {trouble.what}" for trouble in found.troubles]
     for trouble in found.troubles:
         problem = Problem(tar.name, trouble.key, "", trouble.what, trouble.remedy)
         report.problems.append(problem)
@@ -321,6 +336,13 @@ def _survey(
         what = f"has the levels {', '.join(have) or 'none'}, not {', '.join(levels) or 'none'}"
         report.problems.append(Problem(tar.name, "", "", what, RESTORE))
     return found.index
+
+
+def _cannot_read(name: str, error: OSError, report: ShardReport) -> None:
+    report.unreadable = True
+    what = f"cannot be read: {error.strerror or error}"
+    report.unfit = f"{what}; {FIX_ACCESS}"
+    report.problems.append(Problem(name, "", "", what, FIX_ACCESS))
 
 
 def _follow(
@@ -386,15 +408,15 @@ def _compare_headers(
             report.problems.append(Problem(tar.name, key, fault.suffix, fault.what, RESTORE))
     if report.torn:
         return
-    named = _members_of(scanned)
-    for key, suffixes in _members_of(stored).items():
+    named = members_of(scanned)
+    for key, suffixes in members_of(stored).items():
         for suffix in sorted(suffixes - named.get(key, set())):
             report.torn = True
             what = "no header in the tar names this member"
             report.problems.append(Problem(tar.name, key, suffix, what, RESTORE))
 
 
-def _members_of(index: ShardIndex) -> dict[str, set[str]]:
+def members_of(index: ShardIndex) -> dict[str, set[str]]:
     """Suffixes of the members of each sample that can be used, by its key."""
     found: dict[str, set[str]] = {}
     for row in range(len(index)):
@@ -426,7 +448,7 @@ def _check_samples(
             no_label = index.labels is not None and index.labels[row] == NO_LABEL
             for suffix, what in flaws:
                 fatal = _is_needed(suffix, levels) or (has_labels and no_label)
-                if suffix in LABEL_SUFFIXES or fatal:
+                if suffix in (*LABEL_SUFFIXES, CAPTION_SUFFIX) or fatal:
                     remedy = FIX_SAMPLE if fatal else FIX_META
                     report.problems.append(Problem(tar.name, key, suffix, what, remedy))
                 if fatal:

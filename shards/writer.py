@@ -17,7 +17,7 @@ class ShardWriter:
     """Writes the samples of one shard to a temporary file, which `finish` puts in place.
 
     Args:
-        path: where the tar shall be.
+        path: where the tar is written.
         split: what the manifest calls the samples.
     """
 
