@@ -178,7 +178,7 @@ class Ahead:
                 self._table.index(shard)
                 file = self._source.open_early(name)
             except (ShardsError, OSError) as error:
-                # The reader that needs it tries for itself, and says what is wrong if that fails too.
+                # The reader that needs it tries again, and says what is wrong if that fails too.
                 log.debug("%s was not fetched ahead of its use: %s", name, error)
                 continue
             with self._changed:

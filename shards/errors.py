@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-
 # A name in a tar may be megabytes long; of a longer one than this, both ends are shown.
 _LONGEST = 160
 _HEAD, _TAIL = 100, 40

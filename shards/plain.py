@@ -250,6 +250,25 @@ def complete(folder: Path, manifest: Manifest) -> Manifest:
     return _save(folder, manifest, *_measure(folder, manifest))
 
 
+def recount(folder: Path, manifest: Manifest, shards: tuple[ShardInfo, ...]) -> Manifest:
+    """Save a manifest with other facts about its shards, without reading them.
+
+    Args:
+        folder: of the dataset.
+        manifest: whose statistics and labels stay as they are.
+        shards: what it says about its shards from now on.
+    """
+    update = {"shards": shards, "splits": split_table(shards, _fractions(manifest))}
+    manifest = manifest.model_copy(update=update)
+    manifest.save(folder)
+    return manifest
+
+
+def _fractions(manifest: Manifest) -> dict[str, float]:
+    splits = manifest.splits.items()
+    return {name: info.fraction for name, info in splits if info.fraction is not None}
+
+
 def _measure(folder: Path, manifest: Manifest) -> tuple[Statistics, bool]:
     """Statistics of the train split, and whether all samples have labels."""
     statistics = Statistics()
@@ -265,9 +284,7 @@ def _measure(folder: Path, manifest: Manifest) -> tuple[Statistics, bool]:
 def _save(folder: Path, manifest: Manifest, statistics: Statistics, has_labels: bool) -> Manifest:
     variances = statistics.total_variances()
     measured = save_statistics(statistics, folder, manifest.identity) if variances else None
-    fractions = {
-        name: info.fraction for name, info in manifest.splits.items() if info.fraction is not None
-    }
+    fractions = _fractions(manifest)
     manifest = manifest.model_copy(
         update={
             "has_labels": has_labels,

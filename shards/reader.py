@@ -324,7 +324,9 @@ def read_sample(index: ShardIndex, row: int, shard: str, descriptor: int) -> Sam
     try:
         sample = decode(key, members)
     except ValueError as error:
-        raise CorruptSample(shard, key, "", str(error).removeprefix(f"{show_name(key)}: ")) from error
+        raise CorruptSample(
+            shard, key, "", str(error).removeprefix(f"{show_name(key)}: ")
+        ) from error
     return replace(sample, levels=levels)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from shards import index as index_files
-from shards.errors import IndexFileError, ManifestError
+from shards.errors import IndexFileError, ManifestError, ShardsError, show_name
 from shards.files import keep, sha256_file
 from shards.index import ShardIndex
 from shards.manifest import (
@@ -23,11 +23,11 @@ from shards.manifest import (
     parse_manifest,
 )
 from shards.packed import Folder
-from shards.plain import adopt, complete, split_of_name
+from shards.plain import adopt, complete, recount, split_of_name
 from shards.reader import read_member
 from shards.sample import encode_npy
-from shards.scan import scan, survey
-from shards.verify import ShardReport, inspect_plain, inspect_shard
+from shards.scan import listed, scan, survey
+from shards.verify import ShardReport, inspect_plain, inspect_shard, members_of
 from shards.writer import write_shard
 
 # As many lost samples of a shard are named one by one.
@@ -74,7 +74,8 @@ class RepairPlan:
     Attributes:
         lines: what would be done, and which samples would go and why.
         num_lost: samples that would be lost.
-        unfit: tars that no repair helps, each with the reason; the others are repaired.
+        unfit: tars that cannot be repaired, each with its reason and remedy. They stay as they
+            are; `run` adds those at which it failed. The others are repaired.
         rewrites: whether a tar would be written again or set aside.
     """
 
@@ -82,21 +83,31 @@ class RepairPlan:
     num_lost: int = 0
     unfit: list[str] = field(default_factory=list)
     rewrites: bool = False
-    _steps: list[Callable[[], str]] = field(default_factory=list)
+    _steps: list[tuple[str, Callable[[], str]]] = field(default_factory=list)
     _last: Callable[[], list[str]] = list
 
     def run(self) -> list[str]:
-        """Carry it out.
+        """Carry it out. A step that fails is named in `unfit`, and the others are done.
 
         Returns:
             One line for each thing done.
         """
-        done = [step() for step in self._steps]
+        done = []
+        for name, step in self._steps:
+            try:
+                done.append(step())
+            except (ShardsError, OSError) as error:
+                self.unfit.append(f"{name}: {error}")
         return done + self._last()
 
-    def add(self, step: Callable[[], str]) -> None:
-        """Plan one more step."""
-        self._steps.append(step)
+    def add(self, name: str, step: Callable[[], str]) -> None:
+        """Plan one more step, for the file of this name."""
+        self._steps.append((name, step))
+
+    def refuse(self, name: str, what: str) -> None:
+        """Leave a tar alone that cannot be repaired: `what` is the reason and the remedy."""
+        self.unfit.append(f"{name}: {what}")
+        self.lines.append(f"{name}: cannot be repaired and is left as it is: {what}")
 
     def finally_do(self, step: Callable[[], list[str]]) -> None:
         """Plan what comes last."""
@@ -140,7 +151,7 @@ def plan_repair(folder: Path) -> RepairPlan:
     Shards with damaged samples or headers are written again without what cannot be read; missing
     ones leave the manifest; indexes, checksums, counts and statistics are made again where they
     are wrong. Every tar that is written again or set aside is kept as `NAME.tar.before-repair`. A
-    tar that this would not help is left alone.
+    tar that this would not help is left alone. One that cannot be repaired stops no other.
 
     Raises:
         ManifestError: if there is no dataset, or nothing of it would be left.
@@ -161,6 +172,13 @@ def plan_repair(folder: Path) -> RepairPlan:
         if plan.num_lost:
             copy = keep(folder / MANIFEST)
             done.append(f"{MANIFEST}: kept as {copy.name}, for it names what was lost")
+        if plan.unfit:
+            if recount(folder, manifest, shards) != manifest:
+                done.append(
+                    f"{MANIFEST}: shards and counts brought up to date; statistics stay as they "
+                    "are until the other tars are in order"
+                )
+            return done
         repaired = complete(folder, manifest.model_copy(update={"shards": shards}))
         if repaired != manifest:
             done.append(f"{MANIFEST}: shards, counts and statistics brought up to date")
@@ -177,7 +195,7 @@ def _plan_shard(
     plan: RepairPlan,
     kept: dict[str, ShardInfo],
 ) -> None:
-    """Plan what a shard needs; `kept` gets what the manifest shall say about it from now on."""
+    """Plan what a shard needs; `kept` gets what the manifest says about it from then on."""
     report = inspect_shard(Folder(folder), manifest, shard)
     tar, index_path = folder / shard.name, folder / index_files.index_name(shard.name)
     if report.missing:
@@ -187,27 +205,35 @@ def _plan_shard(
             _set_aside(index_path)
             return f"{shard.name}: missing, taken out of {MANIFEST}"
 
-        plan.add(drop)
+        plan.add(shard.name, drop)
+        return
+    # A file that the system cannot read now may be sound. One that has other faults than damage
+    # gets no new index, and nothing is gained by losing samples of it.
+    not_ours = report.unfit is not None and report.index is not None and report.index_wrong
+    if report.unfit is not None and (report.unreadable or (not_ours and not report.torn)):
+        kept[shard.name] = shard
+        plan.refuse(shard.name, report.unfit)
         return
     sound = _sound_rows(report)
     if report.index is None or not sound:
         reasons = [f"not one of its {shard.num_samples} samples can be read", *_reasons(report)]
         plan.lose(shard.name, shard.num_samples, reasons)
         plan.rewrites = True
-        plan.add(lambda: _put_away(tar))
+        plan.add(shard.name, lambda: _put_away(tar))
         return
     index = report.index
     kept[shard.name] = shard
     if report.torn or report.damaged:
         plan.rewrites = True
         lost = max(shard.num_samples - len(sound), 0)
-        _announce(plan, shard.name, lost, len(sound), report)
+        left_out = _left_out(report, sound)
+        _announce(plan, shard.name, lost, len(sound), report, left_out)
 
         def rewrite() -> str:
-            kept[shard.name], line = _rewrite(tar, shard.split, index, sound, lost)
+            kept[shard.name], line = _rewrite(tar, shard.split, index, sound, lost, left_out)
             return line
 
-        plan.add(rewrite)
+        plan.add(shard.name, rewrite)
         return
     num_samples = len(index)
     if report.index_wrong:
@@ -219,7 +245,7 @@ def _plan_shard(
             kept[shard.name] = _described(tar, shard, len(found))
             return f"{index_path.name}: made again"
 
-        plan.add(rebuild)
+        plan.add(shard.name, rebuild)
     kept[shard.name] = _described(tar, shard, num_samples)
 
 
@@ -241,21 +267,57 @@ def _reasons(report: ShardReport) -> list[str]:
     """Why samples of a shard would go, one line each."""
     reasons = list(report.lost)
     if report.index is not None:
-        reasons += [f"{report.index.key(row)}: {what}" for row, what in report.damaged.items()]
+        name = report.index.key
+        reasons += [f"{show_name(name(row))}: {what}" for row, what in report.damaged.items()]
     return reasons
 
 
+def _left_out(report: ShardReport, rows: list[int]) -> str:
+    """The entries that a rewritten tar will not have, though no sample is lost with them; or ""."""
+    index, found = report.index, report.survey
+    assert index is not None
+    names = []
+    faults = {(fault.row, fault.suffix): fault.what for fault in index.faults}
+    stored = members_of(index)
+    in_tar = members_of(found.index) if found is not None and found.index is not None else {}
+    for row in rows:
+        key = index.key(row)
+        for number, column in enumerate(index.columns):
+            member = show_name(f"{key}.{column.suffix}")
+            if index.offsets[row, number] != -1:
+                if not _can_be_written(column.suffix):
+                    names.append(member)
+            elif (what := faults.get((row, column.suffix))) is not None:
+                names.append(f"{member} ({what})")
+        # What was put into a tar after it was packed.
+        unknown = in_tar.get(key, set()) - stored.get(key, set())
+        names += [show_name(f"{key}.{suffix}") for suffix in sorted(unknown)]
+    links = []
+    if found is not None:
+        names += found.not_needed
+        links = found.link_counts()
+    parts = [f"{len(names)} not needed by any sample ({listed(names)})"] if names else []
+    return " and ".join(parts + ([", ".join(links)] if links else []))
+
+
 def _announce(
-    plan: RepairPlan, name: str, num_lost: int, num_sound: int, report: ShardReport
+    plan: RepairPlan,
+    name: str,
+    num_lost: int,
+    num_sound: int,
+    report: ShardReport,
+    left_out: str,
 ) -> None:
     plan.lines.append(
         f"{name}: will be written again with {num_sound} samples, {num_lost} will be lost"
     )
+    if left_out:
+        plan.lines.append(f"{name}: entries that will be left out: {left_out}")
     plan.lose(name, num_lost, _reasons(report))
 
 
 def _rewrite(
-    tar: Path, split: str, index: ShardIndex, rows: list[int], num_lost: int
+    tar: Path, split: str, index: ShardIndex, rows: list[int], num_lost: int, left_out: str
 ) -> tuple[ShardInfo, str]:
     """Write a tar again with some of its samples; what it was is kept first."""
     copy = keep(tar)
@@ -264,6 +326,8 @@ def _rewrite(
         f"{tar.name}: rewritten with {info.num_samples} samples, {num_lost} lost; "
         f"what it was is kept as {copy.name}"
     )
+    if left_out:
+        line += f"; entries left out: {left_out}"
     return info, line
 
 
@@ -287,9 +351,9 @@ def _plan_plain(folder: Path) -> RepairPlan:
     num_left = 0
     for tar, report in inspect_plain(folder):
         sound = _sound_rows(report)
-        if report.unfit is not None and report.index is not None and sound:
-            # Its samples are all there, but not as they should be: nothing to gain by losing some.
-            plan.unfit.append(f"{tar}: {report.unfit}")
+        if report.unfit is not None and (report.unreadable or (report.index is not None and sound)):
+            # Its samples are there, but not as they should be: nothing to gain by losing some.
+            plan.refuse(tar.name, report.unfit)
             continue
         if not sound or report.index is None:
             what = report.unfit or "not one of its samples can be read"
@@ -299,35 +363,56 @@ def _plan_plain(folder: Path) -> RepairPlan:
         if report.torn or report.damaged:
             _plan_rewrite(tar, report, sound, plan)
     if not num_left:
-        why = plan.unfit + [f"{tar}: {what}" for tar, what, _ in unusable]
+        why = [f"{folder / line}" for line in plan.unfit] + [
+            f"{tar}: {what}" for tar, what, _ in unusable
+        ]
         raise ManifestError("\n".join(why))
     for tar, what, count in unusable:
         # How many samples it held may not be known: one at least is what it was made for.
         plan.lose(tar.name, max(count, 1), [f"{what}; it will be set aside"])
         plan.rewrites = True
-        plan.add(partial(_put_away, tar))
+        plan.add(tar.name, partial(_put_away, tar))
     if plan.unfit:
-        plan.lines += plan.unfit
-        return plan
-    plan.lines.append(f"{MANIFEST}: will be made from the tars, with their indexes")
-    plan.finally_do(lambda: _adopt(folder))
+        plan.lines.append(f"{MANIFEST}: cannot be made until every tar can be read")
+    else:
+        plan.lines.append(f"{MANIFEST}: will be made from the tars, with their indexes")
+    plan.finally_do(lambda: [] if plan.unfit else _adopt(folder))
     return plan
 
 
 def _plan_rewrite(tar: Path, report: ShardReport, sound: list[int], plan: RepairPlan) -> None:
     assert report.index is not None
     index = report.index
-    lost = len(index) - len(sound) + _num_lost(report)
+    gone = _cut_off(tar, report)
+    report.lost += [f"{show_name(key)}: was in the part that is cut off" for key in gone]
+    lost = len(index) - len(sound) + max(_num_lost(report), len(gone))
     plan.rewrites = True
-    _announce(plan, tar.name, lost, len(sound), report)
+    left_out = _left_out(report, sound)
+    _announce(plan, tar.name, lost, len(sound), report, left_out)
     split = split_of_name(tar.name)
-    plan.add(lambda: _rewrite(tar, split, index, sound, lost)[1])
+    plan.add(tar.name, lambda: _rewrite(tar, split, index, sound, lost, left_out)[1])
 
 
 def _num_lost(report: ShardReport) -> int:
     """Samples of a plain tar that are not in its index: a lost file may have been a whole one."""
     found = report.survey
     return 0 if found is None else max(len(found.lost), found.num_holes)
+
+
+def _cut_off(tar: Path, report: ShardReport) -> list[str]:
+    """Keys that were in the lost end of a tar, where an index from before the cut is left."""
+    found = report.survey
+    if found is None or found.index is None or not found.torn:
+        return []
+    try:
+        before = index_files.load(tar.with_name(index_files.index_name(tar.name)))
+    except (OSError, IndexFileError):
+        return []
+    keys, left = before.keys.tolist(), found.index.keys.tolist()
+    # The index of another tar that had this name says nothing.
+    if before.num_bytes <= found.index.num_bytes or keys[: len(left)] != left:
+        return []
+    return [before.key(row) for row in range(len(left), len(keys))]
 
 
 def _adopt(folder: Path) -> list[str]:
@@ -353,8 +438,7 @@ def _members(
         for row in rows:
             members = {}
             for number, column in enumerate(index.columns):
-                # webdataset's writer keeps names like `__key__` for itself, and needs a suffix.
-                if index.offsets[row, number] == -1 or column.suffix[:1] in ("", "_"):
+                if index.offsets[row, number] == -1 or not _can_be_written(column.suffix):
                     continue
                 data = read_member(index, row, number, tar.name, descriptor)
                 # The header in the tar is not held by any checksum: written again.
@@ -363,6 +447,11 @@ def _members(
             yield index.key(row), members
     finally:
         os.close(descriptor)
+
+
+def _can_be_written(suffix: str) -> bool:
+    """webdataset's writer keeps names like `__key__` for itself, and needs a suffix."""
+    return suffix[:1] not in ("", "_")
 
 
 def _manifest(folder: Path) -> Manifest:

@@ -79,12 +79,15 @@ class Sample:
                 f"{show_name(self.key)}: image_format {self.image_format!r} is not jpg, png or webp"
             )
         if "label" in self.meta:
-            raise ValueError(f"{show_name(self.key)}: give the label as Sample.label, not inside meta")
+            raise ValueError(
+                f"{show_name(self.key)}: give the label as Sample.label, not inside meta"
+            )
         for name, values in self.levels.items():
             places = level_grid(name) ** 2
             if values.ndim != 2 or values.shape[0] != places or values.shape[1] < 1:
                 raise ValueError(
-                    f"{show_name(self.key)}: level {name} has shape {values.shape}, needed is ({places}, C)"
+                    f"{show_name(self.key)}: level {name} has shape {values.shape}, needed is "
+                    f"({places}, C)"
                 )
 
 
@@ -111,8 +114,8 @@ def check_key(key: str) -> None:
     """
     if split_name(f"{key}.jpg") != (key, "jpg"):
         raise ValueError(
-            f"key '{show_name(key)}' names no sample: it must not be empty, its last part must not contain "
-            "'.', and it must not begin with a folder '__x__'; WebDataset would split or skip it"
+            f"key '{show_name(key)}' names no sample: it must not be empty, its last part must not "
+            "contain '.', and it must not begin with a folder '__x__'; WebDataset would split or skip it"
         )
 
 
@@ -301,9 +304,9 @@ def npy_header(data: bytes, name: str) -> tuple[tuple[int, ...], np.dtype[Any], 
         with NPY_HEADERS:
             shape, fortran, dtype = read(file)
     except _NPY_ERRORS as error:
-        raise ValueError(f"{name}: not a .npy file: {str(error):.200}") from error
+        raise ValueError(f"{name}: not a .npy file: {error!s:.200}") from error
     if dtype.kind not in _NUMBERS:
-        raise ValueError(f"{name}: holds {str(dtype):.80}; needed are numbers")
+        raise ValueError(f"{name}: holds {dtype!s:.80}; needed are numbers")
     if any(isinstance(length, bool) or length < 0 for length in shape):
         raise ValueError(f"{name}: not a .npy file: its shape is {shape}")
     return shape, dtype, bool(fortran), file.tell()

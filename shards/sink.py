@@ -130,7 +130,9 @@ class ShardSink:
                 that is no class.
         """
         if sample.key in self.seen:
-            raise PackError(f"key '{show_name(sample.key)}' occurs twice; give every sample its own")
+            raise PackError(
+                f"key '{show_name(sample.key)}' occurs twice; give every sample its own"
+            )
         self.seen.add(sample.key)
         if sample.key in self._completed:
             return
@@ -233,12 +235,14 @@ class ShardSink:
     def _check(self, sample: Sample) -> None:
         if self._num_classes and sample.label not in range(self._num_classes):
             raise ValueError(
-                f"{show_name(sample.key)}: label {sample.label} is none of the {self._num_classes} classes, "
-                "which are numbered from 0"
+                f"{show_name(sample.key)}: label {sample.label} is none of the "
+                f"{self._num_classes} classes, which are numbered from 0"
             )
         width, height = check_image(sample.image, f"{sample.key}.{sample.image_format}")
         if width != height:
-            raise ValueError(f"{show_name(sample.key)}: the image is {width}x{height}; crop it to a square")
+            raise ValueError(
+                f"{show_name(sample.key)}: the image is {width}x{height}; crop it to a square"
+            )
         levels = {
             name: LevelInfo(grid=round(v.shape[0] ** 0.5), channels=v.shape[1], dtype="float16")
             for name, v in sorted(sample.levels.items())
@@ -255,7 +259,9 @@ class ShardSink:
                 ", ".join(f"{name} ({info.grid**2}, {info.channels})" for name, info in x.items())
                 for x in (levels, self._levels)
             )
-            raise ValueError(f"{show_name(sample.key)}: has levels {mine or 'none'}, those before: {others}")
+            raise ValueError(
+                f"{show_name(sample.key)}: has levels {mine or 'none'}, those before: {others}"
+            )
 
     def _finish_shard(self, split: str) -> None:
         info, index = self._writers[split].finish()

@@ -200,8 +200,9 @@ class _Keys:
             return []
         (one, other), count = self._shared.most_common(1)[0]
         total = self._shared.total()
+        first = show_name(self._first)
         return [
-            f"{total} keys occur in more than one tar ({show_name(self._first)}; {count} in both {one} and "
+            f"{total} keys occur in more than one tar ({first}; {count} in both {one} and "
             f"{other}): all are used, and what is exported by key overwrites itself"
         ]
 

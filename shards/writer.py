@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,8 +41,21 @@ class ShardWriter:
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
         """Append one sample; the writer sorts its members by suffix."""
-        self._tar.write({"__key__": key, **members})
+        if "\0" in key or any("\0" in suffix for suffix in members):
+            self._write_with_zeros(key, members)
+        else:
+            self._tar.write({"__key__": key, **members})
         self.num_samples += 1
+
+    def _write_with_zeros(self, key: str, members: dict[str, bytes]) -> None:
+        """As webdataset's writer, for names that a plain header would cut at a zero byte."""
+        for suffix, data in sorted(members.items()):
+            name = f"{key}.{suffix}"
+            info = tarfile.TarInfo(name.replace("\0", "_"))
+            info.size, info.mtime, info.mode = len(data), 0, 0o444
+            info.uname = info.gname = "dinogen"
+            info.pax_headers = {"path": name}
+            self._tar.tarstream.addfile(info, io.BytesIO(data))
 
     def finish(self) -> tuple[ShardInfo, ShardIndex]:
         """Put the tar and its index in place.

@@ -35,13 +35,14 @@ def ls(data: Location, cache_dir: CacheDir = None) -> None:
     [bold]Example[/bold]  dinogen shards ls data/faces
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from shards import open_dataset
 
     manifest = open_dataset(data, cache_dir=cache_dir).manifest
     console = Console()
-    splits = Table("split", "samples", "shards", "MB", title=f"{data}")
+    splits = Table("split", "samples", "shards", "MB", title=escape(printable(data)))
     for name, split in manifest.splits.items():
         num_bytes = sum(shard.num_bytes for shard in manifest.shards if shard.split == name)
         splits.add_row(
@@ -57,20 +58,24 @@ def ls(data: Location, cache_dir: CacheDir = None) -> None:
     for shard in manifest.shards:
         digest = shard.sha256[:16] if shard.sha256 else "never checked"
         shards.add_row(
-            shard.name, f"{shard.num_samples:,}", f"{shard.num_bytes / 1e6:,.1f}", digest
+            escape(printable(shard.name)),
+            f"{shard.num_samples:,}",
+            f"{shard.num_bytes / 1e6:,.1f}",
+            digest,
         )
     console.print(shards)
     size = manifest.image_size
     console.print(f"images: {f'{size}x{size}' if size else 'never checked'}")
     names = f" ({', '.join(manifest.classes)})" if manifest.classes else ""
-    console.print(f"labels: {'yes' if manifest.has_labels else 'no'}{names}", markup=False)
+    labels = f"labels: {'yes' if manifest.has_labels else 'no'}{names}"
+    console.print(printable(labels), markup=False)
     networks = [("guide", manifest.guide)]
     networks += [(f"guide {name}", facts) for name, facts in manifest.guides.items()]
     if manifest.clip:
         networks.append(("clip", manifest.clip))
     for title, facts in (*networks, ("prepare", manifest.prepare)):
         text = ", ".join(f"{key}={value}" for key, value in facts.items())
-        console.print(f"{title}: {text or 'not recorded'}", markup=False)
+        console.print(printable(f"{title}: {text or 'not recorded'}"), markup=False)
 
 
 @app.command()
@@ -157,12 +162,17 @@ def repair(
         raise typer.Exit(1)
     if plan.rewrites and not yes:
         typer.confirm(f"{data}: write these tars again? No sample is lost", abort=True)
+    named = len(plan.unfit)
     for line in plan.run() or ([] if plan.unfit else ["nothing to repair"]):
         typer.echo(printable(line))
     if plan.unfit:
+        # Those at which the repair itself failed are not among the plan's lines.
+        for line in plan.unfit[named:]:
+            typer.echo(f"{printable(line)}; it is left as it is", err=True)
+        known = "statistics are old" if (data / "manifest.json").exists() else "no manifest.json"
         typer.echo(
-            f"{data}: {_count(len(plan.unfit), 'tar')} NOT repaired, see above; there is no "
-            "manifest.json until these are",
+            f"{data}: {_count(len(plan.unfit), 'tar')} NOT repaired, see above; {known} until "
+            "these are fixed",
             err=True,
         )
         raise typer.Exit(1)
@@ -173,5 +183,7 @@ def _count(number: int, word: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that any terminal takes: names of files need not be UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    """Text as one line that any terminal takes: names of files may hold any bytes."""
+    from shards.errors import show_text
+
+    return show_text(text)

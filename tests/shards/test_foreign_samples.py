@@ -29,7 +29,7 @@ BAD_META = {
     "empty": (b"", "is empty, needed is a JSON object"),
     "blank": (b" \n", "is empty, needed is a JSON object"),
     "list": (b"[1]", "holds a list"),
-    "number": (b"3", "holds a int"),
+    "number": (b"3", "holds a number, needed is an object"),
     "broken": (b'{"label": ', "not JSON"),
     "not utf-8": (b'{"a": "\xe4"}', "not JSON"),
     "deep": (b"[" * 100_000, "not JSON"),
@@ -239,7 +239,7 @@ def test_what_has_no_image_is_passed_over_and_said(tmp_path: Path):
     path = make(tmp_path, [*photos(2), ("README.md", b"x"), ("009.json", b"{}")])
     assert survey(path, with_sums=False).without_image == ["README (md)", "009 (json)"]
     status, said = run("index", tmp_path)
-    assert (status, "passed over, for they have no image: README (md); 009 (json)" in said) == (
+    assert (status, "passed over, no image or features: README (md); 009 (json)" in said) == (
         0,
         True,
     )

@@ -47,7 +47,7 @@ def test_payload_lies_aligned_behind_128_bytes(places: int, channels: int):
     assert len(data) == 128 + places * channels * 2
 
 
-@pytest.mark.parametrize("key", ["", "a.b", "a/b.c", "a\0", "__x__/a", "a/../.b"])
+@pytest.mark.parametrize("key", ["", "a.b", "a/b.c", "__x__/a", "a/../.b"])
 def test_keys_that_webdataset_would_split_are_refused(key: str):
     with pytest.raises(ValueError, match="key"):
         Sample(key, b"", "jpg")
