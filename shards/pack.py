@@ -63,7 +63,7 @@ def pack(
         lost = sink.completed_keys() - sink.seen
         if lost:
             raise PackError(
-                f"{out}: key '{show_name(min(lost))}' of the interrupted packing is not in the input "
-                f"any more; delete the folder and pack again"
+                f"{out}: key '{show_name(min(lost))}' of the interrupted packing is not in the "
+                f"input any more; delete the folder and pack again"
             )
         return sink.finish()

@@ -115,7 +115,8 @@ def check_key(key: str) -> None:
     if split_name(f"{key}.jpg") != (key, "jpg"):
         raise ValueError(
             f"key '{show_name(key)}' names no sample: it must not be empty, its last part must not "
-            "contain '.', and it must not begin with a folder '__x__'; WebDataset would split or skip it"
+            "contain '.', and it must not begin with a folder '__x__'; WebDataset would split or "
+            "skip it"
         )
 
 

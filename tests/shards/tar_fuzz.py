@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from shards import Sample, open_dataset, pack
-from shards.errors import ShardsError
+from shards.errors import ShardsError, show_name
 from shards.files import KEPT
 from shards.repair import plan_repair, rebuild_indexes
 from shards.verify import Findings, examine, examine_plain
@@ -70,7 +70,11 @@ def nothing_is_lost(seed: int, folder: Path) -> str:
         # No index knew what was there: whole members that were cut out, or an end that was
         # zeroed, leave a sound tar. All other damage shows.
         left = {key for path in data.glob("*.tar") for key, _ in by_dinogen(path)}
-        gone = [k for k in before.keys() - left if not any(k in line for line in found.remarks)]
+        gone = [
+            k
+            for k in before.keys() - left
+            if not any(show_name(k) in line for line in found.remarks)
+        ]
         assert not gone or how.startswith(("delete", "zero")), where
     ended = _repair(data, tar, changed, before, named, with_manifest, where)
     return f"{how.partition(' ')[0]}: {ended}"
@@ -152,6 +156,10 @@ def _repair(
     assert {path.name: path.read_bytes() for path in data.iterdir()} == files, where
     assert "shards repair" not in "\n".join(plan.lines), where
     plan.run()
+    if plan.unfit:
+        # It is left as it is, and so is the sound one beside it.
+        assert tar.read_bytes() == changed and not with_manifest, where
+        return "refused"
     kept = data / f"{tar.name}{KEPT}"
     rewritten = not tar.exists() or tar.read_bytes() != changed
     assert rewritten == kept.exists() == plan.rewrites, where
