@@ -18,7 +18,7 @@ from shards.foreign import compressed_tars, unpack_advice
 from shards.index import ShardIndex
 from shards.manifest import SPLITS, STATISTICS, LevelInfo, Manifest, ShardInfo, split_table
 from shards.sample import level_grid, level_of_suffix
-from shards.scan import survey
+from shards.scan import FIX_ACCESS, survey
 from shards.stats import Statistics, recall, save_statistics, shard_moments
 from shards.table import build_index, load_plain_index
 
@@ -58,6 +58,9 @@ def _why_none(folder: Path, compressed: list[str]) -> str:
     below = sorted(path.parent.name for path in folder.glob("*/*.tar"))
     if below:
         return f"holds no .tar, its folder {below[0]} does: give that one"
+    folders = sorted(path.name for path in folder.glob("[!.]*.tar") if path.is_dir())
+    if folders:
+        return f"holds no .tar: {folders[0]} is a folder; pack its images, or make a tar of them"
     upper = sorted(path.name for path in folder.glob("[!.]*.[tT][aA][rR]"))
     if upper:
         return f"holds no .tar; name {upper[0]} {upper[0][:-4]}.tar"
@@ -83,8 +86,10 @@ def describe_plain(
     for tar in tars:
         try:
             indexes[tar.name] = (known or {}).get(tar.name) or load_plain_index(tar)
-        except (IndexFileError, OSError) as error:
+        except IndexFileError as error:
             errors.append(str(error))
+        except OSError as error:
+            errors.append(_cannot_read(tar, error))
     raise_for(errors)
     wanted = levels_of(indexes[tars[0].name], tars[0].name)
     for tar in tars[1:]:
@@ -134,6 +139,10 @@ def raise_for(errors: list[str]) -> None:
         raise IndexFileError("\n".join(errors[:_SHOWN]) + more)
 
 
+def _cannot_read(tar: Path, error: OSError) -> str:
+    return f"{tar}: cannot be read: {error.strerror or error}; {FIX_ACCESS}"
+
+
 def _same_but_dtype(one: dict[str, LevelInfo], other: dict[str, LevelInfo]) -> bool:
     def shapes(levels: dict[str, LevelInfo]) -> dict[str, tuple[int, int]]:
         return {name: (info.grid, info.channels) for name, info in levels.items()}
@@ -177,8 +186,16 @@ def adopt(folder: Path) -> tuple[Manifest, list[str]]:
         ManifestError: if there are no tars, or they hold different levels.
         IndexFileError: if tars cannot be used; it names each. Then nothing has changed.
     """
-    surveys = {tar: survey(tar, True, pixels=True, finite=True) for tar in tars_of(folder)}
-    raise_for([f"{tar}: {found.troubles[0]}" for tar, found in surveys.items() if found.troubles])
+    surveys, errors = {}, []
+    for tar in tars_of(folder):
+        try:
+            surveys[tar] = survey(tar, True, pixels=True, finite=True)
+        except OSError as error:
+            errors.append(_cannot_read(tar, error))
+            continue
+        if surveys[tar].troubles:
+            errors.append(f"{tar}: {surveys[tar].troubles[0]}")
+    raise_for(errors)
     found_indexes = {tar.name: found.index for tar, found in surveys.items() if found.index}
     image_size, about_sizes = common_size(found_indexes)
     remarks = []

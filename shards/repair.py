@@ -210,7 +210,7 @@ def _plan_shard(
     # A file that the system cannot read now may be sound. One that has other faults than damage
     # gets no new index, and nothing is gained by losing samples of it.
     not_ours = report.unfit is not None and report.index is not None and report.index_wrong
-    if report.unfit is not None and (report.unreadable or (not_ours and not report.torn)):
+    if report.unfit is not None and (report.untouched or (not_ours and not report.torn)):
         kept[shard.name] = shard
         plan.refuse(shard.name, report.unfit)
         return
@@ -351,7 +351,7 @@ def _plan_plain(folder: Path) -> RepairPlan:
     num_left = 0
     for tar, report in inspect_plain(folder):
         sound = _sound_rows(report)
-        if report.unfit is not None and (report.unreadable or (report.index is not None and sound)):
+        if report.unfit is not None and (report.untouched or (report.index is not None and sound)):
             # Its samples are there, but not as they should be: nothing to gain by losing some.
             plan.refuse(tar.name, report.unfit)
             continue

@@ -46,6 +46,7 @@ _LARGEST = 1e18
 RESTORE = (
     "restore the shard from a copy, or run `dinogen shards repair` to go on with what can be read"
 )
+FIX_ACCESS = "check its permissions and the disk, or restore the file from a copy"
 _SORT = "make the tar again with `tar --sort=name`"
 
 

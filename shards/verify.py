@@ -27,7 +27,7 @@ from shards.sample import (
     level_name,
     level_suffix,
 )
-from shards.scan import RESTORE, Survey, survey, unusable
+from shards.scan import FIX_ACCESS, RESTORE, Survey, survey, unusable
 from shards.table import Source
 
 FIX_INDEX = "run `dinogen shards index`"
@@ -37,7 +37,7 @@ FIX_META = "correct it and make the tar again; until then the image is used with
 FIX_SAMPLE = (
     "correct it and make the tar again, or run `dinogen shards repair` to go on without the sample"
 )
-FIX_ACCESS = "check its permissions and the disk, or restore the file from a copy"
+FIX_LEVELS = "make all tars with the same features, or keep these in folders of their own"
 FIX_KEYS = "give every sample its own key and make the tar again"
 
 
@@ -78,7 +78,7 @@ class ShardReport:
         damaged: rows of `index` that cannot be used, and why.
         torn: the tar's headers are damaged, so that other tools stumble.
         unfit: the tar as a whole cannot be used, for another reason than damage.
-        unreadable: the file is there, and the system cannot read it; `unfit` says why.
+        untouched: `unfit` is no damage, so that a repair has to leave the tar as it is.
         lost: samples that were in the tar and are not in `index`, and why.
         survey: what a look through the tar found.
     """
@@ -91,7 +91,7 @@ class ShardReport:
     damaged: dict[int, str] = field(default_factory=dict)
     torn: bool = False
     unfit: str | None = None
-    unreadable: bool = False
+    untouched: bool = False
     lost: list[str] = field(default_factory=list)
     survey: Survey | None = None
 
@@ -229,13 +229,15 @@ def inspect_plain(folder: Path) -> Iterator[tuple[Path, ShardReport]]:
     levels: dict[str, LevelInfo] | None = None
     for tar in tars_of(folder):
         report = ShardReport()
-        index = _survey(tar, levels, report)
+        index = _survey(tar, levels, report, plain=True)
         report.index = index
         if index is not None:
             if levels is None:
                 levels = levels_of(index, tar.name)
             has_labels = index.labels is not None
-            _check_samples(tar, levels, None, has_labels, report)
+            # That all its samples lack a level is said once.
+            needed = levels_of(index, tar.name) if report.untouched else levels
+            _check_samples(tar, needed, None, has_labels, report)
         yield tar, report
 
 
@@ -253,7 +255,7 @@ def inspect_shard(source: Source, manifest: Manifest, shard: ShardInfo) -> Shard
         report.problems.append(Problem(shard.name, "", "", "the shard is missing", RESTORE))
         return report
     except FetchError as error:
-        report.unreadable, report.unfit = True, str(error)
+        report.untouched, report.unfit = True, str(error)
         report.problems.append(Problem(shard.name, "", "", report.unfit, RESTORE))
         return report
     except OSError as error:
@@ -311,9 +313,16 @@ def _blame_index(report: ShardReport, shard: ShardInfo, what: str) -> None:
 
 
 def _survey(
-    tar: Path, levels: dict[str, LevelInfo] | None, report: ShardReport
+    tar: Path, levels: dict[str, LevelInfo] | None, report: ShardReport, plain: bool = False
 ) -> ShardIndex | None:
-    """Look through a tar; what is wrong with it goes into the report."""
+    """Look through a tar; what is wrong with it goes into the report.
+
+    Args:
+        tar: which.
+        levels: that it has to have; None if any will do.
+        report: gets what is wrong.
+        plain: no manifest says that the tar ever had these levels.
+    """
     try:
         found = survey(tar, True, levels, pixels=True, finite=True)
     except OSError as error:
@@ -326,6 +335,8 @@ def _survey(
         report.problems.append(problem)
     if found.troubles and not found.torn:
         report.unfit = str(found.troubles[0])
+        # What is inside may be whole.
+        report.untouched = found.troubles[0].what.startswith("is compressed")
     if found.index is None or levels is None:
         return found.index
     try:
@@ -335,12 +346,15 @@ def _survey(
         return found.index
     if have.keys() != levels.keys():
         what = f"has the levels {', '.join(have) or 'none'}, not {', '.join(levels) or 'none'}"
-        report.problems.append(Problem(tar.name, "", "", what, RESTORE))
+        remedy = FIX_LEVELS if plain else RESTORE
+        report.problems.append(Problem(tar.name, "", "", what, remedy))
+        if plain and not found.torn:
+            report.unfit, report.untouched = f"{what}; {remedy}", True
     return found.index
 
 
 def _cannot_read(name: str, error: OSError, report: ShardReport) -> None:
-    report.unreadable = True
+    report.untouched = True
     what = f"cannot be read: {error.strerror or error}"
     report.unfit = f"{what}; {FIX_ACCESS}"
     report.problems.append(Problem(name, "", "", what, FIX_ACCESS))
