@@ -37,6 +37,8 @@ _NPY_ERRORS = (
     MemoryError, RecursionError,
 )  # fmt: skip
 _NUMBERS = "fiub"
+# The square of a number beyond is no float32, nor is a variance.
+_LARGEST = 1e18
 # What a JSON text may be instead of an object.
 _KINDS = {
     list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false",
@@ -333,3 +335,14 @@ def as_array(
     """What follows the header of a .npy, as an array."""
     values = np.frombuffer(payload, dtype)
     return values.reshape(shape[::-1]).T if fortran else values.reshape(shape)
+
+
+def unusable(values: npt.NDArray[Any], dtype: str) -> str | None:
+    """What is wrong with the numbers of a level once they are read as `dtype`, if anything is."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = values.astype(dtype)
+        if not np.isfinite(converted).all():
+            return f"holds numbers that are not finite as {np.dtype(dtype)}"
+        if np.abs(converted).max(initial=0) > _LARGEST:
+            return f"holds numbers beyond {_LARGEST:g}"
+    return None

@@ -33,6 +33,7 @@ from shards.sample import (
     level_of_suffix,
     npy_header,
     split_name,
+    unusable,
 )
 from shards.tar import Member, TarError, walk
 
@@ -41,8 +42,6 @@ _FLOATS = ("<f2", "<f4")
 _CHUNK = 1 << 26
 _IMAGE_HEAD = 4096
 _NPY_HEAD = 256
-# The square of a number beyond is no float32, nor is a variance.
-_LARGEST = 1e18
 RESTORE = (
     "restore the shard from a copy, or run `dinogen shards repair` to go on with what can be read"
 )
@@ -566,17 +565,6 @@ def _too_sparse(member: Member) -> str | None:
 def _label_of_meta(data: bytes, key: str) -> int | None:
     label: int | None = decode_meta(data, key).get("label")
     return label
-
-
-def unusable(values: npt.NDArray[Any], dtype: str) -> str | None:
-    """What is wrong with the numbers of a level once they are read as `dtype`, if anything is."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        converted = values.astype(dtype)
-        if not np.isfinite(converted).all():
-            return f"holds numbers that are not finite as {np.dtype(dtype)}"
-        if np.abs(converted).max(initial=0) > _LARGEST:
-            return f"holds numbers beyond {_LARGEST:g}"
-    return None
 
 
 def _sum_of(descriptor: int, size: int, offset: int) -> int:

@@ -26,8 +26,9 @@ from shards.sample import (
     image_suffix,
     level_name,
     level_suffix,
+    unusable,
 )
-from shards.scan import FIX_ACCESS, RESTORE, Survey, survey, unusable
+from shards.scan import FIX_ACCESS, RESTORE, Survey, survey
 from shards.table import Source
 
 FIX_INDEX = "run `dinogen shards index`"
