@@ -21,6 +21,7 @@ from dinogen.config_prepare import FacesConfig
 from dinogen.files import write_bytes, write_json, write_text
 from dinogen.prepare.captions import BAD_CAPTION, caption_path, try_caption
 from dinogen.prepare.changed import (
+    NO_FILE,
     emptied,
     gone,
     looks_like_an_accident,
@@ -28,11 +29,12 @@ from dinogen.prepare.changed import (
     same_file,
 )
 from dinogen.prepare.classes import class_names
-from dinogen.prepare.crop import Crop, Rejection
+from dinogen.prepare.crop import Crop, Rejection, gives_still
 from dinogen.prepare.curate import Duplicates
 from dinogen.prepare.find import (
     Photo,
     Photos,
+    counted,
     face_key,
     face_number,
     find_photos,
@@ -40,7 +42,13 @@ from dinogen.prepare.find import (
     named,
 )
 from dinogen.prepare.read import PrepareError, Unusable, decode_photo, probe_photo, read_photo
-from dinogen.prepare.settings import SETTINGS, check_settings, read_json
+from dinogen.prepare.settings import (
+    SETTINGS,
+    alone_in,
+    check_settings,
+    read_json,
+    warn_of_offset,
+)
 from dinogen.prepare.stream import Progress, iter_faces
 from dinogen.prepare.summary import (
     SUMMARY,
@@ -118,9 +126,27 @@ def write_faces(
     photos = _find(src, out)
     by_folder = config.classes == "folders"
     classes = class_names(src, (p.source for p in photos.photos)) if by_folder else ()
-    landmark_offset = check_settings(src, out, config, classes)
-    if (out / SETTINGS.upper()).exists():  # the file system knows no upper and lower case
-        photos = kept_apart(photos)
+    check_settings(src, out, config, classes)  # before a lock is put into somebody else's folder
+    with alone_in(out, "faces"):
+        return _write(
+            photos, src, out, config, classes, with_captions, withdraw, device, progress, started
+        )
+
+
+def _write(
+    photos: Photos,
+    src: Path,
+    out: Path,
+    config: FacesConfig,
+    classes: tuple[str, ...],
+    with_captions: bool,
+    withdraw: bool,
+    device: str | torch.device,
+    progress: Progress | None,
+    started: float,
+) -> FacesSummary:
+    """What :func:`write_faces` does once it has found the photos and is alone in ``out``."""
+    landmark_offset, settings = check_settings(src, out, config, classes)
     before = _crops_in(out)
     withdrawn = gone(before, photos)
     # Versions before took hidden files for photos: those are no accident.
@@ -128,10 +154,15 @@ def write_faces(
     accident = looks_like_an_accident(len(missing), len(before)) or emptied(src, before, missing)
     if not withdraw and accident:
         raise PrepareError(
-            f"{src}: {len(missing)} of the {len(before)} photos that {out} holds crops of are "
-            f"gone ({named(missing)}). Nothing was removed: see whether the folder is mounted "
+            f"{src}: {len(missing)} of {counted(len(before), 'photo')} with crops in {out} gone "
+            f"({named(missing)}). Nothing was removed: see whether the folder is mounted "
             "and complete. If they were taken out on purpose, add --withdraw"
         )
+    if settings is not None:
+        write_json(out / SETTINGS, settings)
+    warn_of_offset(out, landmark_offset)
+    if (out / SETTINGS.upper()).exists():  # the file system knows no upper and lower case
+        photos = kept_apart(photos)
     num_removed = sum(_remove(out, before.pop(source), config) for source in withdrawn)
     if photos.unlistable:
         _logger.warning(
@@ -141,13 +172,14 @@ def write_faces(
         _logger.warning("%s (%s)", withdrawn_words(len(withdrawn), num_removed), named(withdrawn))
     done: dict[str, list[dict[str, Any]]] = {}
     replaced: list[str] = []
+    old: dict[str, list[dict[str, Any]]] = {}  # crops that stay until new ones are there
     rejections: dict[str, list[Rejection]] = {}
     for photo in photos.photos:
         metas = before.get(photo.source)
         if not metas:
             continue
         if _is_whole(out, photo, metas, config):
-            if _is_same(out, photo, metas[0], config):
+            if _is_same(out, photo, metas, config):
                 done[photo.key] = metas
                 continue
             if damage := _damage(photo, config):
@@ -160,7 +192,7 @@ def write_faces(
                 )
                 continue
             replaced.append(photo.source)
-        _remove(out, metas, config)
+        old[photo.source] = metas
     if replaced:
         _logger.warning("%s (%s)", replaced_words(len(replaced)), named(replaced))
     duplicates = Duplicates(config.max_duplicate_distance)
@@ -177,6 +209,7 @@ def write_faces(
                 if "phash" in meta:
                     duplicates.add(meta["key"], int(meta["phash"], 16))
     num_new = 0
+    new: list[Crop] = []  # of a photo that has old crops, until they are complete
     try:
         for item in iter_faces(
             photos,
@@ -190,16 +223,20 @@ def write_faces(
         ):
             if isinstance(item, Rejection):
                 rejections.setdefault(item.source, []).append(item)
+                _remove(out, old.pop(item.source, ()), config)  # there are no new ones
                 continue
-            # The image comes last: where it is, its metadata and caption are too.
-            meta = {"key": item.key, **item.meta, _FILE: item.file}
-            if item.caption is not None:
-                meta[_CAPTION] = _sha256(item.caption.encode())
-            write_json(out / f"{item.key}.json", meta)
-            if item.caption is not None:
-                write_text(caption_path(out / f"{item.key}.{item.image_format}"), item.caption)
-            write_bytes(out / f"{item.key}.{item.image_format}", item.image)
-            used.add(item.meta["source"])
+            source = item.meta["source"]
+            if source in old:
+                new.append(item)
+                if len(new) == item.meta["num_crops"]:
+                    _replace(out, old.pop(source), new, config)
+                    new = []
+            else:
+                # The image comes last: where it is, its metadata and caption are too.
+                _write_meta(out, item)
+                _write_caption(out, item)
+                write_bytes(out / f"{item.key}.{item.image_format}", item.image)
+            used.add(source)
             num_new += 1
     finally:
         # In the order of the photos, also after an interruption.
@@ -282,8 +319,8 @@ class FaceFolder:
         """
         for face in self.faces if numbers is None else (self.faces[n] for n in numbers):
             caption, bad = None, ""
-            if face.has_caption and with_captions:
-                caption, bad = try_caption(face.path)
+            if with_captions:
+                caption, bad = try_caption(face.caption)
             try:
                 yield (
                     self._read_written(face, caption)
@@ -319,8 +356,8 @@ class FaceFolder:
         if 2 * len(odd) > len(self.faces):
             face, size = odd[0]
             raise PrepareError(
-                f"{self.folder}: {len(odd)} of {len(self.faces)} images are not square or of "
-                f"another size than the others ({face.source} is {size[0]}x{size[1]}): make them "
+                f"{self.folder}: {len(odd)} of {counted(len(self.faces), 'image')} not square or "
+                f"of another size than most ({face.source} is {size[0]}x{size[1]}): make them "
                 "alike with `dinogen faces` (prepare.faces.detect=none)"
             )
         dropped = {face.source for face, _ in odd}
@@ -439,7 +476,7 @@ def _crops_in(out: Path) -> dict[str, list[dict[str, Any]]]:
         try:
             meta = json.loads(path.read_bytes())
         except (OSError, ValueError):
-            _logger.warning("%s: damaged: its photo is gone through again", path)
+            _logger.warning("%s: damaged: its photo is processed again", path)
             continue
         if (
             isinstance(meta, dict)
@@ -462,8 +499,9 @@ def _is_whole(
     )
 
 
-def _is_same(out: Path, photo: Photo, meta: dict[str, Any], config: FacesConfig) -> bool:
+def _is_same(out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: FacesConfig) -> bool:
     """Whether crops are of the photo as it is now; brings up to date what tells that."""
+    meta = metas[0]
     record = meta.get(_FILE)
     try:
         mtime_ns = photo.path.stat().st_mtime_ns
@@ -471,7 +509,12 @@ def _is_same(out: Path, photo: Photo, meta: dict[str, Any], config: FacesConfig)
     except OSError:
         return True
     if record is None:  # as versions before wrote it
-        same = mtime_ns <= made_ns
+        same = mtime_ns <= made_ns or gives_still(
+            photo,
+            metas,
+            [(out / f"{m['key']}.{config.format}").read_bytes() for m in metas],
+            config,
+        )
     else:
         same = same_file(photo.path, record)
     if same and (record is None or record["mtime_ns"] != mtime_ns):
@@ -503,6 +546,42 @@ def _remove(out: Path, metas: Collection[dict[str, Any]], config: FacesConfig) -
     return num_removed
 
 
+def _replace(
+    out: Path, old: Sequence[dict[str, Any]], new: Sequence[Crop], config: FacesConfig
+) -> None:
+    """Put new crops of a photo in the place of older ones.
+
+    Whether crops are of the photo as it is now stands in the metadata of its first one. These are
+    written last of all, so after a kill at any point the next run makes the crops again.
+    """
+    before = {meta["key"] for meta in old}
+    if old[0].get(_FILE) is None:  # as versions before wrote it: say that these are out of date
+        write_json(out / f"{old[0]['key']}.json", {**old[0], _FILE: NO_FILE})
+    for item in reversed(new):
+        path = caption_path(out / f"{item.key}.{item.image_format}")
+        write_bytes(out / f"{item.key}.{item.image_format}", item.image)
+        if item.caption is not None:
+            _write_caption(out, item)
+        elif item.key in before:
+            path.unlink(missing_ok=True)
+        if item is new[0]:
+            taken = {crop.key for crop in new}
+            _remove(out, [meta for meta in old if meta["key"] not in taken], config)
+        _write_meta(out, item)
+
+
+def _write_meta(out: Path, item: Crop) -> None:
+    meta = {"key": item.key, **item.meta, _FILE: item.file}
+    if item.caption is not None:
+        meta[_CAPTION] = _sha256(item.caption.encode())
+    write_json(out / f"{item.key}.json", meta)
+
+
+def _write_caption(out: Path, item: Crop) -> None:
+    if item.caption is not None:
+        write_text(caption_path(out / f"{item.key}.{item.image_format}"), item.caption)
+
+
 def _update_caption(
     out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: FacesConfig
 ) -> str:
@@ -510,7 +589,7 @@ def _update_caption(
 
     A caption that somebody else wrote beside a crop, or edited there, is kept.
     """
-    caption, bad = try_caption(photo.path) if photo.has_caption else (None, "")
+    caption, bad = try_caption(photo.caption)
     for meta in metas:
         path = caption_path(out / f"{meta['key']}.{config.format}")
         there = path.read_bytes() if path.exists() else None

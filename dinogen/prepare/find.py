@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dinogen.prepare.captions import caption_files
 from dinogen.prepare.read import IMAGE_SUFFIXES, UNREAD, PrepareError, kind_of
 from shards.kinds import is_hidden
 
@@ -47,13 +48,18 @@ class Photo:
         source: its path relative to the folder searched, with ``/``; bytes of the name that are
             not UTF-8 are written as ``\\xNN``.
         key: unique name for its crops; see :func:`photo_key`.
-        has_caption: whether a text file of the same name lies beside it.
+        caption: the text file of the same name that lies beside it, if there is one.
     """
 
     path: Path
     source: str
     key: str
-    has_caption: bool = False
+    caption: Path | None = None
+
+    @property
+    def has_caption(self) -> bool:
+        """Whether a caption lies beside it."""
+        return self.caption is not None
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def find_photos(src: Path) -> Photos:
     if not src.is_dir():
         what = "is not a folder" if src.exists() else "does not exist"
         raise PrepareError(f"{src}: {what}: give the folder that holds the photos")
-    found: list[tuple[Path, bool]] = []
+    found: list[tuple[Path, Path | None]] = []
     unlistable: list[Path] = []
     broken: list[Path] = []  # links, perhaps to folders that are not mounted
     visited: set[str] = set()
@@ -114,19 +120,20 @@ def find_photos(src: Path) -> Photos:
         visited.add(real)
         num_hidden += sum(map(is_hidden, folders)) + sum(map(is_hidden, files))
         folders[:] = sorted((n for n in folders if not is_hidden(n)), key=os.fsencode)
-        texts = {name for name in files if name.endswith(".txt")}
+        texts = caption_files(name for name in files if not is_hidden(name))
         for name in (n for n in files if not is_hidden(n)):
             path = Path(folder, name)
             label = _label(path)
             if label is None:
-                found.append((path, f"{path.stem}.txt" in texts))
+                text = texts.get(path.stem)
+                found.append((path, None if text is None else Path(folder, text)))
             elif label in _SIDECARS:
                 num_sidecars += 1
             else:
                 if path.is_symlink() and not path.exists():
                     broken.append(path)
                 others[label] += 1
-    found += [(path, False) for path in unlistable]
+    found += [(path, None) for path in unlistable]
     left_out = _most(others)
     if not found:
         raise PrepareError(
@@ -135,7 +142,7 @@ def find_photos(src: Path) -> Photos:
         )
     found.sort(key=lambda item: os.fsencode(item[0].relative_to(src).as_posix()))
     return Photos(
-        tuple(_photo(path, src, has_caption) for path, has_caption in found),
+        tuple(_photo(path, src, caption) for path, caption in found),
         left_out,
         num_sidecars,
         num_hidden,
@@ -156,12 +163,12 @@ def left_out_words(left_out: dict[str, int]) -> list[str]:
     remedies: dict[str, list[str]] = {}
     for suffix in left_out:
         remedies.setdefault(UNREAD.get(suffix, ""), []).append(suffix)
-    lines = [f"{total} file{'s' * (total != 1)} left out: {counts}"]
+    lines = [f"{counted(total, 'file')} left out: {counts}"]
     for remedy, suffixes in remedies.items():
         if remedy:
             lines.append(f"  {', '.join(suffixes)}: {remedy}")
     if unknown := remedies.get(""):
-        lines.append(f"  {', '.join(unknown)}: no photos by suffix or content")
+        lines.append(f"  {', '.join(unknown)}: not a photo by suffix or content")
     return lines
 
 
@@ -224,9 +231,9 @@ def kept_apart(photos: Photos) -> Photos:
     return replace(photos, photos=tuple(apart))
 
 
-def _photo(path: Path, src: Path, has_caption: bool) -> Photo:
+def _photo(path: Path, src: Path, caption: Path | None) -> Photo:
     relative = path.relative_to(src).as_posix()
-    return Photo(path, _source(relative), photo_key(relative), has_caption)
+    return Photo(path, _source(relative), photo_key(relative), caption)
 
 
 def _source(relative: str) -> str:
@@ -296,7 +303,7 @@ def _instead(left_out: dict[str, int], num_hidden: int) -> str:
     """What there is where there are no photos, in brackets."""
     parts: list[str] = left_out_words(left_out)
     if num_hidden:
-        parts.append(f"{num_hidden} hidden or system files and folders passed over")
+        parts.append(f"{num_hidden} hidden or system files or folders passed over")
     return f" ({'; '.join(part.strip() for part in parts)})" if parts else ""
 
 
@@ -305,3 +312,8 @@ def named(names: Iterable[str], num: int = 5) -> str:
     listed = list(names)
     more = f" and {len(listed) - num} more" if len(listed) > num else ""
     return ", ".join(listed[:num]) + more
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 photo``, ``2 photos``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from dinogen.config import Config, GuideConfig
     from dinogen.features import Guide
     from dinogen.prepare.pyramid import PyramidMaker
+    from dinogen.prepare.summary import FacesSummary
     from shards.manifest import Manifest
+
+T = TypeVar("T")
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file; defaults if left out.")
@@ -81,10 +85,14 @@ def prepare(
     photos = find_photos(src)  # a mistyped folder is told before the guide is loaded
     maker = _maker(settings, _wants_pyramids(settings))
     finished = _is_finished(data) and not repack
-    with _place(data, repack) as folder, _bar("photos") as progress:
-        summary, manifest = pipeline.prepare(
-            src, folder, settings.prepare, maker, photos=photos, progress=progress
-        )
+
+    def work(folder: Path) -> tuple[FacesSummary, Manifest]:
+        with _bar("photos") as progress:
+            return pipeline.prepare(
+                src, folder, settings.prepare, maker, photos=photos, progress=progress
+            )
+
+    summary, manifest = _packed(data, repack, work)
     rejected = pipeline.in_words(summary.rejected)
     if finished:
         typer.echo("finished already")
@@ -182,16 +190,20 @@ def pack(
     named = config is not None or any(item.startswith("guide.") for item in overrides)
     guide = join.guide_of(source, settings.guide if named else None) if source else {}
     finished = _is_finished(data) and not repack
-    with _place(data, repack) as folder, _bar("faces") as progress:
-        manifest = join.pack_faces(
-            faces,
-            source,
-            folder,
-            settings.prepare.pack,
-            guide,
-            by_folder=settings.prepare.faces.classes == "folders",
-            progress=progress,
-        )
+
+    def work(folder: Path) -> Manifest:
+        with _bar("faces") as progress:
+            return join.pack_faces(
+                faces,
+                source,
+                folder,
+                settings.prepare.pack,
+                guide,
+                by_folder=settings.prepare.faces.classes == "folders",
+                progress=progress,
+            )
+
+    manifest = _packed(data, repack, work)
     if finished:
         typer.echo("finished already")
     _tell(data, manifest)
@@ -203,7 +215,8 @@ def export_pt(
 ) -> None:
     """Write one .pt per image: {'4x4': (1, 16, C), '8x8': ..., '16x16': ...} float32.
 
-    dinogen pack reads such a folder back.
+    dinogen pack reads such a folder back. A damaged sample is named and all others are written;
+    the exit code is 1 then.
 
     [bold]Example[/bold]  dinogen export-pt data/faces pt
     """
@@ -289,11 +302,14 @@ def _guide(key: str, config: GuideConfig, device: torch.device) -> Guide:
         ) from None
 
 
-def _place(data: Path, repack: bool) -> AbstractContextManager[Path]:
-    """Where to pack to: the folder itself, or one that takes its place when it is finished."""
-    from dinogen.prepare.repack import repacked
+def _packed(data: Path, again: bool, work: Callable[[Path], T]) -> T:
+    """Pack into a folder, or into one that takes its place when it is finished."""
+    from dinogen.prepare.repack import repack, tell_interrupted
 
-    return repacked(data) if repack else nullcontext(data)
+    if again:
+        return repack(data, work)
+    tell_interrupted(data)
+    return work(data)
 
 
 def _is_finished(data: Path) -> bool:
