@@ -47,6 +47,8 @@ def read_caption(path: Path | None) -> str | None:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise CaptionError(f"{path.name}: the caption is a broken link: repair it") from None
         return None
     except OSError as error:
         raise CaptionError(f"{path.name}: the caption cannot be read ({error.strerror})") from None

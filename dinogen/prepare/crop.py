@@ -176,8 +176,9 @@ def gives_still(
                 return False
             face = None
             if "landmarks" in meta:
-                places = np.array(meta["box"]), np.array(meta["landmarks"])
-                face = Detection(places[0], places[1], meta["probability"])
+                left, top, right, bottom = meta["box"]
+                points = tuple((x, y) for x, y in meta["landmarks"])
+                face = Detection((left, top, right, bottom), points, meta["probability"])
             crop = _encode(_align(pixels, face, config), config)
             now, before = (
                 decode_image(data, config.format).astype(np.int16) for data in (crop, image)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
-import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -18,30 +16,25 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from dinogen.config_prepare import FacesConfig
-from dinogen.files import write_bytes, write_json, write_text
-from dinogen.prepare.captions import BAD_CAPTION, caption_path, try_caption
+from dinogen.files import write_json, write_text
+from dinogen.prepare.captions import BAD_CAPTION, try_caption
 from dinogen.prepare.changed import (
-    NO_FILE,
     emptied,
     gone,
     looks_like_an_accident,
-    record_of,
-    same_file,
 )
 from dinogen.prepare.classes import class_names
-from dinogen.prepare.crop import Crop, Rejection, gives_still
+from dinogen.prepare.crop import Crop, Rejection
 from dinogen.prepare.curate import Duplicates
 from dinogen.prepare.find import (
     Photo,
     Photos,
     counted,
-    face_key,
-    face_number,
     find_photos,
     kept_apart,
     named,
 )
-from dinogen.prepare.read import PrepareError, Unusable, decode_photo, probe_photo, read_photo
+from dinogen.prepare.read import PrepareError, Unusable, decode_photo, probe_photo
 from dinogen.prepare.settings import (
     SETTINGS,
     alone_in,
@@ -56,6 +49,18 @@ from dinogen.prepare.summary import (
     replaced_words,
     summary_of,
     withdrawn_words,
+)
+from dinogen.prepare.written import (
+    CAPTION,
+    FILE,
+    crops_in,
+    damage_of,
+    is_same,
+    is_whole,
+    remove_crops,
+    replace_crops,
+    update_caption,
+    write_crop,
 )
 from shards.kinds import is_hidden
 
@@ -77,9 +82,6 @@ __all__ = [
 ]
 
 REJECTED = "rejected.csv"
-# In a crop's JSON, and no parts of a dataset.
-_FILE = "file"
-_CAPTION = "caption_sha256"  # of the caption as it was written beside the crop
 _NUM_READERS = 8
 
 _logger = logging.getLogger(__name__)
@@ -147,7 +149,7 @@ def _write(
 ) -> FacesSummary:
     """What :func:`write_faces` does once it has found the photos and is alone in ``out``."""
     landmark_offset, settings = check_settings(src, out, config, classes)
-    before = _crops_in(out)
+    before = crops_in(out)
     withdrawn = gone(before, photos)
     # Versions before took hidden files for photos: those are no accident.
     missing = [s for s in withdrawn if not any(map(is_hidden, s.split("/")))]
@@ -163,7 +165,7 @@ def _write(
     warn_of_offset(out, landmark_offset)
     if (out / SETTINGS.upper()).exists():  # the file system knows no upper and lower case
         photos = kept_apart(photos)
-    num_removed = sum(_remove(out, before.pop(source), config) for source in withdrawn)
+    num_removed = sum(remove_crops(out, before.pop(source), config) for source in withdrawn)
     if photos.unlistable:
         _logger.warning(
             "%s: cannot be listed: crops of photos there are kept", named(photos.unlistable)
@@ -178,11 +180,11 @@ def _write(
         metas = before.get(photo.source)
         if not metas:
             continue
-        if _is_whole(out, photo, metas, config):
-            if _is_same(out, photo, metas, config):
+        if is_whole(out, photo, metas, config):
+            if is_same(out, photo, metas, config):
                 done[photo.key] = metas
                 continue
-            if damage := _damage(photo, config):
+            if damage := damage_of(photo, config):
                 done[photo.key] = metas
                 rejections[photo.source] = [damage]
                 _logger.warning(
@@ -203,7 +205,7 @@ def _write(
             metas = done[photo.key]
             earlier = [Rejection(photo.source, *i) for i in metas[0]["rejected"]]
             rejections[photo.source] = earlier + rejections.get(photo.source, [])
-            if with_captions and (bad := _update_caption(out, photo, metas, config)):
+            if with_captions and (bad := update_caption(out, photo, metas, config)):
                 rejections[photo.source].append(Rejection(photo.source, BAD_CAPTION, bad))
             for meta in metas:
                 if "phash" in meta:
@@ -223,19 +225,16 @@ def _write(
         ):
             if isinstance(item, Rejection):
                 rejections.setdefault(item.source, []).append(item)
-                _remove(out, old.pop(item.source, ()), config)  # there are no new ones
+                remove_crops(out, old.pop(item.source, ()), config)  # there are no new ones
                 continue
             source = item.meta["source"]
             if source in old:
                 new.append(item)
                 if len(new) == item.meta["num_crops"]:
-                    _replace(out, old.pop(source), new, config)
+                    replace_crops(out, old.pop(source), new, config)
                     new = []
             else:
-                # The image comes last: where it is, its metadata and caption are too.
-                _write_meta(out, item)
-                _write_caption(out, item)
-                write_bytes(out / f"{item.key}.{item.image_format}", item.image)
+                write_crop(out, item)
             used.add(source)
             num_new += 1
     finally:
@@ -375,8 +374,8 @@ class FaceFolder:
         if not self.written:
             return face.key, _plain_meta(face)
         meta = read_json(face.path.with_suffix(".json"))
-        meta.pop(_FILE, None)
-        meta.pop(_CAPTION, None)
+        meta.pop(FILE, None)
+        meta.pop(CAPTION, None)
         return meta.pop("key"), meta
 
     def _read_written(self, face: Photo, caption: str | None) -> Crop:
@@ -459,155 +458,9 @@ def _find(src: Path, out: Path) -> Photos:
     try:
         return find_photos(src)
     except PrepareError as error:
-        if (out / SETTINGS).is_file() and _crops_in(out):
+        if (out / SETTINGS).is_file() and crops_in(out):
             raise PrepareError(
                 f"{error}. {out} still holds crops of photos that were there: if those were taken "
                 f"out on purpose, delete {out}"
             ) from None
         raise
-
-
-def _crops_in(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """By source, what is written beside the crops of each photo, in order of its faces."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(out.glob("*.json")):
-        if path.name in (SETTINGS, SUMMARY):
-            continue
-        try:
-            meta = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            _logger.warning("%s: damaged: its photo is processed again", path)
-            continue
-        if (
-            isinstance(meta, dict)
-            and meta.get("key") == path.stem
-            and {"num_crops", "source"} <= meta.keys()
-        ):
-            found.setdefault(meta["source"], []).append(meta)
-    for metas in found.values():
-        metas.sort(key=lambda meta: face_number(meta["key"]))
-    return found
-
-
-def _is_whole(
-    out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: FacesConfig
-) -> bool:
-    """Whether these are all crops of a photo, under the keys that it has today."""
-    keys = [face_key(photo.key, number) for number in range(metas[0]["num_crops"])]
-    return keys == [meta["key"] for meta in metas] and all(
-        (out / f"{key}.{config.format}").exists() for key in keys
-    )
-
-
-def _is_same(out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: FacesConfig) -> bool:
-    """Whether crops are of the photo as it is now; brings up to date what tells that."""
-    meta = metas[0]
-    record = meta.get(_FILE)
-    try:
-        mtime_ns = photo.path.stat().st_mtime_ns
-        made_ns = (out / f"{meta['key']}.{config.format}").stat().st_mtime_ns
-    except OSError:
-        return True
-    if record is None:  # as versions before wrote it
-        same = mtime_ns <= made_ns or gives_still(
-            photo,
-            metas,
-            [(out / f"{m['key']}.{config.format}").read_bytes() for m in metas],
-            config,
-        )
-    else:
-        same = same_file(photo.path, record)
-    if same and (record is None or record["mtime_ns"] != mtime_ns):
-        meta[_FILE] = record_of(photo.path)
-        write_json(out / f"{meta['key']}.json", meta)
-    return same
-
-
-def _damage(photo: Photo, config: FacesConfig) -> Rejection | None:
-    """Why a photo cannot be read, be it damaged or still being copied; None if it can."""
-    try:
-        read_photo(photo.path, config.max_pixels)
-    except Unusable as error:
-        if error.reason in ("unreadable", "empty", "truncated", "corrupt"):
-            return Rejection(photo.source, error.reason, error.detail)
-    return None
-
-
-def _remove(out: Path, metas: Collection[dict[str, Any]], config: FacesConfig) -> int:
-    """Remove the crops of a photo; returns how many there were."""
-    num_removed = 0
-    for meta in metas:
-        # The metadata last: as long as they are there, the rest is found again.
-        path = out / f"{meta['key']}.{config.format}"
-        num_removed += path.exists()
-        path.unlink(missing_ok=True)
-        for suffix in ("txt", "json"):
-            (out / f"{meta['key']}.{suffix}").unlink(missing_ok=True)
-    return num_removed
-
-
-def _replace(
-    out: Path, old: Sequence[dict[str, Any]], new: Sequence[Crop], config: FacesConfig
-) -> None:
-    """Put new crops of a photo in the place of older ones.
-
-    Whether crops are of the photo as it is now stands in the metadata of its first one. These are
-    written last of all, so after a kill at any point the next run makes the crops again.
-    """
-    before = {meta["key"] for meta in old}
-    if old[0].get(_FILE) is None:  # as versions before wrote it: say that these are out of date
-        write_json(out / f"{old[0]['key']}.json", {**old[0], _FILE: NO_FILE})
-    for item in reversed(new):
-        path = caption_path(out / f"{item.key}.{item.image_format}")
-        write_bytes(out / f"{item.key}.{item.image_format}", item.image)
-        if item.caption is not None:
-            _write_caption(out, item)
-        elif item.key in before:
-            path.unlink(missing_ok=True)
-        if item is new[0]:
-            taken = {crop.key for crop in new}
-            _remove(out, [meta for meta in old if meta["key"] not in taken], config)
-        _write_meta(out, item)
-
-
-def _write_meta(out: Path, item: Crop) -> None:
-    meta = {"key": item.key, **item.meta, _FILE: item.file}
-    if item.caption is not None:
-        meta[_CAPTION] = _sha256(item.caption.encode())
-    write_json(out / f"{item.key}.json", meta)
-
-
-def _write_caption(out: Path, item: Crop) -> None:
-    if item.caption is not None:
-        write_text(caption_path(out / f"{item.key}.{item.image_format}"), item.caption)
-
-
-def _update_caption(
-    out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: FacesConfig
-) -> str:
-    """Make the captions of a photo's crops that of the photo; why it cannot be used, or "".
-
-    A caption that somebody else wrote beside a crop, or edited there, is kept.
-    """
-    caption, bad = try_caption(photo.caption)
-    for meta in metas:
-        path = caption_path(out / f"{meta['key']}.{config.format}")
-        there = path.read_bytes() if path.exists() else None
-        wanted = None if caption is None else caption.encode()
-        if there is not None and there != wanted and _sha256(there) != meta.get(_CAPTION):
-            _logger.warning("%s: was not copied from the photos: kept as it is", path)
-            continue
-        if wanted is None:
-            path.unlink(missing_ok=True)
-            continue
-        if there != wanted:
-            write_bytes(path, wanted)
-        # Second: after a kill in between, the next run finds the same caption and adds this.
-        if meta.get(_CAPTION) != _sha256(wanted):
-            meta[_CAPTION] = _sha256(wanted)
-            write_json(out / f"{meta['key']}.json", meta)
-    return bad
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -37,6 +37,8 @@ _HEAD = 512
 _NUM_SUFFIXES = 40
 _NO_SUFFIX = "no suffix"
 _OTHERS = "other suffixes"
+_BROKEN = "broken link"
+_REMEDIES = {**UNREAD, _BROKEN: "leads nowhere: mount the disk it leads to, or delete it"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def find_photos(src: Path) -> Photos:
     if not src.is_dir():
         what = "is not a folder" if src.exists() else "does not exist"
         raise PrepareError(f"{src}: {what}: give the folder that holds the photos")
-    found: list[tuple[Path, Path | None]] = []
+    found: list[tuple[str, Path, Path | None]] = []  # relative path, file, its caption
     unlistable: list[Path] = []
     broken: list[Path] = []  # links, perhaps to folders that are not mounted
     visited: set[str] = set()
@@ -118,6 +120,8 @@ def find_photos(src: Path) -> Photos:
             folders.clear()
             continue
         visited.add(real)
+        below = os.path.relpath(folder, src)
+        within = "" if below == "." else f"{below}/"
         num_hidden += sum(map(is_hidden, folders)) + sum(map(is_hidden, files))
         folders[:] = sorted((n for n in folders if not is_hidden(n)), key=os.fsencode)
         texts = caption_files(name for name in files if not is_hidden(name))
@@ -125,24 +129,26 @@ def find_photos(src: Path) -> Photos:
             path = Path(folder, name)
             label = _label(path)
             if label is None:
-                text = texts.get(path.stem)
-                found.append((path, None if text is None else Path(folder, text)))
+                text = texts.get(path.stem) if texts else None
+                caption = None if text is None else Path(folder, text)
+                found.append((within + name, path, caption))
             elif label in _SIDECARS:
                 num_sidecars += 1
+            elif path.is_symlink() and not path.exists():
+                broken.append(path)
+                others[_BROKEN] += 1
             else:
-                if path.is_symlink() and not path.exists():
-                    broken.append(path)
                 others[label] += 1
-    found += [(path, None) for path in unlistable]
+    found += [(path.relative_to(src).as_posix(), path, None) for path in unlistable]
     left_out = _most(others)
     if not found:
         raise PrepareError(
             f"{src}: no photo below this folder{_instead(left_out, num_hidden)}: give a folder "
             "with JPEG, PNG, WebP, TIFF or BMP files"
         )
-    found.sort(key=lambda item: os.fsencode(item[0].relative_to(src).as_posix()))
+    found.sort(key=lambda item: os.fsencode(item[0]))
     return Photos(
-        tuple(_photo(path, src, caption) for path, caption in found),
+        tuple(Photo(path, _source(name), photo_key(name), text) for name, path, text in found),
         left_out,
         num_sidecars,
         num_hidden,
@@ -162,7 +168,7 @@ def left_out_words(left_out: dict[str, int]) -> list[str]:
     counts = ", ".join(f"{count} {suffix}" for suffix, count in left_out.items())
     remedies: dict[str, list[str]] = {}
     for suffix in left_out:
-        remedies.setdefault(UNREAD.get(suffix, ""), []).append(suffix)
+        remedies.setdefault(_REMEDIES.get(suffix, ""), []).append(suffix)
     lines = [f"{counted(total, 'file')} left out: {counts}"]
     for remedy, suffixes in remedies.items():
         if remedy:
@@ -231,17 +237,14 @@ def kept_apart(photos: Photos) -> Photos:
     return replace(photos, photos=tuple(apart))
 
 
-def _photo(path: Path, src: Path, caption: Path | None) -> Photo:
-    relative = path.relative_to(src).as_posix()
-    return Photo(path, _source(relative), photo_key(relative), caption)
-
-
 def _source(relative: str) -> str:
     return os.fsencode(relative).decode("utf-8", "backslashreplace")
 
 
 def _hashed_key(stem: str, relative: str) -> str:
-    ascii_stem = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
+    ascii_stem = stem
+    if not stem.isascii():
+        ascii_stem = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
     slug = re.sub(r"[^A-Za-z0-9_]+", "-", ascii_stem).strip("-_")[-MAX_KEY:].strip("-_") or "photo"
     if len(slug) + _HASHED <= MAX_KEY:
         return f"{slug}-{_hash(relative)}"

@@ -78,7 +78,7 @@ def prepare(
       dinogen prepare photos data/faces guides.pixels.name=pixels clip.path=clip-vit-base-patch32
     """
     from dinogen.prepare import pipeline
-    from dinogen.prepare.find import find_photos
+    from dinogen.prepare.find import counted, find_photos
     from dinogen.prepare.summary import account
 
     settings = _settings(config, overrides)
@@ -96,8 +96,10 @@ def prepare(
     rejected = pipeline.in_words(summary.rejected)
     if finished:
         typer.echo("finished already")
-    what = f"{pipeline.noun(settings.prepare.faces)}s"
-    typer.echo(f"{summary.num_photos} photos, {summary.num_crops} {what}; {rejected or 'all used'}")
+    what = pipeline.noun(settings.prepare.faces)
+    typer.echo(
+        f"{counted(summary.num_photos, 'photo')}, {counted(summary.num_crops, what)}; {rejected or 'all used'}"
+    )
     for line in account(summary):
         typer.echo(line)
     if rejected:
@@ -124,6 +126,7 @@ def pyramids(
         pyramids faces pyramids -c my.yaml
     """
     from dinogen import dist
+    from dinogen.prepare.find import counted
     from dinogen.prepare.parts import write_pyramids
     from dinogen.takedown import takedown
 
@@ -137,7 +140,7 @@ def pyramids(
         summary = write_pyramids(faces, out, maker, progress=progress)
     if dist.is_main():
         typer.echo(
-            f"{out}: {summary.num_parts} parts of {maker.label}; this process made "
+            f"{out}: {counted(summary.num_parts, 'part')} of {maker.label}; this process made "
             f"{summary.num_done} and kept {summary.num_kept}"
         )
         typer.echo(f"next: dinogen pack {faces} {out} DATA")
@@ -221,12 +224,13 @@ def export_pt(
     [bold]Example[/bold]  dinogen export-pt data/faces pt
     """
     from dinogen.prepare import export_pt as exchange
+    from dinogen.prepare.find import counted
     from launch.logs import setup_logging
 
     setup_logging()
     with _bar("samples") as progress:
         num_files = exchange.export_pt(data, out, progress=progress)
-    typer.echo(f"{num_files} files: {out}")
+    typer.echo(f"{counted(num_files, 'file')}: {out}")
 
 
 def _folders(words: list[str]) -> tuple[Path | None, Path, list[str]]:
@@ -320,11 +324,13 @@ def _is_finished(data: Path) -> bool:
 
 
 def _tell(data: Path, manifest: Manifest) -> None:
+    from dinogen.prepare.find import counted
+
     splits = ", ".join(f"{info.num_samples} {name}" for name, info in manifest.splits.items())
-    typer.echo(f"{data}: {splits} in {len(manifest.shards)} shards")
+    typer.echo(f"{data}: {splits} in {counted(len(manifest.shards), 'shard')}")
     for name, level in manifest.levels.items():
         typer.echo(
-            f"  {name}: {level.channels} channels, total variance {level.total_variance:.4g}"
+            f"  {name}: {counted(level.channels, 'channel')}, total variance {level.total_variance:.4g}"
         )
     typer.echo(f"next: dinogen train CONFIG data.path={data}")
 
