@@ -156,9 +156,10 @@ def _write(
     accident = looks_like_an_accident(len(missing), len(before)) or emptied(src, before, missing)
     if not withdraw and accident:
         raise PrepareError(
-            f"{src}: {len(missing)} of {counted(len(before), 'photo')} with crops in {out} gone "
-            f"({named(missing)}). Nothing was removed: see whether the folder is mounted "
-            "and complete. If they were taken out on purpose, add --withdraw"
+            f"{src}: {len(missing)} of the {counted(len(before), 'photo')} that {out} holds "
+            f"crops of {'is' if len(missing) == 1 else 'are'} gone ({named(missing)}). Nothing was "
+            "removed: see whether the folder is mounted and complete. If they were taken out on "
+            "purpose, add --withdraw"
         )
     if settings is not None:
         write_json(out / SETTINGS, settings)
@@ -355,8 +356,9 @@ class FaceFolder:
         if 2 * len(odd) > len(self.faces):
             face, size = odd[0]
             raise PrepareError(
-                f"{self.folder}: {len(odd)} of {counted(len(self.faces), 'image')} not square or "
-                f"of another size than most ({face.source} is {size[0]}x{size[1]}): make them "
+                f"{self.folder}: {len(odd)} of "
+                f"{counted(len(self.faces), 'image', 'is', 'are')} not square or of another size "
+                f"than most ({face.source} is {size[0]}x{size[1]}): make them "
                 "alike with `dinogen faces` (prepare.faces.detect=none)"
             )
         dropped = {face.source for face, _ in odd}

@@ -174,7 +174,7 @@ def left_out_words(left_out: dict[str, int]) -> list[str]:
         if remedy:
             lines.append(f"  {', '.join(suffixes)}: {remedy}")
     if unknown := remedies.get(""):
-        lines.append(f"  {', '.join(unknown)}: not a photo by suffix or content")
+        lines.append(f"  {', '.join(unknown)}: no photos by suffix or content")
     return lines
 
 
@@ -306,7 +306,7 @@ def _instead(left_out: dict[str, int], num_hidden: int) -> str:
     """What there is where there are no photos, in brackets."""
     parts: list[str] = left_out_words(left_out)
     if num_hidden:
-        parts.append(f"{num_hidden} hidden or system files or folders passed over")
+        parts.append(f"{num_hidden} hidden or system files and folders passed over")
     return f" ({'; '.join(part.strip() for part in parts)})" if parts else ""
 
 
@@ -317,6 +317,7 @@ def named(names: Iterable[str], num: int = 5) -> str:
     return ", ".join(listed[:num]) + more
 
 
-def counted(number: int, noun: str) -> str:
-    """``1 photo``, ``2 photos``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, one: str = "", many: str = "") -> str:
+    """``1 photo``, ``2 photos``, and the verb that goes with it: ``1 photo is``."""
+    verb = one if number == 1 else many
+    return f"{number} {noun}{'' if number == 1 else 's'}{verb and f' {verb}'}"

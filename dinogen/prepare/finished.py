@@ -131,7 +131,7 @@ def finished_summary(src: Path, out: Path, photos: Photos, with_captions: bool) 
                 "%s: %s newer than the dataset, which an earlier version made without a list of "
                 "its photos (%s): if any were replaced, add --repack to make it again",
                 out,
-                counted(len(newer), "photo"),
+                counted(len(newer), "photo", "is", "are"),
                 named(newer),
             )
     used = set()

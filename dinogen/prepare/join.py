@@ -321,10 +321,11 @@ def _check_join(
     problems = []
     if lacking:
         problems.append(
-            f"{len(lacking)} of {counted(len(names), 'face')} without pyramid ({named(lacking)})"
+            f"{len(lacking)} of {counted(len(names), 'face', 'has', 'have')} no pyramid "
+            f"({named(lacking)})"
         )
     if extra:
-        problems.append(f"{counted(len(extra), 'pyramid')} without face ({named(extra)})")
+        problems.append(f"{counted(len(extra), 'pyramid', 'has', 'have')} no face ({named(extra)})")
     if problems:
         raise PrepareError(
             f"{folder.folder}: {' and '.join(problems)}: run `dinogen pyramids` on these faces"

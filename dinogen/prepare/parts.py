@@ -306,7 +306,9 @@ def _known(out: Path, header: dict[str, Any], folder: FaceFolder, with_text: boo
     before = [(path, key) for path, found in headers.items() for key in found["keys"]]
     lost = [(path, key) for path, key in before if key not in numbers]
     if looks_like_an_accident(len(lost), len(before)):
-        raise _foreign(lost[0][0], f"{len(lost)} of {counted(len(before), 'face')} not in FACES")
+        raise _foreign(
+            lost[0][0], f"{len(lost)} of {counted(len(before), 'face', 'is', 'are')} not in FACES"
+        )
     _check_some(headers, numbers, folder, with_text)
     return _Known(headers)
 

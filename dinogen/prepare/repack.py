@@ -17,9 +17,10 @@ from dinogen.prepare.find import counted
 from dinogen.prepare.finished import begun_with, keys_of
 from dinogen.prepare.journal import JOURNAL
 from dinogen.prepare.read import PrepareError
+from dinogen.prepare.settings import locked, removed_at_end
 from dinogen.prepare.summary import SUMMARY
 from shards.errors import PackError
-from shards.lock import Locked, is_locked, lock
+from shards.lock import is_locked
 from shards.manifest import MANIFEST, PACKING
 
 _OURS = frozenset({MANIFEST, PACKING, PHOTOS, REJECTED, SUMMARY, JOURNAL, "stats.safetensors"})
@@ -146,19 +147,14 @@ def _alone(out: Path, path: Path) -> Iterator[None]:
     """Keep other processes from packing the same dataset again; the lock goes with its holder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        file = path.open("w")
+        file = locked(path, f"{out}: another process packs it again: wait until it has ended")
     except OSError as error:
         raise PrepareError(
             f"{path.parent}: cannot be written ({error.strerror}), and a new dataset is made there "
             f"before it takes the place of {out}: pack into a new folder elsewhere"
         ) from None
-    with file:
-        if lock(file, path, shared=False, wait=False) is Locked.BUSY:
-            raise PrepareError(f"{out}: another process packs it again: wait until it has ended")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    with file, removed_at_end(path):
+        yield
 
 
 def _is_mounted(folder: Path) -> bool:

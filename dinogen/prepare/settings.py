@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import ValidationError
 
@@ -85,28 +86,57 @@ def todays_settings(saved: dict[str, Any]) -> dict[str, Any]:
 def alone_in(folder: Path, command: str) -> Iterator[None]:
     """Keep other processes of the same command out of a folder, which is made if missing.
 
-    The lock is a hidden file that stays; the system lets go of it when the process ends, however
-    that happens. A folder that cannot be written needs no lock.
+    A folder that cannot be written needs no lock.
 
     Raises:
         PrepareError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".{command}.lock"
+    busy = (
+        f"{folder}: another `dinogen {command}` is at work in this folder: wait until it has "
+        "ended, or choose another folder"
+    )
     try:
-        file = path.open("w")
+        file = locked(folder / f".{command}.lock", busy)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         yield
         return
-    with file:
-        if lock(file, path, shared=False, wait=False) is Locked.BUSY:
-            raise PrepareError(
-                f"{folder}: another `dinogen {command}` is at work in this folder: wait until it "
-                "has ended, or choose another folder"
-            )
+    with file, removed_at_end(folder / f".{command}.lock"):
         yield
+
+
+def locked(path: Path, busy: str) -> IO[str]:
+    """Open a lock file and hold its lock; the system lets go of it when the process ends.
+
+    Args:
+        path: of the file.
+        busy: what to say if another process holds it.
+
+    Raises:
+        PrepareError: another process does.
+        OSError: the file cannot be written.
+    """
+    while True:
+        file = path.open("w")
+        if lock(file, path, shared=False, wait=False) is Locked.BUSY:
+            file.close()
+            raise PrepareError(busy)
+        # Whoever held it before may have removed the file between the two calls above.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        file.close()
+
+
+@contextmanager
+def removed_at_end(path: Path) -> Iterator[None]:
+    """Remove a lock file when the work is done; the lock itself goes with its process."""
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def check_settings(

@@ -108,7 +108,7 @@ def account(summary: FacesSummary) -> list[str]:
         "or metadata"
     ]
     if summary.num_hidden:
-        lines.append(f"{summary.num_hidden} hidden or system files or folders passed over")
+        lines.append(f"{summary.num_hidden} hidden or system files and folders passed over")
     if num_loose := summary.rejected.get(NO_CLASS):
         lines.append(
             f"  {NO_CLASS}: {counted(num_loose, 'photo')} in no class folder: move "

@@ -97,9 +97,8 @@ def prepare(
     if finished:
         typer.echo("finished already")
     what = pipeline.noun(settings.prepare.faces)
-    typer.echo(
-        f"{counted(summary.num_photos, 'photo')}, {counted(summary.num_crops, what)}; {rejected or 'all used'}"
-    )
+    counts = f"{counted(summary.num_photos, 'photo')}, {counted(summary.num_crops, what)}"
+    typer.echo(f"{counts}; {rejected or 'all used'}")
     for line in account(summary):
         typer.echo(line)
     if rejected:
@@ -329,9 +328,8 @@ def _tell(data: Path, manifest: Manifest) -> None:
     splits = ", ".join(f"{info.num_samples} {name}" for name, info in manifest.splits.items())
     typer.echo(f"{data}: {splits} in {counted(len(manifest.shards), 'shard')}")
     for name, level in manifest.levels.items():
-        typer.echo(
-            f"  {name}: {counted(level.channels, 'channel')}, total variance {level.total_variance:.4g}"
-        )
+        channels = counted(level.channels, "channel")
+        typer.echo(f"  {name}: {channels}, total variance {level.total_variance:.4g}")
     typer.echo(f"next: dinogen train CONFIG data.path={data}")
 
 
