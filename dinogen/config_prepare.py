@@ -10,7 +10,7 @@ from dinogen.config_section import Section
 
 
 class FacesConfig(Section):
-    """Photo -> square picture: an aligned face, or the photo itself."""
+    """Photo -> square image: an aligned face, or the photo itself."""
 
     size: int = Field(256, ge=8, le=2048, description="side of the square, pixels")
     detect: Literal["mtcnn", "none"] = Field(
@@ -79,10 +79,10 @@ class PyramidsConfig(Section):
         ("pooled", "native"),
         min_length=1,
         description="pooled: exact 2x2 means of the base_grid; "
-        "native: features of the picture shrunk to g x g pixels",
+        "native: features of the image shrunk to g x g pixels",
     )
-    batch: int = Field(32, ge=1, description="pictures per forward of the guide")
-    shard_size: int = Field(256, ge=1, description="pictures per intermediate part")
+    batch: int = Field(32, ge=1, description="images per forward of the guide")
+    shard_size: int = Field(256, ge=1, description="images per intermediate part")
 
     @model_validator(mode="after")
     def _check(self) -> PyramidsConfig:

@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from skimage.transform import SimilarityTransform
 
-# Left eye, right eye, nose, left and right corner of the mouth on a 128 x 128 picture.
+# Left eye, right eye, nose, left and right corner of the mouth on a 128 x 128 image.
 REFERENCE = ((38.0, 51.0), (90.0, 51.0), (64.0, 71.0), (45.0, 95.0), (83.0, 95.0))
 
 Points = Sequence[tuple[float, float]]

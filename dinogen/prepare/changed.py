@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from dinogen.files import write_text
+from dinogen.prepare.captions import try_caption
 from dinogen.prepare.find import Photo, Photos, named
 
 PHOTOS = "photos.csv"
-_COLUMNS = ("source", "crops", "bytes", "mtime_ns", "sha256")
+_COLUMNS = ("source", "crops", "bytes", "mtime_ns", "sha256", "caption_sha256")
+_WORDS = {"recaptioned": "with another caption"}
 # Of fewer photos so many may well be withdrawn by hand.
 _MANY = 10
 
 FileRecord = dict[str, Any]
+# The record of no file that there can be.
+NO_FILE: FileRecord = {"bytes": -1, "mtime_ns": 0, "sha256": ""}
 
 
 def record_of(path: Path) -> FileRecord | None:
@@ -72,18 +76,22 @@ class Changes:
         withdrawn: were there, and are gone.
         replaced: are there, with other content.
         added: were not there.
+        recaptioned: have another caption, or one where there was none, or none any more.
     """
 
     withdrawn: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
+    recaptioned: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.withdrawn or self.replaced or self.added)
+        return any(vars(self).values())
 
     def __str__(self) -> str:
         parts = [
-            f"{len(names)} {what} ({named(names)})" for what, names in vars(self).items() if names
+            f"{len(names)} {_WORDS.get(what, what)} ({named(names)})"
+            for what, names in vars(self).items()
+            if names
         ]
         return ", ".join(parts)
 
@@ -123,19 +131,27 @@ def emptied(src: Path, before: Collection[str], missing: Collection[str]) -> lis
     ]
 
 
-def write_photos(path: Path, photos: Iterable[tuple[str, int, FileRecord | None]]) -> None:
+def caption_record(caption: str | None) -> str:
+    """What tells a caption from another one: its SHA-256 as hex, ``none`` of no caption."""
+    return "none" if caption is None else hashlib.sha256(caption.encode()).hexdigest()
+
+
+def write_photos(
+    path: Path, photos: Iterable[tuple[str, int, FileRecord | None, str | None]]
+) -> None:
     """Write down of which photos a dataset was made.
 
     Args:
         path: of the file.
-        photos: source, number of crops and record of each.
+        photos: source, number of crops, and records of each and of its caption; None where
+            these are not known.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(_COLUMNS)
-    for source, num_crops, record in photos:
-        found = record or {}
-        writer.writerow([source, num_crops, *(found.get(name, "") for name in _COLUMNS[2:])])
+    for source, num_crops, record, caption in photos:
+        facts = [(record or {}).get(name, "") for name in _COLUMNS[2:-1]]
+        writer.writerow([source, num_crops, *facts, caption or ""])
     write_text(path, buffer.getvalue())
 
 
@@ -154,6 +170,7 @@ def read_photos(path: Path) -> dict[str, FileRecord | None] | None:
                 "bytes": int(row["bytes"]),
                 "mtime_ns": int(row["mtime_ns"]),
                 "sha256": row["sha256"],
+                "caption": row.get("caption_sha256") or None,
             }
             if row["sha256"]
             else None
@@ -163,8 +180,16 @@ def read_photos(path: Path) -> dict[str, FileRecord | None] | None:
         return None
 
 
-def changes_since(before: Mapping[str, FileRecord | None], photos: Photos) -> Changes:
-    """How photos differ from those that a dataset was made of."""
+def changes_since(
+    before: Mapping[str, FileRecord | None], photos: Photos, with_captions: bool = False
+) -> Changes:
+    """How photos differ from those that a dataset was made of.
+
+    Args:
+        before: as :func:`read_photos` gives it.
+        photos: as they are now.
+        with_captions: whether their captions count, of photos that were used.
+    """
 
     def is_replaced(photo: Photo) -> bool:
         record = before[photo.source]
@@ -172,9 +197,14 @@ def changes_since(before: Mapping[str, FileRecord | None], photos: Photos) -> Ch
             return record_of(photo.path) is not None
         return not same_file(photo.path, record)
 
+    def is_recaptioned(photo: Photo) -> bool:
+        recorded = (before[photo.source] or {}).get("caption")
+        return bool(recorded) and caption_record(try_caption(photo.caption)[0]) != recorded
+
     known = [photo for photo in photos.photos if photo.source in before]
     return Changes(
         tuple(gone(before, photos)),
         tuple(photo.source for photo in known if is_replaced(photo)),
         tuple(photo.source for photo in photos.photos if photo.source not in before),
+        tuple(photo.source for photo in known if with_captions and is_recaptioned(photo)),
     )

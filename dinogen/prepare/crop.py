@@ -17,9 +17,12 @@ from dinogen.prepare.changed import FileRecord, record_of
 from dinogen.prepare.classes import NO_CLASS, NO_CLASS_REMEDY, has_class
 from dinogen.prepare.find import Photo
 from dinogen.prepare.read import Unusable, read_photo
+from shards.image import decode_image
 
 if TYPE_CHECKING:
     from dinogen.prepare.detect import Detection, FaceDetector
+
+_ROUNDING = 8  # of 255
 
 Pixels = NDArray[np.uint8]
 
@@ -31,7 +34,7 @@ class Crop:
     Attributes:
         key: the photo's key; with ``which: all`` followed by ``_1``, ``_2``, ... for its second,
             third, ... accepted face.
-        image: encoded RGB picture, ``size`` x ``size`` pixels.
+        image: encoded RGB image, ``size`` x ``size`` pixels.
         image_format: ``jpg`` or ``png``.
         meta: JSON values. ``source`` (path relative to the folder searched), ``original_size``
             ([width, height] of the upright photo, pixels), ``size`` (pixels), ``blur``
@@ -39,7 +42,7 @@ class Crop:
             detail] of this photo's other faces, in its first crop only); if faces are detected
             ``align``, ``box`` ([left, top, right, bottom], pixels), ``landmarks`` (five [x, y],
             pixels) and ``probability``, else ``fit``; if duplicates are looked for ``phash`` (16
-            hex digits). For a picture that lay there without metadata ``source`` alone.
+            hex digits). For an image that lay there without metadata ``source`` alone.
         caption: of the photo, if a text file lies beside it.
         file: what tells the photo's file from its replacement, see
             :func:`dinogen.prepare.changed.record_of`; it is no part of a dataset.
@@ -95,7 +98,8 @@ class Result:
 
 def read(photo: Photo, config: FacesConfig) -> Pixels | Unusable:
     """The photo's ``(H, W, 3)`` uint8 RGB pixels, or why it has none."""
-    if config.classes == "folders" and not has_class(photo.source):
+    # A folder that cannot be listed is in the list of photos too, and may be a class.
+    if config.classes == "folders" and not has_class(photo.source) and not photo.path.is_dir():
         return Unusable(NO_CLASS, NO_CLASS_REMEDY)
     try:
         return read_photo(photo.path, config.max_pixels)
@@ -104,7 +108,7 @@ def read(photo: Photo, config: FacesConfig) -> Pixels | Unusable:
 
 
 def read_and_cut(photo: Photo, config: FacesConfig, detector: FaceDetector | None) -> Result:
-    """All steps for one photo; without a detector the whole picture is one face."""
+    """All steps for one photo; without a detector the whole image is one face."""
     pixels = read(photo, config)
     if detector is None or isinstance(pixels, Unusable):
         return cut(photo, pixels, config, None)
@@ -117,13 +121,13 @@ def cut(
     config: FacesConfig,
     detections: Sequence[Detection] | None,
 ) -> Result:
-    """Align, judge and encode the accepted faces of one photo.
+    """Align, check and encode the accepted faces of one photo.
 
     Args:
         photo: which.
         pixels: ``(H, W, 3)`` uint8 RGB, or why there are none.
         config: what is accepted, and how it is cut out.
-        detections: faces, largest first; None takes the whole picture as one face.
+        detections: faces, largest first; None takes the whole image as one face.
     """
     record = record_of(photo.path)
     if isinstance(pixels, Unusable):
@@ -147,6 +151,43 @@ def cut(
         meta = _meta(photo, pixels, face, blur, phash, config)
         result.candidates.append(Candidate(_encode(crop, config), meta, phash))
     return result
+
+
+def gives_still(
+    photo: Photo, metas: Sequence[dict[str, Any]], images: Sequence[bytes], config: FacesConfig
+) -> bool:
+    """Whether crops of an earlier version are those of a photo as it is now.
+
+    They are cut out again at their places, without detection, and compared. Landmarks are rounded
+    in the metadata, so pixels may differ a little.
+
+    Args:
+        photo: which.
+        metas: of its crops.
+        images: its crops, encoded.
+        config: how they were cut out.
+    """
+    from dinogen.prepare.detect import Detection
+
+    try:
+        pixels = read_photo(photo.path, config.max_pixels)
+        for meta, image in zip(metas, images, strict=True):
+            if meta["original_size"] != [pixels.shape[1], pixels.shape[0]]:
+                return False
+            face = None
+            if "landmarks" in meta:
+                left, top, right, bottom = meta["box"]
+                points = tuple((x, y) for x, y in meta["landmarks"])
+                face = Detection((left, top, right, bottom), points, meta["probability"])
+            crop = _encode(_align(pixels, face, config), config)
+            now, before = (
+                decode_image(data, config.format).astype(np.int16) for data in (crop, image)
+            )
+            if now.shape != before.shape or np.abs(now - before).max() > _ROUNDING:
+                return False
+    except (Unusable, align.AlignError, ValueError, KeyError, TypeError):
+        return False
+    return True
 
 
 def _select(

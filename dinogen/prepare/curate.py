@@ -12,13 +12,13 @@ from scipy.ndimage import laplace
 def laplacian_variance(image: NDArray[np.uint8]) -> float:
     """Variance of the Laplacian of the luma (Pech-Pacheco et al. 2000); low means blurred.
 
-    It depends on the picture's size, so it compares crops of one size only.
+    It depends on the image's size, so it compares crops of one size only.
 
     Args:
         image: ``(H, W, 3)`` uint8 RGB.
 
     Returns:
-        Squared grey levels (0 to 255), 0 for a flat picture.
+        Squared grey levels (0 to 255), 0 for a flat image.
     """
     luma = np.asarray(Image.fromarray(image).convert("L"), np.float32)
     return float(laplace(luma).var())

@@ -49,7 +49,7 @@ class Detection:
     Attributes:
         box: left, top, right, bottom; may stick out of the photo.
         landmarks: x, y of left eye, right eye, nose, left and right corner of the mouth, as seen
-            in the picture.
+            in the image.
         probability: 0 to 1.
     """
 

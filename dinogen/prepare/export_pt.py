@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -21,9 +22,11 @@ from torch import Tensor
 from dinogen.features.resize import RESIZE
 from dinogen.files import write_bytes, write_json
 from dinogen.prepare.crop import Crop
+from dinogen.prepare.find import named
 from dinogen.prepare.pyramid import Levels
 from dinogen.prepare.read import PrepareError
 from shards import open_dataset
+from shards.errors import CorruptSample
 from shards.kinds import is_hidden
 from shards.packed import PackedDataset
 from shards.sample import decode_meta
@@ -36,6 +39,13 @@ _MAX_NAME = 200
 _SAFE_NAME = re.compile(r"[^./\\:*?\"<>|\x00-\x1f\x7f][^/\\:*?\"<>|\x00-\x1f\x7f]*")
 
 
+_logger = logging.getLogger(__name__)
+
+
+class PartlyExportedError(PrepareError):
+    """Some samples cannot be exported; all others are."""
+
+
 class BadPyramid(PrepareError):
     """One ``.pt`` file cannot be used; the message names it."""
 
@@ -45,7 +55,8 @@ def export_pt(data: Path, out: Path, *, progress: Callable[[int, int], None] | N
 
     NAME is the image's, without its suffix, see :func:`file_names`. A file holds
     ``{"4x4": (1, 16, C), "8x8": (1, 64, C), "16x16": (1, 256, C)}`` float32. Beside them
-    ``guide.json`` says which guide made them, if the dataset knows.
+    ``guide.json`` says which guide made them, if the dataset knows. A sample that cannot be used
+    is named in a warning, and all others are exported.
 
     Args:
         data: packed dataset.
@@ -57,7 +68,8 @@ def export_pt(data: Path, out: Path, *, progress: Callable[[int, int], None] | N
 
     Raises:
         PrepareError: the dataset lacks a pooled level.
-        ShardsError: it cannot be read.
+        PartlyExportedError: at the end, if samples were left out.
+        ShardsError: the dataset cannot be read.
     """
     dataset = open_dataset(data)
     lacking = [f"p{grid}" for grid in GRIDS if f"p{grid}" not in dataset.manifest.levels]
@@ -71,9 +83,23 @@ def export_pt(data: Path, out: Path, *, progress: Callable[[int, int], None] | N
     total = sum(info.num_samples for info in splits.values())
     names = file_names(_sources(dataset))
     num_done = 0
+    bad: list[str] = []
     for split in splits:
         for number in range(dataset.num_samples(split)):
-            sample = dataset.sample(number, split)
+            try:
+                sample = dataset.sample(number, split)
+            except CorruptSample as error:
+                # Without the error's advice, which is about training.
+                bad.append(f"{error.shard}: {error.key}")
+                _logger.warning(
+                    "%s: %s%s: %s: not exported",
+                    error.shard, error.key, error.member and f".{error.member}", error.what,
+                )  # fmt: skip
+                continue
+            if absent := [f"p{grid}" for grid in GRIDS if f"p{grid}" not in sample.levels]:
+                bad.append(sample.key)
+                _logger.warning("%s: lacks %s: not exported", sample.key, ", ".join(absent))
+                continue
             pyramid = {
                 f"{grid}x{grid}": torch.from_numpy(sample.levels[f"p{grid}"].astype("float32"))[
                     None
@@ -88,6 +114,11 @@ def export_pt(data: Path, out: Path, *, progress: Callable[[int, int], None] | N
                 progress(num_done, total)
     if dataset.manifest.guide:
         write_json(out / _GUIDE, dataset.manifest.guide)
+    if bad:
+        raise PartlyExportedError(
+            f"{data}: {len(bad)} of {total} samples NOT EXPORTED ({named(bad)}): the other "
+            f"{num_done} are in {out}. `dinogen shards verify {data}` lists what is damaged"
+        )
     return num_done
 
 

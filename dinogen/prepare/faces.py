@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
-import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -18,14 +16,12 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from dinogen.config_prepare import FacesConfig
-from dinogen.files import write_bytes, write_json, write_text
-from dinogen.prepare.captions import BAD_CAPTION, caption_path, try_caption
+from dinogen.files import write_json, write_text
+from dinogen.prepare.captions import BAD_CAPTION, try_caption
 from dinogen.prepare.changed import (
     emptied,
     gone,
     looks_like_an_accident,
-    record_of,
-    same_file,
 )
 from dinogen.prepare.classes import class_names
 from dinogen.prepare.crop import Crop, Rejection
@@ -33,14 +29,19 @@ from dinogen.prepare.curate import Duplicates
 from dinogen.prepare.find import (
     Photo,
     Photos,
-    face_key,
-    face_number,
+    counted,
     find_photos,
     kept_apart,
     named,
 )
-from dinogen.prepare.read import PrepareError, Unusable, decode_photo, probe_photo, read_photo
-from dinogen.prepare.settings import SETTINGS, check_settings, read_json
+from dinogen.prepare.read import PrepareError, Unusable, decode_photo, probe_photo
+from dinogen.prepare.settings import (
+    SETTINGS,
+    alone_in,
+    check_settings,
+    read_json,
+    warn_of_offset,
+)
 from dinogen.prepare.stream import Progress, iter_faces
 from dinogen.prepare.summary import (
     SUMMARY,
@@ -48,6 +49,18 @@ from dinogen.prepare.summary import (
     replaced_words,
     summary_of,
     withdrawn_words,
+)
+from dinogen.prepare.written import (
+    CAPTION,
+    FILE,
+    crops_in,
+    damage_of,
+    is_same,
+    is_whole,
+    remove_crops,
+    replace_crops,
+    update_caption,
+    write_crop,
 )
 from shards.kinds import is_hidden
 
@@ -69,9 +82,6 @@ __all__ = [
 ]
 
 REJECTED = "rejected.csv"
-# In a crop's JSON, and no parts of a dataset.
-_FILE = "file"
-_CAPTION = "caption_sha256"  # of the caption as it was written beside the crop
 _NUM_READERS = 8
 
 _logger = logging.getLogger(__name__)
@@ -118,21 +128,45 @@ def write_faces(
     photos = _find(src, out)
     by_folder = config.classes == "folders"
     classes = class_names(src, (p.source for p in photos.photos)) if by_folder else ()
-    landmark_offset = check_settings(src, out, config, classes)
-    if (out / SETTINGS.upper()).exists():  # the file system knows no upper and lower case
-        photos = kept_apart(photos)
-    before = _crops_in(out)
+    check_settings(src, out, config, classes)  # before a lock is put into somebody else's folder
+    with alone_in(out, "faces"):
+        return _write(
+            photos, src, out, config, classes, with_captions, withdraw, device, progress, started
+        )
+
+
+def _write(
+    photos: Photos,
+    src: Path,
+    out: Path,
+    config: FacesConfig,
+    classes: tuple[str, ...],
+    with_captions: bool,
+    withdraw: bool,
+    device: str | torch.device,
+    progress: Progress | None,
+    started: float,
+) -> FacesSummary:
+    """What :func:`write_faces` does once it has found the photos and is alone in ``out``."""
+    landmark_offset, settings = check_settings(src, out, config, classes)
+    before = crops_in(out)
     withdrawn = gone(before, photos)
     # Versions before took hidden files for photos: those are no accident.
     missing = [s for s in withdrawn if not any(map(is_hidden, s.split("/")))]
     accident = looks_like_an_accident(len(missing), len(before)) or emptied(src, before, missing)
     if not withdraw and accident:
         raise PrepareError(
-            f"{src}: {len(missing)} of the {len(before)} photos that {out} holds crops of are "
-            f"gone ({named(missing)}). Nothing was removed: see whether the folder is mounted "
-            "and complete. If they were taken out on purpose, add --withdraw"
+            f"{src}: {len(missing)} of the {counted(len(before), 'photo')} that {out} holds "
+            f"crops of {'is' if len(missing) == 1 else 'are'} gone ({named(missing)}). Nothing was "
+            "removed: see whether the folder is mounted and complete. If they were taken out on "
+            "purpose, add --withdraw"
         )
-    num_removed = sum(_remove(out, before.pop(source), config) for source in withdrawn)
+    if settings is not None:
+        write_json(out / SETTINGS, settings)
+    warn_of_offset(out, landmark_offset)
+    if (out / SETTINGS.upper()).exists():  # the file system knows no upper and lower case
+        photos = kept_apart(photos)
+    num_removed = sum(remove_crops(out, before.pop(source), config) for source in withdrawn)
     if photos.unlistable:
         _logger.warning(
             "%s: cannot be listed: crops of photos there are kept", named(photos.unlistable)
@@ -141,16 +175,17 @@ def write_faces(
         _logger.warning("%s (%s)", withdrawn_words(len(withdrawn), num_removed), named(withdrawn))
     done: dict[str, list[dict[str, Any]]] = {}
     replaced: list[str] = []
+    old: dict[str, list[dict[str, Any]]] = {}  # crops that stay until new ones are there
     rejections: dict[str, list[Rejection]] = {}
     for photo in photos.photos:
         metas = before.get(photo.source)
         if not metas:
             continue
-        if _is_whole(out, photo, metas, config):
-            if _is_same(out, photo, metas[0], config):
+        if is_whole(out, photo, metas, config):
+            if is_same(out, photo, metas, config):
                 done[photo.key] = metas
                 continue
-            if damage := _damage(photo, config):
+            if damage := damage_of(photo, config):
                 done[photo.key] = metas
                 rejections[photo.source] = [damage]
                 _logger.warning(
@@ -160,7 +195,7 @@ def write_faces(
                 )
                 continue
             replaced.append(photo.source)
-        _remove(out, metas, config)
+        old[photo.source] = metas
     if replaced:
         _logger.warning("%s (%s)", replaced_words(len(replaced)), named(replaced))
     duplicates = Duplicates(config.max_duplicate_distance)
@@ -171,12 +206,13 @@ def write_faces(
             metas = done[photo.key]
             earlier = [Rejection(photo.source, *i) for i in metas[0]["rejected"]]
             rejections[photo.source] = earlier + rejections.get(photo.source, [])
-            if with_captions and (bad := _update_caption(out, photo, metas, config)):
+            if with_captions and (bad := update_caption(out, photo, metas, config)):
                 rejections[photo.source].append(Rejection(photo.source, BAD_CAPTION, bad))
             for meta in metas:
                 if "phash" in meta:
                     duplicates.add(meta["key"], int(meta["phash"], 16))
     num_new = 0
+    new: list[Crop] = []  # of a photo that has old crops, until they are complete
     try:
         for item in iter_faces(
             photos,
@@ -190,16 +226,17 @@ def write_faces(
         ):
             if isinstance(item, Rejection):
                 rejections.setdefault(item.source, []).append(item)
+                remove_crops(out, old.pop(item.source, ()), config)  # there are no new ones
                 continue
-            # The image comes last: where it is, its metadata and caption are too.
-            meta = {"key": item.key, **item.meta, _FILE: item.file}
-            if item.caption is not None:
-                meta[_CAPTION] = _sha256(item.caption.encode())
-            write_json(out / f"{item.key}.json", meta)
-            if item.caption is not None:
-                write_text(caption_path(out / f"{item.key}.{item.image_format}"), item.caption)
-            write_bytes(out / f"{item.key}.{item.image_format}", item.image)
-            used.add(item.meta["source"])
+            source = item.meta["source"]
+            if source in old:
+                new.append(item)
+                if len(new) == item.meta["num_crops"]:
+                    replace_crops(out, old.pop(source), new, config)
+                    new = []
+            else:
+                write_crop(out, item)
+            used.add(source)
             num_new += 1
     finally:
         # In the order of the photos, also after an interruption.
@@ -282,8 +319,8 @@ class FaceFolder:
         """
         for face in self.faces if numbers is None else (self.faces[n] for n in numbers):
             caption, bad = None, ""
-            if face.has_caption and with_captions:
-                caption, bad = try_caption(face.path)
+            if with_captions:
+                caption, bad = try_caption(face.caption)
             try:
                 yield (
                     self._read_written(face, caption)
@@ -319,8 +356,9 @@ class FaceFolder:
         if 2 * len(odd) > len(self.faces):
             face, size = odd[0]
             raise PrepareError(
-                f"{self.folder}: {len(odd)} of {len(self.faces)} images are not square or of "
-                f"another size than the others ({face.source} is {size[0]}x{size[1]}): make them "
+                f"{self.folder}: {len(odd)} of "
+                f"{counted(len(self.faces), 'image', 'is', 'are')} not square or of another size "
+                f"than most ({face.source} is {size[0]}x{size[1]}): make them "
                 "alike with `dinogen faces` (prepare.faces.detect=none)"
             )
         dropped = {face.source for face, _ in odd}
@@ -338,8 +376,8 @@ class FaceFolder:
         if not self.written:
             return face.key, _plain_meta(face)
         meta = read_json(face.path.with_suffix(".json"))
-        meta.pop(_FILE, None)
-        meta.pop(_CAPTION, None)
+        meta.pop(FILE, None)
+        meta.pop(CAPTION, None)
         return meta.pop("key"), meta
 
     def _read_written(self, face: Photo, caption: str | None) -> Crop:
@@ -422,113 +460,9 @@ def _find(src: Path, out: Path) -> Photos:
     try:
         return find_photos(src)
     except PrepareError as error:
-        if (out / SETTINGS).is_file() and _crops_in(out):
+        if (out / SETTINGS).is_file() and crops_in(out):
             raise PrepareError(
                 f"{error}. {out} still holds crops of photos that were there: if those were taken "
                 f"out on purpose, delete {out}"
             ) from None
         raise
-
-
-def _crops_in(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """By source, what is written beside the crops of each photo, in order of its faces."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(out.glob("*.json")):
-        if path.name in (SETTINGS, SUMMARY):
-            continue
-        try:
-            meta = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            _logger.warning("%s: damaged: its photo is gone through again", path)
-            continue
-        if (
-            isinstance(meta, dict)
-            and meta.get("key") == path.stem
-            and {"num_crops", "source"} <= meta.keys()
-        ):
-            found.setdefault(meta["source"], []).append(meta)
-    for metas in found.values():
-        metas.sort(key=lambda meta: face_number(meta["key"]))
-    return found
-
-
-def _is_whole(
-    out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: FacesConfig
-) -> bool:
-    """Whether these are all crops of a photo, under the keys that it has today."""
-    keys = [face_key(photo.key, number) for number in range(metas[0]["num_crops"])]
-    return keys == [meta["key"] for meta in metas] and all(
-        (out / f"{key}.{config.format}").exists() for key in keys
-    )
-
-
-def _is_same(out: Path, photo: Photo, meta: dict[str, Any], config: FacesConfig) -> bool:
-    """Whether crops are of the photo as it is now; brings up to date what tells that."""
-    record = meta.get(_FILE)
-    try:
-        mtime_ns = photo.path.stat().st_mtime_ns
-        made_ns = (out / f"{meta['key']}.{config.format}").stat().st_mtime_ns
-    except OSError:
-        return True
-    if record is None:  # as versions before wrote it
-        same = mtime_ns <= made_ns
-    else:
-        same = same_file(photo.path, record)
-    if same and (record is None or record["mtime_ns"] != mtime_ns):
-        meta[_FILE] = record_of(photo.path)
-        write_json(out / f"{meta['key']}.json", meta)
-    return same
-
-
-def _damage(photo: Photo, config: FacesConfig) -> Rejection | None:
-    """Why a photo cannot be read, be it damaged or still being copied; None if it can."""
-    try:
-        read_photo(photo.path, config.max_pixels)
-    except Unusable as error:
-        if error.reason in ("unreadable", "empty", "truncated", "corrupt"):
-            return Rejection(photo.source, error.reason, error.detail)
-    return None
-
-
-def _remove(out: Path, metas: Collection[dict[str, Any]], config: FacesConfig) -> int:
-    """Remove the crops of a photo; returns how many there were."""
-    num_removed = 0
-    for meta in metas:
-        # The metadata last: as long as they are there, the rest is found again.
-        path = out / f"{meta['key']}.{config.format}"
-        num_removed += path.exists()
-        path.unlink(missing_ok=True)
-        for suffix in ("txt", "json"):
-            (out / f"{meta['key']}.{suffix}").unlink(missing_ok=True)
-    return num_removed
-
-
-def _update_caption(
-    out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: FacesConfig
-) -> str:
-    """Make the captions of a photo's crops that of the photo; why it cannot be used, or "".
-
-    A caption that somebody else wrote beside a crop, or edited there, is kept.
-    """
-    caption, bad = try_caption(photo.path) if photo.has_caption else (None, "")
-    for meta in metas:
-        path = caption_path(out / f"{meta['key']}.{config.format}")
-        there = path.read_bytes() if path.exists() else None
-        wanted = None if caption is None else caption.encode()
-        if there is not None and there != wanted and _sha256(there) != meta.get(_CAPTION):
-            _logger.warning("%s: was not copied from the photos: kept as it is", path)
-            continue
-        if wanted is None:
-            path.unlink(missing_ok=True)
-            continue
-        if there != wanted:
-            write_bytes(path, wanted)
-        # Second: after a kill in between, the next run finds the same caption and adds this.
-        if meta.get(_CAPTION) != _sha256(wanted):
-            meta[_CAPTION] = _sha256(wanted)
-            write_json(out / f"{meta['key']}.json", meta)
-    return bad
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

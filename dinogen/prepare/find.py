@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dinogen.prepare.captions import caption_files
 from dinogen.prepare.read import IMAGE_SUFFIXES, UNREAD, PrepareError, kind_of
 from shards.kinds import is_hidden
 
@@ -36,6 +37,8 @@ _HEAD = 512
 _NUM_SUFFIXES = 40
 _NO_SUFFIX = "no suffix"
 _OTHERS = "other suffixes"
+_BROKEN = "broken link"
+_REMEDIES = {**UNREAD, _BROKEN: "leads nowhere: mount the disk it leads to, or delete it"}
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,18 @@ class Photo:
         source: its path relative to the folder searched, with ``/``; bytes of the name that are
             not UTF-8 are written as ``\\xNN``.
         key: unique name for its crops; see :func:`photo_key`.
-        has_caption: whether a text file of the same name lies beside it.
+        caption: the text file of the same name that lies beside it, if there is one.
     """
 
     path: Path
     source: str
     key: str
-    has_caption: bool = False
+    caption: Path | None = None
+
+    @property
+    def has_caption(self) -> bool:
+        """Whether a caption lies beside it."""
+        return self.caption is not None
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ def find_photos(src: Path) -> Photos:
     if not src.is_dir():
         what = "is not a folder" if src.exists() else "does not exist"
         raise PrepareError(f"{src}: {what}: give the folder that holds the photos")
-    found: list[tuple[Path, bool]] = []
+    found: list[tuple[str, Path, Path | None]] = []  # relative path, file, its caption
     unlistable: list[Path] = []
     broken: list[Path] = []  # links, perhaps to folders that are not mounted
     visited: set[str] = set()
@@ -112,30 +120,35 @@ def find_photos(src: Path) -> Photos:
             folders.clear()
             continue
         visited.add(real)
+        below = os.path.relpath(folder, src)
+        within = "" if below == "." else f"{below}/"
         num_hidden += sum(map(is_hidden, folders)) + sum(map(is_hidden, files))
         folders[:] = sorted((n for n in folders if not is_hidden(n)), key=os.fsencode)
-        texts = {name for name in files if name.endswith(".txt")}
+        texts = caption_files(name for name in files if not is_hidden(name))
         for name in (n for n in files if not is_hidden(n)):
             path = Path(folder, name)
             label = _label(path)
             if label is None:
-                found.append((path, f"{path.stem}.txt" in texts))
+                text = texts.get(path.stem) if texts else None
+                caption = None if text is None else Path(folder, text)
+                found.append((within + name, path, caption))
             elif label in _SIDECARS:
                 num_sidecars += 1
+            elif path.is_symlink() and not path.exists():
+                broken.append(path)
+                others[_BROKEN] += 1
             else:
-                if path.is_symlink() and not path.exists():
-                    broken.append(path)
                 others[label] += 1
-    found += [(path, False) for path in unlistable]
+    found += [(path.relative_to(src).as_posix(), path, None) for path in unlistable]
     left_out = _most(others)
     if not found:
         raise PrepareError(
             f"{src}: no photo below this folder{_instead(left_out, num_hidden)}: give a folder "
             "with JPEG, PNG, WebP, TIFF or BMP files"
         )
-    found.sort(key=lambda item: os.fsencode(item[0].relative_to(src).as_posix()))
+    found.sort(key=lambda item: os.fsencode(item[0]))
     return Photos(
-        tuple(_photo(path, src, has_caption) for path, has_caption in found),
+        tuple(Photo(path, _source(name), photo_key(name), text) for name, path, text in found),
         left_out,
         num_sidecars,
         num_hidden,
@@ -155,8 +168,8 @@ def left_out_words(left_out: dict[str, int]) -> list[str]:
     counts = ", ".join(f"{count} {suffix}" for suffix, count in left_out.items())
     remedies: dict[str, list[str]] = {}
     for suffix in left_out:
-        remedies.setdefault(UNREAD.get(suffix, ""), []).append(suffix)
-    lines = [f"{total} file{'s' * (total != 1)} left out: {counts}"]
+        remedies.setdefault(_REMEDIES.get(suffix, ""), []).append(suffix)
+    lines = [f"{counted(total, 'file')} left out: {counts}"]
     for remedy, suffixes in remedies.items():
         if remedy:
             lines.append(f"  {', '.join(suffixes)}: {remedy}")
@@ -224,17 +237,14 @@ def kept_apart(photos: Photos) -> Photos:
     return replace(photos, photos=tuple(apart))
 
 
-def _photo(path: Path, src: Path, has_caption: bool) -> Photo:
-    relative = path.relative_to(src).as_posix()
-    return Photo(path, _source(relative), photo_key(relative), has_caption)
-
-
 def _source(relative: str) -> str:
     return os.fsencode(relative).decode("utf-8", "backslashreplace")
 
 
 def _hashed_key(stem: str, relative: str) -> str:
-    ascii_stem = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
+    ascii_stem = stem
+    if not stem.isascii():
+        ascii_stem = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
     slug = re.sub(r"[^A-Za-z0-9_]+", "-", ascii_stem).strip("-_")[-MAX_KEY:].strip("-_") or "photo"
     if len(slug) + _HASHED <= MAX_KEY:
         return f"{slug}-{_hash(relative)}"
@@ -305,3 +315,9 @@ def named(names: Iterable[str], num: int = 5) -> str:
     listed = list(names)
     more = f" and {len(listed) - num} more" if len(listed) > num else ""
     return ", ".join(listed[:num]) + more
+
+
+def counted(number: int, noun: str, one: str = "", many: str = "") -> str:
+    """``1 photo``, ``2 photos``, and the verb that goes with it: ``1 photo is``."""
+    verb = one if number == 1 else many
+    return f"{number} {noun}{'' if number == 1 else 's'}{verb and f' {verb}'}"

@@ -15,7 +15,7 @@ from dinogen.features.base import guide_identity
 from dinogen.prepare.changed import PHOTOS, changes_since, read_photos
 from dinogen.prepare.crop import Rejection
 from dinogen.prepare.faces import REJECTED, FaceFolder, read_rejected
-from dinogen.prepare.find import Photos, face_number, named
+from dinogen.prepare.find import Photos, counted, face_number, named
 from dinogen.prepare.parts import network_of
 from dinogen.prepare.read import PrepareError
 from dinogen.prepare.settings import todays_settings
@@ -117,7 +117,7 @@ def finished_summary(src: Path, out: Path, photos: Photos, with_captions: bool) 
     keys, there = keys_of(out), {photo.key: photo.source for photo in photos.photos}
     before = read_photos(out / PHOTOS)
     if before is not None:
-        if changes := changes_since(before, photos):
+        if changes := changes_since(before, photos, with_captions):
             raise _other(out, f"the photos have changed: {changes}", again=True)
     else:
         num_photos = summary.get("num_photos", len(photos.photos))
@@ -128,10 +128,10 @@ def finished_summary(src: Path, out: Path, photos: Photos, with_captions: bool) 
         newer = [p.source for p in photos.photos if _time(p.path) > _time(out / MANIFEST)]
         if newer:
             _logger.warning(
-                "%s: %d photos are newer than the dataset, which does not say what they were "
-                "(%s): if they were replaced, add --repack to make it again",
+                "%s: %s newer than the dataset, which an earlier version made without a list of "
+                "its photos (%s): if any were replaced, add --repack to make it again",
                 out,
-                len(newer),
+                counted(len(newer), "photo", "is", "are"),
                 named(newer),
             )
     used = set()

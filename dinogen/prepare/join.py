@@ -18,7 +18,7 @@ from dinogen.prepare.classes import NO_CLASS, NO_CLASS_REMEDY, class_names, has_
 from dinogen.prepare.crop import Crop, Rejection
 from dinogen.prepare.export_pt import BadPyramid, PtFiles, pt_paths
 from dinogen.prepare.faces import REJECTED, FaceFolder, read_rejected, write_rejected
-from dinogen.prepare.find import face_number, named
+from dinogen.prepare.find import counted, face_number, named
 from dinogen.prepare.finished import check_faces, finished_dataset
 from dinogen.prepare.parts import PartFiles
 from dinogen.prepare.pyramid import Levels
@@ -75,7 +75,7 @@ def pack_faces(
         config: shards and splits.
         guide: the main guide of the pyramids, for the manifest; empty if there are none. They say
             themselves who made the rest.
-        by_folder: the first folder below ``faces`` is the class of a picture that was not cut out
+        by_folder: the first folder below ``faces`` is the class of an image that was not cut out
             by ``dinogen faces``.
         progress: called with the number of faces done and of all faces.
 
@@ -184,12 +184,14 @@ def _tell_rejected(out: Path, rejected: Sequence[Rejection], folder: FaceFolder)
     """Say loudly what was not packed."""
     reasons = Counter(line.reason for line in rejected)
     if num_bad := reasons.pop(BAD_CAPTION, 0):
-        _logger.warning("%d packed without their caption: see %s", num_bad, out / REJECTED)
+        _logger.warning(
+            "%s packed without caption: see %s", counted(num_bad, "image"), out / REJECTED
+        )
     if reasons:
         _logger.warning(
-            "%d of %d images NOT PACKED (%s): see %s",
+            "%d of %s NOT PACKED (%s): see %s",
             sum(reasons.values()),
-            len(folder.found.photos),
+            counted(len(folder.found.photos), "image"),
             ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()),
             out / REJECTED,
         )
@@ -294,9 +296,9 @@ def _check_join(
         # Made by hand or by another program: what fits is packed.
         if extra:
             _logger.warning(
-                "%s: %d .pt files belong to no face: left out (%s)",
+                "%s: %s without face left out (%s)",
                 pyramids.folder,
-                len(extra),
+                counted(len(extra), ".pt file"),
                 named(extra),
             )
         if 2 * len(lacking) <= len(names):
@@ -318,9 +320,12 @@ def _check_join(
         lacking = [key for key in lacking if key not in left_out]
     problems = []
     if lacking:
-        problems.append(f"{len(lacking)} of {len(names)} faces have no pyramid ({named(lacking)})")
+        problems.append(
+            f"{len(lacking)} of {counted(len(names), 'face', 'has', 'have')} no pyramid "
+            f"({named(lacking)})"
+        )
     if extra:
-        problems.append(f"{len(extra)} pyramids have no face ({named(extra)})")
+        problems.append(f"{counted(len(extra), 'pyramid', 'has', 'have')} no face ({named(extra)})")
     if problems:
         raise PrepareError(
             f"{folder.folder}: {' and '.join(problems)}: run `dinogen pyramids` on these faces"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from dinogen.prepare.changed import FileRecord
+from dinogen.prepare.changed import FileRecord, caption_record
 from dinogen.prepare.crop import Crop, Rejection
 from dinogen.prepare.read import PrepareError
 
@@ -26,12 +26,15 @@ class Outcome:
         rejected: reason and detail of each face, or of the photo, that is not used.
         file: what tells the photo's file from its replacement, see
             :func:`dinogen.prepare.changed.record_of`; None if an older version wrote the line.
+        caption: of its crops, as :func:`dinogen.prepare.changed.caption_record` gives it; None
+            likewise.
     """
 
     source: str
     hashes: dict[str, str | None] = field(default_factory=dict)
     rejected: list[tuple[str, str]] = field(default_factory=list)
     file: FileRecord | None = None
+    caption: str | None = None
 
 
 class Journal:
@@ -84,6 +87,7 @@ class Journal:
                 current.rejected.append((item.reason, item.detail))
             else:
                 current.hashes[item.key] = item.meta.get("phash")
+                current.caption = caption_record(item.caption)
                 yield item
         if current is not None:
             self._write(current)
@@ -118,6 +122,7 @@ class Journal:
                     values["hashes"],
                     [(r, d) for r, d in values["rejected"]],
                     values.get("file"),
+                    values.get("caption"),
                 )
                 self.outcomes[outcome.source] = outcome
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from dinogen.prepare.captions import BAD_CAPTION
 from dinogen.prepare.changed import looks_like_an_accident
 from dinogen.prepare.crop import Crop, Rejection
 from dinogen.prepare.faces import FaceFolder
+from dinogen.prepare.find import counted
 from dinogen.prepare.pyramid import Levels, PyramidMaker
 from dinogen.prepare.read import PrepareError
+from dinogen.prepare.settings import alone_in
 
 _FORMAT = "dinogen-pyramids"
 _VERSION = 1
@@ -96,6 +99,22 @@ def write_pyramids(
         **{name: networks for name, networks in identity.items() if networks},
         **({"text": True} if with_text else {}),
     }
+    # One process of all that share the work holds the lock for them.
+    with alone_in(out, "pyramids") if dist.is_main() else nullcontext():
+        return _write(folder, out, maker, header, num_parts, with_text, progress)
+
+
+def _write(
+    folder: FaceFolder,
+    out: Path,
+    maker: PyramidMaker,
+    header: dict[str, Any],
+    num_parts: int,
+    with_text: bool,
+    progress: Callable[[int, int], None] | None,
+) -> PartsSummary:
+    """What :func:`write_pyramids` does once nobody else is at work in ``out``."""
+    size = maker.config.shard_size
     out.mkdir(parents=True, exist_ok=True)
     known = _known(out, header, folder, with_text)
     maker.warn_of_resize(out)
@@ -133,11 +152,12 @@ def write_pyramids(
             progress(num_seen, total)
     with dist.main_section() as main:
         if main:
+            names = {_part_name(number) for number in range(num_parts)}
             for path in out.glob("part-*.safetensors"):
-                if path.name not in map(_part_name, range(num_parts)):
+                if path.name not in names:
                     path.unlink()  # there were more faces before
     if num_reused:
-        _logger.info("%s: %d pyramids taken over from parts that were there", out, num_reused)
+        _logger.info("%s: %s of earlier parts used again", out, counted(num_reused, "pyramid"))
     return PartsSummary(num_parts, num_done, len(mine) - num_done)
 
 
@@ -213,7 +233,7 @@ class PartFiles:
         """Under which key each face's pyramid lies: its own.
 
         Args:
-            sources: by the face's key, the path of the picture that it comes from.
+            sources: by the face's key, the path of the image that it comes from.
         """
         return {key: key for key in sources}
 
@@ -286,7 +306,9 @@ def _known(out: Path, header: dict[str, Any], folder: FaceFolder, with_text: boo
     before = [(path, key) for path, found in headers.items() for key in found["keys"]]
     lost = [(path, key) for path, key in before if key not in numbers]
     if looks_like_an_accident(len(lost), len(before)):
-        raise _foreign(lost[0][0], f"{len(lost)} of their {len(before)} faces are not in FACES")
+        raise _foreign(
+            lost[0][0], f"{len(lost)} of {counted(len(before), 'face', 'is', 'are')} not in FACES"
+        )
     _check_some(headers, numbers, folder, with_text)
     return _Known(headers)
 

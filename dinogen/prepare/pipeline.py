@@ -16,7 +16,7 @@ from dinogen.prepare.classes import class_names
 from dinogen.prepare.crop import Rejection
 from dinogen.prepare.curate import Duplicates
 from dinogen.prepare.faces import REJECTED, write_rejected
-from dinogen.prepare.find import Photos, find_photos, named
+from dinogen.prepare.find import Photos, counted, find_photos, named
 from dinogen.prepare.finished import begun_with, finished_dataset, finished_summary
 from dinogen.prepare.join import sample_of, settings_of
 from dinogen.prepare.journal import JOURNAL, Journal
@@ -182,11 +182,17 @@ def prepare(
         if not kept:
             what = "an image" if config.faces.detect == "none" else "a face"
             raise NoFaceError(
-                f"{src}: none of {len(photos.photos)} photos gave {what} "
+                f"{src}: none of {counted(len(photos.photos), 'photo')} gave {what} "
                 f"({in_words(summary.rejected)}): see {out / REJECTED}",
                 summary.rejected,
             )
-        write_photos(out / PHOTOS, ((one.source, len(one.hashes), one.file) for one in outcomes))
+        write_photos(
+            out / PHOTOS,
+            (
+                (one.source, len(one.hashes), one.file, one.caption if with_captions else None)
+                for one in outcomes
+            ),
+        )
         write_json(out / SUMMARY, asdict(summary))
         manifest = sink.finish()
         journal.remove()

@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Embedder(Protocol):
-    """What embeds pictures and captions in one space, such as CLIP.
+    """What embeds images and captions in one space, such as CLIP.
 
     Attributes:
         info: who it is, JSON values.
@@ -51,7 +51,7 @@ class PyramidMaker:
     """Puts crops through guides and embedder, ``config.batch`` at a time.
 
     The last batch is filled up, so a network always sees the same shape. Networks choose their
-    kernels by it, and the features of a picture must not depend on where a run was interrupted.
+    kernels by it, and the features of an image must not depend on where a run was interrupted.
 
     Args:
         guide: the main one, on ``device``; None makes no pyramids.
@@ -81,7 +81,7 @@ class PyramidMaker:
         self.antialias = True
 
     def settings(self) -> dict[str, Any]:
-        """What decides the features, besides the networks and the pictures; JSON values."""
+        """What decides the features, besides the networks and the images; JSON values."""
         if self.guide is None:
             return {}
         found: dict[str, Any] = {"grids": list(self.config.grids), "kinds": list(self.config.kinds)}
@@ -134,7 +134,7 @@ class PyramidMaker:
         """Every crop with its levels, in order.
 
         Args:
-            crops: square pictures, all of one size. They are read one batch ahead, so that they
+            crops: square images, all of one size. They are read one batch ahead, so that they
                 are decoded while the GPU works.
             with_text: some of them have captions: where there is an embedder, each gets the level
                 ``text``, zeros if it has none.
@@ -150,9 +150,9 @@ class PyramidMaker:
         side: int | None = None
         with ThreadPoolExecutor(_NUM_DECODERS) as pool:
             for batch in batched(crops, self.config.batch):
-                pictures = list(pool.map(_decode, batch))
-                side = self._common_side(batch, pictures, side)
-                started = (batch, self._compute(pictures))
+                decoded = list(pool.map(_decode, batch))
+                side = self._common_side(batch, decoded, side)
+                started = (batch, self._compute(decoded))
                 if with_text and self.embedder is not None:
                     started[1]["text"] = self._embed(self.embedder, batch, started[1]["clip"])
                 if pending is not None:
@@ -162,13 +162,13 @@ class PyramidMaker:
                 yield from self._collect(*pending)
 
     def _common_side(
-        self, crops: list[Crop], pictures: list[NDArray[np.uint8]], side: int | None
+        self, crops: list[Crop], decoded: list[NDArray[np.uint8]], side: int | None
     ) -> int:
         if side is None:
-            side = pictures[0].shape[0]
+            side = decoded[0].shape[0]
             self.check_size(side)
-        for crop, picture in zip(crops, pictures, strict=True):
-            height, width = picture.shape[:2]
+        for crop, image in zip(crops, decoded, strict=True):
+            height, width = image.shape[:2]
             if (height, width) != (side, side):
                 raise PrepareError(
                     f"{crop.key}: the face is {width}x{height} pixels, others are {side}x{side}: "
@@ -177,9 +177,9 @@ class PyramidMaker:
         return side
 
     @torch.inference_mode()
-    def _compute(self, pictures: list[NDArray[np.uint8]]) -> dict[str, Tensor]:
-        """Levels of up to a batch of pictures, (B, g * g, C) float16, still on the device."""
-        pixels = np.stack(pictures + pictures[-1:] * (self.config.batch - len(pictures)))
+    def _compute(self, decoded: list[NDArray[np.uint8]]) -> dict[str, Tensor]:
+        """Levels of up to a batch of images, (B, g * g, C) float16, still on the device."""
+        pixels = np.stack(decoded + decoded[-1:] * (self.config.batch - len(decoded)))
         images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
         images = (images.float() - 127.5) / 127.5
         grids, levels = self.config.grids, {}

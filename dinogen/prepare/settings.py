@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import ValidationError
 
 from dinogen.config_prepare import FacesConfig
-from dinogen.files import write_json
 from dinogen.prepare.read import PrepareError
 from shards.kinds import is_hidden
+from shards.lock import Locked, lock
 
 SETTINGS = "settings.json"
 # How far right and down of their places landmarks were put, pixels. Silence is what versions did
@@ -79,11 +82,71 @@ def todays_settings(saved: dict[str, Any]) -> dict[str, Any]:
         return saved
 
 
-def check_settings(src: Path, out: Path, config: FacesConfig, classes: tuple[str, ...]) -> float:
-    """Write the file, or make sure that what lies there was made alike.
+@contextmanager
+def alone_in(folder: Path, command: str) -> Iterator[None]:
+    """Keep other processes of the same command out of a folder, which is made if missing.
+
+    A folder that cannot be written needs no lock.
+
+    Raises:
+        PrepareError: another process holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    busy = (
+        f"{folder}: another `dinogen {command}` is at work in this folder: wait until it has "
+        "ended, or choose another folder"
+    )
+    try:
+        file = locked(folder / f".{command}.lock", busy)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        yield
+        return
+    with file, removed_at_end(folder / f".{command}.lock"):
+        yield
+
+
+def locked(path: Path, busy: str) -> IO[str]:
+    """Open a lock file and hold its lock; the system lets go of it when the process ends.
+
+    Args:
+        path: of the file.
+        busy: what to say if another process holds it.
+
+    Raises:
+        PrepareError: another process does.
+        OSError: the file cannot be written.
+    """
+    while True:
+        file = path.open("w")
+        if lock(file, path, shared=False, wait=False) is Locked.BUSY:
+            file.close()
+            raise PrepareError(busy)
+        # Whoever held it before may have removed the file between the two calls above.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        file.close()
+
+
+@contextmanager
+def removed_at_end(path: Path) -> Iterator[None]:
+    """Remove a lock file when the work is done; the lock itself goes with its process."""
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def check_settings(
+    src: Path, out: Path, config: FacesConfig, classes: tuple[str, ...]
+) -> tuple[float, dict[str, Any] | None]:
+    """Make sure that what lies in a folder of faces was made alike; nothing is written.
 
     Returns:
-        How far right and down landmarks are to be put, pixels: as in what lies there.
+        How far right and down landmarks are to be put, pixels: as in what lies there. And the
+        settings to be written before the first face, None where they stand there already.
 
     Raises:
         PrepareError: the folder holds something else, or faces of other photos or settings.
@@ -111,15 +174,13 @@ def check_settings(src: Path, out: Path, config: FacesConfig, classes: tuple[str
                 f"{out}: holds faces made with other settings ({', '.join(changed)}): choose "
                 "another folder, or delete this one"
             )
-        warn_of_offset(out, offset)
-        return offset
+        return offset, None
     there = list(out.iterdir()) if out.exists() else []
     if not path.exists() and not all(is_hidden(item.name) for item in there):
         raise PrepareError(
             f"{out}: is not empty and was not written by 'dinogen faces': choose another folder"
         )
-    write_json(path, settings)
-    return 0.0
+    return 0.0, settings
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -99,8 +99,8 @@ def _compare(
             known.add(key, candidate.phash)
         kept.append((key, candidate))
     caption, bad = None, ""
-    if kept and with_captions and result.photo.has_caption:
-        caption, bad = try_caption(result.photo.path)
+    if kept and with_captions:
+        caption, bad = try_caption(result.photo.caption)
     for number, (key, candidate) in enumerate(kept):
         meta = {**candidate.meta, "num_crops": len(kept)}
         if number == 0:

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from dinogen.prepare.find import Photos, left_out_words
+from dinogen.prepare.classes import NO_CLASS
+from dinogen.prepare.find import Photos, counted, left_out_words
 
 SUMMARY = "summary.json"
 
@@ -102,12 +103,17 @@ def account(summary: FacesSummary) -> list[str]:
     """The account in words, a line each; every file that was seen is in it once."""
     num_left_out = sum(summary.left_out.values())
     lines = [
-        f"{_count(summary.num_files, 'file')} seen: {summary.num_used} used, "
+        f"{counted(summary.num_files, 'file')} seen: {summary.num_used} used, "
         f"{summary.num_rejected} rejected, {num_left_out} left out, {summary.num_sidecars} text "
         "or metadata"
     ]
     if summary.num_hidden:
         lines.append(f"{summary.num_hidden} hidden or system files and folders passed over")
+    if num_loose := summary.rejected.get(NO_CLASS):
+        lines.append(
+            f"  {NO_CLASS}: {counted(num_loose, 'photo')} in no class folder: move "
+            f"{'it' if num_loose == 1 else 'them'} into one"
+        )
     lines += left_out_words(summary.left_out)
     if summary.num_withdrawn:
         lines.append(withdrawn_words(summary.num_withdrawn, summary.num_removed))
@@ -115,7 +121,7 @@ def account(summary: FacesSummary) -> list[str]:
         lines.append(replaced_words(summary.num_replaced))
     if summary.num_captions_not_read:
         lines.append(
-            f"{_count(summary.num_captions_not_read, 'caption')} not read: the config has no "
+            f"{counted(summary.num_captions_not_read, 'caption')} not read: the config has no "
             "clip: section"
         )
     return lines
@@ -124,13 +130,9 @@ def account(summary: FacesSummary) -> list[str]:
 def withdrawn_words(num_photos: int, num_crops: int) -> str:
     """``1 photo withdrawn: its 1 crop removed``."""
     whose = "its" if num_photos == 1 else "their"
-    return f"{_count(num_photos, 'photo')} withdrawn: {whose} {_count(num_crops, 'crop')} removed"
+    return f"{counted(num_photos, 'photo')} withdrawn: {whose} {counted(num_crops, 'crop')} removed"
 
 
 def replaced_words(num_photos: int) -> str:
     """``1 photo replaced: made again``."""
-    return f"{_count(num_photos, 'photo')} replaced: made again"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{counted(num_photos, 'photo')} replaced: made again"

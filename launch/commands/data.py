@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from dinogen.config import Config, GuideConfig
     from dinogen.features import Guide
     from dinogen.prepare.pyramid import PyramidMaker
+    from dinogen.prepare.summary import FacesSummary
     from shards.manifest import Manifest
+
+T = TypeVar("T")
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file; defaults if left out.")
@@ -74,22 +78,27 @@ def prepare(
       dinogen prepare photos data/faces guides.pixels.name=pixels clip.path=clip-vit-base-patch32
     """
     from dinogen.prepare import pipeline
-    from dinogen.prepare.find import find_photos
+    from dinogen.prepare.find import counted, find_photos
     from dinogen.prepare.summary import account
 
     settings = _settings(config, overrides)
     photos = find_photos(src)  # a mistyped folder is told before the guide is loaded
     maker = _maker(settings, _wants_pyramids(settings))
     finished = _is_finished(data) and not repack
-    with _place(data, repack) as folder, _bar("photos") as progress:
-        summary, manifest = pipeline.prepare(
-            src, folder, settings.prepare, maker, photos=photos, progress=progress
-        )
+
+    def work(folder: Path) -> tuple[FacesSummary, Manifest]:
+        with _bar("photos") as progress:
+            return pipeline.prepare(
+                src, folder, settings.prepare, maker, photos=photos, progress=progress
+            )
+
+    summary, manifest = _packed(data, repack, work)
     rejected = pipeline.in_words(summary.rejected)
     if finished:
         typer.echo("finished already")
-    what = f"{pipeline.noun(settings.prepare.faces)}s"
-    typer.echo(f"{summary.num_photos} photos, {summary.num_crops} {what}; {rejected or 'all used'}")
+    what = pipeline.noun(settings.prepare.faces)
+    counts = f"{counted(summary.num_photos, 'photo')}, {counted(summary.num_crops, what)}"
+    typer.echo(f"{counts}; {rejected or 'all used'}")
     for line in account(summary):
         typer.echo(line)
     if rejected:
@@ -116,6 +125,7 @@ def pyramids(
         pyramids faces pyramids -c my.yaml
     """
     from dinogen import dist
+    from dinogen.prepare.find import counted
     from dinogen.prepare.parts import write_pyramids
     from dinogen.takedown import takedown
 
@@ -129,7 +139,7 @@ def pyramids(
         summary = write_pyramids(faces, out, maker, progress=progress)
     if dist.is_main():
         typer.echo(
-            f"{out}: {summary.num_parts} parts of {maker.label}; this process made "
+            f"{out}: {counted(summary.num_parts, 'part')} of {maker.label}; this process made "
             f"{summary.num_done} and kept {summary.num_kept}"
         )
         typer.echo(f"next: dinogen pack {faces} {out} DATA")
@@ -182,16 +192,20 @@ def pack(
     named = config is not None or any(item.startswith("guide.") for item in overrides)
     guide = join.guide_of(source, settings.guide if named else None) if source else {}
     finished = _is_finished(data) and not repack
-    with _place(data, repack) as folder, _bar("faces") as progress:
-        manifest = join.pack_faces(
-            faces,
-            source,
-            folder,
-            settings.prepare.pack,
-            guide,
-            by_folder=settings.prepare.faces.classes == "folders",
-            progress=progress,
-        )
+
+    def work(folder: Path) -> Manifest:
+        with _bar("faces") as progress:
+            return join.pack_faces(
+                faces,
+                source,
+                folder,
+                settings.prepare.pack,
+                guide,
+                by_folder=settings.prepare.faces.classes == "folders",
+                progress=progress,
+            )
+
+    manifest = _packed(data, repack, work)
     if finished:
         typer.echo("finished already")
     _tell(data, manifest)
@@ -203,17 +217,19 @@ def export_pt(
 ) -> None:
     """Write one .pt per image: {'4x4': (1, 16, C), '8x8': ..., '16x16': ...} float32.
 
-    dinogen pack reads such a folder back.
+    dinogen pack reads such a folder back. A damaged sample is named and all others are written;
+    the exit code is 1 then.
 
     [bold]Example[/bold]  dinogen export-pt data/faces pt
     """
     from dinogen.prepare import export_pt as exchange
+    from dinogen.prepare.find import counted
     from launch.logs import setup_logging
 
     setup_logging()
     with _bar("samples") as progress:
         num_files = exchange.export_pt(data, out, progress=progress)
-    typer.echo(f"{num_files} files: {out}")
+    typer.echo(f"{counted(num_files, 'file')}: {out}")
 
 
 def _folders(words: list[str]) -> tuple[Path | None, Path, list[str]]:
@@ -289,11 +305,14 @@ def _guide(key: str, config: GuideConfig, device: torch.device) -> Guide:
         ) from None
 
 
-def _place(data: Path, repack: bool) -> AbstractContextManager[Path]:
-    """Where to pack to: the folder itself, or one that takes its place when it is finished."""
-    from dinogen.prepare.repack import repacked
+def _packed(data: Path, again: bool, work: Callable[[Path], T]) -> T:
+    """Pack into a folder, or into one that takes its place when it is finished."""
+    from dinogen.prepare.repack import repack, tell_interrupted
 
-    return repacked(data) if repack else nullcontext(data)
+    if again:
+        return repack(data, work)
+    tell_interrupted(data)
+    return work(data)
 
 
 def _is_finished(data: Path) -> bool:
@@ -304,12 +323,13 @@ def _is_finished(data: Path) -> bool:
 
 
 def _tell(data: Path, manifest: Manifest) -> None:
+    from dinogen.prepare.find import counted
+
     splits = ", ".join(f"{info.num_samples} {name}" for name, info in manifest.splits.items())
-    typer.echo(f"{data}: {splits} in {len(manifest.shards)} shards")
+    typer.echo(f"{data}: {splits} in {counted(len(manifest.shards), 'shard')}")
     for name, level in manifest.levels.items():
-        typer.echo(
-            f"  {name}: {level.channels} channels, total variance {level.total_variance:.4g}"
-        )
+        channels = counted(level.channels, "channel")
+        typer.echo(f"  {name}: {channels}, total variance {level.total_variance:.4g}")
     typer.echo(f"next: dinogen train CONFIG data.path={data}")
 
 

@@ -151,10 +151,11 @@ def _tell_faces(summary: FacesSummary, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from dinogen.prepare.find import counted
     from dinogen.prepare.summary import account
 
     console = Console()
-    table = Table(title=f"{summary.num_photos} photos", title_justify="left")
+    table = Table(title=counted(summary.num_photos, "photo"), title_justify="left")
     table.add_column("outcome")
     table.add_column("number", justify="right")
     table.add_row("faces", str(summary.num_crops), style="green" if summary.num_crops else "red")
@@ -182,11 +183,13 @@ def _tell_faces(summary: FacesSummary, out: Path) -> None:
 def _tell_download(summary: DownloadSummary, folder: Path) -> None:
     from rich.console import Console
 
+    from dinogen.prepare.find import counted
+
     console = Console()
     console.print(
         f"{folder}: {summary.num_fetched} fetched ({summary.num_bytes / 1e6:.1f} MB), "
         f"{summary.num_present} there before, {len(summary.failures)} failed"
-        + (f", {summary.num_repeated} lines repeated" if summary.num_repeated else ""),
+        + (f", {counted(summary.num_repeated, 'line')} repeated" if summary.num_repeated else ""),
         soft_wrap=True,
         highlight=False,
     )

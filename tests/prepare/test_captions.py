@@ -8,6 +8,7 @@ from dinogen.prepare import join, pipeline
 from dinogen.prepare.captions import read_caption
 from dinogen.prepare.faces import read_faces, write_faces
 from dinogen.prepare.parts import write_pyramids
+from dinogen.prepare.read import PrepareError
 from shards import open_dataset
 from tests.prepare.face_folders import rejected
 from tests.prepare.several_guides import (
@@ -114,17 +115,17 @@ def test_captions_of_faces_follow_those_of_the_photos(photos, tmp_path):
         if change is not None:
             (photos / "f01.txt").write_text(change)
         assert write_faces(photos, out, settings().faces).num_new == 0
-        assert read_caption(out / "f01.jpg") == expected
+        assert read_caption(out / "f01.txt") == expected
     assert ("f01.jpg", "bad_caption") in [line[:2] for line in rejected(out)]
     (photos / "f04.txt").unlink()
     write_faces(photos, out, settings().faces)
-    assert read_caption(out / "f04.jpg") is None
+    assert read_caption(out / "f04.txt") is None
 
 
 def test_a_byte_order_mark_is_no_letter(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffhello\r\n".encode())
-    assert read_caption(tmp_path / "a.jpg") == "hello"
-    assert read_caption(tmp_path / "b.jpg") is None
+    assert read_caption(tmp_path / "a.txt") == "hello"
+    assert read_caption(tmp_path / "b.txt") is None
 
 
 def test_every_face_of_a_photo_has_its_caption(photos, tmp_path):
@@ -132,3 +133,35 @@ def test_every_face_of_a_photo_has_its_caption(photos, tmp_path):
     found = {crop.key: crop.caption for crop in read_faces(tmp_path / "faces")}
     assert found["f05"] == "two\nlines" and found["f02"] is None
     assert [line[0] for line in rejected(tmp_path / "faces")] == ["f00x.jpg"]
+
+
+def test_the_suffix_of_a_caption_may_be_in_capitals(photos, tmp_path):
+    (photos / "f01.txt").rename(photos / "f01.TXT")
+    (photos / "f02.Txt").write_text("second")
+    (photos / "f03.TXT").write_text("not this one")
+    (photos / "f03.txt").write_text("small letters first")
+    write_faces(photos, tmp_path / "faces", settings().faces)
+    found = {crop.key: crop.caption for crop in read_faces(tmp_path / "faces")}
+    assert [found[key] for key in ("f01", "f02", "f03")] == [
+        "a grey square",
+        "second",
+        "small letters first",
+    ]
+
+
+def test_a_caption_that_changes_after_the_dataset_is_finished_is_said(photos, tmp_path):
+    data = tmp_path / "data"
+    pipeline.prepare(photos, data, settings(), maker_of())
+    pipeline.prepare(photos, data, settings(), maker_of())
+    (photos / "f01.txt").write_text("another one")
+    (photos / "f02.txt").write_text("the first one")
+    with pytest.raises(PrepareError, match=r"2 with another caption \(f01.jpg, f02.jpg\)"):
+        pipeline.prepare(photos, data, settings(), maker_of())
+    (photos / "f02.txt").unlink()
+    (photos / "f01.txt").write_text("a grey square\n")
+    pipeline.prepare(photos, data, settings(), maker_of())
+    listed = (data / "photos.csv").read_text()  # of a version that did not record captions
+    lines = [line.rsplit(",", 1)[0] for line in listed.splitlines()]
+    (data / "photos.csv").write_text("\n".join(lines) + "\n")
+    (photos / "f01.txt").write_text("another one")
+    pipeline.prepare(photos, data, settings(), maker_of())

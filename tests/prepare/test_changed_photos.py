@@ -241,7 +241,7 @@ def test_a_dataset_that_does_not_know_its_photos_warns_of_newer_ones(src, tmp_pa
     time.sleep(0.01)
     picture(50).save(src / "a.jpg")
     done = dinogen("prepare", src, data, *WORDS)
-    assert "1 photos are newer than the dataset" in done.output and done.exit_code == 0
+    assert "1 photo is newer than the dataset" in done.output and done.exit_code == 0
 
 
 def test_repack_keeps_the_dataset_whose_samples_are_mostly_gone(src, tmp_path, caplog):

@@ -22,6 +22,7 @@ from dinogen.prepare.faces import read_rejected, write_faces
 from dinogen.prepare.parts import write_pyramids
 from dinogen.prepare.pyramid import PyramidMaker
 from dinogen.prepare.read import PrepareError
+from dinogen.prepare.summary import account
 from launch.commands import data as commands
 from shards import ShardsError, open_dataset
 
@@ -143,6 +144,7 @@ def test_a_photo_in_no_class_is_rejected_and_stops_nothing(photos, tmp_path):
     assert manifest.classes == ("Zebra", "a", "a b", "über") and manifest.has_labels
     assert summary.num_files == 16
     assert (summary.num_used, summary.num_rejected, summary.num_sidecars) == (14, 1, 1)
+    assert "  no_class: 1 photo in no class folder: move it into one" in account(summary)
     for folder in ("data", "faces"):
         (line,) = read_rejected(tmp_path / folder / "rejected.csv")
         assert (line.source, line.reason) == ("loose.jpg", "no_class")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -163,6 +164,28 @@ def test_names_stay_inside_the_folder_whatever_the_keys():
     sources = {"k1": "../..\\evil.jpg", "k2": "a/.x.jpg", "k3": "B.jpg", "k4": "c/b.png"}
     assert file_names(sources) == {key: key for key in sources}
     assert len({name.lower() for name in file_names({"A": "", "a": ""}).values()}) == 2
+
+
+def test_a_damaged_sample_of_a_foreign_tar_is_named_and_all_others_exported(tmp_path):
+    """Tars of other programs have no manifest, and so no sums that say what is damaged."""
+    (tmp_path / "plain").mkdir()
+    pack(samples(), tmp_path / "data")
+    (tar,) = (tmp_path / "data").glob("*.tar")
+    with tarfile.open(tar) as old, tarfile.open(tmp_path / "plain" / "a.tar", "w") as new:
+        for member in old:
+            data = old.extractfile(member).read()
+            if member.name == "face2.p8.npy":
+                data = data[: len(data) // 2]
+            if member.name == "face4.p4.npy":
+                continue
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+    done = command("export-pt", tmp_path / "plain", tmp_path / "pt")
+    assert done.exit_code == 1 and isinstance(done.exception, PrepareError)
+    assert "2 of 7 samples NOT EXPORTED" in str(done.exception)
+    assert "face2" in str(done.exception) and "face4" in str(done.exception)
+    names = {path.stem for path in (tmp_path / "pt").glob("*.pt")}
+    assert names == {"face0", "face1", "face3", "face5", "face6"}
 
 
 def test_export_of_keys_with_folders_and_dots_writes_beside_nothing(dataset, tmp_path, monkeypatch):

@@ -135,7 +135,7 @@ def test_what_the_suffix_does_not_tell_the_content_does(tmp_path):
     assert {photo.source for photo in found.photos} == used.keys()
     assert found.num_sidecars == len(sidecars)
     once = (".bak", ".db", ".jpg_original", ".jpg~", ".mov", ".nef", ".of_nobody", ".part", ".thm")
-    assert found.left_out == {"no suffix": 5, **dict.fromkeys(once, 1)}
+    assert found.left_out == {"no suffix": 4, "broken link": 1, **dict.fromkeys(once, 1)}
     assert next(iter(found.left_out)) == "no suffix"
     assert found.num_files == len(used) + len(others) + len(sidecars) + 2
     assert len({photo.key for photo in found.photos}) == len(used)
