@@ -84,7 +84,7 @@ def use_device(name: str) -> None:
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(name, True):
-        raise DistError(f"device: {name} is not to be had on this machine: use auto or cpu")
+        raise DistError(f"device: {name} is not available on this machine: use auto or cpu")
     if name == "mps" and world_size() > 1:
         raise DistError("device: mps computes in one process alone: start it without torchrun")
     _Choice.device = name

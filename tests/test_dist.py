@@ -260,5 +260,5 @@ def test_the_device_can_be_chosen(monkeypatch):
 def test_a_device_that_is_not_there_is_said(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(dist.DistError, match=f"device: {name} is not to be had"):
+    with pytest.raises(dist.DistError, match=f"device: {name} is not available"):
         dist.use_device(name)
