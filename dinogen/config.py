@@ -58,6 +58,7 @@ from dinogen.config_training import (
     StageConfig as StageConfig,
 )
 from dinogen.errors import ConfigError as ConfigError
+from dinogen.files import named_folder
 
 log = logging.getLogger(__name__)
 # Runs of which this process has said that they were moved.
@@ -200,9 +201,10 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = Path(path)
     config = parse_config(read_mapping(path), overrides, source=str(path))
+    config = config.model_copy(update={"run": named_folder(config.run)})
     if any(item.partition("=")[0].strip() == "run" for item in overrides) or not _of_a_run(path):
         return config
-    here = path.parent
+    here = named_folder(path.parent)
     if config.run.resolve() == here.resolve():
         return config
     if here not in _told:

@@ -18,6 +18,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, no text, no YAML, a key that stands twice, or no mapping.
     """
+    if path.is_fifo() and path.parts[:2] not in (("/", "dev"), ("/", "proc")):
+        # it would be waited for; of a shell's <(command) it is what is wanted
+        raise ConfigError(f"{path}: cannot be read as text: it is a pipe")
     try:
         data = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeyLoader)
     except FileNotFoundError:

@@ -7,6 +7,7 @@ on the first node, so nothing may be concluded from the host's name or place.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
@@ -20,6 +21,8 @@ import torch.distributed as td
 from torch import Tensor
 
 from dinogen.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _TIMEOUT = timedelta(minutes=30)
 _LONGEST_NAP = 0.1  # seconds between two looks at the store
@@ -81,7 +84,7 @@ def use_device(name: str) -> None:
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(name, True):
-        raise DistError(f"device: {name} is not to be had on this machine: use auto or cpu")
+        raise DistError(f"device: {name} is not available on this machine: use auto or cpu")
     if name == "mps" and world_size() > 1:
         raise DistError("device: mps computes in one process alone: start it without torchrun")
     _Choice.device = name
@@ -164,11 +167,18 @@ def check_known() -> None:
 
 
 def started_by_slurm() -> str:
-    """A remark for errors of processes that get in each other's way; empty where none fits."""
-    if "SLURM_PROCID" not in os.environ or under_agent():
+    """A remark for errors of processes that get in each other's way; empty where none fits.
+
+    A batch script and the shell of ``salloc`` have SLURM_PROCID too, but are one process, whatever
+    number of tasks the job has: SLURM_NTASKS says nothing of them.
+    """
+    number = os.environ.get("SLURM_PROCID")
+    if number is None or under_agent():
+        return ""
+    if number.strip() == "0" and _count("SLURM_STEP_NUM_TASKS", 1) < 2:
         return ""
     return (
-        f" (this is task {os.environ['SLURM_PROCID']} of a SLURM job; srun without torchrun starts "
+        f" (this is task {number} of a SLURM job; srun without torchrun starts "
         "processes that do not know each other)"
     )
 
@@ -319,6 +329,15 @@ def _use_loopback() -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
+def _is_nameless(address: str) -> bool:
+    """Whether an address is the name of this machine, and no DNS knows it."""
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError:
+        return address in (socket.gethostname(), socket.getfqdn())
+    return False
+
+
 class _Sum(torch.autograd.Function):
     """Sum over ranks; what each rank puts in changes the losses of all of them."""
 
@@ -368,7 +387,8 @@ def _store() -> Any:
     torchrun agent hosts the store, all ranks are its clients; otherwise rank 0 hosts it.
 
     Where all ranks are on one machine, so is the store of rank 0, whose name need not be known to
-    any DNS. An agent's store may be on another machine, if torchrun's endpoint is.
+    any DNS. An agent's store may be on another machine, if torchrun's endpoint is; but not where
+    its address is the name of this one.
     """
     agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
@@ -378,6 +398,9 @@ def _store() -> Any:
             f"WORLD_SIZE is {world_size()} but {error.args[0]} is not set: start with torchrun"
         ) from None
     if on_one_machine() and not agent_hosts:
+        address = _LOOPBACK
+    elif _is_nameless(address):
+        log.info("no DNS knows this machine's name %s: the loopback address is used", address)
         address = _LOOPBACK
     store = td.TCPStore(  # type: ignore[attr-defined]
         address,

@@ -40,6 +40,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def named_folder(path: Path) -> Path:
+    """The same folder by a path that ends in its name, unlike ``.`` and ``..``.
+
+    What is said or stored has to name the folder wherever it is read.
+    """
+    return path.resolve() if path.name in ("", "..") else path
+
+
 def why_not_writable(path: Path, make: bool) -> str | None:
     """Why a file cannot be written, found out by trying and leaving no trace; None if it can.
 

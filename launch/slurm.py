@@ -218,7 +218,7 @@ def _submit(config: Config, copies: Copies, planned: list[Planned], jobs: Jobs) 
         except UserError as error:
             raise UserError(
                 f"{name}: {error}\nWhat was submitted before it stays queued (dinogen launch "
-                f"status {config.run}); mend it and give the same command again"
+                f"status {config.run}); fix it and give the same command again"
             ) from None
         jobs.jobs.append(
             Job(

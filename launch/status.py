@@ -91,13 +91,20 @@ def _why_waiting(job: Job, state: JobState) -> str:
 
 def _why_ended(job: Job, state: JobState, jobs: Jobs, states: dict[str, JobState | None]) -> str:
     """Why a job did not end well: by itself, or because of the first one that did not."""
-    before = next((one for one in jobs.jobs if one.id == job.after), None)
-    ended = states.get(before.id) if before else None
-    if before and ended and state.state == "CANCELLED" and not ended.active:
-        if ended.state == "CANCELLED" and before.after is not None:
-            return _why_ended(before, ended, jobs, states)
-        if ended.state != "COMPLETED":
-            return f"needs {before.step} (job {before.id}), which ended as {ended.state}"
+    passed = {job.id}  # a damaged jobs.json may have jobs wait for each other in a circle
+    one, ended = job, state
+    while ended.state == "CANCELLED":
+        before = next((job for job in jobs.jobs if job.id == one.after), None)
+        state_before = states.get(before.id) if before else None
+        if before is None or state_before is None or state_before.active or before.id in passed:
+            break
+        if state_before.state == "COMPLETED":
+            break
+        if state_before.state != "CANCELLED" or before.after is None:
+            what = f"(job {before.id}), which ended as {state_before.state}"
+            return f"needs {before.step} {what}"
+        passed.add(before.id)
+        one, ended = before, state_before
     if state.state == "CANCELLED":
         return "somebody cancelled it"
     code = f"exit code {state.exit_code}, " if state.exit_code else ""

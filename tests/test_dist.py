@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,54 @@ def test_a_store_is_looked_for_here_only_if_it_is_here(alone, agent, num_local, 
     assert asked == [address]
 
 
+def test_the_name_of_this_machine_needs_no_dns(alone, caplog):
+    """An agent's store at our own name, which nothing resolves, is on the loopback address."""
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}.items():
+        alone.setenv(name, value)
+    alone.setenv("MASTER_PORT", "1")
+    alone.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    asked = []
+    alone.setattr(dist.td, "TCPStore", lambda host, *args, **more: asked.append(host))
+    alone.setattr(dist.td, "PrefixStore", lambda prefix, store: store)
+
+    def unknown(host, port):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    alone.setattr(socket, "getaddrinfo", unknown)
+    alone.setattr(socket, "gethostname", lambda: "nowhere.invalid")
+    alone.setattr(socket, "getfqdn", lambda: "nowhere.invalid")
+    for address in ("nowhere.invalid", "elsewhere.invalid"):
+        alone.setenv("MASTER_ADDR", address)
+        with caplog.at_level("INFO", "dinogen"):
+            dist._store()
+    alone.setattr(socket, "getaddrinfo", lambda host, port: ["there"])
+    alone.setenv("MASTER_ADDR", "nowhere.invalid")
+    dist._store()
+    assert asked == ["127.0.0.1", "elsewhere.invalid", "nowhere.invalid"]
+    (said,) = [one for one in caplog.messages if "loopback" in one]
+    assert "nowhere.invalid" in said
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "5", "SLURM_NTASKS": "4"}, False),  # the shell of salloc
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, False),  # the script of sbatch
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"SLURM_PROCID": "3", "TORCHELASTIC_RUN_ID": "x"}, False),
+    ],
+)
+def test_srun_is_named_only_where_it_started_several(alone, variables, named):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"):
+        alone.delenv(name, raising=False)
+    for name, value in variables.items():
+        alone.setenv(name, value)
+    assert ("srun" in dist.started_by_slurm()) == named
+
+
 @pytest.mark.parametrize(("num_local", "expected"), [("1", 6), ("4", 1), ("9", 1)])
 def test_cores_are_shared_among_local_ranks(alone, num_local, expected):
     chosen = []
@@ -211,5 +260,5 @@ def test_the_device_can_be_chosen(monkeypatch):
 def test_a_device_that_is_not_there_is_said(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(dist.DistError, match=f"device: {name} is not to be had"):
+    with pytest.raises(dist.DistError, match=f"device: {name} is not available"):
         dist.use_device(name)

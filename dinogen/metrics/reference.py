@@ -90,7 +90,7 @@ def _load(folder: Path, key: Facts, info: JudgeInfo, keep: bool) -> Seen | None:
         log.warning("%s: is damaged (%s): it is worked out again", path, error)
         return None
     if not sound or not of_these:
-        log.warning("%s: is damaged or of other pictures: it is worked out again", path)
+        log.warning("%s: is damaged or of other images: it is worked out again", path)
         return None
     features = tensors.get("features")
     if keep and features is None:

@@ -258,11 +258,18 @@ def state_trouble(state: object) -> str | None:
     """Why a state.json that was read cannot be gone on from or sampled; None if it can."""
     try:
         value = section(state)
-        for key in ("progress", "config", "facts", "versions", "files"):
+        for key in ("progress", "config", "facts", "versions", "files", "engine", "logger"):
             if key not in value:
                 raise ValueError(f"{key} is missing")
             section(value[key], key)
-        count(value["progress"].get("nimg"), "progress.nimg")
+        progress = value["progress"]
+        count(progress.get("nimg"), "progress.nimg")
+        unknown = [key for key in progress if key not in _PROGRESS]
+        given = {key: one for key, one in progress.items() if one is not None}
+        if reasons := [f"{key} is not known" for key in unknown] + checked(given, _PROGRESS)[1]:
+            raise ValueError(f"progress: {reasons[0]}")
+        for key in ("sums", "weights"):
+            section(value["logger"].get(key), f"logger.{key}")
         count(value.get("start"), "start")
         word(value["versions"].get("dinogen"), "versions.dinogen")
     except ValueError as error:
@@ -405,5 +412,19 @@ _CONFIG: dict[str, Kind] = {
     "family": keys_of({"name": word}),
     "notes": keys_of(dict.fromkeys(_NOTES, text_of)),
     "stages": list_of(keys_of({"resolution": count, "kimg": number, "epochs": number})),
+}
+# of a checkpoint; loss and best may be None as well
+_PROGRESS: dict[str, Kind] = {
+    "nimg": count,
+    "step": count,
+    "num_skipped": count,
+    "seconds": amount,
+    "loss": number,
+    "logged": count,
+    "verdict": word,
+    "warnings": list_of(word),
+    "best": number,
+    "best_nimg": count,
+    "num_worse": count,
 }
 _STATE: dict[str, Kind] = {"data": word, "progress": section, "facts": section}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,11 +25,13 @@ from dinogen.config import describe_errors
 from dinogen.errors import UserError
 from dinogen.serve.gallery import MAX_SEED, Gallery, Query
 
+log = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("page.html")
 MAX_PICTURES = 64  # that the page shows
 MAX_QUERY = 512  # characters; the longest that means anything has half of them
 MAX_HEAD = 16384  # bytes of headers
-MAX_WAITING = 32  # requests; a browser keeps one on its way
+MAX_WAITING = 32  # requests, the one that is drawn included; a browser keeps one on its way
+RETRY_SECONDS = "2"  # that a client should wait where the line is full
 # the page holds all that it needs: nothing may come from elsewhere, nor go there
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; "
@@ -51,25 +54,43 @@ def make_app(gallery: Gallery, hosts: Sequence[str]) -> Starlette:
     page = _render(gallery)
     turn = asyncio.Lock()
     num_waiting = 0
+    unwanted: set[asyncio.Future[bytes]] = set()  # begun for who has hung up meanwhile
 
     async def index(request: Request) -> Response:
         return HTMLResponse(page)
+
+    async def draw(query: Query, begun: asyncio.Event) -> bytes:
+        async with turn:
+            begun.set()
+            return await run_in_threadpool(gallery.draw, query)
 
     async def picture(request: Request) -> Response:
         nonlocal num_waiting
         query = _query(request, gallery)
         if num_waiting >= MAX_WAITING:
-            raise HTTPException(503, f"{num_waiting} pictures are waited for: try again soon")
+            text = f"{num_waiting} images are waited for already: try again soon"
+            raise HTTPException(503, text, {"retry-after": RETRY_SECONDS, "connection": "close"})
         num_waiting += 1
+        begun = asyncio.Event()
+        drawing = asyncio.ensure_future(draw(query, begun))
+        gone = asyncio.ensure_future(_hung_up(request))
         try:
-            async with turn:
-                if await request.is_disconnected():
-                    return Response(status_code=499)
-                png = await run_in_threadpool(gallery.draw, query)
+            await asyncio.wait({drawing, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not drawing.done():
+                return Response(status_code=499)
+            png = drawing.result()
         except UserError as error:
             raise HTTPException(409, f"{error}; the run has gone on: start serve again") from None
         finally:
+            # what hung up leaves the line at once; a drawing that has begun cannot be ended, and
+            # keeps its turn until it is done
             num_waiting -= 1
+            gone.cancel()
+            if not begun.is_set():
+                drawing.cancel()
+            elif not drawing.done():
+                unwanted.add(drawing)
+                drawing.add_done_callback(_forget(unwanted))
         return Response(png, media_type="image/png")
 
     return Starlette(
@@ -79,6 +100,23 @@ def make_app(gallery: Gallery, hosts: Sequence[str]) -> Starlette:
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
         ],
     )
+
+
+async def _hung_up(request: Request) -> None:
+    """Return when the client has closed its connection, and not before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _forget(drawings: set[asyncio.Future[bytes]]) -> Callable[[asyncio.Future[bytes]], None]:
+    """What is done at the end of a drawing that nobody waits for: its failure is logged."""
+
+    def forget(drawing: asyncio.Future[bytes]) -> None:
+        drawings.discard(drawing)
+        if not drawing.cancelled() and (error := drawing.exception()) is not None:
+            log.warning("an image that nobody waits for any more: %s", error)
+
+    return forget
 
 
 def _render(gallery: Gallery) -> str:

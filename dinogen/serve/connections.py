@@ -10,8 +10,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # seconds in which the head of a request has to be there, from the connection or the last answer on
 HEAD_SECONDS = 10.0
-# connections without a whole request; of more the oldest is closed at once
+# connections without a whole request; of more the oldest is closed
 MAX_SILENT = 64
+# seconds for which none is closed in favour of another: many that come at once are all accepted
+# before any of their requests is read
+GRACE = 1.0
+# connections without a whole request, whatever their age; a process may often open 1024 files
+MAX_OPEN = 512
 
 
 class PatientProtocol(H11Protocol):
@@ -22,7 +27,7 @@ class PatientProtocol(H11Protocol):
     Here only those count that have nothing asked yet, and a new one takes the place of the oldest.
     """
 
-    _silent: ClassVar[OrderedDict[PatientProtocol, None]] = OrderedDict()
+    _silent: ClassVar[OrderedDict[PatientProtocol, float]] = OrderedDict()  # since when
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -54,9 +59,12 @@ class PatientProtocol(H11Protocol):
             self._settle()
         elif self._deadline is None and not self.transport.is_closing():
             self._deadline = self.loop.call_later(HEAD_SECONDS, self._give_up)
-            self._silent[self] = None
-            if len(self._silent) > MAX_SILENT:
-                next(iter(self._silent))._give_up()
+            self._silent[self] = self.loop.time()
+            while len(self._silent) > MAX_SILENT:
+                oldest, since = next(iter(self._silent.items()))
+                if len(self._silent) <= MAX_OPEN and self.loop.time() - since < GRACE:
+                    break
+                oldest._give_up()
 
     def _settle(self) -> None:
         if self._deadline is not None:

@@ -78,7 +78,7 @@ class Gallery:
 
     def __init__(self, run: Path) -> None:
         config = run_config(run)
-        self.run = run
+        self.run = run = config.run
         self.family = config.family.name
         found = [(stage, stage_checkpoint(config, stage)) for stage in reversed(config.stages)]
         self.stages = {

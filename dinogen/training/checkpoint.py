@@ -17,7 +17,7 @@ from torch import Tensor
 from dinogen import dist
 from dinogen.config import Config, StageConfig
 from dinogen.files import write_json
-from dinogen.report.runfiles import state_trouble
+from dinogen.report.runfiles import read_object, read_raw, state_trouble
 from shards.files import sha256_file, sync_folder
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,10 @@ def load_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     """
     path = folder / STATE
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_raw(path)  # a pipe in its place would be waited for
+        if raw.troubles or not raw.there:
+            raise ValueError(raw.troubles[0].strip() if raw.troubles else "no such file")
+        state = json.loads(raw.value.decode("utf-8"))
         hashes = dict(state["files"])
         if not hashes:
             raise ValueError("it names no files")
@@ -133,6 +136,8 @@ def load_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
         raise ValueError(f"{path} is missing or not readable ({error})") from error
     for name, expected in hashes.items() if verify else ():
         try:
+            if (folder / name).exists() and not (folder / name).is_file():
+                raise OSError("it is no regular file")
             found = sha256_file(folder / name)
         except OSError as error:
             raise ValueError(f"{folder / name} cannot be read ({error})") from error
@@ -194,11 +199,7 @@ def prune(parent: Path, keep_last: int) -> None:
 
 
 def _marks(folder: Path) -> dict[str, Any]:
-    try:
-        marks: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return marks
+    return read_object(folder / STATE).value or {}
 
 
 def _whole(folder: Path, usable: bool) -> bool:

@@ -37,17 +37,18 @@ def data_or_reason(config: Config, unlike: Callable[[Dataset], None]) -> Dataset
         unlike: raises a UserError if the data are not those that are wanted.
     """
     data: Dataset | None = None
-    failure: Exception | None = None
+    failure: str | None = None
     try:
         data = _open(config)
-        unlike(data)
     except (UserError, ShardsError, OSError) as error:
-        failure = error
+        failure = f"{error}; if the data have moved, give data.path=FOLDER behind the command"
+    else:
+        try:
+            unlike(data)
+        except (UserError, ShardsError, OSError) as error:
+            failure = str(error)
     if dist.any_rank(failure is not None) or data is None:
-        said = failure or "it cannot be opened on another rank"
-        return UserError(
-            f"{said}; if the data have moved, give data.path=FOLDER behind the command"
-        )
+        return UserError(failure or "the data cannot be used on another rank")
     try:
         _check_alike(config, data)
     except ConfigError as error:

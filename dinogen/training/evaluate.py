@@ -40,6 +40,12 @@ from shards.errors import ShardsError
 
 log = logging.getLogger(__name__)
 
+# What to do where data.path is not what a checkpoint was trained on; nothing is trained here.
+OTHER_DATA = (
+    "give data.path= the shards that it was trained on, or give others as --reference to compare "
+    "generated images with them"
+)
+
 
 def evaluate(
     run: Path,
@@ -88,7 +94,7 @@ def evaluate(
         UserError: ``out`` cannot be written.
     """
     wish = Wish(tuple(names), num_samples, split, reference, tuple(changes))
-    run_config(run, wish.places)
+    run = run_config(run, wish.places).run
     dist.init()
     dist.set_cpu_threads()
     with takedown():
@@ -130,7 +136,9 @@ class _Needs:
             config = self.snapshot.family.config
 
             def unlike(data: Dataset) -> None:
-                check_same_data(self.snapshot.checkpoint, config, data_fingerprint(data))
+                check_same_data(
+                    self.snapshot.checkpoint, config, data_fingerprint(data), OTHER_DATA
+                )
 
             self._data = data_or_reason(config, unlike)
         return self._data

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from dinogen import dist
 from dinogen.config import ConfigError
@@ -20,34 +21,54 @@ def run_lock(run: Path) -> Iterator[None]:
     """Hold ``RUN/.lock`` on rank 0; the system lets go of it however the process ends.
 
     Raises:
-        ConfigError: on every rank, if another process trains there; on rank 0, if the folder
+        ConfigError: the same on every rank, if another process trains there, or if the folder
             cannot be written.
     """
-    file = None
+    file: TextIO | None = None
+    refused: str | None = None
     if dist.is_main():
-        path = run / ".lock"
         try:
-            run.mkdir(parents=True, exist_ok=True)
-            _check_writable(run)
-            file = path.open("w")
-        except OSError as error:
-            raise ConfigError(
-                f"{error.filename or run}: {error.strerror}: choose a folder that can be written "
-                "(run=), or make this one writable"
-            ) from None
-        if lock(file, path, shared=False, wait=False) is Locked.BUSY:
-            file.close()
-            file = None
+            file = _take(run)
+        except (ConfigError, OSError) as error:
+            refused = str(error)
     try:
-        if dist.any_rank(dist.is_main() and file is None):
-            raise ConfigError(
-                f"run: another process trains in {run}{dist.started_by_slurm()}: wait until it has "
-                "ended, or set run= to another folder"
-            )
+        refused = dist.broadcast_object(refused)  # or the others would wait for rank 0
+        if refused is not None:
+            told = ConfigError(refused)
+            told.agreed = True
+            raise told
         yield
     finally:
         if file is not None:
             file.close()
+
+
+def _take(run: Path) -> TextIO:
+    """The lock's file, open and locked.
+
+    Raises:
+        ConfigError: another process trains there, or the folder cannot be written.
+    """
+    path = run / ".lock"
+    for name in (".lock", "config.yaml"):  # opening a pipe would wait for its other end
+        if (run / name).exists() and not (run / name).is_file():
+            raise ConfigError(f"{run / name}: it is no regular file: move it away")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        _check_writable(run)
+        file = path.open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or run}: {error.strerror}: choose a folder that can be written "
+            "(run=), or make this one writable"
+        ) from None
+    if lock(file, path, shared=False, wait=False) is Locked.BUSY:
+        file.close()
+        raise ConfigError(
+            f"run: another process trains in {run}{dist.started_by_slurm()}: wait until it has "
+            "ended, or set run= to another folder"
+        )
+    return file
 
 
 def _check_writable(run: Path) -> None:

@@ -107,7 +107,12 @@ class Scene:
         config = self.family.config
         try:
             data = open_data(config)
-            check_same_data(self.snapshot.checkpoint, config, data_fingerprint(data))
+            check_same_data(
+                self.snapshot.checkpoint,
+                config,
+                data_fingerprint(data),
+                "give data.path= the shards that it was trained on",
+            )
         except (ConfigError, ShardsError, OSError) as error:
             raise LeftOut(f"the data of the run are needed: {error}") from None
         return data

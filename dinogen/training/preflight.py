@@ -218,8 +218,16 @@ def or_a_new_run(config: Config) -> str:
     )
 
 
-def check_same_data(checkpoint: Checkpoint, config: Config, fingerprint: str) -> None:
+def check_same_data(
+    checkpoint: Checkpoint, config: Config, fingerprint: str, remedy: str | None = None
+) -> None:
     """Refuse other shards than a checkpoint was trained on.
+
+    Args:
+        checkpoint: of the stage.
+        config: names today's data.
+        fingerprint: of today's data.
+        remedy: what to do about it, where nothing is trained; unless given, it is that of training.
 
     Raises:
         ConfigError: naming ``data.path``.
@@ -227,7 +235,7 @@ def check_same_data(checkpoint: Checkpoint, config: Config, fingerprint: str) ->
     if checkpoint.state["data"] != fingerprint:
         raise ConfigError(
             f"data.path: {config.data.location} holds other shards than the checkpoint "
-            f"{checkpoint.folder} was trained on: {or_a_new_run(config)}"
+            f"{checkpoint.folder} was trained on: {remedy or or_a_new_run(config)}"
         )
 
 

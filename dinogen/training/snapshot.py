@@ -12,6 +12,7 @@ from dinogen import dist
 from dinogen.config import Config, ConfigError, StageConfig, load_config
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class
+from dinogen.files import named_folder
 from dinogen.report.runfiles import state_trouble
 from dinogen.training.checkpoint import (
     Checkpoint,
@@ -100,7 +101,7 @@ def load_snapshot(
     # and how a run is measured is no part of what it has learnt
     config = checkpoint_config(checkpoint)
     now = {name: getattr(today, name) for name in ("data", "guide", "guides", "clip", "metrics")}
-    now["run"] = run
+    now["run"] = today.run
     config = config.model_copy(update=now)
     stage = config.stages[find_stage(config, stage.resolution)]
     family = family_class(config.family)(config, stage, dist.device())
@@ -125,6 +126,7 @@ def run_config(run: Path, places: Sequence[str] = ()) -> Config:
         ConfigError: ``run`` is no run.
         DistError: this machine does not have the device.
     """
+    run = named_folder(run)
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run}: no run here (config.yaml is missing): give the folder of a run")
     config = load_config(run / "config.yaml", list(places)).model_copy(update={"run": run})

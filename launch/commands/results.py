@@ -134,6 +134,7 @@ def evaluate(
       python -m launch.torchrun --standalone --nproc-per-node 4 -m launch.cli evaluate runs/first
     """
     from dinogen import dist
+    from dinogen.files import named_folder
     from dinogen.training.evaluate import evaluate as evaluate_run
     from dinogen.training.evaluate_folder import evaluate_folder, is_folder_of_pictures
     from dinogen.training.evaluation import find_path
@@ -146,6 +147,7 @@ def evaluate(
         for line in lines_of(part):
             say(line)  # at once, also into a pipe: what follows may take long, or fail
 
+    place = named_folder(place)
     names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
     wish: dict[str, Any] = {"names": names, "reference": reference, "changes": changes or ()}
     wish |= {"out": out, "tell": tell}

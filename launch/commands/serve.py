@@ -46,6 +46,6 @@ def serve(
 
     site = open_site(run, host, port)
     if not site.private:
-        typer.echo(f"dinogen: whoever reaches {host} can open this page", err=True)
+        typer.echo(f"dinogen: everybody who can reach {host} can open this page", err=True)
     typer.echo(f"{run}: {site.url} (Ctrl-C ends it)")
     site.run()

@@ -256,3 +256,17 @@ def test_deepspeed_is_a_key_of_the_config_that_the_jobs_read(played):
     launch(played, "--engine", "deepspeed")
     copy = yaml.safe_load(Path(record(played)["train-4"].config).read_text())
     assert copy["engine"]["name"] == "deepspeed"
+
+
+def test_jobs_that_wait_for_each_other_in_a_circle_are_shown(played):
+    """A damaged jobs.json: every walk along it ends."""
+    launch(played)
+    path = played / "run" / "launch" / "jobs.json"
+    data = json.loads(path.read_text())
+    for job, before in zip(data["jobs"], data["jobs"][1:] + data["jobs"][:1], strict=True):
+        job["after"] = before["id"]
+        set_state(played, job["id"], "CANCELLED")
+    path.write_text(json.dumps(data))
+    result, rows = status(played)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert rows and all("cancelled" in row for step, row in rows.items() if "train" in step)

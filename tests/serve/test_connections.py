@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from dinogen.serve import connections
+from dinogen.serve.app import MAX_WAITING
 from dinogen.serve.server import open_site
 
 HALF = b"GET /picture.png HTTP/1.1\r\nHost: localhost\r\nX: "
@@ -95,3 +98,54 @@ def test_a_stage_that_cannot_be_loaded_costs_the_others_nothing(runs, tmp_path):
     for state in run.glob("16x16/checkpoints/*/state.json"):
         state.write_text('{"files": {}}')
     assert list(Gallery(run).stages) == [8]
+
+
+def test_who_hangs_up_frees_a_place_at_once(runs, url, monkeypatch):
+    """200 clients ask and leave while an image is drawn; the next one is served, not refused."""
+    from dinogen.serve.gallery import Gallery
+
+    draw, gate, drawn = Gallery.draw, threading.Event(), []
+
+    def slowly(self, query):
+        drawn.append(query.seed)
+        assert gate.wait(30)
+        return draw(self, query)
+
+    monkeypatch.setattr(Gallery, "draw", slowly)
+    asked = []
+    for seed in range(200):
+        sock = connect(url)
+        asked.append(sock)
+        sock.sendall(f"GET /picture.png?seed={seed} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    until, refused = time.monotonic() + 10, []
+    while len(refused) < 200 - MAX_WAITING and time.monotonic() < until:
+        refused, _, _ = select.select(asked, [], [], 1)
+    assert len(refused) == 200 - MAX_WAITING
+    assert all(b" 503 " in sock.recv(99) for sock in refused)
+    full = httpx.get(f"{url}picture.png?seed=777", timeout=10)
+    assert full.status_code == 503
+    assert int(full.headers["retry-after"]) > 0
+    for sock in asked:
+        sock.close()
+    with ThreadPoolExecutor(8) as pool:
+        found = [
+            pool.submit(httpx.get, f"{url}picture.png?seed={900 + n}", timeout=30) for n in range(8)
+        ]
+        time.sleep(0.5)
+        assert not any(one.done() for one in found)  # they wait; none is refused
+        gate.set()
+        assert [one.result(30).status_code for one in found] == [200] * 8
+    # what was begun is drawn to its end, and none of those that were given up is begun
+    assert drawn[0] < 200
+    assert sorted(drawn[1:]) == list(range(900, 908))
+
+
+def test_a_client_that_is_slow_to_read_keeps_nobody_out(url):
+    slow = [connect(url) for _ in range(40)]
+    for sock in slow:
+        sock.sendall(b"GET /picture.png?seed=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert httpx.get(f"{url}picture.png?seed=2", timeout=20).status_code in (200, 503)
+    time.sleep(0.5)
+    assert httpx.get(f"{url}picture.png?seed=3", timeout=20).status_code == 200
+    for sock in slow:
+        sock.close()

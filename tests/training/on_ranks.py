@@ -36,6 +36,28 @@ def evaluate_here(run: str, num_samples: int, names: list[str]) -> None:
     evaluate(Path(run), num_samples=num_samples, names=names)
 
 
+def lock_here(run: str, said: str) -> None:
+    """Fail to lock a run, and note what this rank says of it and after how many seconds."""
+    import json
+    import time
+    from pathlib import Path
+
+    from dinogen import dist
+    from dinogen.config import ConfigError
+    from dinogen.takedown import takedown
+    from dinogen.training.lock import run_lock
+
+    dist.init()
+    began = time.monotonic()
+    try:
+        with takedown(), run_lock(Path(run)):
+            text = "locked"
+    except ConfigError as error:
+        text = str(error)
+    told = [text, time.monotonic() - began]
+    Path(f"{said}{dist.rank()}.json").write_text(json.dumps(told), encoding="utf-8")
+
+
 def _call(
     rank: int, num: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:

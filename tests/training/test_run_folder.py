@@ -18,6 +18,7 @@ from dinogen.training.run import train
 from launch.cli import app
 from tests.families.tiny import pack_discs, tiny_config
 from tests.training.helpers import curve, stage, weights
+from tests.training.on_ranks import lock_here, on_ranks
 
 SIZE = 16
 
@@ -248,12 +249,63 @@ def test_a_parent_that_cannot_hold_a_run_is_named(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("what", ["no folder", "in use"])
+def test_every_rank_says_at_once_why_a_run_cannot_be_trained(tmp_path, what):
+    run = tmp_path / "run"
+    if what == "no folder":
+        run.touch()
+        on_ranks(2, lock_here, str(run), str(tmp_path / "said"))
+    else:
+        with run_lock(run):
+            on_ranks(2, lock_here, str(run), str(tmp_path / "said"))
+    (first, soon), (second, also) = (
+        json.loads((tmp_path / f"said{rank}.json").read_text()) for rank in (0, 1)
+    )
+    wanted = "choose a folder that can be written" if what == "no folder" else "another process"
+    assert first == second and wanted in first
+    assert max(soon, also) < 2  # ranks that are ended by another one's failure take 3 s
+
+
 def test_slurm_is_named_where_two_tasks_train_one_run(tmp_path, monkeypatch):
     with run_lock(tmp_path):
         monkeypatch.setenv("SLURM_PROCID", "1")
         told = pytest.raises(ConfigError, match=r"another process trains .* task 1 of a SLURM job")
         with told, run_lock(tmp_path):
             pass
+
+
+@pytest.mark.parametrize("name", [".lock", "config.yaml"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, name, make):
+    make(tmp_path / name)
+    told = pytest.raises(ConfigError, match=rf"{name}: it is no regular file: move it away")
+    with told, run_lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("file", ["state.json", "G.safetensors"])
+def test_a_pipe_in_a_checkpoint_costs_only_its_steps(tiny, caplog, file):
+    config = half_done(tiny)
+    newest = max((stage(config, SIZE) / "checkpoints").iterdir())
+    (newest / file).unlink()
+    os.mkfifo(newest / file)
+    train(config)
+    assert "no regular file" in caplog.text
+    assert (stage(config, SIZE) / "result.json").is_file()
+
+
+def test_a_run_is_named_where_it_is_the_current_folder(tiny, tmp_path, monkeypatch):
+    train(tiny())
+    (tmp_path / "run" / "config.yaml").rename(tmp_path / "run" / "kept.yaml")
+    text = (tmp_path / "run" / "kept.yaml").read_text().replace(f"run: {tmp_path}/run", "run: else")
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path / "run")
+    assert load_config("config.yaml").run == tmp_path / "run"
+    assert load_config("./config.yaml", ["run=."]).run == tmp_path / "run"
+    result = command("config.yaml")
+    assert result.exit_code == 0, result.output
+    assert load_config("config.yaml").run == tmp_path / "run"
+    assert f"page: {tmp_path}/run/index.html" in result.output
 
 
 # ---- one rank ------------------------------------------------------------------------------------
