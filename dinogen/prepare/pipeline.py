@@ -182,7 +182,7 @@ def prepare(
         if not kept:
             what = "an image" if config.faces.detect == "none" else "a face"
             raise NoFaceError(
-                f"{src}: none of {counted(len(photos.photos), 'photo')} gave {what} "
+                f"{src}: not one of {counted(len(photos.photos), 'photo')} gave {what} "
                 f"({in_words(summary.rejected)}): see {out / REJECTED}",
                 summary.rejected,
             )

@@ -300,7 +300,7 @@ def test_without_one_face_the_reasons_are_there(guide, tmp_path):
     photos.mkdir()
     (photos / "a.jpg").write_bytes(b"")
     with pytest.raises(
-        PrepareError, match=r"none of 1 photos gave an image \(1 empty\): see .*rejected\.csv"
+        PrepareError, match=r"not one of 1 photo gave an image \(1 empty\): see .*rejected\.csv"
     ):
         run(photos, tmp_path / "data", guide)
     assert "a.jpg,empty" in (tmp_path / "data" / "rejected.csv").read_text()

@@ -185,7 +185,7 @@ def changed_guide(make, tmp_path):
         ("grids", r"prepare\.pyramids\.grids: \[4, 8, 16\], now \[4\]"),
         ("shard_size", r"prepare\.pyramids\.shard_size: 3, now 4"),
         ("other pixels", r"part-00000.safetensors: .*the faces have changed"),
-        ("other names", r"part-00000.safetensors: .*8 of their 8 faces are not in FACES"),
+        ("other names", r"part-00000.safetensors: .*8 of 8 faces are not in FACES"),
         ("older", r"part-00001.safetensors: .*the faces have changed"),
     ],
 )
