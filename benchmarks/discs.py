@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from dinogen.config import GuideConfig
-from shards.pack import pack
-from shards.sample import Sample
+from shards.format.sample import Sample
+from shards.write.pack import pack
 
 if TYPE_CHECKING:
     from dinogen.features.base import Guide

@@ -32,8 +32,8 @@ from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid
 from dinogen.training.checkpoint import newest_checkpoint
-from shards.pack import pack
-from shards.sample import Sample
+from shards.format.sample import Sample
+from shards.write.pack import pack
 
 REPO = Path(__file__).parents[1]
 GRIDS = (4, 8)

@@ -11,9 +11,9 @@ import numpy as np
 from fuzz_cases import Case
 from ranks import call
 
-from shards.plain import adopt
-from shards.sample import Sample, encode
-from shards.writer import write_shard
+from shards.check.adopt import adopt
+from shards.format.sample import Sample, encode
+from shards.write.shard_writer import write_shard
 
 NUM_SAMPLES = 70  # no case asks for more
 

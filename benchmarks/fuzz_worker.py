@@ -22,7 +22,7 @@ from dinogen.training import run, state, trainer
 from dinogen.training.ema import Ema
 from dinogen.training.engine import SingleEngine
 from dinogen.training.state import StageState
-from shards.stream import Stream
+from shards.read.stream import Stream
 
 SLOW = 2.0  # seconds
 

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shards import Dataset, Sample, open_dataset, pack
-from shards.image import scale_into
+from shards.image.decode import scale_into
 
 BATCH = 64
 CHANNELS = 768

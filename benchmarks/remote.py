@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shards import Dataset, Sample, open_dataset, pack
-from shards.order import Order
+from shards.read.order import Order
 
 NUM_SHARDS = 64
 BATCH = 64

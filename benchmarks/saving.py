@@ -30,8 +30,8 @@ from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.features.load import load_guide
 from dinogen.training.run import train
 from dinogen.training.state import StageState
-from shards.pack import pack
-from shards.sample import Sample
+from shards.format.sample import Sample
+from shards.write.pack import pack
 
 EVERY = 50
 

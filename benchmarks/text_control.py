@@ -32,8 +32,8 @@ from dinogen.report.pictures import save_grid
 from dinogen.training.run import train
 from dinogen.training.snapshot import load_snapshot
 from dinogen.training.state import sample_in_parts
-from shards.pack import pack
-from shards.sample import Sample
+from shards.format.sample import Sample
+from shards.write.pack import pack
 from tests import drawn, tiny_clip
 from tests.drawn_judge import accuracy, train_judge
 

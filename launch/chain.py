@@ -12,7 +12,7 @@ from dinogen.errors import UserError
 from launch.progress import figure_of, is_evaluated, is_looked, stage_result
 from launch.resources import Resources, stage_resources, step_resources
 from launch.stages import choose_stages
-from shards.manifest import MANIFEST
+from shards.format.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 

@@ -1,11 +1,11 @@
 """Samples on disk: packed into tar shards, read back fast in a known order."""
 
-from shards.dataset import Dataset
 from shards.errors import CorruptSample, FetchError, FinishedError, ShardsError
-from shards.pack import pack
-from shards.packed import open_dataset
-from shards.sample import Sample
-from shards.sink import ShardSink
+from shards.format.sample import Sample
+from shards.read.dataset import Dataset
+from shards.read.packed import open_dataset
+from shards.write.pack import pack
+from shards.write.shard_writer import ShardSink
 
 __all__ = [
     "CorruptSample",

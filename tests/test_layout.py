@@ -131,7 +131,12 @@ def name_of(path):
 
 
 def test_the_files_are_found():
-    assert {"launch.cli", "dinogen.config", "dinogen.training.trainer", "shards.order"} <= MODULES
+    assert {
+        "launch.cli",
+        "dinogen.config",
+        "dinogen.training.trainer",
+        "shards.read.order",
+    } <= MODULES
 
 
 @pytest.mark.parametrize("path", under("shards"), ids=name_of)

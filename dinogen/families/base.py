@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dinogen.config import Config, Section, StageConfig
 from dinogen.errors import UserError
-from shards.dataset import Dataset
+from shards.read.dataset import Dataset
 
 Batch = dict[str, Any]
 Scalars = dict[str, Tensor]

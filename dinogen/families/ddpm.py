@@ -15,7 +15,7 @@ from dinogen.diffusion.sampler import sample
 from dinogen.diffusion.schedule import Schedule
 from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars, classes_of
 from dinogen.networks.unet import UNet
-from shards.dataset import Dataset
+from shards.read.dataset import Dataset
 
 # Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", section 4.2 tries 0.1 to 0.5
 DROP_LABEL = 0.1

@@ -22,7 +22,7 @@ from dinogen.guidance.text import Asked, Text, clip_of
 from dinogen.losses.pyramid import mean_pairwise_distance
 from dinogen.networks.conditional import ConditionalGenerator
 from dinogen.networks.progressive import ProgressiveGenerator
-from shards.dataset import Dataset
+from shards.read.dataset import Dataset
 
 COLLAPSING_BELOW = 0.5
 COLLAPSED_BELOW = 0.1

@@ -20,7 +20,7 @@ from dinogen.losses.reconstruction import (
     squared_error,
 )
 from dinogen.networks.autoencoder import Autoencoder
-from shards.dataset import Dataset
+from shards.read.dataset import Dataset
 
 
 class Vae(Family):

@@ -19,7 +19,7 @@ from torch import Tensor
 from dinogen import dist, draws
 from dinogen.gather import gather_counts, gather_rows
 from dinogen.guidance.terms import MAIN, Directions, SetTerm, View
-from shards.sample import level_grid, level_guide
+from shards.format.sample import level_grid, level_guide
 
 Batch = dict[str, Any]
 Scalars = dict[str, Tensor]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dinogen.config import ConfigError
-from shards.dataset import Dataset
+from shards.read.dataset import Dataset
 
 
 def numbers_of(keys: Sequence[str]) -> Tensor:

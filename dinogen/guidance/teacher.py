@@ -17,8 +17,8 @@ from dinogen.features.pyramid import base_grid_of, native_pyramid, pooled_pyrami
 from dinogen.features.resize import resized_with_antialias
 from dinogen.guidance.joint import Features, real_features
 from dinogen.losses.pyramid import mean_pairwise_distance
-from shards.dataset import Dataset
-from shards.sample import level_grid, level_guide
+from shards.format.sample import level_grid, level_guide
+from shards.read.dataset import Dataset
 
 # A channel that hardly varies is not blown up further than to this share of the others' deviation.
 _LEAST_DEVIATION = 0.1

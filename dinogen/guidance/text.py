@@ -15,7 +15,7 @@ from dinogen.config import Config, ConfigError
 from dinogen.features.clip import Clip, load_clip, same_clip
 from dinogen.guidance.text_options import TextOptions
 from dinogen.losses.clip import clip_loss, pseudo_text
-from shards.dataset import Dataset
+from shards.read.dataset import Dataset
 
 Batch = dict[str, Any]
 

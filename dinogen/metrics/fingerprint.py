@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dinogen.metrics.judges.base import JudgeInfo
-from shards.dataset import Dataset
 from shards.files import sha256_file
+from shards.read.dataset import Dataset
 
 Facts = dict[str, Any]
 _DIGITS = 12

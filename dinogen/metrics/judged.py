@@ -6,7 +6,8 @@ import torch
 
 from dinogen.config_metrics import MetricsConfig
 from dinogen.errors import UserError
-from dinogen.metrics.judges import Judge, NotAvailable, load_judge
+from dinogen.metrics.judges.base import Judge, NotAvailable
+from dinogen.metrics.judges.load import load_judge
 from dinogen.metrics.perceptual import Perceptual, load_perceptual
 
 

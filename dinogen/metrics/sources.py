@@ -22,9 +22,9 @@ from torch import Tensor
 from dinogen.errors import UserError
 from dinogen.metrics.fingerprint import Facts, data_sha256, files_sha256
 from dinogen.report.pictures import to_uint8
-from shards.dataset import Dataset
-from shards.image import BadImage, decode
-from shards.kinds import IMAGE_SUFFIXES, UNREAD, UNREAD_IMAGES
+from shards.image.decode import BadImage, decode
+from shards.image.kinds import IMAGE_SUFFIXES, UNREAD, UNREAD_IMAGES
+from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
 _GRID = re.compile(r"grid_\d+x\d+\b.*\.png")

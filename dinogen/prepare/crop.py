@@ -17,7 +17,7 @@ from dinogen.prepare.changed import FileRecord, record_of
 from dinogen.prepare.classes import NO_CLASS, NO_CLASS_REMEDY, has_class
 from dinogen.prepare.find import Photo
 from dinogen.prepare.read import Unusable, read_photo
-from shards.image import decode_image
+from shards.image.decode import decode_image
 
 if TYPE_CHECKING:
     from dinogen.prepare.detect import Detection, FaceDetector

@@ -18,7 +18,7 @@ from dinogen.files import write_text
 from dinogen.prepare.fetch import Fetcher
 from dinogen.prepare.links import Failure, Item, read_list, shown
 from dinogen.prepare.read import PrepareError
-from shards.fetch import stop_at
+from shards.remote.download import stop_at
 
 __all__ = ["DownloadSummary", "Failure", "download"]
 

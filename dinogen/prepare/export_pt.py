@@ -27,9 +27,9 @@ from dinogen.prepare.pyramid import Levels
 from dinogen.prepare.read import PrepareError
 from shards import open_dataset
 from shards.errors import CorruptSample
-from shards.kinds import is_hidden
-from shards.packed import PackedDataset
-from shards.sample import decode_meta
+from shards.format.sample import decode_meta
+from shards.image.kinds import is_hidden
+from shards.read.packed import PackedDataset
 
 GRIDS = (4, 8, 16)
 _GUIDE = "guide.json"

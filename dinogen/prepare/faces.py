@@ -62,7 +62,7 @@ from dinogen.prepare.written import (
     update_caption,
     write_crop,
 )
-from shards.kinds import is_hidden
+from shards.image.kinds import is_hidden
 
 if TYPE_CHECKING:
     import torch

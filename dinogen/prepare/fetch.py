@@ -16,8 +16,8 @@ import httpx
 from dinogen.files import write_json
 from dinogen.prepare.links import Failure, Item, address, shown, shown_url
 from dinogen.prepare.rows import PHOTO_SUFFIXES
-from shards.fetch import PASSING_STATUS, Damaged, insist, obey, retry_after
 from shards.files import sha256_file
+from shards.remote.download import PASSING_STATUS, Damaged, insist, obey, retry_after
 
 _HEAD = 512  # bytes, enough to tell what a file is
 _IMAGES = {
@@ -84,7 +84,7 @@ class Fetcher:
         """True if the file was fetched, False if it was there already.
 
         Raises:
-            shards.fetch.Stopped: this thread is to stop; what was fetched stays for the next run.
+            shards.remote.download.Stopped: this thread is to stop; what was fetched stays for the next run.
             OSError: the folder cannot be written.
         """
         part = self._folder / f".{item.filename}.part"

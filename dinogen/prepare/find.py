@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dinogen.prepare.captions import caption_files
 from dinogen.prepare.read import IMAGE_SUFFIXES, UNREAD, PrepareError, kind_of
-from shards.kinds import is_hidden
+from shards.image.kinds import is_hidden
 
 MAX_KEY = 80
 _HASHED = 17  # a dash and 16 hex digits
@@ -96,7 +96,7 @@ def find_photos(src: Path) -> Photos:
 
     A photo has an image suffix, or a suffix that says nothing (``photo``, ``a.jpg_large``,
     ``a.jpg.1``) and begins as an image does. Hidden and system files and folders
-    (:func:`shards.kinds.is_hidden`) are passed over, but not ``src`` itself. Links are followed; a
+    (:func:`shards.image.kinds.is_hidden`) are passed over, but not ``src`` itself. Links are followed; a
     folder reached twice is searched once. What has an image suffix but cannot be read, and a folder
     that may not be listed, are in the list too, so that reading them reports them.
 

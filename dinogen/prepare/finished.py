@@ -22,9 +22,9 @@ from dinogen.prepare.settings import todays_settings
 from dinogen.prepare.summary import SUMMARY, FacesSummary, summary_of
 from shards import open_dataset
 from shards.files import sum64
-from shards.index import ShardIndex, index_name
-from shards.index import load as load_index
-from shards.manifest import MANIFEST, PACKING, Manifest
+from shards.format.index import ShardIndex, index_name
+from shards.format.index import load as load_index
+from shards.format.manifest import MANIFEST, PACKING, Manifest
 
 _logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from dinogen.prepare.pyramid import Levels
 from dinogen.prepare.read import PrepareError
 from dinogen.prepare.settings import read_settings
 from shards import Sample, pack
-from shards.manifest import Manifest
+from shards.format.manifest import Manifest
 
 Progress = Callable[[int, int], None]
 

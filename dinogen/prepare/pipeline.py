@@ -26,7 +26,7 @@ from dinogen.prepare.settings import faces_settings, landmark_offset_of, warn_of
 from dinogen.prepare.stream import iter_faces
 from dinogen.prepare.summary import SUMMARY, FacesSummary, summary_of
 from shards import ShardSink
-from shards.manifest import Manifest
+from shards.format.manifest import Manifest
 
 Progress = Callable[[int, int], None]
 

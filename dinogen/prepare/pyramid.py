@@ -20,7 +20,7 @@ from dinogen.features.pyramid import BASE_GRID
 from dinogen.features.resize import RESIZE
 from dinogen.prepare.crop import Crop
 from dinogen.prepare.read import PrepareError
-from shards.image import decode_image
+from shards.image.decode import decode_image
 
 Levels = dict[str, NDArray[np.float16]]
 

@@ -1,4 +1,4 @@
-"""Decode a photo to upright RGB, or say why it cannot be used; the rule is that of shards.image."""
+"""Decode a photo to upright RGB, or say why it cannot be used; the rule is that of shards.image.decode."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinogen.errors import UserError
-from shards.image import BadImage, Decoded, decode, probe
-from shards.kinds import IMAGE_SUFFIXES, UNREAD, kind_of
+from shards.image.decode import BadImage, Decoded, decode, probe
+from shards.image.kinds import IMAGE_SUFFIXES, UNREAD, kind_of
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -81,7 +81,7 @@ def read_photo(path: Path, max_pixels: int) -> NDArray[np.uint8]:
 
 
 def decode_photo(path: Path, max_pixels: int) -> tuple[Decoded, bytes]:
-    """Decode a photo by the rule of :func:`shards.image.decode`.
+    """Decode a photo by the rule of :func:`shards.image.decode.decode`.
 
     Args:
         path: a file of any kind that is read on this machine, by its content.

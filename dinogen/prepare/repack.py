@@ -20,8 +20,8 @@ from dinogen.prepare.read import PrepareError
 from dinogen.prepare.settings import locked, removed_at_end
 from dinogen.prepare.summary import SUMMARY
 from shards.errors import PackError
+from shards.format.manifest import MANIFEST, PACKING
 from shards.lock import is_locked
-from shards.manifest import MANIFEST, PACKING
 
 _OURS = frozenset({MANIFEST, PACKING, PHOTOS, REJECTED, SUMMARY, JOURNAL, "stats.safetensors"})
 _SHARD = re.compile(r"(train|val|test)-[0-9]{5,}\.(tar|index\.npz)|\..*\.tmp|\.packing\.lock")

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from dinogen.config_prepare import FacesConfig
 from dinogen.prepare.read import PrepareError
-from shards.kinds import is_hidden
+from shards.image.kinds import is_hidden
 from shards.lock import Locked, lock
 
 SETTINGS = "settings.json"

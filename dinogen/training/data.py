@@ -11,10 +11,10 @@ from pathlib import Path
 from dinogen import dist
 from dinogen.config import Config, ConfigError
 from dinogen.errors import UserError
-from shards.dataset import Dataset
 from shards.errors import ShardsError
-from shards.mix import MixedDataset
-from shards.packed import open_dataset
+from shards.read.dataset import Dataset
+from shards.read.mixture import MixedDataset
+from shards.read.packed import open_dataset
 
 
 def open_data(config: Config) -> Dataset:

@@ -35,8 +35,8 @@ from dinogen.training.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.training.state import versions
 from dinogen.training.tensorboard import write_summary
 from dinogen.training.wish import Wish
-from shards.dataset import Dataset
 from shards.errors import ShardsError
+from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
 

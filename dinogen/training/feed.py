@@ -9,7 +9,7 @@ from typing import Any
 from dinogen import dist, draws
 from dinogen.families.base import Batch
 from dinogen.training.state import StageState
-from shards.stream import Stream
+from shards.read.stream import Stream
 
 
 class Feed:

@@ -18,9 +18,9 @@ from dinogen.families.base import Batch, Family
 from dinogen.gather import gather_text
 from dinogen.training.batches import split as to_device
 from dinogen.training.labels import check_labels
-from shards.dataset import Dataset
 from shards.errors import CorruptSample, ShardsError
-from shards.manifest import SPLITS
+from shards.format.manifest import SPLITS
+from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from dinogen import dist
 from dinogen.config import Config, ConfigError
 from dinogen.errors import UserError
 from dinogen.families.base import Batch, Family
-from shards.dataset import Dataset
 from shards.errors import ShardsError
+from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import torch
 
 from dinogen.config import Config
 from dinogen.families.registry import family_class
-from shards.sample import VECTORS
+from shards.format.sample import VECTORS
 
 
 def makes_pyramids(config: Config) -> bool:

@@ -16,7 +16,7 @@ from dinogen.config_metrics import MetricsConfig
 from dinogen.metrics.judges.base import NotAvailable
 from dinogen.metrics.judges.load import load_judge
 from dinogen.metrics.sources import as_pixels
-from shards.dataset import Dataset
+from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from dinogen.training.data import data_fingerprint, open_data
 from dinogen.training.looks_nearest import Nearest, Ruler, choose_ruler, nearest_of, real_pictures
 from dinogen.training.preflight import check_same_data
 from dinogen.training.snapshot import Snapshot
-from shards.dataset import Dataset
 from shards.errors import ShardsError
+from shards.read.dataset import Dataset
 
 NUM_DRAWN = 128
 NUM_HELD_OUT = 64

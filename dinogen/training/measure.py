@@ -24,8 +24,8 @@ from dinogen.metrics.sources import (
 )
 from dinogen.metrics.suite import Subject
 from dinogen.training.heldout import chosen_samples
-from shards.dataset import Dataset
-from shards.packed import open_dataset
+from shards.read.dataset import Dataset
+from shards.read.packed import open_dataset
 
 
 def subject_of(

@@ -17,7 +17,7 @@ from dinogen.training.checkpoint import STATE, Checkpoint, stage_checkpoint
 from dinogen.training.data import data_fingerprint
 from dinogen.training.labels import check_classes
 from dinogen.training.stages import find_stage
-from shards.dataset import Dataset
+from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
 # What may differ from one part of a run to the next: places, lengths, what is logged and kept, and

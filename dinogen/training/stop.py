@@ -14,7 +14,7 @@ from typing import TypeVar
 from dinogen import dist
 from dinogen.errors import EXIT_STOPPED, UserError
 from shards.errors import FetchError
-from shards.fetch import hurry
+from shards.remote.download import hurry
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

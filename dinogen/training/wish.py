@@ -8,7 +8,7 @@ from typing import Any
 
 from dinogen.config import ConfigError, MetricsConfig, parse_config
 from dinogen.metrics.names import chosen_names
-from shards.manifest import SPLITS
+from shards.format.manifest import SPLITS
 
 # Stands among the names of metrics for what the family itself measures: held-out samples, a probe.
 HELD_OUT = "held_out"

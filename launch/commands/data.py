@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dinogen.features import Guide
     from dinogen.prepare.pyramid import PyramidMaker
     from dinogen.prepare.summary import FacesSummary
-    from shards.manifest import Manifest
+    from shards.format.manifest import Manifest
 
 T = TypeVar("T")
 
@@ -317,7 +317,7 @@ def _packed(data: Path, again: bool, work: Callable[[Path], T]) -> T:
 
 def _is_finished(data: Path) -> bool:
     """Whether a dataset lies there; work on it then returns at once, or fails."""
-    from shards.manifest import MANIFEST
+    from shards.format.manifest import MANIFEST
 
     return (data / MANIFEST).is_file()
 

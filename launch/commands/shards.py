@@ -90,8 +90,8 @@ def verify(data: Location, cache_dir: CacheDir = None, cache_gb: CacheGb = None)
     from rich.progress import Progress
 
     from shards import open_dataset
-    from shards.manifest import MANIFEST, PACKING
-    from shards.verify import examine, examine_plain
+    from shards.check.verify import examine, examine_plain
+    from shards.format.manifest import MANIFEST, PACKING
 
     folder = Path(data)
     plain = folder.is_dir() and not any((folder / name).exists() for name in (MANIFEST, PACKING))
@@ -128,7 +128,7 @@ def make_index(data: Folder) -> None:
 
     [bold]Example[/bold]  dinogen shards index data/tars-from-elsewhere
     """
-    from shards.repair import rebuild_indexes
+    from shards.check.repair import rebuild_indexes
 
     for line in rebuild_indexes(data) or ["all indexes fit their shards"]:
         typer.echo(printable(line))
@@ -148,7 +148,7 @@ def repair(
 
     [bold]Example[/bold]  dinogen shards repair data/faces
     """
-    from shards.repair import plan_repair
+    from shards.check.repair import plan_repair
 
     plan = plan_repair(data)
     for line in plan.lines:

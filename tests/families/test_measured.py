@@ -14,7 +14,7 @@ from dinogen.training.evaluate import evaluate
 from dinogen.training.labels import class_shares
 from dinogen.training.run import train
 from shards import open_dataset, pack
-from shards.sample import Sample
+from shards.format.sample import Sample
 
 from .tiny import pack_discs, tiny_config
 

@@ -15,8 +15,8 @@ from dinogen.families.registry import family_options, resolve
 from dinogen.training.checkpoint import newest_checkpoint
 from dinogen.training.export import export, load_exported
 from dinogen.training.run import train
-from shards.pack import pack
-from shards.sample import Sample
+from shards.format.sample import Sample
+from shards.write.pack import pack
 
 PAGE = Path(__file__).parents[2] / "docs" / "new-family.md"
 FIVE_STEPS = [

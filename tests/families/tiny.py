@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from dinogen.config import Config, parse_config
-from shards.pack import pack
-from shards.sample import Sample
+from shards.format.sample import Sample
+from shards.write.pack import pack
 
 RESOLUTION = 16
 BATCH = 8

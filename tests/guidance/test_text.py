@@ -23,8 +23,8 @@ from dinogen.training.run import train
 from dinogen.training.snapshot import load_snapshot
 from dinogen.training.state import StageState
 from launch.cli import app
-from shards.pack import pack
-from shards.sample import Sample
+from shards.format.sample import Sample
+from shards.write.pack import pack
 from tests import drawn
 from tests.families.tiny import tiny_config
 from tests.tiny_clip import EMBED_DIM, random_clip

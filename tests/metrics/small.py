@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from dinogen.metrics.judges.base import JudgeInfo, NotAvailable
-from shards.pack import pack
-from shards.packed import PackedDataset, open_dataset
-from shards.sample import Sample
+from shards.format.sample import Sample
+from shards.read.packed import PackedDataset, open_dataset
+from shards.write.pack import pack
 from tests.families.tiny import discs
 
 NUM = 48

@@ -15,8 +15,8 @@ from dinogen.metrics.fingerprint import (
     fingerprint_id,
 )
 from dinogen.metrics.judges.base import JudgeInfo
-from shards.mix import MixedDataset
-from shards.packed import open_dataset
+from shards.read.mixture import MixedDataset
+from shards.read.packed import open_dataset
 from tests.families.tiny import discs
 from tests.metrics.small import pack_pictures, small_data
 

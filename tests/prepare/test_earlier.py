@@ -26,7 +26,7 @@ from dinogen.prepare.parts import PartFiles, write_pyramids
 from dinogen.prepare.pyramid import PyramidMaker
 from dinogen.prepare.read import PrepareError
 from shards import open_dataset
-from shards.mix import MixedDataset
+from shards.read.mixture import MixedDataset
 from tests.families.tiny import tiny_config
 from tests.prepare.face_folders import FACE, files, save
 from tests.prepare.pipelines import CPU, fill, run, settings

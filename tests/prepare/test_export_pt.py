@@ -26,7 +26,7 @@ from dinogen.prepare.find import photo_key
 from dinogen.prepare.read import PrepareError
 from launch.commands import data as commands
 from shards import Sample, open_dataset, pack
-from shards.packed import PackedDataset
+from shards.read.packed import PackedDataset
 from tests.prepare.face_folders import rejected
 
 NUM_CHANNELS = 5

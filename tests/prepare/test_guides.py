@@ -21,8 +21,8 @@ from dinogen.prepare.read import PrepareError
 from launch.commands import data as commands
 from launch.commands.shards import app as shards_app
 from shards import open_dataset
-from shards.image import decode_image
-from shards.verify import verify
+from shards.check.verify import verify
+from shards.image.decode import decode_image
 from tests.prepare.several_guides import (
     CAPTIONS,
     NUM,

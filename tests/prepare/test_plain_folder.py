@@ -9,8 +9,8 @@ from PIL import Image, ImageCms
 
 from dinogen.prepare.faces import PrepareError, read_faces
 from shards import Sample, open_dataset, pack
-from shards.image import check_image
-from shards.verify import verify
+from shards.check.verify import verify
+from shards.image.decode import check_image
 from tests.shards.odd_images import chunk, encode, photo, png
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

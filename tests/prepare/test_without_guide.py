@@ -24,8 +24,8 @@ from dinogen.prepare.read import PrepareError
 from dinogen.training.levels import makes_pyramids, reads_pyramids
 from launch.commands import data as commands
 from shards import open_dataset
-from shards.repair import rebuild_indexes
-from shards.verify import verify
+from shards.check.repair import rebuild_indexes
+from shards.check.verify import verify
 
 FACES = {"size": 32, "detect": "none"}
 # A guide that is nowhere: whoever asks for it fails.

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shards import open_dataset
-from shards.index import load
-from shards.verify import Problem, verify
+from shards.check.verify import Problem, verify
+from shards.format.index import load
 
 Flip = Callable[[Path, int], None]
 

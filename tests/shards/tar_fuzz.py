@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from shards import Sample, open_dataset, pack
+from shards.check.repair import plan_repair, rebuild_indexes
+from shards.check.verify import Findings, examine, examine_plain
 from shards.errors import ShardsError, show_name
 from shards.files import KEPT
-from shards.repair import plan_repair, rebuild_indexes
-from shards.verify import Findings, examine, examine_plain
 
 from .conftest import make_samples
 from .tars import by_dinogen, by_webdataset, damage, draw_entries, tools, write

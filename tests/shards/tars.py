@@ -18,8 +18,8 @@ import pytest
 import webdataset
 from webdataset.tariterators import tarfile_samples
 
-from shards.sample import image_suffix, level_of_suffix
-from shards.scan import survey
+from shards.format.sample import image_suffix, level_of_suffix
+from shards.format.scan import survey
 
 from .conftest import jpeg
 
@@ -248,7 +248,7 @@ def by_webdataset(path: Path) -> list[Members]:
 
 def by_dinogen(path: Path) -> list[Members]:
     """The same by the index of dinogen."""
-    from shards.reader import read_member
+    from shards.read.reader import read_member
 
     index = survey(path, with_sums=True).index
     found: list[Members] = []

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from shards import Sample, ShardSink, open_dataset, pack
+from shards.check.repair import rebuild_indexes
 from shards.errors import ManifestError, PackError
-from shards.mix import MixedDataset
-from shards.repair import rebuild_indexes
+from shards.read.mixture import MixedDataset
 
 from .conftest import files_of, make_samples
 

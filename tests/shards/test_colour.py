@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from shards import colour
-from shards.image import BadImage, decode
+from shards.image import colour
+from shards.image.decode import BadImage, decode
 
 from .odd_images import chunk, encode, photo, png
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from shards import ShardSink
+from shards.check.repair import repair
 from shards.files import atomic_write
-from shards.repair import repair
 
 from .conftest import make_samples
 

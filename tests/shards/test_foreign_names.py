@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from shards import open_dataset
+from shards.check.repair import repair
 from shards.errors import CorruptSample, show_name
-from shards.repair import repair
 
 from .tars import by_webdataset, skip_without
 from .test_foreign_tars import make, photos, put, run

@@ -14,11 +14,11 @@ import webdataset
 from PIL import Image
 
 from shards import Sample, open_dataset, pack
+from shards.check.repair import rebuild_indexes
+from shards.check.verify import examine, examine_plain
 from shards.errors import CorruptSample
-from shards.index import load, save
-from shards.repair import rebuild_indexes
-from shards.scan import scan, survey
-from shards.verify import examine, examine_plain
+from shards.format.index import load, save
+from shards.format.scan import scan, survey
 
 from .conftest import jpeg
 from .tars import npy

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from launch.commands.shards import app
 from shards import open_dataset
+from shards.check.repair import plan_repair, repair
 from shards.errors import ManifestError, ShardsError
-from shards.index import load
-from shards.repair import plan_repair, repair
-from shards.scan import scan
-from shards.tar import walk
+from shards.format.index import load
+from shards.format.scan import scan
+from shards.format.tar import walk
 
 from .conftest import jpeg
 from .tar_fuzz import nothing_is_lost, same_as_webdataset

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from launch.commands.shards import app
 from shards import ShardSink, open_dataset, pack
+from shards.check.repair import rebuild_indexes, repair
+from shards.check.verify import verify
 from shards.errors import CorruptSample, ManifestError, PackError
-from shards.mix import MixedDataset
-from shards.repair import rebuild_indexes, repair
-from shards.sample import decode, encode, level_grid, level_guide, level_name
-from shards.verify import verify
+from shards.format.sample import decode, encode, level_grid, level_guide, level_name
+from shards.read.mixture import MixedDataset
 
 from .conftest import files_of, make_samples
 

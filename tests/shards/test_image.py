@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from shards import open_dataset
-from shards.image import (
+from shards.image.decode import (
     BadImage,
     check_image,
     decode,
@@ -145,8 +145,8 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(kind, monkeypatch):
     monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_: pytest.fail("decoded"))
     with pytest.raises(BadImage, match="too_large: 32x32 = 1024 pixels, allowed are 1023"):
         decode(data, 32 * 32 - 1)
-    monkeypatch.setattr("shards.image.MAX_PIXELS", 32 * 32 - 1)
-    monkeypatch.setattr("shards.image._last_plain", b"")
+    monkeypatch.setattr("shards.image.decode.MAX_PIXELS", 32 * 32 - 1)
+    monkeypatch.setattr("shards.image.decode._last_plain", b"")
     with pytest.raises(ValueError, match="too_large"):
         decode_image(data, "jpg" if kind == "JPEG" else "png")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from shards.image import BadImage, decode
+from shards.image.decode import BadImage, decode
 
 from .odd_images import chunk, encode, photo, png
 

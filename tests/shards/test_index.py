@@ -18,10 +18,10 @@ import webdataset
 from shards import Sample, open_dataset
 from shards.errors import CorruptSample, IndexFileError, ManifestError
 from shards.files import sum64
-from shards.index import load, save
-from shards.sample import encode
-from shards.scan import scan
-from shards.tar import TarError, walk
+from shards.format.index import load, save
+from shards.format.sample import encode
+from shards.format.scan import scan
+from shards.format.tar import TarError, walk
 
 from .conftest import CHANNELS, make_samples
 
@@ -98,7 +98,7 @@ def test_a_read_only_folder_is_indexed_in_memory(tmp_path: Path, monkeypatch):
     def refuse(*_: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("shards.index.atomic_write", refuse)
+    monkeypatch.setattr("shards.format.index.atomic_write", refuse)
     assert open_dataset(tmp_path).read([2], levels=(4,))["key"] == ["face-0002"]
     assert not list(tmp_path.glob("*.npz"))
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from shards.image import BadImage, decode
-from shards.kinds import IMAGE_SUFFIXES, KINDS, PLUGINS, UNREAD, UNREAD_IMAGES, kind_of
+from shards.image.decode import BadImage, decode
+from shards.image.kinds import IMAGE_SUFFIXES, KINDS, PLUGINS, UNREAD, UNREAD_IMAGES, kind_of
 
 from .odd_images import encode, photo
 
@@ -70,8 +70,8 @@ def test_without_pillow_heif_a_heic_file_is_named_with_its_remedy():
     program = """
 import sys
 sys.modules["pillow_heif"] = None  # as if it were not installed
-from shards.kinds import IMAGE_SUFFIXES, UNREAD
-from shards.image import BadImage, decode
+from shards.image.kinds import IMAGE_SUFFIXES, UNREAD
+from shards.image.decode import BadImage, decode
 assert ".heic" not in IMAGE_SUFFIXES and "pip install pillow-heif" in UNREAD[".heic"]
 try:
     decode(b"\\0\\0\\0\\x20ftypheic\\0\\0\\0\\0mif1heic" + bytes(99))
@@ -96,7 +96,7 @@ def test_photos_of_phones(kind: str):
     found = decode(encode(turned, kind, quality=95, exif=exif.tobytes())).pixels
     assert found.shape == (48, 64, 3)
     assert np.abs(found.astype(int) - np.asarray(upright)).mean() < 6
-    from shards import colour
+    from shards.image import colour
 
     wide = decode(encode(upright, kind, quality=95, icc_profile=colour.adobe_rgb())).pixels
     assert np.abs(wide.astype(int) - np.asarray(upright)).mean() > 4

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from shards import lock as module
-from shards.cache import Cache, lock_of
 from shards.errors import PackError
 from shards.lock import NO_LOCKS, Locked, is_locked, lock
-from shards.sink import ShardSink
+from shards.remote.cache import Cache, lock_of
+from shards.write.shard_writer import ShardSink
 
 # flock as file systems without locks answer it.
 NO_FLOCK = (
@@ -111,7 +111,7 @@ def test_a_process_whose_flock_fails_packs(tmp_path):
     library = tmp_path / "no_flock.so"
     build = ["gcc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "no_flock.c")]
     subprocess.run(build, check=True)
-    script = "import pathlib, shards.sink; shards.sink.ShardSink(pathlib.Path('out')).close()"
+    script = "import pathlib, shards.write.shard_writer; shards.write.shard_writer.ShardSink(pathlib.Path('out')).close()"
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,

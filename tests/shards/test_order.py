@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.order import Order, Place
+from shards.read.order import Order, Place
 
 
 def share(order: Order, start: int, batch_size: int, rank: int, world_size: int) -> Place:

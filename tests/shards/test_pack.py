@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from shards import FinishedError, Sample, ShardsError, ShardSink, open_dataset, pack
 from shards.errors import PackError
-from shards.sink import split_of
+from shards.write.shard_writer import split_of
 
 from .conftest import CHANNELS, files_of, jpeg, make_samples
 

@@ -13,12 +13,12 @@ import torch
 import webdataset
 from PIL import Image
 
-import shards.packed
+import shards.read.packed
 from shards import CorruptSample, open_dataset
-from shards.repair import rebuild_indexes
-from shards.sample import encode
-from shards.table import OpenFile
-from shards.verify import verify
+from shards.check.repair import rebuild_indexes
+from shards.check.verify import verify
+from shards.format.sample import encode
+from shards.format.table import OpenFile
 
 from .conftest import jpeg, make_samples
 from .test_stream import damage

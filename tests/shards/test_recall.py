@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from launch.commands.shards import app
 from shards import open_dataset
+from shards.check.repair import rebuild_indexes, repair
+from shards.check.verify import verify
 from shards.errors import ManifestError
-from shards.repair import rebuild_indexes, repair
-from shards.verify import verify
 
 GUIDE, PREPARE = {"name": "noise", "random": True}, {"detect": "none"}
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from shards import FetchError, ShardsError, open_dataset
+from shards.check.verify import verify
 from shards.errors import ManifestError
-from shards.verify import verify
 
 from .conftest import files_of
 

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 from launch.cli import app
 from shards import Dataset, FetchError, open_dataset
+from shards.check.verify import verify
 from shards.errors import ManifestError
-from shards.fetch import hurry
-from shards.verify import verify
+from shards.remote.download import hurry
 from tests.servers import Faulty, http_server, s3_environment, s3_server
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ class Served:
 
 @pytest.fixture(params=["http", "s3"])
 def served(request, packed: Path, monkeypatch) -> Iterator[Served]:
-    monkeypatch.setattr("shards.fetch.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 0.01)
     serve = http_server if request.param == "http" else s3_server
     with serve(packed) as server:
         for name, value in s3_environment(server.url).items():
@@ -51,7 +51,7 @@ def served(request, packed: Path, monkeypatch) -> Iterator[Served]:
 @pytest.fixture
 def web(packed: Path, monkeypatch) -> Iterator[Served]:
     """The same by HTTP alone, for what does not depend on the protocol."""
-    monkeypatch.setattr("shards.fetch.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 0.01)
     with http_server(packed) as server:
         yield Served(server, server.url)
 
@@ -165,7 +165,7 @@ def test_a_manifest_cut_short_is_read_again(web, packed, tmp_path):
 
 
 def test_a_server_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("shards.fetch.FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 0.001)
     with pytest.raises(FetchError, match=r"http://127\.0\.0\.1:9/manifest\.json: .*8 tries"):
         open_dataset("http://127.0.0.1:9", cache_dir=tmp_path)
 
@@ -207,7 +207,7 @@ def test_no_credentials_are_told_at_once(tmp_path, monkeypatch):
 def test_hurried_it_gives_up_soon(web, tmp_path, monkeypatch):
     data = open_dataset(web.url, cache_dir=tmp_path)
     web.server.always("tar", 503)
-    monkeypatch.setattr("shards.fetch.FIRST_WAIT_S", 60.0)
+    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 60.0)
     errors: list[BaseException] = []
 
     def read() -> None:
@@ -221,7 +221,7 @@ def test_hurried_it_gives_up_soon(web, tmp_path, monkeypatch):
     wait_for(lambda: "train-00000.tar" in web.server.requests)
     time.sleep(0.2)
     began = time.monotonic()
-    monkeypatch.setattr("shards.fetch.HURRY_S", 1.0)
+    monkeypatch.setattr("shards.remote.download.HURRY_S", 1.0)
     hurry()
     reader.join(30)
     assert 1 < time.monotonic() - began < 20
@@ -232,14 +232,14 @@ def test_hurried_it_still_gets_what_fails_once(web, tmp_path, monkeypatch):
     data = open_dataset(web.url, cache_dir=tmp_path)
     hurry()
     web.server.once("train-00000.tar", 503)
-    monkeypatch.setattr("shards.fetch.FIRST_WAIT_S", 60.0)
+    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 60.0)
     assert data.read([0], levels=(4,))["key"]
 
 
 def test_closing_a_stream_waits_for_no_fetch(web, tmp_path, monkeypatch):
     data = open_dataset(web.url, cache_dir=tmp_path)
     web.server.always("tar", 503)
-    monkeypatch.setattr("shards.fetch.FIRST_WAIT_S", 60.0)
+    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 60.0)
     stream = data.stream(8, num_threads=2, **STREAM)
 
     def read() -> None:
@@ -260,10 +260,10 @@ def test_closing_a_stream_waits_for_no_fetch(web, tmp_path, monkeypatch):
 def test_ctrl_c_ends_the_wait(web, tmp_path, num_threads):
     web.server.always("tar", 503)
     script = (
-        "import signal, sys, shards.fetch\n"
+        "import signal, sys, shards.remote.download\n"
         # a shell ignores it for what it starts in the background, which is inherited
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "shards.fetch.FIRST_WAIT_S = 60.0\n"
+        "shards.remote.download.FIRST_WAIT_S = 60.0\n"
         "from shards import open_dataset\n"
         "data = open_dataset(sys.argv[1], cache_dir=sys.argv[2])\n"
         "with data.stream(8, levels=(4,), num_threads=int(sys.argv[3])) as stream:\n"

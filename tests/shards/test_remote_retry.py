@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from shards import fetch
-from shards.fetch import Damaged, Stopped, hurry, insist, retry_after, stop_at
+from shards.remote import download
+from shards.remote.download import Damaged, Stopped, hurry, insist, retry_after, stop_at
 
 
 class Passing(Exception):
@@ -54,7 +54,7 @@ def test_it_gives_up():
     script = Script(*(Passing() for _ in range(9)))
     with pytest.raises(Passing):
         script.run()
-    assert script.calls == fetch.TRIES
+    assert script.calls == download.TRIES
     for error in (PermissionError("no"), OSError(errno.ENOSPC, "full"), KeyboardInterrupt()):
         script = Script(error)
         with pytest.raises(type(error)):
@@ -63,7 +63,7 @@ def test_it_gives_up():
     script = Script(*(Damaged("other bytes") for _ in range(9)))
     with pytest.raises(Damaged):
         script.run()
-    assert script.calls == fetch.TRIES_OF_DAMAGED
+    assert script.calls == download.TRIES_OF_DAMAGED
 
 
 def test_the_last_error_can_be_told_in_other_words():
@@ -107,10 +107,10 @@ def test_drivers_headers_count():
         status = 429
         headers = {"Retry-After": "30"}  # noqa: RUF012
 
-    assert fetch._delay(Busy()) == 30
+    assert download._delay(Busy()) == 30
     Busy.status = 404
-    assert fetch._delay(Busy()) is None
-    assert fetch._delay(ConnectionError()) == 0
+    assert download._delay(Busy()) is None
+    assert download._delay(ConnectionError()) == 0
 
 
 def test_a_thread_that_is_to_stop_does(caplog):
@@ -136,15 +136,15 @@ def test_a_thread_that_is_to_stop_does(caplog):
 
 
 def test_a_process_that_is_to_stop_waits_little(monkeypatch):
-    monkeypatch.setattr(fetch, "HURRY_S", 0.0)
+    monkeypatch.setattr(download, "HURRY_S", 0.0)
     try:
         hurry()
         time.sleep(0.01)
         with pytest.raises(ValueError, match="one try, asked to stop"):
             Script(Passing(50.0)).run(give_up=lambda error, tried: ValueError(tried))
-        monkeypatch.setattr(fetch, "HURRY_S", 60.0)
+        monkeypatch.setattr(download, "HURRY_S", 60.0)
         script = Script(Passing(50.0))
         assert script.run() == 7
-        assert script.waits[0] <= fetch.HURRIED_WAIT_S
+        assert script.waits[0] <= download.HURRIED_WAIT_S
     finally:
         hurry(False)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from shards import Sample, open_dataset
+from shards.check.repair import rebuild_indexes, repair
+from shards.check.verify import verify
 from shards.errors import IndexFileError, ManifestError
 from shards.files import sha256_file
-from shards.repair import rebuild_indexes, repair
-from shards.verify import verify
 
 from .conftest import files_of
 from .damaged import Flip, change_manifest, place, problems_of

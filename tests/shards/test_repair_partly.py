@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from shards import Sample, open_dataset
+from shards.check.repair import plan_repair, rebuild_indexes
+from shards.check.verify import verify
 from shards.files import KEPT
-from shards.index import load
-from shards.repair import plan_repair, rebuild_indexes
-from shards.verify import verify
+from shards.format.index import load
 
 from .conftest import files_of, jpeg
 from .tars import by_webdataset
@@ -158,7 +158,7 @@ def test_a_step_that_fails_is_named_and_the_others_are_done(
 ):
     for name in ("a.tar", "b.tar"):
         cut(make(tmp_path, photos(4), name), "header", 3)
-    import shards.repair as module
+    import shards.check.repair as module
 
     write_shard = module.write_shard
 

@@ -10,7 +10,7 @@ import pytest
 from webdataset.tariterators import base_plus_ext
 
 from shards import Sample
-from shards.sample import decode, decode_npy, encode, level_name, npy_header, split_name
+from shards.format.sample import decode, decode_npy, encode, level_name, npy_header, split_name
 
 from .conftest import jpeg, make_samples
 

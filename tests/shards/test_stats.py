@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shards.stats import Moments, Statistics
+from shards.format.statistics import Moments, Statistics
 
 
 def moments(arrays) -> Moments:

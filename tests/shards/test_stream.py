@@ -206,7 +206,7 @@ def test_stop_names_shard_and_sample(copy, flip, num_threads):
 
 def damage(folder: Path, flip, suffix: str, row: int, shard: str = "train-00001") -> str:
     """Flip a bit in the middle of a member; returns the sample's key."""
-    from shards.index import load
+    from shards.format.index import load
 
     index = load(folder / f"{shard}.index.npz")
     number = index.column(suffix)
@@ -274,7 +274,7 @@ def test_a_missing_shard_and_a_cut_off_tar_are_named_or_skipped(copy):
 
 
 def test_a_shard_lost_in_the_middle_of_a_run_is_named(copy, monkeypatch):
-    monkeypatch.setattr("shards.packed.Folder.num_open", 1)
+    monkeypatch.setattr("shards.read.packed.Folder.num_open", 1)
     data = open_dataset(copy)
     data.read([0], levels=(4,))
     data.read([16], levels=(4,))  # which closes the first tar

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.tar import BLOCK, Member, TarError, walk
+from shards.format.tar import BLOCK, Member, TarError, walk
 
 
 def walked(path: Path, data: bytes) -> list[Member]:

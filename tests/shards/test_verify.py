@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 from launch.commands.shards import app
 from shards import Sample, open_dataset, pack
+from shards.check.adopt import adopt
+from shards.check.repair import rebuild_indexes, repair
+from shards.check.verify import verify
 from shards.errors import IndexFileError, ManifestError, PackError, ShardsError
-from shards.index import load, save
-from shards.plain import adopt
-from shards.repair import rebuild_indexes, repair
-from shards.sample import encode
-from shards.verify import verify
+from shards.format.index import load, save
+from shards.format.sample import encode
 
 from .damaged import Flip, change_manifest, place, problems_of
 

@@ -17,8 +17,8 @@ from dinogen.features.pyramid import native_pyramid, pooled_pyramid
 from dinogen.training.looks_scene import Scene
 from dinogen.training.run import train
 from dinogen.training.snapshot import load_snapshot
-from shards.pack import pack
-from shards.sample import Sample
+from shards.format.sample import Sample
+from shards.write.pack import pack
 from tests.families.tiny import pack_discs, tiny_config
 
 NUM_SAMPLES = 40

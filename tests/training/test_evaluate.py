@@ -189,7 +189,7 @@ def test_damaged_samples_are_left_out_or_stop_it(
             numbers = [n or 1 for n in numbers]
         return read(self, numbers, split=split, on_error=on_error, **rest)
 
-    monkeypatch.setattr("shards.dataset.Dataset.read", damaged)
+    monkeypatch.setattr("shards.read.dataset.Dataset.read", damaged)
     stopped = evaluate(config.run, num_samples=num)
     assert "disc" in stopped["not_measured"]["held_out"]
     assert stopped["verdict"] and stopped["measured"]["faces"]["value"] is not None

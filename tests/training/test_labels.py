@@ -34,7 +34,7 @@ def test_a_label_beyond_the_classes_is_refused_as_it_is_read(unnamed, tmp_path):
 def test_a_label_below_zero_is_refused(tmp_path, monkeypatch):
     pack_discs(tmp_path / "data")
     labels = type(open_dataset(tmp_path / "data").table("train")).labels
-    monkeypatch.setattr("shards.table.SampleTable.labels", lambda *args: labels(*args) - 1)
+    monkeypatch.setattr("shards.format.table.SampleTable.labels", lambda *args: labels(*args) - 1)
     with pytest.raises(ConfigError, match="has label -1: labels begin at 0, or pack"):
         train(config_of(tmp_path / "data", tmp_path, 2))
 
@@ -43,7 +43,9 @@ def test_held_out_labels_are_looked_at_too(unnamed, tmp_path, monkeypatch):
     config = config_of(unnamed, tmp_path, 2)
     (result,) = train(config)
     assert result["status"] == "finished"
-    monkeypatch.setattr("shards.table.SampleTable.labels", lambda self, rows: [7 for _ in rows])
+    monkeypatch.setattr(
+        "shards.format.table.SampleTable.labels", lambda self, rows: [7 for _ in rows]
+    )
     result = evaluate(config.run, num_samples=4)
     assert "has label 7: set it to 8 or more" in result["not_measured"]["held_out"]
 

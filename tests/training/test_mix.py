@@ -15,7 +15,7 @@ from dinogen.training.preflight import check_run
 from dinogen.training.run import train
 from dinogen.training.stop import Stopped
 from shards import open_dataset, pack
-from shards.mix import MixedDataset
+from shards.read.mixture import MixedDataset
 from tests.training.helpers import curve, weights
 
 

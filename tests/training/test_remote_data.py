@@ -40,7 +40,7 @@ def assert_same(a, b):
 
 def test_the_weights_are_those_of_local_training(make_config, s3, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("shards.fetch.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 0.01)
     keys: list[list[str]] = []
 
     def keep(batch, *args):
@@ -81,8 +81,8 @@ def test_a_run_goes_on_from_another_place(make_config, s3, tmp_path, monkeypatch
 
 def test_a_run_that_waits_for_a_shard_can_be_stopped(make_config, s3, tmp_path, monkeypatch):
     """Here before its first step, while its family looks at the data: test_stop.py has the rest."""
-    monkeypatch.setattr("shards.fetch.FIRST_WAIT_S", 60.0)
-    monkeypatch.setattr("shards.fetch.HURRY_S", 1.0)
+    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 60.0)
+    monkeypatch.setattr("shards.remote.download.HURRY_S", 1.0)
     config = make_config(*remote(tmp_path, "cache"))
     s3.always("tar", 503)
 

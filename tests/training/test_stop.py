@@ -15,7 +15,7 @@ from dinogen.config import dump_config
 from dinogen.training.run import train
 from dinogen.training.stop import StopFlag, Stopped
 from shards.errors import FetchError
-from shards.stream import Stream
+from shards.read.stream import Stream
 from tests.forked import torchrun
 from tests.training.helpers import curve, stage, weights
 
@@ -29,7 +29,7 @@ from dinogen.config import load_config
 from dinogen.training.run import train
 from dinogen.training.stop import Stopped
 from shards.errors import FetchError
-from shards.stream import Stream
+from shards.read.stream import Stream
 
 take = Stream._take
 

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from shards.files import atomic_write
-from shards.index import ShardIndex
-from shards.manifest import IDENTITY, STATISTICS, StatisticsInfo
-from shards.reader import read_levels
+from shards.format.index import ShardIndex
+from shards.format.manifest import IDENTITY, STATISTICS, StatisticsInfo
+from shards.read.reader import read_levels
 
 Doubles = npt.NDArray[np.float64]
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def save_statistics(
     Args:
         statistics: of the train split.
         folder: of the dataset.
-        identity: the :data:`shards.manifest.IDENTITY` of its manifest, repeated in the file:
+        identity: the :data:`shards.format.manifest.IDENTITY` of its manifest, repeated in the file:
             without it nothing can be trained on the features, and no tar tells it if the manifest
             is lost.
     """
@@ -130,7 +130,7 @@ def save_statistics(
 
 
 def recall(path: Path, arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Any]:
-    """The :data:`shards.manifest.IDENTITY` of a dataset, as an older file repeats it.
+    """The :data:`shards.format.manifest.IDENTITY` of a dataset, as an older file repeats it.
 
     Args:
         path: of that file.

@@ -14,10 +14,8 @@ import numpy.typing as npt
 
 from shards.errors import CorruptSample, FetchError, ShardsError, show_name
 from shards.files import gather, read_at, sum64, too_sparse
-from shards.image import decode_rgbx, scale_into, shrink
-from shards.index import ShardIndex
-from shards.order import Place
-from shards.sample import (
+from shards.format.index import ShardIndex
+from shards.format.sample import (
     CAPTION_SUFFIX,
     IMAGE_SUFFIXES,
     LABEL_SUFFIX,
@@ -29,7 +27,9 @@ from shards.sample import (
     level_of_suffix,
     level_suffix,
 )
-from shards.table import OpenFile, SampleTable
+from shards.format.table import OpenFile, SampleTable
+from shards.image.decode import decode_rgbx, scale_into, shrink
+from shards.read.order import Place
 
 Arrays = dict[str, npt.NDArray[Any]]
 Failures = dict[int, CorruptSample]

@@ -14,13 +14,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from shards import index as index_files
 from shards.errors import CorruptSample, FetchError, IndexFileError, ShardsError
 from shards.files import sha256_file
-from shards.index import ShardIndex
-from shards.manifest import LevelInfo, ShardInfo
-from shards.sample import LABEL_SUFFIXES
-from shards.scan import survey
+from shards.format import index as index_files
+from shards.format.index import ShardIndex
+from shards.format.manifest import LevelInfo, ShardInfo
+from shards.format.sample import LABEL_SUFFIXES
+from shards.format.scan import survey
 
 log = logging.getLogger(__name__)
 # Each rank walks its own lanes, 64 at most by default, each within a few shards.

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from shards.ahead import Ahead, Share
-from shards.batch import Batch, BatchMaker, SplitReader, along, check_on_error, name_skipped
 from shards.errors import CorruptSample
-from shards.fetch import stop_at
-from shards.mix_order import planner_of, seed_of
-from shards.order import Order
-from shards.plan import Plan, Planner
-from shards.remote import RemoteFolder
+from shards.read.batch import Batch, BatchMaker, SplitReader, along, check_on_error, name_skipped
+from shards.read.order import Order
+from shards.read.plan import Plan, Planner, planner_of, seed_of
+from shards.remote.download import stop_at
+from shards.remote.prefetch import Ahead, Share
+from shards.remote.storage import RemoteFolder
 
 if TYPE_CHECKING:
-    from shards.dataset import Dataset
+    from shards.read.dataset import Dataset
 
 # A second batch in hand hides the jitter of a slow read; more only costs memory.
 _SPARE_BATCHES = 1

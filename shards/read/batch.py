@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from shards.buffers import Buffers
 from shards.errors import CorruptSample
-from shards.index import NO_LABEL
-from shards.order import Order, Place
-from shards.plan import Plan, Portion
-from shards.reader import Arrays, BatchReader, Failures
-from shards.sample import VECTORS, level_grid, level_guide
-from shards.table import SampleTable
+from shards.format.index import NO_LABEL
+from shards.format.sample import VECTORS, level_grid, level_guide
+from shards.format.table import SampleTable
+from shards.read.order import Order, Place
+from shards.read.plan import Plan, Portion
+from shards.read.reader import Arrays, BatchReader, Failures
 
 if TYPE_CHECKING:
-    from shards.dataset import Dataset
-    from shards.packed import PackedDataset
+    from shards.read.dataset import Dataset
+    from shards.read.packed import PackedDataset
+
 
 Batch = dict[str, Any]
 # The place so many steps behind a position: where to look for a sound sample.
@@ -247,3 +250,33 @@ def _in_packed_order(table: SampleTable) -> Successor:
 def _places(table: SampleTable, numbers: np.ndarray[Any, np.dtype[np.int64]]) -> Place:
     shard = np.searchsorted(table.starts, numbers, side="right") - 1
     return Place(numbers, shard, numbers - table.starts[shard], numbers)
+
+
+_FREE_KEPT = 4
+
+
+class Buffers:
+    """Memory for batches, used again as soon as nobody holds the tensors made from it.
+
+    Fresh memory costs a page fault per 4 KiB, which takes as long as reading into it.
+    """
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
+        self._free: dict[tuple[tuple[int, ...], np.dtype[Any]], deque[npt.NDArray[Any]]] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
+        """An uninitialised tensor; its `.numpy()` shares the memory."""
+        if self._pinned:
+            # torch's own allocator of pinned memory waits for copies that are still under way.
+            kind = getattr(torch, dtype.name)
+            return torch.empty(shape, dtype=kind, pin_memory=True)
+        free = self._free.setdefault((shape, dtype), deque(maxlen=_FREE_KEPT))
+        try:
+            buffer = free.pop()
+        except IndexError:
+            buffer = np.empty(shape, dtype)
+        # The tensor's storage keeps `view` alive, and all tensors made from it share the storage.
+        view = buffer[:]
+        weakref.finalize(view, free.append, buffer).atexit = False
+        return torch.from_numpy(view)

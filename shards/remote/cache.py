@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from shards.fetch import nap
+from shards.format.table import OpenFile
 from shards.lock import Locked, lock
-from shards.table import OpenFile
+from shards.remote.download import nap
 
 log = logging.getLogger(__name__)
 GB = 10**9

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import index as index_files
+from shards.check.adopt import adopt, complete, recount, split_of_name
+from shards.check.verify import ShardReport, inspect_plain, inspect_shard, members_of
 from shards.errors import IndexFileError, ManifestError, ShardsError, show_name
 from shards.files import keep, sha256_file
-from shards.index import ShardIndex
-from shards.manifest import (
+from shards.format import index as index_files
+from shards.format.index import ShardIndex
+from shards.format.manifest import (
     MADE_AGAIN,
     MANIFEST,
     STATISTICS,
@@ -22,13 +24,11 @@ from shards.manifest import (
     ShardInfo,
     parse_manifest,
 )
-from shards.packed import Folder
-from shards.plain import adopt, complete, recount, split_of_name
-from shards.reader import read_member
-from shards.sample import encode_npy
-from shards.scan import listed, scan, survey
-from shards.verify import ShardReport, inspect_plain, inspect_shard, members_of
-from shards.writer import write_shard
+from shards.format.sample import encode_npy
+from shards.format.scan import listed, scan, survey
+from shards.read.packed import Folder
+from shards.read.reader import read_member
+from shards.write.shard_writer import write_shard
 
 # As many lost samples of a shard are named one by one.
 _SHOWN = 20

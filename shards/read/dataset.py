@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.errors import ManifestError
-from shards.manifest import LevelInfo, Manifest
-from shards.reader import LevelShape
-from shards.sample import VECTORS, Sample, level_grid, level_guide, level_name
+from shards.format.manifest import LevelInfo, Manifest
+from shards.format.sample import VECTORS, Sample, level_grid, level_guide, level_name
+from shards.read.reader import LevelShape
 
 if TYPE_CHECKING:
-    from shards.batch import Batch
-    from shards.packed import PackedDataset
-    from shards.stream import Stream
+    from shards.read.batch import Batch
+    from shards.read.packed import PackedDataset
+    from shards.read.stream import Stream
 
 
 class Dataset(ABC):
@@ -147,7 +147,7 @@ class Dataset(ABC):
             CorruptSample: if one cannot be read, or none of the split can.
             IndexError: if the split has no such sample.
         """
-        from shards.batch import read_batch
+        from shards.read.batch import read_batch
 
         return read_batch(self, list(numbers), split, image_size, levels, on_error, need_labels)
 
@@ -194,7 +194,7 @@ class Dataset(ABC):
             ManifestError: if the dataset lacks the split, a level or labels.
             ValueError: if the arguments contradict each other.
         """
-        from shards.stream import Stream
+        from shards.read.stream import Stream
 
         return Stream(
             self,

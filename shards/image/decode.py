@@ -18,8 +18,8 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from shards import boxes, colour, jpeg, png
-from shards.kinds import AVIF, HEIC, JPEG, NO_IMAGES, PNG, RAW, WEBP, Kind, kind_of
+from shards.image import boxes, colour, jpeg, png
+from shards.image.kinds import AVIF, HEIC, JPEG, NO_IMAGES, PNG, RAW, WEBP, Kind, kind_of
 
 Pixels = npt.NDArray[np.uint8]
 Bytes = bytes | memoryview

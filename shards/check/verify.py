@@ -10,16 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import index as index_files
+from shards.check.adopt import common_size, levels_of, tars_of
 from shards.errors import CorruptSample, FetchError, IndexFileError, ManifestError, show_name
 from shards.files import sha256_file
-from shards.image import decode_image
-from shards.index import NO_LABEL, ShardIndex
-from shards.manifest import MANIFEST, LevelInfo, Manifest, ShardInfo
-from shards.packed import PackedDataset
-from shards.plain import common_size, levels_of, tars_of
-from shards.reader import read_member
-from shards.sample import (
+from shards.format import index as index_files
+from shards.format.index import NO_LABEL, ShardIndex
+from shards.format.manifest import MANIFEST, LevelInfo, Manifest, ShardInfo
+from shards.format.sample import (
     CAPTION_SUFFIX,
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
@@ -28,8 +25,11 @@ from shards.sample import (
     level_suffix,
     unusable,
 )
-from shards.scan import FIX_ACCESS, RESTORE, Survey, survey
-from shards.table import Source
+from shards.format.scan import FIX_ACCESS, RESTORE, Survey, survey
+from shards.format.table import Source
+from shards.image.decode import decode_image
+from shards.read.packed import PackedDataset
+from shards.read.reader import read_member
 
 FIX_INDEX = "run `dinogen shards index`"
 FIX_REPAIR = "run `dinogen shards repair`"

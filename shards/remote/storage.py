@@ -9,13 +9,13 @@ import threading
 import weakref
 from pathlib import Path
 
-from shards import index as index_files
-from shards.cache import GB, Cache, HeldFile
 from shards.errors import FetchError, IndexFileError, ManifestError
-from shards.fetch import Damaged, Remote
 from shards.files import atomic_write, sha256_file, sync_folder
-from shards.manifest import MANIFEST, Manifest, ShardInfo, parse_manifest
-from shards.table import FILES_OPEN
+from shards.format import index as index_files
+from shards.format.manifest import MANIFEST, Manifest, ShardInfo, parse_manifest
+from shards.format.table import FILES_OPEN
+from shards.remote.cache import GB, Cache, HeldFile
+from shards.remote.download import Damaged, Remote
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,10 @@ import numpy.typing as npt
 
 from shards.errors import IndexFileError, show_name
 from shards.files import gather, read_at, sum64, too_sparse
-from shards.foreign import what_it_is
-from shards.image import image_header
-from shards.index import NO_LABEL, Column, Fault, Indirect, ShardIndex, as_keys
-from shards.manifest import LevelInfo
-from shards.sample import (
+from shards.format.foreign import what_it_is
+from shards.format.index import NO_LABEL, Column, Fault, Indirect, ShardIndex, as_keys
+from shards.format.manifest import LevelInfo
+from shards.format.sample import (
     IMAGE_SUFFIXES,
     LABEL_SUFFIX,
     LABEL_SUFFIXES,
@@ -34,7 +33,8 @@ from shards.sample import (
     split_name,
     unusable,
 )
-from shards.tar import Member, TarError, walk
+from shards.format.tar import Member, TarError, walk
+from shards.image.decode import image_header
 
 # What levels are read as; all other numbers are converted to the second.
 _FLOATS = ("<f2", "<f4")

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shards.dataset import Dataset
+from shards.check.adopt import describe_plain
 from shards.errors import ManifestError, show_name
 from shards.files import sha256_file
-from shards.index import ShardIndex
-from shards.manifest import MANIFEST, PACKING, Manifest, parse_manifest
-from shards.plain import describe_plain
-from shards.reader import read_sample
-from shards.sample import LABEL_SUFFIXES, Sample, level_name
-from shards.scan import image_sizes
-from shards.table import FILES_OPEN, OpenFile, SampleTable, Source
+from shards.format.index import ShardIndex
+from shards.format.manifest import MANIFEST, PACKING, Manifest, parse_manifest
+from shards.format.sample import LABEL_SUFFIXES, Sample, level_name
+from shards.format.scan import image_sizes
+from shards.format.table import FILES_OPEN, OpenFile, SampleTable, Source
+from shards.read.dataset import Dataset
+from shards.read.reader import read_sample
 
 
 class Folder:
@@ -60,7 +60,7 @@ def open_dataset(
     """
     text = os.fspath(location)
     if "://" in text:
-        from shards.remote import open_remote
+        from shards.remote.storage import open_remote
 
         cache = None if cache_dir is None else Path(cache_dir)
         return PackedDataset(text, *open_remote(text, cache, cache_gb))

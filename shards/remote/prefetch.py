@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards.cache import HeldFile
 from shards.errors import ShardsError
-from shards.fetch import stop_at
-from shards.plan import Shares
-from shards.remote import RemoteFolder
-from shards.table import SampleTable
+from shards.format.table import SampleTable
+from shards.read.plan import Shares
+from shards.remote.cache import HeldFile
+from shards.remote.download import stop_at
+from shards.remote.storage import RemoteFolder
 
 log = logging.getLogger(__name__)
 _PARALLEL = 4

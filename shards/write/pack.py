@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import PackError, show_name
-from shards.manifest import Manifest
-from shards.sample import Sample
-from shards.sink import ShardSink
+from shards.format.manifest import Manifest
+from shards.format.sample import Sample
+from shards.write.shard_writer import ShardSink
 
 
 def pack(

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.dataset import Dataset
 from shards.errors import ManifestError
-from shards.manifest import LevelInfo, Manifest, SplitInfo
-from shards.packed import PackedDataset
-from shards.sample import Sample
+from shards.format.manifest import LevelInfo, Manifest, SplitInfo
+from shards.format.sample import Sample
+from shards.read.dataset import Dataset
+from shards.read.packed import PackedDataset
 
 # Guides that have these alike give the same features, wherever they were loaded from.
 _GUIDE = ("name", "weights_sha256", "layer")

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import index as index_files
 from shards.errors import IndexFileError, ManifestError, show_name
 from shards.files import keep, sha256_file
-from shards.foreign import compressed_tars, unpack_advice
-from shards.index import ShardIndex
-from shards.manifest import SPLITS, STATISTICS, LevelInfo, Manifest, ShardInfo, split_table
-from shards.sample import level_grid, level_of_suffix
-from shards.scan import FIX_ACCESS, survey
-from shards.stats import Statistics, recall, save_statistics, shard_moments
-from shards.table import build_index, load_plain_index
+from shards.format import index as index_files
+from shards.format.foreign import compressed_tars, unpack_advice
+from shards.format.index import ShardIndex
+from shards.format.manifest import SPLITS, STATISTICS, LevelInfo, Manifest, ShardInfo, split_table
+from shards.format.sample import level_grid, level_of_suffix
+from shards.format.scan import FIX_ACCESS, survey
+from shards.format.statistics import Statistics, recall, save_statistics, shard_moments
+from shards.format.table import build_index, load_plain_index
 
 log = logging.getLogger(__name__)
 # As many tars are named in one error.

@@ -1,0 +1,1 @@
+"""Datasets checked, repaired, or adopted from plain WebDataset tars."""

@@ -1,0 +1,1 @@
+"""What lies on disk: samples in tars, indexes, manifests and statistics."""

@@ -1,0 +1,1 @@
+"""Datasets to batches: an order of samples, the bytes they need, tensors."""
