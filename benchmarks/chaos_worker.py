@@ -20,7 +20,7 @@ def train(config: Path, records: Path) -> None:
 
     A line is with the system as soon as it is written, so no kill loses it.
     """
-    from launch.cli import main
+    from launch.cli.main import main
 
     records.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(

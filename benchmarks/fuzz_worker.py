@@ -35,7 +35,7 @@ def train(config: Path, records: Path, fault: Fault | None, number: int) -> None
 
 def evaluate(folder: Path, options: tuple[str, ...], fault: Fault | None, number: int) -> None:
     """``dinogen evaluate FOLDER``."""
-    from launch.cli import main
+    from launch.cli.main import main
 
     install(fault, number, folder)
     sys.argv = ["dinogen", "evaluate", str(folder), *options]

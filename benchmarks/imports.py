@@ -11,6 +11,6 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping  #
 import dinogen.features.dinov2  # noqa: E402
 import dinogen.training.evaluate  # noqa: E402
 import dinogen.training.run  # noqa: E402, F401
-import launch.cli  # noqa: E402, F401
+import launch.cli.main  # noqa: E402, F401
 
 get_checkpoint_conversion_mapping("dinov2")  # built once, and from_pretrained asks for it

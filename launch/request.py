@@ -1,4 +1,4 @@
-"""What `dinogen launch` was asked for: the same for every place that it can start a run on."""
+"""What ``dinogen launch`` was asked for, on any place, and which stages are meant."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinogen.config import Config
+from dinogen.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,3 +35,28 @@ class Request:
     photos: Path | None = None
     dry_run: bool = False
     metric: str | None = None
+
+
+def choose_stages(config: Config, text: str | None) -> list[int]:
+    """Resolutions of the stages that ``text`` names, in their order; all of them for None.
+
+    Args:
+        config: the whole run.
+        text: one resolution (``8``), or the first and the last of a range (``4..64``).
+
+    Raises:
+        UserError: no such stage, or not written like that.
+    """
+    sizes = [stage.resolution for stage in config.stages]
+    if text is None:
+        return sizes
+    first, dots, last = text.partition("..")
+    if not first.isdigit() or (dots and not last.isdigit()):
+        raise UserError(f"stages '{text}': write one resolution, such as 8, or a range, as 4..64")
+    low, high = int(first), int(last or first)
+    for size in (low, high):
+        if size not in sizes:
+            raise UserError(f"stage {size} is not in the config: stages are {sizes}")
+    if low > high:
+        raise UserError(f"stages '{text}': write the smaller one first, as {high}..{low}")
+    return [size for size in sizes if low <= size <= high]

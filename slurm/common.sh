@@ -55,10 +55,10 @@ dinogen_on_all() {
     fi
     # A lost node is noticed after 10 s, and the others then wait 5 s for one that may still come.
     local rdzv=keep_alive_interval=2,keep_alive_max_attempt=5,last_call_timeout=5
-    # One agent per node; -m launch.torchrun is torchrun that hands USR1 on to its workers.
+    # One agent per node; -m launch.local.torchrun is torchrun that hands USR1 on to its workers.
     # shellcheck disable=SC2086
     exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${lost_nodes[@]}" \
-        ${DINOGEN_CONTAINER:-} "$DINOGEN_PYTHON" -m launch.torchrun \
+        ${DINOGEN_CONTAINER:-} "$DINOGEN_PYTHON" -m launch.local.torchrun \
         --nnodes="$nodes" --nproc-per-node="$processes" \
         --max-restarts="${DINOGEN_RESTARTS:-2}" \
         --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-backend=c10d \

@@ -19,7 +19,7 @@ from PIL import Image, ImageEnhance
 from typer.testing import CliRunner
 
 from dinogen.features.dinov2 import make_random_dinov2
-from launch.cli import app
+from launch.cli.main import app
 from tests.forked import torchrun
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +128,7 @@ def run(line: str, folder: Path) -> None:
         run_tensorboard(command, folder)
     elif command[:2] == ["dinogen", "serve"]:
         run_serve(command, folder)
-    elif command[:3] == ["python", "-m", "launch.torchrun"]:
+    elif command[:3] == ["python", "-m", "launch.local.torchrun"]:
         assert command[3:6] == ["--standalone", "--nproc-per-node", "2"], line
         done = torchrun(2, *command[6:])
         assert done.returncode == 0, f"{line}\n{done.stderr}"

@@ -20,7 +20,7 @@ import torch
 from dinogen import dist
 from dinogen.errors import UserError
 from dinogen.takedown import takedown
-from launch.logs import setup_logging
+from launch.cli.console import setup_logging
 
 setup_logging(quiet=not dist.is_main())
 case = sys.argv[1]

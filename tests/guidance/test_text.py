@@ -22,7 +22,7 @@ from dinogen.training.evaluate import evaluate
 from dinogen.training.run import train
 from dinogen.training.snapshot import load_snapshot
 from dinogen.training.state import StageState
-from launch.cli import app
+from launch.cli.main import app
 from shards.format.sample import Sample
 from shards.write.pack import pack
 from tests import drawn

@@ -67,7 +67,7 @@ class Player:
         self.done: list[str] = []
 
     def start(self, command: list[str], env: dict[str, str], log: Path) -> Player.Process:
-        """In the place of ``launch.study_local.start``."""
+        """In the place of ``launch.study.local.start``."""
         step, what = command[command.index("launch.cli") + 1 :][:2]
         below = self.folder / "configs" if step == "train" else self.folder
         run = str(Path(what).relative_to(below)).removesuffix(".yaml")
@@ -181,7 +181,7 @@ def tiny_study(folder: Path) -> Path:
 
 
 class Forked:
-    """In the place of ``launch.study_local.start``: a command in a fork that has imported already.
+    """In the place of ``launch.study.local.start``: a command in a fork that has imported already.
 
     Of the looks only one is made.
     """
@@ -208,7 +208,7 @@ class Forked:
 
     def _run(self, words: list[str]) -> int:
         from dinogen.training import looks, looks_latents
-        from launch.cli import main
+        from launch.cli.main import main
 
         looks._makers = lambda scene: {"grid16": looks_latents.grid16}
         sys.argv = ["dinogen", *words]
@@ -247,11 +247,11 @@ def run_here(words: list[str], said: Path) -> None:
     write_to(said)
     import torch
 
-    from launch import study_local
-    from launch.cli import main
+    from launch.cli.main import main
+    from launch.study import local
 
     torch.set_num_threads(1)
-    study_local.start = Forked
+    local.start = Forked
     sys.argv = ["dinogen", "study", "run", *words]
     main()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typer.testing import CliRunner
 
 from dinogen.report.compare import Written
-from launch.cli import app
+from launch.cli.main import app
 
 
 def compared(runs, out, title):

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from dinogen.errors import UserError
 from dinogen.features.dinov2 import make_random_dinov2
-from launch import cli
-from launch.logs import setup_logging
+from launch.cli import main
+from launch.cli.console import setup_logging
 from shards.errors import ManifestError
 
 ROOT = Path(__file__).parents[2]
@@ -78,25 +78,25 @@ def test_help_costs_little_cpu():
     assert min(cpu_of_help() for _ in range(3)) < HELP_SECONDS
 
 
-def every_command(group=cli.app, path=()):
+def every_command(group=main.app, path=()):
     for command in group.registered_commands:
-        yield (*path, cli._name(command))
+        yield (*path, main._name(command))
     for sub in group.registered_groups:
         yield from every_command(sub.typer_instance, (*path, sub.name))
 
 
 @pytest.mark.parametrize("path", list(every_command()), ids=" ".join)
 def test_every_command_explains_itself_by_an_example(path):
-    result = CliRunner().invoke(cli.app, [*path, "--help"], terminal_width=200)
+    result = CliRunner().invoke(main.app, [*path, "--help"], terminal_width=200)
     assert result.exit_code == 0, result.output
     assert "Example" in result.output
     assert f"dinogen {' '.join(path)}" in result.output
 
 
 def test_every_command_has_its_heading():
-    panels = {cli._name(c): c.rich_help_panel for c in cli.app.registered_commands}
-    panels |= {str(g.name): g.rich_help_panel for g in cli.app.registered_groups}
-    assert set(panels.values()) <= set(cli.PANELS)
+    panels = {main._name(c): c.rich_help_panel for c in main.app.registered_commands}
+    panels |= {str(g.name): g.rich_help_panel for g in main.app.registered_groups}
+    assert set(panels.values()) <= set(main.PANELS)
     assert panels["train"] == "Train"
     assert panels["doctor"] == "Machine"
 
@@ -129,10 +129,10 @@ def test_errors_of_all_packages_are_known(monkeypatch, capsys, error, code):
     def fail():
         raise error
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(main, "app", fail)
     monkeypatch.delenv("DINOGEN_DEBUG", raising=False)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == code
     assert capsys.readouterr().err == f"dinogen: {error}\n"
 
@@ -159,7 +159,7 @@ def test_a_path_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["dinogen", *typed])
     monkeypatch.delenv("DINOGEN_DEBUG", raising=False)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(rf"dinogen: {file}\S*: .*: choose a folder.*", last), last
@@ -170,25 +170,25 @@ def test_an_error_of_the_system_without_a_path_keeps_its_traceback(monkeypatch):
     def fail():
         raise OSError("of nothing")
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(main, "app", fail)
     with pytest.raises(OSError, match="of nothing"):
-        cli.main()
+        main.main()
 
 
 def test_debug_shows_where_a_path_failed(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "app", (tmp_path / "none" / "x").mkdir)
+    monkeypatch.setattr(main, "app", (tmp_path / "none" / "x").mkdir)
     monkeypatch.setenv("DINOGEN_DEBUG", "1")
     with pytest.raises(FileNotFoundError):
-        cli.main()
+        main.main()
 
 
 def test_an_error_of_ours_is_not_hidden(monkeypatch):
     def fail():
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(main, "app", fail)
     with pytest.raises(ZeroDivisionError):
-        cli.main()
+        main.main()
 
 
 def test_a_misspelt_command_is_refused():

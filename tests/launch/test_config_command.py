@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from dinogen.config import load_config, parse_config
 from dinogen.families.registry import resolve
-from launch.cli import app
+from launch.cli.main import app
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dinogen import demo
 from dinogen.errors import UserError
-from launch.cli import app
+from launch.cli.main import app
 from shards import open_dataset
 
 TINY = {"hidden_size": 32, "num_layers": 1, "num_heads": 2}

@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 
 from dinogen.config import dump_config
 from dinogen.errors import UserError
-from launch.cli import app
-from launch.deepspeed import launcher_command
-from launch.relay import catches
+from launch.cli.main import app
+from launch.local.deepspeed import launcher_command
+from launch.local.signals import catches
 from tests.families.tiny import pack_discs, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def start(folder: Path, *words: object) -> subprocess.Popen[str]:
 
 def torchrun(folder: Path, *worker: object) -> subprocess.Popen[str]:
     flags = ("--standalone", "--nproc-per-node", 2, "-m", "worker")
-    return start(folder, "launch.torchrun", *flags, *worker)
+    return start(folder, "launch.local.torchrun", *flags, *worker)
 
 
 def wait_for(check, seconds: float = 60) -> None:
@@ -124,7 +124,7 @@ def test_workers_that_have_nothing_to_save_end_at_once(worker):
 
 
 def test_a_failure_is_one_line_and_its_exit_code(worker):
-    process = start(worker, "launch.torchrun", "--standalone", "-m", "worker", "no-number")
+    process = start(worker, "launch.local.torchrun", "--standalone", "-m", "worker", "no-number")
     assert process.wait(60) == 1
     log = (worker / "log0").read_text()
     assert "torchrun: rank 0 failed first: exit code 1" in log
@@ -133,7 +133,7 @@ def test_a_failure_is_one_line_and_its_exit_code(worker):
 
 def test_the_deepspeed_launcher_starts_ranks_on_the_cpu_and_hands_signals_on(worker):
     pytest.importorskip("deepspeed")
-    process = start(worker, "launch.deepspeed", 2, "-m", "worker", 0, worker, 75, "catch")
+    process = start(worker, "launch.local.deepspeed", 2, "-m", "worker", 0, worker, 75, "catch")
     wait_for(lambda: len(list(worker.glob("*.up"))) == 2)
     assert [path.read_text() for path in worker.glob("*.up")] == ["2", "2"]
     process.send_signal(signal.SIGUSR1)
@@ -200,9 +200,9 @@ def test_a_lost_node_leaves_the_other_to_go_on(config, tmp_path):
     words = ("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=2", "--rdzv-id=x")
     words += ("--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", f"--rdzv-conf={rdzv}")
     words += ("-m", "launch.cli", "train", config)
-    first = start(tmp_path, "launch.torchrun", *words)
+    first = start(tmp_path, "launch.local.torchrun", *words)
     wait_for(lambda: socket.socket().connect_ex(("localhost", port)) == 0)
-    second = start(tmp_path, "launch.torchrun", *words)
+    second = start(tmp_path, "launch.local.torchrun", *words)
     wait_for(lambda: checkpoints(config), 90)
     for pid in (second.pid, *children(second.pid)):
         os.kill(pid, signal.SIGKILL)
@@ -221,11 +221,11 @@ def dry(*words: object) -> list[str]:
 
 
 def test_a_dry_run_prints_what_can_be_pasted(config, monkeypatch):
-    monkeypatch.setattr("launch.local.usable_cores", lambda: 8)
+    monkeypatch.setattr("launch.local.start.usable_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     name = "run=my runs/a"
     words = dry(config, name, "--gpus", 4, "--stages", "16")
-    assert words[:4] == ["OMP_NUM_THREADS=2", sys.executable, "-m", "launch.torchrun"]
+    assert words[:4] == ["OMP_NUM_THREADS=2", sys.executable, "-m", "launch.local.torchrun"]
     assert words[words.index("--nproc-per-node") + 1] == "4"
     assert words[words.index("train") :] == ["train", str(config), name, "--stage", "16"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -235,10 +235,10 @@ def test_a_dry_run_prints_what_can_be_pasted(config, monkeypatch):
 def test_the_engine_chooses_the_launcher(config):
     pytest.importorskip("deepspeed")
     words = dry(config, "--gpus", 2, "--engine", "deepspeed")
-    assert words[words.index("-m") + 1] == "launch.deepspeed"
+    assert words[words.index("-m") + 1] == "launch.local.deepspeed"
     assert "engine.name=deepspeed" in words
-    assert "launch.deepspeed" in dry(config, "engine.name=deepspeed")
-    assert "launch.torchrun" in dry(config, "engine.name=deepspeed", "--engine", "ddp")
+    assert "launch.local.deepspeed" in dry(config, "engine.name=deepspeed")
+    assert "launch.local.torchrun" in dry(config, "engine.name=deepspeed", "--engine", "ddp")
 
 
 def test_more_gpus_than_there_are(config, monkeypatch):

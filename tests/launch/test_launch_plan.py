@@ -10,8 +10,8 @@ import yaml
 from typer.testing import CliRunner
 
 from dinogen.errors import UserError
-from launch.cli import app
-from launch.jobs import read_jobs
+from launch.cli.main import app
+from launch.slurm.jobs import read_jobs
 from tests.launch.played_slurm import set_state, submitted
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import relay as relay_module
-from launch.relay import Relay
-from launch.torchrun import _address
+from launch.local import signals as relay_module
+from launch.local.signals import Relay
+from launch.local.torchrun import _address
 from tests.families.tiny import pack_discs, tiny_config
 from tests.launch.test_launch_local import (
     ROOT,
@@ -69,7 +69,7 @@ def config(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
 def test_hup_and_quit_let_the_workers_save(worker, number):
-    words = ("launch.torchrun", "--standalone", "--nproc-per-node", 2, "-m", "worker")
+    words = ("launch.local.torchrun", "--standalone", "--nproc-per-node", 2, "-m", "worker")
     process = begin(DEFAULT, worker, *words, 0, worker, 0, "catch")
     wait_for(lambda: len(list(worker.glob("*.up"))) == 2)
     os.killpg(process.pid, number)
@@ -78,11 +78,11 @@ def test_hup_and_quit_let_the_workers_save(worker, number):
     assert got(worker) == ["SIGTERM", "SIGTERM"]
 
 
-@pytest.mark.parametrize("module", ["launch.torchrun", "launch.deepspeed"])
+@pytest.mark.parametrize("module", ["launch.local.torchrun", "launch.local.deepspeed"])
 def test_what_nohup_ignores_is_ignored_by_all_processes(worker, module):
-    if module == "launch.deepspeed":
+    if module == "launch.local.deepspeed":
         pytest.importorskip("deepspeed")
-    count = ("--standalone", "--nproc-per-node", 2) if module == "launch.torchrun" else (2,)
+    count = ("--standalone", "--nproc-per-node", 2) if module == "launch.local.torchrun" else (2,)
     process = begin(IGNORED, worker, module, *count, "-m", "worker", 0, worker, 0, "catch")
     wait_for(lambda: len(list(worker.glob("*.up"))) == 2)
     os.killpg(process.pid, signal.SIGHUP)
@@ -201,7 +201,14 @@ def test_a_machine_that_no_dns_knows(worker):
         "assert dist.any_rank(dist.rank() == 1) and dist.world_size() == 2\n"
         "dist.shutdown()\n"
     )
-    command = [sys.executable, "-m", "launch.torchrun", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "launch.local.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     done = subprocess.run(
         [*unknown_name(), *command, "-m", "ranks"],
         cwd=worker,

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from dinogen.config import ConfigError, parse_config
-from launch.resources import stage_resources, step_resources
+from launch.slurm.plan import stage_resources, step_resources
 
 
 def make_config(**cluster):

@@ -16,8 +16,8 @@ import yaml
 from typer.testing import CliRunner
 
 from dinogen.errors import UserError
-from launch.cli import app
-from launch.jobs import read_jobs
+from launch.cli.main import app
+from launch.slurm.jobs import read_jobs
 from tests.launch.played_slurm import set_state, submitted
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +131,7 @@ def test_a_dry_run_prints_each_command(folder):
     assert result.exit_code == 0, result.output
     for name in ("a", "b"):
         (line,) = (line for line in result.output.splitlines() if f"train {place}/{name}" in line)
-        assert line.endswith("seed=5") and "launch.torchrun" in line
+        assert line.endswith("seed=5") and "launch.local.torchrun" in line
     assert ran(place) == []
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from dinogen.config import Config
 from dinogen.errors import UserError
-from launch.chain import _holds_back
-from launch.jobs import read_jobs
-from launch.study_plan import open_study
-from launch.study_record import read_record
+from launch.slurm.jobs import read_jobs
+from launch.slurm.plan import _holds_back
+from launch.study.plan import open_study
+from launch.study.state import read_record
 from tests.launch.studies import write_study
 
 ATTEMPT = {"step": "train", "command": ["a"], "log": "x.log", "began": "now", "code": -9}

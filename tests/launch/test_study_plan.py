@@ -11,10 +11,10 @@ import yaml
 from typer.testing import CliRunner
 
 from dinogen.config import ConfigError
-from launch.cli import app
-from launch.study_cost import cost_of
-from launch.study_plan import open_study, steps_left
-from launch.study_say import duration
+from launch.cli.main import app
+from launch.study.cost import cost_of
+from launch.study.messages import duration
+from launch.study.plan import open_study, steps_left
 from tests.families.tiny import pack_discs
 from tests.launch.studies import Player, write, write_study
 

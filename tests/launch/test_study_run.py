@@ -12,9 +12,9 @@ import yaml
 
 from dinogen.config import ConfigError
 from dinogen.errors import UserError
-from launch import study_local
-from launch.study_plan import open_study
-from launch.study_record import is_locked, study_lock
+from launch.study import local as study_local
+from launch.study.plan import open_study
+from launch.study.state import is_locked, study_lock
 from tests.launch.studies import Player, write_study
 from tests.launch.study_words import compared, rows, study
 
@@ -32,7 +32,7 @@ def played_study(tmp_path, monkeypatch):
         path = write_study(tmp_path, **more)
         player = Player(path)
         monkeypatch.setattr(study_local, "start", player.start)
-        monkeypatch.setattr("launch.study_report.write_comparison", compared)
+        monkeypatch.setattr("launch.study.report.write_comparison", compared)
         return path, player
 
     return make
@@ -188,7 +188,7 @@ def test_several_processes_share_training_and_measuring(played_study):
     run = open_study(path).tracks["gan"][0]
     train, evaluate, look = (local._command(run, step)[1] for step in ("train", "evaluate", "look"))
     for command in (train, evaluate):
-        assert command[1:4] == ["-m", "launch.torchrun", "--standalone"]
+        assert command[1:4] == ["-m", "launch.local.torchrun", "--standalone"]
         assert command[command.index("--nproc-per-node") + 1] == "2"
     assert train[-2:] == ["train", str(local.study.copy_of(run))]
     assert evaluate[-4:] == [

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from launch import study_slurm
-from launch.jobs import read_jobs
+from launch.slurm.jobs import read_jobs
+from launch.study import slurm
 from tests.launch.played_slurm import set_state, submitted
 from tests.launch.studies import Player, write_study
 from tests.launch.study_words import compared, rows, study
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.usefixtures("calm")
 @pytest.fixture
 def on_slurm(played, tmp_path, monkeypatch):
     """A study on a played SLURM, whose jobs end soon after they are submitted."""
-    monkeypatch.setattr(study_slurm, "_FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(study_slurm, "_LAST_PAUSE", 0.05)
-    monkeypatch.setattr("launch.study_report.write_comparison", compared)
+    monkeypatch.setattr(slurm, "_FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(slurm, "_LAST_PAUSE", 0.05)
+    monkeypatch.setattr("launch.study.report.write_comparison", compared)
     place = tmp_path / "place"
     path = write_study(place, final={"tracks": ["vae"]})
     player = Player(path)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from dinogen.config import parse_config
 from dinogen.prepare import pipeline
 from dinogen.prepare.pyramid import PyramidMaker
-from launch.commands import data as commands
+from launch.cli import prepare as commands
 
 CPU = torch.device("cpu")
 SETTINGS = {

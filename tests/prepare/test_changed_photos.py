@@ -22,7 +22,7 @@ from dinogen.prepare.find import photo_key
 from dinogen.prepare.parts import write_pyramids
 from dinogen.prepare.pyramid import PyramidMaker
 from dinogen.prepare.read import PrepareError
-from launch.commands import faces as faces_command
+from launch.cli import prepare as faces_command
 from shards import open_dataset
 from tests.prepare.face_folders import FACE, files, rejected, save
 from tests.prepare.pipelines import CPU, dinogen, picture, settings

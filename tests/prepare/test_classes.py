@@ -23,7 +23,7 @@ from dinogen.prepare.parts import write_pyramids
 from dinogen.prepare.pyramid import PyramidMaker
 from dinogen.prepare.read import PrepareError
 from dinogen.prepare.summary import account
-from launch.commands import data as commands
+from launch.cli import prepare as commands
 from shards import ShardsError, open_dataset
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image, ImageCms
 from typer.testing import CliRunner
 
-from launch.cli import app
+from launch.cli.main import app
 from shards import open_dataset
 from tests.prepare.pipelines import picture
 

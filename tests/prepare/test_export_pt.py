@@ -24,7 +24,7 @@ from dinogen.prepare.export_pt import PtFiles, export_pt, file_names
 from dinogen.prepare.faces import read_faces, write_faces
 from dinogen.prepare.find import photo_key
 from dinogen.prepare.read import PrepareError
-from launch.commands import data as commands
+from launch.cli import prepare as commands
 from shards import Sample, open_dataset, pack
 from shards.read.packed import PackedDataset
 from tests.prepare.face_folders import rejected

@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 from dinogen.config import ConfigError
 from dinogen.prepare.read import PrepareError
-from launch.commands import faces
+from launch.cli import prepare
 
 
 @pytest.fixture
 def dinogen():
     app = typer.Typer(rich_markup_mode="rich")
-    faces.register(app)
+    prepare.register(app)
     runner = CliRunner()
     return lambda *arguments: runner.invoke(app, [str(argument) for argument in arguments])
 

@@ -18,8 +18,8 @@ from dinogen.prepare.export_pt import export_pt
 from dinogen.prepare.faces import write_faces
 from dinogen.prepare.parts import PartFiles, write_pyramids
 from dinogen.prepare.read import PrepareError
-from launch.commands import data as commands
-from launch.commands.shards import app as shards_app
+from launch.cli import prepare as commands
+from launch.cli.shards import app as shards_app
 from shards import open_dataset
 from shards.check.verify import verify
 from shards.image.decode import decode_image

@@ -22,7 +22,7 @@ from dinogen.prepare.faces import write_faces
 from dinogen.prepare.pyramid import PyramidMaker
 from dinogen.prepare.read import PrepareError
 from dinogen.training.levels import makes_pyramids, reads_pyramids
-from launch.commands import data as commands
+from launch.cli import prepare as commands
 from shards import open_dataset
 from shards.check.repair import rebuild_indexes
 from shards.check.verify import verify

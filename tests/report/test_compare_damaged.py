@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from launch.cli import app
+from launch.cli.main import app
 
 from .compare_runs import make_run
 from .compared_page import Page, cell

@@ -14,7 +14,7 @@ import pytest
 
 from dinogen.errors import UserError
 from dinogen.serve.server import open_site
-from launch import cli
+from launch.cli import main
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def fails(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["dinogen", *map(str, arguments)])
         monkeypatch.delenv("DINOGEN_DEBUG", raising=False)
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main.main()
         assert end.value.code == 1
         return capsys.readouterr().err.splitlines()[-1]
 

@@ -14,7 +14,7 @@ import pytest
 import webdataset
 from typer.testing import CliRunner
 
-from launch.commands.shards import app
+from launch.cli.shards import app
 from shards import open_dataset
 from shards.check.repair import plan_repair, repair
 from shards.errors import ManifestError, ShardsError

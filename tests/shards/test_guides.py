@@ -16,7 +16,7 @@ import webdataset
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from launch.commands.shards import app
+from launch.cli.shards import app
 from shards import ShardSink, open_dataset, pack
 from shards.check.repair import rebuild_indexes, repair
 from shards.check.verify import verify

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from launch.commands.shards import app
+from launch.cli.shards import app
 from shards import open_dataset
 from shards.check.repair import rebuild_indexes, repair
 from shards.check.verify import verify

@@ -19,7 +19,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from launch.cli import app
+from launch.cli.main import app
 from shards import Dataset, FetchError, open_dataset
 from shards.check.verify import verify
 from shards.errors import ManifestError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from launch.commands.shards import app
+from launch.cli.shards import app
 from shards import Sample, open_dataset, pack
 from shards.check.adopt import adopt
 from shards.check.repair import rebuild_indexes, repair

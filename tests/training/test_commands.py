@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dinogen.config import dump_config
-from launch import cli
+from launch.cli import main
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def dinogen(monkeypatch, capsys):
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["dinogen", *map(str, args)])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main.main()
         return end.value.code or 0, *capsys.readouterr()
 
     return call

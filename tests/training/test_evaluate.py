@@ -16,7 +16,7 @@ from dinogen.training import heldout as module
 from dinogen.training.evaluate import evaluate
 from dinogen.training.export import export, load_exported
 from dinogen.training.run import train
-from launch.cli import app
+from launch.cli.main import app
 from shards import open_dataset, pack
 from shards.errors import CorruptSample
 from tests.forked import torchrun

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from dinogen.training import evaluation, heldout
 from dinogen.training.evaluate import evaluate
 from dinogen.training.run import train
-from launch.cli import app
+from launch.cli.main import app
 from shards import open_dataset, pack
 from shards.errors import ShardsError
 from tests.families.conftest import disc_data  # noqa: F401 - a fixture

@@ -21,7 +21,7 @@ from dinogen.training import ema as ema_module
 from dinogen.training.export import export, load_exported
 from dinogen.training.run import train
 from dinogen.training.snapshot import load_snapshot
-from launch.cli import app
+from launch.cli.main import app
 
 from .helpers import stage
 

@@ -19,7 +19,7 @@ from dinogen.training.looks_history import History
 from dinogen.training.looks_scene import LeftOut, Scene
 from dinogen.training.run import train
 from dinogen.training.snapshot import load_snapshot
-from launch.cli import app
+from launch.cli.main import app
 from tests.families.tiny import RESOLUTION
 
 from .looks import alike, images_of

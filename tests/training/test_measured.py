@@ -15,7 +15,7 @@ from dinogen.metrics.names import NAMES
 from dinogen.training.evaluate import evaluate
 from dinogen.training.evaluate_folder import evaluate_folder
 from dinogen.training.run import train
-from launch.cli import app
+from launch.cli.main import app
 from shards import open_dataset
 from tests.families.tiny import discs
 from tests.metrics.small import save_pictures

@@ -15,7 +15,7 @@ from dinogen.config import ConfigError, dump_config, load_config
 from dinogen.training.jsonl import cut_lines
 from dinogen.training.lock import run_lock
 from dinogen.training.run import train
-from launch.cli import app
+from launch.cli.main import app
 from tests.families.tiny import pack_discs, tiny_config
 from tests.training.helpers import curve, stage, weights
 from tests.training.on_ranks import lock_here, on_ranks

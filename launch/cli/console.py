@@ -1,0 +1,81 @@
+"""What the command line shows: log messages, plain lines, progress bars."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Protocol
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+
+def setup_logging(quiet: bool = False) -> None:
+    """Show dinogen's messages on stderr; only errors where ``quiet`` (ranks other than 0)."""
+    console = Console(stderr=True)
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, rich_tracebacks=False)
+        handler.setFormatter(logging.Formatter("%(message)s", datefmt="%H:%M:%S"))
+    else:
+        # rich would break lines at 80 columns: a job's log has to stay easy to search.
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    level = logging.ERROR if quiet else logging.INFO
+    for name in ("dinogen", "shards", "launch"):
+        logging.getLogger(name).setLevel(level)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a line; a terminal that is gone, or a pipe that nobody reads, is no error."""
+    with suppress(OSError):
+        print(text, file=sys.stderr if err else sys.stdout, flush=True)
+
+
+class Move(Protocol):
+    """Moves a bar."""
+
+    def __call__(self, num_done: int, total: int, rate: str | None = None) -> None:
+        """Show ``num_done`` of ``total``; ``rate`` stands in place of what is done per second."""
+
+
+@contextmanager
+def progress_bar(what: str, unit: str, show: bool = True) -> Iterator[Move]:
+    """A bar on stderr; yields what moves it.
+
+    Args:
+        what: stands before the bar.
+        unit: of the rate, such as ``photos/s``.
+        show: False on ranks that stay silent.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{{task.fields[rate]}} {unit}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+        task = bar.add_task(what, total=None, rate="-")
+
+        def move(num_done: int, total: int, rate: str | None = None) -> None:
+            if rate is None:
+                speed = bar.tasks[task].speed
+                rate = "-" if speed is None else f"{speed:.1f}"
+            bar.update(task, completed=num_done, total=total, rate=rate)
+
+        yield move

@@ -1,0 +1,158 @@
+"""``dinogen doctor`` and ``config``: what this machine has, what a config comes to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dinogen.config import Config
+
+
+MARKS = {
+    "ok": "[green]✓[/]",
+    "note": "[dim]·[/]",
+    "warn": "[yellow]![/]",
+    "broken": "[bold red]✗[/]",
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``dinogen doctor`` to the command line."""
+    app.command("doctor")(doctor)
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for scripts.")] = False,
+) -> None:
+    """Tell what this machine has, and what to do about what it lacks.
+
+    Exits 1 if something is broken that every run needs.
+
+    [bold]Example[/bold]  dinogen doctor --json
+    """
+    import json
+
+    from launch.doctor import examine
+
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        if not as_json:
+            _print(finding.name, finding.status, finding.found, finding.mend)
+    if as_json:
+        typer.echo(json.dumps([finding.to_dict() for finding in findings], indent=2))
+    if any(finding.status == "broken" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _print(name: str, status: str, found: str, mend: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{MARKS[status]} [bold]{name:<14}[/bold] {escape(found)}")
+    if mend:
+        console.print(f"  {'':<14} [dim]->[/] {escape(mend)}")
+
+
+app = typer.Typer(help="Show a whole resolved config, or write the schema for editors.")
+
+
+def register(parent: typer.Typer) -> None:
+    """Add ``dinogen config`` to the command line."""
+    parent.add_typer(app, name="config", no_args_is_help=True)
+
+
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="YAML file of a run.", metavar="FILE")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, as in train.")
+    ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="For engine deepspeed: number of ranks to show it for.")
+    ] = 1,
+) -> None:
+    """Print the whole resolved config as YAML: defaults, then the file, then KEY=VALUE changes.
+
+    With the engine deepspeed, what DeepSpeed is told follows as comments, stage by stage.
+
+    [bold]Examples[/bold]
+
+      dinogen config show configs/demo.yaml stages.0.kimg=2
+
+      dinogen config show configs/demo.yaml engine.name=deepspeed engine.zero=2 --ranks 8
+    """
+    from dinogen.config import dump_config, load_config
+
+    config = load_config(file, overrides or ())
+    from dinogen.families.registry import resolve  # waits for torch: a mistake is told before
+
+    typer.echo(dump_config(resolve(config)), nl=False)
+    if config.engine.name == "deepspeed":
+        _show_deepspeed(config, ranks)
+
+
+def _show_deepspeed(config: Config, num_ranks: int) -> None:
+    """DeepSpeed's own config of each stage, as comments: the output stays a config."""
+    import json
+
+    from dinogen.training.deepspeed import deepspeed_config
+
+    for stage in config.stages:
+        told = deepspeed_config(config, stage, num_ranks)
+        size = f"{stage.resolution}x{stage.resolution}"
+        typer.echo(f"# DeepSpeed is told, in stage {size} on {num_ranks} rank(s):")
+        typer.echo("".join(f"#   {line}\n" for line in json.dumps(told, indent=2).splitlines()))
+
+
+@app.command()
+def schema(
+    out: Annotated[
+        Path | None, typer.Argument(help="File to write; printed if left out.", metavar="[OUT]")
+    ] = None,
+) -> None:
+    """Write the JSON schema by which editors complete and check configs.
+
+    A YAML file names it in its first line: # yaml-language-server: $schema=schema.json
+
+    [bold]Example[/bold]  dinogen config schema configs/schema.json
+    """
+    import json
+
+    from dinogen.files import write_text
+
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_text(out, text)
+        typer.echo(f"wrote {out}")
+
+
+def json_schema() -> dict[str, Any]:
+    """Schema of a whole config; ``family`` takes the options of the family that it names."""
+    from dinogen.config import Config, FamilyConfig
+    from dinogen.families.registry import family_class, family_names
+
+    whole = Config.model_json_schema()
+    choices = []
+    for name in family_names():
+        options = family_class(FamilyConfig(name=name)).Options.model_json_schema()
+        whole["$defs"].update(options.pop("$defs", {}))
+        options["title"] = f"family {name}"
+        options["properties"] = {
+            "name": {"const": name, "description": "a file of dinogen/families"},
+            **options.get("properties", {}),
+        }
+        if name != FamilyConfig().name:
+            options["required"] = ["name", *options.get("required", ())]
+        choices.append(options)
+    own = {"type": "string", "description": "a Python file of your own that defines the family"}
+    choices.append({"title": "your family", "properties": {"file": own}, "required": ["file"]})
+    whole["$defs"].pop("FamilyConfig")
+    whole["properties"]["family"] = {"oneOf": choices}
+    return whole

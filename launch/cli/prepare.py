@@ -1,0 +1,529 @@
+"""From photos to shards: ``download``, ``faces``, ``pyramids``, ``pack``, ``prepare``, ``export-pt``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from dinogen.errors import UserError
+from launch.cli.console import Move, progress_bar
+
+if TYPE_CHECKING:
+    import torch
+
+    from dinogen.config import Config, GuideConfig
+    from dinogen.features import Guide
+    from dinogen.prepare.download import DownloadSummary
+    from dinogen.prepare.faces import FacesSummary
+    from dinogen.prepare.pyramid import PyramidMaker
+    from dinogen.prepare.summary import FacesSummary
+    from shards.format.manifest import Manifest
+
+
+T = TypeVar("T")
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file; defaults if left out.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the config.")
+]
+Repack = Annotated[
+    bool,
+    typer.Option(
+        "--repack", help="Make the dataset in DATA again; the old one goes when it is done."
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(prepare)
+    app.command()(pyramids)
+    app.command()(pack)
+    app.command("export-pt")(export_pt)
+
+
+def prepare(
+    src: Annotated[Path, typer.Argument(help="Folder of photos.", metavar="SRC")],
+    data: Annotated[Path, typer.Argument(help="Folder of the dataset.", metavar="DATA")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    repack: Repack = False,
+) -> None:
+    """Photos to shards in one pass: find faces, compute their features, pack both.
+
+    The same command again goes on after an interruption. DATA/rejected.csv says which photos were
+    not used and why. On several GPUs run faces, pyramids and pack one after the other.
+
+    With the config of a family that reads no pyramids none are made, and no guide is needed.
+    prepare.faces.detect=none takes photos of anything as they are; prepare.faces.classes=folders
+    makes each folder below SRC a class.
+
+    With the config's guides: the features of each of them are made as well, with clip: also its
+    embeddings of images and captions; the caption of a photo NAME.jpg is NAME.txt beside it.
+
+    Where photos were taken out, replaced or added since DATA was finished, that is said, and
+    --repack makes it again.
+
+    [bold]Examples[/bold]
+
+      dinogen prepare photos data/faces
+
+      dinogen prepare photos data/faces -c my.yaml guide.path=facebook/dinov2-base
+
+      dinogen prepare cats data/cats prepare.faces.detect=none prepare.pack.val_fraction=0.05
+
+      dinogen prepare photos data/faces guides.pixels.name=pixels clip.path=clip-vit-base-patch32
+    """
+    from dinogen.prepare import pipeline
+    from dinogen.prepare.find import counted, find_photos
+    from dinogen.prepare.summary import account
+
+    settings = _settings(config, overrides)
+    photos = find_photos(src)  # a mistyped folder is told before the guide is loaded
+    maker = _maker(settings, _wants_pyramids(settings))
+    finished = _is_finished(data) and not repack
+
+    def work(folder: Path) -> tuple[FacesSummary, Manifest]:
+        with _bar("photos") as progress:
+            return pipeline.prepare(
+                src, folder, settings.prepare, maker, photos=photos, progress=progress
+            )
+
+    summary, manifest = _packed(data, repack, work)
+    rejected = pipeline.in_words(summary.rejected)
+    if finished:
+        typer.echo("finished already")
+    what = pipeline.noun(settings.prepare.faces)
+    counts = f"{counted(summary.num_photos, 'photo')}, {counted(summary.num_crops, what)}"
+    typer.echo(f"{counts}; {rejected or 'all used'}")
+    for line in account(summary):
+        typer.echo(line)
+    if rejected:
+        typer.echo(f"why not: {data / 'rejected.csv'}")
+    _tell(data, manifest)
+
+
+def pyramids(
+    faces: Annotated[Path, typer.Argument(help="Folder of aligned faces.", metavar="FACES")],
+    out: Annotated[Path, typer.Argument(help="Folder of the pyramids.", metavar="OUT")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+) -> None:
+    """Compute the guides' features of aligned faces, at grids 4, 8 and 16.
+
+    The same command again goes on after an interruption. Under torchrun the processes share the
+    work.
+
+    [bold]Examples[/bold]
+
+      dinogen pyramids faces pyramids -c my.yaml
+
+      python -m launch.local.torchrun --standalone --nproc-per-node 8 -m launch.cli \\
+        pyramids faces pyramids -c my.yaml
+    """
+    from dinogen import dist
+    from dinogen.prepare.find import counted
+    from dinogen.prepare.parts import write_pyramids
+    from dinogen.takedown import takedown
+
+    settings = _settings(config, overrides)
+    dist.init()
+    bar = _bar("faces" if dist.world_size() == 1 else "faces of rank 0")
+    with takedown(), bar as progress:
+        # Nobody asks for them in vain, unless it is for the embeddings alone.
+        maker = _maker(settings, settings.clip is None or _wants_pyramids(settings))
+        assert maker is not None
+        summary = write_pyramids(faces, out, maker, progress=progress)
+    if dist.is_main():
+        typer.echo(
+            f"{out}: {counted(summary.num_parts, 'part')} of {maker.label}; this process made "
+            f"{summary.num_done} and kept {summary.num_kept}"
+        )
+        typer.echo(f"next: dinogen pack {faces} {out} DATA")
+    dist.shutdown()
+
+
+def pack(
+    faces: Annotated[Path, typer.Argument(help="Folder of aligned faces.", metavar="FACES")],
+    folders: Annotated[
+        list[str],
+        typer.Argument(
+            help="Their pyramids, if there are any: parts, or one .pt per face. Folder of the "
+            "dataset. Changes to the config.",
+            metavar="[PYRAMIDS] DATA [KEY=VALUE]...",
+        ),
+    ],
+    config: ConfigFile = None,
+    repack: Repack = False,
+) -> None:
+    """Join faces and their pyramids and pack them as tar shards with an index and a manifest.
+
+    The same command again goes on after an interruption. Families that read no pyramids need none.
+    Damaged images of a plain folder and damaged .pt files stand in DATA/rejected.csv; the rest is
+    packed. Where faces have changed since DATA was finished, that is said, and --repack makes it
+    again.
+
+    [bold]Examples[/bold]
+
+      dinogen pack faces pyramids data/faces prepare.pack.val_fraction=0.05
+
+      dinogen pack faces old_experiment/pt data/faces guide.path=facebook/dinov2-base
+
+      dinogen pack faces data/plain
+    """
+    from dinogen.prepare import join
+
+    pyramids, data, overrides = _folders(folders)
+    settings = _settings(config, overrides)
+    if pyramids is None and config is not None and _wants_pyramids(settings):
+        raise UserError(
+            "the family of the config reads pyramids: write dinogen pack FACES PYRAMIDS DATA, or "
+            "add prepare.pyramids.make=never"
+        )
+    if pyramids is None and settings.clip is not None:
+        raise UserError(
+            "the config has clip: write dinogen pack FACES PYRAMIDS DATA, where dinogen pyramids "
+            "puts the embeddings too, or add clip=null"
+        )
+    source = join.open_pyramids(pyramids) if pyramids is not None else None
+    named = config is not None or any(item.startswith("guide.") for item in overrides)
+    guide = join.guide_of(source, settings.guide if named else None) if source else {}
+    finished = _is_finished(data) and not repack
+
+    def work(folder: Path) -> Manifest:
+        with _bar("faces") as progress:
+            return join.pack_faces(
+                faces,
+                source,
+                folder,
+                settings.prepare.pack,
+                guide,
+                by_folder=settings.prepare.faces.classes == "folders",
+                progress=progress,
+            )
+
+    manifest = _packed(data, repack, work)
+    if finished:
+        typer.echo("finished already")
+    _tell(data, manifest)
+
+
+def export_pt(
+    data: Annotated[Path, typer.Argument(help="Packed dataset.", metavar="DATA")],
+    out: Annotated[Path, typer.Argument(help="Folder of the .pt files.", metavar="DIR")],
+) -> None:
+    """Write one .pt per image: {'4x4': (1, 16, C), '8x8': ..., '16x16': ...} float32.
+
+    dinogen pack reads such a folder back. A damaged sample is named and all others are written;
+    the exit code is 1 then.
+
+    [bold]Example[/bold]  dinogen export-pt data/faces pt
+    """
+    from dinogen.prepare import export_pt as exchange
+    from dinogen.prepare.find import counted
+    from launch.cli.console import setup_logging
+
+    setup_logging()
+    with _bar("samples") as progress:
+        num_files = exchange.export_pt(data, out, progress=progress)
+    typer.echo(f"{counted(num_files, 'file')}: {out}")
+
+
+def _folders(words: list[str]) -> tuple[Path | None, Path, list[str]]:
+    """Pyramids, dataset and overrides out of ``[PYRAMIDS] DATA [KEY=VALUE]...``.
+
+    Raises:
+        UserError: too many folders, or pyramids stand where the dataset is meant to.
+    """
+    paths = [Path(word) for word in words if "=" not in word]
+    if len(paths) not in (1, 2):
+        raise UserError("write dinogen pack FACES [PYRAMIDS] DATA [KEY=VALUE]...")
+    data = paths[-1]
+    if any(data.glob("part-*.safetensors")) or any(data.glob("[!.]*.pt")):
+        raise UserError(f"{data} holds pyramids: name the folder of the dataset after it")
+    return (paths[0] if len(paths) == 2 else None), data, [word for word in words if "=" in word]
+
+
+def _wants_pyramids(settings: Config) -> bool:
+    """Whether the data get pyramids; says so if not."""
+    from dinogen.training.levels import makes_pyramids
+
+    wanted = makes_pyramids(settings)
+    if not wanted and settings.prepare.pyramids.make == "auto":
+        typer.echo(
+            f"no pyramids: family {settings.family.name} reads none "
+            "(prepare.pyramids.make=always makes them)"
+        )
+    return wanted
+
+
+def _settings(config: Path | None, overrides: list[str] | None) -> Config:
+    from dinogen import dist
+    from dinogen.config import load_config, parse_config
+    from launch.cli.console import setup_logging
+
+    setup_logging(quiet=not dist.is_main())
+    if config is None:
+        return parse_config({}, overrides or (), source="command line")
+    return load_config(config, overrides or ())
+
+
+def _maker(settings: Config, pyramids: bool) -> PyramidMaker | None:
+    """What makes the features of the config; None if it asks for none."""
+    from dinogen import dist
+    from dinogen.prepare.pyramid import PyramidMaker
+
+    if not pyramids and settings.clip is None:
+        return None
+    dist.set_cpu_threads()
+    device = dist.device()
+    guide: Guide | None = None
+    guides: dict[str, Guide] = {}
+    if pyramids:
+        guide = _guide("guide", settings.guide, device)
+        guides = {n: _guide(f"guides.{n}", one, device) for n, one in settings.guides.items()}
+    embedder = None
+    if settings.clip is not None:
+        from dinogen.features.clip import load_clip
+
+        embedder = load_clip(settings.clip, device)
+    return PyramidMaker(guide, settings.prepare.pyramids, device, guides, embedder)
+
+
+def _guide(key: str, config: GuideConfig, device: torch.device) -> Guide:
+    from dinogen.features import GuideError, load_guide
+
+    try:
+        return load_guide(config, device)
+    except GuideError as error:
+        raise GuideError(
+            f"{str(error).replace('guide.', f'{key}.')}\nWithout a guide, for a family that "
+            "reads no pyramids: give its config, or prepare.pyramids.make=never"
+        ) from None
+
+
+def _packed(data: Path, again: bool, work: Callable[[Path], T]) -> T:
+    """Pack into a folder, or into one that takes its place when it is finished."""
+    from dinogen.prepare.repack import repack, tell_interrupted
+
+    if again:
+        return repack(data, work)
+    tell_interrupted(data)
+    return work(data)
+
+
+def _is_finished(data: Path) -> bool:
+    """Whether a dataset lies there; work on it then returns at once, or fails."""
+    from shards.format.manifest import MANIFEST
+
+    return (data / MANIFEST).is_file()
+
+
+def _tell(data: Path, manifest: Manifest) -> None:
+    from dinogen.prepare.find import counted
+
+    splits = ", ".join(f"{info.num_samples} {name}" for name, info in manifest.splits.items())
+    typer.echo(f"{data}: {splits} in {counted(len(manifest.shards), 'shard')}")
+    for name, level in manifest.levels.items():
+        channels = counted(level.channels, "channel")
+        typer.echo(f"  {name}: {channels}, total variance {level.total_variance:.4g}")
+    typer.echo(f"next: dinogen train CONFIG data.path={data}")
+
+
+def _bar(what: str) -> AbstractContextManager[Move]:
+    from dinogen import dist
+
+    return progress_bar(what, "images/s", show=dist.is_main())
+
+
+_NUM_SHOWN = 10
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(faces)
+    app.command()(download)
+
+
+def faces(
+    src: Annotated[Path, typer.Argument(help="Folder of photos.", metavar="SRC")],
+    out: Annotated[Path, typer.Argument(help="Folder for the faces.", metavar="OUT")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the config.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file; defaults if left out.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where faces are detected: auto, cpu, cuda:1, ...")
+    ] = "auto",
+    withdraw: Annotated[
+        bool,
+        typer.Option(
+            "--withdraw", help="Remove the crops of photos that are gone, even if most are."
+        ),
+    ] = False,
+) -> None:
+    """Find the faces in photos and write them as aligned square images.
+
+    Reads JPEG, PNG, WebP, TIFF, BMP and more below SRC. What is not used stands in
+    OUT/rejected.csv with the reason; hidden and system files are passed over. The same command
+    again goes on after an interruption, removes the crops of photos that were taken out of SRC and
+    makes those of photos that were replaced again. Captions are read if the config has clip.
+
+    [bold]Examples[/bold]
+
+      dinogen faces photos faces
+
+      dinogen faces photos faces_ffhq prepare.faces.align=ffhq prepare.faces.size=512
+
+      dinogen faces party faces_all prepare.faces.which=all prepare.faces.min_face=40
+
+      dinogen faces cats cats_256 prepare.faces.detect=none     (photos as they are)
+
+    [bold]Options, with their defaults[/bold]  dinogen config show FILE
+    """
+    from dinogen import dist
+    from dinogen.config import load_config, parse_config
+    from dinogen.prepare.faces import write_faces
+    from launch.cli.console import setup_logging
+
+    setup_logging()
+    if config is None:
+        settings = parse_config({}, overrides or (), source="command line")
+    else:
+        settings = load_config(config, overrides or ())
+    dist.set_cpu_threads()
+    with progress_bar("faces", "photos/s") as move:
+        summary = write_faces(
+            src,
+            out,
+            settings.prepare.faces,
+            with_captions=settings.clip is not None,
+            withdraw=withdraw,
+            device=device,
+            progress=move,
+        )
+    _tell_faces(summary, out)
+    if not summary.num_crops:
+        raise typer.Exit(1)
+
+
+def download(
+    listing: Annotated[
+        Path,
+        typer.Argument(help="Lines of URL [SHA256] [FILENAME], or CSV or TSV.", metavar="LIST"),
+    ],
+    folder: Annotated[Path, typer.Argument(help="Folder for the files.", metavar="DIR")],
+    num_parallel: Annotated[
+        int, typer.Option(min=1, max=64, help="Files fetched at the same time.")
+    ] = 8,
+    num_attempts: Annotated[
+        int, typer.Option(min=1, help="In a row without a new byte, then a file has failed.")
+    ] = 5,
+) -> None:
+    """Fetch a list of photos: checked, retried, resumed after an interruption.
+
+    What was not fetched stands in DIR/failed.csv with its line and the reason, and the exit code
+    is 1; all else is fetched. The same command again tries what is missing once more.
+
+    A photo whose address has no image suffix gets one by its content. A web page or an empty
+    answer in place of a photo counts as failed.
+
+    [bold]Examples[/bold]
+
+      dinogen download urls.txt photos
+
+      dinogen download urls.csv photos --num-parallel 16
+
+    [bold]A text list[/bold], checksum and name may be left out; a tab before a name is never
+    taken for a part of the address
+
+      https://example.org/a.jpg
+
+      https://example.org/b.jpg 9f86d081...(64 digits)...0f00a08 b2.jpg
+
+    [bold]A table[/bold], with commas, semicolons, tabs or bars; other columns are passed over
+
+      url;caption;filename
+
+      https://example.org/photo?id=7;"a cat; asleep";cat
+    """
+    from dinogen.prepare.download import download as fetch
+    from launch.cli.console import setup_logging
+
+    setup_logging()
+    with progress_bar("download", "MB") as move:
+
+        def progress(num_done: int, total: int, num_bytes: int) -> None:
+            move(num_done, total, f"{num_bytes / 1e6:.1f}")
+
+        summary = fetch(
+            listing,
+            folder,
+            num_parallel=num_parallel,
+            num_attempts=num_attempts,
+            progress=progress,
+        )
+    _tell_download(summary, folder)
+    if summary.failures:
+        raise typer.Exit(1)
+
+
+def _tell_faces(summary: FacesSummary, out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dinogen.prepare.find import counted
+    from dinogen.prepare.summary import account
+
+    console = Console()
+    table = Table(title=counted(summary.num_photos, "photo"), title_justify="left")
+    table.add_column("outcome")
+    table.add_column("number", justify="right")
+    table.add_row("faces", str(summary.num_crops), style="green" if summary.num_crops else "red")
+    for reason, number in summary.rejected.items():
+        table.add_row(f"rejected: {reason}", str(number), style="yellow")
+    table.add_row("photos done before", str(summary.num_skipped))
+    console.print(table)
+    for line in account(summary):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    if summary.rejected:
+        console.print(f"why: {out / 'rejected.csv'}", soft_wrap=True, highlight=False)
+    if summary.num_crops:
+        console.print(
+            f"next: dinogen pyramids {out} PYRAMIDS, or without a guide dinogen pack {out} DATA",
+            soft_wrap=True,
+            highlight=False,
+        )
+    else:
+        console.print(
+            "[bold red]NO FACE AT ALL.[/bold red] Look into rejected.csv; for photos that are "
+            "of something else, or already cropped, use prepare.faces.detect=none."
+        )
+
+
+def _tell_download(summary: DownloadSummary, folder: Path) -> None:
+    from rich.console import Console
+
+    from dinogen.prepare.find import counted
+
+    console = Console()
+    console.print(
+        f"{folder}: {summary.num_fetched} fetched ({summary.num_bytes / 1e6:.1f} MB), "
+        f"{summary.num_present} there before, {len(summary.failures)} failed"
+        + (f", {counted(summary.num_repeated, 'line')} repeated" if summary.num_repeated else ""),
+        soft_wrap=True,
+        highlight=False,
+    )
+    for failure in summary.failures[:_NUM_SHOWN]:
+        line = f"  line {failure.line}: {failure.reason}: {failure.url}: {failure.detail}"
+        console.print(line, style="red", soft_wrap=True, highlight=False, markup=False)
+    if summary.failures:
+        console.print(f"all of them: {folder / 'failed.csv'}", soft_wrap=True, highlight=False)

@@ -1,0 +1,267 @@
+"""``dinogen evaluate`` and ``export``, and how measured values are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dinogen.metrics.names import GUIDE_DIVERSITY
+from dinogen.report.cautions import FEW
+
+Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]
+Stage = Annotated[
+    int | None, typer.Option(help="Resolution; the largest trained by default.", metavar="R")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(evaluate)
+    app.command()(export)
+
+
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="File to write.", metavar="OUT.safetensors")],
+    stage: Stage = None,
+    nimg: Annotated[
+        int | None,
+        typer.Option(min=0, help="Checkpoint, by its images seen; the newest by default."),
+    ] = None,
+) -> None:
+    """Write the generator of a run as one safetensors file, with its config in the metadata.
+
+    It is the moving average, which sample draws from, bit for bit.
+
+    [bold]Examples[/bold]
+
+      dinogen export runs/first first.safetensors
+
+      dinogen export runs/first early.safetensors --stage 16 --nimg 180000
+    """
+    from dinogen.training.export import export as export_run
+    from launch.cli.console import setup_logging
+
+    setup_logging()
+    done = export_run(run, out, stage, nimg)
+    info = done.info
+    typer.echo(
+        f"{done.path}: {info['network']['class'].rpartition('.')[2]} of stage "
+        f"{info['resolution']}x{info['resolution']} at {info['nimg']} images, "
+        f"{done.num_parameters:,} parameters, taught by {info.get('guide_label', 'no guide')}"
+    )
+
+
+def evaluate(
+    place: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a run, one of its checkpoints, or any folder of images.",
+            metavar="RUN|FOLDER",
+        ),
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Changes to the section metrics:, and where things lie now: data.path=FOLDER, "
+            "guide.path=FOLDER.",
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Which, separated by commas; all by default. held_out is what the family itself "
+            "measures.",
+            metavar="fid,kid",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Real images to compare with: packed shards or a folder; the run's own data by "
+            "default.",
+            metavar="DATA",
+        ),
+    ] = None,
+    stage: Stage = None,
+    nimg: Annotated[
+        int | None,
+        typer.Option(min=0, help="Checkpoint, by its images seen; the newest by default."),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Which part of the data to measure on: val (the default), test or train.",
+            metavar="SPLIT",
+        ),
+    ] = None,
+    # not --num: torchrun takes that for the beginning of an option of its own
+    num_samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="So many images are generated, or read of a folder, and at most so many "
+            "held-out samples; metrics.num_samples and all by default.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File (.json) or folder to write to; beside what is measured by default.",
+            metavar="FILE|FOLDER",
+        ),
+    ] = None,
+) -> None:
+    """Measure a checkpoint, or a folder of images, against real ones.
+
+    Of a run: what its family measures on held-out samples, and metrics of
+    generated images such as FID (docs/metrics.md). Only what the metrics need is
+    loaded. Where weights, data or the guide are missing, what needs them is
+    reported with the reason, and all else is measured. Each figure is printed as
+    soon as it is known; the exit code is 1 if there is none. Under torchrun the
+    work is shared among the ranks; the figures stay the same.
+
+    [bold]Examples[/bold]
+
+      dinogen evaluate runs/first
+
+      dinogen evaluate runs/first --metrics fid768,kid768 metrics.inception768=folded.safetensors
+
+      dinogen evaluate moved/first data.path=/mnt/faces --out first.json
+
+      dinogen evaluate images --reference data/faces --metrics fid,precision,recall
+
+      python -m launch.local.torchrun --standalone --nproc-per-node 4 -m launch.cli evaluate runs/first
+    """
+    from dinogen import dist
+    from dinogen.files import named_folder
+    from dinogen.training.evaluate import evaluate as evaluate_run
+    from dinogen.training.evaluate_folder import evaluate_folder, is_folder_of_pictures
+    from dinogen.training.evaluation import find_path
+    from launch.cli.console import say, setup_logging
+
+    setup_logging(quiet=not dist.is_main())
+
+    def tell(part: dict[str, Any]) -> None:
+        for line in lines_of(part):
+            say(line)  # at once, also into a pipe: what follows may take long, or fail
+
+    place = named_folder(place)
+    names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
+    wish: dict[str, Any] = {"names": names, "reference": reference, "changes": changes or ()}
+    wish |= {"out": out, "tell": tell}
+    if is_folder_of_pictures(place):
+        result = evaluate_folder(place, num_samples, split=split, **wish)
+        written = find_path(place, out)
+    else:
+        if place.parent.name == "checkpoints" and place.name.isdigit():
+            stage, nimg = int(place.parents[1].name.partition("x")[0]), int(place.name)
+            place = place.parents[2]
+        result = evaluate_run(place, stage, split, num_samples, nimg=nimg, **wish)
+        written = find_path(place / f"{result['resolution']}x{result['resolution']}", out)
+    if dist.is_main():
+        for line in closing_lines(result):
+            say(line)
+        say(str(written) if result["kept"] else f"NOT KEPT: {written} cannot be written")
+    dist.shutdown()
+    if not measured_now(result):
+        typer.echo("dinogen: nothing was measured", err=True)
+        raise typer.Exit(1)
+
+
+HELD_OUT = "held_out"
+
+
+def lines_of(part: dict[str, Any]) -> Iterator[str]:
+    """Lines for people of a part of an evaluation.json, as it becomes known.
+
+    Args:
+        part: what the checkpoint or folder is, or figures that were just measured.
+    """
+    if "resolution" in part:
+        yield _title(part)
+        yield from _own(part)
+    for name, figure in (part.get("measured") or {}).items():
+        if figure["value"] is not None:
+            yield f"  {_figure(name, figure, part.get('fingerprints') or {})}"
+
+
+def closing_lines(result: dict[str, Any]) -> Iterator[str]:
+    """What is left to say when all is measured: what is old, and what is not available.
+
+    Args:
+        result: a whole evaluation.json.
+    """
+    before = set(result.get("measured_before") or ())
+    prints = result.get("fingerprints") or {}
+    measured = result["measured"]
+    if HELD_OUT in before:
+        # of a probe for guide_diversity alone all else was told when it was found
+        probed = GUIDE_DIVERSITY in measured and GUIDE_DIVERSITY not in before
+        for line in _own(result):
+            if not probed or line.startswith(f"  {HELD_OUT}/"):
+                yield f"{line} (measured before)"
+    for name, figure in measured.items():
+        if name in before and figure["value"] is not None:
+            yield f"  {_figure(name, figure, prints)} (measured before: {figure.get('command')})"
+    missing: dict[str, list[str]] = {}
+    for name, reason in (result.get("not_measured") or {}).items():
+        missing.setdefault(reason, []).append(name)
+    for name, figure in measured.items():
+        if figure["value"] is None and name not in before:
+            missing.setdefault(figure["reason"], []).append(name)
+    for reason, names in missing.items():
+        yield f"  not available: {', '.join(names)}: {reason}"
+
+
+def measured_now(result: dict[str, Any]) -> list[str]:
+    """Names of what this command has measured, ``held_out`` among them."""
+    before = set(result.get("measured_before") or ())
+    found = [name for name, one in result["measured"].items() if one["value"] is not None]
+    if result.get("metrics"):
+        found.append(HELD_OUT)
+    return [name for name in found if name not in before]
+
+
+def _title(result: dict[str, Any]) -> str:
+    size = f"{result['resolution']}x{result['resolution']}"
+    if "nimg" not in result:
+        return f"{result['num_samples']} images of {size} in {result['folder']}"
+    taught = result.get("guide_label")
+    said = f"stage {size} at {result['nimg']} images"
+    if result.get("num_samples"):
+        said += f", {result['num_samples']} samples of {result['split']}"
+    return said + (f", guide: {taught}" if taught else "")
+
+
+def _own(result: dict[str, Any]) -> Iterator[str]:
+    """What the family measures of itself."""
+    num = result.get("num_samples") or 0
+    for name, value in (result.get("metrics") or {}).items():
+        few = name.startswith("held_out/") and num < FEW
+        caution = f" (CAUTION: from only {num:,} held-out samples)" if few else ""
+        yield f"  {name}: {'not finite' if value is None else f'{value:.6g}'}{caution}"
+    if "verdict" in result:
+        yield f"  {' '.join(result.get('warnings') or ()) or result['verdict']}"
+    if result.get("num_skipped"):
+        yield f"  {result['num_skipped']} damaged samples were left out"
+
+
+def _figure(name: str, figure: dict[str, Any], fingerprints: dict[str, Any]) -> str:
+    """``fid: 12.3 +- 0.4 (5000 images against 700, fingerprint 0123456789ab)``."""
+    spread = "" if figure["spread"] is None else f" +- {figure['spread']:.2g}"
+    behind = f"{figure['num_samples']} images"
+    if figure["num_reference"] is not None:
+        behind += f" against {figure['num_reference']}"
+    mark = figure["fingerprint"]
+    if mark is not None:
+        behind += f", fingerprint {mark}"
+        if (fingerprints.get(mark) or {}).get("random"):
+            behind += ", by a RANDOM judge: it means nothing"
+    if figure.get("caution"):
+        behind += f"; CAUTION: {figure['caution']}"
+    return f"{name}: {figure['value']:.6g}{spread} ({behind})"

@@ -1,0 +1,200 @@
+"""``dinogen train``, ``sample`` and ``demo``."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from dinogen.demo import Demo
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(train)
+    app.command()(sample)
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the config.")
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help="Train only the stage R, or from R to S: R..S.", metavar="R"),
+    ] = None,
+) -> None:
+    """Train all stages of CONFIG, or one. The same command again goes on where it was.
+
+    [bold]Examples[/bold]
+
+      dinogen train configs/guided_256.yaml
+
+      dinogen train configs/guided_256.yaml run=runs/b seed=1 stages.0.kimg=20
+
+      dinogen train configs/guided_256.yaml --stage 16
+
+      dinogen train configs/guided_256.yaml --stage 4..32
+
+      dinogen launch configs/guided_256.yaml --gpus 4
+    """
+    from dinogen import dist
+    from dinogen.config import load_config
+    from dinogen.training.run import train as train_run
+    from dinogen.training.stop import Stopped
+    from launch.cli.console import say, setup_logging
+    from launch.request import choose_stages
+
+    setup_logging(quiet=not dist.is_main())
+    settings = load_config(config, overrides or ())
+    try:
+        results = train_run(settings, *choose_stages(settings, stage))
+    except Stopped as stopped:
+        if not dist.under_agent():
+            raise
+        # torchrun would start a worker again that ends with another code than 0
+        if dist.is_main():
+            say(f"dinogen: {stopped}", err=True)
+        dist.shutdown()
+        return
+    if dist.is_main():
+        for result in results:
+            name = f"{result['resolution']}x{result['resolution']}"
+            say(f"{name}: {settings.run / name / result['files']['final']}")
+        say(f"page: {settings.run / 'index.html'}")
+        say(f"curves: tensorboard --logdir {settings.run}")
+    dist.shutdown()
+
+
+def sample(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    num: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
+    stage: Annotated[
+        int | None, typer.Option(help="Resolution; the largest trained by default.", metavar="R")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; RUN/samples/... by default.", metavar="DIR")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="What to show; given again, pictures show each in turn."),
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option(min=0, max=100, help="Of --text: 1 as trained, more exaggerates.")
+    ] = 1.0,
+) -> None:
+    """Make pictures from the moving average of a run: PNGs and one grid.
+
+    [bold]Example[/bold]  dinogen sample runs/first --num 64 --seed 0 --stage 32
+    [bold]Example[/bold]  dinogen sample runs/text --text "a smiling woman" --guidance 2
+    """
+    from PIL import Image
+
+    from dinogen.errors import UserError
+    from dinogen.files import write_text
+    from dinogen.report.pictures import save_grid, to_uint8
+    from dinogen.training.snapshot import load_snapshot
+    from launch.cli.console import setup_logging
+
+    setup_logging()
+    if guidance != 1 and not text:
+        raise UserError("--guidance exaggerates what --text asks for: say that as well")
+    snapshot = load_snapshot(run, stage)
+    size = f"{snapshot.resolution}x{snapshot.resolution}"
+    if text:
+        snapshot.ask(text, guidance)
+    asked = f"_{text_mark(text, guidance)}" if text else ""
+    folder = out or run / "samples" / f"{size}_{snapshot.nimg:09d}_seed{seed}{asked}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if text:
+        write_text(folder / "prompts.txt", "".join(f"{prompt}\n" for prompt in text))
+    images = snapshot.sample(num, seed).numpy()
+    for number, picture in enumerate(to_uint8(images)):
+        Image.fromarray(picture).save(folder / f"{number:05d}{snapshot.mark}.png")
+    grid = save_grid(images, folder / f"grid_{size}{snapshot.mark}.png")
+    typer.echo(f"{num} pictures of stage {size} at {snapshot.nimg} images: {grid}")
+
+
+def text_mark(texts: list[str], guidance: float) -> str:
+    """Part of a folder's name that tells other prompts from these."""
+    words = re.sub(r"[^a-z0-9]+", "-", " ".join(texts).lower()).strip("-")[:40]
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
+    return f"{words}_{digest}_g{guidance:g}"
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``dinogen demo`` to the command line."""
+    app.command("demo")(demo)
+
+
+def demo(
+    photos: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of your own photos; 101 built-in faces if left out.", metavar="DIR"
+        ),
+    ] = None,
+    guide: Annotated[
+        str | None,
+        typer.Option(help="DINOv2 checkpoint: a folder or a hub name.", metavar="PATH"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for all that it makes.", metavar="DIR")] = Path(
+        "demo"
+    ),
+) -> None:
+    """Turn photos into faces, pyramids and shards, and train 4x4, 8x8 and 16x16 on them.
+
+    Works offline, on a CPU, in about four minutes. Without DINOv2's weights a smaller guide with
+    random weights takes its place, and says so everywhere. Run again, it goes on where it was.
+
+    [bold]Examples[/bold]
+
+      dinogen demo
+
+      dinogen demo --photos ~/Pictures --guide facebook/dinov2-small --out demo-mine
+    """
+    from dinogen.demo import run_demo
+    from launch.cli.console import setup_logging
+
+    setup_logging()
+    _print(run_demo(out, photos, guide))
+
+
+def _print(done: Demo) -> None:
+    """Tell what was made, how long it took and what comes next."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print()
+    for result in done.results:
+        name = f"{result['resolution']}x{result['resolution']}"
+        verdict = result["verdict"]
+        colour = "green" if verdict == "ok" else "red"
+        console.print(
+            f"{name:>7}  {result['nimg']:,} images  [{colour}]{verdict}[/]  "
+            f"{done.config.run / name / result['files']['final']}"
+        )
+    steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in done.seconds.items())
+    console.print(f"\nwall time {sum(done.seconds.values()):.0f} s: {steps}")
+    if done.random_guide:
+        console.print(
+            "[bold red]RANDOM GUIDE[/]: the pictures show that all of it runs, not its quality"
+        )
+    if any(result["verdict"] != "ok" for result in done.results):
+        console.print(
+            "Collapse is what the objective mse leads to: all z end at one mean face "
+            "(README.md, The collapse floor)"
+        )
+    console.print(f"\n[bold]Page[/]        {done.page}")
+    console.print(f"[bold]TensorBoard[/] tensorboard --logdir {done.config.run}")
+    console.print("[bold]Next[/]")
+    run = done.config.run
+    console.print(f"  dinogen sample {run} --num 64 --seed 1")
+    console.print(f"  dinogen shards ls {done.config.data.path}")
+    console.print("  dinogen demo --photos YOUR_PHOTOS --out demo-mine")

@@ -1,0 +1,1 @@
+"""A run on this machine: its processes, and the signals they are passed."""

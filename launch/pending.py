@@ -1,0 +1,169 @@
+"""Makes what a comparison would lack: metric values, visualizations, a checkpoint sweep."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dinogen.config import Config, StageConfig, load_config
+from dinogen.errors import UserError
+from dinogen.files import write_text
+from dinogen.report.compare_columns import MEASURED
+from dinogen.report.compare_numbers import OVER_TRAINING
+from dinogen.report.runfiles import EVALUATION, read_evaluation, read_metrics
+from launch.progress import figure_of, is_looked, stage_result
+
+log = logging.getLogger(__name__)
+
+
+def make_missing(
+    folders: Sequence[Path], metrics: str | None = None, changes: Sequence[str] = ()
+) -> list[str]:
+    """Give `dinogen evaluate` and `dinogen look` for each run whose end lacks theirs.
+
+    Each is a process of its own, so that one that fails costs the others nothing.
+
+    Args:
+        folders: of the runs.
+        metrics: names, comma separated; a run that lacks a value of one is measured again. If
+            not given, a run is measured if none of its metrics ever was.
+        changes: ``KEY=VALUE`` for evaluate.
+
+    Returns:
+        What failed, a line each.
+    """
+    problems = []
+    for folder in folders:
+        for words in _lacking(folder, metrics, changes):
+            log.info("dinogen %s", shlex.join(words))
+            code = subprocess.run(
+                [sys.executable, "-m", "launch.cli", *words], check=False
+            ).returncode
+            if code:
+                problems.append(f"dinogen {shlex.join(words)}: exit code {code}")
+    return problems
+
+
+def last_done(folder: Path) -> tuple[Config, StageConfig] | None:
+    """The config of a run and its largest stage that is done; None if there is none."""
+    try:
+        config = load_config(folder / "config.yaml").model_copy(update={"run": folder})
+    except UserError as error:
+        log.warning("%s", error)
+        return None
+    done = [stage for stage in config.stages if stage_result(config, stage) is not None]
+    return (config, done[-1]) if done else None
+
+
+def _lacking(folder: Path, metrics: str | None, changes: Sequence[str]) -> list[list[str]]:
+    """Commands that a run lacks; none if no stage of it is done."""
+    found = last_done(folder)
+    if found is None:
+        return []
+    config, stage = found
+    where = [str(folder), "--stage", str(stage.resolution)]
+    commands = []
+    if not _is_measured(config, stage, metrics):
+        chosen = ["--metrics", metrics] if metrics else []
+        commands.append(["evaluate", *where, *chosen, *changes])
+    if not is_looked(config, stage):
+        commands.append(["look", *where])
+    return commands
+
+
+def _is_measured(config: Config, stage: StageConfig, metrics: str | None) -> bool:
+    if metrics is None:
+        names = [name for _, names in MEASURED for name, _ in names]
+        return any(figure_of(config, stage, name) is not None for name in names)
+    figures = [figure_of(config, stage, name.strip()) for name in metrics.split(",")]
+    return all(one is not None and one.get("value") is not None for one in figures)
+
+
+log = logging.getLogger(__name__)
+
+
+def measure_over_training(
+    folders: Sequence[Path], metrics: str, changes: Sequence[str] = ()
+) -> list[str]:
+    """Give `dinogen evaluate` for each kept checkpoint of the last stage that is done.
+
+    The figures go into ``RUN/RxR/checkpoints.jsonl``, a line per checkpoint; what is there already
+    is not measured again.
+
+    Args:
+        folders: of the runs.
+        metrics: names, comma separated.
+        changes: ``KEY=VALUE`` for evaluate.
+
+    Returns:
+        What failed, a line each.
+    """
+    names = [name.strip() for name in metrics.split(",")]
+    problems = []
+    for folder in folders:
+        found = last_done(folder)
+        if found is None:
+            continue
+        size = found[1].resolution
+        stage = folder / f"{size}x{size}"
+        lines = _read(stage / OVER_TRAINING)
+        kept = sorted(int(p.name) for p in stage.glob("checkpoints/*") if p.name.isdigit())
+        for nimg in kept:
+            if set(names) <= set(lines.get(nimg, {}).get("metrics", {})):
+                continue
+            words = ["--stage", str(size), "--nimg", str(nimg), "--metrics", metrics, *changes]
+            result = _evaluate(folder, stage, words)
+            if result is None:
+                command = shlex.join(["dinogen", "evaluate", str(folder), *words])
+                problems.append(f"{command}: failed")
+                continue
+            old = lines.get(nimg, {"metrics": {}, "fingerprints": {}})
+            lines[nimg] = {
+                "nimg": nimg,
+                "stage": size,
+                "metrics": old["metrics"] | (result.get("measured") or {}),
+                "fingerprints": old["fingerprints"] | (result.get("fingerprints") or {}),
+            }
+            text = "".join(json.dumps(lines[key]) + "\n" for key in sorted(lines))
+            write_text(stage / OVER_TRAINING, text)
+    return problems
+
+
+def _evaluate(run: Path, stage: Path, words: Sequence[str]) -> dict[str, Any] | None:
+    """What evaluate says of a checkpoint; None if it fails.
+
+    It writes beside the checkpoints, where the figures of the run's end are to stay: so it is
+    given a folder that borrows them.
+    """
+    with TemporaryDirectory() as name:
+        place = Path(name)
+        shutil.copy(run / "config.yaml", place)
+        (place / stage.name).mkdir()
+        (place / stage.name / "checkpoints").symlink_to((stage / "checkpoints").absolute())
+        log.info("dinogen evaluate %s %s", run, shlex.join(words))
+        command = [sys.executable, "-m", "launch.cli", "evaluate", str(place), *words]
+        if subprocess.run(command, check=False).returncode:
+            return None
+        found = read_evaluation(place / stage.name / EVALUATION)
+        for trouble in found.told():
+            log.warning("%s", trouble)
+        # its own commands name the place that it was given
+        text = json.dumps(found.value).replace(str(place), str(run))
+        written: dict[str, Any] | None = json.loads(text)
+        return written
+
+
+def _read(path: Path) -> dict[int, dict[str, Any]]:
+    """Sound lines that are there already, by their images."""
+    found = read_metrics(path)
+    for trouble in found.told():
+        log.warning("%s", trouble)
+    return {line["nimg"]: {"fingerprints": {}} | line for line in found.value}

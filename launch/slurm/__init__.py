@@ -1,0 +1,1 @@
+"""A run on a cluster: the jobs it needs, submitting them, and what became of them."""

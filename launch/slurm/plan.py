@@ -1,0 +1,237 @@
+"""The steps of a run on a cluster, from photos to metrics: script, arguments, resources."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinogen.config import Config, StageConfig
+from dinogen.config_cluster import ClusterConfig, JobConfig
+from dinogen.errors import UserError
+from launch.progress import figure_of, is_evaluated, is_looked, stage_result
+from launch.request import choose_stages
+from shards.format.manifest import MANIFEST
+
+log = logging.getLogger(__name__)
+
+# Scripts are read from the folder beside the packages, where `make install` leaves them.
+SCRIPTS = Path(__file__).resolve().parents[1] / "slurm"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One job of the chain.
+
+    Attributes:
+        name: ``faces``, ``pyramids``, ``pack``, ``train-8``, ``evaluate``.
+        script: which of the scripts in slurm/.
+        args: its arguments.
+        resources: what it asks for.
+        done: what it makes is there.
+    """
+
+    name: str
+    script: Path
+    args: tuple[str, ...]
+    resources: Resources
+    done: bool = False
+
+
+def plan_steps(
+    config: Config,
+    stages: str | None,
+    photos: Path | None,
+    file: Path,
+    metric: str | None = None,
+) -> list[Step]:
+    """All steps of a run in their order, those that are done as well.
+
+    Args:
+        config: the whole run.
+        stages: ``8``, ``4..64``, or None for all.
+        photos: what the data are made of, unless they are packed already.
+        file: the config that the jobs read.
+        metric: what the evaluation has to hold; pictures to look at are then made too.
+
+    Raises:
+        UserError: no data and no photos, no such stage, or the scripts are not there.
+    """
+    if not (SCRIPTS / "common.sh").is_file():
+        raise UserError(
+            f"{SCRIPTS}: the scripts of the jobs are not there: install dinogen from its folder "
+            "(make install) and launch with that one"
+        )
+    sizes = choose_stages(config, stages)
+    chosen = [stage for stage in config.stages if stage.resolution in sizes]
+    steps = _data_steps(config, photos, file)
+    for stage in chosen:
+        size = str(stage.resolution)
+        resources = stage_resources(config, stage)
+        done = stage_result(config, stage) is not None
+        steps.append(_step("train", (str(file), size), resources, done, f"train-{size}"))
+    if not _has_held_out(config):
+        log.info(
+            "no evaluation: %s holds nothing back (prepare.pack.val_fraction)",
+            config.data.location,
+        )
+        return steps
+    args: tuple[str, ...] = (str(config.run), "--stage", str(chosen[-1].resolution))
+    resources = step_resources(config, "evaluate")
+    if metric is None:
+        done = is_evaluated(config, chosen[-1])
+        return [*steps, _step("evaluate", args, resources, done)]
+    figure = figure_of(config, chosen[-1], metric) or {}
+    done = figure.get("value") is not None and is_looked(config, chosen[-1])
+    args += tuple(metric_changes(config))
+    return [*steps, _step("results", args, resources, done, "evaluate")]
+
+
+def metric_changes(config: Config) -> list[str]:
+    """The section ``metrics:`` as KEY=VALUE for `dinogen evaluate`.
+
+    Else it would take what was written down when the run was trained.
+    """
+    given = config.metrics.model_dump(mode="json", exclude_defaults=True)
+    return [f"metrics.{key}={json.dumps(value)}" for key, value in given.items()]
+
+
+def _has_held_out(config: Config) -> bool:
+    """Whether the data have, or will have, a part that is not trained on."""
+    return any(_holds_back(config, path) for path in _paths(config))
+
+
+def _holds_back(config: Config, path: str) -> bool:
+    if "://" in path:
+        return True  # unknown until it is read
+    try:
+        text = (Path(path) / MANIFEST).read_text(encoding="utf-8")
+        return "val" in json.loads(text)["splits"]
+    except FileNotFoundError:
+        return config.prepare.pack.val_fraction > 0
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return True  # the job will say what is wrong
+
+
+def _paths(config: Config) -> list[str]:
+    return [one.path for one in config.data.mix] or [config.data.path]
+
+
+def lacking_data(config: Config) -> list[str]:
+    """Folders of the run's data that hold none yet."""
+    paths = [path for path in _paths(config) if "://" not in path]
+    return [path for path in paths if not (Path(path) / MANIFEST).is_file()]
+
+
+def _data_steps(config: Config, photos: Path | None, file: Path) -> list[Step]:
+    """Photos to shards; nothing if there are shards."""
+    lacking = lacking_data(config)
+    if not lacking:
+        return []
+    data = lacking[0]
+    if config.data.mix:
+        raise UserError(
+            f"data.mix: {data} holds no packed data: make what is mixed first (dinogen prepare, or "
+            "launch a run on each)"
+        )
+    if photos is None:
+        raise UserError(
+            f"data.path: {data} holds no packed data: add --photos PHOTOS to have them made, or "
+            "pack them first (dinogen prepare)"
+        )
+    if not photos.is_dir():
+        raise UserError(f"--photos {photos}: no such folder")
+    from dinogen.training.levels import makes_features  # torch, which status can do without
+
+    faces, pyramids = f"{data.rstrip('/')}-faces", f"{data.rstrip('/')}-pyramids"
+    given: dict[str, tuple[str, ...]] = {"faces": (str(photos), faces)}
+    if makes_features(config):
+        given |= {"pyramids": (faces, pyramids), "pack": (faces, pyramids, data)}
+    else:
+        given["pack"] = (faces, data)
+    return [
+        _step(name, (str(file), *args), step_resources(config, name))
+        for name, args in given.items()
+    ]
+
+
+def _step(
+    script: str, args: tuple[str, ...], resources: Resources, done: bool = False, name: str = ""
+) -> Step:
+    return Step(name or script, SCRIPTS / f"{script}.sbatch", args, resources, done)
+
+
+# From this resolution on a stage takes more than one GPU, four times as many for each doubling,
+# just as its pictures have four times the pixels.
+_ONE_GPU = 32
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What sbatch is asked for.
+
+    Attributes:
+        nodes: number of nodes.
+        gpus: GPUs on each of them.
+        processes: processes on each of them.
+        flags: all of it as flags of sbatch.
+    """
+
+    nodes: int
+    gpus: int
+    processes: int
+    flags: tuple[str, ...]
+
+
+def stage_resources(config: Config, stage: StageConfig) -> Resources:
+    """Resources of one stage.
+
+    One GPU up to 32x32, then four times as many for each doubling (64: 4, 128: 16, 256: 64), up to
+    ``cluster.nodes`` full nodes and never more than there are pictures in a batch. Without GPUs
+    the same holds for processes. A stage whose nodes the config names takes them whole.
+    """
+    cluster = config.cluster
+    own = next((job for job in cluster.stages if job.resolution == stage.resolution), JobConfig())
+    per_node = cluster.processes_per_node or cluster.gpus_per_node or 1
+    wanted = max(1, stage.resolution // _ONE_GPU) ** 2
+    most = min(wanted, cluster.nodes * per_node, stage.batch)
+    processes = per_node if own.nodes else min(most, per_node)
+    return _resources(cluster, own, nodes=max(1, most // per_node), processes=processes)
+
+
+def step_resources(config: Config, step: str) -> Resources:
+    """Resources of a step that is no stage: faces, pyramids, pack or evaluate."""
+    cluster = config.cluster
+    own: JobConfig = getattr(cluster, step)
+    if step == "pack":
+        own = own.model_copy(update={"gpus_per_node": own.gpus_per_node or 0})
+    per_node = cluster.processes_per_node or cluster.gpus_per_node or 1
+    processes = 1 if step in ("faces", "pack") else per_node
+    return _resources(cluster, own, nodes=1, processes=processes)
+
+
+def _resources(cluster: ClusterConfig, own: JobConfig, nodes: int, processes: int) -> Resources:
+    """Join the defaults of a step with what the config says of it."""
+    nodes = own.nodes or nodes
+    gpus = own.gpus_per_node
+    if gpus is None:
+        gpus = min(cluster.gpus_per_node, processes)
+    processes = own.processes_per_node or own.gpus_per_node or processes
+    cpus = own.cpus_per_process or cluster.cpus_per_process
+    kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
+    named = {
+        "nodes": nodes,
+        "ntasks-per-node": 1,  # torchrun, which starts the processes
+        "gpus-per-node": f"{kind}{gpus}" if gpus else None,
+        "cpus-per-task": cpus * processes,
+        "mem": own.mem or cluster.mem,
+        "time": own.time or cluster.time,
+        "partition": own.partition or cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+    }
+    flags = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    flags += cluster.sbatch if own.sbatch is None else own.sbatch
+    return Resources(nodes, gpus, processes, tuple(flags))

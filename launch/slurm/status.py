@@ -1,0 +1,146 @@
+"""What became of the jobs of a run: SLURM's states, progress, and why something does not run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinogen.config import Config, StageConfig, load_config
+from dinogen.errors import UserError
+from launch.progress import end_of, is_evaluated, num_images, stage_result
+from launch.slurm import queue
+from launch.slurm.jobs import Job, Jobs, read_jobs
+from launch.slurm.plan import lacking_data
+from launch.slurm.queue import JobState
+from launch.slurm.submit import ask_states
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        step: what the job does.
+        id: SLURM's number.
+        state: SLURM's word, or ``forgotten``.
+        progress: of a stage: images seen and wanted, verdict.
+        why: why it waits, or ended badly, and where to look.
+        good: False if somebody has to do something.
+    """
+
+    step: str
+    id: str
+    state: str
+    progress: str
+    why: str
+    good: bool
+
+
+def job_rows(run: Path) -> list[Row]:
+    """The newest job of every step of a run, in the order of the chain.
+
+    Raises:
+        UserError: nothing was submitted for the run, or SLURM does not answer.
+    """
+    jobs = read_jobs(run)
+    if not jobs.jobs:
+        raise UserError(
+            f"{run}: nothing was submitted for it, there is no {jobs.path}: "
+            "dinogen launch CONFIG --on slurm"
+        )
+    if not queue.has_slurm():
+        raise UserError("no SLURM here (no sbatch on the PATH): ask on a login node")
+    states = ask_states(jobs)
+    newest = [job for job in jobs.jobs if jobs.newest(job.step) is job]
+    newest.sort(key=lambda job: _place(job.step))
+    return [_row(job, jobs, states) for job in newest]
+
+
+def _place(step: str) -> int:
+    """Steps in the order of the work, stages by their size."""
+    order = {"faces": -3, "pyramids": -2, "pack": -1, "evaluate": 10**9}
+    return order[step] if step in order else int(step.removeprefix("train-"))
+
+
+def _row(job: Job, jobs: Jobs, states: dict[str, JobState | None]) -> Row:
+    state = states[job.id]
+    done, progress = _progress(job)
+    if state is None:
+        why = "" if done else f"SLURM has forgotten it: look into {job.log}"
+        return Row(job.step, job.id, "forgotten", progress, why, done)
+    name = state.state + (f" (restart {state.num_restarts})" if state.num_restarts else "")
+    if state.active:
+        return Row(job.step, job.id, name, progress, _why_waiting(job, state), True)
+    if state.state == "COMPLETED":
+        return Row(job.step, job.id, name, progress, "", True)
+    return Row(job.step, job.id, name, progress, _why_ended(job, state, jobs, states), False)
+
+
+def _why_waiting(job: Job, state: JobState) -> str:
+    if state.state != "PENDING" or not state.reason:
+        return ""
+    words = {
+        "Dependency": f"waits for job {job.after}",
+        "BeginTime": "was put back into the queue, starts in a moment",
+        "Resources": "waits for free nodes",
+        "Priority": "waits for jobs of higher priority",
+        "DependencyNeverSatisfied": f"job {job.after} did not end well: give launch again",
+    }
+    return words.get(state.reason, state.reason)
+
+
+def _why_ended(job: Job, state: JobState, jobs: Jobs, states: dict[str, JobState | None]) -> str:
+    """Why a job did not end well: by itself, or because of the first one that did not."""
+    passed = {job.id}  # a damaged jobs.json may have jobs wait for each other in a circle
+    one, ended = job, state
+    while ended.state == "CANCELLED":
+        before = next((job for job in jobs.jobs if job.id == one.after), None)
+        state_before = states.get(before.id) if before else None
+        if before is None or state_before is None or state_before.active or before.id in passed:
+            break
+        if state_before.state == "COMPLETED":
+            break
+        if state_before.state != "CANCELLED" or before.after is None:
+            what = f"(job {before.id}), which ended as {state_before.state}"
+            return f"needs {before.step} {what}"
+        passed.add(before.id)
+        one, ended = before, state_before
+    if state.state == "CANCELLED":
+        return "somebody cancelled it"
+    code = f"exit code {state.exit_code}, " if state.exit_code else ""
+    return f"{code}look into {job.log}"
+
+
+def _progress(job: Job) -> tuple[bool, str]:
+    """Whether what a job makes is there, and how far a stage is."""
+    try:
+        config: Config = load_config(job.config)
+    except UserError as error:
+        return False, str(error)
+    stage = next((one for one in config.stages if job.step == f"train-{one.resolution}"), None)
+    if stage is None:
+        if job.step == "evaluate":
+            return any(is_evaluated(config, one) for one in config.stages), ""
+        return not lacking_data(config), ""
+    return stage_progress(config, stage)
+
+
+def stage_rows(config: Config) -> list[Row]:
+    """The stages of a run that was not submitted, but trained on this machine or not at all."""
+    rows = []
+    for stage in config.stages:
+        done, progress = stage_progress(config, stage)
+        state = "done" if done else "begun" if progress else "not begun"
+        rows.append(Row(f"train-{stage.resolution}", "", state, progress, "", True))
+    return rows
+
+
+def stage_progress(config: Config, stage: StageConfig) -> tuple[bool, str]:
+    """Whether a stage is done, and how far it is, in words; empty before its first log line."""
+    result = stage_result(config, stage)
+    if result is not None:
+        return True, f"{result['nimg'] / 1000:.4g} kimg, {result.get('verdict', 'unknown')}"
+    nimg, end = num_images(config, stage), end_of(config, stage)
+    if nimg is None:
+        return False, ""
+    return False, f"{nimg / 1000:.4g} of {'?' if end is None else f'{end / 1000:.4g}'} kimg"

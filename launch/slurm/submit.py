@@ -1,0 +1,272 @@
+"""A run as a chain of SLURM jobs: what has to be submitted, and submitting it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinogen.config import Config, dump_config
+from dinogen.errors import UserError
+from dinogen.files import write_text
+from launch.progress import stage_result
+from launch.request import Request
+from launch.slurm import queue
+from launch.slurm.jobs import Job, Jobs, launch_folder, launch_lock, read_jobs
+from launch.slurm.plan import SCRIPTS, Step, plan_steps
+from launch.slurm.queue import JobState
+
+log = logging.getLogger(__name__)
+
+States = Mapping[str, JobState | None]  # by the job's number; None if SLURM does not know it
+_PLACE = "@AFTER@"
+
+
+@dataclass
+class Planned:
+    """A step that is not done.
+
+    Attributes:
+        step: what has to be done.
+        after: the step before it, if that is not done either.
+        id: number of its job; None as long as it is not submitted.
+        cancel: number of a job that waits for something else than ``after``, to cancel first.
+    """
+
+    step: Step
+    after: Planned | None
+    id: str | None = None
+    cancel: str | None = None
+
+
+def launch_slurm(request: Request) -> None:
+    """Submit what is neither done nor queued, or print the chain.
+
+    Raises:
+        UserError: no data, no such stage, or sbatch refuses; what was submitted is recorded.
+    """
+    from dinogen.families.registry import resolve
+
+    config = resolve(request.config)
+    folder = launch_folder(config.run)
+    copies = make_copies(config, folder)
+    steps = plan_steps(config, request.stages, request.photos, copies.config, metric=request.metric)
+    if request.dry_run:
+        jobs = read_jobs(config.run)
+        states = ask_states(jobs) if queue.has_slurm() else {}
+        print(chain_script(config, copies, plan(config, steps, jobs, states)))
+        return
+    with launch_lock(folder):
+        jobs = read_jobs(config.run)
+        planned = plan(config, steps, jobs, ask_states(jobs))
+        copies.write()
+        _submit(config, copies, planned, jobs)
+
+
+def ask_states(jobs: Jobs) -> dict[str, JobState | None]:
+    """What SLURM says of each step's newest job; its last word is noted in ``jobs``.
+
+    Raises:
+        UserError: SLURM does not answer.
+    """
+    states: dict[str, JobState | None] = {}
+    for step in {job.step for job in jobs.jobs}:
+        job = jobs.newest(step)
+        assert job is not None
+        state = queue.job_state(job.id)
+        if state is not None and not state.active:
+            job.state, job.exit_code = state.state, state.exit_code
+        elif state is None and job.state is not None:
+            state = JobState(job.state, "", job.exit_code)
+        states[job.id] = state
+    return states
+
+
+def plan(config: Config, steps: list[Step], jobs: Jobs, states: States) -> list[Planned]:
+    """The steps that are not done, each after the one before it.
+
+    Raises:
+        UserError: the stage before the first one is neither done nor queued.
+    """
+    planned: list[Planned] = []
+    before = _stage_before(config, steps, jobs, states)
+    for step in steps:
+        if step.done:
+            continue
+        job = jobs.newest(step.name)
+        state = states.get(job.id) if job else None
+        one = Planned(step, before)
+        if job and state and state.active:
+            # A job that waits for one that is not of the chain any more would never be right.
+            fits = before is None or before.id == job.after or state.state != "PENDING"
+            if fits and state.reason != "DependencyNeverSatisfied":
+                one.id = job.id
+            else:
+                one.cancel = job.id
+        elif state and state.state == "COMPLETED" and before is None and not _leaves_files(step):
+            continue
+        planned.append(one)
+        before = one
+    return planned
+
+
+def _stage_before(config: Config, steps: list[Step], jobs: Jobs, states: States) -> Planned | None:
+    """The queued stage that the first chosen one grows from; None if that is done."""
+    first = next(step for step in steps if _is_stage(step))
+    sizes = [stage.resolution for stage in config.stages]
+    index = sizes.index(int(first.args[1]))
+    if index == 0 or first.done or stage_result(config, config.stages[index - 1]) is not None:
+        return None
+    name = f"train-{sizes[index - 1]}"
+    job = jobs.newest(name)
+    state = states.get(job.id) if job else None
+    if job is None or state is None or not state.active:
+        raise UserError(
+            f"stage {sizes[index]} grows from stage {sizes[index - 1]}, which is neither done nor "
+            f"queued: launch both (--stages {sizes[index - 1]}..{sizes[-1]})"
+        )
+    return Planned(first, None, job.id)
+
+
+def _leaves_files(step: Step) -> bool:
+    """Whether what a step leaves tells if it is done, however its job ended."""
+    return _is_stage(step) or step.script.stem == "results"
+
+
+def _is_stage(step: Step) -> bool:
+    return step.name.startswith("train-")
+
+
+def sbatch_command(config: Config, copies: Copies, step: Step, after: str | None) -> list[str]:
+    """The command that submits a step after job ``after``.
+
+    Raises:
+        UserError: a path with a comma, which sbatch cannot hand to a job.
+    """
+    variables = {
+        "DINOGEN_SLURM": str(SCRIPTS),
+        "DINOGEN_SETUP": str(copies.setup),
+        "DINOGEN_PROCESSES": str(step.resources.processes),
+        "DINOGEN_RESTARTS": str(config.cluster.max_restarts),
+    }
+    command = ["sbatch", "--parsable"]
+    fewest = config.cluster.min_nodes
+    if _is_stage(step) and fewest is not None and fewest < step.resources.nodes:
+        variables["DINOGEN_MIN_NODES"] = str(fewest)
+        command.append("--no-kill")
+    for name, value in variables.items():
+        if "," in value:
+            raise UserError(f"{name}={value}: sbatch takes no path with a comma: rename it")
+    if after is not None:
+        command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    command += [
+        f"--job-name={config.run.name}-{step.name}",
+        f"--output={log_pattern(copies, step, '%j')}",
+        "--export=" + ",".join(["ALL", *(f"{key}={value}" for key, value in variables.items())]),
+    ]
+    if step.name != "evaluate":
+        command.append(f"--signal=B:USR1@{config.cluster.signal_seconds}")
+    return [*command, *step.resources.flags, str(step.script), *step.args]
+
+
+def log_pattern(copies: Copies, step: Step, number: str) -> Path:
+    """Output of a step's job with this number."""
+    return copies.config.parent / f"{step.name}-{number}.log"
+
+
+def chain_script(config: Config, copies: Copies, planned: list[Planned]) -> str:
+    """The whole chain as a shell script."""
+    lines = [f"# config: {copies.config}", f"# setup:  {copies.setup}"]
+    for one in planned:
+        variable = one.step.name.replace("-", "_")
+        if one.cancel is not None:
+            lines.append(f"scancel {one.cancel}  # {one.step.name}, waits for a job that is gone")
+        if one.id is not None:
+            lines.append(f"{variable}={one.id}  # is queued or runs")
+            continue
+        after = None
+        place = ""
+        if one.after is not None:
+            place = f"${one.after.step.name.replace('-', '_')}"
+            after = one.after.id or _PLACE
+        command = shlex.join(sbatch_command(config, copies, one.step, after))
+        lines.append(f"{variable}=$({command.replace(_PLACE, place)})")
+    if not planned:
+        lines.append("# all of it is done")
+    return "\n".join(lines)
+
+
+def _submit(config: Config, copies: Copies, planned: list[Planned], jobs: Jobs) -> None:
+    """Submit what has no job yet, noting each at once: a later one may be refused."""
+    if not planned:
+        log.info("%s: all of it is done", config.run)
+    for one in planned:
+        name = one.step.name
+        if one.id is not None:
+            log.info("%-10s job %s is queued or runs", name, one.id)
+            continue
+        if one.cancel is not None:
+            log.info("%-10s job %s waits for a job that is gone: cancelled", name, one.cancel)
+            queue.cancel(one.cancel)
+        after = one.after.id if one.after else None
+        command = sbatch_command(config, copies, one.step, after)
+        try:
+            one.id = queue.submit(command)
+        except UserError as error:
+            raise UserError(
+                f"{name}: {error}\nWhat was submitted before it stays queued (dinogen launch "
+                f"status {config.run}); fix it and give the same command again"
+            ) from None
+        jobs.jobs.append(
+            Job(
+                step=name,
+                id=one.id,
+                after=after,
+                submitted=time.strftime("%Y-%m-%d %H:%M:%S"),
+                command=command,
+                config=str(copies.config),
+                log=str(log_pattern(copies, one.step, one.id)),
+            )
+        )
+        jobs.write()
+        log.info("%-10s job %s%s", name, one.id, f" after {after}" if after else "")
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Two files, named after what is in them: other contents make other files.
+
+    Attributes:
+        config: the resolved config.
+        setup: shell lines: which Python, and what the config's ``cluster.setup`` says.
+    """
+
+    config: Path
+    config_text: str
+    setup: Path
+    setup_text: str
+
+    def write(self) -> None:
+        """Write both."""
+        write_text(self.config, self.config_text)
+        write_text(self.setup, self.setup_text)
+
+
+def make_copies(config: Config, folder: Path) -> Copies:
+    """What would be written into ``folder``."""
+    text = dump_config(config)
+    # The site's lines come last: in a container Python stands elsewhere.
+    lines = [f"DINOGEN_PYTHON={shlex.quote(sys.executable)}", *config.cluster.setup]
+    setup = "\n".join(lines) + "\n"
+    return Copies(
+        folder / f"config-{_digest(text)}.yaml", text, folder / f"setup-{_digest(setup)}.sh", setup
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,97 @@
+"""Which config of a track is the best by a figure, if its figures can be compared at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launch.progress import figure_of
+from launch.study.plan import Study, StudyRun
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best of a track.
+
+    Attributes:
+        track: its name.
+        best: name of the best config; None if there is none, ``why`` says for what reason.
+        figures: mean over the seeds, by config; configs without any are not in it.
+        why: in words.
+    """
+
+    track: str
+    best: str | None
+    figures: dict[str, float]
+    why: str
+
+
+def choose(track: str, runs: Sequence[StudyRun], metric: str) -> Choice:
+    """The best config of a track; its seeds count as one, by their mean."""
+    found = [
+        (run, figure) for run in runs if (figure := _figure(run, metric)) and _has_value(figure)
+    ]
+    if not found:
+        reasons = {
+            str(figure["reason"])
+            for run in runs
+            if (figure := _figure(run, metric)) and not _has_value(figure)
+        }
+        why = f"no run has {metric}"
+        return Choice(track, None, {}, f"{why}: {'; '.join(sorted(reasons))}" if reasons else why)
+    values: dict[str, list[float]] = {}
+    for run, figure in found:
+        values.setdefault(run.name, []).append(float(figure["value"]))
+    means = {name: sum(given) / len(given) for name, given in values.items()}
+    kinds = {str(figure["fingerprint"]): run.id for run, figure in found}
+    if len(kinds) > 1:
+        told = ", ".join(f"{run} ({kind})" for kind, run in kinds.items())
+        return Choice(
+            track,
+            None,
+            means,
+            f"{metric} was measured in different ways, and cannot be compared: {told} have "
+            "different fingerprints: measure them alike (metrics:, data.path, resolution)",
+        )
+    better = found[0][1]["better"]
+    if better not in ("lower", "higher"):
+        return Choice(track, None, means, f"{metric} has no better and worse: name another metric")
+    best = (min if better == "lower" else max)(means, key=means.__getitem__)
+    num = len(values[best])
+    why = f"{metric} {means[best]:.4g}" + (f", mean of {num} seeds" if num > 1 else "")
+    return Choice(track, best, means, why)
+
+
+def present_runs(
+    study: Study, settled: Callable[[StudyRun], bool]
+) -> tuple[list[StudyRun], dict[str, Choice]]:
+    """All runs that are known now, and what was chosen.
+
+    Args:
+        study: the study.
+        settled: whether nothing more is to be expected of a run of a track.
+
+    Returns:
+        The runs of the tracks, then those of the final, if its tracks are settled; and the choice
+        of each track that is settled.
+    """
+    runs = [run for track in study.tracks.values() for run in track]
+    choices = {
+        name: choose(name, track, study.plan.metric)
+        for name, track in study.tracks.items()
+        if all(settled(run) for run in track)
+    }
+    wanted = study.plan.final_tracks
+    if wanted and all(track in choices for track in wanted):
+        best = {name: one.best for name, one in choices.items() if one.best is not None}
+        runs += study.final_runs(best)
+    return runs, choices
+
+
+def _figure(run: StudyRun, metric: str) -> dict[str, Any] | None:
+    return figure_of(run.config, run.config.stages[-1], metric)
+
+
+def _has_value(figure: dict[str, Any]) -> bool:
+    return figure["value"] is not None

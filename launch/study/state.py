@@ -1,0 +1,184 @@
+"""STUDY/study.json: which steps of which runs were tried, how they ended, and where their logs are.
+
+What is done is read from the runs' own files; this is for people, and tells what failed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+from dinogen.errors import UserError
+from dinogen.files import next_free, write_json
+from dinogen.report.runfiles import read_attempts, read_object
+from launch.study.plan import Study, StudyRun
+from shards.lock import Locked, lock
+from shards.lock import is_locked as is_file_locked
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+@dataclass
+class Attempt:
+    """One step of one run, tried once.
+
+    Attributes:
+        step: ``train``, ``evaluate``, ``look``; ``jobs`` is all of them on SLURM.
+        command: that was given.
+        log: what it printed.
+        began: when, in local time.
+        seconds: how long it took; None as long as it runs, or if it was killed together with
+            the study.
+        code: its exit code, then; 75 if it was asked to stop.
+        what: what went wrong, in words; None if nothing did.
+    """
+
+    step: str
+    command: list[str]
+    log: str
+    began: str
+    seconds: float | None = None
+    code: int | None = None
+    what: str | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether it has no end yet."""
+        return self.seconds is None
+
+
+@dataclass
+class Record:
+    """All attempts of a study by the runs' ids, oldest first.
+
+    Attributes:
+        study: the study.
+        attempts: by run.
+        best: name of the best config by track.
+        damaged: whether the file holds what could not be read; it is kept when a new one is
+            written.
+    """
+
+    study: Study
+    attempts: dict[str, list[Attempt]] = field(default_factory=dict)
+    best: dict[str, str] = field(default_factory=dict)
+    damaged: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.study.folder / "study.json"
+
+    def begin(self, run: StudyRun, step: str, command: Sequence[str], log: Path) -> Attempt:
+        """Note that a step begins."""
+        began = time.strftime("%Y-%m-%d %H:%M:%S")
+        attempt = Attempt(step, list(command), str(log), began)
+        self.attempts.setdefault(run.id, []).append(attempt)
+        self.write()
+        return attempt
+
+    def end(self, attempt: Attempt, seconds: float, code: int, what: str | None) -> None:
+        """Note how it ended."""
+        attempt.seconds, attempt.code, attempt.what = round(seconds, 1), code, what
+        self.write()
+
+    def failed(self, run: StudyRun) -> str | None:
+        """What went wrong when a run was tried last; None if nothing did."""
+        newest = {attempt.step: attempt for attempt in self.attempts.get(run.id, [])}
+        return next((one.what for one in newest.values() if one.what), None)
+
+    def open(self, run: StudyRun) -> Attempt | None:
+        """The attempt that runs now, or was killed together with the study."""
+        attempts = self.attempts.get(run.id, [])
+        return attempts[-1] if attempts and attempts[-1].open else None
+
+    def write(self) -> None:
+        """Write the file, whole or not at all."""
+        facts = {
+            "format": FORMAT,
+            "study": str(self.study.path),
+            "title": self.study.plan.title,
+            "metric": self.study.plan.metric,
+            "best": self.best,
+        }
+        runs = {key: [asdict(one) for one in attempts] for key, attempts in self.attempts.items()}
+        if self.damaged:
+            kept = next_free(self.path.with_name(f"{self.path.name}.damaged"))
+            self.path.replace(kept)
+            log.warning("%s: damaged, and kept as %s", self.path, kept)
+            self.damaged = False
+        write_json(self.path, facts | {"runs": runs})
+
+
+def read_record(study: Study) -> Record:
+    """What was tried so far; nothing if there is no file.
+
+    What cannot be understood of it is left out with a warning: what is done is known from the
+    runs. The file as it was is kept beside when it is written again.
+
+    Raises:
+        UserError: a later version of dinogen wrote it.
+    """
+    record = Record(study)
+    whole = read_object(record.path)
+    data = whole.value or {}
+    if isinstance(data.get("format"), int) and data["format"] != FORMAT:
+        raise UserError(
+            f"{record.path}: cannot be read (format {data['format']}, this version knows "
+            f"{FORMAT}): move it away; what is done is known from the runs"
+        )
+    found = read_attempts(record.path)
+    troubles = list(found.troubles)
+    known = {one.name for one in fields(Attempt)}
+    needed = {one.name for one in fields(Attempt) if one.default is MISSING}
+    for key, attempts in found.value.items():
+        record.attempts[key] = []
+        for one in attempts:
+            given = {name: value for name, value in one.items() if name in known}
+            if any(given.get(name) is None for name in needed):
+                troubles.append(
+                    f": runs: {key}: an attempt lacks one of {', '.join(sorted(needed))}"
+                )
+                continue
+            record.attempts[key].append(Attempt(**given))
+    best = data.get("best")
+    if isinstance(best, dict) and all(isinstance(name, str) for name in best.values()):
+        record.best = best
+    elif best is not None:
+        troubles.append(f": best: {best!r} is no mapping of tracks to names")
+    for trouble in troubles:
+        log.warning("%s%s; what is done is known from the runs", record.path, trouble)
+    record.damaged = bool(troubles)
+    return record
+
+
+@contextmanager
+def study_lock(folder: Path) -> Iterator[None]:
+    """One `dinogen study run` at a time; the system lets go of it however the process ends.
+
+    Raises:
+        UserError: another one is at work.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with path.open("w") as file:
+        for left in reversed(range(5)):
+            if lock(file, path, shared=False, wait=False) is not Locked.BUSY:
+                break
+            if not left:
+                raise UserError(
+                    f"{folder}: another dinogen study run is at work there: wait for it, or stop it"
+                )
+            time.sleep(0.1)  # it may be a look at it, see is_locked
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds ``FOLDER/.lock`` now."""
+    return is_file_locked(folder / ".lock")

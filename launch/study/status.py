@@ -1,0 +1,108 @@
+"""Where each run of a study is: done, running, waiting, failed, or not begun, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dinogen.errors import UserError
+from launch.progress import figure_of
+from launch.slurm import queue
+from launch.slurm.jobs import read_jobs
+from launch.slurm.status import job_rows, stage_progress
+from launch.study.plan import Study, StudyRun, changed, is_trained, lacking, steps_left
+from launch.study.selection import Choice, present_runs
+from launch.study.state import Record, is_locked, read_record
+
+
+@dataclass(frozen=True)
+class State:
+    """One run, as the table shows it.
+
+    Attributes:
+        run: the run.
+        state: ``done``, ``running``, ``queued``, ``failed``, ``interrupted``, ``begun``,
+            ``no data`` or ``to do``.
+        progress: of the stage at hand, in words.
+        figure: what the study's metric came to; None if it is not measured.
+        why: why it is not done, and where to look.
+        good: False if somebody has to do something.
+    """
+
+    run: StudyRun
+    state: str
+    progress: str
+    figure: float | None
+    why: str
+    good: bool
+
+
+def study_states(study: Study) -> tuple[list[State], dict[str, Choice]]:
+    """All runs that are known now, and what was chosen so far.
+
+    Raises:
+        UserError: the record of the study cannot be read.
+    """
+    record = read_record(study)
+    busy = is_locked(study.folder)
+    runs, choices = present_runs(study, lambda run: settled(study, record, run))
+    return [_state(study, record, busy, run) for run in runs], choices
+
+
+def settled(study: Study, record: Record, run: StudyRun) -> bool:
+    """Whether a run is done, or has failed when it was tried last."""
+    return record.failed(run) is not None or not steps_left(run, study.plan.metric)
+
+
+def _state(study: Study, record: Record, busy: bool, run: StudyRun) -> State:
+    metric = study.plan.metric
+    found = figure_of(run.config, run.config.stages[-1], metric)
+    figure = found["value"] if found else None
+    left = steps_left(run, metric)
+
+    def state(word: str, why: str = "", good: bool = True) -> State:
+        return State(run, word, _progress(run), figure, why, good)
+
+    if not left:
+        why = changed(study, run)
+        return state("changed", why, good=False) if why else state("done")
+    if queued := _queued(run):
+        return state(*queued)
+    attempt = record.open(run)
+    if attempt is not None and busy:
+        return state("running", f"{attempt.step}, log: {attempt.log}")
+    if failed := record.failed(run):
+        return state("failed", failed, good=False)
+    if why := lacking(run):
+        return state("no data", why, good=False)
+    if is_trained(run, metric):
+        return state("begun", f"lacks {', '.join(left)}")
+    if attempt is not None:
+        return state("interrupted", "dinogen study run goes on")
+    return state("begun" if _progress(run) else "to do")
+
+
+def _queued(run: StudyRun) -> tuple[str, str] | None:
+    """Whether SLURM has a job of the run, and which."""
+    if not queue.has_slurm():
+        return None
+    try:
+        if not read_jobs(run.folder).jobs:
+            return None
+        active = [row for row in job_rows(run.folder) if row.state.split()[0] in queue.ACTIVE]
+    except UserError as error:
+        return "unknown", str(error)
+    if not active:
+        return None
+    running = next((row for row in active if row.state.startswith("RUNNING")), None)
+    row = running or active[0]
+    return "running" if running else "queued", f"{row.step}, job {row.id} {row.why}".rstrip()
+
+
+def _progress(run: StudyRun) -> str:
+    """How far the last stage is that has begun."""
+    words = ""
+    for stage in run.config.stages:
+        _, told = stage_progress(run.config, stage)
+        if told:
+            words = told if len(run.config.stages) == 1 else f"{stage.resolution}: {told}"
+    return words
