@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dinogen.training.checkpoint import Checkpoint, load_checkpoint
+from dinogen.training.checkpointing.checkpoint import Checkpoint, load_checkpoint
 
 # what a clock measures; all else is a function of config and seed
 WALL_CLOCK = {"images_per_s", "data_wait", "save_share"}

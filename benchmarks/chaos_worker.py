@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dinogen import dist
+from dinogen.distributed import process_group
 from dinogen.training.trainer import Trainer
 
 
@@ -24,13 +24,13 @@ def train(config: Path, records: Path) -> None:
 
     records.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(
-        records / f"{dist.rank()}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
+        records / f"{process_group.rank()}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
     )
 
     def record(**values: Any) -> None:
         os.write(descriptor, (json.dumps(values) + "\n").encode())
 
-    init, train_step = dist.init, Trainer.train_step
+    init, train_step = process_group.init, Trainer.train_step
 
     def joined(alone: bool = False) -> None:
         init(alone)
@@ -41,7 +41,7 @@ def train(config: Path, records: Path) -> None:
         record(nimg=self.progress.nimg, positions=positions, keys=list(batch["key"]))
         train_step(self, batch)
 
-    dist.init, Trainer.train_step = joined, recorded  # type: ignore[method-assign]
+    process_group.init, Trainer.train_step = joined, recorded  # type: ignore[method-assign]
     sys.argv = ["dinogen", "train", str(config)]
     main()
 

@@ -31,7 +31,7 @@ from dinogen.config import GuideConfig
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid
-from dinogen.training.checkpoint import newest_checkpoint
+from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from shards.format.sample import Sample
 from shards.write.pack import pack
 

@@ -14,13 +14,13 @@ from typing import Any
 import chaos_worker
 from fuzz_cases import Fault
 
-from dinogen import dist
 from dinogen.config import ConfigError
+from dinogen.distributed import process_group
+from dinogen.evaluation import evaluate as evaluation
 from dinogen.families.guided import Guided
-from dinogen.training import evaluate as evaluation
 from dinogen.training import run, state, trainer
 from dinogen.training.ema import Ema
-from dinogen.training.engine import SingleEngine
+from dinogen.training.engines.base import SingleEngine
 from dinogen.training.state import StageState
 from shards.read.stream import Stream
 
@@ -44,11 +44,11 @@ def evaluate(folder: Path, options: tuple[str, ...], fault: Fault | None, number
 
 def install(fault: Fault | None, number: int, folder: Path) -> None:
     """Put a fault in its place; ``folder/fault`` appears when it is met."""
-    if fault is None or fault.rank != dist.rank():
+    if fault is None or fault.rank != process_group.rank():
         return
     engines: list[type[SingleEngine]] = [SingleEngine]
     if fault.place == "step":
-        from dinogen.training.deepspeed import DeepSpeedEngine
+        from dinogen.training.engines.deepspeed import DeepSpeedEngine
 
         engines.append(DeepSpeedEngine)
     places: dict[str, list[tuple[Any, str]]] = {

@@ -8,8 +8,8 @@ import torch.utils.tensorboard  # noqa: E402, F401
 import transformers.models.dinov2.modeling_dinov2  # noqa: E402, F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
+import dinogen.evaluation.evaluate  # noqa: E402
 import dinogen.features.dinov2  # noqa: E402
-import dinogen.training.evaluate  # noqa: E402
 import dinogen.training.run  # noqa: E402, F401
 import launch.cli.main  # noqa: E402, F401
 

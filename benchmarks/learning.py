@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from dinogen.config import load_config
-from dinogen.config_metrics import MetricsConfig
+from dinogen.config.metrics import MetricsConfig
+from dinogen.metrics.collect import Moments
+from dinogen.metrics.extractors import Judge, load_judge
 from dinogen.metrics.frechet import frechet_of
-from dinogen.metrics.judges import Judge, load_judge
-from dinogen.metrics.moments import Moments
 from dinogen.metrics.sources import as_pixels
+from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.data import open_data
-from dinogen.training.snapshot import load_snapshot
 
 
 def main() -> None:

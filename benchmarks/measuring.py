@@ -28,11 +28,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinogen import dist, draws
-from dinogen.config_metrics import MetricsConfig
+from dinogen.config.metrics import MetricsConfig
+from dinogen.distributed import process_group, rng
 from dinogen.metrics.collect import Seen, collect
-from dinogen.metrics.judges import Judge, JudgeInfo, load_judge
-from dinogen.metrics.names import JUDGED, Sets
+from dinogen.metrics.extractors import Judge, JudgeInfo, load_judge
+from dinogen.metrics.registry import JUDGED, Sets
 
 SIDE = 128
 BATCH = 50
@@ -52,7 +52,7 @@ def main() -> None:
     of_noise.add_argument("--num", type=int, default=10_000)
     of_noise.add_argument("--real", type=int, default=700)
     options = parser.parse_args()
-    dist.set_cpu_threads()
+    process_group.set_cpu_threads()
     order(options) if options.command == "order" else cost(options)
 
 
@@ -81,7 +81,7 @@ class Noise:
 
     def read(self, numbers: list[int]) -> Tensor:
         """(N, 3, 64, 64) uint8."""
-        coarse = draws.normal(0, self.purpose, torch.tensor(numbers), (3, 8, 8))
+        coarse = rng.normal(0, self.purpose, torch.tensor(numbers), (3, 8, 8))
         pixels = 127.5 + self.contrast * F.interpolate(coarse, 64, mode="bicubic")
         return pixels.round().clamp(0, 255).to(torch.uint8)
 
@@ -169,7 +169,7 @@ def memory() -> float:
 
 def inception768(path: Path) -> Judge:
     """The judge of FID-768."""
-    return load_judge("inception768", MetricsConfig(inception768=str(path)), dist.device())
+    return load_judge("inception768", MetricsConfig(inception768=str(path)), process_group.device())
 
 
 def seen(source: Given, judge: Judge) -> Seen:

@@ -219,7 +219,7 @@ def _rank(
     """One rank, in its own process."""
     import torch
 
-    from dinogen import takedown
+    from dinogen.distributed import failure
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -229,5 +229,5 @@ def _rank(
     os.environ |= environment | {"OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     # torchrun would notice a killed rank at once; here nothing but its silence may tell.
-    takedown._SILENT = SILENT
+    failure._SILENT = SILENT
     work(*arguments)

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinogen import dist
 from dinogen.config import Config, GuideConfig, parse_config
+from dinogen.distributed import process_group
 from dinogen.families.registry import resolve
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.features.load import load_guide
@@ -91,7 +91,7 @@ def make_data(folder: Path) -> str:
             levels |= {f"n{grid}": features, f"p{grid}": features}
         samples.append(Sample(f"noise{number:02d}", file.getvalue(), "jpg", {}, levels))
     pack(samples, folder / "data", shard_size=32, guide=guide.info.to_dict())
-    return f"guide of {channels} channels on {dist.device()}"
+    return f"guide of {channels} channels on {process_group.device()}"
 
 
 def make_config(

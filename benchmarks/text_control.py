@@ -23,14 +23,14 @@ import torch
 from PIL import Image
 
 from dinogen.config import GuideConfig, parse_config
-from dinogen.config_clip import ClipConfig
+from dinogen.config.clip import ClipConfig
 from dinogen.features.clip import Clip, load_clip
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid, pooled_pyramid
-from dinogen.metrics.clip_score import clip_score, retrieval_accuracy
-from dinogen.report.pictures import save_grid
+from dinogen.metrics.prompted import clip_score, retrieval_accuracy
+from dinogen.report.images import save_grid
+from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
-from dinogen.training.snapshot import load_snapshot
 from dinogen.training.state import sample_in_parts
 from shards.format.sample import Sample
 from shards.write.pack import pack

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dinogen import dist
 from dinogen.config import Config, GuideConfig, load_config
+from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.features import Guide, GuideError, load_guide
 from dinogen.files import write_bytes, write_json
-from dinogen.prepare.find import Photos, find_photos
-from dinogen.report.runfiles import read_object
+from dinogen.prepare.photos.find import Photos, find_photos
+from dinogen.runs.files import read_object
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def run_demo(
     if not config_file.is_file():
         raise UserError(f"{config_file}: not found: the demo runs in a clone, installed with -e")
     seconds: dict[str, float] = {}
-    dist.set_cpu_threads()
+    process_group.set_cpu_threads()
     config = load_config(config_file)
     with _nothing_left(out):
         config, random_guide = _until_training(out, photos, guide_path, config, seconds)
@@ -170,10 +170,10 @@ def _choose_guide(config: Config, path: str | None, out: Path) -> tuple[Config, 
     chosen = config.guide
     if path is not None:
         chosen = chosen.model_copy(update={"path": path, "revision": None})
-        return _with_guide(config, chosen), load_guide(chosen, dist.device())
+        return _with_guide(config, chosen), load_guide(chosen, process_group.device())
     if weights_reachable(chosen.path, chosen.revision):
         try:
-            return config, load_guide(chosen, dist.device())
+            return config, load_guide(chosen, process_group.device())
         except GuideError as error:
             log.warning("%s", error)
     log.warning(
@@ -191,7 +191,7 @@ def _choose_guide(config: Config, path: str | None, out: Path) -> tuple[Config, 
     )
     config = config.model_copy(update={"stages": stages})
     chosen = GuideConfig(name="dinov2", path=str(folder))
-    return _with_guide(config, chosen), load_guide(chosen, dist.device())
+    return _with_guide(config, chosen), load_guide(chosen, process_group.device())
 
 
 def _make_random_guide(folder: Path, seed: int) -> None:
@@ -235,7 +235,7 @@ def _builtin_faces(out: Path, config: Config) -> Path:
     import skimage
     from PIL import Image
 
-    from dinogen.prepare.faces import write_faces
+    from dinogen.prepare.faces.folder import write_faces
 
     source = Path(skimage.__file__).parent / "data"
     aligned = out / "aligned"
@@ -265,7 +265,7 @@ def _prepare(photos: Path, found: Photos | None, config: Config, guide: Guide) -
     if (data / "manifest.json").is_file():
         log.info("demo: %s is packed already", data)
         return
-    maker = PyramidMaker(guide, config.prepare.pyramids, dist.device())
+    maker = PyramidMaker(guide, config.prepare.pyramids, process_group.device())
     try:
         summary, manifest = prepare(photos, data, config.prepare, maker, photos=found)
     except NoFaceError as error:

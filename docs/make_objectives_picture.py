@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from dinogen.files import write_bytes
-from dinogen.report.pictures import to_uint8
-from dinogen.training.snapshot import load_snapshot
+from dinogen.report.images import to_uint8
+from dinogen.training.checkpointing.snapshot import load_snapshot
 
 NUM, TILE, CAPTION, GAP = 12, 96, 26, 2
 FONT = ImageFont.load_default(15)

@@ -16,10 +16,10 @@ from typing import Any
 from dinogen.config import Config, StageConfig, load_config
 from dinogen.errors import UserError
 from dinogen.files import write_text
-from dinogen.report.compare_columns import MEASURED
-from dinogen.report.compare_numbers import OVER_TRAINING
-from dinogen.report.runfiles import EVALUATION, read_evaluation, read_metrics
-from launch.progress import figure_of, is_looked, stage_result
+from dinogen.report.compare.columns import MEASURED
+from dinogen.report.compare.read import OVER_TRAINING
+from dinogen.runs.files import EVALUATION, read_evaluation, read_metrics
+from dinogen.runs.progress import figure_of, is_looked, stage_result
 
 log = logging.getLogger(__name__)
 

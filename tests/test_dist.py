@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinogen import dist
+from dinogen.distributed import process_group
 
 REPO = Path(__file__).parents[1]
 
@@ -96,66 +96,78 @@ def alone(monkeypatch):
 
 
 def test_without_torchrun_it_is_a_world_of_one(alone):
-    dist.init()
-    with dist.main_section() as mine:
+    process_group.init()
+    with process_group.main_section() as mine:
         assert mine
-    assert (dist.rank(), dist.world_size(), dist.local_rank()) == (0, 1, 0)
-    assert dist.is_main() and not torch.distributed.is_initialized()
+    assert (process_group.rank(), process_group.world_size(), process_group.local_rank()) == (
+        0,
+        1,
+        0,
+    )
+    assert process_group.is_main() and not torch.distributed.is_initialized()
     tensor = torch.tensor([1, 2])
-    total = dist.all_reduce_sum(tensor)
+    total = process_group.all_reduce_sum(tensor)
     assert total.tolist() == [1, 2] and total.data_ptr() != tensor.data_ptr()
-    assert dist.any_rank(True) and not dist.any_rank(False)
-    assert dist.broadcast_object({"pair": (1, 2)}) == {"pair": [1, 2]}
-    dist.shutdown()
+    assert process_group.any_rank(True) and not process_group.any_rank(False)
+    assert process_group.broadcast_object({"pair": (1, 2)}) == {"pair": [1, 2]}
+    process_group.shutdown()
 
 
 def test_what_is_no_json_is_not_sent(alone):
     with pytest.raises(TypeError):
-        dist.broadcast_object({"path": Path()})
+        process_group.broadcast_object({"path": Path()})
 
 
 def test_srun_without_torchrun_is_refused(alone):
     alone.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(dist.DistError, match=r"srun started 4 tasks .* torchrun"):
-        dist.init()
+    with pytest.raises(process_group.DistError, match=r"srun started 4 tasks .* torchrun"):
+        process_group.init()
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
 def test_mpirun_without_torchrun_is_refused(alone, name):
     alone.setenv(name, "2")
-    with pytest.raises(dist.DistError, match=f"mpirun started 2 tasks .*{name}=2.* torchrun"):
-        dist.init()
+    with pytest.raises(
+        process_group.DistError, match=f"mpirun started 2 tasks .*{name}=2.* torchrun"
+    ):
+        process_group.init()
 
 
 def test_a_job_script_of_several_tasks_may_run_one_process(alone):
     """What sbatch sets in the script itself; it is not srun that started this process."""
     alone.setenv("SLURM_NTASKS", "2")
     alone.setenv("SLURM_PROCID", "0")
-    dist.init()
-    assert dist.world_size() == 1
+    process_group.init()
+    assert process_group.world_size() == 1
 
 
 def test_a_world_without_ranks_is_refused_and_slurm_named(alone):
     alone.setenv("WORLD_SIZE", "2")
-    with pytest.raises(dist.DistError, match=r"RANK is not set, so .* it is: start with torchrun"):
-        dist.init()
+    with pytest.raises(
+        process_group.DistError, match=r"RANK is not set, so .* it is: start with torchrun"
+    ):
+        process_group.init()
     alone.setenv("SLURM_PROCID", "1")
-    with pytest.raises(dist.DistError, match=r"task 1 of a SLURM job; srun without torchrun"):
-        dist.init()
+    with pytest.raises(
+        process_group.DistError, match=r"task 1 of a SLURM job; srun without torchrun"
+    ):
+        process_group.init()
 
 
 def test_a_variable_that_is_no_number_is_named(alone):
     alone.setenv("RANK", "zero")
-    with pytest.raises(dist.DistError, match="RANK is 'zero' in the environment"):
-        dist.rank()
+    with pytest.raises(process_group.DistError, match="RANK is 'zero' in the environment"):
+        process_group.rank()
 
 
 def test_a_world_without_an_address_is_refused(alone):
     alone.setenv("WORLD_SIZE", "2")
     alone.setenv("RANK", "0")
     alone.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(dist.DistError, match="MASTER_ADDR is not set: start with torchrun"):
-        dist.init()
+    with pytest.raises(
+        process_group.DistError, match="MASTER_ADDR is not set: start with torchrun"
+    ):
+        process_group.init()
 
 
 @pytest.mark.parametrize(
@@ -170,9 +182,9 @@ def test_a_store_is_looked_for_here_only_if_it_is_here(alone, agent, num_local, 
     alone.setenv("MASTER_PORT", "1")
     alone.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
     asked = []
-    alone.setattr(dist.td, "TCPStore", lambda host, *args, **more: asked.append(host))
-    alone.setattr(dist.td, "PrefixStore", lambda prefix, store: store)
-    dist._store()
+    alone.setattr(process_group.td, "TCPStore", lambda host, *args, **more: asked.append(host))
+    alone.setattr(process_group.td, "PrefixStore", lambda prefix, store: store)
+    process_group._store()
     assert asked == [address]
 
 
@@ -183,8 +195,8 @@ def test_the_name_of_this_machine_needs_no_dns(alone, caplog):
     alone.setenv("MASTER_PORT", "1")
     alone.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     asked = []
-    alone.setattr(dist.td, "TCPStore", lambda host, *args, **more: asked.append(host))
-    alone.setattr(dist.td, "PrefixStore", lambda prefix, store: store)
+    alone.setattr(process_group.td, "TCPStore", lambda host, *args, **more: asked.append(host))
+    alone.setattr(process_group.td, "PrefixStore", lambda prefix, store: store)
 
     def unknown(host, port):
         raise socket.gaierror(-2, "Name or service not known")
@@ -195,10 +207,10 @@ def test_the_name_of_this_machine_needs_no_dns(alone, caplog):
     for address in ("nowhere.invalid", "elsewhere.invalid"):
         alone.setenv("MASTER_ADDR", address)
         with caplog.at_level("INFO", "dinogen"):
-            dist._store()
+            process_group._store()
     alone.setattr(socket, "getaddrinfo", lambda host, port: ["there"])
     alone.setenv("MASTER_ADDR", "nowhere.invalid")
-    dist._store()
+    process_group._store()
     assert asked == ["127.0.0.1", "elsewhere.invalid", "nowhere.invalid"]
     (said,) = [one for one in caplog.messages if "loopback" in one]
     assert "nowhere.invalid" in said
@@ -221,7 +233,7 @@ def test_srun_is_named_only_where_it_started_several(alone, variables, named):
         alone.delenv(name, raising=False)
     for name, value in variables.items():
         alone.setenv(name, value)
-    assert ("srun" in dist.started_by_slurm()) == named
+    assert ("srun" in process_group.started_by_slurm()) == named
 
 
 @pytest.mark.parametrize(("num_local", "expected"), [("1", 6), ("4", 1), ("9", 1)])
@@ -231,14 +243,14 @@ def test_cores_are_shared_among_local_ranks(alone, num_local, expected):
     alone.setenv("LOCAL_WORLD_SIZE", num_local)
     alone.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
     alone.setattr(torch, "set_num_threads", chosen.append)
-    dist.set_cpu_threads()
+    process_group.set_cpu_threads()
     assert chosen == [expected]
 
 
 def test_the_users_number_of_threads_wins(alone):
     alone.setenv("OMP_NUM_THREADS", "3")
     alone.setattr(torch, "set_num_threads", lambda number: pytest.fail("changed"))
-    dist.set_cpu_threads()
+    process_group.set_cpu_threads()
 
 
 def test_the_device_can_be_chosen(monkeypatch):
@@ -247,18 +259,18 @@ def test_the_device_can_be_chosen(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     found = {}
     for name in ("cpu", "cuda", "mps", "auto"):
-        dist.use_device(name)
-        found[name] = dist.device().type
+        process_group.use_device(name)
+        found[name] = process_group.device().type
     assert found == {"cpu": "cpu", "cuda": "cuda", "mps": "mps", "auto": "cuda"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert dist.device().type == "mps"
+    assert process_group.device().type == "mps"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert dist.device().type == "cpu"
+    assert process_group.device().type == "cpu"
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
 def test_a_device_that_is_not_there_is_said(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(dist.DistError, match=f"device: {name} is not available"):
-        dist.use_device(name)
+    with pytest.raises(process_group.DistError, match=f"device: {name} is not available"):
+        process_group.use_device(name)

@@ -5,23 +5,23 @@ import pytest
 import torch
 from scipy import stats
 
-from dinogen import draws
+from dinogen.distributed import rng
 
 
 def test_a_position_has_its_noise_whatever_batch_it_is_in():
-    whole = draws.normal(7, "z", torch.arange(100), (8,))
-    parts = [draws.normal(7, "z", torch.arange(i, 100, 3), (8,)) for i in range(3)]
+    whole = rng.normal(7, "z", torch.arange(100), (8,))
+    parts = [rng.normal(7, "z", torch.arange(i, 100, 3), (8,)) for i in range(3)]
     for i, part in enumerate(parts):
         assert torch.equal(whole[i::3], part)
 
 
 def test_seed_purpose_and_position_all_matter():
     positions = torch.tensor([5, 2**40, 2**62])
-    first = draws.normal(0, "z", positions, (64,))
+    first = rng.normal(0, "z", positions, (64,))
     others = [
-        draws.normal(1, "z", positions, (64,)),
-        draws.normal(0, "y", positions, (64,)),
-        draws.normal(0, "z", positions + 1, (64,)),
+        rng.normal(1, "z", positions, (64,)),
+        rng.normal(0, "y", positions, (64,)),
+        rng.normal(0, "z", positions + 1, (64,)),
     ]
     for other in others:
         assert abs(np.corrcoef(first.flatten(), other.flatten())[0, 1]) < 0.3
@@ -29,7 +29,7 @@ def test_seed_purpose_and_position_all_matter():
 
 
 def test_it_is_standard_normal():
-    noise = draws.normal(3, "z", torch.arange(2000), (4, 8))
+    noise = rng.normal(3, "z", torch.arange(2000), (4, 8))
     assert noise.shape == (2000, 4, 8)
     assert noise.dtype == torch.float32
     assert abs(noise.mean()) < 0.01
@@ -54,24 +54,24 @@ PI = ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0")
 def test_philox_gives_the_known_answers(counter, key, answer):
     words = tuple(torch.tensor([int(word, 16)]) for word in counter.split())
     first, second = (int(word, 16) for word in key.split())
-    assert [f"{int(word):08x}" for word in draws.philox(words, (first, second))] == answer.split()
+    assert [f"{int(word):08x}" for word in rng.philox(words, (first, second))] == answer.split()
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 5)])
 def test_uniform_and_integers(shape):
     positions = torch.arange(4000) + 2**35
-    values = draws.uniform(3, "u", positions, shape)
+    values = rng.uniform(3, "u", positions, shape)
     assert values.shape == (4000, *shape)
     assert values.min() > 0
     assert values.max() < 1
     assert stats.kstest(values.flatten().numpy(), "uniform").pvalue > 1e-3
-    counts = draws.integers(3, "i", positions, shape, high=7).flatten().bincount(minlength=7)
+    counts = rng.integers(3, "i", positions, shape, high=7).flatten().bincount(minlength=7)
     assert len(counts) == 7
     assert stats.chisquare(counts.numpy()).pvalue > 1e-3
 
 
 def test_normal_is_normal_in_its_tails_too():
-    noise = draws.normal(0, "z", torch.arange(50), (20_000,)).flatten()
+    noise = rng.normal(0, "z", torch.arange(50), (20_000,)).flatten()
     assert torch.isfinite(noise).all()
     assert stats.kstest(noise[::10].numpy(), "norm").pvalue > 1e-3
     assert 4.5 < noise.abs().max() < 6.8
@@ -85,8 +85,8 @@ def test_torch_seed_leaves_the_callers_generator_alone():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    with draws.torch_seed(5, "init"):
+    with rng.torch_seed(5, "init"):
         inside = torch.rand(3)
     assert torch.equal(torch.rand(3), expected)
-    with draws.torch_seed(5, "init"):
+    with rng.torch_seed(5, "init"):
         assert torch.equal(torch.rand(3), inside)

@@ -16,18 +16,16 @@ MAX_LINES = 600
 BASICS = {
     "dinogen",
     "dinogen.config",
-    "dinogen.config_clip",
-    "dinogen.config_cluster",
-    "dinogen.config_data",
-    "dinogen.config_errors",
-    "dinogen.config_file",
-    "dinogen.config_metrics",
-    "dinogen.config_notes",
-    "dinogen.config_prepare",
-    "dinogen.config_section",
-    "dinogen.config_study",
-    "dinogen.config_training",
-    "dinogen.draws",
+    "dinogen.config.clip",
+    "dinogen.config.cluster",
+    "dinogen.config.data",
+    "dinogen.config.base",
+    "dinogen.config.file",
+    "dinogen.config.metrics",
+    "dinogen.config.prepare",
+    "dinogen.config.study",
+    "dinogen.config.training",
+    "dinogen.distributed.rng",
     "dinogen.errors",
     "dinogen.files",
     "dinogen._torchvision",
@@ -38,18 +36,20 @@ MAY_IMPORT = {
     "dinogen.losses": set(),
     "dinogen.diffusion": set(),
     "dinogen.report": set(),
-    "dinogen.prepare": {"dinogen.features", "dinogen.dist", "dinogen.report.pictures"},
-    "dinogen.metrics": {
-        "dinogen.dist",
+    "dinogen.prepare": {
         "dinogen.features",
-        "dinogen.gather",
+        "dinogen.distributed.process_group",
+        "dinogen.report.images",
+    },
+    "dinogen.metrics": {
+        "dinogen.distributed.process_group",
+        "dinogen.features",
         "dinogen.report.cautions",
-        "dinogen.report.pictures",
+        "dinogen.report.images",
     },
     "dinogen.guidance": {
-        "dinogen.dist",
+        "dinogen.distributed.process_group",
         "dinogen.features",
-        "dinogen.gather",
         "dinogen.losses",
         "dinogen.networks",
     },
@@ -63,21 +63,20 @@ MAY_IMPORT = {
     "dinogen.training": {
         "dinogen.families.base",
         "dinogen.families.registry",
-        "dinogen.dist",
-        "dinogen.gather",
-        "dinogen.takedown",
+        "dinogen.distributed.process_group",
+        "dinogen.distributed.failure",
         "dinogen.metrics",
         "dinogen.report",
     },
     "dinogen.serve": {
-        "dinogen.dist",
+        "dinogen.distributed.process_group",
         "dinogen.families.base",
-        "dinogen.report.pictures",
+        "dinogen.report.images",
         "dinogen.training",
     },
-    "dinogen.gather": {"dinogen.dist"},
-    "dinogen.takedown": {"dinogen.dist"},
-    "dinogen.dist": set(),
+    "dinogen.distributed.process_group": {"dinogen.distributed.process_group"},
+    "dinogen.distributed.failure": {"dinogen.distributed.process_group"},
+    "dinogen.distributed.process_group": set(),
 }
 HEAVY = {"torch", "torchvision", "transformers", "deepspeed", "facenet_pytorch"}
 STARTUP = HEAVY | {"numpy", "PIL", "matplotlib", "pydantic", "jinja2", "huggingface_hub", "yaml"}
@@ -190,7 +189,7 @@ def test_help_waits_for_nothing_heavy(path):
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_only_dist_reads_where_this_process_stands(path):
-    if module(path) == "dinogen.dist":
+    if module(path) == "dinogen.distributed.process_group":
         return
     words = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     strings = {

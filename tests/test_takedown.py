@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dinogen import dist
+from dinogen.distributed import process_group
+from dinogen.distributed.failure import takedown
 from dinogen.errors import UserError
-from dinogen.takedown import takedown
 from tests.forked import torchrun
 
 RANKS = """
@@ -19,13 +19,13 @@ import datetime, os, signal, sys, time
 import torch
 from dinogen import dist
 from dinogen.errors import UserError
-from dinogen.takedown import takedown
+from dinogen.distributed.failure import takedown
 from launch.cli.console import setup_logging
 
 setup_logging(quiet=not dist.is_main())
 case = sys.argv[1]
 if case == "killed at work":
-    sys.modules["dinogen.takedown"]._SILENT = 3.0
+    sys.modules["dinogen.distributed.failure"]._SILENT = 3.0
 if case == "slow":
     dist._TIMEOUT = datetime.timedelta(seconds=5)
 dist.init()
@@ -105,7 +105,7 @@ def test_rank_0_may_work_longer_than_a_collective_waits(tmp_path):
 def test_one_process_alone_keeps_its_exception():
     with pytest.raises(UserError, match="as it is"), takedown():
         raise UserError("as it is")
-    assert dist.control_store() is None
+    assert process_group.control_store() is None
 
 
 class Store:
@@ -130,13 +130,13 @@ class Store:
 
 def test_the_first_to_fail_keeps_its_exception_and_the_second_ends_with_its_code(monkeypatch):
     store = Store()
-    monkeypatch.setattr(dist, "control_store", lambda: store)
+    monkeypatch.setattr(process_group, "control_store", lambda: store)
     error = UserError("first")
     error.exit_code = 7
-    monkeypatch.setattr(dist, "rank", lambda: 2)
+    monkeypatch.setattr(process_group, "rank", lambda: 2)
     with pytest.raises(UserError, match="first"), takedown():
         raise error
-    monkeypatch.setattr(dist, "rank", lambda: 1)
+    monkeypatch.setattr(process_group, "rank", lambda: 1)
     with pytest.raises(SystemExit) as ended, takedown():
         raise ValueError("second")
     assert ended.value.code == 7
@@ -144,7 +144,7 @@ def test_the_first_to_fail_keeps_its_exception_and_the_second_ends_with_its_code
 
 def test_what_all_ranks_agreed_on_is_no_failure_of_one(monkeypatch):
     store = Store()
-    monkeypatch.setattr(dist, "control_store", lambda: store)
+    monkeypatch.setattr(process_group, "control_store", lambda: store)
 
     class Agreed(UserError):
         agreed = True
@@ -156,8 +156,8 @@ def test_what_all_ranks_agreed_on_is_no_failure_of_one(monkeypatch):
 
 def test_a_broken_connection_is_told_as_what_it_means(monkeypatch):
     store = Store()
-    monkeypatch.setattr(dist, "control_store", lambda: store)
-    with pytest.raises(dist.DistError, match="killed, or its node died"), takedown():
+    monkeypatch.setattr(process_group, "control_store", lambda: store)
+    with pytest.raises(process_group.DistError, match="killed, or its node died"), takedown():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1")
     store.values.clear()
     with pytest.raises(RuntimeError, match="shapes"), takedown():

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dinogen import draws
 from dinogen.config import Config, ConfigError, Section, StageConfig
+from dinogen.distributed import rng
 from dinogen.families.base import (
     Batch,
     Family,
@@ -67,7 +67,7 @@ class Dcgan(Family):
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
         """z (N, z_dim)."""
-        return draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
+        return rng.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
 
     def realism(self, images: Tensor) -> Tensor:
         """D's logits, by its running statistics."""
@@ -97,6 +97,6 @@ class Dcgan(Family):
 
     def _generate(self, batch: Batch, purpose: str) -> Tensor:
         shape = (self.options.z_dim,)
-        z = draws.normal(self.config.seed, purpose, batch["position"], shape, self.device)
+        z = rng.normal(self.config.seed, purpose, batch["position"], shape, self.device)
         images: Tensor = self.G(z)
         return images

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dinogen import draws
 from dinogen.config import Config, ConfigError, Section, StageConfig
 from dinogen.diffusion.sampler import sample
 from dinogen.diffusion.schedule import Schedule
+from dinogen.distributed import rng
 from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars, classes_of
 from dinogen.networks.unet import UNet
 from shards.read.dataset import Dataset
@@ -115,7 +115,7 @@ class Ddpm(Family):
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
         """The noise that sampling starts from, (N, 3, R, R)."""
-        return draws.normal(seed, "sample", indices, self._shape, device=self.device)
+        return rng.normal(seed, "sample", indices, self._shape, device=self.device)
 
     def decode(
         self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
@@ -144,7 +144,7 @@ class Ddpm(Family):
             label = label.to(self.device)
 
         def noise(t: int) -> Tensor:
-            return draws.normal(seed, f"sample/{t}", indices, self._shape, device=self.device)
+            return rng.normal(seed, f"sample/{t}", indices, self._shape, device=self.device)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return self._guided(G, x, t.to(self.device), label)
@@ -175,11 +175,11 @@ class Ddpm(Family):
         """Mean squared error of the prediction at one time step drawn per sample."""
         seed, position, x0 = self.config.seed, batch["position"], batch["image"]
         num_classes, prediction = self.options.num_classes, self.options.prediction
-        t = draws.integers(seed, f"t{kind}", position, high=self.schedule.num_steps)
-        eps = draws.normal(seed, f"eps{kind}", position, tuple(x0.shape[1:]), device=x0.device)
+        t = rng.integers(seed, f"t{kind}", position, high=self.schedule.num_steps)
+        eps = rng.normal(seed, f"eps{kind}", position, tuple(x0.shape[1:]), device=x0.device)
         label = None
         if num_classes:
-            dropped = draws.uniform(seed, f"label{kind}", position) < DROP_LABEL
+            dropped = rng.uniform(seed, f"label{kind}", position) < DROP_LABEL
             label = torch.where(dropped.to(self.device), num_classes, batch["label"])
         output = G(self.schedule.q_sample(x0, eps, t), t.to(self.device), label)
         target = self.schedule.target(prediction, x0, eps, t)

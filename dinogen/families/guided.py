@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinogen import draws
 from dinogen.config import Config, ConfigError, StageConfig
+from dinogen.distributed import rng
 from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars, Verdict
-from dinogen.guidance.discriminate import Discriminating
-from dinogen.guidance.joint import Features
-from dinogen.guidance.latents import Rows, numbers_of
-from dinogen.guidance.objective import Objective
+from dinogen.guidance.conditioning import Asked, Rows, Text, clip_of, numbers_of
+from dinogen.guidance.discriminator import Discriminating
+from dinogen.guidance.gradient_cache import Features
+from dinogen.guidance.guides import Teacher
 from dinogen.guidance.options import GuidedOptions, check_sets
-from dinogen.guidance.teacher import Teacher
-from dinogen.guidance.text import Asked, Text, clip_of
+from dinogen.guidance.weighted import Objective
 from dinogen.losses.pyramid import mean_pairwise_distance
 from dinogen.networks.conditional import ConditionalGenerator
 from dinogen.networks.progressive import ProgressiveGenerator
@@ -113,7 +112,7 @@ class Guided(Family):
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
         """z (N, z_dim)."""
-        return draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
+        return rng.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
 
     def decode(
         self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
@@ -260,7 +259,7 @@ class Guided(Family):
         if paired:
             purpose, positions = "paired", numbers_of(batch["key"])
         shape = (self.options.z_dim,)
-        return draws.normal(self.config.seed, purpose, positions, shape, self.device)
+        return rng.normal(self.config.seed, purpose, positions, shape, self.device)
 
     def _asked(self, batch: Batch, purpose: str) -> Asked | None:
         return self.text.asked(batch, purpose) if self.text else None

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinogen import draws
 from dinogen.config import Config, Section, StageConfig
+from dinogen.distributed import rng
 from dinogen.families.base import (
     Batch,
     Family,
@@ -22,8 +22,7 @@ from dinogen.families.base import (
 )
 from dinogen.losses.adversarial import bce_d, bce_g
 from dinogen.losses.penalties import r1_penalty
-from dinogen.networks.progressive import ProgressiveGenerator
-from dinogen.networks.progressive_discriminator import ProgressiveDiscriminator
+from dinogen.networks.progressive import ProgressiveDiscriminator, ProgressiveGenerator
 
 
 class ProgressiveGan(Family):
@@ -82,7 +81,7 @@ class ProgressiveGan(Family):
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
         """z (N, z_dim)."""
-        return draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
+        return rng.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
 
     def realism(self, images: Tensor) -> Tensor:
         """D's logits."""
@@ -147,6 +146,6 @@ class ProgressiveGan(Family):
 
     def _generate(self, batch: Batch, purpose: str) -> Tensor:
         shape = (self.options.z_dim,)
-        z = draws.normal(self.config.seed, purpose, batch["position"], shape, self.device)
+        z = rng.normal(self.config.seed, purpose, batch["position"], shape, self.device)
         images: Tensor = self.G(z)
         return images

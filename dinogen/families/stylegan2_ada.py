@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dinogen import draws
 from dinogen.config import Config, Section, StageConfig
+from dinogen.distributed import rng
 from dinogen.families.base import (
     Batch,
     Family,
@@ -22,12 +22,11 @@ from dinogen.families.base import (
     judged_alone,
 )
 from dinogen.losses.adversarial import bce_d, bce_g
-from dinogen.losses.path_length import path_lengths
-from dinogen.losses.penalties import r1_penalty
-from dinogen.networks.ada import Strengths, augment
-from dinogen.networks.stylegan2 import Dense
-from dinogen.networks.stylegan2_discriminator import StyleGAN2Discriminator
-from dinogen.networks.stylegan2_generator import StyleGAN2Generator
+from dinogen.losses.penalties import path_lengths, r1_penalty
+from dinogen.networks.ada.pipeline import Strengths, augment
+from dinogen.networks.stylegan2.discriminator import StyleGAN2Discriminator
+from dinogen.networks.stylegan2.generator import StyleGAN2Generator
+from dinogen.networks.stylegan2.layers import Dense
 
 # Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", appendix B
 PATH_DECAY = 0.01
@@ -134,7 +133,7 @@ class StyleGAN2Ada(Family):
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
         """z (N, z_dim)."""
-        return draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
+        return rng.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
 
     def decode(
         self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
@@ -154,7 +153,7 @@ class StyleGAN2Ada(Family):
         if label is not None and shares is not None:
             label = classes_of(indices, shares).to(self.device)
         shape = (G.synthesis.num_noise,)
-        noise = draws.normal(seed, "sample/noise", indices, shape, self.device)
+        noise = rng.normal(seed, "sample/noise", indices, shape, self.device)
         latents = self.latents(indices, seed)
         images: Tensor = G(latents, label, noise, psi=self.options.truncation)
         return images.clamp(-1, 1)
@@ -282,8 +281,8 @@ class StyleGAN2Ada(Family):
             z = self._normal(f"z_mixed/{purpose}", positions, self.options.z_dim)
             other = self.G.broadcast(self.G.mapping(z, label))
             seed, num_ws = self.config.seed, self.G.synthesis.num_ws
-            mixed = draws.uniform(seed, f"mix/{purpose}", positions) < self.options.style_mixing
-            cut = 1 + draws.integers(seed, f"cut/{purpose}", positions, high=num_ws - 1)
+            mixed = rng.uniform(seed, f"mix/{purpose}", positions) < self.options.style_mixing
+            cut = 1 + rng.integers(seed, f"cut/{purpose}", positions, high=num_ws - 1)
             changed = mixed[:, None] & (torch.arange(num_ws) >= cut[:, None])
             ws = torch.where(changed[:, :, None].to(self.device), other, ws)
         return w, ws
@@ -308,4 +307,4 @@ class StyleGAN2Ada(Family):
         return (indices % num_classes).to(self.device) if num_classes else None
 
     def _normal(self, purpose: str, positions: Tensor, *shape: int) -> Tensor:
-        return draws.normal(self.config.seed, purpose, positions, shape, self.device)
+        return rng.normal(self.config.seed, purpose, positions, shape, self.device)

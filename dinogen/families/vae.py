@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dinogen import draws
 from dinogen.config import Config, ConfigError, Section, StageConfig
+from dinogen.distributed import rng
 from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars
 from dinogen.features.vgg import VggFeatures, load_vgg
 from dinogen.losses.reconstruction import (
@@ -134,7 +134,7 @@ class Vae(Family):
         return {"guide": info.to_dict(), "guide_label": info.label, "random_guide": info.random}
 
     def _noise(self, purpose: str, positions: Tensor, seed: int) -> Tensor:
-        return draws.normal(seed, purpose, positions, (self.options.latent,), self.device)
+        return rng.normal(seed, purpose, positions, (self.options.latent,), self.device)
 
     def _losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
         return self._judge(*self._reconstruct(self.G, batch, "z"), batch["image"])

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dinogen import draws
 from dinogen.config import Config, ConfigError, Section, StageConfig
+from dinogen.distributed import rng
 from dinogen.families.base import (
     Batch,
     Family,
@@ -80,7 +80,7 @@ class WganGp(Family):
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
         """z (N, z_dim)."""
-        return draws.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
+        return rng.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
 
     def realism(self, images: Tensor) -> Tensor:
         """The critic's scores."""
@@ -105,7 +105,7 @@ class WganGp(Family):
         images, seed = batch["image"], self.config.seed
         generated = self._generate(batch, "z/D")
         real, fake = self.D(torch.cat([images, generated])).chunk(2)
-        eps = draws.uniform(seed, "eps/D", batch["position"], (1, 1, 1), self.device)
+        eps = rng.uniform(seed, "eps/D", batch["position"], (1, 1, 1), self.device)
         penalty = gradient_penalty(self.D, images, generated, eps)
         distance = wasserstein_d(real, fake)
         losses = {"wasserstein": distance, "penalty": self.options.gp_weight * penalty}
@@ -116,6 +116,6 @@ class WganGp(Family):
 
     def _generate(self, batch: Batch, purpose: str) -> Tensor:
         shape = (self.options.z_dim,)
-        z = draws.normal(self.config.seed, purpose, batch["position"], shape, self.device)
+        z = rng.normal(self.config.seed, purpose, batch["position"], shape, self.device)
         images: Tensor = self.G(z)
         return images

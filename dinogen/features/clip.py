@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dinogen._torchvision import ensure_torchvision
-from dinogen.config_clip import ClipConfig
+from dinogen.config.clip import ClipConfig
 from dinogen.features.base import GuideError, guide_dtype
 from dinogen.features.checkpoint import damage_told, hash_folder, read_model
 from dinogen.features.dinov2 import RANDOM_KEY

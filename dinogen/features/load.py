@@ -1,13 +1,18 @@
-"""The one way to a guide: the config's name is the file of this package that loads it."""
+"""A guide by name, and how many channels its layers have."""
 
 from __future__ import annotations
 
 import importlib
+import json
+import re
+from pathlib import Path
 
 import torch
 
 from dinogen.config import GuideConfig
-from dinogen.features.base import Guide
+from dinogen.features import inception, pixels
+from dinogen.features.base import Guide, GuideError
+from dinogen.features.hub import checkpoint_folder
 
 
 def load_guide(config: GuideConfig, device: torch.device) -> Guide:
@@ -23,3 +28,46 @@ def load_guide(config: GuideConfig, device: torch.device) -> Guide:
     module = importlib.import_module(f"dinogen.features.{config.name}")
     guide: Guide = module.load(config, device)
     return guide
+
+
+# Oquab et al. 2023, "DINOv2: Learning Robust Visual Features without Supervision", table 17
+_HIDDEN_SIZES = {"small": 384, "base": 768, "large": 1024, "giant": 1536}
+_PUBLISHED = re.compile(rf"facebook/dinov2-(?:with-registers-)?({'|'.join(_HIDDEN_SIZES)})")
+
+
+def layer_channels(config: GuideConfig) -> tuple[int, ...]:
+    """Channels of each layer's map, in the order in which the guide joins them.
+
+    So that a network on these maps can be built where the guide itself is not needed, as for a
+    look at its size. Of DINOv2's own checkpoints the name says it, of others their config.json.
+
+    Raises:
+        GuideError: a layer that the guide does not have, or no such checkpoint.
+    """
+    layers = config.layer if isinstance(config.layer, tuple) else (config.layer,)
+    if config.name == "pixels":
+        return (pixels.NUM_CHANNELS,)
+    if config.name == "inception":
+        names = [inception.LAST if layer == -1 else str(layer) for layer in layers]
+        if wrong := [name for name in names if name not in inception.LAYERS]:
+            raise GuideError(
+                f"guide.layer: {wrong[0]}: the Inception guide has the layers "
+                f"{', '.join(inception.LAYERS)}; -1 is the last"
+            )
+        return tuple(inception.LAYERS[name] for name in names)
+    return (_hidden_size(config),) * len(layers)
+
+
+def _hidden_size(config: GuideConfig) -> int:
+    published = _PUBLISHED.fullmatch(config.path)
+    if published and not Path(config.path).exists():
+        return _HIDDEN_SIZES[published[1]]
+    folder, _ = checkpoint_folder(config.path, config.revision)
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return int(said["hidden_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GuideError(
+            f"guide.path: {config.path} is damaged (config.json gives no hidden_size): get the "
+            "checkpoint again, whole"
+        ) from error

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dinogen import draws
 from dinogen._torchvision import ensure_torchvision
+from dinogen.distributed import rng
 from dinogen.errors import ConfigError
 from dinogen.features.base import GuideInfo, guide_dtype
 from dinogen.features.dinov2 import IMAGENET_MEAN, IMAGENET_STD
@@ -90,7 +90,7 @@ def load_vgg(weights: str, device: torch.device, key: str) -> VggFeatures:
     ensure_torchvision()
     from torchvision.models.vgg import make_layers
 
-    with draws.torch_seed(0, BY_NAME):
+    with rng.torch_seed(0, BY_NAME):
         layers: nn.Sequential = make_layers(_LAYERS)
         _randomize(layers)
     if weights == RANDOM:

@@ -1,12 +1,8 @@
-"""Penalties on D's gradient with respect to its pictures: WGAN-GP, R1 and R2.
-
-All differentiate twice, which half precision does not survive, so they run D in float32 whatever
-autocast says around them. They add ``0 * logits.sum()``: a bias of the last layer does not reach
-D's gradient, but every trained parameter has to get one.
-"""
+"""Penalties on gradients: WGAN-GP, R1 and R2 of D, path length of G."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -65,3 +61,23 @@ def _gradient(D: Discriminator, images: Tensor) -> tuple[Tensor, Tensor]:
         logits = D(images).float()
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradient, logits
+
+
+def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
+    """|J' y| of each sample: how far the picture moves with w, seen along random directions y.
+
+    Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", equation 4, where
+    J is the Jacobian of the picture with respect to w. Differentiable itself, so all of it has to
+    be computed in float32.
+
+    Args:
+        images: (B, C, H, W), computed from ``ws``.
+        ws: (B, L, w_dim), one w for each of L layers; lengths are their root mean square.
+        noise: standard normal, of the pictures' shape.
+
+    Returns:
+        (B,) float32.
+    """
+    directions = noise / math.sqrt(images.shape[2] * images.shape[3])
+    (gradient,) = torch.autograd.grad((images * directions).sum(), ws, create_graph=True)
+    return gradient.square().sum(2).mean(1).sqrt()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinogen import dist
+from dinogen.distributed import process_group
+from dinogen.distributed.process_group import gather_counts, gather_rows
 from dinogen.errors import UserError
-from dinogen.gather import gather_counts, gather_rows
-from dinogen.metrics.judges.base import Judge, JudgeInfo
-from dinogen.metrics.moments import Moments
+from dinogen.metrics.extractors.base import Judge, JudgeInfo
 from shards.errors import ShardsError
 
 
@@ -90,7 +89,7 @@ def collect(
     if source.num < 1:
         raise ValueError("there are no pictures to measure")
     num_pictures = min(num_pictures, source.num)
-    mine = _batches(source.num, batch)[dist.rank()]
+    mine = _batches(source.num, batch)[process_group.rank()]
     notes = {judge.info.name: _Notes(judge, judge.info.name in keep) for judge in judges}
     pictures: list[Tensor] = []
     failure: Exception | None = None
@@ -118,7 +117,7 @@ def agree_readable(failure: Exception | None) -> None:
     Raises:
         Unreadable: a rank could not read its own.
     """
-    if dist.any_rank(failure is not None):
+    if process_group.any_rank(failure is not None):
         raise Unreadable(str(failure or "an image cannot be read on another rank")) from failure
 
 
@@ -154,7 +153,7 @@ class _Notes:
 def _batches(num: int, batch: int) -> list[list[list[int]]]:
     """Of each rank the batches that it takes: runs of whole batches, in order of rank."""
     batches = [list(range(start, min(start + batch, num))) for start in range(0, num, batch)]
-    shares = np.array_split(np.arange(len(batches)), dist.world_size())
+    shares = np.array_split(np.arange(len(batches)), process_group.world_size())
     return [[batches[index] for index in share] for share in shares]
 
 
@@ -165,7 +164,85 @@ def _gather(rows: Tensor) -> Tensor:
 
 def _gather_pictures(pictures: list[Tensor]) -> Tensor:
     """The first pictures, also on ranks that read none and so do not know their side."""
-    side = pictures[0].shape[-1] if dist.is_main() else 0  # rank 0 has the first batch
-    side = int(dist.all_reduce_sum(torch.tensor(side)))
+    side = pictures[0].shape[-1] if process_group.is_main() else 0  # rank 0 has the first batch
+    side = int(process_group.all_reduce_sum(torch.tensor(side)))
     none = torch.empty(0, 3, side, side, dtype=torch.uint8)
     return _gather(torch.cat([none, *pictures]))
+
+
+@dataclass
+class Moments:
+    """Sums of rows and of their outer products; rows themselves are not kept.
+
+    Attributes:
+        count: rows so far.
+        total: (C,) float64, their sum.
+        outer: (C, C) float64, the sum of x x^T.
+    """
+
+    count: int
+    total: Tensor
+    outer: Tensor
+
+    @classmethod
+    def empty(cls, num_channels: int) -> Moments:
+        """Of no rows yet."""
+        return cls(
+            0,
+            torch.zeros(num_channels, dtype=torch.float64),
+            torch.zeros(num_channels, num_channels, dtype=torch.float64),
+        )
+
+    @classmethod
+    def of(cls, rows: Tensor, block: int = 1024) -> Moments:
+        """Of rows (N, C) that are all there, in blocks of float64."""
+        moments = cls.empty(rows.shape[1])
+        for part in rows.split(block):
+            moments.add(part)
+        return moments
+
+    def add(self, rows: Tensor) -> None:
+        """Take in (N, C) rows of any float type; N may be 0."""
+        exact = rows.detach().to(self.total)
+        self.count += len(exact)
+        self.total += exact.sum(0)
+        self.outer.addmm_(exact.T, exact)
+
+    def merged(self) -> Moments:
+        """The sum over all ranks, on each of them."""
+        count = process_group.all_reduce_sum(torch.tensor(self.count))
+        return Moments(
+            int(count),
+            process_group.all_reduce_sum(self.total),
+            process_group.all_reduce_sum(self.outer),
+        )
+
+    def mean(self) -> Tensor:
+        """(C,) float64.
+
+        Raises:
+            ValueError: no rows.
+        """
+        if not self.count:
+            raise ValueError("no rows have no mean")
+        return self.total / self.count
+
+    def covariance(self) -> Tensor:
+        """(C, C) float64, unbiased: divided by N - 1.
+
+        Raises:
+            ValueError: fewer than two rows.
+        """
+        if self.count < 2:
+            raise ValueError(f"{self.count} rows have no covariance: it takes at least 2")
+        mean = self.mean()
+        return (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As tensors to be stored, such as in a safetensors file."""
+        return {"count": torch.tensor(self.count), "total": self.total, "outer": self.outer}
+
+    @classmethod
+    def from_tensors(cls, stored: Mapping[str, Tensor]) -> Moments:
+        """Back from :meth:`tensors`."""
+        return cls(int(stored["count"]), stored["total"], stored["outer"])

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dinogen.metrics.judges.base import JudgeInfo
+from dinogen.metrics.extractors.base import JudgeInfo
 from shards.files import sha256_file
 from shards.read.dataset import Dataset
 

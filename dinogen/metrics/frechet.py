@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dinogen.metrics.bootstrap import halves, standard_deviation
-from dinogen.metrics.moments import Moments
+from dinogen.metrics.collect import Moments
+from dinogen.metrics.value import halves, standard_deviation
 
 _EPSILON = 2.0**-52  # of float64
 _BLOCK = 1024
@@ -51,7 +51,7 @@ def frechet_spread(generated: Tensor, reference: Moments, num: int, seed: int) -
     Args:
         generated: (N, C), all generated rows.
         reference: of the real rows, which stay as they are.
-        num: halves; see :func:`dinogen.metrics.bootstrap.halves`.
+        num: halves; see :func:`dinogen.metrics.value.halves`.
         seed: of the halves.
 
     Returns:

@@ -10,7 +10,7 @@ import statistics
 
 from torch import Tensor
 
-from dinogen.metrics.bootstrap import Estimate
+from dinogen.metrics.value import Estimate
 
 
 def inception_score(logits: Tensor, num_splits: int = 10) -> Estimate:

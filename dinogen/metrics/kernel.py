@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dinogen.metrics.bootstrap import Estimate, halves, standard_deviation
+from dinogen.metrics.value import Estimate, halves, standard_deviation
 
 
 def kernel_distance(

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from dinogen import dist
-from dinogen.metrics.figure import Figure
-from dinogen.metrics.perceptual import Perceptual
+from dinogen.distributed import process_group
+from dinogen.metrics.extractors.lpips import Perceptual
+from dinogen.metrics.value import Figure
 
 NAME = "lpips_diversity"
 NUM_SAMPLES = 100
@@ -59,7 +59,7 @@ def pairwise_distances(pictures: Tensor, perceptual: Perceptual) -> Tensor:
         (N, N) float64 on the CPU, symmetric, the same on every rank.
     """
     num = len(pictures)
-    rank, world_size = dist.rank(), dist.world_size()
+    rank, world_size = process_group.rank(), process_group.world_size()
     distances = torch.zeros(num, num, dtype=torch.float64)
     num_bytes = 4 * perceptual.embed(pictures[:1]).shape[1]
     blocks = torch.arange(num).split(max(1, MAX_BYTES // num_bytes))
@@ -71,7 +71,7 @@ def pairwise_distances(pictures: Tensor, perceptual: Perceptual) -> Tensor:
                 if i % world_size == rank:
                     found = (columns - row).square().sum(1).cpu().double()
                     distances[i, other] = found
-    distances = dist.all_reduce_sum(distances).triu(1)
+    distances = process_group.all_reduce_sum(distances).triu(1)
     return distances + distances.T
 
 

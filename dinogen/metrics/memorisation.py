@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dinogen.metrics.bootstrap import Estimate, halves, standard_deviation
-from dinogen.metrics.neighbours import nearest
+from dinogen.metrics.manifold import nearest
+from dinogen.metrics.value import Estimate, halves, standard_deviation
 
 _SAME = 1e-6  # of the rows' norm: what rounding leaves of the distance of a row to itself is below
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinogen import dist
+from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.metrics.collect import agree_readable
-from dinogen.metrics.figure import Figure
-from dinogen.metrics.judges.base import NotAvailable
-from dinogen.metrics.perceptual import Perceptual
+from dinogen.metrics.extractors.base import NotAvailable
+from dinogen.metrics.extractors.lpips import Perceptual
+from dinogen.metrics.value import Figure
 from shards.errors import ShardsError
 
 BETTER: dict[str, Literal["lower", "higher"]] = {
@@ -67,7 +67,9 @@ def reconstruction(
     rows = torch.zeros(pairs.num, len(BETTER), dtype=torch.float64)
     failure: Exception | None = None
     try:
-        for start in np.array_split(starts, dist.world_size())[dist.rank()].tolist():
+        for start in np.array_split(starts, process_group.world_size())[
+            process_group.rank()
+        ].tolist():
             numbers = list(range(start, min(start + batch, pairs.num)))
             real, made = pairs.read(numbers)
             if isinstance(perceptual, Perceptual):
@@ -78,7 +80,7 @@ def reconstruction(
     except (UserError, ShardsError) as error:
         failure = error
     agree_readable(failure)
-    rows = dist.all_reduce_sum(rows)
+    rows = process_group.all_reduce_sum(rows)
     missing = dict.fromkeys(BETTER, "")
     if isinstance(perceptual, NotAvailable):
         missing["reconstruction_lpips"] = str(perceptual)

@@ -16,13 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dinogen import dist
+from dinogen.distributed import process_group
 from dinogen.features.weights import weights_sha256
 from dinogen.files import write_bytes, write_json
-from dinogen.metrics.collect import Seen, collect
+from dinogen.metrics.collect import Moments, Seen, collect
+from dinogen.metrics.extractors.base import Judge, JudgeInfo
 from dinogen.metrics.fingerprint import Facts, fingerprint, fingerprint_id
-from dinogen.metrics.judges.base import Judge, JudgeInfo
-from dinogen.metrics.moments import Moments
 from dinogen.metrics.sources import Reference
 
 log = logging.getLogger(__name__)
@@ -54,13 +53,13 @@ def seen_of_reference(
         name = judge.info.name
         seen = _load(folder, keys[name], judge.info, name in keep)
         # a cache may be a node's own, and ranks have to agree on what is to be worked out
-        if not dist.any_rank(seen is None) and seen is not None:
+        if not process_group.any_rank(seen is None) and seen is not None:
             found[name] = seen
     missing = [judge for judge in judges if judge.info.name not in found]
     if missing:
         fresh = collect(source, missing, keep, batch).seen
         for name, seen in fresh.items():
-            if dist.local_rank() == 0:
+            if process_group.local_rank() == 0:
                 _store(folder, keys[name], seen)
         found |= fresh
     return found

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dinogen.errors import UserError
 from dinogen.metrics.fingerprint import Facts, data_sha256, files_sha256
-from dinogen.report.pictures import to_uint8
+from dinogen.report.images import to_uint8
 from shards.image.decode import BadImage, decode
 from shards.image.kinds import IMAGE_SUFFIXES, UNREAD, UNREAD_IMAGES
 from shards.read.dataset import Dataset

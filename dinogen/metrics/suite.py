@@ -9,21 +9,21 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dinogen import dist
+from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.metrics.collect import Collected, Seen, Source, Unreadable, collect
-from dinogen.metrics.figure import Figure
+from dinogen.metrics.extractors import Judge, JudgeInfo, NotAvailable
+from dinogen.metrics.extractors.load import Judges
 from dinogen.metrics.fingerprint import Facts, fingerprint, fingerprint_id
-from dinogen.metrics.judged import Judges
-from dinogen.metrics.judges import Judge, JudgeInfo, NotAvailable
 from dinogen.metrics.lpips_diversity import NUM_SAMPLES, lpips_diversity
-from dinogen.metrics.names import JUDGED, LPIPS_DIVERSITY, Metric, Sets, better
 from dinogen.metrics.prompted import BETTER as PROMPTED
 from dinogen.metrics.prompted import Prompted, prompted_figures
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.reconstruction import reconstruction
 from dinogen.metrics.reference import seen_of_reference
+from dinogen.metrics.registry import JUDGED, LPIPS_DIVERSITY, Metric, Sets, better
 from dinogen.metrics.sources import Generated, Reconstructed, Reference
+from dinogen.metrics.value import Figure
 from dinogen.report.cautions import caution_of
 
 BATCH = 50  # pictures made and judged at a time
@@ -77,7 +77,7 @@ class Measurement:
     def say(self, name: str) -> None:
         """Tell a figure that was taken in, on rank 0."""
         figure = self.figures[name]
-        if self.tell is not None and figure.value is not None and dist.is_main():
+        if self.tell is not None and figure.value is not None and process_group.is_main():
             self.tell(figure, self.fingerprints)
 
     def add(self, figure: Figure, facts: Facts | None, num_dims: int | None = None) -> Figure:
@@ -187,7 +187,7 @@ def _judge(
     source: Source = subject.generated if metrics else _First(subject.generated, num_pictures)
     made = collect(source, _loaded(metrics, judges), keep, BATCH, num_pictures)
     results = None
-    with dist.main_section() as mine:
+    with process_group.main_section() as mine:
         if mine:
             results = []
             sets = {
@@ -199,7 +199,7 @@ def _judge(
                 _take(figure, metric, made, subject, found)
                 found.say(name)
                 results.append(figure.to_dict())
-    for stored in dist.broadcast_object(results):
+    for stored in process_group.broadcast_object(results):
         figure = Figure.from_dict(stored)
         _take(figure, chosen[figure.name], made, subject, found)
     return made

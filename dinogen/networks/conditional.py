@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dinogen.networks.progressive import ProgressiveGenerator
-from dinogen.networks.stylegan2 import Dense, normalize
+from dinogen.networks.stylegan2.layers import Dense, normalize
 
 
 class ConditionalMapping(nn.Module):

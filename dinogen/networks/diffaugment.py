@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dinogen.networks.ada_color import brightness, color, contrast, saturation
-from dinogen.networks.ada_corruption import cut_out
-from dinogen.networks.ada_draws import TransformDraws
-from dinogen.networks.ada_geometry import blit, translation
+from dinogen.networks.ada.colour import brightness, color, contrast, saturation
+from dinogen.networks.ada.corruption import cut_out
+from dinogen.networks.ada.geometry import blit, translation
+from dinogen.networks.ada.rng import TransformDraws
 
 Transform = Literal["color", "translation", "cutout"]
 MOST_SHIFT = 0.125  # of the side

@@ -1,7 +1,4 @@
-"""The progressive generator: 4x4 upwards, a new block faded in at each resolution.
-
-Growth and fade-in follow Karras et al. 2018, "Progressive Growing of GANs" (section 2, figure 2).
-"""
+"""Progressive growing: generator and discriminator, each block faded in; learned latents."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinogen.networks.latent_table import LatentTable
+from dinogen.networks.layers import minibatch_std
 
 LEAK = 0.2
 # Pictures begin near grey: noise of full contrast drives tanh flat before the mean is learnt.
@@ -114,3 +111,144 @@ class ProgressiveGenerator(nn.Module):
             # its own would be driven to where tanh is flat and nothing is learned any more.
             rgb = torch.lerp(old, rgb, self.alpha)
         return torch.tanh(rgb)
+
+
+# A direction in which all rows agree would be blown up without end.
+_LEAST_DEVIATION = 1e-3
+
+
+class LatentTable(nn.Module):
+    """Rows u; the latent of row i is L^-1 (u_i - mean), with L L' the covariance of all rows.
+
+    Mean and L count as constants in the gradient. Their size means nothing then, only how fast
+    rows move for it: with Adam, whose steps have the size of the learning rate, rows of deviation
+    1 / ``rate`` move ``rate`` times as fast as weights of size 1.
+
+    Args:
+        num_latents: rows, more than ``z_dim``.
+        z_dim: size of a latent.
+        rate: of learning, over that of the other parameters.
+    """
+
+    def __init__(self, num_latents: int, z_dim: int, rate: float = 10.0) -> None:
+        super().__init__()
+        if num_latents <= z_dim:
+            raise ValueError(
+                f"{num_latents} latents of {z_dim} numbers: a Gaussian in {z_dim} dimensions needs "
+                "more points than that"
+            )
+        self.least = _LEAST_DEVIATION / rate
+        self.rows = nn.Parameter(torch.randn(num_latents, z_dim) / rate)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """Latents (B, z_dim) float32 of rows ``numbers`` (B,); all: mean 0, covariance 1."""
+        with torch.autocast(self.rows.device.type, enabled=False):
+            rows = self.rows.float()
+            with torch.no_grad():
+                mean = rows.mean(0)
+                covariance = (rows - mean).T @ (rows - mean) / len(rows)
+                covariance.diagonal().add_(self.least**2)
+                L = torch.linalg.cholesky(covariance)
+            # Looked up by embedding: its gradient is summed in one order on a GPU as well.
+            own = nn.functional.embedding(numbers, rows) - mean
+            z: Tensor = torch.linalg.solve_triangular(L, own.T, upper=False).T
+            return z
+
+
+LEAK = 0.2
+
+
+class DownBlock(nn.Module):
+    """Two 3x3 convolutions with LeakyReLU, then 2x2 means."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, I, R, R) -> (B, O, R/2, R/2)."""
+        x = F.leaky_relu(self.conv0(x), LEAK)
+        return F.avg_pool2d(F.leaky_relu(self.conv1(x), LEAK), 2)
+
+
+class ProgressiveDiscriminator(nn.Module):
+    """1x1 FromRGB -> blocks down to 4x4 -> minibatch std, 3x3, dense, dense.
+
+    Built only from its resolution down. It holds the FromRGB of that resolution and of the one
+    before, which is the other end of the fade-in.
+
+    Args:
+        resolution: side of the pictures, a power of two from 4.
+        channel_base: channels at resolution R are ``channel_base / R``, at most ``channel_max``.
+        channel_max: most channels at any resolution.
+        group_size: samples over which the minibatch standard deviation is taken.
+    """
+
+    alpha: Tensor
+
+    def __init__(
+        self,
+        resolution: int,
+        channel_base: int = 16384,
+        channel_max: int = 512,
+        group_size: int = 4,
+    ) -> None:
+        super().__init__()
+        if resolution < 4 or resolution & (resolution - 1):
+            raise ValueError(f"resolution {resolution} is not a power of two from 4")
+        self.resolution = resolution
+        self.group_size = group_size
+        sizes = [4 << i for i in reversed(range((resolution // 4).bit_length()))]
+        channels = {size: max(1, min(channel_max, channel_base // size)) for size in sizes}
+        self.from_rgb = nn.ModuleDict(
+            {str(size): nn.Conv2d(3, channels[size], 1) for size in sizes[:2]}
+        )
+        self.blocks = nn.ModuleDict(
+            {str(size): DownBlock(channels[size], channels[size // 2]) for size in sizes[:-1]}
+        )
+        self.conv = nn.Conv2d(channels[4] + 1, channels[4], 3, padding=1)
+        self.dense = nn.Linear(16 * channels[4], channels[4])
+        self.logit = nn.Linear(channels[4], 1)
+        self.register_buffer("alpha", torch.ones(()))
+        self.fading = False
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.startswith("logit"):
+                nn.init.kaiming_normal_(parameter, nonlinearity="linear")
+            else:
+                nn.init.kaiming_normal_(parameter, a=LEAK)
+
+    def new_parameters(self) -> set[str]:
+        """Names of the parameters that this resolution adds: its block and its FromRGB."""
+        prefixes = (f"blocks.{self.resolution}.", f"from_rgb.{self.resolution}.")
+        return {name for name, _ in self.named_parameters() if name.startswith(prefixes)}
+
+    def old_from_rgb(self) -> set[str]:
+        """Names of the parameters of the FromRGB before, which is used only while fading in."""
+        prefix = f"from_rgb.{self.resolution // 2}."
+        return {name for name, _ in self.named_parameters() if name.startswith(prefix)}
+
+    def set_fade(self, alpha: float, fading: bool) -> None:
+        """Set the share of the new block (0 to 1), and whether it is fading in."""
+        self.fading = fading
+        self.alpha.fill_(alpha)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, R, R) -> logits (B,)."""
+        x = self._features(images, self.resolution)
+        for size, block in self.blocks.items():
+            x = block(x)
+            if self.fading and size == str(self.resolution):
+                old = self._features(F.avg_pool2d(images, 2), self.resolution // 2)
+                # float32 by hand: lerp takes no two types, and alpha is float32
+                x = torch.lerp(old.float(), x.float(), self.alpha).to(x.dtype)
+        x = F.leaky_relu(self.conv(minibatch_std(x, self.group_size)), LEAK)
+        x = F.leaky_relu(self.dense(x.flatten(1)), LEAK)
+        logits: Tensor = self.logit(x).flatten()
+        return logits
+
+    def _features(self, images: Tensor, size: int) -> Tensor:
+        """Pictures of side ``size`` as the features that its block takes."""
+        return F.leaky_relu(self.from_rgb[str(size)](images), LEAK)

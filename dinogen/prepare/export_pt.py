@@ -21,10 +21,10 @@ from torch import Tensor
 
 from dinogen.features.resize import RESIZE
 from dinogen.files import write_bytes, write_json
-from dinogen.prepare.crop import Crop
-from dinogen.prepare.find import named
+from dinogen.prepare.faces.crop import Crop
+from dinogen.prepare.photos.find import named
+from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.pyramid import Levels
-from dinogen.prepare.read import PrepareError
 from shards import open_dataset
 from shards.errors import CorruptSample
 from shards.format.sample import decode_meta

@@ -10,16 +10,16 @@ from math import isclose
 from pathlib import Path
 from typing import Any
 
-from dinogen.config_prepare import PackConfig
+from dinogen.config.prepare import PackConfig
 from dinogen.features.base import guide_identity
-from dinogen.prepare.changed import PHOTOS, changes_since, read_photos
-from dinogen.prepare.crop import Rejection
-from dinogen.prepare.faces import REJECTED, FaceFolder, read_rejected
-from dinogen.prepare.find import Photos, counted, face_number, named
+from dinogen.prepare.faces.crop import Rejection
+from dinogen.prepare.faces.folder import REJECTED, FaceFolder, read_rejected
+from dinogen.prepare.faces.settings import todays_settings
 from dinogen.prepare.parts import network_of
-from dinogen.prepare.read import PrepareError
-from dinogen.prepare.settings import todays_settings
-from dinogen.prepare.summary import SUMMARY, FacesSummary, summary_of
+from dinogen.prepare.photos.changed import PHOTOS, changes_since, read_photos
+from dinogen.prepare.photos.find import Photos, counted, face_number, named
+from dinogen.prepare.photos.read import PrepareError
+from dinogen.prepare.photos.summary import SUMMARY, FacesSummary, summary_of
 from shards import open_dataset
 from shards.files import sum64
 from shards.format.index import ShardIndex, index_name

@@ -11,19 +11,25 @@ from typing import Any
 import torch
 
 from dinogen.config import GuideConfig
-from dinogen.config_prepare import PackConfig
+from dinogen.config.prepare import PackConfig
 from dinogen.features import load_guide
-from dinogen.prepare.captions import BAD_CAPTION
-from dinogen.prepare.classes import NO_CLASS, NO_CLASS_REMEDY, class_names, has_class, label_of
-from dinogen.prepare.crop import Crop, Rejection
 from dinogen.prepare.export_pt import BadPyramid, PtFiles, pt_paths
-from dinogen.prepare.faces import REJECTED, FaceFolder, read_rejected, write_rejected
-from dinogen.prepare.find import counted, face_number, named
+from dinogen.prepare.faces.crop import Crop, Rejection
+from dinogen.prepare.faces.folder import REJECTED, FaceFolder, read_rejected, write_rejected
+from dinogen.prepare.faces.settings import read_settings
 from dinogen.prepare.finished import check_faces, finished_dataset
 from dinogen.prepare.parts import PartFiles
+from dinogen.prepare.photos.find import counted, face_number, named
+from dinogen.prepare.photos.labels import (
+    BAD_CAPTION,
+    NO_CLASS,
+    NO_CLASS_REMEDY,
+    class_names,
+    has_class,
+    label_of,
+)
+from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.pyramid import Levels
-from dinogen.prepare.read import PrepareError
-from dinogen.prepare.settings import read_settings
 from shards import Sample, pack
 from shards.format.manifest import Manifest
 
@@ -69,7 +75,7 @@ def pack_faces(
     file is damaged or missing.
 
     Args:
-        faces: as :class:`dinogen.prepare.faces.FaceFolder` reads it.
+        faces: as :class:`dinogen.prepare.faces.folder.FaceFolder` reads it.
         pyramids: of the same faces; None packs the faces alone.
         out: folder of the dataset.
         config: shards and splits.

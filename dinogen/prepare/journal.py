@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from dinogen.prepare.changed import FileRecord, caption_record
-from dinogen.prepare.crop import Crop, Rejection
-from dinogen.prepare.read import PrepareError
+from dinogen.prepare.faces.crop import Crop, Rejection
+from dinogen.prepare.photos.changed import FileRecord, caption_record
+from dinogen.prepare.photos.read import PrepareError
 
 JOURNAL = "prepare.jsonl"
 _FORMAT = "dinogen-journal"
@@ -25,8 +25,8 @@ class Outcome:
         hashes: per crop, key and perceptual hash (16 hex digits; None if none was computed).
         rejected: reason and detail of each face, or of the photo, that is not used.
         file: what tells the photo's file from its replacement, see
-            :func:`dinogen.prepare.changed.record_of`; None if an older version wrote the line.
-        caption: of its crops, as :func:`dinogen.prepare.changed.caption_record` gives it; None
+            :func:`dinogen.prepare.photos.changed.record_of`; None if an older version wrote the line.
+        caption: of its crops, as :func:`dinogen.prepare.photos.changed.caption_record` gives it; None
             likewise.
     """
 

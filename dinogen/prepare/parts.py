@@ -14,19 +14,19 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dinogen import dist
+from dinogen.distributed import process_group
 from dinogen.features import GuideInfo
 from dinogen.features.base import guide_identity
 from dinogen.features.resize import resized_with_antialias
 from dinogen.files import write_bytes
-from dinogen.prepare.captions import BAD_CAPTION
-from dinogen.prepare.changed import looks_like_an_accident
-from dinogen.prepare.crop import Crop, Rejection
-from dinogen.prepare.faces import FaceFolder
-from dinogen.prepare.find import counted
+from dinogen.prepare.faces.crop import Crop, Rejection
+from dinogen.prepare.faces.folder import FaceFolder
+from dinogen.prepare.faces.settings import alone_in
+from dinogen.prepare.photos.changed import looks_like_an_accident
+from dinogen.prepare.photos.find import counted
+from dinogen.prepare.photos.labels import BAD_CAPTION
+from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.pyramid import Levels, PyramidMaker
-from dinogen.prepare.read import PrepareError
-from dinogen.prepare.settings import alone_in
 
 _FORMAT = "dinogen-pyramids"
 _VERSION = 1
@@ -66,7 +66,7 @@ def write_pyramids(
     added since, parts are written again; only new and replaced faces are put through the guides.
 
     Args:
-        faces: as :class:`dinogen.prepare.faces.FaceFolder` reads it. Images of a plain folder that
+        faces: as :class:`dinogen.prepare.faces.folder.FaceFolder` reads it. Images of a plain folder that
             cannot be used are left out.
         out: folder; made if missing.
         maker: guides and settings.
@@ -100,7 +100,7 @@ def write_pyramids(
         **({"text": True} if with_text else {}),
     }
     # One process of all that share the work holds the lock for them.
-    with alone_in(out, "pyramids") if dist.is_main() else nullcontext():
+    with alone_in(out, "pyramids") if process_group.is_main() else nullcontext():
         return _write(folder, out, maker, header, num_parts, with_text, progress)
 
 
@@ -118,11 +118,11 @@ def _write(
     out.mkdir(parents=True, exist_ok=True)
     known = _known(out, header, folder, with_text)
     maker.warn_of_resize(out)
-    with dist.main_section() as main:
+    with process_group.main_section() as main:
         if main:
             for leftover in out.glob(".*.tmp"):
                 leftover.unlink()
-    rank, world_size = dist.rank(), dist.world_size()
+    rank, world_size = process_group.rank(), process_group.world_size()
     mine = range(rank, num_parts, world_size)
     shares = [range(n * size, min((n + 1) * size, len(folder))) for n in mine]
     total = sum(map(len, shares))
@@ -150,7 +150,7 @@ def _write(
         num_seen += len(share)
         if progress is not None:
             progress(num_seen, total)
-    with dist.main_section() as main:
+    with process_group.main_section() as main:
         if main:
             names = {_part_name(number) for number in range(num_parts)}
             for path in out.glob("part-*.safetensors"):

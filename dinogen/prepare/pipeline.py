@@ -7,24 +7,23 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from dinogen import dist
-from dinogen.config_prepare import FacesConfig, PrepareConfig
+from dinogen.config.prepare import FacesConfig, PrepareConfig
+from dinogen.distributed import process_group
 from dinogen.features.resize import resized_with_antialias
 from dinogen.files import write_json
-from dinogen.prepare.changed import PHOTOS, gone, same_file, write_photos
-from dinogen.prepare.classes import class_names
-from dinogen.prepare.crop import Rejection
-from dinogen.prepare.curate import Duplicates
-from dinogen.prepare.faces import REJECTED, write_rejected
-from dinogen.prepare.find import Photos, counted, find_photos, named
+from dinogen.prepare.faces.crop import Duplicates, Rejection
+from dinogen.prepare.faces.folder import REJECTED, write_rejected
+from dinogen.prepare.faces.settings import faces_settings, landmark_offset_of, warn_of_offset
+from dinogen.prepare.faces.stream import iter_faces
 from dinogen.prepare.finished import begun_with, finished_dataset, finished_summary
 from dinogen.prepare.join import sample_of, settings_of
 from dinogen.prepare.journal import JOURNAL, Journal
+from dinogen.prepare.photos.changed import PHOTOS, gone, same_file, write_photos
+from dinogen.prepare.photos.find import Photos, counted, find_photos, named
+from dinogen.prepare.photos.labels import class_names
+from dinogen.prepare.photos.read import PrepareError
+from dinogen.prepare.photos.summary import SUMMARY, FacesSummary, summary_of
 from dinogen.prepare.pyramid import PyramidMaker
-from dinogen.prepare.read import PrepareError
-from dinogen.prepare.settings import faces_settings, landmark_offset_of, warn_of_offset
-from dinogen.prepare.stream import iter_faces
-from dinogen.prepare.summary import SUMMARY, FacesSummary, summary_of
 from shards import ShardSink
 from shards.format.manifest import Manifest
 
@@ -86,9 +85,9 @@ def prepare(
         ShardsError: ``out`` holds something else, or work of other settings.
     """
     started = time.monotonic()
-    if dist.world_size() > 1:
+    if process_group.world_size() > 1:
         raise PrepareError(
-            f"`dinogen prepare` is one process, not {dist.world_size()}: start it without "
+            f"`dinogen prepare` is one process, not {process_group.world_size()}: start it without "
             "torchrun, or run `dinogen faces`, then `dinogen pyramids` under torchrun, then "
             "`dinogen pack`"
         )

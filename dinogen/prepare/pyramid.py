@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinogen.config_prepare import PyramidsConfig
+from dinogen.config.prepare import PyramidsConfig
 from dinogen.features import Guide, native_pyramid, pooled_pyramid
 from dinogen.features.pyramid import BASE_GRID
 from dinogen.features.resize import RESIZE
-from dinogen.prepare.crop import Crop
-from dinogen.prepare.read import PrepareError
+from dinogen.prepare.faces.crop import Crop
+from dinogen.prepare.photos.read import PrepareError
 from shards.image.decode import decode_image
 
 Levels = dict[str, NDArray[np.float16]]

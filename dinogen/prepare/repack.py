@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from dinogen.prepare.changed import PHOTOS, looks_like_an_accident
-from dinogen.prepare.faces import REJECTED
-from dinogen.prepare.find import counted
+from dinogen.prepare.faces.folder import REJECTED
+from dinogen.prepare.faces.settings import locked, removed_at_end
 from dinogen.prepare.finished import begun_with, keys_of
 from dinogen.prepare.journal import JOURNAL
-from dinogen.prepare.read import PrepareError
-from dinogen.prepare.settings import locked, removed_at_end
-from dinogen.prepare.summary import SUMMARY
+from dinogen.prepare.photos.changed import PHOTOS, looks_like_an_accident
+from dinogen.prepare.photos.find import counted
+from dinogen.prepare.photos.read import PrepareError
+from dinogen.prepare.photos.summary import SUMMARY
 from shards.errors import PackError
 from shards.format.manifest import MANIFEST, PACKING
 from shards.lock import is_locked

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dinogen.files import write_bytes
-from dinogen.report.stats import Line, read_stats, series
+from dinogen.runs.files import Line, read_stats, series
 
 BLUE, RED, GREY, ORANGE = "#2563a8", "#b3261e", "#8a8f98", "#b8690f"
 COLLAPSING, COLLAPSED = 0.5, 0.1

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 
 from dinogen.config import ConfigError, Section
 from dinogen.errors import UserError
-from dinogen.report.pictures import to_uint8
-from dinogen.training.checkpoint import stage_checkpoint
-from dinogen.training.looks_latents import spherical
-from dinogen.training.snapshot import Snapshot, load_snapshot, run_config
+from dinogen.report.images import to_uint8
+from dinogen.training.checkpointing.checkpoint import stage_checkpoint
+from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
+from dinogen.visualize.latents import spherical
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinogen import draws
 from dinogen.config import AugmentConfig
+from dinogen.distributed import rng
 
 # Rec. 601, as Pillow and torchvision turn RGB into grey
 _LUMA = (0.299, 0.587, 0.114)
@@ -30,7 +30,7 @@ def augment(images: Tensor, positions: Tensor, seed: int, config: AugmentConfig)
     """
 
     def drawn(purpose: str) -> Tensor:
-        return draws.uniform(seed, f"augment/{purpose}", positions, device=images.device)
+        return rng.uniform(seed, f"augment/{purpose}", positions, device=images.device)
 
     if config.flip:
         images = flip(images, drawn("flip") < config.flip)

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from dinogen import __version__, dist
+from dinogen import __version__
 from dinogen.config import AugmentConfig, Config, ConfigError, StageConfig, parse_config
+from dinogen.distributed import process_group
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class, resolve
-from dinogen.metrics.names import chosen_names
-from dinogen.training.checkpoint import STATE, Checkpoint, stage_checkpoint
-from dinogen.training.data import data_fingerprint
-from dinogen.training.labels import check_classes
+from dinogen.metrics.registry import chosen_names
+from dinogen.training.checkpointing.checkpoint import STATE, Checkpoint, stage_checkpoint
+from dinogen.training.data import check_classes, data_fingerprint
 from dinogen.training.stages import find_stage
 from shards.read.dataset import Dataset
 
@@ -113,14 +113,14 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
             f"stages: {name} is larger than the pictures of {data.location} ({stored}x{stored}):"
             f" leave it out, or prepare again with prepare.faces.size={stage.resolution} or more"
         )
-    if stage.batch < dist.world_size():
+    if stage.batch < process_group.world_size():
         raise ConfigError(
             f"stages: batch {stage.batch} of {name} is smaller than the number of ranks "
-            f"{dist.world_size()}: each rank needs a picture"
+            f"{process_group.world_size()}: each rank needs a picture"
         )
-    if 0 < inputs.bank < dist.world_size():
+    if 0 < inputs.bank < process_group.world_size():
         raise ConfigError(
-            f"family.bank: {inputs.bank} reals are fewer than the {dist.world_size()} ranks that "
+            f"family.bank: {inputs.bank} reals are fewer than the {process_group.world_size()} ranks that "
             "share them: give more, or 0"
         )
 

@@ -6,19 +6,19 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dinogen import dist
 from dinogen.config import Config, dump_config
+from dinogen.distributed import process_group
+from dinogen.distributed.failure import takedown
 from dinogen.errors import UserError
 from dinogen.families.registry import resolve
 from dinogen.files import write_text
-from dinogen.report.page import write_page
-from dinogen.report.runfiles import STATS, read_lines, read_result
-from dinogen.takedown import takedown
-from dinogen.training.artifacts import finish_stage
-from dinogen.training.checkpoint import stage_checkpoint
+from dinogen.report.run_page import write_page
+from dinogen.runs.files import STATS, read_lines, read_result
+from dinogen.training.checkpointing.checkpoint import stage_checkpoint
+from dinogen.training.checkpointing.lock import run_lock
 from dinogen.training.data import open_data
-from dinogen.training.jsonl import cut_lines
-from dinogen.training.lock import run_lock
+from dinogen.training.logging.artifacts import finish_stage
+from dinogen.training.logging.jsonl import cut_lines
 from dinogen.training.preflight import check_run
 from dinogen.training.stages import StagePlan, find_stage, with_lengths
 from dinogen.training.state import StageState, is_finished
@@ -43,21 +43,21 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
         Stopped: a signal asked for it; everything is saved.
         TrainingError: too many updates in a row were not finite.
     """
-    dist.use_device(config.device)
-    dist.init()
-    dist.set_cpu_threads()
+    process_group.use_device(config.device)
+    process_group.init()
+    process_group.set_cpu_threads()
     config = resolve(config)
     indices = [find_stage(config, size) for size in resolutions] or list(range(len(config.stages)))
     with takedown(), run_lock(config.run), StopFlag() as stop:
         data = open_data(config)
         config = with_lengths(config, data.num_samples(config.data.split))
         check_run(config, indices, data)
-        if dist.is_main():
+        if process_group.is_main():
             write_text(config.run / "config.yaml", dump_config(config))
         results = []
         for index in indices:
             results.append(_train_stage(config, index, stop))
-            with dist.main_section() as mine:
+            with process_group.main_section() as mine:
                 if mine:
                     # Also for a stage passed over: a kill may have come before its page was written
                     _write_page(config.run)
@@ -77,13 +77,13 @@ def _train_stage(config: Config, index: int, stop: StopFlag) -> dict[str, Any]:
     if not state.finished:
         Trainer(state, stop).run()
     result = None
-    with dist.main_section() as mine:
+    with process_group.main_section() as mine:
         if mine:
             cut_lines(state.folder / STATS, state.progress.nimg)
             # a log that was lost costs the stage its curve, and no more
             lines = read_lines(state.folder / STATS).value
             result = finish_stage(state, lines[-1] if lines else {})
-    written: dict[str, Any] = dist.broadcast_object(result)
+    written: dict[str, Any] = process_group.broadcast_object(result)
     return written
 
 
@@ -96,7 +96,7 @@ def _finished_result(config: Config, index: int) -> dict[str, Any] | None:
     state = checkpoint.state
     path = checkpoint.folder.parent.parent / "result.json"
     result = None
-    if dist.is_main() and is_finished(config, stage, state):
+    if process_group.is_main() and is_finished(config, stage, state):
         nimg, end = state["progress"]["nimg"], StagePlan(stage, state["start"]).end
         if nimg >= end + stage.batch:
             log.warning(
@@ -109,7 +109,7 @@ def _finished_result(config: Config, index: int) -> dict[str, Any] | None:
             log.warning("%s: it is written again", trouble)
         sound = read.value is not None and not read.troubles
         result = read.value if sound and _is_whole(read.value, state) else None
-    found: dict[str, Any] | None = dist.broadcast_object(result)
+    found: dict[str, Any] | None = process_group.broadcast_object(result)
     return found
 
 

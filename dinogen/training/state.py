@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dinogen import __version__, dist, draws
+from dinogen import __version__
 from dinogen.config import Config, ConfigError, StageConfig
+from dinogen.distributed import process_group, rng
 from dinogen.families.base import Family, Verdict
 from dinogen.families.registry import family_class
-from dinogen.training.checkpoint import (
+from dinogen.training.checkpointing.checkpoint import (
     Checkpoint,
     on_host,
     prune,
@@ -24,12 +25,12 @@ from dinogen.training.checkpoint import (
     stage_checkpoint,
     stage_folder,
 )
+from dinogen.training.checkpointing.transfer import init_from
 from dinogen.training.data import data_fingerprint, open_data
 from dinogen.training.ema import Ema
-from dinogen.training.engine import SingleEngine, make_engine
+from dinogen.training.engines.base import SingleEngine, make_engine
 from dinogen.training.preflight import or_a_new_run
 from dinogen.training.stages import StagePlan, due, grow
-from dinogen.training.transfer import init_from
 
 log = logging.getLogger(__name__)
 
@@ -127,9 +128,9 @@ class StageState:
         self.config = config
         self.stage = config.stages[index]
         self.folder = stage_folder(config, self.stage)
-        self.device = dist.device()
+        self.device = process_group.device()
         self.plan, previous = stage_plan(config, index)
-        with draws.torch_seed(config.seed, f"init/{self.stage.resolution}"):
+        with rng.torch_seed(config.seed, f"init/{self.stage.resolution}"):
             cls = family_class(config.family)
             self.family: Family = cls(config, self.stage, self.device)
         self.family.start = self.plan.start
@@ -189,7 +190,7 @@ class StageState:
             What writes it and deletes the checkpoints that need not stay; None but on rank 0.
         """
         optimizers, rest = self.engine.state()
-        if not dist.is_main():
+        if not process_group.is_main():
             return None
         tensors = {name: net.state_dict() for name, net in self.family.networks.items()}
         tensors |= {f"{name}.ema": net.state_dict() for name, net in self.ema.networks.items()}
@@ -239,7 +240,7 @@ class StageState:
         self.progress = Progress(**state["progress"])
         self.logger_state = state["logger"]
         self.last_saved = self.progress.nimg
-        if dist.is_main():
+        if process_group.is_main():
             log.info("resumed from %s", checkpoint.folder)
 
 

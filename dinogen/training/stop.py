@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
-from dinogen import dist
+from dinogen.distributed import process_group
 from dinogen.errors import EXIT_STOPPED, UserError
 from shards.errors import FetchError
 from shards.remote.download import hurry
@@ -95,7 +95,7 @@ class StopFlag:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; every rank has to call it."""
-        return dist.any_rank(self.name is not None)
+        return process_group.any_rank(self.name is not None)
 
     def error(self, where: str) -> Stopped:
         """What to raise after everything was saved."""

@@ -9,23 +9,23 @@ from dataclasses import dataclass
 
 import torch
 
-from dinogen import dist
 from dinogen.config import Config
+from dinogen.distributed import process_group
 from dinogen.errors import UserError
+from dinogen.evaluation.validate import Validator
 from dinogen.families.base import Batch, Scalars, Verdict
-from dinogen.training.artifacts import save_samples
 from dinogen.training.augment import augment
-from dinogen.training.batches import num_micros, split
-from dinogen.training.console import ProgressLine
-from dinogen.training.feed import Feed
-from dinogen.training.labels import check_labels
-from dinogen.training.logger import Logger
-from dinogen.training.saver import Saver
+from dinogen.training.checkpointing.saver import Saver
+from dinogen.training.data import check_labels
+from dinogen.training.dataloading import Feed
+from dinogen.training.engines.microbatches import num_micros, split
+from dinogen.training.logging.artifacts import save_samples
+from dinogen.training.logging.console import ProgressLine
+from dinogen.training.logging.logger import Logger
+from dinogen.training.logging.tensorboard import chart_layout
 from dinogen.training.stages import due
 from dinogen.training.state import StageState
 from dinogen.training.stop import StopFlag
-from dinogen.training.tensorboard import chart_layout
-from dinogen.training.validate import Validator
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +62,12 @@ class Trainer:
         self.plan, self.stage = state.plan, state.plan.stage
         self.headline = self.family.headline
         self.num_micros = num_micros(
-            self.stage.batch, dist.world_size(), self.config.engine.micro_batch
+            self.stage.batch, process_group.world_size(), self.config.engine.micro_batch
         )
         self.logger = Logger(
-            state.folder if dist.is_main() else None, self.stage.resolution, self.engine.device
+            state.folder if process_group.is_main() else None,
+            self.stage.resolution,
+            self.engine.device,
         )
         self.saver = Saver()
         self.validator = Validator(state)
@@ -92,7 +94,7 @@ class Trainer:
             f"stage {self.stage.resolution}x{self.stage.resolution}",
             self.plan.start,
             self.plan.end,
-            dist.is_main(),
+            process_group.is_main(),
         )
         self.feed = Feed(self.state)
         try:
@@ -158,10 +160,10 @@ class Trainer:
             update = self.engine.step(phase)
             # Every rank has the same: a step weighs as much on any number of ranks.
             norm = {f"{phase.name}/grad_norm": torch.tensor(update.grad_norm)}
-            self.logger.add(norm, 1.0 / dist.world_size())
+            self.logger.add(norm, 1.0 / process_group.world_size())
             self._guard(update.applied, phase.name)
             if remembered and update.applied:
-                means = {k: dist.all_reduce_sum(v) for k, v in sorted(remembered.items())}
+                means = {k: process_group.all_reduce_sum(v) for k, v in sorted(remembered.items())}
                 self.family.remember(phase.name, means)
         self.progress.step += 1
         self.progress.nimg += self.stage.batch
@@ -193,7 +195,7 @@ class Trainer:
 
     def _saved(self) -> None:
         """Wait until the checkpoint on its way is on disk; every rank has to call it."""
-        with dist.main_section():
+        with process_group.main_section():
             self.saver.wait()
 
     @property
@@ -247,7 +249,7 @@ class Trainer:
         if probe or measure or due(passed, now, every.every_kimg):
             self._log(line, probe, figures)
         if last or due(passed, now, every.samples_kimg):
-            with dist.main_section() as mine:
+            with process_group.main_section() as mine:
                 if mine:
                     path = self.state.folder / "samples" / f"{now:09d}.png"
                     self.logger.write_image("samples", save_samples(self.state, path), now)
@@ -275,7 +277,7 @@ class Trainer:
         if self.engine.device.type == "cuda":
             values["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
         if probe:
-            with dist.main_section() as mine:
+            with process_group.main_section() as mine:
                 if mine:
                     verdict = self.state.probe()
                     values |= verdict.scalars
@@ -289,7 +291,7 @@ class Trainer:
         now = time.monotonic()
         self.progress.seconds += now - self.counted_until
         self.counted_until = now
-        skipped = dist.all_reduce_sum(torch.tensor(self.num_skipped_here))
+        skipped = process_group.all_reduce_sum(torch.tensor(self.num_skipped_here))
         self.progress.num_skipped = self.num_skipped_before + int(skipped)
 
     def _warn(self, verdict: Verdict) -> None:

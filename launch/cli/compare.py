@@ -12,7 +12,7 @@ import typer
 
 from dinogen.config import Config, load_config, parse_config
 from dinogen.errors import UserError
-from dinogen.report.compare_read import find_runs, is_run
+from dinogen.report.compare.read import find_runs, is_run
 from launch.study.folder import is_study
 
 
@@ -64,7 +64,7 @@ def compare(
       dinogen compare runs --out compared --metrics fid,kid metrics.num_samples=10000
     """
     from dinogen.errors import UserError
-    from dinogen.report.compare import write_comparison
+    from dinogen.report.compare.comparison import write_comparison
     from launch.cli.console import setup_logging
     from launch.pending import make_missing, measure_over_training
 

@@ -166,7 +166,7 @@ def _launcher(on: str, given: dict[str, Any]) -> Callable[[Request], None]:
 
 def _as_overrides(given: dict[str, Any], engine: str | None) -> list[str]:
     """Options that stand for keys of the config."""
-    from dinogen.config_cluster import ClusterConfig
+    from dinogen.config.cluster import ClusterConfig
 
     changes = [f"engine.name={engine}"] if engine is not None else []
     keys = ClusterConfig.model_fields

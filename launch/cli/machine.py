@@ -100,7 +100,7 @@ def _show_deepspeed(config: Config, num_ranks: int) -> None:
     """DeepSpeed's own config of each stage, as comments: the output stays a config."""
     import json
 
-    from dinogen.training.deepspeed import deepspeed_config
+    from dinogen.training.engines.deepspeed import deepspeed_config
 
     for stage in config.stages:
         told = deepspeed_config(config, stage, num_ranks)

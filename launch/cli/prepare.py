@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from dinogen.config import Config, GuideConfig
     from dinogen.features import Guide
-    from dinogen.prepare.download import DownloadSummary
-    from dinogen.prepare.faces import FacesSummary
+    from dinogen.prepare.download.download import DownloadSummary
+    from dinogen.prepare.faces.folder import FacesSummary
+    from dinogen.prepare.photos.summary import FacesSummary
     from dinogen.prepare.pyramid import PyramidMaker
-    from dinogen.prepare.summary import FacesSummary
     from shards.format.manifest import Manifest
 
 
@@ -81,8 +81,8 @@ def prepare(
       dinogen prepare photos data/faces guides.pixels.name=pixels clip.path=clip-vit-base-patch32
     """
     from dinogen.prepare import pipeline
-    from dinogen.prepare.find import counted, find_photos
-    from dinogen.prepare.summary import account
+    from dinogen.prepare.photos.find import counted, find_photos
+    from dinogen.prepare.photos.summary import account
 
     settings = _settings(config, overrides)
     photos = find_photos(src)  # a mistyped folder is told before the guide is loaded
@@ -127,26 +127,26 @@ def pyramids(
       python -m launch.local.torchrun --standalone --nproc-per-node 8 -m launch.cli \\
         pyramids faces pyramids -c my.yaml
     """
-    from dinogen import dist
-    from dinogen.prepare.find import counted
+    from dinogen.distributed import process_group
+    from dinogen.distributed.failure import takedown
     from dinogen.prepare.parts import write_pyramids
-    from dinogen.takedown import takedown
+    from dinogen.prepare.photos.find import counted
 
     settings = _settings(config, overrides)
-    dist.init()
-    bar = _bar("faces" if dist.world_size() == 1 else "faces of rank 0")
+    process_group.init()
+    bar = _bar("faces" if process_group.world_size() == 1 else "faces of rank 0")
     with takedown(), bar as progress:
         # Nobody asks for them in vain, unless it is for the embeddings alone.
         maker = _maker(settings, settings.clip is None or _wants_pyramids(settings))
         assert maker is not None
         summary = write_pyramids(faces, out, maker, progress=progress)
-    if dist.is_main():
+    if process_group.is_main():
         typer.echo(
             f"{out}: {counted(summary.num_parts, 'part')} of {maker.label}; this process made "
             f"{summary.num_done} and kept {summary.num_kept}"
         )
         typer.echo(f"next: dinogen pack {faces} {out} DATA")
-    dist.shutdown()
+    process_group.shutdown()
 
 
 def pack(
@@ -226,7 +226,7 @@ def export_pt(
     [bold]Example[/bold]  dinogen export-pt data/faces pt
     """
     from dinogen.prepare import export_pt as exchange
-    from dinogen.prepare.find import counted
+    from dinogen.prepare.photos.find import counted
     from launch.cli.console import setup_logging
 
     setup_logging()
@@ -252,7 +252,7 @@ def _folders(words: list[str]) -> tuple[Path | None, Path, list[str]]:
 
 def _wants_pyramids(settings: Config) -> bool:
     """Whether the data get pyramids; says so if not."""
-    from dinogen.training.levels import makes_pyramids
+    from dinogen.training.data import makes_pyramids
 
     wanted = makes_pyramids(settings)
     if not wanted and settings.prepare.pyramids.make == "auto":
@@ -264,11 +264,11 @@ def _wants_pyramids(settings: Config) -> bool:
 
 
 def _settings(config: Path | None, overrides: list[str] | None) -> Config:
-    from dinogen import dist
     from dinogen.config import load_config, parse_config
+    from dinogen.distributed import process_group
     from launch.cli.console import setup_logging
 
-    setup_logging(quiet=not dist.is_main())
+    setup_logging(quiet=not process_group.is_main())
     if config is None:
         return parse_config({}, overrides or (), source="command line")
     return load_config(config, overrides or ())
@@ -276,13 +276,13 @@ def _settings(config: Path | None, overrides: list[str] | None) -> Config:
 
 def _maker(settings: Config, pyramids: bool) -> PyramidMaker | None:
     """What makes the features of the config; None if it asks for none."""
-    from dinogen import dist
+    from dinogen.distributed import process_group
     from dinogen.prepare.pyramid import PyramidMaker
 
     if not pyramids and settings.clip is None:
         return None
-    dist.set_cpu_threads()
-    device = dist.device()
+    process_group.set_cpu_threads()
+    device = process_group.device()
     guide: Guide | None = None
     guides: dict[str, Guide] = {}
     if pyramids:
@@ -326,7 +326,7 @@ def _is_finished(data: Path) -> bool:
 
 
 def _tell(data: Path, manifest: Manifest) -> None:
-    from dinogen.prepare.find import counted
+    from dinogen.prepare.photos.find import counted
 
     splits = ", ".join(f"{info.num_samples} {name}" for name, info in manifest.splits.items())
     typer.echo(f"{data}: {splits} in {counted(len(manifest.shards), 'shard')}")
@@ -337,9 +337,9 @@ def _tell(data: Path, manifest: Manifest) -> None:
 
 
 def _bar(what: str) -> AbstractContextManager[Move]:
-    from dinogen import dist
+    from dinogen.distributed import process_group
 
-    return progress_bar(what, "images/s", show=dist.is_main())
+    return progress_bar(what, "images/s", show=process_group.is_main())
 
 
 _NUM_SHOWN = 10
@@ -389,9 +389,9 @@ def faces(
 
     [bold]Options, with their defaults[/bold]  dinogen config show FILE
     """
-    from dinogen import dist
     from dinogen.config import load_config, parse_config
-    from dinogen.prepare.faces import write_faces
+    from dinogen.distributed import process_group
+    from dinogen.prepare.faces.folder import write_faces
     from launch.cli.console import setup_logging
 
     setup_logging()
@@ -399,7 +399,7 @@ def faces(
         settings = parse_config({}, overrides or (), source="command line")
     else:
         settings = load_config(config, overrides or ())
-    dist.set_cpu_threads()
+    process_group.set_cpu_threads()
     with progress_bar("faces", "photos/s") as move:
         summary = write_faces(
             src,
@@ -455,7 +455,7 @@ def download(
 
       https://example.org/photo?id=7;"a cat; asleep";cat
     """
-    from dinogen.prepare.download import download as fetch
+    from dinogen.prepare.download.download import download as fetch
     from launch.cli.console import setup_logging
 
     setup_logging()
@@ -480,8 +480,8 @@ def _tell_faces(summary: FacesSummary, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dinogen.prepare.find import counted
-    from dinogen.prepare.summary import account
+    from dinogen.prepare.photos.find import counted
+    from dinogen.prepare.photos.summary import account
 
     console = Console()
     table = Table(title=counted(summary.num_photos, "photo"), title_justify="left")
@@ -512,7 +512,7 @@ def _tell_faces(summary: FacesSummary, out: Path) -> None:
 def _tell_download(summary: DownloadSummary, folder: Path) -> None:
     from rich.console import Console
 
-    from dinogen.prepare.find import counted
+    from dinogen.prepare.photos.find import counted
 
     console = Console()
     console.print(

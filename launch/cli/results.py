@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dinogen.metrics.names import GUIDE_DIVERSITY
+from dinogen.metrics.registry import GUIDE_DIVERSITY
 from dinogen.report.cautions import FEW
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]
@@ -42,7 +42,7 @@ def export(
 
       dinogen export runs/first early.safetensors --stage 16 --nimg 180000
     """
-    from dinogen.training.export import export as export_run
+    from dinogen.training.checkpointing.export import export as export_run
     from launch.cli.console import setup_logging
 
     setup_logging()
@@ -137,14 +137,14 @@ def evaluate(
 
       python -m launch.local.torchrun --standalone --nproc-per-node 4 -m launch.cli evaluate runs/first
     """
-    from dinogen import dist
+    from dinogen.distributed import process_group
+    from dinogen.evaluation.evaluate import evaluate as evaluate_run
+    from dinogen.evaluation.folder import evaluate_folder, is_folder_of_pictures
+    from dinogen.evaluation.record import find_path
     from dinogen.files import named_folder
-    from dinogen.training.evaluate import evaluate as evaluate_run
-    from dinogen.training.evaluate_folder import evaluate_folder, is_folder_of_pictures
-    from dinogen.training.evaluation import find_path
     from launch.cli.console import say, setup_logging
 
-    setup_logging(quiet=not dist.is_main())
+    setup_logging(quiet=not process_group.is_main())
 
     def tell(part: dict[str, Any]) -> None:
         for line in lines_of(part):
@@ -163,11 +163,11 @@ def evaluate(
             place = place.parents[2]
         result = evaluate_run(place, stage, split, num_samples, nimg=nimg, **wish)
         written = find_path(place / f"{result['resolution']}x{result['resolution']}", out)
-    if dist.is_main():
+    if process_group.is_main():
         for line in closing_lines(result):
             say(line)
         say(str(written) if result["kept"] else f"NOT KEPT: {written} cannot be written")
-    dist.shutdown()
+    process_group.shutdown()
     if not measured_now(result):
         typer.echo("dinogen: nothing was measured", err=True)
         raise typer.Exit(1)

@@ -46,7 +46,7 @@ def look(
     """
     import json
 
-    from dinogen.training.looks import write_looks
+    from dinogen.visualize.look import write_looks
     from launch.cli.console import setup_logging
 
     setup_logging()

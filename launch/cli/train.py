@@ -43,32 +43,32 @@ def train(
 
       dinogen launch configs/guided_256.yaml --gpus 4
     """
-    from dinogen import dist
     from dinogen.config import load_config
+    from dinogen.distributed import process_group
     from dinogen.training.run import train as train_run
     from dinogen.training.stop import Stopped
     from launch.cli.console import say, setup_logging
     from launch.request import choose_stages
 
-    setup_logging(quiet=not dist.is_main())
+    setup_logging(quiet=not process_group.is_main())
     settings = load_config(config, overrides or ())
     try:
         results = train_run(settings, *choose_stages(settings, stage))
     except Stopped as stopped:
-        if not dist.under_agent():
+        if not process_group.under_agent():
             raise
         # torchrun would start a worker again that ends with another code than 0
-        if dist.is_main():
+        if process_group.is_main():
             say(f"dinogen: {stopped}", err=True)
-        dist.shutdown()
+        process_group.shutdown()
         return
-    if dist.is_main():
+    if process_group.is_main():
         for result in results:
             name = f"{result['resolution']}x{result['resolution']}"
             say(f"{name}: {settings.run / name / result['files']['final']}")
         say(f"page: {settings.run / 'index.html'}")
         say(f"curves: tensorboard --logdir {settings.run}")
-    dist.shutdown()
+    process_group.shutdown()
 
 
 def sample(
@@ -98,8 +98,8 @@ def sample(
 
     from dinogen.errors import UserError
     from dinogen.files import write_text
-    from dinogen.report.pictures import save_grid, to_uint8
-    from dinogen.training.snapshot import load_snapshot
+    from dinogen.report.images import save_grid, to_uint8
+    from dinogen.training.checkpointing.snapshot import load_snapshot
     from launch.cli.console import setup_logging
 
     setup_logging()

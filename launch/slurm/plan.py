@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinogen.config import Config, StageConfig
-from dinogen.config_cluster import ClusterConfig, JobConfig
+from dinogen.config.cluster import ClusterConfig, JobConfig
 from dinogen.errors import UserError
-from launch.progress import figure_of, is_evaluated, is_looked, stage_result
+from dinogen.runs.progress import figure_of, is_evaluated, is_looked, stage_result
 from launch.request import choose_stages
 from shards.format.manifest import MANIFEST
 
@@ -142,7 +142,7 @@ def _data_steps(config: Config, photos: Path | None, file: Path) -> list[Step]:
         )
     if not photos.is_dir():
         raise UserError(f"--photos {photos}: no such folder")
-    from dinogen.training.levels import makes_features  # torch, which status can do without
+    from dinogen.training.data import makes_features  # torch, which status can do without
 
     faces, pyramids = f"{data.rstrip('/')}-faces", f"{data.rstrip('/')}-pyramids"
     given: dict[str, tuple[str, ...]] = {"faces": (str(photos), faces)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dinogen.config import Config, StageConfig, load_config
 from dinogen.errors import UserError
-from launch.progress import end_of, is_evaluated, num_images, stage_result
+from dinogen.runs.progress import end_of, is_evaluated, num_images, stage_result
 from launch.slurm import queue
 from launch.slurm.jobs import Job, Jobs, read_jobs
 from launch.slurm.plan import lacking_data

@@ -14,7 +14,7 @@ from pathlib import Path
 from dinogen.config import Config, dump_config
 from dinogen.errors import UserError
 from dinogen.files import write_text
-from launch.progress import stage_result
+from dinogen.runs.progress import stage_result
 from launch.request import Request
 from launch.slurm import queue
 from launch.slurm.jobs import Job, Jobs, launch_folder, launch_lock, read_jobs

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from dinogen.config import Config, StageConfig
 from dinogen.errors import UserError
-from dinogen.report.kinds import amount
-from dinogen.report.runfiles import RESULT, STATS, read_lines, read_result
-from launch.progress import num_images, stage_result
+from dinogen.runs.files import RESULT, STATS, read_lines, read_result
+from dinogen.runs.progress import num_images, stage_result
+from dinogen.runs.values import amount
 from launch.study.plan import StudyRun
 from shards.errors import ShardsError
 

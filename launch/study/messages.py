@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.progress import figure_of
+from dinogen.runs.progress import figure_of
 from launch.slurm.status import Row
 from launch.study.cost import Speed
 from launch.study.plan import StudyRun, steps_left

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dinogen.config import Config, ConfigError, load_config
-from dinogen.config_study import FINAL, EntryConfig, StudyConfig, TrackConfig, load_study
-from launch.progress import figure_of, is_looked, stage_result
+from dinogen.config.study import FINAL, EntryConfig, StudyConfig, TrackConfig, load_study
+from dinogen.runs.progress import figure_of, is_looked, stage_result
 from launch.slurm.plan import lacking_data
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def check_study(study: Study) -> None:
         ConfigError: its metric is not known or has no better and worse, or its configs have changed
             since runs were trained; names each of them.
     """
-    from dinogen.metrics.names import better, chosen_names
+    from dinogen.metrics.registry import better, chosen_names
 
     (metric,) = chosen_names([study.plan.metric], f"{study.path}: metric")
     if better(metric) == "none":

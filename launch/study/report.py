@@ -6,8 +6,8 @@ from pathlib import Path
 
 from dinogen.errors import UserError
 from dinogen.files import write_text
-from dinogen.report.compare import write_comparison
-from dinogen.report.compare_read import is_run
+from dinogen.report.compare.comparison import write_comparison
+from dinogen.report.compare.read import is_run
 from launch.study.plan import Study
 from launch.study.selection import Choice
 from launch.study.status import State, study_states

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.progress import figure_of
+from dinogen.runs.progress import figure_of
 from launch.study.plan import Study, StudyRun
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dinogen.errors import UserError
 from dinogen.files import next_free, write_json
-from dinogen.report.runfiles import read_attempts, read_object
+from dinogen.runs.files import read_attempts, read_object
 from launch.study.plan import Study, StudyRun
 from shards.lock import Locked, lock
 from shards.lock import is_locked as is_file_locked

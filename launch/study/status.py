@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dinogen.errors import UserError
-from launch.progress import figure_of
+from dinogen.runs.progress import figure_of
 from launch.slurm import queue
 from launch.slurm.jobs import read_jobs
 from launch.slurm.status import job_rows, stage_progress

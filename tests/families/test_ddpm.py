@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from dinogen import draws
 from dinogen.config import Config, ConfigError
+from dinogen.distributed import rng
 from dinogen.families.ddpm import Ddpm
 from dinogen.families.registry import family_options
 
@@ -76,8 +76,8 @@ def test_the_loss_by_hand(prediction):
     losses, report = family.phases[0].losses(batch)
     assert set(losses) == {prediction} and report == {}
 
-    t = draws.integers(0, "t", batch["position"], high=1000)
-    eps = draws.normal(0, "eps", batch["position"], (3, 16, 16))
+    t = rng.integers(0, "t", batch["position"], high=1000)
+    eps = rng.normal(0, "eps", batch["position"], (3, 16, 16))
     alpha_bar, errors = 1.0, []
     table = []
     for i in range(1000):

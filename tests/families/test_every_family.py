@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinogen import draws
+from dinogen.distributed import rng
 from dinogen.families.registry import family_class, family_names
-from dinogen.training.checkpoint import newest_checkpoint
+from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from dinogen.training.ema import ema_decay
 from dinogen.training.run import train
 from dinogen.training.state import StageState
@@ -137,7 +137,7 @@ def test_samples_have_their_shape_and_do_not_depend_on_each_other(family, disc_d
 @every_family
 def test_every_network_is_rebuilt_from_its_arguments(family, disc_data, tmp_path):
     config = tiny_config(family, disc_data, tmp_path)
-    with draws.torch_seed(0, "init"):
+    with rng.torch_seed(0, "init"):
         built = family_class(config.family)(config, config.stages[0], torch.device("cpu"))
     for name, network in built.networks.items():
         again = type(network)(**built.arguments(name))

@@ -9,7 +9,7 @@ from dinogen.config import ConfigError
 from dinogen.families.guided import Guided
 from dinogen.families.registry import resolve
 from dinogen.features.dinov2 import make_random_dinov2
-from dinogen.training.checkpoint import newest_checkpoint
+from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from dinogen.training.data import open_data
 from dinogen.training.preflight import check_run
 from dinogen.training.run import train
@@ -119,7 +119,7 @@ def test_a_factor_for_a_network_of_no_stage_is_refused(two_guides, tmp_path):  #
 
 def test_a_bank_that_ranks_cannot_share_is_refused(two_guides, tmp_path, monkeypatch):  # noqa: F811
     config = objective_config(two_guides, tmp_path, "energy", "family.bank=2")
-    monkeypatch.setattr("dinogen.dist.world_size", lambda: 3)
+    monkeypatch.setattr("dinogen.distributed.process_group.world_size", lambda: 3)
     with pytest.raises(ConfigError, match=r"family\.bank: 2 reals are fewer than the 3 ranks"):
         check_run(config, [0], open_data(config))
 

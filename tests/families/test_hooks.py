@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinogen import draws
 from dinogen.diffusion.sampler import sample as walk
+from dinogen.distributed import rng
 from dinogen.families.registry import family_class, family_names, resolve
 from tests.families.gans import Training, drawn_pictures
 from tests.families.tiny import RESOLUTION, TINY, tiny_config
@@ -24,7 +24,7 @@ WITH_D = ["dcgan", "progressive_gan", "sagan", "stylegan2_ada", "vae_gan", "wgan
 def build(name, *overrides):
     """A tiny family whose weights are away from what is zero at the start."""
     config = resolve(tiny_config(name, Path("no_data"), Path("no_run"), *overrides))
-    with draws.torch_seed(0, "init"):
+    with rng.torch_seed(0, "init"):
         family = family_class(config.family)(config, config.stages[0], CPU)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -43,15 +43,15 @@ def as_it_was(family):
         shape = (3, RESOLUTION, RESOLUTION)
 
         def noise(t):
-            return draws.normal(SEED, f"sample/{t}", NUMBERS, shape)
+            return rng.normal(SEED, f"sample/{t}", NUMBERS, shape)
 
-        start = draws.normal(SEED, "sample", NUMBERS, shape)
+        start = rng.normal(SEED, "sample", NUMBERS, shape)
         eta = {"ddim": 0.0, "ddpm": 1.0}[family.options.sampler]
         steps, kind = TINY["ddpm"]["sample_steps"], family.options.prediction
         return walk(
             lambda x, t: G(x, t, None), family.schedule, kind, start, steps, eta=eta, noise=noise
         )
-    z = draws.normal(SEED, "sample", NUMBERS, (8,))
+    z = rng.normal(SEED, "sample", NUMBERS, (8,))
     if name == "stylegan2_ada":
         return G(z, None, psi=family.options.truncation).clamp(-1, 1)
     return G(z)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from dinogen.evaluation.evaluate import evaluate
 from dinogen.families.base import classes_of
 from dinogen.families.registry import family_class
+from dinogen.metrics.extractors import JudgeInfo
 from dinogen.metrics.fingerprint import fingerprint, fingerprint_id
-from dinogen.metrics.judges import JudgeInfo
-from dinogen.training.evaluate import evaluate
-from dinogen.training.labels import class_shares
+from dinogen.training.data import class_shares
 from dinogen.training.run import train
 from shards import open_dataset, pack
 from shards.format.sample import Sample

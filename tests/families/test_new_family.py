@@ -12,8 +12,8 @@ from PIL import Image
 
 from dinogen.config import ConfigError, load_config
 from dinogen.families.registry import family_options, resolve
-from dinogen.training.checkpoint import newest_checkpoint
-from dinogen.training.export import export, load_exported
+from dinogen.training.checkpointing.checkpoint import newest_checkpoint
+from dinogen.training.checkpointing.export import export, load_exported
 from dinogen.training.run import train
 from shards.format.sample import Sample
 from shards.write.pack import pack

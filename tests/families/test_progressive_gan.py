@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from dinogen.config import ConfigError
-from dinogen.training.checkpoint import newest_checkpoint
+from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from dinogen.training.run import train
 from dinogen.training.stages import grow
 from tests.families.gans import (

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dinogen import draws
-from dinogen.losses.path_length import path_lengths
+from dinogen.distributed import rng
+from dinogen.losses.penalties import path_lengths
 from tests.families.gans import (
     Training,
     assert_any_cut_gives_the_same_gradient,
@@ -92,7 +92,7 @@ def test_path_length_is_taken_on_even_positions():
     losses, report = phase(family, "G_reg").losses(batch)
     positions = batch["position"][::2]
     _, ws = family._styles("G_reg", positions, None)
-    y = draws.normal(0, "y", positions, (3, 16, 16))
+    y = rng.normal(0, "y", positions, (3, 16, 16))
     lengths = path_lengths(family._pictures("G_reg", positions, ws), ws, y)
     torch.testing.assert_close(report["length"], lengths.mean())
     torch.testing.assert_close(losses["path"], 4 * 2 * (lengths - 0.7).square().mean())
@@ -155,7 +155,7 @@ def test_the_sign_is_that_of_reals_and_w_is_its_mean():
     _, report = phase(family, "D").losses(batch)
     logits = family._judge("D/real", batch["image"], batch["position"], None)
     assert report["sign"] == logits.sign().mean()
-    z = draws.normal(0, "z/G", batch["position"], (8,))
+    z = rng.normal(0, "z/G", batch["position"], (8,))
     _, report = phase(family, "G").losses(batch)
     torch.testing.assert_close(report["w"], family.G.mapping(z).mean(0))
 
@@ -215,7 +215,7 @@ def test_with_classes_labels_matter_and_samples_take_turns():
         sum(losses.values()).backward()
         network = family.networks[own.network]
         assert [name for name, p in network.named_parameters() if p.grad is None] == []
-    z = draws.normal(0, "sample", torch.arange(6), (8,))
+    z = rng.normal(0, "sample", torch.arange(6), (8,))
     expected = family.G(z, torch.arange(6) % 3).clamp(-1, 1)
     torch.testing.assert_close(family.sample(family.networks, torch.arange(6), 0), expected)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from dinogen import draws
 from dinogen.config import ConfigError, parse_config
+from dinogen.distributed import rng
 from dinogen.families.registry import family_options
 from tests.families.vae_helpers import batch_of, build, drawn_pictures, means, train
 
@@ -18,7 +18,7 @@ def by_hand(family, batch, purpose):
     """Reconstructions, log p(x | z) and KL of each sample, by torch.distributions."""
     G = family.G
     mean, log_variance = G.encode(batch["image"])
-    noise = draws.normal(family.config.seed, purpose, batch["position"], (8,))
+    noise = rng.normal(family.config.seed, purpose, batch["position"], (8,))
     q = Normal(mean, torch.exp(log_variance / 2))
     x = G.decode(q.loc + q.scale * noise)
     likelihood = Normal(x, 1.0).log_prob(batch["image"]).sum((1, 2, 3))
@@ -84,7 +84,7 @@ def test_a_sample_depends_on_its_index_and_the_seed_alone():
     assert images.shape == (6, 3, 16, 16) and images.abs().max() <= 1
     torch.testing.assert_close(again, images[[4, 1]])
     assert not torch.allclose(other, images, atol=1e-3)
-    z = draws.normal(3, "sample", torch.arange(6), (8,))
+    z = rng.normal(3, "sample", torch.arange(6), (8,))
     torch.testing.assert_close(images, family.G.decode(z))
 
 

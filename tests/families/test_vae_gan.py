@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from dinogen import draws
 from dinogen.config import ConfigError, parse_config
+from dinogen.distributed import rng
 from dinogen.families.registry import family_options
-from dinogen.training.engine import make_engine
+from dinogen.training.engines.base import make_engine
 from tests.families.vae_helpers import CPU, batch_of, build, drawn_pictures, means, train
 
 
 def noise(family, purpose, batch):
-    return draws.normal(family.config.seed, purpose, batch["position"], (8,))
+    return rng.normal(family.config.seed, purpose, batch["position"], (8,))
 
 
 def fakes_by_hand(family, batch, which):
@@ -111,7 +111,7 @@ def test_a_sample_depends_on_its_index_and_the_seed_alone():
         images = family.sample(family.networks, torch.arange(6), seed=3)
         again = family.sample({"G": family.G}, torch.tensor([4, 1]), seed=3)
     torch.testing.assert_close(again, images[[4, 1]])
-    z = draws.normal(3, "sample", torch.arange(6), (8,))
+    z = rng.normal(3, "sample", torch.arange(6), (8,))
     torch.testing.assert_close(images, family.G.decode(z))
 
 

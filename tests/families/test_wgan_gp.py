@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dinogen import draws
 from dinogen.config import ConfigError
+from dinogen.distributed import rng
 from tests.families.gans import (
     Training,
     drawn_pictures,
@@ -31,11 +31,11 @@ def test_the_critic_s_losses_by_hand():
     family.G.requires_grad_(False)
     losses, report = family.phases[0].losses(batch)
 
-    z = draws.normal(5, "z/D", batch["position"], (8,))
+    z = rng.normal(5, "z/D", batch["position"], (8,))
     real, fake = batch["image"], family.G(z)
     torch.testing.assert_close(losses["wasserstein"], family.D(fake).mean() - family.D(real).mean())
     torch.testing.assert_close(report["real"] - report["fake"], -losses["wasserstein"])
-    eps = draws.uniform(5, "eps/D", batch["position"], (1, 1, 1))
+    eps = rng.uniform(5, "eps/D", batch["position"], (1, 1, 1))
     between = (eps * real + (1 - eps) * fake).requires_grad_()
     norms = []
     for i in range(8):  # one picture at a time
@@ -48,7 +48,7 @@ def test_the_critic_s_losses_by_hand():
 def test_the_generator_s_loss_by_hand():
     family, batch = make_family("wgan_gp", 16, *SMALL), make_batch(drawn_pictures(8, 16))
     loss = family.phases[1].losses(batch)[0]["wasserstein"]
-    z = draws.normal(0, "z/G", batch["position"], (8,))
+    z = rng.normal(0, "z/G", batch["position"], (8,))
     torch.testing.assert_close(loss, -family.D(family.G(z)).mean())
 
 

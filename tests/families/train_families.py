@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dinogen import dist
+from dinogen.distributed import process_group
 from dinogen.training.run import train
 from tests.families.tiny import tiny_config
 
@@ -26,4 +26,4 @@ if __name__ == "__main__":
     for item in sys.argv[3:]:
         family, engine, *overrides = item.split(":")
         train(tiny_config(family, data, run_of(out, item), f"engine.name={engine}", *overrides))
-    dist.shutdown()
+    process_group.shutdown()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from dinogen import draws
 from dinogen.config import parse_config
+from dinogen.distributed import rng
 from dinogen.families.registry import family_class
-from dinogen.training.engine import make_engine
+from dinogen.training.engines.base import make_engine
 
 CPU = torch.device("cpu")
 SMALL = {"latent": 8, "base_channels": 16}
@@ -20,7 +20,7 @@ def build(name, *overrides, resolution=16):
         family |= {"d_layers": 2, "d_channels": 8}
     stages = [{"resolution": resolution, "kimg": 1, "batch": 8, "lr": 5e-3}]
     config = parse_config({"family": family, "stages": stages}, overrides)
-    with draws.torch_seed(0, "init"):
+    with rng.torch_seed(0, "init"):
         return family_class(config.family)(config, config.stages[0], CPU)
 
 

@@ -11,8 +11,8 @@ from dinogen.config import GuideConfig, StageConfig
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid
-from dinogen.guidance.discriminate import Discriminating
-from dinogen.guidance.discriminator_options import DiscriminatorOptions
+from dinogen.guidance.discriminator import Discriminating
+from dinogen.guidance.options import DiscriminatorOptions
 from tests.families.tiny import RESOLUTION, discs, pack_discs
 from tests.guidance.judges import KINDS, SIDE
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dinogen.guidance.crops import random_crops, tiles
+from dinogen.guidance.discriminator import random_crops, tiles
 
 SIDE = 20
 

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from dinogen.config import ConfigError, GuideConfig, StageConfig
-from dinogen.guidance.discriminate import Discriminating
-from dinogen.guidance.discriminator_options import DiscriminatorOptions
+from dinogen.guidance.discriminator import Discriminating
+from dinogen.guidance.options import DiscriminatorOptions
 from tests.guidance.judges import KINDS, PENALTIES, SIDE, logits_by_hand, pictures
 
 CPU = torch.device("cpu")

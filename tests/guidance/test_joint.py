@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinogen.guidance import joint
-from dinogen.guidance.joint import JointObjective
-from dinogen.guidance.terms import Drift, Energy, Mmd, SlicedWasserstein, titles
-from dinogen.training.checkpoint import newest_checkpoint
+from dinogen.guidance import gradient_cache
+from dinogen.guidance.gradient_cache import JointObjective
+from dinogen.guidance.objectives import Drift, Energy, Mmd, SlicedWasserstein, titles
+from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from tests.guidance.runs import OBJECTIVES, train_all
 from tests.training.on_ranks import on_ranks
 
@@ -108,7 +108,7 @@ def test_the_gradient_is_that_of_the_plain_sum():
 
     def directions(size, number):
         seen.append((size, number))
-        from dinogen import draws
+        from dinogen.distributed import rng as draws
 
         return draws.normal(0, "slices", torch.tensor([40]), (size, number))[0]
 
@@ -155,7 +155,7 @@ def test_the_cached_gradient_is_the_uncached_one(sizes):
 def test_places_are_compared_in_blocks_of_bounded_size(monkeypatch):
     objective, features, weight, micro, *_ = set_up()
     (want,) = torch.autograd.grad(sum(objective.losses(micro, features(micro))[0].values()), weight)
-    monkeypatch.setattr("dinogen.guidance.joint._MOST_PAIRS", 1)
+    monkeypatch.setattr("dinogen.guidance.gradient_cache._MOST_PAIRS", 1)
     (found,) = torch.autograd.grad(
         sum(objective.losses(micro, features(micro))[0].values()), weight
     )
@@ -172,7 +172,7 @@ def test_the_floor_is_what_reals_reach(at_once, monkeypatch):
     sets = [{"p2": torch.randn(700, 4, 3)} for _ in range(2)]
     found = objective.compare(*sets, lambda size, number: torch.randn(size, number))
     whole = objective.floors(sets[1])
-    monkeypatch.setattr(joint, "_MOST_PAIRS", at_once * 700**2)
+    monkeypatch.setattr(gradient_cache, "_MOST_PAIRS", at_once * 700**2)
     floors = objective.floors(sets[1])
     assert floors == pytest.approx(whole, rel=1e-5)
     assert set(floors) == {"energy", "mmd"}, "that of drift is not known"

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from dinogen.config import ConfigError
-from dinogen.networks.latent_table import LatentTable
-from dinogen.training.checkpoint import newest_checkpoint
-from dinogen.training.export import export, load_exported
+from dinogen.networks.progressive import LatentTable
+from dinogen.training.checkpointing.checkpoint import newest_checkpoint
+from dinogen.training.checkpointing.export import export, load_exported
 from dinogen.training.run import train
 from tests.guidance.runs import objective_config
 

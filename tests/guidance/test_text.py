@@ -12,15 +12,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dinogen.config import ConfigError, GuideConfig
-from dinogen.config_clip import ClipConfig
+from dinogen.config.clip import ClipConfig
+from dinogen.evaluation.evaluate import evaluate
 from dinogen.features.clip import load_clip
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid
-from dinogen.report.pictures import to_uint8
-from dinogen.training.checkpoint import newest_checkpoint
-from dinogen.training.evaluate import evaluate
+from dinogen.report.images import to_uint8
+from dinogen.training.checkpointing.checkpoint import newest_checkpoint
+from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
-from dinogen.training.snapshot import load_snapshot
 from dinogen.training.state import StageState
 from launch.cli.main import app
 from shards.format.sample import Sample

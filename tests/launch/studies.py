@@ -207,10 +207,10 @@ class Forked:
             os._exit(code)
 
     def _run(self, words: list[str]) -> int:
-        from dinogen.training import looks, looks_latents
+        from dinogen.visualize import latents, look
         from launch.cli.main import main
 
-        looks._makers = lambda scene: {"grid16": looks_latents.grid16}
+        look._makers = lambda scene: {"grid16": latents.grid16}
         sys.argv = ["dinogen", *words]
         try:
             main()

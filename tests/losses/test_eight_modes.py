@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinogen.guidance.terms import Drift, Energy, Mmd, SlicedWasserstein
+from dinogen.guidance.objectives import Drift, Energy, Mmd, SlicedWasserstein
 
 RADIUS, SPREAD, NUM_STEPS, BATCH, LR = 2.0, 0.1, 500, 128, 0.01
 ANGLES = torch.arange(8) * (2 * math.pi / 8)

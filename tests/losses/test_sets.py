@@ -8,11 +8,17 @@ import torch
 from scipy.spatial.distance import cdist
 from scipy.stats import energy_distance, wasserstein_distance
 
-from dinogen.losses.distances import distances, mean_of_pairs
-from dinogen.losses.drift import drift
-from dinogen.losses.energy import energy, energy_floor
-from dinogen.losses.mmd import mmd, mmd_floor, moments
-from dinogen.losses.sliced_wasserstein import sliced_wasserstein
+from dinogen.losses.distributions import (
+    distances,
+    drift,
+    energy,
+    energy_floor,
+    mean_of_pairs,
+    mmd,
+    mmd_floor,
+    moments,
+    sliced_wasserstein,
+)
 
 
 def sets(num_problems=3, num_generated=7, num_real=9, size=5, shift=0.5):

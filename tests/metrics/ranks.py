@@ -10,12 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinogen import dist, draws
-from dinogen.metrics.collect import Collected, collect
+from dinogen.distributed import process_group, rng
+from dinogen.metrics.collect import Collected, Moments, collect
+from dinogen.metrics.extractors.base import JudgeInfo, NotAvailable
+from dinogen.metrics.extractors.load import load_judge
 from dinogen.metrics.frechet import frechet_of
-from dinogen.metrics.judges.base import JudgeInfo, NotAvailable
-from dinogen.metrics.judges.load import load_judge
-from dinogen.metrics.moments import Moments
 from tests import forked
 
 NUM, BATCH = 10, 3
@@ -31,7 +30,7 @@ class Noise:
     def read(self, numbers: list[int]) -> Tensor:
         self.read_numbers += numbers
         positions = torch.tensor(numbers)
-        return draws.integers(0, "noise", positions, (3, 6, 6), high=256).to(torch.uint8)
+        return rng.integers(0, "noise", positions, (3, 6, 6), high=256).to(torch.uint8)
 
 
 class Linear:
@@ -80,8 +79,8 @@ def on_rank(rank: int, world: int, port: int, out: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.use_device("cpu")
-    dist.init()
+    process_group.use_device("cpu")
+    process_group.init()
     tensors = {}
     for num in (NUM, BATCH):  # the second is one batch: only one rank has anything to do
         found, source = look(num)
@@ -92,20 +91,20 @@ def on_rank(rank: int, world: int, port: int, out: Path) -> None:
     tensors["itself"] = torch.tensor(frechet_of(mine, found.seen["both"].moments))
     tensors["refused"] = torch.tensor(refused(rank))
     save_file(tensors, out / f"{rank}.safetensors")
-    dist.shutdown()
+    process_group.shutdown()
 
 
 def refused(rank: int) -> bool:
     """Whether a judge that only the last rank cannot have is refused on all of them."""
-    from dinogen.metrics.judges import inception768
+    from dinogen.metrics.extractors import inception768
 
     def load(path: str | None, device: torch.device) -> Linear:
-        if rank == dist.world_size() - 1:
+        if rank == process_group.world_size() - 1:
             raise NotAvailable("metrics.inception768: no such file")
         return Linear("inception768", 4, 0)
 
     inception768.load = load  # type: ignore[assignment]
-    from dinogen.config_metrics import MetricsConfig
+    from dinogen.config.metrics import MetricsConfig
 
     try:
         load_judge("inception768", MetricsConfig(), torch.device("cpu"))

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from dinogen import dist
-from dinogen.metrics.figure import Figure
+from dinogen.distributed import process_group
+from dinogen.metrics.extractors.lpips import load_perceptual
 from dinogen.metrics.lpips_diversity import lpips_diversity
-from dinogen.metrics.perceptual import load_perceptual
 from dinogen.metrics.reconstruction import reconstruction
+from dinogen.metrics.value import Figure
 from tests.metrics.backbones import pictures
 
 
@@ -52,11 +52,11 @@ def measure(backbone: str) -> list[Figure]:
 
 
 if __name__ == "__main__":
-    dist.init()
+    process_group.init()
     found = [figure.to_dict() for figure in measure(sys.argv[1])]
     out = Path(sys.argv[2])
-    (out / f"{dist.rank()}.json").write_text(json.dumps(found))
-    shares = dist.all_gather(torch.tensor([len(measure.starts)])).tolist()
-    if dist.is_main():
+    (out / f"{process_group.rank()}.json").write_text(json.dumps(found))
+    shares = process_group.all_gather(torch.tensor([len(measure.starts)])).tolist()
+    if process_group.is_main():
         (out / "share.json").write_text(json.dumps(shares))
-    dist.shutdown()
+    process_group.shutdown()

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinogen.metrics.judges.base import JudgeInfo, NotAvailable
+from dinogen.metrics.extractors.base import JudgeInfo, NotAvailable
 from shards.format.sample import Sample
 from shards.read.packed import PackedDataset, open_dataset
 from shards.write.pack import pack
@@ -66,5 +66,5 @@ def only(monkeypatch, judge: Means) -> Means:
             raise NotAvailable(f"metrics.{name}: no path is given")
         return judge
 
-    monkeypatch.setattr("dinogen.metrics.judged.load_judge", load)
+    monkeypatch.setattr("dinogen.metrics.extractors.load.load_judge", load)
     return judge

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinogen.metrics.clip_score import clip_score, retrieval_accuracy
+from dinogen.metrics.prompted import clip_score, retrieval_accuracy
 
 
 def embeddings(num, size, seed):

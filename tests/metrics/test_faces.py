@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinogen.config_metrics import MetricsConfig
+from dinogen.config.metrics import MetricsConfig
 from dinogen.metrics.collect import collect
+from dinogen.metrics.extractors import load_judge
 from dinogen.metrics.frechet import frechet_of
-from dinogen.metrics.judges import load_judge
 from dinogen.metrics.kernel import kernel_distance
 
 NUM, SIDE = 20, 64

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dinogen.metrics.figure import Figure
+from dinogen.metrics.value import Figure
 
 
 def test_it_comes_back_from_json():

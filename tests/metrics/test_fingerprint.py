@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 
+from dinogen.metrics.extractors.base import JudgeInfo
 from dinogen.metrics.fingerprint import (
     data_sha256,
     differences,
@@ -14,7 +15,6 @@ from dinogen.metrics.fingerprint import (
     fingerprint,
     fingerprint_id,
 )
-from dinogen.metrics.judges.base import JudgeInfo
 from shards.read.mixture import MixedDataset
 from shards.read.packed import open_dataset
 from tests.families.tiny import discs

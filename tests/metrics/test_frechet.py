@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from dinogen.metrics.collect import Moments
 from dinogen.metrics.frechet import frechet_distance, frechet_of, frechet_spread
-from dinogen.metrics.moments import Moments
 
 
 def rows(num, channels, seed, shift=0.0):
@@ -116,7 +116,7 @@ def test_its_spread_is_that_of_independent_draws():
 
 
 def test_the_spread_is_over_the_distances_of_halves():
-    from dinogen.metrics.bootstrap import halves
+    from dinogen.metrics.value import halves
 
     generated, reference = rows(60, 20, 1), Moments.of(rows(15, 20, 2))
     values = [frechet_of(Moments.of(generated[half]), reference) for half in halves(60, 5, 7)]

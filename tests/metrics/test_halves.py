@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinogen.metrics.bootstrap import halves, standard_deviation
+from dinogen.metrics.value import halves, standard_deviation
 
 
 def test_halves_are_halves_and_the_same_again():

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dinogen.config_metrics import MetricsConfig
+from dinogen.config.metrics import MetricsConfig
 from dinogen.features.dinov2 import make_random_dinov2
-from dinogen.metrics.judges import Judge, NotAvailable, load_judge
-from dinogen.metrics.judges import inception as inception_file
-from dinogen.metrics.judges.base import resized
+from dinogen.metrics.extractors import Judge, NotAvailable, load_judge
+from dinogen.metrics.extractors import inception as inception_file
+from dinogen.metrics.extractors.base import resized
 
 CPU = torch.device("cpu")
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"

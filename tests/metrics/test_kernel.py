@@ -7,8 +7,8 @@ import statistics
 import pytest
 import torch
 
-from dinogen.metrics.bootstrap import halves
 from dinogen.metrics.kernel import kernel_distance
+from dinogen.metrics.value import halves
 
 
 def rows(num, seed, shift=0.0, channels=24):

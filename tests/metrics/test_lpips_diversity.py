@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dinogen.metrics import lpips_diversity as module
+from dinogen.metrics.extractors.lpips import load_perceptual
 from dinogen.metrics.lpips_diversity import lpips_diversity, pairwise_distances
-from dinogen.metrics.perceptual import load_perceptual
 from tests.metrics.backbones import pictures, save_backbone
 
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from dinogen.metrics import neighbours
-from dinogen.metrics.bootstrap import halves
-from dinogen.metrics.manifold import manifold
+from dinogen.metrics import manifold as neighbours
+from dinogen.metrics.manifold import manifold, nearest
 from dinogen.metrics.memorisation import memorisation
-from dinogen.metrics.neighbours import nearest
+from dinogen.metrics.value import halves
 
 
 def rows(num, seed, shift=0.0, channels=4):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinogen.metrics.moments import Moments
+from dinogen.metrics.collect import Moments
 
 ROWS = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * 3 + 100
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from dinogen.metrics.judges.base import NotAvailable
-from dinogen.metrics.perceptual import load_perceptual
+from dinogen.metrics.extractors.base import NotAvailable
+from dinogen.metrics.extractors.lpips import load_perceptual
 from tests.metrics.backbones import MODELS, lpips_by_hand, pictures, save_backbone
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from dinogen.metrics.judges.base import NotAvailable
-from dinogen.metrics.perceptual import load_perceptual
+from dinogen.metrics.extractors.base import NotAvailable
+from dinogen.metrics.extractors.lpips import load_perceptual
 from dinogen.metrics.reconstruction import psnr, reconstruction, ssim
 from tests.forked import torchrun
 from tests.metrics.backbones import pictures, save_backbone

@@ -7,12 +7,11 @@ import math
 import pytest
 import torch
 
-from dinogen.metrics.bootstrap import halves
-from dinogen.metrics.collect import Seen
-from dinogen.metrics.judges.spectrum import NUM_BANDS, SpectrumJudge
-from dinogen.metrics.moments import Moments
-from dinogen.metrics.names import JUDGED, Sets
+from dinogen.metrics.collect import Moments, Seen
+from dinogen.metrics.extractors.spectrum import NUM_BANDS, SpectrumJudge
+from dinogen.metrics.registry import JUDGED, Sets
 from dinogen.metrics.spectrum import sharpness, spectrum_distance
+from dinogen.metrics.value import halves
 
 JUDGE = SpectrumJudge(torch.device("cpu"))
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from dinogen.config_metrics import MetricsConfig
+from dinogen.config.metrics import MetricsConfig
 from dinogen.errors import ConfigError, UserError
+from dinogen.metrics.extractors.load import Judges
 from dinogen.metrics.fingerprint import differences
-from dinogen.metrics.judged import Judges
-from dinogen.metrics.names import GUIDE_DIVERSITY, NAMES, better, chosen_names
+from dinogen.metrics.registry import GUIDE_DIVERSITY, NAMES, better, chosen_names
 from dinogen.metrics.sources import Folder, Generated, Pictures, Reconstructed
 from dinogen.metrics.suite import Subject, measure
 from tests.metrics.small import Means, only, pack_pictures, save_pictures, small_data

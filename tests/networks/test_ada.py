@@ -7,11 +7,11 @@ import pytest
 import torch
 from scipy import stats
 
-from dinogen import draws
-from dinogen.networks.ada import INTERVAL, AugmentProbability, Strengths, augment
-from dinogen.networks.ada_color import color_matrices
-from dinogen.networks.ada_draws import TRANSFORMS, TransformDraws
-from dinogen.networks.ada_geometry import blit_matrices, geometry_matrices
+from dinogen.distributed import rng
+from dinogen.networks.ada.colour import color_matrices
+from dinogen.networks.ada.geometry import blit_matrices, geometry_matrices
+from dinogen.networks.ada.pipeline import INTERVAL, AugmentProbability, Strengths, augment
+from dinogen.networks.ada.rng import TRANSFORMS, TransformDraws
 
 ALL = Strengths(1, 1, 1, 1, 1)
 GROUPS = ("blit", "geometry", "color", "filter", "corruption")
@@ -65,7 +65,7 @@ def test_each_transform_happens_with_its_probability(p):
 
 def numbers(position):
     """What is drawn for one sample, looked up by name: uniform, normal."""
-    table = draws.uniform(0, "ada", torch.tensor([position]), (len(TRANSFORMS), 3))[0].double()
+    table = rng.uniform(0, "ada", torch.tensor([position]), (len(TRANSFORMS), 3))[0].double()
     rows = dict(zip(TRANSFORMS, table.numpy(), strict=True))
     uniform = {name: row[1:] for name, row in rows.items()}
     return uniform, {name: stats.norm.ppf(row) for name, row in uniform.items()}

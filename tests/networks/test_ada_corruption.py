@@ -7,7 +7,7 @@ import pytest
 import pywt
 import torch
 
-from dinogen.networks.ada_corruption import (
+from dinogen.networks.ada.corruption import (
     POWER,
     SYM2,
     add_noise,
@@ -16,7 +16,7 @@ from dinogen.networks.ada_corruption import (
     bands,
     cut_out,
 )
-from dinogen.networks.ada_draws import TransformDraws
+from dinogen.networks.ada.rng import TransformDraws
 
 
 def drawn(num, first=0):

@@ -8,15 +8,7 @@ import pywt
 import torch
 from scipy import ndimage
 
-from dinogen.networks.ada_geometry import (
-    SYM6,
-    blit,
-    mirrored,
-    rotation,
-    scaling,
-    translation,
-    warp,
-)
+from dinogen.networks.ada.geometry import SYM6, blit, mirrored, rotation, scaling, translation, warp
 
 SIZE = 32
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dinogen import draws
-from dinogen.networks.ada_draws import TRANSFORMS
+from dinogen.distributed import rng
+from dinogen.networks.ada.rng import TRANSFORMS
 from dinogen.networks.diffaugment import diff_augment
 
 SIZE = 16
@@ -23,7 +23,7 @@ def run(images, transforms=ALL, first=0, purpose="judge"):
 
 def drawn(position, name):
     """The two numbers of a sample's transform."""
-    table = draws.uniform(7, "judge", torch.tensor([position]), (len(TRANSFORMS), 3))[0].double()
+    table = rng.uniform(7, "judge", torch.tensor([position]), (len(TRANSFORMS), 3))[0].double()
     return table[TRANSFORMS.index(name), 1:].tolist()
 
 

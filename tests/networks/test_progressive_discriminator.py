@@ -5,8 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from dinogen.config import ConfigError
-from dinogen.networks.progressive import ProgressiveGenerator
-from dinogen.networks.progressive_discriminator import ProgressiveDiscriminator
+from dinogen.networks.progressive import ProgressiveDiscriminator, ProgressiveGenerator
 from dinogen.training.stages import grow
 
 

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from dinogen.networks.resample import binomial, upsample
-from dinogen.networks.stylegan2 import Conv, Dense, Mapping, activate, follows_autocast
-from dinogen.networks.stylegan2_generator import ModulatedConv
+from dinogen.networks.stylegan2.generator import ModulatedConv
+from dinogen.networks.stylegan2.layers import Conv, Dense, Mapping, activate, follows_autocast
 
 
 def test_a_dense_layer_by_hand():

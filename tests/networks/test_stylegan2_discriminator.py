@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from dinogen.networks.resample import binomial, conv_down
-from dinogen.networks.stylegan2_discriminator import DiscriminatorBlock, StyleGAN2Discriminator
+from dinogen.networks.stylegan2.discriminator import DiscriminatorBlock, StyleGAN2Discriminator
 
 
 def small(resolution=16, **more):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dinogen.networks.resample import binomial, upsample
-from dinogen.networks.stylegan2_generator import StyleGAN2Generator
+from dinogen.networks.stylegan2.generator import StyleGAN2Generator
 
 
 def small(resolution=16, **more):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from skimage import data
 
-from dinogen.prepare.download import download
+from dinogen.prepare.download.download import download
 from tests.prepare.face_folders import FACE, save
 from tests.prepare.wrong_server import Server
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from scipy.ndimage import zoom
 
-from dinogen.prepare.align import (
+from dinogen.prepare.faces.align import (
     REFERENCE,
     AlignError,
     align_box,

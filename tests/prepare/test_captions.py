@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from dinogen.prepare import join, pipeline
-from dinogen.prepare.captions import read_caption
-from dinogen.prepare.faces import read_faces, write_faces
+from dinogen.prepare.faces.folder import read_faces, write_faces
 from dinogen.prepare.parts import write_pyramids
-from dinogen.prepare.read import PrepareError
+from dinogen.prepare.photos.labels import read_caption
+from dinogen.prepare.photos.read import PrepareError
 from shards import open_dataset
 from tests.prepare.face_folders import rejected
 from tests.prepare.several_guides import (

@@ -13,15 +13,15 @@ import typer
 from typer.testing import CliRunner
 
 from dinogen.config import GuideConfig
-from dinogen.config_prepare import FacesConfig, PackConfig
+from dinogen.config.prepare import FacesConfig, PackConfig
 from dinogen.features import load_guide
 from dinogen.prepare import join, pipeline
-from dinogen.prepare.changed import looks_like_an_accident
-from dinogen.prepare.faces import write_faces
-from dinogen.prepare.find import photo_key
+from dinogen.prepare.faces.folder import write_faces
 from dinogen.prepare.parts import write_pyramids
+from dinogen.prepare.photos.changed import looks_like_an_accident
+from dinogen.prepare.photos.find import photo_key
+from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.pyramid import PyramidMaker
-from dinogen.prepare.read import PrepareError
 from launch.cli import prepare as faces_command
 from shards import open_dataset
 from tests.prepare.face_folders import FACE, files, rejected, save

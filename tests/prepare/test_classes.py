@@ -17,12 +17,12 @@ from dinogen.config import GuideConfig, parse_config
 from dinogen.features import load_guide
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.prepare import join, pipeline
-from dinogen.prepare.classes import class_names, label_of
-from dinogen.prepare.faces import read_rejected, write_faces
+from dinogen.prepare.faces.folder import read_rejected, write_faces
 from dinogen.prepare.parts import write_pyramids
+from dinogen.prepare.photos.labels import class_names, label_of
+from dinogen.prepare.photos.read import PrepareError
+from dinogen.prepare.photos.summary import account
 from dinogen.prepare.pyramid import PyramidMaker
-from dinogen.prepare.read import PrepareError
-from dinogen.prepare.summary import account
 from launch.cli import prepare as commands
 from shards import ShardsError, open_dataset
 

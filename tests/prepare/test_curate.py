@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from dinogen.prepare.curate import Duplicates, laplacian_variance, perceptual_hash
+from dinogen.prepare.faces.crop import Duplicates, laplacian_variance, perceptual_hash
 
 
 def test_laplacian_variance_by_hand(noise):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dinogen.prepare import detect
-from dinogen.prepare.detect import FaceDetector
-from dinogen.prepare.read import PrepareError, read_photo
+from dinogen.prepare.faces import detect
+from dinogen.prepare.faces.detect import FaceDetector
+from dinogen.prepare.photos.read import PrepareError, read_photo
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from dinogen.prepare.download import download
-from dinogen.prepare.links import Failure
+from dinogen.prepare.download.download import download
+from dinogen.prepare.download.links import Failure
 from tests.prepare.wrong_server import BODY, JPEG, SHA256, names, serve, status
 
 

@@ -8,8 +8,8 @@ import os
 import pytest
 from PIL import Image
 
-from dinogen.prepare.find import find_photos
-from dinogen.prepare.read import PrepareError
+from dinogen.prepare.photos.find import find_photos
+from dinogen.prepare.photos.read import PrepareError
 from tests.prepare.wrong_server import BODY, JPEG, SHA256, names, serve, status
 
 KINDS = {

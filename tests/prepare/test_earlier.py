@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 
 from dinogen.config import GuideConfig
-from dinogen.config_prepare import FacesConfig
+from dinogen.config.prepare import FacesConfig
 from dinogen.features import load_guide, native_pyramid
-from dinogen.guidance.teacher import Teacher
+from dinogen.guidance.guides import Teacher
 from dinogen.prepare import join
-from dinogen.prepare.detect import FaceDetector
-from dinogen.prepare.faces import write_faces
+from dinogen.prepare.faces.detect import FaceDetector
+from dinogen.prepare.faces.folder import write_faces
 from dinogen.prepare.parts import PartFiles, write_pyramids
+from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.pyramid import PyramidMaker
-from dinogen.prepare.read import PrepareError
 from shards import open_dataset
 from shards.read.mixture import MixedDataset
 from tests.families.tiny import tiny_config

@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from dinogen.config_prepare import FacesConfig
+from dinogen.config.prepare import FacesConfig
 from dinogen.features.inception import InceptionTrunk
 from dinogen.prepare import export_pt as export_module
 from dinogen.prepare.export_pt import PtFiles, export_pt, file_names
-from dinogen.prepare.faces import read_faces, write_faces
-from dinogen.prepare.find import photo_key
-from dinogen.prepare.read import PrepareError
+from dinogen.prepare.faces.folder import read_faces, write_faces
+from dinogen.prepare.photos.find import photo_key
+from dinogen.prepare.photos.read import PrepareError
 from launch.cli import prepare as commands
 from shards import Sample, open_dataset, pack
 from shards.read.packed import PackedDataset

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinogen.config_prepare import FacesConfig
-from dinogen.prepare import detect, stream
-from dinogen.prepare.curate import Duplicates
-from dinogen.prepare.detect import FaceDetector
-from dinogen.prepare.faces import Crop, Rejection, iter_faces, write_faces
-from dinogen.prepare.find import find_photos, photo_key
+from dinogen.config.prepare import FacesConfig
+from dinogen.prepare.faces import detect, stream
+from dinogen.prepare.faces.crop import Duplicates
+from dinogen.prepare.faces.detect import FaceDetector
+from dinogen.prepare.faces.folder import Crop, Rejection, iter_faces, write_faces
+from dinogen.prepare.photos.find import find_photos, photo_key
 from tests.prepare.face_folders import FACE, rejected, save
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinogen.config_prepare import FacesConfig
-from dinogen.prepare import stream
-from dinogen.prepare.faces import Crop, PrepareError, iter_faces, read_faces, write_faces
-from dinogen.prepare.find import find_photos, photo_key
+from dinogen.config.prepare import FacesConfig
+from dinogen.prepare.faces import stream
+from dinogen.prepare.faces.folder import Crop, PrepareError, iter_faces, read_faces, write_faces
+from dinogen.prepare.photos.find import find_photos, photo_key
 from tests.prepare.face_folders import FACE, files, rejected, save
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -73,8 +73,8 @@ def test_a_killed_run_is_completed_by_the_same_call(tmp_path, noise):
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from dinogen.config_prepare import FacesConfig\n"
-        "from dinogen.prepare.faces import write_faces\n"
+        "from dinogen.config.prepare import FacesConfig\n"
+        "from dinogen.prepare.faces.folder import write_faces\n"
         "print('start', flush=True)\n"
         "slow = lambda done, total: (print(done, flush=True), time.sleep(0.02))\n"
         "write_faces(Path(sys.argv[1]), Path(sys.argv[2]), FacesConfig(detect='none', size=64),\n"

@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dinogen.config import ConfigError
-from dinogen.prepare.read import PrepareError
+from dinogen.prepare.photos.read import PrepareError
 from launch.cli import prepare
 
 

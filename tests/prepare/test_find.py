@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dinogen.prepare.find import (
+from dinogen.prepare.photos.find import (
     face_key,
     face_number,
     find_photos,
     left_out_words,
     photo_key,
 )
-from dinogen.prepare.read import PrepareError
+from dinogen.prepare.photos.read import PrepareError
 
 
 def test_photos_are_found_sorted_and_others_counted(tmp_path, noise):

@@ -15,9 +15,9 @@ from dinogen.features import native_pyramid, pooled_pyramid
 from dinogen.prepare import join, pipeline
 from dinogen.prepare import pyramid as pyramid_module
 from dinogen.prepare.export_pt import export_pt
-from dinogen.prepare.faces import write_faces
+from dinogen.prepare.faces.folder import write_faces
 from dinogen.prepare.parts import PartFiles, write_pyramids
-from dinogen.prepare.read import PrepareError
+from dinogen.prepare.photos.read import PrepareError
 from launch.cli import prepare as commands
 from launch.cli.shards import app as shards_app
 from shards import open_dataset

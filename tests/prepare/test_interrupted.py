@@ -12,11 +12,11 @@ import time
 
 import pytest
 
-from dinogen.config_prepare import FacesConfig
+from dinogen.config.prepare import FacesConfig
 from dinogen.prepare import repack as repack_module
 from dinogen.prepare import written
-from dinogen.prepare.faces import write_faces
-from dinogen.prepare.read import PrepareError
+from dinogen.prepare.faces.folder import write_faces
+from dinogen.prepare.photos.read import PrepareError
 from shards import open_dataset
 from tests.prepare.face_folders import files
 from tests.prepare.pipelines import dinogen, picture

@@ -7,13 +7,13 @@ import json
 import pytest
 
 from dinogen.config import GuideConfig
-from dinogen.config_prepare import PackConfig
+from dinogen.config.prepare import PackConfig
 from dinogen.features import load_guide
 from dinogen.prepare import join
-from dinogen.prepare.faces import write_faces
+from dinogen.prepare.faces.folder import write_faces
 from dinogen.prepare.parts import write_pyramids
+from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.pyramid import PyramidMaker
-from dinogen.prepare.read import PrepareError
 from shards import open_dataset
 from tests.prepare.pipelines import CPU, dinogen, fill, picture, settings
 

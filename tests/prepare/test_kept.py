@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from dinogen.config_prepare import FacesConfig
-from dinogen.prepare.faces import read_metas, write_faces
-from dinogen.prepare.find import photo_key
-from dinogen.prepare.read import PrepareError
+from dinogen.config.prepare import FacesConfig
+from dinogen.prepare.faces.folder import read_metas, write_faces
+from dinogen.prepare.photos.find import photo_key
+from dinogen.prepare.photos.read import PrepareError
 from tests.prepare.pipelines import dinogen, picture
 
 CONFIG = FacesConfig(detect="none", size=32)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinogen.prepare.download import download
-from dinogen.prepare.links import address, read_list
-from dinogen.prepare.read import PrepareError
+from dinogen.prepare.download.download import download
+from dinogen.prepare.download.links import address, read_list
+from dinogen.prepare.photos.read import PrepareError
 from tests.prepare.wrong_server import JPEG, names, serve
 
 

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from dinogen import dist
 from dinogen.config import GuideConfig
+from dinogen.distributed import process_group
 from dinogen.features import load_guide
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.prepare import join, pipeline
-from dinogen.prepare.faces import write_faces
+from dinogen.prepare.faces.folder import write_faces
 from dinogen.prepare.parts import write_pyramids
+from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.pyramid import PyramidMaker
-from dinogen.prepare.read import PrepareError
 from shards import ShardsError, open_dataset
 from tests.prepare.pipelines import (
     CPU,
@@ -287,7 +287,7 @@ def test_what_cannot_be_prepared_is_said_at_once(photos, guide, tmp_path, monkey
         run(photos, tmp_path / "data", guide, settings(faces={"size": 40}))
     with pytest.raises(PrepareError, match="does not exist"):
         run(tmp_path / "none", tmp_path / "data", guide)
-    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    monkeypatch.setattr(process_group, "world_size", lambda: 4)
     with pytest.raises(
         PrepareError, match=r"one process, not 4: .* `dinogen pyramids` under torchrun"
     ):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from dinogen.prepare.faces import PrepareError, read_faces
+from dinogen.prepare.faces.folder import PrepareError, read_faces
 from shards import Sample, open_dataset, pack
 from shards.check.verify import verify
 from shards.image.decode import check_image
@@ -78,8 +78,8 @@ def test_what_is_stored_is_what_every_program_shows(tmp_path):
 
 
 def test_own_crops_hold_neither_profile_nor_orientation(tmp_path):
-    from dinogen.config_prepare import FacesConfig
-    from dinogen.prepare.faces import write_faces
+    from dinogen.config.prepare import FacesConfig
+    from dinogen.prepare.faces.folder import write_faces
 
     for image_format in ("jpg", "png"):
         source, out = tmp_path / "photos", tmp_path / image_format

@@ -7,9 +7,9 @@ import pytest
 
 from dinogen.config import GuideConfig
 from dinogen.features import load_guide
-from dinogen.prepare.crop import Crop
+from dinogen.prepare.faces.crop import Crop
+from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.pyramid import PyramidMaker
-from dinogen.prepare.read import PrepareError
 from tests.prepare.counting_guide import CONFIG, CPU, Counting, picture
 
 

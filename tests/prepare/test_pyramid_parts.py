@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from dinogen import dist
 from dinogen.config import GuideConfig
+from dinogen.distributed import process_group
 from dinogen.features import load_guide, native_pyramid, pooled_pyramid
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.prepare.parts import PartFiles, write_pyramids
+from dinogen.prepare.photos.read import PrepareError, decode_photo
 from dinogen.prepare.pyramid import PyramidMaker
-from dinogen.prepare.read import PrepareError, decode_photo
 from tests.forked import torchrun
 from tests.prepare.counting_guide import (
     CONFIG,
@@ -123,8 +123,8 @@ def test_ranks_share_the_parts_and_together_make_the_same(faces, tmp_path, make,
     out = tmp_path / "two"
     made = []
     for rank in (1, 0):
-        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(dist, "world_size", lambda: 2)
+        monkeypatch.setattr(process_group, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(process_group, "world_size", lambda: 2)
         before = set(names_in(out)) if out.exists() else set()
         summary = write_pyramids(faces, out, make())
         made.append(sorted(set(names_in(out)) - before))
@@ -139,11 +139,11 @@ def test_ranks_share_the_parts_and_together_make_the_same(faces, tmp_path, make,
 def test_a_rank_reads_its_own_faces_alone(faces, tmp_path, make, monkeypatch):
     read = []
     monkeypatch.setattr(
-        "dinogen.prepare.faces.decode_photo",
+        "dinogen.prepare.faces.folder.decode_photo",
         lambda path, most: (read.append(path.stem), decode_photo(path, most))[1],
     )
-    monkeypatch.setattr(dist, "rank", lambda: 1)
-    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(process_group, "rank", lambda: 1)
+    monkeypatch.setattr(process_group, "world_size", lambda: 2)
     write_pyramids(faces, tmp_path / "out", make())
     assert read == ["f3", "f4", "f5"]
 

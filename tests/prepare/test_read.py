@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinogen.prepare.find import find_photos
-from dinogen.prepare.read import Unusable, probe_photo, read_photo
+from dinogen.prepare.photos.find import find_photos
+from dinogen.prepare.photos.read import Unusable, probe_photo, read_photo
 
 MAX_PIXELS = 10**8
 

@@ -18,10 +18,10 @@ from dinogen.errors import UserError
 from dinogen.features import GuideError, load_guide
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.prepare import pipeline
-from dinogen.prepare.faces import write_faces
+from dinogen.prepare.faces.folder import write_faces
+from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.pyramid import PyramidMaker
-from dinogen.prepare.read import PrepareError
-from dinogen.training.levels import makes_pyramids, reads_pyramids
+from dinogen.training.data import makes_pyramids, reads_pyramids
 from launch.cli import prepare as commands
 from shards import open_dataset
 from shards.check.repair import rebuild_indexes

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import yaml
 
-from dinogen.report.pictures import save_grid
+from dinogen.report.images import save_grid
 
 ALIKE = {
     "data": "d" * 64,

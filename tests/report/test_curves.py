@@ -10,7 +10,7 @@ from PIL import Image
 
 from dinogen.errors import UserError
 from dinogen.report.curves import ORANGE, RED, _running_mean, plot_loss_curve
-from dinogen.report.stats import read_stats, series
+from dinogen.runs.files import read_stats, series
 
 
 def write(path, lines):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dinogen.errors import UserError
-from dinogen.report.page import write_page
-from dinogen.report.pictures import save_grid
+from dinogen.report.images import save_grid
+from dinogen.report.run_page import write_page
 
 GUIDE = {"name": "dinov2", "path": "facebook/dinov2-small", "weights_sha256": "ab12"}
 

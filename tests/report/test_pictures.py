@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinogen.report.pictures import GAP, save_grid
+from dinogen.report.images import GAP, save_grid
 
 
 def read(path):

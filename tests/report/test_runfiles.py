@@ -6,21 +6,21 @@ import os
 
 import pytest
 
-from dinogen.report import runfiles
-from dinogen.report.kinds import finite
-from dinogen.report.stats import read_stats
+from dinogen.runs import files
+from dinogen.runs.files import read_stats
+from dinogen.runs.values import finite
 
 READERS = [
-    runfiles.read_text,
-    runfiles.read_object,
-    runfiles.read_lines,
-    runfiles.read_result,
-    runfiles.read_evaluation,
-    runfiles.read_metrics,
-    runfiles.read_looks_index,
-    runfiles.read_attempts,
-    runfiles.read_config,
-    runfiles.read_state,
+    files.read_text,
+    files.read_object,
+    files.read_lines,
+    files.read_result,
+    files.read_evaluation,
+    files.read_metrics,
+    files.read_looks_index,
+    files.read_attempts,
+    files.read_config,
+    files.read_state,
 ]
 CONTENTS = {
     "empty": b"",
@@ -83,7 +83,7 @@ def test_a_file_that_may_not_be_read_is_a_trouble(tmp_path):
     path = tmp_path / "result.json"
     path.write_text("{}")
     path.chmod(0)
-    assert "Permission denied" in runfiles.read_result(path).told()[0]
+    assert "Permission denied" in files.read_result(path).told()[0]
 
 
 def test_one_bad_line_costs_that_line(tmp_path):
@@ -91,7 +91,7 @@ def test_one_bad_line_costs_that_line(tmp_path):
     rows = [b'{"nimg": %d, "loss": 0.5}' % nimg for nimg in (1, 2, 3, 4)]
     rows[1] = b'{"nimg": 2, "loss": 0.5\xff}'
     path.write_bytes(b"\n".join(rows) + b'\n{"nimg": 5, "lo')
-    found = runfiles.read_lines(path)
+    found = files.read_lines(path)
     assert [line["nimg"] for line in found.value] == [1, 3, 4]
     assert found.told(tmp_path)[0].startswith("stats.jsonl: line 2 is left out: not UTF-8 text")
     assert "0xff" in found.told()[0] and "line 5 is left out" in found.told()[1]
@@ -106,7 +106,7 @@ def test_what_is_sound_beside_what_is_not_stays(tmp_path):
         "files": {"final": "../../etc/passwd", "real": "r.png"},
     }
     path.write_text(json.dumps(given | {"of a later version": [1]}))
-    found = runfiles.read_result(path)
+    found = files.read_result(path)
     assert found.value == {
         "seconds": 3.5,
         "files": {"real": "r.png"},
@@ -128,7 +128,7 @@ def test_a_figure_is_one_or_is_none(tmp_path):
         "recall": {"value": 0.5, "spread": -1, "better": "up"},
     }
     path.write_text(json.dumps({"measured": measured, "fingerprints": {"a": 3, "b": {}}}))
-    found = runfiles.read_evaluation(path)
+    found = files.read_evaluation(path)
     assert found.value is not None
     assert set(found.value["measured"]) == {"fid", "recall"}
     assert found.value["measured"]["recall"]["spread"] is None
@@ -148,6 +148,6 @@ def test_numbers_that_no_one_can_have_meant():
 def test_a_config_of_any_version_is_read_section_by_section(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("notes: some text\nfamily: dcgan\nseed: 3\nnew: {key: .nan}\nstages: 4\n")
-    found = runfiles.read_config(path)
+    found = files.read_config(path)
     assert found.value == {"seed": 3, "new": {"key": None}}
     assert [one.split(": ")[1] for one in found.told(tmp_path)] == ["notes", "family", "stages"]

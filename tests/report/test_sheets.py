@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinogen.report.sheets import LINE, Sheet, draw_sheet, save_animation, save_sheet, with_corner
+from dinogen.report.images import LINE, Sheet, draw_sheet, save_animation, save_sheet, with_corner
 
 RNG = np.random.default_rng(0)
 GAP = 2

@@ -16,11 +16,11 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from dinogen.config import ConfigError
-from dinogen.report.pictures import to_uint8
+from dinogen.report.images import to_uint8
 from dinogen.serve import app as module
 from dinogen.serve.app import MAX_QUERY, make_app
 from dinogen.serve.gallery import Gallery
-from dinogen.training.snapshot import load_snapshot
+from dinogen.training.checkpointing.snapshot import load_snapshot
 
 from .conftest import HERE
 

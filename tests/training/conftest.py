@@ -14,9 +14,9 @@ from dinogen.config import Config, GuideConfig, parse_config
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid, pooled_pyramid
-from dinogen.training.looks_scene import Scene
+from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
-from dinogen.training.snapshot import load_snapshot
+from dinogen.visualize.scene import Scene
 from shards.format.sample import Sample
 from shards.write.pack import pack
 from tests.families.tiny import pack_discs, tiny_config

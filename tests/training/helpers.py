@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dinogen.config import Config, dump_config, parse_config
-from dinogen.training.checkpoint import newest_checkpoint
+from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from tests import forked
 
 # what a clock measures; everything else in a line is a function of config and seed

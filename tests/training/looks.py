@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dinogen.report.pictures import to_uint8
+from dinogen.report.images import to_uint8
 
 
 def images_of(look):

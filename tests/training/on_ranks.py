@@ -31,7 +31,7 @@ def evaluate_here(run: str, num_samples: int, names: list[str]) -> None:
     """What `dinogen evaluate` does on a rank."""
     from pathlib import Path
 
-    from dinogen.training.evaluate import evaluate
+    from dinogen.evaluation.evaluate import evaluate
 
     evaluate(Path(run), num_samples=num_samples, names=names)
 
@@ -42,12 +42,12 @@ def lock_here(run: str, said: str) -> None:
     import time
     from pathlib import Path
 
-    from dinogen import dist
     from dinogen.config import ConfigError
-    from dinogen.takedown import takedown
-    from dinogen.training.lock import run_lock
+    from dinogen.distributed import process_group
+    from dinogen.distributed.failure import takedown
+    from dinogen.training.checkpointing.lock import run_lock
 
-    dist.init()
+    process_group.init()
     began = time.monotonic()
     try:
         with takedown(), run_lock(Path(run)):
@@ -55,7 +55,7 @@ def lock_here(run: str, said: str) -> None:
     except ConfigError as error:
         text = str(error)
     told = [text, time.monotonic() - began]
-    Path(f"{said}{dist.rank()}.json").write_text(json.dumps(told), encoding="utf-8")
+    Path(f"{said}{process_group.rank()}.json").write_text(json.dumps(told), encoding="utf-8")
 
 
 def _call(
@@ -66,7 +66,7 @@ def _call(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
-    from dinogen import dist
+    from dinogen.distributed import process_group
 
     function(*arguments)
-    dist.shutdown()
+    process_group.shutdown()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from dinogen.training.checkpoint import on_host, save_checkpoint
+from dinogen.training.checkpointing.checkpoint import on_host, save_checkpoint
 from tests.training.benchmarks import FOLDER, benchmark  # noqa: F401
 
 BATCH = 4

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-from dinogen.training import checkpoint as module
-from dinogen.training.checkpoint import (
+from dinogen.training.checkpointing import checkpoint as module
+from dinogen.training.checkpointing.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     on_host,

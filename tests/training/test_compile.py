@@ -9,7 +9,7 @@ import torch
 
 from dinogen.config import ConfigError
 from dinogen.families.wgan_gp import WganGp
-from dinogen.training import engine
+from dinogen.training.engines import base
 from dinogen.training.run import train
 from tests.families.tiny import pack_discs, tiny_config
 from tests.training.helpers import weights
@@ -19,7 +19,7 @@ from tests.training.helpers import weights
 def tiny(tmp_path, monkeypatch):
     """Runs of two steps; everything of torch.compile but the generated code."""
     pack_discs(tmp_path / "discs")
-    monkeypatch.setattr(engine, "COMPILER", "aot_eager")
+    monkeypatch.setattr(base, "COMPILER", "aot_eager")
     torch.compiler.reset()
 
     def make(family, *overrides):

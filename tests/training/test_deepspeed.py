@@ -13,10 +13,10 @@ import sys
 import pytest
 import torch
 
-from dinogen import dist
 from dinogen.config import ConfigError, dump_config, parse_config
-from dinogen.training import deepspeed as module
-from dinogen.training import engine as engine_module
+from dinogen.distributed import process_group
+from dinogen.training.engines import base as engine_module
+from dinogen.training.engines import deepspeed as module
 from dinogen.training.run import train
 from tests.training.helpers import curve, weights
 from tests.training.test_engine import Toy, data, step
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def group():
     """One process group for all: DeepSpeed keeps the first one that it meets."""
     yield
-    dist.shutdown()
+    process_group.shutdown()
 
 
 def make(zero, *overrides):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dinogen.config import parse_config
-from dinogen.training.checkpoint import newest_checkpoint
+from dinogen.training.checkpointing.checkpoint import newest_checkpoint
+from dinogen.training.checkpointing.saver import SaveError, Saver
 from dinogen.training.run import train
-from dinogen.training.saver import SaveError, Saver
 from tests import forked
 from tests.training.helpers import stage, weights
 

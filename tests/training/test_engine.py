@@ -8,8 +8,8 @@ from torch import nn
 
 from dinogen.config import ConfigError, parse_config
 from dinogen.families.base import Phase
-from dinogen.training import engine as engine_module
-from dinogen.training.engine import SingleEngine, make_engine, resolve_precision
+from dinogen.training.engines import base as engine_module
+from dinogen.training.engines.base import SingleEngine, make_engine, resolve_precision
 
 CPU = torch.device("cpu")
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dinogen import draws
 from dinogen.config import ConfigError, GuideConfig, dump_config
+from dinogen.distributed import rng
+from dinogen.evaluation import held_out as module
+from dinogen.evaluation.evaluate import evaluate
 from dinogen.families.base import Family
 from dinogen.families.guided import Guided
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid
-from dinogen.training import heldout as module
-from dinogen.training.evaluate import evaluate
-from dinogen.training.export import export, load_exported
+from dinogen.training.checkpointing.export import export, load_exported
 from dinogen.training.run import train
 from launch.cli.main import app
 from shards import open_dataset, pack
@@ -63,7 +63,7 @@ def by_hand(config, data, split, numbers, tmp_path, guide_folder):
     guide = load_guide(GuideConfig(path=str(guide_folder)), torch.device("cpu"))
     losses = []
     for number in numbers:
-        z = draws.normal(config.seed, "z/held-out", torch.tensor([number]), (8,))
+        z = rng.normal(config.seed, "z/held-out", torch.tensor([number]), (8,))
         with torch.no_grad():
             features = native_pyramid(guide, generator(z), (8,))[8][0]
         real = torch.from_numpy(data.sample(number, split).levels["n8"].copy()).float()

@@ -10,8 +10,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from dinogen.training import evaluation, heldout
-from dinogen.training.evaluate import evaluate
+from dinogen.evaluation import held_out as heldout
+from dinogen.evaluation import record
+from dinogen.evaluation.evaluate import evaluate
 from dinogen.training.run import train
 from launch.cli.main import app
 from shards import open_dataset, pack
@@ -109,7 +110,7 @@ def test_a_place_that_cannot_be_written_is_known_before_the_work(run, tmp_path, 
     done = command(gan, "--metrics", "faces", "--out", tmp_path / "new")
     assert (tmp_path / "new" / "evaluation.json").is_file()
     (tmp_path / "file").touch()
-    monkeypatch.setattr("dinogen.training.evaluate.measure", None)  # it is not called
+    monkeypatch.setattr("dinogen.evaluation.evaluate.measure", None)  # it is not called
     done = command(gan, "--metrics", "faces", "--out", tmp_path / "file" / "below")
     assert "cannot be written" in str(done.exception)
 
@@ -120,7 +121,7 @@ def test_figures_are_printed_whatever_comes_after(run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(evaluation, "write_json", full)
+    monkeypatch.setattr(record, "write_json", full)
     done = command(gan, "--metrics", "faces")
     assert "  faces: " in done.stdout
     assert "No space left on device" in str(done.exception)

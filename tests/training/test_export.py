@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from dinogen.config import ConfigError
 from dinogen.features.load import load_guide as real_load_guide
-from dinogen.guidance import teacher
+from dinogen.guidance import guides
 from dinogen.networks.progressive import ProgressiveGenerator
 from dinogen.training import ema as ema_module
-from dinogen.training.export import export, load_exported
+from dinogen.training.checkpointing.export import export, load_exported
+from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
-from dinogen.training.snapshot import load_snapshot
 from launch.cli.main import app
 
 from .helpers import stage
@@ -135,7 +135,7 @@ def test_a_guide_that_was_taught_is_not_called_random(make_config, tmp_path, mon
         guide.info = replace(guide.info, random=False)
         return guide
 
-    monkeypatch.setattr(teacher, "load_guide", taught)
+    monkeypatch.setattr(guides, "load_guide", taught)
     config = make_config()
     train(config, 4)
     caplog.clear()

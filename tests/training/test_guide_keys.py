@@ -6,7 +6,7 @@ import pytest
 
 from dinogen.config import parse_config
 from dinogen.families.base import Inputs
-from dinogen.training import levels
+from dinogen.training import data
 from dinogen.training.preflight import _compared, _leaves
 
 BASE = {
@@ -54,7 +54,7 @@ def test_embeddings_alone_need_no_guide(monkeypatch, read, clip, pyramids, featu
         def __init__(self, config, stage, device):
             self.inputs = Inputs(image_size=None, levels=read)
 
-    monkeypatch.setattr(levels, "family_class", lambda family: Reader)
+    monkeypatch.setattr(data, "family_class", lambda family: Reader)
     config = parse_config({"clip": {"path": "here"}} if clip else {})
-    assert levels.makes_pyramids(config) == pyramids
-    assert levels.makes_features(config) == features
+    assert data.makes_pyramids(config) == pyramids
+    assert data.makes_features(config) == features

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dinogen.config import ConfigError
-from dinogen.training.evaluate import evaluate
+from dinogen.evaluation.evaluate import evaluate
 from dinogen.training.run import train
 from shards import open_dataset
 from tests.families.tiny import pack_discs, tiny_config

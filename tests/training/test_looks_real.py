@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dinogen.config_metrics import MetricsConfig
-from dinogen.metrics.judges.base import JudgeInfo
-from dinogen.report.pictures import to_uint8
-from dinogen.training import looks_nearest, looks_real
-from dinogen.training.looks_scene import LeftOut, Scene
-from dinogen.training.snapshot import load_snapshot
+from dinogen.config.metrics import MetricsConfig
+from dinogen.metrics.extractors.base import JudgeInfo
+from dinogen.report.images import to_uint8
+from dinogen.training.checkpointing.snapshot import load_snapshot
+from dinogen.visualize import nearest as looks_nearest
+from dinogen.visualize import real as looks_real
+from dinogen.visualize.scene import LeftOut, Scene
 from tests.families.tiny import RESOLUTION
 
 from .looks import alike, images_of

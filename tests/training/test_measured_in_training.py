@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dinogen.config import ConfigError
-from dinogen.training.evaluate import evaluate
+from dinogen.evaluation.evaluate import evaluate
 from dinogen.training.run import train
 
 from .measured import in_training, lay_out, make, stats
@@ -53,7 +53,7 @@ def test_what_has_to_be_measured_is_known_before_the_first_step(place, overrides
 
 def test_more_is_better_where_the_table_says_so(place, monkeypatch):
     from dinogen.metrics import suite
-    from dinogen.metrics.bootstrap import Estimate
+    from dinogen.metrics.value import Estimate
 
     given = iter([0.2, 0.5, 0.4, 0.3, 0.9])
 

@@ -9,11 +9,11 @@ import yaml
 from safetensors.torch import load_file
 
 from dinogen.config import ConfigError, dump_config, load_config
-from dinogen.training.checkpoint import load_checkpoint
-from dinogen.training.evaluate import evaluate
-from dinogen.training.export import export
+from dinogen.evaluation.evaluate import evaluate
+from dinogen.training.checkpointing.checkpoint import load_checkpoint
+from dinogen.training.checkpointing.export import export
+from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
-from dinogen.training.snapshot import load_snapshot
 
 from .helpers import stage, weights
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinogen.training.export import export, load_generator
+from dinogen.training.checkpointing.export import export, load_generator
+from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
-from dinogen.training.snapshot import load_snapshot
 from tests.families.conftest import disc_data  # noqa: F401 - a fixture
 from tests.families.tiny import BATCH, RESOLUTION, TINY, tiny_config
 

@@ -212,7 +212,7 @@ def test_only_a_late_ctrl_c_interrupts(clock, hup):
 
 
 def test_signals_during_a_save_do_not_lose_it(make_config, monkeypatch, hup):
-    from dinogen.training import checkpoint
+    from dinogen.training.checkpointing import checkpoint
 
     monkeypatch.setattr("dinogen.training.stop._SAME", 0.0)
     config = make_config("checkpoint.every_kimg=1")

@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
-from dinogen.metrics.figure import Figure
-from dinogen.report.stats import read_stats
+from dinogen.metrics.value import Figure
+from dinogen.runs.files import read_stats
+from dinogen.training.logging.tensorboard import write_summary
 from dinogen.training.run import train
-from dinogen.training.tensorboard import write_summary
 from tests.browser import open_browser
 
 from .helpers import stage

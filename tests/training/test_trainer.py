@@ -11,9 +11,9 @@ from PIL import Image
 from dinogen.config import ConfigError
 from dinogen.families.registry import resolve
 from dinogen.features.dinov2 import make_random_dinov2
-from dinogen.training.checkpoint import load_checkpoint
+from dinogen.training.checkpointing.checkpoint import load_checkpoint
+from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
-from dinogen.training.snapshot import load_snapshot
 from dinogen.training.state import Progress, StageState
 from dinogen.training.trainer import TrainingError
 from tests.training.helpers import curve, stage, weights

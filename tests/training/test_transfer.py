@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinogen.config import ConfigError
-from dinogen.training.export import export
+from dinogen.training.checkpointing.export import export
 from dinogen.training.run import train
 from dinogen.training.state import StageState
 from tests.families.tiny import pack_discs, tiny_config

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dinogen.config import ConfigError
+from dinogen.evaluation.evaluate import evaluate
 from dinogen.families.vae import Vae
-from dinogen.training.checkpoint import newest_checkpoint
-from dinogen.training.evaluate import evaluate
+from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from dinogen.training.run import train
 from shards import open_dataset
 from tests.families.tiny import pack_discs, tiny_config
@@ -34,7 +34,7 @@ def script(monkeypatch, values):
     left = list(values)
     monkeypatch.setattr(Vae, "held_out", lambda *_: {"loss": torch.tensor(left.pop(0))})
     # one batch per measurement
-    monkeypatch.setattr("dinogen.training.heldout.BATCH", 100)
+    monkeypatch.setattr("dinogen.evaluation.held_out.BATCH", 100)
 
 
 def test_it_measures_what_evaluate_measures(data, tmp_path):

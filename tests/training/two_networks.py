@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dinogen import dist, draws
 from dinogen.config import parse_config
+from dinogen.distributed import process_group, rng
 from dinogen.families.base import Phase
-from dinogen.training.batches import num_micros, split
-from dinogen.training.engine import make_engine
+from dinogen.training.engines.base import make_engine
+from dinogen.training.engines.microbatches import num_micros, split
 
 BATCH = 9
 NUM_STEPS = 10
@@ -46,7 +46,7 @@ class TwoNetworks:
 
     def __init__(self, config, norm: str) -> None:
         self.config, self.stage = config, config.stages[0]
-        with draws.torch_seed(0, "toy"):
+        with rng.torch_seed(0, "toy"):
             self.G = Generator(norm)
             middle = nn.BatchNorm1d(8) if norm == "batch" else nn.Identity()
             first = nn.Linear(3, 8, bias=norm == "none")
@@ -70,7 +70,7 @@ class TwoNetworks:
         return names
 
     def z(self, batch):
-        return draws.normal(0, "z", batch["position"], (4,))
+        return rng.normal(0, "z", batch["position"], (4,))
 
     def train_d(self, batch):
         fake, real = self.D(self.G(self.z(batch)).detach()), self.D(batch["x"])
@@ -102,9 +102,9 @@ def rate(step: int) -> float:
 
 def share(step: int) -> dict:
     """This rank's part of a global batch; the ranks' parts differ in size."""
-    rank, size = dist.rank(), dist.world_size()
+    rank, size = process_group.rank(), process_group.world_size()
     positions = torch.arange(step * BATCH, (step + 1) * BATCH)
-    x = draws.normal(0, "x", positions, (3,)) + 1
+    x = rng.normal(0, "x", positions, (3,)) + 1
     mine = torch.tensor_split(torch.arange(BATCH), size)[rank]
     return {"x": x[mine], "position": positions[mine], "key": [str(i) for i in mine.tolist()]}
 
@@ -132,7 +132,7 @@ class Training:
         """Run steps start to end - 1."""
         self.family.fading = start < SWITCH
         self.engine.prepare()
-        parts = num_micros(BATCH, dist.world_size(), self.config.engine.micro_batch)
+        parts = num_micros(BATCH, process_group.world_size(), self.config.engine.micro_batch)
         for step in range(start, end):
             if step == SWITCH and self.family.fading:
                 self.family.fading = False
@@ -171,7 +171,7 @@ def run(
     if resumed_at is not None:
         training.steps(0, resumed_at)
         state = training.state()
-        if out is not None and resumed_at == HALF and dist.is_main():
+        if out is not None and resumed_at == HALF and process_group.is_main():
             engine = "-".join(case.split(":")[:2])
             save_file(state, out / f"half-{engine}.safetensors")
         training = Training(case)
@@ -191,7 +191,7 @@ def run_here(out: Path, item: str) -> None:
         result = training.state()
     else:
         result = run(case, int(resumed_at) if resumed_at else None, out)
-    if dist.is_main():
+    if process_group.is_main():
         save_file(result, out / file_name(item))
 
 
@@ -202,7 +202,7 @@ def file_name(item: str) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init()
+    process_group.init()
     for item in sys.argv[2:]:
         run_here(Path(sys.argv[1]), item)
-    dist.shutdown()
+    process_group.shutdown()

@@ -1,0 +1,247 @@
+"""The schema of a dinogen YAML file, its overrides and its errors.
+
+Every key of a config is declared here, with its unit and default. An unknown key is refused
+together with the nearest valid name, because a misspelt option that is silently ignored costs a
+cluster job. Options of one family live with the family (``Family.Options``) and are checked when
+the family is built.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from dinogen.config.base import Section as Section
+from dinogen.config.base import describe_errors as describe_errors
+from dinogen.config.clip import ClipConfig as ClipConfig
+from dinogen.config.cluster import ClusterConfig
+from dinogen.config.data import DataConfig as DataConfig
+from dinogen.config.file import override, read_mapping
+from dinogen.config.metrics import MetricsConfig as MetricsConfig
+from dinogen.config.prepare import PrepareConfig
+from dinogen.config.training import AugmentConfig as AugmentConfig
+from dinogen.config.training import CheckpointConfig as CheckpointConfig
+from dinogen.config.training import EmaConfig as EmaConfig
+from dinogen.config.training import EngineConfig as EngineConfig
+from dinogen.config.training import EvalConfig as EvalConfig
+from dinogen.config.training import LogConfig as LogConfig
+from dinogen.config.training import OptimConfig as OptimConfig
+from dinogen.config.training import StageConfig as StageConfig
+from dinogen.errors import ConfigError as ConfigError
+from dinogen.files import named_folder
+
+log = logging.getLogger(__name__)
+# Runs of which this process has said that they were moved.
+_told: set[Path] = set()
+_GUIDE_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_STAGE_FOLDER = re.compile(r"([1-9]\d*)x\1")
+# any of which tells the folder of a stage from one of images
+_OF_A_STAGE = ("checkpoints", "stats.jsonl", "result.json")
+
+
+class GuideConfig(Section):
+    """The frozen feature network."""
+
+    name: Literal["dinov2", "inception", "pixels"] = Field(
+        "dinov2", description="which encoder; pixels: none, the RGB values themselves"
+    )
+    path: str = Field(
+        "facebook/dinov2-small", description="hub name, local checkpoint folder or weights file"
+    )
+    revision: str | None = Field(None, description="hub revision (commit, tag or branch)")
+    layer: int | str | tuple[int, ...] | tuple[str, ...] = Field(
+        -1,
+        description="which layer, or a list of layers joined along the channels; -1 is the last; "
+        "of dinov2 numbers of blocks, of inception pool1, pool2, mixed_5d, mixed_6e",
+    )
+
+    @field_validator("layer", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        several = list(value) if isinstance(value, (list, tuple)) else [value]
+        kinds = {type(one) for one in several}
+        if kinds not in ({int}, {str}):
+            raise ValueError(f"{value!r}: give a number, a name, or a list of either")
+        if len(set(several)) < len(several):
+            raise ValueError(f"{value!r}: name each layer once")
+        return value
+
+
+class FamilyConfig(BaseModel):
+    """Which family; every other key belongs to the family's own Options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field(
+        "guided", description="a file of dinogen/families, or an entry point of dinogen.families"
+    )
+    file: str | None = Field(
+        None, description="a Python file of your own that defines the family; its name is the name"
+    )
+
+    @model_validator(mode="after")
+    def _named_after_its_file(self) -> FamilyConfig:
+        if self.file is not None:
+            stem = Path(self.file).stem
+            if "name" in self.model_fields_set and self.name != stem:
+                raise ValueError(
+                    f"name {self.name} and file {self.file} contradict: leave out name"
+                )
+            self.name = stem
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The family's own keys, unchecked."""
+        return dict(self.model_extra or {})
+
+
+class Config(Section):
+    """A whole run, from photos to pictures."""
+
+    run: Path = Field(Path("runs/run"), description="folder of the run")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of every derived draw")
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field(
+        "auto", description="auto: a CUDA GPU, else Apple's, else the CPU"
+    )
+    prepare: PrepareConfig = PrepareConfig()
+    guide: GuideConfig = GuideConfig()
+    guides: dict[str, GuideConfig] = Field(
+        {}, description="further guides by a name of one's own: level p8 of NAME is NAME.p8"
+    )
+    clip: ClipConfig | None = None
+    data: DataConfig = DataConfig()
+    family: FamilyConfig = FamilyConfig()
+    stages: tuple[StageConfig, ...] = Field(
+        (StageConfig(resolution=4, kimg=50),), min_length=1, description="trained in this order"
+    )
+    init_from: str | None = Field(
+        None,
+        description="a run's folder or an exported file: weights of its networks that fit are "
+        "taken over where a new run starts",
+    )
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    ema: EmaConfig = EmaConfig()
+    eval: EvalConfig = EvalConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    notes: NotesConfig = NotesConfig()
+
+    @field_validator("guides")
+    @classmethod
+    def _named(cls, guides: dict[str, GuideConfig]) -> dict[str, GuideConfig]:
+        for name in guides:
+            if not _GUIDE_NAME.fullmatch(name) or name in ("clip", "main", "text"):
+                raise ValueError(
+                    f"'{name}' names no guide: use small letters, digits and _, a letter first, "
+                    "and none of clip, main (that is guide:) and text"
+                )
+        return guides
+
+    @model_validator(mode="after")
+    def _stages_grow(self) -> Config:
+        sizes = [stage.resolution for stage in self.stages]
+        if any(b != 2 * a for a, b in itertools.pairwise(sizes)):
+            raise ValueError(f"stages {sizes}: each stage has to double the resolution before it")
+        if self.stages[0].fade_kimg:
+            raise ValueError(
+                f"stages.0: fade_kimg is {self.stages[0].fade_kimg}, but the first stage has none "
+                "before it to fade in from: leave it out"
+            )
+        return self
+
+
+def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides, and check the result.
+
+    A ``config.yaml`` that lies beside the stages of a run means this run, wherever the run was
+    copied or moved to; an override of ``run`` names another one.
+
+    Args:
+        path: YAML file.
+        overrides: ``a.b=value`` items; the value is parsed as YAML, list items are addressed by
+            their number (``stages.0.kimg=2``).
+
+    Raises:
+        ConfigError: naming the file and key, with the nearest valid name or the mend.
+    """
+    path = Path(path)
+    config = parse_config(read_mapping(path), overrides, source=str(path))
+    config = config.model_copy(update={"run": named_folder(config.run)})
+    if any(item.partition("=")[0].strip() == "run" for item in overrides) or not _of_a_run(path):
+        return config
+    here = named_folder(path.parent)
+    if config.run.resolve() == here.resolve():
+        return config
+    if here not in _told:
+        _told.add(here)
+        log.info("%s lies in the folder of a run: it means this run, not %s", path, config.run)
+    return config.model_copy(update={"run": here})
+
+
+def _of_a_run(path: Path) -> bool:
+    """Whether a file is the config in the folder of a run whose first stage has begun.
+
+    A folder that is only named like a stage is none: photos shrunk to 64x64 often lie in such.
+    """
+    try:
+        return path.name == "config.yaml" and any(
+            _STAGE_FOLDER.fullmatch(one.name) and any((one / name).exists() for name in _OF_A_STAGE)
+            for one in path.parent.iterdir()
+        )
+    except OSError:  # a folder that may be entered, but not listed
+        return False
+
+
+def parse_config(
+    data: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), source: str = "config"
+) -> Config:
+    """Check a mapping as :func:`load_config` does; ``source`` is named in errors.
+
+    Raises:
+        ConfigError: naming the key, with the nearest valid name or the mend.
+    """
+    if overrides:
+        defaults = Config().model_dump(mode="json")
+        for item in overrides:
+            override(data, item, defaults)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(describe_errors(error, Config, source)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The whole resolved config as YAML; reading it gives the same config again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class NotesConfig(Section):
+    """What a run is for and what came of it, in one's own words; nothing is computed from it."""
+
+    # step: 2 is written as a number
+    model_config = ConfigDict(extra="forbid", validate_default=True, coerce_numbers_to_str=True)
+
+    step: str | None = Field(
+        None, description="its place in the story of the family; rows are sorted by it: 1, 2, 2b"
+    )
+    change: str | None = Field(None, description="what it does otherwise than the step before")
+    failed: str | None = Field(None, description="what did not work, once that is known")
+    next: str | None = Field(None, description="what to try next, once that is known")

@@ -1,0 +1,63 @@
+"""The section ``data:`` of a config: which shards are read, and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from dinogen.config.base import Section
+
+
+class MixConfig(Section):
+    """One of several datasets that are mixed."""
+
+    path: str = Field(..., min_length=1, description="folder or fsspec URL of packed shards")
+    weight: float = Field(
+        ..., gt=0, allow_inf_nan=False, description="its share of the samples, beside the others'"
+    )
+
+
+class DataConfig(Section):
+    """Which shards are read, and how."""
+
+    path: str = Field(
+        "data/faces", description="folder or fsspec URL of packed shards; empty if mix is given"
+    )
+    mix: tuple[MixConfig, ...] = Field(
+        (), description="several datasets in place of path, mixed by weight"
+    )
+    split: Literal["train", "val", "test"] = Field("train", description="split trained on")
+    num_lanes: int = Field(64, ge=1, description="lanes of the global order")
+    window_shards: int = Field(4, ge=1, description="shards' worth of samples shuffled together")
+    num_threads: int = Field(1, ge=0, le=16, description="reader threads; 0 reads in the step")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="a corrupt sample stops the run, or is replaced and counted"
+    )
+    cache_dir: Path | None = Field(None, description="where remote shards are kept")
+    cache_gb: float | None = Field(
+        None, gt=0, description="most that the cache of remote shards holds; the oldest used go"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_path_beside_a_mix(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("mix") and "path" not in values:
+            return {**values, "path": ""}
+        return values
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> DataConfig:
+        if self.mix and self.path:
+            raise ValueError(f"path {self.path} and mix are given: leave one of them out")
+        if len(self.mix) == 1:
+            raise ValueError("mix: name two datasets or more, or give the one as path")
+        if not self.mix and not self.path:
+            raise ValueError("path is empty: give the folder or URL of packed shards")
+        return self
+
+    @property
+    def location(self) -> str:
+        """The path, or the paths of a mix."""
+        return self.path or " + ".join(one.path for one in self.mix)

@@ -1,0 +1,153 @@
+"""The schema of a study file: tracks of configs, what decides between them, and the final."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+
+from dinogen.config.base import Section, describe_errors
+from dinogen.config.file import read_mapping
+from dinogen.errors import ConfigError
+
+# Folders of a study that are no track of its file.
+FINAL = "final"
+OWN_FOLDERS = ("configs", "logs", "report")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# The study says where each run lies, and with which seeds it is repeated.
+_OF_THE_STUDY = ("run", "seed")
+
+
+def _check_overrides(items: tuple[str, ...]) -> tuple[str, ...]:
+    for item in items:
+        key, found, _ = item.partition("=")
+        if not found or not key.strip():
+            raise ValueError(f"'{item}': write key=value, as in stages.0.epochs=200")
+        if key.strip() in _OF_THE_STUDY:
+            raise ValueError(f"'{item}': the study gives each run its folder and its seed")
+    return items
+
+
+def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{list(seeds)}: a seed stands twice, and would be the same run")
+    return seeds
+
+
+def _as_entry(value: Any) -> Any:
+    """A config's name alone stands for an entry that changes nothing."""
+    return {"config": value} if isinstance(value, str) else value
+
+
+def check_name(name: str) -> str:
+    """A name that can be a folder.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"'{name}' cannot be a folder's name: use letters, digits, '.', '_', '-'")
+    return name
+
+
+Overrides = Annotated[tuple[str, ...], AfterValidator(_check_overrides)]
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=2**63)], ...],
+    Field(min_length=1),
+    AfterValidator(_check_seeds),
+]
+
+
+class EntryConfig(Section):
+    """One config of a track."""
+
+    config: Path = Field(..., description="YAML file of a run; relative to the study's file")
+    name: str | None = Field(None, description="its name in the study; the file's unless given")
+    overrides: Overrides = Field((), description="changes to it: stages.0.epochs=50")
+
+    @property
+    def label(self) -> str:
+        """Its name in the study."""
+        return self.name or self.config.stem
+
+    @model_validator(mode="after")
+    def _check(self) -> EntryConfig:
+        check_name(self.label)
+        return self
+
+
+class TrackConfig(Section):
+    """Configs that are compared with each other."""
+
+    configs: tuple[Annotated[EntryConfig, BeforeValidator(_as_entry)], ...] = Field(
+        ..., min_length=1, description="files, or mappings of config, name and overrides"
+    )
+    overrides: Overrides = Field((), description="changes to all of them")
+    seeds: Seeds = Field((0,), description="each config is trained once with each")
+
+    @model_validator(mode="after")
+    def _names_once(self) -> TrackConfig:
+        names = [entry.label for entry in self.configs]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"configs: '{min(twice)}' stands twice: give one another name")
+        return self
+
+
+class FinalConfig(Section):
+    """The best of each track, trained anew under equal conditions."""
+
+    tracks: tuple[str, ...] = Field((), description="whose best take part; all unless given")
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        description="length of each run, shared out over its stages as they are long now; as in "
+        "its config unless given",
+    )
+    overrides: Overrides = Field((), description="changes to all of them, after those before")
+    seeds: Seeds = Field((0,), description="each is trained once with each")
+
+
+class StudyConfig(Section):
+    """A whole study."""
+
+    folder: Path = Field(Path("runs/study"), description="folder of all that it makes")
+    title: str = Field("Study", description="heading of its report")
+    metric: str = Field("fid", description="the figure that the best of a track is chosen by")
+    overrides: Overrides = Field((), description="changes to every config")
+    tracks: dict[str, TrackConfig] = Field(
+        ..., min_length=1, description="by their names, such as gan"
+    )
+    final: FinalConfig | None = Field(None, description="none unless given")
+
+    @model_validator(mode="after")
+    def _check(self) -> StudyConfig:
+        for name in self.tracks:
+            check_name(name)
+            if name in (FINAL, *OWN_FOLDERS):
+                raise ValueError(f"tracks.{name}: the study has a folder of this name: rename it")
+        for name in self.final.tracks if self.final else ():
+            if name not in self.tracks:
+                raise ValueError(f"final.tracks: there is no track '{name}'")
+        return self
+
+    @property
+    def final_tracks(self) -> tuple[str, ...]:
+        """Tracks whose best go into the final."""
+        if self.final is None:
+            return ()
+        return self.final.tracks or tuple(self.tracks)
+
+
+def load_study(path: Path) -> StudyConfig:
+    """Read a study's file.
+
+    Raises:
+        ConfigError: naming the file and key, with the nearest valid name or the mend.
+    """
+    try:
+        return StudyConfig.model_validate(read_mapping(path))
+    except ValidationError as error:
+        raise ConfigError(describe_errors(error, StudyConfig, str(path))) from None

@@ -1,0 +1,176 @@
+"""The sections of a config that say how a run trains: stages, optimizer, engine, averages, logs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dinogen.config.base import Section
+
+
+class StageConfig(Section):
+    """One resolution of the progressive plan."""
+
+    resolution: int = Field(..., ge=4, le=1024, description="pixels; 4, 8, 16, ...")
+    kimg: float | None = Field(
+        None, gt=0, description="thousands of images shown in the whole stage"
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="its length in epochs of the data, where kimg is not given"
+    )
+    fade_kimg: float = Field(0.0, ge=0, description="of these, while the new block fades in")
+    batch: int = Field(64, ge=1, description="global batch, over all ranks")
+    lr: float = Field(1e-3, gt=0, description="learning rate")
+    warmup_kimg: float = Field(
+        0.0, ge=0, description="its first thousands of images, in which lr rises from 0"
+    )
+    decay_kimg: float = Field(
+        0.0, ge=0, description="its last thousands of images, in which lr falls to 0"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> StageConfig:
+        if self.resolution & (self.resolution - 1):
+            raise ValueError(
+                f"resolution {self.resolution} is not a power of two: use 4, 8, 16, ..."
+            )
+        if self.kimg is None and self.epochs is None:
+            raise ValueError(
+                f"the stage of resolution {self.resolution} has no length: give it kimg or epochs"
+            )
+        if self.kimg is not None and self.fade_kimg > self.kimg:
+            raise ValueError(
+                f"fade_kimg {self.fade_kimg} is longer than the stage's kimg {self.kimg}: "
+                "shorten fade_kimg or lengthen kimg"
+            )
+        if self.kimg is not None and self.warmup_kimg + self.decay_kimg > self.kimg:
+            raise ValueError(
+                f"warmup_kimg {self.warmup_kimg} and decay_kimg {self.decay_kimg} are longer than "
+                f"the stage's kimg {self.kimg}: shorten them or lengthen kimg"
+            )
+        return self
+
+    @property
+    def num_images(self) -> int:
+        """Images shown in the whole stage.
+
+        Raises:
+            ValueError: its length is in epochs, of data that nobody has looked at yet.
+        """
+        if self.kimg is None:
+            raise ValueError(f"stage {self.resolution}: epochs of unknown data")
+        return round(self.kimg * 1000)
+
+
+class OptimConfig(Section):
+    """The optimizer of every trained network."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's decay rates")
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="factor of a network's learning rate, by its name: {D: 2.0}"
+    )
+
+
+class EngineConfig(Section):
+    """How the step is computed."""
+
+    name: Literal["auto", "single", "ddp", "deepspeed"] = Field(
+        "auto", description="auto: ddp under torchrun with several ranks, else single"
+    )
+    zero: int = Field(
+        1, description="for deepspeed: 0 nothing, 1 optimizer state, 2 gradients too are sharded"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 where the GPU has it, fp32 on CPU"
+    )
+    micro_batch: int | None = Field(
+        None, ge=1, description="samples per forward and rank; the rest is accumulated"
+    )
+    clip_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm")
+    compile: bool = Field(False, description="torch.compile the trained networks")
+    max_nonfinite: int = Field(
+        20, ge=1, description="so many non-finite updates in a row end the run"
+    )
+
+    @field_validator("zero")
+    @classmethod
+    def _known_zero(cls, zero: int) -> int:
+        if zero == 3:
+            raise ValueError(
+                "ZeRO 3 shards the weights themselves, which second derivatives (R1, path length) "
+                "do not survive, and these networks fit into one GPU: use 0, 1 or 2"
+            )
+        if zero not in (0, 1, 2):
+            raise ValueError(f"there is no ZeRO {zero}: use 0, 1 or 2")
+        return zero
+
+
+class EmaConfig(Section):
+    """Moving average of the generator's weights."""
+
+    halflife_kimg: float = Field(10.0, gt=0, description="half-life, thousands of images")
+    rampup: float = Field(0.05, gt=0, description="half-life is at most this share of images seen")
+
+
+class EvalConfig(Section):
+    """How a run is measured while it trains, and when it is ended for that."""
+
+    every_kimg: float | None = Field(
+        None, gt=0, description="thousands of images between measurements; none unless given"
+    )
+    every_epochs: float | None = Field(
+        None, gt=0, description="the same in epochs, where every_kimg is not given"
+    )
+    split: Literal["val", "test"] = Field("val", description="what is measured on")
+    num_samples: int = Field(1024, ge=1, description="at most as many, spread over the split")
+    generated: tuple[str, ...] = Field(
+        (), description="metrics of generated pictures that are measured too, such as fid"
+    )
+    num_generated: int = Field(1024, ge=2, description="as many of them, over all ranks")
+    metric: str | None = Field(
+        None,
+        description="what decides, such as mse or fid; the first of the family's own or, where it "
+        "has none, of generated unless given",
+    )
+    patience: int | None = Field(
+        None, ge=1, description="end after so many measurements that are no better than the best"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalConfig:
+        if self.patience is not None and self.every_kimg is None and self.every_epochs is None:
+            raise ValueError("patience needs measurements: give every_kimg or every_epochs too")
+        return self
+
+
+class AugmentConfig(Section):
+    """What is done to each picture before it is learnt from; nothing unless given."""
+
+    flip: float = Field(0.0, ge=0, le=1, description="probability of a mirror image")
+    rotate: float = Field(0.0, ge=0, le=45, description="turned by up to so many degrees")
+    brightness: float = Field(0.0, ge=0, lt=1, description="times 1 - b to 1 + b")
+    contrast: float = Field(0.0, ge=0, lt=1, description="times 1 - c to 1 + c, about mean grey")
+    saturation: float = Field(0.0, ge=0, lt=1, description="times 1 - s to 1 + s, about grey")
+
+
+class CheckpointConfig(Section):
+    """When and how many checkpoints are kept."""
+
+    every_kimg: float = Field(10.0, gt=0, description="thousands of images between checkpoints")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints that stay")
+    keep_every_kimg: float | None = Field(
+        None, gt=0, description="also keep one each so many thousand images, for good"
+    )
+
+
+class LogConfig(Section):
+    """What is written for TensorBoard, stats.jsonl and the page."""
+
+    every_kimg: float = Field(0.5, gt=0, description="thousands of images between log lines")
+    probe_kimg: float = Field(5.0, gt=0, description="between probes of the family (diversity)")
+    samples_kimg: float = Field(10.0, gt=0, description="between sample grids")
+    num_samples: int = Field(64, ge=1, le=1024, description="pictures in a sample grid")

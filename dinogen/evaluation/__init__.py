@@ -1,0 +1,1 @@
+"""Measuring runs, checkpoints and folders of images."""

@@ -1,0 +1,348 @@
+"""Measures a checkpoint's moving averages, alike on any number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dinogen.config import MetricsConfig
+from dinogen.distributed import process_group
+from dinogen.distributed.failure import takedown
+from dinogen.errors import UserError
+from dinogen.evaluation.held_out import chosen_samples, held_out_means
+from dinogen.evaluation.record import RESULT as RESULT
+from dinogen.evaluation.record import Place, Tell, figure_teller, find_place, write_result
+from dinogen.evaluation.request import Wish
+from dinogen.evaluation.subject import guide_diversity, real_pictures, reference_at, subject_of
+from dinogen.families.base import Family, Verdict
+from dinogen.metrics.extractors.load import Judges
+from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
+from dinogen.metrics.registry import GUIDE_DIVERSITY, JUDGED, better
+from dinogen.metrics.sources import Generated, Reference
+from dinogen.metrics.suite import Measurement, measure
+from dinogen.metrics.value import Figure
+from dinogen.training.checkpointing.checkpoint import stage_folder
+from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
+from dinogen.training.data import class_shares, data_fingerprint, data_or_reason
+from dinogen.training.logging.tensorboard import write_summary
+from dinogen.training.preflight import check_same_data
+from dinogen.training.state import versions
+from shards.errors import ShardsError
+from shards.read.dataset import Dataset
+
+log = logging.getLogger(__name__)
+
+# What to do where data.path is not what a checkpoint was trained on; nothing is trained here.
+OTHER_DATA = (
+    "give data.path= the shards that it was trained on, or give others as --reference to compare "
+    "generated images with them"
+)
+
+
+def evaluate(
+    run: Path,
+    resolution: int | None = None,
+    split: str | None = None,
+    num_samples: int | None = None,
+    *,
+    nimg: int | None = None,
+    names: Sequence[str] = (),
+    reference: str | None = None,
+    changes: Sequence[str] = (),
+    out: Path | None = None,
+    tell: Tell | None = None,
+) -> dict[str, Any]:
+    """Measure a checkpoint and write ``RUN/RxR/evaluation.json``.
+
+    Each sample counts exactly once on any number of ranks. A damaged held-out one is left out, if
+    ``data.on_error`` is ``skip``, and counted as such. What was measured before of the same
+    checkpoint and is not measured now is kept. Data, guide and weights are loaded only if a metric
+    that is asked for needs them; where they are missing, what needs them is not available, and
+    all else is measured.
+
+    Args:
+        run: folder of the run.
+        resolution: which stage; the largest that has a checkpoint unless given.
+        split: see :class:`Wish`, as for the others.
+        num_samples: likewise.
+        nimg: which checkpoint, by its images; the newest unless given.
+        names: likewise.
+        reference: likewise.
+        changes: likewise.
+        out: file (``*.json``) or folder to write to; the stage's folder unless given.
+        tell: told on rank 0 what is known so far, in parts of the result, as soon as it is.
+
+    Returns:
+        The result as written. ``metrics`` holds the figures by ``SOURCE/NAME``, null where one is
+        not finite: ``held_out/*`` are means over the samples, ``probe/*`` what the family's probe
+        found. ``measured`` holds those of generated images by name, as ``Figure.to_dict`` has
+        them and with the command, and ``fingerprints`` what each was measured against.
+        ``measured_before`` names what an earlier command measured, ``not_measured`` why the
+        family's own figures are not available, or why a kept figure was not measured again. Of a
+        folder that cannot be written, nothing is kept, which is said before the work begins.
+
+    Raises:
+        ConfigError: no such run, checkpoint or metric.
+        UserError: ``out`` cannot be written.
+    """
+    wish = Wish(tuple(names), num_samples, split, reference, tuple(changes))
+    run = run_config(run, wish.places).run
+    process_group.init()
+    process_group.set_cpu_threads()
+    with takedown():
+        snapshot = load_snapshot(run, resolution, nimg, wish.places)
+        config = snapshot.family.config
+        settings = wish.settings(config.metrics)
+        folder = stage_folder(config, snapshot.family.stage)
+        place = find_place(folder, out)
+        needs = _Needs(snapshot)
+        result = _facts(snapshot)
+        own = _own_figures(needs, wish, settings)
+        result |= own.result(wish.split or "val")
+        if tell is not None and process_group.is_main():
+            tell(result)
+        found, sampling = _measure(needs, settings, wish, own.verdict, tell)
+        size = str(snapshot.resolution)
+        words = [str(run), "--stage", size, "--nimg", str(snapshot.nimg), *wish.words()]
+        written = write_result(place, result, found, sampling, words)
+        if place.writable and out is None:
+            _summarise(place, snapshot)
+        return written
+
+
+class _Needs:
+    """Data and frozen networks, each loaded when the first figure needs it; or why it is missing.
+
+    Every rank has to ask for the same in the same order.
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self._data: Dataset | UserError | None = None
+        self._begun: UserError | bool = False
+
+    @property
+    def data(self) -> Dataset | UserError:
+        """What the run was trained on."""
+        if self._data is None:
+            config = self.snapshot.family.config
+
+            def unlike(data: Dataset) -> None:
+                check_same_data(
+                    self.snapshot.checkpoint, config, data_fingerprint(data), OTHER_DATA
+                )
+
+            self._data = data_or_reason(config, unlike)
+        return self._data
+
+    @property
+    def begun(self) -> Family | UserError:
+        """The family with all that it was trained with, such as its guide."""
+        if self._begun is False:
+            data = self.data
+            self._begun = data if isinstance(data, UserError) else self._begin(data)
+        return self._begun if isinstance(self._begun, UserError) else self.snapshot.family
+
+    def _begin(self, data: Dataset) -> UserError | bool:
+        failure: Exception | None = None
+        try:
+            self.snapshot.family.begin(data)
+        except (UserError, ShardsError, OSError) as error:
+            failure = error
+        if process_group.any_rank(failure is not None):
+            return UserError(str(failure or "it cannot be loaded on another rank"))
+        return True
+
+
+@dataclass
+class _Own:
+    """What the family itself measures.
+
+    Attributes:
+        means: over held-out samples.
+        num_samples: sound ones behind them.
+        num_skipped: damaged ones.
+        verdict: of the probe; None if it was not asked for, or is not available.
+        floor: of the loss, where it is known.
+        missing: by ``held_out`` and ``probe``, why one is not available.
+    """
+
+    means: dict[str, float] = field(default_factory=dict)
+    num_samples: int = 0
+    num_skipped: int = 0
+    verdict: Verdict | None = None
+    floor: float | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def result(self, split: str) -> dict[str, Any]:
+        """The part of evaluation.json that is about it."""
+        figures = {f"held_out/{name}": mean for name, mean in self.means.items()}
+        said: dict[str, Any] = {}
+        if self.verdict is not None:
+            figures |= {f"probe/{name}": one for name, one in self.verdict.scalars.items()}
+            # the manifest knows the variance of train alone
+            said["floor"] = self.floor if split == "train" else None
+            said |= {"verdict": self.verdict.verdict, "warnings": list(self.verdict.warnings)}
+        return said | {
+            "split": split,
+            "metrics": {k: v if math.isfinite(v) else None for k, v in figures.items()},
+            "num_samples": self.num_samples,
+            "num_skipped": self.num_skipped,
+            "not_measured": self.missing,
+        }
+
+
+def _own_figures(needs: _Needs, wish: Wish, settings: MetricsConfig) -> _Own:
+    """Measure held-out samples, and probe; as far as that is asked for. Every rank calls it."""
+    own = _Own()
+    if not wish.held_out and GUIDE_DIVERSITY not in settings.names:
+        return own
+    snapshot, family = needs.snapshot, needs.begun
+    if isinstance(family, UserError):
+        kind = type(snapshot.family)
+        own.missing = {"probe": str(family)} if kind.probe is not Family.probe else {}
+        if wish.held_out and kind.held_out is not Family.held_out:
+            own.missing["held_out"] = str(family)
+        return own
+    data = needs.data
+    assert not isinstance(data, UserError)
+    if wish.held_out:
+        try:
+            if numbers := _held_out_numbers(family, data, wish):
+                split = wish.split or "val"
+                networks = snapshot.ema.networks
+                own.means, own.num_samples = held_out_means(family, networks, data, split, numbers)
+                own.num_skipped = len(numbers) - own.num_samples
+        except (UserError, ShardsError) as error:
+            own.missing["held_out"] = str(error)
+    own.verdict, own.floor = _probe(snapshot), family.constants().get("floor")
+    return own
+
+
+@torch.no_grad()
+def _probe(snapshot: Snapshot) -> Verdict:
+    """The family's probe, which is the one of training, so that figures compare; on rank 0."""
+    found = None
+    with process_group.main_section() as mine:
+        if mine:
+            loss = snapshot.checkpoint.state["progress"].get("loss")
+            verdict = snapshot.family.probe(snapshot.ema.networks, loss)
+            known = verdict.scalars.items()
+            scalars = {k: float(v) if math.isfinite(v) else None for k, v in known}
+            found = [scalars, verdict.verdict, list(verdict.warnings)]
+    scalars, said, warnings = process_group.broadcast_object(found)
+    finite = {name: math.nan if value is None else value for name, value in scalars.items()}
+    return Verdict(finite, said, tuple(warnings))
+
+
+def _held_out_numbers(family: Family, data: Dataset, wish: Wish) -> list[int]:
+    """Samples for the family's own figures; it may do without where it has none, or where
+    images are compared with other data.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    split = wish.split or "val"
+    own = type(family).held_out is not Family.held_out
+    if not own or (wish.reference is not None and not data.num_samples(split)):
+        return []
+    return chosen_samples(data, split, wish.num_samples, "--split")
+
+
+def _measure(
+    needs: _Needs,
+    settings: MetricsConfig,
+    wish: Wish,
+    verdict: Verdict | None,
+    tell: Tell | None,
+) -> tuple[Measurement, dict[str, Any] | None]:
+    """Measure samples of the averages; and how fast they were made, if they were."""
+    snapshot = needs.snapshot
+    family, resolution = snapshot.family, snapshot.resolution
+    asked = [name for name in settings.names if name != GUIDE_DIVERSITY]
+    unneeded = UserError("no metric that was asked for needs it")
+    real: Reference | UserError = unneeded
+    train: Reference | UserError = unneeded
+    if any(name in JUDGED and JUDGED[name].train for name in asked):
+        key = "data.split"
+        train = _real(needs.data, family.config.data.split, None, resolution, key)
+    if any((name in JUDGED and JUDGED[name].real) or name in RECONSTRUCTION for name in asked):
+        if wish.reference is None:
+            split, num = settings.reference_split, settings.num_reference
+            real = _real(needs.data, split, num, resolution, "metrics.reference_split")
+        else:
+            real, _ = reference_at(wish.reference, settings, resolution)
+    shares = class_shares(family, needs.data) if asked and family.inputs.labels else None
+    facts = snapshot.checkpoint.state["facts"]
+    networks, num = snapshot.ema.networks, settings.num_samples
+    subject = subject_of(family, networks, num, real, train, settings, facts, shares)
+    judges = Judges(settings, family.device)
+    teller = figure_teller(tell)
+    found = measure(asked, judges, subject, settings.num_bootstrap, settings.cache, teller)
+    if GUIDE_DIVERSITY in settings.names:
+        found.add(_guide_diversity(needs, verdict), None)
+        found.say(GUIDE_DIVERSITY)
+    if not found.made:
+        return found, None
+    assert isinstance(subject.generated, Generated)
+    speed = float(process_group.all_reduce_sum(torch.tensor(subject.generated.images_per_s)))
+    return found, {"images_per_s": speed, "num": settings.num_samples}
+
+
+def _guide_diversity(needs: _Needs, verdict: Verdict | None) -> Figure:
+    if verdict is None:
+        reason = str(needs.begun) if isinstance(needs.begun, UserError) else "it was not probed"
+        return Figure.missing(GUIDE_DIVERSITY, better(GUIDE_DIVERSITY), reason)
+    scalars = {k: v if math.isfinite(v) else None for k, v in verdict.scalars.items()}
+    return guide_diversity(needs.snapshot.family, scalars)
+
+
+def _real(
+    data: Dataset | UserError, split: str, num: int | None, resolution: int, key: str
+) -> Reference | UserError:
+    if isinstance(data, UserError):
+        return data
+    return real_pictures(data, split, num, resolution, key)
+
+
+def _facts(snapshot: Snapshot) -> dict[str, Any]:
+    """What evaluation.json says of the checkpoint, whatever is measured of it."""
+    family = snapshot.family
+    return {
+        "stage": snapshot.resolution,
+        "resolution": snapshot.resolution,
+        "family": family.config.family.name,
+        "nimg": snapshot.nimg,
+        **snapshot.checkpoint.state["facts"],
+        "weights_sha256": _weights(snapshot.checkpoint.state["files"]),
+        "world_size": process_group.world_size(),
+        "device": str(family.device),
+        "versions": versions(),
+    }
+
+
+def _weights(files: dict[str, str]) -> str:
+    """SHA-256 over those of the moving averages: two runs may have seen equally many images."""
+    hashes = sorted(f"{name} {sha256}" for name, sha256 in files.items() if ".ema." in name)
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _summarise(place: Place, snapshot: Snapshot) -> None:
+    """What TensorBoard shows of the stage; the figures are kept, whether it can be written or not.
+
+    Every rank has to call it.
+    """
+    with process_group.main_section() as mine:
+        if not mine:
+            return
+        try:
+            write_summary(place.folder, snapshot.family.config, snapshot.family.stage)
+        except OSError as error:
+            log.warning("TensorBoard does not show these figures: %s", error)

@@ -1,0 +1,165 @@
+"""Means over held-out samples, each counted exactly once on any number of ranks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from dinogen.config import ConfigError
+from dinogen.distributed import process_group
+from dinogen.distributed.process_group import gather_text
+from dinogen.errors import UserError
+from dinogen.families.base import Batch, Family
+from dinogen.training.data import check_labels
+from dinogen.training.engines.microbatches import split as to_device
+from shards.errors import CorruptSample, ShardsError
+from shards.format.manifest import SPLITS
+from shards.read.dataset import Dataset
+
+log = logging.getLogger(__name__)
+
+BATCH = 32
+# held-out samples that it takes to say anything at all
+_WANTED = 20
+
+
+def chosen_samples(data: Dataset, split: str, num: int | None, key: str) -> list[int]:
+    """Numbers of samples spread over a split.
+
+    Args:
+        data: has the split.
+        split: ``train``, ``val`` or ``test``.
+        num: how many; all if None.
+        key: what asked for them, named in errors.
+
+    Raises:
+        ConfigError: there is no such split, or it has none.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"{key} {split}: splits are {', '.join(SPLITS)}")
+    available = data.num_samples(split)
+    if not available:
+        raise ConfigError(f"{key}: {_none_in(data, split)}")
+    chosen = np.linspace(0, available - 1, min(num or available, available)).astype(int)
+    return [int(number) for number in chosen]
+
+
+def _none_in(data: Dataset, split: str) -> str:
+    """What to say of a split without samples, and what can be done about it."""
+    have = ", ".join(f"{info.num_samples} in {s}" for s, info in data.manifest.splits.items())
+    total = sum(info.num_samples for info in data.manifest.splits.values())
+    said = f"{data.location} has no samples in split {split} (but {have}): "
+    instead = "or measure on what was learnt: --split train"
+    if total < 2 * _WANTED:
+        return (
+            f"{said}with {total} in all there are too few to hold some back: pack more photos "
+            f"with prepare.pack.{split}_fraction=0.1 and train on them, {instead}"
+        )
+    # the share that gives some to compare with, and never less than was usual before
+    share = max(0.05, math.ceil(100 * _WANTED / total) / 100)
+    return (
+        f"{said}prepare again with prepare.pack.{split}_fraction={share:g} or more and train on "
+        f"that, for what was learnt is not held out; {instead}"
+    )
+
+
+@torch.no_grad()
+def held_out_means(
+    family: Family, networks: dict[str, nn.Module], data: Dataset, split: str, numbers: list[int]
+) -> tuple[dict[str, float], int]:
+    """What ``Family.held_out`` finds, averaged over all ranks' samples, and how many were sound.
+
+    No collective but at the end. A damaged sample is left out if ``data.on_error`` is ``skip``.
+
+    Args:
+        family: measures.
+        networks: the moving averages.
+        data: has the split.
+        split: of the samples.
+        numbers: of the samples, the same on every rank.
+
+    Raises:
+        ConfigError: all samples are damaged.
+        CorruptSample: one is, and ``data.on_error`` is ``stop``.
+        UserError, ShardsError, OSError: another failure of this rank; a ConfigError on the others.
+    """
+    mine = np.array_split(numbers, process_group.world_size())[process_group.rank()].tolist()
+    sums: dict[str, float] = {}
+    count = 0
+    failure: Exception | None = None
+    try:
+        for batch in _batches(family, data, split, mine):
+            size = len(batch["key"])
+            for name, value in family.held_out(networks, batch).items():
+                sums[name] = sums.get(name, 0.0) + float(value) * size
+            count += size
+        if not count:
+            # nothing fell to this rank, but it has to know which sums the others will add
+            batch = _read(family, data, split, numbers[:1], "skip")
+            sums = dict.fromkeys(family.held_out(networks, batch), 0.0)
+    except (UserError, ShardsError, OSError) as error:
+        failure = error
+    if process_group.any_rank(failure is not None):  # or the others would wait for this one
+        said = gather_text(str(failure or ""))
+        raise failure or ConfigError(next(text for text in said if text))
+    local = torch.tensor([*sums.values(), count], dtype=torch.float64)
+    *totals, num = process_group.all_reduce_sum(local).tolist()
+    if not num:
+        raise ConfigError(
+            f"{data.location}: all {len(numbers)} samples asked for of split {split} are damaged: "
+            "run `dinogen shards verify` for the whole list"
+        )
+    return {name: total / num for name, total in zip(sums, totals, strict=True)}, int(num)
+
+
+def _batches(
+    family: Family, data: Dataset, split: str, numbers: list[int]
+) -> Iterator[dict[str, Any]]:
+    """The samples in parts; damaged ones are left out, if the run passes over them too."""
+    for first in range(0, len(numbers), BATCH):
+        part = numbers[first : first + BATCH]
+        try:
+            yield _read(family, data, split, part)
+        except CorruptSample:
+            if family.config.data.on_error == "stop":
+                raise
+            sound = [n for n in part if _is_sound(family, data, split, n)]
+            if sound:
+                yield _read(family, data, split, sound)
+
+
+def _is_sound(family: Family, data: Dataset, split: str, number: int) -> bool:
+    try:
+        _read(family, data, split, [number])
+    except CorruptSample as error:
+        log.warning("left out: %s", error)
+        return False
+    return True
+
+
+def _read(
+    family: Family,
+    data: Dataset,
+    split: str,
+    numbers: list[int],
+    on_error: Literal["stop", "skip"] = "stop",
+) -> Batch:
+    """What the family reads of some samples, on the device."""
+    inputs = family.inputs
+    batch = data.read(
+        numbers,
+        split=split,
+        image_size=inputs.image_size,
+        levels=inputs.levels,
+        on_error=on_error,
+        need_labels=inputs.labels,
+    )
+    check_labels(family, batch)
+    ((micro, _),) = to_device(batch, 1, family.device)
+    return micro

@@ -1,0 +1,181 @@
+"""What a family's averaged networks are measured on: their samples, real pictures, and the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dinogen.config import ConfigError, MetricsConfig
+from dinogen.errors import UserError
+from dinogen.evaluation.held_out import chosen_samples
+from dinogen.families.base import Family, Networks
+from dinogen.metrics.prompted import Prompted, read_prompts
+from dinogen.metrics.registry import GUIDE_DIVERSITY, better
+from dinogen.metrics.sources import (
+    Folder,
+    Generated,
+    Pictures,
+    Reconstructed,
+    Reference,
+    picture_files,
+)
+from dinogen.metrics.suite import Subject
+from dinogen.metrics.value import Figure
+from shards.read.dataset import Dataset
+from shards.read.packed import open_dataset
+
+
+def subject_of(
+    family: Family,
+    networks: Networks,
+    num: int,
+    real: Reference | UserError,
+    train: Reference | UserError,
+    settings: MetricsConfig,
+    facts: Mapping[str, Any],
+    shares: Sequence[float] | None = None,
+) -> Subject:
+    """Samples of a family under its run's seed, and what they are compared with.
+
+    Args:
+        family: samples.
+        networks: its moving averages.
+        num: samples.
+        real: pictures of its resolution that nothing was learnt from, or why there are none.
+        train: those that it was trained on.
+        settings: which prompts it is asked for by, if any.
+        facts: what ``Family.describe`` said in training.
+        shares: of the classes in the data, for families that have classes; None: in turn.
+    """
+    seed, resolution = family.config.seed, family.stage.resolution
+
+    def sample(numbers: Tensor) -> Tensor:
+        return family.measured(networks, numbers, seed, shares)
+
+    def reconstruct(images: Tensor, numbers: Tensor) -> Tensor:
+        batch = {"image": images.to(family.device), "position": numbers}
+        made = family.reconstruct(networks, batch)
+        assert made is not None, "a family that encodes nothing is not asked"
+        return made
+
+    pairs: Reconstructed | UserError
+    if type(family).reconstruct is Family.reconstruct:
+        pairs = UserError(f"family {family.config.family.name} encodes no pictures")
+    elif isinstance(real, UserError):
+        pairs = real
+    else:
+        pairs = Reconstructed(real, reconstruct)
+    how = dict(family.measured_as)
+    if family.inputs.labels:
+        how["classes"] = "in turn" if shares is None else [round(one, 6) for one in shares]
+    made = Generated(sample, num, resolution, how)
+    return Subject(made, real, train, pairs, prompted_by(family, networks, num, settings, facts))
+
+
+def prompted_by(
+    family: Family, networks: Networks, num: int, settings: MetricsConfig, facts: Mapping[str, Any]
+) -> Prompted | UserError:
+    """Pictures that a family makes when it is asked for ``metrics.prompts``, or why there are none.
+
+    Args:
+        family: samples.
+        networks: its moving averages.
+        num: pictures.
+        settings: names the prompts.
+        facts: what ``Family.describe`` said in training.
+
+    Raises:
+        ConfigError: the prompts cannot be read.
+    """
+    if settings.prompts is None:
+        return UserError("metrics.prompts: no file of prompts is given")
+    texts, guidance = read_prompts(settings.prompts), settings.guidance
+    seed, resolution = family.config.seed, family.stage.resolution
+    try:
+        family.ask(texts, guidance, facts)
+    except UserError as error:
+        return error
+    family.ask((), guidance, facts)
+
+    def sample(numbers: Tensor) -> Tensor:
+        # Only meanwhile: every other metric is about pictures that nobody asked for anything.
+        family.ask(texts, guidance, facts)
+        try:
+            return family.sample(networks, numbers, seed)
+        finally:
+            family.ask((), guidance, facts)
+
+    return Prompted(Generated(sample, num, resolution), texts, guidance)
+
+
+def real_pictures(
+    data: Dataset, split: str, num: int | None, resolution: int, key: str
+) -> Reference | UserError:
+    """Pictures spread over a split, or why there are none.
+
+    Args:
+        data: has the split.
+        split: ``train``, ``val`` or ``test``.
+        num: at most so many; all if None.
+        resolution: side in pixels.
+        key: what asked for them, named in the reason.
+    """
+    try:
+        return Pictures(data, split, chosen_samples(data, split, num, key), resolution)
+    except UserError as error:
+        return error
+
+
+def reference_at(
+    location: str | None, settings: MetricsConfig, resolution: int
+) -> tuple[Reference | UserError, Reference | UserError]:
+    """Pictures to compare with and those of train, of packed shards or a folder of files.
+
+    Args:
+        location: of them; None if none were given, which is a reason too.
+        settings: which split of shards, and how many.
+        resolution: side of the pictures that are compared with them.
+
+    Raises:
+        ConfigError: pictures of the folder are of another side.
+        UserError: there is neither.
+    """
+    if location is None:
+        nothing = UserError("there is nothing to compare with: give --reference DATA")
+        return nothing, nothing
+    if picture_files(Path(location)):
+        folder = Folder(Path(location))
+        if folder.resolution != resolution:
+            raise ConfigError(
+                f"--reference {location}: its pictures are {folder.resolution}x"
+                f"{folder.resolution}, those measured {resolution}x{resolution}: give packed "
+                "shards, which are brought to that size, or pictures of the same size"
+            )
+        return folder, UserError(f"{location}: a folder of pictures says nothing of training")
+    data = open_dataset(location)
+    split, num = settings.reference_split, settings.num_reference
+    real = real_pictures(data, split, num, resolution, "metrics.reference_split")
+    if isinstance(real, UserError):
+        raise real
+    return real, real_pictures(data, "train", None, resolution, "--reference")
+
+
+def guide_diversity(family: Family, scalars: Mapping[str, float | None]) -> Figure:
+    """What the family's probe says of its samples' diversity in guide space.
+
+    Args:
+        family: whose probe it was.
+        scalars: of its verdict.
+    """
+    which = better(GUIDE_DIVERSITY)
+    if "diversity" not in scalars:
+        reason = f"family {family.config.family.name} has no guide in whose space to measure"
+        return Figure.missing(GUIDE_DIVERSITY, which, reason)
+    value = scalars["diversity"]
+    if value is None:
+        return Figure.missing(GUIDE_DIVERSITY, which, "it is not finite: look at the pictures")
+    num = int(getattr(getattr(family, "options", None), "probe_samples", 0))
+    return Figure(GUIDE_DIVERSITY, value, None, which, num, None, None)

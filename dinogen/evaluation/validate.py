@@ -1,0 +1,176 @@
+"""Measures the moving averages while a run trains, on held-out and generated pictures alike.
+
+It also says when to end the run, where figures no longer get better.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from dinogen.config import ConfigError
+from dinogen.distributed import process_group
+from dinogen.evaluation.held_out import chosen_samples, held_out_means
+from dinogen.evaluation.subject import guide_diversity, real_pictures, subject_of
+from dinogen.families.base import Family
+from dinogen.metrics.extractors.load import Judges
+from dinogen.metrics.registry import GUIDE_DIVERSITY, better, chosen_names
+from dinogen.metrics.suite import Subject, measure, why_not
+from dinogen.metrics.value import Figure
+from dinogen.training.data import class_shares
+from dinogen.training.logging.jsonl import append_line, cut_lines
+from dinogen.training.stages import due
+from dinogen.training.state import StageState
+
+log = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+
+
+class Validator:
+    """Measures where the clock says so, and keeps the best figure in the run's progress.
+
+    Args:
+        state: of the stage.
+
+    Raises:
+        ConfigError: the data hold nothing back, a metric is not known, or what ``eval.metric``
+            names cannot be had.
+    """
+
+    def __init__(self, state: StageState) -> None:
+        self.state = state
+        self.config = state.config.eval
+        self.numbers: list[int] = []
+        self.names: tuple[str, ...] = ()
+        self.told: set[str] = set()
+        if process_group.is_main():
+            cut_lines(state.folder / METRICS, state.progress.nimg)
+        if self.config.every_kimg is None:
+            return
+        if type(state.family).held_out is not Family.held_out:
+            num = self.config.num_samples
+            self.numbers = chosen_samples(state.data, self.config.split, num, "eval.split")
+        if self.config.generated:
+            self.names = chosen_names(self.config.generated, "eval.generated")
+            self.judges = Judges(state.config.metrics, state.device)
+            self.subject = self._subject()
+            self._check()
+
+    def due(self, before: int, now: int) -> bool:
+        """Whether to measure after the step from ``before`` to ``now`` images."""
+        if self.config.every_kimg is None:
+            return False
+        return due(before, now, self.config.every_kimg) or now >= self.state.plan.end
+
+    def measure(self) -> dict[str, float]:
+        """Measure, and take the best into the progress; every rank has to call it.
+
+        What is measured of generated pictures is written to ``metrics.jsonl`` as well.
+
+        Returns:
+            Figures by ``val/NAME``, those of generated pictures by ``metrics/NAME``.
+
+        Raises:
+            ConfigError: there is no such figure as ``eval.metric``, or it cannot be had.
+        """
+        state = self.state
+        means: dict[str, float] = {}
+        if self.numbers:
+            means, _ = held_out_means(
+                state.family, state.ema.networks, state.data, self.config.split, self.numbers
+            )
+        figures = self._generated() if self.names else {}
+        metric = self.config.metric or next(iter([*means, *figures]), "")
+        if metric in means:
+            self._take(metric, means[metric])
+        elif metric in figures:
+            figure = figures[metric]
+            if figure.value is not None:
+                self._take(metric, figure.value)
+            elif self.config.metric is not None:
+                raise ConfigError(f"eval.metric: {metric} is not available: {figure.reason}")
+        else:
+            measured = ", ".join([*means, *figures])
+            raise ConfigError(
+                f"eval.metric: family {state.config.family.name} measures "
+                f"{measured or 'nothing held out'}: name one of them, or leave out eval"
+            )
+        there = {name: one.value for name, one in figures.items() if one.value is not None}
+        return {f"val/{name}": mean for name, mean in means.items()} | {
+            f"metrics/{name}": value for name, value in there.items()
+        }
+
+    def _subject(self) -> Subject:
+        state, settings = self.state, self.state.config.metrics
+        resolution, split = state.stage.resolution, settings.reference_split
+        key = "metrics.reference_split"
+        real = real_pictures(state.data, split, settings.num_reference, resolution, key)
+        train = real_pictures(state.data, state.config.data.split, None, resolution, "data.split")
+        num = self.config.num_generated
+        facts = state.family.describe()
+        shares = class_shares(state.family, state.data) if state.family.inputs.labels else None
+        networks, metrics = state.ema.networks, state.config.metrics
+        return subject_of(state.family, networks, num, real, train, metrics, facts, shares)
+
+    def _check(self) -> None:
+        """Say before the first step what will not be measured, and refuse to do without it."""
+        metric = self.config.metric
+        for name in self.names:
+            reason = why_not(name, self.judges, self.subject)
+            if reason is None:
+                continue
+            if name == metric:
+                raise ConfigError(f"eval.metric: {name} is not available: {reason}")
+            self._tell(name, reason)
+        if metric in self.names and better(metric) == "none":
+            raise ConfigError(f"eval.metric: of {metric} neither less nor more is better")
+
+    def _tell(self, name: str, reason: str) -> None:
+        """Once, loudly, what is not measured."""
+        if name not in self.told and process_group.is_main():
+            log.warning("NOT MEASURED: %s: %s", name, reason)
+        self.told.add(name)
+
+    def _generated(self) -> dict[str, Figure]:
+        """Measure generated pictures, on all ranks, and write the line of it."""
+        state = self.state
+        asked = [name for name in self.names if name != GUIDE_DIVERSITY]
+        found = measure(asked, self.judges, self.subject, cache=state.config.metrics.cache)
+        if GUIDE_DIVERSITY in self.names:
+            scalars = None
+            with process_group.main_section() as mine:
+                if mine:
+                    scalars = state.probe().scalars
+            found.add(guide_diversity(state.family, process_group.broadcast_object(scalars)), None)
+        for name, figure in found.figures.items():
+            if figure.reason is not None:
+                self._tell(name, figure.reason)
+        if process_group.is_main():
+            line = {
+                "nimg": state.progress.nimg,
+                "stage": state.stage.resolution,
+                "metrics": {name: one.to_dict() for name, one in found.figures.items()},
+                "fingerprints": found.fingerprints,
+            }
+            append_line(state.folder / METRICS, line)
+        return found.figures
+
+    def _take(self, metric: str, value: float) -> None:
+        """Compare with the best so far; the same figures decide the same on every rank."""
+        state, progress = self.state, self.state.progress
+        sign = -1 if metric in self.names and better(metric) == "higher" else 1
+        best = progress.best
+        if math.isfinite(value) and (best is None or sign * value < sign * best):
+            progress.best, progress.best_nimg, progress.num_worse = value, progress.nimg, 0
+            return
+        progress.num_worse += 1
+        if state.ended_early and process_group.is_main():
+            log.warning(
+                "at %d images: ended early: %s was no better than %.4g (at %d images) %d times",
+                progress.nimg,
+                metric,
+                best if best is not None else math.nan,
+                progress.best_nimg,
+                progress.num_worse,
+            )

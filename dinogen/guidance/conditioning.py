@@ -1,0 +1,160 @@
+"""What an image is conditioned on: text and image embeddings, latents tied to samples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinogen.config import Config, ConfigError
+from dinogen.distributed import rng
+from dinogen.features.clip import Clip, load_clip, same_clip
+from dinogen.guidance.options import TextOptions
+from dinogen.losses.clip import clip_loss, pseudo_text
+from shards.read.dataset import Dataset
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What samples are asked to be.
+
+    Attributes:
+        embedding: (B, E) float32 of length 1.
+        keep: (B,) bool; False: asked for nothing.
+    """
+
+    embedding: Tensor
+    keep: Tensor
+
+
+class Text:
+    """Conditions of a run, and the network that gives them.
+
+    Args:
+        options: ``family.text``.
+        config: the whole run.
+        data: with embeddings of every sample.
+        device: where CLIP runs.
+
+    Raises:
+        ConfigError: there is no ``clip:``, the data have no embeddings, or those of another CLIP.
+    """
+
+    def __init__(
+        self, options: TextOptions, config: Config, data: Dataset, device: torch.device
+    ) -> None:
+        self.options = options
+        self.seed = config.seed
+        self.device = device
+        self.clip: Clip = clip_of(config, data.manifest.clip, device)
+        if self.clip.embed_dim != options.embed_dim:
+            raise ConfigError(
+                f"family.text.embed_dim: {options.embed_dim}, but embeddings of the CLIP in use "
+                f"have {self.clip.embed_dim} numbers: set it to that"
+            )
+        variance = float(data.level_variance(options.level).sum())
+        self._scale: float = options.joint_weight / max(variance, 1e-12) ** 0.5
+
+    def asked(self, batch: Batch, purpose: str, drop: bool = True) -> Asked:
+        """What the samples of a batch are asked to be: something near themselves, or nothing.
+
+        Args:
+            batch: a microbatch or a bank.
+            purpose: of its draws, which go by position.
+            drop: whether a share of them is asked for nothing, as in training.
+        """
+        positions = batch["position"]
+        if self.options.condition == "captions":
+            embedding = batch["text"].to(self.device).float()
+            there = embedding.square().sum(1) > 0
+            embedding = F.normalize(embedding, dim=1)
+        else:
+            embedding = F.normalize(batch["clip"].to(self.device).float(), dim=1)
+            there = torch.ones(len(embedding), dtype=torch.bool, device=self.device)
+            if self.options.noise:
+                shape = (embedding.shape[1],)
+                eps = rng.normal(self.seed, f"{purpose}/noise", positions, shape, self.device)
+                embedding = pseudo_text(embedding, eps, self.options.noise)
+        if drop:
+            chance = rng.uniform(self.seed, f"{purpose}/drop", positions, (), self.device)
+            there = there & (chance >= self.options.dropout)
+        return Asked(embedding, there)
+
+    def beside(self, batch: Batch, purpose: str) -> Tensor:
+        """(B, E): what was asked for, 0 where nothing was, for objectives between distributions.
+
+        In deviations over the data, times ``joint_weight``.
+        """
+        asked = self.asked(batch, purpose)
+        return asked.embedding * asked.keep[:, None] * self._scale
+
+    def loss(self, images: Tensor, asked: Asked) -> Tensor:
+        """Mean over all samples of 1 - cos to what was asked for; 0 where nothing was.
+
+        Args:
+            images: generated (B, 3, R, R) in [-1, 1].
+            asked: of the same samples.
+        """
+        return clip_loss(self.clip.images(images), asked.embedding, asked.keep)
+
+
+def clip_of(config: Config, made_by: Mapping[str, Any], device: torch.device) -> Clip:
+    """The CLIP of a config, if it is the one that embedded what was trained on.
+
+    Args:
+        config: the whole run.
+        made_by: that one, as ``Clip.info`` describes it.
+        device: where it will run.
+
+    Raises:
+        ConfigError: there is no ``clip:``, or it is another one.
+        GuideError: it cannot be loaded.
+    """
+    if config.clip is None:
+        raise ConfigError("clip: family.text needs it: name a CLIP checkpoint (clip.path)")
+    clip = load_clip(config.clip, device)
+    if not same_clip(made_by, clip.info):
+        raise ConfigError(
+            f"clip: {config.clip.path} is not the one that embedded the pictures "
+            f"({made_by.get('path', 'none')}): use that one, or prepare and train again"
+        )
+    return clip
+
+
+def numbers_of(keys: Sequence[str]) -> Tensor:
+    """A number of 63 bits (N,) for each key, whatever else there is."""
+    digests = (hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    return torch.tensor([int.from_bytes(digest, "little") >> 1 for digest in digests])
+
+
+class Rows:
+    """Which row of the table belongs to which sample.
+
+    Args:
+        data: what is trained on.
+        split: of it.
+        num_latents: rows of the table.
+
+    Raises:
+        ConfigError: the split has another number of samples.
+    """
+
+    def __init__(self, data: Dataset, split: str, num_latents: int) -> None:
+        keys = sorted(set(data.keys(split)))
+        if len(keys) != num_latents:
+            raise ConfigError(
+                f"family.objectives: paired has num_latents {num_latents}, but {data.location} has "
+                f"{len(keys)} samples in {split}: set it to that"
+            )
+        self.numbers = {key: number for number, key in enumerate(keys)}
+
+    def __call__(self, keys: Sequence[str]) -> Tensor:
+        """Rows (N,) of samples."""
+        return torch.tensor([self.numbers[key] for key in keys])

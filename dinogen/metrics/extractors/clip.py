@@ -1,0 +1,74 @@
+"""The judge of prompts: CLIP's embeddings of pictures and of the words they were asked for by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dinogen.config.clip import ClipConfig
+from dinogen.features.base import GuideError
+from dinogen.features.clip import Clip, load_clip
+from dinogen.features.hub import weights_reachable
+from dinogen.metrics.extractors.base import Judge, JudgeInfo, NotAvailable, exactly
+
+
+class ClipJudge:
+    """CLIP in float32; its own bicubic filter, antialiased, brings pictures to its size.
+
+    Args:
+        clip: on the CPU.
+        device: where it runs.
+    """
+
+    def __init__(self, clip: Clip, device: torch.device) -> None:
+        self.clip = clip.to(device)
+        self.device = device
+        self.info = JudgeInfo(
+            "clip",
+            clip.info["weights_sha256"],
+            f"bicubic antialias {clip.image_size}",
+            clip.embed_dim,
+            num_logits=0,
+            random=clip.info["random"],
+        )
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """(N, 3, R, R) uint8 -> ``features`` (N, E) of length 1 on the CPU."""
+        with exactly(self.device):
+            features = self.clip.images(images.to(self.device).float() / 127.5 - 1)
+        return {"features": features.cpu()}
+
+    def texts(self, prompts: list[str]) -> Tensor:
+        """(P, E) of length 1 on the CPU."""
+        with exactly(self.device):
+            return self.clip.captions(prompts).cpu()
+
+
+def load(path: str | None, device: torch.device) -> Judge:
+    """Load CLIP by hub name or from a checkpoint folder.
+
+    Args:
+        path: as ``clip.path``.
+        device: where it will run, in float32 whatever a guide would do there.
+
+    Raises:
+        NotAvailable: no path is given, or the weights cannot be had or are damaged.
+    """
+    if path is None:
+        raise NotAvailable(
+            "metrics.clip: no path is given: name a checkpoint, best another one than the run was "
+            "trained with, such as openai/clip-vit-large-patch14"
+        )
+    if not Path(path).expanduser().exists() and weights_reachable(path) is None:
+        # asked first, because the hub's own client tries for minutes where there is no network
+        raise NotAvailable(
+            f"metrics.clip: {path}: no folder of that name here, and no hub checkpoint that can be "
+            "had: copy one here and name its folder in metrics.clip"
+        )
+    try:
+        clip = load_clip(ClipConfig(path=path), torch.device("cpu"))
+    except GuideError as error:
+        raise NotAvailable(str(error).replace("clip.path", "metrics.clip")) from error
+    return ClipJudge(clip, device)

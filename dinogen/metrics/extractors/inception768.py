@@ -1,0 +1,69 @@
+"""The judge of FID-768: Mixed_6e of the FID InceptionV3, its batch norm folded, averaged in space.
+
+The 768 features that pytorch-fid offers as ``--dims 768``. A distance of them is FID-768, and is
+never called FID.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dinogen.config import GuideConfig
+from dinogen.features.base import GuideError
+from dinogen.features.inception import NUM_CHANNELS, InceptionTrunk
+from dinogen.features.inception import load as load_guide
+from dinogen.metrics.extractors.base import Judge, JudgeInfo, NotAvailable, exactly, resized
+
+SIDE = 299
+
+
+class Inception768Judge:
+    """Spatial means of the 17x17 map of Mixed_6e.
+
+    Args:
+        trunk: the network, float32.
+        sha256: hash of its weights.
+        device: where it runs.
+    """
+
+    def __init__(self, trunk: InceptionTrunk, sha256: str, device: torch.device) -> None:
+        self.trunk = trunk.to(device)
+        self.device = device
+        self.info = JudgeInfo(
+            "inception768",
+            sha256,
+            f"bilinear antialias {SIDE}",
+            NUM_CHANNELS,
+            num_logits=0,
+            random=False,
+        )
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """(N, 3, R, R) uint8 -> ``features`` (N, 768) on the CPU."""
+        with exactly(self.device):
+            pixels = resized(images, SIDE, "bilinear", self.device)
+            features = self.trunk(pixels / 127.5 - 1).mean((2, 3))
+        return {"features": features.cpu()}
+
+
+def load(path: str | None, device: torch.device) -> Judge:
+    """Load the folded weights from one safetensors file.
+
+    Args:
+        path: as ``guide.path`` of an Inception guide.
+        device: where it will run, in float32 whatever a guide would do there.
+
+    Raises:
+        NotAvailable: no path, no such file, or it holds something else.
+    """
+    if path is None:
+        raise NotAvailable(
+            "metrics.inception768: no path is given: name the safetensors file of the FID "
+            "InceptionV3 with batch norm folded into X.conv.weight and X.conv.bias"
+        )
+    try:
+        guide = load_guide(GuideConfig(name="inception", path=path), torch.device("cpu"))
+    except GuideError as error:
+        raise NotAvailable(str(error).replace("guide.path", "metrics.inception768")) from error
+    return Inception768Judge(guide.trunk, guide.info.weights_sha256, device)

@@ -1,0 +1,83 @@
+"""Feature extractors by name, each loaded once; or why one is not available."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from dinogen.config.metrics import MetricsConfig
+from dinogen.distributed import process_group
+from dinogen.errors import UserError
+from dinogen.metrics.extractors.base import Judge, NotAvailable
+from dinogen.metrics.extractors.lpips import Perceptual, load_perceptual
+
+if TYPE_CHECKING:
+    from dinogen.config.metrics import MetricsConfig
+
+
+def load_judge(name: str, config: MetricsConfig, device: torch.device) -> Judge:
+    """Load a judge onto a device; all ranks together, so that all have it or none.
+
+    A new judge is one new file ``dinogen/metrics/judges/NAME.py`` with a function
+    ``load(path, device) -> Judge``, and, if it has weights, their path as
+    ``NAME`` in ``MetricsConfig``.
+
+    Raises:
+        NotAvailable: its weights cannot be had, here or on another rank; the message names
+            ``metrics.NAME`` and the mend.
+    """
+    module = importlib.import_module(f"dinogen.metrics.extractors.{name}")
+    judge: Judge | None = None
+    failed: NotAvailable | None = None
+    try:
+        judge = module.load(getattr(config, name, None), device)
+    except NotAvailable as error:
+        failed = error
+    if process_group.any_rank(failed is not None):
+        raise failed or NotAvailable(
+            f"metrics.{name}: another node cannot have it: give a path that all nodes can read"
+        )
+    assert judge is not None
+    return judge
+
+
+class Judges:
+    """Loads by name, once. Every rank has to ask for the same in the same order.
+
+    Args:
+        config: where their weights are.
+        device: where they compute.
+    """
+
+    def __init__(self, config: MetricsConfig, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._known: dict[str, Judge | NotAvailable] = {}
+        self._perceptual: Perceptual | NotAvailable | None = None
+
+    def get(self, name: str) -> Judge | NotAvailable:
+        """One judge, or why there is none."""
+        if name not in self._known:
+            try:
+                self._known[name] = load_judge(name, self._config, self._device)
+            except NotAvailable as error:
+                self._known[name] = error
+            except UserError as error:
+                # a file of weights that is damaged is no reason to lose what others measure
+                self._known[name] = NotAvailable(str(error))
+        return self._known[name]
+
+    def perceptual(self) -> Perceptual | NotAvailable:
+        """LPIPS, or why there is none."""
+        if self._perceptual is None:
+            config = self._config
+            try:
+                self._perceptual = load_perceptual(
+                    config.lpips, config.lpips_backbone, self._device
+                )
+            except NotAvailable as error:
+                self._perceptual = error
+            except UserError as error:
+                self._perceptual = NotAvailable(str(error))
+        return self._perceptual

@@ -1,0 +1,80 @@
+"""The judge of faces: the last network of the MTCNN face detector, whose weights are in its wheel.
+
+Zhang et al. 2016, "Joint Face Detection and Alignment Using Multitask Cascaded Convolutional
+Networks" (O-Net, figure 2). No guide and no objective sees it, it is on every machine, and it looks
+for nothing but faces: of other pictures its figures say little.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinogen._torchvision import ensure_torchvision
+from dinogen.features.weights import weights_sha256
+from dinogen.metrics.extractors.base import Judge, JudgeInfo, NotAvailable, exactly, resized
+
+SIDE = 48
+NUM_CHANNELS = 256
+FACE = 1  # of its two classes
+
+
+class ONetJudge:
+    """The 256 features before its last layers, and the logits of no face and a face.
+
+    Args:
+        net: facenet-pytorch's ``ONet``, float32.
+        sha256: hash of its weights.
+        device: where it runs.
+    """
+
+    def __init__(self, net: Any, sha256: str, device: torch.device) -> None:
+        self.net = net.eval().requires_grad_(False).to(device)
+        self.device = device
+        self.info = JudgeInfo(
+            "onet", sha256, f"bilinear antialias {SIDE}", NUM_CHANNELS, num_logits=2, random=False
+        )
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """(N, 3, R, R) uint8 -> ``features`` (N, 256) and ``logits`` (N, 2) on the CPU."""
+        net = self.net
+        with exactly(self.device):
+            x = (resized(images, SIDE, "bilinear", self.device) - 127.5) / 128
+            for i in (1, 2, 3):
+                pool, act, conv = (getattr(net, f"{kind}{i}") for kind in ("pool", "prelu", "conv"))
+                x = pool(act(conv(x)))
+            x = net.prelu4(net.conv4(x))
+            # Its weights come from another framework, which counts columns first.
+            features = net.prelu5(net.dense5(x.permute(0, 3, 2, 1).flatten(1)))
+            logits = net.dense6_1(features)
+        return {"features": features.cpu(), "logits": logits.cpu()}
+
+
+def load(path: str | None, device: torch.device) -> Judge:
+    """Load the network.
+
+    Args:
+        path: file of its weights as facenet-pytorch has them; that of the wheel if None.
+        device: where it will run.
+
+    Raises:
+        NotAvailable: no such file, or it holds something else.
+    """
+    ensure_torchvision()
+    from facenet_pytorch.models import mtcnn
+
+    wheel = Path(mtcnn.__file__).parents[1] / "data" / "onet.pt"
+    file = wheel if path is None else Path(path).expanduser()
+    net = mtcnn.ONet(pretrained=False)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        net.load_state_dict(state)
+    except Exception as error:
+        raise NotAvailable(
+            f"metrics.onet: {file} does not hold the weights of MTCNN's O-Net "
+            f"({' '.join(str(error).split())[:120]}): leave it out for those of facenet-pytorch"
+        ) from error
+    return ONetJudge(net, weights_sha256(state), device)

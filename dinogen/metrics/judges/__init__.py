@@ -1,6 +1,0 @@
-"""Judges: the frozen networks by whose features pictures are measured, one file each."""
-
-from dinogen.metrics.judges.base import Judge, JudgeInfo, NotAvailable
-from dinogen.metrics.judges.load import load_judge
-
-__all__ = ["Judge", "JudgeInfo", "NotAvailable", "load_judge"]

@@ -1,0 +1,110 @@
+"""One metric's value, its spread over random halves of the rows, or why there is none."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dinogen.distributed import rng
+
+Better = Literal["lower", "higher", "none"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric of one set of generated pictures. A value that is not finite becomes None.
+
+    Attributes:
+        name: of the metric, such as ``fid768``.
+        value: None if it is not available.
+        spread: its standard error; None where it is not known.
+        better: which way is better; ``none`` where a figure only says something.
+        num_samples: generated pictures behind it.
+        num_reference: real pictures behind it; None where it needs none.
+        fingerprint: id of what it was measured against; only figures of one id can be compared.
+        reason: why the value is None, with the remedy; None otherwise.
+        caution: why it is to be read with care; None if nothing speaks against it.
+    """
+
+    name: str
+    value: float | None
+    spread: float | None
+    better: Better
+    num_samples: int
+    num_reference: int | None
+    fingerprint: str | None
+    reason: str | None = None
+    caution: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.value is not None and not math.isfinite(self.value):
+            reason = self.reason or f"it came to {self.value}: look at the pictures"
+            object.__setattr__(self, "value", None)
+            object.__setattr__(self, "reason", reason)
+        if self.spread is not None and (self.value is None or not math.isfinite(self.spread)):
+            object.__setattr__(self, "spread", None)
+        if self.value is None and not self.reason:
+            raise ValueError(f"{self.name} has no value and no reason")
+
+    @classmethod
+    def missing(cls, name: str, better: Better, reason: str) -> Figure:
+        """A figure that is not available, and why."""
+        return cls(name, None, None, better, 0, None, None, reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a JSON-ready mapping."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Figure:
+        """Back from :meth:`to_dict`; keys of later versions are left aside.
+
+        Raises:
+            TypeError: a key is missing.
+        """
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in stored.items() if name in known})
+
+
+FEWEST_ROWS = 20  # of which a half still says something
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its standard error; None where that cannot be said."""
+
+    value: float
+    spread: float | None
+
+
+def halves(num_rows: int, num: int, seed: int) -> list[Tensor]:
+    """Random halves of rows, the same for the same arguments.
+
+    Args:
+        num_rows: N.
+        num: how many halves.
+        seed: of the draws.
+
+    Returns:
+        ``num`` sorted int64 tensors of N // 2 row numbers; none if there are fewer than
+        ``FEWEST_ROWS`` rows or ``num`` is below 2, because nothing can be said of a spread.
+    """
+    if num_rows < FEWEST_ROWS or num < 2:
+        return []
+    rows = torch.arange(num_rows)
+    found = []
+    for number in range(num):
+        order = rng.uniform(seed, f"halves/{number}", rows).argsort(stable=True)
+        found.append(order[: num_rows // 2].sort().values)
+    return found
+
+
+def standard_deviation(values: Sequence[float]) -> float | None:
+    """Of figures of :func:`halves`; None of fewer than two."""
+    return statistics.stdev(values) if len(values) > 1 else None

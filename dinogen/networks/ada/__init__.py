@@ -1,0 +1,1 @@
+"""Adaptive discriminator augmentation: the pipeline and its transforms."""

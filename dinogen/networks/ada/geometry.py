@@ -1,0 +1,191 @@
+"""Pixel blitting and geometric transforms of the augmentation pipeline.
+
+Matrices are (B, 3, 3) float64 on the CPU and map homogeneous pixel coordinates (x, y, 1), counted
+from the picture's centre, of the picture before to those of the picture after. What lies outside
+is a mirror image, without its border repeated. Karras et al. 2020, "Training Generative
+Adversarial Networks with Limited Data", appendix B.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dinogen.networks.ada.rng import TransformDraws
+from dinogen.networks.resample import upfirdn
+
+# The low-pass filter of the wavelet sym6 (Daubechies 1992, "Ten Lectures on Wavelets", table 6.3)
+SYM6 = (
+    0.015404109327027373,
+    0.0034907120842174702,
+    -0.11799011114819057,
+    -0.048311742585633,
+    0.4910559419267466,
+    0.787641141030194,
+    0.3379294217276218,
+    -0.07263752278646252,
+    -0.021060292512300564,
+    0.04472490177066578,
+    0.0017677118642428036,
+    -0.007800708325034148,
+)
+NUM_TAPS = len(SYM6)
+# centre of mass of the filter: by how many pixels it delays
+DELAY = sum(i * tap for i, tap in enumerate(SYM6)) / sum(SYM6)
+# pixels that the two filters reach beyond a picture
+REACH = 3
+
+
+def blit_matrices(draws: TransformDraws, p: float, size: int) -> Tensor:
+    """Mirror, quarter turns, translation by whole pixels up to an eighth of ``size``."""
+    flipped = draws.happens("flip", p) & (draws.uniform("flip") < 0.5)
+    matrix = scaling(1 - 2 * flipped.double(), torch.ones(len(flipped)))
+    turns = torch.floor(4 * draws.uniform("rotate_90")) * draws.happens("rotate_90", p)
+    # whole numbers, so that pixels meet pixels
+    matrix = rotation(-math.pi / 2 * turns).round() @ matrix
+    shift = [
+        torch.round((2 * draws.uniform("translate_whole", i) - 1) * 0.125 * size)
+        * draws.happens("translate_whole", p)
+        for i in range(2)
+    ]
+    return translation(*shift) @ matrix
+
+
+def geometry_matrices(draws: TransformDraws, p: float, size: int) -> Tensor:
+    """Scale, rotation, stretch, rotation, translation by any fraction of a pixel."""
+    scale = 2 ** (0.2 * draws.normal("scale") * draws.happens("scale", p))
+    matrix = scaling(scale, scale)
+    # so that one of the two rotations happens with probability p
+    p_rotate = 1 - math.sqrt(1 - min(p, 1))
+    matrix = _turn(draws, "rotate_before", p_rotate) @ matrix
+    stretch = 2 ** (0.2 * draws.normal("stretch") * draws.happens("stretch", p))
+    matrix = scaling(stretch, 1 / stretch) @ matrix
+    matrix = _turn(draws, "rotate_after", p_rotate) @ matrix
+    happens = draws.happens("translate", p)
+    shift = [0.125 * size * draws.normal("translate", i) * happens for i in range(2)]
+    return translation(*shift) @ matrix
+
+
+def blit(images: Tensor, matrices: Tensor) -> Tensor:
+    """Move pixels to where whole-numbered matrices put them, none of them changed.
+
+    Args:
+        images: (B, C, R, R).
+        matrices: (B, 3, 3) of quarter turns, mirrors and whole shifts.
+    """
+    if bool(_is_identity(matrices).all()):
+        return images
+    size = images.shape[-1]
+    # the centre lies between two pixels if their number is even; halves are exact in float32
+    places = torch.arange(size, device=images.device) - (size - 1) / 2
+    xs, ys = torch.meshgrid(places, places, indexing="xy")
+    after = torch.stack([xs, ys, torch.ones_like(xs)], -1)
+    before = after @ torch.linalg.inv(matrices)[:, None].to(after).mT
+    sources = (before[..., :2] + (size - 1) / 2).round().long()
+    columns, rows = mirrored(sources, size).unbind(-1)
+    index = (rows * size + columns).flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    return images.flatten(2).gather(2, index).view_as(images)
+
+
+def warp(images: Tensor, matrices: Tensor) -> Tensor:
+    """Transform at twice the resolution, between two wavelet filters that undo each other.
+
+    The filters keep what is scaled down free of aliasing, and the identity is exact: those of an
+    orthogonal wavelet, the first one reversed.
+
+    Args:
+        images: (B, C, R, R).
+        matrices: (B, 3, 3), invertible.
+    """
+    size, moved = images.shape[-1], ~_is_identity(matrices)
+    margins = _margins(matrices, size)
+    # By the margin that each needs: less to compute, and none is rounded as others make it.
+    for margin in margins[moved].unique().tolist():
+        chosen = moved & (margins == margin)
+        index = chosen.nonzero().flatten().to(images.device)
+        part = _warp(images.index_select(0, index), matrices[chosen], margin)
+        images = images.index_copy(0, index, part)
+    return images
+
+
+def mirrored(index: Tensor, size: int) -> Tensor:
+    """Any whole-numbered places to 0 ... size - 1, by mirroring at the first and last pixel."""
+    last = size - 1
+    return last - (index.remainder(2 * last) - last).abs()
+
+
+def scaling(x: Tensor, y: Tensor) -> Tensor:
+    """(B,) factors -> (B, 3, 3)."""
+    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    return _matrix([[x, zero, zero], [zero, y, zero], [zero, zero, one]])
+
+
+def rotation(angle: Tensor) -> Tensor:
+    """(B,) radians, from the x axis towards the y axis -> (B, 3, 3)."""
+    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
+    cos, sin = angle.cos(), angle.sin()
+    return _matrix([[cos, -sin, zero], [sin, cos, zero], [zero, zero, one]])
+
+
+def translation(x: Tensor, y: Tensor) -> Tensor:
+    """(B,) pixels -> (B, 3, 3)."""
+    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    return _matrix([[one, zero, x], [zero, one, y], [zero, zero, one]])
+
+
+def _turn(draws: TransformDraws, name: str, p: float) -> Tensor:
+    angle = (2 * draws.uniform(name) - 1) * math.pi
+    return rotation(-angle * draws.happens(name, p))
+
+
+def _matrix(rows: list[list[Tensor]]) -> Tensor:
+    return torch.stack([torch.stack(row, -1).double() for row in rows], -2)
+
+
+def _is_identity(matrices: Tensor) -> Tensor:
+    return (matrices == torch.eye(3)).flatten(1).all(1)
+
+
+def _to_sources(matrices: Tensor, size: int) -> Tensor:
+    """From places at twice the resolution, -1 to 1 over all that the second filter needs, to the
+    pixels that come there."""
+    first = (DELAY - (NUM_TAPS - 1)) / 2 - (size - 1) / 2
+    half = (_num_places(size) - 1) / 4
+    inverse: Tensor = torch.linalg.inv(matrices)
+    return inverse @ _linear(half, first + half)
+
+
+def _num_places(size: int) -> int:
+    return 2 * size - 2 + NUM_TAPS
+
+
+def _margins(matrices: Tensor, size: int) -> Tensor:
+    """Pixels needed around each picture, (B,) int64, in steps of a quarter of its side."""
+    corners = torch.tensor([[-1, -1, 1], [-1, 1, 1], [1, -1, 1], [1, 1, 1]]).double().T
+    reach = (_to_sources(matrices, size) @ corners)[:, :2].abs().amax((1, 2))
+    step = max(1, size // 4)
+    return ((reach - (size - 1) / 2 + REACH) / step).ceil().long() * step
+
+
+def _warp(images: Tensor, matrices: Tensor, margin: int) -> Tensor:
+    size = images.shape[-1]
+    around = mirrored(torch.arange(-margin, size + margin), size).to(images.device)
+    x = images.index_select(2, around).index_select(3, around)
+    taps = images.new_tensor(SYM6)
+    x = upfirdn(x, taps.flip(0), up=2)
+    # the first filter puts pixel i of the padded picture at 2 i - DELAY; again from -1 to 1
+    end = x.shape[-1] - 1
+    offset = (4 * ((size - 1) / 2 + margin) - 2 * DELAY) / end - 1
+    theta = (_linear(4 / end, offset) @ _to_sources(matrices, size))[:, :2].to(images)
+    num = _num_places(size)
+    grid = F.affine_grid(theta, [len(x), 1, num, num], align_corners=True)
+    return upfirdn(F.grid_sample(x, grid, align_corners=True), taps, down=2)
+
+
+def _linear(factor: float, offset: float) -> Tensor:
+    """(3, 3): both coordinates times a factor, plus an offset."""
+    rows = [[factor, 0, offset], [0, factor, offset], [0, 0, 1]]
+    return torch.tensor(rows, dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""StyleGAN2: layers, generator and discriminator."""

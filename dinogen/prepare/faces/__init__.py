@@ -1,0 +1,1 @@
+"""From photos to aligned faces: detected, cut out, written to a folder."""

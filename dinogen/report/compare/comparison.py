@@ -1,0 +1,174 @@
+"""Many runs as one comparison: a self-contained page, the same as JSON and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dinogen.errors import UserError
+from dinogen.files import write_json, write_text
+from dinogen.report.compare.columns import Column, label_of
+from dinogen.report.compare.model import Run
+from dinogen.report.compare.page import render_page
+from dinogen.report.compare.read import read_runs
+from dinogen.report.compare.seeds import Seeds, over_seeds
+from dinogen.report.compare.story import Chapter, tell
+from dinogen.report.compare.table import headline, make_columns, number_rows, sort_runs, unavailable
+from dinogen.report.compare.text import render_text
+from dinogen.report.compare.warnings import warnings_of
+
+PAGE, DATA, TEXT = "index.html", "comparison.json", "comparison.md"
+
+
+class Comparison:
+    """Some runs side by side: what page, JSON and Markdown have in common.
+
+    Args:
+        runs: as they were read.
+        title: heading.
+    """
+
+    def __init__(self, runs: Sequence[Run], title: str) -> None:
+        self.title = title
+        self.version = version("dinogen")
+        begun = [run for run in runs if run.numbers]
+        self.columns: list[Column] = make_columns(begun)
+        self.headline = headline(self.columns, begun)
+        self.runs = sort_runs(begun, self.headline)
+        self.failed = [run for run in runs if not run.finished]
+        self.troubled = [run for run in runs if run.finished and run.troubles]
+        self.damaged = [run for run in runs if run.damage]
+        self.warnings = [*_damaged(self.damaged, runs), *warnings_of(begun, self.columns)]
+        self.unavailable = unavailable(begun, label_of)
+        self.seeds: list[Seeds] = over_seeds(begun, self.columns)
+        self.story: list[Chapter] = tell(runs, self.headline)
+        self.all_runs = [*self.runs, *(run for run in runs if not run.numbers)]
+
+    @property
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """All ids of the table with what they stand for, as far as the runs say it."""
+        found: dict[str, dict[str, Any]] = {}
+        for run in self.runs:
+            for number in run.numbers.values():
+                if number.fingerprint:
+                    found.setdefault(number.fingerprint, {})
+                    found[number.fingerprint] |= run.fingerprints.get(number.fingerprint, {})
+        return found
+
+    @property
+    def order(self) -> str:
+        """By what the rows are sorted, in words."""
+        if self.headline is None or not self.headline.comparable:
+            return "in the order given"
+        return f"sorted by {self.headline.full_label}, best first"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, JSON-ready."""
+        return {
+            "title": self.title,
+            "dinogen": self.version,
+            "order": self.order,
+            "headline": self.headline.name if self.headline else None,
+            "warnings": self.warnings,
+            "columns": [asdict(column) for column in self.columns],
+            "runs": [_run_dict(run) for run in self.all_runs],
+            "not_available": [
+                {"metrics": metrics, "reason": reason, "runs": runs}
+                for metrics, reason, runs in self.unavailable
+            ],
+            "seeds": [asdict(one) for one in self.seeds],
+            "story": [asdict(chapter) for chapter in self.story],
+            "failures": {
+                run.name: {"status": run.status, "what": run.troubles}
+                for run in (*self.failed, *self.troubled)
+            },
+            "damaged": {run.name: run.damage for run in self.damaged},
+            "fingerprints": self.fingerprints,
+        }
+
+
+@dataclass(frozen=True)
+class Written:
+    """A comparison on disk.
+
+    Attributes:
+        page: of it.
+        damaged: what is wrong with the files of a run, by the run's name.
+        num_sound: runs of which nothing is damaged.
+    """
+
+    page: Path
+    damaged: dict[str, list[str]]
+    num_sound: int
+
+
+def write_comparison(runs: Sequence[Path], out: Path, title: str) -> Written:
+    """Write ``index.html``, ``comparison.json`` and ``comparison.md`` into a folder.
+
+    Args:
+        runs: folders of runs; one that failed or was never begun is listed as such.
+        out: the folder; made if it is not there.
+        title: heading of the page.
+
+    Returns:
+        The page, which needs no other file and no network; and which runs are damaged. They are
+        listed on it with the reason, and compared as far as their files are sound.
+
+    Raises:
+        UserError: there is nothing to compare.
+    """
+    if not runs:
+        raise UserError("no run to compare: give folders of runs")
+    comparison = Comparison(read_runs(runs), title)
+    write_json(out / DATA, comparison.to_dict())
+    write_text(out / TEXT, render_text(comparison))
+    write_text(out / PAGE, render_page(comparison))
+    damaged = {run.name: run.damage for run in comparison.damaged}
+    return Written(out / PAGE, damaged, len(comparison.all_runs) - len(damaged))
+
+
+def _damaged(damaged: Sequence[Run], runs: Sequence[Run]) -> list[str]:
+    """One sentence above everything, if files are damaged."""
+    if not damaged:
+        return []
+    names = ", ".join(run.name for run in damaged)
+    return [
+        f"DAMAGED FILES in {len(damaged)} of {len(runs)} runs: {names}. What is wrong with each "
+        "stands under Failures; what is sound is compared."
+    ]
+
+
+def _run_dict(run: Run) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "folder": str(run.folder),
+        "family": run.family,
+        "status": run.status,
+        "seed": run.seed,
+        "resolution": run.resolution,
+        "data": run.data,
+        "data_sha256": run.data_sha256,
+        "config_sha256": run.config_sha256,
+        "notes": run.notes,
+        "troubles": run.troubles,
+        "numbers": {row.pop("name"): row for row in number_rows(run)},
+        "curves": {
+            "measured": run.measured,
+            "loss": {"kimg": run.loss[0], "values": run.loss[1]},
+        },
+        "looks": [
+            {
+                "name": look.name,
+                "file": str(look.path) if look.path else None,
+                "caption": look.caption,
+                "nimg": look.nimg,
+                "seed": look.seed,
+                "command": look.command,
+                "reason": look.reason,
+            }
+            for look in run.looks
+        ],
+    }

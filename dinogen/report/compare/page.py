@@ -1,0 +1,214 @@
+"""A comparison as one HTML page that needs no other file: table, story, curves, pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from dinogen.report.compare.columns import Column, all_digits, label_of, show_counts
+from dinogen.report.compare.looks import Look
+from dinogen.report.compare.model import Run
+from dinogen.report.compare.plots import NARROW, NUM_COLOURS, SMALL, WIDE, Series, curves_svg
+from dinogen.report.compare.table import number_rows
+
+if TYPE_CHECKING:
+    from dinogen.report.compare.comparison import Comparison
+
+TEMPLATE = Path(__file__).with_name("compare.html")
+ID_DIGITS = 6
+SECTIONS = (
+    ("samples", "Samples", "The same numbers under the same seed for every run."),
+    ("interpolations", "Interpolations", "From one sample to another, the same ones for all."),
+    ("progress", "Over training", "The same latents at checkpoints of the run."),
+    ("latents", "Latents", "Truncation, styles and main directions, where the family has them."),
+    ("reconstructions", "Reconstructions", "Real pictures, encoded and decoded again."),
+    (
+        "worst",
+        "Weakest samples",
+        "What the discriminator, or the distance to real ones, rates low.",
+    ),
+    ("neighbours", "Nearest training pictures", "Beside samples: what was learnt by heart shows."),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the table, as text.
+
+    Attributes:
+        text: value.
+        spread: ``± ...``, or empty.
+        note: counts and fingerprint where the column's cells differ in them, or empty.
+        mark: ``best``, ``near`` or empty.
+        target: id of the row that says where the number comes from; empty without a value.
+    """
+
+    text: str
+    spread: str = ""
+    note: str = ""
+    mark: str = ""
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot, drawn for wide and for narrow screens."""
+
+    title: str
+    warning: str
+    wide: Markup
+    narrow: Markup
+    runs: tuple[Run, ...]
+
+
+def render_page(comparison: Comparison) -> str:
+    """The page as text."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["breakable"] = _breakable
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    runs, numbers = comparison.all_runs, {r.name: n for n, r in enumerate(comparison.all_runs)}
+    return template.render(
+        c=comparison,
+        families=list(dict.fromkeys(run.family for run in runs)),
+        groups=_groups(comparison.columns),
+        rows=[
+            (run, [_cell(run, column, numbers[run.name]) for column in comparison.columns])
+            for run in comparison.runs
+        ],
+        number_of=numbers,
+        num_colours=NUM_COLOURS,
+        seed_columns=[
+            column
+            for column in comparison.columns
+            if any(column.name in one.values for one in comparison.seeds)
+        ],
+        plots=_plots(comparison.runs, numbers),
+        losses=_losses(runs, numbers),
+        sections=_sections(comparison),
+        more={run.name: _more(run) for run in runs},
+        origins=[(run, [_origin(row) for row in number_rows(run)]) for run in runs],
+        label_of=label_of,
+    )
+
+
+def _breakable(text: str) -> Markup:
+    """Text that may go on in the next line behind an underscore, a dash or a slash."""
+    return Markup("<wbr>").join(re.split(r"(?<=[_/-])", text))
+
+
+def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:
+    """Headings above the columns, and how many each spans."""
+    groups: list[tuple[str, int]] = []
+    for column in columns:
+        if groups and groups[-1][0] == column.group:
+            groups[-1] = (column.group, groups[-1][1] + 1)
+        else:
+            groups.append((column.group, 1))
+    return groups
+
+
+def _cell(run: Run, column: Column, place: int) -> Cell:
+    number = run.numbers.get(column.name)
+    if number is None or number.value is None:
+        return Cell("–")
+    notes = [] if column.counts else [show_counts(number)]
+    if number.caution:
+        notes.append("few images")
+    if not column.comparable and number.fingerprint:
+        notes.append(number.fingerprint[:ID_DIGITS])
+    return Cell(
+        text=column.text(number.value),
+        spread="" if number.spread is None else f"± {column.text(number.spread)}",
+        note=" · ".join(note for note in notes if note),
+        mark="best" if run.name in column.best else "near" if run.name in column.near else "",
+        target=f"n-{place}-{column.name}",
+    )
+
+
+def _plots(runs: Sequence[Run], numbers: dict[str, int]) -> list[Plot]:
+    """A plot for each figure that was measured at several points of training."""
+    names = dict.fromkeys(name for run in runs for line in run.measured for name in line["metrics"])
+    plots = []
+    for name in names:
+        lines, shown, prints = [], [], set()
+        for run in runs:
+            points = [
+                (line["nimg"] / 1000, value, one.get("fingerprint"))
+                for line in run.measured
+                if (one := line["metrics"].get(name)) is not None
+                and (value := one.get("value")) is not None
+            ]
+            if points:
+                prints |= {point[2] for point in points}
+                kimg, values = [p[0] for p in points], [p[1] for p in points]
+                lines.append(Series(numbers[run.name], kimg, values))
+                shown.append(run)
+        if not any(len(line.values) > 1 for line in lines):
+            continue
+        label = label_of(name)
+        warning = (
+            f"Measured in {len(prints)} different ways (fingerprints differ): the curves do not "
+            "compare."
+            if len(prints) > 1
+            else ""
+        )
+        wide, narrow = (Markup(curves_svg(lines, label, size)) for size in (WIDE, NARROW))
+        plots.append(Plot(label, warning, wide, narrow, tuple(shown)))
+    return plots
+
+
+def _losses(runs: Iterable[Run], numbers: dict[str, int]) -> list[tuple[Run, Markup]]:
+    """The loss of each run by itself: losses of different families have no common scale."""
+    found = []
+    for run in runs:
+        if len(run.loss[1]) > 1:
+            line = Series(numbers[run.name], *run.loss)
+            # every plot takes its own ids
+            found.append((run, Markup(curves_svg([line], "", SMALL, smooth=True))))
+    return found
+
+
+def _sections(comparison: Comparison) -> list[tuple[str, str, str, list[tuple[Run, list[Look]]]]]:
+    """Pictures of all runs under common headings; headings without any are left out."""
+    sections = []
+    for key, title, text in SECTIONS:
+        shown = []
+        for run in comparison.all_runs:
+            looks = [look for look in run.looks if look.section == key and look.path]
+            if looks:
+                shown.append((run, looks[:1] if key == "samples" else looks))
+        if shown:
+            sections.append((key, title, text, shown))
+    return sections
+
+
+def _more(run: Run) -> list[Look]:
+    """Pictures that stand in no common section, and what was left out and why."""
+    first = next((look for look in run.looks if look.section == "samples" and look.path), None)
+    return [
+        look
+        for look in run.looks
+        if look.section == "more"
+        or look.path is None
+        or (look.section == "samples" and look is not first)
+    ]
+
+
+def _origin(row: dict[str, Any]) -> dict[str, Any]:
+    """A number with all its digits, as text."""
+    value = row["value"]
+    return {
+        **row,
+        "shown": (row["reason"] or "not available")
+        if value is None
+        else all_digits(value) + (f" (caution: {row['caution']})" if row["caution"] else ""),
+        "spread": "" if row["spread"] is None else f"{row['spread']:.4g}",
+    }

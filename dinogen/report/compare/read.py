@@ -1,0 +1,389 @@
+"""Reads the folders of runs for a comparison; one that failed is read as far as it went."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dinogen.errors import UserError
+from dinogen.report.cautions import caution_of
+from dinogen.report.compare.columns import MEASURED
+from dinogen.report.compare.looks import Look, read_looks
+from dinogen.report.compare.model import Number, Run, Source, take
+from dinogen.runs.files import (
+    CONFIG,
+    EVALUATION,
+    METRICS,
+    RESULT,
+    STATE,
+    STATS,
+    read_attempts,
+    read_config,
+    read_evaluation,
+    read_lines,
+    read_metrics,
+    read_raw,
+    read_result,
+    read_state,
+    read_text,
+    series,
+    stage_folders,
+)
+from dinogen.runs.values import finite
+
+log = logging.getLogger(__name__)
+
+NOTES = ("step", "change", "failed", "next")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run, be its config lost: it has a config or stages."""
+    return os.path.lexists(path / CONFIG) or bool(stage_folders(path).value)
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """Folders of runs: those given, and those below a given folder that is no run itself.
+
+    A path that holds no run, where another one does, is taken for a run that was lost: it is
+    listed as such, and stops nothing.
+
+    Raises:
+        UserError: nothing is there under a path, or none of them holds a run.
+    """
+    found: list[Path] = []
+    lost: list[Path] = []
+    for path in paths:
+        if path.name == CONFIG and path.is_file():
+            path = path.parent
+        if is_run(path):
+            found.append(path)
+            continue
+        if not os.path.lexists(path):
+            raise UserError(f"{path}: no such folder: give folders of runs, or one that holds some")
+        # a study knows of runs that never came to a config.yaml of their own
+        below = [path / name for name in read_attempts(path / "study.json").value]
+        below += [one for one in _folders_below(path) if is_run(one)]
+        if not below:
+            lost.append(path)
+        found += below or [path]
+    if lost and len(lost) == len(found):
+        raise UserError(f"{lost[0]}: no run here or below (no config.yaml): train one first")
+    return list(dict.fromkeys(found))
+
+
+def _folders_below(path: Path) -> list[Path]:
+    """Folders in a folder and in those, sorted; one that may not be read holds nothing."""
+    found: list[Path] = []
+    level = [path]
+    for _ in range(2):
+        following = []
+        for folder in level:
+            try:
+                following += sorted(one for one in folder.iterdir() if one.is_dir())
+            except OSError as error:
+                log.warning("%s: cannot be read: %s", folder, error.strerror)
+        found += following
+        level = following
+    return found
+
+
+def read_runs(folders: Iterable[Path]) -> list[Run]:
+    """The runs in the order given, each under the shortest name that no other has."""
+    folders = list(dict.fromkeys(folders))
+    parts = [folder.resolve().parts for folder in folders]
+    depth = 1
+    while depth < max(map(len, parts), default=1) and len({p[-depth:] for p in parts}) < len(parts):
+        depth += 1
+    return [
+        _read_run(folder, _printable("/".join(part[-depth:]).lstrip("/")))
+        for folder, part in zip(folders, parts, strict=True)
+    ]
+
+
+def _printable(name: str) -> str:
+    """A name as UTF-8 can write it: that of a folder may be any bytes."""
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    """One run; whatever is wrong with its files is a trouble of this run alone."""
+    run = Run(folder, name)
+    try:
+        _read_files(run)
+    except Exception as error:  # a fault of ours, which must not cost the other runs their page
+        log.exception("%s: cannot be read", folder)
+        run.status = "damaged"
+        run.damage.append(f"cannot be read: {type(error).__name__}: {error}")
+        run.troubles.append(run.damage[-1])
+    return run
+
+
+def _read_files(run: Run) -> None:
+    folder = run.folder
+    _read_attempts(run)
+    _read_config(run)
+    if not folder.is_dir():
+        _say_not_begun(run)
+        return
+    stages = take(run, stage_folders(folder))
+    results = {}
+    for resolution, path in stages:
+        result = take(run, read_result(path / RESULT))
+        if result is not None:
+            results[resolution] = result
+    planned = [stage.get("resolution") for stage in run.config.get("stages") or ()]
+    if planned and planned[-1] in results:
+        run.status = "finished"
+    elif run.config:
+        run.status = "unfinished" if stages else "not begun"
+    elif stages:
+        run.status = "damaged"
+    if not stages:
+        run.troubles.append("it ended before its first stage: no stage has a folder")
+        return
+    run.resolution = max(results, default=stages[-1][0])
+    main = folder / f"{run.resolution}x{run.resolution}"
+    _read_losses(run, [path for _, path in stages])
+    if not run.finished and not (run.status == "damaged" and stages[-1][0] in results):
+        _say_how_far(run, stages[-1][1])
+    _read_checkpoint(run, main)
+    if results:
+        read_costs(run, results)
+    read_measured(run, main)
+    index, run.looks, troubles = read_looks(main, results.get(run.resolution))
+    take(run, index)
+    run.troubles += troubles
+    real = (results.get(run.resolution, {}).get("files") or {}).get("real")
+    if real and (main / real).is_file():
+        run.real = Look("real", main / real, f"real images, {run.resolution}x{run.resolution}")
+
+
+def _say_not_begun(run: Run) -> None:
+    """There is no folder: it was never made, or something else stands in its place."""
+    if os.path.lexists(run.folder):
+        run.status = "damaged"
+        run.damage.append("there is no folder of this name, but a file or a broken link")
+        run.troubles.append(run.damage[-1])
+    else:
+        run.troubles.append("never begun: there is no such folder")
+
+
+def _read_config(run: Run) -> None:
+    path = run.folder / CONFIG
+    if not os.path.lexists(path):
+        # what a study would have started it with still tells its family and notes
+        copy = run.folder.parent.parent / "configs" / run.folder.parent.name / run.folder.name
+        path = copy.with_name(f"{copy.name}.yaml")
+        if not path.is_file():
+            if run.folder.is_dir():
+                run.damage.append(f"{CONFIG} is missing")
+                run.troubles.append(run.damage[-1])
+            return
+    raw = read_raw(path)
+    if raw.value:
+        run.config_sha256 = hashlib.sha256(raw.value).hexdigest()
+    run.config_text = _printable(read_text(path).value.replace("\0", "\ufffd"))
+    found = read_config(path)
+    run.config = take(run, found)
+    if not run.config and not found.troubles:
+        run.damage.append(f"{CONFIG} is empty")
+        run.troubles.append(run.damage[-1])
+    run.family = (run.config.get("family") or {}).get("name") or "unknown"
+    run.seed = run.config.get("seed")
+    data = run.config.get("data") or {}
+    mix = [str(part.get("path")) for part in data.get("mix") or ()]
+    run.data = " + ".join(mix) or data.get("path")
+    notes = run.config.get("notes") or {}
+    run.notes = {key: notes[key] for key in NOTES if notes.get(key) is not None}
+
+
+def _read_attempts(run: Run) -> None:
+    """What went wrong when a step of a run of a study was tried last, and where its log is."""
+    folder = run.folder.absolute()
+    record = read_attempts(folder.parent.parent / "study.json")
+    tried = record.value.get(f"{folder.parent.name}/{folder.name}", [])
+    newest: dict[Any, dict[str, Any]] = {one.get("step"): one for one in tried}
+    for step, one in newest.items():
+        if one.get("what"):
+            run.troubles.append(f"{step}: {one['what']} (log: {one.get('log')})")
+
+
+def _read_losses(run: Run, folders: list[Path]) -> None:
+    """The loss over all stages; they count images on."""
+    for folder in folders:
+        found = read_lines(folder / STATS)
+        lines = take(run, found)
+        if found.there and not lines and read_raw(found.path).value:
+            run.damage.append(f"{folder.name}/{STATS}: holds no line of statistics")
+            run.troubles.append(run.damage[-1])
+        kimg, loss = series(lines, "loss")
+        run.loss = (run.loss[0] + kimg, run.loss[1] + loss)
+
+
+def _say_how_far(run: Run, folder: Path) -> None:
+    """Where a run without a result stands, for the list of what failed."""
+    lines = read_lines(folder / STATS).value
+    if not lines:
+        run.troubles.append(f"stopped or still at work in stage {folder.name}: not a log line yet")
+        return
+    stages = run.config.get("stages") or ()
+    lengths = [stage.get("kimg") for stage in stages]
+    whole = f" of {sum(lengths):.4g}" if lengths and None not in lengths else ""
+    run.troubles.append(
+        f"stopped or still at work in stage {folder.name}: "
+        f"{lines[-1]['nimg'] / 1000:.4g}{whole} thousand images, no result"
+    )
+    broken = 0
+    for line in reversed(lines):
+        if "loss" not in line or finite(line["loss"]) is not None:
+            break
+        broken += 1
+    if broken:
+        run.troubles.append(f"its last {broken} log lines hold no finite loss")
+
+
+def _read_checkpoint(run: Run, stage: Path) -> None:
+    """What the newest checkpoint knows of the data."""
+    for path in sorted(stage.glob(f"checkpoints/*/{STATE}"), reverse=True):
+        state = take(run, read_state(path))
+        if state is not None:
+            run.data_sha256 = state.get("data")
+            return
+
+
+# figures of kept checkpoints, measured after training
+OVER_TRAINING = "checkpoints.jsonl"
+PROMPTED = {name for group, names in MEASURED if group == "Prompts" for name, _ in names}
+
+
+def read_costs(run: Run, results: dict[int, dict[str, Any]]) -> None:
+    """Numbers of training: summed over stages where they add up."""
+    last = results[max(results)]
+    run.facts = last
+    run.sources["training"] = Source(
+        f"{max(results)}x{max(results)}/result.json",
+        f"dinogen train {run.folder / 'config.yaml'}",
+        last.get("nimg"),
+        last.get("versions") or {},
+        last.get("device"),
+    )
+    parts = list(results.values())
+    seconds = [finite(one.get("seconds")) for one in parts]
+    hours = [
+        (one or 0.0) * (part.get("world_size") or 1) / 3600
+        for one, part in zip(seconds, parts, strict=True)
+    ]
+    memory = [m for part in parts if (m := finite(part.get("peak_memory_mb"))) is not None]
+    kind = "cpu_hours" if last.get("device") == "cpu" else "gpu_hours"
+    costs: dict[str, float | None] = {
+        "num_parameters": finite(last.get("num_parameters")),
+        "nimg": finite(last.get("nimg")),
+        "seconds": None if None in seconds else sum(one or 0.0 for one in seconds),
+        kind: None if None in seconds else sum(hours),
+        "peak_memory_mb": max(memory, default=None),
+        "training_images_per_s": finite(last.get("images_per_s")),
+    }
+    for name, value in costs.items():
+        run.numbers[name] = Number(name, value, "training")
+    verdict = last.get("verdict") or "unknown"
+    if verdict != "ok":
+        said = " ".join(last.get("warnings") or ())
+        run.troubles.append(said if said.startswith(verdict) else f"{verdict}: {said}")
+    if last.get("num_skipped"):
+        run.troubles.append(f"{last['num_skipped']} damaged samples were replaced")
+
+
+def read_measured(run: Run, stage: Path) -> None:
+    """Figures of `dinogen evaluate`; what it has not, as measured last in training."""
+    trained = run.facts.get("nimg")
+    in_training = take(run, read_metrics(stage / METRICS))
+    run.measured = take(run, read_metrics(stage / OVER_TRAINING)) or in_training
+    for line in run.measured:
+        run.fingerprints |= line.get("fingerprints") or {}
+    if in_training:
+        newest = in_training[-1]
+        run.sources["in_training"] = Source(
+            f"{stage.name}/{METRICS}",
+            f"dinogen train {run.folder / 'config.yaml'}",
+            newest["nimg"],
+            run.facts.get("versions") or {},
+            run.facts.get("device"),
+        )
+        _add_figures(run, newest["metrics"], "in_training")
+    evaluation = read_evaluation(stage / EVALUATION)
+    found = take(run, evaluation)
+    if found is None:
+        if run.facts and not evaluation.there:
+            run.troubles.append(f"never measured: dinogen evaluate {run.folder}")
+        return
+    run.sources["evaluation"] = Source(
+        f"{stage.name}/evaluation.json",
+        found.get("command") or f"dinogen evaluate {run.folder}",
+        found.get("nimg"),
+        found.get("versions") or {},
+        found.get("device"),
+    )
+    run.fingerprints |= found.get("fingerprints") or {}
+    _add_figures(run, found.get("measured") or {}, "evaluation")
+    speed = found.get("sampling") or {}
+    run.numbers["sampling_images_per_s"] = Number(
+        "sampling_images_per_s",
+        finite(speed.get("images_per_s")),
+        "evaluation",
+        better="higher",
+        num_samples=speed.get("num"),
+    )
+    for name, value in (found.get("metrics") or {}).items():
+        run.others[name] = Number(
+            name, finite(value), "evaluation", num_samples=found.get("num_samples")
+        )
+    if trained is not None and found.get("nimg") not in (None, trained):
+        run.troubles.append(
+            f"measured at {found['nimg']:,} images, but trained to {trained:,}: evaluate it again"
+        )
+
+
+def _add_figures(run: Run, figures: dict[str, Any], source: str) -> None:
+    """Figures of a mapping by name; one that has a value is not replaced by one without."""
+    for name, one in figures.items():
+        if one is None:
+            continue
+        number = Number(
+            name=name,
+            value=one.get("value"),
+            source=_source_of(run, source, one.get("command")),
+            better=one.get("better") or "none",
+            spread=one.get("spread"),
+            num_samples=one.get("num_samples"),
+            num_reference=one.get("num_reference"),
+            fingerprint=one.get("fingerprint"),
+            reason=one.get("reason"),
+            caution=_caution(name, one),
+        )
+        if number.value is not None or name not in run.numbers:
+            run.numbers[name] = number
+
+
+def _caution(name: str, one: dict[str, Any]) -> str | None:
+    """What the file says, or for one of an earlier version, what follows from its counts."""
+    if one.get("value") is None or "caution" in one:
+        return one.get("caution")
+    # prompts are counted where others count real images
+    num_real = None if name in PROMPTED else one.get("num_reference")
+    return caution_of(one.get("num_samples"), num_real)
+
+
+def _source_of(run: Run, key: str, command: str | None) -> str:
+    """The source of a figure: an evaluation keeps what earlier commands have measured."""
+    if command is None or command == run.sources[key].command:
+        return key
+    number = 2
+    while (name := f"{key}_{number}") in run.sources and run.sources[name].command != command:
+        number += 1
+    run.sources[name] = replace(run.sources[key], command=command)
+    return name

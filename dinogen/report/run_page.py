@@ -1,0 +1,188 @@
+"""The page of a run: every stage beside real pictures, its curve and its numbers, in one file."""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from dinogen.errors import UserError
+from dinogen.files import write_text
+from dinogen.runs.files import CONFIG, RESULT, read_raw, read_result, read_text, stage_folders
+from dinogen.runs.values import finite
+
+log = logging.getLogger(__name__)
+
+PAGE = "index.html"
+Show = Callable[[dict[str, Any]], str]
+TEMPLATE = Path(__file__).with_name("page.html")
+BADGES = {"ok": "ok", "COLLAPSING": "warn", "COLLAPSED": "bad"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the page.
+
+    Attributes:
+        caption: what it shows.
+        name: file name inside the stage's folder.
+        data: the file as a data URI; None if it is missing, which the page says.
+    """
+
+    caption: str
+    name: str
+    data: str | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the page says about one finished stage."""
+
+    name: str
+    result: dict[str, Any]
+    pictures: tuple[Picture, ...]
+    curve: Picture
+
+    @property
+    def verdict(self) -> str:
+        """``ok``, ``COLLAPSING`` or ``COLLAPSED``."""
+        return self.result.get("verdict") or "unknown"
+
+    @property
+    def badge(self) -> str:
+        """CSS class of the verdict; one that is not known must not look good."""
+        return BADGES.get(self.verdict, "bad")
+
+
+def write_page(run: Path) -> Path:
+    """Write ``RUN/index.html`` from the run's files; nothing outside the file is needed to read it.
+
+    Args:
+        run: folder of a run with at least one finished stage.
+
+    Returns:
+        The page.
+
+    A stage whose result cannot be read is left out, with a warning in the log and on the page.
+
+    Raises:
+        UserError: the run has no finished stage.
+    """
+    stages, damaged = _read_stages(run)
+    for trouble in damaged:
+        log.warning("%s", trouble)
+    if not stages:
+        raise UserError(
+            f"{run}: no stage is finished (no sound result.json below it): train it first"
+        )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    html = template.render(
+        title=run.resolve().name,
+        stages=stages,
+        damaged=damaged,
+        rows=[(label, [show(stage.result) for stage in stages]) for label, show in ROWS.items()],
+        guides=sorted(
+            {str(s.result["guide_label"]) for s in stages if s.result.get("guide_label")}
+        ),
+        random_guide=any(stage.result.get("random_guide") for stage in stages),
+        collapsed=[stage.name for stage in stages if stage.verdict == "COLLAPSED"],
+        collapsing=[stage.name for stage in stages if stage.verdict == "COLLAPSING"],
+        guide=stages[-1].result.get("guide") or {},
+        versions=stages[-1].result.get("versions") or {},
+        config=_read_text(run / CONFIG),
+    )
+    page = run / PAGE
+    write_text(page, html)
+    return page
+
+
+def _read_stages(run: Path) -> tuple[list[Stage], list[str]]:
+    """The finished stages, smallest resolution first, and what is wrong with their files."""
+    stages, damaged = [], []
+    for _, folder in stage_folders(run).value:
+        found = read_result(folder / RESULT)
+        damaged += found.told(run)
+        if found.value is not None:
+            stages.append(_stage(folder, found.value))
+    return stages, damaged
+
+
+def _stage(folder: Path, result: dict[str, Any]) -> Stage:
+    files = result.get("files") or {}
+    return Stage(
+        name=folder.name,
+        result=result,
+        pictures=(
+            _read_picture(folder, "generated", files.get("final")),
+            _read_picture(folder, "real", files.get("real")),
+        ),
+        curve=_read_picture(folder, "loss curve", files.get("loss_curve")),
+    )
+
+
+def _read_picture(folder: Path, caption: str, name: str | None) -> Picture:
+    path = folder / (name or caption)
+    raw = read_raw(path)
+    if not raw.value:
+        return Picture(caption, path.name, None)
+    data = base64.b64encode(raw.value).decode("ascii")
+    return Picture(caption, path.name, f"data:image/png;base64,{data}")
+
+
+def _read_text(path: Path) -> str:
+    found = read_text(path)
+    if not found.there:
+        return f"{path.name} is missing"
+    return found.value or "; ".join(found.told(path.parent)) or f"{path.name} is empty"
+
+
+def _number(name: str, form: str, scale: float = 1.0) -> Show:
+    """Reads a number of a result as text; a dash where the run has none."""
+
+    def show(result: dict[str, Any]) -> str:
+        value = finite(result.get(name))
+        return "–" if value is None else form.format(value * scale)
+
+    return show
+
+
+def _word(name: str) -> Show:
+    def show(result: dict[str, Any]) -> str:
+        value = result.get(name)
+        return "–" if value is None else str(value)
+
+    return show
+
+
+def _time(result: dict[str, Any]) -> str:
+    seconds = finite(result.get("seconds"))
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+ROWS: dict[str, Show] = {
+    "verdict": _word("verdict"),
+    "images shown": _number("nimg", "{:,.0f}"),
+    "loss": _number("loss", "{:.4g}"),
+    "collapse floor": _number("floor", "{:.4g}"),
+    "loss / floor": _number("loss_over_floor", "{:.3f}"),
+    "diversity / real": _number("diversity", "{:.1%}"),
+    "images/s": _number("images_per_s", "{:,.1f}"),
+    "waiting for data": _number("data_wait", "{:.1%}"),
+    "damaged samples replaced": _number("num_skipped", "{:,.0f}"),
+    "time, (h:)m:s": _time,
+    "peak GPU memory, MiB": _number("peak_memory_mb", "{:,.0f}"),
+    "parameters, million": _number("num_parameters", "{:.2f}", 1e-6),
+    "device": _word("device"),
+    "precision": _word("precision"),
+    "processes": _word("world_size"),
+}

@@ -1,0 +1,1 @@
+"""The folder of a run: what lies where, how far it is, what its files say."""

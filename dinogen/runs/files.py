@@ -1,0 +1,456 @@
+"""The one reader of a run's files: what is sound in each, and a reason for what is not.
+
+A run's folder is touched by kills, full disks, editors, other versions and other people. Whoever
+reads a file of it reads it here. Nothing below raises because of what a file holds: a reader gets
+values of the types that it was promised, and reasons in words for everything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from dinogen.config.file import read_mapping
+from dinogen.errors import UserError
+from dinogen.runs.values import (
+    MAX_VALUES,
+    Kind,
+    Partly,
+    amount,
+    byte_of,
+    checked,
+    count,
+    each,
+    finite,
+    flag,
+    keys_of,
+    list_of,
+    number,
+    parse_object,
+    plain,
+    section,
+    short,
+    text_of,
+    word,
+)
+
+T = TypeVar("T")
+Line = dict[str, Any]
+
+CONFIG, RESULT, STATE = "config.yaml", "result.json", "state.json"
+STATS, METRICS, EVALUATION = "stats.jsonl", "metrics.jsonl", "evaluation.json"
+# more than any file of a run holds: what is larger was not written by dinogen
+MAX_BYTES = 256 << 20
+_MAX_SAID = 3  # lines of a file that are named one by one
+
+
+@dataclass(frozen=True)
+class Found(Generic[T]):
+    """What was read of one file.
+
+    Attributes:
+        path: the file.
+        value: what is sound; of a file that is missing or not readable, what stands for nothing.
+        troubles: what is wrong with it, each to be read behind the name of the file.
+        there: whether there is anything of that name.
+    """
+
+    path: Path
+    value: T
+    troubles: tuple[str, ...] = ()
+    there: bool = True
+
+    def told(self, root: Path | None = None) -> list[str]:
+        """The troubles with the name of the file, relative to ``root`` if it lies below."""
+        name = self.path
+        if root is not None and name.is_relative_to(root):
+            name = name.relative_to(root)
+        return [f"{name}{trouble}" for trouble in self.troubles]
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def read_raw(path: Path) -> Found[bytes]:
+    """The bytes of a file; a pipe, a folder or a device in its place is a trouble, not a wait."""
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            what = "a folder" if stat.S_ISDIR(about.st_mode) else "no regular file"
+            return Found(path, b"", (f" cannot be read: it is {what}",))
+        if about.st_size > MAX_BYTES:
+            return Found(path, b"", (f" cannot be read: it has {about.st_size >> 20} MiB",))
+        return Found(path, path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return Found(path, b"", there=False)
+    except OSError as error:
+        return Found(path, b"", (f" cannot be read: {error.strerror or error}",))
+    except ValueError as error:  # a zero byte in the path
+        return Found(path, b"", (f" cannot be read: {error}",))
+
+
+def read_text(path: Path) -> Found[str]:
+    """A file as UTF-8 text; bytes that are none stand as U+FFFD, which is a trouble."""
+    raw = read_raw(path)
+    if raw.troubles or not raw.there:
+        return Found(path, "", raw.troubles, raw.there)
+    try:
+        return Found(path, raw.value.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        text = raw.value.decode("utf-8", "replace")
+        return Found(path, text, (f" is not UTF-8 text: byte {error.start} is {byte_of(error)}",))
+
+
+def read_object(path: Path) -> Found[dict[str, Any] | None]:
+    """The JSON object that a file holds; None if there is none."""
+    raw = read_raw(path)
+    if raw.troubles or not raw.there:
+        return Found(path, None, raw.troubles, raw.there)
+    try:
+        return Found(path, parse_object(raw.value))
+    except ValueError as error:
+        return Found(path, None, (f" cannot be read: {error}",))
+
+
+def read_lines(path: Path, kinds: Mapping[str, Kind] | None = None) -> Found[list[Line]]:
+    """The sound lines of a file of one JSON object a line, in order of ``nimg``, each once.
+
+    A run that was killed and resumed may have logged the same images twice: what the later
+    process wrote replaces everything from there on.
+
+    Args:
+        path: the file.
+        kinds: of further keys, see :func:`checked`; ``nimg`` is a whole number in every line.
+    """
+    raw = read_raw(path)
+    lines: list[Line] = []
+    bad: list[str] = []
+    for place, row in enumerate(raw.value.splitlines(), start=1):
+        try:
+            line = parse_object(row)
+            if "nimg" not in line:
+                raise ValueError("nimg is missing")
+            nimg = count(line["nimg"])
+        except ValueError as error:
+            bad.append(f"line {place} is left out: {error}")
+            continue
+        line, troubles = checked(line | {"nimg": nimg}, kinds or {})
+        bad += [f"line {place}: {trouble}" for trouble in troubles]
+        while lines and lines[-1]["nimg"] >= nimg:
+            lines.pop()
+        lines.append(line)
+    said = [f": {one}" for one in bad[:_MAX_SAID]]
+    if len(bad) > _MAX_SAID:
+        said.append(f": {len(bad) - _MAX_SAID} more lines are damaged")
+    return Found(path, lines, (*raw.troubles, *said), raw.there)
+
+
+def line_nimg(row: bytes) -> float:
+    """``nimg`` of a line of a ``*.jsonl``; infinite where the line is damaged or was cut off."""
+    try:
+        return count(parse_object(row).get("nimg"))
+    except ValueError:
+        return math.inf
+
+
+def stage_folders(run: Path) -> Found[list[tuple[int, Path]]]:
+    """``(resolution, folder)`` of the stages of a run that have begun, smallest first."""
+    found = []
+    try:
+        for path in run.iterdir():
+            if re.fullmatch(r"([1-9]\d{0,5})x\1", path.name) and path.is_dir():
+                found.append((int(path.name.partition("x")[0]), path))
+    except (FileNotFoundError, NotADirectoryError):
+        return Found(run, [], there=False)
+    except OSError as error:
+        return Found(run, [], (f" cannot be read: {error.strerror or error}",))
+    return Found(run, sorted(found))
+
+
+# ---- what each file of a run holds ---------------------------------------------------------------
+
+
+def read_result(path: Path) -> Found[dict[str, Any] | None]:
+    """result.json of a stage: what it came to, and the files that show it."""
+    return _checked(read_object(path), _RESULT, needs=("nimg",))
+
+
+def read_evaluation(path: Path) -> Found[dict[str, Any] | None]:
+    """evaluation.json; each figure of ``measured`` is one that can be shown."""
+    return _checked(read_object(path), _EVALUATION)
+
+
+def read_metrics(path: Path) -> Found[list[Line]]:
+    """Lines of figures measured in the course of training; those without ``metrics`` are no such.
+
+    For metrics.jsonl and checkpoints.jsonl.
+    """
+    found = read_lines(path, _METRICS_LINE)
+    lines = [line for line in found.value if isinstance(line.get("metrics"), dict)]
+    return Found(path, lines, found.troubles, found.there)
+
+
+def read_looks_index(path: Path) -> Found[dict[str, dict[str, Any]]]:
+    """looks.json: what `dinogen look` has drawn, by name."""
+    found = read_object(path)
+    looks: dict[str, dict[str, Any]] = {}
+    troubles = list(found.troubles)
+    for name, one in (found.value or {}).items():
+        try:
+            looks[name], bad = checked(section(one), _LOOK)
+        except ValueError as error:
+            bad = [str(error)]
+        troubles += [f": {name}: {reason}" for reason in bad]
+    return Found(path, looks, tuple(troubles), found.there)
+
+
+def read_attempts(path: Path) -> Found[dict[str, list[dict[str, Any]]]]:
+    """study.json: what `dinogen study` has tried, by run, oldest first."""
+    found = read_object(path)
+    troubles = list(found.troubles)
+    attempts: dict[str, list[dict[str, Any]]] = {}
+    try:
+        runs = section((found.value or {}).get("runs") or {})
+    except ValueError as error:
+        runs = {}
+        troubles.append(f": runs: {error}")
+    for name, tried in runs.items():
+        attempts[name] = []
+        for one in tried if isinstance(tried, list) else [tried]:
+            try:
+                attempt, bad = checked(section(one), _ATTEMPT)
+                attempts[name].append(attempt)
+            except ValueError as error:
+                bad = [str(error)]
+            troubles += [f": runs: {name}: {reason}" for reason in bad]
+    return Found(path, attempts, tuple(troubles), found.there)
+
+
+def read_config(path: Path) -> Found[dict[str, Any]]:
+    """config.yaml as plain values, with those sections sound that a report reads.
+
+    It is not checked against the schema: a config of a later or earlier version is read too.
+    """
+    raw = read_raw(path)
+    if raw.troubles or not raw.there:
+        return Found(path, {}, raw.troubles, raw.there)
+    try:
+        values = plain(read_mapping(path), [MAX_VALUES])
+    except UserError as error:
+        return Found(path, {}, (f" cannot be read: {str(error).removeprefix(f'{path}: ')}",))
+    except (ValueError, RecursionError) as error:
+        return Found(path, {}, (f" cannot be read: {error or 'it is nested too deep'}",))
+    config, troubles = checked(values, _CONFIG)
+    return Found(path, config, tuple(f": {trouble}" for trouble in troubles))
+
+
+def read_state(path: Path) -> Found[dict[str, Any] | None]:
+    """state.json of a checkpoint: where the run was, and what it was trained on."""
+    return _checked(read_object(path), _STATE)
+
+
+def state_trouble(state: object) -> str | None:
+    """Why a state.json that was read cannot be gone on from or sampled; None if it can."""
+    try:
+        value = section(state)
+        for key in ("progress", "config", "facts", "versions", "files", "engine", "logger"):
+            if key not in value:
+                raise ValueError(f"{key} is missing")
+            section(value[key], key)
+        progress = value["progress"]
+        count(progress.get("nimg"), "progress.nimg")
+        unknown = [key for key in progress if key not in _PROGRESS]
+        given = {key: one for key, one in progress.items() if one is not None}
+        if reasons := [f"{key} is not known" for key in unknown] + checked(given, _PROGRESS)[1]:
+            raise ValueError(f"progress: {reasons[0]}")
+        for key in ("sums", "weights"):
+            section(value["logger"].get(key), f"logger.{key}")
+        count(value.get("start"), "start")
+        word(value["versions"].get("dinogen"), "versions.dinogen")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _checked(
+    found: Found[dict[str, Any] | None], kinds: Mapping[str, Kind], needs: tuple[str, ...] = ()
+) -> Found[dict[str, Any] | None]:
+    """An object whose known keys are of their kinds."""
+    if found.value is None:
+        return found
+    value, reasons = checked(found.value, kinds)
+    reasons += [
+        f"{key} is {'no finite number' if key in found.value else 'missing'}"
+        for key in needs
+        if found.value.get(key) is None
+    ]
+    return Found(found.path, value, tuple(f": {one}" for one in reasons))
+
+
+def iter_values(lines: list[Line], name: str) -> Iterator[tuple[int, float]]:
+    """``(nimg, value)`` of the lines that hold a finite number under ``name``."""
+    for line in lines:
+        value = finite(line.get(name))
+        if value is not None:
+            yield line["nimg"], value
+
+
+def _figure(value: Any) -> dict[str, Any]:
+    """One figure: a finite value, or none and the reason."""
+    given = section(value)
+    sound, reasons = checked(given, _FIGURE)
+    if "value" not in sound:
+        raise ValueError("; ".join(reasons) or "value is missing")
+    whole = dict.fromkeys(_NEEDED) | {"better": "none"} | sound
+    if whole["value"] is None and whole["reason"] is None:
+        whole["reason"] = "its file holds no value, and does not say why"
+    if reasons:
+        raise Partly(whole, reasons)
+    return whole
+
+
+def _code(value: Any) -> int:
+    """An exit code: below 0 it is a signal's."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{short(value)} is no exit code")
+    return value
+
+
+def _better(value: Any) -> str:
+    if value not in ("lower", "higher", "none"):
+        raise ValueError(f"{short(value)} is none of lower, higher, none")
+    return str(value)
+
+
+def _name(value: Any) -> str:
+    """The name of a file inside a folder of the run, never a way out of it."""
+    name = word(value)
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        raise ValueError(f"{short(value)} is no file of this folder")
+    return name
+
+
+_FIGURE: dict[str, Kind] = {
+    "value": number,
+    "spread": amount,
+    "better": _better,
+    "num_samples": count,
+    "num_reference": count,
+    "fingerprint": word,
+    "reason": word,
+    "caution": word,
+    "command": word,
+}
+# what a reader finds in each figure; a caution is there since it was invented
+_NEEDED = [key for key in _FIGURE if key != "caution"]
+_RESULT: dict[str, Kind] = {
+    "nimg": count,
+    "resolution": count,
+    "family": word,
+    "seconds": amount,
+    "world_size": count,
+    "peak_memory_mb": amount,
+    "num_parameters": count,
+    "images_per_s": amount,
+    "num_skipped": count,
+    "verdict": word,
+    "warnings": list_of(word),
+    "device": word,
+    "precision": word,
+    "versions": each(text_of),
+    "files": each(_name, none=True),
+    "guide_label": word,
+    "random_guide": flag,
+    "ended_early": flag,
+    "guide": section,
+}
+_EVALUATION: dict[str, Kind] = {
+    "nimg": count,
+    "resolution": count,
+    "num_samples": count,
+    "num_skipped": count,
+    "split": word,
+    "metrics": each(number, none=True),
+    "measured": each(_figure),
+    "fingerprints": each(section),
+    "sampling": keys_of({"images_per_s": amount, "num": count}),
+    "command": word,
+    "device": word,
+    "versions": each(text_of),
+}
+_METRICS_LINE: dict[str, Kind] = {
+    "metrics": each(_figure),
+    "fingerprints": each(section),
+}
+_LOOK: dict[str, Kind] = {
+    "file": _name,
+    "caption": word,
+    "nimg": count,
+    "seed": count,
+    "command": word,
+    "reason": word,
+}
+_ATTEMPT: dict[str, Kind] = {
+    "step": word,
+    "command": list_of(word),
+    "log": word,
+    "began": word,
+    "seconds": amount,
+    "code": _code,
+    "what": word,
+}
+_NOTES = ("step", "change", "failed", "next")
+_CONFIG: dict[str, Kind] = {
+    "run": word,
+    "seed": count,
+    "data": keys_of({"path": word, "mix": list_of(keys_of({"path": word}))}),
+    "family": keys_of({"name": word}),
+    "notes": keys_of(dict.fromkeys(_NOTES, text_of)),
+    "stages": list_of(keys_of({"resolution": count, "kimg": number, "epochs": number})),
+}
+# of a checkpoint; loss and best may be None as well
+_PROGRESS: dict[str, Kind] = {
+    "nimg": count,
+    "step": count,
+    "num_skipped": count,
+    "seconds": amount,
+    "loss": number,
+    "logged": count,
+    "verdict": word,
+    "warnings": list_of(word),
+    "best": number,
+    "best_nimg": count,
+    "num_worse": count,
+}
+_STATE: dict[str, Kind] = {"data": word, "progress": section, "facts": section}
+
+
+log = logging.getLogger(__name__)
+
+
+def read_stats(path: Path | str) -> list[Line]:
+    """The sound lines of a stats.jsonl in order of ``nimg``; others are left out with a warning.
+
+    Raises:
+        UserError: the file is missing or holds no line.
+    """
+    found = read_lines(Path(path))
+    if not found.there:
+        raise UserError(f"{path}: cannot be read: there is no such file")
+    for trouble in found.told():
+        log.warning("%s", trouble)
+    if not found.value:
+        raise UserError(f"{path}: holds no line of statistics: did the stage make a step?")
+    return found.value
+
+
+def series(lines: list[Line], name: str) -> tuple[list[float], list[float]]:
+    """``(kimg, value)`` of the lines that have a finite number under ``name``."""
+    points = list(iter_values(lines, name))
+    return [nimg / 1000 for nimg, _ in points], [value for _, value in points]

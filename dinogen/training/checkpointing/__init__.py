@@ -1,0 +1,1 @@
+"""Checkpoints: written, read back, handed on to other runs and exported."""

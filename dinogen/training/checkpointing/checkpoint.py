@@ -1,0 +1,217 @@
+"""Checkpoints: folders that appear whole or not at all, read back without pickle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dinogen.config import Config, StageConfig
+from dinogen.distributed import process_group
+from dinogen.files import write_json
+from dinogen.runs.files import read_object, read_raw, state_trouble
+from shards.files import sha256_file, sync_folder
+
+log = logging.getLogger(__name__)
+
+STATE = "state.json"
+TEMPORARY = ".tmp-"
+BROKEN = ".broken-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk.
+
+    Attributes:
+        folder: ``.../checkpoints/000012800``.
+        state: the JSON-ready rest: progress, config, versions, logger.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """One file's tensors on the CPU, such as ``G``, ``G.ema`` or ``optim``."""
+        return load_file(self.folder / f"{name}.safetensors")
+
+    def holds(self, name: str) -> bool:
+        """Whether there is such a file: a later stage may have networks that it does not know."""
+        return (self.folder / f"{name}.safetensors").is_file()
+
+
+def on_host(tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Copies in host memory, which training does not change while they are written."""
+    # one by one: safetensors refuses tensors that share memory, and views of larger storage
+    copies = {
+        file: {k: _copy(v.detach()) for k, v in items.items()} for file, items in tensors.items()
+    }
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copies
+
+
+def _copy(value: Tensor) -> Tensor:
+    # Pinned memory takes a GPU's data at full speed; torch keeps the pages for the next save.
+    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+    return copy.copy_(value, non_blocking=True)
+
+
+def save_checkpoint(
+    parent: Path, nimg: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+) -> Path:
+    """Write ``parent/<nimg>``: a temporary folder, fsync, rename.
+
+    Args:
+        parent: the stage's ``checkpoints`` folder.
+        nimg: images seen; names the folder.
+        tensors: {file name without suffix: {name: tensor}}, as :func:`on_host` gives them.
+        state: JSON-ready; ``files`` (hashes) is added.
+
+    Returns:
+        The folder. If it is there already and whole, it is left as it is. What lies further on is
+        broken, or the run would have gone on from there: it is set aside as ``.broken-<nimg>``.
+
+    Raises:
+        OSError: the disk is full or cannot be written; nothing half-written stays.
+    """
+    final = parent / f"{nimg:09d}"
+    for folder in _folders(parent):
+        if folder.name < final.name:
+            continue
+        if folder == final and _whole(final, usable=state_trouble({"files": {}} | state) is None):
+            return final
+        aside = folder.with_name(f"{BROKEN}{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    temporary = parent / f"{TEMPORARY}{nimg:09d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        hashes = {}
+        for name, items in tensors.items():
+            path = temporary / f"{name}.safetensors"
+            save_file(items, path)
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+            hashes[path.name] = sha256_file(path)
+        write_json(temporary / STATE, state | {"files": hashes})
+        mode = (temporary / STATE).stat().st_mode
+        for name in hashes:
+            # safetensors shuts others out, whatever the umask says
+            (temporary / name).chmod(mode)
+        sync_folder(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    temporary.rename(final)
+    sync_folder(parent)
+    return final
+
+
+def load_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
+    """Read one checkpoint, and compare the hashes of its files unless told otherwise.
+
+    Raises:
+        ValueError: a file is missing, cut off or changed; names it.
+    """
+    path = folder / STATE
+    try:
+        raw = read_raw(path)  # a pipe in its place would be waited for
+        if raw.troubles or not raw.there:
+            raise ValueError(raw.troubles[0].strip() if raw.troubles else "no such file")
+        state = json.loads(raw.value.decode("utf-8"))
+        hashes = dict(state["files"])
+        if not hashes:
+            raise ValueError("it names no files")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is missing or not readable ({error})") from error
+    for name, expected in hashes.items() if verify else ():
+        try:
+            if (folder / name).exists() and not (folder / name).is_file():
+                raise OSError("it is no regular file")
+            found = sha256_file(folder / name)
+        except OSError as error:
+            raise ValueError(f"{folder / name} cannot be read ({error})") from error
+        if found != expected:
+            raise ValueError(f"{folder / name} is cut off or changed (its hash differs)")
+    return Checkpoint(folder, state)
+
+
+def newest_checkpoint(parent: Path, usable: bool = False) -> Checkpoint | None:
+    """The newest complete checkpoint; a broken one is skipped with a warning.
+
+    Args:
+        parent: the stage's ``checkpoints`` folder.
+        usable: it also has to hold all that a run needs to go on.
+    """
+    for folder in reversed(_folders(parent)):
+        try:
+            checkpoint = load_checkpoint(folder)
+            if usable and (trouble := state_trouble(checkpoint.state)):
+                raise ValueError(f"{folder / STATE}: {trouble}")
+            return checkpoint
+        except ValueError as error:
+            log.warning("checkpoint %s is broken and skipped: %s", folder, error)
+    return None
+
+
+def stage_folder(config: Config, stage: StageConfig) -> Path:
+    """Folder of one stage inside the run's."""
+    return config.run / f"{stage.resolution}x{stage.resolution}"
+
+
+def stage_checkpoint(config: Config, stage: StageConfig) -> Checkpoint | None:
+    """The newest complete checkpoint of a stage, the same one on every rank."""
+    parent = stage_folder(config, stage) / "checkpoints"
+    # rank 0 alone verifies hashes: the others read what it chose
+    with process_group.main_section() as mine:
+        found = newest_checkpoint(parent, usable=True) if mine else None
+    name = process_group.broadcast_object(found.folder.name if found else None)
+    if name is None:
+        return None
+    return found or load_checkpoint(parent / name, verify=False)
+
+
+def prune(parent: Path, keep_last: int) -> None:
+    """Delete all but the newest ``keep_last`` checkpoints, the best, and those saved to be kept.
+
+    What a killed save left is deleted too.
+    """
+    folders = _folders(parent)
+    marks = [_marks(folder) for folder in folders]
+    best = max((i for i, mark in enumerate(marks) if mark.get("best")), default=None)
+    for i, folder in enumerate(folders[:-keep_last]):
+        if not marks[i].get("keep") and i != best:
+            # renamed first, so that a kill in the midst leaves no half checkpoint
+            doomed = folder.with_name(f"{TEMPORARY}{folder.name}")
+            folder.rename(doomed)
+    for left in parent.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _marks(folder: Path) -> dict[str, Any]:
+    return read_object(folder / STATE).value or {}
+
+
+def _whole(folder: Path, usable: bool) -> bool:
+    try:
+        found = load_checkpoint(folder)
+    except ValueError:
+        return False
+    return not usable or state_trouble(found.state) is None
+
+
+def _folders(parent: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    if not parent.is_dir():
+        return []
+    return sorted(p for p in parent.iterdir() if p.is_dir() and p.name.isdigit())

@@ -1,0 +1,175 @@
+"""One plain safetensors file of a run's generator, with all it takes to rebuild it; and back."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dinogen.config import ConfigError
+from dinogen.distributed import process_group
+from dinogen.families.base import Family
+from dinogen.families.registry import family_class
+from dinogen.files import write_bytes
+from dinogen.training.checkpointing.checkpoint import on_host
+from dinogen.training.checkpointing.snapshot import load_snapshot
+from dinogen.training.preflight import past_config
+from dinogen.training.stages import find_stage
+from dinogen.training.state import sample_in_parts
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+# The one key of the file's metadata: several would lie in another order each time, and the same
+# checkpoint would give other bytes.
+INFO = "dinogen"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        info: what its metadata holds, see :func:`export`.
+        num_parameters: of the generator.
+    """
+
+    path: Path
+    info: dict[str, Any]
+    num_parameters: int
+
+
+def export(
+    run: Path, path: Path, resolution: int | None = None, nimg: int | None = None
+) -> Exported:
+    """Write the moving average of a checkpoint's generator: the tensors of its state dict.
+
+    The metadata's key ``dinogen`` is JSON: ``random_guide`` first, ``network`` (its class, and the
+    arguments to call it with), ``resolution``, ``alpha`` and ``fading`` (how far the stage was
+    faded in), ``nimg``, ``family``, ``guide_label`` and ``guide``, the whole ``config``, and the
+    ``versions`` that trained it. The same checkpoint gives the same bytes.
+
+    Args:
+        run: folder of the run.
+        path: the file, ``*.safetensors``; one that is there is replaced.
+        resolution: which stage; the largest that has a checkpoint unless given.
+        nimg: which checkpoint; the newest unless given.
+
+    Raises:
+        ConfigError: no such checkpoint, or ``path`` is no name for such a file.
+    """
+    _check_name(path)
+    snapshot = load_snapshot(run, resolution, nimg)
+    family, state = snapshot.family, snapshot.checkpoint.state
+    name = family.ema_networks[0]
+    network = snapshot.ema.networks[name]
+    facts = state["facts"]
+    info = {
+        "random_guide": bool(facts.get("random_guide")),
+        "network": {
+            "name": name,
+            "class": f"{type(network).__module__}.{type(network).__qualname__}",
+            "arguments": family.arguments(name),
+        },
+        "resolution": snapshot.resolution,
+        "alpha": snapshot.plan.alpha(snapshot.nimg),
+        "fading": snapshot.plan.fading(snapshot.nimg),
+        "nimg": snapshot.nimg,
+        "family": family.config.family.name,
+        **facts,
+        "config": state["config"],
+        "versions": state["versions"],
+    }
+    tensors = on_host({name: network.state_dict()})[name]
+    write_bytes(path, save(tensors, {INFO: json.dumps(info, allow_nan=False)}))
+    if info["random_guide"]:
+        log.warning("RANDOM GUIDE: what %s holds was taught by random weights: a test only", path)
+    return Exported(path, info, sum(p.numel() for p in network.parameters()))
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A generator that was read from an exported file.
+
+    Attributes:
+        network: in eval mode and without gradients, on this process's device.
+        info: see :func:`export`.
+        family: knows how to draw from it.
+    """
+
+    network: nn.Module
+    info: dict[str, Any]
+    family: Family
+
+    @torch.no_grad()
+    def sample(self, num: int, seed: int = 0) -> Tensor:
+        """Images 0 to ``num - 1`` under a seed, as ``dinogen sample`` makes them.
+
+        Args:
+            num: how many.
+            seed: of the draws; the image of a number does not depend on how many are asked for.
+
+        Returns:
+            (num, 3, R, R) float32 in [-1, 1] on the CPU.
+        """
+        return sample_in_parts(
+            self.family, {self.info["network"]["name"]: self.network}, num, seed, part=1
+        )
+
+
+def load_exported(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of an exported file and its info, see :func:`load_generator`."""
+    found = load_generator(path)
+    return found.network, found.info
+
+
+def load_generator(path: Path | str) -> Generator:
+    """Rebuild the generator of an exported file; its run is not needed.
+
+    Raises:
+        ConfigError: no such file, not one of :func:`export`, or of a dinogen whose config this one
+            does not know.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        info: dict[str, Any] = json.loads(metadata[INFO])
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: cannot be read as safetensors: {error}") from None
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"{path}: no generator of dinogen (its metadata lacks {INFO!r}): give a file that "
+            "`dinogen export` wrote"
+        ) from None
+    config = past_config(info["config"], path, info["versions"]["dinogen"])
+    stage = config.stages[find_stage(config, info["resolution"])]
+    family = family_class(config.family)(config, stage, process_group.device())
+    network = family.networks[info["network"]["name"]]
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: its tensors do not fit the network it names: {error}") from None
+    family.set_fade({info["network"]["name"]: network}, info["alpha"], info["fading"])
+    return Generator(network.eval().requires_grad_(False), info, family)
+
+
+def _check_name(path: Path) -> None:
+    """Refuse what cannot be meant as the file's name.
+
+    Raises:
+        ConfigError: naming a path that can be.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: name a file, such as {path / 'G'}{SUFFIX}")
+    if path.suffix != SUFFIX:
+        raise ConfigError(f"{path} does not end in {SUFFIX}: name it {path}{SUFFIX}")

@@ -1,0 +1,166 @@
+"""Reads what a run has learnt: the averaged networks of one checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dinogen.config import Config, ConfigError, StageConfig, load_config
+from dinogen.distributed import process_group
+from dinogen.families.base import Family
+from dinogen.families.registry import family_class
+from dinogen.files import named_folder
+from dinogen.runs.files import state_trouble
+from dinogen.training.checkpointing.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    stage_checkpoint,
+    stage_folder,
+)
+from dinogen.training.ema import Ema
+from dinogen.training.preflight import checkpoint_config
+from dinogen.training.stages import StagePlan, find_stage
+from dinogen.training.state import file_mark, sample_in_parts
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Averaged networks of one checkpoint, ready to sample.
+
+    Attributes:
+        resolution: side of its pictures.
+        nimg: images that the run had been shown.
+        family: knows how to sample.
+        ema: the averaged networks.
+        mark: ``.random-guide`` if the guide was random, else empty; part of file names.
+        plan: how far the stage is faded in, and when.
+        checkpoint: what it was read from.
+    """
+
+    resolution: int
+    nimg: int
+    family: Family
+    ema: Ema
+    mark: str
+    plan: StagePlan
+    checkpoint: Checkpoint
+
+    def sample(self, num: int, seed: int) -> Tensor:
+        """Pictures 0 to ``num - 1`` under ``seed``, (N, 3, R, R) in [-1, 1] on the CPU.
+
+        The picture of a number does not depend on how many are asked for.
+        """
+        return sample_in_parts(self.family, self.ema.networks, num, seed, part=1)
+
+    def ask(self, texts: Sequence[str], guidance: float) -> None:
+        """Let :meth:`sample` give what prompts ask for, in turn.
+
+        Raises:
+            UserError: the run was not trained for that, or CLIP is another one than then.
+        """
+        self.family.ask(texts, guidance, self.checkpoint.state["facts"])
+
+
+def load_snapshot(
+    run: Path,
+    resolution: int | None = None,
+    nimg: int | None = None,
+    places: Sequence[str] = (),
+) -> Snapshot:
+    """A checkpoint of a run: by default the newest of the largest stage that has one.
+
+    Every rank has to call it, and gets the same one.
+
+    Args:
+        run: folder of the run.
+        resolution: which stage.
+        nimg: which checkpoint, by the images that the run had been shown.
+        places: ``KEY=VALUE`` changes of where data and guides lie now.
+
+    Raises:
+        ConfigError: ``run`` is no run, there is no such checkpoint, or it is of a dinogen whose
+            config this one does not know.
+    """
+    today = run_config(run, places)
+    if resolution is None:
+        stages = today.stages[::-1]
+    else:
+        stages = (today.stages[find_stage(today, resolution)],)
+    if nimg is None:
+        found = ((stage, stage_checkpoint(today, stage)) for stage in stages)
+    else:
+        found = ((stage, _checkpoint_at(today, stage, nimg)) for stage in stages)
+    stage, checkpoint = next(((s, c) for s, c in found if c), (None, None))
+    if stage is None or checkpoint is None:
+        raise ConfigError(_nothing(today, stages, nimg))
+    # the checkpoint's own config: the file beside the run may have been edited since; but that
+    # file knows where data and guide lie now, and what they hold is compared where they are read;
+    # and how a run is measured is no part of what it has learnt
+    config = checkpoint_config(checkpoint)
+    now = {name: getattr(today, name) for name in ("data", "guide", "guides", "clip", "metrics")}
+    now["run"] = today.run
+    config = config.model_copy(update=now)
+    stage = config.stages[find_stage(config, stage.resolution)]
+    family = family_class(config.family)(config, stage, process_group.device())
+    ema = Ema({name: family.networks[name] for name in family.ema_networks}, config.ema)
+    for name, network in ema.networks.items():
+        network.load_state_dict(checkpoint.tensors(f"{name}.ema"))
+    progress = checkpoint.state["progress"]
+    plan = StagePlan(stage, checkpoint.state["start"])
+    family.set_fade(ema.networks, plan.alpha(progress["nimg"]), plan.fading(progress["nimg"]))
+    mark = file_mark(checkpoint.state["facts"])
+    return Snapshot(stage.resolution, progress["nimg"], family, ema, mark, plan, checkpoint)
+
+
+def run_config(run: Path, places: Sequence[str] = ()) -> Config:
+    """The config of a run; chooses its device, so it comes before ranks join each other.
+
+    Args:
+        run: folder of the run.
+        places: ``KEY=VALUE`` changes of where data and guides lie now.
+
+    Raises:
+        ConfigError: ``run`` is no run.
+        DistError: this machine does not have the device.
+    """
+    run = named_folder(run)
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run}: no run here (config.yaml is missing): give the folder of a run")
+    config = load_config(run / "config.yaml", list(places)).model_copy(update={"run": run})
+    process_group.use_device(config.device)
+    return config
+
+
+def _checkpoint_at(config: Config, stage: StageConfig, nimg: int) -> Checkpoint | None:
+    """The stage's checkpoint at ``nimg``, None if there is none.
+
+    Raises:
+        ConfigError: it is broken.
+    """
+    folder = stage_folder(config, stage) / "checkpoints" / f"{nimg:09d}"
+    if not folder.is_dir():
+        return None
+    try:
+        found = load_checkpoint(folder)
+        if trouble := state_trouble(found.state):
+            raise ValueError(f"{folder}: state.json cannot be used: {trouble}")
+        return found
+    except ValueError as error:
+        raise ConfigError(f"{error}: take another checkpoint") from None
+
+
+def _nothing(config: Config, stages: Sequence[StageConfig], nimg: int | None) -> str:
+    """What to say when no checkpoint fits."""
+    names = " or ".join(f"{s.resolution}x{s.resolution}" for s in stages)
+    lists = []
+    for stage in reversed(stages):
+        parent = stage_folder(config, stage) / "checkpoints"
+        kept = sorted(int(p.name) for p in parent.glob("*") if p.name.isdigit())
+        if kept:
+            lists.append(f"{stage.resolution}x{stage.resolution}: {', '.join(map(str, kept))}")
+    if nimg is None or not lists:
+        return f"{config.run}: no complete checkpoint of stage {names}: train it first"
+    return f"{config.run}: no checkpoint at {nimg} images; there are {'; '.join(lists)}"

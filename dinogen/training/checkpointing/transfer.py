@@ -1,0 +1,94 @@
+"""Starts a new run from weights that another one has learnt: whatever fits is taken over."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dinogen.config import ConfigError, load_config
+from dinogen.distributed import process_group
+from dinogen.families.base import Family
+from dinogen.training.checkpointing.checkpoint import Checkpoint, stage_checkpoint
+from dinogen.training.ema import Ema
+
+log = logging.getLogger(__name__)
+_NUM_NAMED = 20
+
+
+def init_from(source: str, family: Family, ema: Ema) -> None:
+    """Load what fits by name and shape into a new run's networks and moving averages.
+
+    Of a run, each network of its newest checkpoint (of its largest stage) goes to the network of
+    the same name. An exported file goes to the network that the family exports. What does not
+    match keeps its initialisation, and is listed in the log.
+
+    Args:
+        source: a run's folder, or a file of ``dinogen export``.
+        family: of the new run, its networks are changed in place.
+        ema: of the new run, changed in place.
+
+    Raises:
+        ConfigError: there is no such run or file, or nothing in it fits.
+    """
+    path = Path(source)
+    found = _from_file(path, family) if path.is_file() else _from_run(path, family, ema)
+    num_loaded = 0
+    for name, network in family.networks.items():
+        num_loaded += _load(network, found.get(name, {}), f"{name} of {source}")
+    for name, network in ema.networks.items():
+        _load(network, found.get(f"{name}.ema", {}), None)
+    if not num_loaded:
+        raise ConfigError(
+            f"init_from: nothing in {source} fits the networks of this config "
+            f"({', '.join(family.networks)}): use the same family and sizes, or leave it out"
+        )
+
+
+def _from_file(path: Path, family: Family) -> dict[str, dict[str, Tensor]]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"init_from: {path} cannot be read as safetensors: {error}") from None
+    name = family.ema_networks[0]
+    return {name: tensors, f"{name}.ema": tensors}
+
+
+def _from_run(path: Path, family: Family, ema: Ema) -> dict[str, dict[str, Tensor]]:
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(
+            f"init_from: {path} is neither a run (config.yaml is missing) nor a file: give the "
+            "folder of a run, or what `dinogen export` wrote"
+        )
+    config = load_config(path / "config.yaml").model_copy(update={"run": path})
+    checkpoint: Checkpoint | None = None
+    for stage in reversed(config.stages):
+        checkpoint = checkpoint or stage_checkpoint(config, stage)
+    if checkpoint is None:
+        raise ConfigError(f"init_from: {path} has no complete checkpoint: train it first")
+    names = [*family.networks, *(f"{name}.ema" for name in ema.networks)]
+    there = [n for n in names if (checkpoint.folder / f"{n}.safetensors").is_file()]
+    return {name: checkpoint.tensors(name) for name in there}
+
+
+def _load(network: nn.Module, tensors: dict[str, Tensor], title: str | None) -> int:
+    """Load what fits; returns how many tensors did, and logs the others under ``title``."""
+    own = network.state_dict()
+    fits = {n: t for n, t in tensors.items() if n in own and own[n].shape == t.shape}
+    network.load_state_dict(fits, strict=False)
+    if title is not None and process_group.is_main():
+        log.info("init_from: %d of %d tensors from %s", len(fits), len(own), title)
+        missing = [
+            f"{name} ({'of another shape' if name in tensors else 'not there'})"
+            for name in own
+            if name not in fits
+        ]
+        unused = [f"{name} (not wanted here)" for name in tensors if name not in own]
+        for text in (missing + unused)[:_NUM_NAMED]:
+            log.warning("init_from: does not match: %s", text)
+        if len(missing + unused) > _NUM_NAMED:
+            log.warning("init_from: ... and %d more", len(missing + unused) - _NUM_NAMED)
+    return len(fits)

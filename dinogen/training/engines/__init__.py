@@ -1,0 +1,1 @@
+"""Engines: backward, gradient averaging and the optimizer step, one file each."""

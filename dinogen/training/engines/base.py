@@ -1,0 +1,276 @@
+"""Engines: they own backward, gradient averaging and the optimizer step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dinogen.config import Config, ConfigError
+from dinogen.distributed import process_group
+from dinogen.families.base import Batch, Family, Phase, Scalars
+from dinogen.training.engines.batchnorm import sync_batch_norms
+from dinogen.training.engines.optim import build_optimizer, load_optimizer_state, optimizer_state
+
+COMPILER = "inductor"  # torch.compile's backend
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of one optimizer step.
+
+    Attributes:
+        applied: False if a gradient or loss was not finite, on any rank; nothing was changed then.
+        grad_norm: total norm before clipping.
+    """
+
+    applied: bool
+    grad_norm: float
+
+
+class SingleEngine:
+    """One process.
+
+    A loss is a mean over the samples of its microbatch; ``backward`` weighs it by the microbatch's
+    share of the global batch, so any cut into ranks and microbatches gives the same gradient.
+
+    Args:
+        config: the whole run.
+        family: its networks are trained; ``prepare`` has to be called before the first step.
+        lr: learning rate of every network.
+        device: where the networks live.
+    """
+
+    def __init__(self, config: Config, family: Family, lr: float, device: torch.device) -> None:
+        self.config = config.engine
+        self.family = family
+        self.device = device
+        if process_group.world_size() > 1:
+            for network in family.networks.values():
+                sync_batch_norms(network, device)
+        self.precision = resolve_precision(self.config.precision, device)
+        self.optimizers = {
+            name: build_optimizer(network.parameters(), config.optim, lr, family, name)
+            for name, network in family.networks.items()
+        }
+        self.scalers = {
+            name: torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+            for name in family.networks
+        }
+        self.trained: dict[str, list[nn.Parameter]] = {}
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        if self.config.compile:
+            for network in family.networks.values():
+                network.compile(backend=COMPILER)
+
+    def prepare(self) -> None:
+        """Take over which parameters train now; called at the start and where a fade-in ends."""
+        for name, network in self.family.networks.items():
+            names = self.family.trainable(name)
+            self.trained[name] = [p for n, p in network.named_parameters() if n in names]
+
+    def set_lr(self, factor: float) -> None:
+        """Learning rates of the next step, as a share of what they were built with."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+
+    def before(self, phase: Phase, micros: Sequence[tuple[Batch, int]]) -> None:
+        """Let a phase look at all of a step's microbatches, if it wants to."""
+        if phase.before is not None:
+            with torch.no_grad(), self._autocast():
+                phase.before(micros)
+
+    def losses(self, phase: Phase, batch: Batch, last: bool) -> tuple[Scalars, Scalars]:
+        """Forward of a microbatch; ``last`` says that a step follows its backward."""
+        self._train_only(phase.network)
+        with self._compiled(phase), self._explained(phase), self._autocast():
+            return self._forward(phase, batch, last)
+
+    def backward(self, phase: Phase, losses: Scalars, weight: float) -> None:
+        """Add the gradients of the summed losses, weighed by the share of the global batch."""
+        total = torch.stack([loss.float() for loss in losses.values()]).sum()
+        self.finite = self.finite & torch.isfinite(total.detach())
+        with self._explained(phase):
+            self.scalers[phase.network].scale(total * weight).backward()
+
+    def step(self, phase: Phase) -> Update:
+        """One optimizer step, unless a gradient or loss is not finite."""
+        optimizer, scaler = self.optimizers[phase.network], self.scalers[phase.network]
+        scaler.unscale_(optimizer)
+        parameters = self.trained[phase.network]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        applied = self._agree(bool(self.finite & torch.isfinite(norm)))
+        if applied and self.config.clip_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad_norm, norm)
+        if applied:
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        self.finite = torch.ones_like(self.finite)
+        return Update(applied, float(norm))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(optimizer tensors as ``NETWORK/PARAMETER/KEY``, JSON-ready rest).
+
+        The same for every engine and number of ranks; every rank has to call it.
+        """
+        tensors = {
+            f"{name}/{key}": value
+            for name in self.family.networks
+            for key, value in self._optimizer_state(name).items()
+        }
+        return tensors, {name: scaler.state_dict() for name, scaler in self.scalers.items()}
+
+    def load_state(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+        """Put back what :meth:`state` gave."""
+        for name in self.family.networks:
+            own = {
+                key.removeprefix(f"{name}/"): value
+                for key, value in tensors.items()
+                if key.startswith(f"{name}/")
+            }
+            self._load_optimizer_state(name, own)
+            # a scaler's state is empty when the run does not use fp16
+            if rest[name] and self.scalers[name].is_enabled():
+                self.scalers[name].load_state_dict(rest[name])
+
+    def _forward(self, phase: Phase, batch: Batch, last: bool) -> tuple[Scalars, Scalars]:
+        return phase.losses(batch)
+
+    def _optimizer_state(self, network: str) -> dict[str, Tensor]:
+        return optimizer_state(self.family.networks[network], self.optimizers[network])
+
+    def _load_optimizer_state(self, network: str, state: dict[str, Tensor]) -> None:
+        load_optimizer_state(self.family.networks[network], self.optimizers[network], state)
+
+    def _agree(self, finite: bool) -> bool:
+        return not process_group.any_rank(not finite)
+
+    def _train_only(self, network: str) -> None:
+        for name, parameters in self.trained.items():
+            for parameter in self.family.networks[name].parameters():
+                parameter.requires_grad_(False)
+            if name == network:
+                for parameter in parameters:
+                    parameter.requires_grad_(True)
+
+    def _compiled(self, phase: Phase) -> contextlib.AbstractContextManager[Any]:
+        """Where compiled networks run as they are written, if a phase needs second derivatives."""
+        if self.config.compile and phase.second_order:
+            eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+            return eager
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _explained(self, phase: Phase) -> Iterator[None]:
+        """Context that explains what torch says where compiled code is differentiated twice."""
+        try:
+            yield
+        except RuntimeError as error:
+            text = str(error)
+            if not self.config.compile or not ("double backward" in text or "donated buf" in text):
+                raise
+            raise ConfigError(
+                f"engine.compile: phase {phase.name} takes derivatives of derivatives, which "
+                "compiled code cannot: its family has to say so (Phase(..., second_order=True)), "
+                "or set engine.compile=false"
+            ) from error
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtypes[self.precision])
+
+
+class _PhaseLosses(nn.Module):
+    """A trained network whose forward is a phase's whole loss computation.
+
+    DDP needs one forward for one backward; families may call their networks in any way in between.
+    It lists the last parameters first, whose gradients come first.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.backwards = nn.ParameterList(reversed(list(network.parameters())))
+        self.network = network
+
+    def forward(self, phase: Phase, batch: Batch) -> tuple[Scalars, Scalars]:
+        return phase.losses(batch)
+
+
+class DdpEngine(SingleEngine):
+    """Many processes: gradients are averaged while the backward runs (Li et al. 2020)."""
+
+    wrapped: dict[str, DistributedDataParallel]
+
+    def prepare(self) -> None:
+        """As in one process; the buckets hold only what trains now."""
+        super().prepare()
+        self.wrapped = {}
+        for name, network in self.family.networks.items():
+            self._train_only(name)
+            wrapped = self.wrapped[name] = DistributedDataParallel(
+                _PhaseLosses(network), forward_sync_buffers=False, gradient_as_bucket_view=True
+            )
+            # DDP would put the buckets into another order after the first step of each start, and
+            # with three ranks or more sums are rounded as they lie: this order is there at once.
+            wrapped.reducer._push_all_rebuilt_params()
+
+    def backward(self, phase: Phase, losses: Scalars, weight: float) -> None:
+        """DDP divides by the number of ranks; the weight already is a share of the global batch."""
+        super().backward(phase, losses, weight * process_group.world_size())
+
+    def _forward(self, phase: Phase, batch: Batch, last: bool) -> tuple[Scalars, Scalars]:
+        wrapped = self.wrapped[phase.network]
+        # no_sync() as a flag: it has to hold from the forward until after the backward
+        wrapped.require_backward_grad_sync = last
+        result: tuple[Scalars, Scalars] = wrapped(phase, batch)
+        return result
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``auto`` as bf16 where the GPU computes it, fp16 on older GPUs, fp32 on CPU.
+
+    Raises:
+        ConfigError: fp16 was asked for on a CPU.
+    """
+    if precision == "auto":
+        if device.type != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if precision == "fp16" and device.type != "cuda":
+        raise ConfigError(
+            f"engine.precision: fp16 needs a GPU, this run is on {device.type}: use fp32 or auto"
+        )
+    return precision
+
+
+def make_engine(config: Config, family: Family, lr: float, device: torch.device) -> SingleEngine:
+    """The engine that ``engine.name`` asks for.
+
+    Raises:
+        ConfigError: ``single`` under several ranks, or DeepSpeed is not installed.
+    """
+    name = config.engine.name
+    if name == "deepspeed":
+        # it takes seconds to import and not everyone has it
+        from dinogen.training.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, family, lr, device)
+    if name in ("auto", "ddp"):
+        # of one rank there is nothing to average, and no process group
+        name = "ddp" if process_group.world_size() > 1 else "single"
+    if name == "single" and process_group.world_size() > 1:
+        raise ConfigError(
+            f"engine.name: single cannot run on {process_group.world_size()} ranks: "
+            "use auto, ddp or deepspeed"
+        )
+    engine = DdpEngine if name == "ddp" else SingleEngine
+    return engine(config, family, lr, device)

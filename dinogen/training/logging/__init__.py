@@ -1,0 +1,1 @@
+"""What a stage logs and leaves for people: curves, samples, results."""

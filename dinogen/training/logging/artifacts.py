@@ -1,0 +1,107 @@
+"""What a stage leaves for people: sample grids, real faces, the curve, result.json."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dinogen.distributed import process_group
+from dinogen.errors import UserError
+from dinogen.files import write_json
+from dinogen.report.curves import plot_loss_curve
+from dinogen.report.images import save_grid
+from dinogen.training.logging.tensorboard import write_summary
+from dinogen.training.state import StageState, file_mark, versions
+
+log = logging.getLogger(__name__)
+
+
+def save_samples(state: StageState, path: Path) -> np.ndarray:
+    """Write a grid of the moving average's samples; returns it as (H, W, 3) uint8."""
+    images = state.sample(state.config.log.num_samples).numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_grid(images, path)
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]:
+    """Write the final pictures and figures of a finished stage; rank 0 only.
+
+    Args:
+        state: of the finished stage.
+        last_line: the newest line of stats.jsonl, whose numbers the result repeats.
+
+    Returns:
+        The result, as written.
+    """
+    resolution, folder = state.stage.resolution, state.folder
+    facts = state.family.describe()
+    name = f"{resolution}x{resolution}{file_mark(facts)}"
+    files = {
+        "final": f"final_{name}.png",
+        "real": f"real_{resolution}x{resolution}.png",
+        "loss_curve": f"loss_curve_{name}.png",
+    }
+    save_samples(state, folder / files["final"])
+    save_grid(_real_pictures(state), folder / files["real"])
+    title = f"{resolution}x{resolution}, {facts.get('guide_label', state.config.family.name)}"
+    try:
+        plot_loss_curve(folder / "stats.jsonl", folder / files["loss_curve"], title=title)
+    except UserError as error:
+        log.warning("no loss curve: %s", error)
+        del files["loss_curve"]
+    progress = state.progress
+    network = state.family.networks[state.family.ema_networks[0]]
+    result = {
+        "stage": resolution,
+        "resolution": resolution,
+        "family": state.config.family.name,
+        "status": "finished",
+        "nimg": progress.nimg,
+        "loss": progress.loss,
+        "floor": last_line.get("floor"),
+        "loss_over_floor": last_line.get("loss_over_floor"),
+        "diversity": last_line.get("diversity"),
+        "ended_early": state.ended_early,
+        "best": progress.best,
+        "best_nimg": progress.best_nimg,
+        "verdict": progress.verdict,
+        "warnings": progress.warnings,
+        **facts,
+        "images_per_s": (progress.nimg - state.plan.start) / max(progress.seconds, 1e-9),
+        "data_wait": last_line.get("data_wait"),
+        "num_skipped": progress.num_skipped,
+        "seconds": progress.seconds,
+        "peak_memory_mb": last_line.get("peak_memory_mb"),
+        "num_parameters": sum(p.numel() for p in network.parameters()),
+        "device": _device_name(state.device),
+        "precision": state.engine.precision,
+        "world_size": process_group.world_size(),
+        "versions": versions(),
+        "files": files,
+    }
+    write_json(folder / "result.json", result)
+    write_summary(folder, state.config, state.stage)
+    return result
+
+
+def _real_pictures(state: StageState) -> np.ndarray:
+    """As many real pictures as a grid holds, spread over the split: (N, 3, R, R) in [-1, 1]."""
+    split = state.config.data.split
+    num_real = state.data.num_samples(split)
+    chosen = np.linspace(0, num_real - 1, min(num_real, state.config.log.num_samples)).astype(int)
+    # A damaged picture is named in the log, and costs no finished stage.
+    batch = state.data.read(
+        chosen.tolist(), split=split, image_size=state.stage.resolution, on_error="skip"
+    )
+    images: np.ndarray = batch["image"].numpy()
+    return images
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

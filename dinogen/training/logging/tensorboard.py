@@ -1,0 +1,189 @@
+"""What TensorBoard shows beside curves: charts worth opening, hparams, final figures, pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from dinogen.config import Config, StageConfig
+from dinogen.families.base import Family
+from dinogen.files import write_bytes
+from dinogen.runs.files import (
+    EVALUATION,
+    METRICS,
+    RESULT,
+    read_evaluation,
+    read_looks_index,
+    read_metrics,
+    read_result,
+)
+from dinogen.runs.values import finite
+
+log = logging.getLogger(__name__)
+
+FOLDER = "tb"
+# inside FOLDER: what a stage came to, a run of its own for TensorBoard
+FINAL = "final"
+FIGURES = (
+    "loss",
+    "loss_over_floor",
+    "diversity",
+    "best",
+    "images_per_s",
+    "seconds",
+    "peak_memory_mb",
+    "num_parameters",
+)
+Layout = dict[str, dict[str, list[Any]]]
+
+
+def chart_layout(family: Family, config: Config) -> Layout:
+    """Charts for the tab Custom Scalars, which begins with what tells whether a run is well.
+
+    Args:
+        family: names its phases, and what it measures.
+        config: of the run; says which metrics are measured in training.
+
+    Returns:
+        {category: {chart: ["Multiline", [tag pattern]]}}, as ``add_custom_scalars`` takes it.
+    """
+    kind, measured = type(family), config.eval.every_kimg is not None
+    first = {"loss": ["loss$", "floor$"]}
+    if measured:
+        first |= {name: [f"metrics/{name}$"] for name in config.eval.generated}
+        if kind.held_out is not Family.held_out:
+            first["held out"] = ["val/"]
+    if kind.probe is not Family.probe:
+        first["diversity"] = ["diversity$"]
+    first["images/s"] = ["images_per_s$"]
+    phases = {phase.name: [f"{phase.name}/(?!grad_norm)"] for phase in family.phases}
+    machine = {
+        "waiting for data, saving": ["(data_wait|save_share)$"],
+        "damaged samples": ["num_skipped$"],
+    }
+    if family.device.type == "cuda":
+        machine["peak memory, MiB"] = ["peak_memory_mb$"]
+    categories = {
+        "At a glance": first,
+        "Losses by phase": phases,
+        "Gradient norms": {"gradient norms": [".*/grad_norm$"]},
+        "Machine": machine,
+    }
+    return {
+        category: {chart: ["Multiline", tags] for chart, tags in charts.items()}
+        for category, charts in categories.items()
+    }
+
+
+def write_summary(folder: Path, config: Config, stage: StageConfig) -> None:
+    """Write what a finished stage came to, as its files say it, for TensorBoard.
+
+    Hyperparameters stand with the final figures in the tab HParams; the figures, measured in
+    training or by ``dinogen evaluate``, are scalars ``final/NAME`` too. They are a run of their
+    own, ``tb/final``, whose scalars are then the columns of the table, and which each call writes
+    anew. Of a stage that is not finished nothing is written.
+
+    Args:
+        folder: of the stage.
+        config: of the run.
+        stage: its config.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    result = read_result(folder / RESULT).value
+    if result is None or "nimg" not in result:
+        return
+    final = folder / FOLDER / FINAL
+    with tempfile.TemporaryDirectory() as place:
+        with SummaryWriter(place) as writer:
+            # Without the summary of the experiment TensorBoard makes the table's columns of all
+            # runs there are; with it, of the first one's alone.
+            _, start, end = hparams(_hyperparameters(config, stage, result), {})
+            writer.file_writer.add_summary(start)
+            writer.file_writer.add_summary(end)
+            for name, (value, nimg) in _figures(folder, result).items():
+                writer.add_scalar(f"final/{name}", value, nimg)
+            for name, path, nimg in _pictures(folder, result):
+                try:
+                    pixels = np.asarray(Image.open(path).convert("RGB"))
+                except (OSError, ValueError, SyntaxError) as error:
+                    log.warning("%s is not shown in TensorBoard: %s", path, error)
+                    continue
+                writer.add_image(name, pixels, nimg, dataformats="HWC")
+        (made,) = Path(place).iterdir()
+        older = list(final.glob("*tfevents*"))
+        write_bytes(final / made.name, made.read_bytes())
+    for path in older:
+        if path.name != made.name:
+            path.unlink()
+
+
+def _hyperparameters(
+    config: Config, stage: StageConfig, result: dict[str, Any]
+) -> dict[str, str | float]:
+    """What was chosen, flat; what does not apply is left out."""
+    whole = config.model_dump(mode="json")
+    chosen = {name: whole[name] for name in ("seed", "family", "optim", "ema")}
+    chosen |= {
+        "augment": {name: value for name, value in whole["augment"].items() if value},
+        "stage": stage.model_dump(mode="json"),
+        "guide": result.get("guide_label"),
+        "precision": result.get("precision"),
+        "world_size": result.get("world_size"),
+    }
+    return dict(_flat("", chosen))
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, str | float]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(f"{name}.{key}" if name else key, inner)
+    elif isinstance(value, (bool, list)):
+        yield name, json.dumps(value)
+    elif value is not None:
+        yield name, value
+
+
+def _figures(folder: Path, result: dict[str, Any]) -> dict[str, tuple[float, int]]:
+    """Final figures, each with the images seen when it was measured; the newest of each counts.
+
+    What was evaluated of an earlier checkpoint is none of them.
+    """
+    trained = result["nimg"]
+    found: dict[str, tuple[Any, int]] = {name: (result.get(name), trained) for name in FIGURES}
+    for line in read_metrics(folder / METRICS).value:
+        for name, figure in line["metrics"].items():
+            found[name] = figure["value"], line["nimg"]
+    evaluation = read_evaluation(folder / EVALUATION).value or {}
+    if evaluation.get("nimg") == trained:
+        values = dict(evaluation.get("metrics") or {})
+        measured = evaluation.get("measured") or {}
+        values |= {name: one["value"] for name, one in measured.items()}
+        found |= {name: (value, trained) for name, value in values.items()}
+    return {
+        name: (value, nimg)
+        for name, (given, nimg) in found.items()
+        if (value := finite(given)) is not None
+    }
+
+
+def _pictures(folder: Path, result: dict[str, Any]) -> Iterator[tuple[str, Path, int]]:
+    """Name, file and images seen of the pictures that are there."""
+    known = result.get("files") or {}
+    files = {name: known.get(name) for name in ("final", "real")}
+    named = [(name, folder / file, result["nimg"]) for name, file in files.items() if file]
+    for name, entry in read_looks_index(folder / "looks" / "looks.json").value.items():
+        file = entry.get("file")
+        if file and file.endswith(".png"):
+            named.append((f"looks/{name}", folder / "looks" / file, entry.get("nimg") or 0))
+    yield from (each for each in named if each[1].is_file())

@@ -1,0 +1,1 @@
+"""What `dinogen look` draws of a run."""

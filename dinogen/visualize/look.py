@@ -1,0 +1,108 @@
+"""Pictures for people to look at, of one checkpoint: RUN/RxR/looks/*.png and looks.json."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dinogen.errors import UserError
+from dinogen.evaluation.request import check_changes
+from dinogen.files import why_not_writable, write_json
+from dinogen.report.images import save_animation, save_sheet
+from dinogen.training.checkpointing.checkpoint import stage_folder
+from dinogen.training.checkpointing.snapshot import load_snapshot
+from dinogen.training.logging.tensorboard import write_summary
+from dinogen.visualize import latents, real
+from dinogen.visualize.history import FRAME_SECONDS, History
+from dinogen.visualize.scene import LeftOut, Maker, Scene
+from shards.errors import ShardsError
+
+log = logging.getLogger(__name__)
+
+LOOKS = "looks.json"
+
+
+def write_looks(
+    run: Path,
+    resolution: int | None = None,
+    nimg: int | None = None,
+    seed: int = 0,
+    out: Path | None = None,
+    places: Sequence[str] = (),
+) -> Path:
+    """Write every look that the run's family has; one at a time, each whole or not at all.
+
+    Those in the run's own folder are shown by TensorBoard too.
+
+    Args:
+        run: folder of the run.
+        resolution: which stage; the largest that has a checkpoint unless given.
+        nimg: which checkpoint, by the images that the run had been shown; the newest unless given.
+        seed: of all latents; the same for all runs that are to be compared.
+        out: folder; ``RUN/RxR/looks`` unless given.
+        places: ``KEY=VALUE`` changes of where data and guides lie now, such as ``data.path=``.
+
+    Returns:
+        looks.json: by name ``file`` (beside it), ``caption``, ``nimg``, ``seed`` and ``command``;
+        where ``file`` is null, ``reason`` says why there is none.
+
+    Raises:
+        ConfigError: no such run or checkpoint.
+        UserError: the folder cannot be written, which is found out before the work.
+    """
+    check_changes(tuple(places))
+    snapshot = load_snapshot(run, resolution, nimg, places)
+    scene = Scene(snapshot, seed)
+    folder = out or stage_folder(scene.family.config, scene.family.stage) / "looks"
+    command = f"dinogen look {shlex.quote(str(run))} --stage {snapshot.resolution}"
+    command += f" --nimg {snapshot.nimg} --seed {seed}"
+    if out is not None:
+        command += f" --out {shlex.quote(str(out))}"
+    if trouble := why_not_writable(folder / LOOKS, make=True):
+        raise UserError(f"{folder}: cannot be written: {trouble}: give --out FOLDER")
+    entries: dict[str, dict[str, Any]] = {}
+    for name, maker in _makers(scene).items():
+        entry: dict[str, Any] = {"nimg": snapshot.nimg, "seed": seed, "command": command}
+        try:
+            look = maker(scene)
+        except (LeftOut, UserError, ShardsError) as reason:
+            # also a sample that is damaged: what does not read it is drawn all the same
+            note = log.info if isinstance(reason, LeftOut) else log.warning
+            note("%s is left out: %s", name, reason)
+            entries[name] = {"file": None, "caption": None, "reason": str(reason)} | entry
+            continue
+        animated = len(look.sheets) > 1
+        stem = name.removesuffix("_animated") + snapshot.mark
+        path = folder / f"{stem}.{'gif' if animated else 'png'}"
+        if animated:
+            save_animation(look.sheets, path, FRAME_SECONDS)
+        else:
+            save_sheet(look.sheets[0], path)
+        log.info("%s: %s", name, path)
+        entries[name] = {"file": path.name, "caption": look.caption} | entry
+    write_json(folder / LOOKS, entries)
+    if out is None:
+        write_summary(folder.parent, scene.family.config, scene.family.stage)
+    return folder / LOOKS
+
+
+def _makers(scene: Scene) -> dict[str, Maker]:
+    """What makes each look, in the order in which they are shown."""
+    history = History(scene)
+    return {
+        "grid16": latents.grid16,
+        "grid64": latents.grid64,
+        "progression": history.progression,
+        "progression_animated": history.animation,
+        "interpolation_linear": latents.interpolation_linear,
+        "interpolation_spherical": latents.interpolation_spherical,
+        "psi": latents.psi,
+        "styles": latents.styles,
+        "directions": latents.directions,
+        "reconstructions": real.reconstructions,
+        "worst": real.worst,
+        "neighbours": real.neighbours,
+    }

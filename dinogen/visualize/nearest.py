@@ -1,0 +1,153 @@
+"""Which real pictures are near to given ones, by a judge of the metrics or by pixels."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dinogen.config.metrics import MetricsConfig
+from dinogen.metrics.extractors.base import NotAvailable
+from dinogen.metrics.extractors.load import load_judge
+from dinogen.metrics.sources import as_pixels
+from shards.read.dataset import Dataset
+
+log = logging.getLogger(__name__)
+
+SIDE = 32  # at which pixels are compared
+# the first that the config names a file of
+JUDGES = ("dinov2", "inception768", "inception")
+PART = 32
+NUM_NEAREST = 3
+BATCH = 512
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """Pictures as rows whose Euclidean distance says how far they are from each other.
+
+    Attributes:
+        label: stands before a distance, such as ``rms``.
+        what: the distance in words.
+        side: of the real pictures that it wants, at most.
+        rows: (N, 3, R, R) in [-1, 1] -> (N, F) float32 on the CPU.
+        max_real: most real pictures to compare with; what is more takes too long.
+        caution: what else may make pictures near, to be added to a sentence.
+    """
+
+    label: str
+    what: str
+    side: int
+    rows: Callable[[Tensor], Tensor]
+    max_real: int
+    caution: str = ""
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Nearest real pictures.
+
+    Attributes:
+        distances: (N, k) by the ruler, ascending.
+        numbers: (N, k) int64, of the samples in their split.
+        mirrored: (N, k) bool, whether the mirrored picture is the near one.
+        num: pictures that were compared with.
+    """
+
+    distances: Tensor
+    numbers: Tensor
+    mirrored: Tensor
+    num: int
+
+
+def nearest_of(
+    queries: Tensor, ruler: Ruler, data: Dataset, split: str, with_mirrored: bool
+) -> Nearest:
+    """The real pictures of a split nearest to each row.
+
+    Args:
+        queries: (N, F) rows of the ruler.
+        ruler: makes the rows of the real pictures.
+        data: has the split.
+        split: ``train``, ``val`` or ``test``.
+        with_mirrored: whether a real picture counts mirrored too.
+    """
+    available = data.num_samples(split)
+    chosen = np.linspace(0, available - 1, min(available, ruler.max_real)).astype(int).tolist()
+    parts = []
+    for first in range(0, len(chosen), BATCH):
+        numbers = chosen[first : first + BATCH]
+        real = real_pictures(data, numbers, split, ruler.side)
+        distances = _distances(queries, ruler.rows(real))
+        mirrored = torch.zeros_like(distances, dtype=torch.bool)
+        if with_mirrored:
+            turned = _distances(queries, ruler.rows(real.flip(3)))
+            mirrored = turned < distances
+            distances = torch.minimum(distances, turned)
+        parts.append(_closest(distances, torch.tensor(numbers).expand_as(distances), mirrored))
+    best = _closest(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True)))
+    return Nearest(*best, num=len(chosen))
+
+
+def real_pictures(data: Dataset, numbers: list[int], split: str, side: int) -> Tensor:
+    """(N, 3, side, side) in [-1, 1]; a damaged one is replaced by the next, as the log says."""
+    images: Tensor = data.read(numbers, split=split, image_size=side, on_error="skip")["image"]
+    return images
+
+
+def _closest(distances: Tensor, numbers: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the nearest few."""
+    order = distances.argsort(1)[:, :NUM_NEAREST]
+    return distances.gather(1, order), numbers.gather(1, order), mirrored.gather(1, order)
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """(N, M) Euclidean distances of rows; by products they would cancel where rows are near."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def choose_ruler(config: MetricsConfig, resolution: int, device: torch.device) -> Ruler:
+    """A judge whose weights ``metrics:`` names, else pixels at 32x32.
+
+    Args:
+        config: of the run.
+        resolution: of its pictures.
+        device: where the judge runs.
+    """
+    for name in JUDGES:
+        if getattr(config, name) is not None:
+            try:
+                return _by_judge(name, config, resolution, device)
+            except NotAvailable as error:
+                log.warning("%s; pixels are compared instead", error)
+    return _by_pixels(min(SIDE, resolution))
+
+
+def _by_pixels(side: int) -> Ruler:
+    def rows(images: Tensor) -> Tensor:
+        if images.shape[2] != side:
+            images = F.interpolate(images, size=(side, side), mode="area")
+        values = ((images.clamp(-1, 1) + 1) * 127.5).flatten(1)
+        return values / math.sqrt(values.shape[1])
+
+    what = f"root mean square difference of a value of 0 to 255 at {side}x{side}"
+    caution = " (by pixels a blurred picture is near to all)"
+    return Ruler("rms", what, side, rows, max_real=50_000, caution=caution)
+
+
+def _by_judge(name: str, config: MetricsConfig, resolution: int, device: torch.device) -> Ruler:
+    judge = load_judge(name, config, device)
+
+    def rows(images: Tensor) -> Tensor:
+        return torch.cat([judge(as_pixels(part))["features"] for part in images.split(PART)])
+
+    what = f"distance of the features of {name} ({judge.info.resize})"
+    if judge.info.random:
+        what += ", whose weights are RANDOM"
+    return Ruler(name, what, resolution, rows, max_real=50_000 if device.type == "cuda" else 2_000)
