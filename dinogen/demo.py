@@ -165,7 +165,7 @@ def _check_same(out: Path, photos: Path | None, guide_path: str | None) -> None:
 
 def _choose_guide(config: Config, path: str | None, out: Path) -> tuple[Config, Guide]:
     """The guide asked for; else the config's if it can be had; else a random one."""
-    from dinogen.features.hub import weights_reachable
+    from dinogen.features.checkpoint import weights_reachable
 
     chosen = config.guide
     if path is not None:

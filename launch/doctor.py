@@ -171,7 +171,7 @@ def check_torchvision() -> Finding:
 def check_weights() -> Finding:
     """Weights of the default guide: here, on the network, or out of reach."""
     from dinogen.config import GuideConfig
-    from dinogen.features.hub import weights_reachable
+    from dinogen.features.checkpoint import weights_reachable
 
     path = GuideConfig().path
     place = weights_reachable(path)

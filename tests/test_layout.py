@@ -16,12 +16,10 @@ MAX_LINES = 600
 BASICS = {
     "dinogen",
     "dinogen.config",
-    "dinogen.config.clip",
+    "dinogen.config.metrics",
     "dinogen.config.cluster",
     "dinogen.config.data",
     "dinogen.config.base",
-    "dinogen.config.file",
-    "dinogen.config.metrics",
     "dinogen.config.prepare",
     "dinogen.config.study",
     "dinogen.config.training",
@@ -117,7 +115,7 @@ def inside(name, part):
 
 
 def part_of(name):
-    """``dinogen.features.hub`` -> ``dinogen.features``."""
+    """``dinogen.features.checkpoint`` -> ``dinogen.features``."""
     return ".".join(name.split(".")[:2])
 
 

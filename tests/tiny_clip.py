@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from dinogen._torchvision import ensure_torchvision
+from dinogen.features.checkpoint import quiet_transformers
 from dinogen.features.clip import IMAGE_MEAN, IMAGE_STD, Clip
 from dinogen.features.dinov2 import RANDOM_KEY
-from dinogen.features.hub import quiet_transformers
 from tests import drawn
 
 IMAGE_SIZE = 32

@@ -26,10 +26,10 @@ from pydantic import (
 
 from dinogen.config.base import Section as Section
 from dinogen.config.base import describe_errors as describe_errors
-from dinogen.config.clip import ClipConfig as ClipConfig
+from dinogen.config.base import override, read_mapping
 from dinogen.config.cluster import ClusterConfig
 from dinogen.config.data import DataConfig as DataConfig
-from dinogen.config.file import override, read_mapping
+from dinogen.config.metrics import ClipConfig as ClipConfig
 from dinogen.config.metrics import MetricsConfig as MetricsConfig
 from dinogen.config.prepare import PrepareConfig
 from dinogen.config.training import AugmentConfig as AugmentConfig

@@ -1,4 +1,4 @@
-"""The section `metrics:` of a config: what finished pictures are measured by, and with what."""
+"""The sections ``metrics:`` and ``clip:``: what images are measured by, and with which networks."""
 
 from __future__ import annotations
 
@@ -50,3 +50,10 @@ class MetricsConfig(Section):
     cache: Path | None = Field(
         None, description="folder of reference statistics; ~/.cache/dinogen/metrics unless given"
     )
+
+
+class ClipConfig(Section):
+    """CLIP; where it is named, ``dinogen prepare`` stores its embeddings of every sample."""
+
+    path: str = Field(description="hub name, or local checkpoint folder")
+    revision: str | None = Field(None, description="hub revision (commit, tag or branch)")

@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from dinogen.config.base import Section, describe_errors
-from dinogen.config.file import read_mapping
+from dinogen.config.base import Section, describe_errors, read_mapping
 from dinogen.errors import ConfigError
 
 # Folders of a study that are no track of its file.

@@ -1,4 +1,4 @@
-"""Measures a checkpoint's moving averages, alike on any number of ranks."""
+"""Measures a checkpoint's averaged networks, or a folder of images, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from typing import Any
 
 import torch
 
-from dinogen.config import MetricsConfig
+from dinogen.config import ConfigError, MetricsConfig
 from dinogen.distributed import process_group
 from dinogen.distributed.failure import takedown
 from dinogen.errors import UserError
 from dinogen.evaluation.held_out import chosen_samples, held_out_means
 from dinogen.evaluation.record import RESULT as RESULT
-from dinogen.evaluation.record import Place, Tell, figure_teller, find_place, write_result
-from dinogen.evaluation.request import Wish
+from dinogen.evaluation.record import Place, Tell, Wish, figure_teller, find_place, write_result
 from dinogen.evaluation.subject import guide_diversity, real_pictures, reference_at, subject_of
 from dinogen.families.base import Family, Verdict
 from dinogen.metrics.extractors.load import Judges
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.registry import GUIDE_DIVERSITY, JUDGED, better
-from dinogen.metrics.sources import Generated, Reference
-from dinogen.metrics.suite import Measurement, measure
+from dinogen.metrics.sources import Folder, Generated, Reference, picture_files
+from dinogen.metrics.suite import Measurement, Subject, measure
 from dinogen.metrics.value import Figure
 from dinogen.training.checkpointing.checkpoint import stage_folder
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
@@ -346,3 +345,67 @@ def _summarise(place: Place, snapshot: Snapshot) -> None:
             write_summary(place.folder, snapshot.family.config, snapshot.family.stage)
         except OSError as error:
             log.warning("TensorBoard does not show these figures: %s", error)
+
+
+def is_folder_of_pictures(path: Path) -> bool:
+    """Whether ``path`` holds pictures and no run."""
+    return not (path / "config.yaml").is_file() and bool(picture_files(path))
+
+
+def evaluate_folder(
+    folder: Path,
+    num_samples: int | None = None,
+    *,
+    split: str | None = None,
+    names: Sequence[str] = (),
+    reference: str | None = None,
+    changes: Sequence[str] = (),
+    out: Path | None = None,
+    tell: Tell | None = None,
+) -> dict[str, Any]:
+    """Measure image files, whoever made them, and write ``FOLDER/evaluation.json``.
+
+    Args:
+        folder: of the files.
+        num_samples: the first so many; all unless given.
+        split: see :class:`Wish`, as for the others.
+        names: likewise.
+        reference: likewise; without it there are only figures that compare with nothing.
+        changes: likewise.
+        out: file (``*.json``) or folder to write to; ``folder`` unless given.
+        tell: told on rank 0 what is known so far, in parts of the result, as soon as it is.
+
+    Returns:
+        The result as written, with ``measured`` and ``fingerprints`` as in :func:`evaluate`.
+
+    Raises:
+        UserError: no file can be measured, or the reference does not fit.
+    """
+    wish = Wish(tuple(names), num_samples, split, reference, tuple(changes))
+    process_group.use_device("auto")
+    process_group.init()
+    process_group.set_cpu_threads()
+    with takedown():
+        settings = wish.settings(MetricsConfig())
+        place = find_place(folder, out)
+        pictures = Folder(folder, num_samples)
+        real, train = reference_at(reference, settings, pictures.resolution)
+        none = ConfigError("a folder holds pictures and no network")
+        asked = [name for name in settings.names if name != GUIDE_DIVERSITY]
+        subject = Subject(pictures, real, train, none, none)
+        judges = Judges(settings, process_group.device())
+        result = {
+            "folder": str(folder),
+            "pictures": pictures.facts()["data"],
+            "resolution": pictures.resolution,
+            "num_samples": pictures.num,
+            "left_out": pictures.left_out,
+            "world_size": process_group.world_size(),
+            "device": str(process_group.device()),
+            "versions": versions(),
+        }
+        if tell is not None and process_group.is_main():
+            tell(result)
+        teller = figure_teller(tell)
+        found = measure(asked, judges, subject, settings.num_bootstrap, settings.cache, teller)
+        return write_result(place, result, found, None, [str(folder), *wish.words()])

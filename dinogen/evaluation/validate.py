@@ -18,7 +18,7 @@ from dinogen.metrics.registry import GUIDE_DIVERSITY, better, chosen_names
 from dinogen.metrics.suite import Subject, measure, why_not
 from dinogen.metrics.value import Figure
 from dinogen.training.data import class_shares
-from dinogen.training.logging.jsonl import append_line, cut_lines
+from dinogen.training.logging.logger import append_line, cut_lines
 from dinogen.training.stages import due
 from dinogen.training.state import StageState
 

@@ -18,7 +18,7 @@ from dinogen.guidance.gradient_cache import Features
 from dinogen.guidance.guides import Teacher
 from dinogen.guidance.options import GuidedOptions, check_sets
 from dinogen.guidance.weighted import Objective
-from dinogen.losses.pyramid import mean_pairwise_distance
+from dinogen.losses.features import mean_pairwise_distance
 from dinogen.networks.conditional import ConditionalGenerator
 from dinogen.networks.progressive import ProgressiveGenerator
 from shards.read.dataset import Dataset
@@ -34,7 +34,7 @@ class Guided(Family):
     """Features of generated pictures are compared with those of real ones, stored as pyramids.
 
     With the original objective, ``mse`` against a random real picture, the best answer is the same
-    for every z (see :func:`dinogen.losses.pyramid.pyramid_mse`), so each curve is drawn with its
+    for every z (see :func:`dinogen.losses.features.pyramid_mse`), so each curve is drawn with its
     floor and each probe measures the diversity that is left. The objectives that compare
     distributions are least where generated pictures are distributed as real ones. A discriminator
     can be added beside them.

@@ -20,8 +20,7 @@ from dinogen.families.base import (
     Scalars,
     judged_alone,
 )
-from dinogen.losses.adversarial import bce_d, bce_g
-from dinogen.losses.penalties import r1_penalty
+from dinogen.losses.adversarial import bce_d, bce_g, r1_penalty
 from dinogen.networks.progressive import ProgressiveDiscriminator, ProgressiveGenerator
 
 

@@ -21,8 +21,7 @@ from dinogen.families.base import (
     classes_of,
     judged_alone,
 )
-from dinogen.losses.adversarial import bce_d, bce_g
-from dinogen.losses.penalties import path_lengths, r1_penalty
+from dinogen.losses.adversarial import bce_d, bce_g, path_lengths, r1_penalty
 from dinogen.networks.ada.pipeline import Strengths, augment
 from dinogen.networks.stylegan2.discriminator import StyleGAN2Discriminator
 from dinogen.networks.stylegan2.generator import StyleGAN2Generator

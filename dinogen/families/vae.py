@@ -12,7 +12,7 @@ from dinogen.config import Config, ConfigError, Section, StageConfig
 from dinogen.distributed import rng
 from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars
 from dinogen.features.vgg import VggFeatures, load_vgg
-from dinogen.losses.reconstruction import (
+from dinogen.losses.features import (
     kl_to_standard_normal,
     perceptual_distance,
     psnr,
@@ -33,7 +33,7 @@ class Vae(Family):
     The squared error is summed over pixels and channels, the KL over the latent, in nats; both are
     divided by the same n. So beta 1 is the bound of a Gaussian decoder of unit variance (in units
     of pictures in [-1, 1]), at every resolution, and any other beta that of Higgins et al. 2017.
-    The perceptual distance (:func:`dinogen.losses.reconstruction.perceptual_distance`) is a mean
+    The perceptual distance (:func:`dinogen.losses.features.perceptual_distance`) is a mean
     per feature map, summed over three. Over the samples of a batch all is averaged.
     """
 

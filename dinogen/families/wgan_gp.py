@@ -19,8 +19,7 @@ from dinogen.families.base import (
     Scalars,
     judged_alone,
 )
-from dinogen.losses.adversarial import wasserstein_d, wasserstein_g
-from dinogen.losses.penalties import gradient_penalty
+from dinogen.losses.adversarial import gradient_penalty, wasserstein_d, wasserstein_g
 from dinogen.networks.resnet_gan import ResnetCritic, ResnetGenerator
 
 

@@ -18,11 +18,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dinogen._torchvision import ensure_torchvision
-from dinogen.config.clip import ClipConfig
+from dinogen.config.metrics import ClipConfig
 from dinogen.features.base import GuideError, guide_dtype
-from dinogen.features.checkpoint import damage_told, hash_folder, read_model
+from dinogen.features.checkpoint import (
+    Wanted,
+    checkpoint_folder,
+    damage_told,
+    hash_folder,
+    quiet_transformers,
+    read_model,
+)
 from dinogen.features.dinov2 import RANDOM_KEY
-from dinogen.features.hub import Wanted, checkpoint_folder, quiet_transformers
 
 # Of CLIP's authors; a checkpoint whose preprocessor_config.json says otherwise has its own.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -18,8 +18,14 @@ from torch import Tensor, nn
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import GuideConfig
 from dinogen.features.base import GuideError, GuideInfo, guide_dtype
-from dinogen.features.checkpoint import damage_told, hash_folder, read_model
-from dinogen.features.hub import GUIDE, checkpoint_folder, quiet_transformers
+from dinogen.features.checkpoint import (
+    GUIDE,
+    checkpoint_folder,
+    damage_told,
+    hash_folder,
+    quiet_transformers,
+    read_model,
+)
 
 RANDOM_KEY = "dinogen_random_weights"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -12,7 +12,7 @@ import torch
 from dinogen.config import GuideConfig
 from dinogen.features import inception, pixels
 from dinogen.features.base import Guide, GuideError
-from dinogen.features.hub import checkpoint_folder
+from dinogen.features.checkpoint import checkpoint_folder
 
 
 def load_guide(config: GuideConfig, device: torch.device) -> Guide:

@@ -15,7 +15,7 @@ from dinogen.config import Config, ConfigError
 from dinogen.distributed import rng
 from dinogen.features.clip import Clip, load_clip, same_clip
 from dinogen.guidance.options import TextOptions
-from dinogen.losses.clip import clip_loss, pseudo_text
+from dinogen.losses.features import clip_loss, pseudo_text
 from shards.read.dataset import Dataset
 
 Batch = dict[str, Any]

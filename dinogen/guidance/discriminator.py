@@ -12,10 +12,9 @@ from dinogen.config import ConfigError, GuideConfig, StageConfig
 from dinogen.distributed import rng
 from dinogen.features.base import Guide
 from dinogen.features.load import layer_channels, load_guide
-from dinogen.features.resize import to_guide
+from dinogen.features.pyramid import to_guide
 from dinogen.guidance.options import DiscriminatorOptions
-from dinogen.losses.adversarial import hinge_d, hinge_g, relativistic_d, relativistic_g
-from dinogen.losses.penalties import r1_penalty
+from dinogen.losses.adversarial import hinge_d, hinge_g, r1_penalty, relativistic_d, relativistic_g
 from dinogen.networks.diffaugment import diff_augment
 from dinogen.networks.layers import update_spectral_norms
 from dinogen.networks.patchgan import MultiScalePatchDiscriminator, num_patches

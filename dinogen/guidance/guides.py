@@ -13,10 +13,14 @@ from torch import Tensor
 from dinogen.config import Config, ConfigError
 from dinogen.features.base import Guide, same_guide
 from dinogen.features.load import load_guide
-from dinogen.features.pyramid import base_grid_of, native_pyramid, pooled_pyramid
-from dinogen.features.resize import resized_with_antialias
+from dinogen.features.pyramid import (
+    base_grid_of,
+    native_pyramid,
+    pooled_pyramid,
+    resized_with_antialias,
+)
 from dinogen.guidance.gradient_cache import Features, real_features
-from dinogen.losses.pyramid import mean_pairwise_distance
+from dinogen.losses.features import mean_pairwise_distance
 from shards.format.sample import level_grid, level_guide
 from shards.read.dataset import Dataset
 

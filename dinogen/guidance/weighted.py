@@ -17,7 +17,7 @@ from dinogen.guidance.gradient_cache import (
 )
 from dinogen.guidance.guides import Teacher
 from dinogen.guidance.objectives import AnyTerm, Energy, Mse, Paired, PairTerm, SetTerm, titles
-from dinogen.losses.pyramid import collapse_floor, pyramid_mse
+from dinogen.losses.features import collapse_floor, pyramid_mse
 
 # Real pictures from which the floors of objectives between distributions are worked out.
 _NUM_REALS = 512

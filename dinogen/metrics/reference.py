@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dinogen.distributed import process_group
-from dinogen.features.weights import weights_sha256
+from dinogen.features.checkpoint import weights_sha256
 from dinogen.files import write_bytes, write_json
 from dinogen.metrics.collect import Moments, Seen, collect
 from dinogen.metrics.extractors.base import Judge, JudgeInfo

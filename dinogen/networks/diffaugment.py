@@ -14,10 +14,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dinogen.networks.ada.colour import brightness, color, contrast, saturation
-from dinogen.networks.ada.corruption import cut_out
-from dinogen.networks.ada.geometry import blit, translation
 from dinogen.networks.ada.rng import TransformDraws
+from dinogen.networks.ada.transforms import (
+    blit,
+    brightness,
+    color,
+    contrast,
+    cut_out,
+    saturation,
+    translation,
+)
 
 Transform = Literal["color", "translation", "cutout"]
 MOST_SHIFT = 0.125  # of the side

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinogen.features.resize import RESIZE
+from dinogen.features.pyramid import RESIZE
 from dinogen.files import write_bytes, write_json
 from dinogen.prepare.faces.crop import Crop
 from dinogen.prepare.photos.find import named

@@ -13,11 +13,11 @@ import torch
 from dinogen.config import GuideConfig
 from dinogen.config.prepare import PackConfig
 from dinogen.features import load_guide
+from dinogen.prepare.earlier import check_faces, finished_dataset
 from dinogen.prepare.export_pt import BadPyramid, PtFiles, pt_paths
 from dinogen.prepare.faces.crop import Crop, Rejection
 from dinogen.prepare.faces.folder import REJECTED, FaceFolder, read_rejected, write_rejected
 from dinogen.prepare.faces.settings import read_settings
-from dinogen.prepare.finished import check_faces, finished_dataset
 from dinogen.prepare.parts import PartFiles
 from dinogen.prepare.photos.find import counted, face_number, named
 from dinogen.prepare.photos.labels import (

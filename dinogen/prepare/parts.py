@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from dinogen.distributed import process_group
 from dinogen.features import GuideInfo
 from dinogen.features.base import guide_identity
-from dinogen.features.resize import resized_with_antialias
+from dinogen.features.pyramid import resized_with_antialias
 from dinogen.files import write_bytes
 from dinogen.prepare.faces.crop import Crop, Rejection
 from dinogen.prepare.faces.folder import FaceFolder

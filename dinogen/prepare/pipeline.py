@@ -9,15 +9,14 @@ from pathlib import Path
 
 from dinogen.config.prepare import FacesConfig, PrepareConfig
 from dinogen.distributed import process_group
-from dinogen.features.resize import resized_with_antialias
+from dinogen.features.pyramid import resized_with_antialias
 from dinogen.files import write_json
+from dinogen.prepare.earlier import JOURNAL, Journal, begun_with, finished_dataset, finished_summary
 from dinogen.prepare.faces.crop import Duplicates, Rejection
 from dinogen.prepare.faces.folder import REJECTED, write_rejected
 from dinogen.prepare.faces.settings import faces_settings, landmark_offset_of, warn_of_offset
 from dinogen.prepare.faces.stream import iter_faces
-from dinogen.prepare.finished import begun_with, finished_dataset, finished_summary
 from dinogen.prepare.join import sample_of, settings_of
-from dinogen.prepare.journal import JOURNAL, Journal
 from dinogen.prepare.photos.changed import PHOTOS, gone, same_file, write_photos
 from dinogen.prepare.photos.find import Photos, counted, find_photos, named
 from dinogen.prepare.photos.labels import class_names

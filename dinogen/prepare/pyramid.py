@@ -16,8 +16,7 @@ from torch import Tensor
 
 from dinogen.config.prepare import PyramidsConfig
 from dinogen.features import Guide, native_pyramid, pooled_pyramid
-from dinogen.features.pyramid import BASE_GRID
-from dinogen.features.resize import RESIZE
+from dinogen.features.pyramid import BASE_GRID, RESIZE
 from dinogen.prepare.faces.crop import Crop
 from dinogen.prepare.photos.read import PrepareError
 from shards.image.decode import decode_image

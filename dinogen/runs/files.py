@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dinogen.config.file import read_mapping
+from dinogen.config.base import read_mapping
 from dinogen.errors import UserError
 from dinogen.runs.values import (
     MAX_VALUES,

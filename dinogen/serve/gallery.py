@@ -20,7 +20,7 @@ from dinogen.errors import UserError
 from dinogen.report.images import to_uint8
 from dinogen.training.checkpointing.checkpoint import stage_checkpoint
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
-from dinogen.visualize.latents import spherical
+from dinogen.visualize.drawings import spherical
 
 log = logging.getLogger(__name__)
 

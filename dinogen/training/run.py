@@ -14,11 +14,11 @@ from dinogen.families.registry import resolve
 from dinogen.files import write_text
 from dinogen.report.run_page import write_page
 from dinogen.runs.files import STATS, read_lines, read_result
+from dinogen.runs.lock import run_lock
 from dinogen.training.checkpointing.checkpoint import stage_checkpoint
-from dinogen.training.checkpointing.lock import run_lock
 from dinogen.training.data import open_data
 from dinogen.training.logging.artifacts import finish_stage
-from dinogen.training.logging.jsonl import cut_lines
+from dinogen.training.logging.logger import cut_lines
 from dinogen.training.preflight import check_run
 from dinogen.training.stages import StagePlan, find_stage, with_lengths
 from dinogen.training.state import StageState, is_finished

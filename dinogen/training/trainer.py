@@ -14,14 +14,12 @@ from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.evaluation.validate import Validator
 from dinogen.families.base import Batch, Scalars, Verdict
-from dinogen.training.augment import augment
-from dinogen.training.checkpointing.saver import Saver
+from dinogen.training.checkpointing.checkpoint import Saver
 from dinogen.training.data import check_labels
-from dinogen.training.dataloading import Feed
+from dinogen.training.dataloading import Feed, augment
 from dinogen.training.engines.microbatches import num_micros, split
 from dinogen.training.logging.artifacts import save_samples
-from dinogen.training.logging.console import ProgressLine
-from dinogen.training.logging.logger import Logger
+from dinogen.training.logging.logger import Logger, ProgressLine
 from dinogen.training.logging.tensorboard import chart_layout
 from dinogen.training.stages import due
 from dinogen.training.state import StageState

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from dinogen.errors import UserError
-from dinogen.evaluation.request import check_changes
+from dinogen.evaluation.record import check_changes
 from dinogen.files import why_not_writable, write_json
 from dinogen.report.images import save_animation, save_sheet
 from dinogen.training.checkpointing.checkpoint import stage_folder
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.logging.tensorboard import write_summary
-from dinogen.visualize import latents, real
-from dinogen.visualize.history import FRAME_SECONDS, History
+from dinogen.visualize import drawings
+from dinogen.visualize.drawings import FRAME_SECONDS, History
 from dinogen.visualize.scene import LeftOut, Maker, Scene
 from shards.errors import ShardsError
 
@@ -93,16 +93,16 @@ def _makers(scene: Scene) -> dict[str, Maker]:
     """What makes each look, in the order in which they are shown."""
     history = History(scene)
     return {
-        "grid16": latents.grid16,
-        "grid64": latents.grid64,
+        "grid16": drawings.grid16,
+        "grid64": drawings.grid64,
         "progression": history.progression,
         "progression_animated": history.animation,
-        "interpolation_linear": latents.interpolation_linear,
-        "interpolation_spherical": latents.interpolation_spherical,
-        "psi": latents.psi,
-        "styles": latents.styles,
-        "directions": latents.directions,
-        "reconstructions": real.reconstructions,
-        "worst": real.worst,
-        "neighbours": real.neighbours,
+        "interpolation_linear": drawings.interpolation_linear,
+        "interpolation_spherical": drawings.interpolation_spherical,
+        "psi": drawings.psi,
+        "styles": drawings.styles,
+        "directions": drawings.directions,
+        "reconstructions": drawings.reconstructions,
+        "worst": drawings.worst,
+        "neighbours": drawings.neighbours,
     }

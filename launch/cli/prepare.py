@@ -310,7 +310,7 @@ def _guide(key: str, config: GuideConfig, device: torch.device) -> Guide:
 
 def _packed(data: Path, again: bool, work: Callable[[Path], T]) -> T:
     """Pack into a folder, or into one that takes its place when it is finished."""
-    from dinogen.prepare.repack import repack, tell_interrupted
+    from dinogen.prepare.earlier import repack, tell_interrupted
 
     if again:
         return repack(data, work)

@@ -139,7 +139,7 @@ def evaluate(
     """
     from dinogen.distributed import process_group
     from dinogen.evaluation.evaluate import evaluate as evaluate_run
-    from dinogen.evaluation.folder import evaluate_folder, is_folder_of_pictures
+    from dinogen.evaluation.evaluate import evaluate_folder, is_folder_of_pictures
     from dinogen.evaluation.record import find_path
     from dinogen.files import named_folder
     from launch.cli.console import say, setup_logging

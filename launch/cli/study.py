@@ -35,9 +35,9 @@ def plan(file: File) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from launch.study.cost import cost_of
     from launch.study.messages import duration, speed_words
     from launch.study.plan import check_study
+    from launch.study.selection import cost_of
     from launch.study.status import study_states
 
     study = _open(file)
@@ -156,7 +156,7 @@ def _open(file: Path) -> Study:
 
 
 def _report(study: Study) -> None:
-    from launch.study.report import write_report
+    from launch.study.status import write_report
 
     typer.echo(f"report: {write_report(study)}")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dinogen.runs.progress import figure_of
 from launch.slurm.status import Row
-from launch.study.cost import Speed
 from launch.study.plan import StudyRun, steps_left
+from launch.study.selection import Speed
 
 _MOST = 300  # characters of a log's last line
 

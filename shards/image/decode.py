@@ -18,7 +18,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from shards.image import boxes, colour, jpeg, png
+from shards.image import colour, containers
 from shards.image.kinds import AVIF, HEIC, JPEG, NO_IMAGES, PNG, RAW, WEBP, Kind, kind_of
 
 Pixels = npt.NDArray[np.uint8]
@@ -270,7 +270,7 @@ def _is_plain_jpeg(data: Bytes) -> bool:
     if bytes(data[:3]) != b"\xff\xd8\xff":
         return False
     try:
-        header = jpeg.read_header(data)
+        header = containers.read_header(data)
     except (EOFError, ValueError):
         return False
     if not header.simple or header.width * header.height > MAX_PIXELS:
@@ -282,8 +282,8 @@ def _is_plain_jpeg(data: Bytes) -> bool:
     return True
 
 
-def _jpeg_header(data: Bytes, max_pixels: int) -> jpeg.Header:
-    header = jpeg.read_header(data)
+def _jpeg_header(data: Bytes, max_pixels: int) -> containers.Header:
+    header = containers.read_header(data)
     _check_size(header.width, header.height, max_pixels)
     if header.precision != 8 or len(header.components) not in (1, 3, 4):
         what = f"{header.precision} bits in {len(header.components)} channels"
@@ -293,7 +293,7 @@ def _jpeg_header(data: Bytes, max_pixels: int) -> jpeg.Header:
 
 def _decode_jpeg(data: Bytes, max_pixels: int) -> _Found:
     header = _jpeg_header(data, max_pixels)
-    if jpeg.lacks_scans(data, header):
+    if containers.lacks_scans(data, header):
         raise BadImage("truncated", "its last scans are missing")
     mode = {1: "L", 3: "RGB", 4: "CMYK"}[len(header.components)]
     pixels, sound = _jpeg_pixels(data, header, mode)
@@ -309,7 +309,7 @@ def _decode_jpeg(data: Bytes, max_pixels: int) -> _Found:
     return _Found(_rgb(_upright(image, turn)), JPEG, mode, plain)
 
 
-def _jpeg_pixels(data: Bytes, header: jpeg.Header, mode: str) -> tuple[Pixels, bool]:
+def _jpeg_pixels(data: Bytes, header: containers.Header, mode: str) -> tuple[Pixels, bool]:
     """(H, W, channels of the mode) as stored, and whether the file is as a JPEG should be.
 
     Raises:
@@ -317,7 +317,7 @@ def _jpeg_pixels(data: Bytes, header: jpeg.Header, mode: str) -> tuple[Pixels, b
     """
     space = "GRAY" if mode == "L" else mode
     cleaned, ended = header.stray, False
-    source = jpeg.with_clean_header(data, header) if cleaned else data
+    source = containers.with_clean_header(data, header) if cleaned else data
     while True:
         try:
             pixels = simplejpeg.decode_jpeg(source, space)
@@ -326,9 +326,9 @@ def _jpeg_pixels(data: Bytes, header: jpeg.Header, mode: str) -> tuple[Pixels, b
             what = str(error)
         if what.startswith("Premature end of JPEG file") and not ended:
             # With an end behind it there is a warning if any coded data are missing.
-            source, ended = jpeg.ended(source), True
+            source, ended = containers.ended(source), True
         elif what.startswith(_HARMLESS) and not cleaned:
-            source, cleaned = jpeg.with_clean_header(source, header), True
+            source, cleaned = containers.with_clean_header(source, header), True
         elif "subsampling" in what:  # one that TurboJPEG does not know; libjpeg does
             with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
                 return np.asarray(image), True
@@ -338,14 +338,14 @@ def _jpeg_pixels(data: Bytes, header: jpeg.Header, mode: str) -> tuple[Pixels, b
     return (255 - pixels if mode == "CMYK" else pixels), not (cleaned or ended)
 
 
-def _png_chunks(data: Bytes) -> png.Chunks:
+def _png_chunks(data: Bytes) -> containers.Chunks:
     try:
-        return png.read_chunks(data)
+        return containers.read_chunks(data)
     except NotImplementedError as error:
         raise BadImage("unsupported", str(error)) from error
 
 
-def _turn_of(chunks: png.Chunks) -> int:
+def _turn_of(chunks: containers.Chunks) -> int:
     return _of_exif(chunks.exif, chunks.xmp)[0]
 
 
@@ -373,7 +373,7 @@ def _decode_png(data: Bytes, max_pixels: int) -> _Found:
 
 def _open(data: Bytes, kind: Kind, max_pixels: int) -> Image.Image:
     """The header of a file; its pixels are decoded when they are asked for."""
-    if kind is WEBP and (size := boxes.webp_size(data)):
+    if kind is WEBP and (size := containers.webp_size(data)):
         _check_size(*size, max_pixels)  # its plugin makes room for all pixels at once
     # No other plugin: that of EPS would hand the bytes to Ghostscript.
     image = Image.open(io.BytesIO(data), formats=(kind.plugin,))
@@ -386,7 +386,7 @@ def _decode_other(data: Bytes, kind: Kind, max_pixels: int) -> _Found:
     tags = getattr(stored, "tag_v2", {})
     if _DNG in tags or (tags.get(_TIFF_SUBFILE) == 1 and _TIFF_SUBFILES in tags):
         raise BadImage("unsupported", f"{RAW.name}: {RAW.remedy}")
-    if boxes.lacks_data(data):
+    if containers.lacks_data(data):
         raise BadImage("truncated", "some of its coded data are missing")
     stored.load()
     profile = stored.info.get("icc_profile")
@@ -398,7 +398,7 @@ def _decode_other(data: Bytes, kind: Kind, max_pixels: int) -> _Found:
 
 def _coded_profile(data: Bytes) -> bytes | None:
     """The profile that a HEIC or AVIF file asks for in numbers."""
-    code = boxes.colour_code(data)
+    code = containers.colour_code(data)
     try:
         return None if code is None else colour.coded_profile(*code)
     except colour.HighDynamicRange as error:

@@ -17,8 +17,7 @@ from shards.errors import CorruptSample
 from shards.format.index import NO_LABEL
 from shards.format.sample import VECTORS, level_grid, level_guide
 from shards.format.table import SampleTable
-from shards.read.order import Order, Place
-from shards.read.plan import Plan, Portion
+from shards.read.order import Order, Place, Plan, Portion
 from shards.read.reader import Arrays, BatchReader, Failures
 
 if TYPE_CHECKING:

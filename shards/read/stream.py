@@ -15,8 +15,7 @@ import torch
 
 from shards.errors import CorruptSample
 from shards.read.batch import Batch, BatchMaker, SplitReader, along, check_on_error, name_skipped
-from shards.read.order import Order
-from shards.read.plan import Plan, Planner, planner_of, seed_of
+from shards.read.order import Order, Plan, Planner, planner_of, seed_of
 from shards.remote.download import stop_at
 from shards.remote.prefetch import Ahead, Share
 from shards.remote.storage import RemoteFolder

@@ -13,10 +13,9 @@ import numpy as np
 
 from shards.errors import ShardsError
 from shards.format.table import SampleTable
-from shards.read.plan import Shares
-from shards.remote.cache import HeldFile
+from shards.read.order import Shares
 from shards.remote.download import stop_at
-from shards.remote.storage import RemoteFolder
+from shards.remote.storage import HeldFile, RemoteFolder
 
 log = logging.getLogger(__name__)
 _PARALLEL = 4

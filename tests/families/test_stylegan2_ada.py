@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dinogen.distributed import rng
-from dinogen.losses.penalties import path_lengths
+from dinogen.losses.adversarial import path_lengths
 from tests.families.gans import (
     Training,
     assert_any_cut_gives_the_same_gradient,

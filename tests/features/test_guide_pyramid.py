@@ -8,8 +8,14 @@ import torch
 from PIL import Image
 from skimage import data
 
-from dinogen.features.pyramid import native_pyramid, pooled_pyramid
-from dinogen.features.resize import RESIZE, resized_with_antialias, shrink_area, to_guide
+from dinogen.features.pyramid import (
+    RESIZE,
+    native_pyramid,
+    pooled_pyramid,
+    resized_with_antialias,
+    shrink_area,
+    to_guide,
+)
 
 
 def pictures(size, num=2):

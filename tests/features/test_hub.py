@@ -13,8 +13,8 @@ import torch
 
 from dinogen.config import GuideConfig
 from dinogen.features import GuideError, load_guide
-from dinogen.features import hub as hub_module
-from dinogen.features.hub import weights_reachable
+from dinogen.features import checkpoint as hub_module
+from dinogen.features.checkpoint import weights_reachable
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "someone/dinov2-tiny"

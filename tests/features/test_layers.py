@@ -22,7 +22,7 @@ from dinogen.features import (
     same_guide,
 )
 from dinogen.features.inception import LAYERS, InceptionTrunk
-from dinogen.features.resize import to_guide
+from dinogen.features.pyramid import to_guide
 
 CPU = torch.device("cpu")
 

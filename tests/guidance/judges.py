@@ -2,7 +2,7 @@
 
 import torch
 
-from dinogen.features.resize import to_guide
+from dinogen.features.pyramid import to_guide
 
 SIDE = 32
 PENALTIES = {"r1": 3.0, "r2": 5.0}

@@ -207,10 +207,10 @@ class Forked:
             os._exit(code)
 
     def _run(self, words: list[str]) -> int:
-        from dinogen.visualize import latents, look
+        from dinogen.visualize import drawings, look
         from launch.cli.main import main
 
-        look._makers = lambda scene: {"grid16": latents.grid16}
+        look._makers = lambda scene: {"grid16": drawings.grid16}
         sys.argv = ["dinogen", *words]
         try:
             main()

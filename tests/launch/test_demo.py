@@ -31,7 +31,7 @@ def small(tmp_path_factory):
         patch.setattr(demo, "RANDOM_SHAPE", TINY)
         patch.setattr(demo, "RANDOM_KIMG", KIMG)
         patch.setattr(demo, "RANDOM_FADE_KIMG", (0.0, 0.032, 0.016))
-        patch.setattr("dinogen.features.hub.weights_reachable", lambda *_: None)
+        patch.setattr("dinogen.features.checkpoint.weights_reachable", lambda *_: None)
         yield
 
 

@@ -89,7 +89,7 @@ def test_a_containers_quota_counts(tmp_path, monkeypatch, quota, cores):
 
 @pytest.mark.parametrize(("place", "status"), [("hub cache", "ok"), (None, "warn")])
 def test_weights_out_of_reach_are_a_warning(monkeypatch, place, status):
-    monkeypatch.setattr("dinogen.features.hub.weights_reachable", lambda path: place)
+    monkeypatch.setattr("dinogen.features.checkpoint.weights_reachable", lambda path: place)
     found = doctor.check_weights()
     assert found.status == status
     assert "facebook/dinov2-small" in found.found

@@ -32,7 +32,7 @@ def played_study(tmp_path, monkeypatch):
         path = write_study(tmp_path, **more)
         player = Player(path)
         monkeypatch.setattr(study_local, "start", player.start)
-        monkeypatch.setattr("launch.study.report.write_comparison", compared)
+        monkeypatch.setattr("launch.study.status.write_comparison", compared)
         return path, player
 
     return make

@@ -20,7 +20,7 @@ def on_slurm(played, tmp_path, monkeypatch):
     """A study on a played SLURM, whose jobs end soon after they are submitted."""
     monkeypatch.setattr(slurm, "_FIRST_PAUSE", 0.02)
     monkeypatch.setattr(slurm, "_LAST_PAUSE", 0.05)
-    monkeypatch.setattr("launch.study.report.write_comparison", compared)
+    monkeypatch.setattr("launch.study.status.write_comparison", compared)
     place = tmp_path / "place"
     path = write_study(place, final={"tracks": ["vae"]})
     player = Player(path)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dinogen.losses.clip import clip_loss, pseudo_text
+from dinogen.losses.features import clip_loss, pseudo_text
 
 
 def embeddings(num, size, seed):

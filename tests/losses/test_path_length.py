@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from dinogen.losses.penalties import path_lengths
+from dinogen.losses.adversarial import path_lengths
 
 
 def linear(num_layers=1, w_dim=5, size=6):

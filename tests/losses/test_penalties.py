@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinogen.losses.penalties import gradient_penalty, r1_penalty
+from dinogen.losses.adversarial import gradient_penalty, r1_penalty
 
 SHAPE = (5, 3, 4, 4)
 NUM = 3 * 4 * 4

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from dinogen.losses.pyramid import collapse_floor, mean_pairwise_distance, pyramid_mse
+from dinogen.losses.features import collapse_floor, mean_pairwise_distance, pyramid_mse
 
 
 def test_mse_is_the_mean_over_levels_of_each_level_s_mean():

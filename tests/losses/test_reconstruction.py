@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
-from dinogen.losses.reconstruction import (
+from dinogen.losses.features import (
     kl_to_standard_normal,
     perceptual_distance,
     psnr,

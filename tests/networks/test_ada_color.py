@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dinogen.networks.ada.colour import brightness, color, contrast, hue, luma_flip, saturation
+from dinogen.networks.ada.transforms import brightness, color, contrast, hue, luma_flip, saturation
 
 
 def pictures():

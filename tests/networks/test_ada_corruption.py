@@ -7,7 +7,8 @@ import pytest
 import pywt
 import torch
 
-from dinogen.networks.ada.corruption import (
+from dinogen.networks.ada.rng import TransformDraws
+from dinogen.networks.ada.transforms import (
     POWER,
     SYM2,
     add_noise,
@@ -16,7 +17,6 @@ from dinogen.networks.ada.corruption import (
     bands,
     cut_out,
 )
-from dinogen.networks.ada.rng import TransformDraws
 
 
 def drawn(num, first=0):

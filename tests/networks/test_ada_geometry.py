@@ -8,7 +8,15 @@ import pywt
 import torch
 from scipy import ndimage
 
-from dinogen.networks.ada.geometry import SYM6, blit, mirrored, rotation, scaling, translation, warp
+from dinogen.networks.ada.transforms import (
+    SYM6,
+    blit,
+    mirrored,
+    rotation,
+    scaling,
+    translation,
+    warp,
+)
 
 SIZE = 32
 

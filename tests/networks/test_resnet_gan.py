@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from dinogen.losses.penalties import gradient_penalty
+from dinogen.losses.adversarial import gradient_penalty
 from dinogen.networks.layers import SelfAttention, update_spectral_norms
 from dinogen.networks.resnet_gan import ResnetCritic, ResnetGenerator
 

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from dinogen.config.prepare import FacesConfig
-from dinogen.prepare import repack as repack_module
+from dinogen.prepare import earlier as repack_module
 from dinogen.prepare import written
 from dinogen.prepare.faces.folder import write_faces
 from dinogen.prepare.photos.read import PrepareError

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from dinogen.serve import connections
+from dinogen.serve import server
 from dinogen.serve.app import MAX_WAITING
 from dinogen.serve.server import open_site
 
@@ -21,7 +21,7 @@ HALF = b"GET /picture.png HTTP/1.1\r\nHost: localhost\r\nX: "
 @pytest.fixture
 def url(runs, monkeypatch):
     """A run that is served by a thread, with a short deadline."""
-    monkeypatch.setattr(connections, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr(server, "HEAD_SECONDS", 1.0)
     site = open_site(runs["guided"], "127.0.0.1", 0)
     thread = threading.Thread(target=site.run, daemon=True)
     thread.start()
@@ -50,7 +50,7 @@ def closed_after(sock):
 
 @pytest.mark.parametrize("sent", [b"", HALF], ids=["silent", "half a request"])
 def test_others_are_served_while_many_stay_silent(url, sent):
-    silent = [connect(url) for _ in range(3 * connections.MAX_SILENT)]
+    silent = [connect(url) for _ in range(3 * server.MAX_SILENT)]
     for sock in silent:
         sock.sendall(sent)
     for _ in range(3):

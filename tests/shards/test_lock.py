@@ -15,7 +15,7 @@ import pytest
 from shards import lock as module
 from shards.errors import PackError
 from shards.lock import NO_LOCKS, Locked, is_locked, lock
-from shards.remote.cache import Cache, lock_of
+from shards.remote.storage import Cache, lock_of
 from shards.write.shard_writer import ShardSink
 
 # flock as file systems without locks answer it.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shards import CorruptSample, open_dataset, pack
 from shards.errors import ManifestError
 from shards.read.mixture import MixedDataset
-from shards.read.plan import seed_of
+from shards.read.order import seed_of
 
 from .conftest import SIZE, jpeg, make_samples
 from .test_mix_order import walk

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.read.order import Order
-from shards.read.plan import MixOrder, seed_of
+from shards.read.order import MixOrder, Order, seed_of
 
 WEIGHTS = st.lists(
     st.builds(lambda n: Fraction(n, 1000), st.integers(1, 3000)), min_size=2, max_size=4

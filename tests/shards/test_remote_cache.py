@@ -19,7 +19,7 @@ import torch
 
 from shards import open_dataset, pack
 from shards.read.order import Order
-from shards.remote.cache import GB, Cache, HeldFile, lock_of, part_of
+from shards.remote.storage import GB, Cache, HeldFile, lock_of, part_of
 from tests.servers import Faulty, http_server
 
 from .conftest import make_samples
@@ -85,7 +85,7 @@ def test_what_is_held_stays_and_what_is_not_urgent_waits(folder, caplog):
 
 def test_another_process_holds_it_until_it_dies(folder):
     script = (
-        "import sys; from pathlib import Path; from shards.remote.cache import HeldFile\n"
+        "import sys; from pathlib import Path; from shards.remote.storage import HeldFile\n"
         "file = HeldFile(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(folder / NAMES[3])]

@@ -45,7 +45,7 @@ def lock_here(run: str, said: str) -> None:
     from dinogen.config import ConfigError
     from dinogen.distributed import process_group
     from dinogen.distributed.failure import takedown
-    from dinogen.training.checkpointing.lock import run_lock
+    from dinogen.runs.lock import run_lock
 
     process_group.init()
     began = time.monotonic()

@@ -5,7 +5,7 @@ import torch
 
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import AugmentConfig
-from dinogen.training.augment import augment, brightness, contrast, flip, rotate, saturation
+from dinogen.training.dataloading import augment, brightness, contrast, flip, rotate, saturation
 from dinogen.training.run import train
 from tests.families.tiny import discs, pack_discs, tiny_config
 from tests.training.helpers import weights

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dinogen.errors import UserError
-from dinogen.training.logging.jsonl import append_line, cut_lines
+from dinogen.training.logging.logger import append_line, cut_lines
 from dinogen.training.run import train
 from tests.families.conftest import disc_data  # noqa: F401 - a fixture
 from tests.families.tiny import tiny_config

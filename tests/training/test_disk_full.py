@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from dinogen.config import parse_config
-from dinogen.training.checkpointing.checkpoint import newest_checkpoint
-from dinogen.training.checkpointing.saver import SaveError, Saver
+from dinogen.training.checkpointing.checkpoint import SaveError, Saver, newest_checkpoint
 from dinogen.training.run import train
 from tests import forked
 from tests.training.helpers import stage, weights

@@ -15,9 +15,9 @@ from dinogen.errors import UserError
 from dinogen.report.images import to_uint8
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
-from dinogen.visualize import latents as looks_latents
-from dinogen.visualize import real
-from dinogen.visualize.history import History
+from dinogen.visualize import drawings
+from dinogen.visualize import drawings as looks_latents
+from dinogen.visualize.drawings import History
 from dinogen.visualize.look import write_looks
 from dinogen.visualize.scene import LeftOut, Scene
 from launch.cli.main import app
@@ -147,7 +147,7 @@ def test_what_a_family_does_not_have_is_left_out(scene_of):
     with pytest.raises(LeftOut, match="no vector"):
         looks_latents.directions(scene_of("ddpm"))
     with pytest.raises(LeftOut, match="encodes no"):
-        real.reconstructions(scene_of("ddpm"))
+        drawings.reconstructions(scene_of("ddpm"))
 
 
 def test_progression_shows_the_same_latents_at_each_checkpoint(scene_of, runs, sampled):

@@ -15,8 +15,8 @@ from dinogen.config.metrics import MetricsConfig
 from dinogen.metrics.extractors.base import JudgeInfo
 from dinogen.report.images import to_uint8
 from dinogen.training.checkpointing.snapshot import load_snapshot
+from dinogen.visualize import drawings as looks_real
 from dinogen.visualize import nearest as looks_nearest
-from dinogen.visualize import real as looks_real
 from dinogen.visualize.scene import LeftOut, Scene
 from tests.families.tiny import RESOLUTION
 

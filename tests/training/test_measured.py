@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 from dinogen.config import ConfigError
 from dinogen.errors import UserError
-from dinogen.evaluation.evaluate import evaluate
-from dinogen.evaluation.folder import evaluate_folder
+from dinogen.evaluation.evaluate import evaluate, evaluate_folder
 from dinogen.metrics.registry import NAMES
 from dinogen.training.run import train
 from launch.cli.main import app

@@ -12,8 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from dinogen.config import ConfigError, dump_config, load_config
-from dinogen.training.checkpointing.lock import run_lock
-from dinogen.training.logging.jsonl import cut_lines
+from dinogen.runs.lock import run_lock
+from dinogen.training.logging.logger import cut_lines
 from dinogen.training.run import train
 from launch.cli.main import app
 from tests.families.tiny import pack_discs, tiny_config
@@ -233,7 +233,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(tiny, place, m
                 raise OSError(30, "Read-only file system", f"{folder}/tmpx1")
             return TemporaryFile(**words)
 
-        monkeypatch.setattr("dinogen.training.checkpointing.lock.tempfile.TemporaryFile", refuse)
+        monkeypatch.setattr("dinogen.runs.lock.tempfile.TemporaryFile", refuse)
     try:
         with pytest.raises(ConfigError, match=rf"{folder}: .*: choose a folder .*run="):
             train(config)

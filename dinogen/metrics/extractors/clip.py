@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinogen.config.clip import ClipConfig
+from dinogen.config.metrics import ClipConfig
 from dinogen.features.base import GuideError
+from dinogen.features.checkpoint import weights_reachable
 from dinogen.features.clip import Clip, load_clip
-from dinogen.features.hub import weights_reachable
 from dinogen.metrics.extractors.base import Judge, JudgeInfo, NotAvailable, exactly
 
 

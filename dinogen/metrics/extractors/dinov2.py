@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dinogen.config import GuideConfig
 from dinogen.features.base import GuideError
+from dinogen.features.checkpoint import weights_reachable
 from dinogen.features.dinov2 import Dinov2Guide
 from dinogen.features.dinov2 import load as load_guide
-from dinogen.features.hub import weights_reachable
 from dinogen.metrics.extractors.base import Judge, JudgeInfo, NotAvailable, exactly, resized
 
 SIDE = 224

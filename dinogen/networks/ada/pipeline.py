@@ -12,10 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dinogen.networks.ada.colour import color, color_matrices
-from dinogen.networks.ada.corruption import add_noise, amplify, band_gains, cut_out
-from dinogen.networks.ada.geometry import blit, blit_matrices, geometry_matrices, warp
 from dinogen.networks.ada.rng import TransformDraws
+from dinogen.networks.ada.transforms import (
+    add_noise,
+    amplify,
+    band_gains,
+    blit,
+    blit_matrices,
+    color,
+    color_matrices,
+    cut_out,
+    geometry_matrices,
+    warp,
+)
 
 # steps between two changes of p, as in section 3
 INTERVAL = 4

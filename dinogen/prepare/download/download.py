@@ -1,24 +1,36 @@
-"""Download a list of files, several at a time, and say which were not fetched and why."""
+"""Download a list of files, several at a time: resumed, checked, named by content."""
 
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import json
+import logging
 import os
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import httpx
 
-from dinogen.files import write_text
-from dinogen.prepare.download.files import Fetcher
-from dinogen.prepare.download.links import Failure, Item, read_list, shown
+from dinogen.files import write_json, write_text
+from dinogen.prepare.download.links import (
+    PHOTO_SUFFIXES,
+    Failure,
+    Item,
+    address,
+    read_list,
+    shown,
+    shown_url,
+)
 from dinogen.prepare.photos.read import PrepareError
-from shards.remote.download import stop_at
+from shards.files import sha256_file
+from shards.remote.download import PASSING_STATUS, Damaged, insist, obey, retry_after, stop_at
 
 __all__ = ["DownloadSummary", "Failure", "download"]
 
@@ -144,3 +156,250 @@ def _write_failed(path: Path, failures: Sequence[Failure]) -> None:
     writer.writerow(["line", "url", "filename", "reason", "detail"])
     writer.writerows([f.line, f.url, f.filename, f.reason, f.detail] for f in failures)
     write_text(path, buffer.getvalue())
+
+
+_HEAD = 512  # bytes, enough to tell what a file is
+_IMAGES = {
+    rb"\xff\xd8\xff": ".jpg",
+    rb"\x89PNG\r\n": ".png",
+    rb"RIFF....WEBP": ".webp",
+    rb"II[*+]\0|MM\0[*+]": ".tif",
+    rb"GIF8[79]a": ".gif",
+    rb"BM.{4}\0{4}": ".bmp",
+    rb".{4}ftypavi[fs]": ".avif",
+    rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)": ".heic",
+    rb"\xff\x0a|\0{3}\x0cJXL ": ".jxl",
+    rb"\0{3}\x0cjP  ": ".jp2",
+}
+_WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|script|!--)", re.I)
+# What is wrong with one name in a folder that can be written.
+_NAME_ERRORS = frozenset(
+    {errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ}
+    | {errno.EACCES, errno.EPERM}
+)
+
+
+class _Fault(Exception):
+    """An attempt that failed; another may succeed after ``wait`` seconds, or never (None)."""
+
+    def __init__(self, reason: str, detail: str, wait: float | None = 0.0) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.wait = wait
+
+
+class _WrongBytes(_Fault, Damaged):
+    """The checksum is another. Once may come of a resumed file that had changed."""
+
+
+class Fetcher:
+    """Fetches files into one folder; may be used by several threads.
+
+    Args:
+        client: follows redirects.
+        folder: where the files go.
+        num_attempts: in a row that may bring no new byte of a file before it counts as failed.
+        sleep: takes the place of waiting between attempts.
+
+    Attributes:
+        num_bytes: received so far.
+    """
+
+    def __init__(
+        self,
+        client: httpx.Client,
+        folder: Path,
+        num_attempts: int,
+        sleep: Callable[[float], object] | None = None,
+    ) -> None:
+        self.num_bytes = 0
+        self._client = client
+        self._folder = folder
+        self._num_attempts = num_attempts
+        self._sleep = sleep
+        self._lock = threading.Lock()
+
+    def fetch(self, item: Item) -> bool | Failure:
+        """True if the file was fetched, False if it was there already.
+
+        Raises:
+            shards.remote.download.Stopped: this thread is to stop; what was fetched stays for the next run.
+            OSError: the folder cannot be written.
+        """
+        part = self._folder / f".{item.filename}.part"
+        try:
+            if self._is_there(item):
+                return False
+            insist(
+                lambda: self._attempt(item, part),
+                shown_url(item.url),
+                lambda error: error.wait if isinstance(error, _Fault) else None,
+                tries=self._num_attempts,
+                progress=lambda: _size(part),
+                sleep=self._sleep,
+                level=logging.DEBUG,
+            )
+        except _Fault as fault:
+            if fault.wait is None and fault.reason != "retry_after":
+                _discard(part)
+            reason, detail = fault.reason, str(fault)
+        except OSError as error:
+            if error.errno not in _NAME_ERRORS:
+                raise
+            _discard(part)
+            reason, detail = "unwritable", str(error)
+        else:
+            return True
+        return Failure(item.line, shown_url(item.url), item.filename, reason, shown(detail))
+
+    def _is_there(self, item: Item) -> bool:
+        """Whether an earlier run fetched it, under whatever suffix its content gave it."""
+        for path in self._candidates(item):
+            if not path.is_file() or (item.sha256 and sha256_file(path) != item.sha256):
+                continue
+            try:
+                final = self._folder / _final_name(item, path)
+            except _Fault:
+                continue  # stored before contents were looked at: a web page, an empty file
+            if final != path:
+                path.rename(final)
+            return True
+        return False
+
+    def _candidates(self, item: Item) -> Iterator[Path]:
+        yield self._folder / item.filename
+        if item.by_content:
+            for suffix in _IMAGES.values():
+                yield self._folder / f"{item.filename}{suffix}"
+
+    def _attempt(self, item: Item, part: Path) -> None:
+        """Bring a file to its end and to its place; raises if it does not get there."""
+        self._receive(item, part)
+        found = sha256_file(part) if item.sha256 else None
+        if found != item.sha256:
+            _discard(part)
+            raise _WrongBytes("checksum", f"sha256 is {found}, the list says {item.sha256}")
+        part.replace(self._folder / _final_name(item, part))
+        _discard(part)
+
+    def _receive(self, item: Item, part: Path) -> None:
+        offset, validator = _resumable(item, part)
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        if offset and validator:
+            headers["If-Range"] = validator
+        try:
+            with self._client.stream("GET", address(item.url), headers=headers) as response:
+                if response.status_code == 416 and offset:
+                    if response.headers.get("Content-Range") == f"bytes */{offset}":
+                        return  # killed after the last byte
+                    _discard(part)
+                    raise _Fault("protocol", f"the server has no byte {offset}")
+                _check_status(response)
+                if response.status_code == 206:
+                    span = response.headers.get("Content-Range", "")
+                    if not span.startswith(f"bytes {offset}-"):
+                        _discard(part)
+                        raise _Fault("protocol", f"asked for byte {offset}, got '{span}'")
+                else:
+                    offset = 0
+                    _discard(part)
+                    if not _is_encoded(response):
+                        _remember(item, part, response)
+                chunks = response.iter_bytes if _is_encoded(response) else response.iter_raw
+                with part.open("ab" if offset else "wb") as file:
+                    for chunk in chunks():
+                        obey()
+                        file.write(chunk)
+                        with self._lock:
+                            self.num_bytes += len(chunk)
+                    file.flush()
+                    os.fsync(file.fileno())
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.TooManyRedirects) as error:
+            raise _Fault("protocol", str(error), wait=None) from None
+        except UnicodeError as error:  # a redirect to a host that cannot be looked up
+            raise _Fault("protocol", str(error), wait=None) from None
+        except httpx.HTTPError as error:
+            # A certificate does not become valid within minutes.
+            wait = None if "CERTIFICATE_VERIFY_FAILED" in str(error) else 0.0
+            raise _Fault("connection", str(error) or type(error).__name__, wait) from None
+
+
+def _check_status(response: httpx.Response) -> None:
+    status = response.status_code
+    detail = f"{status} {response.reason_phrase}".strip()
+    if status in PASSING_STATUS:
+        asked = response.headers.get("Retry-After")
+        wait = retry_after(asked)
+        if wait is None:
+            raise _Fault("retry_after", f"{detail}, to be tried again after '{asked}'", wait)
+        raise _Fault(f"http_{status}", detail, wait)
+    if status not in (200, 206):
+        raise _Fault(f"http_{status}", detail, wait=None)
+    encoding = response.headers.get("Content-Encoding", "")
+    if _is_encoded(response) and (status == 206 or encoding.lower() not in ("gzip", "deflate")):
+        raise _Fault("protocol", f"sent {encoding}-encoded though asked not to", wait=None)
+
+
+def _is_encoded(response: httpx.Response) -> bool:
+    """Whether a server compresses though asked not to: what came of it cannot be resumed."""
+    return response.headers.get("Content-Encoding", "identity").lower() not in ("", "identity")
+
+
+def _final_name(item: Item, path: Path) -> str:
+    """What a file is to be called, now that its content is known.
+
+    Raises:
+        _Fault: it is not what the list asks for. With a checksum the list knows better.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    suffix = next((s for magic, s in _IMAGES.items() if re.match(magic, head, re.S)), None)
+    if suffix is not None:
+        return item.filename + suffix if item.by_content else item.filename
+    if item.sha256:
+        return item.filename
+    if not head:
+        raise _Fault("empty", "the server sent no byte", wait=None)
+    is_page = _WEB_PAGE.match(head) is not None
+    called = PurePosixPath(item.filename).suffix.lower()
+    begins = f"begins with {head[:24]!r}"
+    if item.by_content or called in PHOTO_SUFFIXES:
+        what = "a web page instead of an image" if is_page else "no image"
+        raise _Fault("not_an_image", f"{what}: {begins}", wait=None)
+    if is_page and called not in (".html", ".htm", ".xhtml", ".txt"):
+        raise _Fault("web_page", f"a web page instead of the file: {begins}", wait=None)
+    return item.filename
+
+
+def _note(part: Path) -> Path:
+    """Where it stands which file the bytes of ``part`` belong to."""
+    return part.with_name(part.name + ".json")
+
+
+def _remember(item: Item, part: Path, response: httpx.Response) -> None:
+    # A weak ETag promises the same meaning, not the same bytes (RFC 9110, 13.1.5).
+    etag = response.headers.get("ETag", "")
+    strong = "" if etag.startswith("W/") else etag
+    validator = strong or response.headers.get("Last-Modified")
+    write_json(_note(part), {"url": item.url, "validator": validator})
+
+
+def _resumable(item: Item, part: Path) -> tuple[int, str | None]:
+    """Byte to go on from, and what proves that the server's file is still the same."""
+    try:
+        offset = part.stat().st_size
+        note = json.loads(_note(part).read_bytes())
+        same = note["url"] == item.url
+        validator: str | None = note["validator"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, None  # nothing there, or of unknown origin
+    return (offset, validator) if same and (validator or item.sha256) else (0, None)
+
+
+def _discard(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _note(part).unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -14,9 +14,17 @@ from dinogen.report.compare.columns import Column, label_of
 from dinogen.report.compare.model import Run
 from dinogen.report.compare.page import render_page
 from dinogen.report.compare.read import read_runs
-from dinogen.report.compare.seeds import Seeds, over_seeds
-from dinogen.report.compare.story import Chapter, tell
-from dinogen.report.compare.table import headline, make_columns, number_rows, sort_runs, unavailable
+from dinogen.report.compare.table import (
+    Chapter,
+    Seeds,
+    headline,
+    make_columns,
+    number_rows,
+    over_seeds,
+    sort_runs,
+    tell,
+    unavailable,
+)
 from dinogen.report.compare.text import render_text
 from dinogen.report.compare.warnings import warnings_of
 

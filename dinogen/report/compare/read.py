@@ -13,8 +13,7 @@ from typing import Any
 from dinogen.errors import UserError
 from dinogen.report.cautions import caution_of
 from dinogen.report.compare.columns import MEASURED
-from dinogen.report.compare.looks import Look, read_looks
-from dinogen.report.compare.model import Number, Run, Source, take
+from dinogen.report.compare.model import Look, Number, Run, Source, read_looks, take
 from dinogen.runs.files import (
     CONFIG,
     EVALUATION,

@@ -1,11 +1,13 @@
-"""The table of a comparison: which numbers stand in it, which compare, and which is the best."""
+"""The table of a comparison: its rows and columns, means over seeds, the story of a family."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dinogen.report.compare.columns import COSTS, MEASURED, Column, label_of, show_counts
@@ -163,3 +165,144 @@ def number_rows(run: Run) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+# What does not make another experiment.
+ASIDE = ("run", "seed", "notes", "cluster", "log", "checkpoint", "device", "metrics", "prepare")
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Some runs of one experiment.
+
+    Attributes:
+        name: of the experiment: what the names of its runs have in common, else the family.
+        runs: their names.
+        values: by column: mean and standard deviation (N - 1) over the runs.
+    """
+
+    name: str
+    runs: tuple[str, ...]
+    values: dict[str, tuple[float, float]]
+
+
+def over_seeds(runs: Sequence[Run], columns: Sequence[Column]) -> list[Seeds]:
+    """Groups of at least two runs of one config under different seeds.
+
+    Only figures that all runs of a group have, measured alike, are averaged.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.config and run.finished:
+            groups.setdefault(_experiment(run.config), []).append(run)
+    found = []
+    for some in groups.values():
+        if len({run.seed for run in some}) < 2:
+            continue
+        values = {}
+        for column in columns:
+            if column.group == "Cost":
+                continue
+            numbers = [run.numbers.get(column.name) for run in some]
+            known = [n.value for n in numbers if n is not None and n.value is not None]
+            if len(known) == len(some) and len({n.fingerprint for n in numbers if n}) == 1:
+                values[column.name] = (statistics.fmean(known), statistics.stdev(known))
+        found.append(Seeds(_common(some), tuple(run.name for run in some), values))
+    return found
+
+
+def _experiment(config: dict[str, Any]) -> str:
+    rest = {key: value for key, value in config.items() if key not in ASIDE}
+    return json.dumps(rest, sort_keys=True, default=str)
+
+
+def _common(runs: Sequence[Run]) -> str:
+    """What the names of runs begin with alike."""
+    names = [run.name for run in runs]
+    first, last = min(names), max(names)
+    length = next(
+        (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
+        min(len(first), len(last)),
+    )
+    return first[:length].rstrip("-_/. ").removesuffix("seed").rstrip("-_/. ") or runs[0].family
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of a family.
+
+    Attributes:
+        run: name of the run.
+        step: its place, in the words of the notes; empty where they say nothing.
+        change: what it does otherwise.
+        metric: value and spread of the headline figure as text, a dash where there is none.
+        best: whether no other step of the family is better.
+        failed: what did not work.
+        said: whether ``failed`` is from the notes, and not from the files of the run.
+        next: what to try.
+    """
+
+    run: str
+    step: str
+    change: str
+    metric: str
+    best: bool
+    failed: str
+    said: bool
+    next: str
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One family: its steps in order."""
+
+    family: str
+    rows: tuple[Row, ...]
+
+
+def tell(runs: Sequence[Run], by: Column | None) -> list[Chapter]:
+    """A chapter for each family, in the order in which they come; steps sorted as people count."""
+    families: dict[str, list[Run]] = {}
+    for run in runs:
+        families.setdefault(run.family, []).append(run)
+    return [
+        Chapter(family, tuple(_row(run, some, by) for run in sorted(some, key=_place)))
+        for family, some in families.items()
+    ]
+
+
+def _row(run: Run, family: Sequence[Run], by: Column | None) -> Row:
+    number = run.numbers.get(by.name) if by else None
+    metric, best = "–", False
+    if by is not None and number is not None and number.value is not None:
+        metric = by.text(number.value)
+        if number.spread is not None:
+            metric += f" ± {by.text(number.spread)}"
+        values = [
+            one.value
+            for other in family
+            if (one := other.numbers.get(by.name)) is not None and one.value is not None
+        ]
+        top = min(values) if by.better == "lower" else max(values)
+        best = by.comparable and len(values) > 1 and number.value == top
+    said = "failed" in run.notes
+    troubles = "" if run.finished and not run.troubles else "; ".join(run.troubles)
+    return Row(
+        run=run.name,
+        step=run.notes.get("step", ""),
+        change=run.notes.get("change", ""),
+        metric=metric,
+        best=best,
+        failed=run.notes.get("failed", troubles),
+        said=said,
+        next=run.notes.get("next", ""),
+    )
+
+
+def _place(run: Run) -> tuple[bool, list[tuple[int, int, str]]]:
+    """Steps as people count them: 2 before 10, those without one last."""
+    step = run.notes.get("step", "")
+    parts = re.findall(r"\d+|\D+", step.lower())
+    return not step, [
+        (0, int(part), "") if part.isdecimal() else (1, 0, part.strip()) for part in parts
+    ]

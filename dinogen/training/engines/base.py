@@ -1,21 +1,20 @@
-"""Engines: they own backward, gradient averaging and the optimizer step."""
+"""The engine of one process, which the others extend: backward, optimizers, batch norm."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from dinogen.config import Config, ConfigError
+from dinogen.config import Config, ConfigError, OptimConfig
 from dinogen.distributed import process_group
 from dinogen.families.base import Batch, Family, Phase, Scalars
-from dinogen.training.engines.batchnorm import sync_batch_norms
-from dinogen.training.engines.optim import build_optimizer, load_optimizer_state, optimizer_state
 
 COMPILER = "inductor"  # torch.compile's backend
 
@@ -274,3 +273,107 @@ def make_engine(config: Config, family: Family, lr: float, device: torch.device)
         )
     engine = DdpEngine if name == "ddp" else SingleEngine
     return engine(config, family, lr, device)
+
+
+def build_optimizer(
+    groups: Iterable[nn.Parameter] | list[dict[str, Any]],
+    config: OptimConfig,
+    lr: float,
+    family: Family,
+    network: str,
+) -> torch.optim.Optimizer:
+    """Adam over parameters or groups of them; what is frozen has no gradient and is skipped.
+
+    Args:
+        groups: of one network.
+        config: for all networks, with factors for some.
+        lr: of the stage.
+        family: may scale lr and betas further, see ``Family.optimizer_scale``.
+        network: its name.
+    """
+    scale = family.optimizer_scale(network)
+    first, second = config.betas
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(
+        groups,
+        lr=lr * scale * config.lr_scale.get(network, 1.0),
+        betas=(first**scale, second**scale),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State tensors as ``PARAMETER/KEY`` (``dense.weight/exp_avg``)."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in network.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_state(
+    network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
+) -> None:
+    """Put back what :func:`optimizer_state` gave.
+
+    Raises:
+        KeyError: a state tensor belongs to no parameter of the network.
+    """
+    parameters = dict(network.named_parameters())
+    for full_name, value in state.items():
+        name, _, key = full_name.rpartition("/")
+        parameter = parameters[name]
+        # Adam keeps its step count on the CPU, the moments beside the parameter
+        where = value.device if key == "step" else parameter.device
+        optimizer.state[parameter][key] = value.to(where)
+
+
+def sync_batch_norms(network: nn.Module, device: torch.device) -> None:
+    """Turn the batch norms inside ``network`` into ones that see all ranks; names stay.
+
+    On GPUs torch's own ``nn.SyncBatchNorm``, which knows no CPU.
+    """
+    for module in network.modules():
+        for name, child in module.named_children():
+            if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm):
+                if device.type == "cuda":
+                    setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+                else:
+                    child.__class__ = CpuSyncBatchNorm
+
+
+class CpuSyncBatchNorm(_BatchNorm):
+    """Batch norm whose mean and variance are those of all ranks' samples (B, C, ...)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) -> the same shape."""
+        if not self.training:
+            return super().forward(x)
+        places = [0, *range(2, x.dim())]
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        count = process_group.all_reduce_sum(torch.tensor(x.numel() / x.shape[1]))
+        mean = process_group.all_reduce_sum_with_gradient(x.sum(places)) / count
+        # a second pass: the mean of squares less the square of the mean loses its digits
+        x = x - mean.view(shape)
+        variance = process_group.all_reduce_sum_with_gradient(x.square().sum(places)) / count
+        if self.track_running_stats:
+            self._remember(mean.detach(), (variance * count / (count - 1)).detach())
+        x = x * torch.rsqrt(variance.view(shape) + self.eps)
+        if self.affine:
+            x = x * self.weight.view(shape) + self.bias.view(shape)
+        return x
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.num_batches_tracked is not None and self.running_mean is not None
+        assert self.running_var is not None
+        self.num_batches_tracked += 1
+        share = self.momentum
+        if share is None:
+            share = 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance, share)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any number of dimensions from two."""

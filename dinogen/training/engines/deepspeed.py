@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import process_group
 from dinogen.families.base import Batch, Family, Phase, Scalars
-from dinogen.training.engines.base import SingleEngine, Update
+from dinogen.training.engines.base import (
+    SingleEngine,
+    Update,
+    build_optimizer,
+    load_optimizer_state,
+    optimizer_state,
+)
 from dinogen.training.engines.microbatches import num_micros
-from dinogen.training.engines.optim import build_optimizer, load_optimizer_state, optimizer_state
 
 log = logging.getLogger(__name__)
 

@@ -1,21 +1,27 @@
-"""What a stage logs: stats.jsonl and TensorBoard, both against nimg, without overlap on resume."""
+"""What a stage logs: stats.jsonl, TensorBoard and the progress line, all against nimg."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from dinogen.distributed import process_group
+from dinogen.errors import UserError
 from dinogen.families.base import Scalars
-from dinogen.training.logging.jsonl import cut_lines
+from dinogen.files import next_free, write_bytes
+from dinogen.runs.files import line_nimg, read_raw
 from dinogen.training.logging.tensorboard import FOLDER, Layout
 
 
@@ -159,3 +165,115 @@ def _number(value: float | None) -> float:
 def _json_number(value: float | None) -> float | None:
     """JSON knows no NaN and no infinity; readers meet null."""
     return value if value is not None and math.isfinite(value) else None
+
+
+log = logging.getLogger(__name__)
+
+
+def cut_lines(path: Path, nimg: int) -> None:
+    """Drop what was written past ``nimg``, and every line that is damaged or was cut off.
+
+    A file with damage that no kill explains, which cuts off the last line alone, is kept beside the
+    new one as ``NAME.damaged``, ``NAME.damaged-2`` and so on.
+
+    Raises:
+        UserError: the file cannot be read, or something else stands in its place.
+    """
+    found = read_raw(path)
+    if found.troubles:
+        raise UserError(f"{found.told()[0]}: move it away")
+    lines = found.value.splitlines(keepends=True)
+    kept = [line for line in lines if line_nimg(line) <= nimg]
+    damaged = sum(line_nimg(line) == math.inf for line in lines)
+    if damaged:
+        log.warning("%s: %d damaged lines are dropped", path, damaged)
+        if damaged > 1 or found.value.endswith(b"\n") or line_nimg(lines[-1]) < math.inf:
+            kept_as = next_free(path.with_name(f"{path.name}.damaged"))
+            write_bytes(kept_as, found.value)
+            log.warning("%s: as it was, it is kept as %s", path, kept_as)
+    text = b"".join(kept)
+    if kept and not text.endswith(b"\n"):
+        text += b"\n"  # or the next line would be appended to this one
+    if text != found.value:
+        write_bytes(path, text)
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add a line, and bring it to disk: what it says took long to find out.
+
+    What a kill has left of a line before stays a line of its own.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    text = json.dumps(line, allow_nan=False) + "\n"
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                text = "\n" + text
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+log = logging.getLogger(__name__)
+
+
+class ProgressLine:
+    """Shows images/s, loss, floor and the time left.
+
+    Args:
+        title: such as ``stage 8x8``.
+        start: nimg at which the bar begins.
+        end: nimg at which it ends.
+        show: False on ranks that stay silent.
+    """
+
+    def __init__(self, title: str, start: int, end: int, show: bool) -> None:
+        self.title, self.start, self.end, self.show = title, start, end, show
+        self.console = Console(stderr=True)
+        self.bar: Progress | None = None
+        if show and self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(),
+                console=self.console,
+            )
+            self.task = self.bar.add_task(title, total=end - start, text="")
+            self.bar.start()
+
+    def update(self, nimg: int, values: dict[str, float | None]) -> None:
+        """Show the numbers of the newest line."""
+        if not self.show:
+            return
+        speed = values.get("images_per_s") or 0.0
+        parts = [f"{nimg / 1000:.1f}/{self.end / 1000:.1f} kimg", f"{speed:.1f} images/s"]
+        for name in ("loss", "floor", "diversity"):
+            value = values.get(name)
+            if value is not None:
+                parts.append(f"{name} {value:.4g}")
+        if speed:
+            parts.append(f"ETA {duration(max(0.0, (self.end - nimg) / speed))}")
+        text = ", ".join(parts)
+        if self.bar is not None:
+            with suppress(OSError):  # the terminal is gone
+                self.bar.update(self.task, completed=min(nimg, self.end) - self.start, text=text)
+        else:
+            log.info("%s: %s", self.title, text)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self.bar is not None:
+            with suppress(OSError):
+                self.bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03``, or ``2 d 3:04:05`` from a day on."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days} d " if days else "") + f"{hour}:{minute:02d}:{second:02d}"

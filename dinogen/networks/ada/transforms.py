@@ -1,15 +1,11 @@
-"""Pixel blitting and geometric transforms of the augmentation pipeline.
-
-Matrices are (B, 3, 3) float64 on the CPU and map homogeneous pixel coordinates (x, y, 1), counted
-from the picture's centre, of the picture before to those of the picture after. What lies outside
-is a mirror image, without its border repeated. Karras et al. 2020, "Training Generative
-Adversarial Networks with Limited Data", appendix B.
-"""
+"""Transforms of the augmentation pipeline: geometry, colour, and corruption."""
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -189,3 +185,143 @@ def _linear(factor: float, offset: float) -> Tensor:
     """(3, 3): both coordinates times a factor, plus an offset."""
     rows = [[factor, 0, offset], [0, factor, offset], [0, 0, 1]]
     return torch.tensor(rows, dtype=torch.float64)
+
+
+# the axis of grey
+LUMA = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.float64) / math.sqrt(3)
+
+
+def color_matrices(draws: TransformDraws, p: float) -> Tensor:
+    """Brightness, contrast, luma flip, hue rotation, saturation."""
+    matrix = brightness(0.2 * draws.normal("brightness") * draws.happens("brightness", p))
+    matrix = contrast(2 ** (0.5 * draws.normal("contrast") * draws.happens("contrast", p))) @ matrix
+    flipped = draws.happens("luma_flip", p) & (draws.uniform("luma_flip") < 0.5)
+    matrix = luma_flip(flipped.double()) @ matrix
+    angle = (2 * draws.uniform("hue") - 1) * math.pi
+    matrix = hue(angle * draws.happens("hue", p)) @ matrix
+    strength = 2 ** (draws.normal("saturation") * draws.happens("saturation", p))
+    return saturation(strength) @ matrix
+
+
+def color(images: Tensor, matrices: Tensor) -> Tensor:
+    """Apply matrices (B, 4, 4) to the colours of pictures (B, 3, R, R)."""
+    if bool((matrices == torch.eye(4)).all()):
+        return images
+    m = matrices.to(images)
+    return (m[:, :3, :3] @ images.flatten(2) + m[:, :3, 3:]).view_as(images)
+
+
+def brightness(amount: Tensor) -> Tensor:
+    """Add (B,) amounts to all colours."""
+    matrix = torch.eye(4, dtype=torch.float64).repeat(len(amount), 1, 1)
+    matrix[:, :3, 3] = amount[:, None]
+    return matrix
+
+
+def contrast(factor: Tensor) -> Tensor:
+    """Multiply all colours by (B,) factors."""
+    return torch.diag_embed(torch.stack([factor, factor, factor, torch.ones_like(factor)], -1))
+
+
+def luma_flip(flipped: Tensor) -> Tensor:
+    """Turn light into dark where (B,) is 1, leaving hue and saturation: a Householder matrix."""
+    return _identity() - 2 * torch.outer(LUMA, LUMA) * flipped[:, None, None]
+
+
+def hue(angle: Tensor) -> Tensor:
+    """Rotate colours about the axis of grey by (B,) radians (Rodrigues' formula)."""
+    x, y, z, _ = LUMA.tolist()
+    cross = torch.zeros(4, 4, dtype=torch.float64)
+    cross[:3, :3] = torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    sin, cos = angle.sin()[:, None, None], angle.cos()[:, None, None]
+    return _identity() + sin * cross + (1 - cos) * (cross @ cross)
+
+
+def saturation(factor: Tensor) -> Tensor:
+    """Multiply what is not grey in a colour by (B,) factors."""
+    grey = torch.outer(LUMA, LUMA)
+    grey[3, 3] = 1
+    return grey + (_identity() - grey) * factor[:, None, None]
+
+
+def _identity() -> Tensor:
+    return torch.eye(4, dtype=torch.float64)
+
+
+# The low-pass filter of the wavelet sym2 (Daubechies 1992, "Ten Lectures on Wavelets", table 6.1)
+SYM2 = (-0.12940952255092145, 0.22414386804185735, 0.836516303737469, 0.48296291314469025)
+NUM_BANDS = 4
+# how much of a natural picture's power lies in each band, about 1 / f
+POWER = torch.tensor([10.0, 1.0, 1.0, 1.0], dtype=torch.float64) / 13
+CUTOUT_SIZE = 0.5
+
+
+@cache
+def bands() -> np.ndarray:
+    """Four symmetric filters, (4, 43): up to pi / 8, pi / 4, pi / 2 and pi; their sum is 1.
+
+    Each halving splits off the upper half of what is left, by the wavelet's low and high pass,
+    each taken forwards and backwards so that no phase is changed; so taken they sum to 1.
+    """
+    low = np.convolve(SYM2, SYM2[::-1]) / 2
+    high = -low
+    high[len(high) // 2] += 1
+    bank = np.zeros((NUM_BANDS, 1))
+    bank[0] = 1
+    for i in range(1, NUM_BANDS):
+        # what was split so far moves down by an octave
+        spread = np.zeros((NUM_BANDS, 2 * bank.shape[1] - 1))
+        spread[:, ::2] = bank
+        bank = np.stack([np.convolve(row, low) for row in spread])
+        first = (bank.shape[1] - len(high)) // 2
+        bank[i, first : first + len(high)] += high
+    return bank
+
+
+def band_gains(draws: TransformDraws, p: float) -> Tensor:
+    """Gain of each band, (B, 4) float64, such that the power expected stays the same."""
+    gains = torch.ones(len(draws.positions), NUM_BANDS, dtype=torch.float64)
+    for i in range(NUM_BANDS):
+        one = torch.ones_like(gains)
+        one[:, i] = 2 ** (draws.normal(f"band_{i}") * draws.happens(f"band_{i}", p))
+        gains *= one / (POWER * one.square()).sum(1, keepdim=True).sqrt()
+    return gains
+
+
+def amplify(images: Tensor, gains: Tensor) -> Tensor:
+    """Multiply the bands of pictures (B, C, R, R), along each axis, by gains (B, 4)."""
+    # the power's weights sum to 1 only up to rounding
+    if bool((gains - 1).abs().max() < 1e-12):
+        return images
+    batch, channels, size, _ = images.shape
+    taps = (gains @ torch.from_numpy(bands())).to(images)
+    row = taps.repeat_interleave(channels, 0)[:, None, None]
+    margin = taps.shape[1] // 2
+    around = mirrored(torch.arange(-margin, size + margin), size).to(images.device)
+    x = images.index_select(2, around).index_select(3, around)
+    x = x.reshape(1, batch * channels, *x.shape[2:])
+    x = F.conv2d(x, row, groups=batch * channels)
+    x = F.conv2d(x, row.transpose(2, 3), groups=batch * channels)
+    return x.view_as(images)
+
+
+def add_noise(images: Tensor, draws: TransformDraws, p: float) -> Tensor:
+    """Add noise per pixel and colour; its standard deviation is half-normal, of scale 0.1."""
+    sigma = 0.1 * draws.normal("noise").abs() * draws.happens("noise", p)
+    if not bool(sigma.any()):
+        return images
+    noise = draws.pixels(tuple(images.shape[1:]), images.device)
+    return images + noise * sigma.to(images)[:, None, None, None]
+
+
+def cut_out(images: Tensor, draws: TransformDraws, p: float) -> Tensor:
+    """Make a square of half the side grey, about a centre anywhere in the picture."""
+    happens = draws.happens("cutout", p)
+    if not bool(happens.any()):
+        return images
+    places = (torch.arange(images.shape[-1]).double() + 0.5) / images.shape[-1]
+    x, y = (
+        (places - draws.uniform("cutout", i)[:, None]).abs() < CUTOUT_SIZE / 2 for i in range(2)
+    )
+    cut = happens[:, None, None] & y[:, :, None] & x[:, None, :]
+    return images * ~cut[:, None].to(images.device)
