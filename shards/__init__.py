@@ -1,11 +1,18 @@
-"""Samples on disk: packed into tar shards, read back fast in a known order."""
+"""Samples on disk: packed into tar shards, read back fast in a known order.
 
-from shards.errors import CorruptSample, FetchError, FinishedError, ShardsError
-from shards.format.sample import Sample
-from shards.read.dataset import Dataset
-from shards.read.packed import open_dataset
-from shards.write.pack import pack
-from shards.write.shard_writer import ShardSink
+What is listed in ``__all__`` is the public API; it is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shards.errors import CorruptSample, FetchError, FinishedError, ShardsError
+    from shards.format.sample import Sample
+    from shards.read.dataset import Dataset
+    from shards.read.packed import open_dataset
+    from shards.write.pack import pack
+    from shards.write.shard_writer import ShardSink
 
 __all__ = [
     "CorruptSample",
@@ -18,3 +25,27 @@ __all__ = [
     "open_dataset",
     "pack",
 ]
+_PLACES = {
+    "CorruptSample": "shards.errors",
+    "Dataset": "shards.read.dataset",
+    "FetchError": "shards.errors",
+    "FinishedError": "shards.errors",
+    "Sample": "shards.format.sample",
+    "ShardSink": "shards.write.shard_writer",
+    "ShardsError": "shards.errors",
+    "open_dataset": "shards.read.packed",
+    "pack": "shards.write.pack",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of the public API (PEP 562)."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'shards' has no attribute {name!r}")
+    found = getattr(import_module(_PLACES[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,7 +20,7 @@ RANKS = """
 import json, os, sys
 from pathlib import Path
 import torch
-from dinogen import dist
+from dinogen.distributed import process_group as dist
 
 out = Path(sys.argv[1])
 before = [dist.rank(), dist.world_size()]

@@ -17,7 +17,7 @@ from tests.forked import torchrun
 RANKS = """
 import datetime, os, signal, sys, time
 import torch
-from dinogen import dist
+from dinogen.distributed import process_group as dist
 from dinogen.errors import UserError
 from dinogen.distributed.failure import takedown
 from launch.cli.console import setup_logging

@@ -109,6 +109,20 @@ class FamilyConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+class NotesConfig(Section):
+    """What a run is for and what came of it, in one's own words; nothing is computed from it."""
+
+    # step: 2 is written as a number
+    model_config = ConfigDict(extra="forbid", validate_default=True, coerce_numbers_to_str=True)
+
+    step: str | None = Field(
+        None, description="its place in the story of the family; rows are sorted by it: 1, 2, 2b"
+    )
+    change: str | None = Field(None, description="what it does otherwise than the step before")
+    failed: str | None = Field(None, description="what did not work, once that is known")
+    next: str | None = Field(None, description="what to try next, once that is known")
+
+
 class Config(Section):
     """A whole run, from photos to pictures."""
 
@@ -231,17 +245,3 @@ def parse_config(
 def dump_config(config: Config) -> str:
     """The whole resolved config as YAML; reading it gives the same config again."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-class NotesConfig(Section):
-    """What a run is for and what came of it, in one's own words; nothing is computed from it."""
-
-    # step: 2 is written as a number
-    model_config = ConfigDict(extra="forbid", validate_default=True, coerce_numbers_to_str=True)
-
-    step: str | None = Field(
-        None, description="its place in the story of the family; rows are sorted by it: 1, 2, 2b"
-    )
-    change: str | None = Field(None, description="what it does otherwise than the step before")
-    failed: str | None = Field(None, description="what did not work, once that is known")
-    next: str | None = Field(None, description="what to try next, once that is known")

@@ -1,4 +1,4 @@
-"""Pyramids: patch features of images at several grids, pooled or native, and the resizing for it."""
+"""Pyramids: patch features of images at several grids, pooled or native; the resizing for it."""
 
 from __future__ import annotations
 

@@ -155,9 +155,6 @@ class LatentTable(nn.Module):
             return z
 
 
-LEAK = 0.2
-
-
 class DownBlock(nn.Module):
     """Two 3x3 convolutions with LeakyReLU, then 2x2 means."""
 

@@ -322,8 +322,8 @@ class Outcome:
         hashes: per crop, key and perceptual hash (16 hex digits; None if none was computed).
         rejected: reason and detail of each face, or of the photo, that is not used.
         file: what tells the photo's file from its replacement, see
-            :func:`dinogen.prepare.photos.changed.record_of`; None if an older version wrote the line.
-        caption: of its crops, as :func:`dinogen.prepare.photos.changed.caption_record` gives it; None
+            :func:`dinogen.prepare.photos.changed.record_of`; None if an older version wrote it.
+        caption: of its crops, see :func:`dinogen.prepare.photos.changed.caption_record`; None
             likewise.
     """
 
@@ -441,8 +441,6 @@ _OURS = frozenset({MANIFEST, PACKING, PHOTOS, REJECTED, SUMMARY, JOURNAL, "stats
 _SHARD = re.compile(r"(train|val|test)-[0-9]{5,}\.(tar|index\.npz)|\..*\.tmp|\.packing\.lock")
 
 T = TypeVar("T")
-
-_logger = logging.getLogger(__name__)
 
 
 def repack(out: Path, work: Callable[[Path], T]) -> T:

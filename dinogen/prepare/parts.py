@@ -66,8 +66,8 @@ def write_pyramids(
     added since, parts are written again; only new and replaced faces are put through the guides.
 
     Args:
-        faces: as :class:`dinogen.prepare.faces.folder.FaceFolder` reads it. Images of a plain folder that
-            cannot be used are left out.
+        faces: as :class:`dinogen.prepare.faces.folder.FaceFolder` reads it. Images of a plain
+            folder that cannot be used are left out.
         out: folder; made if missing.
         maker: guides and settings.
         progress: called with this rank's number of faces done and to do.

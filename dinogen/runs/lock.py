@@ -65,8 +65,8 @@ def _take(run: Path) -> TextIO:
     if lock(file, path, shared=False, wait=False) is Locked.BUSY:
         file.close()
         raise ConfigError(
-            f"run: another process trains in {run}{process_group.started_by_slurm()}: wait until it has "
-            "ended, or set run= to another folder"
+            f"run: another process trains in {run}{process_group.started_by_slurm()}: wait "
+            "until it has ended, or set run= to another folder"
         )
     return file
 

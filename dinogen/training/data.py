@@ -23,6 +23,7 @@ from shards.format.sample import VECTORS
 from shards.read.dataset import Dataset
 from shards.read.mixture import MixedDataset
 from shards.read.packed import open_dataset
+from shards.read.types import PackedSource
 
 
 def open_data(config: Config) -> Dataset:
@@ -177,7 +178,7 @@ def class_shares(family: Family, data: Dataset | UserError) -> tuple[float, ...]
     return tuple(shares.tolist())
 
 
-def _counts(data: Dataset, split: str, num_classes: int) -> npt.NDArray[np.float64]:
+def _counts(data: PackedSource, split: str, num_classes: int) -> npt.NDArray[np.float64]:
     """Samples of a split by their label."""
     num = data.num_samples(split)
     counts = np.zeros(num_classes)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from dinogen import __version__
 from dinogen.config import AugmentConfig, Config, ConfigError, StageConfig, parse_config
 from dinogen.distributed import process_group
 from dinogen.families.base import Family
@@ -17,6 +16,7 @@ from dinogen.metrics.registry import chosen_names
 from dinogen.training.checkpointing.checkpoint import STATE, Checkpoint, stage_checkpoint
 from dinogen.training.data import check_classes, data_fingerprint
 from dinogen.training.stages import find_stage
+from dinogen.version import __version__
 from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
@@ -120,8 +120,8 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
         )
     if 0 < inputs.bank < process_group.world_size():
         raise ConfigError(
-            f"family.bank: {inputs.bank} reals are fewer than the {process_group.world_size()} ranks that "
-            "share them: give more, or 0"
+            f"family.bank: {inputs.bank} reals are fewer than the {process_group.world_size()} "
+            "ranks that share them: give more, or 0"
         )
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from dinogen import __version__
 from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import process_group, rng
 from dinogen.families.base import Family, Verdict
@@ -28,9 +27,11 @@ from dinogen.training.checkpointing.checkpoint import (
 from dinogen.training.checkpointing.transfer import init_from
 from dinogen.training.data import data_fingerprint, open_data
 from dinogen.training.ema import Ema
-from dinogen.training.engines.base import SingleEngine, make_engine
+from dinogen.training.engines import make_engine
+from dinogen.training.engines.base import SingleEngine
 from dinogen.training.preflight import or_a_new_run
 from dinogen.training.stages import StagePlan, due, grow
+from dinogen.version import __version__
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,6 @@ MARKS = {
 }
 
 
-def register(app: typer.Typer) -> None:
-    """Add ``dinogen doctor`` to the command line."""
-    app.command("doctor")(doctor)
-
-
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for scripts.")] = False,
 ) -> None:
@@ -62,7 +57,8 @@ app = typer.Typer(help="Show a whole resolved config, or write the schema for ed
 
 
 def register(parent: typer.Typer) -> None:
-    """Add ``dinogen config`` to the command line."""
+    """Add the commands to the command line."""
+    parent.command()(doctor)
     parent.add_typer(app, name="config", no_args_is_help=True)
 
 

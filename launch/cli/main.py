@@ -1,6 +1,6 @@
 """The ``dinogen`` command: gathers the commands and turns known errors into one clear line.
 
-Nothing heavy is imported here or at the top of launch/commands: ``dinogen --help`` must be
+Nothing heavy is imported here or at the top of launch/cli: ``dinogen --help`` must be
 instant, so torch, numpy and transformers are imported inside the commands that use them.
 """
 
@@ -16,7 +16,6 @@ from typer.models import CommandInfo
 
 from dinogen.errors import UserError
 from launch.cli import compare, launch, machine, prepare, results, shards, show, study, train
-from launch.cli import train as demo
 
 HELP = """Train image generators that are guided by frozen DINOv2 features.
 
@@ -79,21 +78,7 @@ def _options(
         os.environ["DINOGEN_DEBUG"] = "1"
 
 
-for group in (
-    prepare,
-    prepare,
-    shards,
-    train,
-    launch,
-    study,
-    results,
-    show,
-    compare,
-    show,
-    demo,
-    machine,
-    machine,
-):
+for group in (prepare, shards, train, launch, study, results, show, compare, machine):
     group.register(app)
 
 
@@ -157,7 +142,3 @@ def _leave_quietly() -> None:
         except (OSError, ValueError):
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""From photos to shards: ``download``, ``faces``, ``pyramids``, ``pack``, ``prepare``, ``export-pt``."""
+"""``dinogen download``, ``faces``, ``pyramids``, ``pack``, ``prepare``: from photos to shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from dinogen.config import Config, GuideConfig
     from dinogen.features import Guide
     from dinogen.prepare.download.download import DownloadSummary
-    from dinogen.prepare.faces.folder import FacesSummary
     from dinogen.prepare.photos.summary import FacesSummary
     from dinogen.prepare.pyramid import PyramidMaker
     from shards.format.manifest import Manifest
@@ -46,6 +45,8 @@ def register(app: typer.Typer) -> None:
     app.command()(pyramids)
     app.command()(pack)
     app.command("export-pt")(export_pt)
+    app.command()(faces)
+    app.command()(download)
 
 
 def prepare(
@@ -343,12 +344,6 @@ def _bar(what: str) -> AbstractContextManager[Move]:
 
 
 _NUM_SHOWN = 10
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    app.command()(faces)
-    app.command()(download)
 
 
 def faces(

@@ -8,9 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from dinogen.metrics.registry import GUIDE_DIVERSITY
-from dinogen.report.cautions import FEW
-
 Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]
 Stage = Annotated[
     int | None, typer.Option(help="Resolution; the largest trained by default.", metavar="R")
@@ -135,7 +132,8 @@ def evaluate(
 
       dinogen evaluate images --reference data/faces --metrics fid,precision,recall
 
-      python -m launch.local.torchrun --standalone --nproc-per-node 4 -m launch.cli evaluate runs/first
+      python -m launch.local.torchrun --standalone --nproc-per-node 4 -m launch.cli \\
+        evaluate runs/first
     """
     from dinogen.distributed import process_group
     from dinogen.evaluation.evaluate import evaluate as evaluate_run
@@ -196,6 +194,8 @@ def closing_lines(result: dict[str, Any]) -> Iterator[str]:
     Args:
         result: a whole evaluation.json.
     """
+    from dinogen.metrics.registry import GUIDE_DIVERSITY
+
     before = set(result.get("measured_before") or ())
     prints = result.get("fingerprints") or {}
     measured = result["measured"]
@@ -240,6 +240,8 @@ def _title(result: dict[str, Any]) -> str:
 
 def _own(result: dict[str, Any]) -> Iterator[str]:
     """What the family measures of itself."""
+    from dinogen.report.cautions import FEW
+
     num = result.get("num_samples") or 0
     for name, value in (result.get("metrics") or {}).items():
         few = name.startswith("held_out/") and num < FEW

@@ -9,8 +9,9 @@ import typer
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Add the commands to the command line."""
     app.command()(look)
+    app.command()(serve)
 
 
 def look(
@@ -55,11 +56,6 @@ def look(
     for name, entry in entries.items():
         typer.echo(f"  {name}: {entry['file'] or 'left out: ' + entry['reason']}")
     typer.echo(index)
-
-
-def register(app: typer.Typer) -> None:
-    """Add ``dinogen serve`` to the command line."""
-    app.command()(serve)
 
 
 def serve(

@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(train)
     app.command()(sample)
+    app.command()(demo)
 
 
 def train(
@@ -126,11 +127,6 @@ def text_mark(texts: list[str], guidance: float) -> str:
     words = re.sub(r"[^a-z0-9]+", "-", " ".join(texts).lower()).strip("-")[:40]
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
     return f"{words}_{digest}_g{guidance:g}"
-
-
-def register(app: typer.Typer) -> None:
-    """Add ``dinogen demo`` to the command line."""
-    app.command("demo")(demo)
 
 
 def demo(

@@ -1,6 +1,6 @@
 """DeepSpeed's launcher on this machine, and signals handed on to its processes.
 
-``python -m launch.local.deepspeed NUM_PROCESSES -m MODULE ARGS...``. DeepSpeed's own `deepspeed` command
+``python -m launch.local.deepspeed NUM_PROCESSES -m MODULE ARGS...``. DeepSpeed's own command
 looks for host files and ssh, and finds no place to run without a GPU; the launcher behind it,
 which starts the processes of one machine, needs neither.
 """

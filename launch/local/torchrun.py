@@ -1,7 +1,7 @@
 """torchrun that hands signals on: asked to stop, its workers save and it ends with code 75.
 
-``python -m launch.local.torchrun`` takes what torchrun takes. torchrun itself dies of USR1, by which
-SLURM tells that the time is nearly up, gives its workers 30 s after a TERM, takes back what
+``python -m launch.local.torchrun`` takes what torchrun takes. torchrun itself dies of USR1, by
+which SLURM tells that the time is nearly up, gives its workers 30 s after a TERM, takes back what
 ``nohup`` asks for, and waits for minutes where no DNS knows the name of this machine.
 """
 

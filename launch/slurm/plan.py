@@ -17,7 +17,7 @@ from shards.format.manifest import MANIFEST
 log = logging.getLogger(__name__)
 
 # Scripts are read from the folder beside the packages, where `make install` leaves them.
-SCRIPTS = Path(__file__).resolve().parents[1] / "slurm"
+SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
 
 
 @dataclass(frozen=True)

@@ -202,8 +202,6 @@ def with_clean_header(data: Bytes, header: Header) -> bytes:
     return b"".join((*parts, scan, data[header.coded :]))
 
 
-Bytes = bytes | memoryview
-
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _NAME = re.compile(rb"[A-Za-z]{4}")
@@ -349,8 +347,6 @@ def _unpack(found: Chunks, packed: bytes, limit: int) -> bytes | None:
         return None
     return data
 
-
-Bytes = bytes | memoryview
 
 # HEVC and AV1 do not end in so many zeros, nor write more of them: a part that was never filled is
 # such, be it that a download broke off or a disk block was lost. Beside the coded data `mdat` may

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from shards.errors import CorruptSample
 from shards.format.index import NO_LABEL
@@ -19,13 +18,12 @@ from shards.format.sample import VECTORS, level_grid, level_guide
 from shards.format.table import SampleTable
 from shards.read.order import Order, Place, Plan, Portion
 from shards.read.reader import Arrays, BatchReader, Failures
+from shards.read.types import Batch, PackedSource, WeightedSources
 
+# torch takes seconds to import: it is loaded with the first batch.
 if TYPE_CHECKING:
-    from shards.read.dataset import Dataset
-    from shards.read.packed import PackedDataset
+    import torch
 
-
-Batch = dict[str, Any]
 # The place so many steps behind a position: where to look for a sound sample.
 Successor = Callable[[int, int], Place]
 log = logging.getLogger(__name__)
@@ -51,7 +49,7 @@ class SplitReader:
 
     def __init__(
         self,
-        dataset: PackedDataset,
+        dataset: PackedSource,
         split: str,
         image_size: int | None,
         levels: Sequence[int | str],
@@ -140,6 +138,8 @@ class BatchMaker:
         Raises:
             CorruptSample: as `SplitReader.fill`.
         """
+        import torch
+
         count = len(plan.position)
         shapes = self._readers[0].shapes(count)
         tensors = {name: self._buffers.take(*shape) for name, shape in shapes.items()}
@@ -178,7 +178,7 @@ def _pairs(places: Place) -> list[tuple[int, int]]:
 
 
 def read_batch(
-    dataset: Dataset,
+    dataset: WeightedSources,
     numbers: list[int],
     split: str,
     image_size: int | None,
@@ -266,6 +266,8 @@ class Buffers:
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
         """An uninitialised tensor; its `.numpy()` shares the memory."""
+        import torch
+
         if self._pinned:
             # torch's own allocator of pinned memory waits for copies that are still under way.
             kind = getattr(torch, dtype.name)

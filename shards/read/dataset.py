@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +13,10 @@ import numpy.typing as npt
 from shards.errors import ManifestError
 from shards.format.manifest import LevelInfo, Manifest
 from shards.format.sample import VECTORS, Sample, level_grid, level_guide, level_name
+from shards.read.batch import read_batch
 from shards.read.reader import LevelShape
-
-if TYPE_CHECKING:
-    from shards.read.batch import Batch
-    from shards.read.packed import PackedDataset
-    from shards.read.stream import Stream
+from shards.read.stream import Stream
+from shards.read.types import Batch, PackedSource
 
 
 class Dataset(ABC):
@@ -35,7 +33,7 @@ class Dataset(ABC):
 
     @property
     @abstractmethod
-    def sets(self) -> tuple[PackedDataset, ...]:
+    def sets(self) -> tuple[PackedSource, ...]:
         """The packed datasets that it consists of."""
 
     @property
@@ -147,8 +145,6 @@ class Dataset(ABC):
             CorruptSample: if one cannot be read, or none of the split can.
             IndexError: if the split has no such sample.
         """
-        from shards.read.batch import read_batch
-
         return read_batch(self, list(numbers), split, image_size, levels, on_error, need_labels)
 
     def stream(
@@ -194,8 +190,6 @@ class Dataset(ABC):
             ManifestError: if the dataset lacks the split, a level or labels.
             ValueError: if the arguments contradict each other.
         """
-        from shards.read.stream import Stream
-
         return Stream(
             self,
             batch_size=batch_size,

@@ -9,19 +9,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
-
-import torch
+from typing import Literal
 
 from shards.errors import CorruptSample
-from shards.read.batch import Batch, BatchMaker, SplitReader, along, check_on_error, name_skipped
+from shards.read.batch import BatchMaker, SplitReader, along, check_on_error, name_skipped
 from shards.read.order import Order, Plan, Planner, planner_of, seed_of
+from shards.read.types import Batch, WeightedSources
 from shards.remote.download import stop_at
 from shards.remote.prefetch import Ahead, Share
 from shards.remote.storage import RemoteFolder
-
-if TYPE_CHECKING:
-    from shards.read.dataset import Dataset
 
 # A second batch in hand hides the jitter of a slow read; more only costs memory.
 _SPARE_BATCHES = 1
@@ -45,7 +41,7 @@ class Stream:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: WeightedSources,
         *,
         batch_size: int,
         seed: int,
@@ -69,8 +65,11 @@ class Stream:
         if start < 0 or num_threads < 0:
             raise ValueError("start and num_threads must not be negative")
         check_on_error(on_error)
-        if pin_memory and not torch.cuda.is_available():
-            raise ValueError("pin_memory needs a GPU; set it to False on this machine")
+        if pin_memory:
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ValueError("pin_memory needs a GPU; set it to False on this machine")
         # Each user of an order has one of its own: they are not safe for several threads.
         num_sets = len(dataset.sets)
         orders = [

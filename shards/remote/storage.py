@@ -224,7 +224,6 @@ def _keep(part: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-log = logging.getLogger(__name__)
 GB = 10**9
 _EVICTABLE = ".tar"
 _USER = ".user-"

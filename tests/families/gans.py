@@ -7,7 +7,7 @@ import torch
 from dinogen.config import parse_config
 from dinogen.families.registry import family_class, resolve
 from dinogen.training.ema import Ema
-from dinogen.training.engines.base import make_engine
+from dinogen.training.engines import make_engine
 
 CPU = torch.device("cpu")
 

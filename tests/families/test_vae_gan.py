@@ -6,7 +6,7 @@ import torch
 from dinogen.config import ConfigError, parse_config
 from dinogen.distributed import rng
 from dinogen.families.registry import family_options
-from dinogen.training.engines.base import make_engine
+from dinogen.training.engines import make_engine
 from tests.families.vae_helpers import CPU, batch_of, build, drawn_pictures, means, train
 
 

@@ -7,7 +7,7 @@ import torch
 from dinogen.config import parse_config
 from dinogen.distributed import rng
 from dinogen.families.registry import family_class
-from dinogen.training.engines.base import make_engine
+from dinogen.training.engines import make_engine
 
 CPU = torch.device("cpu")
 SMALL = {"latent": 8, "base_channels": 16}

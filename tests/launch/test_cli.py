@@ -39,7 +39,7 @@ def loaded_by(*arguments):
     """What a command prints, and the packages that it has loaded."""
     code = (
         f"import sys; sys.argv = ['dinogen', *{arguments!r}]\n"
-        "from launch.cli import main\n"
+        "from launch.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)\n"

@@ -196,7 +196,7 @@ def test_a_machine_that_no_dns_knows(worker):
     with pytest.raises(OSError):
         socket.getaddrinfo("no-dns-knows-me", None)
     (worker / "ranks.py").write_text(
-        "from dinogen import dist\n"
+        "from dinogen.distributed import process_group as dist\n"
         "dist.init()\n"
         "assert dist.any_rank(dist.rank() == 1) and dist.world_size() == 2\n"
         "dist.shutdown()\n"

@@ -40,11 +40,11 @@ if path.stem == "c_waits":
 STUDY = """
 import sys
 from pathlib import Path
-from launch import study
+from launch.study import folder as study
 study.build_command = lambda request, count: (
     {}, [sys.executable, str(request.path.parent / "train.py"), *request.overrides,
          str(request.path)])
-from launch.cli import main
+from launch.cli.main import main
 sys.argv[0] = "dinogen"
 main()
 """

@@ -159,7 +159,7 @@ def test_the_folder_of_the_faces_is_refused(faces, make):
 def test_two_real_ranks_from_the_command_line(faces, tmp_path, make, checkpoint):
     script = tmp_path / "command.py"
     script.write_text(
-        "import typer\nfrom launch.commands import data\n"
+        "import typer\nfrom launch.cli import prepare as data\n"
         "app = typer.Typer()\ndata.register(app)\napp()\n"
     )
     config = tmp_path / "c.yaml"

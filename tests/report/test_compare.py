@@ -8,8 +8,8 @@ import pytest
 
 from dinogen.config import ConfigError, parse_config
 from dinogen.errors import UserError
-from dinogen.report.compare.comparison import write_comparison
 from dinogen.report.compare.read import find_runs
+from dinogen.report.compare.write import write_comparison
 
 from .compare_runs import ALIKE, VERSIONS, figure, make_run, write
 from .compared_page import cell, compare

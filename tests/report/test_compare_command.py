@@ -24,7 +24,7 @@ def test_the_command_makes_what_is_missing(tmp_path, monkeypatch):
         calls.append(command[3:])
         return Done
 
-    monkeypatch.setattr("launch.pending.subprocess.run", call)
+    monkeypatch.setattr("launch.compare.subprocess.run", call)
     out = tmp_path / "out"
 
     def command(*words):
@@ -69,7 +69,7 @@ def test_kept_checkpoints_are_measured_for_curves(tmp_path, monkeypatch):
         write(place / "32x32" / "evaluation.json", found)
         return Done
 
-    monkeypatch.setattr("launch.pending.subprocess.run", call)
+    monkeypatch.setattr("launch.compare.subprocess.run", call)
     out = tmp_path / "out"
     words = ["compare", str(run), "--out", str(out), "--metrics", "fid768", "--over-training"]
     for wanted in ([5_000, 10_000, 20_016], []):  # what is measured is not measured again

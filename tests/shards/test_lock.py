@@ -111,7 +111,7 @@ def test_a_process_whose_flock_fails_packs(tmp_path):
     library = tmp_path / "no_flock.so"
     build = ["gcc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "no_flock.c")]
     subprocess.run(build, check=True)
-    script = "import pathlib, shards.write.shard_writer; shards.write.shard_writer.ShardSink(pathlib.Path('out')).close()"
+    script = "import pathlib, shards; shards.ShardSink(pathlib.Path('out')).close()"
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,

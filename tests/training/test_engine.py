@@ -9,7 +9,8 @@ from torch import nn
 from dinogen.config import ConfigError, parse_config
 from dinogen.families.base import Phase
 from dinogen.training.engines import base as engine_module
-from dinogen.training.engines.base import SingleEngine, make_engine, resolve_precision
+from dinogen.training.engines import make_engine
+from dinogen.training.engines.base import SingleEngine, resolve_precision
 
 CPU = torch.device("cpu")
 

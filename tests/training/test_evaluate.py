@@ -228,7 +228,7 @@ def test_a_family_without_held_out_figures_still_has_its_probe(config, monkeypat
 def test_the_device_is_chosen_before_ranks_join(config, monkeypatch):
     """NCCL would be asked for otherwise, where a run on the CPU has GPUs beside it."""
     chosen = []
-    monkeypatch.setattr(module.dist, "use_device", lambda name: chosen.append(name))
-    monkeypatch.setattr(module.dist, "init", lambda: chosen.append("joined"))
+    monkeypatch.setattr(module.process_group, "use_device", lambda name: chosen.append(name))
+    monkeypatch.setattr(module.process_group, "init", lambda: chosen.append("joined"))
     evaluate(config.run, num_samples=2)
     assert chosen[:2] == ["auto", "joined"]

@@ -169,7 +169,7 @@ def test_a_failure_to_read_held_out_samples_is_met_by_all_ranks(monkeypatch):
 
     met = []
     monkeypatch.setattr(heldout, "_read", read)
-    monkeypatch.setattr(heldout.dist, "any_rank", lambda mine: met.append(mine) or mine)
+    monkeypatch.setattr(heldout.process_group, "any_rank", lambda mine: met.append(mine) or mine)
     for numbers in ([0, 1], []):
         with pytest.raises(ShardsError, match="the server is gone"):
             heldout.held_out_means(None, {}, None, "val", numbers)

@@ -24,7 +24,7 @@ LOST = "train-00001.tar: 503 (asked to stop)"
 RANKS = """
 import signal, sys
 from pathlib import Path
-from dinogen import dist
+from dinogen.distributed import process_group as dist
 from dinogen.config import load_config
 from dinogen.training.run import train
 from dinogen.training.stop import Stopped

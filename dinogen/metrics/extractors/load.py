@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,14 +12,11 @@ from dinogen.errors import UserError
 from dinogen.metrics.extractors.base import Judge, NotAvailable
 from dinogen.metrics.extractors.lpips import Perceptual, load_perceptual
 
-if TYPE_CHECKING:
-    from dinogen.config.metrics import MetricsConfig
-
 
 def load_judge(name: str, config: MetricsConfig, device: torch.device) -> Judge:
     """Load a judge onto a device; all ranks together, so that all have it or none.
 
-    A new judge is one new file ``dinogen/metrics/judges/NAME.py`` with a function
+    A new judge is one new file ``dinogen/metrics/extractors/NAME.py`` with a function
     ``load(path, device) -> Judge``, and, if it has weights, their path as
     ``NAME`` in ``MetricsConfig``.
 

@@ -223,7 +223,8 @@ class Fetcher:
         """True if the file was fetched, False if it was there already.
 
         Raises:
-            shards.remote.download.Stopped: this thread is to stop; what was fetched stays for the next run.
+            shards.remote.download.Stopped: this thread is to stop; what was fetched stays for the
+                next run.
             OSError: the folder cannot be written.
         """
         part = self._folder / f".{item.filename}.part"

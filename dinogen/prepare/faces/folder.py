@@ -250,7 +250,7 @@ class FaceFolder:
     """Aligned faces in a folder, sorted by key; the folder is listed once.
 
     Written by :func:`write_faces`, or any folder of aligned images, searched with its subfolders.
-    There each image's key comes from its path (see :func:`dinogen.prepare.photos.find.photo_key`), its
+    There each image's key comes from its path (:func:`dinogen.prepare.photos.find.photo_key`), its
     metadata are that path alone, and what is no plain RGB JPEG or PNG is encoded again as PNG,
     upright.
 

@@ -96,9 +96,10 @@ def find_photos(src: Path) -> Photos:
 
     A photo has an image suffix, or a suffix that says nothing (``photo``, ``a.jpg_large``,
     ``a.jpg.1``) and begins as an image does. Hidden and system files and folders
-    (:func:`shards.image.kinds.is_hidden`) are passed over, but not ``src`` itself. Links are followed; a
-    folder reached twice is searched once. What has an image suffix but cannot be read, and a folder
-    that may not be listed, are in the list too, so that reading them reports them.
+    (:func:`shards.image.kinds.is_hidden`) are passed over, but not ``src`` itself. Links are
+    followed; a folder reached twice is searched once. What has an image suffix but cannot be
+    read, and a folder that may not be listed, are in the list too, so that reading them reports
+    them.
 
     Raises:
         PrepareError: ``src`` is missing, is no folder, or has no photo below it.

@@ -1,4 +1,4 @@
-"""Decode a photo to upright RGB, or say why it cannot be used; the rule is that of shards.image.decode."""
+"""Decode a photo to upright RGB, or say why it cannot be used."""
 
 from __future__ import annotations
 

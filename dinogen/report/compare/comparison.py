@@ -1,19 +1,14 @@
-"""Many runs as one comparison: a self-contained page, the same as JSON and as Markdown."""
+"""Many runs side by side: what page, JSON and Markdown of a comparison have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from dinogen.errors import UserError
-from dinogen.files import write_json, write_text
 from dinogen.report.compare.columns import Column, label_of
 from dinogen.report.compare.model import Run
-from dinogen.report.compare.page import render_page
-from dinogen.report.compare.read import read_runs
 from dinogen.report.compare.table import (
     Chapter,
     Seeds,
@@ -25,10 +20,7 @@ from dinogen.report.compare.table import (
     tell,
     unavailable,
 )
-from dinogen.report.compare.text import render_text
 from dinogen.report.compare.warnings import warnings_of
-
-PAGE, DATA, TEXT = "index.html", "comparison.json", "comparison.md"
 
 
 class Comparison:
@@ -96,46 +88,6 @@ class Comparison:
             "damaged": {run.name: run.damage for run in self.damaged},
             "fingerprints": self.fingerprints,
         }
-
-
-@dataclass(frozen=True)
-class Written:
-    """A comparison on disk.
-
-    Attributes:
-        page: of it.
-        damaged: what is wrong with the files of a run, by the run's name.
-        num_sound: runs of which nothing is damaged.
-    """
-
-    page: Path
-    damaged: dict[str, list[str]]
-    num_sound: int
-
-
-def write_comparison(runs: Sequence[Path], out: Path, title: str) -> Written:
-    """Write ``index.html``, ``comparison.json`` and ``comparison.md`` into a folder.
-
-    Args:
-        runs: folders of runs; one that failed or was never begun is listed as such.
-        out: the folder; made if it is not there.
-        title: heading of the page.
-
-    Returns:
-        The page, which needs no other file and no network; and which runs are damaged. They are
-        listed on it with the reason, and compared as far as their files are sound.
-
-    Raises:
-        UserError: there is nothing to compare.
-    """
-    if not runs:
-        raise UserError("no run to compare: give folders of runs")
-    comparison = Comparison(read_runs(runs), title)
-    write_json(out / DATA, comparison.to_dict())
-    write_text(out / TEXT, render_text(comparison))
-    write_text(out / PAGE, render_page(comparison))
-    damaged = {run.name: run.damage for run in comparison.damaged}
-    return Written(out / PAGE, damaged, len(comparison.all_runs) - len(damaged))
 
 
 def _damaged(damaged: Sequence[Run], runs: Sequence[Run]) -> list[str]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,14 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from dinogen.report.compare.columns import Column, all_digits, label_of, show_counts
+from dinogen.report.compare.comparison import Comparison
 from dinogen.report.compare.model import Look, Run
 from dinogen.report.compare.table import number_rows
 
-if TYPE_CHECKING:
-    from dinogen.report.compare.comparison import Comparison
-
-
-TEMPLATE = Path(__file__).with_name("compare.html")
+TEMPLATE = Path(__file__).with_name("page.html")
 ID_DIGITS = 6
 SECTIONS = (
     ("samples", "Samples", "The same numbers under the same seed for every run."),

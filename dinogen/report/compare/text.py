@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
-from dinogen.report.compare.columns import all_digits
+from dinogen.report.compare.columns import Column, all_digits
+from dinogen.report.compare.comparison import Comparison
+from dinogen.report.compare.model import Run
 from dinogen.report.compare.table import number_rows
-
-if TYPE_CHECKING:
-    from dinogen.report.compare.columns import Column
-    from dinogen.report.compare.comparison import Comparison
-    from dinogen.report.compare.model import Run
 
 
 def render_text(comparison: Comparison) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from dinogen.config import Config, ConfigError, OptimConfig
 from dinogen.distributed import process_group
@@ -188,52 +187,6 @@ class SingleEngine:
         return torch.autocast(self.device.type, dtypes[self.precision])
 
 
-class _PhaseLosses(nn.Module):
-    """A trained network whose forward is a phase's whole loss computation.
-
-    DDP needs one forward for one backward; families may call their networks in any way in between.
-    It lists the last parameters first, whose gradients come first.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.backwards = nn.ParameterList(reversed(list(network.parameters())))
-        self.network = network
-
-    def forward(self, phase: Phase, batch: Batch) -> tuple[Scalars, Scalars]:
-        return phase.losses(batch)
-
-
-class DdpEngine(SingleEngine):
-    """Many processes: gradients are averaged while the backward runs (Li et al. 2020)."""
-
-    wrapped: dict[str, DistributedDataParallel]
-
-    def prepare(self) -> None:
-        """As in one process; the buckets hold only what trains now."""
-        super().prepare()
-        self.wrapped = {}
-        for name, network in self.family.networks.items():
-            self._train_only(name)
-            wrapped = self.wrapped[name] = DistributedDataParallel(
-                _PhaseLosses(network), forward_sync_buffers=False, gradient_as_bucket_view=True
-            )
-            # DDP would put the buckets into another order after the first step of each start, and
-            # with three ranks or more sums are rounded as they lie: this order is there at once.
-            wrapped.reducer._push_all_rebuilt_params()
-
-    def backward(self, phase: Phase, losses: Scalars, weight: float) -> None:
-        """DDP divides by the number of ranks; the weight already is a share of the global batch."""
-        super().backward(phase, losses, weight * process_group.world_size())
-
-    def _forward(self, phase: Phase, batch: Batch, last: bool) -> tuple[Scalars, Scalars]:
-        wrapped = self.wrapped[phase.network]
-        # no_sync() as a flag: it has to hold from the forward until after the backward
-        wrapped.require_backward_grad_sync = last
-        result: tuple[Scalars, Scalars] = wrapped(phase, batch)
-        return result
-
-
 def resolve_precision(precision: str, device: torch.device) -> str:
     """``auto`` as bf16 where the GPU computes it, fp16 on older GPUs, fp32 on CPU.
 
@@ -249,30 +202,6 @@ def resolve_precision(precision: str, device: torch.device) -> str:
             f"engine.precision: fp16 needs a GPU, this run is on {device.type}: use fp32 or auto"
         )
     return precision
-
-
-def make_engine(config: Config, family: Family, lr: float, device: torch.device) -> SingleEngine:
-    """The engine that ``engine.name`` asks for.
-
-    Raises:
-        ConfigError: ``single`` under several ranks, or DeepSpeed is not installed.
-    """
-    name = config.engine.name
-    if name == "deepspeed":
-        # it takes seconds to import and not everyone has it
-        from dinogen.training.engines.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(config, family, lr, device)
-    if name in ("auto", "ddp"):
-        # of one rank there is nothing to average, and no process group
-        name = "ddp" if process_group.world_size() > 1 else "single"
-    if name == "single" and process_group.world_size() > 1:
-        raise ConfigError(
-            f"engine.name: single cannot run on {process_group.world_size()} ranks: "
-            "use auto, ddp or deepspeed"
-        )
-    engine = DdpEngine if name == "ddp" else SingleEngine
-    return engine(config, family, lr, device)
 
 
 def build_optimizer(

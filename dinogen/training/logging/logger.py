@@ -217,9 +217,6 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-log = logging.getLogger(__name__)
-
-
 class ProgressLine:
     """Shows images/s, loss, floor and the time left.
 

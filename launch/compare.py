@@ -1,9 +1,11 @@
-"""Makes what a comparison would lack: metric values, visualizations, a checkpoint sweep."""
+"""What ``dinogen compare`` was given, and what it makes where runs lack something."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,13 +15,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dinogen.config import Config, StageConfig, load_config
+from dinogen.config import Config, StageConfig, load_config, parse_config
 from dinogen.errors import UserError
 from dinogen.files import write_text
 from dinogen.report.compare.columns import MEASURED
-from dinogen.report.compare.read import OVER_TRAINING
+from dinogen.report.compare.read import OVER_TRAINING, find_runs, is_run
 from dinogen.runs.files import EVALUATION, read_evaluation, read_metrics
 from dinogen.runs.progress import figure_of, is_looked, stage_result
+from launch.study.folder import is_study
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +88,6 @@ def _is_measured(config: Config, stage: StageConfig, metrics: str | None) -> boo
         return any(figure_of(config, stage, name) is not None for name in names)
     figures = [figure_of(config, stage, name.strip()) for name in metrics.split(",")]
     return all(one is not None and one.get("value") is not None for one in figures)
-
-
-log = logging.getLogger(__name__)
 
 
 def measure_over_training(
@@ -167,3 +167,60 @@ def _read(path: Path) -> dict[int, dict[str, Any]]:
     for trouble in found.told():
         log.warning("%s", trouble)
     return {line["nimg"]: {"fingerprints": {}} | line for line in found.value}
+
+
+_KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
+
+
+def sort_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Paths, and ``KEY=VALUE`` changes for evaluate.
+
+    What exists is a path, whatever is in its name. What does not is a change only if its key is
+    one of a config: a path that was mistyped is not to be passed over because it holds a "=".
+
+    Raises:
+        UserError: a word is neither; or a change is not one that a config can take.
+    """
+    paths, changes = [], []
+    for word in words:
+        key, found, _ = word.partition("=")
+        if os.path.lexists(word):
+            paths.append(Path(word))
+        elif found and _KEY.fullmatch(key) and key.partition(".")[0] in Config.model_fields:
+            changes.append(word)
+        elif found and "/" not in key:
+            raise UserError(
+                f"{word}: no such folder, and {key!r} is no key of a config: give a folder that is "
+                "there, or a change such as metrics.num_samples=10000"
+            )
+        else:
+            raise UserError(f"{word}: no such folder: give folders of runs, or one that holds some")
+    parse_config({}, changes, source="KEY=VALUE")
+    return paths, changes
+
+
+def folders_of(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The folders of all runs that some paths stand for, each once, and what is wrong.
+
+    Raises:
+        UserError: no path holds a run.
+    """
+    folders: list[Path] = []
+    problems: list[str] = []
+    lost: list[UserError] = []
+    for path in paths:
+        if not is_run(path) and path.is_dir() and is_study(path):
+            for file in sorted(path.glob("*.yaml")):
+                try:
+                    folders.append(load_config(file).run)
+                except UserError as error:
+                    problems.append(f"{error}\n{file}: its run is left out")
+            continue
+        try:
+            folders += find_runs([path])
+        except UserError as error:  # something is there, but no run: it is listed as damaged
+            lost.append(error)
+            folders.append(path)
+    if len(folders) == len(lost):
+        raise UserError("\n".join([*problems, *map(str, lost)]))
+    return list(dict.fromkeys(folders)), problems

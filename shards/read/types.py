@@ -1,0 +1,62 @@
+"""What the parts of reading hand to each other: a batch, and what they ask of a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any, Protocol
+
+from shards.format.manifest import Manifest
+from shards.format.table import SampleTable, Source
+from shards.read.reader import LevelShape
+
+# `image`, `pyramid`, `guides`, `clip`, `text`, `key`, `position`, `label`: see `Stream`.
+Batch = dict[str, Any]
+
+
+class PackedSource(Protocol):
+    """One packed dataset, as far as batches are made from it; see `PackedDataset`."""
+
+    @property
+    def location(self) -> str:
+        """Folder or URL."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What `manifest.json` says."""
+
+    @property
+    def source(self) -> Source:
+        """Finds the files."""
+
+    def num_samples(self, split: str = "train") -> int:
+        """Samples in a split; 0 if there is no such split."""
+
+    def read(self, numbers: Iterable[int], *, split: str = "train") -> Batch:
+        """One batch of samples by their numbers in packed order."""
+
+    def table(self, split: str) -> SampleTable:
+        """Index of all samples of a split."""
+
+    def level_shapes(self, levels: Sequence[int | str]) -> dict[str, LevelShape]:
+        """Shapes of the payloads of some levels, by name."""
+
+
+class WeightedSources(Protocol):
+    """One or several packed datasets and their shares of the order; see `Dataset`."""
+
+    @property
+    def location(self) -> str:
+        """Folder or URL; of a mix, all of them and their weights."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the datasets have in common."""
+
+    @property
+    def sets(self) -> Sequence[PackedSource]:
+        """The packed datasets."""
+
+    @property
+    def weights(self) -> Sequence[Fraction]:
+        """The share that each of them has of the order; they sum to 1."""
