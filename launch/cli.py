@@ -156,7 +156,9 @@ def _line(error: Exception) -> str | None:
     ):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}: choose a folder that can be written"
+        # of two names the second is what a temporary file was to be renamed to
+        name = error.filename2 or error.filename
+        return f"{name}: {error.strerror}: choose a folder that can be written"
     return None
 
 

@@ -165,6 +165,8 @@ def _keep(result: dict[str, Any], before: dict[str, Any]) -> None:
         if new is None or (new["value"] is None and figure["value"] is not None):
             measured[name] = figure
             result["measured_before"].append(name)
+            if new is not None:  # asked for and not available: the old figure is no answer
+                result["not_measured"] = (result.get("not_measured") or {}) | {name: new["reason"]}
         elif (
             new["value"] is not None
             and figure["value"] is not None
