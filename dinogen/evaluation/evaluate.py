@@ -84,7 +84,7 @@ def evaluate(
         found. ``measured`` holds those of generated images by name, as ``Figure.to_dict`` has
         them and with the command, and ``fingerprints`` what each was measured against.
         ``measured_before`` names what an earlier command measured, ``not_measured`` why the
-        family's own figures are not available, or why a kept figure was not measured again. Of a
+        family's own figures are not available, or why a kept one was not measured again. Of a
         folder that cannot be written, nothing is kept, which is said before the work begins.
 
     Raises:

@@ -15,6 +15,7 @@ from dinogen.evaluation.evaluate import evaluate, evaluate_folder
 from dinogen.metrics.registry import NAMES
 from dinogen.training.run import train
 from launch.cli.main import app
+from launch.cli.results import closing_lines
 from shards import open_dataset
 from tests.families.tiny import discs
 from tests.metrics.small import save_pictures
@@ -150,6 +151,16 @@ def test_who_measures_otherwise_is_told(run, caplog, other, phrase):
     figure = after["measured"]["fd_dinov2"]
     assert figure["fingerprint"] != before["measured"]["fd_dinov2"]["fingerprint"]
     assert list(after["fingerprints"]) == [figure["fingerprint"]]
+
+
+def test_what_cannot_be_measured_again_is_said_beside_the_kept_figure(run, tmp_path):
+    before = evaluate(run.run, num_samples=40, names=["fd_dinov2"])["measured"]["fd_dinov2"]
+    gone = [f"data.path={tmp_path}/gone"]
+    after = evaluate(run.run, num_samples=40, names=["fd_dinov2"], changes=gone)
+    assert after["measured"]["fd_dinov2"] == before
+    assert "fd_dinov2" in after["measured_before"]
+    (line,) = [one for one in closing_lines(after) if "not available" in one]
+    assert "fd_dinov2" in line and f"{tmp_path}/gone is not there" in line
 
 
 def test_a_folder_of_pictures_as_the_reference(run, place, tmp_path):
