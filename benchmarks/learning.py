@@ -20,7 +20,7 @@ from torch import Tensor
 from dinogen.config import load_config
 from dinogen.config.metrics import MetricsConfig
 from dinogen.metrics.collect import Moments
-from dinogen.metrics.extractors import Judge, load_judge
+from dinogen.metrics.extractors import FeatureExtractor, load_extractor
 from dinogen.metrics.frechet import frechet_of
 from dinogen.metrics.sources import as_pixels
 from dinogen.training.checkpointing.snapshot import load_snapshot
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON with the figures")
     options = parser.parse_args()
     metrics = MetricsConfig(inception768=str(options.inception))
-    judge = load_judge("inception768", metrics, torch.device("cpu"))
+    extractor = load_extractor("inception768", metrics, torch.device("cpu"))
     found: dict[str, dict[str, float]] = {}
     references: dict[tuple[str, int], tuple[Moments, dict[str, float]]] = {}
     for run in options.runs:
@@ -45,19 +45,21 @@ def main() -> None:
         size = config.stages[-1].resolution
         place = (config.data.path, size)
         if place not in references:
-            references[place] = reference(judge, run, size, options.num)
+            references[place] = reference(extractor, run, size, options.num)
         real, bounds = references[place]
         figures = dict(bounds)
         for nimg in spread(kept(run, size), options.points):
             images = load_snapshot(run, size, nimg).sample(options.num, seed=1)
-            figures[f"{nimg / 1000:g} kimg"] = frechet_of(seen(judge, images), real)
+            figures[f"{nimg / 1000:g} kimg"] = frechet_of(seen(extractor, images), real)
         found[run.name] = figures
         print(run.name, ", ".join(f"{k}: {v:.3f}" for k, v in figures.items()), flush=True)
     if options.out:
         options.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
-def reference(judge: Judge, run: Path, size: int, num: int) -> tuple[Moments, dict[str, float]]:
+def reference(
+    extractor: FeatureExtractor, run: Path, size: int, num: int
+) -> tuple[Moments, dict[str, float]]:
     """Moments of the held-out pictures, and what real ones and noise reach against them."""
     data = open_data(load_config(run / "config.yaml"))
 
@@ -67,12 +69,12 @@ def reference(judge: Judge, run: Path, size: int, num: int) -> tuple[Moments, di
         images: Tensor = data.read(chosen, split=split, image_size=size)["image"]
         return images
 
-    held_out = seen(judge, pictures("val", 10**6))
-    train = frechet_of(seen(judge, pictures("train", num)), held_out)
+    held_out = seen(extractor, pictures("val", 10**6))
+    train = frechet_of(seen(extractor, pictures("train", num)), held_out)
     noise = torch.randn(num, 3, size, size, generator=torch.Generator().manual_seed(0))
     return held_out, {
         "real": train,
-        "noise": frechet_of(seen(judge, noise.clamp(-1, 1)), held_out),
+        "noise": frechet_of(seen(extractor, noise.clamp(-1, 1)), held_out),
     }
 
 
@@ -88,11 +90,11 @@ def spread(items: list[int], num: int) -> list[int]:
     return [items[place] for place in places.tolist()]
 
 
-def seen(judge: Judge, images: Tensor) -> Moments:
+def seen(extractor: FeatureExtractor, images: Tensor) -> Moments:
     """What the judge sees of pictures (N, 3, R, R) in [-1, 1]."""
-    moments = Moments.empty(judge.info.num_channels)
+    moments = Moments.empty(extractor.info.num_channels)
     for part in as_pixels(images).split(32):
-        moments.add(judge(part)["features"])
+        moments.add(extractor(part)["features"])
     return moments
 
 

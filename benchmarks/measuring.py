@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from dinogen.config.metrics import MetricsConfig
 from dinogen.distributed import process_group, rng
 from dinogen.metrics.collect import Seen, collect
-from dinogen.metrics.extractors import Judge, JudgeInfo, load_judge
+from dinogen.metrics.extractors import ExtractorInfo, FeatureExtractor, load_extractor
 from dinogen.metrics.registry import JUDGED, Sets
 
 SIDE = 128
@@ -90,7 +90,7 @@ class Projection:
     """A judge as wide as FID's that costs next to nothing."""
 
     def __init__(self) -> None:
-        self.info = JudgeInfo("inception", "", "area 8", 2048, 1008, random=True)
+        self.info = ExtractorInfo("inception", "", "area 8", 2048, 1008, random=True)
         generator = torch.Generator().manual_seed(0)
         self.weight = torch.randn(192, 2048 + 1008, generator=generator) / 192**0.5
 
@@ -103,11 +103,13 @@ class Projection:
 
 def order(options: argparse.Namespace) -> None:
     """Print what the metrics of FID-768's judge say of sets that get worse."""
-    judge = inception768(options.inception)
+    extractor = inception768(options.inception)
     faces, cats = squares(options.faces), squares(options.cats)
     ours, others = faces[0::2], faces[1::2]
-    real = seen(Given(others), judge)
-    names = [name for name, one in JUDGED.items() if one.judge == "inception768" and not one.train]
+    real = seen(Given(others), extractor)
+    names = [
+        name for name, one in JUDGED.items() if one.extractor == "inception768" and not one.train
+    ]
     print(f"{len(ours)} faces against {len(others)} others, {len(cats)} cats")
     print(f"{'':20}" + "".join(f"{name:>20}" for name in names))
     rows = {
@@ -117,7 +119,7 @@ def order(options: argparse.Namespace) -> None:
         "cats": cats,
     }
     for title, images in rows.items():
-        sets = Sets(seen(Given(images), judge), real, None, NUM_HALVES, 0)
+        sets = Sets(seen(Given(images), extractor), real, None, NUM_HALVES, 0)
         found = [JUDGED[name].estimate(sets) for name in names]
         cells = [f"{one.value:.4f} ± {one.spread or 0:.4f}" for one in found]
         print(f"{title:20}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
@@ -126,14 +128,14 @@ def order(options: argparse.Namespace) -> None:
 def cost(options: argparse.Namespace) -> None:
     """Print seconds and memory of everything."""
     print(f"{torch.get_num_threads()} threads; {memory():.0f} MB before anything", flush=True)
-    judges: list[Judge] = [Projection()]
+    extractors: list[FeatureExtractor] = [Projection()]
     if options.inception:
-        judges.append(inception768(options.inception))
+        extractors.append(inception768(options.inception))
     told("judges loaded", lambda: None)
-    keep = [judge.info.name for judge in judges]
+    keep = [extractor.info.name for extractor in extractors]
 
     def look(num: int, purpose: str, contrast: float) -> dict[str, Seen]:
-        return collect(Noise(num, purpose, contrast), judges, keep, BATCH).seen
+        return collect(Noise(num, purpose, contrast), extractors, keep, BATCH).seen
 
     made = told(f"{options.num} samples judged", lambda: look(options.num, "made", 50))
     real = told(f"{options.real} real judged", lambda: look(options.real, "real", 60))
@@ -145,8 +147,8 @@ def cost(options: argparse.Namespace) -> None:
     # precision, recall, density and coverage share one pass, which the first of them is charged
     sets = {name: Sets(made[name], real[name], train[name], NUM_HALVES, 0) for name in keep}
     for name, metric in JUDGED.items():
-        if metric.judge in keep:
-            told(name, partial(metric.estimate, sets[metric.judge]))
+        if metric.extractor in keep:
+            told(name, partial(metric.estimate, sets[metric.extractor]))
 
 
 def told(title: str, work: Callable[..., Any]) -> Any:
@@ -167,14 +169,16 @@ def memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
-def inception768(path: Path) -> Judge:
+def inception768(path: Path) -> FeatureExtractor:
     """The judge of FID-768."""
-    return load_judge("inception768", MetricsConfig(inception768=str(path)), process_group.device())
+    return load_extractor(
+        "inception768", MetricsConfig(inception768=str(path)), process_group.device()
+    )
 
 
-def seen(source: Given, judge: Judge) -> Seen:
+def seen(source: Given, extractor: FeatureExtractor) -> Seen:
     """All that a judge says."""
-    return collect(source, [judge], [judge.info.name], BATCH).seen[judge.info.name]
+    return collect(source, [extractor], [extractor.info.name], BATCH).seen[extractor.info.name]
 
 
 def squares(folder: Path) -> Tensor:

@@ -65,7 +65,7 @@ def pack_faces(out: Path, clip: Clip) -> None:
     pack(samples, out, shard_size=1000, guide=guide.info.to_dict(), clip=clip.info)
 
 
-def measure(run: Path, clip: Clip, guidance: float, judge: torch.nn.Module) -> dict[str, float]:
+def measure(run: Path, clip: Clip, guidance: float, extractor: torch.nn.Module) -> dict[str, float]:
     """Accuracies of pictures of the held-out combinations, CLIP score and retrieval."""
     rows = drawn.combinations()
     prompts = [drawn.caption(row) for row in rows]
@@ -76,7 +76,7 @@ def measure(run: Path, clip: Clip, guidance: float, judge: torch.nn.Module) -> d
     images = sample_in_parts(snapshot.family, snapshot.ema.networks, num, seed=0)
     save_grid(images[: len(unseen)].numpy(), run / f"asked_{guidance:g}.png")
     own = torch.from_numpy(np.tile(unseen, PER_PROMPT))
-    found = accuracy(judge.attributes(images), rows[own.numpy()])  # type: ignore[operator]
+    found = accuracy(extractor.attributes(images), rows[own.numpy()])  # type: ignore[operator]
     with torch.no_grad():
         seen, texts = clip.images(images), clip.captions(prompts)
     found["clip_score"] = clip_score(seen, texts[own])
@@ -84,12 +84,12 @@ def measure(run: Path, clip: Clip, guidance: float, judge: torch.nn.Module) -> d
     return found
 
 
-def measure_unasked(run: Path, judge: torch.nn.Module) -> dict[str, float]:
+def measure_unasked(run: Path, extractor: torch.nn.Module) -> dict[str, float]:
     """By attribute, half the sum of |share in samples of nothing - share in the data|."""
     snapshot = load_snapshot(run)
     images = sample_in_parts(snapshot.family, snapshot.ema.networks, NUM_UNASKED, seed=0)
     save_grid(images[:48].numpy(), run / "unasked.png")
-    shown = judge.attributes(images)  # type: ignore[operator]
+    shown = extractor.attributes(images)  # type: ignore[operator]
     real = drawn.some_attributes(NUM_FACES, 0)
     found = {}
     for column, (name, values) in enumerate(drawn.VALUES.items()):
@@ -113,7 +113,7 @@ def main() -> None:
     clip = load_clip(ClipConfig(path=str(args.out / "clip")), torch.device("cpu"))
     if not (args.out / "data").exists():
         pack_faces(args.out / "data", clip)
-    judge = train_judge()
+    extractor = train_judge()
     config = parse_config(
         {
             "run": str(args.out / "run"),
@@ -144,9 +144,9 @@ def main() -> None:
     (result,) = train(config)
     print(json.dumps({"cpu_seconds": round(time.process_time() - began)}))
     for guidance in (1.0, 1.5, 2.0):
-        found = measure(config.run, clip, guidance, judge)
+        found = measure(config.run, clip, guidance, extractor)
         print(json.dumps({"guidance": guidance} | {k: round(v, 3) for k, v in found.items()}))
-    unasked = {"diversity": result["diversity"]} | measure_unasked(config.run, judge)
+    unasked = {"diversity": result["diversity"]} | measure_unasked(config.run, extractor)
     print(json.dumps({"unasked": {k: round(v, 3) for k, v in unasked.items()}}))
 
 

@@ -21,13 +21,13 @@ from dinogen.files import write_text
 from dinogen.report.compare.columns import MEASURED
 from dinogen.report.compare.read import OVER_TRAINING, find_runs, is_run
 from dinogen.runs.files import EVALUATION, read_evaluation, read_metrics
-from dinogen.runs.progress import figure_of, is_looked, stage_result
+from dinogen.runs.progress import figure_of, is_visualized, stage_result
 from launch.study.folder import is_study
 
 log = logging.getLogger(__name__)
 
 
-def make_missing(
+def run_pending_steps(
     folders: Sequence[Path], metrics: str | None = None, changes: Sequence[str] = ()
 ) -> list[str]:
     """Give `dinogen evaluate` and `dinogen look` for each run whose end lacks theirs.
@@ -77,7 +77,7 @@ def _lacking(folder: Path, metrics: str | None, changes: Sequence[str]) -> list[
     if not _is_measured(config, stage, metrics):
         chosen = ["--metrics", metrics] if metrics else []
         commands.append(["evaluate", *where, *chosen, *changes])
-    if not is_looked(config, stage):
+    if not is_visualized(config, stage):
         commands.append(["look", *where])
     return commands
 
@@ -90,7 +90,7 @@ def _is_measured(config: Config, stage: StageConfig, metrics: str | None) -> boo
     return all(one is not None and one.get("value") is not None for one in figures)
 
 
-def measure_over_training(
+def sweep_checkpoints(
     folders: Sequence[Path], metrics: str, changes: Sequence[str] = ()
 ) -> list[str]:
     """Give `dinogen evaluate` for each kept checkpoint of the last stage that is done.

@@ -16,7 +16,7 @@ SIZE = 32
 COUNTS = [len(values) for values in drawn.VALUES.values()]
 
 
-class Judge(nn.Module):
+class FeatureExtractor(nn.Module):
     """Three convolutions, one linear layer per attribute's values."""
 
     def __init__(self) -> None:
@@ -40,37 +40,37 @@ class Judge(nn.Module):
         return torch.stack([logits.argmax(1) for logits in self(images)], 1).numpy()
 
 
-def train_judge(seed: int = 1, num_steps: int = 150, batch: int = 64) -> Judge:
+def train_judge(seed: int = 1, num_steps: int = 150, batch: int = 64) -> FeatureExtractor:
     """Taught on pictures of its own, blurred, tinted and with noise."""
     rows = drawn.some_attributes(2000, seed)
     faces = drawn.as_tensor(drawn.draw(rows, [seed, 7]))
     wanted = torch.from_numpy(rows)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = Judge()
-        adam = torch.optim.Adam(judge.parameters(), 2e-3)
+        extractor = FeatureExtractor()
+        adam = torch.optim.Adam(extractor.parameters(), 2e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 3e-3, num_steps)
         for _ in range(num_steps):
             chosen = torch.randint(len(rows), (batch,))
             losses = [
                 F.cross_entropy(logits, wanted[chosen, number])
-                for number, logits in enumerate(judge(_varied(faces[chosen])))
+                for number, logits in enumerate(extractor(_varied(faces[chosen])))
             ]
             adam.zero_grad()
             torch.stack(losses).sum().backward()
             adam.step()
             schedule.step()
-    return judge.eval()
+    return extractor.eval()
 
 
-def shared_judge(tmp_path_factory) -> Judge:
+def shared_judge(tmp_path_factory) -> FeatureExtractor:
     """The judge, taught once for all processes of a test run."""
     path = drawn.made_once(
         tmp_path_factory, "judge.safetensors", lambda at: save_model(train_judge(), at)
     )
-    judge = Judge()
-    load_model(judge, path)
-    return judge.eval()
+    extractor = FeatureExtractor()
+    load_model(extractor, path)
+    return extractor.eval()
 
 
 def _varied(images: torch.Tensor) -> torch.Tensor:

@@ -97,7 +97,7 @@ def alone(monkeypatch):
 
 def test_without_torchrun_it_is_a_world_of_one(alone):
     process_group.init()
-    with process_group.main_section() as mine:
+    with process_group.rank_zero_section() as mine:
         assert mine
     assert (process_group.rank(), process_group.world_size(), process_group.local_rank()) == (
         0,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dinogen.distributed import process_group
-from dinogen.distributed.failure import takedown
+from dinogen.distributed.failure import failure_propagation
 from dinogen.errors import UserError
 from tests.forked import torchrun
 
@@ -103,7 +103,7 @@ def test_rank_0_may_work_longer_than_a_collective_waits(tmp_path):
 
 
 def test_one_process_alone_keeps_its_exception():
-    with pytest.raises(UserError, match="as it is"), takedown():
+    with pytest.raises(UserError, match="as it is"), failure_propagation():
         raise UserError("as it is")
     assert process_group.control_store() is None
 
@@ -134,10 +134,10 @@ def test_the_first_to_fail_keeps_its_exception_and_the_second_ends_with_its_code
     error = UserError("first")
     error.exit_code = 7
     monkeypatch.setattr(process_group, "rank", lambda: 2)
-    with pytest.raises(UserError, match="first"), takedown():
+    with pytest.raises(UserError, match="first"), failure_propagation():
         raise error
     monkeypatch.setattr(process_group, "rank", lambda: 1)
-    with pytest.raises(SystemExit) as ended, takedown():
+    with pytest.raises(SystemExit) as ended, failure_propagation():
         raise ValueError("second")
     assert ended.value.code == 7
 
@@ -149,7 +149,7 @@ def test_what_all_ranks_agreed_on_is_no_failure_of_one(monkeypatch):
     class Agreed(UserError):
         agreed = True
 
-    with pytest.raises(Agreed), takedown():
+    with pytest.raises(Agreed), failure_propagation():
         raise Agreed("stopped")
     assert not store.values
 
@@ -157,8 +157,11 @@ def test_what_all_ranks_agreed_on_is_no_failure_of_one(monkeypatch):
 def test_a_broken_connection_is_told_as_what_it_means(monkeypatch):
     store = Store()
     monkeypatch.setattr(process_group, "control_store", lambda: store)
-    with pytest.raises(process_group.DistError, match="killed, or its node died"), takedown():
+    with (
+        pytest.raises(process_group.DistError, match="killed, or its node died"),
+        failure_propagation(),
+    ):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1")
     store.values.clear()
-    with pytest.raises(RuntimeError, match="shapes"), takedown():
+    with pytest.raises(RuntimeError, match="shapes"), failure_propagation():
         raise RuntimeError("shapes do not fit")

@@ -37,7 +37,8 @@ class MetricsConfig(Section):
         None, description="file of MTCNN's O-Net; that of facenet-pytorch's wheel unless given"
     )
     clip: str | None = Field(
-        None, description="hub name or checkpoint folder of the CLIP that judges prompts"
+        None,
+        description="hub name or checkpoint folder of the CLIP that feature extractors prompts",
     )
     prompts: Path | None = Field(
         None, description="text file: what a run that knows text is asked for, one per line"

@@ -32,7 +32,7 @@ _times = itertools.count()
 
 
 @contextmanager
-def takedown() -> Iterator[None]:
+def failure_propagation() -> Iterator[None]:
     """Context of all that ranks do together; does nothing for one process alone.
 
     The rank that fails first keeps its exception and says what happened. The others end with the
@@ -80,7 +80,7 @@ class _Watcher(threading.Thread):
     """
 
     def __init__(self, store: Any) -> None:
-        super().__init__(name="takedown", daemon=True)
+        super().__init__(name="failures", daemon=True)
         self.store = store
         self.done = threading.Event()
         self.heard: dict[str, Any] | None = None

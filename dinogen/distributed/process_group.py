@@ -242,7 +242,7 @@ def set_cpu_threads() -> None:
 
 
 @contextmanager
-def main_section() -> Iterator[bool]:
+def rank_zero_section() -> Iterator[bool]:
     """Rank 0's own work, such as sampling; the others wait at its end for as long as it takes.
 
     Waiting in a collective would end in its time-out. Every rank has to enter; the value says

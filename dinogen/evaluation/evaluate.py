@@ -14,14 +14,21 @@ import torch
 
 from dinogen.config import ConfigError, MetricsConfig
 from dinogen.distributed import process_group
-from dinogen.distributed.failure import takedown
+from dinogen.distributed.failure import failure_propagation
 from dinogen.errors import UserError
 from dinogen.evaluation.held_out import chosen_samples, held_out_means
 from dinogen.evaluation.record import RESULT as RESULT
-from dinogen.evaluation.record import Place, Tell, Wish, figure_teller, find_place, write_result
+from dinogen.evaluation.record import (
+    EvaluationRequest,
+    Place,
+    Tell,
+    figure_teller,
+    find_place,
+    write_result,
+)
 from dinogen.evaluation.subject import guide_diversity, real_pictures, reference_at, subject_of
 from dinogen.families.base import Family, Verdict
-from dinogen.metrics.extractors.load import Judges
+from dinogen.metrics.extractors.load import Extractors
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.registry import GUIDE_DIVERSITY, JUDGED, better
 from dinogen.metrics.sources import Folder, Generated, Reference, picture_files
@@ -69,7 +76,7 @@ def evaluate(
     Args:
         run: folder of the run.
         resolution: which stage; the largest that has a checkpoint unless given.
-        split: see :class:`Wish`, as for the others.
+        split: see :class:`EvaluationRequest`, as for the others.
         num_samples: likewise.
         nimg: which checkpoint, by its images; the newest unless given.
         names: likewise.
@@ -91,25 +98,25 @@ def evaluate(
         ConfigError: no such run, checkpoint or metric.
         UserError: ``out`` cannot be written.
     """
-    wish = Wish(tuple(names), num_samples, split, reference, tuple(changes))
-    run = run_config(run, wish.places).run
+    request = EvaluationRequest(tuple(names), num_samples, split, reference, tuple(changes))
+    run = run_config(run, request.places).run
     process_group.init()
     process_group.set_cpu_threads()
-    with takedown():
-        snapshot = load_snapshot(run, resolution, nimg, wish.places)
+    with failure_propagation():
+        snapshot = load_snapshot(run, resolution, nimg, request.places)
         config = snapshot.family.config
-        settings = wish.settings(config.metrics)
+        settings = request.settings(config.metrics)
         folder = stage_folder(config, snapshot.family.stage)
         place = find_place(folder, out)
         needs = _Needs(snapshot)
         result = _facts(snapshot)
-        own = _own_figures(needs, wish, settings)
-        result |= own.result(wish.split or "val")
+        own = _own_figures(needs, request, settings)
+        result |= own.result(request.split or "val")
         if tell is not None and process_group.is_main():
             tell(result)
-        found, sampling = _measure(needs, settings, wish, own.verdict, tell)
+        found, sampling = _measure(needs, settings, request, own.verdict, tell)
         size = str(snapshot.resolution)
-        words = [str(run), "--stage", size, "--nimg", str(snapshot.nimg), *wish.words()]
+        words = [str(run), "--stage", size, "--nimg", str(snapshot.nimg), *request.words()]
         written = write_result(place, result, found, sampling, words)
         if place.writable and out is None:
             _summarise(place, snapshot)
@@ -198,24 +205,24 @@ class _Own:
         }
 
 
-def _own_figures(needs: _Needs, wish: Wish, settings: MetricsConfig) -> _Own:
+def _own_figures(needs: _Needs, request: EvaluationRequest, settings: MetricsConfig) -> _Own:
     """Measure held-out samples, and probe; as far as that is asked for. Every rank calls it."""
     own = _Own()
-    if not wish.held_out and GUIDE_DIVERSITY not in settings.names:
+    if not request.held_out and GUIDE_DIVERSITY not in settings.names:
         return own
     snapshot, family = needs.snapshot, needs.begun
     if isinstance(family, UserError):
         kind = type(snapshot.family)
         own.missing = {"probe": str(family)} if kind.probe is not Family.probe else {}
-        if wish.held_out and kind.held_out is not Family.held_out:
+        if request.held_out and kind.held_out is not Family.held_out:
             own.missing["held_out"] = str(family)
         return own
     data = needs.data
     assert not isinstance(data, UserError)
-    if wish.held_out:
+    if request.held_out:
         try:
-            if numbers := _held_out_numbers(family, data, wish):
-                split = wish.split or "val"
+            if numbers := _held_out_numbers(family, data, request):
+                split = request.split or "val"
                 networks = snapshot.ema.networks
                 own.means, own.num_samples = held_out_means(family, networks, data, split, numbers)
                 own.num_skipped = len(numbers) - own.num_samples
@@ -229,7 +236,7 @@ def _own_figures(needs: _Needs, wish: Wish, settings: MetricsConfig) -> _Own:
 def _probe(snapshot: Snapshot) -> Verdict:
     """The family's probe, which is the one of training, so that figures compare; on rank 0."""
     found = None
-    with process_group.main_section() as mine:
+    with process_group.rank_zero_section() as mine:
         if mine:
             loss = snapshot.checkpoint.state["progress"].get("loss")
             verdict = snapshot.family.probe(snapshot.ema.networks, loss)
@@ -241,24 +248,24 @@ def _probe(snapshot: Snapshot) -> Verdict:
     return Verdict(finite, said, tuple(warnings))
 
 
-def _held_out_numbers(family: Family, data: Dataset, wish: Wish) -> list[int]:
+def _held_out_numbers(family: Family, data: Dataset, request: EvaluationRequest) -> list[int]:
     """Samples for the family's own figures; it may do without where it has none, or where
     images are compared with other data.
 
     Raises:
         ConfigError: there are none.
     """
-    split = wish.split or "val"
+    split = request.split or "val"
     own = type(family).held_out is not Family.held_out
-    if not own or (wish.reference is not None and not data.num_samples(split)):
+    if not own or (request.reference is not None and not data.num_samples(split)):
         return []
-    return chosen_samples(data, split, wish.num_samples, "--split")
+    return chosen_samples(data, split, request.num_samples, "--split")
 
 
 def _measure(
     needs: _Needs,
     settings: MetricsConfig,
-    wish: Wish,
+    request: EvaluationRequest,
     verdict: Verdict | None,
     tell: Tell | None,
 ) -> tuple[Measurement, dict[str, Any] | None]:
@@ -273,18 +280,18 @@ def _measure(
         key = "data.split"
         train = _real(needs.data, family.config.data.split, None, resolution, key)
     if any((name in JUDGED and JUDGED[name].real) or name in RECONSTRUCTION for name in asked):
-        if wish.reference is None:
+        if request.reference is None:
             split, num = settings.reference_split, settings.num_reference
             real = _real(needs.data, split, num, resolution, "metrics.reference_split")
         else:
-            real, _ = reference_at(wish.reference, settings, resolution)
+            real, _ = reference_at(request.reference, settings, resolution)
     shares = class_shares(family, needs.data) if asked and family.inputs.labels else None
     facts = snapshot.checkpoint.state["facts"]
     networks, num = snapshot.ema.networks, settings.num_samples
     subject = subject_of(family, networks, num, real, train, settings, facts, shares)
-    judges = Judges(settings, family.device)
+    extractors = Extractors(settings, family.device)
     teller = figure_teller(tell)
-    found = measure(asked, judges, subject, settings.num_bootstrap, settings.cache, teller)
+    found = measure(asked, extractors, subject, settings.num_bootstrap, settings.cache, teller)
     if GUIDE_DIVERSITY in settings.names:
         found.add(_guide_diversity(needs, verdict), None)
         found.say(GUIDE_DIVERSITY)
@@ -338,7 +345,7 @@ def _summarise(place: Place, snapshot: Snapshot) -> None:
 
     Every rank has to call it.
     """
-    with process_group.main_section() as mine:
+    with process_group.rank_zero_section() as mine:
         if not mine:
             return
         try:
@@ -368,7 +375,7 @@ def evaluate_folder(
     Args:
         folder: of the files.
         num_samples: the first so many; all unless given.
-        split: see :class:`Wish`, as for the others.
+        split: see :class:`EvaluationRequest`, as for the others.
         names: likewise.
         reference: likewise; without it there are only figures that compare with nothing.
         changes: likewise.
@@ -381,19 +388,19 @@ def evaluate_folder(
     Raises:
         UserError: no file can be measured, or the reference does not fit.
     """
-    wish = Wish(tuple(names), num_samples, split, reference, tuple(changes))
+    request = EvaluationRequest(tuple(names), num_samples, split, reference, tuple(changes))
     process_group.use_device("auto")
     process_group.init()
     process_group.set_cpu_threads()
-    with takedown():
-        settings = wish.settings(MetricsConfig())
+    with failure_propagation():
+        settings = request.settings(MetricsConfig())
         place = find_place(folder, out)
         pictures = Folder(folder, num_samples)
         real, train = reference_at(reference, settings, pictures.resolution)
         none = ConfigError("a folder holds pictures and no network")
         asked = [name for name in settings.names if name != GUIDE_DIVERSITY]
         subject = Subject(pictures, real, train, none, none)
-        judges = Judges(settings, process_group.device())
+        extractors = Extractors(settings, process_group.device())
         result = {
             "folder": str(folder),
             "pictures": pictures.facts()["data"],
@@ -407,5 +414,5 @@ def evaluate_folder(
         if tell is not None and process_group.is_main():
             tell(result)
         teller = figure_teller(tell)
-        found = measure(asked, judges, subject, settings.num_bootstrap, settings.cache, teller)
-        return write_result(place, result, found, None, [str(folder), *wish.words()])
+        found = measure(asked, extractors, subject, settings.num_bootstrap, settings.cache, teller)
+        return write_result(place, result, found, None, [str(folder), *request.words()])

@@ -72,7 +72,7 @@ def find_place(folder: Path, out: Path | None) -> Place:
     """
     path = find_path(folder, out)
     trouble = None
-    with process_group.main_section() as mine:
+    with process_group.rank_zero_section() as mine:
         if mine:
             trouble = why_not_writable(path, make=out is not None)
     trouble = process_group.broadcast_object(trouble)
@@ -133,7 +133,7 @@ def write_result(
         "kept": place.writable,
     }
     trouble = None
-    with process_group.main_section() as mine:
+    with process_group.rank_zero_section() as mine:
         if mine:
             earlier = read_evaluation(place.path)
             for said in earlier.told():
@@ -212,7 +212,7 @@ PLACES = re.compile(
 
 
 @dataclass(frozen=True)
-class Wish:
+class EvaluationRequest:
     """What is to be measured, beyond what the run's config says.
 
     Attributes:

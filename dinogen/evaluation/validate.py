@@ -13,7 +13,7 @@ from dinogen.distributed import process_group
 from dinogen.evaluation.held_out import chosen_samples, held_out_means
 from dinogen.evaluation.subject import guide_diversity, real_pictures, subject_of
 from dinogen.families.base import Family
-from dinogen.metrics.extractors.load import Judges
+from dinogen.metrics.extractors.load import Extractors
 from dinogen.metrics.registry import GUIDE_DIVERSITY, better, chosen_names
 from dinogen.metrics.suite import Subject, measure, why_not
 from dinogen.metrics.value import Figure
@@ -53,7 +53,7 @@ class Validator:
             self.numbers = chosen_samples(state.data, self.config.split, num, "eval.split")
         if self.config.generated:
             self.names = chosen_names(self.config.generated, "eval.generated")
-            self.judges = Judges(state.config.metrics, state.device)
+            self.extractors = Extractors(state.config.metrics, state.device)
             self.subject = self._subject()
             self._check()
 
@@ -117,7 +117,7 @@ class Validator:
         """Say before the first step what will not be measured, and refuse to do without it."""
         metric = self.config.metric
         for name in self.names:
-            reason = why_not(name, self.judges, self.subject)
+            reason = why_not(name, self.extractors, self.subject)
             if reason is None:
                 continue
             if name == metric:
@@ -136,10 +136,10 @@ class Validator:
         """Measure generated pictures, on all ranks, and write the line of it."""
         state = self.state
         asked = [name for name in self.names if name != GUIDE_DIVERSITY]
-        found = measure(asked, self.judges, self.subject, cache=state.config.metrics.cache)
+        found = measure(asked, self.extractors, self.subject, cache=state.config.metrics.cache)
         if GUIDE_DIVERSITY in self.names:
             scalars = None
-            with process_group.main_section() as mine:
+            with process_group.rank_zero_section() as mine:
                 if mine:
                     scalars = state.probe().scalars
             found.add(guide_diversity(state.family, process_group.broadcast_object(scalars)), None)

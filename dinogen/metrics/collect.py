@@ -1,4 +1,4 @@
-"""Each picture once through each judge, shared out over ranks: moments always, rows if asked."""
+"""Each picture once through each extractor, shared out over ranks: moments always, rows if asked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from dinogen.distributed import process_group
 from dinogen.distributed.process_group import gather_counts, gather_rows
 from dinogen.errors import UserError
-from dinogen.metrics.extractors.base import Judge, JudgeInfo
+from dinogen.metrics.extractors.base import ExtractorInfo, FeatureExtractor
 from shards.errors import ShardsError
 
 
@@ -32,7 +32,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Seen:
-    """What one judge saw of all pictures; the same on all ranks.
+    """What one feature extractor saw of all pictures; the same on all ranks.
 
     Attributes:
         info: who it is.
@@ -41,7 +41,7 @@ class Seen:
         logits: (num, classes) float32 likewise; None unless kept, or if it has none.
     """
 
-    info: JudgeInfo
+    info: ExtractorInfo
     moments: Moments
     features: Tensor | None = None
     logits: Tensor | None = None
@@ -49,11 +49,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Collected:
-    """What the judges saw of a source.
+    """What the feature extractors saw of a source.
 
     Attributes:
         num: pictures.
-        seen: by name of the judge.
+        seen: by name of the feature extractor.
         pictures: the first ones, (num_pictures, 3, R, R) uint8 on the CPU; None unless asked for.
     """
 
@@ -64,12 +64,12 @@ class Collected:
 
 def collect(
     source: Source,
-    judges: Sequence[Judge],
+    extractors: Sequence[FeatureExtractor],
     keep: Collection[str],
     batch: int,
     num_pictures: int = 0,
 ) -> Collected:
-    """Read every picture once and show it to every judge once; all ranks together.
+    """Read every picture once and show it to every feature extractor once; all ranks together.
 
     Ranks take whole batches, and a batch is the same pictures on any number of ranks: so rows are
     the same to the bit where the ranks compute alike. Ranks meet at the very end, and a rank may
@@ -77,8 +77,8 @@ def collect(
 
     Args:
         source: the pictures.
-        judges: by whom they are judged; each has a name of its own.
-        keep: names of the judges whose rows are kept and gathered, N x C float32 on every rank.
+        feature extractors: by whom they are judged; each has a name of its own.
+        keep: names of the extractors whose rows are kept and gathered, N x C float32 on every rank.
         batch: pictures read and judged at a time.
         num_pictures: so many of the first pictures are kept too.
 
@@ -90,7 +90,10 @@ def collect(
         raise ValueError("there are no pictures to measure")
     num_pictures = min(num_pictures, source.num)
     mine = _batches(source.num, batch)[process_group.rank()]
-    notes = {judge.info.name: _Notes(judge, judge.info.name in keep) for judge in judges}
+    notes = {
+        extractor.info.name: _Notes(extractor, extractor.info.name in keep)
+        for extractor in extractors
+    }
     pictures: list[Tensor] = []
     failure: Exception | None = None
     try:
@@ -122,18 +125,18 @@ def agree_readable(failure: Exception | None) -> None:
 
 
 class _Notes:
-    """What one judge has seen on this rank."""
+    """What one feature extractor has seen on this rank."""
 
-    def __init__(self, judge: Judge, keep: bool) -> None:
-        self.judge = judge
-        info = judge.info
+    def __init__(self, extractor: FeatureExtractor, keep: bool) -> None:
+        self.extractor = extractor
+        info = extractor.info
         self.moments = Moments.empty(info.num_channels)
         widths = {"features": info.num_channels, "logits": info.num_logits}
         self.widths = {name: width for name, width in widths.items() if keep and width}
         self.rows: dict[str, list[Tensor]] = {name: [] for name in self.widths}
 
     def take(self, images: Tensor) -> None:
-        found = self.judge(images)
+        found = self.extractor(images)
         self.moments.add(found["features"])
         for name, kept in self.rows.items():
             kept.append(found[name])
@@ -147,7 +150,7 @@ class _Notes:
             name: _gather(torch.cat([torch.empty(0, width), *self.rows.pop(name)]))
             for name, width in self.widths.items()
         }
-        return Seen(self.judge.info, moments, rows.get("features"), rows.get("logits"))
+        return Seen(self.extractor.info, moments, rows.get("features"), rows.get("logits"))
 
 
 def _batches(num: int, batch: int) -> list[list[list[int]]]:

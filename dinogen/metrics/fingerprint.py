@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dinogen.metrics.extractors.base import JudgeInfo
+from dinogen.metrics.extractors.base import ExtractorInfo
 from shards.files import sha256_file
 from shards.read.dataset import Dataset
 
@@ -22,7 +22,7 @@ _DIGITS = 12
 
 
 def fingerprint(
-    judge: JudgeInfo,
+    extractor: ExtractorInfo,
     resolution: int,
     num_samples: int,
     reference: Facts | None = None,
@@ -32,7 +32,7 @@ def fingerprint(
     """Everything that two figures of one metric need to have in common.
 
     Args:
-        judge: by whom pictures are judged.
+        feature extractor: by whom pictures are judged.
         resolution: side of the generated pictures.
         num_samples: how many there are.
         reference: what ``Reference.facts`` says; None where a metric compares with nothing.
@@ -41,7 +41,7 @@ def fingerprint(
 
     Returns:
         ``data``, ``split``, ``num_reference``, ``num_samples``, ``resolution``, ``resize``,
-        ``judge``, ``weights_sha256`` and ``random``, JSON-ready; and ``sampling``, if there is
+        ``extractor``, ``weights_sha256`` and ``random``, JSON-ready; and ``sampling``, if there is
         any, so that figures of other families keep the ids that they always had.
     """
     facts = reference or {"data": None, "split": None, "resize": "none"}
@@ -51,11 +51,11 @@ def fingerprint(
         "num_reference": num_reference,
         "num_samples": num_samples,
         "resolution": resolution,
-        # every filter between a stored picture and the judge, in order
-        "resize": f"{facts['resize']}, then {judge.resize}",
-        "judge": judge.name,
-        "weights_sha256": judge.weights_sha256,
-        "random": judge.random,
+        # every filter between a stored picture and the feature extractor, in order
+        "resize": f"{facts['resize']}, then {extractor.resize}",
+        "judge": extractor.name,
+        "weights_sha256": extractor.weights_sha256,
+        "random": extractor.random,
         **({"sampling": sampling} if sampling else {}),
     }
 

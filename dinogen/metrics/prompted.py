@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dinogen.errors import ConfigError
 from dinogen.metrics.collect import collect
-from dinogen.metrics.extractors.base import Judge
+from dinogen.metrics.extractors.base import FeatureExtractor
 from dinogen.metrics.extractors.clip import ClipJudge
 from dinogen.metrics.fingerprint import Facts, fingerprint
 from dinogen.metrics.sources import Generated
@@ -56,29 +56,31 @@ def read_prompts(file: Path) -> tuple[str, ...]:
 
 
 def prompted_figures(
-    names: list[str], prompted: Prompted, judge: Judge, batch: int
+    names: list[str], prompted: Prompted, extractor: FeatureExtractor, batch: int
 ) -> list[tuple[Figure, Facts]]:
     """CLIP score and retrieval accuracy; all ranks together, the same on all of them.
 
     Args:
         names: which of the two.
         prompted: pictures and prompts.
-        judge: CLIP.
+        feature extractor: CLIP.
         batch: pictures made and judged at a time.
     """
-    assert isinstance(judge, ClipJudge)
+    assert isinstance(extractor, ClipJudge)
     num, texts = prompted.pictures.num, list(prompted.texts)
-    rows = collect(prompted.pictures, [judge], {judge.info.name}, batch).seen[judge.info.name]
+    rows = collect(prompted.pictures, [extractor], {extractor.info.name}, batch).seen[
+        extractor.info.name
+    ]
     assert rows.features is not None
     own = torch.arange(num) % len(texts)
-    embedded = judge.texts(texts)
+    embedded = extractor.texts(texts)
     values = {
         SCORE: clip_score(rows.features, embedded[own]),
         RETRIEVAL: retrieval_accuracy(rows.features, embedded, own),
     }
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     asked = {"data": digest, "split": f"guidance {prompted.guidance:g}", "resize": "none"}
-    facts = fingerprint(judge.info, prompted.pictures.resolution, num, asked, len(texts))
+    facts = fingerprint(extractor.info, prompted.pictures.resolution, num, asked, len(texts))
     return [
         (Figure(name, values[name], None, BETTER[name], num, len(texts), None), facts)
         for name in names

@@ -1,4 +1,4 @@
-"""What judges see of real pictures: worked out once, then read from a cache under its fingerprint.
+"""What extractors see of real pictures: worked out once, then read from a cache under its fingerprint.
 
 A cached set is one safetensors file that says itself what it is of, so processes that write it at
 the same time cannot mix theirs up; the JSON file beside it is for people.
@@ -20,7 +20,7 @@ from dinogen.distributed import process_group
 from dinogen.features.checkpoint import weights_sha256
 from dinogen.files import write_bytes, write_json
 from dinogen.metrics.collect import Moments, Seen, collect
-from dinogen.metrics.extractors.base import Judge, JudgeInfo
+from dinogen.metrics.extractors.base import ExtractorInfo, FeatureExtractor
 from dinogen.metrics.fingerprint import Facts, fingerprint, fingerprint_id
 from dinogen.metrics.sources import Reference
 
@@ -31,31 +31,31 @@ CACHE = Path("~/.cache/dinogen/metrics")
 
 def seen_of_reference(
     source: Reference,
-    judges: Sequence[Judge],
+    extractors: Sequence[FeatureExtractor],
     keep: Collection[str],
     batch: int,
     cache: Path | None = None,
 ) -> dict[str, Seen]:
-    """What each judge sees of real pictures; all ranks together.
+    """What each feature extractor sees of real pictures; all ranks together.
 
     Args:
         source: the pictures.
-        judges: by whom they are judged.
-        keep: names of the judges whose features are needed row by row.
+        feature extractors: by whom they are judged.
+        keep: names of the feature extractors whose features are needed row by row.
         batch: pictures read and judged at a time.
         cache: folder of what was worked out before; :data:`CACHE` unless given.
     """
     facts = source.facts()
-    keys = {one.info.name: _key(one.info, source, facts) for one in judges}
+    keys = {one.info.name: _key(one.info, source, facts) for one in extractors}
     folder = _expanded(cache or CACHE)
     found: dict[str, Seen] = {}
-    for judge in judges:
-        name = judge.info.name
-        seen = _load(folder, keys[name], judge.info, name in keep)
+    for extractor in extractors:
+        name = extractor.info.name
+        seen = _load(folder, keys[name], extractor.info, name in keep)
         # a cache may be a node's own, and ranks have to agree on what is to be worked out
         if not process_group.any_rank(seen is None) and seen is not None:
             found[name] = seen
-    missing = [judge for judge in judges if judge.info.name not in found]
+    missing = [extractor for extractor in extractors if extractor.info.name not in found]
     if missing:
         fresh = collect(source, missing, keep, batch).seen
         for name, seen in fresh.items():
@@ -65,16 +65,16 @@ def seen_of_reference(
     return found
 
 
-def _key(judge: JudgeInfo, source: Reference, facts: Facts) -> Facts:
+def _key(extractor: ExtractorInfo, source: Reference, facts: Facts) -> Facts:
     """The fingerprint of no generated pictures at all: one set serves any number of them."""
-    return fingerprint(judge, source.resolution, 0, facts, source.num)
+    return fingerprint(extractor, source.resolution, 0, facts, source.num)
 
 
 def _path(folder: Path, key: Facts) -> Path:
     return folder / f"{fingerprint_id(key)}.safetensors"
 
 
-def _load(folder: Path, key: Facts, info: JudgeInfo, keep: bool) -> Seen | None:
+def _load(folder: Path, key: Facts, info: ExtractorInfo, keep: bool) -> Seen | None:
     """What was stored, if it is whole, of the same pictures, and all that is asked for."""
     path = _path(folder, key)
     try:

@@ -1,4 +1,4 @@
-"""The one table of metrics: by which judge, from what, how, and which way is better."""
+"""The one table of metrics: by which feature extractor, from what, how, and which way is better."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dinogen.metrics.value import Better, Estimate, halves, standard_deviation
 
 @dataclass(frozen=True)
 class Sets:
-    """What one judge saw of everything that its metrics read.
+    """What one feature extractor saw of everything that its metrics read.
 
     Attributes:
         generated: the pictures measured.
@@ -50,10 +50,10 @@ class Sets:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric under one judge.
+    """One metric under one feature extractor.
 
     Attributes:
-        judge: name of the judge.
+        feature extractor: name of the feature extractor.
         better: which way is better.
         estimate: works it out.
         real: ``moments`` or ``rows`` of real pictures are needed, or None of them at all.
@@ -62,7 +62,7 @@ class Metric:
         covariance: that of the features is compared, which takes more images than dimensions.
     """
 
-    judge: str
+    extractor: str
     better: Better
     estimate: Callable[[Sets], Estimate]
     real: str | None = "rows"
@@ -125,15 +125,18 @@ def _memorisation(sets: Sets) -> Estimate:
     return memorisation(generated, train, real, sets.num_halves, sets.seed).ratio
 
 
-def _of_judge(judge: str, frechet: str, kernel: str, suffix: str) -> dict[str, Metric]:
-    """The metrics that every judge has, by name."""
+def _of_judge(extractor: str, frechet: str, kernel: str, suffix: str) -> dict[str, Metric]:
+    """The metrics that every feature extractor has, by name."""
     shares = ("precision", "recall", "density", "coverage")
     return {
-        frechet: Metric(judge, "lower", _frechet, real="moments", rows=False, covariance=True),
-        kernel: Metric(judge, "lower", _kernel),
-        **{f"{name}{suffix}": Metric(judge, "higher", partial(_manifold, name)) for name in shares},
+        frechet: Metric(extractor, "lower", _frechet, real="moments", rows=False, covariance=True),
+        kernel: Metric(extractor, "lower", _kernel),
+        **{
+            f"{name}{suffix}": Metric(extractor, "higher", partial(_manifold, name))
+            for name in shares
+        },
         # near 1 is as it should be, and both ways from there are worse
-        f"memorisation{suffix}": Metric(judge, "none", _memorisation, train=True),
+        f"memorisation{suffix}": Metric(extractor, "none", _memorisation, train=True),
     }
 
 
@@ -154,7 +157,7 @@ JUDGED = {
         for name, way, compare in _SPECTRAL
     },
 }
-# Measured by other means than rows of a judge.
+# Measured by other means than rows of a feature extractor.
 LPIPS_DIVERSITY = "lpips_diversity"
 GUIDE_DIVERSITY = "guide_diversity"
 OTHERS: dict[str, Better] = {

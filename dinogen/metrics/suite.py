@@ -12,8 +12,8 @@ from torch import Tensor
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.metrics.collect import Collected, Seen, Source, Unreadable, collect
-from dinogen.metrics.extractors import Judge, JudgeInfo, NotAvailable
-from dinogen.metrics.extractors.load import Judges
+from dinogen.metrics.extractors import ExtractorInfo, FeatureExtractor, NotAvailable
+from dinogen.metrics.extractors.load import Extractors
 from dinogen.metrics.fingerprint import Facts, fingerprint, fingerprint_id
 from dinogen.metrics.lpips_diversity import NUM_SAMPLES, lpips_diversity
 from dinogen.metrics.prompted import BETTER as PROMPTED
@@ -105,7 +105,7 @@ class Measurement:
 
 def measure(
     names: Iterable[str],
-    judges: Judges,
+    extractors: Extractors,
     subject: Subject,
     num_halves: int = 0,
     cache: Path | None = None,
@@ -115,7 +115,7 @@ def measure(
 
     Args:
         names: of metrics, all but guide_diversity, which a family measures itself.
-        judges: who judge.
+        feature extractors: who feature extractor.
         subject: what is measured.
         num_halves: halves of the generated pictures, for spreads; no spread below 2.
         cache: folder of reference statistics.
@@ -124,20 +124,20 @@ def measure(
     asked = list(names)
     found = Measurement(tell=tell)
     for name in asked:
-        reason = why_not(name, judges, subject)
+        reason = why_not(name, extractors, subject)
         if reason is not None:
             found.add(Figure.missing(name, better(name), reason), None)
     there = [name for name in asked if name not in found.figures]
     chosen = {name: JUDGED[name] for name in there if name in JUDGED}
     num_pictures = NUM_SAMPLES if LPIPS_DIVERSITY in there else 0
     if chosen or num_pictures:
-        made = _judge(chosen, judges, subject, num_halves, cache, num_pictures, found)
+        made = _judge(chosen, extractors, subject, num_halves, cache, num_pictures, found)
         found.made = made is not None
         if made is not None and made.pictures is not None:
-            _compare(made.pictures, judges, subject, found)
-    _reconstruct([name for name in there if name in RECONSTRUCTION], judges, subject, found)
+            _compare(made.pictures, extractors, subject, found)
+    _reconstruct([name for name in there if name in RECONSTRUCTION], extractors, subject, found)
     if asked_for := [name for name in there if name in PROMPTED]:
-        clip = judges.get("clip")
+        clip = extractors.get("clip")
         assert isinstance(subject.prompted, Prompted) and not isinstance(clip, NotAvailable)
         for figure, facts in prompted_figures(asked_for, subject.prompted, clip, BATCH):
             found.add(figure, facts)
@@ -146,35 +146,35 @@ def measure(
     return found
 
 
-def why_not(name: str, judges: Judges, subject: Subject) -> str | None:
+def why_not(name: str, extractors: Extractors, subject: Subject) -> str | None:
     """Why a metric cannot be had; None if it can. Every rank has to ask."""
     needed: list[object] = []
     if name in JUDGED:
         metric = JUDGED[name]
-        needed.append(judges.get(metric.judge))
+        needed.append(extractors.get(metric.extractor))
         needed += [subject.real] if metric.real else []
         needed += [subject.train] if metric.train else []
     elif name in RECONSTRUCTION:
         needed.append(subject.pairs)
     elif name in PROMPTED:
-        needed += [subject.prompted, judges.get("clip")]
+        needed += [subject.prompted, extractors.get("clip")]
     if name in (LPIPS_DIVERSITY, "reconstruction_lpips"):
-        needed.append(judges.perceptual())
+        needed.append(extractors.perceptual())
     return next((str(one) for one in needed if isinstance(one, UserError)), None)
 
 
 def _judge(
     chosen: dict[str, Metric],
-    judges: Judges,
+    extractors: Extractors,
     subject: Subject,
     num_halves: int,
     cache: Path | None,
     num_pictures: int,
     found: Measurement,
 ) -> Collected | None:
-    """Show everything to the judges, and work out their metrics on rank 0."""
-    real, bad_real = _seen(subject.real, chosen, judges, cache, train=False)
-    train, bad_train = _seen(subject.train, chosen, judges, cache, train=True)
+    """Show everything to the feature extractors, and work out their metrics on rank 0."""
+    real, bad_real = _seen(subject.real, chosen, extractors, cache, train=False)
+    train, bad_train = _seen(subject.train, chosen, extractors, cache, train=True)
     for name, metric in list(chosen.items()):
         reason = (bad_real if metric.real else None) or (bad_train if metric.train else None)
         if reason is not None:
@@ -183,19 +183,19 @@ def _judge(
     metrics = list(chosen.values())
     if not metrics and not num_pictures:
         return None
-    keep = {m.judge for m in metrics if m.rows or num_halves > 1}
+    keep = {m.extractor for m in metrics if m.rows or num_halves > 1}
     source: Source = subject.generated if metrics else _First(subject.generated, num_pictures)
-    made = collect(source, _loaded(metrics, judges), keep, BATCH, num_pictures)
+    made = collect(source, _loaded(metrics, extractors), keep, BATCH, num_pictures)
     results = None
-    with process_group.main_section() as mine:
+    with process_group.rank_zero_section() as mine:
         if mine:
             results = []
             sets = {
-                judge: Sets(seen, real.get(judge), train.get(judge), num_halves, _SEED)
-                for judge, seen in made.seen.items()
+                extractor: Sets(seen, real.get(extractor), train.get(extractor), num_halves, _SEED)
+                for extractor, seen in made.seen.items()
             }
             for name, metric in chosen.items():
-                figure = _figure(name, metric, sets[metric.judge], made.num, subject)
+                figure = _figure(name, metric, sets[metric.extractor], made.num, subject)
                 _take(figure, metric, made, subject, found)
                 found.say(name)
                 results.append(figure.to_dict())
@@ -208,7 +208,7 @@ def _judge(
 def _take(
     figure: Figure, metric: Metric, made: Collected, subject: Subject, found: Measurement
 ) -> None:
-    info = made.seen[metric.judge].info
+    info = made.seen[metric.extractor].info
     dims = info.num_channels if metric.covariance else None
     found.add(figure, _facts(metric, info, subject), dims)
 
@@ -224,17 +224,17 @@ def _figure(name: str, metric: Metric, sets: Sets, num: int, subject: Subject) -
     return Figure(name, estimate.value, estimate.spread, metric.better, num, num_real, None)
 
 
-def _facts(metric: Metric, judge: JudgeInfo, subject: Subject) -> Facts:
+def _facts(metric: Metric, extractor: ExtractorInfo, subject: Subject) -> Facts:
     """What a metric's figure was measured against."""
     made, how = subject.generated, _how(subject)
     if not metric.real or not isinstance(subject.real, Reference):
-        return fingerprint(judge, made.resolution, made.num, sampling=how)
+        return fingerprint(extractor, made.resolution, made.num, sampling=how)
     reference = subject.real.facts()
     if metric.train and isinstance(subject.train, Reference):
         learnt = subject.train.facts()
         beside = f"{subject.train.num} of {learnt['split']} of {learnt['data'][:12]}"
         reference = reference | {"split": f"{reference['split']} beside {beside}"}
-    return fingerprint(judge, made.resolution, made.num, reference, subject.real.num, how)
+    return fingerprint(extractor, made.resolution, made.num, reference, subject.real.num, how)
 
 
 def _how(subject: Subject) -> Facts:
@@ -246,26 +246,26 @@ def _how(subject: Subject) -> Facts:
 def _seen(
     source: Reference | UserError,
     chosen: Mapping[str, Metric],
-    judges: Judges,
+    extractors: Extractors,
     cache: Path | None,
     train: bool,
 ) -> tuple[dict[str, Seen], str | None]:
-    """What judges see of real images, or why they cannot be read."""
+    """What feature extractors see of real images, or why they cannot be read."""
     needing = [m for m in chosen.values() if (m.train if train else m.real)]
-    loaded = _loaded(needing, judges)
+    loaded = _loaded(needing, extractors)
     if not loaded or isinstance(source, UserError):
         return {}, None
-    keep = {m.judge for m in needing if train or m.real == "rows"}
+    keep = {m.extractor for m in needing if train or m.real == "rows"}
     try:
         return seen_of_reference(source, loaded, keep, BATCH, cache), None
     except Unreadable as error:
         return {}, str(error)
 
 
-def _loaded(metrics: list[Metric], judges: Judges) -> list[Judge]:
-    """The judges of metrics that can be had, each once."""
-    found = (judges.get(name) for name in dict.fromkeys(metric.judge for metric in metrics))
-    return [judge for judge in found if not isinstance(judge, NotAvailable)]
+def _loaded(metrics: list[Metric], extractors: Extractors) -> list[FeatureExtractor]:
+    """The feature extractors of metrics that can be had, each once."""
+    found = (extractors.get(name) for name in dict.fromkeys(metric.extractor for metric in metrics))
+    return [extractor for extractor in found if not isinstance(extractor, NotAvailable)]
 
 
 class _First:
@@ -276,9 +276,11 @@ class _First:
         self.read = source.read
 
 
-def _compare(pictures: Tensor, judges: Judges, subject: Subject, found: Measurement) -> None:
+def _compare(
+    pictures: Tensor, extractors: Extractors, subject: Subject, found: Measurement
+) -> None:
     """How unlike each other some generated pictures look."""
-    perceptual = judges.perceptual()
+    perceptual = extractors.perceptual()
     assert not isinstance(perceptual, NotAvailable)
     figure = lpips_diversity(pictures, perceptual)
     resolution, num, how = subject.generated.resolution, figure.num_samples, _how(subject)
@@ -287,12 +289,14 @@ def _compare(pictures: Tensor, judges: Judges, subject: Subject, found: Measurem
     found.say(figure.name)
 
 
-def _reconstruct(names: list[str], judges: Judges, subject: Subject, found: Measurement) -> None:
+def _reconstruct(
+    names: list[str], extractors: Extractors, subject: Subject, found: Measurement
+) -> None:
     """How near reconstructions of real pictures are to them."""
     pairs = subject.pairs
     if not names or isinstance(pairs, UserError):
         return
-    perceptual = judges.perceptual()
+    perceptual = extractors.perceptual()
     try:
         figures = reconstruction(pairs, perceptual)
     except Unreadable as error:
@@ -301,11 +305,11 @@ def _reconstruct(names: list[str], judges: Judges, subject: Subject, found: Meas
         return
     for name in names:
         # PSNR and SSIM compare the pixels themselves
-        judge = JudgeInfo(name, "", "none", 0, 0, False)
+        extractor = ExtractorInfo(name, "", "none", 0, 0, False)
         if name == "reconstruction_lpips" and not isinstance(perceptual, NotAvailable):
-            judge = perceptual.info
+            extractor = perceptual.info
         real = pairs.real
         found.add(
-            figures[name], fingerprint(judge, real.resolution, real.num, real.facts(), real.num)
+            figures[name], fingerprint(extractor, real.resolution, real.num, real.facts(), real.num)
         )
         found.say(name)

@@ -118,7 +118,7 @@ def _write(
     out.mkdir(parents=True, exist_ok=True)
     known = _known(out, header, folder, with_text)
     maker.warn_of_resize(out)
-    with process_group.main_section() as main:
+    with process_group.rank_zero_section() as main:
         if main:
             for leftover in out.glob(".*.tmp"):
                 leftover.unlink()
@@ -150,7 +150,7 @@ def _write(
         num_seen += len(share)
         if progress is not None:
             progress(num_seen, total)
-    with process_group.main_section() as main:
+    with process_group.rank_zero_section() as main:
         if main:
             names = {_part_name(number) for number in range(num_parts)}
             for path in out.glob("part-*.safetensors"):

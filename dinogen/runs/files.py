@@ -196,7 +196,7 @@ def read_metrics(path: Path) -> Found[list[Line]]:
     return Found(path, lines, found.troubles, found.there)
 
 
-def read_looks_index(path: Path) -> Found[dict[str, dict[str, Any]]]:
+def read_visualizations(path: Path) -> Found[dict[str, dict[str, Any]]]:
     """looks.json: what `dinogen look` has drawn, by name."""
     found = read_object(path)
     looks: dict[str, dict[str, Any]] = {}

@@ -12,8 +12,8 @@ from dinogen.runs.files import (
     STATS,
     read_evaluation,
     read_lines,
-    read_looks_index,
     read_result,
+    read_visualizations,
 )
 
 
@@ -52,10 +52,10 @@ def figure_of(config: Config, stage: StageConfig, metric: str) -> dict[str, Any]
     return figure
 
 
-def is_looked(config: Config, stage: StageConfig) -> bool:
+def is_visualized(config: Config, stage: StageConfig) -> bool:
     """Whether the pictures of `dinogen look` are of the end of a stage."""
     result = stage_result(config, stage)
-    looks = read_looks_index(_folder(config, stage) / "looks" / "looks.json").value
+    looks = read_visualizations(_folder(config, stage) / "looks" / "looks.json").value
     return result is not None and any(one.get("nimg") == result["nimg"] for one in looks.values())
 
 

@@ -18,7 +18,7 @@ from dinogen.training.state import StageState
 from shards.read.stream import Stream
 
 
-class Feed:
+class Dataloader:
     """Endless batches of this rank from where the stage is; a context, to be closed.
 
     Args:
@@ -54,7 +54,7 @@ class Feed:
             batch["bank"] = next(bank)
         return batch
 
-    def __enter__(self) -> Feed:
+    def __enter__(self) -> Dataloader:
         for stream in self._streams:
             self._stack.enter_context(stream)
         return self

@@ -8,7 +8,7 @@ from typing import Any
 
 from dinogen.config import Config, dump_config
 from dinogen.distributed import process_group
-from dinogen.distributed.failure import takedown
+from dinogen.distributed.failure import failure_propagation
 from dinogen.errors import UserError
 from dinogen.families.registry import resolve
 from dinogen.files import write_text
@@ -48,7 +48,7 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
     process_group.set_cpu_threads()
     config = resolve(config)
     indices = [find_stage(config, size) for size in resolutions] or list(range(len(config.stages)))
-    with takedown(), run_lock(config.run), StopFlag() as stop:
+    with failure_propagation(), run_lock(config.run), StopFlag() as stop:
         data = open_data(config)
         config = with_lengths(config, data.num_samples(config.data.split))
         check_run(config, indices, data)
@@ -57,7 +57,7 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
         results = []
         for index in indices:
             results.append(_train_stage(config, index, stop))
-            with process_group.main_section() as mine:
+            with process_group.rank_zero_section() as mine:
                 if mine:
                     # Also for a stage passed over: a kill may have come before its page was written
                     _write_page(config.run)
@@ -77,7 +77,7 @@ def _train_stage(config: Config, index: int, stop: StopFlag) -> dict[str, Any]:
     if not state.finished:
         Trainer(state, stop).run()
     result = None
-    with process_group.main_section() as mine:
+    with process_group.rank_zero_section() as mine:
         if mine:
             cut_lines(state.folder / STATS, state.progress.nimg)
             # a log that was lost costs the stage its curve, and no more

@@ -16,7 +16,7 @@ from dinogen.evaluation.validate import Validator
 from dinogen.families.base import Batch, Scalars, Verdict
 from dinogen.training.checkpointing.checkpoint import Saver
 from dinogen.training.data import check_labels
-from dinogen.training.dataloading import Feed, augment
+from dinogen.training.dataloading import Dataloader, augment
 from dinogen.training.engines.microbatches import num_micros, split
 from dinogen.training.logging.artifacts import save_samples
 from dinogen.training.logging.logger import Logger, ProgressLine
@@ -94,7 +94,7 @@ class Trainer:
             self.plan.end,
             process_group.is_main(),
         )
-        self.feed = Feed(self.state)
+        self.feed = Dataloader(self.state)
         try:
             with self.feed:
                 self.window = Window(time.monotonic())
@@ -193,7 +193,7 @@ class Trainer:
 
     def _saved(self) -> None:
         """Wait until the checkpoint on its way is on disk; every rank has to call it."""
-        with process_group.main_section():
+        with process_group.rank_zero_section():
             self.saver.wait()
 
     @property
@@ -247,7 +247,7 @@ class Trainer:
         if probe or measure or due(passed, now, every.every_kimg):
             self._log(line, probe, figures)
         if last or due(passed, now, every.samples_kimg):
-            with process_group.main_section() as mine:
+            with process_group.rank_zero_section() as mine:
                 if mine:
                     path = self.state.folder / "samples" / f"{now:09d}.png"
                     self.logger.write_image("samples", save_samples(self.state, path), now)
@@ -275,7 +275,7 @@ class Trainer:
         if self.engine.device.type == "cuda":
             values["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
         if probe:
-            with process_group.main_section() as mine:
+            with process_group.rank_zero_section() as mine:
                 if mine:
                     verdict = self.state.probe()
                     values |= verdict.scalars

@@ -1,4 +1,4 @@
-"""Which real pictures are near to given ones, by a judge of the metrics or by pixels."""
+"""Which real pictures are near to given ones, by a extractor of the metrics or by pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dinogen.config.metrics import MetricsConfig
 from dinogen.metrics.extractors.base import NotAvailable
-from dinogen.metrics.extractors.load import load_judge
+from dinogen.metrics.extractors.load import load_extractor
 from dinogen.metrics.sources import as_pixels
 from shards.read.dataset import Dataset
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 SIDE = 32  # at which pixels are compared
 # the first that the config names a file of
-JUDGES = ("dinov2", "inception768", "inception")
+EXTRACTORS = ("dinov2", "inception768", "inception")
 PART = 32
 NUM_NEAREST = 3
 BATCH = 512
@@ -113,14 +113,14 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def choose_ruler(config: MetricsConfig, resolution: int, device: torch.device) -> Ruler:
-    """A judge whose weights ``metrics:`` names, else pixels at 32x32.
+    """A feature extractor whose weights ``metrics:`` names, else pixels at 32x32.
 
     Args:
         config: of the run.
         resolution: of its pictures.
-        device: where the judge runs.
+        device: where the feature extractor runs.
     """
-    for name in JUDGES:
+    for name in EXTRACTORS:
         if getattr(config, name) is not None:
             try:
                 return _by_judge(name, config, resolution, device)
@@ -142,12 +142,12 @@ def _by_pixels(side: int) -> Ruler:
 
 
 def _by_judge(name: str, config: MetricsConfig, resolution: int, device: torch.device) -> Ruler:
-    judge = load_judge(name, config, device)
+    extractor = load_extractor(name, config, device)
 
     def rows(images: Tensor) -> Tensor:
-        return torch.cat([judge(as_pixels(part))["features"] for part in images.split(PART)])
+        return torch.cat([extractor(as_pixels(part))["features"] for part in images.split(PART)])
 
-    what = f"distance of the features of {name} ({judge.info.resize})"
-    if judge.info.random:
+    what = f"distance of the features of {name} ({extractor.info.resize})"
+    if extractor.info.random:
         what += ", whose weights are RANDOM"
     return Ruler(name, what, resolution, rows, max_real=50_000 if device.type == "cuda" else 2_000)

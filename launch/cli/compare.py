@@ -58,17 +58,17 @@ def compare(
     from dinogen.errors import UserError
     from dinogen.report.compare.write import write_comparison
     from launch.cli.console import setup_logging
-    from launch.compare import folders_of, make_missing, measure_over_training, sort_words
+    from launch.compare import folders_of, run_pending_steps, sort_words, sweep_checkpoints
 
     setup_logging()
     paths, changes = sort_words(runs)
     folders, problems = folders_of(paths)
     if not as_is:
-        problems += make_missing(folders, metrics, changes)
+        problems += run_pending_steps(folders, metrics, changes)
     if over_training:
         if metrics is None or as_is:
             raise UserError("--over-training: say what is measured: --metrics fid; not --as-is")
-        problems += measure_over_training(folders, metrics, changes)
+        problems += sweep_checkpoints(folders, metrics, changes)
     for problem in problems:
         typer.echo(problem, err=True)
     done = write_comparison(folders, out, title)

@@ -129,14 +129,14 @@ def pyramids(
         pyramids faces pyramids -c my.yaml
     """
     from dinogen.distributed import process_group
-    from dinogen.distributed.failure import takedown
+    from dinogen.distributed.failure import failure_propagation
     from dinogen.prepare.parts import write_pyramids
     from dinogen.prepare.photos.find import counted
 
     settings = _settings(config, overrides)
     process_group.init()
     bar = _bar("faces" if process_group.world_size() == 1 else "faces of rank 0")
-    with takedown(), bar as progress:
+    with failure_propagation(), bar as progress:
         # Nobody asks for them in vain, unless it is for the embeddings alone.
         maker = _maker(settings, settings.clip is None or _wants_pyramids(settings))
         assert maker is not None

@@ -150,16 +150,16 @@ def evaluate(
 
     place = named_folder(place)
     names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
-    wish: dict[str, Any] = {"names": names, "reference": reference, "changes": changes or ()}
-    wish |= {"out": out, "tell": tell}
+    request: dict[str, Any] = {"names": names, "reference": reference, "changes": changes or ()}
+    request |= {"out": out, "tell": tell}
     if is_folder_of_pictures(place):
-        result = evaluate_folder(place, num_samples, split=split, **wish)
+        result = evaluate_folder(place, num_samples, split=split, **request)
         written = find_path(place, out)
     else:
         if place.parent.name == "checkpoints" and place.name.isdigit():
             stage, nimg = int(place.parents[1].name.partition("x")[0]), int(place.name)
             place = place.parents[2]
-        result = evaluate_run(place, stage, split, num_samples, nimg=nimg, **wish)
+        result = evaluate_run(place, stage, split, num_samples, nimg=nimg, **request)
         written = find_path(place / f"{result['resolution']}x{result['resolution']}", out)
     if process_group.is_main():
         for line in closing_lines(result):
@@ -263,7 +263,7 @@ def _figure(name: str, figure: dict[str, Any], fingerprints: dict[str, Any]) -> 
     if mark is not None:
         behind += f", fingerprint {mark}"
         if (fingerprints.get(mark) or {}).get("random"):
-            behind += ", by a RANDOM judge: it means nothing"
+            behind += ", by a RANDOM feature extractor: it means nothing"
     if figure.get("caution"):
         behind += f"; CAUTION: {figure['caution']}"
     return f"{name}: {figure['value']:.6g}{spread} ({behind})"

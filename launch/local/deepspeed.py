@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 
-from launch.local.signals import Relay, children
+from launch.local.signals import SignalForwarder, children
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
             raise SystemExit(128 + number)
         launcher.terminate()  # TERM to the processes, KILL after 30 s
 
-    Relay(workers, end).install()
+    SignalForwarder(workers, end).install()
     # In a session of its own: Ctrl-C must reach the processes once, by the relay.
     launcher = subprocess.Popen(launcher_command(sys.argv[1:]), start_new_session=True)
     code = launcher.wait()

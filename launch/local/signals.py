@@ -20,7 +20,7 @@ _SAME = 5.0  # seconds in which further signals mean the same as the one before
 _MEANT = 3  # how often TERM or INT come until the launcher no longer waits for its workers
 
 
-class Relay:
+class SignalForwarder:
     """Signal handlers of a launcher whose workers save and leave when they are asked to.
 
     USR1 is kept until there are workers that catch it, and given to those that come later too: a

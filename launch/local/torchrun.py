@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 
-from launch.local.signals import Relay, children
+from launch.local.signals import SignalForwarder, children
 
 LOOPBACK = "127.0.0.1"
 
@@ -24,7 +24,7 @@ def main(args: list[str] | None = None) -> None:
         SystemExit: 75 if the workers were asked to stop and ended well, 128 + signal if they were
             ended before they could save, the code of the first worker that failed.
     """
-    relay = Relay(workers=lambda: children(os.getpid()), end=_end)
+    relay = SignalForwarder(workers=lambda: children(os.getpid()), end=_end)
     relay.install()  # before the seconds that importing torch takes
     # Restarts with gloo hang now and then if the agent's store is shared under --standalone.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

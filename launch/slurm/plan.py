@@ -10,7 +10,7 @@ from pathlib import Path
 from dinogen.config import Config, StageConfig
 from dinogen.config.cluster import ClusterConfig, JobConfig
 from dinogen.errors import UserError
-from dinogen.runs.progress import figure_of, is_evaluated, is_looked, stage_result
+from dinogen.runs.progress import figure_of, is_evaluated, is_visualized, stage_result
 from launch.request import choose_stages
 from shards.format.manifest import MANIFEST
 
@@ -83,7 +83,7 @@ def plan_steps(
         done = is_evaluated(config, chosen[-1])
         return [*steps, _step("evaluate", args, resources, done)]
     figure = figure_of(config, chosen[-1], metric) or {}
-    done = figure.get("value") is not None and is_looked(config, chosen[-1])
+    done = figure.get("value") is not None and is_visualized(config, chosen[-1])
     args += tuple(metric_changes(config))
     return [*steps, _step("results", args, resources, done, "evaluate")]
 

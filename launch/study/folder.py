@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dinogen.config import Config, load_config
 from dinogen.errors import EXIT_STOPPED, UserError
-from launch.local.signals import Relay
+from launch.local.signals import SignalForwarder
 from launch.local.start import build_command, count_processes
 from launch.request import Request
 from launch.slurm.jobs import read_jobs
@@ -97,7 +97,7 @@ def run_study(requests: Sequence[Request]) -> list[Outcome]:
         relay.stopping = True  # or the next would begin
         process.terminate()
 
-    relay = Relay(workers, end)
+    relay = SignalForwarder(workers, end)
     relay.install()
     outcomes = []
     for request, (env, command) in zip(requests, commands, strict=True):

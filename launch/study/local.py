@@ -15,7 +15,7 @@ from dinogen.config import dump_config
 from dinogen.errors import EXIT_STOPPED, UserError
 from dinogen.files import write_text
 from launch.doctor import usable_cores
-from launch.local.signals import Relay
+from launch.local.signals import SignalForwarder
 from launch.local.start import build_command, count_processes
 from launch.request import Request
 from launch.slurm.plan import metric_changes
@@ -45,7 +45,7 @@ class LocalStudy:
         self.outcomes: dict[str, Outcome] = {}
         self._failed: set[str] = set()
         self._process: subprocess.Popen[bytes] | None = None
-        self._relay = Relay(self._workers, self._end)
+        self._relay = SignalForwarder(self._workers, self._end)
 
     def run(self) -> list[Outcome]:
         """Do it, and say what became of each run that is known by then.

@@ -10,7 +10,7 @@ from typing import Any
 
 from dinogen.config import Config, ConfigError, load_config
 from dinogen.config.study import FINAL, EntryConfig, StudyConfig, TrackConfig, load_study
-from dinogen.runs.progress import figure_of, is_looked, stage_result
+from dinogen.runs.progress import figure_of, is_visualized, stage_result
 from launch.slurm.plan import lacking_data
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def steps_left(run: StudyRun, metric: str) -> list[str]:
         return list(STEPS)
     figure = figure_of(run.config, last, metric)
     done = {"evaluate": figure is not None and figure["value"] is not None}
-    done["look"] = is_looked(run.config, last)
+    done["look"] = is_visualized(run.config, last)
     return [step for step in STEPS[1:] if not done[step]]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from launch.local import signals as relay_module
-from launch.local.signals import Relay
+from launch.local.signals import SignalForwarder
 from launch.local.torchrun import _address
 from tests.families.tiny import pack_discs, tiny_config
 from tests.launch.test_launch_local import (
@@ -135,7 +135,7 @@ def test_a_closed_terminal_saves(config):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
 
 
-class Played(Relay):
+class Played(SignalForwarder):
     """A relay whose one worker is ready, and whose clock and signals are played."""
 
     def __init__(self, monkeypatch) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dinogen.distributed import process_group, rng
 from dinogen.metrics.collect import Collected, Moments, collect
-from dinogen.metrics.extractors.base import JudgeInfo, NotAvailable
-from dinogen.metrics.extractors.load import load_judge
+from dinogen.metrics.extractors.base import ExtractorInfo, NotAvailable
+from dinogen.metrics.extractors.load import load_extractor
 from dinogen.metrics.frechet import frechet_of
 from tests import forked
 
@@ -34,10 +34,10 @@ class Noise:
 
 
 class Linear:
-    """A judge one can compute by hand: a fixed linear map of the pixels."""
+    """A feature extractor one can compute by hand: a fixed linear map of the pixels."""
 
     def __init__(self, name: str, num_channels: int, num_logits: int) -> None:
-        self.info = JudgeInfo(name, "0" * 64, "none", num_channels, num_logits, random=True)
+        self.info = ExtractorInfo(name, "0" * 64, "none", num_channels, num_logits, random=True)
         generator = torch.Generator().manual_seed(num_channels)
         self.weight = torch.randn(3 * 6 * 6, num_channels + num_logits, generator=generator)
         self.num_seen = 0
@@ -54,11 +54,11 @@ class Linear:
 
 
 def look(num: int) -> tuple[Collected, Noise]:
-    """Three judges: rows kept with and without logits, and only moments."""
-    judges = [Linear("both", 5, 4), Linear("plain", 3, 0), Linear("moments", 4, 2)]
+    """Three feature extractors: rows kept with and without logits, and only moments."""
+    extractors = [Linear("both", 5, 4), Linear("plain", 3, 0), Linear("moments", 4, 2)]
     source = Noise(num)
-    found = collect(source, judges, {"both", "plain"}, BATCH, num_pictures=4)
-    assert {judge.num_seen for judge in judges} == {len(source.read_numbers)}
+    found = collect(source, extractors, {"both", "plain"}, BATCH, num_pictures=4)
+    assert {extractor.num_seen for extractor in extractors} == {len(source.read_numbers)}
     return found, source
 
 
@@ -95,7 +95,7 @@ def on_rank(rank: int, world: int, port: int, out: Path) -> None:
 
 
 def refused(rank: int) -> bool:
-    """Whether a judge that only the last rank cannot have is refused on all of them."""
+    """Whether a feature extractor that only the last rank cannot have is refused on all of them."""
     from dinogen.metrics.extractors import inception768
 
     def load(path: str | None, device: torch.device) -> Linear:
@@ -107,7 +107,7 @@ def refused(rank: int) -> bool:
     from dinogen.config.metrics import MetricsConfig
 
     try:
-        load_judge("inception768", MetricsConfig(), torch.device("cpu"))
+        load_extractor("inception768", MetricsConfig(), torch.device("cpu"))
     except NotAvailable:
         return True
     return False

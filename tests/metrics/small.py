@@ -1,4 +1,4 @@
-"""Small packed pictures, and a judge that one can compute by hand."""
+"""Small packed pictures, and a feature extractor that one can compute by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinogen.metrics.extractors.base import JudgeInfo, NotAvailable
+from dinogen.metrics.extractors.base import ExtractorInfo, NotAvailable
 from shards.format.sample import Sample
 from shards.read.packed import PackedDataset, open_dataset
 from shards.write.pack import pack
@@ -44,12 +44,12 @@ def save_pictures(pictures: list[np.ndarray], folder: Path) -> Path:
 
 
 class Means:
-    """A judge of six features: mean and deviation of each colour; counts what it sees."""
+    """A extractor of six features: mean and deviation of each colour; counts what it sees."""
 
     def __init__(
         self, name: str = "inception768", resize: str = "box 4", weights: str = "a" * 64
     ) -> None:
-        self.info = JudgeInfo(name, weights, resize, 6, 0, random=False)
+        self.info = ExtractorInfo(name, weights, resize, 6, 0, random=False)
         self.num_seen = 0
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -58,13 +58,13 @@ class Means:
         return {"features": torch.cat([values.mean(2), values.std(2)], 1).cpu()}
 
 
-def only(monkeypatch, judge: Means) -> Means:
-    """Make it the one judge whose weights can be had."""
+def only(monkeypatch, extractor: Means) -> Means:
+    """Make it the one feature extractor whose weights can be had."""
 
     def load(name, config, device):
-        if name != judge.info.name:
+        if name != extractor.info.name:
             raise NotAvailable(f"metrics.{name}: no path is given")
-        return judge
+        return extractor
 
-    monkeypatch.setattr("dinogen.metrics.extractors.load.load_judge", load)
-    return judge
+    monkeypatch.setattr("dinogen.metrics.extractors.load.load_extractor", load)
+    return extractor

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dinogen.config.metrics import MetricsConfig
 from dinogen.metrics.collect import collect
-from dinogen.metrics.extractors import load_judge
+from dinogen.metrics.extractors import load_extractor
 from dinogen.metrics.frechet import frechet_of
 from dinogen.metrics.kernel import kernel_distance
 
@@ -45,11 +45,13 @@ def noisy(images, sigma):
 
 def test_figures_grow_with_the_noise_and_most_for_cats(assets):
     (file,) = (assets / "inception").glob("*.safetensors")
-    judge = load_judge("inception768", MetricsConfig(inception768=str(file)), torch.device("cpu"))
+    extractor = load_extractor(
+        "inception768", MetricsConfig(inception768=str(file)), torch.device("cpu")
+    )
     ours, others = squares(assets / "faces", 0, 2), squares(assets / "faces", 1, 2)
     sets = [others, ours, noisy(ours, 0.05), noisy(ours, 0.2), squares(assets / "cats", 0)]
     reference, *rest = [
-        collect(Given(images), [judge], {"inception768"}, 16).seen["inception768"]
+        collect(Given(images), [extractor], {"inception768"}, 16).seen["inception768"]
         for images in sets
     ]
     assert reference.moments.count == NUM

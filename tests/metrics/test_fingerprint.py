@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from dinogen.metrics.extractors.base import JudgeInfo
+from dinogen.metrics.extractors.base import ExtractorInfo
 from dinogen.metrics.fingerprint import (
     data_sha256,
     differences,
@@ -20,7 +20,7 @@ from shards.read.packed import open_dataset
 from tests.families.tiny import discs
 from tests.metrics.small import pack_pictures, small_data
 
-JUDGE = {
+EXTRACTOR = {
     "name": "inception",
     "weights_sha256": "a" * 64,
     "resize": "bilinear antialias 299",
@@ -31,8 +31,8 @@ JUDGE = {
 REFERENCE = {"data": "d" * 64, "split": "val", "resize": "box to 64"}
 
 
-def made(judge=None, reference=None, resolution=64, num_samples=5000, num_reference=700):
-    info = JudgeInfo(**(JUDGE | (judge or {})))
+def made(extractor=None, reference=None, resolution=64, num_samples=5000, num_reference=700):
+    info = ExtractorInfo(**(EXTRACTOR | (extractor or {})))
     facts = REFERENCE | (reference or {})
     return fingerprint(info, resolution, num_samples, facts, num_reference)
 
@@ -82,7 +82,7 @@ def test_each_thing_that_moves_a_figure_is_told(change, words):
 
 
 def test_a_metric_that_compares_with_nothing():
-    info = JudgeInfo(**JUDGE)
+    info = ExtractorInfo(**EXTRACTOR)
     facts = fingerprint(info, 64, 100)
     assert (facts["data"], facts["split"], facts["num_reference"]) == (None, None, None)
     assert differences(facts, facts) == []

@@ -1,4 +1,4 @@
-"""Judges against the networks of torch-fidelity and transformers; and weights that are not them."""
+"""Feature extractors against the networks of torch-fidelity and transformers; and weights that are not them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from dinogen.config.metrics import MetricsConfig
 from dinogen.features.dinov2 import make_random_dinov2
-from dinogen.metrics.extractors import Judge, NotAvailable, load_judge
+from dinogen.metrics.extractors import FeatureExtractor, NotAvailable, load_extractor
 from dinogen.metrics.extractors import inception as inception_file
 from dinogen.metrics.extractors.base import resized
 
@@ -25,7 +25,7 @@ WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 
 
 def judge_of(name, path=None):
-    return load_judge(name, MetricsConfig(**{name: path and str(path)}), CPU)
+    return load_extractor(name, MetricsConfig(**{name: path and str(path)}), CPU)
 
 
 def pictures(num, side, seed=0):
@@ -93,13 +93,13 @@ def close(found, expected, tolerance=1e-5):
 
 
 def test_inception_is_torch_fidelitys(weights, theirs):
-    judge = judge_of("inception", weights)
+    extractor = judge_of("inception", weights)
     images, expected = theirs
-    found = judge(images)
-    assert isinstance(judge, Judge) and set(found) == {"features", "logits"}
+    found = extractor(images)
+    assert isinstance(extractor, FeatureExtractor) and set(found) == {"features", "logits"}
     close(found["features"], expected["2048"])
     close(found["logits"], expected["logits"])
-    info = judge.info
+    info = extractor.info
     assert (info.name, info.num_channels, info.num_logits, info.random) == (
         "inception", 2048, 1008, False,
     )  # fmt: skip
@@ -107,20 +107,20 @@ def test_inception_is_torch_fidelitys(weights, theirs):
 
 
 def test_inception768_is_its_layer_of_768(folded, theirs):
-    judge = judge_of("inception768", folded)
+    extractor = judge_of("inception768", folded)
     images, expected = theirs
-    found = judge(images)
-    assert set(found) == {"features"} and judge.info.num_logits == 0
+    found = extractor(images)
+    assert set(found) == {"features"} and extractor.info.num_logits == 0
     with torch.no_grad():  # of (x - 128) / 128 there, and in the recorded features as here
-        as_there = judge.trunk((images.float() - 128) / 128).mean((2, 3))
-        as_here = judge.trunk(2 * (images / 255) - 1).mean((2, 3))
+        as_there = extractor.trunk((images.float() - 128) / 128).mean((2, 3))
+        as_here = extractor.trunk(2 * (images / 255) - 1).mean((2, 3))
     close(as_there, expected["768"])
     close(found["features"], as_here)
 
 
 def test_recorded_features_of_real_pictures_are_reproduced(assets):
     (file,) = (assets / "inception").glob("*.safetensors")
-    judge = judge_of("inception768", file)
+    extractor = judge_of("inception768", file)
     recorded = np.load(assets / "inception" / "reference_features.npz")
     num = 0
     for name in recorded.files:
@@ -130,7 +130,7 @@ def test_recorded_features_of_real_pictures_are_reproduced(assets):
             continue
         num += 1
         expected = torch.from_numpy(recorded[name][-768:])
-        error = (judge(pixels)["features"][0] - expected).norm() / expected.norm()
+        error = (extractor(pixels)["features"][0] - expected).norm() / expected.norm()
         assert error < 1e-3, name
     assert num >= 2
 
@@ -164,15 +164,15 @@ def test_dinov2_is_the_cls_token_of_transformers(tmp_path, registers):
     make_random_dinov2(
         folder, seed=0, hidden_size=32, num_layers=2, num_heads=2, num_registers=registers
     )
-    judge = judge_of("dinov2", folder)
-    assert judge.info.random and judge.info.resize == "bicubic antialias 224"
+    extractor = judge_of("dinov2", folder)
+    assert extractor.info.random and extractor.info.resize == "bicubic antialias 224"
     images = pictures(2, 64)
     model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
     pixels = resized(images, 224, "bicubic", CPU) / 255
     with torch.no_grad():
         expected = model(pixel_values=(pixels - mean) / std).pooler_output
-    found = judge(images)
+    found = extractor(images)
     assert set(found) == {"features"} and found["features"].shape == (2, 32)
     torch.testing.assert_close(found["features"], expected, rtol=1e-4, atol=1e-5)
 
@@ -253,17 +253,17 @@ def test_with_the_hub_offline_nothing_is_asked_for(monkeypatch):
 def test_onet_is_the_detectors_own_and_knows_a_face():
     from skimage import data
 
-    judge = judge_of("onet")
+    extractor = judge_of("onet")
     images = pictures(3, 48)
-    found = judge(images)
+    found = extractor(images)
     with torch.no_grad():
-        theirs = judge.net((images.float() - 127.5) / 128)[2][:, 1]
+        theirs = extractor.net((images.float() - 127.5) / 128)[2][:, 1]
     torch.testing.assert_close(found["logits"].softmax(1)[:, 1], theirs)
-    assert found["features"].shape == (3, judge.info.num_channels)
+    assert found["features"].shape == (3, extractor.info.num_channels)
     face = torch.from_numpy(data.astronaut()[62:172, 170:280]).permute(2, 0, 1)[None]
-    chance = judge(face)["logits"].softmax(1)[0, 1]
+    chance = extractor(face)["logits"].softmax(1)[0, 1]
     assert chance > 0.95
-    assert judge(images)["logits"].softmax(1)[:, 1].max() < 0.5
+    assert extractor(images)["logits"].softmax(1)[:, 1].max() < 0.5
 
 
 def test_another_file_for_onet_is_named(tmp_path):

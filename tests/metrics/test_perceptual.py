@@ -114,7 +114,7 @@ def test_who_it_is(backbone, tmp_path):
     assert num == NUM_OF_SQUEEZE
     info = perceptual.info
     assert (info.name, info.random) == ("lpips_squeeze", False)
-    # the same weights in another file are the same judge, others are not
+    # the same weights in another file are the same feature extractor, others are not
     stored = torch.load(backbone("squeeze"), weights_only=True)
     save_file(stored, tmp_path / "same.safetensors")
     assert load_perceptual("squeeze", str(tmp_path / "same.safetensors"), CPU).info == info

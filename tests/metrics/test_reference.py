@@ -22,19 +22,19 @@ def val(data, num=8, resolution=16):
     return Pictures(data, "val", range(num), resolution)
 
 
-def ask(source, judge, cache, keep=()):
-    return seen_of_reference(source, [judge], keep, 3, cache)[judge.info.name]
+def ask(source, extractor, cache, keep=()):
+    return seen_of_reference(source, [extractor], keep, 3, cache)[extractor.info.name]
 
 
 def test_it_is_what_is_collected_and_worked_out_once(data, tmp_path):
     expected = collect(val(data), [Means()], {"inception768"}, 3).seen["inception768"]
     for turn in range(2):
-        judge = Means()
-        seen = ask(val(data), judge, tmp_path / "cache", {"inception768"})
-        assert judge.num_seen == (0 if turn else 8)
+        extractor = Means()
+        seen = ask(val(data), extractor, tmp_path / "cache", {"inception768"})
+        assert extractor.num_seen == (0 if turn else 8)
         assert torch.equal(seen.features, expected.features)
         assert torch.equal(seen.moments.covariance(), expected.moments.covariance())
-        assert seen.info == judge.info and seen.moments.count == 8
+        assert seen.info == extractor.info and seen.moments.count == 8
     (told,) = (tmp_path / "cache").glob("*.json")
     assert json.loads(told.read_text())["num_reference"] == 8
     assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".json", ".safetensors"]
@@ -54,9 +54,9 @@ def test_it_is_what_is_collected_and_worked_out_once(data, tmp_path):
 )
 def test_anything_else_is_worked_out_for_itself(data, tmp_path, other):
     ask(val(data), Means(), tmp_path / "cache")
-    source, judge = other(data)
-    assert ask(source, judge, tmp_path / "cache").moments.count == source.num
-    assert judge.num_seen == source.num
+    source, extractor = other(data)
+    assert ask(source, extractor, tmp_path / "cache").moments.count == source.num
+    assert extractor.num_seen == source.num
 
 
 def test_of_two_judges_only_the_new_one_looks(data, tmp_path):
@@ -71,13 +71,13 @@ def test_of_two_judges_only_the_new_one_looks(data, tmp_path):
 def test_rows_that_were_not_kept_are_worked_out_when_they_are_asked_for(data, tmp_path):
     cache = tmp_path / "cache"
     assert ask(val(data), Means(), cache).features is None
-    judge = Means()
-    assert ask(val(data), judge, cache, {"inception768"}).features.shape == (8, 6)
-    assert judge.num_seen == 8
-    judge = Means()
-    assert ask(val(data), judge, cache).features is None and judge.num_seen == 0
-    assert ask(val(data), judge, cache, {"inception768"}).features is not None
-    assert judge.num_seen == 0
+    extractor = Means()
+    assert ask(val(data), extractor, cache, {"inception768"}).features.shape == (8, 6)
+    assert extractor.num_seen == 8
+    extractor = Means()
+    assert ask(val(data), extractor, cache).features is None and extractor.num_seen == 0
+    assert ask(val(data), extractor, cache, {"inception768"}).features is not None
+    assert extractor.num_seen == 0
 
 
 def cut_off(path, good):
@@ -99,13 +99,13 @@ def test_a_damaged_cache_is_worked_out_anew(damage, data, tmp_path, caplog):
     (path,) = cache.glob("*.safetensors")
     good = path.read_bytes()
     damage(path, good)
-    judge = Means()
-    seen = ask(val(data), judge, cache)
-    assert judge.num_seen == 8 and "is worked out again" in caplog.text
+    extractor = Means()
+    seen = ask(val(data), extractor, cache)
+    assert extractor.num_seen == 8 and "is worked out again" in caplog.text
     assert torch.equal(seen.moments.total, expected.moments.total)
-    judge = Means()
-    ask(val(data), judge, cache)
-    assert judge.num_seen == 0, "and is whole again"
+    extractor = Means()
+    ask(val(data), extractor, cache)
+    assert extractor.num_seen == 0, "and is whole again"
 
 
 def test_a_cache_that_cannot_be_written_costs_no_figure(data, tmp_path, caplog):

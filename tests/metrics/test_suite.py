@@ -10,7 +10,7 @@ import torch
 
 from dinogen.config.metrics import MetricsConfig
 from dinogen.errors import ConfigError, UserError
-from dinogen.metrics.extractors.load import Judges
+from dinogen.metrics.extractors.load import Extractors
 from dinogen.metrics.fingerprint import differences
 from dinogen.metrics.registry import GUIDE_DIVERSITY, NAMES, better, chosen_names
 from dinogen.metrics.sources import Folder, Generated, Pictures, Reconstructed
@@ -56,7 +56,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def judge(monkeypatch):
+def extractor(monkeypatch):
     return only(monkeypatch, Means())
 
 
@@ -77,15 +77,15 @@ def subject(data, generated=None, **changes):
 
 
 def suite(names, what, tmp_path, num_halves=0):
-    judges = Judges(MetricsConfig(), torch.device("cpu"))
-    return measure(names, judges, what, num_halves, tmp_path / "cache")
+    extractors = Extractors(MetricsConfig(), torch.device("cpu"))
+    return measure(names, extractors, what, num_halves, tmp_path / "cache")
 
 
-def test_every_picture_is_made_once_and_judged_once(data, judge, tmp_path):
+def test_every_picture_is_made_once_and_judged_once(data, extractor, tmp_path):
     what = subject(data)
     found = suite(ALL, what, tmp_path, num_halves=4)
     assert sorted(what.generated.numbers) == list(range(60))
-    assert judge.num_seen == 60 + what.real.num + what.train.num
+    assert extractor.num_seen == 60 + what.real.num + what.train.num
     assert list(found.figures) == ALL
     there = {name for name, figure in found.figures.items() if figure.value is not None}
     assert there == {*OF_MEANS, "reconstruction_psnr", "reconstruction_ssim"}
@@ -100,7 +100,7 @@ def test_every_picture_is_made_once_and_judged_once(data, judge, tmp_path):
     assert found.figures["memorisation768"].value > 2
 
 
-def test_what_is_missing_says_why_and_how_to_mend_it(data, judge, tmp_path):
+def test_what_is_missing_says_why_and_how_to_mend_it(data, extractor, tmp_path):
     what = subject(data, real=ABSENT, train=ABSENT, pairs=ABSENT)
     found = suite(ALL, what, tmp_path)
     assert not found.made and what.generated.numbers == [] and found.fingerprints == {}
@@ -115,7 +115,7 @@ def test_what_is_missing_says_why_and_how_to_mend_it(data, judge, tmp_path):
     assert missing == ["memorisation768"]
 
 
-def test_a_set_against_itself(data, judge, tmp_path):
+def test_a_set_against_itself(data, extractor, tmp_path):
     floats = of(data, "val").read(list(range(data.num_samples("val")))).float() / 127.5 - 1
     itself = Generated(lambda numbers: floats[numbers], len(floats), 16)
     found = suite(OF_MEANS, subject(data, itself), tmp_path).figures
@@ -124,7 +124,7 @@ def test_a_set_against_itself(data, judge, tmp_path):
     assert found["memorisation768"].value == pytest.approx(1)
 
 
-def test_a_frechet_distance_by_hand(data, judge, tmp_path):
+def test_a_frechet_distance_by_hand(data, extractor, tmp_path):
     """From the pictures' own means and deviations, by scipy's matrix root."""
     from scipy.linalg import sqrtm
 
@@ -140,7 +140,7 @@ def test_a_frechet_distance_by_hand(data, judge, tmp_path):
     assert found.spread is None, "none was asked for, and no rows are kept"
 
 
-def test_reconstructions_that_are_the_pictures_themselves(data, judge, tmp_path):
+def test_reconstructions_that_are_the_pictures_themselves(data, extractor, tmp_path):
     names = ["reconstruction_psnr", "reconstruction_ssim", "reconstruction_lpips"]
     found = suite(names, subject(data), tmp_path)
     assert found.figures["reconstruction_ssim"].value == pytest.approx(1)
@@ -151,7 +151,7 @@ def test_reconstructions_that_are_the_pictures_themselves(data, judge, tmp_path)
     assert (facts["split"], facts["num_reference"]) == ("val", data.num_samples("val"))
 
 
-def test_too_few_pictures_are_a_reason(data, judge, tmp_path):
+def test_too_few_pictures_are_a_reason(data, extractor, tmp_path):
     found = suite(["fid768", "precision768"], subject(data, Counted(1)), tmp_path)
     for figure in found.figures.values():
         assert figure.value is None and figure.fingerprint is None
@@ -177,7 +177,7 @@ def mutations(data, tmp_path):
 PICTURES = np.random.default_rng(0).integers(0, 255, (48, 16, 16, 3), np.uint8)
 
 
-def test_a_run_fed_something_else_is_flagged(data, judge, tmp_path, monkeypatch):
+def test_a_run_fed_something_else_is_flagged(data, extractor, tmp_path, monkeypatch):
     """A wrong filter, a wrong split, too few samples: none passes for the same measurement."""
     sound = suite(["fid768"], subject(data), tmp_path)
     (mark,) = sound.fingerprints
@@ -195,7 +195,7 @@ def test_a_run_fed_something_else_is_flagged(data, judge, tmp_path, monkeypatch)
         seen.add(figure.fingerprint)
 
 
-def test_files_of_a_reference_are_enough(data, judge, tmp_path):
+def test_files_of_a_reference_are_enough(data, extractor, tmp_path):
     real = Folder(save_pictures(list(PICTURES[:9]), tmp_path / "files"))
     found = suite(["fid768"], subject(data, real=real), tmp_path)
     (facts,) = found.fingerprints.values()

@@ -17,7 +17,7 @@ READERS = [
     files.read_result,
     files.read_evaluation,
     files.read_metrics,
-    files.read_looks_index,
+    files.read_visualizations,
     files.read_attempts,
     files.read_config,
     files.read_state,

@@ -44,13 +44,13 @@ def lock_here(run: str, said: str) -> None:
 
     from dinogen.config import ConfigError
     from dinogen.distributed import process_group
-    from dinogen.distributed.failure import takedown
+    from dinogen.distributed.failure import failure_propagation
     from dinogen.runs.lock import run_lock
 
     process_group.init()
     began = time.monotonic()
     try:
-        with takedown(), run_lock(Path(run)):
+        with failure_propagation(), run_lock(Path(run)):
             text = "locked"
     except ConfigError as error:
         text = str(error)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dinogen.config.metrics import MetricsConfig
-from dinogen.metrics.extractors.base import JudgeInfo
+from dinogen.metrics.extractors.base import ExtractorInfo
 from dinogen.report.images import to_uint8
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.visualize import drawings as looks_real
@@ -97,7 +97,7 @@ def test_a_copy_is_found_out_mirrored_or_not(scene_of, runs):
 class Colours:
     """A judge that sees a picture's mean colour alone."""
 
-    info = JudgeInfo("inception768", "0" * 64, "none", 3, 0, random=True)
+    info = ExtractorInfo("inception768", "0" * 64, "none", 3, 0, random=True)
 
     def __call__(self, images):
         assert images.dtype == torch.uint8 and images.shape[2] == RESOLUTION

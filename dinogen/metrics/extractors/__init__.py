@@ -1,6 +1,6 @@
-"""Judges: the frozen networks by whose features pictures are measured, one file each."""
+"""Feature extractors: the frozen networks by whose features pictures are measured, one file each."""
 
-from dinogen.metrics.extractors.base import Judge, JudgeInfo, NotAvailable
-from dinogen.metrics.extractors.load import load_judge
+from dinogen.metrics.extractors.base import ExtractorInfo, FeatureExtractor, NotAvailable
+from dinogen.metrics.extractors.load import load_extractor
 
-__all__ = ["Judge", "JudgeInfo", "NotAvailable", "load_judge"]
+__all__ = ["ExtractorInfo", "FeatureExtractor", "NotAvailable", "load_extractor"]

@@ -1,4 +1,4 @@
-"""The Judge protocol: a frozen network that turns uint8 pictures of any size into rows."""
+"""The FeatureExtractor protocol: a frozen network that turns uint8 pictures of any size into rows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dinogen.errors import UserError
 
 
 class NotAvailable(UserError):
-    """A judge cannot be had, so its metrics cannot; the message names the key and the mend."""
+    """A extractor cannot be had, so its metrics cannot; the message names the key and the mend."""
 
 
 @dataclass(frozen=True)
-class JudgeInfo:
-    """Who the judge is: two with these alike give the same features.
+class ExtractorInfo:
+    """Who the feature extractor is: two with these alike give the same features.
 
     Attributes:
         name: such as ``inception``, ``inception768``, ``dinov2``.
@@ -44,10 +44,10 @@ class JudgeInfo:
 
 
 @runtime_checkable
-class Judge(Protocol):
+class FeatureExtractor(Protocol):
     """Frozen, float32, the same rows for the same pictures."""
 
-    info: JudgeInfo
+    info: ExtractorInfo
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Rows of pictures.
@@ -83,7 +83,7 @@ def resized(images: Tensor, side: int, mode: str, device: torch.device) -> Tenso
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"judges take (N, 3, R, R) uint8, not {images.dtype} {tuple(images.shape)}"
+            f"feature extractors take (N, 3, R, R) uint8, not {images.dtype} {tuple(images.shape)}"
         )
     pixels = images.to(device).float()
     if pixels.shape[-2:] == (side, side):

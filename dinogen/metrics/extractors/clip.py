@@ -1,4 +1,4 @@
-"""The judge of prompts: CLIP's embeddings of pictures and of the words they were asked for by."""
+"""The extractor of prompts: CLIP's embeddings of pictures and of the words they were asked for by."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dinogen.config.metrics import ClipConfig
 from dinogen.features.base import GuideError
 from dinogen.features.checkpoint import weights_reachable
 from dinogen.features.clip import Clip, load_clip
-from dinogen.metrics.extractors.base import Judge, JudgeInfo, NotAvailable, exactly
+from dinogen.metrics.extractors.base import ExtractorInfo, FeatureExtractor, NotAvailable, exactly
 
 
 class ClipJudge:
@@ -25,7 +25,7 @@ class ClipJudge:
     def __init__(self, clip: Clip, device: torch.device) -> None:
         self.clip = clip.to(device)
         self.device = device
-        self.info = JudgeInfo(
+        self.info = ExtractorInfo(
             "clip",
             clip.info["weights_sha256"],
             f"bicubic antialias {clip.image_size}",
@@ -46,7 +46,7 @@ class ClipJudge:
             return self.clip.captions(prompts).cpu()
 
 
-def load(path: str | None, device: torch.device) -> Judge:
+def load(path: str | None, device: torch.device) -> FeatureExtractor:
     """Load CLIP by hub name or from a checkpoint folder.
 
     Args:

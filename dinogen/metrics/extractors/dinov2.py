@@ -1,4 +1,4 @@
-"""The judge of FD-DINOv2: the CLS token of a DINOv2 behind its last layer norm.
+"""The feature extractor of FD-DINOv2: the CLS token of a DINOv2 behind its last layer norm.
 
 Stein et al., "Exposing Flaws of Generative Model Evaluation Metrics and Their Unfair Treatment of
 Diffusion Models", 2023; there with DINOv2 ViT-L/14.
@@ -16,7 +16,13 @@ from dinogen.features.base import GuideError
 from dinogen.features.checkpoint import weights_reachable
 from dinogen.features.dinov2 import Dinov2Guide
 from dinogen.features.dinov2 import load as load_guide
-from dinogen.metrics.extractors.base import Judge, JudgeInfo, NotAvailable, exactly, resized
+from dinogen.metrics.extractors.base import (
+    ExtractorInfo,
+    FeatureExtractor,
+    NotAvailable,
+    exactly,
+    resized,
+)
 
 SIDE = 224
 
@@ -32,7 +38,7 @@ class Dinov2Judge:
     def __init__(self, guide: Dinov2Guide, device: torch.device) -> None:
         self.guide = guide.to(device)
         self.device = device
-        self.info = JudgeInfo(
+        self.info = ExtractorInfo(
             "dinov2",
             guide.info.weights_sha256,
             f"bicubic antialias {SIDE}",
@@ -52,7 +58,7 @@ class Dinov2Judge:
         return {"features": hidden[:, 0].cpu()}
 
 
-def load(path: str | None, device: torch.device) -> Judge:
+def load(path: str | None, device: torch.device) -> FeatureExtractor:
     """Load DINOv2 by hub name or from a checkpoint folder.
 
     Args:

@@ -1,4 +1,4 @@
-"""The judge of FID, KID and Inception Score: InceptionV3 inception-2015-12-05 in torch-fidelity.
+"""The extractor of FID, KID and Inception Score: InceptionV3 inception-2015-12-05 in torch-fidelity.
 
 Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, in the weights
 with which FID is defined (Heusel et al., 2017).
@@ -19,7 +19,13 @@ from torch import Tensor
 
 from dinogen._torchvision import ensure_torchvision
 from dinogen.features.checkpoint import weights_sha256
-from dinogen.metrics.extractors.base import Judge, JudgeInfo, NotAvailable, exactly, resized
+from dinogen.metrics.extractors.base import (
+    ExtractorInfo,
+    FeatureExtractor,
+    NotAvailable,
+    exactly,
+    resized,
+)
 
 SIDE = 299
 NUM_CHANNELS = 2048
@@ -43,7 +49,7 @@ class InceptionJudge:
         self.network = network.to(device)
         self.device = device
         # torch-fidelity takes uint8 alone, so what is resized is rounded again
-        self.info = JudgeInfo(
+        self.info = ExtractorInfo(
             "inception",
             sha256,
             f"bilinear antialias {SIDE} uint8",
@@ -60,7 +66,7 @@ class InceptionJudge:
         return {"features": features.float().cpu(), "logits": logits.float().cpu()}
 
 
-def load(path: str | None, device: torch.device) -> Judge:
+def load(path: str | None, device: torch.device) -> FeatureExtractor:
     """Load torch-fidelity's weights.
 
     Args:

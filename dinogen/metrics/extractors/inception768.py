@@ -1,4 +1,4 @@
-"""The judge of FID-768: Mixed_6e of the FID InceptionV3, its batch norm folded, averaged in space.
+"""The extractor of FID-768: Mixed_6e of the FID InceptionV3, its batch norm folded, averaged in space.
 
 The 768 features that pytorch-fid offers as ``--dims 768``. A distance of them is FID-768, and is
 never called FID.
@@ -13,7 +13,13 @@ from dinogen.config import GuideConfig
 from dinogen.features.base import GuideError
 from dinogen.features.inception import NUM_CHANNELS, InceptionTrunk
 from dinogen.features.inception import load as load_guide
-from dinogen.metrics.extractors.base import Judge, JudgeInfo, NotAvailable, exactly, resized
+from dinogen.metrics.extractors.base import (
+    ExtractorInfo,
+    FeatureExtractor,
+    NotAvailable,
+    exactly,
+    resized,
+)
 
 SIDE = 299
 
@@ -30,7 +36,7 @@ class Inception768Judge:
     def __init__(self, trunk: InceptionTrunk, sha256: str, device: torch.device) -> None:
         self.trunk = trunk.to(device)
         self.device = device
-        self.info = JudgeInfo(
+        self.info = ExtractorInfo(
             "inception768",
             sha256,
             f"bilinear antialias {SIDE}",
@@ -47,7 +53,7 @@ class Inception768Judge:
         return {"features": features.cpu()}
 
 
-def load(path: str | None, device: torch.device) -> Judge:
+def load(path: str | None, device: torch.device) -> FeatureExtractor:
     """Load the folded weights from one safetensors file.
 
     Args:

@@ -9,15 +9,15 @@ import torch
 from dinogen.config.metrics import MetricsConfig
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
-from dinogen.metrics.extractors.base import Judge, NotAvailable
+from dinogen.metrics.extractors.base import FeatureExtractor, NotAvailable
 from dinogen.metrics.extractors.lpips import Perceptual, load_perceptual
 
 
-def load_judge(name: str, config: MetricsConfig, device: torch.device) -> Judge:
-    """Load a judge onto a device; all ranks together, so that all have it or none.
+def load_extractor(name: str, config: MetricsConfig, device: torch.device) -> FeatureExtractor:
+    """Load a feature extractor onto a device; all ranks together, so that all have it or none.
 
-    A new judge is one new file ``dinogen/metrics/extractors/NAME.py`` with a function
-    ``load(path, device) -> Judge``, and, if it has weights, their path as
+    A new feature extractor is one new file ``dinogen/metrics/extractors/NAME.py`` with a function
+    ``load(path, device) -> FeatureExtractor``, and, if it has weights, their path as
     ``NAME`` in ``MetricsConfig``.
 
     Raises:
@@ -25,21 +25,21 @@ def load_judge(name: str, config: MetricsConfig, device: torch.device) -> Judge:
             ``metrics.NAME`` and the mend.
     """
     module = importlib.import_module(f"dinogen.metrics.extractors.{name}")
-    judge: Judge | None = None
+    extractor: FeatureExtractor | None = None
     failed: NotAvailable | None = None
     try:
-        judge = module.load(getattr(config, name, None), device)
+        extractor = module.load(getattr(config, name, None), device)
     except NotAvailable as error:
         failed = error
     if process_group.any_rank(failed is not None):
         raise failed or NotAvailable(
             f"metrics.{name}: another node cannot have it: give a path that all nodes can read"
         )
-    assert judge is not None
-    return judge
+    assert extractor is not None
+    return extractor
 
 
-class Judges:
+class Extractors:
     """Loads by name, once. Every rank has to ask for the same in the same order.
 
     Args:
@@ -49,14 +49,14 @@ class Judges:
 
     def __init__(self, config: MetricsConfig, device: torch.device) -> None:
         self._config, self._device = config, device
-        self._known: dict[str, Judge | NotAvailable] = {}
+        self._known: dict[str, FeatureExtractor | NotAvailable] = {}
         self._perceptual: Perceptual | NotAvailable | None = None
 
-    def get(self, name: str) -> Judge | NotAvailable:
-        """One judge, or why there is none."""
+    def get(self, name: str) -> FeatureExtractor | NotAvailable:
+        """One feature extractor, or why there is none."""
         if name not in self._known:
             try:
-                self._known[name] = load_judge(name, self._config, self._device)
+                self._known[name] = load_extractor(name, self._config, self._device)
             except NotAvailable as error:
                 self._known[name] = error
             except UserError as error:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dinogen._torchvision import ensure_torchvision
 from dinogen.distributed import process_group
 from dinogen.features.checkpoint import weights_sha256
-from dinogen.metrics.extractors.base import JudgeInfo, NotAvailable, exactly, resized
+from dinogen.metrics.extractors.base import ExtractorInfo, NotAvailable, exactly, resized
 
 KEY = "metrics.lpips_backbone"
 # The heads were fitted to patches of this side, and the networks have no map left below 32.
@@ -41,7 +41,7 @@ class Perceptual:
         device: where it computes.
     """
 
-    def __init__(self, network: nn.Module, info: JudgeInfo, device: torch.device) -> None:
+    def __init__(self, network: nn.Module, info: ExtractorInfo, device: torch.device) -> None:
         self.network = network.eval().requires_grad_(False)
         self.info = info
         self.device = device
@@ -141,7 +141,7 @@ def _load(net: str, backbone: str | None, device: torch.device) -> Perceptual:
             "weights, whole"
         )
     network.load_state_dict(weights, strict=False, assign=True)
-    info = JudgeInfo(
+    info = ExtractorInfo(
         name=f"lpips_{net}",
         weights_sha256=weights_sha256(weights),
         resize=f"bilinear antialias {SMALLEST} if smaller",

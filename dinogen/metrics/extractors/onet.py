@@ -1,4 +1,4 @@
-"""The judge of faces: the last network of the MTCNN face detector, whose weights are in its wheel.
+"""The extractor of faces: the last network of the MTCNN face detector, whose weights are in its wheel.
 
 Zhang et al. 2016, "Joint Face Detection and Alignment Using Multitask Cascaded Convolutional
 Networks" (O-Net, figure 2). No guide and no objective sees it, it is on every machine, and it looks
@@ -15,7 +15,13 @@ from torch import Tensor
 
 from dinogen._torchvision import ensure_torchvision
 from dinogen.features.checkpoint import weights_sha256
-from dinogen.metrics.extractors.base import Judge, JudgeInfo, NotAvailable, exactly, resized
+from dinogen.metrics.extractors.base import (
+    ExtractorInfo,
+    FeatureExtractor,
+    NotAvailable,
+    exactly,
+    resized,
+)
 
 SIDE = 48
 NUM_CHANNELS = 256
@@ -34,7 +40,7 @@ class ONetJudge:
     def __init__(self, net: Any, sha256: str, device: torch.device) -> None:
         self.net = net.eval().requires_grad_(False).to(device)
         self.device = device
-        self.info = JudgeInfo(
+        self.info = ExtractorInfo(
             "onet", sha256, f"bilinear antialias {SIDE}", NUM_CHANNELS, num_logits=2, random=False
         )
 
@@ -53,7 +59,7 @@ class ONetJudge:
         return {"features": features.cpu(), "logits": logits.cpu()}
 
 
-def load(path: str | None, device: torch.device) -> Judge:
+def load(path: str | None, device: torch.device) -> FeatureExtractor:
     """Load the network.
 
     Args:

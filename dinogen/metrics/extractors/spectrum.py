@@ -1,4 +1,4 @@
-"""The judge of detail: how much power a picture has at which fineness; it has no weights.
+"""The extractor of detail: how much power a picture has at which fineness; it has no weights.
 
 Durall et al. 2020, "Watch your Up-Convolution: CNN Based Generative Deep Neural Networks are
 Failing to Reproduce Spectral Distributions" (equation 2): power averaged around the origin.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dinogen.metrics.extractors.base import Judge, JudgeInfo, exactly
+from dinogen.metrics.extractors.base import ExtractorInfo, FeatureExtractor, exactly
 
 NUM_BANDS = 8
 
@@ -24,7 +24,7 @@ class SpectrumJudge:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         how = f"hann, {NUM_BANDS} bands"
-        self.info = JudgeInfo("spectrum", "", how, NUM_BANDS, num_logits=0, random=False)
+        self.info = ExtractorInfo("spectrum", "", how, NUM_BANDS, num_logits=0, random=False)
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """(N, 3, R, R) uint8 -> ``features`` (N, 8) on the CPU: mean power of the frequencies in a
@@ -57,6 +57,6 @@ def _members(side: int) -> Tensor:
     return members
 
 
-def load(path: str | None, device: torch.device) -> Judge:
-    """The judge; it needs no file, so ``path`` is None."""
+def load(path: str | None, device: torch.device) -> FeatureExtractor:
+    """The feature extractor; it needs no file, so ``path`` is None."""
     return SpectrumJudge(device)

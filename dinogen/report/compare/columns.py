@@ -113,7 +113,7 @@ class Column:
 
     @property
     def full_label(self) -> str:
-        """The label, with the judge where others have a column of the same label."""
+        """The label, with the feature extractor where others have a column of the same label."""
         needs = self.label in ("precision", "recall", "density", "coverage", "memorisation")
         return (
             f"{self.label} ({self.group})"

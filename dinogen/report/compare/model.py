@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dinogen.runs.files import Found, Line, read_looks_index, read_raw
+from dinogen.runs.files import Found, Line, read_raw, read_visualizations
 
 T = TypeVar("T")
 
@@ -176,7 +176,7 @@ def read_looks(
         result: its result.json, as checked.
     """
     folder = stage / "looks"
-    index = read_looks_index(folder / "looks.json")
+    index = read_visualizations(folder / "looks.json")
     looks = [_look(name, one, folder) for name, one in index.value.items()]
     missing = [one.path.name for one in looks if one.path and not one.path.is_file()]
     troubles = []

@@ -1,4 +1,4 @@
-"""What has to be said loudly above a comparison: figures that do not compare, random judges."""
+"""What has to be said loudly above a comparison: figures that do not compare, random extractors."""
 
 from __future__ import annotations
 
@@ -69,17 +69,17 @@ def _why(runs: Sequence[Run], column: Column) -> str:
 
 
 def _random(runs: Sequence[Run]) -> list[str]:
-    """Judges and guides with random weights: such figures say nothing about quality."""
+    """Feature extractors and guides with random weights: such figures say nothing about quality."""
     sentences = []
-    judges = {
+    extractors = {
         str(facts.get("judge"))
         for run in runs
         for facts in run.fingerprints.values()
         if facts.get("random")
     }
-    if judges:
+    if extractors:
         sentences.append(
-            f"RANDOM JUDGE: {', '.join(sorted(judges))} has random weights, so its figures say "
+            f"RANDOM EXTRACTOR: {', '.join(sorted(extractors))} has random weights, so its figures say "
             "nothing about quality."
         )
     guided = [run.name for run in runs if run.facts.get("random_guide")]

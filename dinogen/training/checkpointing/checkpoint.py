@@ -178,7 +178,7 @@ def stage_checkpoint(config: Config, stage: StageConfig) -> Checkpoint | None:
     """The newest complete checkpoint of a stage, the same one on every rank."""
     parent = stage_folder(config, stage) / "checkpoints"
     # rank 0 alone verifies hashes: the others read what it chose
-    with process_group.main_section() as mine:
+    with process_group.rank_zero_section() as mine:
         found = newest_checkpoint(parent, usable=True) if mine else None
     name = process_group.broadcast_object(found.folder.name if found else None)
     if name is None:

@@ -22,9 +22,9 @@ from dinogen.runs.files import (
     METRICS,
     RESULT,
     read_evaluation,
-    read_looks_index,
     read_metrics,
     read_result,
+    read_visualizations,
 )
 from dinogen.runs.values import finite
 
@@ -182,7 +182,7 @@ def _pictures(folder: Path, result: dict[str, Any]) -> Iterator[tuple[str, Path,
     known = result.get("files") or {}
     files = {name: known.get(name) for name in ("final", "real")}
     named = [(name, folder / file, result["nimg"]) for name, file in files.items() if file]
-    for name, entry in read_looks_index(folder / "looks" / "looks.json").value.items():
+    for name, entry in read_visualizations(folder / "looks" / "looks.json").value.items():
         file = entry.get("file")
         if file and file.endswith(".png"):
             named.append((f"looks/{name}", folder / "looks" / file, entry.get("nimg") or 0))
