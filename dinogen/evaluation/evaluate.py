@@ -31,7 +31,7 @@ from dinogen.families.base import Family, Verdict
 from dinogen.metrics.extractors.load import Extractors
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.registry import GUIDE_DIVERSITY, JUDGED, better
-from dinogen.metrics.sources import Folder, Generated, Reference, picture_files
+from dinogen.metrics.sources import Folder, Generated, Reference, image_files
 from dinogen.metrics.suite import Measurement, Subject, measure
 from dinogen.metrics.value import Figure
 from dinogen.training.checkpointing.checkpoint import stage_folder
@@ -354,9 +354,9 @@ def _summarise(place: Place, snapshot: Snapshot) -> None:
             log.warning("TensorBoard does not show these figures: %s", error)
 
 
-def is_folder_of_pictures(path: Path) -> bool:
-    """Whether ``path`` holds pictures and no run."""
-    return not (path / "config.yaml").is_file() and bool(picture_files(path))
+def is_folder_of_images(path: Path) -> bool:
+    """Whether ``path`` holds images and no run."""
+    return not (path / "config.yaml").is_file() and bool(image_files(path))
 
 
 def evaluate_folder(
@@ -395,18 +395,18 @@ def evaluate_folder(
     with failure_propagation():
         settings = request.settings(MetricsConfig())
         place = find_place(folder, out)
-        pictures = Folder(folder, num_samples)
-        real, train = reference_at(reference, settings, pictures.resolution)
-        none = ConfigError("a folder holds pictures and no network")
+        images = Folder(folder, num_samples)
+        real, train = reference_at(reference, settings, images.resolution)
+        none = ConfigError("a folder holds images and no network")
         asked = [name for name in settings.names if name != GUIDE_DIVERSITY]
-        subject = Subject(pictures, real, train, none, none)
+        subject = Subject(images, real, train, none, none)
         extractors = Extractors(settings, process_group.device())
         result = {
             "folder": str(folder),
-            "pictures": pictures.facts()["data"],
-            "resolution": pictures.resolution,
-            "num_samples": pictures.num,
-            "left_out": pictures.left_out,
+            "pictures": images.facts()["data"],
+            "resolution": images.resolution,
+            "num_samples": images.num,
+            "left_out": images.left_out,
             "world_size": process_group.world_size(),
             "device": str(process_group.device()),
             "versions": versions(),

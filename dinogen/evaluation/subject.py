@@ -1,4 +1,4 @@
-"""What a family's averaged networks are measured on: their samples, real pictures, and the data."""
+"""What a family's averaged networks are measured on: their samples, real images, and the data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dinogen.metrics.sources import (
     Pictures,
     Reconstructed,
     Reference,
-    picture_files,
+    image_files,
 )
 from dinogen.metrics.suite import Subject
 from dinogen.metrics.value import Figure
@@ -44,7 +44,7 @@ def subject_of(
         family: samples.
         networks: its moving averages.
         num: samples.
-        real: pictures of its resolution that nothing was learnt from, or why there are none.
+        real: images of its resolution that nothing was learnt from, or why there are none.
         train: those that it was trained on.
         settings: which prompts it is asked for by, if any.
         facts: what ``Family.describe`` said in training.
@@ -63,7 +63,7 @@ def subject_of(
 
     pairs: Reconstructed | UserError
     if type(family).reconstruct is Family.reconstruct:
-        pairs = UserError(f"family {family.config.family.name} encodes no pictures")
+        pairs = UserError(f"family {family.config.family.name} encodes no images")
     elif isinstance(real, UserError):
         pairs = real
     else:
@@ -78,12 +78,12 @@ def subject_of(
 def prompted_by(
     family: Family, networks: Networks, num: int, settings: MetricsConfig, facts: Mapping[str, Any]
 ) -> Prompted | UserError:
-    """Pictures that a family makes when it is asked for ``metrics.prompts``, or why there are none.
+    """Images that a family makes when it is asked for ``metrics.prompts``, or why there are none.
 
     Args:
         family: samples.
         networks: its moving averages.
-        num: pictures.
+        num: images.
         settings: names the prompts.
         facts: what ``Family.describe`` said in training.
 
@@ -101,7 +101,7 @@ def prompted_by(
     family.ask((), guidance, facts)
 
     def sample(numbers: Tensor) -> Tensor:
-        # Only meanwhile: every other metric is about pictures that nobody asked for anything.
+        # Only meanwhile: every other metric is about images that nobody asked for anything.
         family.ask(texts, guidance, facts)
         try:
             return family.sample(networks, numbers, seed)
@@ -114,7 +114,7 @@ def prompted_by(
 def real_pictures(
     data: Dataset, split: str, num: int | None, resolution: int, key: str
 ) -> Reference | UserError:
-    """Pictures spread over a split, or why there are none.
+    """Images spread over a split, or why there are none.
 
     Args:
         data: has the split.
@@ -132,29 +132,29 @@ def real_pictures(
 def reference_at(
     location: str | None, settings: MetricsConfig, resolution: int
 ) -> tuple[Reference | UserError, Reference | UserError]:
-    """Pictures to compare with and those of train, of packed shards or a folder of files.
+    """Images to compare with and those of train, of packed shards or a folder of files.
 
     Args:
         location: of them; None if none were given, which is a reason too.
         settings: which split of shards, and how many.
-        resolution: side of the pictures that are compared with them.
+        resolution: side of the images that are compared with them.
 
     Raises:
-        ConfigError: pictures of the folder are of another side.
+        ConfigError: images of the folder are of another side.
         UserError: there is neither.
     """
     if location is None:
         nothing = UserError("there is nothing to compare with: give --reference DATA")
         return nothing, nothing
-    if picture_files(Path(location)):
+    if image_files(Path(location)):
         folder = Folder(Path(location))
         if folder.resolution != resolution:
             raise ConfigError(
-                f"--reference {location}: its pictures are {folder.resolution}x"
+                f"--reference {location}: its images are {folder.resolution}x"
                 f"{folder.resolution}, those measured {resolution}x{resolution}: give packed "
-                "shards, which are brought to that size, or pictures of the same size"
+                "shards, which are brought to that size, or images of the same size"
             )
-        return folder, UserError(f"{location}: a folder of pictures says nothing of training")
+        return folder, UserError(f"{location}: a folder of images says nothing of training")
     data = open_dataset(location)
     split, num = settings.reference_split, settings.num_reference
     real = real_pictures(data, split, num, resolution, "metrics.reference_split")
@@ -176,6 +176,6 @@ def guide_diversity(family: Family, scalars: Mapping[str, float | None]) -> Figu
         return Figure.missing(GUIDE_DIVERSITY, which, reason)
     value = scalars["diversity"]
     if value is None:
-        return Figure.missing(GUIDE_DIVERSITY, which, "it is not finite: look at the pictures")
+        return Figure.missing(GUIDE_DIVERSITY, which, "it is not finite: look at the images")
     num = int(getattr(getattr(family, "options", None), "probe_samples", 0))
     return Figure(GUIDE_DIVERSITY, value, None, which, num, None, None)

@@ -1,4 +1,4 @@
-"""Measures the moving averages while a run trains, on held-out and generated pictures alike.
+"""Measures the moving averages while a run trains, on held-out and generated images alike.
 
 It also says when to end the run, where figures no longer get better.
 """
@@ -66,10 +66,10 @@ class Validator:
     def measure(self) -> dict[str, float]:
         """Measure, and take the best into the progress; every rank has to call it.
 
-        What is measured of generated pictures is written to ``metrics.jsonl`` as well.
+        What is measured of generated images is written to ``metrics.jsonl`` as well.
 
         Returns:
-            Figures by ``val/NAME``, those of generated pictures by ``metrics/NAME``.
+            Figures by ``val/NAME``, those of generated images by ``metrics/NAME``.
 
         Raises:
             ConfigError: there is no such figure as ``eval.metric``, or it cannot be had.
@@ -133,7 +133,7 @@ class Validator:
         self.told.add(name)
 
     def _generated(self) -> dict[str, Figure]:
-        """Measure generated pictures, on all ranks, and write the line of it."""
+        """Measure generated images, on all ranks, and write the line of it."""
         state = self.state
         asked = [name for name in self.names if name != GUIDE_DIVERSITY]
         found = measure(asked, self.extractors, self.subject, cache=state.config.metrics.cache)

@@ -1,1 +1,1 @@
-"""Figures of generated pictures: distances and shares over the features of frozen extractors."""
+"""Figures of generated images: distances and shares over the features of frozen extractors."""

@@ -1,4 +1,4 @@
-"""Each picture once through each extractor, shared out over ranks: moments always, rows if asked."""
+"""Each image once through each extractor, shared out over ranks: moments always, rows if asked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shards.errors import ShardsError
 
 
 class Source(Protocol):
-    """Pictures by number, 0 to ``num - 1``: the same picture for the same number on any rank."""
+    """Images by number, 0 to ``num - 1``: the same image for the same number on any rank."""
 
     @property
     def num(self) -> int:
@@ -32,7 +32,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Seen:
-    """What one feature extractor saw of all pictures; the same on all ranks.
+    """What one feature extractor saw of all images; the same on all ranks.
 
     Attributes:
         info: who it is.
@@ -52,14 +52,14 @@ class Collected:
     """What the feature extractors saw of a source.
 
     Attributes:
-        num: pictures.
+        num: images.
         seen: by name of the feature extractor.
-        pictures: the first ones, (num_pictures, 3, R, R) uint8 on the CPU; None unless asked for.
+        images: the first ones, (num_pictures, 3, R, R) uint8 on the CPU; None unless asked for.
     """
 
     num: int
     seen: dict[str, Seen]
-    pictures: Tensor | None = None
+    images: Tensor | None = None
 
 
 def collect(
@@ -67,46 +67,46 @@ def collect(
     extractors: Sequence[FeatureExtractor],
     keep: Collection[str],
     batch: int,
-    num_pictures: int = 0,
+    num_images: int = 0,
 ) -> Collected:
-    """Read every picture once and show it to every feature extractor once; all ranks together.
+    """Read every image once and show it to every feature extractor once; all ranks together.
 
-    Ranks take whole batches, and a batch is the same pictures on any number of ranks: so rows are
+    Ranks take whole batches, and a batch is the same images on any number of ranks: so rows are
     the same to the bit where the ranks compute alike. Ranks meet at the very end, and a rank may
     have nothing to do.
 
     Args:
-        source: the pictures.
+        source: the images.
         feature extractors: by whom they are judged; each has a name of its own.
         keep: names of the extractors whose rows are kept and gathered, N x C float32 on every rank.
-        batch: pictures read and judged at a time.
-        num_pictures: so many of the first pictures are kept too.
+        batch: images read and judged at a time.
+        num_pictures: so many of the first images are kept too.
 
     Raises:
-        ValueError: no pictures.
+        ValueError: no images.
         Unreadable: one cannot be read; on every rank, whichever found it.
     """
     if source.num < 1:
-        raise ValueError("there are no pictures to measure")
-    num_pictures = min(num_pictures, source.num)
+        raise ValueError("there are no images to measure")
+    num_images = min(num_images, source.num)
     mine = _batches(source.num, batch)[process_group.rank()]
     notes = {
         extractor.info.name: _Notes(extractor, extractor.info.name in keep)
         for extractor in extractors
     }
-    pictures: list[Tensor] = []
+    kept: list[Tensor] = []
     failure: Exception | None = None
     try:
         for numbers in mine:
             images = source.read(numbers)
-            pictures.append(images[: max(0, num_pictures - numbers[0])].cpu())
+            kept.append(images[: max(0, num_images - numbers[0])].cpu())
             for note in notes.values():
                 note.take(images)
     except (UserError, ShardsError) as error:
         failure = error
     agree_readable(failure)
     seen = {name: note.joined(source.num) for name, note in notes.items()}
-    first = _gather_pictures(pictures) if num_pictures else None
+    first = _gather_images(kept) if num_images else None
     return Collected(source.num, seen, first)
 
 
@@ -145,7 +145,7 @@ class _Notes:
         """The same of all ranks."""
         moments = self.moments.merged()
         if moments.count != num:
-            raise RuntimeError(f"{moments.count} of {num} pictures were judged")
+            raise RuntimeError(f"{moments.count} of {num} images were judged")
         rows = {
             name: _gather(torch.cat([torch.empty(0, width), *self.rows.pop(name)]))
             for name, width in self.widths.items()
@@ -165,12 +165,12 @@ def _gather(rows: Tensor) -> Tensor:
     return gather_rows(rows, gather_counts(len(rows)))
 
 
-def _gather_pictures(pictures: list[Tensor]) -> Tensor:
-    """The first pictures, also on ranks that read none and so do not know their side."""
-    side = pictures[0].shape[-1] if process_group.is_main() else 0  # rank 0 has the first batch
+def _gather_images(images: list[Tensor]) -> Tensor:
+    """The first images, also on ranks that read none and so do not know their side."""
+    side = images[0].shape[-1] if process_group.is_main() else 0  # rank 0 has the first batch
     side = int(process_group.all_reduce_sum(torch.tensor(side)))
     none = torch.empty(0, 3, side, side, dtype=torch.uint8)
-    return _gather(torch.cat([none, *pictures]))
+    return _gather(torch.cat([none, *images]))
 
 
 @dataclass

@@ -32,8 +32,8 @@ def fingerprint(
     """Everything that two figures of one metric need to have in common.
 
     Args:
-        feature extractor: by whom pictures are judged.
-        resolution: side of the generated pictures.
+        feature extractor: by whom images are judged.
+        resolution: side of the generated images.
         num_samples: how many there are.
         reference: what ``Reference.facts`` says; None where a metric compares with nothing.
         num_reference: how many real images.
@@ -51,7 +51,7 @@ def fingerprint(
         "num_reference": num_reference,
         "num_samples": num_samples,
         "resolution": resolution,
-        # every filter between a stored picture and the feature extractor, in order
+        # every filter between a stored image and the feature extractor, in order
         "resize": f"{facts['resize']}, then {extractor.resize}",
         "judge": extractor.name,
         "weights_sha256": extractor.weights_sha256,

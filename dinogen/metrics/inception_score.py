@@ -1,4 +1,4 @@
-"""Inception Score: how sure a classifier is of each picture, and how varied its answers are.
+"""Inception Score: how sure a classifier is of each image, and how varied its answers are.
 
 Salimans et al., "Improved Techniques for Training GANs", 2016, section 4.
 """
@@ -14,7 +14,7 @@ from dinogen.metrics.value import Estimate
 
 
 def inception_score(logits: Tensor, num_splits: int = 10) -> Estimate:
-    """exp of the mean KL divergence of p(y|x) from p(y), mean over splits of the pictures.
+    """exp of the mean KL divergence of p(y|x) from p(y), mean over splits of the images.
 
     Args:
         logits: (N, K); for comparable figures those without bias, of the FID InceptionV3.

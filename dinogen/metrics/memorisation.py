@@ -1,4 +1,4 @@
-"""Memorisation: whether samples lie nearer to training pictures than other real pictures do."""
+"""Memorisation: whether samples lie nearer to training images than other real images do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAME = 1e-6  # of the rows' norm: what rounding leaves of the distance of a row
 
 @dataclass(frozen=True)
 class Pair:
-    """A sample and the training picture nearest to it: their numbers, and their distance."""
+    """A sample and the training image nearest to it: their numbers, and their distance."""
 
     sample: int
     train: int
@@ -27,9 +27,9 @@ class Memorisation:
     """The ratio, and who is nearest to whom.
 
     Attributes:
-        ratio: mean distance of samples to their nearest training picture over that of held-out
-            pictures. Near 1: as new as real pictures; near 0: copies. Far above 1 a sample is
-            like no picture at all.
+        ratio: mean distance of samples to their nearest training image over that of held-out
+            images. Near 1: as new as real images; near 0: copies. Far above 1 a sample is
+            like no image at all.
         pairs: the closest, nearest first, to be looked at.
     """
 
@@ -49,20 +49,20 @@ def memorisation(
 
     Args:
         generated: (N, C) features of samples.
-        train: (M, C) of training pictures.
-        held_out: (K, C) of real pictures that were not trained on.
+        train: (M, C) of training images.
+        held_out: (K, C) of real images that were not trained on.
         num: halves of the generated rows for the spread.
         seed: of the halves.
         num_pairs: how many of the closest pairs are told.
 
     Raises:
-        ValueError: one of them is empty, or every held-out picture is in the training set.
+        ValueError: one of them is empty, or every held-out image is in the training set.
     """
     if not (len(generated) and len(train) and len(held_out)):
-        raise ValueError("memorisation takes samples, training pictures and held-out pictures")
+        raise ValueError("memorisation takes samples, training images and held-out images")
     usual = float(nearest(held_out, train, 1)[0].mean())
     if usual < _SAME * float(train.norm(dim=1).mean()):
-        raise ValueError("every held-out picture is in the training set too")
+        raise ValueError("every held-out image is in the training set too")
     distances, numbers = nearest(generated, train, 1)
     distances, numbers = distances[:, 0].cpu(), numbers[:, 0].cpu()
     values = [float(distances[rows].mean()) / usual for rows in halves(len(generated), num, seed)]

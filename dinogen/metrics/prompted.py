@@ -24,15 +24,15 @@ BETTER: dict[str, Better] = {SCORE: "higher", RETRIEVAL: "higher"}
 
 @dataclass(frozen=True)
 class Prompted:
-    """Pictures made by prompts: picture i by prompt i modulo their count.
+    """Images made by prompts: image i by prompt i modulo their count.
 
     Attributes:
-        pictures: made so.
+        images: made so.
         texts: the prompts.
         guidance: how far they were exaggerated.
     """
 
-    pictures: Generated
+    images: Generated
     texts: tuple[str, ...]
     guidance: float
 
@@ -62,13 +62,13 @@ def prompted_figures(
 
     Args:
         names: which of the two.
-        prompted: pictures and prompts.
+        prompted: images and prompts.
         feature extractor: CLIP.
-        batch: pictures made and judged at a time.
+        batch: images made and judged at a time.
     """
     assert isinstance(extractor, ClipJudge)
-    num, texts = prompted.pictures.num, list(prompted.texts)
-    rows = collect(prompted.pictures, [extractor], {extractor.info.name}, batch).seen[
+    num, texts = prompted.images.num, list(prompted.texts)
+    rows = collect(prompted.images, [extractor], {extractor.info.name}, batch).seen[
         extractor.info.name
     ]
     assert rows.features is not None
@@ -80,7 +80,7 @@ def prompted_figures(
     }
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     asked = {"data": digest, "split": f"guidance {prompted.guidance:g}", "resize": "none"}
-    facts = fingerprint(extractor.info, prompted.pictures.resolution, num, asked, len(texts))
+    facts = fingerprint(extractor.info, prompted.images.resolution, num, asked, len(texts))
     return [
         (Figure(name, values[name], None, BETTER[name], num, len(texts), None), facts)
         for name in names
@@ -91,7 +91,7 @@ WEIGHT = 2.5
 
 
 def clip_score(images: Tensor, texts: Tensor) -> float:
-    """Mean of 2.5 max(cos, 0) over pictures and their own texts.
+    """Mean of 2.5 max(cos, 0) over images and their own texts.
 
     Hessel et al. 2021, "CLIPScore: A Reference-free Evaluation Metric for Image Captioning",
     equation 1. torchmetrics' figure of the same name has 100 in place of 2.5, and takes the maximum
@@ -108,13 +108,13 @@ def clip_score(images: Tensor, texts: Tensor) -> float:
         ValueError: no rows, or shapes that differ.
     """
     if images.shape != texts.shape or not len(images):
-        raise ValueError(f"pictures {tuple(images.shape)} against texts {tuple(texts.shape)}")
+        raise ValueError(f"images {tuple(images.shape)} against texts {tuple(texts.shape)}")
     cosines = F.cosine_similarity(images.double(), texts.double(), dim=1)
     return float(WEIGHT * cosines.clamp(min=0).mean())
 
 
 def retrieval_accuracy(images: Tensor, prompts: Tensor, own: Tensor) -> float:
-    """Share of pictures that are nearer to their own prompt than to any other.
+    """Share of images that are nearer to their own prompt than to any other.
 
     CLIP R-precision of Park et al. 2021, "Benchmark for Compositional Text-to-Image Synthesis",
     with all P prompts as candidates. A tie is a miss, so that a CLIP or a generator that
@@ -123,16 +123,16 @@ def retrieval_accuracy(images: Tensor, prompts: Tensor, own: Tensor) -> float:
     Args:
         images: (N, E), of any length but zero.
         prompts: (P, E), P at least 2, no two alike.
-        own: (N,) int64, each picture's row of ``prompts``.
+        own: (N,) int64, each image's row of ``prompts``.
 
     Returns:
         From 0 to 1; 1 / P by chance.
 
     Raises:
-        ValueError: no pictures, or a single prompt.
+        ValueError: no images, or a single prompt.
     """
     if not len(images) or len(prompts) < 2:
-        raise ValueError(f"{len(images)} pictures and {len(prompts)} prompts: nothing to find")
+        raise ValueError(f"{len(images)} images and {len(prompts)} prompts: nothing to find")
     cosines = F.normalize(images.double(), dim=1) @ F.normalize(prompts.double(), dim=1).T
     mine = cosines.gather(1, own[:, None].to(cosines.device))
     others = cosines.scatter(1, own[:, None].to(cosines.device), -torch.inf)

@@ -1,4 +1,4 @@
-"""How near an autoencoder's reconstructions are to their pictures: LPIPS, PSNR and SSIM."""
+"""How near an autoencoder's reconstructions are to their images: LPIPS, PSNR and SSIM."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SSIM_SIGMA = 1.5
 
 
 class Pairs(Protocol):
-    """Pictures and their reconstructions by number, the same on any rank."""
+    """Images and their reconstructions by number, the same on any rank."""
 
     @property
     def num(self) -> int:
@@ -37,7 +37,7 @@ class Pairs(Protocol):
         ...
 
     def read(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """Pictures and reconstructions, each (len(numbers), 3, R, R) uint8 RGB, on any device."""
+        """Images and reconstructions, each (len(numbers), 3, R, R) uint8 RGB, on any device."""
         ...
 
 
@@ -47,10 +47,10 @@ def reconstruction(
     """Means over all pairs, each counted once; all ranks together.
 
     Ranks take whole batches, so a batch is the same on any number of ranks; they meet at the end,
-    and one may have nothing to do. The spread is the standard error of the mean over pictures.
+    and one may have nothing to do. The spread is the standard error of the mean over images.
 
     Args:
-        pairs: held-out pictures and what is made of them.
+        pairs: held-out images and what is made of them.
         perceptual: LPIPS, or why there is none.
         batch: pairs read at a time.
 
@@ -86,7 +86,7 @@ def reconstruction(
         missing["reconstruction_lpips"] = str(perceptual)
     if rows[:, 2].isnan().any():
         missing["reconstruction_ssim"] = (
-            f"the pictures are smaller than its window of {SSIM_WINDOW}x{SSIM_WINDOW}: measure a "
+            f"the images are smaller than its window of {SSIM_WINDOW}x{SSIM_WINDOW}: measure a "
             "stage of a higher resolution"
         )
     return {
@@ -98,17 +98,17 @@ def reconstruction(
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 pictures (3, R, R).
+    """Peak signal-to-noise ratio in dB of two uint8 images (3, R, R).
 
     Of two that are the same it would be infinite, and so would be the mean over all; they count as
-    if one value were off by one, which is as near as two different pictures can be.
+    if one value were off by one, which is as near as two different images can be.
     """
     squares = (a.double() - b.double()).square().sum().clamp(min=1.0)
     return 10 * math.log10(255**2 * a.numel() / float(squares))
 
 
 def ssim(a: Tensor, b: Tensor) -> float:
-    """Structural similarity of two uint8 pictures (3, R, R), 1 if they are the same.
+    """Structural similarity of two uint8 images (3, R, R), 1 if they are the same.
 
     Wang et al. 2004, equation 13, as scikit-image has it: mean over places and colours. NaN if
     they are smaller than its window.

@@ -1,4 +1,4 @@
-"""What extractors see of real pictures: worked out once, then read from a cache under its fingerprint.
+"""What extractors see of real images: computed once, then cached under its fingerprint.
 
 A cached set is one safetensors file that says itself what it is of, so processes that write it at
 the same time cannot mix theirs up; the JSON file beside it is for people.
@@ -36,13 +36,13 @@ def seen_of_reference(
     batch: int,
     cache: Path | None = None,
 ) -> dict[str, Seen]:
-    """What each feature extractor sees of real pictures; all ranks together.
+    """What each feature extractor sees of real images; all ranks together.
 
     Args:
-        source: the pictures.
+        source: the images.
         feature extractors: by whom they are judged.
         keep: names of the feature extractors whose features are needed row by row.
-        batch: pictures read and judged at a time.
+        batch: images read and judged at a time.
         cache: folder of what was worked out before; :data:`CACHE` unless given.
     """
     facts = source.facts()
@@ -66,7 +66,7 @@ def seen_of_reference(
 
 
 def _key(extractor: ExtractorInfo, source: Reference, facts: Facts) -> Facts:
-    """The fingerprint of no generated pictures at all: one set serves any number of them."""
+    """The fingerprint of no generated images at all: one set serves any number of them."""
     return fingerprint(extractor, source.resolution, 0, facts, source.num)
 
 
@@ -75,7 +75,7 @@ def _path(folder: Path, key: Facts) -> Path:
 
 
 def _load(folder: Path, key: Facts, info: ExtractorInfo, keep: bool) -> Seen | None:
-    """What was stored, if it is whole, of the same pictures, and all that is asked for."""
+    """What was stored, if it is whole, of the same images, and all that is asked for."""
     path = _path(folder, key)
     try:
         if not path.is_file():

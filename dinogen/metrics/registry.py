@@ -28,10 +28,10 @@ class Sets:
     """What one feature extractor saw of everything that its metrics read.
 
     Attributes:
-        generated: the pictures measured.
+        generated: the images measured.
         real: those compared with; None if no metric asks for them.
         train: those learnt from; None likewise.
-        num_halves: halves of the generated pictures that spreads are taken over.
+        num_halves: halves of the generated images that spreads are taken over.
         seed: of the halves.
     """
 
@@ -56,9 +56,9 @@ class Metric:
         feature extractor: name of the feature extractor.
         better: which way is better.
         estimate: works it out.
-        real: ``moments`` or ``rows`` of real pictures are needed, or None of them at all.
+        real: ``moments`` or ``rows`` of real images are needed, or None of them at all.
         rows: generated features are needed row by row, whether a spread is asked for or not.
-        train: features of the pictures that were learnt from are needed too.
+        train: features of the images that were learnt from are needed too.
         covariance: that of the features is compared, which takes more images than dimensions.
     """
 
@@ -164,7 +164,7 @@ OTHERS: dict[str, Better] = {
     LPIPS_DIVERSITY: "higher",
     **RECONSTRUCTION,
     **PROMPTED,
-    # as much as real pictures differ is as it should be
+    # as much as real images differ is as it should be
     GUIDE_DIVERSITY: "none",
 }
 NAMES = ("fid", *(name for name in JUDGED if name != "fid"), *OTHERS)

@@ -1,4 +1,4 @@
-"""Where pictures to be measured come from: shards, a folder of files, or a generator; all uint8.
+"""Where images to be measured come from: shards, a folder of files, or a generator; all uint8.
 
 A run and the folder of PNG files that it writes are measured alike, because whatever is generated
 is rounded to the 256 values of a file first.
@@ -31,7 +31,7 @@ _GRID = re.compile(r"grid_\d+x\d+\b.*\.png")
 
 
 class Reference(ABC):
-    """Real pictures by number that something is compared with, and what identifies them.
+    """Real images by number that something is compared with, and what identifies them.
 
     Attributes:
         num: how many.
@@ -51,7 +51,7 @@ class Reference(ABC):
 
 
 class Pictures(Reference):
-    """Pictures of packed shards, brought to a resolution as in training: by area.
+    """Images of packed shards, brought to a resolution as in training: by area.
 
     Args:
         dataset: has them.
@@ -60,7 +60,7 @@ class Pictures(Reference):
         resolution: side in pixels.
 
     Raises:
-        UserError: the stored pictures are smaller.
+        UserError: the stored images are smaller.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Pictures(Reference):
         stored = dataset.manifest.image_size
         if stored is not None and stored < resolution:
             raise UserError(
-                f"{dataset.location}: its pictures are {stored}x{stored}, too small to measure "
-                f"pictures of {resolution}x{resolution} against: prepare it again with "
+                f"{dataset.location}: its images are {stored}x{stored}, too small to measure "
+                f"images of {resolution}x{resolution} against: prepare it again with "
                 f"prepare.faces.size={resolution} or more"
             )
         self.dataset, self.split, self.numbers = dataset, split, list(numbers)
@@ -113,7 +113,7 @@ class Folder(Reference):
 
     def __init__(self, folder: Path, num: int | None = None) -> None:
         self.folder = folder
-        found = picture_files(folder)[:num]
+        found = image_files(folder)[:num]
         self.left_out = _unread(folder)
         if not found:
             others = f" ({_counted(self.left_out)})" if self.left_out else ""
@@ -169,10 +169,10 @@ class Folder(Reference):
 
 
 class Generated:
-    """Pictures that a network makes by number; knows how fast it made them.
+    """Images that a network makes by number; knows how fast it made them.
 
     Args:
-        sample: numbers (N,) int64 -> (N, 3, R, R) in [-1, 1]; the same picture for a number
+        sample: numbers (N,) int64 -> (N, 3, R, R) in [-1, 1]; the same image for a number
             whatever else is asked for.
         num: how many there are.
         resolution: side in pixels.
@@ -201,7 +201,7 @@ class Generated:
 
     @property
     def images_per_s(self) -> float:
-        """Speed on this rank, rounding and copying included; 0 before the first pictures.
+        """Speed on this rank, rounding and copying included; 0 before the first images.
 
         The first batch warms up and counts only where it is alone.
         """
@@ -211,10 +211,10 @@ class Generated:
 
 
 class Reconstructed:
-    """Real pictures beside what an autoencoder makes of them, by number.
+    """Real images beside what an autoencoder makes of them, by number.
 
     Args:
-        real: the pictures.
+        real: the images.
         reconstruct: (N, 3, R, R) in [-1, 1] and their numbers (N,) -> the same, encoded
             and decoded.
     """
@@ -225,7 +225,7 @@ class Reconstructed:
 
     @torch.no_grad()
     def read(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """Pictures and reconstructions, each (len(numbers), 3, R, R) uint8 RGB on the CPU."""
+        """Images and reconstructions, each (len(numbers), 3, R, R) uint8 RGB on the CPU."""
         pixels = self.real.read(numbers)
         images = pixels.float() / 127.5 - 1
         return pixels, as_pixels(self._reconstruct(images, torch.tensor(numbers)))
@@ -237,7 +237,7 @@ def as_pixels(images: Tensor) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def picture_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """Image files that lie in a folder itself, in order of their names; not hidden ones.
 
     The grid that `dinogen sample` puts beside its images is none of them.

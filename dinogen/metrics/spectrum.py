@@ -1,4 +1,4 @@
-"""How the detail of generated pictures compares with that of real ones, from their mean spectra."""
+"""How the detail of generated images compares with that of real ones, from their mean spectra."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def spectrum_distance(generated: Tensor, real: Tensor) -> float:
 
 
 def sharpness(generated: Tensor, real: Tensor) -> float:
-    """Power per frequency in the finer half of the bands over that of real pictures; 1 is as real.
+    """Power per frequency in the finer half of the bands over that of real images; 1 is as real.
 
-    Each of these bands counts the same. Below 1 pictures are blurred; above it they have noise or
+    Each of these bands counts the same. Below 1 images are blurred; above it they have noise or
     patterns that real ones have not.
 
     Args:

@@ -1,4 +1,4 @@
-"""Measures generated pictures by any number of metrics: each made once, each judged once."""
+"""Measures generated images by any number of metrics: each made once, each judged once."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from dinogen.metrics.sources import Generated, Reconstructed, Reference
 from dinogen.metrics.value import Figure
 from dinogen.report.cautions import caution_of
 
-BATCH = 50  # pictures made and judged at a time
+BATCH = 50  # images made and judged at a time
 _SEED = 0  # of the halves that spreads are taken over: no figure may depend on a run's seed
 
 
 class Sized(Source, Protocol):
-    """Pictures whose side is known before they are made."""
+    """Images whose side is known before they are made."""
 
     resolution: int
 
@@ -41,11 +41,11 @@ class Subject:
     """What is measured, and what it is compared with; or why that is not there.
 
     Attributes:
-        generated: the pictures measured.
+        generated: the images measured.
         real: those they are compared with, of the same side.
         train: those that were learnt from.
-        pairs: real pictures and their reconstructions.
-        prompted: pictures that were asked for by prompts.
+        pairs: real images and their reconstructions.
+        prompted: images that were asked for by prompts.
     """
 
     generated: Sized
@@ -117,7 +117,7 @@ def measure(
         names: of metrics, all but guide_diversity, which a family measures itself.
         feature extractors: who feature extractor.
         subject: what is measured.
-        num_halves: halves of the generated pictures, for spreads; no spread below 2.
+        num_halves: halves of the generated images, for spreads; no spread below 2.
         cache: folder of reference statistics.
         tell: told each figure that has a value as soon as it is known, on rank 0.
     """
@@ -129,12 +129,12 @@ def measure(
             found.add(Figure.missing(name, better(name), reason), None)
     there = [name for name in asked if name not in found.figures]
     chosen = {name: JUDGED[name] for name in there if name in JUDGED}
-    num_pictures = NUM_SAMPLES if LPIPS_DIVERSITY in there else 0
-    if chosen or num_pictures:
-        made = _judge(chosen, extractors, subject, num_halves, cache, num_pictures, found)
+    num_images = NUM_SAMPLES if LPIPS_DIVERSITY in there else 0
+    if chosen or num_images:
+        made = _judge(chosen, extractors, subject, num_halves, cache, num_images, found)
         found.made = made is not None
-        if made is not None and made.pictures is not None:
-            _compare(made.pictures, extractors, subject, found)
+        if made is not None and made.images is not None:
+            _compare(made.images, extractors, subject, found)
     _reconstruct([name for name in there if name in RECONSTRUCTION], extractors, subject, found)
     if asked_for := [name for name in there if name in PROMPTED]:
         clip = extractors.get("clip")
@@ -169,7 +169,7 @@ def _judge(
     subject: Subject,
     num_halves: int,
     cache: Path | None,
-    num_pictures: int,
+    num_images: int,
     found: Measurement,
 ) -> Collected | None:
     """Show everything to the feature extractors, and work out their metrics on rank 0."""
@@ -181,11 +181,11 @@ def _judge(
             found.add(Figure.missing(name, metric.better, reason), None)
             del chosen[name]
     metrics = list(chosen.values())
-    if not metrics and not num_pictures:
+    if not metrics and not num_images:
         return None
     keep = {m.extractor for m in metrics if m.rows or num_halves > 1}
-    source: Source = subject.generated if metrics else _First(subject.generated, num_pictures)
-    made = collect(source, _loaded(metrics, extractors), keep, BATCH, num_pictures)
+    source: Source = subject.generated if metrics else _First(subject.generated, num_images)
+    made = collect(source, _loaded(metrics, extractors), keep, BATCH, num_images)
     results = None
     with process_group.rank_zero_section() as mine:
         if mine:
@@ -214,7 +214,7 @@ def _take(
 
 
 def _figure(name: str, metric: Metric, sets: Sets, num: int, subject: Subject) -> Figure:
-    """One figure; too few pictures are a reason why there is none."""
+    """One figure; too few images are a reason why there is none."""
     num_real = subject.real.num if metric.real and isinstance(subject.real, Reference) else None
     try:
         estimate = metric.estimate(sets)
@@ -269,20 +269,18 @@ def _loaded(metrics: list[Metric], extractors: Extractors) -> list[FeatureExtrac
 
 
 class _First:
-    """The first pictures of a source alone, where nothing needs the others."""
+    """The first images of a source alone, where nothing needs the others."""
 
     def __init__(self, source: Source, num: int) -> None:
         self.num = min(num, source.num)
         self.read = source.read
 
 
-def _compare(
-    pictures: Tensor, extractors: Extractors, subject: Subject, found: Measurement
-) -> None:
-    """How unlike each other some generated pictures look."""
+def _compare(images: Tensor, extractors: Extractors, subject: Subject, found: Measurement) -> None:
+    """How unlike each other some generated images look."""
     perceptual = extractors.perceptual()
     assert not isinstance(perceptual, NotAvailable)
-    figure = lpips_diversity(pictures, perceptual)
+    figure = lpips_diversity(images, perceptual)
     resolution, num, how = subject.generated.resolution, figure.num_samples, _how(subject)
     facts = fingerprint(perceptual.info, resolution, num, sampling=how)
     found.add(figure, facts)
@@ -292,7 +290,7 @@ def _compare(
 def _reconstruct(
     names: list[str], extractors: Extractors, subject: Subject, found: Measurement
 ) -> None:
-    """How near reconstructions of real pictures are to them."""
+    """How near reconstructions of real images are to them."""
     pairs = subject.pairs
     if not names or isinstance(pairs, UserError):
         return

@@ -18,15 +18,15 @@ Better = Literal["lower", "higher", "none"]
 
 @dataclass(frozen=True)
 class Figure:
-    """One metric of one set of generated pictures. A value that is not finite becomes None.
+    """One metric of one set of generated images. A value that is not finite becomes None.
 
     Attributes:
         name: of the metric, such as ``fid768``.
         value: None if it is not available.
         spread: its standard error; None where it is not known.
         better: which way is better; ``none`` where a figure only says something.
-        num_samples: generated pictures behind it.
-        num_reference: real pictures behind it; None where it needs none.
+        num_samples: generated images behind it.
+        num_reference: real images behind it; None where it needs none.
         fingerprint: id of what it was measured against; only figures of one id can be compared.
         reason: why the value is None, with the remedy; None otherwise.
         caution: why it is to be read with care; None if nothing speaks against it.
@@ -44,7 +44,7 @@ class Figure:
 
     def __post_init__(self) -> None:
         if self.value is not None and not math.isfinite(self.value):
-            reason = self.reason or f"it came to {self.value}: look at the pictures"
+            reason = self.reason or f"it came to {self.value}: look at the images"
             object.__setattr__(self, "value", None)
             object.__setattr__(self, "reason", reason)
         if self.spread is not None and (self.value is None or not math.isfinite(self.spread)):

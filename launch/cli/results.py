@@ -137,7 +137,7 @@ def evaluate(
     """
     from dinogen.distributed import process_group
     from dinogen.evaluation.evaluate import evaluate as evaluate_run
-    from dinogen.evaluation.evaluate import evaluate_folder, is_folder_of_pictures
+    from dinogen.evaluation.evaluate import evaluate_folder, is_folder_of_images
     from dinogen.evaluation.record import find_path
     from dinogen.files import named_folder
     from launch.cli.console import say, setup_logging
@@ -152,7 +152,7 @@ def evaluate(
     names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
     request: dict[str, Any] = {"names": names, "reference": reference, "changes": changes or ()}
     request |= {"out": out, "tell": tell}
-    if is_folder_of_pictures(place):
+    if is_folder_of_images(place):
         result = evaluate_folder(place, num_samples, split=split, **request)
         written = find_path(place, out)
     else:

@@ -43,7 +43,7 @@ def save_backbone(net: str, path: Path) -> Path:
 def lpips_by_hand(
     net: str, backbone: Path, heads: Path, a: torch.Tensor, b: torch.Tensor
 ) -> torch.Tensor:
-    """Zhang et al. 2018, equation 1, layer by layer in float64, on uint8 pictures as they are."""
+    """Zhang et al. 2018, equation 1, layer by layer in float64, on uint8 images as they are."""
     import torchvision.models
 
     with torch.device("meta"):
@@ -67,7 +67,7 @@ def lpips_by_hand(
 
 
 def pictures(num: int, size: int, seed: int = 0) -> torch.Tensor:
-    """Smooth random pictures with some noise, (num, 3, size, size) uint8."""
+    """Smooth random images with some noise, (num, 3, size, size) uint8."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(num, 3, 4, 4, generator=generator)
     smooth = F.interpolate(coarse, (size, size), mode="bilinear") * 220

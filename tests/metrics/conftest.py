@@ -1,4 +1,4 @@
-"""Where real pictures and weights for measuring are, on machines that have them."""
+"""Where real images and weights for measuring are, on machines that have them."""
 
 from __future__ import annotations
 

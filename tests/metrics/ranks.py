@@ -21,7 +21,7 @@ NUM, BATCH = 10, 3
 
 
 class Noise:
-    """Pictures of 6x6 pixels by number; remembers what was read."""
+    """Images of 6x6 pixels by number; remembers what was read."""
 
     def __init__(self, num: int) -> None:
         self.num = num
@@ -57,7 +57,7 @@ def look(num: int) -> tuple[Collected, Noise]:
     """Three feature extractors: rows kept with and without logits, and only moments."""
     extractors = [Linear("both", 5, 4), Linear("plain", 3, 0), Linear("moments", 4, 2)]
     source = Noise(num)
-    found = collect(source, extractors, {"both", "plain"}, BATCH, num_pictures=4)
+    found = collect(source, extractors, {"both", "plain"}, BATCH, num_images=4)
     assert {extractor.num_seen for extractor in extractors} == {len(source.read_numbers)}
     return found, source
 
@@ -65,8 +65,8 @@ def look(num: int) -> tuple[Collected, Noise]:
 def as_tensors(found: Collected, source: Noise) -> dict[str, Tensor]:
     """All that was collected, and the numbers read on this rank."""
     tensors = {"read": torch.tensor(source.read_numbers, dtype=torch.int64)}
-    assert found.num == source.num and found.pictures is not None
-    tensors["pictures"] = found.pictures
+    assert found.num == source.num and found.images is not None
+    tensors["pictures"] = found.images
     for name, seen in found.seen.items():
         tensors |= {f"{name}/{key}": value for key, value in seen.moments.tensors().items()}
         kept = {"features": seen.features, "logits": seen.logits}

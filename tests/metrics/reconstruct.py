@@ -1,4 +1,4 @@
-"""Pairs of drawn pictures, and figures of them; under torchrun each rank writes what it found.
+"""Pairs of drawn images, and figures of them; under torchrun each rank writes what it found.
 
 torchrun --nproc-per-node 2 tests/metrics/reconstruct.py BACKBONE OUT
 """
@@ -20,7 +20,7 @@ from tests.metrics.backbones import pictures
 
 
 class NoisyPairs:
-    """Pictures, and the same with some noise, more for each.
+    """Images, and the same with some noise, more for each.
 
     Attributes:
         starts: the first number of each read.

@@ -1,4 +1,4 @@
-"""Small packed pictures, and a feature extractor that one can compute by hand."""
+"""Small packed images, and a feature extractor that one can compute by hand."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ NUM = 48
 
 
 def pack_pictures(folder: Path, pictures: list[np.ndarray], **more) -> PackedDataset:
-    """Shards of (S, S, 3) uint8 pictures, stored without loss, many of them held out."""
+    """Shards of (S, S, 3) uint8 images, stored without loss, many of them held out."""
     samples = []
     for number, pixels in enumerate(pictures):
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
-        samples.append(Sample(f"picture{number:03d}", file.getvalue(), "png", {}, {}))
+        samples.append(Sample(f"image{number:03d}", file.getvalue(), "png", {}, {}))
     pack(samples, folder, shard_size=8, val_fraction=0.3, test_fraction=0.2, **more)
     return open_dataset(folder)
 

@@ -1,4 +1,4 @@
-"""The same is collected by 1, 2 and 3 ranks, every picture once; and what of a single one."""
+"""The same is collected by 1, 2 and 3 ranks, every image once; and what of a single one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_rows_are_in_order_and_moments_are_theirs():
     found, source = look(NUM)
     assert source.read_numbers == list(range(NUM))
     images = Noise(NUM).read(list(range(NUM)))
-    assert torch.equal(found.pictures, images[:4])
+    assert torch.equal(found.images, images[:4])
     both = Linear("both", 5, 4)(images)
     torch.testing.assert_close(found.seen["both"].features, both["features"])
     torch.testing.assert_close(found.seen["both"].logits, both["logits"])
@@ -28,9 +28,9 @@ def test_rows_are_in_order_and_moments_are_theirs():
 
 def test_more_pictures_than_there_are_are_not_asked_for():
     source = Noise(2)
-    assert collect(source, [], (), 5, num_pictures=9).pictures.shape == (2, 3, 6, 6)
-    assert collect(source, [], (), 5).pictures is None
-    with pytest.raises(ValueError, match="no pictures"):
+    assert collect(source, [], (), 5, num_images=9).images.shape == (2, 3, 6, 6)
+    assert collect(source, [], (), 5).images is None
+    with pytest.raises(ValueError, match="no images"):
         collect(Noise(0), [], (), 5)
 
 

@@ -1,4 +1,4 @@
-"""FID-768 and KID-768 of real pictures: noise is worse than none, more is worse, cats are worst."""
+"""FID-768 and KID-768 of real images: noise is worse than none, more is worse, cats are worst."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUM, SIDE = 20, 64
 
 
 class Given:
-    """Pictures (N, 3, R, R) uint8 that are all there."""
+    """Images (N, 3, R, R) uint8 that are all there."""
 
     def __init__(self, images) -> None:
         self.num, self.images = len(images), images

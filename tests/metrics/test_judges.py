@@ -1,4 +1,4 @@
-"""Feature extractors against the networks of torch-fidelity and transformers; and weights that are not them."""
+"""Extractors against the networks of torch-fidelity and transformers; and wrong weights."""
 
 from __future__ import annotations
 

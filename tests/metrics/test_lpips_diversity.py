@@ -1,4 +1,4 @@
-"""LPIPS diversity against all pairs one by one, its spread against leaving pictures out."""
+"""LPIPS diversity against all pairs one by one, its spread against leaving images out."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_it_is_the_mean_of_all_pairs_and_its_spread_that_of_leaving_one_out(perc
 
 
 def test_its_spread_is_what_other_draws_differ_by(perceptual):
-    """Of 30 draws of 12 pictures the figures spread as each of them says, within chance."""
+    """Of 30 draws of 12 images the figures spread as each of them says, within chance."""
     images = pictures(360, 16)
     figures = [lpips_diversity(part, perceptual) for part in images.split(12)]
     spread = np.std([figure.value for figure in figures], ddof=1)

@@ -76,7 +76,7 @@ def test_sets_that_are_the_same_or_far_apart():
     assert same.density.value >= 1
     apart = manifold(rows(40, 2, 100.0), real)
     assert {apart.precision.value, apart.recall.value, apart.density.value} == {0}
-    one = manifold(real[:1].repeat(40, 1), real)  # a generator that makes one good picture
+    one = manifold(real[:1].repeat(40, 1), real)  # a generator that makes one good image
     assert one.precision.value == 1 and one.recall.value < 0.1 and one.coverage.value < 0.5
 
 
@@ -139,7 +139,7 @@ def test_the_ratio_is_that_of_mean_distances():
 
 
 def test_without_new_pictures_nothing_can_be_said():
-    with pytest.raises(ValueError, match="every held-out picture is in the training set"):
+    with pytest.raises(ValueError, match="every held-out image is in the training set"):
         memorisation(rows(9, 1), rows(80, 2), rows(80, 2)[:30])
     with pytest.raises(ValueError, match="takes samples"):
         memorisation(rows(9, 1), rows(80, 2), rows(0, 3))

@@ -67,7 +67,7 @@ def test_closed_forms():
     black, white = torch.zeros(3, 16, 16).byte(), torch.full((3, 16, 16), 255).byte()
     assert psnr(black, white) == 0
     assert ssim(a, a) == pytest.approx(1)
-    # two flat pictures: only the means are left of equation 13
+    # two flat images: only the means are left of equation 13
     c1 = (0.01 * 255) ** 2
     assert ssim(black, white) == pytest.approx(c1 / (255**2 + c1), rel=1e-4)
 

@@ -1,4 +1,4 @@
-"""Real pictures are judged once, and never taken for others from the cache."""
+"""Real images are judged once, and never taken for others from the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same pictures are the same pixels, whether they come from shards, files or a generator."""
+"""The same images are the same pixels, whether they come from shards, files or a generator."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_folder_is_read_in_order_and_without_its_grid(tmp_path):
     pictures = discs(5)
     folder = save_pictures(pictures, tmp_path / "files")
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(folder / "grid_16x16.png")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     Image.fromarray(pictures[0][..., 0]).save(folder / "9999.PNG")  # grey, and in capitals
     Image.fromarray(pictures[1]).save(folder / "aaaa.jpeg", quality=95)
     source = Folder(folder)
@@ -91,7 +91,7 @@ def oblong(folder):
 
 
 def no_picture(folder):
-    (folder / "0.png").write_bytes(b"no picture")
+    (folder / "0.png").write_bytes(b"no image")
     (folder / "1.png").touch()
 
 

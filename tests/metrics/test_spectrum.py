@@ -1,4 +1,4 @@
-"""Spectra against noise of known power, waves of known length, and pictures that were blurred."""
+"""Spectra against noise of known power, waves of known length, and images that were blurred."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The suite: all metrics from one look at each picture; what is missing leaves the others alone."""
+"""The suite: all metrics from one look at each image; what is missing leaves the others alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OF_MEANS = [
 
 
 class Counted(Generated):
-    """Noise, of which every picture made is remembered."""
+    """Noise, of which every image made is remembered."""
 
     def __init__(self, num, resolution=16):
         self.numbers = []
@@ -109,7 +109,7 @@ def test_what_is_missing_says_why_and_how_to_mend_it(data, extractor, tmp_path):
     assert reasons["fid768"] == reasons["reconstruction_psnr"] == str(ABSENT)
     assert "metrics.lpips_backbone" in reasons["lpips_diversity"]
     assert all(figure.value is None for figure in found.figures.values())
-    # without the pictures that were learnt from, all but memorisation is there
+    # without the images that were learnt from, all but memorisation is there
     found = suite(OF_MEANS, subject(data, train=ABSENT), tmp_path)
     missing = [name for name, figure in found.figures.items() if figure.value is None]
     assert missing == ["memorisation768"]
@@ -125,7 +125,7 @@ def test_a_set_against_itself(data, extractor, tmp_path):
 
 
 def test_a_frechet_distance_by_hand(data, extractor, tmp_path):
-    """From the pictures' own means and deviations, by scipy's matrix root."""
+    """From the images' own means and deviations, by scipy's matrix root."""
     from scipy.linalg import sqrtm
 
     what = subject(data)

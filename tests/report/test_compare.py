@@ -126,7 +126,7 @@ def test_random_judges_and_guides_are_said_loudly(tmp_path):
     result = run / "32x32" / "result.json"
     write(result, json.loads(result.read_text()) | {"random_guide": True})
     _, data, _ = compare(tmp_path / "out", run)
-    assert [one.split(":")[0] for one in data["warnings"]] == ["RANDOM JUDGE", "RANDOM GUIDE"]
+    assert [one.split(":")[0] for one in data["warnings"]] == ["RANDOM EXTRACTOR", "RANDOM GUIDE"]
 
 
 def test_what_is_not_available_is_listed_with_its_reason(tmp_path):

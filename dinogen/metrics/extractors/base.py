@@ -1,4 +1,4 @@
-"""The FeatureExtractor protocol: a frozen network that turns uint8 pictures of any size into rows."""
+"""The FeatureExtractor protocol: a frozen network that turns uint8 images of any size into rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ExtractorInfo:
     Attributes:
         name: such as ``inception``, ``inception768``, ``dinov2``.
         weights_sha256: hash of the weights.
-        resize: how pictures are brought to its size, such as ``bilinear antialias 299``.
+        resize: how images are brought to its size, such as ``bilinear antialias 299``.
         num_channels: C of its features.
         num_logits: of its classes; 0 if it has none.
         random: True if the weights are random; then every figure says so.
@@ -45,12 +45,12 @@ class ExtractorInfo:
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
-    """Frozen, float32, the same rows for the same pictures."""
+    """Frozen, float32, the same rows for the same images."""
 
     info: ExtractorInfo
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Rows of pictures.
+        """Rows of images.
 
         Args:
             images: (N, 3, R, R) uint8 RGB, any side, on any device.

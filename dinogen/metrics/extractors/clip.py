@@ -1,4 +1,4 @@
-"""The extractor of prompts: CLIP's embeddings of pictures and of the words they were asked for by."""
+"""The extractor of prompts: CLIP's embeddings of images and of the words they were asked for by."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dinogen.metrics.extractors.base import ExtractorInfo, FeatureExtractor, Not
 
 
 class ClipJudge:
-    """CLIP in float32; its own bicubic filter, antialiased, brings pictures to its size.
+    """CLIP in float32; its own bicubic filter, antialiased, brings images to its size.
 
     Args:
         clip: on the CPU.

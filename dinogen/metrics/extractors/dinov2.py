@@ -28,7 +28,7 @@ SIDE = 224
 
 
 class Dinov2Judge:
-    """The CLS token of pictures of 224 pixels.
+    """The CLS token of images of 224 pixels.
 
     Args:
         guide: whose network it is, in float32.

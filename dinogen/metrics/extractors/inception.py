@@ -1,4 +1,4 @@
-"""The extractor of FID, KID and Inception Score: InceptionV3 inception-2015-12-05 in torch-fidelity.
+"""The extractor of FID, KID and IS: InceptionV3 inception-2015-12-05 in torch-fidelity.
 
 Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, in the weights
 with which FID is defined (Heusel et al., 2017).

@@ -1,4 +1,4 @@
-"""The extractor of FID-768: Mixed_6e of the FID InceptionV3, its batch norm folded, averaged in space.
+"""The extractor of FID-768: Mixed_6e of the FID InceptionV3, batch norm folded, mean over space.
 
 The 768 features that pytorch-fid offers as ``--dims 768``. A distance of them is FID-768, and is
 never called FID.

@@ -1,4 +1,4 @@
-"""LPIPS: how unlike two pictures look, by the networks and linear heads of the lpips library.
+"""LPIPS: how unlike two images look, by the networks and linear heads of the lpips library.
 
 Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric",
 equation 1, version 0.1 of the authors' heads.
@@ -33,7 +33,7 @@ BACKBONES = {
 
 
 class Perceptual:
-    """LPIPS between uint8 pictures (N, 3, R, R) of any side; smaller than 64 they are enlarged.
+    """LPIPS between uint8 images (N, 3, R, R) of any side; smaller than 64 they are enlarged.
 
     Args:
         network: the library's, with its weights, on the device.
@@ -47,7 +47,7 @@ class Perceptual:
         self.device = device
 
     def embed(self, images: Tensor) -> Tensor:
-        """Rows whose squared Euclidean distance is LPIPS, so each picture is looked at once.
+        """Rows whose squared Euclidean distance is LPIPS, so each image is looked at once.
 
         Equation 1 is a weighted sum of squares over channels, averaged over places; its weights
         are not negative, so their roots can be multiplied into the features.
@@ -74,7 +74,7 @@ class Perceptual:
             return torch.cat(rows, 1)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """LPIPS of each picture of ``a`` and its counterpart in ``b``, (N,) float32 on the CPU."""
+        """LPIPS of each image of ``a`` and its counterpart in ``b``, (N,) float32 on the CPU."""
         return (self.embed(a) - self.embed(b)).square().sum(1).cpu()
 
 

@@ -1,8 +1,8 @@
-"""The extractor of faces: the last network of the MTCNN face detector, whose weights are in its wheel.
+"""The extractor of faces: the last network of the MTCNN face detector, with weights in its wheel.
 
 Zhang et al. 2016, "Joint Face Detection and Alignment Using Multitask Cascaded Convolutional
 Networks" (O-Net, figure 2). No guide and no objective sees it, it is on every machine, and it looks
-for nothing but faces: of other pictures its figures say little.
+for nothing but faces: of other images its figures say little.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The extractor of detail: how much power a picture has at which fineness; it has no weights.
+"""The extractor of detail: how much power an image has at which fineness; it has no weights.
 
 Durall et al. 2020, "Watch your Up-Convolution: CNN Based Generative Deep Neural Networks are
 Failing to Reproduce Spectral Distributions" (equation 2): power averaged around the origin.
@@ -30,8 +30,8 @@ class SpectrumJudge:
         """(N, 3, R, R) uint8 -> ``features`` (N, 8) on the CPU: mean power of the frequencies in a
         band, of all three colours, so that white noise of variance s^2 has s^2 in each.
 
-        The last band holds the corners too. A band without frequencies, of pictures below 16
-        pixels, has 0. Pictures fade out towards their borders (Hann), or the steps from one border
+        The last band holds the corners too. A band without frequencies, of images below 16
+        pixels, has 0. Images fade out towards their borders (Hann), or the steps from one border
         to the opposite one would count as detail.
         """
         side = images.shape[-1]

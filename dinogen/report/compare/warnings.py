@@ -79,8 +79,8 @@ def _random(runs: Sequence[Run]) -> list[str]:
     }
     if extractors:
         sentences.append(
-            f"RANDOM EXTRACTOR: {', '.join(sorted(extractors))} has random weights, so its figures say "
-            "nothing about quality."
+            f"RANDOM EXTRACTOR: {', '.join(sorted(extractors))} has random weights, so its values "
+            "say nothing about quality."
         )
     guided = [run.name for run in runs if run.facts.get("random_guide")]
     if guided:
