@@ -19,7 +19,7 @@ import datetime, os, signal, sys, time
 import torch
 from dinogen.distributed import process_group as dist
 from dinogen.errors import UserError
-from dinogen.distributed.failure import takedown
+from dinogen.distributed.failure import failure_propagation
 from launch.cli.console import setup_logging
 
 setup_logging(quiet=not dist.is_main())
@@ -30,7 +30,7 @@ if case == "slow":
     dist._TIMEOUT = datetime.timedelta(seconds=5)
 dist.init()
 try:
-    with takedown():
+    with failure_propagation():
         dist.all_reduce_sum(torch.ones(1))
         if dist.rank() == 1:
             if case in ("user error", "busy"):

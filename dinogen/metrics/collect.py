@@ -54,7 +54,7 @@ class Collected:
     Attributes:
         num: images.
         seen: by name of the feature extractor.
-        images: the first ones, (num_pictures, 3, R, R) uint8 on the CPU; None unless asked for.
+        images: the first ones, (num_images, 3, R, R) uint8 on the CPU; None unless asked for.
     """
 
     num: int
@@ -80,7 +80,7 @@ def collect(
         feature extractors: by whom they are judged; each has a name of its own.
         keep: names of the extractors whose rows are kept and gathered, N x C float32 on every rank.
         batch: images read and judged at a time.
-        num_pictures: so many of the first images are kept too.
+        num_images: so many of the first images are kept too.
 
     Raises:
         ValueError: no images.

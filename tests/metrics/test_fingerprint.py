@@ -58,7 +58,7 @@ def test_it_is_twelve_digits_and_does_not_change_from_version_to_version():
     ("change", "words"),
     [
         (
-            {"judge": {"resize": "nearest 299"}},
+            {"extractor": {"resize": "nearest 299"}},
             "resize: box to 64, then nearest 299, not box to 64, then bilinear antialias 299",
         ),
         (
@@ -71,9 +71,9 @@ def test_it_is_twelve_digits_and_does_not_change_from_version_to_version():
         ({"num_samples": 500}, "num_samples: 500, not 5000"),
         ({"num_reference": 70}, "num_reference: 70, not 700"),
         ({"resolution": 32}, "resolution: 32, not 64"),
-        ({"judge": {"weights_sha256": "b" * 64}}, "weights_sha256: bbbbbbbbbbbb, not aaaaaaaaaaaa"),
-        ({"judge": {"name": "inception768"}}, "judge: inception768, not inception"),
-        ({"judge": {"random": True}}, "random: True, not False"),
+        ({"extractor": {"weights_sha256": "b" * 64}}, "weights_sha256: bbbbbbbbbbbb, not aaaaaaaaaaaa"),
+        ({"extractor": {"name": "inception768"}}, "judge: inception768, not inception"),
+        ({"extractor": {"random": True}}, "random: True, not False"),
     ],
 )
 def test_each_thing_that_moves_a_figure_is_told(change, words):

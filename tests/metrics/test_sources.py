@@ -23,7 +23,7 @@ def test_shards_files_and_a_generator_give_the_same_pixels(tmp_path):
     pictures = discs(NUM)
     data = small_data(tmp_path / "data")
     # which of them are in val is told by their keys
-    mine = [pictures[int(key.removeprefix("picture"))] for key in data.keys("val")]
+    mine = [pictures[int(key.removeprefix("image"))] for key in data.keys("val")]
     assert 6 < len(mine) < NUM - 6
     numbers = [0, len(mine) - 1, 1]
     expected = nchw([mine[number] for number in numbers])
@@ -43,7 +43,7 @@ def test_some_numbers_of_a_split_shrunk_by_area(tmp_path):
     keys = data.keys("train")
     source = Pictures(data, "train", [3, 1], 8)
     for number, of_split in enumerate([3, 1]):
-        pixels = pictures[int(keys[of_split].removeprefix("picture"))].astype(np.float64)
+        pixels = pictures[int(keys[of_split].removeprefix("image"))].astype(np.float64)
         by_area = pixels.reshape(8, 2, 8, 2, 3).mean((1, 3))
         found = source.read([number])[0].permute(1, 2, 0).numpy()
         # Pillow rounds twice: along rows, then along columns
