@@ -17,8 +17,7 @@ from dinogen.distributed import process_group
 from dinogen.distributed.failure import takedown
 from dinogen.errors import UserError
 from dinogen.evaluation.held_out import chosen_samples, held_out_means
-from dinogen.evaluation.record import RESULT as RESULT
-from dinogen.evaluation.record import Place, Tell, Wish, figure_teller, find_place, write_result
+from dinogen.evaluation.record import Tell, Wish, figure_teller, find_place, write_result
 from dinogen.evaluation.subject import guide_diversity, real_pictures, reference_at, subject_of
 from dinogen.families.base import Family, Verdict
 from dinogen.metrics.extractors.load import Judges
@@ -27,7 +26,7 @@ from dinogen.metrics.registry import GUIDE_DIVERSITY, JUDGED, better
 from dinogen.metrics.sources import Folder, Generated, Reference, picture_files
 from dinogen.metrics.suite import Measurement, Subject, measure
 from dinogen.metrics.value import Figure
-from dinogen.training.checkpointing.checkpoint import stage_folder
+from dinogen.runs.run import Run
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.training.data import class_shares, data_fingerprint, data_or_reason
 from dinogen.training.logging.tensorboard import write_summary
@@ -99,8 +98,7 @@ def evaluate(
         snapshot = load_snapshot(run, resolution, nimg, wish.places)
         config = snapshot.family.config
         settings = wish.settings(config.metrics)
-        folder = stage_folder(config, snapshot.family.stage)
-        place = find_place(folder, out)
+        place = find_place(snapshot.place.folder, out)
         needs = _Needs(snapshot)
         result = _facts(snapshot)
         own = _own_figures(needs, wish, settings)
@@ -112,7 +110,7 @@ def evaluate(
         words = [str(run), "--stage", size, "--nimg", str(snapshot.nimg), *wish.words()]
         written = write_result(place, result, found, sampling, words)
         if place.writable and out is None:
-            _summarise(place, snapshot)
+            _summarise(snapshot)
         return written
 
 
@@ -333,7 +331,7 @@ def _weights(files: dict[str, str]) -> str:
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def _summarise(place: Place, snapshot: Snapshot) -> None:
+def _summarise(snapshot: Snapshot) -> None:
     """What TensorBoard shows of the stage; the figures are kept, whether it can be written or not.
 
     Every rank has to call it.
@@ -342,14 +340,14 @@ def _summarise(place: Place, snapshot: Snapshot) -> None:
         if not mine:
             return
         try:
-            write_summary(place.folder, snapshot.family.config, snapshot.family.stage)
+            write_summary(snapshot.place)
         except OSError as error:
             log.warning("TensorBoard does not show these figures: %s", error)
 
 
 def is_folder_of_pictures(path: Path) -> bool:
     """Whether ``path`` holds pictures and no run."""
-    return not (path / "config.yaml").is_file() and bool(picture_files(path))
+    return not Run(path).has_config and bool(picture_files(path))
 
 
 def evaluate_folder(
