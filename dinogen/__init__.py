@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dinogen.evaluation.evaluate import evaluate
     from dinogen.families.base import Family, Phase
     from dinogen.features.load import load_guide
+    from dinogen.runs.run import Run
     from dinogen.training.checkpointing.export import load_generator
     from dinogen.training.run import train
     from shards import open_dataset
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Family",
     "Phase",
+    "Run",
     "__version__",
     "evaluate",
     "load_config",
@@ -32,6 +34,7 @@ __all__ = [
 _PLACES = {
     "Family": "dinogen.families.base",
     "Phase": "dinogen.families.base",
+    "Run": "dinogen.runs.run",
     "evaluate": "dinogen.evaluation.evaluate",
     "load_config": "dinogen.config",
     "load_generator": "dinogen.training.checkpointing.export",

@@ -18,6 +18,7 @@ from dinogen.features import Guide, GuideError, load_guide
 from dinogen.files import write_bytes, write_json
 from dinogen.prepare.photos.find import Photos, find_photos
 from dinogen.runs.files import read_object
+from dinogen.runs.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def run_demo(
         from dinogen.training.run import train
 
         results = train(config)
-    return Demo(config, config.run / "index.html", random_guide, results, seconds)
+    return Demo(config, Run.of(config).page, random_guide, results, seconds)
 
 
 def _until_training(

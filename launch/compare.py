@@ -15,13 +15,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dinogen.config import Config, StageConfig, load_config, parse_config
+from dinogen.config import Config, load_config, parse_config
 from dinogen.errors import UserError
 from dinogen.files import write_text
 from dinogen.report.compare.columns import MEASURED
-from dinogen.report.compare.read import OVER_TRAINING, find_runs, is_run
-from dinogen.runs.files import EVALUATION, read_evaluation, read_metrics
-from dinogen.runs.progress import figure_of, is_visualized, stage_result
+from dinogen.report.compare.read import find_runs, is_run
+from dinogen.runs.run import Run, Stage
 from launch.study.folder import is_study
 
 log = logging.getLogger(__name__)
@@ -55,38 +54,35 @@ def run_pending_steps(
     return problems
 
 
-def last_done(folder: Path) -> tuple[Config, StageConfig] | None:
-    """The config of a run and its largest stage that is done; None if there is none."""
+def last_done(folder: Path) -> Stage | None:
+    """The largest stage of a run that is done; None if there is none, or no config to tell it."""
     try:
-        config = load_config(folder / "config.yaml").model_copy(update={"run": folder})
+        return Run(folder).last_done
     except UserError as error:
         log.warning("%s", error)
         return None
-    done = [stage for stage in config.stages if stage_result(config, stage) is not None]
-    return (config, done[-1]) if done else None
 
 
 def _lacking(folder: Path, metrics: str | None, changes: Sequence[str]) -> list[list[str]]:
     """Commands that a run lacks; none if no stage of it is done."""
-    found = last_done(folder)
-    if found is None:
+    stage = last_done(folder)
+    if stage is None:
         return []
-    config, stage = found
     where = [str(folder), "--stage", str(stage.resolution)]
     commands = []
-    if not _is_measured(config, stage, metrics):
+    if not _is_measured(stage, metrics):
         chosen = ["--metrics", metrics] if metrics else []
         commands.append(["evaluate", *where, *chosen, *changes])
-    if not is_visualized(config, stage):
+    if not stage.visualized:
         commands.append(["look", *where])
     return commands
 
 
-def _is_measured(config: Config, stage: StageConfig, metrics: str | None) -> bool:
+def _is_measured(stage: Stage, metrics: str | None) -> bool:
     if metrics is None:
         names = [name for _, names in MEASURED for name, _ in names]
-        return any(figure_of(config, stage, name) is not None for name in names)
-    figures = [figure_of(config, stage, name.strip()) for name in metrics.split(",")]
+        return any(stage.metric(name) is not None for name in names)
+    figures = [stage.metric(name.strip()) for name in metrics.split(",")]
     return all(one is not None and one.get("value") is not None for one in figures)
 
 
@@ -109,14 +105,12 @@ def sweep_checkpoints(
     names = [name.strip() for name in metrics.split(",")]
     problems = []
     for folder in folders:
-        found = last_done(folder)
-        if found is None:
+        stage = last_done(folder)
+        if stage is None:
             continue
-        size = found[1].resolution
-        stage = folder / f"{size}x{size}"
-        lines = _read(stage / OVER_TRAINING)
-        kept = sorted(int(p.name) for p in stage.glob("checkpoints/*") if p.name.isdigit())
-        for nimg in kept:
+        size = stage.resolution
+        lines = _read(stage)
+        for nimg in stage.checkpoints.nimg:
             if set(names) <= set(lines.get(nimg, {}).get("metrics", {})):
                 continue
             words = ["--stage", str(size), "--nimg", str(nimg), "--metrics", metrics, *changes]
@@ -133,26 +127,27 @@ def sweep_checkpoints(
                 "fingerprints": old["fingerprints"] | (result.get("fingerprints") or {}),
             }
             text = "".join(json.dumps(lines[key]) + "\n" for key in sorted(lines))
-            write_text(stage / OVER_TRAINING, text)
+            write_text(stage.sweep_file, text)
     return problems
 
 
-def _evaluate(run: Path, stage: Path, words: Sequence[str]) -> dict[str, Any] | None:
+def _evaluate(run: Path, stage: Stage, words: Sequence[str]) -> dict[str, Any] | None:
     """What evaluate says of a checkpoint; None if it fails.
 
     It writes beside the checkpoints, where the figures of the run's end are to stay: so it is
     given a folder that borrows them.
     """
     with TemporaryDirectory() as name:
-        place = Path(name)
-        shutil.copy(run / "config.yaml", place)
-        (place / stage.name).mkdir()
-        (place / stage.name / "checkpoints").symlink_to((stage / "checkpoints").absolute())
+        borrowed = Run(name).stage(stage.resolution)
+        place = borrowed.run.path
+        shutil.copy(stage.run.config_file, borrowed.run.config_file)
+        borrowed.folder.mkdir()
+        borrowed.checkpoints.folder.symlink_to(stage.checkpoints.folder.absolute())
         log.info("dinogen evaluate %s %s", run, shlex.join(words))
         command = [sys.executable, "-m", "launch.cli", "evaluate", str(place), *words]
         if subprocess.run(command, check=False).returncode:
             return None
-        found = read_evaluation(place / stage.name / EVALUATION)
+        found = borrowed.read_evaluation()
         for trouble in found.told():
             log.warning("%s", trouble)
         # its own commands name the place that it was given
@@ -161,9 +156,9 @@ def _evaluate(run: Path, stage: Path, words: Sequence[str]) -> dict[str, Any] | 
         return written
 
 
-def _read(path: Path) -> dict[int, dict[str, Any]]:
+def _read(stage: Stage) -> dict[int, dict[str, Any]]:
     """Sound lines that are there already, by their images."""
-    found = read_metrics(path)
+    found = stage.read_sweep()
     for trouble in found.told():
         log.warning("%s", trouble)
     return {line["nimg"]: {"fingerprints": {}} | line for line in found.value}

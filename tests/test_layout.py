@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs.spelled_out import spelled_out
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("shards", "dinogen", "launch")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -21,6 +23,7 @@ BASICS = {
     "dinogen.errors",
     "dinogen.files",
     "dinogen.distributed.rng",
+    "dinogen.runs.layout",
     "dinogen.version",
     "dinogen._torchvision",
 }
@@ -88,6 +91,13 @@ MAY_IMPORT = {
 }
 # Files under 40 lines that only one other imports, and why they are files nevertheless.
 SHORT = {"dinogen.metrics.spectrum"}  # a metric is one file
+# Only dinogen/runs spells out names in the folder of a run, see tests/runs/spelled_out.py: others
+# ask `Run` and `Stage`, or take the constants of dinogen/runs/layout.py.
+NOT_OF_A_RUN = {
+    ("dinogen.report.compare.write", "index.html"),  # the page of a comparison
+    ("dinogen.prepare.export_pt", "RxR"),  # a level of the exchange format
+    ("launch.cli.shards", "RxR"),  # the size of images
+}
 HEAVY = {"torch", "torchvision", "transformers", "deepspeed", "facenet_pytorch"}
 STARTUP = HEAVY | {"numpy", "PIL", "matplotlib", "pydantic", "jinja2", "huggingface_hub", "yaml"}
 
@@ -229,6 +239,13 @@ def test_trainer_and_launcher_name_no_family(path):
     assert strings & families == set()
     modules = {f"dinogen.families.{family}" for family in families}
     assert imports(path) & modules == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_runs_knows_the_folder_of_a_run(path):
+    if not inside(module(path), "dinogen.runs"):
+        found = {(module(path), name) for name in spelled_out(tree(path))}
+        assert found - NOT_OF_A_RUN == set()
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -42,14 +42,12 @@ from dinogen.config.training import OptimConfig as OptimConfig
 from dinogen.config.training import StageConfig as StageConfig
 from dinogen.errors import ConfigError as ConfigError
 from dinogen.files import named_folder
+from dinogen.runs.layout import CONFIG, has_stages
 
 log = logging.getLogger(__name__)
 # Runs of which this process has said that they were moved.
 _told: set[Path] = set()
 _GUIDE_NAME = re.compile(r"[a-z][a-z0-9_]*")
-_STAGE_FOLDER = re.compile(r"([1-9]\d*)x\1")
-# any of which tells the folder of a stage from one of images
-_OF_A_STAGE = ("checkpoints", "stats.jsonl", "result.json")
 
 
 class GuideConfig(Section):
@@ -211,15 +209,9 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def _of_a_run(path: Path) -> bool:
-    """Whether a file is the config in the folder of a run whose first stage has begun.
-
-    A folder that is only named like a stage is none: photos shrunk to 64x64 often lie in such.
-    """
+    """Whether a file is the config in the folder of a run whose first stage has begun."""
     try:
-        return path.name == "config.yaml" and any(
-            _STAGE_FOLDER.fullmatch(one.name) and any((one / name).exists() for name in _OF_A_STAGE)
-            for one in path.parent.iterdir()
-        )
+        return path.name == CONFIG and has_stages(path.parent)
     except OSError:  # a folder that may be entered, but not listed
         return False
 

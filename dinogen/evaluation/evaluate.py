@@ -17,10 +17,8 @@ from dinogen.distributed import process_group
 from dinogen.distributed.failure import failure_propagation
 from dinogen.errors import UserError
 from dinogen.evaluation.held_out import chosen_samples, held_out_means
-from dinogen.evaluation.record import RESULT as RESULT
 from dinogen.evaluation.record import (
     EvaluationRequest,
-    Place,
     Tell,
     figure_teller,
     find_place,
@@ -34,7 +32,7 @@ from dinogen.metrics.registry import GUIDE_DIVERSITY, JUDGED, better
 from dinogen.metrics.sources import Folder, Generated, Reference, image_files
 from dinogen.metrics.suite import Measurement, Subject, measure
 from dinogen.metrics.value import Figure
-from dinogen.training.checkpointing.checkpoint import stage_folder
+from dinogen.runs.run import Run
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.training.data import class_shares, data_fingerprint, data_or_reason
 from dinogen.training.logging.tensorboard import write_summary
@@ -106,8 +104,7 @@ def evaluate(
         snapshot = load_snapshot(run, resolution, nimg, request.places)
         config = snapshot.family.config
         settings = request.settings(config.metrics)
-        folder = stage_folder(config, snapshot.family.stage)
-        place = find_place(folder, out)
+        place = find_place(snapshot.place.folder, out)
         needs = _Needs(snapshot)
         result = _facts(snapshot)
         own = _own_figures(needs, request, settings)
@@ -119,7 +116,7 @@ def evaluate(
         words = [str(run), "--stage", size, "--nimg", str(snapshot.nimg), *request.words()]
         written = write_result(place, result, found, sampling, words)
         if place.writable and out is None:
-            _summarise(place, snapshot)
+            _summarise(snapshot)
         return written
 
 
@@ -340,7 +337,7 @@ def _weights(files: dict[str, str]) -> str:
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
-def _summarise(place: Place, snapshot: Snapshot) -> None:
+def _summarise(snapshot: Snapshot) -> None:
     """What TensorBoard shows of the stage; the figures are kept, whether it can be written or not.
 
     Every rank has to call it.
@@ -349,14 +346,14 @@ def _summarise(place: Place, snapshot: Snapshot) -> None:
         if not mine:
             return
         try:
-            write_summary(place.folder, snapshot.family.config, snapshot.family.stage)
+            write_summary(snapshot.place)
         except OSError as error:
             log.warning("TensorBoard does not show these figures: %s", error)
 
 
 def is_folder_of_images(path: Path) -> bool:
     """Whether ``path`` holds images and no run."""
-    return not (path / "config.yaml").is_file() and bool(image_files(path))
+    return not Run(path).has_config and bool(image_files(path))
 
 
 def evaluate_folder(

@@ -19,11 +19,11 @@ from dinogen.metrics.fingerprint import Facts, differences
 from dinogen.metrics.registry import chosen_names
 from dinogen.metrics.value import Figure
 from dinogen.runs.files import read_evaluation
+from dinogen.runs.layout import EVALUATION
 from shards.format.manifest import SPLITS
 
 log = logging.getLogger(__name__)
 
-RESULT = "evaluation.json"
 # Two results with these alike are of the same images, so their figures may stand side by side.
 _SAME = ("resolution", "nimg", "pictures")
 _WEIGHTS = "weights_sha256"  # likewise, but earlier versions did not write it
@@ -56,8 +56,8 @@ class Place:
 def find_path(folder: Path, out: Path | None) -> Path:
     """The file of a result: in a folder, or where ``--out`` says."""
     if out is None:
-        return folder / RESULT
-    return out if out.suffix == ".json" and not out.is_dir() else out / RESULT
+        return folder / EVALUATION
+    return out if out.suffix == ".json" and not out.is_dir() else out / EVALUATION
 
 
 def find_place(folder: Path, out: Path | None) -> Place:

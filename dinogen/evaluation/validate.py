@@ -24,8 +24,6 @@ from dinogen.training.state import StageState
 
 log = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
-
 
 class Validator:
     """Measures where the clock says so, and keeps the best figure in the run's progress.
@@ -45,7 +43,7 @@ class Validator:
         self.names: tuple[str, ...] = ()
         self.told: set[str] = set()
         if process_group.is_main():
-            cut_lines(state.folder / METRICS, state.progress.nimg)
+            cut_lines(state.place.metrics_file, state.progress.nimg)
         if self.config.every_kimg is None:
             return
         if type(state.family).held_out is not Family.held_out:
@@ -153,7 +151,7 @@ class Validator:
                 "metrics": {name: one.to_dict() for name, one in found.figures.items()},
                 "fingerprints": found.fingerprints,
             }
-            append_line(state.folder / METRICS, line)
+            append_line(state.place.metrics_file, line)
         return found.figures
 
     def _take(self, metric: str, value: float) -> None:

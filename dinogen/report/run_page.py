@@ -13,12 +13,12 @@ from jinja2 import Environment, StrictUndefined
 
 from dinogen.errors import UserError
 from dinogen.files import write_text
-from dinogen.runs.files import CONFIG, RESULT, read_raw, read_result, read_text, stage_folders
+from dinogen.runs.files import read_raw, read_text
+from dinogen.runs.run import Run
 from dinogen.runs.values import finite
 
 log = logging.getLogger(__name__)
 
-PAGE = "index.html"
 Show = Callable[[dict[str, Any]], str]
 TEMPLATE = Path(__file__).with_name("page.html")
 BADGES = {"ok": "ok", "COLLAPSING": "warn", "COLLAPSED": "bad"}
@@ -73,7 +73,8 @@ def write_page(run: Path) -> Path:
     Raises:
         UserError: the run has no finished stage.
     """
-    stages, damaged = _read_stages(run)
+    place = Run(run)
+    stages, damaged = _read_stages(place)
     for trouble in damaged:
         log.warning("%s", trouble)
     if not stages:
@@ -95,21 +96,20 @@ def write_page(run: Path) -> Path:
         collapsing=[stage.name for stage in stages if stage.verdict == "COLLAPSING"],
         guide=stages[-1].result.get("guide") or {},
         versions=stages[-1].result.get("versions") or {},
-        config=_read_text(run / CONFIG),
+        config=_read_text(place.config_file),
     )
-    page = run / PAGE
-    write_text(page, html)
-    return page
+    write_text(place.page, html)
+    return place.page
 
 
-def _read_stages(run: Path) -> tuple[list[Stage], list[str]]:
+def _read_stages(run: Run) -> tuple[list[Stage], list[str]]:
     """The finished stages, smallest resolution first, and what is wrong with their files."""
     stages, damaged = [], []
-    for _, folder in stage_folders(run).value:
-        found = read_result(folder / RESULT)
-        damaged += found.told(run)
+    for stage in run.begun:
+        found = stage.read_result()
+        damaged += found.told(run.path)
         if found.value is not None:
-            stages.append(_stage(folder, found.value))
+            stages.append(_stage(stage.folder, found.value))
     return stages, damaged
 
 

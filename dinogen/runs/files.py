@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from dinogen.config.base import read_mapping
 from dinogen.errors import UserError
+from dinogen.runs.layout import stage_resolution
 from dinogen.runs.values import (
     MAX_VALUES,
     Kind,
@@ -43,8 +43,6 @@ from dinogen.runs.values import (
 T = TypeVar("T")
 Line = dict[str, Any]
 
-CONFIG, RESULT, STATE = "config.yaml", "result.json", "state.json"
-STATS, METRICS, EVALUATION = "stats.jsonl", "metrics.jsonl", "evaluation.json"
 # more than any file of a run holds: what is larger was not written by dinogen
 MAX_BYTES = 256 << 20
 _MAX_SAID = 3  # lines of a file that are named one by one
@@ -164,8 +162,9 @@ def stage_folders(run: Path) -> Found[list[tuple[int, Path]]]:
     found = []
     try:
         for path in run.iterdir():
-            if re.fullmatch(r"([1-9]\d{0,5})x\1", path.name) and path.is_dir():
-                found.append((int(path.name.partition("x")[0]), path))
+            resolution = stage_resolution(path.name)
+            if resolution is not None and path.is_dir():
+                found.append((resolution, path))
     except (FileNotFoundError, NotADirectoryError):
         return Found(run, [], there=False)
     except OSError as error:

@@ -12,7 +12,8 @@ from typing import TextIO
 
 from dinogen.config import ConfigError
 from dinogen.distributed import process_group
-from dinogen.runs.files import stage_folders
+from dinogen.runs.layout import CONFIG, LOCK
+from dinogen.runs.run import Run
 from shards.lock import Locked, lock
 
 
@@ -49,8 +50,8 @@ def _take(run: Path) -> TextIO:
     Raises:
         ConfigError: another process trains there, or the folder cannot be written.
     """
-    path = run / ".lock"
-    for name in (".lock", "config.yaml"):  # opening a pipe would wait for its other end
+    path = run / LOCK
+    for name in (LOCK, CONFIG):  # opening a pipe would wait for its other end
         if (run / name).exists() and not (run / name).is_file():
             raise ConfigError(f"{run / name}: it is no regular file: move it away")
     try:
@@ -77,9 +78,11 @@ def _check_writable(run: Path) -> None:
     Raises:
         OSError: naming what cannot be written.
     """
+    files = [run / LOCK]
     folders = [run]
-    for _, stage in stage_folders(run).value:
-        folders += [stage, *(one for one in stage.iterdir() if one.is_dir())]
+    for stage in Run(run).begun:
+        folders += [stage.folder, *(one for one in stage.folder.iterdir() if one.is_dir())]
+        files += stage.folder.glob("*.jsonl")
     for folder in folders:
         try:
             with tempfile.TemporaryFile(dir=folder):
@@ -87,6 +90,6 @@ def _check_writable(run: Path) -> None:
         except OSError as error:
             # it names a temporary file, which means nothing to anybody
             raise OSError(error.errno, error.strerror, str(folder)) from None
-    for path in (run / ".lock", *run.glob("*x*/*.jsonl")):
+    for path in files:
         if path.exists() and not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))

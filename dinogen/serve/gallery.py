@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from dinogen.config import ConfigError, Section
 from dinogen.errors import UserError
 from dinogen.report.images import to_uint8
+from dinogen.runs.layout import stage_name
 from dinogen.training.checkpointing.checkpoint import stage_checkpoint
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.visualize.drawings import spherical
@@ -108,7 +109,7 @@ class Gallery:
                 return self._snapshot(self.run, stage.resolution, stage.nimg)
             except (UserError, KeyError, RuntimeError, OSError, SafetensorError) as error:
                 del self.stages[stage.resolution]
-                size = f"stage {stage.resolution}x{stage.resolution}"
+                size = f"stage {stage_name(stage.resolution)}"
                 reasons.append(f"{self.run}: {size} cannot be drawn from: {error}")
                 log.warning("%s", reasons[-1])
         raise ConfigError("\n".join(reasons))

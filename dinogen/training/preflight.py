@@ -13,7 +13,8 @@ from dinogen.distributed import process_group
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class, resolve
 from dinogen.metrics.registry import chosen_names
-from dinogen.training.checkpointing.checkpoint import STATE, Checkpoint, stage_checkpoint
+from dinogen.runs.layout import STATE
+from dinogen.training.checkpointing.checkpoint import Checkpoint, stage_checkpoint
 from dinogen.training.data import check_classes, data_fingerprint
 from dinogen.training.stages import find_stage
 from dinogen.version import __version__

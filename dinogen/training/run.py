@@ -13,8 +13,8 @@ from dinogen.errors import UserError
 from dinogen.families.registry import resolve
 from dinogen.files import write_text
 from dinogen.report.run_page import write_page
-from dinogen.runs.files import STATS, read_lines, read_result
 from dinogen.runs.lock import run_lock
+from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import stage_checkpoint
 from dinogen.training.data import open_data
 from dinogen.training.logging.artifacts import finish_stage
@@ -53,7 +53,7 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
         config = with_lengths(config, data.num_samples(config.data.split))
         check_run(config, indices, data)
         if process_group.is_main():
-            write_text(config.run / "config.yaml", dump_config(config))
+            write_text(Run.of(config).config_file, dump_config(config))
         results = []
         for index in indices:
             results.append(_train_stage(config, index, stop))
@@ -71,7 +71,7 @@ def _train_stage(config: Config, index: int, stop: StopFlag) -> dict[str, Any]:
     stage = config.stages[index]
     finished = _finished_result(config, index)
     if finished is not None:
-        log.info("stage %dx%d is finished already", stage.resolution, stage.resolution)
+        log.info("stage %s is finished already", Run.of(config).stage(stage.resolution).name)
         return finished
     state = StageState(config, index)
     if not state.finished:
@@ -79,9 +79,9 @@ def _train_stage(config: Config, index: int, stop: StopFlag) -> dict[str, Any]:
     result = None
     with process_group.rank_zero_section() as mine:
         if mine:
-            cut_lines(state.folder / STATS, state.progress.nimg)
+            cut_lines(state.place.stats_file, state.progress.nimg)
             # a log that was lost costs the stage its curve, and no more
-            lines = read_lines(state.folder / STATS).value
+            lines = state.place.stats
             result = finish_stage(state, lines[-1] if lines else {})
     written: dict[str, Any] = process_group.broadcast_object(result)
     return written
@@ -94,17 +94,17 @@ def _finished_result(config: Config, index: int) -> dict[str, Any] | None:
     if checkpoint is None:
         return None
     state = checkpoint.state
-    path = checkpoint.folder.parent.parent / "result.json"
+    place = Run.of(config).stage(stage.resolution)
     result = None
     if process_group.is_main() and is_finished(config, stage, state):
         nimg, end = state["progress"]["nimg"], StagePlan(stage, state["start"]).end
         if nimg >= end + stage.batch:
             log.warning(
-                "stage %dx%d: its checkpoint has seen %d images and the config ends it at %d (kimg "
+                "stage %s: its checkpoint has seen %d images and the config ends it at %d (kimg "
                 "or epochs were lowered): the stage counts as finished",
-                stage.resolution, stage.resolution, nimg, end,
+                place.name, nimg, end,
             )  # fmt: skip
-        read = read_result(path)
+        read = place.read_result()
         for trouble in read.told():
             log.warning("%s: it is written again", trouble)
         sound = read.value is not None and not read.troubles

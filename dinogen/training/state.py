@@ -16,13 +16,13 @@ from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import process_group, rng
 from dinogen.families.base import Family, Verdict
 from dinogen.families.registry import family_class
+from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import (
     Checkpoint,
     on_host,
     prune,
     save_checkpoint,
     stage_checkpoint,
-    stage_folder,
 )
 from dinogen.training.checkpointing.transfer import init_from
 from dinogen.training.data import data_fingerprint, open_data
@@ -95,7 +95,7 @@ def stage_plan(config: Config, index: int) -> tuple[StagePlan, Checkpoint | None
     if checkpoint is None or not is_finished(config, previous, checkpoint.state):
         raise ConfigError(
             f"stage {stage.resolution} grows from stage {previous.resolution}, which is not "
-            f"finished in {stage_folder(config, previous)}: train it first "
+            f"finished in {Run.of(config).stage(previous.resolution).folder}: train it first "
             f"(--stage {previous.resolution}, or no --stage for all)"
         )
     return StagePlan(stage, nimg), checkpoint
@@ -128,7 +128,8 @@ class StageState:
     def __init__(self, config: Config, index: int) -> None:
         self.config = config
         self.stage = config.stages[index]
-        self.folder = stage_folder(config, self.stage)
+        self.place = Run.of(config).stage(self.stage.resolution)
+        self.folder = self.place.folder
         self.device = process_group.device()
         self.plan, previous = stage_plan(config, index)
         with rng.torch_seed(config.seed, f"init/{self.stage.resolution}"):
@@ -211,7 +212,7 @@ class StageState:
             "facts": self.family.describe(),
         }
         self.last_saved = nimg
-        parent, keep_last = self.folder / "checkpoints", self.config.checkpoint.keep_last
+        parent, keep_last = self.place.checkpoints.folder, self.config.checkpoint.keep_last
 
         def write() -> None:
             save_checkpoint(parent, nimg, tensors, state)

@@ -14,6 +14,7 @@ from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.evaluation.validate import Validator
 from dinogen.families.base import Batch, Scalars, Verdict
+from dinogen.runs.layout import checkpoint_name
 from dinogen.training.checkpointing.checkpoint import Saver
 from dinogen.training.data import check_labels
 from dinogen.training.dataloading import Dataloader, augment
@@ -89,7 +90,7 @@ class Trainer:
         if self.engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.engine.device)
         line = ProgressLine(
-            f"stage {self.stage.resolution}x{self.stage.resolution}",
+            f"stage {self.state.place.name}",
             self.plan.start,
             self.plan.end,
             process_group.is_main(),
@@ -188,7 +189,7 @@ class Trainer:
                 self.logger.sync()
                 write()
 
-            self.saver.submit(self.state.folder / "checkpoints", synced)
+            self.saver.submit(self.state.place.checkpoints.folder, synced)
         self.window.saving += time.monotonic() - before
 
     def _saved(self) -> None:
@@ -249,7 +250,7 @@ class Trainer:
         if last or due(passed, now, every.samples_kimg):
             with process_group.rank_zero_section() as mine:
                 if mine:
-                    path = self.state.folder / "samples" / f"{now:09d}.png"
+                    path = self.state.place.samples_folder / f"{checkpoint_name(now)}.png"
                     self.logger.write_image("samples", save_samples(self.state, path), now)
         best = measure and self.progress.best_nimg == now
         if last or best or due(passed, now, self.config.checkpoint.every_kimg):

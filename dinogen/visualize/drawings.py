@@ -184,9 +184,7 @@ class History:
             LeftOut: there is one checkpoint alone.
         """
         scene, snapshot = self.scene, self.scene.snapshot
-        parent = snapshot.checkpoint.folder.parent
-        kept = sorted(int(p.name) for p in parent.iterdir() if p.is_dir() and p.name.isdigit())
-        kept = [nimg for nimg in kept if nimg <= snapshot.nimg]
+        kept = [nimg for nimg in snapshot.place.checkpoints.nimg if nimg <= snapshot.nimg]
         if len(kept) < 2:
             raise LeftOut(
                 "only one checkpoint was kept: set checkpoint.keep_every_kimg to see the way here"

@@ -12,7 +12,7 @@ from dinogen.errors import UserError
 from dinogen.evaluation.record import check_changes
 from dinogen.files import why_not_writable, write_json
 from dinogen.report.images import save_animation, save_sheet
-from dinogen.training.checkpointing.checkpoint import stage_folder
+from dinogen.runs.layout import VISUALIZATIONS_INDEX
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.logging.tensorboard import write_summary
 from dinogen.visualize import drawings
@@ -21,8 +21,6 @@ from dinogen.visualize.scene import LeftOut, Maker, Scene
 from shards.errors import ShardsError
 
 log = logging.getLogger(__name__)
-
-LOOKS = "looks.json"
 
 
 def write_looks(
@@ -56,12 +54,12 @@ def write_looks(
     check_changes(tuple(places))
     snapshot = load_snapshot(run, resolution, nimg, places)
     scene = Scene(snapshot, seed)
-    folder = out or stage_folder(scene.family.config, scene.family.stage) / "looks"
+    folder = out or snapshot.place.visualizations_folder
     command = f"dinogen look {shlex.quote(str(run))} --stage {snapshot.resolution}"
     command += f" --nimg {snapshot.nimg} --seed {seed}"
     if out is not None:
         command += f" --out {shlex.quote(str(out))}"
-    if trouble := why_not_writable(folder / LOOKS, make=True):
+    if trouble := why_not_writable(folder / VISUALIZATIONS_INDEX, make=True):
         raise UserError(f"{folder}: cannot be written: {trouble}: give --out FOLDER")
     entries: dict[str, dict[str, Any]] = {}
     for name, maker in _makers(scene).items():
@@ -83,10 +81,10 @@ def write_looks(
             save_sheet(look.sheets[0], path)
         log.info("%s: %s", name, path)
         entries[name] = {"file": path.name, "caption": look.caption} | entry
-    write_json(folder / LOOKS, entries)
+    write_json(folder / VISUALIZATIONS_INDEX, entries)
     if out is None:
-        write_summary(folder.parent, scene.family.config, scene.family.stage)
-    return folder / LOOKS
+        write_summary(snapshot.place)
+    return folder / VISUALIZATIONS_INDEX
 
 
 def _makers(scene: Scene) -> dict[str, Maker]:

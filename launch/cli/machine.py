@@ -96,11 +96,12 @@ def _show_deepspeed(config: Config, num_ranks: int) -> None:
     """DeepSpeed's own config of each stage, as comments: the output stays a config."""
     import json
 
+    from dinogen.runs.layout import stage_name
     from dinogen.training.engines.deepspeed import deepspeed_config
 
     for stage in config.stages:
         told = deepspeed_config(config, stage, num_ranks)
-        size = f"{stage.resolution}x{stage.resolution}"
+        size = stage_name(stage.resolution)
         typer.echo(f"# DeepSpeed is told, in stage {size} on {num_ranks} rank(s):")
         typer.echo("".join(f"#   {line}\n" for line in json.dumps(told, indent=2).splitlines()))
 

@@ -39,6 +39,7 @@ def export(
 
       dinogen export runs/first early.safetensors --stage 16 --nimg 180000
     """
+    from dinogen.runs.layout import stage_name
     from dinogen.training.checkpointing.export import export as export_run
     from launch.cli.console import setup_logging
 
@@ -47,7 +48,7 @@ def export(
     info = done.info
     typer.echo(
         f"{done.path}: {info['network']['class'].rpartition('.')[2]} of stage "
-        f"{info['resolution']}x{info['resolution']} at {info['nimg']} images, "
+        f"{stage_name(info['resolution'])} at {info['nimg']} images, "
         f"{done.num_parameters:,} parameters, taught by {info.get('guide_label', 'no guide')}"
     )
 
@@ -140,6 +141,8 @@ def evaluate(
     from dinogen.evaluation.evaluate import evaluate_folder, is_folder_of_images
     from dinogen.evaluation.record import find_path
     from dinogen.files import named_folder
+    from dinogen.runs.layout import parse_checkpoint
+    from dinogen.runs.run import Run
     from launch.cli.console import say, setup_logging
 
     setup_logging(quiet=not process_group.is_main())
@@ -156,11 +159,10 @@ def evaluate(
         result = evaluate_folder(place, num_samples, split=split, **request)
         written = find_path(place, out)
     else:
-        if place.parent.name == "checkpoints" and place.name.isdigit():
-            stage, nimg = int(place.parents[1].name.partition("x")[0]), int(place.name)
-            place = place.parents[2]
+        if (checkpoint := parse_checkpoint(place)) is not None:
+            place, stage, nimg = checkpoint
         result = evaluate_run(place, stage, split, num_samples, nimg=nimg, **request)
-        written = find_path(place / f"{result['resolution']}x{result['resolution']}", out)
+        written = find_path(Run(place).stage(result["resolution"]).folder, out)
     if process_group.is_main():
         for line in closing_lines(result):
             say(line)
@@ -228,7 +230,9 @@ def measured_now(result: dict[str, Any]) -> list[str]:
 
 
 def _title(result: dict[str, Any]) -> str:
-    size = f"{result['resolution']}x{result['resolution']}"
+    from dinogen.runs.layout import stage_name
+
+    size = stage_name(result["resolution"])
     if "nimg" not in result:
         return f"{result['num_samples']} images of {size} in {result['folder']}"
     taught = result.get("guide_label")

@@ -94,6 +94,7 @@ def run(
       dinogen study run configs/study.yaml --on slurm
     """
     from dinogen.errors import EXIT_STOPPED, UserError
+    from dinogen.runs.run import Run
     from launch.study.folder import exit_code
     from launch.study.local import LocalStudy
     from launch.study.plan import check_study
@@ -108,7 +109,7 @@ def run(
     outcomes = LocalStudy(study, gpus).run() if on == "local" else SlurmStudy(study).run()
     _tell_outcomes(study, outcomes)
     code = exit_code(outcomes)
-    if code != EXIT_STOPPED and any((one.run / "config.yaml").is_file() for one in outcomes):
+    if code != EXIT_STOPPED and any(Run(one.run).has_config for one in outcomes):
         _report(study)
     if code:
         raise typer.Exit(code)

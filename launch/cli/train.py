@@ -46,6 +46,7 @@ def train(
     """
     from dinogen.config import load_config
     from dinogen.distributed import process_group
+    from dinogen.runs.run import Run
     from dinogen.training.run import train as train_run
     from dinogen.training.stop import Stopped
     from launch.cli.console import say, setup_logging
@@ -64,10 +65,11 @@ def train(
         process_group.shutdown()
         return
     if process_group.is_main():
+        run = Run.of(settings)
         for result in results:
-            name = f"{result['resolution']}x{result['resolution']}"
-            say(f"{name}: {settings.run / name / result['files']['final']}")
-        say(f"page: {settings.run / 'index.html'}")
+            place = run.stage(result["resolution"])
+            say(f"{place.name}: {place.folder / result['files']['final']}")
+        say(f"page: {run.page}")
         say(f"curves: tensorboard --logdir {settings.run}")
     process_group.shutdown()
 
@@ -100,6 +102,7 @@ def sample(
     from dinogen.errors import UserError
     from dinogen.files import write_text
     from dinogen.report.images import save_grid, to_uint8
+    from dinogen.runs.layout import checkpoint_name
     from dinogen.training.checkpointing.snapshot import load_snapshot
     from launch.cli.console import setup_logging
 
@@ -107,11 +110,12 @@ def sample(
     if guidance != 1 and not text:
         raise UserError("--guidance exaggerates what --text asks for: say that as well")
     snapshot = load_snapshot(run, stage)
-    size = f"{snapshot.resolution}x{snapshot.resolution}"
+    size = snapshot.place.name
     if text:
         snapshot.ask(text, guidance)
     asked = f"_{text_mark(text, guidance)}" if text else ""
-    folder = out or run / "samples" / f"{size}_{snapshot.nimg:09d}_seed{seed}{asked}"
+    name = f"{size}_{checkpoint_name(snapshot.nimg)}_seed{seed}{asked}"
+    folder = out or snapshot.place.run.samples_folder / name
     folder.mkdir(parents=True, exist_ok=True)
     if text:
         write_text(folder / "prompts.txt", "".join(f"{prompt}\n" for prompt in text))
@@ -166,15 +170,17 @@ def _print(done: Demo) -> None:
     """Tell what was made, how long it took and what comes next."""
     from rich.console import Console
 
+    from dinogen.runs.run import Run
+
     console = Console(highlight=False, soft_wrap=True)
     console.print()
     for result in done.results:
-        name = f"{result['resolution']}x{result['resolution']}"
+        place = Run.of(done.config).stage(result["resolution"])
         verdict = result["verdict"]
         colour = "green" if verdict == "ok" else "red"
         console.print(
-            f"{name:>7}  {result['nimg']:,} images  [{colour}]{verdict}[/]  "
-            f"{done.config.run / name / result['files']['final']}"
+            f"{place.name:>7}  {result['nimg']:,} images  [{colour}]{verdict}[/]  "
+            f"{place.folder / result['files']['final']}"
         )
     steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in done.seconds.items())
     console.print(f"\nwall time {sum(done.seconds.values()):.0f} s: {steps}")

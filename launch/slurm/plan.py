@@ -10,7 +10,7 @@ from pathlib import Path
 from dinogen.config import Config, StageConfig
 from dinogen.config.cluster import ClusterConfig, JobConfig
 from dinogen.errors import UserError
-from dinogen.runs.progress import figure_of, is_evaluated, is_visualized, stage_result
+from dinogen.runs.run import Run
 from launch.request import choose_stages
 from shards.format.manifest import MANIFEST
 
@@ -63,13 +63,13 @@ def plan_steps(
             f"{SCRIPTS}: the scripts of the jobs are not there: install dinogen from its folder "
             "(make install) and launch with that one"
         )
-    sizes = choose_stages(config, stages)
+    run, sizes = Run.of(config), choose_stages(config, stages)
     chosen = [stage for stage in config.stages if stage.resolution in sizes]
     steps = _data_steps(config, photos, file)
     for stage in chosen:
         size = str(stage.resolution)
         resources = stage_resources(config, stage)
-        done = stage_result(config, stage) is not None
+        done = run.stage(stage.resolution).done
         steps.append(_step("train", (str(file), size), resources, done, f"train-{size}"))
     if not _has_held_out(config):
         log.info(
@@ -77,13 +77,13 @@ def plan_steps(
             config.data.location,
         )
         return steps
-    args: tuple[str, ...] = (str(config.run), "--stage", str(chosen[-1].resolution))
+    last = run.stage(chosen[-1].resolution)
+    args: tuple[str, ...] = (str(config.run), "--stage", str(last.resolution))
     resources = step_resources(config, "evaluate")
     if metric is None:
-        done = is_evaluated(config, chosen[-1])
-        return [*steps, _step("evaluate", args, resources, done)]
-    figure = figure_of(config, chosen[-1], metric) or {}
-    done = figure.get("value") is not None and is_visualized(config, chosen[-1])
+        return [*steps, _step("evaluate", args, resources, last.evaluated)]
+    figure = last.metric(metric) or {}
+    done = figure.get("value") is not None and last.visualized
     args += tuple(metric_changes(config))
     return [*steps, _step("results", args, resources, done, "evaluate")]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinogen.config import Config, StageConfig, load_config
+from dinogen.config import Config, load_config
 from dinogen.errors import UserError
-from dinogen.runs.progress import end_of, is_evaluated, num_images, stage_result
+from dinogen.runs.run import Run
 from launch.slurm import queue
 from launch.slurm.jobs import Job, Jobs, read_jobs
 from launch.slurm.plan import lacking_data
@@ -117,30 +117,18 @@ def _progress(job: Job) -> tuple[bool, str]:
         config: Config = load_config(job.config)
     except UserError as error:
         return False, str(error)
-    stage = next((one for one in config.stages if job.step == f"train-{one.resolution}"), None)
+    stages = Run.of(config).planned
+    stage = next((one for one in stages if job.step == f"train-{one.resolution}"), None)
     if stage is None:
         if job.step == "evaluate":
-            return any(is_evaluated(config, one) for one in config.stages), ""
+            return any(one.evaluated for one in stages), ""
         return not lacking_data(config), ""
-    return stage_progress(config, stage)
+    return stage.done, stage.progress
 
 
 def stage_rows(config: Config) -> list[Row]:
     """The stages of a run that was not submitted, but trained on this machine or not at all."""
-    rows = []
-    for stage in config.stages:
-        done, progress = stage_progress(config, stage)
-        state = "done" if done else "begun" if progress else "not begun"
-        rows.append(Row(f"train-{stage.resolution}", "", state, progress, "", True))
-    return rows
-
-
-def stage_progress(config: Config, stage: StageConfig) -> tuple[bool, str]:
-    """Whether a stage is done, and how far it is, in words; empty before its first log line."""
-    result = stage_result(config, stage)
-    if result is not None:
-        return True, f"{result['nimg'] / 1000:.4g} kimg, {result.get('verdict', 'unknown')}"
-    nimg, end = num_images(config, stage), end_of(config, stage)
-    if nimg is None:
-        return False, ""
-    return False, f"{nimg / 1000:.4g} of {'?' if end is None else f'{end / 1000:.4g}'} kimg"
+    return [
+        Row(f"train-{stage.resolution}", "", stage.status, stage.progress, "", True)
+        for stage in Run.of(config).planned
+    ]

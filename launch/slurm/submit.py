@@ -14,7 +14,7 @@ from pathlib import Path
 from dinogen.config import Config, dump_config
 from dinogen.errors import UserError
 from dinogen.files import write_text
-from dinogen.runs.progress import stage_result
+from dinogen.runs.run import Run
 from launch.request import Request
 from launch.slurm import queue
 from launch.slurm.jobs import Job, Jobs, launch_folder, launch_lock, read_jobs
@@ -120,7 +120,7 @@ def _stage_before(config: Config, steps: list[Step], jobs: Jobs, states: States)
     first = next(step for step in steps if _is_stage(step))
     sizes = [stage.resolution for stage in config.stages]
     index = sizes.index(int(first.args[1]))
-    if index == 0 or first.done or stage_result(config, config.stages[index - 1]) is not None:
+    if index == 0 or first.done or Run.of(config).stage(sizes[index - 1]).done:
         return None
     name = f"train-{sizes[index - 1]}"
     job = jobs.newest(name)

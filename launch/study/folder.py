@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dinogen.config import Config, load_config
 from dinogen.errors import EXIT_STOPPED, UserError
+from dinogen.runs.layout import CONFIG
 from launch.local.signals import SignalForwarder
 from launch.local.start import build_command, count_processes
 from launch.request import Request
@@ -50,7 +51,7 @@ class Outcome:
 
 def is_study(folder: Path) -> bool:
     """Whether a folder holds configs; a run holds but its own, ``config.yaml``."""
-    return any(path.name != "config.yaml" for path in folder.glob("*.yaml"))
+    return any(path.name != CONFIG for path in folder.glob("*.yaml"))
 
 
 def study_configs(folder: Path, overrides: Sequence[str] = ()) -> dict[Path, Config]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from dinogen.config import dump_config
 from dinogen.errors import EXIT_STOPPED, UserError
 from dinogen.files import write_text
+from dinogen.runs.run import Run
 from launch.doctor import usable_cores
 from launch.local.signals import SignalForwarder
 from launch.local.start import build_command, count_processes
@@ -154,7 +155,7 @@ class LocalStudy:
         told = False
         run.folder.mkdir(parents=True, exist_ok=True)
         while not self._relay.stopping:
-            path = run.folder / ".lock"
+            path = Run(run.folder).lock_file
             with path.open("w") as file:
                 if lock(file, path, shared=False, wait=False) is not Locked.BUSY:
                     return

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinogen.runs.progress import figure_of
 from launch.slurm.status import Row
 from launch.study.plan import StudyRun, steps_left
 from launch.study.selection import Speed
@@ -27,7 +26,7 @@ def complaint(run: StudyRun, step: str, metric: str, code: int, log: Path) -> st
         return f"{step} failed (exit code {code}): {last_line(log)} (log: {log})"
     if step not in steps_left(run, metric):
         return None
-    figure = figure_of(run.config, run.config.stages[-1], metric) if step == "evaluate" else None
+    figure = run.stages[-1].metric(metric) if step == "evaluate" else None
     if figure is not None:
         return f"{metric} is not available: {figure['reason']}"
     return f"{step} ended well, but did not make what it should (log: {log})"
@@ -48,7 +47,7 @@ def jobless(run: StudyRun, metric: str, rows: Sequence[Row]) -> str:
         return (
             f"{metric} cannot be measured: its data hold nothing back (prepare.pack.val_fraction)"
         )
-    figure = figure_of(run.config, run.config.stages[-1], metric)
+    figure = run.stages[-1].metric(metric)
     if figure is not None and figure["value"] is None:
         return f"{metric} is not available: {figure['reason']}"
     left = ", ".join(steps_left(run, metric))

@@ -10,7 +10,7 @@ from typing import Any
 
 from dinogen.config import Config, ConfigError, load_config
 from dinogen.config.study import FINAL, EntryConfig, StudyConfig, TrackConfig, load_study
-from dinogen.runs.progress import figure_of, is_visualized, stage_result
+from dinogen.runs.run import Run, Stage
 from launch.slurm.plan import lacking_data
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,11 @@ class StudyRun:
     def folder(self) -> Path:
         """Folder of the run."""
         return self.config.run
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of its config, as far as they are."""
+        return Run.of(self.config).planned
 
 
 @dataclass(frozen=True)
@@ -113,12 +118,12 @@ def open_study(path: Path) -> Study:
 
 def steps_left(run: StudyRun, metric: str) -> list[str]:
     """What has still to be done for a run, of :data:`STEPS`."""
-    last = run.config.stages[-1]
-    if any(stage_result(run.config, stage) is None for stage in run.config.stages):
+    if not all(stage.done for stage in run.stages):
         return list(STEPS)
-    figure = figure_of(run.config, last, metric)
+    last = run.stages[-1]
+    figure = last.metric(metric)
     done = {"evaluate": figure is not None and figure["value"] is not None}
-    done["look"] = is_visualized(run.config, last)
+    done["look"] = last.visualized
     return [step for step in STEPS[1:] if not done[step]]
 
 

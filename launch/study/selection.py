@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinogen.config import Config, StageConfig
+from dinogen.config import Config
 from dinogen.errors import UserError
-from dinogen.runs.files import RESULT, STATS, read_lines, read_result
-from dinogen.runs.progress import figure_of, num_images, stage_result
+from dinogen.runs.run import Run, Stage
 from dinogen.runs.values import amount
 from launch.study.plan import Study, StudyRun
 from shards.errors import ShardsError
@@ -97,7 +96,7 @@ def present_runs(
 
 
 def _figure(run: StudyRun, metric: str) -> dict[str, Any] | None:
-    return figure_of(run.config, run.config.stages[-1], metric)
+    return run.stages[-1].metric(metric)
 
 
 def _has_value(figure: dict[str, Any]) -> bool:
@@ -164,17 +163,17 @@ def cost_of(run: StudyRun, others: Sequence[StudyRun]) -> Cost:
     processor_s: float | None = 0.0
     speeds: list[Speed] = []
     unknown: list[str] = []
-    for stage in config.stages:
-        end = start + stage.num_images
-        seen = num_images(config, stage) or start
-        left = 0 if stage_result(config, stage) else max(0, end - seen)
+    for stage in Run.of(config).planned:
+        end = start + stage.config.num_images
+        seen = stage.nimg or start
+        left = 0 if stage.done else max(0, end - seen)
         start = end
         num_left += left
         if not left:
             continue
-        speed = find_speed(run, stage, others)
+        speed = find_speed(run, stage.resolution, others)
         if speed is None:
-            unknown.append(f"{stage.resolution}x{stage.resolution}")
+            unknown.append(stage.name)
             continue
         speeds.append(speed)
         if seconds is not None:
@@ -189,9 +188,8 @@ def cost_of(run: StudyRun, others: Sequence[StudyRun]) -> Cost:
     return Cost(num_left, seconds, processor_s, tuple(speeds), "")
 
 
-def find_speed(run: StudyRun, stage: StageConfig, others: Sequence[StudyRun]) -> Speed | None:
+def find_speed(run: StudyRun, resolution: int, others: Sequence[StudyRun]) -> Speed | None:
     """The nearest measured speed of a stage; None if there is none."""
-    size = f"{stage.resolution}x{stage.resolution}"
     alike = [one for one in others if one.source == run.source]
     family = run.config.family.name
     relatives = [one for one in others if one.config.family.name == family]
@@ -199,7 +197,7 @@ def find_speed(run: StudyRun, stage: StageConfig, others: Sequence[StudyRun]) ->
     rest = [one for other in relatives for one in (other.folder, other.outside)]
     for same, folders in ((True, own), (False, rest)):
         for folder in _once(folders):
-            speed = _read(folder / size, family, same)
+            speed = _read(Run(folder).stage(resolution), family, same)
             if speed is not None:
                 return speed
     return None
@@ -209,21 +207,21 @@ def _once(folders: Iterable[Path]) -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def _read(folder: Path, family: str, same: bool) -> Speed | None:
+def _read(stage: Stage, family: str, same: bool) -> Speed | None:
     """The speed that a stage's files tell; None if they tell none, or are of another family."""
-    result = read_result(folder / RESULT).value
+    result = stage.result
     if result is None:
-        return _read_log(folder, same)
+        return _read_log(stage, same)
     speed = result.get("images_per_s")
     if result.get("family") != family or not speed:
         return None
-    return Speed(float(speed), folder, result.get("device"), result.get("world_size"), same)
+    return Speed(float(speed), stage.folder, result.get("device"), result.get("world_size"), same)
 
 
-def _read_log(folder: Path, same: bool) -> Speed | None:
-    lines = read_lines(folder / STATS, {"images_per_s": amount}).value[-_RECENT:]
+def _read_log(stage: Stage, same: bool) -> Speed | None:
+    lines = stage.read_stats({"images_per_s": amount}).value[-_RECENT:]
     found = [line["images_per_s"] for line in lines if line.get("images_per_s")]
-    return Speed(statistics.median(found), folder, None, None, same) if found else None
+    return Speed(statistics.median(found), stage.folder, None, None, same) if found else None
 
 
 def _with_lengths(config: Config) -> Config | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from dinogen.errors import UserError
 from dinogen.files import next_free, write_json
 from dinogen.runs.files import read_attempts, read_object
+from dinogen.runs.layout import STUDY
 from launch.study.plan import Study, StudyRun
 from shards.lock import Locked, lock
 from shards.lock import is_locked as is_file_locked
@@ -73,7 +74,7 @@ class Record:
     @property
     def path(self) -> Path:
         """The file."""
-        return self.study.folder / "study.json"
+        return self.study.folder / STUDY
 
     def begin(self, run: StudyRun, step: str, command: Sequence[str], log: Path) -> Attempt:
         """Note that a step begins."""

@@ -9,10 +9,9 @@ from dinogen.errors import UserError
 from dinogen.files import write_text
 from dinogen.report.compare.read import is_run
 from dinogen.report.compare.write import write_comparison
-from dinogen.runs.progress import figure_of
 from launch.slurm import queue
 from launch.slurm.jobs import read_jobs
-from launch.slurm.status import job_rows, stage_progress
+from launch.slurm.status import job_rows
 from launch.study.plan import Study, StudyRun, changed, is_trained, lacking, steps_left
 from launch.study.selection import Choice, present_runs
 from launch.study.state import Record, is_locked, read_record
@@ -59,7 +58,7 @@ def settled(study: Study, record: Record, run: StudyRun) -> bool:
 
 def _state(study: Study, record: Record, busy: bool, run: StudyRun) -> State:
     metric = study.plan.metric
-    found = figure_of(run.config, run.config.stages[-1], metric)
+    found = run.stages[-1].metric(metric)
     figure = found["value"] if found else None
     left = steps_left(run, metric)
 
@@ -105,10 +104,9 @@ def _queued(run: StudyRun) -> tuple[str, str] | None:
 def _progress(run: StudyRun) -> str:
     """How far the last stage is that has begun."""
     words = ""
-    for stage in run.config.stages:
-        _, told = stage_progress(run.config, stage)
-        if told:
-            words = told if len(run.config.stages) == 1 else f"{stage.resolution}: {told}"
+    for stage in run.stages:
+        if told := stage.progress:
+            words = told if len(run.stages) == 1 else f"{stage.resolution}: {told}"
     return words
 
 

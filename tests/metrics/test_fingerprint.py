@@ -71,7 +71,10 @@ def test_it_is_twelve_digits_and_does_not_change_from_version_to_version():
         ({"num_samples": 500}, "num_samples: 500, not 5000"),
         ({"num_reference": 70}, "num_reference: 70, not 700"),
         ({"resolution": 32}, "resolution: 32, not 64"),
-        ({"extractor": {"weights_sha256": "b" * 64}}, "weights_sha256: bbbbbbbbbbbb, not aaaaaaaaaaaa"),
+        (
+            {"extractor": {"weights_sha256": "b" * 64}},
+            "weights_sha256: bbbbbbbbbbbb, not aaaaaaaaaaaa",
+        ),
         ({"extractor": {"name": "inception768"}}, "judge: inception768, not inception"),
         ({"extractor": {"random": True}}, "random: True, not False"),
     ],

@@ -106,7 +106,7 @@ class Colours:
 
 def test_a_judge_whose_weights_are_named_says_what_is_near(scene_of, monkeypatch):
     scene = Scene(scene_of("vae").snapshot, 5)
-    monkeypatch.setattr(looks_nearest, "load_judge", lambda name, config, device: Colours())
+    monkeypatch.setattr(looks_nearest, "load_extractor", lambda name, config, device: Colours())
     config = MetricsConfig(inception768="there.safetensors")
     scene.ruler = looks_nearest.choose_ruler(config, RESOLUTION, torch.device("cpu"))
     found, _ = scene.nearest

@@ -18,6 +18,7 @@ from tensorboard.plugins.hparams import metadata
 
 from dinogen.metrics.value import Figure
 from dinogen.runs.files import read_stats
+from dinogen.runs.run import Run
 from dinogen.training.logging.tensorboard import write_summary
 from dinogen.training.run import train
 from tests.browser import open_browser
@@ -113,6 +114,7 @@ def test_hparams_stand_with_the_final_figures(config):
 
 def test_what_is_measured_later_takes_its_place(config, tmp_path):
     """Once more after evaluation and looks: one set of hparams, the new figures, the pictures."""
+    place = Run.of(config.model_copy(update={"run": tmp_path})).stage(8)
     folder = tmp_path / "8x8"
     (folder / "looks").mkdir(parents=True)
     result = {"nimg": 80, "loss": 0.5, "files": {}}
@@ -122,7 +124,7 @@ def test_what_is_measured_later_takes_its_place(config, tmp_path):
         line = {"nimg": nimg, "metrics": {"fid": replace(fid, value=value).to_dict()}}
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-    write_summary(folder, config, config.stages[0])
+    write_summary(place)
     before = board(folder, "final")
     assert scalars(before, "final/fid") == [(80, 50.0)]
     assert before.Tags()["images"] == []
@@ -140,7 +142,7 @@ def test_what_is_measured_later_takes_its_place(config, tmp_path):
         "psi": {"file": None, "reason": "does not truncate", "nimg": 80},
     }
     (folder / "looks" / "looks.json").write_text(json.dumps(looks))
-    write_summary(folder, config, config.stages[0])
+    write_summary(place)
     after = board(folder, "final")
     assert len(list((folder / "tb" / "final").iterdir())) == 1
     assert hyperparameters(after) == hyperparameters(before)
@@ -150,12 +152,12 @@ def test_what_is_measured_later_takes_its_place(config, tmp_path):
     assert after.Tags()["images"] == ["looks/grid16"]
 
     (folder / "evaluation.json").write_text(json.dumps(evaluation | {"nimg": 40}))
-    write_summary(folder, config, config.stages[0])
+    write_summary(place)
     assert scalars(board(folder, "final"), "final/fid") == [(80, 50.0)]
 
 
 def test_an_unfinished_stage_has_no_summary(config, tmp_path):
-    write_summary(tmp_path, config, config.stages[0])
+    write_summary(Run.of(config.model_copy(update={"run": tmp_path})).stage(8))
     assert list(tmp_path.iterdir()) == []
 
 

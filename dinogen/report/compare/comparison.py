@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from dinogen.report.compare.columns import Column, label_of
-from dinogen.report.compare.model import Run
+from dinogen.report.compare.model import ComparedRun
 from dinogen.report.compare.table import (
     Chapter,
     Seeds,
@@ -31,7 +31,7 @@ class Comparison:
         title: heading.
     """
 
-    def __init__(self, runs: Sequence[Run], title: str) -> None:
+    def __init__(self, runs: Sequence[ComparedRun], title: str) -> None:
         self.title = title
         self.version = version("dinogen")
         begun = [run for run in runs if run.numbers]
@@ -90,7 +90,7 @@ class Comparison:
         }
 
 
-def _damaged(damaged: Sequence[Run], runs: Sequence[Run]) -> list[str]:
+def _damaged(damaged: Sequence[ComparedRun], runs: Sequence[ComparedRun]) -> list[str]:
     """One sentence above everything, if files are damaged."""
     if not damaged:
         return []
@@ -101,7 +101,7 @@ def _damaged(damaged: Sequence[Run], runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _run_dict(run: Run) -> dict[str, Any]:
+def _run_dict(run: ComparedRun) -> dict[str, Any]:
     return {
         "name": run.name,
         "folder": str(run.folder),

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dinogen.runs.files import Found, Line, read_raw, read_visualizations
+from dinogen.files import named_folder
+from dinogen.runs.files import Found, Line, read_raw
+from dinogen.runs.run import Stage
 
 T = TypeVar("T")
 
@@ -25,7 +27,7 @@ class Number:
         num_reference: real pictures that they were compared with.
         fingerprint: id of how it was measured; only equal ones compare.
         reason: why there is no value, with the remedy.
-        source: key of :attr:`Run.sources`.
+        source: key of :attr:`ComparedRun.sources`.
         caution: why it is to be read with care; None if nothing speaks against it.
     """
 
@@ -61,7 +63,7 @@ class Source:
 
 
 @dataclass
-class Run:
+class ComparedRun:
     """All that a comparison says about one run.
 
     Attributes (those that do not explain themselves):
@@ -99,9 +101,9 @@ class Run:
         return self.status == "finished"
 
 
-def take(run: Run, found: Found[T]) -> T:
+def take(run: ComparedRun, found: Found[T]) -> T:
     """What is sound of one of a run's files; what is not becomes a trouble of the run."""
-    said = found.told(run.folder)
+    said = found.told(named_folder(run.folder))
     run.troubles += said
     run.damage += said
     return found.value
@@ -167,16 +169,16 @@ class Look:
 
 
 def read_looks(
-    stage: Path, result: dict[str, Any] | None
+    stage: Stage, result: dict[str, Any] | None
 ) -> tuple[Found[dict[str, dict[str, Any]]], list[Look], list[str]]:
     """looks.json, its images, else the last grid of training; and what is missing.
 
     Args:
-        stage: folder of the stage.
+        stage: of the run.
         result: its result.json, as checked.
     """
-    folder = stage / "looks"
-    index = read_visualizations(folder / "looks.json")
+    index = stage.read_visualizations()
+    folder = stage.visualizations_folder
     looks = [_look(name, one, folder) for name, one in index.value.items()]
     missing = [one.path.name for one in looks if one.path and not one.path.is_file()]
     troubles = []
@@ -184,9 +186,9 @@ def read_looks(
         troubles.append(f"images are missing: {', '.join(missing)}: run dinogen look again")
     if not any(one.section == "samples" and one.path for one in looks) and result:
         name = (result.get("files") or {}).get("final")
-        if name and (stage / name).is_file():
+        if name and (stage.folder / name).is_file():
             caption = "drawn at the end of training, under the seed of the run"
-            looks.append(Look("final", stage / name, caption, result.get("nimg")))
+            looks.append(Look("final", stage.folder / name, caption, result.get("nimg")))
     return index, looks, troubles
 
 

@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from dinogen.report.compare.columns import Column, all_digits, label_of, show_counts
 from dinogen.report.compare.comparison import Comparison
-from dinogen.report.compare.model import Look, Run
+from dinogen.report.compare.model import ComparedRun, Look
 from dinogen.report.compare.table import number_rows
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -67,7 +67,7 @@ class Plot:
     warning: str
     wide: Markup
     narrow: Markup
-    runs: tuple[Run, ...]
+    runs: tuple[ComparedRun, ...]
 
 
 def render_page(comparison: Comparison) -> str:
@@ -118,7 +118,7 @@ def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:
     return groups
 
 
-def _cell(run: Run, column: Column, place: int) -> Cell:
+def _cell(run: ComparedRun, column: Column, place: int) -> Cell:
     number = run.numbers.get(column.name)
     if number is None or number.value is None:
         return Cell("–")
@@ -136,7 +136,7 @@ def _cell(run: Run, column: Column, place: int) -> Cell:
     )
 
 
-def _plots(runs: Sequence[Run], numbers: dict[str, int]) -> list[Plot]:
+def _plots(runs: Sequence[ComparedRun], numbers: dict[str, int]) -> list[Plot]:
     """A plot for each figure that was measured at several points of training."""
     names = dict.fromkeys(name for run in runs for line in run.measured for name in line["metrics"])
     plots = []
@@ -168,7 +168,9 @@ def _plots(runs: Sequence[Run], numbers: dict[str, int]) -> list[Plot]:
     return plots
 
 
-def _losses(runs: Iterable[Run], numbers: dict[str, int]) -> list[tuple[Run, Markup]]:
+def _losses(
+    runs: Iterable[ComparedRun], numbers: dict[str, int]
+) -> list[tuple[ComparedRun, Markup]]:
     """The loss of each run by itself: losses of different families have no common scale."""
     found = []
     for run in runs:
@@ -179,7 +181,9 @@ def _losses(runs: Iterable[Run], numbers: dict[str, int]) -> list[tuple[Run, Mar
     return found
 
 
-def _sections(comparison: Comparison) -> list[tuple[str, str, str, list[tuple[Run, list[Look]]]]]:
+def _sections(
+    comparison: Comparison,
+) -> list[tuple[str, str, str, list[tuple[ComparedRun, list[Look]]]]]:
     """Pictures of all runs under common headings; headings without any are left out."""
     sections = []
     for key, title, text in SECTIONS:
@@ -193,7 +197,7 @@ def _sections(comparison: Comparison) -> list[tuple[str, str, str, list[tuple[Ru
     return sections
 
 
-def _more(run: Run) -> list[Look]:
+def _more(run: ComparedRun) -> list[Look]:
     """Pictures that stand in no common section, and what was left out and why."""
     first = next((look for look in run.looks if look.section == "samples" and look.path), None)
     return [

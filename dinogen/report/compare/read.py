@@ -13,26 +13,10 @@ from typing import Any
 from dinogen.errors import UserError
 from dinogen.report.cautions import caution_of
 from dinogen.report.compare.columns import MEASURED
-from dinogen.report.compare.model import Look, Number, Run, Source, read_looks, take
-from dinogen.runs.files import (
-    CONFIG,
-    EVALUATION,
-    METRICS,
-    RESULT,
-    STATE,
-    STATS,
-    read_attempts,
-    read_config,
-    read_evaluation,
-    read_lines,
-    read_metrics,
-    read_raw,
-    read_result,
-    read_state,
-    read_text,
-    series,
-    stage_folders,
-)
+from dinogen.report.compare.model import ComparedRun, Look, Number, Source, read_looks, take
+from dinogen.runs.files import read_attempts, read_config, read_raw, read_text, series
+from dinogen.runs.layout import CONFIG, EVALUATION, METRICS, RESULT, STUDY, stage_name
+from dinogen.runs.run import Run, Stage
 from dinogen.runs.values import finite
 
 log = logging.getLogger(__name__)
@@ -42,7 +26,7 @@ NOTES = ("step", "change", "failed", "next")
 
 def is_run(path: Path) -> bool:
     """Whether a folder is that of a run, be its config lost: it has a config or stages."""
-    return os.path.lexists(path / CONFIG) or bool(stage_folders(path).value)
+    return os.path.lexists(path / CONFIG) or bool(Run(path).begun)
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
@@ -65,13 +49,13 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         if not os.path.lexists(path):
             raise UserError(f"{path}: no such folder: give folders of runs, or one that holds some")
         # a study knows of runs that never came to a config.yaml of their own
-        below = [path / name for name in read_attempts(path / "study.json").value]
+        below = [path / name for name in read_attempts(path / STUDY).value]
         below += [one for one in _folders_below(path) if is_run(one)]
         if not below:
             lost.append(path)
         found += below or [path]
     if lost and len(lost) == len(found):
-        raise UserError(f"{lost[0]}: no run here or below (no config.yaml): train one first")
+        raise UserError(f"{lost[0]}: no run here or below (no {CONFIG}): train one first")
     return list(dict.fromkeys(found))
 
 
@@ -91,7 +75,7 @@ def _folders_below(path: Path) -> list[Path]:
     return found
 
 
-def read_runs(folders: Iterable[Path]) -> list[Run]:
+def read_runs(folders: Iterable[Path]) -> list[ComparedRun]:
     """The runs in the order given, each under the shortest name that no other has."""
     folders = list(dict.fromkeys(folders))
     parts = [folder.resolve().parts for folder in folders]
@@ -109,9 +93,9 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "replace").decode("utf-8")
 
 
-def _read_run(folder: Path, name: str) -> Run:
+def _read_run(folder: Path, name: str) -> ComparedRun:
     """One run; whatever is wrong with its files is a trouble of this run alone."""
-    run = Run(folder, name)
+    run = ComparedRun(folder, name)
     try:
         _read_files(run)
     except Exception as error:  # a fault of ours, which must not cost the other runs their page
@@ -122,19 +106,19 @@ def _read_run(folder: Path, name: str) -> Run:
     return run
 
 
-def _read_files(run: Run) -> None:
+def _read_files(run: ComparedRun) -> None:
     folder = run.folder
     _read_attempts(run)
     _read_config(run)
     if not folder.is_dir():
         _say_not_begun(run)
         return
-    stages = take(run, stage_folders(folder))
+    stages = take(run, Run(folder).read_stages())
     results = {}
-    for resolution, path in stages:
-        result = take(run, read_result(path / RESULT))
+    for stage in stages:
+        result = take(run, stage.read_result())
         if result is not None:
-            results[resolution] = result
+            results[stage.resolution] = result
     planned = [stage.get("resolution") for stage in run.config.get("stages") or ()]
     if planned and planned[-1] in results:
         run.status = "finished"
@@ -145,11 +129,11 @@ def _read_files(run: Run) -> None:
     if not stages:
         run.troubles.append("it ended before its first stage: no stage has a folder")
         return
-    run.resolution = max(results, default=stages[-1][0])
-    main = folder / f"{run.resolution}x{run.resolution}"
-    _read_losses(run, [path for _, path in stages])
-    if not run.finished and not (run.status == "damaged" and stages[-1][0] in results):
-        _say_how_far(run, stages[-1][1])
+    run.resolution = max(results, default=stages[-1].resolution)
+    main = next(stage for stage in stages if stage.resolution == run.resolution)
+    _read_losses(run, stages)
+    if not run.finished and not (run.status == "damaged" and stages[-1].resolution in results):
+        _say_how_far(run, stages[-1])
     _read_checkpoint(run, main)
     if results:
         read_costs(run, results)
@@ -158,11 +142,11 @@ def _read_files(run: Run) -> None:
     take(run, index)
     run.troubles += troubles
     real = (results.get(run.resolution, {}).get("files") or {}).get("real")
-    if real and (main / real).is_file():
-        run.real = Look("real", main / real, f"real images, {run.resolution}x{run.resolution}")
+    if real and (main.folder / real).is_file():
+        run.real = Look("real", main.folder / real, f"real images, {main.name}")
 
 
-def _say_not_begun(run: Run) -> None:
+def _say_not_begun(run: ComparedRun) -> None:
     """There is no folder: it was never made, or something else stands in its place."""
     if os.path.lexists(run.folder):
         run.status = "damaged"
@@ -172,7 +156,7 @@ def _say_not_begun(run: Run) -> None:
         run.troubles.append("never begun: there is no such folder")
 
 
-def _read_config(run: Run) -> None:
+def _read_config(run: ComparedRun) -> None:
     path = run.folder / CONFIG
     if not os.path.lexists(path):
         # what a study would have started it with still tells its family and notes
@@ -201,10 +185,10 @@ def _read_config(run: Run) -> None:
     run.notes = {key: notes[key] for key in NOTES if notes.get(key) is not None}
 
 
-def _read_attempts(run: Run) -> None:
+def _read_attempts(run: ComparedRun) -> None:
     """What went wrong when a step of a run of a study was tried last, and where its log is."""
     folder = run.folder.absolute()
-    record = read_attempts(folder.parent.parent / "study.json")
+    record = read_attempts(folder.parent.parent / STUDY)
     tried = record.value.get(f"{folder.parent.name}/{folder.name}", [])
     newest: dict[Any, dict[str, Any]] = {one.get("step"): one for one in tried}
     for step, one in newest.items():
@@ -212,29 +196,28 @@ def _read_attempts(run: Run) -> None:
             run.troubles.append(f"{step}: {one['what']} (log: {one.get('log')})")
 
 
-def _read_losses(run: Run, folders: list[Path]) -> None:
+def _read_losses(run: ComparedRun, stages: list[Stage]) -> None:
     """The loss over all stages; they count images on."""
-    for folder in folders:
-        found = read_lines(folder / STATS)
+    for stage in stages:
+        found = stage.read_stats()
         lines = take(run, found)
         if found.there and not lines and read_raw(found.path).value:
-            run.damage.append(f"{folder.name}/{STATS}: holds no line of statistics")
+            run.damage.append(f"{stage.name}/{found.path.name}: holds no line of statistics")
             run.troubles.append(run.damage[-1])
         kimg, loss = series(lines, "loss")
         run.loss = (run.loss[0] + kimg, run.loss[1] + loss)
 
 
-def _say_how_far(run: Run, folder: Path) -> None:
+def _say_how_far(run: ComparedRun, stage: Stage) -> None:
     """Where a run without a result stands, for the list of what failed."""
-    lines = read_lines(folder / STATS).value
+    lines = stage.stats
     if not lines:
-        run.troubles.append(f"stopped or still at work in stage {folder.name}: not a log line yet")
+        run.troubles.append(f"stopped or still at work in stage {stage.name}: not a log line yet")
         return
-    stages = run.config.get("stages") or ()
-    lengths = [stage.get("kimg") for stage in stages]
+    lengths = [planned.get("kimg") for planned in run.config.get("stages") or ()]
     whole = f" of {sum(lengths):.4g}" if lengths and None not in lengths else ""
     run.troubles.append(
-        f"stopped or still at work in stage {folder.name}: "
+        f"stopped or still at work in stage {stage.name}: "
         f"{lines[-1]['nimg'] / 1000:.4g}{whole} thousand images, no result"
     )
     broken = 0
@@ -246,27 +229,25 @@ def _say_how_far(run: Run, folder: Path) -> None:
         run.troubles.append(f"its last {broken} log lines hold no finite loss")
 
 
-def _read_checkpoint(run: Run, stage: Path) -> None:
+def _read_checkpoint(run: ComparedRun, stage: Stage) -> None:
     """What the newest checkpoint knows of the data."""
-    for path in sorted(stage.glob(f"checkpoints/*/{STATE}"), reverse=True):
-        state = take(run, read_state(path))
+    for found in stage.checkpoints.iter_states():
+        state = take(run, found)
         if state is not None:
             run.data_sha256 = state.get("data")
             return
 
 
-# figures of kept checkpoints, measured after training
-OVER_TRAINING = "checkpoints.jsonl"
 PROMPTED = {name for group, names in MEASURED if group == "Prompts" for name, _ in names}
 
 
-def read_costs(run: Run, results: dict[int, dict[str, Any]]) -> None:
+def read_costs(run: ComparedRun, results: dict[int, dict[str, Any]]) -> None:
     """Numbers of training: summed over stages where they add up."""
     last = results[max(results)]
     run.facts = last
     run.sources["training"] = Source(
-        f"{max(results)}x{max(results)}/result.json",
-        f"dinogen train {run.folder / 'config.yaml'}",
+        f"{stage_name(max(results))}/{RESULT}",
+        f"dinogen train {run.folder / CONFIG}",
         last.get("nimg"),
         last.get("versions") or {},
         last.get("device"),
@@ -297,31 +278,31 @@ def read_costs(run: Run, results: dict[int, dict[str, Any]]) -> None:
         run.troubles.append(f"{last['num_skipped']} damaged samples were replaced")
 
 
-def read_measured(run: Run, stage: Path) -> None:
+def read_measured(run: ComparedRun, stage: Stage) -> None:
     """Figures of `dinogen evaluate`; what it has not, as measured last in training."""
     trained = run.facts.get("nimg")
-    in_training = take(run, read_metrics(stage / METRICS))
-    run.measured = take(run, read_metrics(stage / OVER_TRAINING)) or in_training
+    in_training = take(run, stage.read_metrics())
+    run.measured = take(run, stage.read_sweep()) or in_training
     for line in run.measured:
         run.fingerprints |= line.get("fingerprints") or {}
     if in_training:
         newest = in_training[-1]
         run.sources["in_training"] = Source(
             f"{stage.name}/{METRICS}",
-            f"dinogen train {run.folder / 'config.yaml'}",
+            f"dinogen train {run.folder / CONFIG}",
             newest["nimg"],
             run.facts.get("versions") or {},
             run.facts.get("device"),
         )
         _add_figures(run, newest["metrics"], "in_training")
-    evaluation = read_evaluation(stage / EVALUATION)
+    evaluation = stage.read_evaluation()
     found = take(run, evaluation)
     if found is None:
         if run.facts and not evaluation.there:
             run.troubles.append(f"never measured: dinogen evaluate {run.folder}")
         return
     run.sources["evaluation"] = Source(
-        f"{stage.name}/evaluation.json",
+        f"{stage.name}/{EVALUATION}",
         found.get("command") or f"dinogen evaluate {run.folder}",
         found.get("nimg"),
         found.get("versions") or {},
@@ -347,7 +328,7 @@ def read_measured(run: Run, stage: Path) -> None:
         )
 
 
-def _add_figures(run: Run, figures: dict[str, Any], source: str) -> None:
+def _add_figures(run: ComparedRun, figures: dict[str, Any], source: str) -> None:
     """Figures of a mapping by name; one that has a value is not replaced by one without."""
     for name, one in figures.items():
         if one is None:
@@ -377,7 +358,7 @@ def _caution(name: str, one: dict[str, Any]) -> str | None:
     return caution_of(one.get("num_samples"), num_real)
 
 
-def _source_of(run: Run, key: str, command: str | None) -> str:
+def _source_of(run: ComparedRun, key: str, command: str | None) -> str:
     """The source of a figure: an evaluation keeps what earlier commands have measured."""
     if command is None or command == run.sources[key].command:
         return key

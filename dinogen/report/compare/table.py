@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dinogen.report.compare.columns import COSTS, MEASURED, Column, label_of, show_counts
-from dinogen.report.compare.model import Number, Run
+from dinogen.report.compare.model import ComparedRun, Number
 
 # By which one the rows are sorted and the story is told: the first that most runs have.
 HEADLINES = ("fid", "fd_dinov2", "fid768", "kid", "kid768", "kd_dinov2")
@@ -19,7 +19,7 @@ BY_DEVICE = {"seconds", "training_images_per_s", "sampling_images_per_s"}
 DIGITS = 3
 
 
-def make_columns(runs: Sequence[Run]) -> list[Column]:
+def make_columns(runs: Sequence[ComparedRun]) -> list[Column]:
     """The columns that at least one run has a value for, in the order of the table."""
     named = [(name, label, group) for group, names in MEASURED for name, label in names]
     known = {name for name, _, _ in named} | {name for name, _ in COSTS}
@@ -34,13 +34,13 @@ def make_columns(runs: Sequence[Run]) -> list[Column]:
     return columns
 
 
-def values_of(runs: Sequence[Run], name: str) -> dict[str, Number]:
+def values_of(runs: Sequence[ComparedRun], name: str) -> dict[str, Number]:
     """Numbers of that name that have a value, by the name of the run."""
     found = {run.name: run.numbers.get(name) for run in runs}
     return {key: one for key, one in found.items() if one is not None and one.value is not None}
 
 
-def headline(columns: Sequence[Column], runs: Sequence[Run]) -> Column | None:
+def headline(columns: Sequence[Column], runs: Sequence[ComparedRun]) -> Column | None:
     """The column that the comparison is told by; None if nothing was measured."""
     counts = {one.name: len(values_of(runs, one.name)) for one in columns}
     found = [name for name in HEADLINES if name in counts]
@@ -50,13 +50,13 @@ def headline(columns: Sequence[Column], runs: Sequence[Run]) -> Column | None:
     return next(one for one in columns if one.name == first)
 
 
-def sort_runs(runs: Sequence[Run], by: Column | None) -> list[Run]:
+def sort_runs(runs: Sequence[ComparedRun], by: Column | None) -> list[ComparedRun]:
     """Best first, those without a value last; as given where values do not compare."""
     if by is None or not by.comparable or by.better == "none":
         return list(runs)
     sign = 1.0 if by.better == "lower" else -1.0
 
-    def place(run: Run) -> float:
+    def place(run: ComparedRun) -> float:
         number = run.numbers.get(by.name)
         return math.inf if number is None or number.value is None else sign * number.value
 
@@ -64,7 +64,7 @@ def sort_runs(runs: Sequence[Run], by: Column | None) -> list[Run]:
 
 
 def unavailable(
-    runs: Sequence[Run], label: Callable[[str], str]
+    runs: Sequence[ComparedRun], label: Callable[[str], str]
 ) -> list[tuple[str, str, list[str]]]:
     """``(metrics, reason, runs)`` of all that could not be measured."""
     found: dict[str, dict[str, list[str]]] = {}
@@ -83,7 +83,7 @@ def unavailable(
 
 
 def _column(
-    name: str, label: str, group: str, numbers: dict[str, Number], runs: Sequence[Run]
+    name: str, label: str, group: str, numbers: dict[str, Number], runs: Sequence[ComparedRun]
 ) -> Column:
     one = next(iter(numbers.values()))
     column = Column(name, label, group, one.better, _decimals(numbers))
@@ -103,7 +103,7 @@ def _column(
     return column
 
 
-def _device(run: Run, number: Number) -> str | None:
+def _device(run: ComparedRun, number: Number) -> str | None:
     source = run.sources.get(number.source)
     return source.device if source else None
 
@@ -137,7 +137,7 @@ def _decimals(numbers: dict[str, Number]) -> int:
     return max(0, min(6, wanted))
 
 
-def number_rows(run: Run) -> list[dict[str, Any]]:
+def number_rows(run: ComparedRun) -> list[dict[str, Any]]:
     """Every number of a run with its origin, full precision, for its provenance."""
     rows = []
     for number in (*run.numbers.values(), *run.others.values()):
@@ -186,12 +186,12 @@ class Seeds:
     values: dict[str, tuple[float, float]]
 
 
-def over_seeds(runs: Sequence[Run], columns: Sequence[Column]) -> list[Seeds]:
+def over_seeds(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[Seeds]:
     """Groups of at least two runs of one config under different seeds.
 
     Only figures that all runs of a group have, measured alike, are averaged.
     """
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[ComparedRun]] = {}
     for run in runs:
         if run.config and run.finished:
             groups.setdefault(_experiment(run.config), []).append(run)
@@ -216,7 +216,7 @@ def _experiment(config: dict[str, Any]) -> str:
     return json.dumps(rest, sort_keys=True, default=str)
 
 
-def _common(runs: Sequence[Run]) -> str:
+def _common(runs: Sequence[ComparedRun]) -> str:
     """What the names of runs begin with alike."""
     names = [run.name for run in runs]
     first, last = min(names), max(names)
@@ -260,9 +260,9 @@ class Chapter:
     rows: tuple[Row, ...]
 
 
-def tell(runs: Sequence[Run], by: Column | None) -> list[Chapter]:
+def tell(runs: Sequence[ComparedRun], by: Column | None) -> list[Chapter]:
     """A chapter for each family, in the order in which they come; steps sorted as people count."""
-    families: dict[str, list[Run]] = {}
+    families: dict[str, list[ComparedRun]] = {}
     for run in runs:
         families.setdefault(run.family, []).append(run)
     return [
@@ -271,7 +271,7 @@ def tell(runs: Sequence[Run], by: Column | None) -> list[Chapter]:
     ]
 
 
-def _row(run: Run, family: Sequence[Run], by: Column | None) -> Row:
+def _row(run: ComparedRun, family: Sequence[ComparedRun], by: Column | None) -> Row:
     number = run.numbers.get(by.name) if by else None
     metric, best = "–", False
     if by is not None and number is not None and number.value is not None:
@@ -299,7 +299,7 @@ def _row(run: Run, family: Sequence[Run], by: Column | None) -> Row:
     )
 
 
-def _place(run: Run) -> tuple[bool, list[tuple[int, int, str]]]:
+def _place(run: ComparedRun) -> tuple[bool, list[tuple[int, int, str]]]:
     """Steps as people count them: 2 before 10, those without one last."""
     step = run.notes.get("step", "")
     parts = re.findall(r"\d+|\D+", step.lower())

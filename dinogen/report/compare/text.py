@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from dinogen.report.compare.columns import Column, all_digits
 from dinogen.report.compare.comparison import Comparison
-from dinogen.report.compare.model import Run
+from dinogen.report.compare.model import ComparedRun
 from dinogen.report.compare.table import number_rows
 
 
@@ -38,7 +38,7 @@ def render_text(comparison: Comparison) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _figure(run: Run, column: Column) -> str:
+def _figure(run: ComparedRun, column: Column) -> str:
     """A cell of the table: value, spread, counts."""
     number = run.numbers.get(column.name)
     if number is None or number.value is None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dinogen.report.compare.columns import Column
-from dinogen.report.compare.model import Run
+from dinogen.report.compare.model import ComparedRun
 from dinogen.report.compare.table import values_of
 
 # so many runs are named; of more only the number
@@ -14,7 +14,7 @@ MAX_NAMES = 4
 DIGITS = 12
 
 
-def warnings_of(runs: Sequence[Run], columns: Sequence[Column]) -> list[str]:
+def warnings_of(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[str]:
     """One sentence for each thing that would mislead a reader of the table."""
     return [
         *_differing(runs, columns),
@@ -24,7 +24,7 @@ def warnings_of(runs: Sequence[Run], columns: Sequence[Column]) -> list[str]:
     ]
 
 
-def _differing(runs: Sequence[Run], columns: Sequence[Column]) -> list[str]:
+def _differing(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[str]:
     """Columns whose figures were measured differently; those that differ alike in one sentence."""
     found: dict[str, list[Column]] = {}
     for column in columns:
@@ -37,7 +37,7 @@ def _differing(runs: Sequence[Run], columns: Sequence[Column]) -> list[str]:
     return sentences
 
 
-def _why(runs: Sequence[Run], column: Column) -> str:
+def _why(runs: Sequence[ComparedRun], column: Column) -> str:
     """In what the figures of a column differ, and whose is which."""
     numbers = values_of(runs, column.name)
     by_name = {run.name: run for run in runs}
@@ -68,7 +68,7 @@ def _why(runs: Sequence[Run], column: Column) -> str:
     return " ".join(parts)
 
 
-def _random(runs: Sequence[Run]) -> list[str]:
+def _random(runs: Sequence[ComparedRun]) -> list[str]:
     """Feature extractors and guides with random weights: such figures say nothing about quality."""
     sentences = []
     extractors = {
@@ -88,7 +88,7 @@ def _random(runs: Sequence[Run]) -> list[str]:
     return sentences
 
 
-def _different_data(runs: Sequence[Run]) -> list[str]:
+def _different_data(runs: Sequence[ComparedRun]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for run in runs:
         if run.data_sha256:
@@ -99,7 +99,7 @@ def _different_data(runs: Sequence[Run]) -> list[str]:
     return [f"Trained on different data: {said}."]
 
 
-def _different_seeds(runs: Sequence[Run]) -> list[str]:
+def _different_seeds(runs: Sequence[ComparedRun]) -> list[str]:
     """Grids are shown as drawn under the same seed, so they have to be."""
     groups: dict[int, list[str]] = {}
     for run in runs:

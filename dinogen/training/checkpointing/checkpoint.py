@@ -23,11 +23,12 @@ from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.files import write_json
 from dinogen.runs.files import read_object, read_raw, state_trouble
+from dinogen.runs.layout import STATE, checkpoint_name
+from dinogen.runs.run import Checkpoints, Run
 from shards.files import sha256_file, sync_folder
 
 log = logging.getLogger(__name__)
 
-STATE = "state.json"
 TEMPORARY = ".tmp-"
 BROKEN = ".broken-"
 
@@ -88,16 +89,17 @@ def save_checkpoint(
     Raises:
         OSError: the disk is full or cannot be written; nothing half-written stays.
     """
-    final = parent / f"{nimg:09d}"
-    for folder in _folders(parent):
-        if folder.name < final.name:
+    checkpoints = Checkpoints(parent)
+    final = checkpoints.at(nimg)
+    for folder in checkpoints.folders:
+        if int(folder.name) < nimg:
             continue
         if folder == final and _whole(final, usable=state_trouble({"files": {}} | state) is None):
             return final
         aside = folder.with_name(f"{BROKEN}{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-    temporary = parent / f"{TEMPORARY}{nimg:09d}"
+    temporary = parent / f"{TEMPORARY}{checkpoint_name(nimg)}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -158,7 +160,7 @@ def newest_checkpoint(parent: Path, usable: bool = False) -> Checkpoint | None:
         parent: the stage's ``checkpoints`` folder.
         usable: it also has to hold all that a run needs to go on.
     """
-    for folder in reversed(_folders(parent)):
+    for folder in reversed(Checkpoints(parent).folders):
         try:
             checkpoint = load_checkpoint(folder)
             if usable and (trouble := state_trouble(checkpoint.state)):
@@ -169,14 +171,9 @@ def newest_checkpoint(parent: Path, usable: bool = False) -> Checkpoint | None:
     return None
 
 
-def stage_folder(config: Config, stage: StageConfig) -> Path:
-    """Folder of one stage inside the run's."""
-    return config.run / f"{stage.resolution}x{stage.resolution}"
-
-
 def stage_checkpoint(config: Config, stage: StageConfig) -> Checkpoint | None:
     """The newest complete checkpoint of a stage, the same one on every rank."""
-    parent = stage_folder(config, stage) / "checkpoints"
+    parent = Run.of(config).stage(stage.resolution).checkpoints.folder
     # rank 0 alone verifies hashes: the others read what it chose
     with process_group.rank_zero_section() as mine:
         found = newest_checkpoint(parent, usable=True) if mine else None
@@ -191,7 +188,7 @@ def prune(parent: Path, keep_last: int) -> None:
 
     What a killed save left is deleted too.
     """
-    folders = _folders(parent)
+    folders = Checkpoints(parent).folders
     marks = [_marks(folder) for folder in folders]
     best = max((i for i, mark in enumerate(marks) if mark.get("best")), default=None)
     for i, folder in enumerate(folders[:-keep_last]):
@@ -213,13 +210,6 @@ def _whole(folder: Path, usable: bool) -> bool:
     except ValueError:
         return False
     return not usable or state_trouble(found.state) is None
-
-
-def _folders(parent: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
-    if not parent.is_dir():
-        return []
-    return sorted(p for p in parent.iterdir() if p.is_dir() and p.name.isdigit())
 
 
 class SaveError(UserError):

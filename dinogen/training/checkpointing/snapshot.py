@@ -8,17 +8,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dinogen.config import Config, ConfigError, StageConfig, load_config
+from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import process_group
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class
-from dinogen.files import named_folder
 from dinogen.runs.files import state_trouble
+from dinogen.runs.layout import STATE, stage_name
+from dinogen.runs.run import Run, Stage
 from dinogen.training.checkpointing.checkpoint import (
     Checkpoint,
     load_checkpoint,
     stage_checkpoint,
-    stage_folder,
 )
 from dinogen.training.ema import Ema
 from dinogen.training.preflight import checkpoint_config
@@ -47,6 +47,11 @@ class Snapshot:
     mark: str
     plan: StagePlan
     checkpoint: Checkpoint
+
+    @property
+    def place(self) -> Stage:
+        """The stage's folder, of the run that the checkpoint was read from."""
+        return Run.of(self.family.config).stage(self.resolution)
 
     def sample(self, num: int, seed: int) -> Tensor:
         """Pictures 0 to ``num - 1`` under ``seed``, (N, 3, R, R) in [-1, 1] on the CPU.
@@ -126,10 +131,7 @@ def run_config(run: Path, places: Sequence[str] = ()) -> Config:
         ConfigError: ``run`` is no run.
         DistError: this machine does not have the device.
     """
-    run = named_folder(run)
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run}: no run here (config.yaml is missing): give the folder of a run")
-    config = load_config(run / "config.yaml", list(places)).model_copy(update={"run": run})
+    config = Run(run, places).config
     process_group.use_device(config.device)
     return config
 
@@ -140,13 +142,13 @@ def _checkpoint_at(config: Config, stage: StageConfig, nimg: int) -> Checkpoint 
     Raises:
         ConfigError: it is broken.
     """
-    folder = stage_folder(config, stage) / "checkpoints" / f"{nimg:09d}"
+    folder = Run.of(config).stage(stage.resolution).checkpoints.at(nimg)
     if not folder.is_dir():
         return None
     try:
         found = load_checkpoint(folder)
         if trouble := state_trouble(found.state):
-            raise ValueError(f"{folder}: state.json cannot be used: {trouble}")
+            raise ValueError(f"{folder}: {STATE} cannot be used: {trouble}")
         return found
     except ValueError as error:
         raise ConfigError(f"{error}: take another checkpoint") from None
@@ -154,13 +156,12 @@ def _checkpoint_at(config: Config, stage: StageConfig, nimg: int) -> Checkpoint 
 
 def _nothing(config: Config, stages: Sequence[StageConfig], nimg: int | None) -> str:
     """What to say when no checkpoint fits."""
-    names = " or ".join(f"{s.resolution}x{s.resolution}" for s in stages)
+    names = " or ".join(stage_name(stage.resolution) for stage in stages)
     lists = []
     for stage in reversed(stages):
-        parent = stage_folder(config, stage) / "checkpoints"
-        kept = sorted(int(p.name) for p in parent.glob("*") if p.name.isdigit())
-        if kept:
-            lists.append(f"{stage.resolution}x{stage.resolution}: {', '.join(map(str, kept))}")
+        place = Run.of(config).stage(stage.resolution)
+        if kept := place.checkpoints.nimg:
+            lists.append(f"{place.name}: {', '.join(map(str, kept))}")
     if nimg is None or not lists:
         return f"{config.run}: no complete checkpoint of stage {names}: train it first"
     return f"{config.run}: no checkpoint at {nimg} images; there are {'; '.join(lists)}"

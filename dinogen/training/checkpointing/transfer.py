@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dinogen.config import ConfigError, load_config
+from dinogen.config import ConfigError
 from dinogen.distributed import process_group
 from dinogen.families.base import Family
+from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import Checkpoint, stage_checkpoint
 from dinogen.training.ema import Ema
 
@@ -58,15 +59,15 @@ def _from_file(path: Path, family: Family) -> dict[str, dict[str, Tensor]]:
 
 
 def _from_run(path: Path, family: Family, ema: Ema) -> dict[str, dict[str, Tensor]]:
-    if not (path / "config.yaml").is_file():
+    run = Run(path)
+    if not run.has_config:
         raise ConfigError(
             f"init_from: {path} is neither a run (config.yaml is missing) nor a file: give the "
             "folder of a run, or what `dinogen export` wrote"
         )
-    config = load_config(path / "config.yaml").model_copy(update={"run": path})
     checkpoint: Checkpoint | None = None
-    for stage in reversed(config.stages):
-        checkpoint = checkpoint or stage_checkpoint(config, stage)
+    for stage in reversed(run.config.stages):
+        checkpoint = checkpoint or stage_checkpoint(run.config, stage)
     if checkpoint is None:
         raise ConfigError(f"init_from: {path} has no complete checkpoint: train it first")
     names = [*family.networks, *(f"{name}.ema" for name in ema.networks)]

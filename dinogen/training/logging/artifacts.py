@@ -39,27 +39,27 @@ def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]
     Returns:
         The result, as written.
     """
-    resolution, folder = state.stage.resolution, state.folder
+    place, folder = state.place, state.folder
     facts = state.family.describe()
-    name = f"{resolution}x{resolution}{file_mark(facts)}"
+    name = f"{place.name}{file_mark(facts)}"
     files = {
         "final": f"final_{name}.png",
-        "real": f"real_{resolution}x{resolution}.png",
+        "real": f"real_{place.name}.png",
         "loss_curve": f"loss_curve_{name}.png",
     }
     save_samples(state, folder / files["final"])
     save_grid(_real_pictures(state), folder / files["real"])
-    title = f"{resolution}x{resolution}, {facts.get('guide_label', state.config.family.name)}"
+    title = f"{place.name}, {facts.get('guide_label', state.config.family.name)}"
     try:
-        plot_loss_curve(folder / "stats.jsonl", folder / files["loss_curve"], title=title)
+        plot_loss_curve(place.stats_file, folder / files["loss_curve"], title=title)
     except UserError as error:
         log.warning("no loss curve: %s", error)
         del files["loss_curve"]
     progress = state.progress
     network = state.family.networks[state.family.ema_networks[0]]
     result = {
-        "stage": resolution,
-        "resolution": resolution,
+        "stage": place.resolution,
+        "resolution": place.resolution,
         "family": state.config.family.name,
         "status": "finished",
         "nimg": progress.nimg,
@@ -85,8 +85,8 @@ def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]
         "versions": versions(),
         "files": files,
     }
-    write_json(folder / "result.json", result)
-    write_summary(folder, state.config, state.stage)
+    write_json(place.result_file, result)
+    write_summary(place)
     return result
 
 

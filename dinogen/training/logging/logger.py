@@ -22,7 +22,8 @@ from dinogen.errors import UserError
 from dinogen.families.base import Scalars
 from dinogen.files import next_free, write_bytes
 from dinogen.runs.files import line_nimg, read_raw
-from dinogen.training.logging.tensorboard import FOLDER, Layout
+from dinogen.runs.layout import STATS, TENSORBOARD
+from dinogen.training.logging.tensorboard import Layout
 
 
 class Logger:
@@ -67,8 +68,8 @@ class Logger:
             self.weights = {name: main * value for name, value in state["weights"].items()}
         if self.folder is None:
             return
-        cut_lines(self.folder / "stats.jsonl", nimg)
-        self.writer = SummaryWriter(str(self.folder / FOLDER), purge_step=nimg + 1)
+        cut_lines(self.folder / STATS, nimg)
+        self.writer = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=nimg + 1)
         self.writer.add_custom_scalars(layout)
 
     def add(self, losses: Scalars, weight: float, prefix: str = "") -> None:
@@ -123,7 +124,7 @@ class Logger:
         line = {"nimg": nimg, "stage": self.stage} | {
             name: _json_number(value) for name, value in values.items()
         }
-        with (self.folder / "stats.jsonl").open("a", encoding="utf-8") as file:
+        with (self.folder / STATS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in values.items():
             if value is not None:
@@ -144,7 +145,7 @@ class Logger:
         if self.folder is None or self.writer is None:
             return
         self.writer.flush()
-        path = self.folder / "stats.jsonl"
+        path = self.folder / STATS
         if path.exists():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -14,24 +14,15 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from dinogen.config import Config, StageConfig
+from dinogen.config import Config
 from dinogen.families.base import Family
 from dinogen.files import write_bytes
-from dinogen.runs.files import (
-    EVALUATION,
-    METRICS,
-    RESULT,
-    read_evaluation,
-    read_metrics,
-    read_result,
-    read_visualizations,
-)
+from dinogen.runs.run import Stage
 from dinogen.runs.values import finite
 
 log = logging.getLogger(__name__)
 
-FOLDER = "tb"
-# inside FOLDER: what a stage came to, a run of its own for TensorBoard
+# in the stage's folder of TensorBoard: what it came to, a run of its own
 FINAL = "final"
 FIGURES = (
     "loss",
@@ -84,7 +75,7 @@ def chart_layout(family: Family, config: Config) -> Layout:
     }
 
 
-def write_summary(folder: Path, config: Config, stage: StageConfig) -> None:
+def write_summary(stage: Stage) -> None:
     """Write what a finished stage came to, as its files say it, for TensorBoard.
 
     Hyperparameters stand with the final figures in the tab HParams; the figures, measured in
@@ -93,27 +84,25 @@ def write_summary(folder: Path, config: Config, stage: StageConfig) -> None:
     anew. Of a stage that is not finished nothing is written.
 
     Args:
-        folder: of the stage.
-        config: of the run.
-        stage: its config.
+        stage: where it lies; its run's config says what was chosen.
 
     Raises:
         OSError: the file cannot be written.
     """
-    result = read_result(folder / RESULT).value
+    result = stage.result
     if result is None or "nimg" not in result:
         return
-    final = folder / FOLDER / FINAL
+    final = stage.tensorboard_folder / FINAL
     with tempfile.TemporaryDirectory() as place:
         with SummaryWriter(place) as writer:
             # Without the summary of the experiment TensorBoard makes the table's columns of all
             # runs there are; with it, of the first one's alone.
-            _, start, end = hparams(_hyperparameters(config, stage, result), {})
+            _, start, end = hparams(_hyperparameters(stage, result), {})
             writer.file_writer.add_summary(start)
             writer.file_writer.add_summary(end)
-            for name, (value, nimg) in _figures(folder, result).items():
+            for name, (value, nimg) in _figures(stage, result).items():
                 writer.add_scalar(f"final/{name}", value, nimg)
-            for name, path, nimg in _pictures(folder, result):
+            for name, path, nimg in _pictures(stage, result):
                 try:
                     pixels = np.asarray(Image.open(path).convert("RGB"))
                 except (OSError, ValueError, SyntaxError) as error:
@@ -128,15 +117,13 @@ def write_summary(folder: Path, config: Config, stage: StageConfig) -> None:
             path.unlink()
 
 
-def _hyperparameters(
-    config: Config, stage: StageConfig, result: dict[str, Any]
-) -> dict[str, str | float]:
+def _hyperparameters(stage: Stage, result: dict[str, Any]) -> dict[str, str | float]:
     """What was chosen, flat; what does not apply is left out."""
-    whole = config.model_dump(mode="json")
+    whole = stage.run.config.model_dump(mode="json")
     chosen = {name: whole[name] for name in ("seed", "family", "optim", "ema")}
     chosen |= {
         "augment": {name: value for name, value in whole["augment"].items() if value},
-        "stage": stage.model_dump(mode="json"),
+        "stage": stage.config.model_dump(mode="json"),
         "guide": result.get("guide_label"),
         "precision": result.get("precision"),
         "world_size": result.get("world_size"),
@@ -154,17 +141,17 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, str | float]]:
         yield name, value
 
 
-def _figures(folder: Path, result: dict[str, Any]) -> dict[str, tuple[float, int]]:
+def _figures(stage: Stage, result: dict[str, Any]) -> dict[str, tuple[float, int]]:
     """Final figures, each with the images seen when it was measured; the newest of each counts.
 
     What was evaluated of an earlier checkpoint is none of them.
     """
     trained = result["nimg"]
     found: dict[str, tuple[Any, int]] = {name: (result.get(name), trained) for name in FIGURES}
-    for line in read_metrics(folder / METRICS).value:
+    for line in stage.metrics:
         for name, figure in line["metrics"].items():
             found[name] = figure["value"], line["nimg"]
-    evaluation = read_evaluation(folder / EVALUATION).value or {}
+    evaluation = stage.evaluation or {}
     if evaluation.get("nimg") == trained:
         values = dict(evaluation.get("metrics") or {})
         measured = evaluation.get("measured") or {}
@@ -177,13 +164,14 @@ def _figures(folder: Path, result: dict[str, Any]) -> dict[str, tuple[float, int
     }
 
 
-def _pictures(folder: Path, result: dict[str, Any]) -> Iterator[tuple[str, Path, int]]:
+def _pictures(stage: Stage, result: dict[str, Any]) -> Iterator[tuple[str, Path, int]]:
     """Name, file and images seen of the pictures that are there."""
     known = result.get("files") or {}
     files = {name: known.get(name) for name in ("final", "real")}
-    named = [(name, folder / file, result["nimg"]) for name, file in files.items() if file]
-    for name, entry in read_visualizations(folder / "looks" / "looks.json").value.items():
+    named = [(name, stage.folder / file, result["nimg"]) for name, file in files.items() if file]
+    looks = stage.visualizations_folder
+    for name, entry in stage.visualizations.items():
         file = entry.get("file")
         if file and file.endswith(".png"):
-            named.append((f"looks/{name}", folder / "looks" / file, entry.get("nimg") or 0))
+            named.append((f"looks/{name}", looks / file, entry.get("nimg") or 0))
     yield from (each for each in named if each[1].is_file())
