@@ -313,7 +313,7 @@ def dinogen(*words: str) -> None:
 
 def stage_of(folder: Path) -> dict[str, Any]:
     """Hashes of what a stage of a run left."""
-    newest = max((p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()))
+    newest = max(p for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
     return {
         "nimg": int(newest.name),
         "files": {path.name: tensors(path) for path in sorted(newest.glob("*.safetensors"))},

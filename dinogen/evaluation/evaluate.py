@@ -20,6 +20,7 @@ from dinogen.evaluation.held_out import chosen_samples, held_out_means
 from dinogen.evaluation.record import RESULT as RESULT
 from dinogen.evaluation.record import Place, Tell, Wish, figure_teller, find_place, write_result
 from dinogen.evaluation.subject import guide_diversity, real_pictures, reference_at, subject_of
+from dinogen.families.abilities import MeasuresHeldOut, Probes, constants_of
 from dinogen.families.base import Family, Verdict
 from dinogen.metrics.extractors.load import Judges
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
@@ -205,9 +206,8 @@ def _own_figures(needs: _Needs, wish: Wish, settings: MetricsConfig) -> _Own:
         return own
     snapshot, family = needs.snapshot, needs.begun
     if isinstance(family, UserError):
-        kind = type(snapshot.family)
-        own.missing = {"probe": str(family)} if kind.probe is not Family.probe else {}
-        if wish.held_out and kind.held_out is not Family.held_out:
+        own.missing = {"probe": str(family)} if isinstance(snapshot.family, Probes) else {}
+        if wish.held_out and isinstance(snapshot.family, MeasuresHeldOut):
             own.missing["held_out"] = str(family)
         return own
     data = needs.data
@@ -221,7 +221,7 @@ def _own_figures(needs: _Needs, wish: Wish, settings: MetricsConfig) -> _Own:
                 own.num_skipped = len(numbers) - own.num_samples
         except (UserError, ShardsError) as error:
             own.missing["held_out"] = str(error)
-    own.verdict, own.floor = _probe(snapshot), family.constants().get("floor")
+    own.verdict, own.floor = _probe(snapshot), constants_of(family).get("floor")
     return own
 
 
@@ -231,8 +231,10 @@ def _probe(snapshot: Snapshot) -> Verdict:
     found = None
     with process_group.main_section() as mine:
         if mine:
-            loss = snapshot.checkpoint.state["progress"].get("loss")
-            verdict = snapshot.family.probe(snapshot.ema.networks, loss)
+            family, loss = snapshot.family, snapshot.checkpoint.state["progress"].get("loss")
+            verdict = Verdict()
+            if isinstance(family, Probes):
+                verdict = family.probe(snapshot.ema.networks, loss)
             known = verdict.scalars.items()
             scalars = {k: float(v) if math.isfinite(v) else None for k, v in known}
             found = [scalars, verdict.verdict, list(verdict.warnings)]
@@ -249,7 +251,7 @@ def _held_out_numbers(family: Family, data: Dataset, wish: Wish) -> list[int]:
         ConfigError: there are none.
     """
     split = wish.split or "val"
-    own = type(family).held_out is not Family.held_out
+    own = isinstance(family, MeasuresHeldOut)
     if not own or (wish.reference is not None and not data.num_samples(split)):
         return []
     return chosen_samples(data, split, wish.num_samples, "--split")
