@@ -71,9 +71,11 @@ def measure(run: Path, clip: Clip, guidance: float, extractor: torch.nn.Module) 
     prompts = [drawn.caption(row) for row in rows]
     unseen = np.flatnonzero(drawn.held_out(rows))
     snapshot = load_snapshot(run)
-    snapshot.ask([prompts[i] for i in unseen], guidance)
+    condition = snapshot.condition([prompts[i] for i in unseen], guidance)
     num = PER_PROMPT * len(unseen)
-    images = sample_in_parts(snapshot.family, snapshot.ema.networks, num, seed=0)
+    images = sample_in_parts(
+        snapshot.family, snapshot.ema.networks, num, seed=0, condition=condition
+    )
     save_grid(images[: len(unseen)].numpy(), run / f"asked_{guidance:g}.png")
     own = torch.from_numpy(np.tile(unseen, PER_PROMPT))
     found = accuracy(extractor.attributes(images), rows[own.numpy()])  # type: ignore[operator]

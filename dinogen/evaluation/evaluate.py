@@ -25,6 +25,7 @@ from dinogen.evaluation.record import (
     write_result,
 )
 from dinogen.evaluation.subject import guide_diversity, real_pictures, reference_at, subject_of
+from dinogen.families.abilities import MeasuresHeldOut, Probes, constants_of
 from dinogen.families.base import Family, Verdict
 from dinogen.metrics.extractors.load import Extractors
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
@@ -209,9 +210,8 @@ def _own_figures(needs: _Needs, request: EvaluationRequest, settings: MetricsCon
         return own
     snapshot, family = needs.snapshot, needs.begun
     if isinstance(family, UserError):
-        kind = type(snapshot.family)
-        own.missing = {"probe": str(family)} if kind.probe is not Family.probe else {}
-        if request.held_out and kind.held_out is not Family.held_out:
+        own.missing = {"probe": str(family)} if isinstance(snapshot.family, Probes) else {}
+        if request.held_out and isinstance(snapshot.family, MeasuresHeldOut):
             own.missing["held_out"] = str(family)
         return own
     data = needs.data
@@ -225,7 +225,7 @@ def _own_figures(needs: _Needs, request: EvaluationRequest, settings: MetricsCon
                 own.num_skipped = len(numbers) - own.num_samples
         except (UserError, ShardsError) as error:
             own.missing["held_out"] = str(error)
-    own.verdict, own.floor = _probe(snapshot), family.constants().get("floor")
+    own.verdict, own.floor = _probe(snapshot), constants_of(family).get("floor")
     return own
 
 
@@ -235,8 +235,10 @@ def _probe(snapshot: Snapshot) -> Verdict:
     found = None
     with process_group.rank_zero_section() as mine:
         if mine:
-            loss = snapshot.checkpoint.state["progress"].get("loss")
-            verdict = snapshot.family.probe(snapshot.ema.networks, loss)
+            family, loss = snapshot.family, snapshot.checkpoint.state["progress"].get("loss")
+            verdict = Verdict()
+            if isinstance(family, Probes):
+                verdict = family.probe(snapshot.ema.networks, loss)
             known = verdict.scalars.items()
             scalars = {k: float(v) if math.isfinite(v) else None for k, v in known}
             found = [scalars, verdict.verdict, list(verdict.warnings)]
@@ -253,7 +255,7 @@ def _held_out_numbers(family: Family, data: Dataset, request: EvaluationRequest)
         ConfigError: there are none.
     """
     split = request.split or "val"
-    own = type(family).held_out is not Family.held_out
+    own = isinstance(family, MeasuresHeldOut)
     if not own or (request.reference is not None and not data.num_samples(split)):
         return []
     return chosen_samples(data, split, request.num_samples, "--split")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from dinogen.batch import Batch
 from dinogen.config import ConfigError
 from dinogen.distributed import process_group
 from dinogen.distributed.process_group import gather_text
 from dinogen.errors import UserError
-from dinogen.families.base import Batch, Family
+from dinogen.families.abilities import MeasuresHeldOut
+from dinogen.families.base import Family
 from dinogen.training.data import check_labels
 from dinogen.training.engines.microbatches import split as to_device
 from shards.errors import CorruptSample, ShardsError
@@ -73,12 +75,12 @@ def _none_in(data: Dataset, split: str) -> str:
 def held_out_means(
     family: Family, networks: dict[str, nn.Module], data: Dataset, split: str, numbers: list[int]
 ) -> tuple[dict[str, float], int]:
-    """What ``Family.held_out`` finds, averaged over all ranks' samples, and how many were sound.
+    """The family's ``held_out``, averaged over all ranks' samples, and how many were sound.
 
     No collective but at the end. A damaged sample is left out if ``data.on_error`` is ``skip``.
 
     Args:
-        family: measures.
+        family: one with the ability ``MeasuresHeldOut``.
         networks: the moving averages.
         data: has the split.
         split: of the samples.
@@ -89,6 +91,8 @@ def held_out_means(
         CorruptSample: one is, and ``data.on_error`` is ``stop``.
         UserError, ShardsError, OSError: another failure of this rank; a ConfigError on the others.
     """
+    if not isinstance(family, MeasuresHeldOut):
+        raise TypeError(f"{type(family).__name__} measures nothing on held-out samples")
     mine = np.array_split(numbers, process_group.world_size())[process_group.rank()].tolist()
     sums: dict[str, float] = {}
     count = 0
@@ -118,9 +122,7 @@ def held_out_means(
     return {name: total / num for name, total in zip(sums, totals, strict=True)}, int(num)
 
 
-def _batches(
-    family: Family, data: Dataset, split: str, numbers: list[int]
-) -> Iterator[dict[str, Any]]:
+def _batches(family: Family, data: Dataset, split: str, numbers: list[int]) -> Iterator[Batch]:
     """The samples in parts; damaged ones are left out, if the run passes over them too."""
     for first in range(0, len(numbers), BATCH):
         part = numbers[first : first + BATCH]
@@ -152,7 +154,7 @@ def _read(
 ) -> Batch:
     """What the family reads of some samples, on the device."""
     inputs = family.inputs
-    batch = data.read(
+    read = data.read(
         numbers,
         split=split,
         image_size=inputs.image_size,
@@ -160,6 +162,7 @@ def _read(
         on_error=on_error,
         need_labels=inputs.labels,
     )
+    batch = cast(Batch, read)
     check_labels(family, batch)
     ((micro, _),) = to_device(batch, 1, family.device)
     return micro

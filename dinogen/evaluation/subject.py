@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dinogen.config import ConfigError, MetricsConfig
 from dinogen.errors import UserError
 from dinogen.evaluation.held_out import chosen_samples
+from dinogen.families.abilities import (
+    DrawsForMetrics,
+    NamesItsDraws,
+    Reconstructs,
+    condition_for,
+)
 from dinogen.families.base import Family, Networks
 from dinogen.metrics.prompted import Prompted, read_prompts
 from dinogen.metrics.registry import GUIDE_DIVERSITY, better
@@ -47,45 +54,55 @@ def subject_of(
         real: images of its resolution that nothing was learnt from, or why there are none.
         train: those that it was trained on.
         settings: which prompts it is asked for by, if any.
-        facts: what ``Family.describe`` said in training.
+        facts: what the family's ``describe`` said in training.
         shares: of the classes in the data, for families that have classes; None: in turn.
     """
     seed, resolution = family.config.seed, family.stage.resolution
 
     def sample(numbers: Tensor) -> Tensor:
-        return family.measured(networks, numbers, seed, shares)
-
-    def reconstruct(images: Tensor, numbers: Tensor) -> Tensor:
-        batch = {"image": images.to(family.device), "position": numbers}
-        made = family.reconstruct(networks, batch)
-        assert made is not None, "a family that encodes nothing is not asked"
-        return made
+        if isinstance(family, DrawsForMetrics):
+            return family.measured(networks, numbers, seed, shares)
+        return family.sample(networks, numbers, seed)
 
     pairs: Reconstructed | UserError
-    if type(family).reconstruct is Family.reconstruct:
+    if not isinstance(family, Reconstructs):
         pairs = UserError(f"family {family.config.family.name} encodes no images")
     elif isinstance(real, UserError):
         pairs = real
     else:
-        pairs = Reconstructed(real, reconstruct)
-    how = dict(family.measured_as)
+        pairs = Reconstructed(real, _reconstruction(family, networks, family.device))
+    how = dict(family.measured_as) if isinstance(family, NamesItsDraws) else {}
     if family.inputs.labels:
         how["classes"] = "in turn" if shares is None else [round(one, 6) for one in shares]
     made = Generated(sample, num, resolution, how)
     return Subject(made, real, train, pairs, prompted_by(family, networks, num, settings, facts))
 
 
+def _reconstruction(
+    family: Reconstructs, networks: Networks, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """What a family makes of images (N, 3, R, R) and their numbers (N,)."""
+
+    def reconstruct(images: Tensor, numbers: Tensor) -> Tensor:
+        made = family.reconstruct(networks, {"image": images.to(device), "position": numbers})
+        if made is None:
+            raise UserError("reconstruct of the family gives None: leave it out if it encodes none")
+        return made
+
+    return reconstruct
+
+
 def prompted_by(
     family: Family, networks: Networks, num: int, settings: MetricsConfig, facts: Mapping[str, Any]
 ) -> Prompted | UserError:
-    """Images that a family makes when it is asked for ``metrics.prompts``, or why there are none.
+    """Images that a family makes of ``metrics.prompts``, or why there are none.
 
     Args:
         family: samples.
         networks: its moving averages.
         num: images.
         settings: names the prompts.
-        facts: what ``Family.describe`` said in training.
+        facts: what the family's ``describe`` said in training.
 
     Raises:
         ConfigError: the prompts cannot be read.
@@ -95,18 +112,12 @@ def prompted_by(
     texts, guidance = read_prompts(settings.prompts), settings.guidance
     seed, resolution = family.config.seed, family.stage.resolution
     try:
-        family.ask(texts, guidance, facts)
+        condition = condition_for(family, texts, guidance, facts)
     except UserError as error:
         return error
-    family.ask((), guidance, facts)
 
     def sample(numbers: Tensor) -> Tensor:
-        # Only meanwhile: every other metric is about images that nobody asked for anything.
-        family.ask(texts, guidance, facts)
-        try:
-            return family.sample(networks, numbers, seed)
-        finally:
-            family.ask((), guidance, facts)
+        return family.sample(networks, numbers, seed, condition)
 
     return Prompted(Generated(sample, num, resolution), texts, guidance)
 

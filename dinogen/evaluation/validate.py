@@ -12,7 +12,7 @@ from dinogen.config import ConfigError
 from dinogen.distributed import process_group
 from dinogen.evaluation.held_out import chosen_samples, held_out_means
 from dinogen.evaluation.subject import guide_diversity, real_pictures, subject_of
-from dinogen.families.base import Family
+from dinogen.families.abilities import MeasuresHeldOut, facts_of
 from dinogen.metrics.extractors.load import Extractors
 from dinogen.metrics.registry import GUIDE_DIVERSITY, better, chosen_names
 from dinogen.metrics.suite import Subject, measure, why_not
@@ -46,7 +46,7 @@ class Validator:
             cut_lines(state.place.metrics_file, state.progress.nimg)
         if self.config.every_kimg is None:
             return
-        if type(state.family).held_out is not Family.held_out:
+        if isinstance(state.family, MeasuresHeldOut):
             num = self.config.num_samples
             self.numbers = chosen_samples(state.data, self.config.split, num, "eval.split")
         if self.config.generated:
@@ -106,7 +106,7 @@ class Validator:
         real = real_pictures(state.data, split, settings.num_reference, resolution, key)
         train = real_pictures(state.data, state.config.data.split, None, resolution, "data.split")
         num = self.config.num_generated
-        facts = state.family.describe()
+        facts = facts_of(state.family)
         shares = class_shares(state.family, state.data) if state.family.inputs.labels else None
         networks, metrics = state.ema.networks, state.config.metrics
         return subject_of(state.family, networks, num, real, train, metrics, facts, shares)

@@ -1,4 +1,4 @@
-"""What a family is: networks, phases, and how pictures come out of it."""
+"""What a family is: networks, phases, and how images come out of it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+# families outside dinogen import both from here
+from dinogen.batch import Batch as Batch
+from dinogen.batch import Losses
+from dinogen.batch import Scalars as Scalars
 from dinogen.config import Config, Section, StageConfig
 from dinogen.errors import UserError
 from shards.read.dataset import Dataset
 
-Batch = dict[str, Any]
-Scalars = dict[str, Tensor]
 Networks = Mapping[str, nn.Module]
 
 
@@ -31,18 +33,18 @@ class Phase:
             batch, so that gradient accumulation and ranks can weigh them by their sample counts.
         every: runs at steps divisible by this.
         remembered: names of reported values, of any shape, whose means over the global batch
-            are handed to ``Family.remember`` after the update.
+            are handed to ``Family.remember`` after the update (ability ``Remembers``).
         before: for losses that are no means over samples but look at the global batch as one:
             called once, without gradients, with all of the rank's microbatches and how many
-            samples each counts (0: it stands for another's), which it may add entries to; all
-            ranks call it, so it may use collectives.
+            samples each counts (0: it stands for another's), whose ``gradient_cache`` it may set;
+            all ranks call it, so it may use collectives.
         second_order: its losses hold derivatives of networks, such as a gradient penalty: it is
             left out of ``engine.compile``, which knows first derivatives alone.
     """
 
     name: str
     network: str
-    losses: Callable[[Batch], tuple[Scalars, Scalars]]
+    losses: Callable[[Batch], Losses]
     every: int = 1
     remembered: tuple[str, ...] = ()
     before: Callable[[Sequence[tuple[Batch, int]]], None] | None = None
@@ -72,6 +74,19 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Condition:
+    """What samples are conditioned on; a family with the ability ``Conditional`` makes one.
+
+    Attributes:
+        embeddings: (P, E); sample number i takes row i modulo P.
+        guidance: 1 for what training was conditioned on, more to exaggerate it, 0 for nothing.
+    """
+
+    embeddings: Tensor
+    guidance: float
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What a probe of the samples found."""
 
@@ -82,6 +97,9 @@ class Verdict:
 
 class Family(ABC):
     """Everything that makes one kind of generator what it is; the trainer knows only this.
+
+    These members every family has. What only some can do is an ability, see
+    :mod:`dinogen.families.abilities`: a family that defines its method has it.
 
     Attributes:
         start: images that were shown before the stage began; set by who trains it.
@@ -111,7 +129,7 @@ class Family(ABC):
     @property
     @abstractmethod
     def phases(self) -> tuple[Phase, ...]:
-        """The updates of one step, in order."""
+        """The updates of one step, in order; complete after :meth:`begin`."""
 
     @property
     def headline(self) -> str:
@@ -137,43 +155,9 @@ class Family(ABC):
             ConfigError: the shards lack what the family reads, or were made by another guide.
         """
 
-    def sample(self, networks: Networks, indices: Tensor, seed: int) -> Tensor:
-        """Pictures (N, 3, R, R) in [-1, 1] of sample numbers ``indices`` (N,) under ``seed``.
-
-        The same number and seed give the same picture, whatever else is asked for.
-        """
-        return self.decode(networks, self.latents(indices, seed), indices, seed)
-
-    def measured(
-        self, networks: Networks, indices: Tensor, seed: int, shares: Sequence[float] | None
-    ) -> Tensor:
-        """Images as metrics are measured on; those of :meth:`sample` in most families.
-
-        Where a family has classes, they are as frequent as in the data; where its generator takes
-        noise beside the latent, each image has noise of its own, as in training.
-
-        Args:
-            networks: the moving averages.
-            indices: (N,) int64 sample numbers.
-            seed: of the draws.
-            shares: of the classes in the data; None: each class in turn.
-
-        Returns:
-            (N, 3, R, R) float32 in [-1, 1]; the same for the same number, whatever else is asked.
-        """
-        return self.sample(networks, indices, seed)
-
-    @property
-    def measured_as(self) -> dict[str, Any]:
-        """In what :meth:`measured` differs from :meth:`sample`, beside the classes' shares.
-
-        Part of the fingerprint of what is measured; empty where there is no difference.
-        """
-        return {}
-
     @abstractmethod
     def latents(self, indices: Tensor, seed: int) -> Tensor:
-        """What the pictures of sample numbers ``indices`` (N,) are made from.
+        """What the images of sample numbers ``indices`` (N,) are made from.
 
         Returns:
             (N, ...) standard normal, on the device; what lies between two of them is a latent too.
@@ -182,154 +166,46 @@ class Family(ABC):
     def decode(
         self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
     ) -> Tensor:
-        """Pictures (N, 3, R, R) float32 in [-1, 1] of latents; here those of the first average.
+        """Images (N, 3, R, R) float32 in [-1, 1] of latents; here those of the first average.
 
         Args:
             networks: the moving averages.
             latents: (N, ...), as :meth:`latents` gives them or made from such.
-            indices: (N,) int64: what else a picture depends on, such as its class, goes by them.
+            indices: (N,) int64: what else an image depends on, such as its class, goes by them.
             seed: as in :meth:`sample`.
-            psi: where the family :attr:`truncates`, how far from the mean: 0 the mean, 1 as far as
-                samples go. It means nothing to other families.
+            psi: where the family truncates (ability ``Truncates``), how far from the mean: 0 the
+                mean, 1 as far as samples go. It means nothing to other families.
         """
         images: Tensor = networks[self.ema_networks[0]](latents)
         return images.float()
 
-    def ask(self, texts: Sequence[str], guidance: float, facts: Mapping[str, Any]) -> None:
-        """From now on sample what prompts ask for.
+    def sample(
+        self, networks: Networks, indices: Tensor, seed: int, condition: Condition | None = None
+    ) -> Tensor:
+        """Images (N, 3, R, R) in [-1, 1] of sample numbers ``indices`` (N,) under ``seed``.
 
-        Args:
-            texts: prompts; sample number i is asked for number i modulo their count. None of
-                them: samples are what nobody asked for, as at first.
-            guidance: 1 for what training asked for, more to exaggerate it, 0 for nothing.
-            facts: what :meth:`describe` said in training.
-
-        Raises:
-            UserError: the family, or the run, knows no text.
-        """
-        raise UserError(
-            f"family {self.config.family.name}: this run was not trained to be asked for anything: "
-            "leave out --text, or train guided with family.text"
-        )
-
-    @property
-    def truncates(self) -> bool:
-        """Whether ``psi`` of :meth:`decode` says how far from the mean."""
-        return False
-
-    def reconstruct(self, networks: Networks, batch: Batch) -> Tensor | None:
-        """What the moving averages make of ``batch["image"]``: its encoding, decoded.
-
-        Returns:
-            (N, 3, R, R) float32 in [-1, 1]; None if the family encodes nothing.
-        """
-        return None
-
-    def realism(self, images: Tensor) -> Tensor | None:
-        """How real the family's own discriminator finds pictures (N, 3, R, R) in [-1, 1].
-
-        Returns:
-            (N,) float32, higher for more real; no picture's figure depends on another. None if
-            there is no discriminator.
-        """
-        return None
-
-    def first_layer(self, networks: Networks) -> Tensor | None:
-        """What the latent is multiplied by first, (out, z_dim).
-
-        Its right singular vectors are the directions in which pictures change most (Shen and Zhou
-        2021, "Closed-Form Factorization of Latent Semantics in GANs", section 3.2). None if the
-        latent is no vector.
-        """
-        return None
-
-    def mix(
-        self, networks: Networks, coarse: Tensor, fine: Tensor, indices: Tensor, seed: int
-    ) -> Tensor | None:
-        """Pictures that are ``coarse`` in their lower resolutions and ``fine`` in the others.
+        The same number, seed and condition give the same image, whatever else is drawn with it.
 
         Args:
             networks: the moving averages.
-            coarse: (N, ...) latents.
-            fine: latents of the same shape.
-            indices: (N,) int64, as in :meth:`decode`.
-            seed: as in :meth:`decode`.
+            indices: (N,) int64 sample numbers.
+            seed: of the draws.
+            condition: made by a family with the ability ``Conditional``; no other takes one.
 
-        Returns:
-            (N, 3, R, R) float32 in [-1, 1]; None if the family has no styles to mix.
+        Raises:
+            UserError: a condition is given to a family that takes none.
         """
-        return None
+        if condition is not None:
+            raise UserError(f"family {self.config.family.name}: its samples take no condition")
+        return self.decode(networks, self.latents(indices, seed), indices, seed)
 
     def arguments(self, network: str) -> dict[str, Any]:
         """What the network's class is called with, JSON-ready, to rebuild it elsewhere."""
         return {}
 
-    def new_parameters(self, network: str) -> set[str]:
-        """Names of the parameters that the stage before did not have."""
-        return set()
-
     def trainable(self, network: str) -> set[str]:
         """Names of the parameters trained now; may change where the fade-in ends."""
         return {name for name, _ in self.networks[network].named_parameters()}
-
-    def set_fade(  # noqa: B027 - most families do not grow
-        self, networks: Networks, alpha: float, fading: bool
-    ) -> None:
-        """Told before each step how far the new block is faded in (alpha 0 to 1)."""
-
-    def optimizer_scale(self, network: str) -> float:
-        """c: the network's optimizer gets lr * c and betas to the power of c.
-
-        For networks that take further steps for lazy regularisers: k / (k + 1) for one each k
-        steps (Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN",
-        appendix B).
-        """
-        return 1.0
-
-    def remember(  # noqa: B027 - most remember nothing
-        self, phase: str, means: Scalars
-    ) -> None:
-        """Told after a phase's update what it reported under the names it ``remembered``.
-
-        The means are over the global batch, alike on every rank up to floating-point order. What
-        is kept of them belongs into buffers of the networks.
-        """
-
-    def after_step(self, nimg: int) -> None:  # noqa: B027 - most have nothing to do
-        """Called after each step's updates."""
-
-    def constants(self) -> dict[str, float]:
-        """Lines drawn beside every curve of the stage, such as the collapse floor."""
-        return {}
-
-    def probe(self, networks: Networks, loss: float | None) -> Verdict:
-        """Look at samples and judge them.
-
-        Args:
-            networks: the moving averages.
-            loss: mean headline loss since the last log line, None before the first.
-        """
-        return Verdict()
-
-    def held_out(self, networks: Networks, batch: Batch) -> Scalars:
-        """Measure the moving averages on samples that nothing was learnt from.
-
-        Args:
-            networks: the moving averages.
-            batch: what ``inputs`` says, of any size; ``position`` is each sample's number in its
-                split, for draws with a purpose of their own.
-
-        Returns:
-            Means over the batch, the same names each time; empty if there is nothing to measure.
-        """
-        return {}
-
-    def describe(self) -> dict[str, Any]:
-        """Facts for results and pages (such as the guide), JSON-ready.
-
-        ``frozen``: hashes, by key of the config, of weights that may not change within a run.
-        """
-        return {}
 
 
 def classes_of(indices: Tensor, shares: Sequence[float]) -> Tensor:
@@ -352,7 +228,7 @@ def classes_of(indices: Tensor, shares: Sequence[float]) -> Tensor:
 
 @torch.no_grad()
 def judged_alone(D: nn.Module, images: Tensor, *more: Tensor) -> Tensor:
-    """A discriminator's mean logit of each picture (N,) float32, one by one, as in evaluation.
+    """A discriminator's mean logit of each image (N,) float32, one by one, as in evaluation.
 
     Batch norm and minibatch statistics would let a picture's neighbours have their say.
 

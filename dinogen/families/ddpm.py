@@ -9,13 +9,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dinogen.batch import Batch, Losses, Scalars
 from dinogen.config import Config, ConfigError, Section, StageConfig
 from dinogen.diffusion.sampler import sample
 from dinogen.diffusion.schedule import Schedule
 from dinogen.distributed import rng
-from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars, classes_of
+from dinogen.families.base import Family, Inputs, Networks, Phase, classes_of
 from dinogen.networks.unet import UNet
-from shards.read.dataset import Dataset
 
 # Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", section 4.2 tries 0.1 to 0.5
 DROP_LABEL = 0.1
@@ -96,9 +96,6 @@ class Ddpm(Family):
         """Pictures, and labels if there are classes."""
         return Inputs(image_size=self.stage.resolution, labels=self.options.num_classes > 0)
 
-    def begin(self, data: Dataset) -> None:
-        """Nothing to load."""
-
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G."""
         return {"resolution": self.stage.resolution} | self.options.model_dump(
@@ -168,7 +165,7 @@ class Ddpm(Family):
         """Of a picture."""
         return 3, self.stage.resolution, self.stage.resolution
 
-    def _losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+    def _losses(self, batch: Batch) -> Losses:
         return self._mse(self.G, batch, ""), {}
 
     def _mse(self, G: nn.Module, batch: Batch, kind: str) -> Scalars:

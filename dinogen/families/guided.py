@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dinogen.batch import Batch, Features, Losses, Scalars
 from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import rng
-from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars, Verdict
+from dinogen.errors import UserError
+from dinogen.families.abilities import not_trained_with_text
+from dinogen.families.base import Condition, Family, Inputs, Networks, Phase, Verdict
 from dinogen.guidance.conditioning import Asked, Rows, Text, clip_of, numbers_of
 from dinogen.guidance.discriminator import Discriminating
-from dinogen.guidance.gradient_cache import Features
 from dinogen.guidance.guides import Teacher
 from dinogen.guidance.options import GuidedOptions, check_sets
 from dinogen.guidance.weighted import Objective
@@ -26,17 +29,17 @@ from shards.read.dataset import Dataset
 COLLAPSING_BELOW = 0.5
 COLLAPSED_BELOW = 0.1
 COLLAPSED_NEAR_FLOOR = 1.02
-# Generated pictures that held-out ones are compared with.
+# Generated images that held-out ones are compared with.
 _HELD_OUT = 64
 
 
 class Guided(Family):
-    """Features of generated pictures are compared with those of real ones, stored as pyramids.
+    """Features of generated images are compared with those of real ones, stored as pyramids.
 
-    With the original objective, ``mse`` against a random real picture, the best answer is the same
+    With the original objective, ``mse`` against a random real image, the best answer is the same
     for every z (see :func:`dinogen.losses.features.pyramid_mse`), so each curve is drawn with its
     floor and each probe measures the diversity that is left. The objectives that compare
-    distributions are least where generated pictures are distributed as real ones. A discriminator
+    distributions are least where generated images are distributed as real ones. A discriminator
     can be added beside them.
     """
 
@@ -48,7 +51,6 @@ class Guided(Family):
         kind = ConditionalGenerator if self.options.text else ProgressiveGenerator
         self.G = kind(**self.arguments("G")).to(device)
         self.levels = self.options.levels(stage, config.guides)
-        self.objective = Objective(self.options.objectives, self.levels)
         check_sets(self.options, stage.batch)
         self.adversary: Discriminating | None = None
         chosen = self.options.discriminator
@@ -59,11 +61,7 @@ class Guided(Family):
             )
         if chosen is not None and chosen.applies(stage):
             self.adversary = Discriminating(chosen, config.guide, stage, config.seed, device)
-        self.rows: Rows | None = None
-        self.teacher: Teacher | None = None
-        self.text: Text | None = None
-        self.prompts: tuple[Tensor, float] | None = None
-        self.real_distance: dict[str, float] = {}
+        self._training: GuidedTraining | None = None
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -72,68 +70,64 @@ class Guided(Family):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """D, now and then its penalties, and G."""
-        before = self.objective.joint.before if self.teacher and self.objective.sets else None
-        phases = [Phase("G", "G", self._g_losses, before=before)]
-        if self.adversary is not None:
-            if self.adversary.lazy:
-                every = self.adversary.options.every
-                phases.insert(0, Phase("D_reg", "D", self._d_penalties, every, second_order=True))
-            own = self.adversary.options
-            penalised = bool(own.r1 or own.r2) and not self.adversary.lazy
-            phases.insert(0, Phase("D", "D", self._d_losses, second_order=penalised))
-        return tuple(phases)
+        """D, now and then its penalties, and G; none before there are data to train on."""
+        return self._training.phases if self._training else ()
+
+    @property
+    def headline(self) -> str:
+        """G's losses."""
+        return "G"
 
     @property
     def inputs(self) -> Inputs:
-        """The levels compared; pictures only for a discriminator."""
+        """The levels compared; images only for a discriminator."""
         size = self.stage.resolution if self.adversary else None
         asked = () if self.options.text is None else (self.options.text.level,)
         return Inputs(image_size=size, levels=(*self.levels, *asked), bank=self.options.bank)
 
     def begin(self, data: Dataset) -> None:
         """Load the guides, check that they made these shards, and measure how far reals differ."""
-        self.teacher = Teacher(self.config, self.levels, data, self.device)
-        split = self.config.data.split
-        reals = self.teacher.reals(2 * self.options.probe_samples, split)
-        self.real_distance = self.teacher.distances(reals)
-        table = self.options.table
-        if table is not None:
-            self.rows = Rows(data, split, table.num_latents)
-        chosen = self.options.text
-        if chosen is not None:
-            self.text = Text(chosen, self.config, data, self.device)
-        beside = self._beside if chosen is not None and chosen.joint_weight else None
-        self.objective.begin(
-            self.teacher, self.config.seed, self.stage.batch, split, self._features, beside
-        )
-        if self.adversary is not None:
-            self.adversary.begin(self.teacher.guides.get(""))
+        self._training = GuidedTraining(self, data)
+
+    @property
+    def training(self) -> GuidedTraining:
+        """What :meth:`begin` made of the data.
+
+        Raises:
+            UserError: it was not called, as for a family that only samples.
+        """
+        if self._training is None:
+            raise UserError(
+                "family guided: only what is trained or measured has its guides: call "
+                "begin(data) with the data of the run"
+            )
+        return self._training
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
         """z (N, z_dim)."""
         return rng.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
 
-    def decode(
-        self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
+    def sample(
+        self, networks: Networks, indices: Tensor, seed: int, condition: Condition | None = None
     ) -> Tensor:
-        """Pictures of latents; sample number i of P prompts is asked for number i mod P."""
-        if self.prompts is None:
-            return super().decode(networks, latents, indices, seed, psi)
-        embedding, guidance = self.prompts
-        asked = embedding[indices.to(embedding.device) % len(embedding)]
-        images: Tensor = networks["G"](latents, asked, guidance=guidance)
+        """As in the base; sample number i of P embeddings is conditioned on number i modulo P."""
+        if condition is None:
+            return super().sample(networks, indices, seed)
+        rows = condition.embeddings
+        own = rows[indices.to(rows.device) % len(rows)]
+        z = self.latents(indices, seed)
+        images: Tensor = networks["G"](z, own, guidance=condition.guidance)
         return images.float()
 
-    def ask(self, texts: Sequence[str], guidance: float, facts: Mapping[str, Any]) -> None:
-        """As in the base, by CLIP's embeddings of the texts."""
+    def condition(
+        self, texts: Sequence[str], guidance: float, facts: Mapping[str, Any]
+    ) -> Condition:
+        """CLIP's embeddings of the texts."""
         if self.options.text is None:
-            super().ask(texts, guidance, facts)
-        self.prompts = None
-        if texts:
-            made_by = facts.get("clip", {})
-            clip = self.text.clip if self.text else clip_of(self.config, made_by, self.device)
-            self.prompts = (clip.captions(list(texts)), guidance)
+            raise not_trained_with_text(self)
+        text = self._training.text if self._training else None
+        clip = text.clip if text else clip_of(self.config, facts.get("clip", {}), self.device)
+        return Condition(clip.captions(list(texts)), guidance)
 
     def realism(self, images: Tensor) -> Tensor | None:
         """The discriminator's mean logit, where the stage has one."""
@@ -149,8 +143,7 @@ class Guided(Family):
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G or D."""
-        if network == "D":
-            assert self.adversary is not None
+        if network == "D" and self.adversary is not None:
             return self.adversary.arguments()
         found: dict[str, Any] = {
             "resolution": self.stage.resolution,
@@ -196,14 +189,84 @@ class Guided(Family):
 
     def constants(self) -> dict[str, float]:
         """The least that the objectives can reach, see :attr:`Objective.floor`."""
+        return self._training.constants if self._training else {}
+
+    def probe(self, networks: Networks, loss: float | None) -> Verdict:
+        """Diversity of samples: mean pairwise feature distance over that of real images."""
+        return self.training.probe(networks, loss)
+
+    def held_out(self, networks: Networks, batch: Batch) -> Scalars:
+        """Against pyramids that were not trained on: each ``mse``, and ``energy``."""
+        return self.training.held_out(networks, batch)
+
+    def describe(self) -> dict[str, Any]:
+        """Which guides taught the run, and which CLIP; what a discriminator looks through."""
+        found = self._training.teacher.describe() if self._training else {}
+        if self.adversary is not None and self.adversary.guide is not None:
+            sha256 = self.adversary.guide.info.weights_sha256
+            found["frozen"] = {"family.discriminator.guide": sha256}
+        text = self._training.text if self._training else None
+        return found | ({"clip": text.clip.info} if text else {})
+
+
+class GuidedTraining:
+    """What one stage of the guided family is trained by, and measured with.
+
+    Args:
+        family: whose networks are trained.
+        data: what they are trained on.
+
+    Raises:
+        ConfigError: the shards lack what the family reads, or were made by another guide.
+    """
+
+    def __init__(self, family: Guided, data: Dataset) -> None:
+        config, options, stage = family.config, family.options, family.stage
+        self.family = family
+        self.options = options
+        self.seed = config.seed
+        self.device = family.device
+        self.adversary = family.adversary
+        self.teacher = Teacher(config, family.levels, data, self.device)
+        split = config.data.split
+        reals = self.teacher.reals(2 * options.probe_samples, split)
+        self.real_distance = self.teacher.distances(reals)
+        table, chosen = options.table, options.text
+        self.rows = Rows(data, split, table.num_latents) if table is not None else None
+        self.text = Text(chosen, config, data, self.device) if chosen is not None else None
+        beside = None
+        if self.text is not None and self.text.options.joint_weight:
+            beside = partial(_conditions, self.text, options.bank)
+        self.objective = Objective(
+            options.objectives, self.teacher, self.seed, stage.batch, split, self._features, beside
+        )
+        if self.adversary is not None:
+            self.adversary.begin(self.teacher.guides.get(""))
+        self.phases = self._phases()
+
+    def _phases(self) -> tuple[Phase, ...]:
+        before = self.objective.joint.before if self.objective.sets else None
+        phases = [Phase("G", "G", self._g_losses, before=before)]
+        if self.adversary is not None:
+            adversarial = _Adversarial(self.adversary, self._images)
+            own = self.adversary.options
+            if self.adversary.lazy:
+                lazy = Phase("D_reg", "D", adversarial.penalties, own.every, second_order=True)
+                phases.insert(0, lazy)
+            penalised = bool(own.r1 or own.r2) and not self.adversary.lazy
+            phases.insert(0, Phase("D", "D", adversarial.losses, second_order=penalised))
+        return tuple(phases)
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """See :meth:`Guided.constants`."""
         floor = None if self.adversary or self.text else self.objective.floor
         return {} if floor is None else {"floor": floor}
 
     def probe(self, networks: Networks, loss: float | None) -> Verdict:
-        """Diversity of samples: mean pairwise feature distance over that of real pictures."""
-        assert self.teacher is not None, "begin() comes first"
+        """See :meth:`Guided.probe`."""
         indices = torch.arange(self.options.probe_samples)
-        features = self.teacher.features(self.sample(networks, indices, self.config.seed))
+        features = self.teacher.features(self.family.sample(networks, indices, self.seed))
         ratios = [
             mean_pairwise_distance(values.cpu()) / self.real_distance[level]
             for level, values in features.items()
@@ -212,8 +275,8 @@ class Guided(Family):
         scalars = {"diversity": diversity}
         if not math.isfinite(diversity) or (loss is not None and not math.isfinite(loss)):
             return Verdict(scalars, "BROKEN", ("BROKEN: loss or samples are not finite",))
-        share = f"samples differ {diversity:.1%} as much as real pictures"
-        floor, near = self.constants().get("floor"), None
+        share = f"samples differ {diversity:.1%} as much as real images"
+        floor, near = self.constants.get("floor"), None
         # Of objectives between distributions it is what all would reach, and no sign of collapse.
         if loss is not None and floor is not None and not self.objective.sets:
             scalars["loss_over_floor"] = loss / floor
@@ -226,8 +289,7 @@ class Guided(Family):
         return Verdict(scalars)
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
-        """Against pyramids that were not trained on: each ``mse``, and ``energy``."""
-        assert self.teacher is not None, "begin() comes first"
+        """See :meth:`Guided.held_out`."""
         found: Scalars = {}
         if self.objective.pairs:
             # No latent was learnt for these: theirs is any.
@@ -237,74 +299,72 @@ class Guided(Family):
             features = self.teacher.features(_made(networks["G"], z, asked))
             found |= self.objective.held_out_pairs(features, batch)
         # The same for every part of the held-out ones, so that any parts have the same mean.
-        z = self.latents(torch.arange(_HELD_OUT), self.config.seed)
+        z = self.family.latents(torch.arange(_HELD_OUT), self.seed)
         features = self.teacher.features(networks["G"](z))
         return found | self.objective.held_out_sets(features, batch)
-
-    def describe(self) -> dict[str, Any]:
-        """Which guides taught the run, and which CLIP; what a discriminator looks through."""
-        found = self.teacher.describe() if self.teacher else {}
-        if self.adversary is not None and self.adversary.guide is not None:
-            sha256 = self.adversary.guide.info.weights_sha256
-            found["frozen"] = {"family.discriminator.guide": sha256}
-        return found | ({"clip": self.text.clip.info} if self.text else {})
 
     def _z(self, batch: Batch, purpose: str, paired: bool = False) -> Tensor:
         """Latents (B, z_dim) of samples: by their position or, ``paired``, their own."""
         positions = batch["position"]
-        if paired and self.rows is not None:
-            assert isinstance(self.G, ProgressiveGenerator) and self.G.table is not None
-            learnt: Tensor = self.G.table(self.rows(batch["key"]).to(self.device))
+        G = self.family.G
+        if paired and self.rows is not None and G.table is not None:
+            learnt: Tensor = G.table(self.rows(batch["key"]).to(self.device))
             return learnt
         if paired:
             purpose, positions = "paired", numbers_of(batch["key"])
-        shape = (self.options.z_dim,)
-        return rng.normal(self.config.seed, purpose, positions, shape, self.device)
-
-    def _asked(self, batch: Batch, purpose: str) -> Asked | None:
-        return self.text.asked(batch, purpose) if self.text else None
+        return rng.normal(self.seed, purpose, positions, (self.options.z_dim,), self.device)
 
     def _images(self, batch: Batch, purpose: str) -> Tensor:
-        """Pictures that a microbatch's samples stand for, made as they are asked to be."""
-        z = self._z(batch, purpose, self.objective.paired)
-        return _made(self.G, z, self._asked(batch, "ask"))
+        """An image for each sample of a microbatch, conditioned as in training."""
+        asked = self.text.asked(batch, "ask") if self.text else None
+        return _made(self.family.G, self._z(batch, purpose, self.objective.paired), asked)
 
     def _features(self, batch: Batch) -> Features:
-        assert self.teacher is not None, "begin() comes first"
         return self.teacher.features(self._images(batch, "z"))
 
-    def _beside(self, batch: Batch) -> Tensor:
-        assert self.text is not None, "begin() comes first"
-        of_bank = self.options.bank and "bank" not in batch
-        return self.text.beside(batch, "ask/bank" if of_bank else "ask")
-
-    def _g_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
-        assert self.teacher is not None, "begin() comes first"
-        asked = self._asked(batch, "ask")
-        images = _made(self.G, self._z(batch, "z", self.objective.paired), asked)
+    def _g_losses(self, batch: Batch) -> Losses:
+        asked = self.text.asked(batch, "ask") if self.text else None
+        images = _made(self.family.G, self._z(batch, "z", self.objective.paired), asked)
         losses, report = self.objective.losses(
             batch, self.teacher.features(images), asked.keep if asked else None
         )
         if self.text and asked and self.text.options.clip_weight:
             losses["clip"] = self.text.options.clip_weight * self.text.loss(images, asked)
         if self.adversary is not None:
-            positions, size = batch["position"], self.stage.batch
-            shown = (int(positions[0]) - self.start) // size * size
+            positions, size = batch["position"], self.family.stage.batch
+            shown = (int(positions[0]) - self.family.start) // size * size
             more, said = self.adversary.g_losses(images, batch["image"], positions, shown)
             losses, report = losses | more, report | said
         return losses, report
 
-    def _d_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
-        assert self.adversary is not None
-        return self.adversary.d_losses(*self._shown(batch))
 
-    def _d_penalties(self, batch: Batch) -> tuple[Scalars, Scalars]:
-        assert self.adversary is not None
-        return self.adversary.penalty_losses(*self._shown(batch))
+class _Adversarial:
+    """Losses of a stage's discriminator, over real and generated images of the same positions.
 
-    def _shown(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Real pictures, generated ones, their positions."""
-        return batch["image"], self._images(batch, "z/D"), batch["position"]
+    Args:
+        adversary: whose losses they are.
+        images: generated ones of a microbatch, from latents of a purpose.
+    """
+
+    def __init__(self, adversary: Discriminating, images: Callable[[Batch, str], Tensor]) -> None:
+        self.adversary = adversary
+        self.images = images
+
+    def losses(self, batch: Batch) -> Losses:
+        """Of D."""
+        images = self.images(batch, "z/D")
+        return self.adversary.d_losses(batch["image"], images, batch["position"])
+
+    def penalties(self, batch: Batch) -> Losses:
+        """Of D's gradients."""
+        images = self.images(batch, "z/D")
+        return self.adversary.penalty_losses(batch["image"], images, batch["position"])
+
+
+def _conditions(text: Text, bank: int, batch: Batch) -> Tensor:
+    """What the samples of a microbatch or, if there is one, of the bank are conditioned on."""
+    of_bank = bank and "bank" not in batch
+    return text.beside(batch, "ask/bank" if of_bank else "ask")
 
 
 def _made(G: nn.Module, z: Tensor, asked: Asked | None) -> Tensor:

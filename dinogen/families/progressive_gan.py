@@ -6,25 +6,18 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from dinogen.config import Config, Section, StageConfig
-from dinogen.distributed import rng
-from dinogen.families.base import (
-    Batch,
-    Family,
-    Inputs,
-    Networks,
-    Phase,
-    Scalars,
-    judged_alone,
-)
-from dinogen.losses.adversarial import bce_d, bce_g, r1_penalty
+from dinogen.batch import Batch, Losses
+from dinogen.config import Config, StageConfig
+from dinogen.families.base import Networks, Phase
+from dinogen.families.gan import Gan
+from dinogen.losses.adversarial import r1_penalty
 from dinogen.networks.progressive import ProgressiveDiscriminator, ProgressiveGenerator
 
 
-class ProgressiveGan(Family):
+class ProgressiveGan(Gan):
     """Karras et al. 2018, with the non-saturating loss and R1 (Mescheder et al. 2018) in place of
     WGAN-GP and its drift term.
 
@@ -36,10 +29,9 @@ class ProgressiveGan(Family):
     whereas here D goes on moving.
     """
 
-    class Options(Section):
+    class Options(Gan.Options):
         """Keys of ``family:`` for ``name: progressive_gan``."""
 
-        z_dim: int = Field(512, ge=1, description="size of the latent")
         channel_base: int = Field(16384, ge=4, description="channels at R are base / R ...")
         channel_max: int = Field(512, ge=1, description="... and at most this")
         group_size: int = Field(4, ge=1, description="samples per minibatch standard deviation")
@@ -48,16 +40,14 @@ class ProgressiveGan(Family):
         )
         r1_every: int = Field(16, ge=1, description="steps between updates by R1")
 
+    options: Options
+    G: ProgressiveGenerator
+    D: ProgressiveDiscriminator
+
     def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
         super().__init__(config, stage, device)
-        self.options = self.Options(**config.family.options)
         self.G = ProgressiveGenerator(**self.arguments("G")).to(device)
         self.D = ProgressiveDiscriminator(**self.arguments("D")).to(device)
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """G and D, of the same resolution and alpha."""
-        return {"G": self.G, "D": self.D}
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -68,29 +58,10 @@ class ProgressiveGan(Family):
             Phase("G", "G", self._g_losses),
         )
 
-    @property
-    def inputs(self) -> Inputs:
-        """Pictures alone."""
-        return Inputs(image_size=self.stage.resolution)
-
     def optimizer_scale(self, network: str) -> float:
         """k / (k + 1) for D, which has k + 1 updates in k steps."""
         every = self.options.r1_every
         return every / (every + 1) if network == "D" else 1.0
-
-    def latents(self, indices: Tensor, seed: int) -> Tensor:
-        """z (N, z_dim)."""
-        return rng.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
-
-    def realism(self, images: Tensor) -> Tensor:
-        """D's logits."""
-        return judged_alone(self.D, images)
-
-    def first_layer(self, networks: Networks) -> Tensor:
-        """The dense layer to 4x4."""
-        G = networks["G"]
-        assert isinstance(G, ProgressiveGenerator)
-        return G.dense.weight.detach()
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G or D."""
@@ -119,21 +90,13 @@ class ProgressiveGan(Family):
             if isinstance(network, (ProgressiveGenerator, ProgressiveDiscriminator)):
                 network.set_fade(alpha, fading)
 
-    def _d_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
-        # apart: a group of the minibatch standard deviation is all real or all generated
-        real, fake = self.D(self._real(batch)), self.D(self._generate(batch, "z/D"))
-        return {"bce": bce_d(real, fake)}, {"real": real.mean(), "fake": fake.mean()}
-
-    def _r1(self, batch: Batch) -> tuple[Scalars, Scalars]:
+    def _r1(self, batch: Batch) -> Losses:
         penalty = r1_penalty(self.D, self._real(batch))
         # The more pixels share a change of the picture, the smaller is D's gradient at each. With
         # the gamma of 256x256, R1's gradient at 4x4 was 150 times that of the loss.
         gamma = self.options.r1_gamma * (self.stage.resolution / 256) ** 2
         weight = gamma / 2 * self.options.r1_every
         return {"r1": weight * penalty}, {"penalty": penalty.detach()}
-
-    def _g_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
-        return {"bce": bce_g(self.D(self._generate(batch, "z/G")))}, {}
 
     def _real(self, batch: Batch) -> Tensor:
         """Real pictures, as far between the two resolutions as G's are (section 2)."""
@@ -142,9 +105,3 @@ class ProgressiveGan(Family):
             return images
         coarse = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="nearest")
         return torch.lerp(coarse, images, self.D.alpha)
-
-    def _generate(self, batch: Batch, purpose: str) -> Tensor:
-        shape = (self.options.z_dim,)
-        z = rng.normal(self.config.seed, purpose, batch["position"], shape, self.device)
-        images: Tensor = self.G(z)
-        return images

@@ -16,9 +16,10 @@ from pydantic import ValidationError
 
 from dinogen.config import Config, ConfigError, FamilyConfig, Section, describe_errors
 from dinogen.families.base import Family
+from dinogen.families.earlier import with_earlier_members
 
 ENTRY_POINTS = "dinogen.families"
-_NO_FAMILIES = {"base", "registry"}
+_NO_FAMILIES = {"abilities", "base", "earlier", "gan", "registry"}
 
 
 def family_names() -> list[str]:
@@ -38,7 +39,8 @@ def family_class(config: FamilyConfig) -> type[Family]:
         return _class_in_file(Path(config.file).absolute())
     offered = _offered()
     if config.name in offered:
-        return _one_family(offered[config.name].load(), f"entry point {config.name}")
+        found = _one_family(offered[config.name].load(), f"entry point {config.name}")
+        return with_earlier_members(found)
     names = family_names()
     if config.name not in names:
         near = get_close_matches(config.name, names, n=1)
@@ -96,7 +98,7 @@ def _class_in_file(path: Path) -> type[Family]:
         raise ConfigError(
             f"family.file: {path} cannot be imported: {type(error).__name__}: {error}"
         ) from error
-    return _one_family(module, str(path))
+    return with_earlier_members(_one_family(module, str(path)))
 
 
 def _one_family(found: ModuleType | type, source: str) -> type[Family]:

@@ -15,7 +15,7 @@ from dinogen.networks.layers import update_spectral_norms
 class Sagan(WganGp):
     """Zhang et al. 2019's networks under WGAN-GP's losses.
 
-    Group norm makes a picture independent of the others of its batch, so here microbatches change
+    Group norm makes an image independent of the others of its batch, so here microbatches change
     nothing and the averaged generator needs no statistics. Spectral norms iterate once per step.
     """
 

@@ -7,20 +7,13 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from dinogen.config import Config, Section, StageConfig
+from dinogen.batch import Batch, Losses, Scalars
+from dinogen.config import Config, StageConfig
 from dinogen.distributed import rng
-from dinogen.families.base import (
-    Batch,
-    Family,
-    Inputs,
-    Networks,
-    Phase,
-    Scalars,
-    classes_of,
-    judged_alone,
-)
+from dinogen.families.base import Inputs, Networks, Phase, classes_of, judged_alone
+from dinogen.families.gan import Gan
 from dinogen.losses.adversarial import bce_d, bce_g, path_lengths, r1_penalty
 from dinogen.networks.ada.pipeline import Strengths, augment
 from dinogen.networks.stylegan2.discriminator import StyleGAN2Discriminator
@@ -34,7 +27,7 @@ W_DECAY = 0.002
 R1_HEURISTIC = 0.0002
 
 
-class StyleGAN2Ada(Family):
+class StyleGAN2Ada(Gan):
     """Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data".
 
     Non-saturating loss, R1 and path length regularisation in every n-th step, style mixing. What D
@@ -42,10 +35,9 @@ class StyleGAN2Ada(Family):
     rises while D's logits of real pictures are positive too often, and falls otherwise.
     """
 
-    class Options(Section):
+    class Options(Gan.Options):
         """Keys of ``family:`` for ``name: stylegan2_ada``."""
 
-        z_dim: int = Field(512, ge=1, description="size of the latent")
         w_dim: int = Field(512, ge=1, description="size of the mapped latent")
         num_mapping_layers: int = Field(2, ge=1, description="dense layers from z to w")
         channel_base: int = Field(16384, ge=4, description="channels at R are base / R ...")
@@ -83,9 +75,12 @@ class StyleGAN2Ada(Family):
         ada_filter: float = Field(0.0, ge=0, description="... strength of frequency bands")
         ada_corruption: float = Field(0.0, ge=0, description="... noise and cutout")
 
+    options: Options
+    G: StyleGAN2Generator
+    D: StyleGAN2Discriminator
+
     def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
         super().__init__(config, stage, device)
-        self.options = self.Options(**config.family.options)
         self.G = StyleGAN2Generator(**self.arguments("G")).to(device)
         self.D = StyleGAN2Discriminator(**self.arguments("D")).to(device)
         own = self.options
@@ -93,11 +88,6 @@ class StyleGAN2Ada(Family):
             own.ada_blit, own.ada_geometry, own.ada_color, own.ada_filter, own.ada_corruption
         )
         self.r1_gamma = own.r1_gamma or R1_HEURISTIC * stage.resolution**2 / stage.batch
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """G with the mean of w and of path lengths, D with ADA's probability."""
-        return {"G": self.G, "D": self.D}
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -129,10 +119,6 @@ class StyleGAN2Ada(Family):
     def inputs(self) -> Inputs:
         """Pictures, and labels if there are classes."""
         return Inputs(image_size=self.stage.resolution, labels=bool(self.options.num_classes))
-
-    def latents(self, indices: Tensor, seed: int) -> Tensor:
-        """z (N, z_dim)."""
-        return rng.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
 
     def decode(
         self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
@@ -220,7 +206,7 @@ class StyleGAN2Ada(Family):
         elif phase == "G_reg":
             self.G.path_mean.lerp_(means["length"], PATH_DECAY)
 
-    def _d_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+    def _d_losses(self, batch: Batch) -> Losses:
         positions, label = batch["position"], batch.get("label")
         _, ws = self._styles("D", positions, label)
         # apart: a group of the minibatch standard deviation is all real or all generated
@@ -234,7 +220,7 @@ class StyleGAN2Ada(Family):
         }
         return {"bce": bce_d(real, fake)}, report
 
-    def _r1(self, batch: Batch) -> tuple[Scalars, Scalars]:
+    def _r1(self, batch: Batch) -> Losses:
         def judge(images: Tensor) -> Tensor:
             return self._judge("D_reg", images, batch["position"], batch.get("label"))
 
@@ -242,13 +228,13 @@ class StyleGAN2Ada(Family):
         weight = self.r1_gamma / 2 * self.options.r1_every
         return {"r1": weight * penalty}, {"penalty": penalty.detach()}
 
-    def _g_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+    def _g_losses(self, batch: Batch) -> Losses:
         positions, label = batch["position"], batch.get("label")
         w, ws = self._styles("G", positions, label)
         fake = self._judge("G", self._pictures("G", positions, ws), positions, label)
         return {"bce": bce_g(fake)}, {"w": w.detach().mean(0)}
 
-    def _path(self, batch: Batch) -> tuple[Scalars, Scalars]:
+    def _path(self, batch: Batch) -> Losses:
         """On half of the samples, as it takes much memory: those at even positions.
 
         Of a global batch of even size that is exactly half, however it is cut. A sample counts 2,

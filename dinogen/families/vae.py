@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dinogen.batch import Batch, Losses, Scalars
 from dinogen.config import Config, ConfigError, Section, StageConfig
 from dinogen.distributed import rng
-from dinogen.families.base import Batch, Family, Inputs, Networks, Phase, Scalars
+from dinogen.families.base import Family, Inputs, Networks, Phase
 from dinogen.features.vgg import VggFeatures, load_vgg
 from dinogen.losses.features import (
     kl_to_standard_normal,
@@ -70,7 +72,6 @@ class Vae(Family):
                 "256"
             )
         self.G = Autoencoder(**self.arguments("G")).to(device)
-        self.vgg: VggFeatures | None = None
         num_values = 3 * stage.resolution**2
         self.mse_weight, self.kl_weight = 0.5, self.options.beta / num_values
 
@@ -89,11 +90,20 @@ class Vae(Family):
         """Pictures."""
         return Inputs(image_size=self.stage.resolution)
 
+    @cached_property
+    def vgg(self) -> VggFeatures | None:
+        """VGG-16, if it teaches; loaded when it is first needed.
+
+        Raises:
+            ConfigError: its weights cannot be loaded.
+        """
+        if not self.options.lambda_perceptual:
+            return None
+        return load_vgg(self.options.perceptual_weights, self.device, "family.perceptual_weights")
+
     def begin(self, data: Dataset) -> None:
-        """Load VGG-16, if it teaches."""
-        if self.options.lambda_perceptual:
-            weights = self.options.perceptual_weights
-            self.vgg = load_vgg(weights, self.device, "family.perceptual_weights")
+        """Load VGG-16 before the first step, if it teaches."""
+        _ = self.vgg
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
         """Draws of the prior (N, latent)."""
@@ -136,7 +146,7 @@ class Vae(Family):
     def _noise(self, purpose: str, positions: Tensor, seed: int) -> Tensor:
         return rng.normal(seed, purpose, positions, (self.options.latent,), self.device)
 
-    def _losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+    def _losses(self, batch: Batch) -> Losses:
         return self._judge(*self._reconstruct(self.G, batch, "z"), batch["image"])
 
     def _reconstruct(self, G: nn.Module, batch: Batch, purpose: str) -> tuple[Tensor, Tensor]:
@@ -147,17 +157,14 @@ class Vae(Family):
         kl = kl_to_standard_normal(mean, log_variance)
         return G(reparameterize(mean, log_variance, noise)), kl
 
-    def _judge(
-        self, reconstructions: Tensor, kl: Tensor, images: Tensor
-    ) -> tuple[Scalars, Scalars]:
+    def _judge(self, reconstructions: Tensor, kl: Tensor, images: Tensor) -> Losses:
         """The terms of the loss, and what they are in plain units."""
         mse = squared_error(reconstructions, images) / images[0].numel()
         losses = {
             "reconstruction": self.mse_weight * mse.mean(),
             "kl": self.kl_weight * kl.mean(),
         }
-        if self.options.lambda_perceptual:
-            assert self.vgg is not None, "begin() comes first"
+        if self.vgg is not None:
             distance = perceptual_distance(self.vgg(reconstructions), self.vgg(images))
             losses["perceptual"] = self.options.lambda_perceptual * distance.mean()
         mse, kl = mse.detach(), kl.detach()

@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dinogen.batch import Batch, Losses
 from dinogen.config import Config, ConfigError, StageConfig
-from dinogen.families.base import Batch, Phase, Scalars, judged_alone
+from dinogen.families.base import Phase, judged_alone
 from dinogen.families.vae import Vae
 from dinogen.losses.adversarial import hinge_d, hinge_g
 from dinogen.networks.patchgan import PatchDiscriminator, num_patches
@@ -81,13 +82,13 @@ class VaeGan(Vae):
             return {"num_layers": self.options.d_layers, "base_channels": self.options.d_channels}
         return super().arguments(network)
 
-    def _d_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+    def _d_losses(self, batch: Batch) -> Losses:
         reconstructions, _ = self._reconstruct(self.G, batch, "z/D")
         real, fake = self.D(batch["image"]), self._judge_fakes(reconstructions, batch, "prior/D")
         report = {"real": real.detach().mean(), "fake": fake.detach().mean()}
         return {"hinge": hinge_d(real, fake)}, report
 
-    def _losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+    def _losses(self, batch: Batch) -> Losses:
         reconstructions, kl = self._reconstruct(self.G, batch, "z/G")
         losses, report = self._judge(reconstructions, kl, batch["image"])
         fake = self._judge_fakes(reconstructions, batch, "prior/G")

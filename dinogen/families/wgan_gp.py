@@ -6,24 +6,17 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
 
-from dinogen.config import Config, ConfigError, Section, StageConfig
+from dinogen.batch import Batch, Losses
+from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import rng
-from dinogen.families.base import (
-    Batch,
-    Family,
-    Inputs,
-    Networks,
-    Phase,
-    Scalars,
-    judged_alone,
-)
+from dinogen.families.base import Phase
+from dinogen.families.gan import Gan
 from dinogen.losses.adversarial import gradient_penalty, wasserstein_d, wasserstein_g
 from dinogen.networks.resnet_gan import ResnetCritic, ResnetGenerator
 
 
-class WganGp(Family):
+class WganGp(Gan):
     """Gulrajani et al. 2017: D, the critic, has an update in every step, G in every n-th.
 
     A step shows its batch to the critic once, so `nimg` counts what the critic saw. G has batch
@@ -31,7 +24,7 @@ class WganGp(Family):
     one rank have each their own.
     """
 
-    class Options(Section):
+    class Options(Gan.Options):
         """Keys of ``family:`` for ``name: wgan_gp``."""
 
         z_dim: int = Field(128, ge=1, description="size of the latent")
@@ -46,18 +39,12 @@ class WganGp(Family):
 
     def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
         super().__init__(config, stage, device)
-        self.options = self.Options(**config.family.options)
         if stage.resolution < 8:
             raise ConfigError(
-                f"stages: {config.family.name} makes pictures from 8 pixels, not {stage.resolution}"
+                f"stages: {config.family.name} makes images from 8 pixels, not {stage.resolution}"
             )
         self.G = ResnetGenerator(**self.arguments("G")).to(device)
         self.D = ResnetCritic(**self.arguments("D")).to(device)
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """G and D, the critic."""
-        return {"G": self.G, "D": self.D}
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -72,25 +59,6 @@ class WganGp(Family):
         """D, whose loss with its sign turned is the distance to shrink (the paper's figure 3)."""
         return "D"
 
-    @property
-    def inputs(self) -> Inputs:
-        """Pictures alone."""
-        return Inputs(image_size=self.stage.resolution)
-
-    def latents(self, indices: Tensor, seed: int) -> Tensor:
-        """z (N, z_dim)."""
-        return rng.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
-
-    def realism(self, images: Tensor) -> Tensor:
-        """The critic's scores."""
-        return judged_alone(self.D, images)
-
-    def first_layer(self, networks: Networks) -> Tensor:
-        """The dense layer to 4x4."""
-        G = networks["G"]
-        assert isinstance(G, ResnetGenerator)
-        return G.dense.weight.detach()
-
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G or D."""
         common = {
@@ -100,7 +68,7 @@ class WganGp(Family):
         }
         return common | ({"z_dim": self.options.z_dim} if network == "G" else {})
 
-    def _d_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+    def _d_losses(self, batch: Batch) -> Losses:
         images, seed = batch["image"], self.config.seed
         generated = self._generate(batch, "z/D")
         real, fake = self.D(torch.cat([images, generated])).chunk(2)
@@ -110,11 +78,5 @@ class WganGp(Family):
         losses = {"wasserstein": distance, "penalty": self.options.gp_weight * penalty}
         return losses, {"real": real.mean(), "fake": fake.mean()}
 
-    def _g_losses(self, batch: Batch) -> tuple[Scalars, Scalars]:
+    def _g_losses(self, batch: Batch) -> Losses:
         return {"wasserstein": wasserstein_g(self.D(self._generate(batch, "z/G")))}, {}
-
-    def _generate(self, batch: Batch, purpose: str) -> Tensor:
-        shape = (self.options.z_dim,)
-        z = rng.normal(self.config.seed, purpose, batch["position"], shape, self.device)
-        images: Tensor = self.G(z)
-        return images

@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinogen.batch import Batch
 from dinogen.config import Config, ConfigError
 from dinogen.distributed import rng
 from dinogen.features.clip import Clip, load_clip, same_clip
 from dinogen.guidance.options import TextOptions
 from dinogen.losses.features import clip_loss, pseudo_text
 from shards.read.dataset import Dataset
-
-Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinogen.batch import Losses, Scalars
 from dinogen.config import ConfigError, GuideConfig, StageConfig
 from dinogen.distributed import rng
 from dinogen.features.base import Guide
@@ -19,10 +20,6 @@ from dinogen.networks.diffaugment import diff_augment
 from dinogen.networks.layers import update_spectral_norms
 from dinogen.networks.patchgan import MultiScalePatchDiscriminator, num_patches
 from dinogen.networks.projected import ProjectedHeads
-
-Scalars = dict[str, Tensor]
-# Its losses, and what is only reported.
-Losses = tuple[Scalars, Scalars]
 
 
 class Discriminating:

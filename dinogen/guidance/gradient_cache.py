@@ -10,48 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dinogen.batch import Batch, Features, GradientCache, Losses, Scalars
 from dinogen.distributed import process_group, rng
 from dinogen.distributed.process_group import gather_counts, gather_rows
 from dinogen.guidance.objectives import MAIN, Directions, SetTerm, View
 from shards.format.sample import level_grid, level_guide
-
-Batch = dict[str, Any]
-Scalars = dict[str, Tensor]
-# Features by level, such as "p8" or "pixels.p8": (N, places, C).
-Features = dict[str, Tensor]
+from shards.read import types as shards
 
 # What generated and real samples were asked to be: (N, E) and (M, E).
 Beside = tuple[Tensor, Tensor]
 
-_CACHED = "joint"
 # Pairs of samples that are compared at once: some hundred megabytes of distances.
 _MOST_PAIRS = 2**24
-
-
-@dataclass(frozen=True)
-class Found:
-    """What an objective finds in a global batch.
-
-    Attributes:
-        gradients: of the summed losses to each feature of some samples.
-        losses: by the terms' titles.
-        report: what else is worth a curve.
-    """
-
-    gradients: Features
-    losses: Scalars
-    report: Scalars
-
-    def rows(self, first: int, end: int) -> Found:
-        """The same of some of the samples."""
-        part = {level: gradient[first:end] for level, gradient in self.gradients.items()}
-        return Found(part, self.losses, self.report)
 
 
 class JointObjective:
@@ -96,23 +70,23 @@ class JointObjective:
         ]
         own = {level: torch.cat([part[level] for part in parts]) for level in parts[0]}
         del parts  # the largest thing here, in a batch of thousands
-        counted = [{**micro, **_cut(micro, num)} for micro, num in micros]
+        counted: list[Batch] = [{**micro, **_cut(micro, num)} for micro, num in micros]
         found = self._find(own, counted)
         first = 0
         for micro, num in micros:
             # One that stands for another's sample counts nothing, but has to have a gradient.
             end = max(first + num, 1)
-            micro[_CACHED] = found.rows(end - max(num, 1), end)
+            micro["gradient_cache"] = found.rows(end - max(num, 1), end)
             first += num
 
-    def losses(self, batch: Batch, features: Features) -> tuple[Scalars, Scalars]:
+    def losses(self, batch: Batch, features: Features) -> Losses:
         """Losses of the whole, with the gradient of this microbatch's part in it.
 
         Args:
             batch: the microbatch.
             features: of its generated pictures, with gradients.
         """
-        found: Found = batch.get(_CACHED) or self._find(
+        found = batch.get("gradient_cache") or self._find(
             {level: values.detach() for level, values in features.items()}, [batch]
         )
         # A loss is a mean over samples to the engine: times B over n, it weighs it n over B.
@@ -134,7 +108,7 @@ class JointObjective:
         real: Features,
         directions: Directions,
         beside: Beside | None = None,
-    ) -> Found:
+    ) -> GradientCache:
         """What the terms find in features of two sets of samples, on one rank, without gathering.
 
         Args:
@@ -161,7 +135,7 @@ class JointObjective:
                     report[f"{title}.{level}.{view}"] = loss
                     report |= {f"{title}.{level}.{view}.{k}": v for k, v in more.items()}
             losses[title] = total
-        return Found(gradients, losses, report)
+        return GradientCache(gradients, losses, report)
 
     def floors(self, real: Features) -> dict[str, float]:
         """What a perfect generator reaches, by title, from real features; where it is known."""
@@ -215,7 +189,7 @@ class JointObjective:
                 more[name] = more.get(name, 0.0) + part * value.detach()
         return total, gradient, more
 
-    def _find(self, own: Features, micros: Sequence[Batch]) -> Found:
+    def _find(self, own: Features, micros: Sequence[Batch]) -> GradientCache:
         """Gather all ranks' features, compare, and keep what belongs to this rank's."""
         positions = torch.cat([micro["position"] for micro in micros])
         num, bank = len(positions), micros[0].get("bank")
@@ -244,7 +218,7 @@ def problems(features: Tensor, view: View) -> Tensor:
     return features.transpose(0, 1) if view == "place" else features.flatten(1)[None]
 
 
-def real_features(batch: Batch, level: str) -> Tensor:
+def real_features(batch: shards.Batch, level: str) -> Tensor:
     """Features of a batch's real pictures at a level such as ``p8`` or ``pixels.p8``."""
     guide = level_guide(level)
     pyramid = batch["guides"][guide] if guide else batch["pyramid"]
@@ -284,7 +258,10 @@ def _real(micros: Sequence[Batch], level: str) -> Tensor:
 def _cut(batch: Batch, num: int) -> Batch:
     """The first samples of what is compared of a batch."""
     cut: Batch = {"position": batch["position"][:num]}
-    cut |= {name: batch[name][:num] for name in ("clip", "text") if name in batch}
+    if "clip" in batch:
+        cut["clip"] = batch["clip"][:num]
+    if "text" in batch:
+        cut["text"] = batch["text"][:num]
     if "pyramid" in batch:
         cut["pyramid"] = {grid: values[:num] for grid, values in batch["pyramid"].items()}
     if "guides" in batch:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinogen.batch import Features
 from dinogen.config import Config, ConfigError
 from dinogen.features.base import Guide, same_guide
 from dinogen.features.load import load_guide
@@ -19,7 +20,7 @@ from dinogen.features.pyramid import (
     pooled_pyramid,
     resized_with_antialias,
 )
-from dinogen.guidance.gradient_cache import Features, real_features
+from dinogen.guidance.gradient_cache import real_features
 from dinogen.losses.features import mean_pairwise_distance
 from shards.format.sample import level_grid, level_guide
 from shards.read.dataset import Dataset

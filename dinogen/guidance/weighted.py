@@ -7,14 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dinogen.guidance.gradient_cache import (
-    Batch,
-    Features,
-    JointObjective,
-    Scalars,
-    is_of,
-    real_features,
-)
+from dinogen.batch import Batch, Features, Losses, Scalars
+from dinogen.guidance.gradient_cache import JointObjective, is_of, real_features
 from dinogen.guidance.guides import Teacher
 from dinogen.guidance.objectives import AnyTerm, Energy, Mse, Paired, PairTerm, SetTerm, titles
 from dinogen.losses.features import collapse_floor, pyramid_mse
@@ -28,15 +22,39 @@ class Objective:
 
     Args:
         terms: as the config names them.
-        levels: that are read.
+        teacher: of the run; its levels are compared.
+        seed: of the run.
+        batch: size of the global batch.
+        split: of the reals that the floors are worked out from.
+        features: of a microbatch's generated images.
+        beside: what its samples are conditioned on, see :class:`JointObjective`.
     """
 
-    def __init__(self, terms: Sequence[AnyTerm], levels: Sequence[str]) -> None:
+    def __init__(
+        self,
+        terms: Sequence[AnyTerm],
+        teacher: Teacher,
+        seed: int,
+        batch: int,
+        split: str,
+        features: Callable[[Batch], Features],
+        beside: Callable[[Batch], Tensor] | None = None,
+    ) -> None:
         named = dict(zip(titles(terms), terms, strict=True))
-        self.levels = tuple(levels)
+        self.levels = teacher.levels
         self.pairs = {name: term for name, term in named.items() if isinstance(term, PairTerm)}
         self.sets = {name: term for name, term in named.items() if isinstance(term, SetTerm)}
-        self.floors: dict[str, float] = {}
+        self.scales = teacher.scales()
+        self.joint = JointObjective(self.sets, self.scales, seed, batch, features, beside)
+        # One measure for all of them, so that runs with different objectives can be compared.
+        self.judge = JointObjective({"energy": Energy()}, self.scales, seed, batch, features)
+        self.floors = {
+            name: term.weight * self._collapse_floor(term, teacher)
+            for name, term in self.pairs.items()
+            if isinstance(term, Mse)
+        }
+        if self.sets and beside is None:
+            self.floors |= self.joint.floors(teacher.reals(_NUM_REALS, split))
 
     @property
     def paired(self) -> bool:
@@ -53,40 +71,7 @@ class Objective:
         known = len(self.floors) == len(self.pairs) + len(self.sets)
         return sum(self.floors.values()) if known else None
 
-    def begin(
-        self,
-        teacher: Teacher,
-        seed: int,
-        batch: int,
-        split: str,
-        features: Callable[[Batch], Features],
-        beside: Callable[[Batch], Tensor] | None = None,
-    ) -> None:
-        """Take over the data's statistics, and work out the floors.
-
-        Args:
-            teacher: of the run.
-            seed: of the run.
-            batch: size of the global batch.
-            split: of the reals that the floors are worked out from.
-            features: of a microbatch's generated pictures.
-            beside: what its samples were asked to be, see :class:`JointObjective`.
-        """
-        self.scales = teacher.scales()
-        self.joint = JointObjective(self.sets, self.scales, seed, batch, features, beside)
-        # One measure for all of them, so that runs with different objectives can be compared.
-        self.judge = JointObjective({"energy": Energy()}, self.scales, seed, batch, features)
-        self.floors = {
-            name: term.weight * self._collapse_floor(term, teacher)
-            for name, term in self.pairs.items()
-            if isinstance(term, Mse)
-        }
-        if self.sets and beside is None:
-            self.floors |= self.joint.floors(teacher.reals(_NUM_REALS, split))
-
-    def losses(
-        self, batch: Batch, features: Features, keep: Tensor | None = None
-    ) -> tuple[Scalars, Scalars]:
+    def losses(self, batch: Batch, features: Features, keep: Tensor | None = None) -> Losses:
         """Weighted losses and what else is worth a curve, as ``Phase.losses`` gives them.
 
         Args:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from dinogen.config import ConfigError, Section
 from dinogen.errors import UserError
+from dinogen.families.abilities import truncates
 from dinogen.report.images import to_uint8
 from dinogen.runs.layout import stage_name
 from dinogen.training.checkpointing.checkpoint import stage_checkpoint
@@ -95,7 +96,7 @@ class Gallery:
         if not self.stages:
             raise ConfigError(f"{run}: no stage has a complete checkpoint: train it first")
         self._snapshot = lru_cache(maxsize=_NUM_OPEN)(load_snapshot)
-        self.truncates = self._first_sound().family.truncates
+        self.truncates = truncates(self._first_sound().family)
 
     def _first_sound(self) -> Snapshot:
         """The snapshot of the largest stage that can be loaded; those that cannot are dropped.

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dinogen.batch import Batch
 from dinogen.config import Config, ConfigError
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
-from dinogen.families.base import Batch, Family
+from dinogen.families.base import Family
 from dinogen.families.registry import family_class
 from shards.errors import ShardsError
 from shards.format.sample import VECTORS

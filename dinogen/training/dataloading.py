@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dinogen.batch import Batch
 from dinogen.config import AugmentConfig
 from dinogen.distributed import process_group, rng
-from dinogen.families.base import Batch
 from dinogen.training.state import StageState
 from shards.read.stream import Stream
 
@@ -49,9 +49,9 @@ class Dataloader:
         return self
 
     def __next__(self) -> Batch:
-        batch: Batch = next(self._streams[0])
+        batch = cast(Batch, next(self._streams[0]))
         for bank in self._streams[1:]:
-            batch["bank"] = next(bank)
+            batch["bank"] = cast(Batch, next(bank))
         return batch
 
     def __enter__(self) -> Dataloader:

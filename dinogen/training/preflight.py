@@ -10,6 +10,7 @@ import torch
 
 from dinogen.config import AugmentConfig, Config, ConfigError, StageConfig, parse_config
 from dinogen.distributed import process_group
+from dinogen.families.abilities import MeasuresHeldOut
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class, resolve
 from dinogen.metrics.registry import chosen_names
@@ -103,7 +104,7 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
             f"augment: family {config.family.name} reads no pictures at {name}, but features that "
             "were made before: leave it out"
         )
-    own = type(family).held_out is not Family.held_out
+    own = isinstance(family, MeasuresHeldOut)
     if config.eval.every_kimg is not None and not own and not config.eval.generated:
         raise ConfigError(
             f"eval: family {config.family.name} has nothing to measure on held-out samples: "

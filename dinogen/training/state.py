@@ -14,7 +14,8 @@ from torch import nn
 
 from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import process_group, rng
-from dinogen.families.base import Family, Verdict
+from dinogen.families.abilities import Probes, facts_of, fade, new_parameters_of
+from dinogen.families.base import Condition, Family, Verdict
 from dinogen.families.registry import family_class
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import (
@@ -138,14 +139,14 @@ class StageState:
         self.family.start = self.plan.start
         if previous is not None:
             for name, network in self.family.networks.items():
-                new = self.family.new_parameters(name)
+                new = new_parameters_of(self.family, name)
                 known = previous.tensors(name) if previous.holds(name) else {}
                 grow(network, known, new, ConfigError)
         averaged = {name: self.family.networks[name] for name in self.family.ema_networks}
         self.ema = Ema(averaged, config.ema)
         if previous is not None:
             for name, network in self.ema.networks.items():
-                new = self.family.new_parameters(name)
+                new = new_parameters_of(self.family, name)
                 grow(network, previous.tensors(f"{name}.ema"), new, ConfigError)
         self.data = open_data(config)
         self.family.begin(self.data)
@@ -173,7 +174,7 @@ class StageState:
         nimg = self.progress.nimg
         alpha, fading = self.plan.alpha(nimg), self.plan.fading(nimg)
         for networks in (self.family.networks, self.ema.networks):
-            self.family.set_fade(networks, alpha, fading)
+            fade(self.family, networks, alpha, fading)
 
     @torch.no_grad()
     def sample(self, num: int) -> torch.Tensor:
@@ -182,7 +183,9 @@ class StageState:
 
     @torch.no_grad()
     def probe(self) -> Verdict:
-        """The family's judgement of its samples."""
+        """What the family finds in its samples; nothing if it does not probe them."""
+        if not isinstance(self.family, Probes):
+            return Verdict()
         return self.family.probe(self.ema.networks, self.progress.loss)
 
     def capture(self, logger_state: dict[str, Any]) -> Callable[[], None] | None:
@@ -209,7 +212,7 @@ class StageState:
             "data": data_fingerprint(self.data),
             "config": self.config.model_dump(mode="json"),
             "versions": versions(),
-            "facts": self.family.describe(),
+            "facts": facts_of(self.family),
         }
         self.last_saved = nimg
         parent, keep_last = self.place.checkpoints.folder, self.config.checkpoint.keep_last
@@ -253,7 +256,7 @@ def _check_frozen(checkpoint: Checkpoint, family: Family) -> None:
         ConfigError: naming the key.
     """
     then = checkpoint.state["facts"].get("frozen", {})
-    for key, sha256 in family.describe().get("frozen", {}).items():
+    for key, sha256 in facts_of(family).get("frozen", {}).items():
         if then.get(key, sha256) != sha256:
             raise ConfigError(
                 f"{key}: its weights are others than the checkpoint {checkpoint.folder} was "
@@ -273,11 +276,20 @@ def versions() -> dict[str, str]:
 
 @torch.no_grad()
 def sample_in_parts(
-    family: Family, networks: dict[str, nn.Module], num: int, seed: int, part: int = 64
+    family: Family,
+    networks: dict[str, nn.Module],
+    num: int,
+    seed: int,
+    part: int = 64,
+    condition: Condition | None = None,
 ) -> torch.Tensor:
-    """Pictures 0 to ``num - 1`` under ``seed``, (N, 3, R, R) in [-1, 1] on the CPU."""
+    """Images 0 to ``num - 1`` under ``seed``, (N, 3, R, R) in [-1, 1] on the CPU.
+
+    A family that takes no condition is not given one, so it need not know of it.
+    """
+    given = () if condition is None else (condition,)
     parts = [
-        family.sample(networks, torch.arange(first, min(first + part, num)), seed).float().cpu()
+        family.sample(networks, torch.arange(first, min(first + part, num)), seed, *given)
         for first in range(0, num, part)
     ]
-    return torch.cat(parts)
+    return torch.cat([images.float().cpu() for images in parts])

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
+from dinogen.batch import Batch, Scalars
 from dinogen.config import Config
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.evaluation.validate import Validator
-from dinogen.families.base import Batch, Scalars, Verdict
+from dinogen.families.abilities import FollowsSteps, Remembers, constants_of
+from dinogen.families.base import Verdict
 from dinogen.runs.layout import checkpoint_name
 from dinogen.training.checkpointing.checkpoint import Saver
 from dinogen.training.data import check_labels
@@ -161,7 +163,7 @@ class Trainer:
             norm = {f"{phase.name}/grad_norm": torch.tensor(update.grad_norm)}
             self.logger.add(norm, 1.0 / process_group.world_size())
             self._guard(update.applied, phase.name)
-            if remembered and update.applied:
+            if isinstance(self.family, Remembers) and remembered and update.applied:
                 means = {k: process_group.all_reduce_sum(v) for k, v in sorted(remembered.items())}
                 self.family.remember(phase.name, means)
         self.progress.step += 1
@@ -169,7 +171,8 @@ class Trainer:
         self.window.images += self.stage.batch
         # What is sampled, judged and saved now is the network at this point of the clock.
         self.state.set_fade()
-        self.family.after_step(self.progress.nimg)
+        if isinstance(self.family, FollowsSteps):
+            self.family.after_step(self.progress.nimg)
         self.state.ema.update(self.stage.batch, self.progress.nimg - self.plan.start)
 
     def save(self) -> None:
@@ -265,7 +268,7 @@ class Trainer:
         values: dict[str, float | None] = {
             **means,
             **figures,
-            **self.family.constants(),
+            **constants_of(self.family),
             "alpha": self.plan.alpha(self.progress.nimg - self.stage.batch),
             "lr": self.stage.lr * self.plan.lr_factor(self.progress.nimg - self.stage.batch),
             "images_per_s": window.images / elapsed,

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dinogen.batch import Batch
 from dinogen.config import ConfigError
+from dinogen.families.abilities import HasFirstLayer, MixesStyles, Reconstructs, truncates
 from dinogen.report.images import Sheet, with_corner
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.visualize.nearest import real_pictures
@@ -74,7 +76,7 @@ def interpolation_spherical(scene: Scene) -> Look:
 
 def psi(scene: Scene) -> Look:
     """The same latents at growing distance from the mean."""
-    if not scene.family.truncates:
+    if not truncates(scene.family):
         raise LeftOut("this family has no truncation")
     indices = torch.arange(NUM_STRIPS)
     latents = scene.latents(indices)
@@ -95,13 +97,15 @@ def styles(scene: Scene) -> Look:
     # a picture's number decides its class: that of the coarse one
     indices = coarse.repeat_interleave(NUM_FINE)
     left, above = scene.latents(coarse), scene.latents(fine)
-    mixed = scene.family.mix(
-        scene.networks,
-        left.repeat_interleave(NUM_FINE, 0),
-        above.repeat(NUM_COARSE, *[1] * (above.ndim - 1)),
-        indices,
-        scene.seed,
-    )
+    mixed = None
+    if isinstance(scene.family, MixesStyles):
+        mixed = scene.family.mix(
+            scene.networks,
+            left.repeat_interleave(NUM_FINE, 0),
+            above.repeat(NUM_COARSE, *[1] * (above.ndim - 1)),
+            indices,
+            scene.seed,
+        )
     if mixed is None:
         raise LeftOut("this family has no styles to mix")
     heads, sides = scene.decode(above, fine), scene.decode(left, coarse)
@@ -128,7 +132,8 @@ def main_directions(matrix: Tensor, num: int) -> Tensor:
 
 def directions(scene: Scene) -> Look:
     """Two samples moved along each main direction."""
-    matrix = scene.family.first_layer(scene.networks)
+    family = scene.family
+    matrix = family.first_layer(scene.networks) if isinstance(family, HasFirstLayer) else None
     if matrix is None:
         raise LeftOut("the latent of this family is no vector that a first layer multiplies")
     found = main_directions(matrix, NUM_DIRECTIONS)
@@ -293,20 +298,26 @@ def neighbours(scene: Scene) -> Look:
     return Look((Sheet(torch.cat(rows).numpy(), len(order), labels, left),), caption + ".")
 
 
+_ENCODES_NOTHING = "this family encodes no images"
+
+
 @torch.no_grad()
 def reconstructions(scene: Scene) -> Look:
     """Real pictures above what their encoding decodes to."""
-    split = "val" if scene.data.num_samples("val") else scene.family.config.data.split
+    family = scene.family
+    if not isinstance(family, Reconstructs):
+        raise LeftOut(_ENCODES_NOTHING)
+    split = "val" if scene.data.num_samples("val") else family.config.data.split
     numbers = np.linspace(0, scene.data.num_samples(split) - 1, NUM_ENCODED).astype(int)
     images = real_pictures(scene.data, numbers.tolist(), split, scene.resolution)
-    batch = {
-        "image": images.to(scene.family.device),
+    batch: Batch = {
+        "image": images.to(family.device),
         "position": torch.from_numpy(numbers),
         "key": [str(number) for number in numbers],
     }
-    found = scene.family.reconstruct(scene.networks, batch)
+    found = family.reconstruct(scene.networks, batch)
     if found is None:
-        raise LeftOut("this family encodes no pictures")
+        raise LeftOut(_ENCODES_NOTHING)
     both = torch.cat([images, found.cpu()])
     caption = f"Pictures of split {split} above their reconstructions."
     sheet = Sheet(both.numpy(), NUM_ENCODED, left=["real", "decoded"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dinogen.config import ConfigError
+from dinogen.families.abilities import HasCritic, fade
 from dinogen.report.images import Sheet
 from dinogen.training.checkpointing.snapshot import Snapshot
 from dinogen.training.data import data_fingerprint, open_data
@@ -83,12 +84,14 @@ class Scene:
     def opinions(self) -> Tensor | None:
         """How real the discriminator finds what is :attr:`drawn`, (N,); None without one."""
         family, snapshot = self.family, self.snapshot
+        if not isinstance(family, HasCritic):
+            return None
         rest = set(family.networks) - set(self.networks)
         for name in rest:
             # a snapshot has loaded the averages alone
             family.networks[name].load_state_dict(snapshot.checkpoint.tensors(name))
         plan, nimg = snapshot.plan, snapshot.nimg
-        family.set_fade(family.networks, plan.alpha(nimg), plan.fading(nimg))
+        fade(family, family.networks, plan.alpha(nimg), plan.fading(nimg))
         found = family.realism(self.drawn.to(family.device))
         return None if found is None else found.cpu()
 

@@ -111,15 +111,14 @@ def sample(
         raise UserError("--guidance exaggerates what --text asks for: say that as well")
     snapshot = load_snapshot(run, stage)
     size = snapshot.place.name
-    if text:
-        snapshot.ask(text, guidance)
+    condition = snapshot.condition(text, guidance) if text else None
     asked = f"_{text_mark(text, guidance)}" if text else ""
     name = f"{size}_{checkpoint_name(snapshot.nimg)}_seed{seed}{asked}"
     folder = out or snapshot.place.run.samples_folder / name
     folder.mkdir(parents=True, exist_ok=True)
     if text:
         write_text(folder / "prompts.txt", "".join(f"{prompt}\n" for prompt in text))
-    images = snapshot.sample(num, seed).numpy()
+    images = snapshot.sample(num, seed, condition).numpy()
     for number, picture in enumerate(to_uint8(images)):
         Image.fromarray(picture).save(folder / f"{number:05d}{snapshot.mark}.png")
     grid = save_grid(images, folder / f"grid_{size}{snapshot.mark}.png")

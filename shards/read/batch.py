@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from shards.errors import CorruptSample
 from shards.format.index import NO_LABEL
-from shards.format.sample import VECTORS, level_grid, level_guide
+from shards.format.sample import level_grid, level_guide
 from shards.format.table import SampleTable
 from shards.read.order import Order, Place, Plan, Portion
 from shards.read.reader import Arrays, BatchReader, Failures
@@ -161,8 +161,10 @@ class BatchMaker:
             batch["image"] = tensors.pop("image")
         batch["pyramid"] = {}
         for name, tensor in tensors.items():
-            if name in VECTORS:
-                batch[name] = tensor[:, 0]
+            if name == "clip":
+                batch["clip"] = tensor[:, 0]
+            elif name == "text":
+                batch["text"] = tensor[:, 0]
             elif guide := level_guide(name):
                 batch.setdefault("guides", {}).setdefault(guide, {})[level_grid(name)] = tensor
             else:

@@ -4,14 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from shards.format.manifest import Manifest
 from shards.format.table import SampleTable, Source
 from shards.read.reader import LevelShape
 
-# `image`, `pyramid`, `guides`, `clip`, `text`, `key`, `position`, `label`: see `Stream`.
-Batch = dict[str, Any]
+# torch takes seconds to import: it is loaded with the first batch.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Batch(TypedDict, total=False):
+    """What is read of B samples; a plain dict that holds what was asked for.
+
+    Attributes:
+        key: of each sample.
+        position: int64 (B,), global positions of a stream, or the numbers that were read.
+        image: float32 (B, 3, R, R) in [-1, 1].
+        pyramid: levels of the main guide by their grid, (B, grid * grid, C) as stored.
+        guides: the same of further guides, by their names.
+        clip: (B, E) embeddings of the images.
+        text: (B, E) embeddings of the captions, 0 where there is none.
+        label: int64 (B,), if all samples have one.
+    """
+
+    key: list[str]
+    position: Tensor
+    image: Tensor
+    pyramid: dict[int, Tensor]
+    guides: dict[str, dict[int, Tensor]]
+    clip: Tensor
+    text: Tensor
+    label: Tensor
 
 
 class PackedSource(Protocol):

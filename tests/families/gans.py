@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dinogen.config import parse_config
+from dinogen.families.abilities import FollowsSteps
 from dinogen.families.registry import family_class, resolve
 from dinogen.training.ema import Ema
 from dinogen.training.engines import make_engine
@@ -61,7 +62,8 @@ class Training:
                     self.update(phase, batch)
             self.step += 1
             nimg = self.step * self.stage.batch
-            self.family.after_step(nimg)
+            if isinstance(self.family, FollowsSteps):
+                self.family.after_step(nimg)
             self.ema.update(self.stage.batch, nimg)
 
     def update(self, phase, batch: dict) -> None:

@@ -53,7 +53,7 @@ def test_the_generator_s_loss_by_hand():
 
 
 def test_a_resolution_out_of_range_is_a_clear_error():
-    with pytest.raises(ConfigError, match="stages: wgan_gp makes pictures from 8 pixels, not 4"):
+    with pytest.raises(ConfigError, match="stages: wgan_gp makes images from 8 pixels, not 4"):
         make_family("wgan_gp", 4)
 
 

@@ -134,20 +134,19 @@ def test_ranks_and_parts_train_as_one(whole, drawn_data, tmp_path):
 def test_each_prompt_has_pictures_of_its_own(whole):
     snapshot = load_snapshot(whole / "images")
     nothing = snapshot.sample(4, 0)
-    snapshot.ask(["a face, red hair", "a face, glasses"], 2.0)
-    both = snapshot.sample(4, 0)
-    snapshot.ask(["a face, red hair"], 2.0)
-    one = snapshot.sample(4, 0)
+    both = snapshot.sample(4, 0, snapshot.condition(["a face, red hair", "a face, glasses"], 2.0))
+    one = snapshot.sample(4, 0, snapshot.condition(["a face, red hair"], 2.0))
     torch.testing.assert_close(both[[0, 2]], one[[0, 2]])
     assert (both[[1, 3]] - one[[1, 3]]).abs().amax((1, 2, 3)).min() > 1e-4
-    snapshot.ask(["a face, red hair"], 0.0)
-    torch.testing.assert_close(snapshot.sample(4, 0), nothing)
+    none = snapshot.sample(4, 0, snapshot.condition(["a face, red hair"], 0.0))
+    torch.testing.assert_close(none, nothing)
+    assert torch.equal(snapshot.sample(4, 0), nothing), "no condition stays behind"
 
 
 def test_samples_without_a_caption_are_asked_for_nothing(drawn_data, tmp_path):
     state = StageState(text_config(drawn_data, tmp_path, "captions", "family.text.dropout=0"), 0)
     batch = state.data.read(range(18), levels=state.family.inputs.levels)
-    asked = state.family.text.asked(batch, "ask")
+    asked = state.family.training.text.asked(batch, "ask")
     there = [bool(state.data.sample(number).caption) for number in range(18)]
     assert asked.keep.tolist() == there
     assert sum(there) >= 17
@@ -190,14 +189,14 @@ def test_samples_of_nothing_are_not_drawn_to_the_mean_where_others_teach_them(
         return trained.item(), family.held_out({"G": family.G}, batch)[terms[0]["name"]].item()
 
     batch = data.read(range(18), levels=levels)
-    keep = family.text.asked(batch, "ask").keep.numpy()
+    keep = family.training.text.asked(batch, "ask").keep.numpy()
     assert 3 < keep.sum() < 15
     whole, other = losses_with_other([]), losses_with_other(~keep)
     assert (other[0] == whole[0]) == left_out
     # Held-out pictures are all asked for, so a run with more dropout is judged as one with less.
     assert other[1] != whole[1]
     assert losses_with_other(keep)[0] != whole[0]
-    assert family.text.asked(batch, "ask/held-out", drop=False).keep.all()
+    assert family.training.text.asked(batch, "ask/held-out", drop=False).keep.all()
 
 
 def test_the_command_samples_by_prompts(whole, tmp_path):
@@ -224,8 +223,10 @@ def test_prompts_are_measured_and_change_no_other_figure(whole, drawn_data, tmp_
     names = ["clip_score", "clip_retrieval", "fd_onet"]
     measured = evaluate(run, num_samples=7, names=names, changes=changes)["measured"]
     snapshot = load_snapshot(run)
-    snapshot.ask(prompts, 1.5)
-    images = torch.from_numpy(to_uint8(snapshot.sample(7, 0).numpy())).permute(0, 3, 1, 2)
+    drawn_for = snapshot.condition(prompts, 1.5)
+    images = torch.from_numpy(to_uint8(snapshot.sample(7, 0, drawn_for).numpy())).permute(
+        0, 3, 1, 2
+    )
     clip = load_clip(ClipConfig(path=str(drawn_data.parent / "clip")), torch.device("cpu"))
     cosines = clip.images(images.float() / 127.5 - 1) @ clip.captions(prompts).T
     own = torch.arange(7) % 3
@@ -264,7 +265,7 @@ def test_runs_without_text_cannot_be_asked(drawn_data, tmp_path):
     train(config)
     result = CliRunner().invoke(app, ["sample", str(config.run), "--text", "a face"])
     assert result.exit_code != 0
-    assert "was not trained to be asked" in str(result.exception) + result.output
+    assert "was not trained with text" in str(result.exception) + result.output
 
 
 def test_guidance_needs_words(whole):

@@ -189,7 +189,7 @@ def test_everything_is_written_and_said(runs, tmp_path):
     assert entries["progression_animated"]["file"] == "progression.gif"
     written = {path.name for path in folder.iterdir()}
     assert written == {e["file"] for e in entries.values() if e["file"]} | {"looks.json"}
-    assert "reconstructions: left out: this family encodes no pictures" in result.output
+    assert "reconstructions: left out: this family encodes no images" in result.output
 
     before = (folder / "grid16.png").read_bytes()
     other = write_looks(run, nimg=16, seed=6, out=tmp_path / "some where")

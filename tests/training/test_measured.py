@@ -75,7 +75,7 @@ def test_all_metrics_of_a_run(run, place):
     # whose weights come with a library, or which have none
     always = {"faces", "spectrum", "sharpness"} | {n for n in NAMES if n.endswith("_onet")}
     assert there == {*OF_JUDGE, *always}
-    assert result["measured"]["reconstruction_psnr"]["reason"] == "family dcgan encodes no pictures"
+    assert result["measured"]["reconstruction_psnr"]["reason"] == "family dcgan encodes no images"
     assert "dcgan has no guide" in result["measured"]["guide_diversity"]["reason"]
     num_val = open_dataset(place / "data").num_samples("val")
     for name in OF_JUDGE:

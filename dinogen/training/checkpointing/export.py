@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dinogen.config import ConfigError
 from dinogen.distributed import process_group
+from dinogen.families.abilities import fade
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class
 from dinogen.files import write_bytes
@@ -159,7 +160,7 @@ def load_generator(path: Path | str) -> Generator:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise ConfigError(f"{path}: its tensors do not fit the network it names: {error}") from None
-    family.set_fade({info["network"]["name"]: network}, info["alpha"], info["fading"])
+    fade(family, {info["network"]["name"]: network}, info["alpha"], info["fading"])
     return Generator(network.eval().requires_grad_(False), info, family)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import process_group
-from dinogen.families.base import Family
+from dinogen.families.abilities import condition_for, fade
+from dinogen.families.base import Condition, Family
 from dinogen.families.registry import family_class
 from dinogen.runs.files import state_trouble
 from dinogen.runs.layout import STATE, stage_name
@@ -53,20 +54,29 @@ class Snapshot:
         """The stage's folder, of the run that the checkpoint was read from."""
         return Run.of(self.family.config).stage(self.resolution)
 
-    def sample(self, num: int, seed: int) -> Tensor:
-        """Pictures 0 to ``num - 1`` under ``seed``, (N, 3, R, R) in [-1, 1] on the CPU.
+    def sample(self, num: int, seed: int, condition: Condition | None = None) -> Tensor:
+        """Images 0 to ``num - 1`` under ``seed``, (N, 3, R, R) in [-1, 1] on the CPU.
 
-        The picture of a number does not depend on how many are asked for.
+        The image of a number does not depend on how many are drawn.
+
+        Args:
+            num: how many.
+            seed: of the draws.
+            condition: what they are drawn for, see :meth:`condition`.
         """
-        return sample_in_parts(self.family, self.ema.networks, num, seed, part=1)
+        return sample_in_parts(self.family, self.ema.networks, num, seed, 1, condition)
 
-    def ask(self, texts: Sequence[str], guidance: float) -> None:
-        """Let :meth:`sample` give what prompts ask for, in turn.
+    def condition(self, texts: Sequence[str], guidance: float = 1.0) -> Condition:
+        """What :meth:`sample` takes to draw what prompts describe, in turn.
+
+        Args:
+            texts: one prompt or more.
+            guidance: 1 as in training, more to exaggerate, 0 for nothing.
 
         Raises:
-            UserError: the run was not trained for that, or CLIP is another one than then.
+            UserError: the run was not trained with text, or CLIP is another one than then.
         """
-        self.family.ask(texts, guidance, self.checkpoint.state["facts"])
+        return condition_for(self.family, texts, guidance, self.checkpoint.state["facts"])
 
 
 def load_snapshot(
@@ -115,7 +125,7 @@ def load_snapshot(
         network.load_state_dict(checkpoint.tensors(f"{name}.ema"))
     progress = checkpoint.state["progress"]
     plan = StagePlan(stage, checkpoint.state["start"])
-    family.set_fade(ema.networks, plan.alpha(progress["nimg"]), plan.fading(progress["nimg"]))
+    fade(family, ema.networks, plan.alpha(progress["nimg"]), plan.fading(progress["nimg"]))
     mark = file_mark(checkpoint.state["facts"])
     return Snapshot(stage.resolution, progress["nimg"], family, ema, mark, plan, checkpoint)
 

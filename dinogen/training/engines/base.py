@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dinogen.batch import Batch, Losses, Scalars
 from dinogen.config import Config, ConfigError, OptimConfig
 from dinogen.distributed import process_group
-from dinogen.families.base import Batch, Family, Phase, Scalars
+from dinogen.families.abilities import ScalesOptimizer
+from dinogen.families.base import Family, Phase
 
 COMPILER = "inductor"  # torch.compile's backend
 
@@ -84,7 +86,7 @@ class SingleEngine:
             with torch.no_grad(), self._autocast():
                 phase.before(micros)
 
-    def losses(self, phase: Phase, batch: Batch, last: bool) -> tuple[Scalars, Scalars]:
+    def losses(self, phase: Phase, batch: Batch, last: bool) -> Losses:
         """Forward of a microbatch; ``last`` says that a step follows its backward."""
         self._train_only(phase.network)
         with self._compiled(phase), self._explained(phase), self._autocast():
@@ -138,7 +140,7 @@ class SingleEngine:
             if rest[name] and self.scalers[name].is_enabled():
                 self.scalers[name].load_state_dict(rest[name])
 
-    def _forward(self, phase: Phase, batch: Batch, last: bool) -> tuple[Scalars, Scalars]:
+    def _forward(self, phase: Phase, batch: Batch, last: bool) -> Losses:
         return phase.losses(batch)
 
     def _optimizer_state(self, network: str) -> dict[str, Tensor]:
@@ -217,10 +219,10 @@ def build_optimizer(
         groups: of one network.
         config: for all networks, with factors for some.
         lr: of the stage.
-        family: may scale lr and betas further, see ``Family.optimizer_scale``.
+        family: may scale lr and betas further, see ``ScalesOptimizer``.
         network: its name.
     """
-    scale = family.optimizer_scale(network)
+    scale = family.optimizer_scale(network) if isinstance(family, ScalesOptimizer) else 1.0
     first, second = config.betas
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dinogen.batch import Batch, Losses, Scalars
 from dinogen.distributed import process_group
-from dinogen.families.base import Batch, Phase, Scalars
+from dinogen.families.base import Phase
 from dinogen.training.engines.base import SingleEngine
 
 
@@ -22,7 +23,7 @@ class _PhaseLosses(nn.Module):
         self.backwards = nn.ParameterList(reversed(list(network.parameters())))
         self.network = network
 
-    def forward(self, phase: Phase, batch: Batch) -> tuple[Scalars, Scalars]:
+    def forward(self, phase: Phase, batch: Batch) -> Losses:
         return phase.losses(batch)
 
 
@@ -48,9 +49,9 @@ class DdpEngine(SingleEngine):
         """DDP divides by the number of ranks; the weight already is a share of the global batch."""
         super().backward(phase, losses, weight * process_group.world_size())
 
-    def _forward(self, phase: Phase, batch: Batch, last: bool) -> tuple[Scalars, Scalars]:
+    def _forward(self, phase: Phase, batch: Batch, last: bool) -> Losses:
         wrapped = self.wrapped[phase.network]
         # no_sync() as a flag: it has to hold from the forward until after the backward
         wrapped.require_backward_grad_sync = last
-        result: tuple[Scalars, Scalars] = wrapped(phase, batch)
+        result: Losses = wrapped(phase, batch)
         return result

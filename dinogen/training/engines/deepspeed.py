@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinogen.batch import Batch, Losses, Scalars
 from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import process_group
-from dinogen.families.base import Batch, Family, Phase, Scalars
+from dinogen.families.base import Family, Phase
 from dinogen.training.engines.base import (
     SingleEngine,
     Update,
@@ -103,7 +104,7 @@ class DeepSpeedEngine(SingleEngine):
             )
             self._scatter(name)
 
-    def losses(self, phase: Phase, batch: Batch, last: bool) -> tuple[Scalars, Scalars]:
+    def losses(self, phase: Phase, batch: Batch, last: bool) -> Losses:
         """As in one process; what DeepSpeed prepares in its own forward is prepared here."""
         engine = self.engines[phase.network]
         engine.set_gradient_accumulation_boundary(last)

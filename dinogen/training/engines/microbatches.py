@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from dinogen.families.base import Batch
+from dinogen.batch import Batch
 
 
 def num_micros(batch: int, world_size: int, micro_batch: int | None) -> int:
@@ -23,7 +23,7 @@ def num_micros(batch: int, world_size: int, micro_batch: int | None) -> int:
     return math.ceil(share / (micro_batch or share))
 
 
-def split(batch: Batch, num_parts: int, device: torch.device) -> list[tuple[dict[str, Any], int]]:
+def split(batch: Batch, num_parts: int, device: torch.device) -> list[tuple[Batch, int]]:
     """Cut a rank's batch into microbatches on the device; ``position`` stays on the CPU.
 
     Args:
@@ -36,12 +36,13 @@ def split(batch: Batch, num_parts: int, device: torch.device) -> list[tuple[dict
         samples, a part repeats a sample and counts 0. The bank is in all of them, whole.
     """
     size = len(batch["key"])
-    bank = _part(batch["bank"], slice(None), device) if "bank" in batch else None
+    bank = cast(Batch, _part(batch["bank"], slice(None), device)) if "bank" in batch else None
     parts = []
     for i in range(num_parts):
         first, end = size * i // num_parts, size * (i + 1) // num_parts
         part = slice(first, end) if end > first else slice(size - 1, size)
-        micro = _part({k: v for k, v in batch.items() if k != "bank"}, part, device)
+        own = {name: value for name, value in batch.items() if name != "bank"}
+        micro = cast(Batch, _part(own, part, device))
         if bank is not None:
             micro["bank"] = bank
         parts.append((micro, end - first))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
+from dinogen.families.abilities import facts_of
 from dinogen.files import write_json
 from dinogen.report.curves import plot_loss_curve
 from dinogen.report.images import save_grid
@@ -40,7 +41,7 @@ def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]
         The result, as written.
     """
     place, folder = state.place, state.folder
-    facts = state.family.describe()
+    facts = facts_of(state.family)
     name = f"{place.name}{file_mark(facts)}"
     files = {
         "final": f"final_{name}.png",

@@ -17,9 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dinogen.batch import Scalars
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
-from dinogen.families.base import Scalars
 from dinogen.files import next_free, write_bytes
 from dinogen.runs.files import line_nimg, read_raw
 from dinogen.runs.layout import STATS, TENSORBOARD

@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from dinogen.config import Config
+from dinogen.families.abilities import MeasuresHeldOut, Probes
 from dinogen.families.base import Family
 from dinogen.files import write_bytes
 from dinogen.runs.run import Stage
@@ -47,13 +48,13 @@ def chart_layout(family: Family, config: Config) -> Layout:
     Returns:
         {category: {chart: ["Multiline", [tag pattern]]}}, as ``add_custom_scalars`` takes it.
     """
-    kind, measured = type(family), config.eval.every_kimg is not None
+    measured = config.eval.every_kimg is not None
     first = {"loss": ["loss$", "floor$"]}
     if measured:
         first |= {name: [f"metrics/{name}$"] for name in config.eval.generated}
-        if kind.held_out is not Family.held_out:
+        if isinstance(family, MeasuresHeldOut):
             first["held out"] = ["val/"]
-    if kind.probe is not Family.probe:
+    if isinstance(family, Probes):
         first["diversity"] = ["diversity$"]
     first["images/s"] = ["images_per_s$"]
     phases = {phase.name: [f"{phase.name}/(?!grad_norm)"] for phase in family.phases}

@@ -1,0 +1,291 @@
+"""What only some families can do: a small protocol each, which callers ask for by isinstance.
+
+A family has an ability when it defines the protocol's members; it inherits from nothing and
+registers nowhere. A method that may find that this very family, as it was configured, has nothing
+to give returns None, as each protocol says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from dinogen.batch import Batch, Scalars
+from dinogen.errors import UserError
+from dinogen.families.base import Condition, Family, Networks, Verdict
+
+# --- training
+
+
+@runtime_checkable
+class Grows(Protocol):
+    """A stage starts from the networks of the stage before and adds parameters to them."""
+
+    def new_parameters(self, network: str) -> set[str]:
+        """Names of the parameters that the stage before did not have."""
+
+
+@runtime_checkable
+class FadesIn(Protocol):
+    """What is new of a stage is blended in over its first images."""
+
+    def set_fade(self, networks: Networks, alpha: float, fading: bool) -> None:
+        """Told before each step how far the new block is faded in (alpha 0 to 1)."""
+
+
+@runtime_checkable
+class ScalesOptimizer(Protocol):
+    """Some networks have more than one update a step."""
+
+    def optimizer_scale(self, network: str) -> float:
+        """c: the network's optimizer gets lr * c and betas to the power of c.
+
+        For networks with further steps for lazy regularisers: k / (k + 1) for one each k steps
+        (Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", appendix B).
+        """
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """Means over the global batch are kept from step to step, in buffers of the networks."""
+
+    def remember(self, phase: str, means: Scalars) -> None:
+        """Told after a phase's update what it reported under the names it ``remembered``.
+
+        The means are over the global batch, alike on every rank up to floating-point order. What
+        is kept of them belongs into buffers of the networks.
+        """
+
+
+@runtime_checkable
+class FollowsSteps(Protocol):
+    """Something is done once a step, whatever phases it had."""
+
+    def after_step(self, nimg: int) -> None:
+        """Called after each step's updates, with the images shown so far."""
+
+
+@runtime_checkable
+class Describes(Protocol):
+    """There are facts worth keeping with what was trained, such as the guide."""
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for results and pages, JSON-ready.
+
+        ``frozen``: hashes, by key of the config, of weights that may not change within a run.
+        """
+
+
+@runtime_checkable
+class HasConstants(Protocol):
+    """Some values are the same at every step of a stage."""
+
+    def constants(self) -> dict[str, float]:
+        """Lines drawn beside every curve of the stage, such as the collapse floor."""
+
+
+# --- measuring
+
+
+@runtime_checkable
+class Probes(Protocol):
+    """Samples are examined while a stage trains."""
+
+    def probe(self, networks: Networks, loss: float | None) -> Verdict:
+        """What the family finds in samples of the moving averages.
+
+        Args:
+            networks: the moving averages.
+            loss: mean headline loss since the last log line, None before the first.
+        """
+
+
+@runtime_checkable
+class MeasuresHeldOut(Protocol):
+    """There is a loss that samples which were not trained on can be measured by."""
+
+    def held_out(self, networks: Networks, batch: Batch) -> Scalars:
+        """Measure the moving averages on held-out samples.
+
+        Args:
+            networks: the moving averages.
+            batch: what ``inputs`` says, of any size; ``position`` is each sample's number in its
+                split, for draws with a purpose of their own.
+
+        Returns:
+            Means over the batch, the same names each time.
+        """
+
+
+@runtime_checkable
+class DrawsForMetrics(Protocol):
+    """Images that metrics are measured on are drawn in another way than samples."""
+
+    def measured(
+        self, networks: Networks, indices: Tensor, seed: int, shares: Sequence[float] | None
+    ) -> Tensor:
+        """Images as metrics are measured on.
+
+        Where a family has classes, they are as frequent as in the data; where its generator takes
+        noise beside the latent, each image has noise of its own, as in training.
+
+        Args:
+            networks: the moving averages.
+            indices: (N,) int64 sample numbers.
+            seed: of the draws.
+            shares: of the classes in the data; None: each class in turn.
+
+        Returns:
+            (N, 3, R, R) float32 in [-1, 1]; the same for the same number, whatever else is asked.
+        """
+
+
+@runtime_checkable
+class NamesItsDraws(Protocol):
+    """How images for metrics are drawn is part of the fingerprint."""
+
+    @property
+    def measured_as(self) -> dict[str, Any]:
+        """In what :class:`DrawsForMetrics` differs from samples, beside the classes' shares."""
+
+
+# --- drawing
+
+
+@runtime_checkable
+class Truncates(Protocol):
+    """``psi`` of ``decode`` says how far from the mean."""
+
+    @property
+    def truncates(self) -> bool:
+        """False if this one does not after all."""
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """It encodes images, and decodes what it encoded."""
+
+    def reconstruct(self, networks: Networks, batch: Batch) -> Tensor | None:
+        """What the moving averages make of ``batch["image"]``: its encoding, decoded.
+
+        Returns:
+            (N, 3, R, R) float32 in [-1, 1]; None if this one encodes nothing.
+        """
+
+
+@runtime_checkable
+class HasCritic(Protocol):
+    """A discriminator of its own says how real an image is."""
+
+    def realism(self, images: Tensor) -> Tensor | None:
+        """How real the family's own discriminator finds images (N, 3, R, R) in [-1, 1].
+
+        Returns:
+            (N,) float32, higher for more real; no image's value depends on another. None if this
+            one has no discriminator.
+        """
+
+
+@runtime_checkable
+class HasFirstLayer(Protocol):
+    """The latent is a vector, and multiplied by a matrix first."""
+
+    def first_layer(self, networks: Networks) -> Tensor | None:
+        """What the latent is multiplied by first, (out, z_dim).
+
+        Its right singular vectors are the directions in which images change most (Shen and Zhou
+        2021, "Closed-Form Factorization of Latent Semantics in GANs", section 3.2). None if this
+        one has no such matrix.
+        """
+
+
+@runtime_checkable
+class MixesStyles(Protocol):
+    """The lower resolutions of one sample can be joined with the higher ones of another."""
+
+    def mix(
+        self, networks: Networks, coarse: Tensor, fine: Tensor, indices: Tensor, seed: int
+    ) -> Tensor | None:
+        """Images that are ``coarse`` in their lower resolutions and ``fine`` in the others.
+
+        Args:
+            networks: the moving averages.
+            coarse: (N, ...) latents.
+            fine: latents of the same shape.
+            indices: (N,) int64, as in ``Family.decode``.
+            seed: as in ``Family.decode``.
+
+        Returns:
+            (N, 3, R, R) float32 in [-1, 1]; None if this one has no styles to mix.
+        """
+
+
+@runtime_checkable
+class Conditional(Protocol):
+    """Samples can be conditioned on text."""
+
+    def condition(
+        self, texts: Sequence[str], guidance: float, facts: Mapping[str, Any]
+    ) -> Condition:
+        """What ``Family.sample`` takes to draw what prompts describe.
+
+        Args:
+            texts: one prompt or more; sample number i takes number i modulo their count.
+            guidance: see :class:`Condition`.
+            facts: what :class:`Describes` said in training.
+
+        Raises:
+            UserError: this run was not trained with text, or CLIP is another one than then.
+        """
+
+
+# --- for callers who need an answer of every family
+
+
+def facts_of(family: Family) -> dict[str, Any]:
+    """What :class:`Describes` says; nothing of families that have no facts."""
+    return family.describe() if isinstance(family, Describes) else {}
+
+
+def new_parameters_of(family: Family, network: str) -> set[str]:
+    """What :class:`Grows` adds to a network; nothing where it does not grow."""
+    return family.new_parameters(network) if isinstance(family, Grows) else set()
+
+
+def constants_of(family: Family) -> dict[str, float]:
+    """What :class:`HasConstants` draws beside the curves; else nothing."""
+    return family.constants() if isinstance(family, HasConstants) else {}
+
+
+def fade(family: Family, networks: Networks, alpha: float, fading: bool) -> None:
+    """Tell all copies of the networks how far a stage is faded in, where it is."""
+    if isinstance(family, FadesIn):
+        family.set_fade(networks, alpha, fading)
+
+
+def truncates(family: Family) -> bool:
+    """Whether ``psi`` means anything to a family."""
+    return isinstance(family, Truncates) and family.truncates
+
+
+def condition_for(
+    family: Family, texts: Sequence[str], guidance: float, facts: Mapping[str, Any]
+) -> Condition:
+    """What :class:`Conditional` makes of prompts.
+
+    Raises:
+        UserError: the family, or the run, knows no text; or CLIP is another one than in training.
+    """
+    if not isinstance(family, Conditional):
+        raise not_trained_with_text(family)
+    return family.condition(texts, guidance, facts)
+
+
+def not_trained_with_text(family: Family) -> UserError:
+    """The error of a run that cannot be conditioned."""
+    return UserError(
+        f"family {family.config.family.name}: this run was not trained with text: leave out "
+        "--text, or train guided with family.text"
+    )
