@@ -1,7 +1,7 @@
 """Draw images from a run, or from a file that `dinogen export` wrote.
 
-    python examples/draw.py runs/first drawn
-    python examples/draw.py first.safetensors drawn
+python examples/draw.py runs/first drawn
+python examples/draw.py first.safetensors drawn
 """
 
 import sys

@@ -3,8 +3,8 @@
 from pydantic import Field
 from torch import nn
 
-from dinogen.distributed import rng
 from dinogen.config import Section
+from dinogen.distributed import rng
 from dinogen.families.base import Family, Inputs, Phase
 from dinogen.losses.adversarial import hinge_d, hinge_g
 

@@ -1,12 +1,14 @@
-"""Which tests run in one process when several share them; which are left out without torch."""
+"""Which tests are quick, which run in one process, which are left out without torch."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -14,6 +16,41 @@ from types import FrameType, ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+# What `make quick` runs, as patterns below tests/: each part of the code, at most 75 s together on
+# two quiet cores. A new file in these folders belongs to it, unless it is named as slow.
+QUICK = (
+    "diffusion/*",
+    "losses/*",
+    "networks/*",
+    "shards/*",
+)
+SLOW = ()
+
+
+@functools.cache
+def _is_quick(path: Path) -> bool:
+    place = path.relative_to(ROOT / "tests").as_posix()
+    return any(fnmatch(place, pattern) for pattern in QUICK) and not any(
+        fnmatch(place, pattern) for pattern in SLOW
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """tests/stress runs only where it is named; `-m quick` imports no file that is not quick."""
+    stress = ROOT / "tests" / "stress"
+    if collection_path.is_relative_to(stress):
+        named = [Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
+        return None if any(path.resolve().is_relative_to(stress) for path in named) else True
+    if config.getoption("markexpr") == "quick" and collection_path.suffix == ".py":
+        return None if _is_quick(collection_path) else True
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _is_quick(item.path):
+            item.add_marker("quick")
 
 
 @pytest.hookimpl(optionalhook=True)
