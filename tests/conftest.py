@@ -1,4 +1,4 @@
-"""Which tests are quick, which run in one process, which are left out without torch."""
+"""Which tests are quick, which come first or stay in one process, which need no torch."""
 
 from __future__ import annotations
 
@@ -21,11 +21,49 @@ ROOT = Path(__file__).parents[1]
 # two quiet cores. A new file in these folders belongs to it, unless it is named as slow.
 QUICK = (
     "diffusion/*",
+    "families/test_registry.py",
+    "features/*",
+    "launch/test_config_command.py",
+    "launch/test_launch_plan.py",
+    "launch/test_package.py",
+    "launch/test_study_plan.py",
     "losses/*",
+    "metrics/*",
     "networks/*",
+    "prepare/test_align.py",
+    "prepare/test_find.py",
+    "prepare/test_join.py",
+    "prepare/test_pyramid.py",
+    "prepare/test_read.py",
+    "report/*",
     "shards/*",
+    "test_config*.py",
+    "test_draw*.py",
+    "test_examples.py",
+    "test_layout.py",
+    "training/test_augment.py",
+    "training/test_checkpoint.py",
+    "training/test_ema.py",
+    "training/test_engine.py",
+    "training/test_stages.py",
+    "training/test_trainer.py",
+    "training/test_transfer.py",
 )
-SLOW = ()
+SLOW = (
+    "features/test_clip.py",
+    "losses/test_eight_modes.py",
+    "metrics/test_collect.py",
+    "metrics/test_faces.py",
+    "metrics/test_judges.py",
+    "metrics/test_perceptual.py",
+    "metrics/test_reconstruction.py",
+    "report/test_compare_browser.py",
+    "report/test_compare_damaged.py",
+    "shards/test_remote*.py",
+)
+# In this order, before all others: what takes longest begins first, so that nothing is left over
+# for one process at the end. The cluster's tests mostly wait.
+FIRST = ("slurm/*", "test_readme.py", "training/*", "launch/*", "families/*", "guidance/*")
 
 
 @functools.cache
@@ -48,9 +86,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is quick, and bring what takes longest to the front."""
     for item in items:
         if _is_quick(item.path):
             item.add_marker("quick")
+    items.sort(key=lambda item: _turn(item.path))
+
+
+@functools.cache
+def _turn(path: Path) -> int:
+    place = path.relative_to(ROOT / "tests").as_posix()
+    return next((n for n, pattern in enumerate(FIRST) if fnmatch(place, pattern)), len(FIRST))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -93,7 +93,7 @@ def run_tensorboard(command: list[str], folder: Path) -> None:
             if found := re.search(r"http://localhost:(\d+)/", line):
                 break
         address = f"http://localhost:{found[1]}/data/runs"
-        runs, until = b"", time.monotonic() + 30
+        runs, until = b"", time.monotonic() + 240
         while b"16x16" not in runs and time.monotonic() < until:
             with urllib.request.urlopen(address) as answer:
                 runs = answer.read()
