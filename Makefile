@@ -8,7 +8,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; d
 	then command -v $$name; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint docs
+.PHONY: help install demo test quick stress coverage lint docs
 
 help:  ## say what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,6 +32,19 @@ demo: $(STAMP)  ## photos to a trained generator, offline; own photos: make demo
 test: $(STAMP)  ## run the tests
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest \
 		--numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Exactly `-m quick`: then tests/conftest.py passes over all other files without importing them.
+quick: $(STAMP)  ## run the tests that take a minute together, on any part of the code
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest -m quick \
+		--numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+stress: $(STAMP)  ## run the long tests of tests/stress: random kills, faults and damage (an hour)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest tests/stress $(ARGS)
+
+coverage: $(STAMP)  ## run the tests and report which lines they miss: build/coverage/index.html
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python -m pytest \
+		--numprocesses 3 --dist loadfile --no-loadscope-reorder \
+		--cov --cov-report term:skip-covered --cov-report html:build/coverage $(ARGS)
 
 docs: $(STAMP)  ## the documentation as pages, in build/docs
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet

@@ -1,12 +1,14 @@
-"""Which tests run in one process when several share them; which are left out without torch."""
+"""Which tests are quick, which come first or stay in one process, which need no torch."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -14,6 +16,87 @@ from types import FrameType, ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+# What `make quick` runs, as patterns below tests/: each part of the code, at most 75 s together on
+# two quiet cores. A new file in these folders belongs to it, unless it is named as slow.
+QUICK = (
+    "diffusion/*",
+    "families/test_registry.py",
+    "features/*",
+    "launch/test_config_command.py",
+    "launch/test_launch_plan.py",
+    "launch/test_package.py",
+    "launch/test_study_plan.py",
+    "losses/*",
+    "metrics/*",
+    "networks/*",
+    "prepare/test_align.py",
+    "prepare/test_find.py",
+    "prepare/test_join.py",
+    "prepare/test_pyramid.py",
+    "prepare/test_read.py",
+    "report/*",
+    "shards/*",
+    "test_config*.py",
+    "test_draw*.py",
+    "test_examples.py",
+    "test_layout.py",
+    "training/test_augment.py",
+    "training/test_checkpoint.py",
+    "training/test_ema.py",
+    "training/test_engine.py",
+    "training/test_stages.py",
+    "training/test_trainer.py",
+    "training/test_transfer.py",
+)
+SLOW = (
+    "features/test_clip.py",
+    "losses/test_eight_modes.py",
+    "metrics/test_collect.py",
+    "metrics/test_faces.py",
+    "metrics/test_judges.py",
+    "metrics/test_perceptual.py",
+    "metrics/test_reconstruction.py",
+    "report/test_compare_browser.py",
+    "report/test_compare_damaged.py",
+    "shards/test_remote*.py",
+)
+# In this order, before all others: what takes longest begins first, so that nothing is left over
+# for one process at the end. The cluster's tests mostly wait.
+FIRST = ("slurm/*", "test_readme.py", "training/*", "launch/*", "families/*", "guidance/*")
+
+
+@functools.cache
+def _is_quick(path: Path) -> bool:
+    place = path.relative_to(ROOT / "tests").as_posix()
+    return any(fnmatch(place, pattern) for pattern in QUICK) and not any(
+        fnmatch(place, pattern) for pattern in SLOW
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """tests/stress runs only where it is named; `-m quick` imports no file that is not quick."""
+    stress = ROOT / "tests" / "stress"
+    if collection_path.is_relative_to(stress):
+        named = [Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
+        return None if any(path.resolve().is_relative_to(stress) for path in named) else True
+    if config.getoption("markexpr") == "quick" and collection_path.suffix == ".py":
+        return None if _is_quick(collection_path) else True
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is quick, and bring what takes longest to the front."""
+    for item in items:
+        if _is_quick(item.path):
+            item.add_marker("quick")
+    items.sort(key=lambda item: _turn(item.path))
+
+
+@functools.cache
+def _turn(path: Path) -> int:
+    place = path.relative_to(ROOT / "tests").as_posix()
+    return next((n for n, pattern in enumerate(FIRST) if fnmatch(place, pattern)), len(FIRST))
 
 
 @pytest.hookimpl(optionalhook=True)

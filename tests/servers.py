@@ -121,7 +121,7 @@ def _server(answer: Callable[[BaseHTTPRequestHandler], Answer]) -> Iterator[Faul
     finally:
         server.shutdown()
         server.server_close()
-        thread.join(10)
+        thread.join(60)
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def s3_server(folder: Path, bucket: str = "faces") -> Iterator[Faulty]:
         client.close()
 
         def answer(request: BaseHTTPRequestHandler) -> Answer:
-            upstream = http.client.HTTPConnection(host, port, timeout=30)
+            upstream = http.client.HTTPConnection(host, port, timeout=120)
             upstream.request(request.command, request.path, headers=dict(request.headers))
             response = upstream.getresponse()
             found = response.status, dict(response.getheaders()), response.read()

@@ -1,4 +1,4 @@
-"""Every command of the README, run in its order: small photos and a tiny guide, nothing else."""
+"""Every command of README and docs/prepare.md, in their order: small photos, a tiny guide."""
 
 import io
 import re
@@ -23,9 +23,15 @@ from launch.cli.main import app
 from tests.forked import torchrun
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(
-    r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
-)
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, text) of a page's code blocks."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"^```(\w+)\n(.*?)^```", text, re.M | re.S)
+
+
+BLOCKS = blocks("README.md") + blocks("docs/prepare.md")
 COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 OF_CI = [line for line in COMMANDS if line.startswith("make ")]
 # What would take hours, made short; each has to stand in the README as it is written here.
@@ -87,7 +93,7 @@ def run_tensorboard(command: list[str], folder: Path) -> None:
             if found := re.search(r"http://localhost:(\d+)/", line):
                 break
         address = f"http://localhost:{found[1]}/data/runs"
-        runs, until = b"", time.monotonic() + 30
+        runs, until = b"", time.monotonic() + 240
         while b"16x16" not in runs and time.monotonic() < until:
             with urllib.request.urlopen(address) as answer:
                 runs = answer.read()
@@ -155,12 +161,13 @@ def test_all_its_commands_run_in_their_order(workplace, urls, monkeypatch):
         assert (workplace / "data" / name / "manifest.json").is_file(), name
     # What train and sample made of the run with the changed keys is that of the change.
     assert "kimg: 0.024" in (workplace / "runs/second/config.yaml").read_text()
-    exported, code = [block for kind, block in BLOCKS if kind == "python"]
+    (exported,) = [block for kind, block in BLOCKS if kind == "python"]
+    code = next(block for kind, block in blocks("docs/data-format.md") if kind == "python")
     shown = io.StringIO()
     monkeypatch.setattr("sys.stdout", shown)
     exec(compile(exported, "README.md", "exec"), {})
     assert "torch.Size([4, 3, 16, 16]) 48" in shown.getvalue()
-    exec(compile(code.replace("batch_size=8", "batch_size=2"), "README.md", "exec"), {})
+    exec(compile(code.replace("batch_size=8", "batch_size=2"), "data-format.md", "exec"), {})
     assert "torch.Size([2, 3, 64, 64]) torch.Size([2, 256, 32])" in shown.getvalue()
     assert "{'position': 2}" in shown.getvalue()
 
@@ -175,4 +182,5 @@ def test_what_it_shortens_and_links_is_there():
     assert all(word in text for word in SHORTER)
     links = re.findall(r"\]\(([^)#:]+)\)", text)
     assert links
+    assert len(text.splitlines()) <= 200
     assert [link for link in links if not (ROOT / link).exists()] == []

@@ -1,8 +1,8 @@
-"""docs/new-family.md: its two files, taken out of the page, train, resume and are exported."""
+"""docs/new-family.md: its two files, those of examples/, train, resume and are exported."""
 
 import io
 import json
-import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from dinogen.training.run import train
 from shards.format.sample import Sample
 from shards.write.pack import pack
 
-PAGE = Path(__file__).parents[2] / "docs" / "new-family.md"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 FIVE_STEPS = [
     "data.num_threads=0",
     "stages=[{resolution: 16, kimg: 0.04, batch: 8}]",
@@ -26,20 +26,12 @@ FIVE_STEPS = [
 ]
 
 
-def block(language):
-    """The page's one code block of a language."""
-    (found,) = re.findall(
-        rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE
-    )
-    return found
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A folder as of someone who follows the page: two files and packed pictures without levels."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny_gan.py").write_text(block("python"))
-    (tmp_path / "tiny_gan.yaml").write_text(block("yaml"))
+    for name in ("tiny_gan.py", "tiny_gan.yaml"):
+        shutil.copyfile(EXAMPLES / name, tmp_path / name)
     rng = np.random.default_rng(0)
     samples = []
     for number in range(24):

@@ -39,7 +39,7 @@ def stop(number, frame):
 if sys.argv[4] == "catch":
     signal.signal(signal.SIGUSR1, stop); signal.signal(signal.SIGTERM, stop)
 place.with_suffix(".up").write_text(os.environ["WORLD_SIZE"])
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -72,7 +72,7 @@ def torchrun(folder: Path, *worker: object) -> subprocess.Popen[str]:
     return start(folder, "launch.local.torchrun", *flags, *worker)
 
 
-def wait_for(check, seconds: float = 60) -> None:
+def wait_for(check, seconds: float = 240) -> None:
     until = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < until
@@ -87,7 +87,7 @@ def test_usr1_waits_until_there_are_workers_that_can_take_it(worker):
     process = torchrun(worker, 1.5, worker, 0, "catch")
     time.sleep(0.5)  # torch is still being imported
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(60) == 75
+    assert process.wait(120) == 75
     assert got(worker) == ["SIGUSR1", "SIGUSR1"]
 
 
@@ -112,7 +112,7 @@ def test_term_lets_the_workers_save_and_int_is_term_to_them(worker):
     process = torchrun(worker, 0, worker, 0, "catch")
     wait_for(lambda: len(list(worker.glob("*.up"))) == 2)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 75
+    assert process.wait(120) == 75
     assert got(worker) == ["SIGTERM", "SIGTERM"]
 
 
@@ -120,12 +120,12 @@ def test_workers_that_have_nothing_to_save_end_at_once(worker):
     process = torchrun(worker, 0, worker, 0, "die")
     wait_for(lambda: len(list(worker.glob("*.up"))) == 2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 128 + signal.SIGTERM
+    assert process.wait(120) == 128 + signal.SIGTERM
 
 
 def test_a_failure_is_one_line_and_its_exit_code(worker):
     process = start(worker, "launch.local.torchrun", "--standalone", "-m", "worker", "no-number")
-    assert process.wait(60) == 1
+    assert process.wait(120) == 1
     log = (worker / "log0").read_text()
     assert "torchrun: rank 0 failed first: exit code 1" in log
     assert "ChildFailedError" not in log
@@ -137,7 +137,7 @@ def test_the_deepspeed_launcher_starts_ranks_on_the_cpu_and_hands_signals_on(wor
     wait_for(lambda: len(list(worker.glob("*.up"))) == 2)
     assert [path.read_text() for path in worker.glob("*.up")] == ["2", "2"]
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(60) == 75
+    assert process.wait(120) == 75
     assert got(worker) == ["SIGUSR1", "SIGUSR1"]
 
 
@@ -187,7 +187,7 @@ def test_a_worker_that_is_killed_is_started_again(config, tmp_path):
     process = start(tmp_path, "launch.cli", *words)
     wait_for(lambda: checkpoints(config))
     os.kill(children(process.pid)[-1], signal.SIGKILL)
-    assert process.wait(120) == 0, (tmp_path / "log0").read_text()
+    assert process.wait(240) == 0, (tmp_path / "log0").read_text()
     assert "resumed from" in (tmp_path / "log0").read_text()
     assert result(config)["nimg"] == 400
 
@@ -203,12 +203,12 @@ def test_a_lost_node_leaves_the_other_to_go_on(config, tmp_path):
     first = start(tmp_path, "launch.local.torchrun", *words)
     wait_for(lambda: socket.socket().connect_ex(("localhost", port)) == 0)
     second = start(tmp_path, "launch.local.torchrun", *words)
-    wait_for(lambda: checkpoints(config), 90)
+    wait_for(lambda: checkpoints(config))
     for pid in (second.pid, *children(second.pid)):
         os.kill(pid, signal.SIGKILL)
     second.wait()
     log = tmp_path / "log0"
-    assert first.wait(120) == 0, log.read_text()
+    assert first.wait(240) == 0, log.read_text()
     assert "resumed from" in log.read_text()
     assert (result(config)["world_size"], result(config)["nimg"]) == (1, 400)
 

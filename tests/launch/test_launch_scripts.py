@@ -60,7 +60,7 @@ def run_shell(script: str, **variables: str) -> subprocess.CompletedProcess[str]
         . "$DINOGEN_SLURM/common.sh"
     """
     environment = {"PATH": os.environ["PATH"]} | given | variables
-    return subprocess.run(["bash", "-c", played + script], env=environment, timeout=20, **TEXT)
+    return subprocess.run(["bash", "-c", played + script], env=environment, timeout=120, **TEXT)
 
 
 def test_a_job_that_was_asked_to_stop_and_saved_goes_back_into_the_queue():

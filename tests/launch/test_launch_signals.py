@@ -74,7 +74,7 @@ def test_hup_and_quit_let_the_workers_save(worker, number):
     wait_for(lambda: len(list(worker.glob("*.up"))) == 2)
     os.killpg(process.pid, number)
     os.killpg(process.pid, number)  # a terminal that closes sends it twice
-    assert process.wait(60) == 75
+    assert process.wait(120) == 75
     assert got(worker) == ["SIGTERM", "SIGTERM"]
 
 
@@ -97,7 +97,7 @@ def test_what_nohup_ignores_is_ignored_by_all_processes(worker, module):
     time.sleep(0.5)
     assert process.poll() is None and not got(worker)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) in (0, 75) and got(worker) == ["SIGTERM", "SIGTERM"]
+    assert process.wait(120) in (0, 75) and got(worker) == ["SIGTERM", "SIGTERM"]
 
 
 def test_a_launched_run_saves_at_hup_and_goes_on_under_nohup(config, tmp_path):
@@ -105,12 +105,12 @@ def test_a_launched_run_saves_at_hup_and_goes_on_under_nohup(config, tmp_path):
     process = begin(DEFAULT, tmp_path, *words)
     wait_for(lambda: checkpoints(config))
     os.killpg(process.pid, signal.SIGHUP)
-    assert process.wait(60) == 75, (tmp_path / "log0").read_text()
+    assert process.wait(120) == 75, (tmp_path / "log0").read_text()
     saved = max(path.name for path in checkpoints(config))
     process = begin(IGNORED, tmp_path, *words)
     wait_for(lambda: max(path.name for path in checkpoints(config)) > saved)
     os.killpg(process.pid, signal.SIGHUP)
-    assert process.wait(120) == 0, (tmp_path / "log1").read_text()
+    assert process.wait(240) == 0, (tmp_path / "log1").read_text()
     assert f"resumed from {tmp_path}" in (tmp_path / "log1").read_text()
     assert result(config)["nimg"] == 400
 

@@ -205,7 +205,7 @@ def test_a_command_adds_to_its_log_in_a_session_of_its_own(tmp_path):
     code = "import os, sys; print(os.getsid(0) == os.getpid(), os.environ['X']); sys.exit(3)"
     for _ in range(2):
         process = study_local.start([sys.executable, "-c", code], {"X": "given"}, log)
-        assert process.wait(20) == 3
+        assert process.wait(120) == 3
     lines = [line for line in log.read_text().splitlines() if line]
     assert lines[1::2] == ["True given"] * 2
     assert all(line.startswith("# 2") and "-c" in line for line in lines[::2])

@@ -125,5 +125,5 @@ def run(world: int, out: Path) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(280)
     assert [process.exitcode for process in processes] == [0] * world

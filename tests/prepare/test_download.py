@@ -3,6 +3,7 @@
 import csv
 import email.utils
 import hashlib
+import threading
 import time
 
 import pytest
@@ -199,9 +200,10 @@ def test_nobody_listens(server, fetch):
 
 
 def test_several_at_a_time(server, fetch):
-    lines = [server.url(f"{n}.jpg", serve(delay=0.15)) for n in range(8)]
+    four = threading.Barrier(4)  # each answer waits until four are asked for
+    lines = [server.url(f"{n}.jpg", serve(before=lambda: four.wait(60))) for n in range(8)]
     fetch(*lines, num_parallel=4)
-    assert 2 <= server.most_together <= 4
+    assert server.most_together == 4
 
 
 def test_redirects_are_followed(server, fetch):
@@ -223,5 +225,5 @@ def test_an_interruption_ends_at_once_and_keeps_the_parts(server, fetch):
     listing.write_text("\n".join(lines))
     with pytest.raises(KeyboardInterrupt):
         download(listing, fetch.out, num_attempts=1000, progress=interrupt)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 60  # a thousand attempts take hours
     assert (fetch.out / ".b.jpg.part").read_bytes() == BODY[:1000]

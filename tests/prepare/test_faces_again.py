@@ -76,9 +76,10 @@ def test_a_killed_run_is_completed_by_the_same_call(tmp_path, noise):
         "from dinogen.config.prepare import FacesConfig\n"
         "from dinogen.prepare.faces.folder import write_faces\n"
         "print('start', flush=True)\n"
-        "slow = lambda done, total: (print(done, flush=True), time.sleep(0.02))\n"
+        # it waits there for its end, so that it cannot finish before
+        "told = lambda done, total: (print(done, flush=True), time.sleep(600 * (done == 17)))\n"
         "write_faces(Path(sys.argv[1]), Path(sys.argv[2]), FacesConfig(detect='none', size=64),\n"
-        "            progress=slow)\n"
+        "            progress=told)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(src), str(out)], stdout=subprocess.PIPE, text=True

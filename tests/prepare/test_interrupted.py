@@ -110,7 +110,7 @@ def test_a_second_run_on_one_folder_is_refused_and_a_killed_one_leaves_no_lock(s
             sys.executable,
             "-c",
             "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); "
-            "print('held', flush=True); time.sleep(60)",
+            "print('held', flush=True); time.sleep(600)",
             out / ".faces.lock",
         ],
         stdout=subprocess.PIPE,

@@ -159,15 +159,19 @@ def test_killed_for_real(photos, whole, checkpoint, guide, tmp_path):
     config.write_text(json.dumps({"guide": {"path": str(checkpoint)}, "prepare": SETTINGS}))
     script = tmp_path / "command.py"
     script.write_text(
-        "import time, typer\nfrom launch.cli import prepare as data\nfrom shards import ShardSink\n"
+        "import sys, time, typer\nfrom pathlib import Path\n"
+        "from launch.cli import prepare as data\n"
+        "from shards import ShardSink\n"
         "add = ShardSink.add\n"
-        "ShardSink.add = lambda *a: (time.sleep(0.1), add(*a))\n"  # so that there is time to kill
+        # in the second tar it waits for its end, so that it cannot finish before
+        "held = lambda: time.sleep(600 * bool(list(Path(sys.argv[3]).glob('train-00001.tar'))))\n"
+        "ShardSink.add = lambda *a: (add(*a), held())\n"
         "app = typer.Typer()\ndata.register(app)\napp()\n"
     )
     command = [sys.executable, str(script), "prepare", str(photos), str(data), "-c", str(config)]
     environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     # The second tar: the first is surely recorded by then.
     while not list(data.glob("train-00001.tar")):
         assert process.poll() is None and time.monotonic() < deadline

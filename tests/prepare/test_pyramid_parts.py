@@ -165,7 +165,7 @@ def test_two_real_ranks_from_the_command_line(faces, tmp_path, make, checkpoint)
     config = tmp_path / "c.yaml"
     config.write_text(f"guide: {{path: {checkpoint}}}\nprepare: {{pyramids: {{batch: 2}}}}\n")
     words = ("pyramids", faces, tmp_path / "out", "-c", config, "prepare.pyramids.shard_size=3")
-    done = torchrun(2, script, *words, timeout=120, CUDA_VISIBLE_DEVICES="")
+    done = torchrun(2, script, *words, timeout=280, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("RANDOM guide") == 1, "rank 0 alone says it, loudly"
     write_pyramids(faces, tmp_path / "here", make())

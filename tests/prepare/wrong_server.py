@@ -3,7 +3,6 @@
 import hashlib
 import re
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 JPEG = b"\xff\xd8\xff\xe0"  # that it begins so is all that downloading asks of an image
@@ -63,8 +62,11 @@ def status(code, **headers):
     return act
 
 
-def serve(body=BODY, stop_after=None, ranges=True, etag='"one"', delay=0.0, **headers):
-    """The file; ``stop_after`` so many bytes of the answer the connection breaks."""
+def serve(body=BODY, stop_after=None, ranges=True, etag='"one"', before=None, **headers):
+    """The file; ``stop_after`` so many bytes of the answer the connection breaks.
+
+    ``before`` is called before its first byte.
+    """
 
     def act(handler):
         asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
@@ -82,7 +84,8 @@ def serve(body=BODY, stop_after=None, ranges=True, etag='"one"', delay=0.0, **he
             handler.send_header(name.replace("_", "-"), value)
         handler.send_header("Content-Length", str(len(body) - start))
         handler.end_headers()
-        time.sleep(delay)
+        if before is not None:
+            before()
         end = len(body) if stop_after is None else min(len(body), start + stop_after)
         handler.wfile.write(body[start:end])
         handler.wfile.flush()

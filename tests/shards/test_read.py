@@ -131,19 +131,19 @@ def test_a_slow_fetch_stalls_nobody_else(copy, suffix):
         def wait(self, name: str) -> None:
             if name == f"train-00000{suffix}":
                 asked.set()
-                assert go_on.wait(30)
+                assert go_on.wait(120)
 
     data.source = Slow()
     slow = threading.Thread(target=data.read, args=([0],), kwargs={"levels": (4,)})
     other = threading.Thread(target=data.read, args=([16],), kwargs={"levels": (4,)})
     slow.start()
-    assert asked.wait(30)
+    assert asked.wait(120)
     other.start()
     other.join(5)
     stalled = other.is_alive()
     go_on.set()
-    slow.join(30)
-    other.join(30)
+    slow.join(120)
+    other.join(120)
     assert not stalled
 
 

@@ -200,7 +200,7 @@ def test_shards_are_there_before_they_are_needed(wide, server, tmp_path):
         places = order.places(0, 8 + order.window_span + 64)
         soon = set(places.shard[: order.window_span].tolist())
         late = set(places.shard.tolist())
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         names = {f"train-{shard:05d}.tar" for shard in soon}
         while not names <= {path.name for path in tmp_path.rglob("*.tar")}:
             assert time.monotonic() < until

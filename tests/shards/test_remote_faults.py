@@ -201,7 +201,7 @@ def test_no_credentials_are_told_at_once(tmp_path, monkeypatch):
     began = time.monotonic()
     with pytest.raises(FetchError, match="AWS_ACCESS_KEY_ID"):
         open_dataset("s3://bucket/x", cache_dir=tmp_path)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 50
 
 
 def test_hurried_it_gives_up_soon(web, tmp_path, monkeypatch):
@@ -223,8 +223,8 @@ def test_hurried_it_gives_up_soon(web, tmp_path, monkeypatch):
     began = time.monotonic()
     monkeypatch.setattr("shards.remote.download.HURRY_S", 1.0)
     hurry()
-    reader.join(30)
-    assert 1 < time.monotonic() - began < 20
+    reader.join(120)
+    assert 1 < time.monotonic() - began < 50
     assert "asked to stop" in str(errors[0])
 
 
@@ -251,8 +251,8 @@ def test_closing_a_stream_waits_for_no_fetch(web, tmp_path, monkeypatch):
     wait_for(lambda: any(name.endswith(".tar") for name in web.server.requests))
     began = time.monotonic()
     stream.close()
-    reader.join(30)
-    assert time.monotonic() - began < 20
+    reader.join(120)
+    assert time.monotonic() - began < 50
     wait_for(lambda: not [t for t in threading.enumerate() if t.name == "shards-ahead"])
 
 
@@ -274,7 +274,7 @@ def test_ctrl_c_ends_the_wait(web, tmp_path, num_threads):
     wait_for(lambda: any(name.endswith(".tar") for name in web.server.requests))
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=30)
+    _, told = process.communicate(timeout=120)
     assert "KeyboardInterrupt" in told
     assert process.returncode != 0
 

@@ -40,9 +40,9 @@ def start(script: str) -> subprocess.Popen[str]:
 def test_signals_do_not_hide_how_the_child_ended():
     shells = [start(ROUNDS) for _ in range(6)]  # the moment is not always met
     for shell in shells:
-        out, _ = shell.communicate(timeout=60)
+        out, _ = shell.communicate(timeout=120)
         assert (out.split(), shell.returncode) == (["75"] * 6 + ["yes"], 0)
 
 
 def test_a_child_that_is_gone_already_is_remembered():
-    assert start(GONE).communicate(timeout=60)[0].split() == ["3"]
+    assert start(GONE).communicate(timeout=120)[0].split() == ["3"]

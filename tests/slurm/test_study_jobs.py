@@ -27,11 +27,16 @@ def started():
 
 
 @pytest.mark.timeout(900)
-def test_a_study_of_four_configs_killed_twice_finishes(cluster, tmp_path, started):
+def test_a_study_of_three_configs_killed_twice_finishes(cluster, tmp_path, started):
     path = tiny_study(tmp_path)
     folder = tmp_path / "study"
     study = yaml.safe_load(path.read_text())
     study.pop("final")
+    # A job takes longer to start than a run takes: few runs, and short ones.
+    study["tracks"] = {
+        "gan": {"configs": ["dcgan.yaml", "wgan_gp.yaml"]},
+        "vae": {"configs": ["vae.yaml"]},
+    }
     study["overrides"] += [
         "cluster.gpus_per_node=0",
         "cluster.cpus_per_process=1",
@@ -67,16 +72,16 @@ def test_a_study_of_four_configs_killed_twice_finishes(cluster, tmp_path, starte
     process.wait()
 
     process = begin()
-    until_submitted(process, 4)
+    until_submitted(process, 3)
     process.terminate()
-    assert process.wait(60) == 75, (tmp_path / "said").read_text()[-3000:]
+    assert process.wait(120) == 75, (tmp_path / "said").read_text()[-3000:]
     assert "its jobs stay queued" in (tmp_path / "said").read_text()
 
     process = begin()
     code = process.wait(400)
     logs = "".join(log.read_text()[-1500:] for log in folder.glob("*/*/launch/*.log"))
     assert code == 0, (tmp_path / "said").read_text()[-3000:] + logs
-    runs = ["gan/dcgan-seed0", "gan/wgan_gp-seed0", "vae/vae-seed0", "vae/vae_gan-seed0"]
+    runs = ["gan/dcgan-seed0", "gan/wgan_gp-seed0", "vae/vae-seed0"]
     for run in runs:
         jobs = json.loads((folder / run / "launch" / "jobs.json").read_text())["jobs"]
         assert [job["step"] for job in jobs] == ["train-16", "evaluate"]
@@ -84,5 +89,5 @@ def test_a_study_of_four_configs_killed_twice_finishes(cluster, tmp_path, starte
     told = (folder / "report" / "comparison.json").read_text()
     assert all(run.split("/")[1] in told for run in runs)
     summary = (folder / "report" / "study.md").read_text()
-    assert summary.count("| done |") == 4
+    assert summary.count("| done |") == 3
     assert set(json.loads((folder / "study.json").read_text())["best"]) == {"gan", "vae"}

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -23,6 +27,31 @@ def train_here(dumped: dict | None) -> None:
     torch.set_num_threads(1)
     if dumped is not None:
         train(parse_config(dumped))
+
+
+def train_and_die(dumped: dict, nimg: int, delay: float) -> None:
+    """Train, and be killed ``delay`` seconds after a checkpoint of ``nimg`` images is there.
+
+    It kills itself, and waits for that at its end: however busy the machine is, it is killed.
+    """
+    config = parse_config(dumped)
+
+    def kill() -> None:
+        while newest_on_disk(config) < nimg:
+            time.sleep(0.004)
+        time.sleep(delay)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    train_here(dumped)
+    thread.join()
+
+
+def newest_on_disk(config: Config) -> int:
+    """Images of the newest checkpoint on disk; 0 if there is none."""
+    found = [int(path.name) for path in config.run.glob("*x*/checkpoints/[0-9]*")]
+    return max(found, default=0)
 
 
 def start(config: Config | None) -> multiprocessing.process.BaseProcess:

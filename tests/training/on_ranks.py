@@ -37,9 +37,8 @@ def evaluate_here(run: str, num_samples: int, names: list[str]) -> None:
 
 
 def lock_here(run: str, said: str) -> None:
-    """Fail to lock a run, and note what this rank says of it and after how many seconds."""
+    """Fail to lock a run, and note what this rank says of it."""
     import json
-    import time
     from pathlib import Path
 
     from dinogen.config import ConfigError
@@ -48,14 +47,12 @@ def lock_here(run: str, said: str) -> None:
     from dinogen.runs.lock import run_lock
 
     process_group.init()
-    began = time.monotonic()
     try:
         with failure_propagation(), run_lock(Path(run)):
             text = "locked"
     except ConfigError as error:
         text = str(error)
-    told = [text, time.monotonic() - began]
-    Path(f"{said}{process_group.rank()}.json").write_text(json.dumps(told), encoding="utf-8")
+    Path(f"{said}{process_group.rank()}.json").write_text(json.dumps(text), encoding="utf-8")
 
 
 def _call(

@@ -29,7 +29,7 @@ def test_train_then_sample(make_config, tmp_path, dinogen):
     path = tmp_path / "my.yaml"
     path.write_text(dump_config(config))
     command = [sys.executable, "-m", "launch.cli", "train", str(path), "seed=5"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     assert "RANDOM GUIDE" in done.stderr
     assert "final_4x4.random-guide.png" in done.stdout

@@ -39,7 +39,7 @@ def test_the_run_says_so_and_goes_on_from_the_last_good_checkpoint(make_config, 
         target=train_on_a_full_disk, args=(config.model_dump(mode="json"), str(log))
     )
     process.start()
-    process.join(120)
+    process.join(240)
     assert process.exitcode == 1
     assert "8x8/checkpoints: the checkpoint could not be written" in log.read_text()
     assert "free space there" in log.read_text()

@@ -10,8 +10,8 @@ from tests.training.benchmarks import FOLDER, benchmark  # noqa: F401
 
 
 def test_every_trouble_ends_with_the_right_result_or_the_right_error(benchmark):  # noqa: F811
-    printed = benchmark("fuzz", "--cases", "12")  # one of each kind
-    assert "12 cases, 0 wrong" in printed
+    printed = benchmark("fuzz", "--cases", "6")  # tests/stress has eight of all twelve kinds
+    assert "6 cases, 0 wrong" in printed
 
 
 def test_what_is_not_right_is_seen(benchmark, tmp_path, monkeypatch):  # noqa: F811

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import time
 
 import pytest
 import torch
@@ -13,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dinogen.training.run import train
 from dinogen.training.stop import Stopped
-from tests.training.helpers import curve, stage, start, weights
+from tests import forked
+from tests.training.helpers import curve, stage, start, train_and_die, weights
 
 
 def tensorboard(config, resolution, tag="loss"):
@@ -33,34 +32,25 @@ def assert_same_run(config, reference):
 
 
 def test_killed_at_random_moments_it_ends_bitwise_the_same(make_config):
-    start(None).join(60)  # the imports are done before the clock starts
     given = ["stages.0.decay_kimg=0.064", "stages.1.warmup_kimg=0.1"]
     reference = make_config(*given, run="whole")
     process = start(reference)
-    process.join(120)
+    process.join(240)
     assert process.exitcode == 0
 
     config = make_config(*given, run="killed")
     rng = random.Random(0)
     # killed soon after it has come so far, wherever that is: amid steps, a save, the next stage
     for nimg in (0, *sorted(rng.sample(range(24, 200), 4))):
-        process = start(config)
-        while newest(config) < nimg and process.is_alive():
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.05))
-        assert process.is_alive(), "it ended before it could be killed"
-        os.kill(process.pid, signal.SIGKILL)
+        arguments = (config.model_dump(mode="json"), nimg, rng.uniform(0, 0.05))
+        process = forked.context().Process(target=train_and_die, args=arguments)
+        process.start()
         process.join()
+        assert process.exitcode == -signal.SIGKILL
     process = start(config)
-    process.join(120)
+    process.join(240)
     assert process.exitcode == 0
     assert_same_run(config, reference)
-
-
-def newest(config) -> int:
-    """Images of the newest checkpoint on disk."""
-    found = [int(path.name) for path in config.run.glob("*x*/checkpoints/[0-9]*")]
-    return max(found, default=0)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])

@@ -258,12 +258,10 @@ def test_every_rank_says_at_once_why_a_run_cannot_be_trained(tmp_path, what):
     else:
         with run_lock(run):
             on_ranks(2, lock_here, str(run), str(tmp_path / "said"))
-    (first, soon), (second, also) = (
-        json.loads((tmp_path / f"said{rank}.json").read_text()) for rank in (0, 1)
-    )
+    # Each by itself: a rank that is ended by another one's failure would have written nothing.
+    first, second = (json.loads((tmp_path / f"said{rank}.json").read_text()) for rank in (0, 1))
     wanted = "choose a folder that can be written" if what == "no folder" else "another process"
     assert first == second and wanted in first
-    assert max(soon, also) < 2  # ranks that are ended by another one's failure take 3 s
 
 
 def test_slurm_is_named_where_two_tasks_train_one_run(tmp_path, monkeypatch):
