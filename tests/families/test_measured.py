@@ -9,7 +9,7 @@ import torch
 from dinogen.evaluation.evaluate import evaluate
 from dinogen.families.base import classes_of
 from dinogen.families.registry import family_class
-from dinogen.metrics.extractors import JudgeInfo
+from dinogen.metrics.extractors import ExtractorInfo
 from dinogen.metrics.fingerprint import fingerprint, fingerprint_id
 from dinogen.training.data import class_shares
 from dinogen.training.run import train
@@ -18,7 +18,7 @@ from shards.format.sample import Sample
 
 from .tiny import pack_discs, tiny_config
 
-JUDGE = JudgeInfo("onet", "ab", "none", 4, 0, False)
+JUDGE = ExtractorInfo("onet", "ab", "none", 4, 0, False)
 
 
 @pytest.fixture(scope="module")
