@@ -38,7 +38,7 @@ QUICK = (
     "report/*",
     "shards/*",
     "test_config*.py",
-    "test_draw*.py",
+    "test_draws.py",
     "test_examples.py",
     "test_layout.py",
     "training/test_augment.py",
@@ -46,20 +46,23 @@ QUICK = (
     "training/test_ema.py",
     "training/test_engine.py",
     "training/test_stages.py",
-    "training/test_trainer.py",
     "training/test_transfer.py",
 )
 SLOW = (
     "features/test_clip.py",
+    "features/test_inception.py",
     "losses/test_eight_modes.py",
     "metrics/test_collect.py",
     "metrics/test_faces.py",
     "metrics/test_judges.py",
     "metrics/test_perceptual.py",
     "metrics/test_reconstruction.py",
-    "report/test_compare_browser.py",
-    "report/test_compare_damaged.py",
+    "report/test_compare*.py",
+    "report/test_runfiles.py",
+    "shards/test_mix*.py",
     "shards/test_remote*.py",
+    "shards/test_repair*.py",
+    "shards/test_verify.py",
 )
 # In this order, before all others: what takes longest begins first, so that nothing is left over
 # for one process at the end. The cluster's tests mostly wait.

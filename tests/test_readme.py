@@ -59,6 +59,7 @@ def workplace(tmp_path_factory):
     config["guide"]["path"] = str(folder / "dinov2")
     config["prepare"]["pack"]["val_fraction"] = 0.4  # one of the five photos
     config["family"] |= {"z_dim": 8, "channel_base": 64, "channel_max": 8, "probe_samples": 4}
+    config["metrics"] = {"num_samples": 16}
     for stage in config["stages"]:
         stage |= {"kimg": 0.016, "batch": 4} | (
             {"fade_kimg": 0.008} if "fade_kimg" in stage else {}

@@ -37,6 +37,7 @@ def workplace(tmp_path, guide_folder):
     config["guide"]["path"] = str(guide_folder)
     config["prepare"] = {"pack": {"val_fraction": 0.3}, "faces": {"size": 32}}
     config["family"] |= {"z_dim": 8, "channel_base": 64, "channel_max": 8, "probe_samples": 4}
+    config["metrics"] = {"num_samples": 16}
     for stage in config["stages"]:
         stage |= {"kimg": 0.016, "batch": 4}
         stage |= {"fade_kimg": 0.008} if "fade_kimg" in stage else {}
