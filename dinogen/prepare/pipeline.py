@@ -23,7 +23,7 @@ from dinogen.prepare.photos.labels import class_names
 from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.photos.summary import SUMMARY, FacesSummary, summary_of
 from dinogen.prepare.pyramid import PyramidMaker
-from shards import ShardSink
+from shards import ShardWriter
 from shards.format.manifest import Manifest
 
 Progress = Callable[[int, int], None]
@@ -117,7 +117,7 @@ def prepare(
         warn_of_offset(out, landmark_offset)
     if maker is not None:
         maker.warn_of_resize(out)
-    sink = ShardSink(
+    writer = ShardWriter(
         out,
         shard_size=config.pack.shard_size,
         val_fraction=config.pack.val_fraction,
@@ -127,8 +127,8 @@ def prepare(
         classes=classes,
     )
     with_captions = maker is not None and maker.embedder is not None
-    with sink, Journal(out / JOURNAL, src) as journal:
-        completed = sink.completed_keys()
+    with writer, Journal(out / JOURNAL, src) as journal:
+        completed = writer.completed_keys()
         _check_packed(src, out, photos, journal, completed)
         finished = {
             photo.key: list(journal.outcomes[photo.source].hashes)
@@ -156,8 +156,8 @@ def prepare(
         with_text = with_captions and any(photo.has_caption for photo in photos.photos)
         made = maker.levels(crops, with_text) if maker else ((crop, {}) for crop in crops)
         for crop, levels in made:
-            sink.add(sample_of(crop, levels, classes))
-        kept = sink.seen.union(*finished.values())
+            writer.add(sample_of(crop, levels, classes))
+        kept = writer.seen.union(*finished.values())
         if lost := completed - kept:
             raise _gone(src, out, f"the photo of {min(lost)}")
         outcomes = [
@@ -192,7 +192,7 @@ def prepare(
             ),
         )
         write_json(out / SUMMARY, asdict(summary))
-        manifest = sink.finish()
+        manifest = writer.finish()
         journal.remove()
     return summary, manifest
 

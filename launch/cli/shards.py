@@ -104,7 +104,7 @@ def verify(data: Location, cache_dir: CacheDir = None, cache_gb: CacheGb = None)
             found = examine_plain(folder, lambda count: bar.advance(task, count))
         else:
             found = examine(dataset, lambda count: bar.advance(task, count))
-    for line in found.remarks:
+    for line in found.notes:
         typer.echo(printable(line))
     if not found.problems:
         samples, shard_count = (

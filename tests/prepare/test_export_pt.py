@@ -285,7 +285,7 @@ def pyramid(**changes):
         (pyramid(**{"4x4": torch.zeros(1, 16, 3).to_sparse()}), "4x4 holds no plain numbers"),
         (pyramid(**{"4x4": torch.zeros(1, 16, 3, dtype=torch.cfloat)}), "4x4 holds complex"),
         ({"4x4": torch.zeros(1, 16, 3)}, r"holds \['4x4'\], needed is a dict"),
-        (pyramid(**{"8x8": torch.zeros(1, 63, 3)}), r"8x8 is \(1, 63, 3\), needed is \(1, 64, C\)"),
+        (pyramid(**{"8x8": torch.zeros(1, 63, 3)}), r"8x8 is \(1, 63, 3\), expected \(1, 64, C\)"),
         (pyramid(**{"8x8": torch.zeros(64, 3)}), r"8x8 is \(64, 3\), needed"),
         (pyramid(**{"8x8": [1.0]}), r"8x8 is list, needed"),
         (

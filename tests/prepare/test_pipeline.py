@@ -159,9 +159,11 @@ def test_killed_for_real(photos, whole, checkpoint, guide, tmp_path):
     config.write_text(json.dumps({"guide": {"path": str(checkpoint)}, "prepare": SETTINGS}))
     script = tmp_path / "command.py"
     script.write_text(
-        "import time, typer\nfrom launch.cli import prepare as data\nfrom shards import ShardSink\n"
-        "add = ShardSink.add\n"
-        "ShardSink.add = lambda *a: (time.sleep(0.1), add(*a))\n"  # so that there is time to kill
+        "import time, typer\n"
+        "from launch.cli import prepare as data\n"
+        "from shards import ShardWriter\n"
+        "add = ShardWriter.add\n"
+        "ShardWriter.add = lambda *a: (time.sleep(0.1), add(*a))\n"  # so that there is time to kill
         "app = typer.Typer()\ndata.register(app)\napp()\n"
     )
     command = [sys.executable, str(script), "prepare", str(photos), str(data), "-c", str(config)]

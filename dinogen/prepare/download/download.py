@@ -30,7 +30,14 @@ from dinogen.prepare.download.links import (
 )
 from dinogen.prepare.photos.read import PrepareError
 from shards.files import sha256_file
-from shards.remote.download import PASSING_STATUS, Damaged, insist, obey, retry_after, stop_at
+from shards.remote.download import (
+    PASSING_STATUS,
+    Damaged,
+    raise_if_stopped,
+    retry,
+    retry_after,
+    stop_at,
+)
 
 __all__ = ["DownloadSummary", "Failure", "download"]
 
@@ -231,7 +238,7 @@ class Fetcher:
         try:
             if self._is_there(item):
                 return False
-            insist(
+            retry(
                 lambda: self._attempt(item, part),
                 shown_url(item.url),
                 lambda error: error.wait if isinstance(error, _Fault) else None,
@@ -309,7 +316,7 @@ class Fetcher:
                 chunks = response.iter_bytes if _is_encoded(response) else response.iter_raw
                 with part.open("ab" if offset else "wb") as file:
                     for chunk in chunks():
-                        obey()
+                        raise_if_stopped()
                         file.write(chunk)
                         with self._lock:
                             self.num_bytes += len(chunk)
