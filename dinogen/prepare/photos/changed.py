@@ -108,7 +108,7 @@ def gone(before: Iterable[str], photos: Photos) -> list[str]:
 
 
 def looks_like_an_accident(num_gone: int, num_before: int) -> bool:
-    """Whether so many photos are gone that the folder may be another one, or not mounted."""
+    """Whether enough photos are gone that the folder may be another one, or not mounted."""
     return num_gone > 0 and (
         num_gone == num_before or (num_gone > _MANY and 2 * num_gone > num_before)
     )
