@@ -67,7 +67,7 @@ WORDS = {
     r"told (of|at|before|when)": "reported, passed",
 }
 
-# In these files the word has its ordinary meaning, or is a name from a folder that is not clean yet.
+# The word has its ordinary meaning there, or is a name from a folder that is not clean yet.
 ALLOWED = {
     "dinogen/prepare/parts.py": {"main_section"},
     "launch/cli/prepare.py": {"takedown"},
