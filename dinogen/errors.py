@@ -1,17 +1,17 @@
-"""The base of every error that the user can mend; the CLI prints it as one line, no traceback."""
+"""The base of every error that the user can fix; the CLI prints it as one line, no traceback."""
 
 from __future__ import annotations
 
-# EX_TEMPFAIL: not an error, run the same command again to go on
+# EX_TEMPFAIL: not an error, run the same command again to continue
 EXIT_STOPPED = 75
 
 
 class UserError(Exception):
-    """Something outside the code is wrong; the message names the file or key and the mend.
+    """Something outside the code is wrong; the message names the file or key and the remedy.
 
     Attributes:
-        exit_code: what the process ends with.
-        agreed: every rank raises it at the same step, so none has to be told by another.
+        exit_code: exit code of the process.
+        agreed: every rank raises it at the same step, so it need not be sent to the others.
     """
 
     exit_code: int = 1
@@ -19,4 +19,4 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """A config that cannot be used; the message names the file or key and the mend."""
+    """A config that cannot be used; the message names the file or key and the remedy."""

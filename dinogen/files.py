@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: temporary name, fsync, rename.
 
-A job may be killed at any moment, and the next one decides by a file's presence what is done.
+A job may be killed at any moment, and the next one takes the presence of a file as a sign that it
+is complete.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from shards.files import atomic_write
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, whole or not at all; the folder of ``path`` is made.
+    """Write ``data`` to ``path``, whole or not at all; the folder of ``path`` is created.
 
     Raises:
-        OSError: the folder or file cannot be written; an older file at ``path`` is as it was.
+        OSError: the folder or file cannot be written; an older file at ``path`` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -34,7 +35,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON to ``path``, whole or not at all.
 
     Raises:
-        ValueError: NaN or infinity, which JSON does not know.
+        ValueError: NaN or infinity, which JSON does not have.
         TypeError: a value that JSON cannot hold.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
@@ -43,17 +44,17 @@ def write_json(path: Path, value: Any) -> None:
 def named_folder(path: Path) -> Path:
     """The same folder by a path that ends in its name, unlike ``.`` and ``..``.
 
-    What is said or stored has to name the folder wherever it is read.
+    Messages and stored paths have to name the folder wherever they are read.
     """
     return path.resolve() if path.name in ("", "..") else path
 
 
 def why_not_writable(path: Path, make: bool) -> str | None:
-    """Why a file cannot be written, found out by trying and leaving no trace; None if it can.
+    """Why a file cannot be written, found by trying without leaving a trace; None if it can.
 
     Args:
         path: the file, which is not touched.
-        make: whether to make the folder that it lies in.
+        make: whether to create the folder that it is in.
     """
     if path.is_dir():
         return "it is a folder"
@@ -69,7 +70,7 @@ def why_not_writable(path: Path, make: bool) -> str | None:
 
 
 def next_free(path: Path) -> Path:
-    """The path, or the first of ``PATH-2``, ``PATH-3`` and so on that is not there."""
+    """The path, or the first of ``PATH-2``, ``PATH-3`` and so on that does not exist."""
     free, number = path, 1
     while os.path.lexists(free):
         number += 1

@@ -1,4 +1,4 @@
-"""Looks at this machine: what dinogen will find here, and what to do about each gap."""
+"""Checks this machine: what dinogen finds here, and what to do about what is missing."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Finding:
     """One line of the doctor.
 
     Attributes:
-        name: what was looked at.
+        name: what was checked.
         status: ``note`` is fine as it is; ``warn`` costs something; ``broken`` stops dinogen.
         found: what is here.
-        mend: what to do about it; empty if nothing has to be done.
+        remedy: what to do about it; empty if nothing has to be done.
     """
 
     name: str
     status: Status
     found: str
-    mend: str = ""
+    remedy: str = ""
 
     def to_dict(self) -> dict[str, str]:
         """As a JSON-ready mapping."""
@@ -41,16 +41,16 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at everything, yielding each finding as soon as it is known."""
+    """Run all checks, yielding each finding as soon as it is known."""
     for name, check in CHECKS.items():
         try:
             yield check()
-        except Exception as error:  # a check that dies is a finding too, the others still run
+        except Exception as error:  # a check that fails is a finding too, the others still run
             yield Finding(name, "broken", f"{type(error).__name__}: {error}", INSTALL)
 
 
 def check_python() -> Finding:
-    """The interpreter and where it stands."""
+    """The interpreter and where it is installed."""
     version = ".".join(map(str, sys.version_info[:3]))
     return Finding("Python", "ok", f"{version} at {sys.prefix}")
 
@@ -91,23 +91,23 @@ def check_gpus() -> Finding:
         for index in range(count):
             properties = torch.cuda.get_device_properties(index)
             names.append(f"{properties.name} {properties.total_memory / 2**30:.0f} GiB")
-        mend = f"use all: dinogen launch CONFIG --gpus {count}"
-        return Finding("GPUs", "ok", f"{count}: {', '.join(names)}", mend if count > 1 else "")
+        remedy = f"to use all: dinogen launch CONFIG --gpus {count}"
+        return Finding("GPUs", "ok", f"{count}: {', '.join(names)}", remedy if count > 1 else "")
     if shutil.which("nvidia-smi"):
         return Finding(
             "GPUs",
             "warn",
-            "nvidia-smi is here, but torch sees no GPU",
+            "nvidia-smi exists, but torch sees no GPU",
             "install a CUDA build of torch that fits the driver shown by `nvidia-smi`, "
             "and check CUDA_VISIBLE_DEVICES",
         )
     return Finding(
-        "GPUs", "note", "none", "training runs on the CPU: fine for the demo, slow beyond 16x16"
+        "GPUs", "note", "none", "training runs on the CPU: fine for the demo, slow above 16x16"
     )
 
 
 def check_collectives() -> Finding:
-    """Backends by which several processes train together."""
+    """Backends for training in several processes."""
     import torch
     import torch.distributed as dist
 
@@ -130,7 +130,7 @@ def check_collectives() -> Finding:
 
 
 def check_deepspeed() -> Finding:
-    """DeepSpeed, by its version alone: importing it takes seconds."""
+    """DeepSpeed's version, without importing it, which takes seconds."""
     version = _version("deepspeed")
     if version:
         return Finding("DeepSpeed", "ok", version)
@@ -143,19 +143,19 @@ def check_deepspeed() -> Finding:
 
 
 def check_turbojpeg() -> Finding:
-    """TurboJPEG, by a picture encoded and decoded again."""
+    """TurboJPEG, with an image that is encoded and decoded."""
     import numpy as np
     import simplejpeg
 
     grey = np.full((16, 16, 3), 128, np.uint8)
     again = simplejpeg.decode_jpeg(simplejpeg.encode_jpeg(grey, quality=95))
     if int(np.abs(again.astype(int) - 128).max()) > 2:
-        return Finding("TurboJPEG", "broken", "a decoded picture differs from the encoded", INSTALL)
+        return Finding("TurboJPEG", "broken", "a decoded image differs from the original", INSTALL)
     return Finding("TurboJPEG", "ok", f"simplejpeg {_version('simplejpeg')}")
 
 
 def check_torchvision() -> Finding:
-    """torchvision, which on some machines is linked to another build of torch."""
+    """torchvision, which on some machines was built for another torch."""
     from dinogen._torchvision import ensure_torchvision
 
     ensure_torchvision()
@@ -164,12 +164,12 @@ def check_torchvision() -> Finding:
 
     if _has_ops():
         return Finding("torchvision", "ok", torchvision.__version__)
-    found = f"{torchvision.__version__}, built for another torch: dinogen's own nms stands in"
-    return Finding("torchvision", "note", found, "none needed: nothing else of it is used")
+    found = f"{torchvision.__version__}, built for another torch: dinogen uses its own nms instead"
+    return Finding("torchvision", "note", found, "nothing to do: no other operator of it is used")
 
 
 def check_weights() -> Finding:
-    """Weights of the default guide: here, on the network, or out of reach."""
+    """Weights of the default guide: here, on the network, or unreachable."""
     from dinogen.config import GuideConfig
     from dinogen.features.checkpoint import weights_reachable
 
@@ -180,8 +180,8 @@ def check_weights() -> Finding:
             "guide weights",
             "warn",
             f"{path} cannot be reached",
-            f"on a machine with network: hf download {path} --local-dir dinov2; copy that folder "
-            "here and set guide.path to it; without it the demo uses a random guide",
+            f"on a machine with network run: hf download {path} --local-dir dinov2; copy that "
+            "folder here and set guide.path to it; without it the demo uses a random guide",
         )
     return Finding("guide weights", "ok", f"{path}: {place}")
 
@@ -191,7 +191,7 @@ def check_slurm() -> Finding:
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         return Finding(
-            "Slurm", "note", "no sbatch on the PATH", "only for clusters: try on a login node"
+            "Slurm", "note", "no sbatch on the PATH", "only needed on clusters: try a login node"
         )
     answer = subprocess.run(
         [sbatch, "--version"], capture_output=True, text=True, timeout=3, check=False
@@ -209,7 +209,7 @@ def check_disk() -> Finding:
     free = shutil.disk_usage(here).free / 1e9
     found = f"{free:.0f} GB free at {here}"
     if free < LOW_DISK_GB:
-        return Finding("disk", "warn", found, "70,000 faces take about 30 GB packed: make room")
+        return Finding("disk", "warn", found, "70,000 packed faces take about 30 GB: free some")
     return Finding("disk", "ok", found)
 
 
@@ -222,7 +222,7 @@ def check_cores() -> Finding:
     found = f"{cores} usable, {threads} OpenMP threads"
     if threads > cores:
         return Finding(
-            "CPU cores", "warn", found, f"too many threads spin: export OMP_NUM_THREADS={cores}"
+            "CPU cores", "warn", found, f"more threads than cores: export OMP_NUM_THREADS={cores}"
         )
     return Finding("CPU cores", "ok", found)
 

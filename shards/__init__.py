@@ -1,6 +1,7 @@
 """Samples on disk: packed into tar shards, read back fast in a known order.
 
 What is listed in ``__all__`` is the public API; it is imported when it is first used.
+``ShardSink`` is the old name of ``ShardWriter`` and stays for code that was written with it.
 """
 
 from importlib import import_module
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
     from shards.read.dataset import Dataset
     from shards.read.packed import open_dataset
     from shards.write.pack import pack
-    from shards.write.shard_writer import ShardSink
+    from shards.write.shard_writer import ShardWriter
+
+    ShardSink = ShardWriter
 
 __all__ = [
     "CorruptSample",
@@ -21,6 +24,7 @@ __all__ = [
     "FinishedError",
     "Sample",
     "ShardSink",
+    "ShardWriter",
     "ShardsError",
     "open_dataset",
     "pack",
@@ -31,18 +35,20 @@ _PLACES = {
     "FetchError": "shards.errors",
     "FinishedError": "shards.errors",
     "Sample": "shards.format.sample",
-    "ShardSink": "shards.write.shard_writer",
+    "ShardWriter": "shards.write.shard_writer",
     "ShardsError": "shards.errors",
     "open_dataset": "shards.read.packed",
     "pack": "shards.write.pack",
+    "ShardSink": "shards.write.shard_writer",
 }
+_OLD_NAMES = {"ShardSink": "ShardWriter"}
 
 
 def __getattr__(name: str) -> Any:
     """Import a name of the public API (PEP 562)."""
     if name not in _PLACES:
         raise AttributeError(f"module 'shards' has no attribute {name!r}")
-    found = getattr(import_module(_PLACES[name]), name)
+    found = getattr(import_module(_PLACES[name]), _OLD_NAMES.get(name, name))
     globals()[name] = found
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# A name in a tar may be megabytes long; of a longer one than this, both ends are shown.
+# A name in a tar may be megabytes long; longer ones than this are shortened to both ends.
 _LONGEST = 160
 _HEAD, _TAIL = 100, 40
 
@@ -41,9 +41,9 @@ class IndexFileError(ShardsError):
 
 
 class FetchError(ShardsError):
-    """A file behind a URL is not available, though it was tried again while the fault might pass.
+    """A file behind a URL could not be fetched; temporary faults were retried.
 
-    It says nothing about a sample, so that `on_error="skip"` does not pass over it.
+    It says nothing about a sample, so `on_error="skip"` does not skip it.
     """
 
 
@@ -79,9 +79,9 @@ class CorruptSample(ShardsError):
         self.shard, self.key, self.member, self.what = shard, key, member, what
         place = show_name(f"{key}.{member}" if member else key)
         super().__init__(
-            f"{shard}: {place}: {what}; `dinogen shards verify` lists all that is damaged, "
-            f"`dinogen shards repair` writes the shard again without it, data.on_error=skip (in "
-            f"Python on_error='skip') passes over it"
+            f"{shard}: {place}: {what}; `dinogen shards verify` lists all damage, "
+            f"`dinogen shards repair` rewrites the shard without the sample, data.on_error=skip "
+            f"(in Python on_error='skip') skips it"
         )
 
     def __reduce__(self) -> tuple[type[CorruptSample], tuple[str, str, str, str]]:

@@ -15,8 +15,8 @@ import numpy as np
 
 TEMPORARY = ".tmp"
 KEPT = ".before-repair"
-# To be held while numpy reads the header of a .npy: it uses `ast`, which in CPython 3.11 ends in
-# a SystemError ("AST constructor recursion depth mismatch") where two threads are in it at once.
+# Hold it while numpy reads the header of a .npy: numpy uses `ast`, which in CPython 3.11 raises a
+# SystemError ("AST constructor recursion depth mismatch") when two threads use it at once.
 NPY_HEADERS = threading.Lock()
 _CHUNK = 1 << 20
 # A sparse file of a few bytes may claim any size, and is read whole into memory.
@@ -53,7 +53,7 @@ class AtomicFile:
 
     def abandon(self) -> None:
         """Remove the temporary file; `path` stays as it was."""
-        # Closing writes what is left in the buffer, for which a full disk has no room.
+        # Closing writes what is left in the buffer, and fails on a full disk.
         with suppress(OSError):
             self._file.close()
         self._temporary.unlink(missing_ok=True)
@@ -61,7 +61,7 @@ class AtomicFile:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[AtomicFile]:
-    """Write `path` whole, or leave it as it was if an exception comes."""
+    """Write `path` whole, or leave it as it was if an exception is raised."""
     file = AtomicFile(path)
     try:
         yield file
@@ -72,13 +72,13 @@ def atomic_write(path: Path) -> Iterator[AtomicFile]:
 
 
 def keep(path: Path) -> Path:
-    """Give what a file holds now a second name, which stays when the file is replaced or removed.
+    """Give a file's content a second name, which stays when the file is replaced or removed.
 
     Returns:
-        `NAME.before-repair`, or `NAME.before-repair-2` and so on where those are of other content.
+        `NAME.before-repair`, or `NAME.before-repair-2` and so on if those hold something else.
 
     Raises:
-        OSError: if there is no room for it; then nothing has changed.
+        OSError: if there is no space for it; then nothing has changed.
     """
     for number in count(1):
         kept = path.with_name(f"{path.name}{KEPT}{f'-{number}' if number > 1 else ''}")
@@ -175,8 +175,8 @@ def sha256_file(path: Path) -> str:
 def sum64(data: bytes | bytearray | memoryview) -> int:
     """Sum of `data` as little-endian 64-bit words, zero-padded at the end, modulo 2**64.
 
-    Seven times as fast as crc32, so that reading can afford it; any single flipped bit, any
-    zeroed or foreign block changes it. Whole shards are held by sha256 besides.
+    Seven times as fast as crc32, so reading can afford it; any single flipped bit and any zeroed
+    or foreign block changes it. Whole shards have a sha256 as well.
     """
     whole = len(data) & ~7
     total = int(np.frombuffer(data, "<u8", whole // 8).sum(dtype=np.uint64))

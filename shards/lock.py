@@ -1,4 +1,4 @@
-"""File locks that processes share; where the file system has none, work goes on with a warning."""
+"""File locks that processes share; on a file system without locks work goes on with a warning."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Locked(Enum):
     Attributes:
         HELD: this process holds the lock until the file is closed.
         BUSY: another process, or another open file of this one, holds it.
-        UNKNOWN: the file system has no locks, so nobody can tell; a warning was logged.
+        UNKNOWN: the file system has no locks, so the state is unknown; a warning was logged.
     """
 
     HELD = "held"
@@ -45,15 +45,15 @@ class Locked(Enum):
 
 
 def lock(file: IO[str] | IO[bytes] | int, path: Path, *, shared: bool, wait: bool) -> Locked:
-    """Lock an open file; the system lets go of it when the file is closed, however that happens.
+    """Lock an open file; the system releases the lock when the file is closed in any way.
 
-    Where the file system has no locks, the first such file of a file system is named in a warning.
+    If a file system has no locks, a warning names the first file that was to be locked on it.
 
     Args:
         file: open, or its descriptor; for an exclusive lock it has to be writable on NFS.
         path: its name, for messages.
-        shared: many may hold it, unless somebody holds it alone.
-        wait: until others have let go of it; ``BUSY`` never comes back then.
+        shared: several may hold it at once, but not beside an exclusive lock.
+        wait: until others have released it; ``BUSY`` is never returned then.
 
     Raises:
         OSError: the file system failed in another way.
@@ -74,7 +74,7 @@ def lock(file: IO[str] | IO[bytes] | int, path: Path, *, shared: bool, wait: boo
 def is_locked(path: Path) -> bool:
     """Whether a process holds a lock on a file now; a file that is not there is not locked.
 
-    False where the file system has no locks: nobody can tell.
+    False if the file system has no locks: the state is unknown.
     """
     try:
         with path.open("rb") as file:
@@ -88,15 +88,15 @@ _WARNING = threading.Lock()
 
 
 def _warn(descriptor: int, path: Path, error: OSError) -> None:
-    """Say once for each file system that it has no locks."""
+    """Warn once for each file system that it has no locks."""
     device = os.fstat(descriptor).st_dev
     with _WARNING:
         if device in _WARNED:
             return
         _WARNED.add(device)
     log.warning(
-        "%s: THIS FILE SYSTEM HAS NO FILE LOCKS (flock: %s): two processes that work in the same "
-        "folder here do not notice each other and can damage its files. Start only one at a time, "
+        "%s: THIS FILE SYSTEM HAS NO FILE LOCKS (flock: %s): two processes that use the same "
+        "folder do not notice each other and can damage its files. Start only one at a time, "
         "or use a folder on a file system with locks",
         path.parent,
         error.strerror,

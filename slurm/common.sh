@@ -1,4 +1,4 @@
-# What the scripts of this folder share: the site's environment, srun, and a word before the end.
+# What the scripts of this folder share: the site's environment, srun, and saving before the end.
 # shellcheck shell=bash
 #
 # The site and `dinogen launch` may set, before or in the file that DINOGEN_SETUP names:
@@ -6,8 +6,8 @@
 #   DINOGEN_PYTHON     the interpreter; else that of .venv beside this folder, else python
 #   DINOGEN_CONTAINER  words put before it, such as: apptainer exec --nv dinogen.sif
 #   DINOGEN_PROCESSES  processes per node; else as many as the job has GPUs on a node, else 1
-#   DINOGEN_RESTARTS   how often torchrun starts its workers again after a failure (2)
-#   DINOGEN_MIN_NODES  go on with so many nodes when others are lost; else all are needed
+#   DINOGEN_RESTARTS   how often torchrun restarts its workers after a failure (2)
+#   DINOGEN_MIN_NODES  fewest nodes to continue on when others are lost; default: all
 
 # ---- the site: modules ---------------------------------------------------------------------------
 # module load cuda
@@ -29,11 +29,11 @@ fi
 processes=${DINOGEN_PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
 ((processes > 0)) || processes=1
 cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
-# Whatever sbatch was told of --export: srun hands on what was set here.
+# srun passes on what was set here, with any --export of sbatch.
 export SLURM_EXPORT_ENV=ALL
-# More threads than cores only spin.
+# More threads than cores only wait for each other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > processes ? cpus / processes : 1))}
-# srun has forgotten it since Slurm 22.05.
+# srun no longer takes it from the job since Slurm 22.05.
 export SRUN_CPUS_PER_TASK=$cpus
 
 # dinogen_on_one ARGS...: `dinogen ARGS` as one process, in the place of this shell.

@@ -75,9 +75,10 @@ def test_a_number_like_1e_4_is_a_number():
         ),
         (
             {"data": None},
-            "my.yaml: data: is empty, but is a section: indent its keys below it, or leave it out",
+            "my.yaml: data: is empty, but it is a section: indent its keys below it, "
+            "or leave it out",
         ),
-        ({"stages": 3}, "my.yaml: stages: has to be a list, not 3"),
+        ({"stages": 3}, "my.yaml: stages: must be a list, not 3"),
         (
             {"engine": {"precision": "fp8"}},
             "my.yaml: engine.precision: Input should be 'auto', 'fp32', 'bf16' or 'fp16', "
@@ -100,7 +101,7 @@ def test_two_mistakes_are_two_lines():
 
 def test_stages_have_to_double():
     data = {"stages": [{"resolution": 4, "kimg": 1}, {"resolution": 16, "kimg": 1}]}
-    assert "stages [4, 16]: each stage has to double" in complaint(data)
+    assert "stages [4, 16]: each stage must have twice" in complaint(data)
 
 
 def test_a_fade_longer_than_its_stage_is_refused():
@@ -129,7 +130,7 @@ def test_an_override_that_cannot_be_applied_is_named(item, text):
     ("content", "text"),
     [
         (b"a: 1\nb: [1\nc: 2\n", "my.yaml:3: not valid YAML"),
-        (b"seed: 1\nrun: x\nseed: 2\n", "my.yaml:3: not valid YAML: key 'seed' stands twice"),
+        (b"seed: 1\nrun: x\nseed: 2\n", "my.yaml:3: not valid YAML: key 'seed' occurs twice"),
         (b"- 1\n", "a config is a mapping of keys, not a list"),
         (b"\xff\xfe\xfa", "cannot be read as text"),
         (b"run: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),

@@ -1,9 +1,9 @@
 """The schema of a dinogen YAML file, its overrides and its errors.
 
-Every key of a config is declared here, with its unit and default. An unknown key is refused
-together with the nearest valid name, because a misspelt option that is silently ignored costs a
-cluster job. Options of one family live with the family (``Family.Options``) and are checked when
-the family is built.
+Every key of a config is declared here, with its unit and default. An unknown key is an error that
+suggests the nearest valid name, because a misspelt option that is silently ignored costs a cluster
+job. Options of a family are declared with the family (``Family.Options``) and checked when the
+family is built.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from dinogen.files import named_folder
 from dinogen.runs.layout import CONFIG, has_stages
 
 log = logging.getLogger(__name__)
-# Runs of which this process has said that they were moved.
-_told: set[Path] = set()
+# Moved runs that this process has logged already.
+_logged: set[Path] = set()
 _GUIDE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -54,7 +54,7 @@ class GuideConfig(Section):
     """The frozen feature network."""
 
     name: Literal["dinov2", "inception", "pixels"] = Field(
-        "dinov2", description="which encoder; pixels: none, the RGB values themselves"
+        "dinov2", description="which encoder; pixels: the RGB values themselves, without a network"
     )
     path: str = Field(
         "facebook/dinov2-small", description="hub name, local checkpoint folder or weights file"
@@ -62,8 +62,8 @@ class GuideConfig(Section):
     revision: str | None = Field(None, description="hub revision (commit, tag or branch)")
     layer: int | str | tuple[int, ...] | tuple[str, ...] = Field(
         -1,
-        description="which layer, or a list of layers joined along the channels; -1 is the last; "
-        "of dinov2 numbers of blocks, of inception pool1, pool2, mixed_5d, mixed_6e",
+        description="which layer, or a list of layers concatenated along the channels; -1 is the "
+        "last; for dinov2 block numbers, for inception pool1, pool2, mixed_5d, mixed_6e",
     )
 
     @field_validator("layer", mode="before")
@@ -87,7 +87,7 @@ class FamilyConfig(BaseModel):
         "guided", description="a file of dinogen/families, or an entry point of dinogen.families"
     )
     file: str | None = Field(
-        None, description="a Python file of your own that defines the family; its name is the name"
+        None, description="your own Python file that defines the family, which is named after it"
     )
 
     @model_validator(mode="after")
@@ -96,7 +96,7 @@ class FamilyConfig(BaseModel):
             stem = Path(self.file).stem
             if "name" in self.model_fields_set and self.name != stem:
                 raise ValueError(
-                    f"name {self.name} and file {self.file} contradict: leave out name"
+                    f"name {self.name} and file {self.file} contradict each other: leave out name"
                 )
             self.name = stem
         return self
@@ -108,31 +108,31 @@ class FamilyConfig(BaseModel):
 
 
 class NotesConfig(Section):
-    """What a run is for and what came of it, in one's own words; nothing is computed from it."""
+    """What a run is for and what came of it, in your own words; nothing is computed from it."""
 
-    # step: 2 is written as a number
+    # step: 2 is a number in YAML
     model_config = ConfigDict(extra="forbid", validate_default=True, coerce_numbers_to_str=True)
 
     step: str | None = Field(
-        None, description="its place in the story of the family; rows are sorted by it: 1, 2, 2b"
+        None, description="position in the history of the family, which rows are sorted by: 1, 2b"
     )
-    change: str | None = Field(None, description="what it does otherwise than the step before")
-    failed: str | None = Field(None, description="what did not work, once that is known")
-    next: str | None = Field(None, description="what to try next, once that is known")
+    change: str | None = Field(None, description="what differs from the step before")
+    failed: str | None = Field(None, description="what did not work")
+    next: str | None = Field(None, description="what to try next")
 
 
 class Config(Section):
-    """A whole run, from photos to pictures."""
+    """A whole run, from photos to generated images."""
 
     run: Path = Field(Path("runs/run"), description="folder of the run")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of every derived draw")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers")
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
         "auto", description="auto: a CUDA GPU, else Apple's, else the CPU"
     )
     prepare: PrepareConfig = PrepareConfig()
     guide: GuideConfig = GuideConfig()
     guides: dict[str, GuideConfig] = Field(
-        {}, description="further guides by a name of one's own: level p8 of NAME is NAME.p8"
+        {}, description="further guides by a name of your choice: level p8 of NAME is NAME.p8"
     )
     clip: ClipConfig | None = None
     data: DataConfig = DataConfig()
@@ -142,8 +142,8 @@ class Config(Section):
     )
     init_from: str | None = Field(
         None,
-        description="a run's folder or an exported file: weights of its networks that fit are "
-        "taken over where a new run starts",
+        description="a run's folder or an exported file: matching weights of its networks are "
+        "loaded when a new run starts",
     )
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
@@ -162,8 +162,8 @@ class Config(Section):
         for name in guides:
             if not _GUIDE_NAME.fullmatch(name) or name in ("clip", "main", "text"):
                 raise ValueError(
-                    f"'{name}' names no guide: use small letters, digits and _, a letter first, "
-                    "and none of clip, main (that is guide:) and text"
+                    f"'{name}' cannot be the name of a guide: use lower-case letters, digits and "
+                    "_, a letter first, and not clip, main (that is guide:) or text"
                 )
         return guides
 
@@ -171,11 +171,13 @@ class Config(Section):
     def _stages_grow(self) -> Config:
         sizes = [stage.resolution for stage in self.stages]
         if any(b != 2 * a for a, b in itertools.pairwise(sizes)):
-            raise ValueError(f"stages {sizes}: each stage has to double the resolution before it")
+            raise ValueError(
+                f"stages {sizes}: each stage must have twice the resolution of the one before it"
+            )
         if self.stages[0].fade_kimg:
             raise ValueError(
-                f"stages.0: fade_kimg is {self.stages[0].fade_kimg}, but the first stage has none "
-                "before it to fade in from: leave it out"
+                f"stages.0: fade_kimg is {self.stages[0].fade_kimg}, but the first stage has no "
+                "stage before it to fade in from: leave it out"
             )
         return self
 
@@ -183,8 +185,8 @@ class Config(Section):
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply ``key=value`` overrides, and check the result.
 
-    A ``config.yaml`` that lies beside the stages of a run means this run, wherever the run was
-    copied or moved to; an override of ``run`` names another one.
+    A ``config.yaml`` beside the stages of a run means that run, wherever it was copied or moved
+    to; an override of ``run`` names another one.
 
     Args:
         path: YAML file.
@@ -192,7 +194,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
             their number (``stages.0.kimg=2``).
 
     Raises:
-        ConfigError: naming the file and key, with the nearest valid name or the mend.
+        ConfigError: naming the file and key, with the nearest valid name or the remedy.
     """
     path = Path(path)
     config = parse_config(read_mapping(path), overrides, source=str(path))
@@ -202,14 +204,17 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     here = named_folder(path.parent)
     if config.run.resolve() == here.resolve():
         return config
-    if here not in _told:
-        _told.add(here)
-        log.info("%s lies in the folder of a run: it means this run, not %s", path, config.run)
+    if here not in _logged:
+        _logged.add(here)
+        log.info("%s is in the folder of a run: it means this run, not %s", path, config.run)
     return config.model_copy(update={"run": here})
 
 
 def _of_a_run(path: Path) -> bool:
-    """Whether a file is the config in the folder of a run whose first stage has begun."""
+    """Whether a file is the config in the folder of a run whose first stage has begun.
+
+    A folder that is only named like a stage does not count: it may hold photos shrunk to 64x64.
+    """
     try:
         return path.name == CONFIG and has_stages(path.parent)
     except OSError:  # a folder that may be entered, but not listed
@@ -222,7 +227,7 @@ def parse_config(
     """Check a mapping as :func:`load_config` does; ``source`` is named in errors.
 
     Raises:
-        ConfigError: naming the key, with the nearest valid name or the mend.
+        ConfigError: naming the key, with the nearest valid name or the remedy.
     """
     if overrides:
         defaults = Config().model_dump(mode="json")

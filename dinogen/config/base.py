@@ -1,4 +1,4 @@
-"""What every section of a config is, how its YAML file is read, and what its errors say."""
+"""The base of all config sections: reading the YAML file, overrides, and error messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Section(BaseModel):
 
 
 def describe_errors(error: ValidationError, model: type[BaseModel], source: str) -> str:
-    """Pydantic's errors as one line each: ``source: key: what is wrong and the mend``."""
+    """Pydantic's errors as one line each: ``source: key: what is wrong, and the remedy``."""
     lines = []
     items = error.errors()
     hints = {item["loc"]: _hint(item["loc"], model) for item in items if _is_unknown(item)}
@@ -33,7 +33,7 @@ def describe_errors(error: ValidationError, model: type[BaseModel], source: str)
         if loc in hints:
             lines.append(f"{source}: unknown key '{key}': {hints[loc][1]}")
         elif not (item["type"] == "missing" and loc in misspelt) and not _follows(item, items):
-            lines.append(f"{source}: {key + ': ' if key else ''}{_say(item)}")
+            lines.append(f"{source}: {key + ': ' if key else ''}{_message(item)}")
     return "\n".join(lines)
 
 
@@ -52,23 +52,23 @@ def _hint(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str | Non
 
 
 def _follows(item: ErrorDetails, items: list[ErrorDetails]) -> bool:
-    """Whether a list is too short only because its invalid members, named too, do not count."""
+    """Whether a list is too short only because its invalid items, reported too, do not count."""
     depth = len(item["loc"])
     return item["type"] == "too_short" and any(
         len(other["loc"]) > depth and other["loc"][:depth] == item["loc"] for other in items
     )
 
 
-def _say(item: ErrorDetails) -> str:
+def _message(item: ErrorDetails) -> str:
     """What is wrong with a value, in the words of a YAML file."""
     given = item["input"]
     if item["type"] == "missing":
         return "is missing: give it a value"
     if item["type"] == "model_type":
         what = "is empty" if given is None else f"holds {given!r}"
-        return f"{what}, but is a section: indent its keys below it, or leave it out"
+        return f"{what}, but it is a section: indent its keys below it, or leave it out"
     if item["type"] == "tuple_type":
-        return f"has to be a list, not {given!r}"
+        return f"must be a list, not {given!r}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] != "value_error" and isinstance(given, (str, int, float)):
         message += f", not {given!r}"
@@ -82,9 +82,9 @@ def _names_at(model: type[BaseModel], location: list[str]) -> list[str]:
     for part in location:
         if part.isdigit():
             node = node.get("items", {})
-        elif kinds := node.get("discriminator", {}).get("mapping"):  # its name says which it is
+        elif kinds := node.get("discriminator", {}).get("mapping"):  # the name selects the kind
             node = {"$ref": kinds.get(part, "")}
-        else:  # a mapping of any names says what each of them holds
+        else:  # in a mapping with free names all values have the same schema
             node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
         choices = [node, *node.get("allOf", []), *node.get("anyOf", [])]
         reference = next((one["$ref"] for one in choices if "$ref" in one), None)
@@ -97,10 +97,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds; an empty file is an empty mapping.
 
     Raises:
-        ConfigError: no such file, no text, no YAML, a key that stands twice, or no mapping.
+        ConfigError: no such file, no text, no YAML, a key that occurs twice, or no mapping.
     """
     if path.is_fifo() and path.parts[:2] not in (("/", "dev"), ("/", "proc")):
-        # it would be waited for; of a shell's <(command) it is what is wanted
+        # opening a named pipe would block; a shell's <(command) is allowed
         raise ConfigError(f"{path}: cannot be read as text: it is a pipe")
     try:
         data = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeyLoader)
@@ -116,7 +116,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not valid YAML: it is nested too deep") from None
-    except (ValueError, OverflowError) as error:  # such as a date in month 13
+    except (ValueError, OverflowError) as error:  # for example a date in month 13
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if data is None:
         return {}
@@ -126,13 +126,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def override(data: dict[str, Any], item: str, defaults: Mapping[str, Any]) -> None:
-    """Set ``a.b.c=value`` inside ``data``; what is on the way is made.
+    """Set ``a.b.c=value`` inside ``data``; missing sections on the way are created.
 
     Args:
         data: changed in place.
         item: ``key=value``.
-        defaults: the whole config where nothing is set; a list that ``data`` lacks is taken from
-            it, since its items are addressed by number.
+        defaults: the whole default config; a list that ``data`` lacks is copied from it, because
+            its items are addressed by number.
 
     Raises:
         ConfigError: no ``key=value``, no YAML, or a key below a single value or beyond a list.
@@ -167,7 +167,7 @@ def override(data: dict[str, Any], item: str, defaults: Mapping[str, Any]) -> No
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, but a key that stands twice is an error: the first would be lost."""
+    """YAML's safe loader, but a key that occurs twice is an error: the first would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -179,7 +179,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"key '{key}' stands twice: keep one", problem_mark=key_node.start_mark
+                    problem=f"key '{key}' occurs twice: keep one", problem_mark=key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)

@@ -1,4 +1,4 @@
-"""The sections ``metrics:`` and ``clip:``: what images are measured by, and with which networks."""
+"""The sections ``metrics:`` and ``clip:``: how images are measured, and with which networks."""
 
 from __future__ import annotations
 
@@ -11,50 +11,51 @@ from dinogen.config.base import Section
 
 
 class MetricsConfig(Section):
-    """How generated pictures are measured; docs/metrics.md says what each figure is."""
+    """How generated images are measured; docs/metrics.md explains each metric."""
 
     names: tuple[str, ...] = Field((), description="which metrics: fid, kid, ...; all if empty")
-    num_samples: int = Field(5000, ge=2, description="pictures that are generated")
+    num_samples: int = Field(5000, ge=2, description="number of generated images")
     num_reference: int = Field(
-        5000, ge=2, description="at most as many real ones, spread over reference_split"
+        5000, ge=2, description="largest number of real images, spread over reference_split"
     )
     reference_split: Literal["train", "val", "test"] = Field(
-        "val", description="split of the real pictures that are compared with"
+        "val", description="split of the real images that they are compared with"
     )
     num_bootstrap: int = Field(
-        10, ge=0, description="draws of the generated pictures that a spread is taken over"
+        10, ge=0, description="resamplings of the generated images that the spread is taken over"
     )
     inception: str | None = Field(
         None,
-        description="file of FID's InceptionV3, as torch-fidelity has it; its copy in torch's hub "
-        "cache unless given",
+        description="file of FID's InceptionV3, in torch-fidelity's format; default: the copy in "
+        "torch's hub cache",
     )
     inception768: str | None = Field(
         None, description="safetensors file of FID's InceptionV3 with batch norm folded"
     )
     dinov2: str | None = Field(None, description="hub name or checkpoint folder of a DINOv2")
     onet: str | None = Field(
-        None, description="file of MTCNN's O-Net; that of facenet-pytorch's wheel unless given"
+        None, description="file of MTCNN's O-Net; default: the one in facenet-pytorch's wheel"
     )
     clip: str | None = Field(
-        None,
-        description="hub name or checkpoint folder of the CLIP that feature extractors prompts",
+        None, description="hub name or checkpoint folder of the CLIP that scores prompts"
     )
     prompts: Path | None = Field(
-        None, description="text file: what a run that knows text is asked for, one per line"
+        None, description="text file of prompts for text-conditional runs, one per line"
     )
-    guidance: float = Field(1.0, ge=0, description="of prompts: 1 as trained, more exaggerates")
+    guidance: float = Field(
+        1.0, ge=0, description="guidance scale of prompts: 1 as trained, more exaggerates"
+    )
     lpips: Literal["alex", "vgg", "squeeze"] = Field("alex", description="network of LPIPS")
     lpips_backbone: str | None = Field(
-        None, description="file of its weights; torchvision's in torch's hub cache unless given"
+        None, description="file of its weights; default: torchvision's in torch's hub cache"
     )
     cache: Path | None = Field(
-        None, description="folder of reference statistics; ~/.cache/dinogen/metrics unless given"
+        None, description="folder of reference statistics; default: ~/.cache/dinogen/metrics"
     )
 
 
 class ClipConfig(Section):
-    """CLIP; where it is named, ``dinogen prepare`` stores its embeddings of every sample."""
+    """CLIP; if it is set, ``dinogen prepare`` stores its embeddings of every sample."""
 
     path: str = Field(description="hub name, or local checkpoint folder")
     revision: str | None = Field(None, description="hub revision (commit, tag or branch)")

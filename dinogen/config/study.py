@@ -11,12 +11,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from dinogen.config.base import Section, describe_errors, read_mapping
 from dinogen.errors import ConfigError
 
-# Folders of a study that are no track of its file.
+# Folders of a study that are not tracks.
 FINAL = "final"
 OWN_FOLDERS = ("configs", "logs", "report")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# The study says where each run lies, and with which seeds it is repeated.
+# The study decides where each run is, and with which seeds it is repeated.
 _OF_THE_STUDY = ("run", "seed")
 
 
@@ -26,18 +26,18 @@ def _check_overrides(items: tuple[str, ...]) -> tuple[str, ...]:
         if not found or not key.strip():
             raise ValueError(f"'{item}': write key=value, as in stages.0.epochs=200")
         if key.strip() in _OF_THE_STUDY:
-            raise ValueError(f"'{item}': the study gives each run its folder and its seed")
+            raise ValueError(f"'{item}': the study sets the folder and the seed of each run")
     return items
 
 
 def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{list(seeds)}: a seed stands twice, and would be the same run")
+        raise ValueError(f"{list(seeds)}: a seed occurs twice, which would be the same run")
     return seeds
 
 
 def _as_entry(value: Any) -> Any:
-    """A config's name alone stands for an entry that changes nothing."""
+    """A config's name alone is an entry without changes."""
     return {"config": value} if isinstance(value, str) else value
 
 
@@ -48,7 +48,7 @@ def check_name(name: str) -> str:
         ValueError: it cannot.
     """
     if not _NAME.fullmatch(name):
-        raise ValueError(f"'{name}' cannot be a folder's name: use letters, digits, '.', '_', '-'")
+        raise ValueError(f"'{name}' cannot be a folder name: use letters, digits, '.', '_', '-'")
     return name
 
 
@@ -64,7 +64,7 @@ class EntryConfig(Section):
     """One config of a track."""
 
     config: Path = Field(..., description="YAML file of a run; relative to the study's file")
-    name: str | None = Field(None, description="its name in the study; the file's unless given")
+    name: str | None = Field(None, description="its name in the study; default: the file's name")
     overrides: Overrides = Field((), description="changes to it: stages.0.epochs=50")
 
     @property
@@ -85,48 +85,50 @@ class TrackConfig(Section):
         ..., min_length=1, description="files, or mappings of config, name and overrides"
     )
     overrides: Overrides = Field((), description="changes to all of them")
-    seeds: Seeds = Field((0,), description="each config is trained once with each")
+    seeds: Seeds = Field((0,), description="each config is trained once with each seed")
 
     @model_validator(mode="after")
     def _names_once(self) -> TrackConfig:
         names = [entry.label for entry in self.configs]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"configs: '{min(twice)}' stands twice: give one another name")
+            raise ValueError(f"configs: '{min(twice)}' occurs twice: give one another name")
         return self
 
 
 class FinalConfig(Section):
-    """The best of each track, trained anew under equal conditions."""
+    """The best of each track, trained again under equal conditions."""
 
-    tracks: tuple[str, ...] = Field((), description="whose best take part; all unless given")
+    tracks: tuple[str, ...] = Field((), description="tracks whose best take part; all if empty")
     epochs: float | None = Field(
         None,
         gt=0,
-        description="length of each run, shared out over its stages as they are long now; as in "
-        "its config unless given",
+        description="length of each run, divided among its stages in proportion to their length; "
+        "default: as in its config",
     )
-    overrides: Overrides = Field((), description="changes to all of them, after those before")
-    seeds: Seeds = Field((0,), description="each is trained once with each")
+    overrides: Overrides = Field((), description="changes to all of them, applied last")
+    seeds: Seeds = Field((0,), description="each config is trained once with each seed")
 
 
 class StudyConfig(Section):
     """A whole study."""
 
-    folder: Path = Field(Path("runs/study"), description="folder of all that it makes")
+    folder: Path = Field(Path("runs/study"), description="folder of all its output")
     title: str = Field("Study", description="heading of its report")
-    metric: str = Field("fid", description="the figure that the best of a track is chosen by")
+    metric: str = Field("fid", description="metric that the best of a track is chosen by")
     overrides: Overrides = Field((), description="changes to every config")
     tracks: dict[str, TrackConfig] = Field(
-        ..., min_length=1, description="by their names, such as gan"
+        ..., min_length=1, description="tracks by name, such as gan"
     )
-    final: FinalConfig | None = Field(None, description="none unless given")
+    final: FinalConfig | None = Field(None, description="last comparison; none if left out")
 
     @model_validator(mode="after")
     def _check(self) -> StudyConfig:
         for name in self.tracks:
             check_name(name)
             if name in (FINAL, *OWN_FOLDERS):
-                raise ValueError(f"tracks.{name}: the study has a folder of this name: rename it")
+                raise ValueError(
+                    f"tracks.{name}: the study uses a folder of this name: rename the track"
+                )
         for name in self.final.tracks if self.final else ():
             if name not in self.tracks:
                 raise ValueError(f"final.tracks: there is no track '{name}'")
@@ -144,7 +146,7 @@ def load_study(path: Path) -> StudyConfig:
     """Read a study's file.
 
     Raises:
-        ConfigError: naming the file and key, with the nearest valid name or the mend.
+        ConfigError: naming the file and key, with the nearest valid name or the remedy.
     """
     try:
         return StudyConfig.model_validate(read_mapping(path))

@@ -17,16 +17,18 @@ class StageConfig(Section):
         None, gt=0, description="thousands of images shown in the whole stage"
     )
     epochs: float | None = Field(
-        None, gt=0, description="its length in epochs of the data, where kimg is not given"
+        None, gt=0, description="length in epochs of the data, if kimg is not given"
     )
-    fade_kimg: float = Field(0.0, ge=0, description="of these, while the new block fades in")
+    fade_kimg: float = Field(
+        0.0, ge=0, description="first thousands of images, while the new block fades in"
+    )
     batch: int = Field(64, ge=1, description="global batch, over all ranks")
     lr: float = Field(1e-3, gt=0, description="learning rate")
     warmup_kimg: float = Field(
-        0.0, ge=0, description="its first thousands of images, in which lr rises from 0"
+        0.0, ge=0, description="first thousands of images, while lr rises from 0"
     )
     decay_kimg: float = Field(
-        0.0, ge=0, description="its last thousands of images, in which lr falls to 0"
+        0.0, ge=0, description="last thousands of images, while lr falls to 0"
     )
 
     @model_validator(mode="after")
@@ -56,7 +58,7 @@ class StageConfig(Section):
         """Images shown in the whole stage.
 
         Raises:
-            ValueError: its length is in epochs, of data that nobody has looked at yet.
+            ValueError: its length is in epochs, and the data have not been opened yet.
         """
         if self.kimg is None:
             raise ValueError(f"stage {self.resolution}: epochs of unknown data")
@@ -82,10 +84,10 @@ class EngineConfig(Section):
         "auto", description="auto: ddp under torchrun with several ranks, else single"
     )
     zero: int = Field(
-        1, description="for deepspeed: 0 nothing, 1 optimizer state, 2 gradients too are sharded"
+        1, description="for deepspeed, what is sharded: 0 nothing, 1 optimizer state, 2 gradients"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 where the GPU has it, fp32 on CPU"
+        "auto", description="auto: bf16 if the GPU supports it, fp32 on CPU"
     )
     micro_batch: int | None = Field(
         None, ge=1, description="samples per forward and rank; the rest is accumulated"
@@ -93,7 +95,7 @@ class EngineConfig(Section):
     clip_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm")
     compile: bool = Field(False, description="torch.compile the trained networks")
     max_nonfinite: int = Field(
-        20, ge=1, description="so many non-finite updates in a row end the run"
+        20, ge=1, description="number of non-finite updates in a row that ends the run"
     )
 
     @field_validator("zero")
@@ -102,7 +104,7 @@ class EngineConfig(Section):
         if zero == 3:
             raise ValueError(
                 "ZeRO 3 shards the weights themselves, which second derivatives (R1, path length) "
-                "do not survive, and these networks fit into one GPU: use 0, 1 or 2"
+                "do not support, and these networks fit into one GPU: use 0, 1 or 2"
             )
         if zero not in (0, 1, 2):
             raise ValueError(f"there is no ZeRO {zero}: use 0, 1 or 2")
@@ -113,31 +115,35 @@ class EmaConfig(Section):
     """Moving average of the generator's weights."""
 
     halflife_kimg: float = Field(10.0, gt=0, description="half-life, thousands of images")
-    rampup: float = Field(0.05, gt=0, description="half-life is at most this share of images seen")
+    rampup: float = Field(
+        0.05, gt=0, description="half-life is at most this fraction of the images seen"
+    )
 
 
 class EvalConfig(Section):
-    """How a run is measured while it trains, and when it is ended for that."""
+    """How a run is measured while it trains, and when it is stopped early."""
 
     every_kimg: float | None = Field(
-        None, gt=0, description="thousands of images between measurements; none unless given"
+        None, gt=0, description="thousands of images between measurements; default: none are made"
     )
     every_epochs: float | None = Field(
-        None, gt=0, description="the same in epochs, where every_kimg is not given"
+        None, gt=0, description="the same in epochs, if every_kimg is not given"
     )
-    split: Literal["val", "test"] = Field("val", description="what is measured on")
-    num_samples: int = Field(1024, ge=1, description="at most as many, spread over the split")
+    split: Literal["val", "test"] = Field("val", description="split that is measured on")
+    num_samples: int = Field(
+        1024, ge=1, description="largest number of its samples, spread over the split"
+    )
     generated: tuple[str, ...] = Field(
-        (), description="metrics of generated pictures that are measured too, such as fid"
+        (), description="metrics of generated images that are measured too, such as fid"
     )
-    num_generated: int = Field(1024, ge=2, description="as many of them, over all ranks")
+    num_generated: int = Field(1024, ge=2, description="number of these images, over all ranks")
     metric: str | None = Field(
         None,
-        description="what decides, such as mse or fid; the first of the family's own or, where it "
-        "has none, of generated unless given",
+        description="metric that decides, such as mse or fid; default: the first of the family's "
+        "own, or of generated if it has none",
     )
     patience: int | None = Field(
-        None, ge=1, description="end after so many measurements that are no better than the best"
+        None, ge=1, description="stop after this many measurements without a new best"
     )
 
     @model_validator(mode="after")
@@ -148,10 +154,10 @@ class EvalConfig(Section):
 
 
 class AugmentConfig(Section):
-    """What is done to each picture before it is learnt from; nothing unless given."""
+    """Augmentation of each training image; off by default."""
 
     flip: float = Field(0.0, ge=0, le=1, description="probability of a mirror image")
-    rotate: float = Field(0.0, ge=0, le=45, description="turned by up to so many degrees")
+    rotate: float = Field(0.0, ge=0, le=45, description="largest rotation, degrees")
     brightness: float = Field(0.0, ge=0, lt=1, description="times 1 - b to 1 + b")
     contrast: float = Field(0.0, ge=0, lt=1, description="times 1 - c to 1 + c, about mean grey")
     saturation: float = Field(0.0, ge=0, lt=1, description="times 1 - s to 1 + s, about grey")
@@ -161,16 +167,16 @@ class CheckpointConfig(Section):
     """When and how many checkpoints are kept."""
 
     every_kimg: float = Field(10.0, gt=0, description="thousands of images between checkpoints")
-    keep_last: int = Field(2, ge=1, description="newest checkpoints that stay")
+    keep_last: int = Field(2, ge=1, description="number of newest checkpoints that are kept")
     keep_every_kimg: float | None = Field(
-        None, gt=0, description="also keep one each so many thousand images, for good"
+        None, gt=0, description="also keep one every this many thousand images, permanently"
     )
 
 
 class LogConfig(Section):
-    """What is written for TensorBoard, stats.jsonl and the page."""
+    """What is written to TensorBoard, stats.jsonl and the page."""
 
     every_kimg: float = Field(0.5, gt=0, description="thousands of images between log lines")
     probe_kimg: float = Field(5.0, gt=0, description="between probes of the family (diversity)")
     samples_kimg: float = Field(10.0, gt=0, description="between sample grids")
-    num_samples: int = Field(64, ge=1, le=1024, description="pictures in a sample grid")
+    num_samples: int = Field(64, ge=1, le=1024, description="images in a sample grid")

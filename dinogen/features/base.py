@@ -1,4 +1,4 @@
-"""The Guide protocol: a frozen feature network that can be differentiated to its input pixels."""
+"""The Guide protocol: a frozen feature network that is differentiable to its input pixels."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from dinogen.errors import UserError
 
-# Two guides with these alike give the same features. Not the path: weights are copied about.
+# Guides that agree in these give the same features. Not the path: weights may be copied.
 _IDENTITY = ("name", "weights_sha256", "layer")
 
 
 class GuideError(UserError):
-    """A guide cannot be loaded; the message names ``guide.path`` and the mend."""
+    """A guide cannot be loaded; the message names ``guide.path`` and the remedy."""
 
 
 @dataclass(frozen=True)
 class GuideInfo:
-    """Who the guide is; stored in manifests and results.
+    """The identity of a guide; stored in manifests and results.
 
     Attributes:
         name: ``dinov2``, ``inception``, ...
@@ -30,8 +30,8 @@ class GuideInfo:
         revision: hub commit, or None for local files.
         weights_sha256: hash of the weights, so that two guides are never confused.
         num_channels: C of its feature maps.
-        layer: which layer the features are taken from, or a list of those that are joined; as
-            JSON has it, and the same however it was asked for.
+        layer: which layer the features are taken from, or a list of those that are concatenated;
+            JSON values, in a normal form.
         random: True if the weights are random; then every result says so.
     """
 
@@ -45,10 +45,10 @@ class GuideInfo:
 
     @property
     def label(self) -> str:
-        """Short text for pages and logs; says loudly when the weights are random."""
+        """Short text for pages and logs; it shows clearly when the weights are random."""
         if self.random:
             return f"RANDOM guide ({self.name})"
-        # A folder's own name says enough, and a whole path does not fit above a curve.
+        # A folder's own name is enough, and a whole path does not fit above a curve.
         local = self.path.startswith(("/", "."))
         return f"{self.name} ({Path(self.path).name if local else self.path})"
 
@@ -64,11 +64,11 @@ class Guide(Protocol):
     info: GuideInfo
 
     def input_size(self, grid: int) -> int:
-        """Side in pixels of the picture whose feature map is exactly grid x grid."""
+        """Side in pixels of the image whose feature map is exactly grid x grid."""
         ...
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Feature map of pictures.
+        """Feature map of images.
 
         Args:
             images: (B, 3, S, S), RGB in [-1, 1], S = ``input_size(grid)``.
@@ -80,25 +80,25 @@ class Guide(Protocol):
 
 
 def same_guide(made_by: Mapping[str, Any], info: GuideInfo) -> bool:
-    """Whether a guide gives the features that another one made, wherever the two were loaded from.
+    """Whether a guide gives the same features as another one, wherever both were loaded from.
 
     Args:
-        made_by: that other one, as ``GuideInfo.to_dict`` described it in a manifest or a part.
-        info: the guide at hand; its ``layer`` is counted from the front, as loading resolves it.
+        made_by: the other one, from ``GuideInfo.to_dict`` in a manifest or a part.
+        info: the loaded guide; its ``layer`` is counted from the front, as loading resolves it.
     """
     return guide_identity(made_by) == guide_identity(info.to_dict())
 
 
 def guide_identity(described: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What two guides share if they give the same features, out of ``GuideInfo.to_dict``."""
+    """The part of ``GuideInfo.to_dict`` that is equal for guides that give the same features."""
     return tuple(described.get(name) for name in _IDENTITY)
 
 
 def guide_dtype(device: torch.device) -> torch.dtype:
-    """What a guide's weights are kept in there: bfloat16 on GPUs that compute in it.
+    """The dtype of a guide's weights on a device: bfloat16 on GPUs that support it.
 
-    Kept so, not cast by autocast: it casts frozen weights anew in every forward. On CPUs bfloat16
-    is slower than float32.
+    Stored in this dtype rather than cast by autocast, which casts frozen weights again in every
+    forward. On CPUs bfloat16 is slower than float32.
     """
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16

@@ -1,4 +1,4 @@
-"""Checkpoint folders: found on disk, in the hub's cache or downloaded; loaded whole; identified."""
+"""Checkpoint folders: found on disk, in the hub's cache or downloaded, then loaded and hashed."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from dinogen.features.base import GuideError
 
 
 @contextmanager
-def damage_told(key: str, path: str) -> Iterator[None]:
-    """What transformers and safetensors raise on damaged files, as one GuideError.
+def damage_as_guide_error(key: str, path: str) -> Iterator[None]:
+    """Turn what transformers and safetensors raise on damaged files into a GuideError.
 
     Args:
         key: of the config that names the checkpoint.
-        path: as the user named it there.
+        path: as the user wrote it there.
     """
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise GuideError(
-            f"{key}: {path} is damaged ({reason[0] if reason else repr(error)}): get the "
-            "checkpoint again, whole"
+            f"{key}: {path} is damaged ({reason[0] if reason else repr(error)}): download the "
+            "whole checkpoint again"
         ) from error
 
 
 def read_model(network: Any, folder: Path, config: Any, key: str, path: str) -> Any:
-    """The network in float32, from safetensors alone; no weight is filled with noise.
+    """The network in float32, only from safetensors; no missing weight is initialised randomly.
 
     Args:
         network: class of transformers.
         folder: of the checkpoint.
         config: transformers' own, read from the folder.
-        key: as in :func:`damage_told`.
-        path: likewise.
+        key: as in :func:`damage_as_guide_error`.
+        path: as in :func:`damage_as_guide_error`.
 
     Raises:
         GuideError: weights are missing or of another shape than the config says.
@@ -59,25 +59,25 @@ def read_model(network: Any, folder: Path, config: Any, key: str, path: str) -> 
             dtype=torch.float32,
             attn_implementation="sdpa",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, in one line
+            ignore_mismatched_sizes=True,  # reported below, in one line
         )
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
         raise GuideError(
-            f"{key}: {path} lacks {len(names)} weights ({', '.join(names[:3])}, ...): get the "
-            "checkpoint again, whole"
+            f"{key}: {path} lacks {len(names)} weights ({', '.join(names[:3])}, ...): download "
+            "the whole checkpoint again"
         )
     if report["mismatched_keys"]:
         name, stored, wanted = min(report["mismatched_keys"])
         raise GuideError(
-            f"{key}: {path} is damaged ({name} is {list(stored)}, by config.json it is "
-            f"{list(wanted)}): get the checkpoint again, whole"
+            f"{key}: {path} is damaged ({name} is {list(stored)}, but config.json says "
+            f"{list(wanted)}): download the whole checkpoint again"
         )
     return model
 
 
 def hash_folder(folder: Path, pattern: str) -> str:
-    """Hash of the weights as they lie on disk, whatever transformers renames them to."""
+    """Hash of the weights as stored on disk, independent of renames by transformers."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob(pattern)):
         tensors.update(load_file(file))
@@ -90,11 +90,11 @@ _PROBE_SECONDS = 4.0
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is looked for, and how errors speak of it.
+    """What is searched, and how errors name it.
 
     Attributes:
         key: of the config that names the checkpoint.
-        example: a hub name that would do.
+        example: a valid hub name.
         files: patterns of what is downloaded.
     """
 
@@ -114,17 +114,17 @@ def checkpoint_folder(
     Args:
         path: local folder, or hub name (a folder of that name wins).
         revision: hub commit, tag or branch.
-        wanted: by which key of the config, and for what.
+        wanted: the key of the config, and the files.
 
     Returns:
         The folder, and the hub commit (None for a local folder).
 
     Raises:
-        GuideError: it cannot be had; the message says what to do.
+        GuideError: it is not available; the message says what to do.
     """
     folder = Path(path).expanduser()
     if folder.is_file():
-        raise GuideError(f"{wanted.key}: {path} is a file: give the folder it lies in")
+        raise GuideError(f"{wanted.key}: {path} is a file: give the folder that contains it")
     if folder.is_dir():
         if not _is_checkpoint(folder):
             raise GuideError(
@@ -140,23 +140,23 @@ def checkpoint_folder(
 
     try:
         folder = Path(snapshot_download(path, revision=revision, allow_patterns=list(wanted.files)))
-    except Exception as error:  # the hub's client raises many kinds; all mean this
+    except Exception as error:  # the hub's client raises many types
         reason = str(error).strip().splitlines()
         why = reason[0] if reason else repr(error)
-        raise GuideError(_cannot_have(path, revision, why, wanted.key)) from error
+        raise GuideError(_not_available(path, revision, why, wanted.key)) from error
     if not _is_checkpoint(folder):
         why = "only a part of it is in the cache, or it has no *.safetensors"
-        raise GuideError(_cannot_have(path, revision, why, wanted.key))
+        raise GuideError(_not_available(path, revision, why, wanted.key))
     return folder, folder.name
 
 
 def weights_reachable(path: str, revision: str | None = None) -> str | None:
     """Whether a checkpoint could be loaded, without loading or downloading it.
 
-    Answers within about five seconds whatever the network does, and honours HF_HUB_OFFLINE.
+    Answers within about five seconds even if the network hangs, and honours HF_HUB_OFFLINE.
 
     Returns:
-        ``"local folder"``, ``"hub cache"`` or ``"hub"``; None if it cannot be had.
+        ``"local folder"``, ``"hub cache"`` or ``"hub"``; None if it is not available.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -180,9 +180,9 @@ def weights_reachable(path: str, revision: str | None = None) -> str | None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars, which tear those of the CLI, and its warnings.
+    """Turn off transformers' own progress bars, which disturb those of the CLI, and its warnings.
 
-    What it warns of when it loads, keys and shapes that do not fit, is our error in one line.
+    It warns of missing keys and wrong shapes when it loads; we raise those as one error line.
     """
     from transformers.utils import logging
 
@@ -211,7 +211,7 @@ def _hub_answers(path: str, revision: str | None) -> bool:
         try:
             url = hf_hub_url(path, "config.json", revision=revision)
             found.append(get_hf_file_metadata(url, timeout=_PROBE_SECONDS))
-        except Exception:  # the hub's client raises many kinds; all mean: it cannot be had
+        except Exception:  # the hub's client raises many types; all mean that it is not available
             pass
 
     thread = threading.Thread(target=ask, daemon=True)
@@ -220,12 +220,12 @@ def _hub_answers(path: str, revision: str | None) -> bool:
     return bool(found)
 
 
-def _cannot_have(path: str, revision: str | None, reason: str, key: str) -> str:
+def _not_available(path: str, revision: str | None, reason: str, key: str) -> str:
     at = f" at revision {revision}" if revision else ""
     return (
-        f"{key}: {path}{at}: no folder of that name here, and the hub does not give it "
-        f"({reason}): set {key} to a checkpoint's folder, or on a machine with network run "
-        f"`hf download {path} --local-dir {Path(path).name}`, and copy that folder here"
+        f"{key}: {path}{at}: there is no folder of that name, and it cannot be downloaded from "
+        f"the hub ({reason}): set {key} to a checkpoint's folder, or on a machine with network run "
+        f"`hf download {path} --local-dir {Path(path).name}` and copy that folder here"
     )
 
 

@@ -1,4 +1,4 @@
-"""CLIP: pictures and captions as unit vectors of one space, near where they belong together.
+"""CLIP: images and captions as unit vectors in one space, close if they match.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021. The
 network is that of transformers.
@@ -23,14 +23,14 @@ from dinogen.features.base import GuideError, guide_dtype
 from dinogen.features.checkpoint import (
     Wanted,
     checkpoint_folder,
-    damage_told,
+    damage_as_guide_error,
     hash_folder,
     quiet_transformers,
     read_model,
 )
 from dinogen.features.dinov2 import RANDOM_KEY
 
-# Of CLIP's authors; a checkpoint whose preprocessor_config.json says otherwise has its own.
+# From CLIP's authors; a checkpoint's preprocessor_config.json may override them.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -52,24 +52,24 @@ _WANTED = Wanted(
         "special_tokens_map.json",
     ),
 )
-# Before transformers 4.31 configs said 2, which no CLIP has: the end is its highest token then.
+# Before transformers 4.31 configs said 2, which is wrong for every CLIP: the end is its highest
+# token then.
 _OLD_END = 2
-# Two with these alike give the same embeddings. Not the path: weights are copied about.
+# CLIPs that agree in these give the same embeddings. Not the path: weights may be copied.
 _IDENTITY = ("weights_sha256", "image_mean", "image_std")
 
 _logger = logging.getLogger(__name__)
 
 
 class Clip(nn.Module):
-    """Both towers, frozen, in eval mode whatever the parent does.
+    """Both towers, frozen and always in eval mode.
 
-    Computes in the dtype of the model's weights, whatever autocast surrounds it, and returns
-    float32.
+    Computes in the dtype of the model's weights, regardless of autocast, and returns float32.
 
     Args:
         model: ``CLIPModel`` of transformers, in float32 or bfloat16.
         tokenizer: that of its checkpoint.
-        info: who it is, JSON-ready: ``name``, ``path``, ``revision``, ``weights_sha256``,
+        info: its identity, JSON-ready: ``name``, ``path``, ``revision``, ``weights_sha256``,
             ``embed_dim`` (E), ``image_size``, ``image_mean``, ``image_std`` and ``random``.
     """
 
@@ -96,7 +96,7 @@ class Clip(nn.Module):
         return self
 
     def images(self, images: Tensor) -> Tensor:
-        """Embeddings of pictures, differentiable to the pixels.
+        """Embeddings of images, differentiable to the pixels.
 
         Args:
             images: (B, 3, R, R) RGB in [-1, 1], of any size.
@@ -105,14 +105,14 @@ class Clip(nn.Module):
             (B, E) float32 of length 1.
 
         Raises:
-            ValueError: pictures that are not square.
+            ValueError: images that are not square.
         """
         height, width = images.shape[-2:]
         if height != width:
-            raise ValueError(f"CLIP wants square pictures, not {height}x{width}")
+            raise ValueError(f"CLIP needs square images, not {height}x{width}")
         pixels = images.float()
         if width != self.image_size:
-            # antialias when enlarging too: only so it is Pillow's bicubic, which CLIP was taught by
+            # antialias also when enlarging: only then it is Pillow's bicubic, as in CLIP's training
             size = (self.image_size, self.image_size)
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
         pixels = pixels * self.scale + self.shift
@@ -123,7 +123,7 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def captions(self, captions: list[str]) -> Tensor:
-        """Embeddings of texts; what is too long is cut, with a warning.
+        """Embeddings of texts; texts that are too long are cut, with a warning.
 
         Args:
             captions: at least one.
@@ -140,8 +140,8 @@ class Clip(nn.Module):
     def tokens(self, captions: list[str]) -> Tensor:
         """(B, L) int64 on the CPU: each from its start token to its end token, then padding.
 
-        Padded by the end token, as CLIP was; attention looks back only, so that no caption depends
-        on the longest of its batch.
+        Padded with the end token, as in CLIP; attention is causal, so no caption depends on the
+        longest of its batch.
         """
         with quiet_transformers():
             found = self.tokenizer(captions, padding=False, truncation=False)["input_ids"]
@@ -164,19 +164,19 @@ def load_clip(config: ClipConfig, device: torch.device) -> Clip:
     """Load CLIP by hub name or from a local checkpoint folder; safetensors only.
 
     Args:
-        config: ``path`` and ``revision`` say which.
-        device: where it will run; its weights are in :func:`guide_dtype` there.
+        config: ``path`` and ``revision`` of the checkpoint.
+        device: where it will run; its weights are in :func:`guide_dtype` of it.
 
     Raises:
-        GuideError: weights or tokenizer cannot be had, are damaged or incomplete, or belong to
-            another network.
+        GuideError: weights or tokenizer are missing, damaged or incomplete, or belong to another
+            network.
     """
     path = config.path
     folder, revision = checkpoint_folder(path, config.revision, _WANTED)
     ensure_torchvision()
     import transformers
 
-    with damage_told(KEY, path):
+    with damage_as_guide_error(KEY, path):
         found: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         if found.model_type != "clip":
             raise GuideError(
@@ -190,7 +190,7 @@ def load_clip(config: ClipConfig, device: torch.device) -> Clip:
     random = bool(getattr(found, RANDOM_KEY, False))
     if random:
         _logger.warning(
-            "RANDOM CLIP: %s has seeded random weights; its embeddings mean nothing beyond a trial",
+            "RANDOM CLIP: %s has seeded random weights; its embeddings are only good for a trial",
             path,
         )
     info = {
@@ -208,19 +208,19 @@ def load_clip(config: ClipConfig, device: torch.device) -> Clip:
 
 
 def same_clip(made_by: Mapping[str, Any], info: Mapping[str, Any]) -> bool:
-    """Whether two CLIPs, as ``Clip.info`` describes them, give the same embeddings."""
+    """Whether two CLIPs, described by ``Clip.info``, give the same embeddings."""
     return all(made_by.get(name) == info.get(name) for name in _IDENTITY)
 
 
 def _read_tokenizer(folder: Path, text_config: Any, path: str) -> Any:
-    """The checkpoint's own; transformers would make an empty one where its files are missing."""
+    """The checkpoint's tokenizer; transformers would make an empty one if its files are missing."""
     import transformers
 
     whole = (folder / "tokenizer.json").is_file()
     if not whole and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise GuideError(
             f"{KEY}: {path} lacks its tokenizer (tokenizer.json, or vocab.json and merges.txt): "
-            "get the checkpoint again, whole"
+            "download the whole checkpoint again"
         )
     tokenizer: Any = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     end = text_config.eos_token_id
@@ -228,13 +228,13 @@ def _read_tokenizer(folder: Path, text_config: Any, path: str) -> Any:
         raise GuideError(
             f"{KEY}: the tokenizer of {path} ({len(tokenizer)} tokens, end "
             f"{tokenizer.eos_token_id}) is not that of its network ({text_config.vocab_size}, end "
-            f"{end}): get the checkpoint again, whole"
+            f"{end}): download the whole checkpoint again"
         )
     return tokenizer
 
 
 def _read_normalisation(folder: Path) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per colour that the network wants pictures in."""
+    """Mean and standard deviation per channel that the network expects."""
     file = folder / "preprocessor_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     mean, std = settings.get("image_mean", IMAGE_MEAN), settings.get("image_std", IMAGE_STD)

@@ -21,7 +21,7 @@ from dinogen.features.base import GuideError, GuideInfo, guide_dtype
 from dinogen.features.checkpoint import (
     GUIDE,
     checkpoint_folder,
-    damage_told,
+    damage_as_guide_error,
     hash_folder,
     quiet_transformers,
     read_model,
@@ -35,17 +35,16 @@ _logger = logging.getLogger(__name__)
 
 
 class Dinov2Guide(nn.Module):
-    """Patch tokens behind the final layer norm, as a map; CLS and registers are dropped.
+    """Patch tokens after the final layer norm, as a map; CLS and registers are dropped.
 
-    Of several blocks, the maps are joined along the channels, each behind that norm. Computes in
-    the dtype of the model's weights, whatever autocast surrounds it, and returns float32. The
-    position embedding is interpolated to the picture's size by the network. Stays in eval mode
-    whatever its parent does.
+    With several blocks, their maps are concatenated along the channels, each after that norm.
+    Computes in the dtype of the model's weights, regardless of autocast, and returns float32. The
+    network interpolates its position embedding to the image's size. Always in eval mode.
 
     Args:
         model: ``Dinov2Model`` or ``Dinov2WithRegistersModel``, in float32 or bfloat16.
-        info: who it is.
-        blocks: whose tokens are joined, counted from 1; none for those of the last alone.
+        info: its identity.
+        blocks: whose tokens are concatenated, counted from 1; empty for only the last block.
     """
 
     scale: Tensor
@@ -71,7 +70,7 @@ class Dinov2Guide(nn.Module):
         return self
 
     def input_size(self, grid: int) -> int:
-        """Side in pixels of the picture whose feature map is exactly grid x grid."""
+        """Side in pixels of the image whose feature map is exactly grid x grid."""
         return self.patch_size * grid
 
     def forward(self, images: Tensor) -> Tensor:
@@ -83,7 +82,7 @@ class Dinov2Guide(nn.Module):
         height, width = images.shape[-2:]
         if height != width or height % self.patch_size:
             raise ValueError(
-                f"DINOv2 wants square pictures of a multiple of {self.patch_size} pixels, "
+                f"DINOv2 needs square images of a multiple of {self.patch_size} pixels, "
                 f"not {height}x{width}"
             )
         pixels = images.float() * self.scale + self.shift
@@ -94,7 +93,7 @@ class Dinov2Guide(nn.Module):
         return patches.reshape(len(images), -1, grid, grid)
 
     def _tokens(self, pixels: Tensor) -> Tensor:
-        """All tokens, (B, prefix + places, C)."""
+        """All tokens, (B, prefix + locations, C)."""
         model: Any = self.model
         if not self.blocks:
             last: Tensor = model(pixel_values=pixels).last_hidden_state
@@ -112,25 +111,25 @@ def load(config: GuideConfig, device: torch.device) -> Dinov2Guide:
     """Load DINOv2 by hub name or from a local checkpoint folder; safetensors only.
 
     Args:
-        config: ``path`` and ``revision`` say which; ``layer`` counts blocks: 1 is behind the first
-            block, -1 behind the last; several are joined. The final layer norm is applied to
-            every layer.
-        device: where it will run; its weights are in :func:`guide_dtype` there.
+        config: ``path`` and ``revision`` of the checkpoint; ``layer`` counts blocks: 1 is the
+            output of the first block, -1 of the last; several are concatenated. The final layer
+            norm is applied to every layer.
+        device: where it will run; its weights are in :func:`guide_dtype` of it.
 
     Raises:
-        GuideError: the weights cannot be had, are damaged or incomplete, or belong to another
-            network; or there is no such layer.
+        GuideError: the weights are missing, damaged or incomplete, or belong to another network;
+            or there is no such layer.
     """
     folder, revision = checkpoint_folder(config.path, config.revision)
-    with damage_told(GUIDE.key, config.path):
+    with damage_as_guide_error(GUIDE.key, config.path):
         model, model_config = _read_model(folder, config.path)
         weights = hash_folder(folder, "*.safetensors")
-    asked = config.layer if isinstance(config.layer, tuple) else (config.layer,)
-    blocks = _keep_layers(model, asked)
+    layers = config.layer if isinstance(config.layer, tuple) else (config.layer,)
+    blocks = _keep_layers(model, layers)
     random = bool(getattr(model_config, RANDOM_KEY, False))
     if random:
         _logger.warning(
-            "RANDOM GUIDE: %s has seeded random weights; its features mean nothing beyond a trial",
+            "RANDOM GUIDE: %s has seeded random weights; its features are only good for a trial",
             config.path,
         )
     info = GuideInfo(
@@ -159,8 +158,8 @@ def make_random_dinov2(
 ) -> None:
     """Write a checkpoint folder of DINOv2's architecture with seeded random weights.
 
-    Its config says that the weights are random, and whoever loads it is told so. The same
-    arguments give the same weights.
+    Its config says that the weights are random, and loading it logs a warning. The same arguments
+    give the same weights.
 
     Args:
         folder: written whole or not at all; must not exist yet.
@@ -207,7 +206,7 @@ def make_random_dinov2(
 
 
 def _read_model(folder: Path, path: str) -> tuple[Any, Any]:
-    """The network in float32, and its config; ``path`` is how the user names the folder."""
+    """The network in float32, and its config; ``path`` is the folder as the user wrote it."""
     ensure_torchvision()
     import transformers
 
@@ -226,7 +225,7 @@ def _read_model(folder: Path, path: str) -> tuple[Any, Any]:
 
 
 def _keep_layers(model: Any, layers: Sequence[int | str]) -> list[int]:
-    """Cut off the blocks behind ``layers``, so that they cost nothing; counted from the front."""
+    """Remove the blocks after the last of ``layers``; returns their numbers from the front."""
     num_layers = len(model.encoder.layer)
     resolved = []
     for layer in layers:
@@ -234,11 +233,11 @@ def _keep_layers(model: Any, layers: Sequence[int | str]) -> list[int]:
         number = number if number >= 0 else num_layers + 1 + number
         if not 1 <= number <= num_layers:
             raise GuideError(
-                f"guide.layer: {layer} is none of the network's {num_layers} blocks: "
-                f"give 1 to {num_layers}, or -1 for the last"
+                f"guide.layer: {layer} is not one of the network's {num_layers} blocks: "
+                f"use 1 to {num_layers}, or -1 for the last"
             )
         resolved.append(number)
     if len(set(resolved)) < len(resolved):
-        raise GuideError(f"guide.layer: {list(layers)}: -1 is block {num_layers}: name it once")
+        raise GuideError(f"guide.layer: {list(layers)}: -1 is block {num_layers}: list it once")
     model.encoder.layer = model.encoder.layer[: max(resolved)]
     return resolved

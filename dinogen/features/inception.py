@@ -1,8 +1,7 @@
-"""The Inception guide: maps of the FID InceptionV3, Mixed_6e's or earlier, batch norm folded.
+"""The Inception guide: maps of FID's InceptionV3 up to Mixed_6e, with batch norm folded.
 
-Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, in the weights
-inception-2015-12-05 with which FID is defined (Heusel et al., 2017). Its average pools do not
-count padding.
+Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, with the weights
+inception-2015-12-05 that define FID (Heusel et al., 2017). Its average pools do not count padding.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from dinogen.config import GuideConfig
 from dinogen.features.base import GuideError, GuideInfo, guide_dtype
 from dinogen.features.checkpoint import weights_sha256
 
-# In the network's order, with their channels; -1 stands for the last.
+# In the network's order, with their channels; -1 means the last.
 LAYERS = {"pool1": 64, "pool2": 192, "mixed_5d": 288, "mixed_6e": 768}
 LAST = "mixed_6e"
 NUM_CHANNELS = LAYERS[LAST]
 _STRIDE = 16
-_MARGIN = 27  # what the convolutions without padding eat
+_MARGIN = 27  # pixels lost by the convolutions without padding
 
 
 class ConvReLU(nn.Module):
@@ -84,7 +83,7 @@ class MixedB(nn.Module):
 
 
 class MixedC(nn.Module):
-    """Mixed_6b to 6e: 7x7 convolutions taken apart into 1x7 and 7x1."""
+    """Mixed_6b to 6e: 7x7 convolutions factorised into 1x7 and 7x1."""
 
     def __init__(self, num_middle: int) -> None:
         super().__init__()
@@ -112,7 +111,7 @@ class InceptionTrunk(nn.Module):
     """InceptionV3 from the pixels to one of its layers; modules are named as in the weights file.
 
     Args:
-        last: the layer behind which nothing is built, so that early ones cost little.
+        last: the last layer that is built, so that early ones cost little.
     """
 
     def __init__(self, last: str = LAST) -> None:
@@ -156,15 +155,14 @@ class InceptionTrunk(nn.Module):
 
 
 class InceptionGuide(nn.Module):
-    """Maps of one or several layers; frozen, and in eval mode whatever its parent does.
+    """Maps of one or several layers; frozen and always in eval mode.
 
-    Computes in the dtype of the trunk's weights, whatever autocast surrounds it, and returns
-    float32.
+    Computes in the dtype of the trunk's weights, regardless of autocast, and returns float32.
 
     Args:
         trunk: the network, in float32 or bfloat16.
-        info: who it is.
-        layers: joined along the channels in this order.
+        info: its identity.
+        layers: concatenated along the channels in this order.
     """
 
     def __init__(
@@ -182,9 +180,9 @@ class InceptionGuide(nn.Module):
         return self
 
     def input_size(self, grid: int) -> int:
-        """Side in pixels of the picture whose Mixed_6e map is exactly grid x grid.
+        """Side in pixels of the image whose Mixed_6e map is exactly grid x grid.
 
-        Earlier layers see the same picture; their maps are larger, and are averaged to the grid.
+        Earlier layers see the same image; their maps are larger, and are averaged to the grid.
         """
         return _STRIDE * grid + _MARGIN
 
@@ -197,7 +195,7 @@ class InceptionGuide(nn.Module):
         height, width = images.shape[-2:]
         if height != width or height <= _MARGIN or (height - _MARGIN) % _STRIDE:
             raise ValueError(
-                f"Inception wants square pictures of {_STRIDE} * grid + {_MARGIN} pixels, "
+                f"Inception needs square images of {_STRIDE} * grid + {_MARGIN} pixels, "
                 f"not {height}x{width}"
             )
         grid = (height - _MARGIN) // _STRIDE
@@ -211,16 +209,16 @@ def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
     """Load the folded weights from one safetensors file.
 
     Args:
-        config: ``path`` is the file, or the folder in which no other lies; its tensors are named
+        config: ``path`` is the file, or a folder with only this file; its tensors are named
             ``Mixed_6e.branch1x1.conv.weight``, ``....bias`` and so on. ``layer`` is one or several
-            of :data:`LAYERS`, -1 the last; what lies behind the last one asked for is left aside.
-        device: where it will run; its weights are in :func:`guide_dtype` there.
+            of :data:`LAYERS`, -1 the last; layers after the last requested one are ignored.
+        device: where it will run; its weights are in :func:`guide_dtype` of it.
 
     Raises:
         GuideError: no such file, other tensors in it, or there is no such layer.
     """
-    asked = config.layer if isinstance(config.layer, tuple) else (config.layer,)
-    layers = [LAST if layer == -1 else str(layer) for layer in asked]
+    requested = config.layer if isinstance(config.layer, tuple) else (config.layer,)
+    layers = [LAST if layer == -1 else str(layer) for layer in requested]
     if wrong := [layer for layer in layers if layer not in LAYERS]:
         raise GuideError(
             f"guide.layer: {wrong[0]}: the Inception guide has the layers {', '.join(LAYERS)}; "
@@ -261,7 +259,7 @@ def _weights_file(path: str) -> Path:
         return found[0]
     if not file.is_file():
         raise GuideError(
-            f"guide.path: {path} is no file: give the safetensors file of the FID "
+            f"guide.path: {path} is not a file: give the safetensors file of the FID "
             "InceptionV3 with batch norm folded into X.conv.weight and X.conv.bias"
         )
     return file

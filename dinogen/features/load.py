@@ -1,4 +1,4 @@
-"""A guide by name, and how many channels its layers have."""
+"""Loads a guide by name, and tells how many channels its layers have."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def load_guide(config: GuideConfig, device: torch.device) -> Guide:
     ``load(config, device) -> Guide``, and its name in ``GuideConfig.name``.
 
     Raises:
-        GuideError: its weights cannot be had, or are not what they should be; the message names
-            ``guide.path`` and the mend.
+        GuideError: its weights are not available, or are not what they should be; the message
+            names ``guide.path`` and the remedy.
     """
     module = importlib.import_module(f"dinogen.features.{config.name}")
     guide: Guide = module.load(config, device)
@@ -36,10 +36,10 @@ _PUBLISHED = re.compile(rf"facebook/dinov2-(?:with-registers-)?({'|'.join(_HIDDE
 
 
 def layer_channels(config: GuideConfig) -> tuple[int, ...]:
-    """Channels of each layer's map, in the order in which the guide joins them.
+    """Channels of each layer's map, in the order in which the guide concatenates them.
 
-    So that a network on these maps can be built where the guide itself is not needed, as for a
-    look at its size. Of DINOv2's own checkpoints the name says it, of others their config.json.
+    With it a network on these maps can be built without loading the guide, for example to show its
+    size. For DINOv2's own checkpoints the name is enough; for others config.json is read.
 
     Raises:
         GuideError: a layer that the guide does not have, or no such checkpoint.
@@ -64,10 +64,10 @@ def _hidden_size(config: GuideConfig) -> int:
         return _HIDDEN_SIZES[published[1]]
     folder, _ = checkpoint_folder(config.path, config.revision)
     try:
-        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return int(said["hidden_size"])
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return int(settings["hidden_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GuideError(
-            f"guide.path: {config.path} is damaged (config.json gives no hidden_size): get the "
-            "checkpoint again, whole"
+            f"guide.path: {config.path} is damaged (config.json has no hidden_size): download the "
+            "whole checkpoint again"
         ) from error

@@ -1,4 +1,4 @@
-"""The guide that is none: the picture itself, its RGB values at grid x grid pixels."""
+"""The identity guide: the RGB values of the image at grid x grid pixels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUM_CHANNELS = 3
 
 
 class PixelsGuide(nn.Module):
-    """The identity: colour that no feature network is held to. Its info names no weights."""
+    """The identity: keeps colours, which feature networks may ignore. Its info names no weights."""
 
     info = GuideInfo(
         name="pixels",
@@ -26,7 +26,7 @@ class PixelsGuide(nn.Module):
     )
 
     def input_size(self, grid: int) -> int:
-        """Side in pixels of the picture whose map is exactly grid x grid: the grid's own."""
+        """Side in pixels of the image whose map is exactly grid x grid: the grid's own."""
         return grid
 
     def forward(self, images: Tensor) -> Tensor:
@@ -35,10 +35,10 @@ class PixelsGuide(nn.Module):
 
 
 def load(config: GuideConfig, device: torch.device) -> PixelsGuide:
-    """The guide; ``path`` and ``revision`` of the config mean nothing to it.
+    """The guide; it ignores ``path`` and ``revision`` of the config.
 
     Raises:
-        GuideError: a layer other than -1 is asked for.
+        GuideError: a layer other than -1 is requested.
     """
     if config.layer != -1:
         raise GuideError(f"guide.layer: {config.layer}: pixels have no layers: leave it out")

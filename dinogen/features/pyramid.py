@@ -1,4 +1,4 @@
-"""Pyramids: patch features of images at several grids, pooled or native; the resizing for it."""
+"""Pyramids: patch features of images at several grids, pooled or native, and their resizing."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def pooled_pyramid(
     base_grid: int = BASE_GRID,
     antialias: bool = True,
 ) -> dict[int, Tensor]:
-    """The 16x16 map of the picture, and its exact 2x2 means; differentiable to the pixels.
+    """The 16x16 map of the image, and its exact 2x2 means; differentiable to the pixels.
 
     Args:
         guide: frozen feature network.
         images: (B, 3, R, R), RGB in [-1, 1], resized to ``guide.input_size(base_grid)``.
-        grids: sides wanted, each ``base_grid`` or a half, a quarter, ... of it.
+        grids: requested sides, each ``base_grid`` or a half, a quarter, ... of it.
         base_grid: side of the map that the others are means of, a power of 2.
         antialias: as in :func:`dinogen.features.pyramid.to_guide`.
 
     Returns:
-        ``{grid: (B, grid * grid, C)}`` float32, places row by row.
+        ``{grid: (B, grid * grid, C)}`` float32, locations row by row.
 
     Raises:
-        ValueError: a grid that 2x2 means of the map do not reach.
+        ValueError: a grid that 2x2 means of the map cannot give.
     """
     _check_pooled(grids, base_grid)
     features = guide(to_guide(images, guide.input_size(base_grid), antialias))
@@ -50,19 +50,19 @@ def pooled_pyramid(
 def native_pyramid(
     guide: Guide, images: Tensor, grids: Sequence[int], antialias: bool = True
 ) -> dict[int, Tensor]:
-    """Per grid, the features of the picture shrunk to grid x grid pixels; differentiable.
+    """Per grid, the features of the image shrunk to grid x grid pixels; differentiable.
 
-    It is what a generated picture of grid x grid pixels goes through, so a generator can reach
-    these features, while pooled features of a large picture are out of its reach.
+    A generated image of grid x grid pixels is processed in the same way, so a generator can match
+    these features, which it cannot do with pooled features of a large image.
 
     Args:
         guide: frozen feature network.
         images: (B, 3, R, R), RGB in [-1, 1], R a multiple of every grid.
-        grids: sides wanted.
+        grids: requested sides.
         antialias: as in :func:`dinogen.features.pyramid.to_guide`.
 
     Returns:
-        ``{grid: (B, grid * grid, C)}`` float32, places row by row.
+        ``{grid: (B, grid * grid, C)}`` float32, locations row by row.
 
     Raises:
         ValueError: R is not a multiple of a grid.
@@ -74,15 +74,15 @@ def native_pyramid(
 
 
 def tokens(features: Tensor) -> Tensor:
-    """(B, C, g, g) -> (B, g * g, C), places row by row."""
+    """(B, C, g, g) -> (B, g * g, C), locations row by row."""
     return features.flatten(2).transpose(1, 2)
 
 
 def base_grid_of(prepare: Mapping[str, Any]) -> int:
-    """Side of the map that the pooled levels of a dataset are means of.
+    """Side of the map that the pooled levels of a dataset are averaged from.
 
     Args:
-        prepare: what its manifest says about the preparation; silence means 16.
+        prepare: what its manifest says about the preparation; 16 if it does not say.
     """
     base_grid: int = prepare.get("pyramids", {}).get("base_grid", BASE_GRID)
     return base_grid
@@ -92,28 +92,28 @@ def _check_pooled(grids: Sequence[int], base_grid: int) -> None:
     reachable = [base_grid >> halving for halving in range(base_grid.bit_length())]
     wrong = [grid for grid in grids if grid not in reachable]
     if wrong or not grids:
-        raise ValueError(f"pooled grids {list(grids)}: each has to be one of {reachable}")
+        raise ValueError(f"pooled grids {list(grids)}: each must be one of {reachable}")
 
 
-# How images are resized for a guide, as manifests and parts of pyramids say it.
+# How images are resized for a guide, as stored in manifests and parts of pyramids.
 RESIZE = "bicubic antialias"
 
 
 def to_guide(images: Tensor, size: int, antialias: bool = True) -> Tensor:
-    """Bicubic resize to the side that a guide wants, as Pillow does it.
+    """Bicubic resize to the side that a guide needs, like Pillow.
 
     PyTorch's bicubic is Pillow's (cubic coefficient -0.5, weights renormalised at the edges) only
-    with antialias, also when enlarging. It then differs from Pillow by what Pillow rounds: 0.3 of
-    255 on average, without 1 to 2, and takes half the time on a CPU.
+    with antialias, also when enlarging. It then differs from Pillow only by Pillow's rounding (0.3
+    of 255 on average; without antialias 1 to 2), and takes half the time on a CPU.
 
     Args:
         images: (B, 3, R, R), RGB in [-1, 1].
         size: side of the result, pixels.
-        antialias: False enlarges as earlier versions did (coefficient -0.75, edges repeated), for
+        antialias: False enlarges like earlier versions (coefficient -0.75, edges repeated), for
             features that have to match theirs; see :func:`resized_with_antialias`.
 
     Returns:
-        (B, 3, size, size); bicubic overshoot beyond [-1, 1] is kept, since clamping would cut
+        (B, 3, size, size); bicubic overshoot beyond [-1, 1] is kept, because clamping would cut
         the gradient there.
     """
     if images.shape[-1] == size:
@@ -131,9 +131,9 @@ def resized_with_antialias(prepare: Mapping[str, Any]) -> bool:
     """Whether the images that a dataset's pyramids come from were enlarged with antialias.
 
     Args:
-        prepare: what its manifest says about the preparation. Pyramids of an earlier version say
-            nothing about the resize; where nothing is said about pyramids at all, other programs
-            made them, and Pillow's bicubic is what these use.
+        prepare: what its manifest says about the preparation. Pyramids of an earlier version do
+            not mention the resize; if there is no entry for pyramids at all, another program made
+            them, and those use Pillow's bicubic.
     """
     pyramids = prepare.get("pyramids")
     return pyramids is None or pyramids.get("resize") == RESIZE
@@ -157,8 +157,8 @@ def pool2x2(features: Tensor) -> Tensor:
 def shrink_area(images: Tensor, size: int) -> Tensor:
     """Exact area mean: every pixel of the result is the mean of the block it covers.
 
-    For whole factors this is Pillow's ``BOX`` filter before its rounding to uint8, so a picture
-    shrunk here equals the shrunk training picture.
+    For whole factors this is Pillow's ``BOX`` filter before its rounding to uint8, so an image
+    shrunk here equals the shrunk training image.
 
     Args:
         images: (B, C, R, R) with R a multiple of ``size``.
@@ -173,8 +173,8 @@ def shrink_area(images: Tensor, size: int) -> Tensor:
     side = images.shape[-1]
     if side % size or images.shape[-2] % size:
         raise ValueError(
-            f"pictures of {images.shape[-2]}x{side} pixels cannot be shrunk to {size}x{size}: "
-            f"the side has to be a multiple of {size}"
+            f"images of {images.shape[-2]}x{side} pixels cannot be shrunk to {size}x{size}: "
+            f"the side must be a multiple of {size}"
         )
     if side == size:
         return images

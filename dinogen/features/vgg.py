@@ -1,7 +1,7 @@
 """Frozen VGG-16 features at relu1_2, relu2_2 and relu3_3, for perceptual losses.
 
 Simonyan and Zisserman 2015, "Very Deep Convolutional Networks for Large-Scale Image Recognition"
-(configuration D), in torchvision's layers and weights.
+(configuration D), with torchvision's layers and weights.
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ _logger = logging.getLogger(__name__)
 
 
 class VggFeatures(nn.Module):
-    """The three maps; frozen, and in eval mode whatever its parent does.
+    """The three maps; frozen and always in eval mode.
 
-    Computes in the dtype of the layers' weights, whatever autocast surrounds it, and returns
-    float32.
+    Computes in the dtype of the layers' weights, regardless of autocast, and returns float32.
 
     Args:
         layers: torchvision's ``features`` up to relu3_3, in float32 or bfloat16.
-        info: who it is.
+        info: its identity.
     """
 
     scale: Tensor
@@ -78,14 +77,14 @@ def load_vgg(weights: str, device: torch.device, key: str) -> VggFeatures:
     Args:
         weights: ``vgg16`` for torchvision's IMAGENET1K_V1, from torch's hub cache or downloaded;
             the path of a .safetensors or .pth file with tensors named ``features.0.weight`` and so
-            on, as torchvision names them (others are left aside); or ``random`` for seeded random
-            weights, which every result then tells of.
-        device: where it will run; its weights are in :func:`guide_dtype` there.
+            on, as torchvision names them (others are ignored); or ``random`` for seeded random
+            weights, which every result then mentions.
+        device: where it will run; its weights are in :func:`guide_dtype` of it.
         key: of the config, named in errors.
 
     Raises:
-        ConfigError: the weights cannot be had, or are not those of VGG-16; names the key and the
-            mend.
+        ConfigError: the weights are not available, or are not those of VGG-16; names the key and
+            the remedy.
     """
     ensure_torchvision()
     from torchvision.models.vgg import make_layers
@@ -95,8 +94,8 @@ def load_vgg(weights: str, device: torch.device, key: str) -> VggFeatures:
         _randomize(layers)
     if weights == RANDOM:
         _logger.warning(
-            "RANDOM VGG: %s is 'random': seeded random weights; what it teaches means nothing "
-            "beyond a trial",
+            "RANDOM VGG: %s is 'random': seeded random weights; a loss with them is only good for "
+            "a trial",
             key,
         )
     else:
@@ -121,11 +120,11 @@ def _by_name(key: str) -> Mapping[str, Any]:
         found: dict[str, Any] = source.get_state_dict(
             progress=False, check_hash=True, map_location="cpu", weights_only=True
         )
-    except Exception as error:  # of network, disk, hash and unpickler; all mean this
+    except Exception as error:  # network, disk, hash and loader raise many types
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise ConfigError(
-            f"{key}: {BY_NAME} is not whole in {folder}, and cannot be downloaded "
-            f"({_first_line(error)}): on a machine with network fetch {source.url}, and put it "
+            f"{key}: {BY_NAME} is missing or damaged in {folder}, and cannot be downloaded "
+            f"({_first_line(error)}): on a machine with network download {source.url}, then put it "
             f"there or set {key} to its path"
         ) from error
     return found
@@ -135,17 +134,17 @@ def _from_file(path: str, key: str) -> Mapping[str, Any]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(
-            f"{key}: {path} is no file: give {BY_NAME}, or the path of its weights as .safetensors "
-            f"or .pth"
+            f"{key}: {path} is not a file: give {BY_NAME}, or the path of its weights as "
+            f".safetensors or .pth"
         )
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         found: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise many kinds; all mean this
+    except Exception as error:  # the readers raise many types
         raise ConfigError(
-            f"{key}: {path} cannot be read as weights ({_first_line(error)}): get the file again, "
-            "whole"
+            f"{key}: {path} cannot be read as weights ({_first_line(error)}): download the file "
+            "again"
         ) from error
     if not isinstance(found, Mapping):
         raise ConfigError(f"{key}: {path} holds a {type(found).__name__}: save a state dict there")
@@ -162,8 +161,8 @@ def _load(layers: nn.Sequential, found: Mapping[str, Any], key: str) -> None:
     if wrong:
         raise ConfigError(
             f"{key}: not the weights of VGG-16: {', '.join(wrong[:3])}"
-            f"{', ...' if len(wrong) > 3 else ''} missing or of another shape: give torchvision's "
-            f"vgg16 (without batch norm), whole"
+            f"{', ...' if len(wrong) > 3 else ''} missing or of another shape: give the whole file "
+            f"of torchvision's vgg16 (without batch norm)"
         )
     layers.load_state_dict({name: found[_PREFIX + name] for name in own})
 

@@ -1,1 +1,1 @@
-"""From photos to aligned faces and their pyramids."""
+"""Prepares photos: aligned faces, their pyramids, and shards."""

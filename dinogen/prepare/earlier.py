@@ -1,4 +1,4 @@
-"""What an earlier preparation left: finished, unfinished, or to be replaced when done."""
+"""Earlier preparations of a dataset: finished, unfinished, or to be replaced by a new one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dinogen.config.prepare import PackConfig
 from dinogen.features.base import guide_identity
 from dinogen.prepare.faces.crop import Crop, Rejection
 from dinogen.prepare.faces.folder import REJECTED, FaceFolder, read_rejected
-from dinogen.prepare.faces.settings import locked, removed_at_end, todays_settings
+from dinogen.prepare.faces.settings import current_settings, locked, removed_at_end
 from dinogen.prepare.parts import network_of
 from dinogen.prepare.photos.changed import (
     PHOTOS,
@@ -45,9 +45,9 @@ _logger = logging.getLogger(__name__)
 
 
 def begun_with(out: Path) -> dict[str, Any]:
-    """What a dataset in ``out``, finished or not, says about its preparation; empty if none does.
+    """The preparation settings of a dataset in ``out``, finished or not; empty if there is none.
 
-    What is damaged says nothing: whoever takes it up tells it.
+    A damaged file counts as none: the code that uses it reports the damage.
     """
     for name, holder in ((MANIFEST, None), (PACKING, "settings")):
         try:
@@ -68,29 +68,30 @@ def finished_dataset(
 ) -> Manifest | None:
     """The manifest of the finished dataset in ``out``; None if there is none yet.
 
-    One with pyramids does where none are asked for, and one with more guides where fewer are.
+    A dataset with pyramids is accepted if none are requested, and one with more guides if fewer
+    are.
 
     Args:
         out: folder of the dataset.
-        config: shards and splits asked for.
-        made_by: who would make the features, as ``PyramidMaker.identity`` says it.
-        prepare: settings asked for, as the manifest says them.
+        config: requested shards and splits.
+        made_by: networks that would make the features, as from ``PyramidMaker.identity``.
+        prepare: requested settings, as in a manifest.
         classes: names of the classes.
 
     Raises:
-        PrepareError: it was made with other guides or settings; naming them.
+        PrepareError: it was made with other guides or settings, which the message names.
         ShardsError: its manifest cannot be read.
     """
     if not (out / MANIFEST).is_file():
         return None
     manifest = open_dataset(out).manifest
-    made_with, asked_for = (
-        said | {"faces": todays_settings(said.get("faces", {}))}
-        for said in (manifest.prepare, json.loads(json.dumps(prepare)))
+    made_with, requested = (
+        settings | {"faces": current_settings(settings.get("faces", {}))}
+        for settings in (manifest.prepare, json.loads(json.dumps(prepare)))
     )
     if "pyramids" not in prepare:
         made_with.pop("pyramids", None)
-    changed = [*_changed("prepare", made_with, asked_for)]
+    changed = [*_changed("prepare", made_with, requested)]
     if manifest.classes != tuple(classes):
         changed.append(f"classes: {_listed(manifest.classes)}, now {_listed(classes)}")
     changed += _other_networks(manifest, made_by)
@@ -100,9 +101,9 @@ def finished_dataset(
         "test": config.test_fraction,
     }
     for split, info in manifest.splits.items():
-        # A split that got no sample is not in the manifest, but then the others' shares tell.
+        # A split without samples is not in the manifest, but then the other fractions differ.
         if info.fraction is not None and not isclose(info.fraction, wanted[split], abs_tol=1e-9):
-            changed.append(f"share of {split}: {info.fraction:g}, now {wanted[split]:g}")
+            changed.append(f"fraction of {split}: {info.fraction:g}, now {wanted[split]:g}")
         sizes = [shard.num_samples for shard in manifest.of_split(split)]
         # The last shard of a split is smaller, and repaired ones may be.
         most, full = max(sizes), config.shard_size
@@ -110,17 +111,17 @@ def finished_dataset(
             changed.append(f"prepare.pack.shard_size: {most}, now {full}")
             break
     if changed:
-        raise _other(out, "; ".join(changed))
+        raise _differs(out, "; ".join(changed))
     return manifest
 
 
 def finished_summary(src: Path, out: Path, photos: Photos, with_captions: bool) -> FacesSummary:
-    """What became of the photos of a finished dataset.
+    """The summary of the photos of a finished dataset.
 
     Args:
         src: folder of the photos.
         out: folder of the dataset.
-        photos: what lies in ``src`` now.
+        photos: what is in ``src`` now.
         with_captions: whether captions are read.
 
     Raises:
@@ -133,18 +134,18 @@ def finished_summary(src: Path, out: Path, photos: Photos, with_captions: bool) 
     before = read_photos(out / PHOTOS)
     if before is not None:
         if changes := changes_since(before, photos, with_captions):
-            raise _other(out, f"the photos have changed: {changes}", again=True)
+            raise _differs(out, f"the photos have changed: {changes}", again=True)
     else:
         num_photos = summary.get("num_photos", len(photos.photos))
         if num_photos != len(photos.photos):
-            raise _other(
+            raise _differs(
                 out, f"photos: {num_photos}, now {len(photos.photos)} in {src}", again=True
             )
         newer = [p.source for p in photos.photos if _time(p.path) > _time(out / MANIFEST)]
         if newer:
             _logger.warning(
                 "%s: %s newer than the dataset, which an earlier version made without a list of "
-                "its photos (%s): if any were replaced, add --repack to make it again",
+                "its photos (%s): if any were replaced, add --repack to make the dataset again",
                 out,
                 counted(len(newer), "photo", "is", "are"),
                 named(newer),
@@ -156,7 +157,7 @@ def finished_summary(src: Path, out: Path, photos: Photos, with_captions: bool) 
         if own in there:
             used.add(there[own])
         elif before is None:
-            raise _other(out, f"the photo of {key} is not in {src}", again=True)
+            raise _differs(out, f"the photo of {key} is not in {src}", again=True)
     rejected = summary.get("rejected", {})
     return summary_of(
         photos,
@@ -171,7 +172,7 @@ def finished_summary(src: Path, out: Path, photos: Photos, with_captions: bool) 
 
 
 def keys_of(data: Path) -> set[str]:
-    """Keys of all samples of a dataset; of an unfinished one, of those in whole shards."""
+    """Keys of all samples of a dataset; if it is unfinished, of the samples in whole shards."""
     return {key for key, _ in _rows_of(data)}
 
 
@@ -184,8 +185,8 @@ def check_faces(out: Path, faces: FaceFolder, sources: Mapping[str, str]) -> Non
         sources: by the key of each face, in order, the photo that it comes from, or "".
 
     Raises:
-        PrepareError: faces of it were removed or replaced, or there are new ones in a finished
-            one; naming them.
+        PrepareError: faces were removed or replaced, or a finished dataset lacks new ones; the
+            message names them.
     """
     if not (out / MANIFEST).is_file() and not (out / PACKING).is_file():
         return
@@ -202,17 +203,17 @@ def check_faces(out: Path, faces: FaceFolder, sources: Mapping[str, str]) -> Non
     found = {"removed": removed, "replaced": replaced}
     if (out / MANIFEST).is_file():
         found["new"] = added
-    said = ", ".join(
+    changes = ", ".join(
         f"{len(names)} {what} ({named(names)})" for what, names in found.items() if names
     )
-    if said:
-        raise _other(out, f"the faces have changed: {said}", again=True)
+    if changes:
+        raise _differs(out, f"the faces have changed: {changes}", again=True)
 
 
 def _is_another(
     faces: FaceFolder, number: int, index_path: Path, index: ShardIndex, row: int
 ) -> bool:
-    """Whether a face differs from what was packed; only what may differ is read."""
+    """Whether a face differs from what was packed; only faces that may differ are read."""
     path = faces.faces[number].path
     columns = [n for n in map(index.column, ("jpg", "png", "jpeg", "webp")) if n is not None]
     column = next((n for n in columns if index.offsets[row, n] >= 0), None)
@@ -229,7 +230,7 @@ def _is_another(
 
 
 def _rows_of(out: Path) -> Iterator[tuple[str, tuple[Path, ShardIndex, int]]]:
-    """Key of each sample in whole shards, and where its index says what it is."""
+    """Key of each sample in whole shards, and its row in the index."""
     if (out / MANIFEST).is_file():
         shards = [shard.name for shard in open_dataset(out).manifest.shards]
     elif (out / PACKING).is_file():
@@ -244,7 +245,7 @@ def _rows_of(out: Path) -> Iterator[tuple[str, tuple[Path, ShardIndex, int]]]:
 
 
 def _time(path: Path) -> int:
-    """When a file was last changed, in ns; 0 where there is none."""
+    """When a file was last changed, in ns; 0 if there is none."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
@@ -286,18 +287,18 @@ def _label(guide: dict[str, Any]) -> str:
     return f"{guide.get('name')} ({guide.get('path')}) layer {guide.get('layer')}"
 
 
-def _other(out: Path, what: str, again: bool = False) -> PrepareError:
-    """The error of a folder that holds another dataset.
+def _differs(out: Path, what: str, again: bool = False) -> PrepareError:
+    """The error for a folder that holds another dataset.
 
     Args:
         out: the folder.
-        what: is different.
-        again: whether the dataset can be made again in its place.
+        what: differs.
+        again: whether --repack can make the dataset again in its place.
     """
     if not (out / MANIFEST).is_file():
         return PrepareError(
-            f"{out}: holds an unfinished dataset that was made otherwise ({what}): delete it to "
-            "begin again, or choose another folder"
+            f"{out}: holds an unfinished dataset that was made differently ({what}): delete it to "
+            "start again, or choose another folder"
         )
     remedy = (
         "add --repack to make it again, or choose another folder"
@@ -305,7 +306,7 @@ def _other(out: Path, what: str, again: bool = False) -> PrepareError:
         else "choose another folder, or delete this one"
     )
     return PrepareError(
-        f"{out}: holds a finished dataset that was made otherwise ({what}): {remedy}"
+        f"{out}: holds a finished dataset that was made differently ({what}): {remedy}"
     )
 
 
@@ -315,16 +316,16 @@ _FORMAT = "dinogen-journal"
 
 @dataclass
 class Outcome:
-    """One photo that was gone through.
+    """One photo that was processed.
 
     Attributes:
         source: its path relative to the folder searched.
         hashes: per crop, key and perceptual hash (16 hex digits; None if none was computed).
         rejected: reason and detail of each face, or of the photo, that is not used.
-        file: what tells the photo's file from its replacement, see
+        file: identifies the photo's file, see
             :func:`dinogen.prepare.photos.changed.record_of`; None if an older version wrote it.
-        caption: of its crops, see :func:`dinogen.prepare.photos.changed.caption_record`; None
-            likewise.
+        caption: identifies the caption of its crops, see
+            :func:`dinogen.prepare.photos.changed.caption_record`; None as for ``file``.
     """
 
     source: str
@@ -335,17 +336,17 @@ class Outcome:
 
 
 class Journal:
-    """One line per photo, appended as soon as the photo is done; a torn last line is dropped.
+    """One line per photo, appended once the photo is done; an incomplete last line is dropped.
 
     Shards hold what was accepted, but not which photos were rejected; without the journal each
     resumed run would detect faces in those again. Use it as a context manager.
 
     Args:
-        path: the file; made, or taken up if an interrupted run left it.
+        path: the file; created, or continued if an interrupted run left it.
         src: folder of the photos.
 
     Attributes:
-        outcomes: by the photo's source; the latest counts.
+        outcomes: by the photo's source; the latest one counts.
 
     Raises:
         PrepareError: the file belongs to other photos, or is damaged before its last line.
@@ -360,7 +361,7 @@ class Journal:
             data = path.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]
         if whole:
-            self._take_up(whole.splitlines(), header)
+            self._load(whole.splitlines(), header)
         self._file = path.open("r+b" if path.exists() else "w+b")
         self._file.truncate(len(whole))
         self._file.seek(len(whole))
@@ -368,10 +369,10 @@ class Journal:
             self._append(header)
 
     def record(self, items: Iterable[Crop | Rejection]) -> Iterator[Crop]:
-        """Pass crops on and write down each photo's outcome when it is complete.
+        """Pass crops on and record each photo's outcome when it is complete.
 
         Args:
-            items: those of one photo follow each other.
+            items: crops and rejections; those of one photo are consecutive.
         """
         current: Outcome | None = None
         for item in items:
@@ -404,14 +405,13 @@ class Journal:
     ) -> None:
         self._file.close()
 
-    def _take_up(self, lines: list[bytes], header: dict[str, str]) -> None:
+    def _load(self, lines: list[bytes], header: dict[str, str]) -> None:
         try:
             found, *outcomes = (json.loads(line) for line in lines)
             if found != header:
                 raise PrepareError(
-                    f"{self._path}: an unfinished preparation of other photos "
-                    f"({found.get('src')}) lies here: go on with those, or delete "
-                    f"{self._path.parent}"
+                    f"{self._path}: belongs to an unfinished preparation of other photos "
+                    f"({found.get('src')}): continue with those, or delete {self._path.parent}"
                 )
             for values in outcomes:
                 outcome = Outcome(
@@ -424,8 +424,8 @@ class Journal:
                 self.outcomes[outcome.source] = outcome
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PrepareError(
-                f"{self._path}: damaged ({error}): delete it; photos that were rejected are gone "
-                "through again"
+                f"{self._path}: damaged ({error}): delete it; photos that were rejected are then "
+                "processed again"
             ) from error
 
     def _write(self, outcome: Outcome) -> None:
@@ -444,47 +444,48 @@ T = TypeVar("T")
 
 
 def repack(out: Path, work: Callable[[Path], T]) -> T:
-    """Pack into a hidden folder beside ``out`` that takes the place of ``out`` when it is done.
+    """Pack into a hidden folder beside ``out`` that replaces ``out`` when it is complete.
 
-    Until then ``out`` stays as it is, and after a kill the same call goes on, or begins again if
-    what lies there does not fit any more. Of the older dataset only what dinogen wrote is removed,
-    and not even that if most of its samples are in the new one no more: then it is kept as
-    ``OUT.before-repack``.
+    Until then ``out`` stays as it is, and after a kill the same call continues, or starts again if
+    the unfinished folder does not fit any more. Only files that dinogen wrote are removed from the
+    older dataset. If most of its samples are not in the new one, nothing is removed and it is kept
+    as ``OUT.before-repack``.
 
     Args:
         out: folder of a dataset, finished or not, that was packed from faces or photos.
         work: packs into the folder that it is called with.
 
     Raises:
-        PrepareError: ``out`` holds something else or cannot be renamed, or another process packs
-            it again; ``out`` is as it was.
+        PrepareError: ``out`` holds something else or cannot be renamed, or another process is
+            repacking it; ``out`` is unchanged.
     """
     target = out.resolve()
     fresh = target.with_name(f".{target.name}.repack")
     before = target.with_name(f"{target.name}.before-repack")
     if _is_mounted(target):
         raise PrepareError(
-            f"{out}: is a mount point, so no other folder can take its place: pack into a new "
-            "folder inside or elsewhere"
+            f"{out}: is a mount point, so no other folder can replace it: pack into a new folder "
+            "inside it or elsewhere"
         )
-    with _alone(out, target.with_name(f".{target.name}.repack.lock")):
+    with _exclusive(out, target.with_name(f".{target.name}.repack.lock")):
         if before.exists() and not target.exists():
             before.rename(target)  # killed between the two renames of _swap
-            _logger.warning("%s: put back from %s, where a kill had left it", out, before)
+            _logger.warning("%s: moved back from %s after an interruption", out, before)
         if before.exists():
-            raise PrepareError(f"{before}: is in the way: move it elsewhere, or delete it")
+            raise PrepareError(
+                f"{before}: already exists, from an earlier --repack: move it elsewhere, or delete "
+                "it"
+            )
         _check_ours(out)
         is_stale = fresh.is_dir() and any(fresh.iterdir())
         if is_stale:
-            _logger.warning("%s: an earlier --repack was interrupted: going on with it", fresh)
+            _logger.warning("%s: continuing an earlier --repack that was interrupted", fresh)
         try:
             result = work(fresh)
         except (PrepareError, PackError) as error:
             if not is_stale or is_locked(fresh / ".packing.lock"):
                 raise
-            _logger.warning(
-                "%s: does not fit any more (%s): removed, beginning again", fresh, error
-            )
+            _logger.warning("%s: does not fit any more (%s): removed, starting again", fresh, error)
             shutil.rmtree(fresh)
             result = work(fresh)
         if (fresh / MANIFEST).is_file():
@@ -492,24 +493,24 @@ def repack(out: Path, work: Callable[[Path], T]) -> T:
     return result
 
 
-def tell_interrupted(out: Path) -> None:
-    """Say that an earlier --repack of ``out`` was interrupted, if one was."""
+def warn_of_interrupted(out: Path) -> None:
+    """Warn if an earlier --repack of ``out`` was interrupted."""
     target = out.resolve()
     fresh = target.with_name(f".{target.name}.repack")
     before = target.with_name(f"{target.name}.before-repack")
     if before.exists() and not target.exists():
         _logger.warning(
-            "%s: is in %s, where an interrupted --repack has left it: rename it back", out, before
+            "%s: was left in %s by an interrupted --repack: rename it back", out, before
         )
     if fresh.exists() and not is_locked(fresh.with_name(f"{fresh.name}.lock")):
         _logger.warning(
-            "%s: left by an interrupted --repack: add --repack to go on with it, or delete it",
+            "%s: left by an interrupted --repack: add --repack to continue it, or delete it",
             fresh,
         )
 
 
 def _swap(out: Path, target: Path, fresh: Path, before: Path) -> None:
-    """Put the finished dataset in ``fresh`` in the place of the one in ``target``."""
+    """Replace the dataset in ``target`` by the finished one in ``fresh``."""
     if not target.exists():
         fresh.rename(target)
         return
@@ -518,22 +519,22 @@ def _swap(out: Path, target: Path, fresh: Path, before: Path) -> None:
         target.rename(before)
     except OSError as error:
         raise PrepareError(
-            f"{out}: cannot be renamed ({error.strerror}), so it stays as it was. The new dataset "
-            f"is complete in {fresh}: move it where you need it"
+            f"{out}: cannot be renamed ({error.strerror}), so it is unchanged. The new dataset is "
+            f"complete in {fresh}: move it where you need it"
         ) from None
     try:
         fresh.rename(target)
     except OSError as error:
         before.rename(target)
         raise PrepareError(
-            f"{fresh}: cannot be renamed to {target} ({error.strerror}), which stays as it was. "
+            f"{fresh}: cannot be renamed to {target} ({error.strerror}), which is unchanged. "
             f"The new dataset is complete in {fresh}: move it where you need it"
         ) from None
     num_gone = len(old_keys - new_keys)
     if looks_like_an_accident(num_gone, len(old_keys)):
         _logger.warning(
-            "%s: %d of %s of the dataset before not in it. That one is kept in %s: delete it if "
-            "that is right",
+            "%s: %d of %s of the previous dataset are not in the new one. The previous one is kept "
+            "in %s: delete it if you do not need it",
             out,
             num_gone,
             counted(len(old_keys), "sample"),
@@ -546,24 +547,24 @@ def _swap(out: Path, target: Path, fresh: Path, before: Path) -> None:
         elif not (target / path.name).exists():
             path.rename(target / path.name)
     if any(before.iterdir()):
-        _logger.warning("%s: holds files that were beside the dataset before", before)
+        _logger.warning("%s: holds other files from the folder of the previous dataset", before)
     else:
         before.rmdir()
     _logger.info(
-        "%s: packed again: %d new, %d gone of the samples", out, len(new_keys - old_keys), num_gone
+        "%s: packed again: %d samples added, %d removed", out, len(new_keys - old_keys), num_gone
     )
 
 
 @contextmanager
-def _alone(out: Path, path: Path) -> Iterator[None]:
-    """Keep other processes from packing the same dataset again; the lock goes with its holder."""
+def _exclusive(out: Path, path: Path) -> Iterator[None]:
+    """Keep other processes from repacking the same dataset; the lock ends with its process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        file = locked(path, f"{out}: another process packs it again: wait until it has ended")
+        file = locked(path, f"{out}: another process is repacking it: wait until it has ended")
     except OSError as error:
         raise PrepareError(
-            f"{path.parent}: cannot be written ({error.strerror}), and a new dataset is made there "
-            f"before it takes the place of {out}: pack into a new folder elsewhere"
+            f"{path.parent}: cannot be written ({error.strerror}), but the new dataset is made "
+            f"there before it replaces {out}: pack into a new folder elsewhere"
         ) from None
     with file, removed_at_end(path):
         yield

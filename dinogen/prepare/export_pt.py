@@ -1,4 +1,4 @@
-"""The exchange format: one ``.pt`` per image, named after it: its pooled pyramid in float32."""
+"""The exchange format: one ``.pt`` per image, named after it, with its pooled pyramid."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from shards.read.packed import PackedDataset
 
 GRIDS = (4, 8, 16)
 _GUIDE = "guide.json"
-# Longer names leave no room for ".pt", its temporary name and its process's number.
+# Longer names leave no room for ".pt" and the suffix of its temporary file.
 _MAX_NAME = 200
-# What no file system of a user forbids; "/" and "\\" would lead out of the folder.
+# Names that every file system allows; "/" and "\\" would lead out of the folder.
 _SAFE_NAME = re.compile(r"[^./\\:*?\"<>|\x00-\x1f\x7f][^/\\:*?\"<>|\x00-\x1f\x7f]*")
 
 
@@ -54,13 +54,13 @@ def export_pt(data: Path, out: Path, *, progress: Callable[[int, int], None] | N
     """Write the main guide's pooled pyramid of every sample, of all splits, as ``out/NAME.pt``.
 
     NAME is the image's, without its suffix, see :func:`file_names`. A file holds
-    ``{"4x4": (1, 16, C), "8x8": (1, 64, C), "16x16": (1, 256, C)}`` float32. Beside them
-    ``guide.json`` says which guide made them, if the dataset knows. A sample that cannot be used
-    is named in a warning, and all others are exported.
+    ``{"4x4": (1, 16, C), "8x8": (1, 64, C), "16x16": (1, 256, C)}`` float32. ``guide.json`` beside
+    them says which guide made them, if the dataset knows. A sample that cannot be used is named in
+    a warning, and all others are exported.
 
     Args:
         data: packed dataset.
-        out: folder; made if missing. Files of the same name are replaced.
+        out: folder; created if missing. Files of the same name are replaced.
         progress: called with the number of samples done and of all samples.
 
     Returns:
@@ -72,11 +72,11 @@ def export_pt(data: Path, out: Path, *, progress: Callable[[int, int], None] | N
         ShardsError: the dataset cannot be read.
     """
     dataset = open_dataset(data)
-    lacking = [f"p{grid}" for grid in GRIDS if f"p{grid}" not in dataset.manifest.levels]
-    if lacking:
+    missing = [f"p{grid}" for grid in GRIDS if f"p{grid}" not in dataset.manifest.levels]
+    if missing:
         raise PrepareError(
-            f"{data}: lacks the level {', '.join(lacking)}: prepare it with pooled among "
-            f"prepare.pyramids.kinds and prepare.pyramids.grids {list(GRIDS)}"
+            f"{data}: lacks the level {', '.join(missing)}: prepare it with pooled among "
+            f"prepare.pyramids.kinds and with prepare.pyramids.grids {list(GRIDS)}"
         )
     out.mkdir(parents=True, exist_ok=True)
     splits = dataset.manifest.splits
@@ -123,16 +123,16 @@ def export_pt(data: Path, out: Path, *, progress: Callable[[int, int], None] | N
 
 
 def file_names(sources: Mapping[str, Any]) -> dict[str, str]:
-    """How the images' files are called, without ``.pt``; no two alike, all inside their folder.
+    """Names of the images' files without ``.pt``; all different, and all inside their folder.
 
     Args:
         sources: by key, the path of the image that a sample comes from.
 
     Returns:
-        By key, the path's last part without its suffix, as the original experiment has it; where
-        that names several images, or is another one's key, or no safe name of a file, the key.
-        Of a key that is no safe name, such as those of foreign tars with ``/`` or ``..``, what is
-        safe of it and a hash.
+        By key, the path's last part without its suffix, as in the original experiment; the key if
+        that name belongs to several images, is another one's key, or is no safe file name. If the
+        key is no safe file name, as in tars from elsewhere with ``/`` or ``..``, its safe
+        characters and a hash.
     """
     stems = {key: PurePosixPath(str(source)).stem for key, source in sources.items()}
     count = Counter(stem.lower() for stem in stems.values())
@@ -164,7 +164,7 @@ def _safe_key(key: str, is_unique: bool) -> str:
 
 
 def _sources(dataset: PackedDataset) -> dict[str, Any]:
-    """By key, the path of each sample's image; reads the samples' metadata alone."""
+    """By key, the path of each sample's image; reads only the samples' metadata."""
     found: dict[str, Any] = {}
     for split in dataset.manifest.splits:
         table = dataset.table(split)
@@ -179,13 +179,13 @@ def _sources(dataset: PackedDataset) -> dict[str, Any]:
                 data = os.pread(
                     descriptor, int(index.sizes[row, column]), int(index.offsets[row, column])
                 )
-                with suppress(ValueError):  # told when the whole sample is read
+                with suppress(ValueError):  # reported when the whole sample is read
                     found[key] = decode_meta(data, key).get("source", "")
     return found
 
 
 def pt_paths(folder: Path) -> list[Path]:
-    """The ``.pt`` files in a folder, sorted; hidden ones are passed over."""
+    """The ``.pt`` files in a folder, sorted; hidden ones are skipped."""
     return sorted(path for path in folder.glob("*.pt") if not is_hidden(path.name))
 
 
@@ -193,10 +193,10 @@ class PtFiles:
     """A folder of the exchange format, by file name; nothing in it is unpickled.
 
     Attributes:
-        folder: where they lie.
-        guide: identity of the guide that made them, or None where ``guide.json`` is missing.
-        guides: none: the format holds the levels of one guide alone.
-        clip: nobody.
+        folder: where they are.
+        guide: identity of the guide that made them, or None if ``guide.json`` is missing.
+        guides: always empty: the format holds the levels of one guide.
+        clip: always empty.
         settings: their grids and kinds.
 
     Raises:
@@ -208,7 +208,7 @@ class PtFiles:
         self._paths = {path.stem: path for path in pt_paths(folder)}
         if not self._paths:
             raise PrepareError(f"{folder}: holds no .pt files")
-        # They do not say how images were resized: other programs' do as Pillow does.
+        # They do not say how images were resized; other programs resize like Pillow.
         self.settings: dict[str, Any] = {
             "grids": list(GRIDS),
             "kinds": ["pooled"],
@@ -229,7 +229,7 @@ class PtFiles:
         return set(self._paths)
 
     def names(self, sources: Mapping[str, str]) -> dict[str, str]:
-        """Which file is that of each face: of its key, else of its image's name.
+        """The name of each face's file: its key, or else the name of its image.
 
         Args:
             sources: by the face's key, the path of the image that it comes from.
@@ -238,14 +238,14 @@ class PtFiles:
         return {key: key if key in self._paths else called[key] for key in sources}
 
     def belongs(self, crop: Crop) -> bool:
-        """True: these files do not say of which image they were made."""
+        """True: these files do not say which image they were made from."""
         return True
 
     def levels(self, key: str) -> Levels:
         """The pooled levels of one image, ``{"p4": (16, C), ...}`` float16.
 
-        Tensors may be of any float type, on any device, need gradients or be views; keys beside
-        those of the levels are left alone.
+        Tensors may be of any float type, on any device, need gradients or be views; other keys are
+        ignored.
 
         Raises:
             BadPyramid: the file is damaged, would run code, or holds something else.
@@ -255,7 +255,7 @@ class PtFiles:
             pyramid = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds on what is no file of tensors
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise BadPyramid(f"{path}: no file of plain tensors ({reason})") from error
+            raise BadPyramid(f"{path}: not a file of plain tensors ({reason})") from error
         _check(path, pyramid)
         return {f"p{grid}": _half(path, pyramid, grid) for grid in GRIDS}
 
@@ -266,7 +266,7 @@ def _half(path: Path, pyramid: Mapping[str, Tensor], grid: int) -> NDArray[np.fl
     try:
         half = pyramid[name].detach()[0].half().cpu()
         if not torch.isfinite(half).all():
-            raise BadPyramid(f"{path}: {name} is not finite in float16, as shards store it")
+            raise BadPyramid(f"{path}: {name} is not finite in float16, which shards store")
         found: NDArray[np.float16] = half.contiguous().numpy()
     except (RuntimeError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -278,15 +278,15 @@ def _check(path: Path, pyramid: Any) -> None:
     wanted = {f"{grid}x{grid}": grid * grid for grid in GRIDS}
     if not isinstance(pyramid, dict) or not set(wanted) <= set(pyramid):
         found = sorted(map(str, pyramid)) if isinstance(pyramid, dict) else type(pyramid).__name__
-        raise BadPyramid(f"{path}: holds {found}, needed is a dict with {list(wanted)}")
+        raise BadPyramid(f"{path}: holds {found}, expected a dict with {list(wanted)}")
     channels = set()
-    for name, num_places in wanted.items():
+    for name, num_locations in wanted.items():
         value = pyramid[name]
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if not isinstance(value, Tensor) or value.dim() != 3 or shape[:2] != (1, num_places):
-            raise BadPyramid(f"{path}: {name} is {shape}, needed is (1, {num_places}, C)")
+        if not isinstance(value, Tensor) or value.dim() != 3 or shape[:2] != (1, num_locations):
+            raise BadPyramid(f"{path}: {name} is {shape}, expected (1, {num_locations}, C)")
         if value.is_complex():
-            raise BadPyramid(f"{path}: {name} holds complex numbers, needed are real ones")
+            raise BadPyramid(f"{path}: {name} holds complex numbers, expected real ones")
         channels.add(value.shape[2])
     if len(channels) != 1:
         raise BadPyramid(f"{path}: its levels have different numbers of channels {channels}")

@@ -1,4 +1,4 @@
-"""``dinogen pack``: faces joined with their pyramids, packed as shards."""
+"""``dinogen pack``: joins faces with their pyramids and packs them as shards."""
 
 from __future__ import annotations
 
@@ -67,27 +67,27 @@ def pack_faces(
 ) -> Manifest:
     """Join faces and pyramids by key and pack them as shards, in the order of the photos.
 
-    Labels are those that ``dinogen faces`` was asked for.
+    Labels are those that ``dinogen faces`` wrote.
 
-    After a kill the same call goes on behind the last whole shard; a dataset that is finished is
-    left as it is. What cannot be packed is listed in ``out/rejected.csv`` (source, reason,
-    detail): damaged images of a plain folder, those of another size than most, faces whose ``.pt``
-    file is damaged or missing.
+    After a kill the same call continues after the last whole shard; a finished dataset is left as
+    it is. ``out/rejected.csv`` lists what cannot be packed (source, reason, detail): damaged images
+    of a plain folder, those of another size than most, faces whose ``.pt`` file is damaged or
+    missing.
 
     Args:
         faces: as :class:`dinogen.prepare.faces.folder.FaceFolder` reads it.
         pyramids: of the same faces; None packs the faces alone.
         out: folder of the dataset.
         config: shards and splits.
-        guide: the main guide of the pyramids, for the manifest; empty if there are none. They say
-            themselves who made the rest.
+        guide: the main guide of the pyramids, for the manifest; empty if there are none. The other
+            networks are named in the pyramids.
         by_folder: the first folder below ``faces`` is the class of an image that was not cut out
             by ``dinogen faces``.
         progress: called with the number of faces done and of all faces.
 
     Raises:
         PrepareError: faces without pyramid, or with one of another face, or pyramids without face;
-            classes are asked for, but there are none; or ``out`` holds a dataset of other faces or
+            classes are requested, but there are none; or ``out`` holds a dataset of other faces or
             settings.
         ShardsError: they cannot be packed.
     """
@@ -97,8 +97,8 @@ def pack_faces(
     keys = list(sources)
     names = pyramids.names(sources) if pyramids else {}
     if pyramids:
-        lacking = _check_join(folder, names, pyramids)
-        rejected |= {line.source: line for line in lacking.values()}
+        missing = _check_join(folder, names, pyramids)
+        rejected |= {line.source: line for line in missing.values()}
     numbers = sorted(range(len(keys)), key=lambda n: _photo_order(keys[n], sources[keys[n]]))
     cut_with, classes = _settings_of_faces(faces, sources.values(), by_folder)
     made_with = settings_of(cut_with, pyramids.settings if pyramids else None)
@@ -107,14 +107,14 @@ def pack_faces(
         "guides": pyramids.guides if pyramids else {},
         "clip": pyramids.clip if pyramids else {},
     }
-    # Captions that `dinogen faces` wrote were asked for; others are read where text is asked for.
+    # Captions that `dinogen faces` wrote were requested; others are read if there is a clip.
     with_captions = folder.written or bool(made_by["clip"])
     manifest = finished_dataset(out, config, made_by, made_with, classes)
     check_faces(out, folder, sources)
     if manifest is not None:
         if progress is not None:
             progress(len(keys), len(keys))
-        _tell_rejected(out, read_rejected(out / REJECTED), folder)
+        _warn_of_rejected(out, read_rejected(out / REJECTED), folder)
         return manifest
     bad_captions: list[Rejection] = []
 
@@ -131,12 +131,12 @@ def pack_faces(
             if isinstance(item, Rejection):
                 rejected[item.source] = item
             elif item.key != key:
-                raise PrepareError(f"{faces}: changed while it was packed: run again")
+                raise PrepareError(f"{faces}: changed while it was being packed: run again")
             elif classes and not has_class(source := item.meta["source"]):
                 rejected[source] = Rejection(source, NO_CLASS, NO_CLASS_REMEDY)
             elif not pyramids:
                 yield sample_of(item, {}, classes)
-            elif key not in lacking:
+            elif key not in missing:
                 try:
                     levels = levels_of(pyramids, names[key], item)
                 except BadPyramid as error:
@@ -157,7 +157,7 @@ def pack_faces(
         lines = [*rejected.values(), *bad_captions]
         if lines:
             write_rejected(out / REJECTED, sorted(lines, key=lambda line: line.source))
-            _tell_rejected(out, lines, folder)
+            _warn_of_rejected(out, lines, folder)
 
     return pack(
         checked(),
@@ -186,8 +186,8 @@ def levels_of(pyramids: PartFiles | PtFiles, name: str, crop: Crop) -> Levels:
     return pyramids.levels(name)
 
 
-def _tell_rejected(out: Path, rejected: Sequence[Rejection], folder: FaceFolder) -> None:
-    """Say loudly what was not packed."""
+def _warn_of_rejected(out: Path, rejected: Sequence[Rejection], folder: FaceFolder) -> None:
+    """Warn of what was not packed."""
     reasons = Counter(line.reason for line in rejected)
     if num_bad := reasons.pop(BAD_CAPTION, 0):
         _logger.warning(
@@ -204,35 +204,35 @@ def _tell_rejected(out: Path, rejected: Sequence[Rejection], folder: FaceFolder)
 
 
 def guide_of(pyramids: PartFiles | PtFiles, config: GuideConfig | None) -> dict[str, Any]:
-    """Who made the pyramids, for the manifest.
+    """The guide that made the pyramids, for the manifest.
 
     Args:
-        pyramids: say it themselves, unless they are ``.pt`` files of another program.
-        config: the guide that the user names for those; it is loaded to learn its weights' hash.
+        pyramids: they name it themselves, unless they are ``.pt`` files of another program.
+        config: the guide that the user names for those; it is loaded for the hash of its weights.
 
     Raises:
-        PrepareError: nothing says it, or the guide named has another number of channels.
-        GuideError: the guide named cannot be loaded.
+        PrepareError: no guide is named, or the named guide has another number of channels.
+        GuideError: the named guide cannot be loaded.
     """
     if pyramids.guide is not None:
         return pyramids.guide
     if config is None:
         raise PrepareError(
-            f"{pyramids.folder}: has no guide.json: name the guide that made these files, with "
+            f"{pyramids.folder}: has no guide.json: name the guide that made these files with "
             "guide.path=... or -c CONFIG"
         )
     info = load_guide(config, torch.device("cpu")).info
     key, num_channels = _some_channels(pyramids)
     if num_channels != info.num_channels:
         raise PrepareError(
-            f"guide.path: {info.label} has {info.num_channels} channels, {key}.pt has "
+            f"guide.path: {info.label} has {info.num_channels} channels, but {key}.pt has "
             f"{num_channels}: name the guide that made these files"
         )
     return info.to_dict()
 
 
 def _some_channels(pyramids: PartFiles | PtFiles) -> tuple[str, int]:
-    """A key, and the number of channels of its pyramid: of the first one that can be read."""
+    """The first key whose pyramid can be read, and the number of its channels."""
     problem: BadPyramid | None = None
     for key in sorted(pyramids.keys()):
         try:
@@ -243,7 +243,7 @@ def _some_channels(pyramids: PartFiles | PtFiles) -> tuple[str, int]:
 
 
 def sample_of(crop: Crop, levels: Levels, classes: Sequence[str] = ()) -> Sample:
-    """A crop with its levels and the label of its class, as shards hold it.
+    """A crop with its levels and the label of its class, as a sample of a shard.
 
     Raises:
         PrepareError: shards cannot hold it.
@@ -258,7 +258,7 @@ def sample_of(crop: Crop, levels: Levels, classes: Sequence[str] = ()) -> Sample
 
 
 def settings_of(faces: dict[str, Any], pyramids: dict[str, Any] | None) -> dict[str, Any]:
-    """What the manifest says about the preparation, alike on both ways."""
+    """What the manifest says about the preparation; the same for both ways to prepare."""
     if not pyramids or "grids" not in pyramids:
         return {"faces": faces}
     decisive = ("grids", "kinds", "base_grid", "resize")
@@ -268,20 +268,20 @@ def settings_of(faces: dict[str, Any], pyramids: dict[str, Any] | None) -> dict[
 def _settings_of_faces(
     faces: Path, sources: Iterable[str], by_folder: bool
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """How the faces were cut out, and names of their classes."""
+    """How the faces were cut out, and the names of their classes."""
     written = read_settings(faces)
     if written is None:
         return {}, class_names(faces, sources) if by_folder else ()
     if by_folder and not written[1]:
         raise PrepareError(
-            f"{faces}: was made without classes: run `dinogen faces` with "
-            "prepare.faces.classes=folders into a new folder"
+            f"{faces}: was made without classes: run `dinogen faces` into a new folder, with "
+            "prepare.faces.classes=folders"
         )
     return written
 
 
 def _photo_order(key: str, source: str) -> tuple[bytes, int, str]:
-    """Sorts faces as the photos are gone through: by path, then by the face's number."""
+    """Sorts faces in the order of the photos: by path, then by the face's number."""
     # The further faces of KEY are KEY_1, KEY_2, ... KEY_10.
     return source.encode(), face_number(key) if source else 0, key
 
@@ -289,17 +289,17 @@ def _photo_order(key: str, source: str) -> tuple[bytes, int, str]:
 def _check_join(
     folder: FaceFolder, names: dict[str, str], pyramids: PartFiles | PtFiles
 ) -> dict[str, Rejection]:
-    """By key, the faces that have no pyramid and are left out for that.
+    """By key, the faces that are left out because they have no pyramid.
 
     Raises:
-        PrepareError: more is lacking than that.
+        PrepareError: too many are missing, or pyramids have no face.
     """
     there = pyramids.keys()
-    lacking = sorted(key for key, name in names.items() if name not in there)
+    missing = sorted(key for key, name in names.items() if name not in there)
     extra = sorted(there - set(names.values()))
     left_out: dict[str, Rejection] = {}
     if isinstance(pyramids, PtFiles):
-        # Made by hand or by another program: what fits is packed.
+        # Made by hand or by another program: what matches is packed.
         if extra:
             _logger.warning(
                 "%s: %s without face left out (%s)",
@@ -307,28 +307,28 @@ def _check_join(
                 counted(len(extra), ".pt file"),
                 named(extra),
             )
-        if 2 * len(lacking) <= len(names):
+        if 2 * len(missing) <= len(names):
             sources = {key: str(meta.get("source") or key) for key, meta in folder.metas()}
             left_out = {
-                key: Rejection(sources[key], "no_pyramid", f"no {names[key]}.pt") for key in lacking
+                key: Rejection(sources[key], "no_pyramid", f"no {names[key]}.pt") for key in missing
             }
             return left_out
         extra = []
-    elif lacking and not folder.written:
+    elif missing and not folder.written:
         # Images that cannot be read have no pyramid either: reading them says why.
         numbers = {face.key: number for number, face in enumerate(folder.faces)}
         left_out = {
             key: item
-            for key in lacking
+            for key in missing
             for item in folder.read([numbers[key]], with_captions=False)
             if isinstance(item, Rejection)
         }
-        lacking = [key for key in lacking if key not in left_out]
+        missing = [key for key in missing if key not in left_out]
     problems = []
-    if lacking:
+    if missing:
         problems.append(
-            f"{len(lacking)} of {counted(len(names), 'face', 'has', 'have')} no pyramid "
-            f"({named(lacking)})"
+            f"{len(missing)} of {counted(len(names), 'face', 'has', 'have')} no pyramid "
+            f"({named(missing)})"
         )
     if extra:
         problems.append(f"{counted(len(extra), 'pyramid', 'has', 'have')} no face ({named(extra)})")

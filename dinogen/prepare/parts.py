@@ -1,4 +1,4 @@
-"""``dinogen pyramids``: the pyramids of a folder of faces, in part files that survive a kill."""
+"""``dinogen pyramids``: writes the pyramids of a folder of faces in resumable part files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dinogen.features.pyramid import resized_with_antialias
 from dinogen.files import write_bytes
 from dinogen.prepare.faces.crop import Crop, Rejection
 from dinogen.prepare.faces.folder import FaceFolder
-from dinogen.prepare.faces.settings import alone_in
+from dinogen.prepare.faces.settings import exclusive_in
 from dinogen.prepare.photos.changed import looks_like_an_accident
 from dinogen.prepare.photos.find import counted
 from dinogen.prepare.photos.labels import BAD_CAPTION
@@ -31,7 +31,7 @@ from dinogen.prepare.pyramid import Levels, PyramidMaker
 _FORMAT = "dinogen-pyramids"
 _VERSION = 1
 _HEADER = "dinogen"
-_NUM_LOOKED_AT = 16
+_NUM_CHECKED = 16
 
 _logger = logging.getLogger(__name__)
 
@@ -62,31 +62,31 @@ def write_pyramids(
 
     Parts hold ``prepare.pyramids.shard_size`` faces each. Under torchrun rank r makes the parts
     r, r + world_size, ...; finished parts of the same guide, settings and faces are kept, so after
-    a kill the same call redoes at most one part per rank. Where faces were removed, replaced or
-    added since, parts are written again; only new and replaced faces are put through the guides.
+    a kill the same call redoes at most one part per rank. If faces were removed, replaced or added
+    since, parts are rewritten, but only new and replaced faces go through the guides.
 
     Args:
         faces: as :class:`dinogen.prepare.faces.folder.FaceFolder` reads it. Images of a plain
             folder that cannot be used are left out.
-        out: folder; made if missing.
+        out: folder; created if missing.
         maker: guides and settings.
-        progress: called with this rank's number of faces done and to do.
+        progress: called with this rank's number of faces done, and in total.
 
     Raises:
-        PrepareError: ``faces`` cannot be read, or ``out`` lies below it or holds pyramids of
+        PrepareError: ``faces`` cannot be read, or ``out`` is below it or holds pyramids of
             other guides, other settings or other faces.
     """
     if out.resolve().is_relative_to(faces.resolve()):
-        raise PrepareError(f"{out}: lies below the faces in {faces}: choose a folder outside it")
+        raise PrepareError(f"{out}: is below the faces in {faces}: choose a folder outside it")
     folder = FaceFolder(faces)
-    _tell_left_out(faces, folder.drop_odd())
+    _warn_of_left_out(faces, folder.drop_odd())
     size = maker.config.shard_size
     num_parts = -(-len(folder) // size)
     with_text = maker.embedder is not None and folder.has_captions
     if maker.embedder is not None and folder.written and not with_text:
         _logger.warning(
-            "%s: holds no captions, so there will be no text. If the photos have some, run "
-            "`dinogen faces` with this config (-c), then this command again",
+            "%s: holds no captions, so there will be no text embeddings. If the photos have "
+            "captions, run `dinogen faces` with this config (-c), then this command again",
             faces,
         )
     identity = maker.identity()
@@ -99,8 +99,8 @@ def write_pyramids(
         **{name: networks for name, networks in identity.items() if networks},
         **({"text": True} if with_text else {}),
     }
-    # One process of all that share the work holds the lock for them.
-    with alone_in(out, "pyramids") if process_group.is_main() else nullcontext():
+    # One of the processes that share the work holds the lock for all.
+    with exclusive_in(out, "pyramids") if process_group.is_main() else nullcontext():
         return _write(folder, out, maker, header, num_parts, with_text, progress)
 
 
@@ -113,7 +113,7 @@ def _write(
     with_text: bool,
     progress: Callable[[int, int], None] | None,
 ) -> PartsSummary:
-    """What :func:`write_pyramids` does once nobody else is at work in ``out``."""
+    """What :func:`write_pyramids` does once it has ``out`` to itself."""
     size = maker.config.shard_size
     out.mkdir(parents=True, exist_ok=True)
     known = _known(out, header, folder, with_text)
@@ -157,44 +157,44 @@ def _write(
                 if path.name not in names:
                     path.unlink()  # there were more faces before
     if num_reused:
-        _logger.info("%s: %s of earlier parts used again", out, counted(num_reused, "pyramid"))
+        _logger.info("%s: %s of earlier parts reused", out, counted(num_reused, "pyramid"))
     return PartsSummary(num_parts, num_done, len(mine) - num_done)
 
 
 class _Known:
-    """Levels in parts that were there before, by key and sum; the parts stay open.
+    """Levels in existing parts, by key and sum; the parts stay open.
 
     Args:
         headers: of the parts that may be used, by path.
     """
 
     def __init__(self, headers: Mapping[Path, dict[str, Any]]) -> None:
-        self._places: dict[str, tuple[str, Any, list[str]]] = {}
+        self._found: dict[str, tuple[str, Any, list[str]]] = {}
         for path, header in headers.items():
             if sums := header.get("sums"):
                 file, names = safe_open(path, "numpy"), _level_names(header)
                 for key, found in zip(header["keys"], sums, strict=False):
-                    self._places[key] = (found, file, names)
+                    self._found[key] = (found, file, names)
 
     def levels(self, key: str, wanted: str) -> Levels | None:
         """The levels of a face, or None if they are not known."""
-        if key not in self._places or self._places[key][0] != wanted:
+        if key not in self._found or self._found[key][0] != wanted:
             return None
-        _, file, names = self._places[key]
+        _, file, names = self._found[key]
         try:
             return {name: file.get_tensor(f"{key}/{name}") for name in names}
         except SafetensorError:
-            return None  # made again
+            return None  # computed again
 
 
 class PartFiles:
     """Pyramids that :func:`write_pyramids` wrote, by key.
 
     Attributes:
-        folder: where they lie.
+        folder: where they are.
         guide: identity of the guide that made them.
-        guides: of further ones, by name.
-        clip: of the embedder.
+        guides: identities of further guides, by name.
+        clip: identity of the embedder.
         settings: their grids and kinds.
 
     Raises:
@@ -230,7 +230,7 @@ class PartFiles:
         return set(self._paths)
 
     def names(self, sources: Mapping[str, str]) -> dict[str, str]:
-        """Under which key each face's pyramid lies: its own.
+        """The key of each face's pyramid: its own.
 
         Args:
             sources: by the face's key, the path of the image that it comes from.
@@ -238,7 +238,7 @@ class PartFiles:
         return {key: key for key in sources}
 
     def belongs(self, crop: Crop) -> bool:
-        """Whether the pyramid of this key was made of this face, as far as the parts say."""
+        """Whether the pyramid of this key was made from this face, as far as the parts say."""
         found = self._sums.get(crop.key)
         return found is None or found == _sum(crop, self._with_text)
 
@@ -261,44 +261,44 @@ def _part_name(number: int) -> str:
     return f"part-{number:05d}.safetensors"
 
 
-def _tell_left_out(faces: Path, rejections: Sequence[Rejection]) -> None:
+def _warn_of_left_out(faces: Path, rejections: Sequence[Rejection]) -> None:
     for line in rejections:
         _logger.warning("%s: left out: %s: %s", faces / line.source, line.reason, line.detail)
 
 
 def _crops(folder: FaceFolder, share: range, with_text: bool) -> Iterator[Crop]:
-    """The faces of a part; those that cannot be used are told and left out."""
+    """The faces of a part; those that cannot be used are logged and left out."""
     for item in folder.read(share, with_captions=with_text):
         if isinstance(item, Crop):
             yield item
         elif item.reason == BAD_CAPTION:
             _logger.warning("%s: used without its caption: %s", item.source, item.detail)
         else:
-            _tell_left_out(folder.folder, [item])
+            _warn_of_left_out(folder.folder, [item])
 
 
 def _resized_with_antialias(out: Path) -> bool:
-    """How the images of the parts in a folder were enlarged; as today if there are none yet."""
+    """How the images of the parts in a folder were enlarged; the current way if there are none."""
     for path in sorted(out.glob("part-*.safetensors")):
         try:
             return resized_with_antialias({"pyramids": _read_header(path)["settings"]})
         except PrepareError:
-            continue  # told, or made again, when its turn comes
+            continue  # reported, or written again, when its turn comes
     return True
 
 
 def _known(out: Path, header: dict[str, Any], folder: FaceFolder, with_text: bool) -> _Known:
-    """What the parts in ``out`` hold already.
+    """What the parts in ``out`` already hold.
 
     Raises:
-        PrepareError: a part is of something else, or of faces most of which are not there.
+        PrepareError: a part belongs to something else, or most of its faces are missing.
     """
     headers = {}
     for path in sorted(out.glob("part-*.safetensors")):
         try:
             found = _read_header(path)
         except PrepareError:
-            continue  # made again when its turn comes
+            continue  # written again when its turn comes
         if changed := _changes(found, header):
             raise _foreign(path, changed)
         headers[path] = found
@@ -319,20 +319,20 @@ def _check_some(
     folder: FaceFolder,
     with_text: bool,
 ) -> None:
-    """Raise PrepareError if none of the faces is the one that the parts were made of."""
+    """Raise PrepareError if none of the faces is the one that the parts were made from."""
     sums = {
         key: (path, found)
         for path, header in headers.items()
         for key, found in zip(header["keys"], header.get("sums", ()), strict=False)
         if key in numbers
     }
-    looked_at = list(sums)[:: max(1, len(sums) // _NUM_LOOKED_AT)]
-    for key in looked_at:
+    checked = list(sums)[:: max(1, len(sums) // _NUM_CHECKED)]
+    for key in checked:
         for crop in _crops(folder, range(numbers[key], numbers[key] + 1), with_text):
             if _sum(crop, with_text) == sums[key][1]:
                 return
-    if looked_at:
-        raise _foreign(sums[looked_at[0]][0], "the faces have changed")
+    if checked:
+        raise _foreign(sums[checked[0]][0], "the faces have changed")
 
 
 def _is_done(path: Path, written: dict[str, Any]) -> bool:
@@ -341,11 +341,11 @@ def _is_done(path: Path, written: dict[str, Any]) -> bool:
     try:
         found = _read_header(path)
     except PrepareError as error:
-        _logger.warning("%s; it is made again", error)
+        _logger.warning("%s; it is written again", error)
         return False
     if (found["faces"], found["keys"]) == (written["faces"], written["keys"]):
         return True
-    if "sums" not in found:  # as versions before wrote it
+    if "sums" not in found:  # written by an earlier version
         raise _foreign(path, "the faces have changed")
     return False
 
@@ -377,27 +377,29 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
         pair = [h.get("guides", {}).get(name, {}) if name else h["guide"] for h in (old, new)]
         if guide_identity(pair[0]) != guide_identity(pair[1]):
             key = f"guides.{name}" if name else "guide"
-            changed.append(f"{key}: {_who(pair[0])}, now {_who(pair[1])}")
+            changed.append(f"{key}: {_label(pair[0])}, now {_label(pair[1])}")
     clips = [network_of(header.get("clip", {})) for header in (old, new)]
     if clips[0] != clips[1]:
         paths = [header.get("clip", {}).get("path", "none") for header in (old, new)]
         changed.append(f"clip: {paths[0]}, now {paths[1]}")
     if old.get("text") != new.get("text"):
-        changed.append("captions: there were none" if new.get("text") else "captions: none now")
+        changed.append(
+            "captions: none before" if new.get("text") else "captions: none now, but before"
+        )
     return "; ".join(changed)
 
 
 def network_of(clip: Mapping[str, Any]) -> dict[str, Any]:
-    """What two embedders share that give the same embeddings: all but where they came from."""
+    """What is equal for embedders that give the same embeddings: all but where they came from."""
     return {name: value for name, value in clip.items() if name not in ("path", "revision")}
 
 
-def _who(guide: dict[str, Any]) -> str:
+def _label(guide: dict[str, Any]) -> str:
     return f"{(info := GuideInfo(**guide)).label} layer {info.layer}" if guide else "none"
 
 
 def _sum(crop: Crop, with_text: bool) -> str:
-    """What tells a face, and its caption where that counts, from another one of the same key."""
+    """Identifies the content of a face, and of its caption if that counts."""
     return _faces_hash([crop], with_text)[:32]
 
 
@@ -420,7 +422,7 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise PrepareError(f"{path}: was not written by `dinogen pyramids`: delete it")
     if header["version"] != _VERSION:
         raise PrepareError(
-            f"{path}: has version {header['version']}, this dinogen reads {_VERSION}: delete "
+            f"{path}: has version {header['version']}, but this dinogen reads {_VERSION}: delete "
             f"{path.parent} and run `dinogen pyramids` again"
         )
     return header

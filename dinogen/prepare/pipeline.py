@@ -23,7 +23,7 @@ from dinogen.prepare.photos.labels import class_names
 from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.photos.summary import SUMMARY, FacesSummary, summary_of
 from dinogen.prepare.pyramid import PyramidMaker
-from shards import ShardSink
+from shards import ShardWriter
 from shards.format.manifest import Manifest
 
 Progress = Callable[[int, int], None]
@@ -42,12 +42,12 @@ class NoFaceError(PrepareError):
 
 
 def in_words(rejected: dict[str, int]) -> str:
-    """``3 no_face, 1 empty``: what a summary says about the reasons."""
+    """The reasons of a summary, as ``3 no_face, 1 empty``."""
     return ", ".join(f"{count} {reason}" for reason, count in rejected.items())
 
 
 def noun(config: FacesConfig) -> str:
-    """What is cut out of a photo."""
+    """What a crop of a photo is called."""
     return "image" if config.detect == "none" else "face"
 
 
@@ -60,45 +60,45 @@ def prepare(
     photos: Photos | None = None,
     progress: Progress | None = None,
 ) -> tuple[FacesSummary, Manifest]:
-    """Photos to shards in one pass: the same bytes in the tars as by the three steps.
+    """Photos to shards in one pass; the tars have the same bytes as those of the three steps.
 
-    Beside the shards: ``rejected.csv``, ``summary.json`` and ``photos.csv``, which says of which
-    photos the dataset was made. After a kill the same call goes on behind the last whole shard of
-    each split; photos that came later are gone through again. A dataset that is finished is left
-    as it is. Captions are read where the maker has an embedder.
+    It also writes ``rejected.csv``, ``summary.json`` and ``photos.csv``, which lists the photos
+    that the dataset was made from. After a kill the same call continues after the last whole shard
+    of each split; later photos are processed again. A finished dataset is left as it is. Captions
+    are read if the maker has an embedder.
 
     Args:
         src: folder of photos.
         out: folder of the dataset.
         config: of all three steps.
-        maker: guides and settings of the pyramids; the faces are found on its device. None packs
-            the faces alone.
-        photos: what :func:`find_photos` found in ``src``, if the caller has asked it already.
+        maker: guides and settings of the pyramids; the faces are detected on its device. None packs
+            the faces without pyramids.
+        photos: what :func:`find_photos` found in ``src``, if the caller has it already.
         progress: called with the number of photos done and of all photos.
 
     Raises:
         NoFaceError: no photo has a face.
-        PrepareError: ``src`` holds no photo, or has no folder per class where that is asked for;
-            ``out`` lies below it, or holds a preparation of other photos or a finished dataset of
+        PrepareError: ``src`` holds no photo, or has no folder per class if that is requested;
+            ``out`` is below it, or holds a preparation of other photos or a finished dataset of
             other photos or settings; there are several ranks.
         ShardsError: ``out`` holds something else, or work of other settings.
     """
     started = time.monotonic()
     if process_group.world_size() > 1:
         raise PrepareError(
-            f"`dinogen prepare` is one process, not {process_group.world_size()}: start it without "
-            "torchrun, or run `dinogen faces`, then `dinogen pyramids` under torchrun, then "
-            "`dinogen pack`"
+            f"`dinogen prepare` runs in one process, not {process_group.world_size()}: start it "
+            "without torchrun, or run `dinogen faces`, then `dinogen pyramids` under torchrun, "
+            "then `dinogen pack`"
         )
     if out.resolve().is_relative_to(src.resolve()):
-        raise PrepareError(f"{out}: lies below the photos in {src}: choose a folder outside it")
+        raise PrepareError(f"{out}: is below the photos in {src}: choose a folder outside it")
     if maker is not None:
         maker.check_size(config.faces.size)
     photos = photos or find_photos(src)
     by_folder = config.faces.classes == "folders"
     classes = class_names(src, (p.source for p in photos.photos)) if by_folder else ()
     made_by = maker.identity() if maker else {"guide": {}, "guides": {}, "clip": {}}
-    # What an earlier version began goes on as it was begun, so that all samples are alike.
+    # What an earlier version began continues in the same way, so that all samples are alike.
     begun = begun_with(out)
     landmark_offset = landmark_offset_of(begun.get("faces", {}))
     if maker is not None:
@@ -117,7 +117,7 @@ def prepare(
         warn_of_offset(out, landmark_offset)
     if maker is not None:
         maker.warn_of_resize(out)
-    sink = ShardSink(
+    writer = ShardWriter(
         out,
         shard_size=config.pack.shard_size,
         val_fraction=config.pack.val_fraction,
@@ -127,8 +127,8 @@ def prepare(
         classes=classes,
     )
     with_captions = maker is not None and maker.embedder is not None
-    with sink, Journal(out / JOURNAL, src) as journal:
-        completed = sink.completed_keys()
+    with writer, Journal(out / JOURNAL, src) as journal:
+        completed = writer.completed_keys()
         _check_packed(src, out, photos, journal, completed)
         finished = {
             photo.key: list(journal.outcomes[photo.source].hashes)
@@ -156,8 +156,8 @@ def prepare(
         with_text = with_captions and any(photo.has_caption for photo in photos.photos)
         made = maker.levels(crops, with_text) if maker else ((crop, {}) for crop in crops)
         for crop, levels in made:
-            sink.add(sample_of(crop, levels, classes))
-        kept = sink.seen.union(*finished.values())
+            writer.add(sample_of(crop, levels, classes))
+        kept = writer.seen.union(*finished.values())
         if lost := completed - kept:
             raise _gone(src, out, f"the photo of {min(lost)}")
         outcomes = [
@@ -180,7 +180,7 @@ def prepare(
         if not kept:
             what = "an image" if config.faces.detect == "none" else "a face"
             raise NoFaceError(
-                f"{src}: not one of {counted(len(photos.photos), 'photo')} gave {what} "
+                f"{src}: none of {counted(len(photos.photos), 'photo')} gave {what} "
                 f"({in_words(summary.rejected)}): see {out / REJECTED}",
                 summary.rejected,
             )
@@ -192,7 +192,7 @@ def prepare(
             ),
         )
         write_json(out / SUMMARY, asdict(summary))
-        manifest = sink.finish()
+        manifest = writer.finish()
         journal.remove()
     return summary, manifest
 
@@ -218,6 +218,6 @@ def _check_packed(
 
 def _gone(src: Path, out: Path, what: str) -> PrepareError:
     return PrepareError(
-        f"{src}: {what}, which an earlier run packed into {out}, is gone or changed: put it back, "
-        f"or delete {out}, which is unfinished, to begin again"
+        f"{src}: {what}, which an earlier run packed into {out}, is gone or changed: restore it, "
+        f"or delete the unfinished {out} to start again"
     )

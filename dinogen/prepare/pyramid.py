@@ -1,4 +1,4 @@
-"""Aligned faces to pyramids: batches through the guides, on one device, in order."""
+"""Computes the pyramids of aligned faces: batches through the guides, on one device, in order."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _logger = logging.getLogger(__name__)
 
 
 class Embedder(Protocol):
-    """What embeds images and captions in one space, such as CLIP.
+    """A network that embeds images and captions in one space, such as CLIP.
 
     Attributes:
-        info: who it is, JSON values.
+        info: its identity, JSON values.
     """
 
     info: dict[str, Any]
@@ -47,21 +47,21 @@ class Embedder(Protocol):
 
 
 class PyramidMaker:
-    """Puts crops through guides and embedder, ``config.batch`` at a time.
+    """Runs crops through guides and embedder, ``config.batch`` at a time.
 
-    The last batch is filled up, so a network always sees the same shape. Networks choose their
-    kernels by it, and the features of an image must not depend on where a run was interrupted.
+    The last batch is padded, so a network always sees the same shape. Its kernels depend on the
+    shape, and the features of an image must not depend on where a run was interrupted.
 
     Args:
-        guide: the main one, on ``device``; None makes no pyramids.
+        guide: the main guide, on ``device``; None makes no pyramids.
         config: grids, kinds and batch.
         device: where the networks run.
-        guides: further ones by name; of each all grids and kinds are made too.
-        embedder: makes the levels ``clip`` and, of captions, ``text``.
+        guides: further guides by name; all grids and kinds are made for each of them too.
+        embedder: makes the level ``clip`` and, from captions, ``text``.
 
     Attributes:
-        antialias: whether images are enlarged for the guides as Pillow does it. False goes on
-            with work that an earlier version began, see :func:`resized_with_antialias`.
+        antialias: whether images are enlarged for the guides like Pillow does. False continues
+            work that an earlier version began, see :func:`resized_with_antialias`.
     """
 
     def __init__(
@@ -80,51 +80,51 @@ class PyramidMaker:
         self.antialias = True
 
     def settings(self) -> dict[str, Any]:
-        """What decides the features, besides the networks and the images; JSON values."""
+        """The settings that the features depend on, besides networks and images; JSON values."""
         if self.guide is None:
             return {}
         found: dict[str, Any] = {"grids": list(self.config.grids), "kinds": list(self.config.kinds)}
-        if self.config.base_grid != BASE_GRID:  # silence means what there was before others were
+        if self.config.base_grid != BASE_GRID:  # absent in manifests of earlier versions
             found["base_grid"] = self.config.base_grid
         if self.antialias:
             found["resize"] = RESIZE
         return found
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """Who makes the features, as the manifest says it: ``guide``, ``guides`` and ``clip``."""
+        """The networks, as named in the manifest: ``guide``, ``guides`` and ``clip``."""
         return {
             "guide": self.guide.info.to_dict() if self.guide else {},
             "guides": {name: guide.info.to_dict() for name, guide in self.guides.items()},
-            # As JSON gives it back, so that it can be compared with what a manifest says.
+            # As read back from JSON, so that it can be compared with a manifest.
             "clip": json.loads(json.dumps(self.embedder.info)) if self.embedder else {},
         }
 
     def warn_of_resize(self, out: Path) -> None:
-        """Say that work in ``out`` goes on as an earlier version began it, if it does."""
+        """Warn if work in ``out`` continues in the way of an earlier version."""
         if self.guide is not None and not self.antialias:
             _logger.warning(
                 "%s: its pyramids were begun by an earlier version of dinogen, which enlarged "
                 "images for a guide without antialias (1 to 2 of 255 from Pillow's bicubic). The "
-                "rest is made the same way, so that all are alike. Choose another folder to have "
-                "all of them as Pillow does it",
+                "rest is made in the same way, so that all are alike. Choose another folder to "
+                "make all of them like Pillow",
                 out,
             )
 
     @property
     def label(self) -> str:
-        """Who makes the features, in words."""
+        """Names of the networks, for messages."""
         names = [guide.info.label for guide in self._by_prefix().values()]
         if self.embedder is not None:
             names.append(f"clip ({self.embedder.info.get('path')})")
         return ", ".join(names)
 
     def check_size(self, size: int) -> None:
-        """Raise PrepareError unless crops of ``size`` pixels have all the levels asked for."""
+        """Raise PrepareError unless crops of ``size`` pixels can have all requested levels."""
         wrong = [grid for grid in self.config.grids if size % grid]
         if self.guide is not None and "native" in self.config.kinds and wrong:
             raise PrepareError(
-                f"prepare.faces.size: {size} is no multiple of the native grid {wrong[0]}: make "
-                "faces of a multiple of it (256), or set prepare.pyramids.kinds to [pooled]"
+                f"prepare.faces.size: {size} is not a multiple of the native grid {wrong[0]}: make "
+                "the faces a multiple of it (256), or set prepare.pyramids.kinds to [pooled]"
             )
 
     def levels(
@@ -133,17 +133,17 @@ class PyramidMaker:
         """Every crop with its levels, in order.
 
         Args:
-            crops: square images, all of one size. They are read one batch ahead, so that they
-                are decoded while the GPU works.
-            with_text: some of them have captions: where there is an embedder, each gets the level
-                ``text``, zeros if it has none.
+            crops: square images, all of one size. They are read one batch in advance, so that
+                they are decoded while the GPU works.
+            with_text: some of them have captions: if there is an embedder, each gets the level
+                ``text``, zeros if it has no caption.
 
         Returns:
             The crop and ``{"p4": (16, C), "NAME.n4": (16, C), "clip": (1, E), ...}`` float16.
 
         Raises:
             PrepareError: a crop is damaged, not square or of another size than the first, or its
-                features exceed float16; naming its key.
+                features exceed float16; the message names its key.
         """
         pending: tuple[list[Crop], dict[str, Tensor]] | None = None
         side: int | None = None
@@ -170,8 +170,9 @@ class PyramidMaker:
             height, width = image.shape[:2]
             if (height, width) != (side, side):
                 raise PrepareError(
-                    f"{crop.key}: the face is {width}x{height} pixels, others are {side}x{side}: "
-                    "make them alike with `dinogen faces` (prepare.faces.detect=none)"
+                    f"{crop.key}: the face is {width}x{height} pixels, but others are "
+                    f"{side}x{side}: make all the same size with `dinogen faces` "
+                    "(prepare.faces.detect=none)"
                 )
         return side
 
@@ -197,16 +198,16 @@ class PyramidMaker:
 
     @torch.inference_mode()
     def _embed(self, embedder: Embedder, crops: list[Crop], like: Tensor) -> Tensor:
-        """Captions of crops, (B, 1, E) float16 as ``like``; zeros where there is none."""
+        """Embedded captions of crops, (B, 1, E) float16 as ``like``; zeros without a caption."""
         embedded = torch.zeros_like(like)
         for row, crop in enumerate(crops):
             if crop.caption is not None:
-                # One by one, or a caption's last bit depended on the longest of its batch.
+                # One by one; otherwise a caption's last bit depends on the longest of its batch.
                 embedded[row] = embedder.captions([crop.caption]).half()
         return embedded
 
     def _by_prefix(self) -> dict[str, Guide]:
-        """All guides by what their levels' names begin with."""
+        """All guides by the prefix of their levels' names."""
         found = {} if self.guide is None else {"": self.guide}
         return found | {f"{name}.": guide for name, guide in self.guides.items()}
 

@@ -1,4 +1,4 @@
-"""Crops in a folder of faces: ``KEY.jpg`` or png, ``KEY.json`` and ``KEY.txt``, as files."""
+"""The files of a folder of faces: ``KEY.jpg`` or png, ``KEY.json`` and ``KEY.txt``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from dinogen.config.prepare import FacesConfig
 from dinogen.files import write_bytes, write_json, write_text
-from dinogen.prepare.faces.crop import Crop, Rejection, gives_still
+from dinogen.prepare.faces.crop import Crop, Rejection, still_matches
 from dinogen.prepare.faces.settings import SETTINGS
 from dinogen.prepare.photos.changed import NO_FILE, record_of, same_file
 from dinogen.prepare.photos.find import Photo, face_key, face_number
@@ -19,7 +19,7 @@ from dinogen.prepare.photos.labels import caption_path, try_caption
 from dinogen.prepare.photos.read import Unusable, read_photo
 from dinogen.prepare.photos.summary import SUMMARY
 
-# In a crop's JSON, and no parts of a dataset.
+# In a crop's JSON, but not in a dataset.
 FILE = "file"
 CAPTION = "caption_sha256"  # of the caption as it was written beside the crop
 
@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 
 def crops_in(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """By source, what is written beside the crops of each photo, in order of its faces."""
+    """By source, the metadata of the crops of each photo, in the order of its faces."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(out.glob("*.json")):
         if path.name in (SETTINGS, SUMMARY):
@@ -49,7 +49,7 @@ def crops_in(out: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def is_whole(out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: FacesConfig) -> bool:
-    """Whether these are all crops of a photo, under the keys that it has today."""
+    """Whether these are all crops of a photo, with its current keys."""
     keys = [face_key(photo.key, number) for number in range(metas[0]["num_crops"])]
     return keys == [meta["key"] for meta in metas] and all(
         (out / f"{key}.{config.format}").exists() for key in keys
@@ -57,7 +57,7 @@ def is_whole(out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: F
 
 
 def is_same(out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: FacesConfig) -> bool:
-    """Whether crops are of the photo as it is now; brings up to date what tells that."""
+    """Whether crops are of the photo as it is now; updates the record of its file."""
     meta = metas[0]
     record = meta.get(FILE)
     try:
@@ -65,8 +65,8 @@ def is_same(out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: Fa
         made_ns = (out / f"{meta['key']}.{config.format}").stat().st_mtime_ns
     except OSError:
         return True
-    if record is None:  # as versions before wrote it
-        same = mtime_ns <= made_ns or gives_still(
+    if record is None:  # written by an earlier version
+        same = mtime_ns <= made_ns or still_matches(
             photo,
             metas,
             [(out / f"{m['key']}.{config.format}").read_bytes() for m in metas],
@@ -81,7 +81,7 @@ def is_same(out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: Fa
 
 
 def damage_of(photo: Photo, config: FacesConfig) -> Rejection | None:
-    """Why a photo cannot be read, be it damaged or still being copied; None if it can."""
+    """Why a photo cannot be read (damaged, or still being copied); None if it can."""
     try:
         read_photo(photo.path, config.max_pixels)
     except Unusable as error:
@@ -94,7 +94,7 @@ def remove_crops(out: Path, metas: Collection[dict[str, Any]], config: FacesConf
     """Remove the crops of a photo; returns how many there were."""
     num_removed = 0
     for meta in metas:
-        # The metadata last: as long as they are there, the rest is found again.
+        # The metadata last: as long as they exist, the rest is found again.
         path = out / f"{meta['key']}.{config.format}"
         num_removed += path.exists()
         path.unlink(missing_ok=True)
@@ -105,7 +105,7 @@ def remove_crops(out: Path, metas: Collection[dict[str, Any]], config: FacesConf
 
 def write_crop(out: Path, item: Crop) -> None:
     """Write a crop with its metadata and caption."""
-    # The image comes last: where it is, the rest is too.
+    # The image comes last: if it exists, the rest does too.
     _write_meta(out, item)
     _write_caption(out, item)
     write_bytes(out / f"{item.key}.{item.image_format}", item.image)
@@ -114,13 +114,13 @@ def write_crop(out: Path, item: Crop) -> None:
 def replace_crops(
     out: Path, old: Sequence[dict[str, Any]], new: Sequence[Crop], config: FacesConfig
 ) -> None:
-    """Put new crops of a photo in the place of older ones.
+    """Replace older crops of a photo by new ones.
 
-    Whether crops are of the photo as it is now stands in the metadata of its first one. These are
-    written last of all, so after a kill at any point the next run makes the crops again.
+    The metadata of the first crop say whether the crops are of the photo as it is now. They are
+    written last, so after a kill at any point the next run makes the crops again.
     """
     before = {meta["key"] for meta in old}
-    if old[0].get(FILE) is None:  # as versions before wrote it: say that these are out of date
+    if old[0].get(FILE) is None:  # written by an earlier version: mark these as outdated
         write_json(out / f"{old[0]['key']}.json", {**old[0], FILE: NO_FILE})
     for item in reversed(new):
         path = caption_path(out / f"{item.key}.{item.image_format}")
@@ -150,9 +150,9 @@ def _write_caption(out: Path, item: Crop) -> None:
 def update_caption(
     out: Path, photo: Photo, metas: Sequence[dict[str, Any]], config: FacesConfig
 ) -> str:
-    """Make the captions of a photo's crops that of the photo; why it cannot be used, or "".
+    """Copy the caption of a photo to its crops; returns why it cannot be used, or "".
 
-    A caption that somebody else wrote beside a crop, or edited there, is kept.
+    A caption that was written or edited beside a crop is kept.
     """
     caption, bad = try_caption(photo.caption)
     for meta in metas:

@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 
 
 def setup_logging(quiet: bool = False) -> None:
-    """Show dinogen's messages on stderr; only errors where ``quiet`` (ranks other than 0)."""
+    """Show dinogen's messages on stderr; only errors if ``quiet`` (ranks other than 0)."""
     console = Console(stderr=True)
     handler: logging.Handler
     if console.is_terminal:
@@ -30,26 +30,26 @@ def setup_logging(quiet: bool = False) -> None:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print a line; a terminal that is gone, or a pipe that nobody reads, is no error."""
+    """Print a line; a closed terminal or pipe is no error."""
     with suppress(OSError):
         print(text, file=sys.stderr if err else sys.stdout, flush=True)
 
 
 class Move(Protocol):
-    """Moves a bar."""
+    """Updates a progress bar."""
 
     def __call__(self, num_done: int, total: int, rate: str | None = None) -> None:
-        """Show ``num_done`` of ``total``; ``rate`` stands in place of what is done per second."""
+        """Show ``num_done`` of ``total``; ``rate`` replaces the computed number per second."""
 
 
 @contextmanager
 def progress_bar(what: str, unit: str, show: bool = True) -> Iterator[Move]:
-    """A bar on stderr; yields what moves it.
+    """A progress bar on stderr; yields a function that updates it.
 
     Args:
-        what: stands before the bar.
+        what: label in front of the bar.
         unit: of the rate, such as ``photos/s``.
-        show: False on ranks that stay silent.
+        show: False on ranks that print nothing.
     """
     from rich.console import Console
     from rich.progress import (

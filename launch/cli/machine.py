@@ -1,4 +1,4 @@
-"""``dinogen doctor`` and ``config``: what this machine has, what a config comes to."""
+"""``dinogen doctor`` and ``dinogen config``: check this machine, show a resolved config."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MARKS = {
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for scripts.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
-    """Tell what this machine has, and what to do about what it lacks.
+    """Check what this machine has, and say what to do about what is missing.
 
-    Exits 1 if something is broken that every run needs.
+    Exits with 1 if something that every run needs is broken.
 
     [bold]Example[/bold]  dinogen doctor --json
     """
@@ -36,24 +36,24 @@ def doctor(
     for finding in examine():
         findings.append(finding)
         if not as_json:
-            _print(finding.name, finding.status, finding.found, finding.mend)
+            _print(finding.name, finding.status, finding.found, finding.remedy)
     if as_json:
         typer.echo(json.dumps([finding.to_dict() for finding in findings], indent=2))
     if any(finding.status == "broken" for finding in findings):
         raise typer.Exit(1)
 
 
-def _print(name: str, status: str, found: str, mend: str) -> None:
+def _print(name: str, status: str, found: str, remedy: str) -> None:
     from rich.console import Console
     from rich.markup import escape
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{MARKS[status]} [bold]{name:<14}[/bold] {escape(found)}")
-    if mend:
-        console.print(f"  {'':<14} [dim]->[/] {escape(mend)}")
+    if remedy:
+        console.print(f"  {'':<14} [dim]->[/] {escape(remedy)}")
 
 
-app = typer.Typer(help="Show a whole resolved config, or write the schema for editors.")
+app = typer.Typer(help="Show a resolved config, or write the JSON schema for editors.")
 
 
 def register(parent: typer.Typer) -> None:
@@ -69,12 +69,12 @@ def show(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, as in train.")
     ] = None,
     ranks: Annotated[
-        int, typer.Option(min=1, help="For engine deepspeed: number of ranks to show it for.")
+        int, typer.Option(min=1, help="Number of ranks, for the config of DeepSpeed.")
     ] = 1,
 ) -> None:
     """Print the whole resolved config as YAML: defaults, then the file, then KEY=VALUE changes.
 
-    With the engine deepspeed, what DeepSpeed is told follows as comments, stage by stage.
+    With the engine deepspeed, DeepSpeed's own config of each stage follows as comments.
 
     [bold]Examples[/bold]
 
@@ -85,7 +85,7 @@ def show(
     from dinogen.config import dump_config, load_config
 
     config = load_config(file, overrides or ())
-    from dinogen.families.registry import resolve  # waits for torch: a mistake is told before
+    from dinogen.families.registry import resolve  # imports torch; mistakes are reported before
 
     typer.echo(dump_config(resolve(config)), nl=False)
     if config.engine.name == "deepspeed":
@@ -93,17 +93,17 @@ def show(
 
 
 def _show_deepspeed(config: Config, num_ranks: int) -> None:
-    """DeepSpeed's own config of each stage, as comments: the output stays a config."""
+    """Print DeepSpeed's own config of each stage as comments: the output stays valid YAML."""
     import json
 
     from dinogen.runs.layout import stage_name
     from dinogen.training.engines.deepspeed import deepspeed_config
 
     for stage in config.stages:
-        told = deepspeed_config(config, stage, num_ranks)
+        passed = deepspeed_config(config, stage, num_ranks)
         size = stage_name(stage.resolution)
-        typer.echo(f"# DeepSpeed is told, in stage {size} on {num_ranks} rank(s):")
-        typer.echo("".join(f"#   {line}\n" for line in json.dumps(told, indent=2).splitlines()))
+        typer.echo(f"# config of DeepSpeed in stage {size} on {num_ranks} rank(s):")
+        typer.echo("".join(f"#   {line}\n" for line in json.dumps(passed, indent=2).splitlines()))
 
 
 @app.command()
@@ -112,9 +112,9 @@ def schema(
         Path | None, typer.Argument(help="File to write; printed if left out.", metavar="[OUT]")
     ] = None,
 ) -> None:
-    """Write the JSON schema by which editors complete and check configs.
+    """Write the JSON schema that editors use to complete and check configs.
 
-    A YAML file names it in its first line: # yaml-language-server: $schema=schema.json
+    A YAML file refers to it in its first line: # yaml-language-server: $schema=schema.json
 
     [bold]Example[/bold]  dinogen config schema configs/schema.json
     """
@@ -131,7 +131,7 @@ def schema(
 
 
 def json_schema() -> dict[str, Any]:
-    """Schema of a whole config; ``family`` takes the options of the family that it names."""
+    """Schema of a whole config; ``family`` has the options of the family that it names."""
     from dinogen.config import Config, FamilyConfig
     from dinogen.families.registry import family_class, family_names
 
@@ -148,7 +148,7 @@ def json_schema() -> dict[str, Any]:
         if name != FamilyConfig().name:
             options["required"] = ["name", *options.get("required", ())]
         choices.append(options)
-    own = {"type": "string", "description": "a Python file of your own that defines the family"}
+    own = {"type": "string", "description": "your own Python file that defines the family"}
     choices.append({"title": "your family", "properties": {"file": own}, "required": ["file"]})
     whole["$defs"].pop("FamilyConfig")
     whole["properties"]["family"] = {"oneOf": choices}

@@ -17,12 +17,12 @@ from typer.models import CommandInfo
 from dinogen.errors import UserError
 from launch.cli import compare, launch, machine, prepare, results, shards, show, study, train
 
-HELP = """Train image generators that are guided by frozen DINOv2 features.
+HELP = """Train image generators on one or many GPUs, with or without guidance by frozen features.
 
 [bold]First time here?[/bold]  dinogen doctor, then dinogen demo
 """
 
-EPILOG = """[bold]From photos to pictures[/bold]
+EPILOG = """[bold]From photos to generated images[/bold]
 
   dinogen prepare PHOTOS data/faces -c my.yaml
 
@@ -33,7 +33,7 @@ EPILOG = """[bold]From photos to pictures[/bold]
 Every command explains itself: dinogen train --help
 """
 
-# One place decides under which heading a command stands, and in which order.
+# The heading of each command, and their order.
 PANELS = {
     "Data": ("prepare", "faces", "pyramids", "pack", "export-pt", "download", "shards"),
     "Train": ("train", "launch", "study", "sample", "evaluate", "export"),
@@ -120,22 +120,22 @@ def main() -> None:
 
 
 def _line(error: Exception) -> str | None:
-    """What tells the user alone what to mend; None if it takes a traceback."""
-    # shards stands alone and has a base of its own; it is loaded already if the error is its.
+    """The message of an error that the user can fix; None if a traceback is needed."""
+    # shards has its own base class; it is imported already if the error is one of its.
     shards = sys.modules.get("shards.errors")
     if isinstance(error, UserError) or (
         shards is not None and isinstance(error, shards.ShardsError)
     ):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
-        # of two names the second is what a temporary file was to be renamed to
+        # of two names the second is the target of a rename
         name = error.filename2 or error.filename
-        return f"{name}: {error.strerror}: choose a folder that can be written"
+        return f"{name}: {error.strerror}: choose a writable folder"
     return None
 
 
 def _leave_quietly() -> None:
-    """Let what cannot be written any more go nowhere: Python would end with a code of its own."""
+    """Discard output that cannot be written; otherwise Python exits with a code of its own."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

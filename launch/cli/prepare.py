@@ -34,7 +34,7 @@ Overrides = Annotated[
 Repack = Annotated[
     bool,
     typer.Option(
-        "--repack", help="Make the dataset in DATA again; the old one goes when it is done."
+        "--repack", help="Make the dataset in DATA again; it replaces the old one when complete."
     ),
 ]
 
@@ -58,18 +58,19 @@ def prepare(
 ) -> None:
     """Photos to shards in one pass: find faces, compute their features, pack both.
 
-    The same command again goes on after an interruption. DATA/rejected.csv says which photos were
-    not used and why. On several GPUs run faces, pyramids and pack one after the other.
+    Run the same command again to continue after an interruption. DATA/rejected.csv lists the
+    photos that were not used, with the reason. On several GPUs run faces, pyramids and pack one
+    after the other.
 
-    With the config of a family that reads no pyramids none are made, and no guide is needed.
-    prepare.faces.detect=none takes photos of anything as they are; prepare.faces.classes=folders
+    If the family of the config reads no pyramids, none are made and no guide is needed.
+    prepare.faces.detect=none uses photos of anything as they are; prepare.faces.classes=folders
     makes each folder below SRC a class.
 
-    With the config's guides: the features of each of them are made as well, with clip: also its
-    embeddings of images and captions; the caption of a photo NAME.jpg is NAME.txt beside it.
+    If the config has guides:, the features of each of them are computed as well; with clip: also
+    its embeddings of images and captions. The caption of a photo NAME.jpg is NAME.txt beside it.
 
-    Where photos were taken out, replaced or added since DATA was finished, that is said, and
-    --repack makes it again.
+    If photos were removed, replaced or added since DATA was finished, the command says so;
+    --repack makes the dataset again.
 
     [bold]Examples[/bold]
 
@@ -86,7 +87,7 @@ def prepare(
     from dinogen.prepare.photos.summary import account
 
     settings = _settings(config, overrides)
-    photos = find_photos(src)  # a mistyped folder is told before the guide is loaded
+    photos = find_photos(src)  # a mistyped folder is reported before the guide is loaded
     maker = _maker(settings, _wants_pyramids(settings))
     finished = _is_finished(data) and not repack
 
@@ -99,15 +100,15 @@ def prepare(
     summary, manifest = _packed(data, repack, work)
     rejected = pipeline.in_words(summary.rejected)
     if finished:
-        typer.echo("finished already")
+        typer.echo("already finished")
     what = pipeline.noun(settings.prepare.faces)
     counts = f"{counted(summary.num_photos, 'photo')}, {counted(summary.num_crops, what)}"
     typer.echo(f"{counts}; {rejected or 'all used'}")
     for line in account(summary):
         typer.echo(line)
     if rejected:
-        typer.echo(f"why not: {data / 'rejected.csv'}")
-    _tell(data, manifest)
+        typer.echo(f"reasons: {data / 'rejected.csv'}")
+    _report(data, manifest)
 
 
 def pyramids(
@@ -118,8 +119,8 @@ def pyramids(
 ) -> None:
     """Compute the guides' features of aligned faces, at grids 4, 8 and 16.
 
-    The same command again goes on after an interruption. Under torchrun the processes share the
-    work.
+    Run the same command again to continue after an interruption. Under torchrun the processes
+    share the work.
 
     [bold]Examples[/bold]
 
@@ -137,13 +138,13 @@ def pyramids(
     process_group.init()
     bar = _bar("faces" if process_group.world_size() == 1 else "faces of rank 0")
     with failure_propagation(), bar as progress:
-        # Nobody asks for them in vain, unless it is for the embeddings alone.
+        # The user asked for pyramids, unless it is only for the embeddings.
         maker = _maker(settings, settings.clip is None or _wants_pyramids(settings))
         assert maker is not None
         summary = write_pyramids(faces, out, maker, progress=progress)
     if process_group.is_main():
         typer.echo(
-            f"{out}: {counted(summary.num_parts, 'part')} of {maker.label}; this process made "
+            f"{out}: {counted(summary.num_parts, 'part')} of {maker.label}; this process wrote "
             f"{summary.num_done} and kept {summary.num_kept}"
         )
         typer.echo(f"next: dinogen pack {faces} {out} DATA")
@@ -155,8 +156,8 @@ def pack(
     folders: Annotated[
         list[str],
         typer.Argument(
-            help="Their pyramids, if there are any: parts, or one .pt per face. Folder of the "
-            "dataset. Changes to the config.",
+            help="Their pyramids, if there are any: parts, or one .pt per face. Then the folder of "
+            "the dataset, and changes to the config.",
             metavar="[PYRAMIDS] DATA [KEY=VALUE]...",
         ),
     ],
@@ -165,10 +166,10 @@ def pack(
 ) -> None:
     """Join faces and their pyramids and pack them as tar shards with an index and a manifest.
 
-    The same command again goes on after an interruption. Families that read no pyramids need none.
-    Damaged images of a plain folder and damaged .pt files stand in DATA/rejected.csv; the rest is
-    packed. Where faces have changed since DATA was finished, that is said, and --repack makes it
-    again.
+    Run the same command again to continue after an interruption. Families that read no pyramids
+    need none. Damaged images of a plain folder and damaged .pt files are listed in
+    DATA/rejected.csv; the rest is packed. If faces have changed since DATA was finished, the
+    command says so; --repack makes the dataset again.
 
     [bold]Examples[/bold]
 
@@ -189,8 +190,8 @@ def pack(
         )
     if pyramids is None and settings.clip is not None:
         raise UserError(
-            "the config has clip: write dinogen pack FACES PYRAMIDS DATA, where dinogen pyramids "
-            "puts the embeddings too, or add clip=null"
+            "the config has clip, whose embeddings dinogen pyramids computes: write dinogen pack "
+            "FACES PYRAMIDS DATA, or add clip=null"
         )
     source = join.open_pyramids(pyramids) if pyramids is not None else None
     named = config is not None or any(item.startswith("guide.") for item in overrides)
@@ -211,8 +212,8 @@ def pack(
 
     manifest = _packed(data, repack, work)
     if finished:
-        typer.echo("finished already")
-    _tell(data, manifest)
+        typer.echo("already finished")
+    _report(data, manifest)
 
 
 def export_pt(
@@ -221,38 +222,38 @@ def export_pt(
 ) -> None:
     """Write one .pt per image: {'4x4': (1, 16, C), '8x8': ..., '16x16': ...} float32.
 
-    dinogen pack reads such a folder back. A damaged sample is named and all others are written;
-    the exit code is 1 then.
+    dinogen pack reads such a folder back. Damaged samples are named and all others are written;
+    the exit code is then 1.
 
     [bold]Example[/bold]  dinogen export-pt data/faces pt
     """
-    from dinogen.prepare import export_pt as exchange
+    from dinogen.prepare import export_pt as exporter
     from dinogen.prepare.photos.find import counted
     from launch.cli.console import setup_logging
 
     setup_logging()
     with _bar("samples") as progress:
-        num_files = exchange.export_pt(data, out, progress=progress)
+        num_files = exporter.export_pt(data, out, progress=progress)
     typer.echo(f"{counted(num_files, 'file')}: {out}")
 
 
 def _folders(words: list[str]) -> tuple[Path | None, Path, list[str]]:
-    """Pyramids, dataset and overrides out of ``[PYRAMIDS] DATA [KEY=VALUE]...``.
+    """Pyramids, dataset and overrides from ``[PYRAMIDS] DATA [KEY=VALUE]...``.
 
     Raises:
-        UserError: too many folders, or pyramids stand where the dataset is meant to.
+        UserError: too many folders, or a folder of pyramids in the place of the dataset.
     """
     paths = [Path(word) for word in words if "=" not in word]
     if len(paths) not in (1, 2):
         raise UserError("write dinogen pack FACES [PYRAMIDS] DATA [KEY=VALUE]...")
     data = paths[-1]
     if any(data.glob("part-*.safetensors")) or any(data.glob("[!.]*.pt")):
-        raise UserError(f"{data} holds pyramids: name the folder of the dataset after it")
+        raise UserError(f"{data} holds pyramids: add the folder of the dataset after it")
     return (paths[0] if len(paths) == 2 else None), data, [word for word in words if "=" in word]
 
 
 def _wants_pyramids(settings: Config) -> bool:
-    """Whether the data get pyramids; says so if not."""
+    """Whether pyramids are made for the data; prints a line if not."""
     from dinogen.training.data import makes_pyramids
 
     wanted = makes_pyramids(settings)
@@ -276,7 +277,7 @@ def _settings(config: Path | None, overrides: list[str] | None) -> Config:
 
 
 def _maker(settings: Config, pyramids: bool) -> PyramidMaker | None:
-    """What makes the features of the config; None if it asks for none."""
+    """What makes the features of the config; None if it needs none."""
     from dinogen.distributed import process_group
     from dinogen.prepare.pyramid import PyramidMaker
 
@@ -304,29 +305,29 @@ def _guide(key: str, config: GuideConfig, device: torch.device) -> Guide:
         return load_guide(config, device)
     except GuideError as error:
         raise GuideError(
-            f"{str(error).replace('guide.', f'{key}.')}\nWithout a guide, for a family that "
-            "reads no pyramids: give its config, or prepare.pyramids.make=never"
+            f"{str(error).replace('guide.', f'{key}.')}\nA family that reads no pyramids needs no "
+            "guide: pass its config with -c, or add prepare.pyramids.make=never"
         ) from None
 
 
 def _packed(data: Path, again: bool, work: Callable[[Path], T]) -> T:
-    """Pack into a folder, or into one that takes its place when it is finished."""
-    from dinogen.prepare.earlier import repack, tell_interrupted
+    """Pack into a folder, or into one that replaces it when it is finished."""
+    from dinogen.prepare.earlier import repack, warn_of_interrupted
 
     if again:
         return repack(data, work)
-    tell_interrupted(data)
+    warn_of_interrupted(data)
     return work(data)
 
 
 def _is_finished(data: Path) -> bool:
-    """Whether a dataset lies there; work on it then returns at once, or fails."""
+    """Whether there is a finished dataset; work on it then returns at once, or fails."""
     from shards.format.manifest import MANIFEST
 
     return (data / MANIFEST).is_file()
 
 
-def _tell(data: Path, manifest: Manifest) -> None:
+def _report(data: Path, manifest: Manifest) -> None:
     from dinogen.prepare.photos.find import counted
 
     splits = ", ".join(f"{info.num_samples} {name}" for name, info in manifest.splits.items())
@@ -361,16 +362,16 @@ def faces(
     withdraw: Annotated[
         bool,
         typer.Option(
-            "--withdraw", help="Remove the crops of photos that are gone, even if most are."
+            "--withdraw", help="Remove the crops of photos that are gone, even if most are gone."
         ),
     ] = False,
 ) -> None:
     """Find the faces in photos and write them as aligned square images.
 
-    Reads JPEG, PNG, WebP, TIFF, BMP and more below SRC. What is not used stands in
-    OUT/rejected.csv with the reason; hidden and system files are passed over. The same command
-    again goes on after an interruption, removes the crops of photos that were taken out of SRC and
-    makes those of photos that were replaced again. Captions are read if the config has clip.
+    Reads JPEG, PNG, WebP, TIFF, BMP and more below SRC. OUT/rejected.csv lists what is not used,
+    with the reason; hidden and system files are skipped. Run the same command again to continue
+    after an interruption, to remove the crops of photos that were removed from SRC, and to make
+    those of replaced photos again. Captions are read if the config has clip.
 
     [bold]Examples[/bold]
 
@@ -382,7 +383,7 @@ def faces(
 
       dinogen faces cats cats_256 prepare.faces.detect=none     (photos as they are)
 
-    [bold]Options, with their defaults[/bold]  dinogen config show FILE
+    [bold]All options with their values[/bold]  dinogen config show FILE
     """
     from dinogen.config import load_config, parse_config
     from dinogen.distributed import process_group
@@ -405,7 +406,7 @@ def faces(
             device=device,
             progress=move,
         )
-    _tell_faces(summary, out)
+    _report_faces(summary, out)
     if not summary.num_crops:
         raise typer.Exit(1)
 
@@ -420,16 +421,16 @@ def download(
         int, typer.Option(min=1, max=64, help="Files fetched at the same time.")
     ] = 8,
     num_attempts: Annotated[
-        int, typer.Option(min=1, help="In a row without a new byte, then a file has failed.")
+        int, typer.Option(min=1, help="Tries in a row without a new byte until a file has failed.")
     ] = 5,
 ) -> None:
     """Fetch a list of photos: checked, retried, resumed after an interruption.
 
-    What was not fetched stands in DIR/failed.csv with its line and the reason, and the exit code
-    is 1; all else is fetched. The same command again tries what is missing once more.
+    DIR/failed.csv lists what was not fetched, with its line and the reason, and the exit code is
+    then 1; all others are fetched. Run the same command again to retry what is missing.
 
-    A photo whose address has no image suffix gets one by its content. A web page or an empty
-    answer in place of a photo counts as failed.
+    A photo whose address has no image suffix gets one from its content. A web page or an empty
+    answer instead of a photo counts as failed.
 
     [bold]Examples[/bold]
 
@@ -437,14 +438,13 @@ def download(
 
       dinogen download urls.csv photos --num-parallel 16
 
-    [bold]A text list[/bold], checksum and name may be left out; a tab before a name is never
-    taken for a part of the address
+    [bold]A text list[/bold]: checksum and name are optional; a tab always ends the address
 
       https://example.org/a.jpg
 
       https://example.org/b.jpg 9f86d081...(64 digits)...0f00a08 b2.jpg
 
-    [bold]A table[/bold], with commas, semicolons, tabs or bars; other columns are passed over
+    [bold]A table[/bold] with commas, semicolons, tabs or bars; other columns are ignored
 
       url;caption;filename
 
@@ -466,12 +466,12 @@ def download(
             num_attempts=num_attempts,
             progress=progress,
         )
-    _tell_download(summary, folder)
+    _report_download(summary, folder)
     if summary.failures:
         raise typer.Exit(1)
 
 
-def _tell_faces(summary: FacesSummary, out: Path) -> None:
+def _report_faces(summary: FacesSummary, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -485,12 +485,12 @@ def _tell_faces(summary: FacesSummary, out: Path) -> None:
     table.add_row("faces", str(summary.num_crops), style="green" if summary.num_crops else "red")
     for reason, number in summary.rejected.items():
         table.add_row(f"rejected: {reason}", str(number), style="yellow")
-    table.add_row("photos done before", str(summary.num_skipped))
+    table.add_row("photos already done", str(summary.num_skipped))
     console.print(table)
     for line in account(summary):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     if summary.rejected:
-        console.print(f"why: {out / 'rejected.csv'}", soft_wrap=True, highlight=False)
+        console.print(f"reasons: {out / 'rejected.csv'}", soft_wrap=True, highlight=False)
     if summary.num_crops:
         console.print(
             f"next: dinogen pyramids {out} PYRAMIDS, or without a guide dinogen pack {out} DATA",
@@ -499,12 +499,12 @@ def _tell_faces(summary: FacesSummary, out: Path) -> None:
         )
     else:
         console.print(
-            "[bold red]NO FACE AT ALL.[/bold red] Look into rejected.csv; for photos that are "
-            "of something else, or already cropped, use prepare.faces.detect=none."
+            "[bold red]NO FACE WAS FOUND.[/bold red] See rejected.csv; for photos of something "
+            "else, or that are already cropped, use prepare.faces.detect=none."
         )
 
 
-def _tell_download(summary: DownloadSummary, folder: Path) -> None:
+def _report_download(summary: DownloadSummary, folder: Path) -> None:
     from rich.console import Console
 
     from dinogen.prepare.photos.find import counted
@@ -512,7 +512,7 @@ def _tell_download(summary: DownloadSummary, folder: Path) -> None:
     console = Console()
     console.print(
         f"{folder}: {summary.num_fetched} fetched ({summary.num_bytes / 1e6:.1f} MB), "
-        f"{summary.num_present} there before, {len(summary.failures)} failed"
+        f"{summary.num_present} already there, {len(summary.failures)} failed"
         + (f", {counted(summary.num_repeated, 'line')} repeated" if summary.num_repeated else ""),
         soft_wrap=True,
         highlight=False,

@@ -1,4 +1,4 @@
-"""``dinogen shards``: look at packed data, check it, rebuild what can be rebuilt."""
+"""``dinogen shards``: list packed data, check it, rebuild what can be rebuilt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Look at packed data, check it, repair it.")
+app = typer.Typer(help="List packed data, check it, repair it.")
 
 Location = Annotated[
     str, typer.Argument(help="Folder of a dataset, or its URL (s3://, gs://, ...).", metavar="DATA")
@@ -19,7 +19,8 @@ CacheDir = Annotated[
     Path | None, typer.Option(help="Where the shards of a URL are kept [~/.cache/dinogen/shards].")
 ]
 CacheGb = Annotated[
-    float | None, typer.Option(help="Most that this folder holds, in GB; the oldest used go.")
+    float | None,
+    typer.Option(help="Size limit of that folder, in GB; the least recently used are evicted."),
 ]
 
 
@@ -80,7 +81,7 @@ def ls(data: Location, cache_dir: CacheDir = None) -> None:
 
 @app.command()
 def verify(data: Location, cache_dir: CacheDir = None, cache_gb: CacheGb = None) -> None:
-    """Reread every byte and name each damaged shard and sample; exits 1 if there is any.
+    """Reread every byte and name each damaged shard and sample; exits with 1 if there are any.
 
     Nothing is written. Tars from elsewhere are checked as they are.
 
@@ -104,7 +105,7 @@ def verify(data: Location, cache_dir: CacheDir = None, cache_gb: CacheGb = None)
             found = examine_plain(folder, lambda count: bar.advance(task, count))
         else:
             found = examine(dataset, lambda count: bar.advance(task, count))
-    for line in found.remarks:
+    for line in found.notes:
         typer.echo(printable(line))
     if not found.problems:
         samples, shard_count = (
@@ -121,10 +122,10 @@ def verify(data: Location, cache_dir: CacheDir = None, cache_gb: CacheGb = None)
 
 @app.command("index")
 def make_index(data: Folder) -> None:
-    """Make missing or wrong indexes again; give plain WebDataset tars a manifest and statistics.
+    """Rebuild missing or wrong indexes; give plain WebDataset tars a manifest and statistics.
 
-    A lost manifest.json is made again as well; stats.safetensors still knows the guide. Tars are
-    only read.
+    A lost manifest.json is rebuilt as well; stats.safetensors still knows the guide. Tars are only
+    read.
 
     [bold]Example[/bold]  dinogen shards index data/tars-from-elsewhere
     """
@@ -138,13 +139,14 @@ def make_index(data: Folder) -> None:
 def repair(
     data: Folder,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Do not ask, and go on without what is lost.")
+        bool, typer.Option("--yes", "-y", help="Do not ask, and drop samples that are lost.")
     ] = False,
 ) -> None:
-    """Rewrite damaged shards without their damaged samples; bring manifest and indexes up to date.
+    """Rewrite damaged shards without their damaged samples, and update manifest and indexes.
 
-    It first says which samples will go and why, and loses none without [bold]--yes[/bold]. What a
-    tar was is kept beside it as NAME.tar.before-repair. Where there is a sound copy, restore that.
+    It first lists which samples will be lost and why, and drops none without [bold]--yes[/bold].
+    The original of each tar is kept beside it as NAME.tar.before-repair. If you have a sound copy,
+    restore that instead.
 
     [bold]Example[/bold]  dinogen shards repair data/faces
     """
@@ -155,23 +157,27 @@ def repair(
         typer.echo(printable(line))
     if plan.num_lost and not yes:
         typer.echo(
-            f"{data}: nothing was changed: {_count(plan.num_lost, 'sample')} would be lost; give "
-            "--yes to go on without (the tars are kept as NAME.tar.before-repair)",
+            f"{data}: nothing was changed: {_count(plan.num_lost, 'sample')} would be lost; add "
+            "--yes to go on without (the originals are kept as NAME.tar.before-repair)",
             err=True,
         )
         raise typer.Exit(1)
     if plan.rewrites and not yes:
-        typer.confirm(f"{data}: write these tars again? No sample is lost", abort=True)
+        typer.confirm(f"{data}: rewrite these tars? No sample is lost", abort=True)
     named = len(plan.unfit)
     for line in plan.run() or ([] if plan.unfit else ["nothing to repair"]):
         typer.echo(printable(line))
     if plan.unfit:
-        # Those at which the repair itself failed are not among the plan's lines.
+        # Tars on which the repair itself failed are not among the plan's lines.
         for line in plan.unfit[named:]:
             typer.echo(f"{printable(line)}; it is left as it is", err=True)
-        known = "statistics are old" if (data / "manifest.json").exists() else "no manifest.json"
+        until = (
+            "statistics stay as they were"
+            if (data / "manifest.json").exists()
+            else "there is no manifest.json"
+        )
         typer.echo(
-            f"{data}: {_count(len(plan.unfit), 'tar')} NOT repaired, see above; {known} until "
+            f"{data}: {_count(len(plan.unfit), 'tar')} NOT repaired, see above; {until} until "
             "these are fixed",
             err=True,
         )
@@ -183,7 +189,7 @@ def _count(number: int, word: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text as one line that any terminal takes: names of files may hold any bytes."""
+    """Text as one line that is safe for any terminal: file names may hold any bytes."""
     from shards.errors import show_text
 
     return show_text(text)

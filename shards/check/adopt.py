@@ -23,7 +23,7 @@ from shards.format.statistics import Statistics, recall, save_statistics, shard_
 from shards.format.table import build_index, load_plain_index
 
 log = logging.getLogger(__name__)
-# As many tars are named in one error.
+# At most this many tars are named in one error.
 _SHOWN = 20
 _SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d+\.tar")
 
@@ -57,13 +57,13 @@ def _why_none(folder: Path, compressed: list[str]) -> str:
         )
     below = sorted(path.parent.name for path in folder.glob("*/*.tar"))
     if below:
-        return f"holds no .tar, its folder {below[0]} does: give that one"
+        return f"holds no .tar, but its folder {below[0]} does: use that one"
     folders = sorted(path.name for path in folder.glob("[!.]*.tar") if path.is_dir())
     if folders:
         return f"holds no .tar: {folders[0]} is a folder; pack its images, or make a tar of them"
     upper = sorted(path.name for path in folder.glob("[!.]*.[tT][aA][rR]"))
     if upper:
-        return f"holds no .tar; name {upper[0]} {upper[0][:-4]}.tar"
+        return f"holds no .tar; rename {upper[0]} to {upper[0][:-4]}.tar"
     return "holds neither manifest.json nor any .tar; pack data into it"
 
 
@@ -74,11 +74,11 @@ def describe_plain(
 
     Args:
         folder: of the tars.
-        known: indexes by the names of their tars; the others are read from disk or made.
+        known: indexes by the names of their tars; the others are read from disk or built.
 
     Raises:
         ManifestError: if there are no tars, or they hold different levels.
-        IndexFileError: if tars cannot be used; it names each.
+        IndexFileError: if tars cannot be used; the message names each.
     """
     tars = tars_of(folder)
     indexes = {}
@@ -99,8 +99,8 @@ def describe_plain(
             indexes[tar.name] = index
         if (found := levels_of(index, tar.name)) != wanted:
             raise ManifestError(
-                f"{tar}: holds {_named(found)}, {tars[0].name} {_named(wanted)}: make all tars "
-                "with the same features, or keep these in folders of their own"
+                f"{tar}: holds {_named(found)}, but {tars[0].name} holds {_named(wanted)}: make "
+                "all tars with the same features, or keep these in folders of their own"
             )
     shards = tuple(
         ShardInfo(
@@ -133,7 +133,7 @@ def split_of_name(name: str) -> str:
 
 
 def raise_for(errors: list[str]) -> None:
-    """Raise one IndexFileError for all of them, if there are any."""
+    """Raise one IndexFileError for all errors, if there are any."""
     if errors:
         more = f"\nand {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
         raise IndexFileError("\n".join(errors[:_SHOWN]) + more)
@@ -175,16 +175,16 @@ def levels_of(index: ShardIndex, shard: str) -> dict[str, LevelInfo]:
 
 
 def adopt(folder: Path) -> tuple[Manifest, list[str]]:
-    """Give a folder of plain tars whole indexes, statistics and a manifest, by reading it all.
+    """Give a folder of plain tars complete indexes, statistics and a manifest, by reading it all.
 
-    Where only the manifest of a dataset was lost, what the statistics repeat of it comes back.
+    If only the manifest of a dataset was lost, what the statistics repeat of it is restored.
 
     Returns:
         The manifest, and what a user has to know about the tars, one line each.
 
     Raises:
         ManifestError: if there are no tars, or they hold different levels.
-        IndexFileError: if tars cannot be used; it names each. Then nothing has changed.
+        IndexFileError: if tars cannot be used; the message names each. Then nothing has changed.
     """
     surveys, errors = {}, []
     for tar in tars_of(folder):
@@ -193,20 +193,20 @@ def adopt(folder: Path) -> tuple[Manifest, list[str]]:
         except OSError as error:
             errors.append(_cannot_read(tar, error))
             continue
-        if surveys[tar].troubles:
-            errors.append(f"{tar}: {surveys[tar].troubles[0]}")
+        if surveys[tar].problems:
+            errors.append(f"{tar}: {surveys[tar].problems[0]}")
     raise_for(errors)
     found_indexes = {tar.name: found.index for tar, found in surveys.items() if found.index}
     image_size, about_sizes = common_size(found_indexes)
-    remarks = []
+    notes = []
     for tar, found in surveys.items():
         assert found.index is not None
-        # Where all are alike, the manifest says so.
+        # If all have the same size, the manifest says so.
         pixels = None if image_size else found.index.pixels
         path = tar.with_name(index_files.index_name(tar.name))
         index_files.save(replace(found.index, pixels=pixels), path)
-        remarks += [f"{tar.name}: {line}" for line in found.remarks()]
-    # Not by the times of the files: a tar may come from a clock that is ahead.
+        notes += [f"{tar.name}: {line}" for line in found.notes()]
+    # Not by file times: a tar may come from a machine whose clock is ahead.
     manifest, _ = describe_plain(folder, found_indexes)
     shards = tuple(
         shard.model_copy(update={"sha256": sha256_file(folder / shard.name)})
@@ -216,15 +216,15 @@ def adopt(folder: Path) -> tuple[Manifest, list[str]]:
     statistics, has_labels = _measure(folder, manifest)
     identity = recall(folder / STATISTICS, statistics.arrays())
     if not identity and (folder / STATISTICS).is_file():
-        remarks.append(
-            f"{STATISTICS}: is of other features; kept as {keep(folder / STATISTICS).name}"
+        notes.append(
+            f"{STATISTICS}: describes other features; kept as {keep(folder / STATISTICS).name}"
         )
     manifest = manifest.model_copy(update=identity)
-    return _save(folder, manifest, statistics, has_labels), remarks + about_sizes
+    return _save(folder, manifest, statistics, has_labels), notes + about_sizes
 
 
 def common_size(indexes: Mapping[str, ShardIndex]) -> tuple[int | None, list[str]]:
-    """Side of all images if it is one, else None; and a line about images that differ.
+    """Side of all images if it is the same, else None; and a line about the sizes if they differ.
 
     Args:
         indexes: by the names of their tars.
@@ -246,34 +246,34 @@ def common_size(indexes: Mapping[str, ShardIndex]) -> tuple[int | None, list[str
     smallest = min(counts, key=min)
     line += (
         f"; stages larger than {min(smallest)}x{min(smallest)} cannot use all of them, for "
-        f"instance {example[smallest]}"
+        f"example {example[smallest]}"
     )
     if (odd := [size for size in counts if size[0] != size[1]]) and odd != [smallest]:
-        line += f"; no stage can use those that are not square, for instance {example[odd[0]]}"
+        line += f"; no stage can use those that are not square, for example {example[odd[0]]}"
     return None, [line]
 
 
 def complete(folder: Path, manifest: Manifest) -> Manifest:
-    """Count and measure again what a manifest says about its shards, and save it.
+    """Recompute what a manifest says about its shards, and save it.
 
     Args:
         folder: of the dataset.
         manifest: with the right shards; splits, labels and statistics are made from them.
 
     Raises:
-        IndexFileError: if a shard and its index do not fit.
+        IndexFileError: if a shard and its index do not match.
         CorruptSample: if a sample of the train split cannot be read.
     """
     return _save(folder, manifest, *_measure(folder, manifest))
 
 
 def recount(folder: Path, manifest: Manifest, shards: tuple[ShardInfo, ...]) -> Manifest:
-    """Save a manifest with other facts about its shards, without reading them.
+    """Save a manifest with new entries for its shards, without reading them.
 
     Args:
         folder: of the dataset.
         manifest: whose statistics and labels stay as they are.
-        shards: what it says about its shards from now on.
+        shards: the new entries.
     """
     update = {"shards": shards, "splits": split_table(shards, _fractions(manifest))}
     manifest = manifest.model_copy(update=update)

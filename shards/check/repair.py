@@ -30,12 +30,12 @@ from shards.read.packed import Folder
 from shards.read.reader import read_member
 from shards.write.shard_writer import write_shard
 
-# As many lost samples of a shard are named one by one.
+# This many lost samples of a shard are named one by one.
 _SHOWN = 20
 
 
 def rebuild_indexes(folder: Path) -> list[str]:
-    """Make the indexes again that are missing or wrong; give plain tars a manifest as well.
+    """Rebuild the indexes that are missing or wrong; give plain tars a manifest as well.
 
     Returns:
         One line for each thing done.
@@ -48,7 +48,7 @@ def rebuild_indexes(folder: Path) -> list[str]:
     try:
         manifest = _manifest(folder)
     except ManifestError as error:
-        raise ManifestError(str(error).replace(MADE_AGAIN, "give this command again")) from error
+        raise ManifestError(str(error).replace(MADE_AGAIN, "run this command again")) from error
     done = []
     for shard in manifest.shards:
         tar = folder / shard.name
@@ -58,12 +58,12 @@ def rebuild_indexes(folder: Path) -> list[str]:
             )
         name = index_files.index_name(shard.name)
         found = survey(tar, True, manifest.levels, pixels=manifest.image_size is None, finite=True)
-        if found.troubles or found.index is None:
-            raise IndexFileError(f"{tar}: {found.troubles[0]}")
+        if found.problems or found.index is None:
+            raise IndexFileError(f"{tar}: {found.problems[0]}")
         index = found.index
         if not _stored_equals(folder / name, index):
             index_files.save(index, folder / name)
-            done.append(f"{name}: made again")
+            done.append(f"{name}: rebuilt")
     return done
 
 
@@ -72,11 +72,11 @@ class RepairPlan:
     """What a repair would do; nothing is changed until `run`.
 
     Attributes:
-        lines: what would be done, and which samples would go and why.
+        lines: what would be done, and which samples would be lost and why.
         num_lost: samples that would be lost.
         unfit: tars that cannot be repaired, each with its reason and remedy. They stay as they
-            are; `run` adds those at which it failed. The others are repaired.
-        rewrites: whether a tar would be written again or set aside.
+            are; `run` adds those that it failed on. The others are repaired.
+        rewrites: whether a tar would be rewritten or set aside.
     """
 
     lines: list[str] = field(default_factory=list)
@@ -87,7 +87,7 @@ class RepairPlan:
     _last: Callable[[], list[str]] = list
 
     def run(self) -> list[str]:
-        """Carry it out. A step that fails is named in `unfit`, and the others are done.
+        """Carry it out. A step that fails is added to `unfit`, and the others are done.
 
         Returns:
             One line for each thing done.
@@ -105,7 +105,7 @@ class RepairPlan:
         self._steps.append((name, step))
 
     def refuse(self, name: str, what: str) -> None:
-        """Leave a tar alone that cannot be repaired: `what` is the reason and the remedy."""
+        """Leave a tar as it is that cannot be repaired; `what` is the reason and the remedy."""
         self.unfit.append(f"{name}: {what}")
         self.lines.append(f"{name}: cannot be repaired and is left as it is: {what}")
 
@@ -114,7 +114,7 @@ class RepairPlan:
         self._last = step
 
     def lose(self, shard: str, count: int, reasons: Sequence[str]) -> None:
-        """Plan to go on without samples of a shard."""
+        """Plan to drop samples of a shard."""
         self.num_lost += count
         shown = list(reasons[:_SHOWN])
         if len(reasons) > _SHOWN:
@@ -127,14 +127,14 @@ def repair(folder: Path, allow_loss: bool = False) -> list[str]:
 
     Args:
         folder: of the dataset.
-        allow_loss: go on although samples that cannot be read will not be in the dataset any more.
+        allow_loss: go on although samples that cannot be read are dropped from the dataset.
 
     Returns:
         One line for each thing done.
 
     Raises:
         ManifestError: if there is no dataset, nothing of it is left, or samples would be lost;
-            behind the repair of the others, if there are tars that no repair helps.
+            after the repair of the others, if some tars cannot be repaired.
     """
     plan = plan_repair(folder)
     if plan.num_lost and not allow_loss:
@@ -146,12 +146,12 @@ def repair(folder: Path, allow_loss: bool = False) -> list[str]:
 
 
 def plan_repair(folder: Path) -> RepairPlan:
-    """Find out what it takes to make a damaged dataset usable again.
+    """Find out what has to be done to make a damaged dataset usable again.
 
-    Shards with damaged samples or headers are written again without what cannot be read; missing
-    ones leave the manifest; indexes, checksums, counts and statistics are made again where they
-    are wrong. Every tar that is written again or set aside is kept as `NAME.tar.before-repair`. A
-    tar that this would not help is left alone. One that cannot be repaired stops no other.
+    Shards with damaged samples or headers are rewritten without what cannot be read; missing
+    ones are removed from the manifest; indexes, checksums, counts and statistics are corrected.
+    Every tar that is rewritten or set aside is kept as `NAME.tar.before-repair`. A tar that this
+    would not help is left as it is, and does not stop the repair of others.
 
     Raises:
         ManifestError: if there is no dataset, or nothing of it would be left.
@@ -164,24 +164,26 @@ def plan_repair(folder: Path) -> RepairPlan:
     for shard in manifest.shards:
         _plan_shard(folder, manifest, shard, plan, kept)
     if not any(shard.split == "train" for shard in kept.values()):
-        raise ManifestError(f"{folder}: no sample of the train split is left; restore it")
+        raise ManifestError(
+            f"{folder}: no sample of the train split is left; restore the folder from a copy"
+        )
 
     def finish() -> list[str]:
         shards = tuple(kept[shard.name] for shard in manifest.shards if shard.name in kept)
         done = []
         if plan.num_lost:
             copy = keep(folder / MANIFEST)
-            done.append(f"{MANIFEST}: kept as {copy.name}, for it names what was lost")
+            done.append(f"{MANIFEST}: kept as {copy.name}, because it names what was lost")
         if plan.unfit:
             if recount(folder, manifest, shards) != manifest:
                 done.append(
-                    f"{MANIFEST}: shards and counts brought up to date; statistics stay as they "
-                    "are until the other tars are in order"
+                    f"{MANIFEST}: shards and counts updated; statistics stay as they are until "
+                    "the other tars are repaired"
                 )
             return done
         repaired = complete(folder, manifest.model_copy(update={"shards": shards}))
         if repaired != manifest:
-            done.append(f"{MANIFEST}: shards, counts and statistics brought up to date")
+            done.append(f"{MANIFEST}: shards, counts and statistics updated")
         return done
 
     plan.finally_do(finish)
@@ -195,20 +197,21 @@ def _plan_shard(
     plan: RepairPlan,
     kept: dict[str, ShardInfo],
 ) -> None:
-    """Plan what a shard needs; `kept` gets what the manifest says about it from then on."""
+    """Plan what a shard needs; `kept` receives its new entry in the manifest."""
     report = inspect_shard(Folder(folder), manifest, shard)
     tar, index_path = folder / shard.name, folder / index_files.index_name(shard.name)
     if report.missing:
-        plan.lose(shard.name, shard.num_samples, [f"is missing with {shard.num_samples} samples"])
+        reason = f"the shard is missing, with {shard.num_samples} samples"
+        plan.lose(shard.name, shard.num_samples, [reason])
 
         def drop() -> str:
             _set_aside(index_path)
-            return f"{shard.name}: missing, taken out of {MANIFEST}"
+            return f"{shard.name}: missing, removed from {MANIFEST}"
 
         plan.add(shard.name, drop)
         return
-    # A file that the system cannot read now may be sound. One that has other faults than damage
-    # gets no new index, and nothing is gained by losing samples of it.
+    # A file that the system cannot read now may be sound. One with faults other than damage gets
+    # no new index, and dropping samples of it would not help.
     not_ours = report.unfit is not None and report.index is not None and report.index_wrong
     if report.unfit is not None and (report.untouched or (not_ours and not report.torn)):
         kept[shard.name] = shard
@@ -216,10 +219,10 @@ def _plan_shard(
         return
     sound = _sound_rows(report)
     if report.index is None or not sound:
-        reasons = [f"not one of its {shard.num_samples} samples can be read", *_reasons(report)]
+        reasons = [f"none of its {shard.num_samples} samples can be read", *_reasons(report)]
         plan.lose(shard.name, shard.num_samples, reasons)
         plan.rewrites = True
-        plan.add(shard.name, lambda: _put_away(tar))
+        plan.add(shard.name, lambda: _set_tar_aside(tar))
         return
     index = report.index
     kept[shard.name] = shard
@@ -237,13 +240,13 @@ def _plan_shard(
         return
     num_samples = len(index)
     if report.index_wrong:
-        plan.lines.append(f"{index_path.name}: will be made again")
+        plan.lines.append(f"{index_path.name}: will be rebuilt")
 
         def rebuild() -> str:
             found = scan(tar, with_sums=True, levels=manifest.levels)
             index_files.save(found, index_path)
             kept[shard.name] = _described(tar, shard, len(found))
-            return f"{index_path.name}: made again"
+            return f"{index_path.name}: rebuilt"
 
         plan.add(shard.name, rebuild)
     kept[shard.name] = _described(tar, shard, num_samples)
@@ -264,7 +267,7 @@ def _sound_rows(report: ShardReport) -> list[int]:
 
 
 def _reasons(report: ShardReport) -> list[str]:
-    """Why samples of a shard would go, one line each."""
+    """Why samples of a shard would be lost, one line each."""
     reasons = list(report.lost)
     if report.index is not None:
         name = report.index.key
@@ -273,7 +276,7 @@ def _reasons(report: ShardReport) -> list[str]:
 
 
 def _left_out(report: ShardReport, rows: list[int]) -> str:
-    """The entries that a rewritten tar will not have, though no sample is lost with them; or ""."""
+    """The entries that a rewritten tar will not have, without losing a sample; or ""."""
     index, found = report.index, report.survey
     assert index is not None
     names = []
@@ -289,7 +292,7 @@ def _left_out(report: ShardReport, rows: list[int]) -> str:
                     names.append(member)
             elif (what := faults.get((row, column.suffix))) is not None:
                 names.append(f"{member} ({what})")
-        # What was put into a tar after it was packed.
+        # What was added to the tar after it was packed.
         unknown = in_tar.get(key, set()) - stored.get(key, set())
         names += [show_name(f"{key}.{suffix}") for suffix in sorted(unknown)]
     links = []
@@ -309,7 +312,7 @@ def _announce(
     left_out: str,
 ) -> None:
     plan.lines.append(
-        f"{name}: will be written again with {num_sound} samples, {num_lost} will be lost"
+        f"{name}: will be rewritten with {num_sound} samples, {num_lost} will be lost"
     )
     if left_out:
         plan.lines.append(f"{name}: entries that will be left out: {left_out}")
@@ -319,19 +322,19 @@ def _announce(
 def _rewrite(
     tar: Path, split: str, index: ShardIndex, rows: list[int], num_lost: int, left_out: str
 ) -> tuple[ShardInfo, str]:
-    """Write a tar again with some of its samples; what it was is kept first."""
+    """Rewrite a tar with some of its samples; the original is kept first."""
     copy = keep(tar)
     info, _ = write_shard(tar, split, _members(copy, index, rows))
     line = (
         f"{tar.name}: rewritten with {info.num_samples} samples, {num_lost} lost; "
-        f"what it was is kept as {copy.name}"
+        f"the original is kept as {copy.name}"
     )
     if left_out:
         line += f"; entries left out: {left_out}"
     return info, line
 
 
-def _put_away(tar: Path) -> str:
+def _set_tar_aside(tar: Path) -> str:
     copy = keep(tar)
     tar.unlink()
     _set_aside(tar.with_name(index_files.index_name(tar.name)))
@@ -339,7 +342,7 @@ def _put_away(tar: Path) -> str:
 
 
 def _set_aside(path: Path) -> None:
-    """Take a file away that has no use any more, and keep what it holds."""
+    """Remove a file that is no longer used, and keep its content under another name."""
     if path.is_file():
         keep(path)
         path.unlink()
@@ -352,11 +355,11 @@ def _plan_plain(folder: Path) -> RepairPlan:
     for tar, report in inspect_plain(folder):
         sound = _sound_rows(report)
         if report.unfit is not None and (report.untouched or (report.index is not None and sound)):
-            # Its samples are there, but not as they should be: nothing to gain by losing some.
+            # Its samples are there, but not as they should be: dropping some would not help.
             plan.refuse(tar.name, report.unfit)
             continue
         if not sound or report.index is None:
-            what = report.unfit or "not one of its samples can be read"
+            what = report.unfit or "none of its samples can be read"
             unusable.append((tar, what, len(report.index or ()) + _num_lost(report)))
             continue
         num_left += len(sound)
@@ -368,10 +371,10 @@ def _plan_plain(folder: Path) -> RepairPlan:
         ]
         raise ManifestError("\n".join(why))
     for tar, what, count in unusable:
-        # How many samples it held may not be known: one at least is what it was made for.
+        # How many samples it held may be unknown; it held at least one.
         plan.lose(tar.name, max(count, 1), [f"{what}; it will be set aside"])
         plan.rewrites = True
-        plan.add(tar.name, partial(_put_away, tar))
+        plan.add(tar.name, partial(_set_tar_aside, tar))
     if plan.unfit:
         plan.lines.append(f"{MANIFEST}: cannot be made until every tar can be read")
     else:
@@ -394,13 +397,13 @@ def _plan_rewrite(tar: Path, report: ShardReport, sound: list[int], plan: Repair
 
 
 def _num_lost(report: ShardReport) -> int:
-    """Samples of a plain tar that are not in its index: a lost file may have been a whole one."""
+    """Samples of a plain tar that are not in its index: a lost file may have been a sample."""
     found = report.survey
     return 0 if found is None else max(len(found.lost), found.num_holes)
 
 
 def _cut_off(tar: Path, report: ShardReport) -> list[str]:
-    """Keys that were in the lost end of a tar, where an index from before the cut is left."""
+    """Keys that were in the lost end of a tar, if an index from before the cut exists."""
     found = report.survey
     if found is None or found.index is None or not found.torn:
         return []
@@ -409,14 +412,14 @@ def _cut_off(tar: Path, report: ShardReport) -> list[str]:
     except (OSError, IndexFileError):
         return []
     keys, left = before.keys.tolist(), found.index.keys.tolist()
-    # The index of another tar that had this name says nothing.
+    # The index of another tar that once had this name does not help.
     if before.num_bytes <= found.index.num_bytes or keys[: len(left)] != left:
         return []
     return [before.key(row) for row in range(len(left), len(keys))]
 
 
 def _adopt(folder: Path) -> list[str]:
-    manifest, remarks = adopt(folder)
+    manifest, notes = adopt(folder)
     count = len(manifest.shards)
     tars = (
         "1 plain tar, with its index" if count == 1 else f"{count} plain tars, with their indexes"
@@ -425,14 +428,14 @@ def _adopt(folder: Path) -> list[str]:
     if manifest.guide:
         done.append(f"{MANIFEST}: guide and prepare taken from {STATISTICS}")
     elif manifest.levels:
-        done.append(f"{MANIFEST}: guide is empty, for nothing here says which one made the levels")
-    return done + remarks
+        done.append(f"{MANIFEST}: guide is empty: nothing here says which guide made the levels")
+    return done + notes
 
 
 def _members(
     tar: Path, index: ShardIndex, rows: list[int]
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, members) of some rows, as they lie in the tar."""
+    """(key, members) of some rows, as stored in the tar."""
     descriptor = os.open(tar, os.O_RDONLY)
     try:
         for row in rows:
@@ -441,7 +444,7 @@ def _members(
                 if index.offsets[row, number] == -1 or not _can_be_written(column.suffix):
                     continue
                 data = read_member(index, row, number, tar.name, descriptor)
-                # The header in the tar is not held by any checksum: written again.
+                # No checksum covers the header in the tar, so it is rewritten.
                 is_level = isinstance(data, np.ndarray)
                 members[column.suffix] = encode_npy(data) if is_level else data
             yield index.key(row), members

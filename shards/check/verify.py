@@ -33,11 +33,9 @@ from shards.read.reader import read_member
 
 FIX_INDEX = "run `dinogen shards index`"
 FIX_REPAIR = "run `dinogen shards repair`"
-FIX_CHECKSUM = "restore the shard from a copy, or run `dinogen shards repair` to take it as it is"
+FIX_CHECKSUM = "restore the shard from a copy, or run `dinogen shards repair` to accept it as it is"
 FIX_META = "correct it and make the tar again; until then the image is used without it"
-FIX_SAMPLE = (
-    "correct it and make the tar again, or run `dinogen shards repair` to go on without the sample"
-)
+FIX_SAMPLE = "correct it and make the tar again, or run `dinogen shards repair` to drop the sample"
 FIX_LEVELS = "make all tars with the same features, or keep these in folders of their own"
 FIX_KEYS = "give every sample its own key and make the tar again"
 
@@ -74,14 +72,14 @@ class ShardReport:
         problems: all of them.
         missing: there is no tar.
         altered: the tar differs from what the manifest says.
-        index: the best index there is; None if there is no telling what the tar holds.
+        index: the best available index; None if it is unknown what the tar holds.
         index_wrong: the index on disk is not `index`.
         damaged: rows of `index` that cannot be used, and why.
-        torn: the tar's headers are damaged, so that other tools stumble.
-        unfit: the tar as a whole cannot be used, for another reason than damage.
-        untouched: `unfit` is no damage, so that a repair has to leave the tar as it is.
+        torn: the tar's headers are damaged, so other tools fail on it.
+        unfit: why the tar as a whole cannot be used, other than damage.
+        untouched: `unfit` is not damage, so a repair has to leave the tar as it is.
         lost: samples that were in the tar and are not in `index`, and why.
-        survey: what a look through the tar found.
+        survey: what a scan of the tar found.
     """
 
     problems: list[Problem] = field(default_factory=list)
@@ -102,14 +100,14 @@ class Findings:
     """What a check of a whole dataset found.
 
     Attributes:
-        problems: in the order of the files; empty if all is well.
-        remarks: what is no fault, and yet has to be known.
-        num_samples: that were looked at.
-        num_shards: that were looked at.
+        problems: in the order of the files; empty if there are none.
+        notes: what is no fault, but the user should know.
+        num_samples: how many were checked.
+        num_shards: how many were checked.
     """
 
     problems: list[Problem] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     num_samples: int = 0
     num_shards: int = 0
 
@@ -122,13 +120,13 @@ def verify(data: PackedDataset, progress: Callable[[int], None] | None = None) -
         progress: called with the number of samples of each shard when it is done.
 
     Returns:
-        Every problem found, in the order of the files; empty if all is well.
+        Every problem found, in the order of the files; empty if there are none.
     """
     return examine(data, progress).problems
 
 
 def examine(data: PackedDataset, progress: Callable[[int], None] | None = None) -> Findings:
-    """As `verify`, with what else has to be known."""
+    """Like `verify`, with notes and counts."""
     found = Findings()
     keys = _Keys()
     manifest = data.manifest
@@ -146,15 +144,15 @@ def examine(data: PackedDataset, progress: Callable[[int], None] | None = None) 
         what = "says that all samples have labels, but some have none"
         found.problems.append(Problem(MANIFEST, "", "", what, FIX_REPAIR))
     if manifest.image_size is None:
-        found.remarks += common_size(indexes)[1]
-    found.remarks += keys.remarks()
-    found.problems += _strangers(data)
+        found.notes += common_size(indexes)[1]
+    found.notes += keys.notes()
+    found.problems += _unlisted(data)
     found.problems += check_statistics(data)
     return found
 
 
 def examine_plain(folder: Path, progress: Callable[[int], None] | None = None) -> Findings:
-    """Reread a folder of plain tars, whatever they are; nothing is written.
+    """Reread a folder of plain tars of any origin; nothing is written.
 
     Raises:
         ManifestError: if there are no tars.
@@ -168,7 +166,7 @@ def examine_plain(folder: Path, progress: Callable[[int], None] | None = None) -
             indexes[tar.name] = report.index
         if progress is not None:
             progress(len(report.index or ()))
-    found.remarks += common_size(indexes)[1] + keys.remarks()
+    found.notes += common_size(indexes)[1] + keys.notes()
     return found
 
 
@@ -195,7 +193,7 @@ class _Keys:
         self._seen |= dict.fromkeys(mine, shard)
         return problems
 
-    def remarks(self) -> list[str]:
+    def notes(self) -> list[str]:
         """A line about the keys that several shards have in common."""
         if not self._shared:
             return []
@@ -204,18 +202,18 @@ class _Keys:
         first = show_name(self._first)
         return [
             f"{total} keys occur in more than one tar ({first}; {count} in both {one} and "
-            f"{other}): all are used, and what is exported by key overwrites itself"
+            f"{other}): all are used, but an export by key keeps only one of each"
         ]
 
 
 def _take(found: Findings, name: str, report: ShardReport, keys: _Keys) -> None:
-    """Put what was found in one shard to what was found before."""
+    """Add what was found in one shard to what was found before."""
     found.problems += report.problems
     found.num_shards += 1
     if report.survey is not None:
         named = {(problem.key, problem.member) for problem in report.problems}
-        lines = report.survey.remarks(named)
-        found.remarks += [f"{name}: {line}" for line in lines]
+        lines = report.survey.notes(named)
+        found.notes += [f"{name}: {line}" for line in lines]
     if report.index is not None:
         found.num_samples += len(report.index)
         found.problems += keys.of(name, report.index)
@@ -236,7 +234,7 @@ def inspect_plain(folder: Path) -> Iterator[tuple[Path, ShardReport]]:
             if levels is None:
                 levels = levels_of(index, tar.name)
             has_labels = index.labels is not None
-            # That all its samples lack a level is said once.
+            # If all its samples lack a level, that is reported once.
             needed = levels_of(index, tar.name) if report.untouched else levels
             _check_samples(tar, needed, None, has_labels, report)
         yield tar, report
@@ -268,26 +266,26 @@ def inspect_shard(source: Source, manifest: Manifest, shard: ShardInfo) -> Shard
     stored = _stored_index(source, shard, report)
     scanned = _survey(tar, manifest.levels, report)
     if stored is not None and report.altered:
-        # Its sums are the witnesses of what the tar held; headers of it may have been altered.
+        # Its sums tell what the tar held; the tar's headers may have been altered.
         stored = _follow(stored, scanned, tar, report)
         report.index_wrong |= stored is not None and stored.num_bytes != num_bytes
         if stored is not None and scanned is not None:
             _compare_headers(stored, scanned, tar, report)
         if stored is None and scanned is not None:
-            _blame_index(report, shard, "does not fit its tar")
+            _bad_index(report, shard, "does not fit its tar")
     elif stored and scanned and not report.torn and not stored.same_as(scanned):
-        _blame_index(report, shard, "does not fit its tar")
+        _bad_index(report, shard, "does not fit its tar")
         stored = None
     report.index = stored or scanned
     if report.index is None:
         return report
     if len(report.index) != shard.num_samples and stored is None and not report.torn:
-        what = f"says {shard.name} has {shard.num_samples} samples, it has {len(report.index)}"
+        what = f"says {shard.name} has {shard.num_samples} samples, but it has {len(report.index)}"
         report.problems.append(Problem(MANIFEST, "", "", what, FIX_REPAIR))
     _check_samples(tar, manifest.levels, manifest.image_size, manifest.has_labels, report)
     if report.altered and not report.damaged and not report.torn:
-        # The sums do not see words that changed places within one member.
-        what = f"has another checksum for {shard.name}, in whose samples no damage was found"
+        # The sums miss words that were swapped within one member.
+        what = f"has a different checksum for {shard.name}, although none of its samples is damaged"
         report.problems.append(Problem(MANIFEST, "", "", what, FIX_CHECKSUM))
     return report
 
@@ -296,18 +294,18 @@ def _stored_index(source: Source, shard: ShardInfo, report: ShardReport) -> Shar
     try:
         index = index_files.load(source.path(index_files.index_name(shard.name)))
     except FileNotFoundError:
-        _blame_index(report, shard, "is missing")
+        _bad_index(report, shard, "is missing")
         return None
     except (IndexFileError, FetchError) as error:
-        _blame_index(report, shard, str(error))
+        _bad_index(report, shard, str(error))
         return None
     if index.num_bytes != shard.num_bytes:
-        _blame_index(report, shard, f"is that of a tar of {index.num_bytes} bytes")
+        _bad_index(report, shard, f"is that of a tar of {index.num_bytes} bytes")
         return None
     return index
 
 
-def _blame_index(report: ShardReport, shard: ShardInfo, what: str) -> None:
+def _bad_index(report: ShardReport, shard: ShardInfo, what: str) -> None:
     report.index_wrong = True
     name = index_files.index_name(shard.name)
     report.problems.append(Problem(name, "", "", what, FIX_INDEX))
@@ -316,12 +314,12 @@ def _blame_index(report: ShardReport, shard: ShardInfo, what: str) -> None:
 def _survey(
     tar: Path, levels: dict[str, LevelInfo] | None, report: ShardReport, plain: bool = False
 ) -> ShardIndex | None:
-    """Look through a tar; what is wrong with it goes into the report.
+    """Scan a tar; what is wrong with it goes into the report.
 
     Args:
-        tar: which.
+        tar: its path.
         levels: that it has to have; None if any will do.
-        report: gets what is wrong.
+        report: receives the problems.
         plain: no manifest says that the tar ever had these levels.
     """
     try:
@@ -330,14 +328,13 @@ def _survey(
         _cannot_read(tar.name, error, report)
         return None
     report.survey, report.torn = found, found.torn
-    report.lost = [f"{show_name(trouble.key)}: {trouble.what}" for trouble in found.troubles]
-    for trouble in found.troubles:
-        problem = Problem(tar.name, trouble.key, "", trouble.what, trouble.remedy)
-        report.problems.append(problem)
-    if found.troubles and not found.torn:
-        report.unfit = str(found.troubles[0])
-        # What is inside may be whole.
-        report.untouched = found.troubles[0].what.startswith("is compressed")
+    report.lost = [f"{show_name(one.key)}: {one.what}" for one in found.problems]
+    for one in found.problems:
+        report.problems.append(Problem(tar.name, one.key, "", one.what, one.remedy))
+    if found.problems and not found.torn:
+        report.unfit = str(found.problems[0])
+        # The content may be sound.
+        report.untouched = found.problems[0].what.startswith("is compressed")
     if found.index is None or levels is None:
         return found.index
     try:
@@ -364,10 +361,10 @@ def _cannot_read(name: str, error: OSError, report: ShardReport) -> None:
 def _follow(
     stored: ShardIndex, scanned: ShardIndex | None, tar: Path, report: ShardReport
 ) -> ShardIndex | None:
-    """The stored index of an altered tar, with those samples that were moved at their new places.
+    """The stored index of an altered tar, with the new offsets of samples that were moved.
 
     Returns:
-        None if not one of its samples is in the tar: it is that of another tar.
+        None if none of its samples is in the tar: it is that of another tar.
     """
     if stored.sums is None or scanned is None or scanned.sums is None:
         return stored
@@ -397,7 +394,7 @@ def _follow(
                         sound = moved = True
             num_sound += sound
             if moved:
-                what = "does not lie where its index says: bytes were put in or lost before it"
+                what = "is not where its index says: bytes were inserted or lost before it"
                 problem = Problem(tar.name, stored.key(row), "", what, FIX_REPAIR)
                 report.problems.append(problem)
     finally:
@@ -405,7 +402,7 @@ def _follow(
     if num_sound == 0 and not report.torn and stored.keys.tolist() != scanned.keys.tolist():
         return None
     if not np.array_equal(offsets, stored.offsets):
-        # The tar has to be written again: its samples do not lie where its index says.
+        # The tar has to be rewritten: its samples are not where its index says.
         report.torn = True
     return replace(stored, offsets=offsets)
 
@@ -413,7 +410,7 @@ def _follow(
 def _compare_headers(
     stored: ShardIndex, scanned: ShardIndex, tar: Path, report: ShardReport
 ) -> None:
-    """Name what other tools will not find in an altered tar, though the index knows its place."""
+    """Name what other tools will not find in an altered tar, although the index can find it."""
     before = {(fault.row, fault.suffix) for fault in stored.faults}
     rows = {key: row for row, key in enumerate(stored.keys.tolist())}
     for fault in scanned.faults:
@@ -516,11 +513,12 @@ def _check_sample(
     except ValueError as error:
         raise CorruptSample(shard, key, suffix, str(error)) from error
     if height != width or (image_size is not None and width != image_size):
-        what = f"is {width}x{height}, needed is {image_size or 'a square'}"
+        needed = f"{image_size}x{image_size}" if image_size else "a square"
+        what = f"is {width}x{height}, expected {needed}"
         raise CorruptSample(shard, key, suffix, what)
 
 
-def _strangers(data: PackedDataset) -> list[Problem]:
+def _unlisted(data: PackedDataset) -> list[Problem]:
     folder = Path(data.location)
     if "://" in data.location:
         return []

@@ -1,4 +1,4 @@
-"""What a file is that is no plain tar, though it is called or kept like one; and what to do."""
+"""What a file is that is named or stored like a plain tar but is none, and what to do with it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKED = (
     (b"PK\x05\x06", "an empty zip archive", "download it again"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it, and make a tar with `tar --sort=name -cf`"),
     (b"Rar!", "a rar archive", "unpack it, and make a tar with `tar --sort=name -cf`"),
-    (b"PAR1", "a Parquet table", "make a tar of the images that it names"),
+    (b"PAR1", "a Parquet table", "make a tar of the images that it lists"),
     (b"\x89HDF", "an HDF5 file", "export its images, and make a tar of them"),
     (
         b"\xff\xd8\xff",
@@ -45,7 +45,7 @@ _HEAD = 512
 
 
 def what_it_is(path: Path) -> tuple[str, str] | None:
-    """What a file is that does not begin as a tar, and the remedy; None if there is no telling.
+    """What a file is that does not begin like a tar, and the remedy; None if it is unknown.
 
     Raises:
         OSError: if it cannot be read.
@@ -72,13 +72,13 @@ def compressed_tars(folder: Path) -> list[str]:
 
 
 def unpack_advice(names: list[str]) -> str:
-    """What to run for compressed tars, of which there is at least one."""
+    """What to run for compressed tars; `names` has at least one."""
     tools: dict[str, str] = {}
     for name in names:
         suffix, tool = _tool(name) or ("", "")
         tools.setdefault(tool, suffix)
     commands = " and ".join(f"`{tool} *{suffix}`" for tool, suffix in tools.items())
-    return f"samples are read at their places in the file, so unpack them: {commands}"
+    return f"samples are read at their offsets in the file, so unpack them: {commands}"
 
 
 def _tool(name: str) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""The offset index of a shard: what it holds, and its file beside the tar."""
+"""The index of a shard: offsets of all payloads, stored in a file beside the tar."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from shards.errors import IndexFileError
 from shards.files import NPY_HEADERS, atomic_write
 
 FORMAT = "dinogen-index"
-# Version 2 says what version 1 cannot: members that do not lie as they are needed, labels that
-# some samples lack by a fault, very long keys. What needs none of these is written as version 1.
+# Version 2 can hold what version 1 cannot: members that are converted on reading, labels that some
+# samples lack because of a fault, very long keys. An index without these is written as version 1.
 VERSION = 1
 _VERSIONS = (1, 2)
-# The label of a sample whose metadata are at fault.
+# The label of a sample whose metadata are faulty.
 NO_LABEL = int(np.iinfo(np.int64).min)
 # Keys padded to the longest one may take this many times their bytes before they are stored
 # without padding.
@@ -50,14 +50,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Indirect:
-    """A member that does not lie in the tar as it is needed: converted on each read.
+    """A member that is not stored in the tar in the form that is needed: converted on each read.
 
     Attributes:
-        extents: (first byte in the tar, bytes, position in the payload) of each stored part; what
-            lies between them is zero.
+        extents: (first byte in the tar, bytes, position in the payload) of each stored part; the
+            bytes between them are zero.
         dtype: of the stored array; None if it is no array.
         shape: of the array.
-        fortran: whether it lies in Fortran order.
+        fortran: whether it is stored in Fortran order.
     """
 
     extents: tuple[tuple[int, int, int], ...]
@@ -77,23 +77,23 @@ class Fault:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where every payload of one tar lies. n samples, m columns.
+    """Where every payload of one tar is. n samples, m columns.
 
     Attributes:
         num_bytes: size of the tar that this index fits.
         columns: the kinds of members.
         keys: (n,) UTF-8 bytes, in the tar's order; objects where padding would take too much.
-        offsets: (n, m) int64, first byte of the payload (behind the header of a .npy), or -1 for
+        offsets: (n, m) int64, first byte of the payload (after the header of a .npy), or -1 for
             a member that a sample does not have or that cannot be used, or -2 - k for number k of
             `indirect`.
         sizes: (n, m) int64, bytes of the payload as it is stored.
         sums: (n, m) uint64, sum64 of the payload; None if the tar was never read whole.
-        labels: (n,) int64, `NO_LABEL` where the metadata are at fault; None unless all other
+        labels: (n,) int64, `NO_LABEL` where the metadata are faulty; None unless all other
             samples have one.
-        indirect: members that do not lie as they are needed.
+        indirect: members that are converted on reading.
         faults: members that cannot be used.
         pixels: (n, 2) int32, width and height of the images by their headers, 0 if unknown; None
-            if nobody looked, as in what dinogen packs itself, where all are alike.
+            if unknown, as in what dinogen packs itself, where all have the same size.
     """
 
     num_bytes: int
@@ -223,7 +223,7 @@ def load(path: Path) -> ShardIndex:
         raise
     except _ERRORS as error:
         raise IndexFileError(
-            f"{path}: not a usable index ({error}); delete it, it is made again from the tar"
+            f"{path}: not a usable index ({error}); delete it, it is rebuilt from the tar"
         ) from error
     return index
 
@@ -241,7 +241,7 @@ def _check(index: ShardIndex) -> None:
     ends = np.where(index.offsets >= 0, index.offsets + index.sizes, 0)
     stored = [at + size for member in index.indirect for at, size, _ in member.extents]
     if n == 0 or bool((ends > index.num_bytes).any()) or max(stored, default=0) > index.num_bytes:
-        raise ValueError("it points behind the end of its tar")
+        raise ValueError("it points past the end of its tar")
     if n and bool((index.offsets < -1 - len(index.indirect)).any()):
         raise ValueError("it lacks members that it points to")
 
@@ -259,7 +259,7 @@ def as_keys(keys: list[bytes]) -> npt.NDArray[Any]:
     """Keys as an array of an index: padded, unless one long key would make it huge."""
     longest, total = max(map(len, keys)), sum(map(len, keys))
     too_wide = longest * len(keys) > max(_SMALL, _MAX_PADDING * total)
-    # numpy takes zeros at the end of a string for padding.
+    # numpy treats zeros at the end of a string as padding.
     if too_wide or any(key.endswith(b"\0") for key in keys):
         found = np.empty(len(keys), object)
         found[:] = keys

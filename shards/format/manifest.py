@@ -1,4 +1,4 @@
-"""`manifest.json`: what a dataset consists of and where it came from."""
+"""`manifest.json`: what a dataset consists of and where it comes from."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from shards.errors import ManifestError
 from shards.files import atomic_write
 
 MANIFEST = "manifest.json"
-# Lies in the folder instead of the manifest while packing is not finished.
+# Takes the place of the manifest until packing is finished.
 PACKING = "packing.json"
 STATISTICS = "stats.safetensors"
 MADE_AGAIN = "run `dinogen shards index`"
 SPLITS = ("train", "val", "test")
-# What only the packer knows, and whether it is written though it be empty.
+# What only the packer knows, and whether it is written even if it is empty.
 IDENTITY = {"guide": True, "prepare": True, "classes": False, "guides": False, "clip": False}
 
 
@@ -38,8 +38,8 @@ class ShardInfo(_Record):
 class LevelInfo(_Record):
     """One level of features; `total_variance` is that of the train split, None if unknown.
 
-    It is the variance over samples, averaged over the grid*grid places and C channels: the mean
-    squared error of the best constant answer, below which no collapsed generator falls.
+    It is the variance over samples, averaged over the grid*grid locations and C channels: the mean
+    squared error of the best constant answer, which no collapsed generator can beat.
     """
 
     grid: int = Field(gt=0)
@@ -57,7 +57,7 @@ class SplitInfo(_Record):
 
 
 class StatisticsInfo(_Record):
-    """The file with the per-place means and variances of every level."""
+    """The file with the per-location means and variances of every level."""
 
     file: str
     sha256: str
@@ -71,8 +71,8 @@ class Manifest(_Record):
         has_labels: every sample of the dataset has a label.
         classes: names of the classes by their labels, 0, 1, ...; empty if they have none.
         guide: identity of the feature network (name, revision, weights hash, random or not).
-        guides: of further ones, by the names that their levels begin with; empty if none.
-        clip: of the network that made the levels "clip" and "text"; empty if there are none.
+        guides: identities of further ones, by the prefixes of their levels; empty if none.
+        clip: identity of the network that made the levels "clip" and "text"; empty if none.
         prepare: settings that the photos were aligned with.
         levels: by name, "p4", "p8", "n4", "pixels.p4", "clip" ...
     """
@@ -106,7 +106,7 @@ class Manifest(_Record):
         found = tuple(shard for shard in self.shards if shard.split == split)
         if not found:
             have = ", ".join(self.splits)
-            raise ManifestError(f"{location} has no split {split!r}; it has {have}")
+            raise ManifestError(f"{location} has no split {split!r}; its splits are {have}")
         return found
 
     def save(self, folder: Path) -> None:
@@ -133,7 +133,7 @@ def parse_manifest(data: bytes, name: str, counted: bool = True) -> Manifest:
         where = ".".join(str(part) for part in first["loc"])
         raise ManifestError(
             f"{name}: {where or 'file'}: {first['msg']}; restore the file from its source, or "
-            f"move it elsewhere and {MADE_AGAIN} to make it again from the tars"
+            f"move it elsewhere and {MADE_AGAIN} to rebuild it from the tars"
         ) from error
     for split, info in manifest.splits.items() if counted else ():
         shards = [shard for shard in manifest.shards if shard.split == split]
@@ -145,7 +145,7 @@ def parse_manifest(data: bytes, name: str, counted: bool = True) -> Manifest:
     names = [shard.name for shard in manifest.shards]
     if manifest.statistics is not None:
         names.append(manifest.statistics.file)
-    # What a manifest from elsewhere names is read, fetched and written in the dataset's folder.
+    # The files that a manifest names are read, fetched and written in the dataset's folder.
     if len(set(names)) != len(names) or not all(map(_is_plain, names)):
         raise ManifestError(
             f"{name}: shards.name and statistics.file must be unique names of files in its own "

@@ -1,4 +1,4 @@
-"""The one file that knows the members of a sample: how they are named, encoded and decoded."""
+"""The members of a sample: how they are named, encoded and decoded. Only this file knows."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ CAPTION_SUFFIX = "txt"
 # Levels that hold one vector of a sample: the embeddings of its image and of its caption.
 VECTORS = ("clip", "text")
 _LEVEL = re.compile(r"(?:([a-z][a-z0-9_]*)\.)?[pn]([1-9][0-9]*)")
-# WebDataset's rule: up to the first dot of the last part of the name; what it takes for metadata
-# of the tar itself is passed over.
+# WebDataset's rule: up to the first dot of the last part of the name; what it treats as metadata
+# of the tar itself is skipped.
 _NAME = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")
 _PASSED_OVER = re.compile(r"__[^/]*__(?:/|$)")
 # What numpy raises for a damaged header of a .npy, which it hands to Python's own parser.
@@ -37,7 +37,7 @@ _NPY_ERRORS = (
     MemoryError, RecursionError,
 )  # fmt: skip
 _NUMBERS = "fiub"
-# The square of a number beyond is no float32, nor is a variance.
+# The square of a larger number, and so a variance, does not fit into float32.
 _LARGEST = 1e18
 # What a JSON text may be instead of an object.
 _KINDS = {
@@ -48,7 +48,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One training example as it lies on disk.
+    """One training example as it is stored on disk.
 
     Attributes:
         key: unique name, of any length; see :func:`check_key`.
@@ -56,11 +56,11 @@ class Sample:
         image_format: "jpg", "png" or "webp".
         meta: free JSON object (`label` is reserved).
         levels: features by level, {"p4": (16, C), "p8": (64, C), "p16": (256, C)}: `p` pooled,
-            `n` native, the number is the grid's side; "NAME.p4" are those of a further guide. Of
-            "clip" and "text", (1, E): embeddings of the image and of the caption, zeros where
+            `n` native, the number is the grid's side; "NAME.p4" are those of a further guide.
+            "clip" and "text" are (1, E): embeddings of the image and of the caption, zeros if
             there is no caption. Stored as float16.
         label: class number, or None.
-        caption: what is in the image, in words, or None.
+        caption: a description of the image, or None.
 
     Raises:
         ValueError: naming the key and what is wrong with it.
@@ -88,7 +88,7 @@ class Sample:
             places = level_grid(name) ** 2
             if values.ndim != 2 or values.shape[0] != places or values.shape[1] < 1:
                 raise ValueError(
-                    f"{show_name(self.key)}: level {name} has shape {values.shape}, needed is "
+                    f"{show_name(self.key)}: level {name} has shape {values.shape}, expected "
                     f"({places}, C)"
                 )
 
@@ -111,19 +111,19 @@ def split_name(name: str) -> tuple[str, str] | None:
 def check_key(key: str) -> None:
     """Raise ValueError unless what WebDataset reads back is this key.
 
-    The one rule for keys, of samples that are written and of samples that are read: any length,
-    any folders, no dot in its last part.
+    The same rule holds for samples that are written and that are read: any length, any folders,
+    no dot in the last part.
     """
     if split_name(f"{key}.jpg") != (key, "jpg"):
         raise ValueError(
-            f"key '{show_name(key)}' names no sample: it must not be empty, its last part must not "
-            "contain '.', and it must not begin with a folder '__x__'; WebDataset would split or "
-            "skip it"
+            f"key '{show_name(key)}' is not a valid name of a sample: it must not be empty, its "
+            "last part must not contain '.', and it must not begin with a folder '__x__'; "
+            "WebDataset would split or skip it"
         )
 
 
 def level_name(level: int | str) -> str:
-    """Name of a level: 4 means "p4", names stay as they are.
+    """Name of a level: 4 means "p4", names are unchanged.
 
     Raises:
         ValueError: if it is not the name of a level.
@@ -131,8 +131,8 @@ def level_name(level: int | str) -> str:
     name = f"p{level}" if isinstance(level, int) else level
     if not _is_level(name):
         raise ValueError(
-            f"{level!r} names no level; levels are p4, p8, p16 or n4, n8, n16, NAME.p4 of a "
-            "further guide, clip and text"
+            f"{level!r} is not the name of a level; levels are p4, p8, p16 or n4, n8, n16, NAME.p4 "
+            "of a further guide, clip and text"
         )
     return name
 
@@ -144,9 +144,9 @@ def level_grid(name: str) -> int:
 
 
 def level_guide(name: str) -> str:
-    """Name of the guide that a level is of: "pixels" for "pixels.p4", "" for the main one.
+    """Name of the guide that made a level: "pixels" for "pixels.p4", "" for the main guide.
 
-    The vectors "clip" and "text" are both of "clip".
+    The vectors "clip" and "text" both come from "clip".
     """
     found = _LEVEL.fullmatch(level_name(name))
     return (found[1] or "") if found else VECTORS[0]
@@ -215,7 +215,7 @@ def decode(key: str, members: Mapping[str, bytes]) -> Sample:
         for member, data in members.items()
         if (name := level_of_suffix(member))
     }
-    # Tars from elsewhere may hold text of any kind; a letter that is lost there does no harm.
+    # Tars from elsewhere may hold text in any encoding; a lost letter does no harm.
     words = members.get(CAPTION_SUFFIX)
     caption = None if words is None else bytes(words).decode("utf-8", "replace")
     image = bytes(members[suffix])
@@ -235,13 +235,13 @@ def decode_meta(data: bytes, key: str) -> dict[str, Any]:
     """
     name = show_name(f"{key}.{META_SUFFIX}")
     if not data.strip():
-        raise ValueError(f"{name}: is empty, needed is a JSON object")
+        raise ValueError(f"{name}: is empty, expected a JSON object")
     try:
         meta = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not JSON: {error}") from error
     if not isinstance(meta, dict):
-        raise ValueError(f"{name}: holds {_KINDS[type(meta)]}, needed is an object")
+        raise ValueError(f"{name}: holds {_KINDS[type(meta)]}, expected an object")
     label = meta.get("label")
     if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
         raise ValueError(f"{name}: label {label!r:.80} is not an integer")
@@ -274,8 +274,8 @@ def to_float16(key: str, name: str, values: npt.NDArray[Any]) -> npt.NDArray[np.
     if not np.isfinite(small).all():
         worst = np.abs(values.astype(np.float64)).max()
         raise ValueError(
-            f"{show_name(key)}: level {name} is not finite in float16 (largest magnitude {worst}); "
-            f"float16 ends at 65504: check the guide, or scale its features"
+            f"{show_name(key)}: level {name} is not finite in float16 (largest magnitude {worst}, "
+            f"the limit is 65504): check the guide, or scale its features"
         )
     return small
 
@@ -309,7 +309,7 @@ def npy_header(data: bytes, name: str) -> tuple[tuple[int, ...], np.dtype[Any], 
     except _NPY_ERRORS as error:
         raise ValueError(f"{name}: not a .npy file: {error!s:.200}") from error
     if dtype.kind not in _NUMBERS:
-        raise ValueError(f"{name}: holds {dtype!s:.80}; needed are numbers")
+        raise ValueError(f"{name}: holds {dtype!s:.80}, expected numbers")
     if any(isinstance(length, bool) or length < 0 for length in shape):
         raise ValueError(f"{name}: not a .npy file: its shape is {shape}")
     return shape, dtype, bool(fortran), file.tell()
@@ -338,7 +338,7 @@ def as_array(
 
 
 def unusable(values: npt.NDArray[Any], dtype: str) -> str | None:
-    """What is wrong with the numbers of a level once they are read as `dtype`, if anything is."""
+    """What is wrong with the numbers of a level when they are read as `dtype`, or None."""
     with np.errstate(over="ignore", invalid="ignore"):
         converted = values.astype(dtype)
         if not np.isfinite(converted).all():

@@ -1,4 +1,4 @@
-"""From a tar to its index: samples found by their headers, payloads measured and summed up."""
+"""Builds the index of a tar: samples found by their headers, payloads measured and summed."""
 
 from __future__ import annotations
 
@@ -41,16 +41,14 @@ _FLOATS = ("<f2", "<f4")
 _CHUNK = 1 << 26
 _IMAGE_HEAD = 4096
 _NPY_HEAD = 256
-RESTORE = (
-    "restore the shard from a copy, or run `dinogen shards repair` to go on with what can be read"
-)
+RESTORE = "restore the shard from a copy, or run `dinogen shards repair` to keep what can be read"
 FIX_ACCESS = "check its permissions and the disk, or restore the file from a copy"
 _SORT = "make the tar again with `tar --sort=name`"
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """Why a tar as a whole cannot be used as it is: what is wrong, at which sample, the remedy."""
+class TarProblem:
+    """Why a whole tar cannot be used as it is: what is wrong, at which sample, and the remedy."""
 
     key: str
     what: str
@@ -65,8 +63,8 @@ class _Entry:
     """One sample found in a tar: its members by suffix.
 
     Attributes:
-        repeated: suffixes that came more than once; the first of them counts.
-        beside_damage: it lies right before or behind a damaged place, so that it may lack members.
+        repeated: suffixes that occur more than once; the first of them counts.
+        beside_damage: it is right before or after damage, so it may lack members.
         overrun: the content of its last member holds a header: bytes of it were lost.
     """
 
@@ -83,18 +81,18 @@ class Survey:
 
     Attributes:
         index: of its samples; None if it holds none.
-        troubles: why it cannot be used as it is.
-        torn: headers are damaged, or members are lost: other tools stumble, too.
+        problems: why it cannot be used as it is.
+        torn: headers are damaged, or members are lost: other tools fail on it, too.
         lost: keys of samples that are known and cannot be used at all.
-        num_holes: places at which a file is lost, whose sample may not be known.
-        without_image: names like `README (md)` of what is no sample.
-        not_needed: names of the members that belong to no sample, those without a key among them.
+        num_holes: places where a file is lost, whose sample may be unknown.
+        without_image: names like `README (md)` of groups that are no sample.
+        not_needed: names of the members that belong to no sample, including those without a key.
         links: entries that are no files, by kind.
-        keys_twice: keys of several samples.
+        keys_twice: keys that several samples have.
     """
 
     index: ShardIndex | None = None
-    troubles: list[Trouble] = field(default_factory=list)
+    problems: list[TarProblem] = field(default_factory=list)
     torn: bool = False
     lost: list[str] = field(default_factory=list)
     num_holes: int = 0
@@ -103,18 +101,18 @@ class Survey:
     links: Counter[str] = field(default_factory=Counter)
     keys_twice: list[str] = field(default_factory=list)
 
-    def remarks(self, named: Set[tuple[str, str]] | None = None) -> list[str]:
+    def notes(self, named: Set[tuple[str, str]] | None = None) -> list[str]:
         """What a user has to know about a tar that can be used, one line each.
 
         Args:
-            named: (key, suffix) of the faults that are named elsewhere, keys that occur twice
-                among them; None if none are.
+            named: (key, suffix) of the faults that are named elsewhere, including keys that occur
+                twice; None if none are.
         """
         lines = []
         if self.links:
-            lines.append(f"passed over, not regular files: {', '.join(self.link_counts())}")
+            lines.append(f"skipped, not regular files: {', '.join(self.link_counts())}")
         if self.without_image and self.index is not None:
-            lines.append(f"passed over, no image or features: {listed(self.without_image)}")
+            lines.append(f"skipped, no image or features: {listed(self.without_image)}")
         if named is None and self.keys_twice:
             keys = [show_name(key) for key in self.keys_twice]
             lines.append(f"keys that occur twice: {listed(keys)}")
@@ -135,7 +133,7 @@ class Survey:
         return lines
 
     def link_counts(self) -> list[str]:
-        """The entries that are no regular files, like `2 hard links`."""
+        """The entries that are not regular files, like `2 hard links`."""
         return [f"{count} {_plural(kind, count)}" for kind, count in self.links.items()]
 
 
@@ -158,15 +156,15 @@ def scan(path: Path, with_sums: bool, levels: Mapping[str, LevelInfo] | None = N
 
     Args:
         path: of the tar.
-        with_sums: read the payloads too and sum them up.
-        levels: what the arrays must be; those of most samples unless given.
+        with_sums: read the payloads too, and compute their sums.
+        levels: what the arrays must be; if None, what they are in most samples.
 
     Raises:
         IndexFileError: if the tar is damaged, holds no sample, or is no tar.
     """
     found = survey(path, with_sums, levels)
-    if found.troubles or found.index is None:
-        raise IndexFileError(f"{path}: {found.troubles[0]}")
+    if found.problems or found.index is None:
+        raise IndexFileError(f"{path}: {found.problems[0]}")
     return found.index
 
 
@@ -177,14 +175,14 @@ def survey(
     pixels: bool = False,
     finite: bool = False,
 ) -> Survey:
-    """Look through a tar, whatever it is.
+    """Scan a tar, or a file that may be none.
 
     Args:
         path: of the tar.
-        with_sums: read the payloads too and sum them up.
-        levels: what the arrays must be; those of most samples unless given.
-        pixels: look at the headers of the images for their sizes.
-        finite: look at every number of the levels; needs `with_sums`.
+        with_sums: read the payloads too, and compute their sums.
+        levels: what the arrays must be; if None, what they are in most samples.
+        pixels: read the sizes of the images from their headers.
+        finite: check every number of the levels; needs `with_sums`.
 
     Raises:
         OSError: if the file cannot be read.
@@ -209,15 +207,15 @@ def _entries(descriptor: int, path: Path, found: Survey) -> list[_Entry]:
     damage: list[TarError] = []
     groups = list(_groups(descriptor, damage, found))
     if not groups and damage and damage[0].offset == 0 and (known := what_it_is(path)):
-        found.troubles.append(Trouble("", *known))
+        found.problems.append(TarProblem("", *known))
         return []
     for error, key in zip(damage, _beside(groups, damage), strict=True):
         found.torn = True
         found.num_holes += error.loses
         end = error.end
-        lost = f"; it goes on at byte {end}" if end is not None else ""
-        where = f"here or right behind it: {error}{lost}"
-        found.troubles.append(Trouble(key or "the first sample", where, RESTORE))
+        lost = f"; the next readable header is at byte {end}" if end is not None else ""
+        where = f"at this sample or right after it: {error}{lost}"
+        found.problems.append(TarProblem(key or "the first sample", where, RESTORE))
     apart = _note_apart(groups, found)
     samples = [group for group in groups if _is_sample(group)]
     usual = _usual(samples)
@@ -227,26 +225,26 @@ def _entries(descriptor: int, path: Path, found: Survey) -> list[_Entry]:
             kinds = _shortened([show_name(suffix) for suffix in group.members])
             found.without_image.append(f"{show_name(group.key)} ({kinds})")
             if group.beside_damage:
-                _lose(group, "has lost its image", found)
+                _lose(group, "lost its image", found)
             else:
                 found.not_needed += [show_name(f"{group.key}.{name}") for name in group.members]
         elif found.torn and group.key in apart:
-            _lose(group, "its members do not lie next to each other", found)
+            _lose(group, "its members are not next to each other", found)
         elif group.overrun:
-            _lose(group, "has lost bytes: another header lies inside it", found)
+            _lose(group, "lost bytes: another header is inside it", found)
         elif group.beside_damage and not usual <= group.members.keys():
             missing = ", ".join(map(show_name, sorted(usual - group.members.keys())))
             _lose(group, f"lacks {missing}, which other samples have", found)
         else:
             kept.append(group)
-    if not kept and not found.troubles:
-        found.troubles.append(_no_sample(groups))
+    if not kept and not found.problems:
+        found.problems.append(_no_sample(groups))
     return kept
 
 
 def _lose(group: _Entry, what: str, found: Survey) -> None:
     found.lost.append(group.key)
-    found.troubles.append(Trouble(group.key, what, RESTORE))
+    found.problems.append(TarProblem(group.key, what, RESTORE))
 
 
 def _groups(descriptor: int, damage: list[TarError], found: Survey) -> Iterator[_Entry]:
@@ -279,7 +277,7 @@ def _groups(descriptor: int, damage: list[TarError], found: Survey) -> Iterator[
 
 
 def _lighter(member: Member, suffix: str) -> Member:
-    """A member without first bytes that are not needed: a tar may have a million of them."""
+    """A member without the first bytes if they are not needed: a tar may have a million members."""
     if level_of_suffix(suffix) is not None:
         return replace(member, head=member.head[:_NPY_HEAD])
     whole = suffix in LABEL_SUFFIXES and len(member.head) == member.size
@@ -291,7 +289,7 @@ def _overruns(error: TarError) -> bool:
 
 
 def _beside(groups: list[_Entry], damage: list[TarError]) -> list[str]:
-    """Of each damaged place, the key of the last sample that begins before it."""
+    """For each damaged place, the key of the last sample that begins before it."""
     begins = [
         (min(member.offset for member in group.members.values()), group.key) for group in groups
     ]
@@ -302,7 +300,7 @@ def _beside(groups: list[_Entry], damage: list[TarError]) -> list[str]:
 
 
 def _note_apart(groups: list[_Entry], found: Survey) -> set[str]:
-    """Find keys that come back after other samples, with other members of them."""
+    """Find keys that occur again after other samples, with further members."""
     first: dict[str, _Entry] = {}
     apart = []
     for group in groups:
@@ -315,11 +313,11 @@ def _note_apart(groups: list[_Entry], found: Survey) -> set[str]:
             before.members.keys() & group.members.keys()
         ):
             apart.append(group.key)
-    # In a damaged tar they may as well be names that damage made.
+    # In a damaged tar such names may be the result of the damage.
     if apart and not found.torn:
         others = f", nor are those of {len(apart) - 1} more samples" if len(apart) > 1 else ""
         what = f"members of sample {show_name(apart[0])} are not next to each other{others}"
-        found.troubles.append(Trouble(apart[0], what, _SORT))
+        found.problems.append(TarProblem(apart[0], what, _SORT))
     return set(apart)
 
 
@@ -334,26 +332,26 @@ def _usual(groups: list[_Entry]) -> frozenset[str]:
     return counts.most_common(1)[0][0] if counts else frozenset()
 
 
-def _no_sample(groups: list[_Entry]) -> Trouble:
+def _no_sample(groups: list[_Entry]) -> TarProblem:
     for group in groups:
         for suffix in group.members:
             stem, dot, last = suffix.rpartition(".")
             if dot and last in IMAGE_SUFFIXES:
                 name, key = show_name(f"{group.key}.{suffix}"), show_name(group.key)
                 what = (
-                    f"no sample has an image: a name is split at its first dot, so that "
-                    f"{name} is read as '{show_name(suffix)}' of sample '{key}'"
+                    f"no sample has an image: a name is split at its first dot, so {name} is read "
+                    f"as '{show_name(suffix)}' of sample '{key}'"
                 )
                 base = group.key.rpartition("/")[2]
                 better = show_name(f"{base}_{stem.replace('.', '_')}.{last}")
-                return Trouble("", what, f"name it {better}, and make the tar again")
+                return TarProblem("", what, f"rename it to {better}, and make the tar again")
     kinds = ", ".join(IMAGE_SUFFIXES)
     if not groups:
-        return Trouble("", "holds no sample", f"make it of files NAME.SUFFIX ({kinds})")
+        return TarProblem("", "holds no sample", f"make it from files NAME.SUFFIX ({kinds})")
     suffixes = sorted({suffix or "none" for group in groups for suffix in group.members})
     shown = _shortened([show_name(suffix) for suffix in suffixes])
     what = f"no sample has an image ({kinds}); the suffixes of its members are: {shown}"
-    return Trouble("", what, "give the images one of these suffixes, and make the tar again")
+    return TarProblem("", what, "give the images one of these suffixes, and make the tar again")
 
 
 @dataclass(frozen=True)
@@ -397,7 +395,7 @@ class _Table:
         rows = [self._row(number, entry, bad) for number, entry in enumerate(self._entries)]
         labels = [self._label(number, entry) for number, entry in enumerate(self._entries)]
         table = [[row.get(suffix, (-1, 0, 0)) for suffix in self._columns] for row in rows]
-        # Sums use all 64 bits, which the other two columns' signed type has not.
+        # Sums use all 64 bits; the signed type of the other two columns has only 63.
         sums = np.array([[cell[2] for cell in cells] for cells in table], np.uint64)
         labelled = None not in labels and any(label != NO_LABEL for label in labels)
         return ShardIndex(
@@ -413,7 +411,7 @@ class _Table:
         )
 
     def _find_columns(self, levels: Mapping[str, LevelInfo]) -> dict[str, Column]:
-        """What each kind of member is: what most samples have, for one may be damaged."""
+        """What each kind of member is: what most samples have, because one may be damaged."""
         columns: dict[str, Column] = {}
         kinds: dict[str, Counter[tuple[str, tuple[int, ...]]]] = {}
         for number, entry in enumerate(self._entries):
@@ -442,7 +440,7 @@ class _Table:
             except ValueError:
                 if len(member.head) == member.size:
                     raise
-                # The header may be longer than what was kept of it, or lie behind a hole.
+                # The header may be longer than what was kept of it, or be behind a hole.
                 content = self._content(member)
                 shape, dtype, fortran, header = npy_header(content, member.name)
             if level in VECTORS and len(shape) == 1:
@@ -451,7 +449,7 @@ class _Table:
             if len(shape) != 2 or shape[0] != places or shape[1] < 1:
                 if level in VECTORS:
                     return None  # other programs may give anything this name
-                raise ValueError(f"has shape {shape}, needed is ({places}, C)")
+                raise ValueError(f"has shape {shape}, expected ({places}, C)")
             if header + math.prod(shape) * dtype.itemsize != member.size:
                 raise ValueError(f"{member.size} bytes do not fit {shape} {dtype}")
         except ValueError as error:
@@ -459,7 +457,7 @@ class _Table:
                 what = str(error).removeprefix(f"{show_name(member.name)}: ")
                 self._faults.append(Fault(number, suffix, what))
             return None
-        # An array of one row or one column lies the same way in either order.
+        # An array of one row or one column is stored the same way in either order.
         return _Form(header, dtype, shape, fortran and min(shape) > 1)
 
     def _row(
@@ -477,7 +475,7 @@ class _Table:
                 self._faults.append(Fault(number, suffix, what))
             elif column.shape is not None and (form is None or form.shape != column.shape):
                 stored = "is no such array" if form is None else f"is {form.dtype} {form.shape}"
-                what = f"{stored}, needed is {column.dtype} {column.shape}"
+                what = f"{stored}, expected {column.dtype} {column.shape}"
                 self._faults.append(Fault(number, suffix, what))
             else:
                 cell = self._cell(number, suffix, member, form)
@@ -585,7 +583,7 @@ def image_sizes(descriptor: int, index: ShardIndex) -> npt.NDArray[np.int32]:
             offset, size = int(index.offsets[row, number]), int(index.sizes[row, number])
             name = f"{index.key(row)}.{suffix}"
             found[row] = 0
-            # Mostly the first bytes tell; a preview or a profile may lie before the size.
+            # The first bytes are usually enough; a preview or a profile may precede the size.
             for length in (min(size, _IMAGE_HEAD), size):
                 if offset < -1:
                     data = gather(descriptor, index.indirect[-2 - offset].extents, size)

@@ -29,7 +29,7 @@ class Moments:
     """Running mean and population variance of arrays of one shape, in float64.
 
     Sums are taken of differences from the first array, so that a feature with a large mean and a
-    small spread keeps its digits; two such runs are joined by Chan's formula.
+    small spread keeps its digits; two such sums are merged by Chan's formula.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Moments:
         self._square: Doubles | None = None
 
     def add(self, values: npt.NDArray[Any]) -> None:
-        """Take in one array."""
+        """Add one array."""
         wide = values.astype(np.float64)
         if self._shift is None or self._sum is None or self._square is None:
             self._shift = wide
@@ -67,7 +67,7 @@ class Statistics:
         self._levels: dict[str, tuple[int, Doubles, Doubles]] = {}
 
     def merge(self, shard: dict[str, Moments]) -> None:
-        """Take in the moments of one shard; the order of shards decides the last bits."""
+        """Add the moments of one shard; the order of the shards decides the last bits."""
         for name, moments in shard.items():
             count, mean, spread = moments.result()
             if name in self._levels:
@@ -79,7 +79,7 @@ class Statistics:
             self._levels[name] = (count, mean, spread)
 
     def arrays(self) -> dict[str, npt.NDArray[np.float32]]:
-        """ "p4.mean" and "p4.var" float32 (places, channels) for every level."""
+        """ "p4.mean" and "p4.var" float32 (locations, channels) for every level."""
         found: dict[str, npt.NDArray[np.float32]] = {}
         for name, (count, mean, spread) in sorted(self._levels.items()):
             found[f"{name}.mean"] = mean.astype(np.float32)
@@ -87,7 +87,7 @@ class Statistics:
         return found
 
     def total_variances(self) -> dict[str, float]:
-        """By level, the variance averaged over places and channels."""
+        """By level, the variance averaged over locations and channels."""
         return {name: float(s.mean() / n) for name, (n, _, s) in self._levels.items()}
 
 
@@ -117,13 +117,13 @@ def save_statistics(
         statistics: of the train split.
         folder: of the dataset.
         identity: the :data:`shards.format.manifest.IDENTITY` of its manifest, repeated in the file:
-            without it nothing can be trained on the features, and no tar tells it if the manifest
+            without it nothing can be trained on the features, and no tar holds it if the manifest
             is lost.
     """
-    told = {
+    written = {
         name: identity[name] for name, needed in IDENTITY.items() if needed or identity.get(name)
     }
-    text = json.dumps(told, ensure_ascii=False)
+    text = json.dumps(written, ensure_ascii=False)
     with atomic_write(folder / STATISTICS) as file:
         file.write(save(statistics.arrays(), {_METADATA: text}))
     return StatisticsInfo(file=STATISTICS, sha256=file.hexdigest())
@@ -137,7 +137,7 @@ def recall(path: Path, arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[st
         arrays: the statistics of the features found now.
 
     Returns:
-        Nothing if the file does not tell, or describes other features than those.
+        Nothing if the file does not hold it, or describes other features than those.
     """
     try:
         with safe_open(path, "numpy") as file:
@@ -153,10 +153,10 @@ def recall(path: Path, arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[st
     except FileNotFoundError:
         return {}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s does not tell which guide made the features: %r", path, error)
+        log.warning("%s does not say which guide made the features: %r", path, error)
         return {}
     if not _alike(before, arrays):
-        log.warning("%s is about other features than the tars hold; passed over", path)
+        log.warning("%s describes other features than the tars hold; ignored", path)
         return {}
     return found
 
@@ -164,7 +164,7 @@ def recall(path: Path, arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[st
 def _alike(
     before: Mapping[str, npt.NDArray[Any]], now: Mapping[str, npt.NDArray[np.float32]]
 ) -> bool:
-    """Whether both may be of one guide's features, though samples were lost in between."""
+    """Whether both can be of the same guide's features, even if samples were lost in between."""
     if {name: a.shape for name, a in before.items()} != {name: a.shape for name, a in now.items()}:
         return False
     levels = {name.rpartition(".")[0] for name in now}

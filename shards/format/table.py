@@ -1,4 +1,4 @@
-"""The samples of one split as flat arrays: which file, which bytes, checked already or not."""
+"""The samples of one split as flat arrays: which file, which bytes, whether checked already."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Source(Protocol):
 
 
 class OpenFile:
-    """A file opened for scattered reading; closed when the last user lets go of it.
+    """A file opened for random access; closed when its last user releases it.
 
     Attributes:
         path: where it was found.
@@ -56,7 +56,7 @@ class OpenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.descriptor = os.open(path, os.O_RDONLY)
-        # Not in __del__: while that runs, a weak reference still gives the object to others.
+        # Not in __del__: while it runs, a weak reference can still hand out the object.
         weakref.finalize(self, self._let_go, self.descriptor).atexit = False
         # Readahead around scattered reads fetches up to 20 times the bytes needed.
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
@@ -96,11 +96,11 @@ class SampleTable:
         self._columns: dict[str, tuple[ColumnTable, set[int]]] = {}
         self._files: dict[int, OpenFile] = {}
         self._lock = threading.Lock()
-        # One per shard: a fetch of one must not stall those who read others.
+        # One per shard: fetching one shard must not stall readers of others.
         self._loading = [threading.Lock() for _ in shards]
 
     def index(self, shard: int) -> ShardIndex:
-        """Index of a shard, made from the tar if there is none.
+        """Index of a shard, built from the tar if there is none.
 
         Raises:
             IndexFileError: if neither the index nor the tar can be used.
@@ -119,7 +119,7 @@ class SampleTable:
             except FetchError:
                 raise
             except ShardsError as error:
-                # Remembered, so that skipping a thousand samples does not try a thousand times.
+                # Kept, so that skipping a thousand samples does not try a thousand times.
                 self._broken[shard] = error
                 raise
             self._indexes[shard] = found
@@ -178,15 +178,15 @@ class SampleTable:
         """Labels of samples given as (shard, sample); `NO_LABEL` where the metadata are at fault.
 
         Raises:
-            IndexFileError: if a shard's index lacks them against the manifest's word.
+            IndexFileError: if a shard's index has none, although the manifest says that it has.
         """
         found = np.empty(len(rows), np.int64)
         for i, (shard, sample) in enumerate(rows):
             labels = self.index(shard).labels
             if labels is None:
                 raise IndexFileError(
-                    f"{self.shards[shard].name}: its index has no labels, manifest.json says it "
-                    f"has; run `dinogen shards repair`"
+                    f"{self.shards[shard].name}: its index has no labels, although manifest.json "
+                    f"says it has; run `dinogen shards repair`"
                 )
             found[i] = labels[sample]
         return found
@@ -208,7 +208,7 @@ class SampleTable:
         found = self._files.get(shard)
         if found is not None:
             return found
-        # Outside of the lock: it may take as long as fetching a whole shard.
+        # Outside the lock: it may take as long as fetching a whole shard.
         opened = self._source.open(self.shards[shard].name)
         with self._lock:
             if shard not in self._files:
@@ -221,7 +221,7 @@ class SampleTable:
 def load_index(
     source: Source, shard: ShardInfo, levels: Mapping[str, LevelInfo] | None = None
 ) -> ShardIndex:
-    """Index of a shard, made again with these levels if it is missing or does not fit.
+    """Index of a shard, rebuilt with these levels if it is missing or does not fit.
 
     Raises:
         IndexFileError: if it cannot be used, and the tar is missing or does not fit the manifest.
@@ -232,9 +232,9 @@ def load_index(
         index = index_files.load(source.path(name))
         if (len(index), index.num_bytes) == (shard.num_samples, shard.num_bytes):
             return index
-        log.warning("%s does not fit %s; making it again", name, shard.name)
+        log.warning("%s does not fit %s; rebuilding it", name, shard.name)
     except FileNotFoundError:
-        log.warning("%s is missing; making it again", name)
+        log.warning("%s is missing; rebuilding it", name)
     except IndexFileError as error:
         log.warning("%s", error)
     try:
@@ -242,7 +242,7 @@ def load_index(
     except FileNotFoundError as error:
         raise IndexFileError(
             f"{shard.name} and its index are missing; restore them, or run `dinogen shards repair` "
-            f"to go on without them"
+            f"to drop them from the dataset"
         ) from error
     if sha256_file(file.path) != shard.sha256:
         raise IndexFileError(
@@ -252,14 +252,14 @@ def load_index(
     index = build_index(file.path, with_sums=True, pixels=False, levels=levels)
     if len(index) != shard.num_samples:
         raise IndexFileError(
-            f"{shard.name} holds {len(index)} samples, manifest.json says {shard.num_samples}; "
+            f"{shard.name} holds {len(index)} samples, but manifest.json says {shard.num_samples}; "
             f"run `dinogen shards repair`"
         )
     return index
 
 
 def load_plain_index(tar: Path) -> ShardIndex:
-    """Index of a tar that no manifest describes, made from its headers on first use.
+    """Index of a tar that no manifest describes, built from its headers on first use.
 
     Raises:
         IndexFileError: if the tar is damaged.
@@ -268,12 +268,12 @@ def load_plain_index(tar: Path) -> ShardIndex:
     try:
         index = index_files.load(path)
         status = tar.stat()
-        # Nothing else tells that a plain tar was written again since.
+        # Nothing else shows that a plain tar was rewritten since.
         if index.num_bytes == status.st_size and path.stat().st_mtime_ns >= status.st_mtime_ns:
             return index
-        log.warning("%s does not fit %s; making it again", path.name, tar.name)
+        log.warning("%s does not fit %s; rebuilding it", path.name, tar.name)
     except FileNotFoundError:
-        log.info("%s has no index yet; making it", tar.name)
+        log.info("%s has no index yet; building it", tar.name)
     except IndexFileError as error:
         log.warning("%s", error)
     return build_index(tar, with_sums=False)
@@ -285,21 +285,21 @@ def build_index(
     pixels: bool = True,
     levels: Mapping[str, LevelInfo] | None = None,
 ) -> ShardIndex:
-    """Scan a tar and write its index beside it; in a read-only folder it lives in memory.
+    """Scan a tar and write its index beside it; in a read-only folder it stays in memory.
 
     Args:
-        tar: which.
-        with_sums: read all of it, and look at every number.
-        pixels: look for the sizes of the images, which no manifest tells.
-        levels: what the arrays must be; those of most samples unless given.
+        tar: its path.
+        with_sums: read all of it, and check every number.
+        pixels: record the sizes of the images, which no manifest holds.
+        levels: what the arrays must be; if None, what they are in most samples.
 
     Raises:
         IndexFileError: if the tar is damaged, holds no sample, or is no tar.
     """
     found = survey(tar, with_sums, levels, pixels=pixels, finite=with_sums)
-    if found.troubles or found.index is None:
-        raise IndexFileError(f"{tar}: {found.troubles[0]}")
-    for line in found.remarks():
+    if found.problems or found.index is None:
+        raise IndexFileError(f"{tar}: {found.problems[0]}")
+    for line in found.notes():
         log.warning("%s: %s", tar.name, line)
     path = tar.with_name(index_files.index_name(tar.name))
     try:

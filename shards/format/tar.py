@@ -1,8 +1,7 @@
-"""Walk over the headers of a plain tar: where each member's bytes lie.
+"""Walks over the headers of a plain tar and finds where each member's bytes are.
 
-What is a member, and what it is called, is as Python's tarfile has it, through which WebDataset
-reads. Beyond that, damage is named where tarfile ends without a word, and the walk can go on
-behind it.
+Members and their names are those that Python's tarfile finds, which WebDataset reads with. Where
+tarfile stops silently at damage, this walk reports it and can continue after it.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ _MAX_DIGITS = 20
 _CHUNK = 1 << 20
 # A name or a set of PAX records; more than that is a damaged size.
 _MAX_EXTENDED = 1 << 24
-# A sparse file may claim any size, as far as the index has room for it; how much of it is read
-# into memory is decided there.
+# A sparse file may claim any size that fits into the index; how much of it is read into memory is
+# decided when it is read.
 _MAX_SPARSE = 1 << 62
 
 _REGULAR = (b"0", b"\0", b"7", b"S")
@@ -56,7 +55,7 @@ class TarError(Exception):
 
     Attributes:
         offset: first byte that cannot be read as a tar.
-        end: where a sound header was found behind it; None if there is none.
+        end: where the next sound header is; None if there is none.
         what: what is wrong.
         loses: whether a file is lost here, which may have been a whole sample.
     """
@@ -75,7 +74,7 @@ class Member:
         offset: first byte of its content.
         size: bytes of its content.
         head: the first bytes of the content (all of them if few); empty for a sparse file.
-        extents: the parts of a sparse file, whose content does not lie in one piece.
+        extents: the parts of a sparse file, whose content is not contiguous.
     """
 
     name: str
@@ -98,21 +97,21 @@ class _Extended:
 def walk(
     descriptor: int,
     on_damage: Callable[[TarError], None] | None = None,
-    passed_over: Counter[str] | None = None,
+    skipped: Counter[str] | None = None,
 ) -> Iterator[Member]:
-    """Regular files of a tar in their order, whatever program wrote it.
+    """Regular files of a tar in their order, from any program that writes tars.
 
     Args:
         descriptor: of the tar.
-        on_damage: takes each damaged place, behind which the walk goes on at the next sound
-            header; where it is None, the first one is raised.
-        passed_over: counts the entries that are no regular files, by kind; folders and headers
+        on_damage: called with each damage, after which the walk continues at the next sound
+            header; if None, the first damage is raised.
+        skipped: counts the entries that are not regular files, by kind; folders and headers
             about other entries are not counted.
 
     Raises:
         TarError: where a header is damaged or the file ends too early.
     """
-    reader = _Walk(descriptor, passed_over)
+    reader = _Walk(descriptor, skipped)
     while True:
         try:
             member = reader.next()
@@ -130,14 +129,14 @@ def walk(
 
 
 class _Walk:
-    def __init__(self, descriptor: int, passed_over: Counter[str] | None) -> None:
+    def __init__(self, descriptor: int, skipped: Counter[str] | None) -> None:
         self._descriptor = descriptor
         self._num_bytes = os.fstat(descriptor).st_size
-        self._passed_over: Counter[str] = Counter() if passed_over is None else passed_over
+        self._skipped: Counter[str] = Counter() if skipped is None else skipped
         self._position = 0
         # Where the content of the last member begins: a header inside it is a sign of lost bytes.
         self._last_content = 0
-        # Where the headers of the entry at hand begin.
+        # Where the headers of the current entry begin.
         self._entry = 0
         self._global_name: str | None = None
         self._untrusted = False
@@ -159,12 +158,12 @@ class _Walk:
             name, size, kind = _parse(header, position)
             start = position + BLOCK
             if kind in _NO_DATA or (
-                # So do tars of 1979 mark a folder.
+                # This is how tars of 1979 mark a folder.
                 kind == b"\0" and (extended.name or name).endswith("/")
             ):
                 self._position = self._behind_empty(start, size)
                 if kind in _NO_DATA and kind != b"5":
-                    self._passed_over[_NO_DATA[kind]] += 1
+                    self._skipped[_NO_DATA[kind]] += 1
                 extended, self._entry = _Extended(), self._position
                 continue
             if kind in _REGULAR and extended.size is not None:
@@ -184,13 +183,11 @@ class _Walk:
                     raise TarError(position, what, self._position, loses=False)
                 return member
             else:
-                self._passed_over[
-                    _OTHER.get(kind, f"entry of type {kind.decode('latin-1')!r}")
-                ] += 1
+                self._skipped[_OTHER.get(kind, f"entry of type {kind.decode('latin-1')!r}")] += 1
                 extended, self._entry = _Extended(), self._position
 
     def resume(self, error: TarError) -> int | None:
-        """Go to the next sound header behind a damaged place; None if there is none."""
+        """Go to the next sound header after a damaged place; None if there is none."""
         if error.end is None:
             phase = error.offset % BLOCK
             start = max(self._last_content, 1)
@@ -209,7 +206,7 @@ class _Walk:
         return error.end
 
     def _check_end(self, position: int) -> None:
-        """Raise TarError if more of a tar lies behind the zeroed block at `position`."""
+        """Raise TarError if more of a tar follows the zeroed block at `position`."""
         found = find_header(self._descriptor, position + BLOCK, self._num_bytes, position % BLOCK)
         if found is None:
             return
@@ -218,16 +215,16 @@ class _Walk:
         )
         only_zeros = _is_zero(self._descriptor, position, found)
         if only_zeros and first.count(0) == second.count(0) == BLOCK:
-            what = "another tar follows behind the end-of-archive blocks (were tars joined by cat?)"
+            what = "another tar follows the end-of-archive blocks (were tars joined by cat?)"
         else:
-            what = "a zeroed block stands where a header has to be, and more files follow"
+            what = "there is a zeroed block instead of a header, and more files follow"
         self._untrusted = _is_about_next(
             os.pread(self._descriptor, min(found - position, _HEAD), position)
         )
         raise TarError(position, what, found, loses=not only_zeros)
 
     def _behind_empty(self, start: int, size: int) -> int:
-        """Where the header behind a link, a device or a folder is: some store content of links."""
+        """Where the header after a link, a device or a folder is: some store content of links."""
         if size == 0:
             return start
         behind = start + -(-size // BLOCK) * BLOCK
@@ -277,7 +274,7 @@ class _Walk:
                 start - BLOCK, f"the map of the sparse file {show_name(name)} is damaged"
             ) from error
         if kind == b"S":
-            # Blocks of the map lie between the header and the content, and are not counted.
+            # Blocks of the map are between the header and the content, and are not counted.
             self._position = start + -(-size // BLOCK) * BLOCK
         extents, at = [], start
         for position, length in parts:
@@ -296,7 +293,7 @@ class _Walk:
     def _sparse(
         self, header: bytes, kind: bytes, start: int, extended: _Extended
     ) -> tuple[list[tuple[int, int]], int, int]:
-        """(position, bytes) of each part, where the first one lies, size of the whole file."""
+        """(position, bytes) of each part, offset of the first one, size of the whole file."""
         facts = extended.sparse
         if kind == b"S":
             parts = _old_map(header[386:482])
@@ -349,12 +346,12 @@ def _number(data: bytes) -> int:
         return number if data[0] == 0x80 else number - 256 ** (len(data) - 1)
     digits = data.partition(b"\0")[0].strip()
     if digits and not digits.lstrip(b"+-").isdigit():
-        raise ValueError(f"{digits!r} is no octal number")
+        raise ValueError(f"{digits!r} is not an octal number")
     return int(digits or b"0", 8)
 
 
 def _checksums(header: bytes) -> tuple[int, int]:
-    """Sum of the bytes, and as some old programs had it, of signed bytes."""
+    """Sum of the bytes, and of signed bytes as some old programs compute it."""
     rest = header[:148] + header[156:]
     total = sum(rest) + 8 * 32
     return total, total - 256 * sum(byte > 127 for byte in rest)
@@ -374,7 +371,7 @@ def _perhaps(header: bytes) -> str:
 
 
 def _is_about_next(lost: bytes) -> bool:
-    """Whether lost blocks held the name of the file behind them."""
+    """Whether lost blocks held the name of the file after them."""
     if len(lost) < 2 * BLOCK:
         return False
     content = lost[BLOCK : 2 * BLOCK]
@@ -387,14 +384,14 @@ def _is_about_next(lost: bytes) -> bool:
 
 
 def find_header(descriptor: int, start: int, num_bytes: int, phase: int) -> int | None:
-    """First byte of the next sound header of a tar at or behind `start`; None if there is none.
+    """First byte of the next sound header of a tar at or after `start`; None if there is none.
 
     Args:
         descriptor: of the tar.
         start: where to begin.
         num_bytes: size of the tar.
-        phase: headers whose checksum is written in an odd way are looked for at this place modulo
-            512 alone; all others anywhere, for bytes may have been lost.
+        phase: headers whose checksum is written in an unusual way are searched only at this offset
+            modulo 512; all others anywhere, because bytes may have been lost.
     """
     position = start
     while position < num_bytes:
@@ -416,7 +413,7 @@ def find_header(descriptor: int, start: int, num_bytes: int, phase: int) -> int 
 
 
 def _aligned(chunk: bytes, first: int) -> int | None:
-    """Place of the first header among every 512th byte of `chunk` from `first` on."""
+    """Offset of the first header among every 512th byte of `chunk` from `first` on."""
     count = (len(chunk) - first) // BLOCK
     if count < 1:
         return None
@@ -469,7 +466,7 @@ def _pax_records(data: bytes, position: int) -> list[tuple[str, str]]:
 
 
 def _apply(records: list[tuple[str, str]], extended: _Extended, position: int) -> None:
-    """Take over what the PAX records of one header say about the next file."""
+    """Apply the PAX records of one header to the next file."""
     name = size = None
     try:
         for keyword, value in records:

@@ -1,1 +1,1 @@
-"""Image files to pixels: the one rule for what an image is and what is damaged."""
+"""Decodes image files, and decides what an image is and what is damaged."""

@@ -1,4 +1,4 @@
-"""Colours of an image to sRGB, by its ICC profile or by what else its file says of them."""
+"""Converts the colours of an image to sRGB, by its ICC profile or other data in its file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 XY = tuple[float, float]
 Matrix = npt.NDArray[np.float64]
 
-# Profiles that call themselves sRGB differ from each other by so much, of 255.
+# Profiles that call themselves sRGB differ from each other by this much, of 255.
 _SAME = 2
 _D50 = (0.9642, 1.0, 0.8249)
 _D65: XY = (0.3127, 0.329)
@@ -52,14 +52,14 @@ _LEVELS = np.arange(256, dtype=np.uint8)
 
 
 class HighDynamicRange(Exception):
-    """The values mean light far beyond white: shown as they are they would be wrong."""
+    """The values mean light far brighter than white: shown as they are they would be wrong."""
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """An image of mode L, RGB, CMYK or LAB with its colours in sRGB, as L or RGB.
 
     Relative colorimetric, with black point compensation. A profile that is sRGB to within rounding
-    changes nothing, nor does one that is broken or about other colours.
+    changes nothing; neither does a profile that is broken or for other channels.
     """
     if ImageCms is None:
         _warn_once()
@@ -76,13 +76,13 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> Any:
-    """The conversion of a mode to sRGB; None where it changes nothing, or cannot be made."""
+    """The conversion of a mode to sRGB; None if it changes nothing or is impossible."""
     spaces = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK", "LAB": "Lab "}
     try:
         given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if given.profile.xcolor_space != spaces.get(mode):
             return None
-        # Grey to grey, or the three channels would differ by rounding.
+        # Grey to grey; otherwise the three channels would differ by rounding.
         wanted = "L" if mode == "L" else "RGB"
         transform = ImageCms.buildTransform(
             given,
@@ -122,18 +122,18 @@ def _warn_once() -> None:
     if not _warned.is_set():
         _warned.set()
         log.warning(
-            "this Pillow has no LittleCMS: colour profiles of images are NOT applied; install the "
-            "wheel of Pillow"
+            "this Pillow has no LittleCMS: colour profiles of images are NOT applied; install "
+            "Pillow's own wheel with `pip install --force-reinstall pillow`"
         )
 
 
 def adobe_rgb() -> bytes:
-    """A profile of the colours that cameras call Adobe RGB, for files that do not hold one."""
+    """A profile of what cameras call Adobe RGB, for files without a profile."""
     return _rgb_profile(_ADOBE_RGB, _D65, (563 / 256,))
 
 
 def lab() -> bytes:
-    """A profile of CIE L*a*b*, for files that do not hold one."""
+    """A profile of CIE L*a*b*, for files without a profile."""
     return (
         b""
         if ImageCms is None
@@ -142,13 +142,13 @@ def lab() -> bytes:
 
 
 def coded_profile(primaries: int, transfer: int) -> bytes | None:
-    """A profile of what the numbers of ITU-T H.273 mean; None if that is sRGB, or not known.
+    """A profile for code points of ITU-T H.273; None if they mean sRGB or are unknown.
 
     Raises:
         HighDynamicRange: the transfer is PQ or HLG.
     """
     if transfer in _HDR:
-        raise HighDynamicRange(f"colours of high dynamic range ({_HDR[transfer]})")
+        raise HighDynamicRange(f"a high dynamic range image ({_HDR[transfer]})")
     where = _PRIMARIES.get(primaries, _PRIMARIES[1])
     curve = _CURVES.get(transfer, _SRGB_CURVE)
     if where == _PRIMARIES[1] and curve == _SRGB_CURVE:
@@ -157,12 +157,12 @@ def coded_profile(primaries: int, transfer: int) -> bytes | None:
 
 
 def png_profile(chunks: Mapping[bytes, bytes], profile: bytes | None, grey: bool) -> bytes | None:
-    """The profile that a PNG asks for; None for sRGB, as which all other PNGs are shown.
+    """The profile that a PNG specifies; None for sRGB, which is the default.
 
     The order is that of the standard: cICP, iCCP, sRGB, then cHRM and gAMA.
 
     Args:
-        chunks: cICP, sRGB, cHRM and gAMA by name, where there are any.
+        chunks: cICP, sRGB, cHRM and gAMA by name, those that exist.
         profile: that of iCCP.
         grey: whether the image has no colours.
 
@@ -190,7 +190,7 @@ def png_profile(chunks: Mapping[bytes, bytes], profile: bytes | None, grey: bool
     try:
         return _grey_profile(curve) if grey else _rgb_profile(primaries, white, curve)
     except (ValueError, ZeroDivisionError, np.linalg.LinAlgError, struct.error):
-        return None  # places that are no colours
+        return None  # values that are no colours
 
 
 def _rgb_profile(primaries: tuple[XY, XY, XY], white: XY, curve: Curve) -> bytes:

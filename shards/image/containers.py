@@ -1,4 +1,4 @@
-"""What the structure of an image file says before, and beyond, its decoder: JPEG, PNG, boxes."""
+"""The structure of image files, which says more than their decoders do: JPEG, PNG, ISO boxes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Header:
 
     Attributes:
         width: in pixels, as stored.
-        height: likewise.
+        height: in pixels, as stored.
         frame: marker of the frame, 0xC0 for baseline.
         components: their numbers.
         precision: bits per value.
@@ -38,8 +38,8 @@ class Header:
         jfif: whether there is a JFIF segment.
         stray: whether there are bytes between segments.
         scan: offset of the first scan's segment.
-        coded: offset of its coded data; also what a header of the same bytes would end at.
-        one_scan: whether the first scan holds all that there is.
+        coded: offset of its coded data, where the header ends.
+        one_scan: whether the first scan holds the whole image.
     """
 
     width: int = 0
@@ -65,11 +65,11 @@ class Header:
 
 
 def read_header(data: Bytes) -> Header:
-    """Walk through the segments of a JPEG up to its first scan.
+    """Read the segments of a JPEG up to its first scan.
 
     Raises:
         EOFError: the data end before a scan begins.
-        ValueError: they cannot be the segments of a JPEG.
+        ValueError: the data are not segments of a JPEG.
     """
     found = Header()
     profile: dict[int, bytes] = {}
@@ -136,9 +136,9 @@ def _read_application(found: Header, marker: int, body: bytes, profile: dict[int
 
 
 def lacks_scans(data: Bytes, header: Header) -> bool:
-    """Whether coefficients were left for scans that never come.
+    """Whether scans are missing, so that some coefficients are never given.
 
-    Decoders say nothing of that: they show the image blurred, or without its colours.
+    Decoders do not report it: they show the image blurred, or without its colours.
     """
     if header.one_scan:
         return False
@@ -172,15 +172,15 @@ def _read_scan(scan: bytes, left: dict[int, list[int]], progressive: bool) -> No
 
 
 def ended(data: Bytes) -> bytes:
-    """The same with an end marker behind it."""
+    """The same data with an end marker appended."""
     return bytes(data) + b"\xff\xd9"
 
 
 def with_clean_header(data: Bytes, header: Header) -> bytes:
-    """The same with a header of those segments alone that decide the pixels.
+    """The same data with a header of only those segments that decide the pixels.
 
-    What only looks odd there (bytes between segments, an unknown revision of JFIF, numbers in the
-    scan's segment that mean nothing in a sequential JPEG) then raises no warning, so that a warning
+    What is merely unusual (bytes between segments, an unknown revision of JFIF, numbers in the
+    scan's segment that mean nothing in a sequential JPEG) then raises no warning, so a warning
     means damage.
     """
     parts = [b"\xff\xd8"]
@@ -205,7 +205,7 @@ def with_clean_header(data: Bytes, header: Header) -> bytes:
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _NAME = re.compile(rb"[A-Za-z]{4}")
-# What is packed into a chunk may be a thousand times its size: no more than that is unpacked.
+# A compressed chunk may unpack to a thousand times its size; not more than this is unpacked.
 _MAX_PROFILE = 32 << 20
 _MAX_TEXT = 1 << 20  # Pillow's own limit
 # Chunks that decide the pixels: damage there counts. In all others it does not.
@@ -220,9 +220,9 @@ class Chunks:
     Attributes:
         bits: per value: 1, 2, 4, 8 or 16.
         kind: 0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGB with alpha.
-        pixels: a PNG of the chunks that decide the pixels, with an end; the data as they came if
-            these hold no others.
-        whole: whether it had its end, and no chunk with a wrong checksum or of too many bytes.
+        pixels: a PNG of the chunks that decide the pixels, with an end; the original data if they
+            hold no other chunks.
+        whole: whether it had its end, and no chunk with a wrong checksum or too many bytes.
         exif: the EXIF data.
         xmp: the XMP data.
         profile: the ICC profile.
@@ -240,12 +240,12 @@ class Chunks:
 
 
 def read_chunks(data: Bytes) -> Chunks:
-    """Walk through the chunks of a PNG.
+    """Read the chunks of a PNG.
 
     Raises:
         EOFError: the data end before the pixels begin.
         ValueError: a chunk that decides the pixels is damaged.
-        NotImplementedError: it is no PNG as the standard has it.
+        NotImplementedError: it is not a PNG of the standard.
     """
     found = Chunks()
     kept: list[Bytes] = [_SIGNATURE]
@@ -261,17 +261,17 @@ def read_chunks(data: Bytes) -> Chunks:
         if not _NAME.fullmatch(name):
             break
         if name == b"CgBI":
-            raise NotImplementedError("a PNG in Apple's own format: convert it to a usual PNG")
+            raise NotImplementedError("a PNG in Apple's own format: convert it to a standard PNG")
         cut = end + 4 > size
         if name in _PIXELS:
             chunk = data[position : end + 4]
             if cut and name == b"IDAT":
-                # All rows may be there all the same.
+                # All rows may still be there.
                 chunk = _chunk(name, bytes(data[position + 8 : min(end, size)]))
             elif cut:
                 break
             elif zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-                raise ValueError(f"wrong checksum in its chunk {name.decode()}")
+                raise ValueError(f"wrong checksum of its chunk {name.decode()}")
             if name == b"IHDR" and length == 13:
                 found.bits, found.kind = chunk[16], chunk[17]
             begun |= name == b"IDAT"
@@ -298,7 +298,7 @@ def _chunk(name: bytes, body: bytes) -> bytes:
 
 
 def _read_other(found: Chunks, name: bytes, chunk: Bytes, checksum: Bytes) -> None:
-    """Take what matters out of a chunk beside the pixels; `chunk` begins with its name."""
+    """Take what matters out of a chunk that holds no pixels; `chunk` begins with its name."""
     if zlib.crc32(chunk) != int.from_bytes(checksum, "big"):
         found.whole = False
         return
@@ -319,7 +319,7 @@ def _read_other(found: Chunks, name: bytes, chunk: Bytes, checksum: Bytes) -> No
 
 
 def _read_text(found: Chunks, name: bytes, body: bytes) -> None:
-    """XMP, or EXIF data as ImageMagick hides it in a text."""
+    """XMP, or EXIF data that ImageMagick stores in a text chunk."""
     key, _, rest = body.partition(b"\0")
     if name == b"zTXt":
         rest = _unpack(found, rest[1:], _MAX_TEXT) or b""
@@ -336,7 +336,7 @@ def _read_text(found: Chunks, name: bytes, body: bytes) -> None:
 
 
 def _unpack(found: Chunks, packed: bytes, limit: int) -> bytes | None:
-    """What is packed, or None if it is damaged or larger than `limit` bytes."""
+    """The unpacked content, or None if it is damaged or larger than `limit` bytes."""
     unpacker = zlib.decompressobj()
     try:
         data = unpacker.decompress(packed, limit)
@@ -348,15 +348,15 @@ def _unpack(found: Chunks, packed: bytes, limit: int) -> bytes | None:
     return data
 
 
-# HEVC and AV1 do not end in so many zeros, nor write more of them: a part that was never filled is
-# such, be it that a download broke off or a disk block was lost. Beside the coded data `mdat` may
-# hold EXIF data, where makers of cameras leave gaps. (WebP writes thousands for a plain wall.)
+# Coded data of HEVC and AV1 never end in this many zeros, or hold a longer run of them: such a run
+# was never filled, because a download was interrupted or a disk block lost. `mdat` may also hold
+# EXIF data, where cameras leave shorter gaps. (WebP writes thousands of zeros for a plain wall.)
 _ZEROS = bytes(256)
 _MANY_ZEROS = bytes(4096)
 
 
 def webp_size(data: Bytes) -> tuple[int, int] | None:
-    """(width, height) of a WebP's canvas, which its decoder makes room for as it opens the file."""
+    """(width, height) of a WebP's canvas, which its decoder allocates when it opens the file."""
     head = bytes(data[:32])
     if head[12:16] == b"VP8X" and len(head) >= 30:
         width, height = (int.from_bytes(head[i : i + 3], "little") + 1 for i in (24, 27))
@@ -380,10 +380,10 @@ def colour_code(data: Bytes) -> tuple[int, int] | None:
 
 
 def lacks_data(data: Bytes) -> bool:
-    """Whether coded data are missing for which the decoders show something all the same.
+    """Whether coded data are missing that the decoders silently replace.
 
     Args:
-        data: a file of HEIC, AVIF or JPEG 2000; of others nothing is known.
+        data: a HEIC, AVIF or JPEG 2000 file; False for all others.
     """
     if data[:4] == b"\xff\x4f\xff\x51":
         return not _has_end(data, 0, len(data))
@@ -397,12 +397,12 @@ def lacks_data(data: Bytes) -> bool:
 
 
 def _has_end(data: Bytes, start: int, end: int) -> bool:
-    """Whether a codestream of JPEG 2000 has its end marker; zeros behind it do no harm."""
+    """Whether a codestream of JPEG 2000 has its end marker; zeros after it do no harm."""
     return bytes(data[start:end]).rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def _boxes(data: Bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Name, start and end of the boxes at the top of a file of ISO boxes."""
+    """Name, start and end of the top-level boxes of a file of ISO boxes."""
     position = 0
     while position + 8 <= len(data):
         size, start = int.from_bytes(data[position : position + 4], "big"), position + 8

@@ -1,8 +1,8 @@
-"""Encoded images to pixels: the one rule for what an image is, and what of it is damaged.
+"""Decodes images; the only place that decides what an image is, and what is damaged.
 
-Every command reads by it, photos as well as members of shards: the content decides, not the name;
-pixels are upright and in sRGB with 8 bits; what lies beside the pixels does no harm; damage inside
-the coded data is an error, an end marker alone may be missing.
+Every command reads photos and members of shards with it. The content decides, not the name; pixels
+are upright and in sRGB with 8 bits; damaged metadata do no harm; damage in the coded data is an
+error, except for a missing end marker.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _TURN_UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ON_SIDE = (5, 6, 7, 8)
-# The tag in either order of bytes, with what follows it: its type, how many values, the first.
+# The tag in either byte order, with what follows it: its type, the number of values, the first.
 _EXIF_ORIENTATION = re.compile(rb"\x01\x12\x00[\x01-\x0c].{8}|\x12\x01[\x01-\x0c]\x00.{8}", re.S)
 _UPRIGHT = {
     b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x01\x00\x00",
     b"\x12\x01\x03\x00\x01\x00\x00\x00\x01\x00\x00\x00",
 }
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
-# What libjpeg says of headers that are odd, but decide nothing. It tells its first warning alone.
+# libjpeg's warnings about unusual headers that change nothing. It reports only its first warning.
 _HARMLESS = ("Invalid SOS parameters", "Unknown Adobe", "Warning: unknown JFIF", "unknown JFIF")
 _TIFF_BITS, _TIFF_MEANING, _TIFF_SUBFILE, _TIFF_SUBFILES, _DNG = 258, 262, 254, 330, 50706
 
@@ -78,8 +78,8 @@ class Decoded:
         pixels: (H, W, 3) uint8, upright, sRGB.
         kind: of the file, by its content.
         mode: of the pixels as stored, in Pillow's words, with ";16" for more than 8 bits.
-        plain: whether every program shows just these pixels: they are RGB with 8 bits, and there
-            is nothing to turn, to convert or to repair.
+        plain: whether every program shows exactly these pixels: they are RGB with 8 bits, and
+            nothing has to be rotated, converted or repaired.
     """
 
     pixels: Pixels
@@ -101,15 +101,15 @@ def image_header(data: Bytes, name: str = "image") -> tuple[int, int]:
 
 
 def check_image(data: Bytes, name: str) -> tuple[int, int]:
-    """(width, height) of an image that is to be packed, decoded to see that it is sound.
+    """(width, height) of an image before it is packed, decoded to make sure that it is sound.
 
     Args:
         data: the encoded image.
-        name: of the member that it is to be; its suffix says JPEG or PNG.
+        name: of the member that it becomes; its suffix says JPEG or PNG.
 
     Raises:
-        ValueError: naming it, if it is damaged, if it is neither RGB nor grey with 8 bits, or is
-            of another kind than its name says.
+        ValueError: naming it, if it is damaged, is neither RGB nor grey with 8 bits, or is of
+            another kind than its name says.
     """
     try:
         found = decode(data)
@@ -118,14 +118,14 @@ def check_image(data: Bytes, name: str) -> tuple[int, int]:
     if found.mode not in ("RGB", "L"):
         raise ValueError(f"{name}: mode {found.mode}; convert it to RGB or grey (L) first")
     if not name.lower().endswith(found.kind.suffixes):
-        raise ValueError(f"{name}: holds {found.kind.name}; give it the format of its content")
+        raise ValueError(f"{name}: holds {found.kind.name}; set the format to that of its content")
     return found.pixels.shape[1], found.pixels.shape[0]
 
 
 def decode_image(data: Bytes, image_format: str) -> Pixels:
     """Pixels of an encoded image, uint8 (H, W, 3), upright and in sRGB.
 
-    Those of plain JPEG and PNG files are Pillow's, to the last bit.
+    For plain JPEG and PNG files they are Pillow's, to the last bit.
 
     Args:
         data: the encoded image.
@@ -140,7 +140,7 @@ def decode_image(data: Bytes, image_format: str) -> Pixels:
 def decode_rgbx(data: Bytes, image_format: str) -> Pixels:
     """Pixels as `decode_image`, but uint8 (H, W, 4) whose last channel means nothing.
 
-    Four bytes a pixel are what both libjpeg-turbo and Pillow are fastest with.
+    libjpeg-turbo and Pillow are both fastest with four bytes per pixel.
 
     Raises:
         ValueError: if the data are damaged, or no image that can be read.
@@ -150,14 +150,14 @@ def decode_rgbx(data: Bytes, image_format: str) -> Pixels:
             pixels: Pixels = simplejpeg.decode_jpeg(data, "RGBX")
             return pixels
         except ValueError:
-            pass  # damaged, or only odd
+            pass  # damaged, or merely unusual
     found = _decode(data, MAX_PIXELS).image
     image = found if isinstance(found, Image.Image) else Image.fromarray(found)
     return np.asarray(image.convert("RGBX"))
 
 
 def decode(data: Bytes, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """An image of any kind that is read on this machine; of several frames the first.
+    """Decode an image of any kind that this machine can read; the first if it has several frames.
 
     The EXIF rotation is applied, colours become sRGB, alpha is composited on white, and values of
     16 bits are scaled, not clipped.
@@ -200,7 +200,7 @@ def probe(data: Bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) of an image once it is upright, without decoding it.
 
     Raises:
-        BadImage: as `decode`, of what the header can tell.
+        BadImage: as `decode`, as far as the header shows it.
     """
     kind = _readable_kind(data)
     try:
@@ -226,7 +226,7 @@ def _readable_kind(data: Bytes) -> Kind:
     head = bytes(data[:_HEAD])
     kind = kind_of(head)
     if kind is None:
-        raise BadImage("not_an_image", f"no kind of image that is known: begins with {head[:8]!r}")
+        raise BadImage("not_an_image", f"not a known kind of image: begins with {head[:8]!r}")
     if not kind.plugin:
         reason = "not_an_image" if kind in NO_IMAGES else "unsupported"
         raise BadImage(reason, f"{kind.name}: {kind.remedy}")
@@ -236,18 +236,18 @@ def _readable_kind(data: Bytes) -> Kind:
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise BadImage(
-            "too_large", f"{width}x{height} = {width * height} pixels, allowed are {max_pixels}"
+            "too_large", f"{width}x{height} = {width * height} pixels, the limit is {max_pixels}"
         )
 
 
 def _damage(error: Exception, data: Bytes) -> BadImage:
-    """What is wrong, by what a decoder raised."""
+    """What is wrong, from the exception of a decoder."""
     text = str(error) or type(error).__name__
     if isinstance(error, Image.DecompressionBombError):
         return BadImage("too_large", text)
     if isinstance(error, UnidentifiedImageError):
-        text = "its header is damaged, or of a rare kind: convert it to PNG"
-    # The plugin for WebP decodes while it opens, and names no cause.
+        text = "its header is damaged or of a rare kind: convert it to PNG"
+    # The WebP plugin decodes while it opens the file, and names no cause.
     short = data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data)
     words = ("truncated", "unexpected end", "end of file", "not enough", "premature end")
     if short or isinstance(error, EOFError) or any(word in text.lower() for word in words):
@@ -255,14 +255,14 @@ def _damage(error: Exception, data: Bytes) -> BadImage:
     return BadImage("corrupt", text)
 
 
-# The header of the last plain JPEG: those of a dataset tend to be the same, byte for byte. A thread
-# may read what another wrote: any value is right by itself.
+# The header of the last plain JPEG: those of a dataset tend to be the same, byte for byte. Threads
+# may overwrite each other's value: each value is correct by itself.
 _last_plain = b""
 _LONGEST_HEADER = 4096
 
 
 def _is_plain_jpeg(data: Bytes) -> bool:
-    """Whether a JPEG can just be decoded: nothing is to be turned or converted."""
+    """Whether a JPEG can simply be decoded, with nothing to rotate or convert."""
     global _last_plain
     known = _last_plain
     if known and bytes(data[: len(known)]) == known:
@@ -287,7 +287,7 @@ def _jpeg_header(data: Bytes, max_pixels: int) -> containers.Header:
     _check_size(header.width, header.height, max_pixels)
     if header.precision != 8 or len(header.components) not in (1, 3, 4):
         what = f"{header.precision} bits in {len(header.components)} channels"
-        raise BadImage("unsupported", f"a JPEG of {what}: convert it to a usual JPEG or to PNG")
+        raise BadImage("unsupported", f"a JPEG of {what}: convert it to a standard JPEG or to PNG")
     return header
 
 
@@ -313,7 +313,7 @@ def _jpeg_pixels(data: Bytes, header: containers.Header, mode: str) -> tuple[Pix
     """(H, W, channels of the mode) as stored, and whether the file is as a JPEG should be.
 
     Raises:
-        BadImage: libjpeg warns, for a warning in coded data means other pixels.
+        BadImage: libjpeg warns; a warning about coded data means that the pixels are wrong.
     """
     space = "GRAY" if mode == "L" else mode
     cleaned, ended = header.stray, False
@@ -325,16 +325,16 @@ def _jpeg_pixels(data: Bytes, header: containers.Header, mode: str) -> tuple[Pix
         except ValueError as error:
             what = str(error)
         if what.startswith("Premature end of JPEG file") and not ended:
-            # With an end behind it there is a warning if any coded data are missing.
+            # With an end marker there is still a warning if coded data are missing.
             source, ended = containers.ended(source), True
         elif what.startswith(_HARMLESS) and not cleaned:
             source, cleaned = containers.with_clean_header(source, header), True
-        elif "subsampling" in what:  # one that TurboJPEG does not know; libjpeg does
+        elif "subsampling" in what:  # unknown to TurboJPEG, but not to libjpeg
             with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
                 return np.asarray(image), True
         else:
             raise _damage(ValueError(what), data)
-    # All programs that write CMYK into JPEGs write it inverted, as Adobe's do.
+    # All programs write CMYK into JPEGs inverted, as Adobe's do.
     return (255 - pixels if mode == "CMYK" else pixels), not (cleaned or ended)
 
 
@@ -372,10 +372,10 @@ def _decode_png(data: Bytes, max_pixels: int) -> _Found:
 
 
 def _open(data: Bytes, kind: Kind, max_pixels: int) -> Image.Image:
-    """The header of a file; its pixels are decoded when they are asked for."""
+    """The header of a file; its pixels are decoded when they are used."""
     if kind is WEBP and (size := containers.webp_size(data)):
-        _check_size(*size, max_pixels)  # its plugin makes room for all pixels at once
-    # No other plugin: that of EPS would hand the bytes to Ghostscript.
+        _check_size(*size, max_pixels)  # its plugin allocates all pixels at once
+    # No other plugin: the EPS plugin would pass the bytes to Ghostscript.
     image = Image.open(io.BytesIO(data), formats=(kind.plugin,))
     _check_size(*image.size, max_pixels)
     return image
@@ -397,7 +397,7 @@ def _decode_other(data: Bytes, kind: Kind, max_pixels: int) -> _Found:
 
 
 def _coded_profile(data: Bytes) -> bytes | None:
-    """The profile that a HEIC or AVIF file asks for in numbers."""
+    """The profile that a HEIC or AVIF file specifies by code points."""
     code = containers.colour_code(data)
     try:
         return None if code is None else colour.coded_profile(*code)
@@ -414,10 +414,10 @@ def _of_image(image: Image.Image) -> int:
 
 
 def _of_exif(data: bytes | None, xmp: bytes | None) -> tuple[int, bool]:
-    """The orientation, 1 to 8, and whether the colours are those that cameras call Adobe RGB."""
+    """The orientation, 1 to 8, and whether the colours are what cameras call Adobe RGB."""
     turn, adobe_rgb = 0, False
     if data is not None:
-        # Reading all tags takes as long as decoding a small image; mostly these bytes will do.
+        # Reading all tags takes as long as decoding a small image; usually these bytes are enough.
         turns = set(_EXIF_ORIENTATION.findall(data))
         if not turns - _UPRIGHT and b"R03" not in data:
             turn, data = int(bool(turns)), None
@@ -454,10 +454,10 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _opaque(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """An image of any mode as L or RGB in sRGB; what is transparent lies on white.
+    """An image of any mode as L or RGB in sRGB, composited on white.
 
     Raises:
-        BadImage: its values have no range that is known.
+        BadImage: the range of its values is unknown.
     """
     if image.mode.startswith("I"):
         image = _eight_bits(image)
@@ -508,9 +508,9 @@ def shrink(image: Pixels, size: int) -> Pixels:
     """
     height, width, channels = image.shape
     if height != width:
-        raise ValueError(f"the image is {width}x{height}; needed is a square one")
+        raise ValueError(f"the image is {width}x{height}, expected a square one")
     if height < size:
-        raise ValueError(f"the image is {width}x{height}, smaller than the {size}x{size} asked for")
+        raise ValueError(f"the image is {width}x{height}, smaller than the requested {size}x{size}")
     if height == size:
         return image
     if channels == 4:

@@ -1,4 +1,4 @@
-"""Kinds of files by suffix and by content: which are read as images here, what helps for others."""
+"""Kinds of files by suffix and content: which are read as images, and what to do with others."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Kind:
     """A kind of file.
 
     Attributes:
-        name: for a person, with its article where it is no name.
+        name: for messages, with an article unless it is a proper name.
         suffixes: in lower case, with the dot.
-        plugin: the Pillow format that reads it on this machine, or "" if it is not read.
-        remedy: what to do with such a file where it is not read.
+        plugin: the Pillow format that reads it on this machine, or "" if none does.
+        remedy: what to do with such a file if it is not read.
     """
 
     name: str
@@ -48,9 +48,9 @@ AVIF = Kind(
     "AVIF",
     (".avif",),
     "AVIF" if features.check("avif") else "",
-    "install Pillow 11.3 or newer, whose wheels read it, or convert to JPEG",
+    "install Pillow 11.3 or newer, or convert to JPEG",
 )
-# The plugins are named one by one: that of EPS, say, would hand the bytes to Ghostscript.
+# Only these plugins are allowed: the EPS plugin, for example, would pass bytes to Ghostscript.
 _READ = (
     JPEG,
     PNG,
@@ -68,16 +68,16 @@ _READ = (
     HEIC,
     AVIF,
 )
-JXL = Kind("JPEG XL", (".jxl",), "", "convert to PNG or JPEG, with djxl for instance")
+JXL = Kind("JPEG XL", (".jxl",), "", "convert to PNG or JPEG, for example with djxl")
 RAW = Kind(
-    "a raw file of a camera",
+    "a camera raw file",
     (
         *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".kdc", ".mef"),
         *(".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2"),
         *(".srf", ".srw", ".x3f"),
     ),
     "",
-    "develop to JPEG or TIFF, with darktable-cli for instance",
+    "convert to JPEG or TIFF, for example with darktable-cli",
 )
 VIDEO = Kind(
     "a video",
@@ -86,7 +86,7 @@ VIDEO = Kind(
         *(".wmv",),
     ),
     "",
-    "take frames from it, with `ffmpeg -i FILE %05d.png` for instance",
+    "extract frames, for example with `ffmpeg -i FILE %05d.png`",
 )
 ARCHIVE = Kind(
     "an archive",
@@ -98,18 +98,18 @@ DESIGN = Kind(
     "a file of a drawing program", (".ai", ".kra", ".psb", ".psd", ".xcf"), "", "export it as PNG"
 )
 VECTOR = Kind("a vector drawing", (".eps", ".ps", ".svg", ".svgz"), "", "render it to PNG")
-PDF = Kind("a PDF", (".pdf",), "", "take the images out of it, with `pdfimages -all` for instance")
+PDF = Kind("a PDF", (".pdf",), "", "extract its images, for example with `pdfimages -all`")
 TEXT = Kind("a page of text", (".htm", ".html"), "", "get the image itself")
-LFS = Kind("a pointer of Git LFS", (), "", "run `git lfs pull` where it comes from")
-APPLE_DOUBLE = Kind("a file of macOS beside another", (), "", "delete it: it holds no image")
+LFS = Kind("a Git LFS pointer", (), "", "run `git lfs pull` in its repository")
+APPLE_DOUBLE = Kind("a macOS metadata file", (), "", "delete it: it holds no image")
 UNFINISHED = Kind(
     "an unfinished download", (".crdownload", ".icloud", ".part"), "", "get the whole file"
 )
 HDR = Kind(
-    "an image of high dynamic range",
+    "a high dynamic range image",
     (".exr", ".hdr", ".pfm"),
     "",
-    "map its tones to 8 or 16 bits and save it as PNG",
+    "tone-map it to 8 or 16 bits and save it as PNG",
 )
 OTHER = Kind("an image of another kind", (".ico", ".jxr", ".pcx", ".tga"), "", "convert to PNG")
 _UNREAD = (
@@ -120,13 +120,13 @@ _UNREAD = (
 )
 
 KINDS = (*_READ, *_UNREAD)
-# What is found where an image should be, and has no pixels of its own.
+# What is found in place of images, and has no pixels of its own.
 NO_IMAGES = (VIDEO, ARCHIVE, PDF, TEXT, LFS, APPLE_DOUBLE, UNFINISHED)
-# What Pillow may be asked to open, and no more.
+# The only formats that Pillow may open.
 PLUGINS = tuple(kind.plugin for kind in _READ if kind.plugin)
 # Suffixes of the files that are read on this machine.
 IMAGE_SUFFIXES = frozenset(suffix for kind in _READ if kind.plugin for suffix in kind.suffixes)
-# What to do about files that hold images but are not read on this machine, by suffix.
+# What to do with files that hold images but are not read on this machine, by suffix.
 UNREAD = {suffix: kind.remedy for kind in KINDS if not kind.plugin for suffix in kind.suffixes}
 # Those of them that can be nothing but images.
 UNREAD_IMAGES = frozenset(
@@ -175,7 +175,7 @@ _MAGIC = (
 _SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<svg[\s>]", re.S)
 _HTML = re.compile(rb"(?i)(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|script)\b")
 
-# Files and folders that systems and programs keep beside those of the user, in lower case.
+# Files and folders that systems and programs create beside those of the user, in lower case.
 _SYSTEM = frozenset(
     {
         *("@eadir", "@recently-snapshot", "@recycle", "@sharebin", "@tmp", "#recycle", "#snapshot"),
@@ -185,7 +185,7 @@ _SYSTEM = frozenset(
         *("picasa.ini", "zbthumbnail.info"),
     }
 )
-# Streams of a file that file systems without streams show as files of their own.
+# Streams of a file that file systems without streams show as separate files.
 _STREAMS = (":zone.identifier", "@synoeastream", "@synoresource")
 
 
@@ -200,7 +200,7 @@ def is_hidden(name: str) -> bool:
 
 
 def kind_of(head: bytes) -> Kind | None:
-    """The kind of a file by its first 64 bytes or more; None where they say nothing."""
+    """The kind of a file by its first 64 bytes or more; None if it is unknown."""
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
@@ -220,7 +220,7 @@ def kind_of(head: bytes) -> Kind | None:
 
 
 def _of_brands(head: bytes) -> Kind:
-    """Kind of a file of ISO boxes: its own brand, else the first of those it says it is like."""
+    """Kind of a file of ISO boxes: its own brand, else the first known compatible brand."""
     end = min(int.from_bytes(head[:4], "big"), len(head))
     for place in (8, *range(16, end - 3, 4)):
         if kind := _BRANDS.get(head[place : place + 4]):

@@ -1,4 +1,4 @@
-"""Reads planned samples into batches of tensors; a damaged one is replaced where that is asked."""
+"""Reads planned samples into batches of tensors; damaged ones are replaced with on_error="skip"."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shards.read.types import Batch, PackedSource, WeightedSources
 if TYPE_CHECKING:
     import torch
 
-# The place so many steps behind a position: where to look for a sound sample.
+# (position, steps) -> the place that many steps later, a candidate to replace a damaged sample.
 Successor = Callable[[int, int], Place]
 log = logging.getLogger(__name__)
 
@@ -33,13 +33,13 @@ class SplitReader:
     """Reads samples of one split of one dataset. Safe to use from several threads.
 
     Args:
-        dataset: which.
-        split: of it.
-        image_size: side of the images wanted, or None for no images.
+        dataset: to read from.
+        split: of the dataset.
+        image_size: side of the requested images, or None for no images.
         levels: as `Dataset.stream`.
         successor: in the dataset's own order; None stops at a damaged sample.
-        among: whether there are other datasets, so that a damaged sample has to say whose it is.
-        need_labels: a sample whose label cannot be known counts as damaged.
+        among: whether there are other datasets, so that a message has to name the dataset.
+        need_labels: a sample whose label is unknown counts as damaged.
 
     Raises:
         ManifestError: if the dataset lacks the split or a level.
@@ -71,10 +71,10 @@ class SplitReader:
         """Read sample i of `places` into row rows[i] of every array of `out`.
 
         Returns:
-            The damaged samples that were replaced; `places` says by which.
+            The damaged samples that were replaced; `places` holds their replacements.
 
         Raises:
-            CorruptSample: if one is damaged and there is no successor, or none that is sound.
+            CorruptSample: if one is damaged and there is no successor, or no sound one.
         """
         failures = self._read(places, rows, out)
         skipped = []
@@ -90,11 +90,11 @@ class SplitReader:
         return skipped
 
     def _read(self, places: Place, rows: list[int], out: Arrays) -> Failures:
-        """As `BatchReader.read`; where labels are needed, samples without one are failures too."""
+        """As `BatchReader.read`; if labels are needed, samples without one are failures too."""
         failures = self._reader.read(places, rows, out)
         if self._need_labels:
             pairs = _pairs(places)
-            # Of shards that cannot be read there are no labels to look up either.
+            # Shards that cannot be read have no labels to look up.
             read = [item for item in range(len(pairs)) if item not in failures]
             labels = self.table.labels([pairs[item] for item in read])
             for number in np.flatnonzero(labels == NO_LABEL).tolist():
@@ -106,7 +106,7 @@ class SplitReader:
     ) -> bool:
         """Fill a row from the next sound sample; False if there is none."""
         position = int(places.position[item])
-        # so far that a whole epoch is among them
+        # far enough to include a whole epoch
         for step in range(1, 2 * self.table.num_samples):
             other = successor(position, step)
             if not self._read(other, [row], out):
@@ -117,12 +117,12 @@ class SplitReader:
 
 
 class BatchMaker:
-    """Makes batches of what one or several datasets hold. Safe to use from several threads.
+    """Makes batches from one or several datasets. Safe to use from several threads.
 
     Args:
-        readers: of the datasets, by their numbers in a plan.
-        has_labels: whether all their samples have labels, which a batch then holds.
-        pin_memory: tensors in pinned memory.
+        readers: of the datasets, in the order of their numbers in a plan.
+        has_labels: whether all their samples have labels, which batches then hold.
+        pin_memory: put tensors into pinned memory.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class BatchMaker:
         self._buffers = Buffers(pin_memory)
 
     def batch(self, plan: Plan) -> tuple[Batch, list[CorruptSample]]:
-        """Read the samples of a plan, and which damaged ones were replaced.
+        """Read the samples of a plan; also returns the damaged ones that were replaced.
 
         Raises:
             CorruptSample: as `SplitReader.fill`.
@@ -195,7 +195,7 @@ def read_batch(
     if not count:
         dataset.manifest.of_split(split, dataset.location)  # says which splits there are
     if not numbers or min(numbers) < 0 or max(numbers) >= count:
-        raise IndexError(f"{split} has samples 0 to {count - 1}; asked for {numbers}")
+        raise IndexError(f"{split} has samples 0 to {count - 1}; requested: {numbers}")
     index = np.array(numbers, np.int64)
     starts = np.concatenate(([0], np.cumsum(sizes)))
     number = np.searchsorted(starts, index, side="right") - 1
@@ -217,7 +217,7 @@ def read_batch(
 
 
 def along(order: Order) -> Successor:
-    """The order, which is the same for every rank, for several threads."""
+    """The order as a successor, safe for several threads and the same on every rank."""
     lock = threading.Lock()
 
     def following(position: int, step: int) -> Place:
@@ -228,17 +228,17 @@ def along(order: Order) -> Successor:
 
 
 def name_skipped(skipped: list[CorruptSample], named: set[tuple[str, str]]) -> None:
-    """Write into the log what was skipped, each sample once; `named` remembers them."""
+    """Log what was skipped, each sample once; `named` holds those that were logged."""
     for failure in skipped:
         if (failure.shard, failure.key) not in named:
             named.add((failure.shard, failure.key))
-            log.error("SKIPPED a damaged sample, the next one takes its place: %s", failure)
+            log.error("SKIPPED a damaged sample, the next one replaces it: %s", failure)
 
 
 def check_on_error(on_error: str) -> None:
-    """Raise ValueError unless it is a known way."""
+    """Raise ValueError unless it is a valid value."""
     if on_error not in ("stop", "skip"):
-        raise ValueError(f"on_error is 'stop' or 'skip', not {on_error!r}")
+        raise ValueError(f"on_error must be 'stop' or 'skip', not {on_error!r}")
 
 
 def _in_packed_order(table: SampleTable) -> Successor:
@@ -257,9 +257,9 @@ _FREE_KEPT = 4
 
 
 class Buffers:
-    """Memory for batches, used again as soon as nobody holds the tensors made from it.
+    """Memory for batches, reused as soon as no tensor made from it is left.
 
-    Fresh memory costs a page fault per 4 KiB, which takes as long as reading into it.
+    New memory costs a page fault per 4 KiB, which takes as long as reading into it.
     """
 
     def __init__(self, pinned: bool) -> None:
@@ -271,7 +271,7 @@ class Buffers:
         import torch
 
         if self._pinned:
-            # torch's own allocator of pinned memory waits for copies that are still under way.
+            # torch's own allocator of pinned memory waits for copies that are still running.
             kind = getattr(torch, dtype.name)
             return torch.empty(shape, dtype=kind, pin_memory=True)
         free = self._free.setdefault((shape, dtype), deque(maxlen=_FREE_KEPT))

@@ -23,8 +23,8 @@ class Dataset(ABC):
     """What can be trained on; `open_dataset` and `open_mix` make one.
 
     Attributes:
-        location: folder or URL; of a mix, all of them and their weights.
-        manifest: what `manifest.json` says; of a mix, what its datasets have in common.
+        location: folder or URL; for a mix, all of them and their weights.
+        manifest: what `manifest.json` says; for a mix, what its datasets have in common.
     """
 
     def __init__(self, location: str, manifest: Manifest) -> None:
@@ -39,7 +39,7 @@ class Dataset(ABC):
     @property
     @abstractmethod
     def weights(self) -> tuple[Fraction, ...]:
-        """The share that each of them has of the order; they sum to 1."""
+        """The share of each dataset in the order; they sum to 1."""
 
     def num_samples(self, split: str = "train") -> int:
         """Samples in a split; 0 if the dataset has no such split."""
@@ -69,7 +69,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def total_variance(self, level: int | str) -> float:
-        """Mean over places and channels of the variance: the loss of the best constant answer.
+        """Variance averaged over locations and channels: the loss of the best constant answer.
 
         Raises:
             ManifestError: if the dataset lacks the level, or has no statistics.
@@ -79,16 +79,16 @@ class Dataset(ABC):
     def unfit_images(self, size: int, split: str = "train") -> tuple[int, str]:
         """Images of a split that are known to be smaller than `size` pixels, or not square.
 
-        Nothing is decoded: the manifest, the indexes or the images' headers tell. What lies behind
-        a URL, and whose indexes do not tell, counts as fit.
+        Nothing is decoded: sizes come from the manifest, the indexes or the images' headers.
+        Images behind a URL whose sizes are not in the indexes count as fit.
 
         Returns:
-            How many there are, and which is the first, in words.
+            How many there are, and a description of the first.
         """
 
     @abstractmethod
     def label_fault(self, split: str = "train") -> str:
-        """The first sample whose metadata keep a split from having labels, in words, or ""."""
+        """Description of the first sample whose faulty metadata leave a split without labels."""
 
     def level_info(self, level: int | str) -> LevelInfo:
         """What the manifest says about a level.
@@ -116,7 +116,7 @@ class Dataset(ABC):
         taken = [(level_guide(n), level_grid(n)) for n in shapes if n not in VECTORS]
         if len(set(taken)) != len(taken):
             raise ValueError(
-                f"a batch holds one level per grid and guide; asked for {', '.join(shapes)}"
+                f"a batch holds one level per grid and guide; requested: {', '.join(shapes)}"
             )
         return shapes
 
@@ -137,12 +137,12 @@ class Dataset(ABC):
             split: "train", "val" or "test".
             image_size: side of the images, as in `stream`.
             levels: as in `stream`.
-            on_error: "stop" raises on a damaged sample; "skip" gives the next sound one in packed
-                order (behind the last comes the first) in its place, and names it in the log.
+            on_error: "stop" raises on a damaged sample; "skip" replaces it by the next sound one
+                in packed order (the last is followed by the first), and logs it.
             need_labels: as in `stream`.
 
         Raises:
-            CorruptSample: if one cannot be read, or none of the split can.
+            CorruptSample: if one cannot be read, or with "skip" if none of the split can.
             IndexError: if the split has no such sample.
         """
         return read_batch(self, list(numbers), split, image_size, levels, on_error, need_labels)
@@ -164,26 +164,26 @@ class Dataset(ABC):
         pin_memory: bool = False,
         need_labels: bool = False,
     ) -> Stream:
-        """Endless batches of a split in an order that depends on seed and position alone.
+        """Endless batches of a split in an order that depends only on seed and position.
 
         Args:
             batch_size: size of the global batch; each rank gets its share of it.
             seed: of the order.
             rank: of this process, 0 to world_size - 1.
             world_size: number of processes that share each batch.
-            start: global position of the first sample: number of samples shown before.
+            start: global position of the first sample: the number of samples already shown.
             image_size: side of the images, shrunk by area from the stored size; None for none.
             levels: "p4", "n8", "NAME.p8" of a further guide, "clip", "text"; a number means the
                 pooled level. At most one per guide and grid.
             split: "train", "val" or "test".
-            num_threads: threads that read ahead; 0 reads in the caller's thread, which is fastest
-                for small levels alone.
-            num_lanes: runs of the epoch that are read side by side.
-            window_shards: how far a sample is moved within its lane, in shards.
-            on_error: "stop" raises on a damaged sample; "skip" shows the next sound one of the
-                order in its place, alike on every rank, and counts it.
+            num_threads: threads that prefetch batches; 0 reads in the caller's thread, which is
+                fastest for small levels without images.
+            num_lanes: runs of the epoch that are read in parallel.
+            window_shards: how far a sample is shuffled within its lane, in shards.
+            on_error: "stop" raises on a damaged sample; "skip" replaces it by the next sound one
+                in the order, the same on every rank, and counts it.
             pin_memory: batches in pinned memory, for asynchronous copies to a GPU.
-            need_labels: a sample whose metadata are at fault, so that its label is unknown, counts
+            need_labels: a sample whose label is unknown, because its metadata are faulty, counts
                 as damaged; otherwise its label in a batch is -1.
 
         Raises:

@@ -16,34 +16,34 @@ from shards.format.sample import Sample
 from shards.read.dataset import Dataset
 from shards.read.packed import PackedDataset
 
-# Guides that have these alike give the same features, wherever they were loaded from.
+# Guides that agree in these give the same features, wherever they were loaded from.
 _GUIDE = ("name", "weights_sha256", "layer")
 _POOLED = "base_grid"
-# How images were resized for the guides; silence is what earlier versions did.
+# How images were resized for the guides; manifests of earlier versions do not say.
 _RESIZE = "resize"
 log = logging.getLogger(__name__)
 
 
 class MixedDataset(Dataset):
-    """Several packed datasets, of which each batch holds its share by weight.
+    """Several packed datasets; each batch holds samples of each in proportion to its weight.
 
-    By number, samples are those of the first dataset, then those of the second, and so on. An
-    epoch of a stream has as many positions as there are samples in all; a dataset of N samples
-    and weight w is shown once in N / w positions.
+    Sample numbers run through the first dataset, then the second, and so on. An epoch of a stream
+    has as many positions as there are samples in total; a dataset of N samples and weight w is
+    shown once in N / w positions.
 
     Args:
         sets: two or more.
-        weights: of each; only their ratios count.
+        weights: one per dataset; only their ratios count.
 
     Raises:
-        ManifestError: the datasets contradict each other: same level of another shape or guide,
-            other names of classes.
-        ValueError: there are not as many weights as datasets, or one is not positive.
+        ManifestError: the datasets contradict each other: the same level has another shape or
+            guide, or the names of the classes differ.
+        ValueError: the number of weights is not that of the datasets, or one is not positive.
     """
 
     def __init__(self, sets: Sequence[PackedDataset], weights: Sequence[Fraction]) -> None:
         if len(sets) < 2 or len(sets) != len(weights) or min(weights) <= 0:
-            raise ValueError("a mix takes two datasets or more, with a positive weight each")
+            raise ValueError("a mix needs two or more datasets, each with a positive weight")
         total = sum(weights, Fraction(0))
         self._sets = tuple(sets)
         self._weights = tuple(weight / total for weight in weights)
@@ -122,9 +122,9 @@ def _common(sets: Sequence[PackedDataset]) -> Manifest:
     for one, manifest in zip(sets, manifests, strict=True):
         if has_labels and manifest.classes != first.classes:
             raise ManifestError(
-                f"{one.location}: its classes are {_named(manifest.classes)}, those of "
-                f"{sets[0].location} {_named(first.classes)}: what is mixed has to number the same "
-                "classes alike"
+                f"{one.location}: its classes are {_named(manifest.classes)}, but those of "
+                f"{sets[0].location} are {_named(first.classes)}: datasets in a mix must number "
+                "the same classes in the same way"
             )
         _check_guides(sets[0], one)
     return Manifest(
@@ -159,7 +159,7 @@ def _splits(manifests: Sequence[Manifest]) -> dict[str, SplitInfo]:
 
 
 def _levels(sets: Sequence[PackedDataset]) -> dict[str, LevelInfo]:
-    """Levels that all of them have; their variance is that of no one dataset."""
+    """Levels that all of them have, without a variance, which differs between datasets."""
     found = {}
     for name, info in sets[0].manifest.levels.items():
         others = [one.manifest.levels.get(name) for one in sets]
@@ -170,15 +170,15 @@ def _levels(sets: Sequence[PackedDataset]) -> dict[str, LevelInfo]:
             if other is not None and other.model_copy(update={"total_variance": None}) != bare:
                 raise ManifestError(
                     f"{one.location}: its level {name} has {other.channels} channels of "
-                    f"{other.dtype}, that of {sets[0].location} {info.channels} of {info.dtype}: "
-                    "prepare both with the same guide"
+                    f"{other.dtype}, but that of {sets[0].location} has {info.channels} of "
+                    f"{info.dtype}: prepare both with the same guide"
                 )
         found[name] = bare
     return found
 
 
 def _check_guides(first: PackedDataset, other: PackedDataset) -> None:
-    """Raise ManifestError unless what both have features of is the same network."""
+    """Raise ManifestError unless the features of both come from the same networks."""
     a, b = first.manifest, other.manifest
     if not a.levels or not b.levels:
         return
@@ -189,8 +189,8 @@ def _check_guides(first: PackedDataset, other: PackedDataset) -> None:
     for name, mine, its in pairs:
         if any(mine.get(fact) != its.get(fact) for fact in _GUIDE):
             raise ManifestError(
-                f"{other.location}: another guide{name} made its features ({its.get('path')}) than "
-                f"those of {first.location} ({mine.get('path')}): prepare both with the same one"
+                f"{other.location}: its guide{name} ({its.get('path')}) differs from that of "
+                f"{first.location} ({mine.get('path')}): prepare both with the same one"
             )
     grids, resizes = (
         [_pyramids_of(m, (name,)).get("pyramids", {}).get(name) for m in (a, b)]
@@ -199,7 +199,7 @@ def _check_guides(first: PackedDataset, other: PackedDataset) -> None:
     if resizes[0] != resizes[1]:
         log.warning(
             "%s and %s: images were resized for the guides in different ways (%s, %s), which "
-            "shifts their features a little; what is generated is resized as the first has it. "
+            "shifts their features slightly; generated images are resized as in the first. "
             "Prepare the older one again",
             first.location,
             other.location,
@@ -207,13 +207,13 @@ def _check_guides(first: PackedDataset, other: PackedDataset) -> None:
         )
     if grids[0] != grids[1]:
         raise ManifestError(
-            f"{other.location}: its pooled levels are means of another grid than those of "
+            f"{other.location}: its pooled levels were averaged from another grid than those of "
             f"{first.location}: prepare both with the same prepare.pyramids.base_grid"
         )
 
 
 def _pyramids_of(manifest: Manifest, facts: Sequence[str]) -> dict[str, Any]:
-    """Of what `prepare` says about the pyramids, these facts, where it says anything at all."""
+    """These entries of `prepare.pyramids` of a manifest, if it has any."""
     pyramids = manifest.prepare.get("pyramids")
     if pyramids is None:
         return {}

@@ -1,4 +1,4 @@
-"""The order of samples, of one dataset or a mix: a pure function of seed and position."""
+"""The order of samples of one dataset or a mix: a pure function of seed and position."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
-# Two windows are in use where one ends and the next begins; two more serve a batch that is
-# read again, or one that crosses into the next epoch.
+# Two windows are in use where one ends and the next begins; two more are for a batch that is
+# read again, or that crosses into the next epoch.
 _WINDOWS_KEPT = 4
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run of positions lies: all arrays have the shape of the positions asked for.
+    """Where a run of positions is; all arrays have the shape of the requested positions.
 
     Attributes:
         position: global positions.
@@ -38,8 +38,8 @@ class Place:
 class Order:
     """The endless order of a split's samples. Global position P is place P % N of epoch P // N.
 
-    Per epoch the shards are permuted and laid end to end, the ring of samples so made is turned by
-    a random offset and cut into L equal lanes, numbered at random; within a lane, samples are
+    Per epoch the shards are permuted and laid end to end; the resulting ring of samples is rotated
+    by a random offset and cut into L equal lanes, numbered at random; within a lane, samples are
     permuted inside windows; place p of the epoch is entry p // L of lane p % L. The first N % L
     lanes are one entry longer.
 
@@ -76,7 +76,7 @@ class Order:
     def places(self, start: int, count: int) -> Place:
         """Places of the `count` global positions that follow `start`, in ascending order."""
         if start < 0 or count < 0:
-            raise ValueError(f"positions begin at 0; asked for {count} from {start}")
+            raise ValueError(f"positions begin at 0; requested: {count} from {start}")
         parts: list[tuple[Ints, Ints, Ints]] = []
         position, end = start, start + count
         span = self._window * self.num_lanes
@@ -100,7 +100,7 @@ class Order:
     ) -> list[Place]:
         """Places of one rank's part of `num_batches` global batches that follow `start`.
 
-        Each batch is sorted by lane and cut into contiguous runs, as equal as can be, the longer
+        Each batch is sorted by lane and cut into contiguous runs, as equal as possible, the longer
         ones first: a rank stays with its own lanes, and so with their shards.
         """
         whole = self.places(start, batch_size * num_batches)
@@ -142,7 +142,7 @@ class Order:
     def _lane_starts(self, epoch: int, length: int, num_longer: int) -> Ints:
         """Where each lane begins on the ring.
 
-        The lanes lie on it in random order: a batch smaller than L takes neighbouring lanes, which
+        The lanes are on it in random order: a batch smaller than L takes neighbouring lanes, which
         must not be neighbours in the data as well.
         """
         along_ring = np.argsort(self._words("lanes", epoch, self.num_lanes), kind="stable")
@@ -189,7 +189,7 @@ class Plan:
 
     Attributes:
         position: global positions, one per row.
-        portions: who fills the rows; each row is filled once.
+        portions: what fills the rows; each row is filled once.
     """
 
     position: Ints
@@ -197,7 +197,7 @@ class Plan:
 
 
 class Shares(Protocol):
-    """What one dataset has to give to a run of batches.
+    """What one dataset contributes to a run of batches.
 
     Attributes:
         num_samples: positions within which all of it is shown.
@@ -267,31 +267,33 @@ _NO_PLACES = Place(*(np.zeros(0, np.int64) for _ in range(4)))
 class MixOrder:
     """The endless order of several datasets, each with its share of the positions.
 
-    Of two, A with weight w and B with 1 - w: position p is A's if floor((p + 1) w) > floor(p w),
-    and it is then A's own position floor(p w), else B's own position p - floor(p w). So among any
-    n positions A has n w, but for less than one. Of more, the first one's positions are told in
-    this way, and what is left of the positions, counted from 0, is shared by the others likewise.
+    For two datasets, A with weight w and B with 1 - w: position p is A's if
+    floor((p + 1) w) > floor(p w), and it is then A's own position floor(p w), else B's own
+    position p - floor(p w). So among any n positions A has n w, to within one. For more datasets,
+    the first one's positions are found in this way, and the remaining positions, counted from 0,
+    are divided among the others in the same way.
 
     Args:
         orders: of the datasets, each endless.
         weights: positive; only their ratios count.
 
     Raises:
-        ValueError: there are not as many weights as orders, or they are not positive, or too fine.
+        ValueError: the number of weights is not that of the orders, or a weight is not positive or
+            has too many digits.
 
     Attributes:
-        num_samples: what is called an epoch: as many positions as there are samples in all.
+        num_samples: length of an epoch: the number of samples of all datasets.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[Fraction]) -> None:
         if len(orders) != len(weights) or not weights or min(weights) <= 0:
-            raise ValueError("a mix takes datasets with a positive weight each")
+            raise ValueError("a mix needs one positive weight per dataset")
         self._orders = tuple(orders)
         left = [sum(weights[number:], Fraction(0)) for number in range(len(weights))]
         self._shares = [w / rest for w, rest in zip(weights, left, strict=True)]
         self._weights = [w / left[0] for w in weights]
         if max(share.denominator for share in self._shares) > _FINEST:
-            raise ValueError("the weights have too many digits: write them with 6 at most")
+            raise ValueError("the weights have too many digits: use at most 6")
         self.num_samples = sum(order.num_samples for order in orders)
 
     def owners(self, start: int, count: int) -> tuple[Ints, Ints]:
@@ -316,10 +318,10 @@ class MixOrder:
     ) -> list[Plan]:
         """One rank's part of `num_batches` global batches that follow position `start`.
 
-        Within a batch each dataset's samples are sorted by their lane, and the datasets are dealt
-        evenly: of n samples the i-th goes to place (2 i + 1) / 2 n. The batch so sorted is cut
-        into contiguous runs, as equal as can be, the longer ones first. So every rank has its part
-        of every dataset, and stays with its own lanes there.
+        Within a batch each dataset's samples are sorted by their lane, and the datasets are
+        interleaved evenly: the i-th of n samples goes to place (2 i + 1) / 2 n. The sorted batch is
+        cut into contiguous runs, as equal as possible, the longer ones first. So every rank has its
+        part of every dataset, and stays with its own lanes there.
         """
         number, own = self.owners(start, batch_size * num_batches)
         places, keys = [], np.empty(len(number))
@@ -361,10 +363,10 @@ def planner_of(orders: Sequence[Order], weights: Sequence[Fraction]) -> Planner:
 
 
 def seed_of(seed: int, number: int, num_sets: int) -> int:
-    """Seed of the order of one of the datasets of a mix; alone it has the mix's own.
+    """Seed of the order of one dataset of a mix; a single dataset has the mix's own.
 
-    Two of equal size would else show samples of the same number side by side, and these may be of
-    the same photo.
+    Otherwise two datasets of equal size would show samples of the same number at the same time,
+    and these may come from the same photo.
     """
     if num_sets == 1:
         return seed
@@ -388,7 +390,7 @@ class _OneOfMix:
     def shares(
         self, start: int, batch_size: int, rank: int, world_size: int, num_batches: int
     ) -> list[Place]:
-        """Places in this dataset of one rank's part of each batch; of some maybe none."""
+        """Places in this dataset of one rank's part of each batch; some may be empty."""
         plans = self._mix.plans(start, batch_size, rank, world_size, num_batches)
         found = [
             [portion.places for portion in plan.portions if portion.number == self._which]
@@ -398,7 +400,7 @@ class _OneOfMix:
 
 
 def _even(batch: Ints, lane: Ints) -> npt.NDArray[np.float64]:
-    """Where in its batch each sample of one dataset is dealt, 0 to 1, by its lane."""
+    """Where in its batch each sample of one dataset is placed, 0 to 1, by its lane."""
     counts = np.bincount(batch)
     starts = np.cumsum(counts) - counts
     nth = np.arange(len(batch)) - starts[batch]

@@ -1,4 +1,4 @@
-"""One packed dataset: found in a folder or behind a URL; its statistics and samples by number."""
+"""One packed dataset in a folder or behind a URL: its statistics, and samples by number."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def open_dataset(
 
     Args:
         location: local folder, or the URL of one on any file system that fsspec knows.
-        cache_dir: where the shards of a URL are kept; ~/.cache/dinogen/shards unless given.
-        cache_gb: most that this folder holds, in 10^9 bytes; what was not used for longest goes.
+        cache_dir: where the shards of a URL are kept; ~/.cache/dinogen/shards if None.
+        cache_gb: most that this folder holds, in 10^9 bytes; the least recently used are evicted.
 
     Raises:
         FetchError: if a URL cannot be reached.
@@ -103,7 +103,7 @@ class PackedDataset(Dataset):
 
     @property
     def weights(self) -> tuple[Fraction, ...]:
-        """All of the order."""
+        """The whole order."""
         return (Fraction(1),)
 
     def table(self, split: str) -> SampleTable:
@@ -137,7 +137,7 @@ class PackedDataset(Dataset):
         shard = int(np.searchsorted(table.starts, number, side="right")) - 1
         row = number - int(table.starts[shard])
         index = table.index(shard)
-        # Held until it is read: another thread may drop it from the table meanwhile.
+        # Held until it is read: another thread may drop it from the table in the meantime.
         file = table.file(shard)
         return read_sample(index, row, table.shards[shard].name, file.descriptor)
 
@@ -165,7 +165,7 @@ class PackedDataset(Dataset):
         return count, first
 
     def label_fault(self, split: str = "train") -> str:
-        """As `Dataset.label_fault`; nothing is fetched for that from behind a URL."""
+        """As `Dataset.label_fault`; for a URL nothing is fetched and the answer is ""."""
         if "://" in self.location:
             return ""
         table = self.table(split)

@@ -1,4 +1,4 @@
-"""Bytes of many samples at once: scattered reads into given buffers, checked and decoded."""
+"""Reads many samples at once: scattered reads into given buffers, checked and decoded."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ Failures = dict[int, CorruptSample]
 
 @dataclass(frozen=True)
 class LevelShape:
-    """What a level's payload is: (places, channels) of `dtype`."""
+    """What a level's payload is: (locations, channels) of `dtype`."""
 
-    places: int
+    locations: int
     channels: int
     dtype: np.dtype[Any]
 
@@ -54,7 +54,7 @@ class _Reads(NamedTuple):
     offsets: list[int]
 
     def only(self, mask: Sequence[bool]) -> _Reads:
-        """Those whose entry in `mask` is true."""
+        """The reads whose entry in `mask` is true."""
         return _Reads(
             self.suffix,
             list(compress(self.items, mask)),
@@ -70,7 +70,7 @@ class BatchReader:
     Args:
         table: the split.
         levels: shape by level name.
-        image_size: side of the images wanted, or None for no images.
+        image_size: side of the requested images, or None for no images.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class BatchReader:
     def shapes(self, count: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape and dtype of the arrays that a batch of `count` samples needs, by name."""
         wanted: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
-            name: ((count, level.places, level.channels), level.dtype)
+            name: ((count, level.locations, level.channels), level.dtype)
             for name, level in self._levels.items()
         }
         if (size := self._image_size) is not None:
@@ -134,7 +134,7 @@ class _Batch:
         self._shards: list[int] = places.shard.tolist()
         self._queue: list[_Reads] = []
         self.failures: Failures = {}
-        # Held until the batch is read: a file is closed when the last holder lets go of it.
+        # Held until the batch is read: a file is closed when its last holder releases it.
         self._files = {shard: self._open(shard) for shard in dict.fromkeys(self._shards)}
         self._sound = [shard for shard, file in self._files.items() if file is not None]
         numbers = {shard: file.descriptor if file else -1 for shard, file in self._files.items()}
@@ -147,7 +147,7 @@ class _Batch:
         except FileNotFoundError:
             what = "its shard is missing"
         except FetchError:
-            # The sample may be sound: to pass over it would change the order for no reason.
+            # The sample may be sound: skipping it would change the order for no reason.
             raise
         except (OSError, ShardsError) as error:
             what = str(error)
@@ -184,7 +184,7 @@ class _Batch:
         if wrong.any():
             for item in np.flatnonzero(wrong).tolist():
                 if offsets[item] >= 0:
-                    self.fail(item, suffix, "has not the manifest's shape")
+                    self.fail(item, suffix, "has another shape than the manifest says")
                 elif offsets[item] == -1:
                     self.fail(item, suffix, self._fault(item, suffix) or "is missing")
             reads = reads.only((~wrong).tolist())
@@ -197,7 +197,7 @@ class _Batch:
         return self._table.index(shard).fault(row, suffix)
 
     def _converted(self, item: int, suffix: str) -> Any:
-        """A member that does not lie as it is needed: bytes, or an array if it is a level."""
+        """A member that has to be converted: bytes, or an array if it is a level."""
         shard, row = self._shards[item], int(self._places.sample[item])
         index, file = self._table.index(shard), self._files[shard]
         number = index.column(suffix)
@@ -248,10 +248,10 @@ class _Batch:
         return images
 
     def read(self) -> None:
-        """Carry out what was planned: first what the page cache has, then the rest.
+        """Carry out the planned reads: first what is in the page cache, then the rest.
 
-        The first pass does not wait for the disk, but sets it going; the rest is announced as a
-        whole, so that the disk can sort it, before it is waited for.
+        The first pass does not wait for the disk, but starts its work; the rest is announced as a
+        whole, so that the disk can sort it, before this waits for it.
         """
         late = []
         preadv, no_wait = os.preadv, os.RWF_NOWAIT
@@ -291,7 +291,7 @@ class _Batch:
                 continue
             index = self._places.index[item]
             if sum64(payload) == int(column.sums[index]):
-                # Once per process is enough: what it guards against is decay on disk.
+                # Once per process is enough: it guards against decay on disk.
                 column.unchecked[index] = False
             else:
                 self.fail(item, suffix, "its bytes differ from its checksum")
@@ -312,7 +312,7 @@ def read_sample(index: ShardIndex, row: int, shard: str, descriptor: int) -> Sam
     image = image_suffix(suffixes)
     wanted = {META_SUFFIX, LABEL_SUFFIX, CAPTION_SUFFIX, *([image] if image else IMAGE_SUFFIXES)}
     members: dict[str, bytes] = {}
-    # Of arrays only those count that are levels here; other members are not needed.
+    # Only arrays that are levels here count; other members are not needed.
     arrays = {column.suffix for column in index.columns if column.shape is not None}
     for fault in index.faults:
         if fault.row == row and fault.suffix in arrays | wanted:
@@ -333,7 +333,7 @@ def read_sample(index: ShardIndex, row: int, shard: str, descriptor: int) -> Sam
 def read_levels(
     index: ShardIndex, row: int, shard: str, descriptor: int
 ) -> dict[str, npt.NDArray[Any]]:
-    """The levels of a sample, by name, as they are trained on; without those that are at fault.
+    """The levels of a sample, by name, as used in training; without faulty ones.
 
     Raises:
         CorruptSample: naming the one that cannot be read.

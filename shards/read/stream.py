@@ -1,4 +1,4 @@
-"""Positions of the order to decoded batches; all state is one integer."""
+"""Turns positions of the order into decoded batches; its whole state is one integer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from shards.read.batch import BatchMaker, SplitReader, along, check_on_error, na
 from shards.read.order import Order, Plan, Planner, planner_of, seed_of
 from shards.read.types import Batch, WeightedSources
 from shards.remote.download import stop_at
-from shards.remote.prefetch import Ahead, Share
+from shards.remote.prefetch import Prefetcher, Share
 from shards.remote.storage import RemoteFolder
 
-# A second batch in hand hides the jitter of a slow read; more only costs memory.
+# One spare batch hides the jitter of a slow read; more only costs memory.
 _SPARE_BATCHES = 1
-# Finding places costs much the same for one batch as for several.
+# Planning several batches costs about as much as planning one.
 _BATCHES_PLANNED = 8
 
 
@@ -30,13 +30,13 @@ class Stream:
 
     A batch is a dict: `image` float32 (B, 3, R, R) in [-1, 1]; `pyramid` {grid: (B, grid * grid,
     C)} as stored; `guides` {name: {grid: (B, grid * grid, C)}} if levels of further guides are
-    asked for; `clip` and `text` (B, E) if they are; `key` list of str; `position` int64 (B,),
-    global positions; `label` int64 (B,) if all samples have one. Its tensors are the caller's for
-    as long as the caller holds them.
+    requested; `clip` and `text` (B, E) if they are; `key` list of str; `position` int64 (B,),
+    global positions; `label` int64 (B,) if all samples have one. Its tensors are not reused as
+    long as the caller holds them.
 
     Attributes:
         num_skipped: damaged samples that were replaced in the batches yielded so far.
-        num_samples: length of an epoch; of a mix, the number of samples in all of it.
+        num_samples: length of an epoch; for a mix, the number of samples of all datasets.
     """
 
     def __init__(
@@ -61,7 +61,9 @@ class Stream:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size} ranks")
         if batch_size < world_size:
-            raise ValueError(f"batch_size {batch_size} leaves some of {world_size} ranks without")
+            raise ValueError(
+                f"batch_size {batch_size} must be at least the number of ranks, {world_size}"
+            )
         if start < 0 or num_threads < 0:
             raise ValueError("start and num_threads must not be negative")
         check_on_error(on_error)
@@ -70,7 +72,7 @@ class Stream:
 
             if not torch.cuda.is_available():
                 raise ValueError("pin_memory needs a GPU; set it to False on this machine")
-        # Each user of an order has one of its own: they are not safe for several threads.
+        # Each user gets its own order: they are not safe for several threads.
         num_sets = len(dataset.sets)
         orders = [
             partial(
@@ -104,7 +106,7 @@ class Stream:
         self._position = self._next_read = start
         self._plans: deque[Plan] = deque()
         self._pending: deque[Future[tuple[Batch, list[CorruptSample]]]] = deque()
-        self._num_ahead = num_threads + _SPARE_BATCHES if num_threads else 0
+        self._num_pending = num_threads + _SPARE_BATCHES if num_threads else 0
         self._stop = threading.Event()
         self._pool: ThreadPoolExecutor | None = None
         if num_threads:
@@ -112,13 +114,14 @@ class Stream:
                 num_threads, "shards", initializer=stop_at, initargs=(self._stop,)
             )
         self._closed = False
-        self._ahead: list[Ahead] = []
+        self._prefetchers: list[Prefetcher] = []
         share = Share(batch_size, rank, world_size)
         for number, one in enumerate(dataset.sets):
             if isinstance(one.source, RemoteFolder):
                 mine = planner().only(number)
-                self._ahead.append(Ahead(one.source, one.table(split), mine, share, start))
-                weakref.finalize(self, self._ahead[-1].close)
+                prefetcher = Prefetcher(one.source, one.table(split), mine, share, start)
+                self._prefetchers.append(prefetcher)
+                weakref.finalize(self, prefetcher.close)
         self._named: set[tuple[str, str]] = set()
         self.num_skipped = 0
         self.num_samples = self._planner.num_samples
@@ -142,7 +145,7 @@ class Stream:
     def _take(self) -> tuple[Batch, list[CorruptSample]]:
         if self._pool is None:
             return self._maker.batch(self._next_plan())
-        while len(self._pending) < self._num_ahead:
+        while len(self._pending) < self._num_pending:
             self._pending.append(self._pool.submit(self._maker.batch, self._next_plan()))
         return self._pending.popleft().result()
 
@@ -151,21 +154,21 @@ class Stream:
             part = (self._batch_size, self._rank, self._world_size, _BATCHES_PLANNED)
             self._plans.extend(self._planner.plans(self._next_read, *part))
             self._next_read += self._batch_size * _BATCHES_PLANNED
-        for ahead in self._ahead:
-            ahead.advance(self._position)
+        for prefetcher in self._prefetchers:
+            prefetcher.advance(self._position)
         return self._plans.popleft()
 
     def state_dict(self) -> dict[str, int]:
-        """{"position": global position of the next batch to be yielded}; give it as `start`."""
+        """{"position": global position of the next batch}; pass it as `start`."""
         return {"position": self._position}
 
     def close(self) -> None:
-        """Stop reading ahead and end the threads. A closed stream yields nothing more."""
+        """Stop prefetching and end the threads. A closed stream yields nothing more."""
         self._closed = True
-        # A thread may be waiting for a shard that nobody needs any more.
+        # A thread may be waiting for a shard that is no longer needed.
         self._stop.set()
-        for ahead in self._ahead:
-            ahead.close()
+        for prefetcher in self._prefetchers:
+            prefetcher.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()

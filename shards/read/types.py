@@ -1,4 +1,4 @@
-"""What the parts of reading hand to each other: a batch, and what they ask of a dataset."""
+"""Types that the parts of reading share: a batch, and what they need of a dataset."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Batch(TypedDict, total=False):
 
 
 class PackedSource(Protocol):
-    """One packed dataset, as far as batches are made from it; see `PackedDataset`."""
+    """One packed dataset, with what is needed to make batches from it; see `PackedDataset`."""
 
     @property
     def location(self) -> str:
@@ -68,7 +68,7 @@ class PackedSource(Protocol):
 
 
 class WeightedSources(Protocol):
-    """One or several packed datasets and their shares of the order; see `Dataset`."""
+    """One or several packed datasets and their shares in the order; see `Dataset`."""
 
     @property
     def location(self) -> str:
@@ -84,4 +84,4 @@ class WeightedSources(Protocol):
 
     @property
     def weights(self) -> Sequence[Fraction]:
-        """The share that each of them has of the order; they sum to 1."""
+        """The share of each dataset in the order; they sum to 1."""

@@ -1,1 +1,1 @@
-"""Shards behind a URL: downloaded whole, cached under a limit, ahead of need."""
+"""Shards behind a URL: downloaded whole, cached under a limit, prefetched."""

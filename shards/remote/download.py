@@ -1,6 +1,6 @@
-"""Files behind a URL: one engine of retries, and files fetched whole with it, checked when there.
+"""Files behind a URL, fetched whole and checked, and `retry`, which repeats what failed.
 
-`insist` is the engine. What else fetches, such as `dinogen download`, uses it too.
+Everything that fetches uses `retry`, `dinogen download` too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 # With waits of about 1, 2, 4 ... 60 s in between: about a minute and a half.
 TRIES = 8
-# What differs from its checksum this often differs where it came from.
+# A file with a wrong checksum this often is damaged at its source.
 TRIES_OF_DAMAGED = 3
 # Doubles with each try in a row; each wait is 50 to 100 % of it.
 FIRST_WAIT_S = 1.0
@@ -36,12 +36,12 @@ LONGEST_RETRY_AFTER_S = 3600.0
 # A process that was asked to stop has some 30 s until it is killed: to get this batch, and to save.
 HURRY_S = 5.0
 HURRIED_WAIT_S = 0.5
-# How soon a thread that waits learns that it is to stop.
+# How soon a waiting thread notices that it has to stop.
 _NAP_S = 0.05
-# Silence for so long is a broken connection; the length of a transfer is nobody's business.
+# A connection that is silent for this long is broken; a transfer may take any time.
 _SILENCE_S = 30
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
-# Request timeout, too early, too many requests; and what a server says of itself.
+# Request timeout, too early, too many requests, and temporary server errors.
 PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _DRIVERS = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp",
@@ -50,7 +50,7 @@ _DRIVERS = {
 
 
 class Damaged(Exception):
-    """What arrived is not what was asked for; the message says in which way."""
+    """What arrived is not what was requested; the message says how it differs."""
 
 
 class Stopped(FetchError):
@@ -67,23 +67,23 @@ class _Process:
 
 _thread = _Thread()
 _process = _Process()
-# Its own: the global one may be part of somebody's reproducible order.
+# Its own: user code may have seeded the global one.
 _random = random.Random()
 
 
 def hurry(asked: bool = True) -> None:
-    """From now on give up within seconds what cannot be fetched, as the process is to stop.
+    """From now on give up within seconds on what cannot be fetched, as the process has to stop.
 
     May be called by a signal handler.
 
     Args:
-        asked: False takes it back.
+        asked: False undoes it.
     """
     _process.hurried_at = min(_process.hurried_at, time.monotonic()) if asked else math.inf
 
 
 def stop_at(event: threading.Event) -> None:
-    """From now on this thread leaves whatever it fetches when `event` is set."""
+    """From now on this thread abandons whatever it is fetching once `event` is set."""
     _thread.stop = event
 
 
@@ -91,19 +91,19 @@ def nap() -> None:
     """Sleep a moment.
 
     Raises:
-        Stopped: if this thread is to stop.
+        Stopped: if this thread has to stop.
     """
-    obey()
+    raise_if_stopped()
     time.sleep(_NAP_S)
 
 
-def obey() -> None:
-    """Raise `Stopped` if this thread is to stop."""
+def raise_if_stopped() -> None:
+    """Raise `Stopped` if this thread has to stop."""
     if _thread.stop is not None and _thread.stop.is_set():
         raise Stopped("stopped while fetching")
 
 
-def insist(
+def retry(
     once: Callable[[], T],
     what: str,
     delay: Callable[[Exception], float | None],
@@ -114,37 +114,37 @@ def insist(
     sleep: Callable[[float], object] | None = None,
     level: int = logging.WARNING,
 ) -> T:
-    """Do something until it works, or there is no sense in trying again.
+    """Call `once` until it works, or until trying again makes no sense.
 
-    Waits double from try to try and are spread, so that what failed together does not come back
-    together. They end early when the thread or the process is to stop.
+    Waits double from try to try and are randomised, so that clients that failed together do not
+    return together. They end early when the thread or the process has to stop.
 
     Args:
         once: one try.
-        what: is done, for the log.
-        delay: seconds for which the server asks before the next try, 0 if it does not say; None
+        what: what is being done, for the log.
+        delay: seconds that the server asks to wait before the next try, 0 if it does not say; None
             if the error is permanent.
-        tries: that may fail in a row without progress.
-        progress: a number that grows if a failed try got something nevertheless, such as bytes.
+        tries: how many may fail in a row without progress.
+        progress: a number that grows if a failed try still got something, such as bytes.
         give_up: makes the error to raise from the last one and from words such as
             "3 tries in 4 s".
-        sleep: takes the place of waiting that many seconds.
+        sleep: called with the seconds to wait, instead of waiting.
         level: of the line in the log before each wait; a wait that a server asked for and that
             is longer than any of ours is a warning.
 
     Raises:
-        Stopped: this thread is to stop.
+        Stopped: this thread has to stop.
         Exception: what `give_up` returned; by default the last error of `once`.
     """
     began, furthest = time.monotonic(), progress()
     num_fruitless = num_damaged = 0
     for number in itertools.count(1):
-        obey()
+        raise_if_stopped()
         try:
             return once()
         except Exception as error:
-            # What fails at the end of a process is not worth a line.
-            obey()
+            # What fails while the process ends is not worth a log line.
+            raise_if_stopped()
             num_damaged += isinstance(error, Damaged)
             reached = progress()
             num_fruitless = 0 if reached > furthest else num_fruitless + 1
@@ -179,7 +179,7 @@ def _wait(seconds: float) -> None:
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds for which a server asks by its header Retry-After (RFC 9110, 10.2.3).
+    """Seconds that a server asks to wait in its header Retry-After (RFC 9110, 10.2.3).
 
     Args:
         value: a number of seconds or a date.
@@ -225,7 +225,7 @@ class Remote:
             data: bytes = self._system.cat_file(f"{self._root}/{name}")
             return data
 
-        return self._insist(name, once)
+        return self._retry(name, once)
 
     def fetch(self, name: str, path: Path, check: Callable[[Path], None]) -> None:
         """Write a file to `path`, where it may be seen half-written.
@@ -243,7 +243,7 @@ class Remote:
         from fsspec.callbacks import Callback
 
         class Watch(Callback):  # type: ignore[misc]
-            """Ends a transfer that nobody waits for any more."""
+            """Ends a transfer that is no longer needed."""
 
             stop = _thread.stop
 
@@ -258,16 +258,16 @@ class Remote:
             check(path)
 
         log.info("fetching %s/%s", self.url, name)
-        self._insist(name, once)
+        self._retry(name, once)
 
-    def _insist(self, name: str, once: Callable[[], T]) -> T:
-        """Do it until it works, or there is no sense in trying again."""
+    def _retry(self, name: str, once: Callable[[], T]) -> T:
+        """`retry` with the errors of this folder."""
 
         def checked() -> T:
             try:
                 return once()
             except Exception as error:
-                # Some drivers look at a checksum of the server's themselves.
+                # Some drivers check the server's checksum themselves.
                 if "Checksum" in type(error).__name__:
                     raise Damaged(describe(error)) from error
                 raise
@@ -278,12 +278,12 @@ class Remote:
             what = f"{self.url}/{name}: {describe(error)}"
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 return FetchError(
-                    f"{what}: the cache is full: make room, set data.cache_gb to what it may "
-                    f"take, or data.cache_dir to another folder"
+                    f"{what}: the cache's disk is full: free some space, limit the cache with "
+                    f"data.cache_gb, or set data.cache_dir to another folder"
                 )
             return FetchError(f"{what} ({tried}); {_remedy(error)}")
 
-        return insist(checked, f"{self.url}/{name}", _delay, give_up=give_up)
+        return retry(checked, f"{self.url}/{name}", _delay, give_up=give_up)
 
 
 def _connect(url: str) -> tuple[Any, str]:
@@ -304,18 +304,18 @@ def _connect(url: str) -> tuple[Any, str]:
         remedy = f"run `pip install {driver}`" if driver else str(error)
         raise FetchError(
             f"{url}: cannot be reached: {protocol}:// needs a driver that is not installed: "
-            f"{remedy} (`pip install -e '.[remote]'` here brings those of s3, http and ssh)"
+            f"{remedy} (`pip install -e '.[remote]'` here installs those for s3, http and ssh)"
         ) from error
     except Exception as error:
         raise FetchError(f"{url}: cannot be reached: {describe(error)}") from error
     if protocol in ("s3", "s3a"):
-        # It is tried again here, where it can be stopped and leaves a line in the log.
+        # Retries happen here, where they can be stopped and are logged.
         system.retries = 1
     return system, root
 
 
 def _options(protocol: str) -> dict[str, Any]:
-    """What a driver has to be told; fsspec's own configuration goes over it."""
+    """Options for a driver; fsspec's own configuration overrides them."""
     if protocol in ("http", "https"):
         import aiohttp
 
@@ -368,7 +368,7 @@ def _remedy(error: Exception) -> str:
     denied = isinstance(error, PermissionError) or status in (401, 403)
     if denied or "Credential" in type(error).__name__:
         return (
-            "give credentials that may read it (for s3 AWS_ACCESS_KEY_ID and "
+            "give credentials with read access (for s3 AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
         )
-    return "look at the server and the network, then run the same command again"
+    return "check the server and the network, then run the same command again"

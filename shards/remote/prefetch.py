@@ -1,4 +1,4 @@
-"""Fetches the shards of coming batches while the present one is shown, as the order foretells."""
+"""Fetches the shards of coming batches in advance; the order says which those are."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from shards.remote.storage import HeldFile, RemoteFolder
 
 log = logging.getLogger(__name__)
 _PARALLEL = 4
-# Batches looked at in one go, and that are looked at even where the cache has no room for more.
+# Batches planned at once, and that are planned even if the cache has no space for more.
 _BATCHES = 8
 # Held files are open files, of which a process may have 1024 by default.
-_MOST_IN_SIGHT = 400
-# How often to ask again what may have changed by others' doing: room in the cache, its users.
+_MOST_PLANNED = 400
+# How often to check again what other processes may have changed: space in the cache, its users.
 _ASK_S = 1.0
 _DIVIDE_S = 3.0
 _CLOSE_S = 1.0
@@ -38,18 +38,18 @@ class Share:
     world_size: int
 
 
-class Ahead:
-    """Threads that fetch what a stream needs next, and hold it until its last use in sight.
+class Prefetcher:
+    """Threads that fetch what a stream needs next, and hold it until its last planned use.
 
-    In sight is one window of the order, a quarter of an epoch at most, or as much as this stream's
-    part of the cache holds. What cannot be fetched is left to the reader who needs it, and so are
-    errors.
+    They plan one window of the order, at most a quarter of an epoch, or as much as fits into this
+    stream's part of the cache. What cannot be fetched is left to the reader that needs it, which
+    then raises the error.
 
     Args:
         source: where the shards come from.
         table: the split.
-        order: of this object alone.
-        share: which part of each batch.
+        order: not shared with other objects.
+        share: which part of each batch is read.
         start: position of the first batch.
     """
 
@@ -61,10 +61,10 @@ class Ahead:
         self._changed = threading.Condition()
         self._position = self._seen = start
         self._may_be_evicted = source.cache.limit is not None
-        # Position behind the last batch in sight that needs a shard.
+        # Position behind the last planned batch that needs a shard.
         self._last_use: dict[int, int] = {}
-        # Of a small set a window is much, and most of the next epoch is there by then anyway.
-        self._sight = min(order.window_span, order.num_samples // 4)
+        # A window is a large part of a small set, and most of the next epoch is cached by then.
+        self._horizon = min(order.window_span, order.num_samples // 4)
         self._wanted: deque[int] = deque()
         self._held: dict[int, HeldFile] = {}
         self._budget = float("inf")
@@ -72,20 +72,20 @@ class Ahead:
         self._divided = 0.0
         # Daemons: a transfer that hangs must not keep the process from ending.
         self._threads = [
-            threading.Thread(target=target, name="shards-ahead", daemon=True)
-            for target in (self._look, *[self._fetch] * _PARALLEL)
+            threading.Thread(target=target, name="shards-prefetch", daemon=True)
+            for target in (self._plan, *[self._fetch] * _PARALLEL)
         ]
         for thread in self._threads:
             thread.start()
 
     def advance(self, position: int) -> None:
-        """Say that the batch at `position` is the first that is still read or to be read."""
+        """Say that no batch before `position` is needed any more."""
         with self._changed:
             self._position = position
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Leave whatever is being fetched, and end the threads if they do so within a moment.
+        """Abandon running fetches, and wait up to a second for the threads to end.
 
         Another process may wait for the lock of what one of them fetches.
         """
@@ -98,13 +98,13 @@ class Ahead:
             if thread is not threading.current_thread():
                 thread.join(max(until - time.monotonic(), 0))
 
-    def _look(self) -> None:
-        """Find out which shards come next, and let go of those that do not."""
+    def _plan(self) -> None:
+        """Find out which shards come next, and release those that are no longer needed."""
         with self._source.cache.user():
             while not self._stop.is_set():
                 self._divide()
                 with self._changed:
-                    if not self._may_look([]):
+                    if not self._may_plan([]):
                         self._changed.wait(_ASK_S)
                         self._forget()
                         continue
@@ -113,7 +113,7 @@ class Ahead:
                 shards = self._shards_of(seen, _BATCHES)
                 with self._changed:
                     for names in shards:
-                        if not self._may_look(names):
+                        if not self._may_plan(names):
                             break
                         self._seen += step
                         for shard in names:
@@ -124,7 +124,7 @@ class Ahead:
                     self._changed.notify_all()
 
     def _divide(self) -> None:
-        """Ask for this stream's part of the cache, and warn if a window does not fit in it."""
+        """Update this stream's part of the cache, and warn if a window does not fit into it."""
         cache = self._source.cache
         if cache.limit is None or time.monotonic() < self._divided + _DIVIDE_S:
             return
@@ -137,23 +137,23 @@ class Ahead:
         needed = {
             shard for names in self._shards_of(self._position, num_batches) for shard in names
         }
-        lacking = self._bytes_of(needed) - self._budget
-        if lacking > 0:
-            cache.warn(cache.limit + int(lacking * num_users))
+        missing = self._bytes_of(needed) - self._budget
+        if missing > 0:
+            cache.warn(cache.limit + int(missing * num_users))
 
-    def _may_look(self, names: list[int]) -> bool:
-        """Whether a batch with these shards may come in sight.
+    def _may_plan(self, names: list[int]) -> bool:
+        """Whether a batch with these shards may be planned.
 
-        None does past a window, and none that there is no room for, but for the very next ones.
+        The next few always are; others only within the horizon and if there is space for them.
         """
         step = self._share.batch_size
         if self._seen < self._position + _BATCHES * step:
             return True
-        if self._seen >= self._position + self._sight:
+        if self._seen >= self._position + self._horizon:
             return False
-        if len(self._last_use) >= _MOST_IN_SIGHT:
+        if len(self._last_use) >= _MOST_PLANNED:
             return False
-        # A little is left to indexes that are not here yet, and to readers in need.
+        # Some space is left for indexes that are not fetched yet, and for urgent reads.
         return self._bytes_of(self._last_use.keys() | names) < 0.9 * self._budget
 
     def _forget(self) -> None:
@@ -177,8 +177,8 @@ class Ahead:
                 self._table.index(shard)
                 file = self._source.open_early(name)
             except (ShardsError, OSError) as error:
-                # The reader that needs it tries again, and says what is wrong if that fails too.
-                log.debug("%s was not fetched ahead of its use: %s", name, error)
+                # The reader that needs it tries again, and reports the error if that fails too.
+                log.debug("%s was not prefetched: %s", name, error)
                 continue
             with self._changed:
                 if self._stop.is_set():
@@ -191,7 +191,7 @@ class Ahead:
             del file
 
     def _shards_of(self, start: int, num_batches: int) -> list[list[int]]:
-        """Shards of each of some batches; the order is asked by one thread at a time."""
+        """Shards of each of some batches; only one thread at a time may use the order."""
         share = self._share
         part = (share.batch_size, share.rank, share.world_size, num_batches)
         return [np.unique(place.shard).tolist() for place in self._order.shares(start, *part)]

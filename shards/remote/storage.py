@@ -1,4 +1,4 @@
-"""Shards behind a URL, downloaded whole into a cache that processes share, checked when there."""
+"""Shards behind a URL, downloaded whole into a cache that processes share, and checked there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def default_cache() -> Path:
-    """Where fetched shards are kept unless a folder is given."""
+    """Where fetched shards are kept if no folder is given."""
     return Path.home() / ".cache" / "dinogen" / "shards"
 
 
@@ -38,8 +38,8 @@ def open_remote(
 
     Args:
         url: folder on any file system that fsspec knows.
-        cache_dir: folder for the cache, `default_cache()` unless given.
-        cache_gb: most that all files in the cache take, in 10^9 bytes; no limit unless given.
+        cache_dir: folder for the cache; `default_cache()` if None.
+        cache_gb: most that all files in the cache take, in 10^9 bytes; no limit if None.
 
     Raises:
         ManifestError: if there is no manifest behind the URL, or it cannot be used.
@@ -64,7 +64,7 @@ def _read_manifest(remote: Remote) -> tuple[bytes, Manifest]:
         try:
             return data, parse_manifest(data, place)
         except ManifestError as error:
-            # No checksum guards it, but a transfer cut short leaves no sound JSON.
+            # It has no checksum, but an interrupted transfer leaves invalid JSON.
             log.warning("%s; reading it again", error)
             data = remote.read(MANIFEST)
             return data, parse_manifest(data, place)
@@ -76,13 +76,13 @@ def _read_manifest(remote: Remote) -> tuple[bytes, Manifest]:
 
 
 class RemoteFolder:
-    """Finds the files of a remote dataset in the cache, fetching those that are not there.
+    """Finds the files of a remote dataset in the cache, and fetches those that are missing.
 
-    A file in the cache was checked before it got its name, so its presence is enough.
+    A file in the cache was checked before it got its name, so it needs no further check.
 
     Attributes:
         folder: the dataset's own folder in the cache.
-        cache: which it shares with other processes and datasets.
+        cache: shared with other processes and datasets.
         num_open: how many files a reader may keep open; those cannot be evicted.
     """
 
@@ -111,7 +111,7 @@ class RemoteFolder:
                 self._statistics is None or name != self._statistics.file
             ):
                 raise FileNotFoundError(path)
-            self._obtain(name, urgent=True)
+            self._fetch(name, urgent=True)
         return path
 
     def open(self, name: str) -> HeldFile:
@@ -125,7 +125,7 @@ class RemoteFolder:
         return file
 
     def open_early(self, name: str) -> HeldFile | None:
-        """A shard that nobody waits for yet; None if there is no room for it now.
+        """A shard that no reader waits for yet; None if there is no space for it now.
 
         Raises:
             FetchError: as `open`.
@@ -141,14 +141,14 @@ class RemoteFolder:
             try:
                 file = HeldFile(self.folder / name)
             except FileNotFoundError:
-                if not self._obtain(name, urgent):
+                if not self._fetch(name, urgent):
                     return None
                 continue
             with self._lock:
                 return self._held.setdefault(name, file)
 
-    def _obtain(self, name: str, urgent: bool) -> bool:
-        """Have a file in the cache; False if there is no room for it."""
+    def _fetch(self, name: str, urgent: bool) -> bool:
+        """Put a file into the cache; False if there is no space for it."""
         path = self.folder / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ class RemoteFolder:
                 try:
                     self._remote.fetch(name, part, lambda got: self._check(name, got))
                     if shard is None:
-                        # How small it is no manifest says.
+                        # The manifest does not say how large it is.
                         self.cache.reserve(lock, part.stat().st_size, urgent=True)
                     _keep(part, path)
                 finally:
@@ -172,20 +172,21 @@ class RemoteFolder:
             if name in self._indexes:
                 raise
             raise FetchError(
-                f"{self._remote.url}/{name}: is not there, though {MANIFEST} names it; upload it "
-                f"again, or run `dinogen shards repair` where it came from"
+                f"{self._remote.url}/{name}: is missing, although {MANIFEST} names it; upload it "
+                f"again, or run `dinogen shards repair` on the folder that it was uploaded from"
             ) from error
         except Damaged as error:
             what = f"{self._remote.url}/{name}: {error}"
             if name in self._indexes:
                 raise IndexFileError(what) from error
             raise FetchError(
-                f"{what}, each time; upload it again, and check it where it comes from"
+                f"{what}, on every try; run `dinogen shards verify` on the folder that it was "
+                f"uploaded from, and upload it again"
             ) from error
         except OSError as error:
             raise FetchError(
-                f"{path}: cannot be written: {error.strerror}; give data.cache_dir a folder with "
-                f"room that can be written"
+                f"{path}: cannot be written: {error.strerror}; set data.cache_dir to a writable "
+                f"folder with free space"
             ) from error
         return True
 
@@ -198,7 +199,7 @@ class RemoteFolder:
         if (shard := self._shards.get(name)) is not None:
             wanted = shard.sha256
             if (got := path.stat().st_size) < shard.num_bytes:
-                # The transfer broke: unlike wrong bytes, that is no reason to doubt the source.
+                # A broken transfer; unlike wrong bytes, it does not mean that the source is bad.
                 raise ConnectionError(f"cut off, {got} of {shard.num_bytes} bytes")
         if self._statistics is not None and name == self._statistics.file:
             wanted = self._statistics.sha256
@@ -207,7 +208,7 @@ class RemoteFolder:
 
 
 def _check_index(path: Path, shard: ShardInfo) -> None:
-    """No checksum guards an index, but it has its own, and has to fit its shard."""
+    """The manifest has no checksum of an index, but it checks itself and has to fit its shard."""
     try:
         index = index_files.load(path)
     except IndexFileError as error:
@@ -227,17 +228,17 @@ def _keep(part: Path, path: Path) -> None:
 GB = 10**9
 _EVICTABLE = ".tar"
 _USER = ".user-"
-# Where the file system has no locks, what was not touched for so many seconds has nobody any more.
+# Without file locks, a file that was not touched for this many seconds is no longer in use.
 _FORGOTTEN_S = 3600.0
-# A folder may hold other things, which are not to be counted, let alone deleted.
+# The folder may hold other things, which must not be counted or deleted.
 _OURS = re.compile("[0-9a-f]{20}")
 
 
 class HeldFile(OpenFile):
-    """A cached file that nobody evicts while this object lives; its end counts as a use.
+    """A cached file that is not evicted while this object lives; its end counts as a use.
 
     Raises:
-        FileNotFoundError: if there is none, or it was evicted in this moment.
+        FileNotFoundError: if there is none, or it was evicted at this moment.
     """
 
     def __init__(self, path: Path) -> None:
@@ -248,17 +249,17 @@ class HeldFile(OpenFile):
 
     @staticmethod
     def _let_go(descriptor: int) -> None:
-        # Access times are not kept on every file system: the time of writing stands in.
+        # Not every file system keeps access times, so the modification time is used instead.
         with suppress(OSError):
             os.utime(descriptor)
         os.close(descriptor)
 
 
 class Cache:
-    """A folder with one folder per dataset; all processes that use it keep to one limit.
+    """A folder with one folder per dataset; all processes that use it share one limit.
 
     Args:
-        root: the folder; made if need be.
+        root: the folder; created if missing.
         limit: most bytes of all files in it, or None.
     """
 
@@ -271,10 +272,10 @@ class Cache:
 
     @contextmanager
     def fetching(self, path: Path) -> Iterator[IO[bytes]]:
-        """Alone among all processes that would fetch the file at `path`; gives its lock file.
+        """Lock out all other processes that want to fetch the file at `path`; gives its lock file.
 
         Raises:
-            Stopped: if this thread is to stop while it waits for another.
+            Stopped: if this thread has to stop while it waits for another.
         """
         with lock_of(path).open("ab") as file:
             while (got := _lock(file, lock_of(path))) is Locked.BUSY:
@@ -283,29 +284,29 @@ class Cache:
             try:
                 yield file
             finally:
-                # Its length is what a fetch under way will take, see `reserve`. Who counts must
-                # not miss both it and the file.
+                # Its length is the space that a running fetch will take, see `reserve`. A process
+                # that counts must not miss both it and the file.
                 if self.limit is not None:
                     with self._alone():
                         os.ftruncate(file.fileno(), 0)
 
     def part_of(self, path: Path) -> Path:
-        """Where the file at `path` lies while it is fetched; to be asked inside `fetching`.
+        """Where the file at `path` is while it is fetched; call it inside `fetching`.
 
-        Where the file system has no locks each thread of each process has a place of its own, so
-        two that fetch the same file do not write into each other's.
+        Without file locks each thread of each process has its own file, so two that fetch the same
+        shard do not write into each other's.
         """
         if self._has_locks:
             return part_of(path)
         return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
 
     def reserve(self, file: IO[bytes], num_bytes: int, urgent: bool) -> bool:
-        """Make room for a file that is about to be fetched, until its lock is given back.
+        """Make room for a file that is about to be fetched, until its lock is released.
 
         Args:
             file: the lock file of the fetch.
             num_bytes: of the file.
-            urgent: a reader waits for it: if there is no room, the limit gives way.
+            urgent: a reader waits for it: if there is no room, the limit is exceeded.
 
         Returns:
             Whether it may be fetched.
@@ -322,18 +323,18 @@ class Cache:
         return True
 
     def warn(self, needed: int) -> None:
-        """Say once, loudly, that the limit is too small for what is needed at once, in bytes."""
+        """Warn once that the limit is too small for the bytes that are needed at once."""
         if not self._warned and self.limit is not None:
             self._warned = True
             log.warning(
                 "data.cache_gb=%g IS TOO SMALL: %s needs %.3g GB at once on this node; shards are "
-                "fetched again and again, or the limit is passed. Set data.cache_gb=%.3g or more",
+                "fetched repeatedly, or the limit is exceeded. Set data.cache_gb=%.3g or more",
                 self.limit / GB, self.root, needed / GB, 1.1 * needed / GB,
             )  # fmt: skip
 
     @contextmanager
     def user(self) -> Iterator[None]:
-        """Count as one of those who share the limit."""
+        """Count as one of the users that share the limit."""
         with self._alone():
             descriptor, name = tempfile.mkstemp(prefix=_USER, dir=self.root)
             lock(descriptor, Path(name), shared=False, wait=True)
@@ -344,7 +345,7 @@ class Cache:
             os.close(descriptor)
 
     def share(self) -> tuple[float, int]:
-        """Bytes of shards that one user may have to itself, and how many users there are."""
+        """Bytes of shards that each user may take, and how many users there are."""
         with self._alone():
             num_users = sum(_in_use(p) for p in self.root.glob(f"{_USER}*"))
             taken, evictable = self._scan()
@@ -355,10 +356,10 @@ class Cache:
         return max(self.limit - small, 0) / num_users, num_users
 
     def _evict(self, limit: int) -> int:
-        """Delete what was not used for longest until no more than `limit` bytes are left.
+        """Delete the least recently used until no more than `limit` bytes are left.
 
         Returns:
-            How many are left: more, if the rest is in use.
+            How many are left; more than `limit` if the rest is in use.
         """
         taken, evictable = self._scan()
         for _, size, path in sorted(evictable):
@@ -370,7 +371,7 @@ class Cache:
         return taken
 
     def _scan(self) -> tuple[int, list[tuple[int, int, Path]]]:
-        """Bytes taken, those of fetches under way included; (last use, size, path) of shards."""
+        """Bytes taken, including running fetches; (last use, size, path) of shards."""
         taken = 0
         evictable: list[tuple[int, int, Path]] = []
         for folder in self.root.iterdir():
@@ -404,7 +405,7 @@ def _lock(file: IO[bytes], path: Path) -> Locked:
 
 
 def _in_use(path: Path) -> bool:
-    """Whether the process of a user's file is there; if not, the file is deleted."""
+    """Whether the process of a user's file is alive; if not, the file is deleted."""
     with suppress(FileNotFoundError), path.open("r+b") as file:
         got = _lock(file, path)
         if got is Locked.HELD:
@@ -414,7 +415,7 @@ def _in_use(path: Path) -> bool:
 
 
 def _unlink_unless_locked(path: Path) -> bool:
-    """Delete a file that nobody holds; whether it is gone.
+    """Delete a file that no process holds; whether it is gone.
 
     Without locks a shard that is being read may be deleted: its readers keep it open, and the next
     one fetches it again.
@@ -427,7 +428,7 @@ def _unlink_unless_locked(path: Path) -> bool:
 
 
 def _reserved(lock_path: Path) -> int:
-    """Bytes that a fetch under way will take; nothing, if its process is no more."""
+    """Bytes that a running fetch will take; 0 if its process has ended."""
     with lock_path.open("ab") as file:
         got = _lock(file, lock_path)
         if got is Locked.BUSY or (got is Locked.UNKNOWN and _is_fresh(file)):
@@ -442,10 +443,10 @@ def _is_fresh(file: IO[bytes]) -> bool:
 
 
 def lock_of(path: Path) -> Path:
-    """The lock of those who would fetch a file; it stays, so a tar without one is not ours."""
+    """The lock of processes that fetch a file; it stays, so a tar without one is not ours."""
     return path.with_name(f".{path.name}.lock")
 
 
 def part_of(path: Path) -> Path:
-    """Where a file lies while it is fetched; only the holder of its lock writes there."""
+    """Where a file is while it is fetched; only the holder of its lock writes there."""
     return path.with_name(f".{path.name}.tmp")

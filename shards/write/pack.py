@@ -1,4 +1,4 @@
-"""Samples to a dataset: shards, statistics, manifest; resumable, the same bytes every time."""
+"""Packs samples into a dataset: shards, statistics, manifest; resumable, always the same bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from shards.errors import PackError, show_name
 from shards.format.manifest import Manifest
 from shards.format.sample import Sample
-from shards.write.shard_writer import ShardSink
+from shards.write.shard_writer import ShardWriter
 
 
 def pack(
@@ -27,15 +27,15 @@ def pack(
 ) -> Manifest:
     """Write samples as a dataset into the folder `out`.
 
-    An interrupted packing is taken up where its last whole shard ended, if the settings are the
-    same; the result has the same bytes as an uninterrupted one.
+    An interrupted packing resumes after its last whole shard, if the settings are the same; the
+    result has the same bytes as an uninterrupted one.
 
     Args:
         samples: in the order in which they are written.
-        out: folder, made if need be.
+        out: folder, created if missing.
         shard_size: samples per tar.
-        val_fraction: part of the keys, by their hash, that goes to the split `val`.
-        test_fraction: likewise for `test`.
+        val_fraction: fraction of the keys, chosen by their hash, that goes to the split `val`.
+        test_fraction: the same for `test`.
         guide: identity of the feature network, for the manifest.
         prepare: settings of the preparation, for the manifest.
         classes: names of the classes that labels 0, 1, ... mean; then every sample has one.
@@ -46,7 +46,7 @@ def pack(
         FinishedError: if `out` holds a finished dataset.
         PackError: naming the key or folder and what is wrong with it.
     """
-    sink = ShardSink(
+    writer = ShardWriter(
         out,
         shard_size=shard_size,
         val_fraction=val_fraction,
@@ -57,13 +57,13 @@ def pack(
         guides=guides,
         clip=clip,
     )
-    with sink:
+    with writer:
         for sample in samples:
-            sink.add(sample)
-        lost = sink.completed_keys() - sink.seen
+            writer.add(sample)
+        lost = writer.completed_keys() - writer.seen
         if lost:
             raise PackError(
-                f"{out}: key '{show_name(min(lost))}' of the interrupted packing is not in the "
-                f"input any more; delete the folder and pack again"
+                f"{out}: key '{show_name(min(lost))}' of the interrupted packing is no longer in "
+                f"the input; delete the folder and pack again"
             )
-        return sink.finish()
+        return writer.finish()

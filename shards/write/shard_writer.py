@@ -1,4 +1,4 @@
-"""Takes samples one by one and makes a dataset of them, going on where it was interrupted."""
+"""Writes samples one by one into a dataset, and resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LOCK = ".packing.lock"
 
 
 def split_of(key: str, val_fraction: float, test_fraction: float) -> str:
-    """Split of a key: a function of nothing else, so adding samples never moves one."""
+    """Split of a key: a function of the key alone, so adding samples never moves one."""
     word = _word(key)
     if word < val_fraction:
         return "val"
@@ -51,15 +51,15 @@ def _word(key: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2.0**64
 
 
-class ShardSink:
-    """Takes samples one by one; `finish` completes the dataset. Use it as a context manager.
+class ShardWriter:
+    """Writes samples one by one; `finish` completes the dataset. Use it as a context manager.
 
-    Shards are put in place as they fill up. After an interruption, a new sink on the same folder
-    with the same settings keeps them: `completed_keys()` need not be produced again (if they are
-    added nevertheless they are passed over), the rest must come in the same order as before.
+    Shards are put in place as they fill up. After an interruption, a new writer on the same folder
+    with the same settings keeps them: `completed_keys()` need not be produced again (they are
+    skipped if they are added), and the rest must come in the same order as before.
 
     Attributes:
-        seen: keys that were added to this sink.
+        seen: keys that were added to this writer.
 
     Raises:
         FinishedError: if `out` holds a finished dataset.
@@ -82,7 +82,9 @@ class ShardSink:
         if shard_size < 1:
             raise PackError("shard_size must be at least 1")
         if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise PackError("val_fraction and test_fraction must not be negative, nor reach 1")
+            raise PackError(
+                "val_fraction and test_fraction must not be negative, and their sum must be below 1"
+            )
         self.seen: set[str] = set()
         self._out = Path(out)
         self._settings = _as_json(
@@ -105,7 +107,7 @@ class ShardSink:
         }
         self._completed: set[str] = set()
         self._shards: list[ShardInfo] = []
-        self._writers: dict[str, ShardWriter] = {}
+        self._writers: dict[str, ShardFile] = {}
         self._moments: dict[str, Moments] = {}
         self._statistics = Statistics()
         self._levels: dict[str, LevelInfo] | None = None
@@ -129,9 +131,9 @@ class ShardSink:
         """Write one sample.
 
         Raises:
-            PackError: if its key came before, its image is not square, or it differs from the
-                others in image size or levels, has features that float16 cannot hold, or a label
-                that is no class.
+            PackError: if its key was added before, its image is not square, it differs from the
+                others in image size or levels, or it has features that float16 cannot hold or a
+                label that is no class.
         """
         if sample.key in self.seen:
             raise PackError(
@@ -148,11 +150,11 @@ class ShardSink:
         split = split_of(sample.key, self._fractions["val"], self._fractions["test"])
         if split not in self._writers:
             number = sum(shard.split == split for shard in self._shards)
-            self._writers[split] = ShardWriter(self._out / f"{split}-{number:05d}.tar", split)
+            self._writers[split] = ShardFile(self._out / f"{split}-{number:05d}.tar", split)
         self._writers[split].write(sample.key, members)
         if split == "train":
             for name, values in sample.levels.items():
-                # Of what is stored, not of what was given: the floor is that of the file.
+                # Of what is stored, not of what was given: the collapse floor is that of the file.
                 stored = to_float16(sample.key, name, values)
                 self._moments.setdefault(name, Moments()).add(stored)
         if self._writers[split].num_samples == self._settings["shard_size"]:
@@ -194,22 +196,22 @@ class ShardSink:
         return manifest
 
     def _warn_of_empty_splits(self, filled: set[str]) -> None:
-        """Say which splits were asked for and got no sample, and the fraction that gives one."""
+        """Warn of requested splits without a sample; name the fraction that gives one."""
         words = [_word(key) for key in self.seen | self._completed]
         for split, nearest in (("val", min(words)), ("test", 1.0 - max(words))):
             fraction = self._fractions[split]
             if fraction and split not in filled:
                 enough = (int(nearest * 100) + 1) / 100
                 log.warning(
-                    "EMPTY SPLIT: %s: %s_fraction %g of %d samples gave none to %s, for the split "
-                    "of a sample follows from the hash of its key; %s",
+                    "EMPTY SPLIT: %s: %s_fraction %g puts none of the %d samples into %s, because "
+                    "the split of a sample follows from the hash of its key; %s",
                     self._out, split, fraction, len(words), split,
                     f"{split}_fraction {enough:g} gives it one, or add more photos"
                     if enough < 1 else "add more photos",
                 )  # fmt: skip
 
     def close(self) -> None:
-        """Drop unfinished shards and let go of the folder; what is finished stays."""
+        """Drop unfinished shards and unlock the folder; what is finished stays."""
         for writer in self._writers.values():
             writer.abandon()
         self._writers = {}
@@ -217,7 +219,7 @@ class ShardSink:
             self._lock.close()
             self._lock = None
 
-    def __enter__(self) -> ShardSink:
+    def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(
@@ -239,7 +241,7 @@ class ShardSink:
     def _check(self, sample: Sample) -> None:
         if self._num_classes and sample.label not in range(self._num_classes):
             raise ValueError(
-                f"{show_name(sample.key)}: label {sample.label} is none of the "
+                f"{show_name(sample.key)}: label {sample.label} is not one of the "
                 f"{self._num_classes} classes, which are numbered from 0"
             )
         width, height = check_image(sample.image, f"{sample.key}.{sample.image_format}")
@@ -255,8 +257,8 @@ class ShardSink:
             self._levels, self._image_size = levels, width
         if width != self._image_size:
             raise ValueError(
-                f"{show_name(sample.key)}: the image is {width}x{width}, those before it "
-                f"{self._image_size}x{self._image_size}; make them all alike"
+                f"{show_name(sample.key)}: the image is {width}x{width}, but earlier ones are "
+                f"{self._image_size}x{self._image_size}; give all images the same size"
             )
         if levels != self._levels:
             mine, others = (
@@ -264,7 +266,8 @@ class ShardSink:
                 for x in (levels, self._levels)
             )
             raise ValueError(
-                f"{show_name(sample.key)}: has levels {mine or 'none'}, those before: {others}"
+                f"{show_name(sample.key)}: has levels {mine or 'none'}, but earlier samples have "
+                f"{others or 'none'}; give all samples the same levels"
             )
 
     def _finish_shard(self, split: str) -> None:
@@ -296,7 +299,8 @@ class ShardSink:
         if not path.exists():
             if tars := sorted(self._out.glob("*.tar")):
                 raise PackError(
-                    f"{self._out} holds {tars[0].name} of something else; choose another folder"
+                    f"{self._out} holds {tars[0].name}, which is not part of this dataset; choose "
+                    f"another folder"
                 )
             self._save_state()
             return
@@ -305,13 +309,13 @@ class ShardSink:
             mine, theirs = self._settings, state["settings"]
             names = ", ".join(k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k))
             raise PackError(
-                f"{self._out}: an unfinished packing lies here with other settings ({names}); "
-                f"use the same ones again, or delete the folder"
+                f"{self._out} holds an unfinished packing with other settings ({names}); use those "
+                f"settings, or delete the folder"
             )
         self._image_size = state["image_size"]
         self._shards = [ShardInfo(**shard) for shard in state["shards"]]
         for shard in self._shards:
-            self._take_up(shard)
+            self._resume_shard(shard)
         kept = {shard.name for shard in self._shards}
         for tar in self._out.glob("*.tar"):
             # Put in place, but killed before it was recorded.
@@ -319,7 +323,7 @@ class ShardSink:
                 tar.unlink()
                 (self._out / index_name(tar.name)).unlink(missing_ok=True)
 
-    def _take_up(self, shard: ShardInfo) -> None:
+    def _resume_shard(self, shard: ShardInfo) -> None:
         tar = self._out / shard.name
         try:
             sound = sha256_file(tar) == shard.sha256
@@ -327,7 +331,7 @@ class ShardSink:
         except (FileNotFoundError, IndexFileError) as error:
             raise PackError(f"{error}; delete {self._out} and pack again") from error
         if not sound:
-            raise PackError(f"{tar} was changed since; delete {self._out} and pack again")
+            raise PackError(f"{tar} changed since it was packed; delete {self._out} and pack again")
         self._completed |= {index.key(row) for row in range(len(index))}
         self._has_labels &= index.labels is not None
         self._levels = levels_of(index, shard.name)
@@ -339,11 +343,11 @@ def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise PackError(f"guide, prepare, clip have to be plain JSON: {error}") from error
+        raise PackError(f"guide, prepare and clip must be plain JSON: {error}") from error
     return found
 
 
-class ShardWriter:
+class ShardFile:
     """Writes the samples of one shard to a temporary file, which `finish` puts in place.
 
     Args:
@@ -376,7 +380,7 @@ class ShardWriter:
         self.num_samples += 1
 
     def _write_with_zeros(self, key: str, members: dict[str, bytes]) -> None:
-        """As webdataset's writer, for names that a plain header would cut at a zero byte."""
+        """Like webdataset's writer, for names that a plain header would cut at a zero byte."""
         for suffix, data in sorted(members.items()):
             name = f"{key}.{suffix}"
             info = tarfile.TarInfo(name.replace("\0", "_"))
@@ -393,7 +397,7 @@ class ShardWriter:
         """
         self._tar.close()
         self._file.commit()
-        # Read back from what was written: no second way to compute an offset.
+        # Read back from what was written, so there is only one way to compute an offset.
         index = scan(self._path, with_sums=True)
         index_files.save(index, self._path.with_name(index_files.index_name(self._path.name)))
         info = ShardInfo(
@@ -417,7 +421,7 @@ def write_shard(
     path: Path, split: str, samples: Iterable[tuple[str, dict[str, bytes]]]
 ) -> tuple[ShardInfo, ShardIndex]:
     """Write a whole shard from (key, members)."""
-    writer = ShardWriter(path, split)
+    writer = ShardFile(path, split)
     try:
         for key, members in samples:
             writer.write(key, members)

@@ -129,7 +129,7 @@ def test_the_perceptual_term_is_lambda_times_the_distance_of_vgg_s_maps(caplog):
 
 def test_weights_that_are_not_there_are_one_error_before_training():
     family = build("vae", "family.lambda_perceptual=0.1", "family.perceptual_weights=gone.pth")
-    with pytest.raises(ConfigError, match=r"^family\.perceptual_weights: gone\.pth is no file"):
+    with pytest.raises(ConfigError, match=r"^family\.perceptual_weights: gone\.pth is not a file"):
         family.begin(None)
     build("vae", "family.perceptual_weights=gone.pth").begin(None)  # lambda 0 asks for none
 

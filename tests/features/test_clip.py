@@ -87,7 +87,7 @@ def test_other_sizes_are_resized_as_pillow_does_and_differentiably(checkpoint, s
         for channel, got in zip(picture, resized, strict=True):
             by_pillow = Image.fromarray(channel.numpy()).resize((32, 32), Image.Resampling.BICUBIC)
             np.testing.assert_allclose(got.numpy(), np.asarray(by_pillow), atol=1e-5)
-    with pytest.raises(ValueError, match="square pictures, not 8x16"):
+    with pytest.raises(ValueError, match="square images, not 8x16"):
         mine.images(torch.zeros(1, 3, 8, 16))
 
 
@@ -221,15 +221,21 @@ def have_another_s_tokenizer(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda c: (c / "tokenizer.json").unlink(), "lacks its tokenizer .*: get the .* again"),
+        (
+            lambda c: (c / "tokenizer.json").unlink(),
+            "lacks its tokenizer .*: download the .* again",
+        ),
         (lambda c: (c / "tokenizer.json").write_text("{"), "is damaged"),
         (have_another_s_tokenizer, "tokenizer of .* is not that of its network"),
-        (lambda c: (c / "config.json").write_text("{"), "is damaged .*: get the checkpoint again"),
+        (
+            lambda c: (c / "config.json").write_text("{"),
+            "is damaged .*: download the whole checkpoint again",
+        ),
         (lambda c: (c / "config.json").unlink(), r"lacks config\.json or \*\.safetensors"),
         (lambda c: (c / "model.safetensors").write_bytes(b"short"), "is damaged"),
         (
             lambda c: change_json(c / "config.json", projection_dim=48),
-            r"by config\.json it is \[48",
+            r"config\.json says \[48",
         ),
         (lack_weight, r"lacks 1 weights \(text_projection\.weight"),
         (be_another_network, "holds a 'vit' network: give a CLIP checkpoint"),

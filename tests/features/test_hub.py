@@ -118,7 +118,7 @@ def test_without_network_the_error_says_what_to_do(hub, offline):
     start = time.monotonic()
     assert weights_reachable(NAME) is None
     with pytest.raises(
-        GuideError, match=rf"guide\.path: {NAME}: no folder of that name here, and "
+        GuideError, match=rf"guide\.path: {NAME}: there is no folder of that name, and "
     ) as caught:
         load(NAME)
     assert time.monotonic() - start < 30
@@ -162,5 +162,5 @@ def test_a_file_is_never_asked_of_the_hub(checkpoint, monkeypatch):
     monkeypatch.chdir(checkpoint.parent)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: 1 / 0)
     assert weights_reachable("checkpoint/model.safetensors") is None
-    with pytest.raises(GuideError, match=r"model\.safetensors is a file: give the folder it lies"):
+    with pytest.raises(GuideError, match=r"model\.safetensors is a file: give the folder that"):
         load("checkpoint/model.safetensors")

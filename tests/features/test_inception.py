@@ -126,7 +126,7 @@ def test_in_bfloat16_it_answers_in_float32_and_nearly_the_same(folded_file, monk
 
 
 def test_wrong_files_and_layers_are_refused_by_name(folded_file, tmp_path):
-    with pytest.raises(GuideError, match=r"guide\.path: facebook/dinov2-small is no file"):
+    with pytest.raises(GuideError, match=r"guide\.path: facebook/dinov2-small is not a file"):
         guide_of("facebook/dinov2-small")
     (tmp_path / "text.safetensors").write_text("not weights")
     with pytest.raises(GuideError, match=r"guide\.path: .*text\.safetensors does not hold"):

@@ -218,10 +218,13 @@ def test_the_config_takes_a_number_a_name_or_a_list():
         ({"guide": {"layer": [1, "pool1"]}}, r"guide\.layer: \[1, 'pool1'\]: give"),
         ({"guide": {"layer": []}}, r"guide\.layer: \[\]: give"),
         ({"guide": {"layer": [1, 1]}}, r"guide\.layer: \[1, 1\]: name each layer once"),
-        ({"guides": {"Pixels": {}}}, r"guides: 'Pixels' names no guide"),
-        ({"guides": {"clip": {}}}, r"guides: 'clip' names no guide"),
+        ({"guides": {"Pixels": {}}}, r"guides: 'Pixels' cannot be the name of a guide"),
+        ({"guides": {"clip": {}}}, r"guides: 'clip' cannot be the name of a guide"),
         ({"guides": {"a": {"pth": 1}}}, r"unknown key 'guides\.a\.pth': did you mean 'path'"),
-        ({"prepare": {"pyramids": {"base_grid": 8}}}, r"grids: 16 is no pooled grid: use 8, 4, 2"),
+        (
+            {"prepare": {"pyramids": {"base_grid": 8}}},
+            r"grids: 16 is not a pooled grid: use 8, 4, 2",
+        ),
     ],
 )
 def test_what_no_config_can_mean_is_refused(given, message):

@@ -134,14 +134,16 @@ def test_a_damaged_cache_is_no_silent_random_network(tmp_path, monkeypatch):
     cached = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"half a download")
-    with pytest.raises(ConfigError, match=rf"^{KEY}: vgg16 is not whole"):
+    with pytest.raises(ConfigError, match=rf"^{KEY}: vgg16 is missing or damaged"):
         load_vgg("vgg16", CPU, KEY)
 
 
 @pytest.mark.parametrize("name", ["gone.safetensors", "vgg19", "."])
 def test_a_path_that_is_no_file_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=rf"^{KEY}: {name} is no file: give vgg16, or the path"):
+    with pytest.raises(
+        ConfigError, match=rf"^{KEY}: {name} is not a file: give vgg16, or the path"
+    ):
         load_vgg(name, CPU, KEY)
 
 

@@ -162,7 +162,7 @@ def test_a_path_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys
         main.main()
     assert ended.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert re.fullmatch(rf"dinogen: {file}\S*: .*: choose a folder.*", last), last
+    assert re.fullmatch(rf"dinogen: {file}\S*: .*: choose a writable folder.*", last), last
     assert file.read_text() == "x"
 
 

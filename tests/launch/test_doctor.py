@@ -24,7 +24,7 @@ def test_it_looks_at_everything_in_a_few_seconds(monkeypatch):
     assert [item.name for item in findings] == list(doctor.CHECKS)
     for item in findings:
         assert item.found
-        assert item.mend or item.status == "ok", f"{item.name}: says not what to do"
+        assert item.remedy or item.status == "ok", f"{item.name}: says not what to do"
 
 
 def test_a_check_that_dies_is_a_finding_and_the_others_still_run(monkeypatch):
@@ -76,7 +76,7 @@ def test_more_threads_than_cores_is_a_warning(monkeypatch):
     monkeypatch.setattr(doctor, "usable_cores", lambda: 2)
     found = doctor.check_cores()
     assert found.status == "warn"
-    assert "OMP_NUM_THREADS=2" in found.mend
+    assert "OMP_NUM_THREADS=2" in found.remedy
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("max 100000", 8), ("150000 100000", 1), ("", 8)])

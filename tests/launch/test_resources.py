@@ -78,10 +78,10 @@ def test_steps_and_stages_may_ask_for_something_else():
     ("cluster", "words"),
     [
         ({"time": 43200}, "in quotes"),
-        ({"time": "soon"}, "'soon' is no time"),
+        ({"time": "soon"}, "'soon' is not a time"),
         ({"nodes": 0}, "cluster.nodes"),
         ({"partitoin": "gpu"}, "did you mean 'partition'"),
-        ({"stages": [{"resolution": 8}, {"resolution": 8}]}, "resolution 8 stands twice"),
+        ({"stages": [{"resolution": 8}, {"resolution": 8}]}, "resolution 8 occurs twice"),
     ],
 )
 def test_mistakes_in_the_section_are_named(cluster, words):

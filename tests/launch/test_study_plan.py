@@ -97,7 +97,7 @@ def test_the_final_shares_its_epochs_out_over_the_stages(tmp_path):
         ({"final": {"epcohs": 2}}, "unknown key 'final.epcohs': did you mean 'epochs'?"),
         ({"tracks": {"gan": {"config": ["a.yaml"]}}}, "did you mean 'configs'?"),
         ({"tracks": {"gan": {"configs": ["e.yaml"]}}}, "e.yaml: no such config file"),
-        ({"tracks": {"gan": {"configs": ["a.yaml", "a.yaml"]}}}, "'a' stands twice"),
+        ({"tracks": {"gan": {"configs": ["a.yaml", "a.yaml"]}}}, "'a' occurs twice"),
         ({"tracks": {"report": {"configs": ["a.yaml"]}}}, "a folder of this name"),
         ({"tracks": {"g/n": {"configs": ["a.yaml"]}}}, "cannot be a folder's name"),
         ({"final": {"tracks": ["ddpm"]}}, "there is no track 'ddpm'"),

@@ -70,7 +70,7 @@ BAD = [
     (b"gr\xf6\xdfer", "the caption is not UTF-8 (byte 2)"),
     ("größer".encode("utf-16"), "is UTF-16 or no text"),
     ("larger".encode("utf-16-le"), "is UTF-16 or no text"),
-    (b"x" * 4097, "at most 4096 bytes"),
+    (b"x" * 4097, "longer than 4096 bytes"),
 ]
 
 

@@ -63,8 +63,8 @@ def test_what_was_withdrawn_is_gone_and_what_was_replaced_is_made_again(src, tmp
     summary = write_faces(src, out, CONFIG)
     assert (summary.num_withdrawn, summary.num_removed, summary.num_replaced) == (1, 1, 1)
     assert (summary.num_new, summary.num_crops, summary.num_skipped) == (2, 5, 3)
-    assert "1 photo withdrawn: its 1 crop removed (a.jpg)" in caplog.text
-    assert "1 photo replaced: made again (c.png)" in caplog.text
+    assert "1 photo was removed: its 1 crop was removed too (a.jpg)" in caplog.text
+    assert "1 photo was replaced: its crops are made again (c.png)" in caplog.text
     written = json.loads((out / "summary.json").read_text())
     assert (written["num_withdrawn"], written["num_replaced"]) == (1, 1)
     write_faces(src, tmp_path / "fresh", CONFIG)
@@ -118,7 +118,10 @@ def test_an_unmounted_or_other_folder_removes_nothing(src, tmp_path):
         write_faces(src, out, CONFIG)
     assert files(out) == before
     done = dinogen_faces("faces", src, out, *WORDS[:2], "--withdraw")
-    assert done.exit_code == 0 and "5 photos withdrawn: their 5 crops removed" in done.output
+    assert (
+        done.exit_code == 0
+        and "5 photos were removed: their 5 crops were removed too" in done.output
+    )
     assert sorted(path.name for path in out.glob("*.jpg")) == ["x.jpg"]
 
 
@@ -212,13 +215,13 @@ def test_a_finished_dataset_says_what_has_changed_and_is_made_again_when_asked(s
     (data / "notes of mine.md").write_text("kept")
     for path in src.rglob("*.*"):
         path.touch()
-    assert run(data).stdout.startswith("finished already")
+    assert run(data).stdout.startswith("already finished")
     before = tars(data)
     (src / "a.jpg").unlink()
     picture(50).save(src / "c.png")
     picture(51).save(src / "new.jpg")
     told = run(data)
-    gone = "1 withdrawn (a.jpg), 1 replaced (c.png), 1 added (new.jpg)"
+    gone = "1 removed (a.jpg), 1 replaced (c.png), 1 added (new.jpg)"
     if way == "pack":
         gone = f"1 removed (a), 1 replaced ({photo_key('c.png')}), 1 new (new)"
     assert f"have changed: {gone}): add --repack" in str(told.exception)
@@ -229,7 +232,7 @@ def test_a_finished_dataset_says_what_has_changed_and_is_made_again_when_asked(s
     assert tars(data) == tars(tmp_path / "fresh") != before
     assert (data / "notes of mine.md").read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir() if "data" in path.name) == ["data"]
-    assert run(data).stdout.startswith("finished already")
+    assert run(data).stdout.startswith("already finished")
 
 
 def test_a_dataset_that_does_not_know_its_photos_warns_of_newer_ones(src, tmp_path, caplog):
@@ -237,7 +240,7 @@ def test_a_dataset_that_does_not_know_its_photos_warns_of_newer_ones(src, tmp_pa
     data = tmp_path / "data"
     assert dinogen("prepare", src, data, *WORDS).exit_code == 0
     (data / "photos.csv").unlink()
-    assert dinogen("prepare", src, data, *WORDS).stdout.startswith("finished already")
+    assert dinogen("prepare", src, data, *WORDS).stdout.startswith("already finished")
     time.sleep(0.01)
     picture(50).save(src / "a.jpg")
     done = dinogen("prepare", src, data, *WORDS)

@@ -144,7 +144,7 @@ def test_a_photo_in_no_class_is_rejected_and_stops_nothing(photos, tmp_path):
     assert manifest.classes == ("Zebra", "a", "a b", "über") and manifest.has_labels
     assert summary.num_files == 16
     assert (summary.num_used, summary.num_rejected, summary.num_sidecars) == (14, 1, 1)
-    assert "  no_class: 1 photo in no class folder: move it into one" in account(summary)
+    assert "  no_class: 1 photo outside the class folders: move it into one" in account(summary)
     for folder in ("data", "faces"):
         (line,) = read_rejected(tmp_path / folder / "rejected.csv")
         assert (line.source, line.reason) == ("loose.jpg", "no_class")
@@ -153,7 +153,7 @@ def test_a_photo_in_no_class_is_rejected_and_stops_nothing(photos, tmp_path):
 
 
 def test_what_makes_no_classes_is_named(photos, tmp_path):
-    with pytest.raises(PrepareError, match="a: one class alone, deep"):
+    with pytest.raises(PrepareError, match="a: only one class, deep"):
         class_names(photos / "a", ["deep/er/1.png"])
     # without the key such folders are no matter
     _, manifest = pipeline.prepare(photos, tmp_path / "data", settings(classes="none"), None)

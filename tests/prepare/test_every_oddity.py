@@ -203,5 +203,5 @@ def test_packed_as_they_are_what_does_not_fit_is_listed(tmp_path):
             "small.png": "other_size",
             "tall.jpg": "not_square",
         }
-    assert "4 of 12 images NOT PACKED" in told[0] and "finished already" in told[1]
+    assert "4 of 12 images NOT PACKED" in told[0] and "already finished" in told[1]
     assert "sound" in dinogen("shards", "verify", tmp_path / "data")

@@ -244,7 +244,7 @@ def test_what_does_not_fit_is_listed_and_the_rest_packed(dataset, faces, tmp_pat
     reasons = {source: reason for source, reason, _ in rejected(out)}
     assert reasons == {"face1": "bad_pyramid", "face2": "no_pyramid"}
     again = command("pack", faces, pt, out)
-    assert again.exit_code == 0 and again.stdout.startswith("finished already")
+    assert again.exit_code == 0 and again.stdout.startswith("already finished")
     for number in (0, 3, 4, 5):
         (pt / f"face{number}.pt").unlink()
     most = command("pack", faces, pt, tmp_path / "more")
@@ -268,7 +268,7 @@ class Evil:
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):
     torch.save({"4x4": Evil(tmp_path / "owned")}, tmp_path / "evil.pt")
-    with pytest.raises(PrepareError, match=r"evil\.pt: no file of plain tensors"):
+    with pytest.raises(PrepareError, match=r"evil\.pt: not a file of plain tensors"):
         PtFiles(tmp_path).levels("evil")
     assert not (tmp_path / "owned").exists()
 
@@ -281,20 +281,20 @@ def pyramid(**changes):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (torch.zeros(3), "holds Tensor, needed is a dict"),
+        (torch.zeros(3), "holds Tensor, expected a dict"),
         (pyramid(**{"4x4": torch.zeros(1, 16, 3).to_sparse()}), "4x4 holds no plain numbers"),
         (pyramid(**{"4x4": torch.zeros(1, 16, 3, dtype=torch.cfloat)}), "4x4 holds complex"),
-        ({"4x4": torch.zeros(1, 16, 3)}, r"holds \['4x4'\], needed is a dict"),
-        (pyramid(**{"8x8": torch.zeros(1, 63, 3)}), r"8x8 is \(1, 63, 3\), needed is \(1, 64, C\)"),
-        (pyramid(**{"8x8": torch.zeros(64, 3)}), r"8x8 is \(64, 3\), needed"),
-        (pyramid(**{"8x8": [1.0]}), r"8x8 is list, needed"),
+        ({"4x4": torch.zeros(1, 16, 3)}, r"holds \['4x4'\], expected a dict"),
+        (pyramid(**{"8x8": torch.zeros(1, 63, 3)}), r"8x8 is \(1, 63, 3\), expected \(1, 64, C\)"),
+        (pyramid(**{"8x8": torch.zeros(64, 3)}), r"8x8 is \(64, 3\), expected"),
+        (pyramid(**{"8x8": [1.0]}), r"8x8 is list, expected"),
         (
             pyramid(**{"4x4": torch.zeros(1, 16, 4)}),
             "its levels have different",
         ),
         (pyramid(**{"4x4": torch.full((1, 16, 3), 1e6)}), "4x4 is not finite in float16"),
         (pyramid(**{"4x4": torch.full((1, 16, 3), torch.nan)}), "4x4 is not finite in float16"),
-        (None, "no file of plain tensors"),
+        (None, "not a file of plain tensors"),
     ],
 )
 def test_files_of_another_shape_are_named(tmp_path, content, message):
@@ -318,7 +318,7 @@ def test_files_of_unknown_origin_need_their_guide_named(dataset, faces, tmp_path
     save_file(InceptionTrunk().state_dict(), tmp_path / "inception.safetensors")
     named = ("guide.name=inception", f"guide.path={tmp_path / 'inception.safetensors'}")
     wrong = command(*arguments, *named)
-    assert "has 768 channels, face0.pt has 5: name the guide" in str(wrong.exception)
+    assert "has 768 channels, but face0.pt has 5: name the guide" in str(wrong.exception)
 
     for sample in samples(num_channels=768):
         levels = {

@@ -60,7 +60,7 @@ def test_faces_with_config_and_overrides(dinogen, photos, tmp_path):
 def test_no_face_at_all_is_told_loudly(dinogen, photos, tmp_path):
     result = dinogen("faces", photos, tmp_path / "faces", "--device", "cpu")
     assert result.exit_code == 1
-    assert "NO FACE AT ALL" in result.output
+    assert "NO FACE WAS FOUND" in result.output
     assert "prepare.faces.detect=none" in result.output
     # and the advice can be followed
     advised = dinogen("faces", photos, tmp_path / "faces", "prepare.faces.detect=none")

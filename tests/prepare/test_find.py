@@ -89,7 +89,7 @@ def test_hidden_and_system_files_are_passed_over(tmp_path):
     assert (found.num_files, found.num_hidden) == (2, 2 * (len(HIDDEN) - 1))
     shutil.rmtree(tmp_path / ".hidden" / "album")
     (tmp_path / ".hidden" / "__macosx.jpg").unlink()
-    with pytest.raises(PrepareError, match="16 hidden or system files and folders passed over"):
+    with pytest.raises(PrepareError, match="16 hidden or system files and folders skipped"):
         find_photos(tmp_path / ".hidden")
 
 
@@ -144,9 +144,9 @@ def test_what_the_suffix_does_not_tell_the_content_does(tmp_path):
 def test_what_is_left_out_is_said_with_a_remedy():
     lines = left_out_words({".cr2": 4, ".mov": 3, ".mp4": 1, ".qqq": 2})
     assert lines[0] == "10 files left out: 4 .cr2, 3 .mov, 1 .mp4, 2 .qqq"
-    assert any(line.startswith("  .cr2: develop to JPEG") for line in lines)
-    assert any(line.startswith("  .mov, .mp4: take frames") for line in lines)
-    assert lines[-1] == "  .qqq: no photos by suffix or content"
+    assert any(line.startswith("  .cr2: convert to JPEG") for line in lines)
+    assert any(line.startswith("  .mov, .mp4: extract frames") for line in lines)
+    assert lines[-1] == "  .qqq: not photos by suffix or content"
     assert left_out_words({}) == []
 
 

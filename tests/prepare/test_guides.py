@@ -260,4 +260,4 @@ def test_from_the_command_line(photos, tmp_path):
     assert isinstance(missing.exception, UserError)
     assert "guides.b.path: /nowhere" in str(missing.exception)
     no_parts = dinogen("pack", photos, tmp_path / "x", "clip.path=/nowhere")
-    assert "where dinogen pyramids" in str(no_parts.exception)
+    assert "whose embeddings dinogen pyramids computes" in str(no_parts.exception)

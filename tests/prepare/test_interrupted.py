@@ -154,7 +154,7 @@ def test_a_stale_repack_that_does_not_fit_is_removed_and_said(src, tmp_path):
     assert "left by an interrupted --repack" in finished.output
     again = dinogen("prepare", src, data, *WORDS, "--repack")
     assert again.exit_code == 0
-    assert "an earlier --repack was interrupted" in again.output
+    assert "continuing an earlier --repack" in again.output
     assert "does not fit any more" in again.output
     assert open_dataset(data).manifest.splits["train"].num_samples == 4
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "photos"]

@@ -36,7 +36,7 @@ def test_packed_faces_are_not_packed_again(photos, guide, tmp_path):
     command = ("pack", faces, parts, data, "prepare.pack.shard_size=3")
     first, second = dinogen(*command), dinogen(*command)
     assert (first.exit_code, second.exit_code) == (0, 0), second.output
-    assert second.stdout == "finished already\n" + first.stdout
+    assert second.stdout == "already finished\n" + first.stdout
     other = dinogen("pack", faces, parts, data, "prepare.pack.shard_size=4")
     assert "prepare.pack.shard_size: 3, now 4" in str(other.exception)
     # A summary of the photos is missing here, and the settings are those of another way.
@@ -44,7 +44,7 @@ def test_packed_faces_are_not_packed_again(photos, guide, tmp_path):
     config += ["prepare.faces.max_duplicate_distance=2", "prepare.pack.shard_size=3"]
     done = dinogen("prepare", photos, data, *config)
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("finished already\n20 photos, 18 images")
+    assert done.stdout.startswith("already finished\n20 photos, 18 images")
     (faces / "10.jpg").unlink()
     write_pyramids(faces, parts, PyramidMaker(guide, settings().pyramids, CPU))
     fewer = dinogen(*command)

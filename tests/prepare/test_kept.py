@@ -65,7 +65,7 @@ def test_repack_that_was_killed_between_two_renames_goes_on(src, tmp_path):
     assert not (tmp_path / "data.before-repack").exists()
     (tmp_path / "data.before-repack").mkdir()
     refused = dinogen("prepare", src, data, *WORDS, "--repack")
-    assert "in the way" in str(refused.exception)
+    assert "already exists" in str(refused.exception)
     assert not (tmp_path / ".data.repack").exists()  # said before the work, not behind it
 
 

@@ -59,7 +59,7 @@ def urls(found):
         ("data:image/png;base64,AAAA", "bad_url", "not an http"),
         ("//cdn.example.org/x.jpg", "bad_url", "write https: before it"),
         ("photo.jpg", "bad_url", "not an http"),
-        ("http://[::1/a.jpg", "bad_url", "makes no sense"),
+        ("http://[::1/a.jpg", "bad_url", "is not a valid URL"),
         ("http://example.org:99999/a.jpg", "bad_url", "port"),
         ("http:///a.jpg", "bad_url", "host"),
         (f"http://{'x' * 70}.org/a.jpg", "bad_url", "host"),
@@ -79,7 +79,7 @@ def urls(found):
         ("http://example.org/a.jpg .hidden", "bad_filename", "not a plain file name"),
         (f"http://example.org/a.jpg {'x' * 201}", "bad_filename", "200 bytes"),
         ("http://example.org/a.jpg failed.csv", "bad_filename", "written by dinogen"),
-        ("http://example.org/a.jpg first.jpg", "bad_filename", "name of line 1"),
+        ("http://example.org/a.jpg first.jpg", "bad_filename", "used by line 1"),
     ],
 )
 def test_a_bad_line_stops_no_other(server, fetch, line, reason, part):

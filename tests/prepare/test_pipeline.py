@@ -161,11 +161,11 @@ def test_killed_for_real(photos, whole, checkpoint, guide, tmp_path):
     script.write_text(
         "import sys, time, typer\nfrom pathlib import Path\n"
         "from launch.cli import prepare as data\n"
-        "from shards import ShardSink\n"
-        "add = ShardSink.add\n"
+        "from shards import ShardWriter\n"
+        "add = ShardWriter.add\n"
         # in the second tar it waits for its end, so that it cannot finish before
         "held = lambda: time.sleep(600 * bool(list(Path(sys.argv[3]).glob('train-00001.tar'))))\n"
-        "ShardSink.add = lambda *a: (add(*a), held())\n"
+        "ShardWriter.add = lambda *a: (add(*a), held())\n"
         "app = typer.Typer()\ndata.register(app)\napp()\n"
     )
     command = [sys.executable, str(script), "prepare", str(photos), str(data), "-c", str(config)]
@@ -247,7 +247,10 @@ def test_finished_work_is_passed_over(photos, guide, checkpoint, tmp_path):
         ({"faces": {"size": 64}}, r"prepare\.faces\.size: 32, now 64"),
         ({"pyramids": {"kinds": ["pooled"]}}, r"pyramids\.kinds: \['pooled', 'native'\], now"),
         ({"pack": {"shard_size": 4}}, r"prepare\.pack\.shard_size: 3, now 4"),
-        ({"pack": {"val_fraction": 0.1}}, r"share of train: 0\.7, now 0\.9; share of val: 0\.3,"),
+        (
+            {"pack": {"val_fraction": 0.1}},
+            r"fraction of train: 0\.7, now 0\.9; fraction of val: 0\.3,",
+        ),
     ],
     ids=str,
 )
@@ -285,7 +288,7 @@ def test_a_mistyped_folder_is_told_before_the_guide_is_loaded(tmp_path):
 
 
 def test_what_cannot_be_prepared_is_said_at_once(photos, guide, tmp_path, monkeypatch):
-    with pytest.raises(PrepareError, match="lies below the photos"):
+    with pytest.raises(PrepareError, match="is below the photos"):
         run(photos, photos / "data", guide)
     with pytest.raises(PrepareError, match=r"prepare\.faces\.size: 40"):
         run(photos, tmp_path / "data", guide, settings(faces={"size": 40}))
@@ -304,7 +307,7 @@ def test_without_one_face_the_reasons_are_there(guide, tmp_path):
     photos.mkdir()
     (photos / "a.jpg").write_bytes(b"")
     with pytest.raises(
-        PrepareError, match=r"not one of 1 photo gave an image \(1 empty\): see .*rejected\.csv"
+        PrepareError, match=r"none of 1 photo gave an image \(1 empty\): see .*rejected\.csv"
     ):
         run(photos, tmp_path / "data", guide)
     assert "a.jpg,empty" in (tmp_path / "data" / "rejected.csv").read_text()

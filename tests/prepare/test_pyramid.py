@@ -44,7 +44,7 @@ def test_the_guide_always_sees_the_same_batch_so_neighbours_do_not_matter(make, 
 
 def test_faces_that_cannot_be_used_are_named(make):
     good = Crop("good", picture(0), "png")
-    with pytest.raises(PrepareError, match=r"odd: the face is 24x24 pixels, others are 32x32"):
+    with pytest.raises(PrepareError, match=r"odd: the face is 24x24 pixels, but others are 32x32"):
         list(make().levels([good, Crop("odd", picture(1, 24), "png")]))
     for file_format in ("png", "jpg"):
         data = picture(1, file_format={"png": "PNG", "jpg": "JPEG"}[file_format])

@@ -151,7 +151,7 @@ def test_a_rank_reads_its_own_faces_alone(faces, tmp_path, make, monkeypatch):
 def test_the_folder_of_the_faces_is_refused(faces, make):
     before = names_in(faces)
     for out in (faces, faces / "pyramids"):
-        with pytest.raises(PrepareError, match="lies below the faces in"):
+        with pytest.raises(PrepareError, match="is below the faces in"):
             write_pyramids(faces, out, make())
     assert names_in(faces) == before
 

@@ -97,8 +97,8 @@ def test_one_pass_and_three_steps_without_a_guide(photos, plain, tmp_path):
     batch = data.read(range(data.num_samples()), image_size=16)
     assert batch["image"].shape[1:] == (3, 16, 16) and batch["pyramid"] == {}
     # again: passed over
-    assert dinogen("prepare", photos, once, "-c", plain).stdout.count("finished already") == 1
-    assert dinogen("pack", faces, steps, "-c", plain).stdout.count("finished already") == 1
+    assert dinogen("prepare", photos, once, "-c", plain).stdout.count("already finished") == 1
+    assert dinogen("pack", faces, steps, "-c", plain).stdout.count("already finished") == 1
     (steps / "manifest.json").unlink()
     rebuild_indexes(steps)
     assert open_dataset(steps).num_samples() == data.num_samples()
@@ -129,9 +129,9 @@ def test_data_with_pyramids_do_as_well_and_not_the_other_way_round(photos, plain
     with_them, without = tmp_path / "with", tmp_path / "without"
     pipeline.prepare(photos, with_them, config, maker)
     done = dinogen("prepare", photos, with_them, "-c", plain)
-    assert done.exit_code == 0 and "finished already" in done.stdout, done.output
+    assert done.exit_code == 0 and "already finished" in done.stdout, done.output
     pipeline.prepare(photos, without, config, None)
-    with pytest.raises(PrepareError, match=r"made otherwise \(prepare\.pyramids: None, now"):
+    with pytest.raises(PrepareError, match=r"made differently \(prepare\.pyramids: None, now"):
         pipeline.prepare(photos, without, config, maker)
     other = parse_config(deepcopy(PLAIN), ["prepare.faces.fit=resize"]).prepare
     with pytest.raises(PrepareError, match=r"prepare\.faces\.fit: crop, now resize"):
@@ -158,7 +158,7 @@ def test_pack_says_what_is_missing(photos, plain, tmp_path):
     (parts / "part-00000.safetensors").write_bytes(b"")
     for words, told in [
         ((tmp_path / "data", "-c", guided), "the family of the config reads pyramids: write"),
-        ((parts,), "parts holds pyramids: name the folder of the dataset after it"),
+        ((parts,), "parts holds pyramids: add the folder of the dataset after it"),
         (("a", "b", "c"), "write dinogen pack FACES [PYRAMIDS] DATA"),
         (("prepare.pack.shard_size=3",), "write dinogen pack FACES [PYRAMIDS] DATA"),
     ]:

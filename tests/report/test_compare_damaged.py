@@ -80,7 +80,7 @@ DAMAGES = {
     "config-list": (put("config.yaml", "- a\n- b\n"), "not a list"),
     "config-empty": (put("config.yaml", ""), "config.yaml is empty"),
     "config-yaml": (put("config.yaml", "run: [x\nseed: {"), "not valid YAML"),
-    "config-twice": (put("config.yaml", "seed: 1\nseed: 2\n"), "stands twice"),
+    "config-twice": (put("config.yaml", "seed: 1\nseed: 2\n"), "occurs twice"),
     "config-stages": (put("config.yaml", "stages: [4, 8]\n"), "stages: 0: 4 is not a mapping"),
     "config-gone": (lambda run: (run / "config.yaml").unlink(), "config.yaml is missing"),
     "config-folder": (replace("config.yaml", Path.mkdir), "it is a folder"),

@@ -71,9 +71,7 @@ def nothing_is_lost(seed: int, folder: Path) -> str:
         # zeroed, leave a sound tar. All other damage shows.
         left = {key for path in data.glob("*.tar") for key, _ in by_dinogen(path)}
         gone = [
-            k
-            for k in before.keys() - left
-            if not any(show_name(k) in line for line in found.remarks)
+            k for k in before.keys() - left if not any(show_name(k) in line for line in found.notes)
         ]
         assert not gone or how.startswith(("delete", "zero")), where
     ended = _repair(data, tar, changed, before, named, with_manifest, where)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from shards import Sample, ShardSink, open_dataset, pack
+from shards import Sample, ShardWriter, open_dataset, pack
 from shards.check.repair import rebuild_indexes
 from shards.errors import ManifestError, PackError
 from shards.read.mixture import MixedDataset
@@ -53,19 +53,19 @@ def test_the_names_come_back_with_the_statistics(named):
 
 @pytest.mark.parametrize("label", [None, -1, 5])
 def test_a_label_that_is_no_class_is_refused(tmp_path, label):
-    with pytest.raises(PackError, match=rf"face-0002: label {label} is none of the 5 classes"):
+    with pytest.raises(PackError, match=rf"face-0002: label {label} is not one of the 5 classes"):
         pack(without_levels(3, [0, 4, label]), tmp_path / "data", classes=NAMES)
 
 
 def test_a_packing_goes_on_with_the_same_classes_alone(tmp_path):
     samples = list(make_samples(10))
     out = tmp_path / "data"
-    with ShardSink(out, shard_size=4, classes=NAMES) as sink:
+    with ShardWriter(out, shard_size=4, classes=NAMES) as writer:
         for sample in samples[:6]:
-            sink.add(sample)
+            writer.add(sample)
     for other in ((), NAMES[::-1]):
         with pytest.raises(PackError, match=r"other settings \(classes\)"):
-            ShardSink(out, shard_size=4, classes=other)
+            ShardWriter(out, shard_size=4, classes=other)
     manifest = pack(samples, out, shard_size=4, classes=NAMES)
     assert manifest.classes == NAMES
     pack(samples, tmp_path / "at once", shard_size=4, classes=NAMES)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shards import ShardSink
+from shards import ShardWriter
 from shards.check.repair import repair
 from shards.files import atomic_write
 
@@ -34,12 +34,12 @@ def test_a_shard_that_cannot_be_finished_leaves_nothing(
 ):
     with (
         pytest.raises(OSError, match="No space left"),
-        ShardSink(tmp_path, shard_size=shard_size) as sink,
+        ShardWriter(tmp_path, shard_size=shard_size) as writer,
     ):
         monkeypatch.setattr(os, "fsync", full_disk)
         for sample in make_samples(6):
-            sink.add(sample)
-        sink.finish()
+            writer.add(sample)
+        writer.finish()
     assert not list(tmp_path.glob("*.tar"))
     assert not list(tmp_path.glob(".*.tmp"))
 

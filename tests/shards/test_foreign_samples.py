@@ -26,10 +26,10 @@ from .test_foreign_tars import make, photos, run
 
 GOOD = b'{"label": 1}'
 BAD_META = {
-    "empty": (b"", "is empty, needed is a JSON object"),
-    "blank": (b" \n", "is empty, needed is a JSON object"),
+    "empty": (b"", "is empty, expected a JSON object"),
+    "blank": (b" \n", "is empty, expected a JSON object"),
     "list": (b"[1]", "holds a list"),
-    "number": (b"3", "holds a number, needed is an object"),
+    "number": (b"3", "holds a number, expected an object"),
     "broken": (b'{"label": ', "not JSON"),
     "not utf-8": (b'{"a": "\xe4"}', "not JSON"),
     "deep": (b"[" * 100_000, "not JSON"),
@@ -164,7 +164,7 @@ def test_arrays_that_are_no_level_are_named_by_verify_too(tmp_path: Path):
             for m in ((f"{i}.jpg", jpeg(i, 16)), (f"{i}.p4.npy", file.getvalue()))
         ],
     )
-    needed = "0.p4.npy: has shape (4, 4, 3), needed is (16, C)"
+    needed = "0.p4.npy: has shape (4, 4, 3), expected (16, C)"
     for command in ("verify", "index", "verify"):
         status, said = run(command, tmp_path)
         assert status == 0
@@ -222,8 +222,11 @@ def test_members_apart_and_keys_twice_are_two_things(tmp_path: Path):
 @pytest.mark.parametrize(
     "names, words",
     [
-        (["0.00.png", "0.01.png"], "0.00.png is read as '00.png' of sample '0'; name it 0_00.png"),
-        (["s1.input.jpg", "s1.out.txt"], "name it s1_input.jpg"),
+        (
+            ["0.00.png", "0.01.png"],
+            "0.00.png is read as '00.png' of sample '0'; rename it to 0_00.png",
+        ),
+        (["s1.input.jpg", "s1.out.txt"], "rename it to s1_input.jpg"),
         (["a.bmp", "b.tiff"], "the suffixes of its members are: bmp, tiff"),
         (["README"], "holds no sample"),
     ],
@@ -239,7 +242,7 @@ def test_what_has_no_image_is_passed_over_and_said(tmp_path: Path):
     path = make(tmp_path, [*photos(2), ("README.md", b"x"), ("009.json", b"{}")])
     assert survey(path, with_sums=False).without_image == ["README (md)", "009 (json)"]
     status, said = run("index", tmp_path)
-    assert (status, "passed over, no image or features: README (md); 009 (json)" in said) == (
+    assert (status, "skipped, no image or features: README (md); 009 (json)" in said) == (
         0,
         True,
     )
@@ -274,7 +277,7 @@ def test_an_empty_split_is_said_when_packed(tmp_path: Path, caplog):
     samples = [Sample(f"{i}", jpeg(i, 16), "jpg") for i in range(3)]
     pack(samples, tmp_path / "a", val_fraction=0.1, test_fraction=0.05)
     (val, test) = [r.getMessage() for r in caplog.records if "EMPTY SPLIT" in r.getMessage()]
-    assert "val_fraction 0.1 of 3 samples gave none" in val
+    assert "val_fraction 0.1 puts none of the 3 samples" in val
     enough = float(val.rpartition("val_fraction ")[2].split()[0])
     caplog.clear()
     manifest = pack(samples, tmp_path / "b", val_fraction=enough)

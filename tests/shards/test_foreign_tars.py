@@ -231,7 +231,7 @@ def test_what_is_no_tar_is_said_and_left_alone(tmp_path: Path, kind: str):
         (["a.tgz"], "`gunzip *.tgz`"),
         (["a.tar.zst"], "`unzstd --rm *.tar.zst`"),
         (["sub/a.tar"], "its folder sub does"),
-        (["A.TAR"], "name A.TAR A.tar"),
+        (["A.TAR"], "rename A.TAR to A.tar"),
         (["._a.tar"], "neither manifest.json nor any .tar"),
     ],
 )

@@ -68,9 +68,9 @@ def test_shrinking_by_a_whole_factor_is_the_mean():
 
 
 def test_shrink_refuses_to_enlarge_or_to_distort():
-    with pytest.raises(ValueError, match="32x32, smaller than the 64x64 asked for"):
+    with pytest.raises(ValueError, match="32x32, smaller than the requested 64x64"):
         shrink(np.zeros((32, 32, 3), np.uint8), 64)
-    with pytest.raises(ValueError, match="20x32; needed is a square"):
+    with pytest.raises(ValueError, match="20x32, expected a square"):
         shrink(np.zeros((32, 20, 3), np.uint8), 4)
 
 
@@ -115,7 +115,7 @@ def test_modes_that_would_lose_something_are_not_packed(mode: str):
 
 def test_what_is_packed_is_what_its_name_says():
     assert check_image(jpeg(0), "k.jpg") == (32, 32)
-    with pytest.raises(ValueError, match=r"k\.png: holds JPEG; give it the format"):
+    with pytest.raises(ValueError, match=r"k\.png: holds JPEG; set the format"):
         check_image(jpeg(0), "k.png")
 
 
@@ -143,7 +143,7 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(kind, monkeypatch):
     assert decode(data, 32 * 32).pixels.shape == (32, 32, 3)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(BadImage, match="too_large: 32x32 = 1024 pixels, allowed are 1023"):
+    with pytest.raises(BadImage, match="too_large: 32x32 = 1024 pixels, the limit is 1023"):
         decode(data, 32 * 32 - 1)
     monkeypatch.setattr("shards.image.decode.MAX_PIXELS", 32 * 32 - 1)
     monkeypatch.setattr("shards.image.decode._last_plain", b"")

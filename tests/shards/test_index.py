@@ -193,9 +193,9 @@ def npy(shape: tuple[int, ...], dtype: str = "<f2") -> bytes:
 def test_arrays_of_the_wrong_kind_are_named(tmp_path: Path):
     samples = list(make_samples(4))
     cases = {
-        "holds <U3; needed are numbers": npy((16, CHANNELS), "<U3"),
-        "is float16 (16, 5), needed is <f2 (16, 6)": npy((16, 5)),
-        "has shape (15, 6), needed is (16, C)": npy((15, 6)),
+        "holds <U3, expected numbers": npy((16, CHANNELS), "<U3"),
+        "is float16 (16, 5), expected <f2 (16, 6)": npy((16, 5)),
+        "has shape (15, 6), expected (16, C)": npy((15, 6)),
         "not a .npy file": b"x" * 200,
         "bytes do not fit": npy((16, CHANNELS)) + b"x",
         "do not fit (16, 99999999999999999999)": npy((16, CHANNELS)).replace(

@@ -19,16 +19,16 @@ HEADS = {
     b"\x00\x00\x00\x1cftypmif1\0\0\0\0mif1heix": "HEIC",
     b"\x00\x00\x00\x1cftypmif1\0\0\0\0mif1avif": "AVIF",
     b"\x00\x00\x00\x18ftypqt  \0\0\0\0qt  ": "a video",
-    b"\x00\x00\x00\x18ftypcrx \0\0\0\1crx isom": "a raw file of a camera",
-    b"II*\0\x10\0\0\0CR\2\0": "a raw file of a camera",
+    b"\x00\x00\x00\x18ftypcrx \0\0\0\1crx isom": "a camera raw file",
+    b"II*\0\x10\0\0\0CR\2\0": "a camera raw file",
     b"\xff\x0a\xfa\x7f": "JPEG XL",
     b"8BPS\0\1": "a file of a drawing program",
     b"%PDF-1.4": "a PDF",
     b"PK\3\4\x14\0": "an archive",
     b"<?xml version='1.0'?>\n<!-- made by hand -->\n<svg width='9'>": "a vector drawing",
     b"\n<!DOCTYPE HTML><html>": "a page of text",
-    b"version https://git-lfs.github.com/spec/v1\n": "a pointer of Git LFS",
-    b"\0\5\x16\7\0\2\0\0Mac OS X": "a file of macOS beside another",
+    b"version https://git-lfs.github.com/spec/v1\n": "a Git LFS pointer",
+    b"\0\5\x16\7\0\2\0\0Mac OS X": "a macOS metadata file",
 }
 
 

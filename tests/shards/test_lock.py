@@ -16,7 +16,7 @@ from shards import lock as module
 from shards.errors import PackError
 from shards.lock import NO_LOCKS, Locked, is_locked, lock
 from shards.remote.storage import Cache, lock_of
-from shards.write.shard_writer import ShardSink
+from shards.write.shard_writer import ShardWriter
 
 # flock as file systems without locks answer it.
 NO_FLOCK = (
@@ -78,14 +78,14 @@ def test_another_fault_is_no_lack_of_locks(tmp_path, no_locks):
 
 
 def test_packing_says_another_process_only_where_there_is_one(tmp_path, no_locks, caplog):
-    with ShardSink(tmp_path / "a"):
+    with ShardWriter(tmp_path / "a"):
         pass
     assert "HAS NO FILE LOCKS" in caplog.text
 
 
 def test_packing_names_another_process(tmp_path):
-    with ShardSink(tmp_path / "a"), pytest.raises(PackError, match="another process is packing"):
-        ShardSink(tmp_path / "a")
+    with ShardWriter(tmp_path / "a"), pytest.raises(PackError, match="another process is packing"):
+        ShardWriter(tmp_path / "a")
 
 
 def test_a_cache_without_locks_keeps_to_its_limit(tmp_path, no_locks):
@@ -111,7 +111,7 @@ def test_a_process_whose_flock_fails_packs(tmp_path):
     library = tmp_path / "no_flock.so"
     build = ["gcc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "no_flock.c")]
     subprocess.run(build, check=True)
-    script = "import pathlib, shards; shards.ShardSink(pathlib.Path('out')).close()"
+    script = "import pathlib, shards; shards.ShardWriter(pathlib.Path('out')).close()"
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path,

@@ -19,7 +19,8 @@ import webdataset
 from PIL import Image
 from safetensors.numpy import load_file
 
-from shards import FinishedError, Sample, ShardsError, ShardSink, open_dataset, pack
+import shards
+from shards import FinishedError, Sample, ShardsError, ShardWriter, open_dataset, pack
 from shards.errors import PackError
 from shards.write.shard_writer import split_of
 
@@ -106,18 +107,18 @@ def test_splits_depend_on_the_key_alone():
 @pytest.mark.parametrize("stop", [0, 1, 6, 7, 8, 20, 29])
 def test_an_interrupted_packing_is_taken_up(tmp_path: Path, stop: int):
     pack(make_samples(30), tmp_path / "whole", **SETTINGS)
-    with ShardSink(tmp_path / "part", **SETTINGS) as sink:
+    with ShardWriter(tmp_path / "part", **SETTINGS) as writer:
         for sample in make_samples(stop):
-            sink.add(sample)
+            writer.add(sample)
     with pytest.raises(ShardsError, match="run the same command again"):
         open_dataset(tmp_path / "part")
-    with ShardSink(tmp_path / "part", **SETTINGS) as sink:
-        done = sink.completed_keys()
+    with ShardWriter(tmp_path / "part", **SETTINGS) as writer:
+        done = writer.completed_keys()
         assert len(done) % 7 == 0
         for sample in make_samples(30):
             if sample.key not in done:
-                sink.add(sample)
-        sink.finish()
+                writer.add(sample)
+        writer.finish()
     assert files_of(tmp_path / "part") == files_of(tmp_path / "whole")
 
 
@@ -147,23 +148,28 @@ def test_a_killed_packing_is_taken_up(tmp_path: Path):
 
 def test_a_shard_put_in_place_but_not_recorded_is_made_again(tmp_path: Path):
     pack(make_samples(30), tmp_path / "whole", **SETTINGS)
-    with ShardSink(tmp_path / "part", **SETTINGS) as sink:
+    with ShardWriter(tmp_path / "part", **SETTINGS) as writer:
         for sample in make_samples(20):
-            sink.add(sample)
+            writer.add(sample)
     (tmp_path / "part" / "train-00009.tar").write_bytes(b"half")
     pack(make_samples(30), tmp_path / "part", **SETTINGS)
     assert files_of(tmp_path / "part") == files_of(tmp_path / "whole")
 
 
+def test_the_old_name_of_the_writer_still_works():
+    assert shards.ShardSink is shards.ShardWriter
+    assert "ShardSink" in dir(shards)
+
+
 def test_resuming_refuses_other_settings_and_other_samples(tmp_path: Path):
-    with ShardSink(tmp_path / "x", **SETTINGS) as sink:
+    with ShardWriter(tmp_path / "x", **SETTINGS) as writer:
         for sample in make_samples(20):
-            sink.add(sample)
-    with ShardSink(tmp_path / "x", **SETTINGS) as sink:
-        lost = min(sink.completed_keys())
+            writer.add(sample)
+    with ShardWriter(tmp_path / "x", **SETTINGS) as writer:
+        lost = min(writer.completed_keys())
     with pytest.raises(PackError, match=r"other settings.*shard_size"):
         pack(make_samples(30), tmp_path / "x", **{**SETTINGS, "shard_size": 8})
-    with pytest.raises(PackError, match=f"'{lost}' .* not in the input"):
+    with pytest.raises(PackError, match=f"'{lost}' .* no longer in the input"):
         pack((s for s in make_samples(30) if s.key != lost), tmp_path / "x", **SETTINGS)
     with pytest.raises(PackError, match="changed since"):
         tar = tmp_path / "x" / "train-00000.tar"
@@ -177,23 +183,23 @@ def test_a_finished_dataset_and_foreign_tars_are_left_alone(packed: Path, tmp_pa
     assert isinstance(caught.value, PackError)
     assert caught.value.manifest == packed / "manifest.json"
     (tmp_path / "mine.tar").write_bytes(b"")
-    with pytest.raises(PackError, match=r"mine\.tar of something else"):
+    with pytest.raises(PackError, match=r"mine\.tar, which is not part"):
         pack(make_samples(3), tmp_path)
 
 
 def test_two_packings_cannot_share_a_folder(tmp_path: Path):
-    with ShardSink(tmp_path / "x"), pytest.raises(PackError, match="another process"):
-        ShardSink(tmp_path / "x")
+    with ShardWriter(tmp_path / "x"), pytest.raises(PackError, match="another process"):
+        ShardWriter(tmp_path / "x")
 
 
 def test_wrong_samples_are_named(tmp_path: Path):
     good, other = list(make_samples(2))
     cases = {
         r"'face-0000' occurs twice": [good, good],
-        r"face-0001: the image is 16x16, those before it 32x32": [
+        r"face-0001: the image is 16x16, but earlier ones are 32x32": [
             good, replace(other, image=jpeg(0, 16)),
         ],
-        r"face-0001: has levels p4 \(16, 6\), those before: p16": [
+        r"face-0001: has levels p4 \(16, 6\), but earlier samples have p16": [
             good, replace(other, levels={"p4": other.levels["p4"]}),
         ],
         r"face-0000\.jpg: not_an_image": [replace(good, image=b"no")],

@@ -42,7 +42,7 @@ def test_skipping_takes_the_next_sound_one_in_packed_order(copy, flip, caplog):
     assert len(said) == len(lost)
     for key in lost:
         assert any(
-            line.startswith("SKIPPED a damaged sample, the next one takes its place: train-00001")
+            line.startswith("SKIPPED a damaged sample, the next one replaces it: train-00001")
             and key in line
             for line in said
         )
@@ -67,7 +67,7 @@ def test_when_nothing_is_left_reading_says_so(copy):
 
 
 def test_other_words_are_refused(packed):
-    with pytest.raises(ValueError, match="on_error is 'stop' or 'skip', not 'pass'"):
+    with pytest.raises(ValueError, match="on_error must be 'stop' or 'skip', not 'pass'"):
         open_dataset(packed).read([0], on_error="pass")
 
 

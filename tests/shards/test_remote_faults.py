@@ -116,11 +116,11 @@ def test_an_index_that_arrives_damaged_is_fetched_again(served, tmp_path, caplog
 @pytest.mark.parametrize(
     ("fault", "num_requests", "words"),
     [
-        ("flip", 3, r"(differs from what|Checksum).*, each time; upload it again"),
-        (503, 8, r"8 tries in .*look at the server and the network"),
+        ("flip", 3, r"(differs from what|Checksum).*, on every try; .* upload it again"),
+        (503, 8, r"8 tries in .*check the server and the network"),
         ("cut", 8, r"8 tries in"),
-        (403, 1, "one try.*give credentials that may read it"),
-        (404, 1, "is not there, though manifest.json names it"),
+        (403, 1, "one try.*give credentials with read access"),
+        (404, 1, "is missing, although manifest.json names it"),
     ],
 )
 def test_what_does_not_pass_ends_in_both_modes(served, tmp_path, fault, num_requests, words):
@@ -253,7 +253,7 @@ def test_closing_a_stream_waits_for_no_fetch(web, tmp_path, monkeypatch):
     stream.close()
     reader.join(120)
     assert time.monotonic() - began < 50
-    wait_for(lambda: not [t for t in threading.enumerate() if t.name == "shards-ahead"])
+    wait_for(lambda: not [t for t in threading.enumerate() if t.name == "shards-prefetch"])
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
@@ -298,7 +298,7 @@ def test_verify_names_what_cannot_be_fetched_and_goes_on(web, tmp_path):
     problems = verify(open_dataset(web.url, cache_dir=tmp_path))
     assert [problem.shard for problem in problems] == ["train-00001.tar", "train-00003.tar"]
     assert "differs from what manifest.json says" in problems[0].what
-    assert "is not there" in problems[1].what
+    assert "is missing" in problems[1].what
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:

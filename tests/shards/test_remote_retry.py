@@ -11,7 +11,7 @@ import time
 import pytest
 
 from shards.remote import download
-from shards.remote.download import Damaged, Stopped, hurry, insist, retry_after, stop_at
+from shards.remote.download import Damaged, Stopped, hurry, retry, retry_after, stop_at
 
 
 class Passing(Exception):
@@ -39,7 +39,7 @@ class Script:
         return 7
 
     def run(self, **options) -> int:
-        return insist(self, "it", delay, sleep=self.waits.append, **options)
+        return retry(self, "it", delay, sleep=self.waits.append, **options)
 
 
 def test_waits_double_and_are_spread():
@@ -121,7 +121,7 @@ def test_a_thread_that_is_to_stop_does(caplog):
         stop_at(stop)
         began = time.monotonic()
         try:
-            insist(Script(*(Passing(50.0) for _ in range(5))), "it", delay)
+            retry(Script(*(Passing(50.0) for _ in range(5))), "it", delay)
         except Stopped as error:
             outcome.extend([error, time.monotonic() - began])
 

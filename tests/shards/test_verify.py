@@ -71,10 +71,13 @@ def test_a_missing_shard_is_named(copy: Path):
 @pytest.mark.parametrize(
     "change, what",
     [
-        (lambda m: m["shards"][1].update(sha256="0" * 64), "another checksum for train-00001.tar"),
+        (
+            lambda m: m["shards"][1].update(sha256="0" * 64),
+            "different checksum for train-00001.tar",
+        ),
         (lambda m: m["levels"]["p4"].update(total_variance=9.0), "total_variance of p4"),
         (lambda m: m["statistics"].update(sha256="0" * 64), "differs from the manifest"),
-        (lambda m: m.update(image_size=64), "is 32x32, needed is 64"),
+        (lambda m: m.update(image_size=64), "is 32x32, expected 64"),
     ],
 )
 def test_a_wrong_manifest_is_found(copy: Path, change, what: str):
@@ -111,7 +114,7 @@ def test_a_wrong_index_is_found_and_rebuilt(copy: Path, change: str):
         save(index, path)
     found = problems_of(copy)
     assert [problem.shard for problem in found] == [path.name]
-    assert rebuild_indexes(copy) == [f"{path.name}: made again"]
+    assert rebuild_indexes(copy) == [f"{path.name}: rebuilt"]
     assert path.read_bytes() == before
     assert rebuild_indexes(copy) == []
 
@@ -196,6 +199,6 @@ def test_command_ls_and_index(copy: Path):
         assert text in listed
     assert "all indexes fit" in run(app, ["index", str(copy)]).output
     (copy / "val-00000.index.npz").unlink()
-    assert "val-00000.index.npz: made again" in run(app, ["index", str(copy)]).output
+    assert "val-00000.index.npz: rebuilt" in run(app, ["index", str(copy)]).output
     missing = run(app, ["ls", str(copy / "nothing")])
     assert isinstance(missing.exception, ShardsError)

@@ -48,8 +48,8 @@ def test_a_config_names_a_path_or_a_mix():
     assert again == config
     assert parse_config({"data": {"mix": mix}}, ["data.mix=[]", "data.path=c"]).data.path == "c"
     for data, words in [
-        ({"path": "c", "mix": mix}, "path c and mix are given: leave one of them out"),
-        ({"mix": mix[:1]}, "mix: name two datasets or more"),
+        ({"path": "c", "mix": mix}, "path c and mix are both given: leave one of them out"),
+        ({"mix": mix[:1]}, "mix: name two or more datasets"),
         ({"path": ""}, "path is empty"),
         ({"mix": [*mix, {"path": "d", "weight": 0}]}, "data.mix.2.weight"),
         ({"mix": [*mix, {"path": "d", "wieght": 1}]}, "did you mean 'weight'"),

@@ -30,7 +30,14 @@ from dinogen.prepare.download.links import (
 )
 from dinogen.prepare.photos.read import PrepareError
 from shards.files import sha256_file
-from shards.remote.download import PASSING_STATUS, Damaged, insist, obey, retry_after, stop_at
+from shards.remote.download import (
+    PASSING_STATUS,
+    Damaged,
+    raise_if_stopped,
+    retry,
+    retry_after,
+    stop_at,
+)
 
 __all__ = ["DownloadSummary", "Failure", "download"]
 
@@ -39,16 +46,16 @@ _FAILED = "failed.csv"
 
 @dataclass(frozen=True)
 class DownloadSummary:
-    """What became of a list.
+    """The outcome of a download.
 
     Attributes:
-        num_files: different files that the list asks for, lines that cannot be used included.
-        num_present: of these, files that were there already, checked where a checksum is known.
+        num_files: different files in the list, including lines that cannot be used.
+        num_present: of these, files that were already there, checked if a checksum is known.
         num_fetched: of these, files fetched now.
         failures: the others, in the order of the list.
-        num_repeated: lines beyond these that name a file of an earlier line again.
+        num_repeated: further lines that repeat a file of an earlier line.
         num_bytes: received now.
-        seconds: taken.
+        seconds: duration.
     """
 
     num_files: int
@@ -72,27 +79,27 @@ def download(
 ) -> DownloadSummary:
     """Fetch every file of a list into one folder.
 
-    A file takes its place only when it is complete and its checksum is right. Until then its
-    bytes lie beside it as ``.NAME.part``; the next attempt, also after a kill, goes on from there
-    if the file is known to be the same one (a checksum in the list, or an ETag or Last-Modified
-    date of the server) and begins again otherwise. Where neither the list nor the address gives a
-    name with a suffix, the suffix is that of the image that came. A file that should be an image
-    and is none, such as a web page that says why there is no photo, is not kept. What was not
-    fetched stands with its line and the reason in ``failed.csv``, which is absent if nothing
-    failed; that includes lines that cannot be used.
+    A file gets its name only when it is complete and its checksum is right. Until then its bytes
+    are in ``.NAME.part`` beside it; the next attempt, also after a kill, resumes there if the file
+    is known to be the same (by a checksum in the list, or an ETag or Last-Modified date of the
+    server) and starts again otherwise. If neither the list nor the address gives a name with a
+    suffix, the suffix is that of the received image. A file that should be an image but is not,
+    such as a web page with an error message, is not kept. ``failed.csv`` lists what was not
+    fetched, including lines that cannot be used, with line and reason; it is absent if nothing
+    failed.
 
     Args:
         listing: text or CSV file, see :func:`dinogen.prepare.download.links.read_list`.
-        folder: made if missing.
+        folder: created if missing.
         num_parallel: files fetched at the same time.
-        num_attempts: in a row that may bring no new byte of a file before it counts as failed.
+        num_attempts: attempts in a row without a new byte after which a file counts as failed.
         timeout: seconds without an answer or a byte after which an attempt ends.
         progress: called with the number of files done, of all files, and of bytes received.
-        sleep: waits so many seconds between attempts; by default it ends with an interruption.
+        sleep: called with the seconds to wait between attempts; by default an interruptible wait.
 
     Raises:
         PrepareError: the list is missing or is no text, none of its lines can be used, or the
-            folder cannot be written; nothing is fetched then.
+            folder cannot be written; then nothing is fetched.
         OSError: the disk is full.
     """
     started = time.monotonic()
@@ -113,7 +120,7 @@ def download(
     outcomes: dict[Item, bool | Failure] = {}
     stop = threading.Event()
     limits = httpx.Limits(max_connections=num_parallel)
-    # A photo is compressed already, and a compressed answer could not be resumed.
+    # Photos are already compressed, and a compressed answer could not be resumed.
     headers = {"Accept-Encoding": "identity", "User-Agent": "dinogen"}
     with (
         httpx.Client(
@@ -172,7 +179,7 @@ _IMAGES = {
     rb"\0{3}\x0cjP  ": ".jp2",
 }
 _WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|script|!--)", re.I)
-# What is wrong with one name in a folder that can be written.
+# Errors of one file name in a writable folder.
 _NAME_ERRORS = frozenset(
     {errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ}
     | {errno.EACCES, errno.EPERM}
@@ -180,7 +187,7 @@ _NAME_ERRORS = frozenset(
 
 
 class _Fault(Exception):
-    """An attempt that failed; another may succeed after ``wait`` seconds, or never (None)."""
+    """A failed attempt; another may succeed after ``wait`` seconds; None: never."""
 
     def __init__(self, reason: str, detail: str, wait: float | None = 0.0) -> None:
         super().__init__(detail)
@@ -189,17 +196,17 @@ class _Fault(Exception):
 
 
 class _WrongBytes(_Fault, Damaged):
-    """The checksum is another. Once may come of a resumed file that had changed."""
+    """The checksum is wrong. The first time, the cause may be a resumed file that had changed."""
 
 
 class Fetcher:
-    """Fetches files into one folder; may be used by several threads.
+    """Fetches files into one folder; safe to use from several threads.
 
     Args:
-        client: follows redirects.
-        folder: where the files go.
-        num_attempts: in a row that may bring no new byte of a file before it counts as failed.
-        sleep: takes the place of waiting between attempts.
+        client: has to follow redirects.
+        folder: where the files are written.
+        num_attempts: attempts in a row without a new byte after which a file counts as failed.
+        sleep: called instead of waiting between attempts.
 
     Attributes:
         num_bytes: received so far.
@@ -223,7 +230,7 @@ class Fetcher:
         """True if the file was fetched, False if it was there already.
 
         Raises:
-            shards.remote.download.Stopped: this thread is to stop; what was fetched stays for the
+            shards.remote.download.Stopped: this thread has to stop; what was fetched stays for the
                 next run.
             OSError: the folder cannot be written.
         """
@@ -231,7 +238,7 @@ class Fetcher:
         try:
             if self._is_there(item):
                 return False
-            insist(
+            retry(
                 lambda: self._attempt(item, part),
                 shown_url(item.url),
                 lambda error: error.wait if isinstance(error, _Fault) else None,
@@ -254,14 +261,14 @@ class Fetcher:
         return Failure(item.line, shown_url(item.url), item.filename, reason, shown(detail))
 
     def _is_there(self, item: Item) -> bool:
-        """Whether an earlier run fetched it, under whatever suffix its content gave it."""
+        """Whether an earlier run fetched it, with any suffix that its content gave it."""
         for path in self._candidates(item):
             if not path.is_file() or (item.sha256 and sha256_file(path) != item.sha256):
                 continue
             try:
                 final = self._folder / _final_name(item, path)
             except _Fault:
-                continue  # stored before contents were looked at: a web page, an empty file
+                continue  # stored by a version that did not check: a web page, an empty file
             if final != path:
                 path.rename(final)
             return True
@@ -274,7 +281,7 @@ class Fetcher:
                 yield self._folder / f"{item.filename}{suffix}"
 
     def _attempt(self, item: Item, part: Path) -> None:
-        """Bring a file to its end and to its place; raises if it does not get there."""
+        """Complete a file and rename it; raises if that fails."""
         self._receive(item, part)
         found = sha256_file(part) if item.sha256 else None
         if found != item.sha256:
@@ -294,13 +301,13 @@ class Fetcher:
                     if response.headers.get("Content-Range") == f"bytes */{offset}":
                         return  # killed after the last byte
                     _discard(part)
-                    raise _Fault("protocol", f"the server has no byte {offset}")
+                    raise _Fault("protocol", f"the server's file has no byte {offset}")
                 _check_status(response)
                 if response.status_code == 206:
                     span = response.headers.get("Content-Range", "")
                     if not span.startswith(f"bytes {offset}-"):
                         _discard(part)
-                        raise _Fault("protocol", f"asked for byte {offset}, got '{span}'")
+                        raise _Fault("protocol", f"requested from byte {offset}, got '{span}'")
                 else:
                     offset = 0
                     _discard(part)
@@ -309,7 +316,7 @@ class Fetcher:
                 chunks = response.iter_bytes if _is_encoded(response) else response.iter_raw
                 with part.open("ab" if offset else "wb") as file:
                     for chunk in chunks():
-                        obey()
+                        raise_if_stopped()
                         file.write(chunk)
                         with self._lock:
                             self.num_bytes += len(chunk)
@@ -332,25 +339,25 @@ def _check_status(response: httpx.Response) -> None:
         asked = response.headers.get("Retry-After")
         wait = retry_after(asked)
         if wait is None:
-            raise _Fault("retry_after", f"{detail}, to be tried again after '{asked}'", wait)
+            raise _Fault("retry_after", f"{detail}, the server asks to wait for '{asked}'", wait)
         raise _Fault(f"http_{status}", detail, wait)
     if status not in (200, 206):
         raise _Fault(f"http_{status}", detail, wait=None)
     encoding = response.headers.get("Content-Encoding", "")
     if _is_encoded(response) and (status == 206 or encoding.lower() not in ("gzip", "deflate")):
-        raise _Fault("protocol", f"sent {encoding}-encoded though asked not to", wait=None)
+        raise _Fault("protocol", f"sent {encoding}-encoded, which was not requested", wait=None)
 
 
 def _is_encoded(response: httpx.Response) -> bool:
-    """Whether a server compresses though asked not to: what came of it cannot be resumed."""
+    """Whether a server compresses without being asked: such a download cannot be resumed."""
     return response.headers.get("Content-Encoding", "identity").lower() not in ("", "identity")
 
 
 def _final_name(item: Item, path: Path) -> str:
-    """What a file is to be called, now that its content is known.
+    """The name of a file, now that its content is known.
 
     Raises:
-        _Fault: it is not what the list asks for. With a checksum the list knows better.
+        _Fault: it is not what the list requests. A checksum in the list overrides this check.
     """
     with path.open("rb") as file:
         head = file.read(_HEAD)
@@ -360,12 +367,12 @@ def _final_name(item: Item, path: Path) -> str:
     if item.sha256:
         return item.filename
     if not head:
-        raise _Fault("empty", "the server sent no byte", wait=None)
+        raise _Fault("empty", "the server sent no data", wait=None)
     is_page = _WEB_PAGE.match(head) is not None
     called = PurePosixPath(item.filename).suffix.lower()
     begins = f"begins with {head[:24]!r}"
     if item.by_content or called in PHOTO_SUFFIXES:
-        what = "a web page instead of an image" if is_page else "no image"
+        what = "a web page instead of an image" if is_page else "not an image"
         raise _Fault("not_an_image", f"{what}: {begins}", wait=None)
     if is_page and called not in (".html", ".htm", ".xhtml", ".txt"):
         raise _Fault("web_page", f"a web page instead of the file: {begins}", wait=None)
@@ -373,7 +380,7 @@ def _final_name(item: Item, path: Path) -> str:
 
 
 def _note(part: Path) -> Path:
-    """Where it stands which file the bytes of ``part`` belong to."""
+    """The file that records which file the bytes of ``part`` belong to."""
     return part.with_name(part.name + ".json")
 
 
@@ -386,7 +393,7 @@ def _remember(item: Item, part: Path, response: httpx.Response) -> None:
 
 
 def _resumable(item: Item, part: Path) -> tuple[int, str | None]:
-    """Byte to go on from, and what proves that the server's file is still the same."""
+    """Byte to resume from, and what proves that the server's file is still the same."""
     try:
         offset = part.stat().st_size
         note = json.loads(_note(part).read_bytes())

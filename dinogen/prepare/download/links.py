@@ -1,4 +1,4 @@
-"""Read a list of files to download: text or a table, addresses, checksums, safe names."""
+"""Reads a list of files to download: text or a table, addresses, checksums, safe names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SUFFIX = re.compile(r"\.(?=[0-9]*[A-Za-z])[0-9A-Za-z]{1,12}")
 _HOST = re.compile(r"(?=.{1,253}$)([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?|[0-9a-fA-F:.]+")
 _CREDENTIALS = re.compile(r"(?<=//)[^/?#\s]*@")
 _LONGEST_NAME = 200  # bytes; file systems allow 255, and a partial file's name is longer
-_LONGEST_QUERY = 60  # bytes; longer ones are signatures, and make no readable name
+_LONGEST_QUERY = 60  # bytes; longer ones are signatures, which are no readable names
 _LONGEST_SHOWN = 300
 _LONGEST_URL = 4000
 _LONGEST_QUOTED = 60
@@ -31,9 +31,9 @@ class Item:
     Attributes:
         line: of the list, counted from 1.
         url: its address, as the list has it.
-        filename: what it is called on disk; if ``by_content``, without its suffix.
+        filename: its name on disk; if ``by_content``, without the suffix.
         sha256: in lower-case hex, if known.
-        by_content: the suffix follows from what is fetched, which has to be an image.
+        by_content: the suffix follows from the content, which has to be an image.
     """
 
     line: int
@@ -49,12 +49,12 @@ class Failure:
 
     Attributes:
         line: of the list, counted from 1.
-        url: its address, or the whole line where none can be told; without credentials.
-        filename: what it would have been called, if known.
-        reason: ``bad_url``, ``bad_checksum``, ``bad_filename`` or ``bad_line`` for what the list
-            says; ``http_404`` and the like, ``connection``, ``checksum``, ``protocol``,
-            ``retry_after``, ``empty``, ``not_an_image``, ``web_page`` or ``unwritable`` for what
-            became of it.
+        url: its address, or the whole line if no address was found; without credentials.
+        filename: the name it would have had, if known.
+        reason: ``bad_url``, ``bad_checksum``, ``bad_filename`` or ``bad_line`` for faults of the
+            list; ``http_404`` and the like, ``connection``, ``checksum``, ``protocol``,
+            ``retry_after``, ``empty``, ``not_an_image``, ``web_page`` or ``unwritable`` for faults
+            of the download.
         detail: for a person.
     """
 
@@ -67,15 +67,15 @@ class Failure:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a list says.
+    """The content of a list.
 
     Attributes:
         items: different files, in the order of the list.
         bad: lines that cannot be used.
         num_lines: all lines of the file.
         num_blank: of these, empty lines, comments and the header.
-        num_repeated: of these, lines that name a file of an earlier line again.
-        num_continued: of these, lines on which the cell of an earlier line goes on.
+        num_repeated: of these, lines that repeat a file of an earlier line.
+        num_continued: of these, lines that continue the cell of an earlier line.
     """
 
     items: tuple[Item, ...]
@@ -96,25 +96,25 @@ class _Wanted:
 
 
 def read_list(listing: Path, reserved: Set[str] = frozenset()) -> Listing:
-    """Read ``URL [sha256] [filename]`` lines; a line that cannot be used stops no other.
+    """Read ``URL [sha256] [filename]`` lines; an unusable line does not affect the others.
 
     A table is a file that ends in ``.csv`` or ``.tsv``, or whose first line names a column of
-    addresses (``url``, ``image_url``, ...; case does not count). Its cells stand apart by commas,
+    addresses (``url``, ``image_url``, ...; in any case). Its cells are separated by commas,
     semicolons, tabs or bars. Without such a header its columns are url, sha256 and filename. Other
-    columns, such as captions, are passed over. In any other file a tab or blanks stand between
-    URL, checksum and filename; the filename may hold blanks. A blank inside a URL is part of it if
-    that is certain, and makes the line unusable if it might as well begin the filename. Empty
-    lines and lines that begin with ``#`` do not count.
+    columns, such as captions, are ignored. In any other file, URL, checksum and filename are
+    separated by a tab or spaces; the filename may contain spaces. A space inside a URL is part of
+    it if that is certain, and makes the line unusable if it may also start the filename. Empty
+    lines and lines that begin with ``#`` are ignored.
 
-    Without a filename a file is called like the last part of its address; if another one is
-    called so already, a hash of the address is added. A line that comes twice counts once.
+    Without a filename a file is named after the last part of its address; if that name is taken, a
+    hash of the address is added. A repeated line counts once.
 
     Args:
         listing: UTF-8 or UTF-16 text. Other bytes are allowed where they do not matter.
         reserved: names that no file may have.
 
     Raises:
-        PrepareError: the list is missing, is no text, or holds no line but comments.
+        PrepareError: the list is missing, is no text, or holds nothing but comments.
     """
     entries = list(read_rows(listing))
     rows: list[_Wanted] = []
@@ -139,10 +139,10 @@ def read_list(listing: Path, reserved: Set[str] = frozenset()) -> Listing:
 
 
 def address(url: str) -> httpx.URL:
-    """The address to ask for: blanks, other alphabets and lone percent signs are encoded.
+    """The address to request: spaces, other alphabets and lone percent signs are encoded.
 
     Raises:
-        httpx.InvalidURL: it makes no sense.
+        httpx.InvalidURL: it is not a URL.
     """
     return httpx.URL(re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", url))
 
@@ -186,7 +186,7 @@ def _name_all(rows: list[_Wanted], reserved: Set[str]) -> tuple[list[Item], list
                 raise BadLine(
                     "bad_checksum",
                     f"{_quoted(sha256)} is not a SHA-256, which has 64 hex digits; if it is "
-                    f"a caption or the like, begin the table with a line that names its columns",
+                    f"a caption or the like, add a first line that names the columns of the table",
                 )
             if filename:
                 _check_name(filename, reserved)
@@ -208,7 +208,7 @@ def _name_all(rows: list[_Wanted], reserved: Set[str]) -> tuple[list[Item], list
             names.add(item)
             items[row.line] = item
         else:
-            what = f"{_quoted(filename)} is already the name of line {other.line}: give another"
+            what = f"{_quoted(filename)} is already used by line {other.line}: give another name"
             bad.append(_failure(row.line, url, BadLine("bad_filename", what), filename))
     # Given names come first, so that no derived one takes theirs.
     for row, last, query in derived:
@@ -221,7 +221,7 @@ def _name_all(rows: list[_Wanted], reserved: Set[str]) -> tuple[list[Item], list
             what = f"line {earlier.line} has another checksum for the same address"
             bad.append(_failure(row.line, url, BadLine("bad_checksum", what)))
         elif sha256 and not earlier.sha256:
-            # The more careful of the two lines counts.
+            # The line with the checksum counts.
             unnamed[url] = items[earlier.line] = replace(earlier, sha256=sha256.lower())
     num_repeated = len(rows) - len(items) - len(bad)
     return [items[line] for line in sorted(items)], bad, num_repeated
@@ -234,23 +234,26 @@ def _check_address(url: str) -> httpx.URL:
     if any("\ud800" <= c <= "\udfff" for c in url):
         raise BadLine("bad_url", "the address is not UTF-8: save the list as UTF-8")
     if not url.isprintable() and any(c < " " or c == "\x7f" for c in url):
-        raise BadLine("bad_url", "the address holds control characters")
+        raise BadLine("bad_url", "the address contains control characters")
     scheme, found, rest = url.partition("://")
     if not found or scheme.lower() not in ("http", "https"):
         more = ": write https: before it" if url.startswith("//") else ""
         raise BadLine("bad_url", f"is not an http or https address{more}")
     if "#" in url:
         raise BadLine(
-            "bad_url", "holds '#': write %23 if it is part of the name, or leave out what follows"
+            "bad_url",
+            "contains '#': write %23 if it is part of the name, or leave out what follows",
         )
     if "@" in re.split(r"[/?]", rest, maxsplit=1)[0]:
-        raise BadLine("bad_url", "holds credentials, which would be written to logs: not supported")
+        raise BadLine(
+            "bad_url", "contains credentials, which would be written to logs: not supported"
+        )
     try:
         parts = address(url)
     except (httpx.InvalidURL, ValueError) as error:
-        raise BadLine("bad_url", f"makes no sense: {error}") from None
+        raise BadLine("bad_url", f"is not a valid URL: {error}") from None
     if not _HOST.fullmatch(parts.raw_host.decode("ascii")):
-        raise BadLine("bad_url", f"{_quoted(parts.host)} is not the name of a host")
+        raise BadLine("bad_url", f"{_quoted(parts.host)} is not a host name")
     if parts.port is not None and not 0 < parts.port < 65536:
         raise BadLine("bad_url", f"there is no port {parts.port}")
     return parts
@@ -262,7 +265,7 @@ def _check_name(name: str, reserved: Set[str]) -> None:
         raise BadLine(
             "bad_filename",
             f"{_quoted(name)} is not a plain file name: leave out folders, control characters and "
-            f"a leading dot, and keep to {_LONGEST_NAME} bytes",
+            f"a leading dot, and use at most {_LONGEST_NAME} bytes",
         )
     if name in reserved:
         raise BadLine(
@@ -271,7 +274,7 @@ def _check_name(name: str, reserved: Set[str]) -> None:
 
 
 class _Names:
-    """Names that are taken, and who has them. A name by content takes all its suffixes."""
+    """Names that are taken, with their items. A name by content takes all its suffixes."""
 
     def __init__(self, reserved: Set[str]) -> None:
         self._reserved = reserved
@@ -291,12 +294,12 @@ class _Names:
         (self._stems if item.by_content else self._whole)[item.filename] = item
 
     def derive(self, line: int, url: str, sha256: str | None, last: str, query: str) -> Item:
-        """A file called like the last part of its address, and its query where that helps."""
+        """A file named after the last part of its address, and its query if that helps."""
         name = re.sub(r"[^\w.()+-]+", "_", last).lstrip(".") or "file"
         suffix = PurePosixPath(name).suffix
         by_content = suffix.lower() not in PHOTO_SUFFIXES | FILE_SUFFIXES
         if by_content:
-            # Without a suffix it is often the query that tells one photo from another.
+            # Without a suffix the query often distinguishes one photo from another.
             query = re.sub(r"[^\w.()+-]+", "_", unquote(query)).strip("_")
             if query and len(query.encode()) <= _LONGEST_QUERY:
                 path = PurePosixPath(f"{name}_{query}")
@@ -313,10 +316,10 @@ class _Names:
         return item
 
 
-# What somebody gives a name with one of these expects to be an image.
+# A name with one of these suffixes has to be that of an image.
 PHOTO_SUFFIXES = IMAGE_SUFFIXES | {".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2"}
-# Other files that people have in such lists. Any other suffix of an address says nothing about
-# what lies behind it: `thumb.php`, `F00BAR.jpg:large`, `photo.v2`.
+# Other files that occur in such lists. Any other suffix of an address says nothing about its
+# content: `thumb.php`, `F00BAR.jpg:large`, `photo.v2`.
 FILE_SUFFIXES = frozenset(
     {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".parquet", ".arrow", ".npz"}
     | {".npy", ".safetensors", ".pt", ".pth", ".onnx", ".json", ".jsonl", ".csv", ".tsv", ".txt"}
@@ -362,11 +365,11 @@ class Row:
     """One entry of a list.
 
     Attributes:
-        line: on which it begins, counted from 1.
-        num_lines: over which it goes: more than one where a cell holds line breaks.
+        line: its first line, counted from 1.
+        num_lines: number of its lines; more than one if a cell contains line breaks.
         text: its first line.
-        cells: URL, checksum and filename, "" where there is none; None for an empty line, a
-            comment or the header, and what is wrong with a line that cannot be read.
+        cells: URL, checksum and filename, "" for a missing one; None for an empty line, a comment
+            or the header; the error of a line that cannot be read.
     """
 
     line: int
@@ -378,7 +381,7 @@ class Row:
 def read_rows(listing: Path) -> Iterator[Row]:
     """The entries of a list, in order; see :func:`dinogen.prepare.download.links.read_list`.
 
-    Bytes that are not UTF-8 are lone surrogates in the cells, to be refused where they matter.
+    Bytes that are not UTF-8 become lone surrogates in the cells, and are refused if they matter.
 
     Raises:
         PrepareError: the list is missing or is no text.
@@ -391,28 +394,30 @@ def read_rows(listing: Path) -> Iterator[Row]:
         raise PrepareError(f"{listing}: cannot be read: {error.strerror}") from None
     for magic, what in _NO_TEXT.items():
         if data.startswith(magic):
-            raise PrepareError(f"{listing}: is {what}: save the list as text or CSV, a URL a line")
+            raise PrepareError(
+                f"{listing}: is {what}: save the list as text or CSV, with one URL per line"
+            )
     lines = _decode(data).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     if not lines[-1]:
         lines.pop()
     suffix = listing.suffix.lower()
-    told = [line for line in lines if not _is_blank(line.strip(_DELIMITERS))][:2]
-    said = _separator(told[0]) if told else None
-    first = (told[1:] if said else told)[:1]
-    header, delimiter = _header(first[0] if first else "", said)
+    top = [line for line in lines if not _is_blank(line.strip(_DELIMITERS))][:2]
+    declared = _separator(top[0]) if top else None
+    first = (top[1:] if declared else top)[:1]
+    header, delimiter = _header(first[0] if first else "", declared)
     if header is not None:
         return _table(lines, delimiter, header, has_header=True)
     if suffix not in (".csv", ".tsv"):
         return _text(lines)
-    delimiter = said or _guess_delimiter(first[0] if first else "", suffix)
+    delimiter = declared or _guess_delimiter(first[0] if first else "", suffix)
     return _table(lines, delimiter, list(_COLUMNS), has_header=False)
 
 
 def _decode(data: bytes) -> str:
-    """Text; bytes that are not UTF-8 become lone surrogates, to be told where they matter."""
+    """Text; bytes that are not UTF-8 become lone surrogates, which are reported if they matter."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16", "replace")
-    # What PowerShell and old tools write without a mark: every other byte of ASCII is zero.
+    # UTF-16 of PowerShell and old tools, without a mark: every other byte of ASCII is zero.
     if len(data) >= 4 and data[0] and not data[1] and data[2] and not data[3]:
         return data.decode("utf-16-le", "replace")
     return data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
@@ -434,7 +439,7 @@ def _table(lines: list[str], delimiter: str, columns: list[str], has_header: boo
         while cells and not cells[-1]:
             cells.pop()
         if cells is None:
-            found = BadLine("bad_line", "a quote is not closed, or stands inside a cell")
+            found = BadLine("bad_line", "a quote is not closed, or is inside a cell")
         elif not cells or text.startswith("#") or _separator(text):
             found = None
         elif has_header:
@@ -443,7 +448,7 @@ def _table(lines: list[str], delimiter: str, columns: list[str], has_header: boo
             found = BadLine(
                 "bad_line",
                 f"{len(cells)} cells, but there are {len(columns)} columns: put double quotes "
-                f"around a cell that holds '{delimiter}'",
+                f"around a cell that contains '{delimiter}'",
             )
         else:
             if len(columns) == 1:
@@ -463,9 +468,9 @@ def _separator(line: str) -> str | None:
     return found[1] if found else None
 
 
-def _header(line: str, said: str | None) -> tuple[list[str] | None, str]:
-    """What each column is, if a line names them, "" for those of no use; and the delimiter."""
-    for delimiter in said or _DELIMITERS:
+def _header(line: str, declared: str | None) -> tuple[list[str] | None, str]:
+    """What each column is, if a line names them, "" for ignored ones; and the delimiter."""
+    for delimiter in declared or _DELIMITERS:
         try:
             cells = next(csv.reader([line], delimiter=delimiter), [])
         except csv.Error:  # longer than the limit: no header
@@ -483,7 +488,7 @@ def _header(line: str, said: str | None) -> tuple[list[str] | None, str]:
 
 
 def _guess_delimiter(line: str, suffix: str) -> str:
-    """Of a table without header: what is followed by a checksum, or by an empty cell."""
+    """The delimiter of a table without header: followed by a checksum or an empty cell."""
     usual = "\t" if suffix == ".tsv" else ","
     for delimiter in usual + _DELIMITERS:
         _, found, rest = line.partition(delimiter)
@@ -498,7 +503,7 @@ def _records(
 ) -> Iterator[tuple[int, int, list[str] | None]]:
     """(line, how many lines, cells or None if quotes are wrong) of each record of a table.
 
-    A quote that nobody closes would swallow all the lines behind it: it costs its own line alone.
+    A quote that is not closed would swallow all following lines; here it affects only its own.
     """
 
     def swallowed(line: str) -> bool:
@@ -512,7 +517,7 @@ def _records(
         yield lines[start] + "\n"
         for number in range(start + 1, len(lines)):
             if swallowed(lines[number]):
-                raise csv.Error("an open quote runs over a line that has an address")
+                raise csv.Error("an open quote spans a line that has an address")
             yield lines[number] + "\n"
 
     before = csv.field_size_limit(2**31 - 1)
@@ -526,7 +531,7 @@ def _records(
                 cells = next(reader)
                 span = max(1, reader.line_num)
             except csv.Error:
-                # Quotes inside a caption, which do no harm to the cells that are read.
+                # Quotes inside a caption, which do not affect the cells that are read.
                 if lines[start].count('"') % 2 == 0:
                     lenient = next(csv.reader([lines[start]], delimiter=delimiter))
                     plain = lines[start].split(delimiter)
@@ -535,7 +540,7 @@ def _records(
             if span > 1 and cells is not None:
                 url = "".join(cells[places[0] : places[0] + 1])
                 more = any("://" in line for line in lines[start + 1 : start + span])
-                # Nothing to fetch here, so that it must not hide what its other lines say.
+                # Nothing to fetch here, so it must not hide its other lines.
                 if "\n" in url or (more and not _ADDRESS.match(url)):
                     cells, span = None, 1
             yield start + 1, span, None if cells is None else [cell.strip() for cell in cells]
@@ -548,7 +553,7 @@ def _split(line: str) -> tuple[str, str, str]:
     """URL, checksum and filename of a line of text.
 
     Raises:
-        BadLine: a blank may be part of the URL or stand before the filename.
+        BadLine: a space may be part of the URL or start the filename.
     """
     line = line.strip()
     if found := _CHECKSUM.search(line):
@@ -565,10 +570,10 @@ def _split(line: str) -> tuple[str, str, str]:
     suffix = PurePosixPath(last).suffix.lower()
     if "?" not in first and (suffix in PHOTO_SUFFIXES | FILE_SUFFIXES or last.endswith("/")):
         return first, "", name.strip()
-    if "/" in name:  # which no name of a file can hold
+    if "/" in name:  # no file name can contain it
         return line, "", ""
     raise BadLine(
         "bad_url",
-        "holds a blank: write %20 for it if it is part of the address; if what follows is the name "
-        "of the file, put a tab before it",
+        "contains a space: write %20 if it is part of the address; if a file name follows, put a "
+        "tab before it",
     )

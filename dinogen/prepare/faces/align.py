@@ -1,8 +1,8 @@
-"""Cut an aligned square out of a photo.
+"""Cuts an aligned square out of a photo.
 
 Points are in pixels with (0, 0) at the outer corner of the first pixel, so pixel i reaches from i
-to i + 1 and its centre is at i + 0.5. The detector's landmarks are such points. A crop of 64 is
-thus the same view as a crop of 256 shrunk to a quarter, and x on a photo of width W is W - x on its
+to i + 1 and its centre is at i + 0.5. The detector's landmarks are such points. So a crop of 64 is
+the same view as a crop of 256 shrunk to a quarter, and x on a photo of width W is W - x on its
 mirror image, whose crop is the mirrored crop.
 """
 
@@ -30,7 +30,7 @@ class AlignError(ValueError):
 
 @dataclass(frozen=True)
 class Square:
-    """A square on a photo, possibly turned and sticking out.
+    """A square on a photo, possibly rotated and reaching beyond its edge.
 
     Attributes:
         centre: ``(2,)`` x, y, pixels.
@@ -63,7 +63,7 @@ def align_landmarks(photo: NDArray[np.uint8], landmarks: Points, size: int) -> N
     Args:
         photo: ``(H, W, 3)`` uint8 RGB.
         landmarks: left eye, right eye, nose, left and right corner of the mouth, pixels.
-        size: side of the crop, pixels. Where the face stands in it: :data:`REFERENCE` times
+        size: side of the crop, pixels. The points are moved to :data:`REFERENCE` times
             ``size / 128``.
 
     Returns:
@@ -85,10 +85,10 @@ def align_landmarks(photo: NDArray[np.uint8], landmarks: Points, size: int) -> N
 def align_ffhq(photo: NDArray[np.uint8], landmarks: Points, size: int) -> NDArray[np.uint8]:
     """Cut out the square of the FFHQ data set (Karras et al. 2019, appendix A, recreate_aligned).
 
-    The square lies along the eyes and across the line from eyes to mouth, its side is 4 times
-    the distance of the eyes or 3.6 times that from eyes to mouth, whichever is larger. Where the
+    The square is aligned with the eyes and with the line from eyes to mouth; its side is 4 times
+    the distance of the eyes or 3.6 times that from eyes to mouth, whichever is larger. If the
     photo ends inside it, the photo is mirrored, blurred and faded to its median colour. FFHQ
-    takes the eyes' centres as means of six landmarks each; here they are landmarks themselves.
+    computes the eyes' centres as means of six landmarks each; here they are landmarks themselves.
 
     Args:
         photo: ``(H, W, 3)`` uint8 RGB.
@@ -121,10 +121,10 @@ def align_box(
 
     Args:
         photo: ``(H, W, 3)`` uint8 RGB.
-        box: left, top, right, bottom, pixels; the square stands on its centre and its side is
-            the longer one of the box.
+        box: left, top, right, bottom, pixels; the square has the same centre, and its side is the
+            longer one of the box.
         size: side of the crop, pixels.
-        margin: added on each of the four sides, as a share of the square's side.
+        margin: added on each of the four sides, as a fraction of the square's side.
 
     Returns:
         ``(size, size, 3)`` uint8; outside the photo its mirror image.
@@ -148,7 +148,7 @@ def centre_crop(photo: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def whole(photo: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """All of a photo, squeezed to a square: ``(H, W, 3)`` -> ``(size, size, 3)``, uint8 RGB."""
+    """The whole photo, squeezed to a square: ``(H, W, 3)`` -> ``(size, size, 3)``, uint8 RGB."""
     resized = Image.fromarray(photo).resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(resized)
 
@@ -163,15 +163,15 @@ def extract(
         square: what to cut out.
         size: side of the result, pixels.
         fade: blur the photo's mirrored surroundings and fade them to its median colour, as FFHQ
-            does, instead of mirroring alone.
+            does, instead of only mirroring.
 
     Returns:
         ``(size, size, 3)`` uint8.
     """
     zoom = size / square.side
     # Shrunk along the pixel grid first, where antialias is exact and cheap. At 1.5 times the final
-    # resolution turning, at twice that resolution, folds no detail into what the last halving
-    # keeps, whatever the angle.
+    # resolution, the rotation (sampled at twice the final resolution) aliases no detail into what
+    # the last halving keeps, at any angle.
     shrink = min(1.0, 1.5 * zoom)
     low, high = square.bounds()
     margin = 4 / shrink
@@ -202,10 +202,10 @@ def extract(
 def _region(
     photo: NDArray[np.uint8], low: NDArray[np.float64], high: NDArray[np.float64], shrink: float
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64]]:
-    """The part of the photo that a window needs, shrunk; its corner, and its pixels per pixel."""
+    """The part of the photo that a window needs, shrunk; its corner, and its scale."""
     spans = []
     for length, first, last in zip(photo.shape[1::-1], low, high, strict=True):
-        # Mirroring may reach any depth, so where the window leaves the photo all of it is kept.
+        # Mirroring may reach any depth, so if the window leaves the photo all of it is kept.
         leaves = first < 0 or last > length
         spans.append((0, length) if leaves else (floor(first), ceil(last)))
     (left, right), (top, bottom) = spans
@@ -222,7 +222,7 @@ def _region(
 
 
 def _mirror(start: int, stop: int, length: int) -> NDArray[np.int64]:
-    """Indices ``start`` to ``stop - 1`` reflected into a row of ``length``; its ends come twice."""
+    """Indices ``start`` to ``stop - 1`` reflected into a row of ``length``; its ends repeat."""
     position = np.arange(start, stop) % (2 * length)
     return np.minimum(position, 2 * length - 1 - position)
 
@@ -240,7 +240,7 @@ def _fade(
     origin: NDArray[np.float64],
     scale: NDArray[np.float64],
 ) -> NDArray[np.uint8]:
-    """FFHQ's surroundings; ``origin`` and ``scale`` say where the window lies on the photo."""
+    """FFHQ's surroundings; ``origin`` and ``scale`` say where the window is on the photo."""
     low, high = square.bounds()
     border = max(round(0.1 * square.side), 3)
     depth = []

@@ -1,4 +1,4 @@
-"""One photo to its aligned face crops, or to the reasons why it has none."""
+"""Turns one photo into aligned face crops, or into the reasons why there are none."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Crop:
             (variance of the Laplacian), ``num_crops`` (of this photo) and ``rejected`` ([reason,
             detail] of this photo's other faces, in its first crop only); if faces are detected
             ``align``, ``box`` ([left, top, right, bottom], pixels), ``landmarks`` (five [x, y],
-            pixels) and ``probability``, else ``fit``; if duplicates are looked for ``phash`` (16
-            hex digits). For an image that lay there without metadata ``source`` alone.
-        caption: of the photo, if a text file lies beside it.
-        file: what tells the photo's file from its replacement, see
-            :func:`dinogen.prepare.photos.changed.record_of`; it is no part of a dataset.
+            pixels) and ``probability``, else ``fit``; if duplicates are searched ``phash`` (16
+            hex digits). For an existing image without metadata only ``source``.
+        caption: of the photo, if there is a text file beside it.
+        file: identifies the photo's file, see
+            :func:`dinogen.prepare.photos.changed.record_of`; it is not part of a dataset.
     """
 
     key: str
@@ -67,11 +67,10 @@ class Rejection:
         source: the photo's path relative to the folder searched.
         reason: ``unreadable``, ``empty``, ``not_an_image``, ``truncated``, ``corrupt``,
             ``too_large``, ``unsupported``, ``no_face``, ``low_probability``, ``small_face``,
-            ``bad_landmarks``, ``blurred`` or ``duplicate``; ``no_class`` where classes are
-            folders and it lies in none; ``bad_caption`` of a photo that is used without its
-            caption.
+            ``bad_landmarks``, ``blurred`` or ``duplicate``; ``no_class`` if classes are folders
+            and it is in none; ``bad_caption`` for a photo that is used without its caption.
         detail: what was found, for a person.
-        file: of a photo none of whose faces is used, as in :class:`Crop`.
+        file: as in :class:`Crop`, for a photo none of whose faces is used.
     """
 
     source: str
@@ -91,7 +90,7 @@ class Candidate:
 
 @dataclass
 class Result:
-    """What became of one photo; ``file`` tells it from its replacement."""
+    """The outcome for one photo; ``file`` identifies its file."""
 
     photo: Photo
     candidates: list[Candidate] = field(default_factory=list)
@@ -100,7 +99,7 @@ class Result:
 
 
 def read(photo: Photo, config: FacesConfig) -> Pixels | Unusable:
-    """The photo's ``(H, W, 3)`` uint8 RGB pixels, or why it has none."""
+    """The photo's ``(H, W, 3)`` uint8 RGB pixels, or why it cannot be used."""
     # A folder that cannot be listed is in the list of photos too, and may be a class.
     if config.classes == "folders" and not has_class(photo.source) and not photo.path.is_dir():
         return Unusable(NO_CLASS, NO_CLASS_REMEDY)
@@ -127,10 +126,10 @@ def cut(
     """Align, check and encode the accepted faces of one photo.
 
     Args:
-        photo: which.
+        photo: the photo.
         pixels: ``(H, W, 3)`` uint8 RGB, or why there are none.
         config: what is accepted, and how it is cut out.
-        detections: faces, largest first; None takes the whole image as one face.
+        detections: faces, largest first; None uses the whole image as one face.
     """
     record = record_of(photo.path)
     if isinstance(pixels, Unusable):
@@ -147,7 +146,7 @@ def cut(
             continue
         blur = laplacian_variance(crop)
         if blur < config.min_blur:
-            detail = f"variance of Laplacian {blur:.1f}, wanted {config.min_blur:g}"
+            detail = f"variance of Laplacian {blur:.1f}, minimum {config.min_blur:g}"
             result.rejected.append(("blurred", detail))
             continue
         phash = perceptual_hash(crop) if config.max_duplicate_distance >= 0 else None
@@ -156,16 +155,16 @@ def cut(
     return result
 
 
-def gives_still(
+def still_matches(
     photo: Photo, metas: Sequence[dict[str, Any]], images: Sequence[bytes], config: FacesConfig
 ) -> bool:
-    """Whether crops of an earlier version are those of a photo as it is now.
+    """Whether crops of an earlier version match a photo as it is now.
 
-    They are cut out again at their places, without detection, and compared. Landmarks are rounded
-    in the metadata, so pixels may differ a little.
+    They are cut out again at the stored positions, without detection, and compared. Landmarks are
+    rounded in the metadata, so pixels may differ slightly.
 
     Args:
-        photo: which.
+        photo: the photo.
         metas: of its crops.
         images: its crops, encoded.
         config: how they were cut out.
@@ -196,22 +195,22 @@ def gives_still(
 def _select(
     detections: Sequence[Detection], config: FacesConfig
 ) -> tuple[list[Detection], list[tuple[str, str]]]:
-    """Which faces are used, and the reasons against the others."""
+    """The faces that are used, and the reasons why others are not."""
     good = []
     unlikely = []
     small = []
     for face in detections:
         if face.probability < config.min_probability:
-            detail = f"{face.probability:.3f}, wanted {config.min_probability:g}"
+            detail = f"{face.probability:.3f}, minimum {config.min_probability:g}"
             unlikely.append(("low_probability", detail))
         elif face.side < config.min_face:
-            small.append(("small_face", f"{face.side:.0f} px, wanted {config.min_face}"))
+            small.append(("small_face", f"{face.side:.0f} px, minimum {config.min_face}"))
         else:
             good.append(face)
     rejected = [*small, *unlikely] or [("no_face", "no face found")]
     if config.which == "all":
         return good, rejected if small or unlikely or not good else []
-    # One line per photo: what came nearest to being used.
+    # One line per photo: the face that came closest to being used.
     return good[:1], [] if good else rejected[:1]
 
 
@@ -265,7 +264,7 @@ def _encode(crop: Pixels, config: FacesConfig) -> bytes:
 def laplacian_variance(image: NDArray[np.uint8]) -> float:
     """Variance of the Laplacian of the luma (Pech-Pacheco et al. 2000); low means blurred.
 
-    It depends on the image's size, so it compares crops of one size only.
+    It depends on the image's size, so compare only crops of one size.
 
     Args:
         image: ``(H, W, 3)`` uint8 RGB.
@@ -278,12 +277,12 @@ def laplacian_variance(image: NDArray[np.uint8]) -> float:
 
 
 def perceptual_hash(image: NDArray[np.uint8]) -> int:
-    """64-bit DCT hash (``imagehash.phash``) of ``(H, W, 3)`` uint8 RGB; near hashes look alike."""
+    """64-bit DCT hash (``imagehash.phash``) of ``(H, W, 3)`` uint8 RGB; similar if close."""
     return int(str(imagehash.phash(Image.fromarray(image))), 16)
 
 
 class Duplicates:
-    """The hashes accepted so far; of near-duplicates the first in order is kept.
+    """The hashes accepted so far; the first of several near-duplicates is kept.
 
     Args:
         max_distance: hashes that differ in this many bits or fewer (0 to 64) are duplicates.
@@ -297,7 +296,7 @@ class Duplicates:
     def find(self, value: int) -> tuple[str, int] | None:
         """Key and distance in bits of the nearest accepted hash, if it is near enough.
 
-        Of several equally near the first accepted one is named.
+        The first accepted one if several are equally near.
         """
         known = self._hashes[: len(self._keys)]
         if not len(known):

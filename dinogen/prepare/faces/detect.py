@@ -1,10 +1,10 @@
-"""Find faces with MTCNN: boxes, five landmarks and probabilities.
+"""Finds faces with MTCNN: boxes, five landmarks and probabilities.
 
 Zhang et al. 2016, Joint Face Detection and Alignment using Multi-task Cascaded Convolutional
 Networks, https://arxiv.org/abs/1604.02878. The three networks and their weights are
 facenet-pytorch's. The cascade around them is written here because facenet-pytorch's suppresses
-boxes of one photo by those of another in the same batch where a box sticks out of its photo, and
-fails or mixes up faces where a candidate has no pixel inside the photo.
+boxes of one photo by those of another in the same batch if a box reaches beyond its photo, and
+fails or mixes up faces if a candidate has no pixel inside the photo.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ MIN_FACE = 20  # px; MTCNN finds many false faces below it
 _WINDOW = 12  # px; what the first network looks at
 _PYRAMID_FACTOR = 0.709
 _THRESHOLDS = (0.6, 0.7, 0.7)
-# px, x and y: a patch begins and ends at whole pixels, for cascade.pad cuts off the fractions of
-# its box, but the networks' answers are laid out on the box as it was. The authors cut the box
-# itself, facenet-pytorch does not, so its points lie too far right and down: by half a pixel on
-# average, whatever the size of the face.
+# px, x and y: a patch begins and ends at whole pixels, because cascade.pad cuts off the fractions
+# of its box, but the networks' answers are relative to the original box. The authors cut the box
+# itself, facenet-pytorch does not, so its points are too far right and down: by half a pixel on
+# average, for any size of the face.
 _CUT_OFF = 0.5
 
 
@@ -47,7 +47,7 @@ class Detection:
     """One face, in pixels of the photo; (0, 0) is the outer corner of the first pixel.
 
     Attributes:
-        box: left, top, right, bottom; may stick out of the photo.
+        box: left, top, right, bottom; may reach beyond the photo.
         landmarks: x, y of left eye, right eye, nose, left and right corner of the mouth, as seen
             in the image.
         probability: 0 to 1.
@@ -68,15 +68,15 @@ class FaceDetector:
 
     Args:
         device: ``auto`` (the GPU of this rank if there is one), or a torch device.
-        min_face: smallest face searched for, pixels; above 20 it has no effect, so that a small
-            face can be told from none.
-        landmark_offset: how far right and down of their places landmarks are put, pixels of the
-            photo as it is searched; 0.5 is what versions did that did not say it in their settings.
+        min_face: smallest face that is searched, pixels; above 20 it has no effect, so that a
+            small face can be distinguished from none.
+        landmark_offset: how far too far right and down landmarks are put, pixels of the photo as
+            it is searched; 0.5 in versions whose settings do not have it.
 
     Attributes:
         device: where the networks are.
-        prefers_batches: whether photos of equal size are faster together; on CPU they are faster
-            in a thread each.
+        prefers_batches: whether photos of equal size are faster in a batch; on CPU they are faster
+            in one thread each.
 
     Raises:
         PrepareError: there is no such device.
@@ -97,7 +97,7 @@ class FaceDetector:
             for net, name in ((mtcnn.PNet, "pnet"), (mtcnn.RNet, "rnet"), (mtcnn.ONet, "onet"))
         ]
         # On CPU always the same number, because matrix products of another shape may round
-        # otherwise; small, because a photo seldom has more candidates.
+        # differently; small, because photos rarely have more candidates.
         self._chunk = 8 if self.device.type == "cpu" else 256
 
     def detect(self, photos: Sequence[NDArray[np.uint8]], batch: int = 1) -> list[list[Detection]]:
@@ -106,8 +106,8 @@ class FaceDetector:
         Args:
             photos: RGB, ``(H, W, 3)`` uint8, of any sizes.
             batch: largest number of photos of equal size that go through the network together.
-                With 1 a photo's result is bitwise the same whatever other photos there are;
-                otherwise it may differ by rounding.
+                With 1 a photo's result is bitwise independent of other photos; otherwise it may
+                differ by rounding.
 
         Returns:
             For each photo its faces with probability above 0.7; an empty list if there is none.
@@ -142,9 +142,9 @@ class FaceDetector:
         both = torch.cat([shifts, points], dim=1)
         boxes, owners, both = _pass(boxes, owners, both, scores[:, 1], _THRESHOLDS[2])
         shifts, points = both[:, :4], both[:, 4:]
-        # Five x, then five y, as shares of the patch; the boxes count pixels from 1. The boxes that
-        # the network makes of its own are left as they are: their sides err by some pixels, to
-        # either side, and no half pixel can be told in them.
+        # Five x, then five y, as fractions of the patch; the boxes count pixels from 1. The boxes
+        # themselves are not corrected: their sides are wrong by some pixels in either direction,
+        # so half a pixel does not matter.
         sides = boxes[:, 2:4] - boxes[:, :2] + 1
         points = points.view(-1, 2, 5).transpose(1, 2) * sides[:, None] + boxes[:, None, :2] - 1
         points = points + self._shift
@@ -161,7 +161,7 @@ class FaceDetector:
         return results
 
     def _propose(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """First stage: square boxes (K, 5) with score, and whose photo each is (K,)."""
+        """First stage: square boxes (K, 5) with score, and the photo of each (K,)."""
         height, width = pixels.shape[2:]
         scale = _WINDOW / self._min_face
         found: list[Tensor] = []
@@ -256,7 +256,7 @@ def _patches(
 def _pass(
     boxes: Tensor, owners: Tensor, values: Tensor, scores: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep what scores above the threshold, with the new score in the boxes."""
+    """Keep boxes that score above the threshold, with the new score in the boxes."""
     good = scores > threshold
     return torch.cat([boxes[good, :4], scores[good, None]], dim=1), owners[good], values[good]
 
@@ -268,7 +268,7 @@ def _suppress(boxes: Tensor, groups: Tensor, threshold: float) -> Tensor:
     if not len(boxes):
         return groups
     # batched_nms moves the groups apart by their largest coordinate: without negative ones they
-    # cannot meet again, and in float64 moving them does not change any overlap.
+    # cannot overlap again, and in float64 the shift does not change any overlap.
     corners = boxes[:, :4].double()
     kept: Tensor = batched_nms(corners - corners.min(), boxes[:, 4].double(), groups, threshold)
     return kept

@@ -20,8 +20,8 @@ from dinogen.files import write_json, write_text
 from dinogen.prepare.faces.crop import Crop, Duplicates, Rejection
 from dinogen.prepare.faces.settings import (
     SETTINGS,
-    alone_in,
     check_settings,
+    exclusive_in,
     read_json,
     warn_of_offset,
 )
@@ -88,15 +88,15 @@ def write_faces(
 
     The caption of a photo, ``NAME.txt`` beside it, becomes ``KEY.txt`` of each of its faces.
 
-    Beside them: ``rejected.csv`` (source, reason, detail), ``summary.json`` and
-    ``settings.json``. Photos whose crops are there already are skipped; a rejected photo is tried
-    again, so a repaired file is taken up. Crops of photos that are gone are removed, those of
-    photos whose file was replaced are made again; of a caption the same holds. After a kill the
-    same call completes the folder.
+    It also writes ``rejected.csv`` (source, reason, detail), ``summary.json`` and
+    ``settings.json``. Photos whose crops exist are skipped; rejected photos are tried again, so a
+    repaired file is used. Crops of photos that are gone are removed, and those of photos whose
+    file was replaced are made again; the same holds for captions. After a kill the same call
+    completes the folder.
 
     Args:
         src: folder of photos.
-        out: folder to write; made if missing.
+        out: folder to write; created if missing.
         config: what is accepted, and how it is cut out.
         with_captions: whether captions are read.
         withdraw: crops are removed even if all or most of their photos are gone.
@@ -104,19 +104,19 @@ def write_faces(
         progress: as in :func:`iter_faces`.
 
     Raises:
-        PrepareError: ``src`` is missing or holds no photo, or has no folder per class where that
-            is asked for; ``out`` lies below ``src``, or holds something else, or faces made with
-            other settings, or of photos most of which are gone.
+        PrepareError: ``src`` is missing or holds no photo, or has no folder per class if that is
+            requested; ``out`` is below ``src``, or holds something else, faces made with other
+            settings, or faces of photos most of which are gone.
         OSError: ``out`` cannot be written.
     """
     started = time.monotonic()
     if out.resolve().is_relative_to(src.resolve()):
-        raise PrepareError(f"{out}: lies below the photos in {src}: choose a folder outside it")
+        raise PrepareError(f"{out}: is below the photos in {src}: choose a folder outside it")
     photos = _find(src, out)
     by_folder = config.classes == "folders"
     classes = class_names(src, (p.source for p in photos.photos)) if by_folder else ()
-    check_settings(src, out, config, classes)  # before a lock is put into somebody else's folder
-    with alone_in(out, "faces"):
+    check_settings(src, out, config, classes)  # before writing a lock into an unrelated folder
+    with exclusive_in(out, "faces"):
         return _write(
             photos, src, out, config, classes, with_captions, withdraw, device, progress, started
         )
@@ -134,24 +134,24 @@ def _write(
     progress: Progress | None,
     started: float,
 ) -> FacesSummary:
-    """What :func:`write_faces` does once it has found the photos and is alone in ``out``."""
+    """What :func:`write_faces` does once it has found the photos and has ``out`` to itself."""
     landmark_offset, settings = check_settings(src, out, config, classes)
     before = crops_in(out)
     withdrawn = gone(before, photos)
-    # Versions before took hidden files for photos: those are no accident.
+    # Earlier versions used hidden files as photos: those are not missing by accident.
     missing = [s for s in withdrawn if not any(map(is_hidden, s.split("/")))]
     accident = looks_like_an_accident(len(missing), len(before)) or emptied(src, before, missing)
     if not withdraw and accident:
         raise PrepareError(
-            f"{src}: {len(missing)} of the {counted(len(before), 'photo')} that {out} holds "
-            f"crops of {'is' if len(missing) == 1 else 'are'} gone ({named(missing)}). Nothing was "
-            "removed: see whether the folder is mounted and complete. If they were taken out on "
+            f"{src}: {len(missing)} of the {counted(len(before), 'photo')} whose crops are in "
+            f"{out} {'is' if len(missing) == 1 else 'are'} gone ({named(missing)}). Nothing was "
+            "removed: check that the folder is mounted and complete. If they were removed on "
             "purpose, add --withdraw"
         )
     if settings is not None:
         write_json(out / SETTINGS, settings)
     warn_of_offset(out, landmark_offset)
-    if (out / SETTINGS.upper()).exists():  # the file system knows no upper and lower case
+    if (out / SETTINGS.upper()).exists():  # a case-insensitive file system
         photos = kept_apart(photos)
     num_removed = sum(remove_crops(out, before.pop(source), config) for source in withdrawn)
     if photos.unlistable:
@@ -162,7 +162,7 @@ def _write(
         _logger.warning("%s (%s)", withdrawn_words(len(withdrawn), num_removed), named(withdrawn))
     done: dict[str, list[dict[str, Any]]] = {}
     replaced: list[str] = []
-    old: dict[str, list[dict[str, Any]]] = {}  # crops that stay until new ones are there
+    old: dict[str, list[dict[str, Any]]] = {}  # crops that stay until new ones exist
     rejections: dict[str, list[Rejection]] = {}
     for photo in photos.photos:
         metas = before.get(photo.source)
@@ -249,16 +249,16 @@ def _write(
 class FaceFolder:
     """Aligned faces in a folder, sorted by key; the folder is listed once.
 
-    Written by :func:`write_faces`, or any folder of aligned images, searched with its subfolders.
-    There each image's key comes from its path (:func:`dinogen.prepare.photos.find.photo_key`), its
-    metadata are that path alone, and what is no plain RGB JPEG or PNG is encoded again as PNG,
-    upright.
+    It was written by :func:`write_faces`, or is any folder of aligned images, searched with its
+    subfolders. Then each image's key comes from its path
+    (:func:`dinogen.prepare.photos.find.photo_key`), its metadata are only that path, and an image
+    that is not a plain RGB JPEG or PNG is encoded again as an upright PNG.
 
     Args:
-        folder: where they lie.
+        folder: where they are.
 
     Attributes:
-        folder: likewise.
+        folder: where they are.
         written: whether :func:`write_faces` wrote it.
         faces: the files, sorted by key.
         found: all that was found.
@@ -280,7 +280,7 @@ class FaceFolder:
 
     @property
     def has_captions(self) -> bool:
-        """Whether a text file lies beside any face."""
+        """Whether there is a text file beside any face."""
         return any(face.has_caption for face in self.faces)
 
     def metas(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -294,12 +294,12 @@ class FaceFolder:
     def read(
         self, numbers: Iterable[int] | None = None, with_captions: bool = True
     ) -> Iterator[Crop | Rejection]:
-        """The faces, in order; a rejection where one cannot be used.
+        """The faces, in order; a rejection for one that cannot be used.
 
         Args:
-            numbers: these faces alone, in this order; they are counted in the order of the keys.
-            with_captions: whether captions beside images are read. Of one that cannot be used
-                there is a rejection behind its face, which is without caption then.
+            numbers: only these faces, in this order; they are counted in the order of the keys.
+            with_captions: whether captions beside images are read. If one cannot be used, its face
+                has no caption and is followed by a rejection.
 
         Raises:
             PrepareError: the metadata of a face are damaged (when it is reached).
@@ -321,13 +321,13 @@ class FaceFolder:
                 yield Rejection(face.source, BAD_CAPTION, bad)
 
     def drop_odd(self) -> list[Rejection]:
-        """Leave out images that are not square, or of another size than most; say which.
+        """Leave out images that are not square, or of another size than most; returns them.
 
-        Those that cannot be read are left for :meth:`read` to report. What :func:`write_faces`
-        wrote has one size, and is not looked at.
+        Images that cannot be read are reported by :meth:`read`. What :func:`write_faces` wrote has
+        one size, and is not checked.
 
         Raises:
-            PrepareError: that would be more than half of them.
+            PrepareError: more than half of them would be left out.
         """
         if self.written:
             return []
@@ -345,8 +345,8 @@ class FaceFolder:
             raise PrepareError(
                 f"{self.folder}: {len(odd)} of "
                 f"{counted(len(self.faces), 'image', 'is', 'are')} not square or of another size "
-                f"than most ({face.source} is {size[0]}x{size[1]}): make them "
-                "alike with `dinogen faces` (prepare.faces.detect=none)"
+                f"than most ({face.source} is {size[0]}x{size[1]}): make them the same size with "
+                "`dinogen faces` (prepare.faces.detect=none)"
             )
         dropped = {face.source for face, _ in odd}
         self.faces = [face for face in self.faces if face.source not in dropped]
@@ -405,7 +405,7 @@ def write_rejected(path: Path, rejections: Iterable[Rejection]) -> None:
 
 
 def read_rejected(path: Path) -> list[Rejection]:
-    """What :func:`write_rejected` wrote; nothing where there is no such file."""
+    """What :func:`write_rejected` wrote; empty if there is no such file."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return [
@@ -427,10 +427,10 @@ def _size(face: Photo) -> tuple[int, int] | None:
 
 
 def _read_plain(face: Photo, caption: str | None) -> Crop:
-    """An image as it lies there, or encoded again where another program would show it otherwise.
+    """An image as it is, or encoded again if other programs would show it differently.
 
     Raises:
-        Unusable: it is damaged, or no image that can be read.
+        Unusable: it is damaged, or not an image that can be read.
     """
     found, data = decode_photo(face.path, FacesConfig().max_pixels)
     meta = _plain_meta(face)
@@ -443,13 +443,13 @@ def _read_plain(face: Photo, caption: str | None) -> Crop:
 
 
 def _find(src: Path, out: Path) -> Photos:
-    """The photos; where there are none, what that means for the crops that are there."""
+    """The photos; if there are none, the error says what that means for existing crops."""
     try:
         return find_photos(src)
     except PrepareError as error:
         if (out / SETTINGS).is_file() and crops_in(out):
             raise PrepareError(
-                f"{error}. {out} still holds crops of photos that were there: if those were taken "
-                f"out on purpose, delete {out}"
+                f"{error}. {out} still holds crops of photos from there: if those were removed on "
+                f"purpose, delete {out}"
             ) from None
         raise

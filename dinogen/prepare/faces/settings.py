@@ -1,4 +1,4 @@
-"""``settings.json`` in a folder of faces: how they were cut out, and of which photos."""
+"""``settings.json`` in a folder of faces: how they were cut out, and from which photos."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from shards.image.kinds import is_hidden
 from shards.lock import Locked, lock
 
 SETTINGS = "settings.json"
-# How far right and down of their places landmarks were put, pixels. Silence is what versions did
-# that did not know of it.
+# How far too far right and down landmarks were put, pixels. Absent in settings of versions that
+# put them there.
 _OFFSET = "landmark_offset"
 _EARLIER_OFFSET = 0.5
 
@@ -42,8 +42,8 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]] | None
 
 
 def faces_settings(config: FacesConfig, landmark_offset: float = 0.0) -> dict[str, Any]:
-    """What decides the crops, besides the photos; JSON values."""
-    # How fast the work is done does not change what comes out.
+    """The settings that the crops depend on, besides the photos; JSON values."""
+    # Settings of speed do not change the result.
     settings = config.model_dump(mode="json", exclude={"batch", "num_threads"})
     if config.detect != "none" and landmark_offset != _EARLIER_OFFSET:
         settings[_OFFSET] = landmark_offset
@@ -51,29 +51,29 @@ def faces_settings(config: FacesConfig, landmark_offset: float = 0.0) -> dict[st
 
 
 def landmark_offset_of(saved: Mapping[str, Any]) -> float:
-    """How far right and down landmarks were put where these settings were saved, pixels.
+    """How far too far right and down landmarks were put with these settings, pixels.
 
     Args:
-        saved: by :func:`faces_settings` of this or an earlier version; empty means that there are
-            no faces yet.
+        saved: from :func:`faces_settings` of this or an earlier version; empty if there are no
+            faces yet.
     """
     return float(saved.get(_OFFSET, _EARLIER_OFFSET)) if saved else 0.0
 
 
 def warn_of_offset(out: Path, landmark_offset: float) -> None:
-    """Say that work goes on as an earlier version began it, if it does."""
+    """Warn if work continues in the way of an earlier version."""
     if landmark_offset:
         _logger.warning(
             "%s: its faces were cut out by an earlier version of dinogen, which put landmarks "
-            "%g px too far right and down. New ones are cut out the same way, so that all are "
-            "alike. Choose another folder to have all of them right",
+            "%g px too far right and down. New ones are cut out in the same way, so that all are "
+            "alike. Choose another folder to cut out all of them correctly",
             out,
             landmark_offset,
         )
 
 
-def todays_settings(saved: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`faces_settings` of an older version saved, by today's names and defaults."""
+def current_settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`faces_settings` of an older version saved, with current names and defaults."""
     try:
         config = {name: value for name, value in saved.items() if name != _OFFSET}
         offset = landmark_offset_of(saved)
@@ -83,17 +83,17 @@ def todays_settings(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def alone_in(folder: Path, command: str) -> Iterator[None]:
-    """Keep other processes of the same command out of a folder, which is made if missing.
+def exclusive_in(folder: Path, command: str) -> Iterator[None]:
+    """Keep other processes of the same command out of a folder, which is created if missing.
 
-    A folder that cannot be written needs no lock.
+    A read-only folder needs no lock.
 
     Raises:
         PrepareError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     busy = (
-        f"{folder}: another `dinogen {command}` is at work in this folder: wait until it has "
+        f"{folder}: another `dinogen {command}` is running in this folder: wait until it has "
         "ended, or choose another folder"
     )
     try:
@@ -108,14 +108,14 @@ def alone_in(folder: Path, command: str) -> Iterator[None]:
 
 
 def locked(path: Path, busy: str) -> IO[str]:
-    """Open a lock file and hold its lock; the system lets go of it when the process ends.
+    """Open a lock file and hold its lock; the system releases it when the process ends.
 
     Args:
         path: of the file.
-        busy: what to say if another process holds it.
+        busy: error message if another process holds it.
 
     Raises:
-        PrepareError: another process does.
+        PrepareError: another process holds it.
         OSError: the file cannot be written.
     """
     while True:
@@ -123,7 +123,7 @@ def locked(path: Path, busy: str) -> IO[str]:
         if lock(file, path, shared=False, wait=False) is Locked.BUSY:
             file.close()
             raise PrepareError(busy)
-        # Whoever held it before may have removed the file between the two calls above.
+        # The previous holder may have removed the file between the two calls above.
         with suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 return file
@@ -132,7 +132,7 @@ def locked(path: Path, busy: str) -> IO[str]:
 
 @contextmanager
 def removed_at_end(path: Path) -> Iterator[None]:
-    """Remove a lock file when the work is done; the lock itself goes with its process."""
+    """Remove a lock file when the work is done; the lock itself ends with its process."""
     try:
         yield
     finally:
@@ -142,11 +142,11 @@ def removed_at_end(path: Path) -> Iterator[None]:
 def check_settings(
     src: Path, out: Path, config: FacesConfig, classes: tuple[str, ...]
 ) -> tuple[float, dict[str, Any] | None]:
-    """Make sure that what lies in a folder of faces was made alike; nothing is written.
+    """Make sure that a folder of faces was made in the same way; nothing is written.
 
     Returns:
-        How far right and down landmarks are to be put, pixels: as in what lies there. And the
-        settings to be written before the first face, None where they stand there already.
+        How far too far right and down landmarks have to be put, pixels, to match existing faces.
+        And the settings to write before the first face; None if they are already written.
 
     Raises:
         PrepareError: the folder holds something else, or faces of other photos or settings.
@@ -162,12 +162,12 @@ def check_settings(
         if before["src"] != settings["src"]:
             raise PrepareError(
                 f"{out}: holds faces of other photos ({before['src']}): choose another folder; "
-                f"if the photos have only moved, write their place into {path}"
+                f"if the photos have only moved, change src in {path} to {settings['src']}"
             )
-        old = todays_settings(before["faces"]) | {"classes of the photos": before.get("classes")}
+        old = current_settings(before["faces"]) | {"classes of the photos": before.get("classes")}
         offset = landmark_offset_of(before["faces"]) if config.detect != "none" else 0.0
-        asked = faces_settings(config, offset)
-        new = asked | {"classes of the photos": settings.get("classes")}
+        requested = faces_settings(config, offset)
+        new = requested | {"classes of the photos": settings.get("classes")}
         changed = [f"{k} {old.get(k)} is now {v}" for k, v in new.items() if old.get(k) != v]
         if changed:
             raise PrepareError(

@@ -1,4 +1,4 @@
-"""Many photos to a stream of crops and rejections, in the order of the photos."""
+"""Turns photos into a stream of crops and rejections, in the order of the photos."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-# Photos are decoded one group ahead of their use; a group has at most so many photos and pixels,
-# or is one single photo.
+# Photos are decoded one group in advance; a group has at most this many photos and pixels, or is
+# a single photo.
 _GROUP_PHOTOS = 64
 _GROUP_PIXELS = 50_000_000
 
@@ -52,22 +52,22 @@ def iter_faces(
     The order is that of the photos' paths. Memory is bounded by a few dozen photos. The result
     does not depend on ``num_threads``; on CPU it does not depend on ``batch`` or ``skip`` either,
     on a GPU these may change the networks' rounding. On CPU each thread works on its own photo,
-    because threads inside these small networks spend their time waiting for each other.
+    because threads inside these small networks mostly wait for each other.
 
     Args:
         photos: as :func:`dinogen.prepare.photos.find.find_photos` lists them.
         config: what is accepted, and how it is cut out.
         device: where faces are detected; ``auto`` is the GPU of this rank if there is one.
-        skip: called with a photo's key; photos for which it is true are passed over.
+        skip: called with a photo's key; photos for which it is true are skipped.
         progress: called with the number of photos done (or skipped) and of all photos.
-        duplicates: what is compared against, besides the crops of this call: fill it with the
-            crops of the photos that are skipped. Unused while ``max_duplicate_distance`` is -1.
-        with_captions: whether captions beside photos are read; of one that cannot be used there
-            is a rejection, and the photo is used without it.
+        duplicates: what to compare with, besides the crops of this call: fill it with the crops of
+            the photos that are skipped. Unused if ``max_duplicate_distance`` is -1.
+        with_captions: whether captions beside photos are read; if one cannot be used there is a
+            rejection, and the photo is used without it.
         landmark_offset: as in :class:`dinogen.prepare.faces.detect.FaceDetector`.
 
     Returns:
-        Crops and rejections. Those of one photo follow each other.
+        Crops and rejections. Those of one photo are consecutive.
     """
     known = duplicates or Duplicates(config.max_duplicate_distance)
     total = len(photos.photos)
@@ -93,7 +93,7 @@ def iter_faces(
 def _compare(
     result: Result, config: FacesConfig, known: Duplicates, with_captions: bool
 ) -> Iterator[Crop | Rejection]:
-    """Drop what repeats an earlier crop, and name the rest."""
+    """Drop crops that duplicate earlier ones, and give the others their keys."""
     kept: list[tuple[str, Candidate]] = []
     rejected = list(result.rejected)
     for candidate in result.candidates:
@@ -122,7 +122,7 @@ def _compare(
 
 @contextmanager
 def _workers(num_threads: int, detector: FaceDetector | None) -> Iterator[ThreadPoolExecutor]:
-    """Threads in which torch starts no threads of its own; the caller's setting stays."""
+    """Threads in which torch starts no threads of its own; the caller's setting is kept."""
     with ThreadPoolExecutor(num_threads, "faces") as pool:
         if detector is not None:
             _limit_torch(pool, num_threads)
@@ -140,7 +140,7 @@ def _limit_torch(pool: ThreadPoolExecutor, num_threads: int) -> None:
 
     def limit() -> None:
         torch.set_num_threads(1)
-        everyone.wait()  # so that no thread takes the turn of another
+        everyone.wait()  # so that each thread runs this once
 
     for future in [pool.submit(limit) for _ in range(num_threads)]:
         future.result()
@@ -178,20 +178,20 @@ def _results(
         ]
         yield from (future.result() for future in results)
 
-    ahead: tuple[list[Photo], list[Future[Any]]] | None = None
+    pending: tuple[list[Photo], list[Future[Any]]] | None = None
     for group in _groups(photos, config, pool):
         futures = start(group)
-        if ahead is not None:
-            yield from finish(*ahead)
-        ahead = (group, futures)
-    if ahead is not None:
-        yield from finish(*ahead)
+        if pending is not None:
+            yield from finish(*pending)
+        pending = (group, futures)
+    if pending is not None:
+        yield from finish(*pending)
 
 
 def _groups(
     photos: Sequence[Photo], config: FacesConfig, pool: ThreadPoolExecutor
 ) -> Iterator[list[Photo]]:
-    """Runs of photos whose pixels fit in memory together, by their headers."""
+    """Runs of photos whose pixels fit into memory together, by their headers."""
 
     def num_pixels(photo: Photo) -> int:
         try:

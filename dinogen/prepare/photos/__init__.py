@@ -1,1 +1,1 @@
-"""What lies in a folder of photos: found, read, labelled, compared with before."""
+"""Folders of photos: found, read, labelled, compared with an earlier run."""

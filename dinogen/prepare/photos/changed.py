@@ -1,4 +1,4 @@
-"""What has changed below a folder of photos since crops or a dataset were made of it."""
+"""What has changed in a folder of photos since crops or a dataset were made from it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from dinogen.prepare.photos.labels import try_caption
 
 PHOTOS = "photos.csv"
 _COLUMNS = ("source", "crops", "bytes", "mtime_ns", "sha256", "caption_sha256")
-_WORDS = {"recaptioned": "with another caption"}
-# Of fewer photos so many may well be withdrawn by hand.
+_WORDS = {"withdrawn": "removed", "recaptioned": "with another caption"}
+# Up to this many photos may well be removed by hand.
 _MANY = 10
 
 FileRecord = dict[str, Any]
-# The record of no file that there can be.
+# A record that matches no file.
 NO_FILE: FileRecord = {"bytes": -1, "mtime_ns": 0, "sha256": ""}
 
 
 def record_of(path: Path) -> FileRecord | None:
-    """What tells a file from its replacement; None if it cannot be read.
+    """Identifies a file's content; None if it cannot be read.
 
     Returns:
         ``bytes``, ``mtime_ns`` and ``sha256``; JSON values.
@@ -51,10 +51,9 @@ def record_of(path: Path) -> FileRecord | None:
 
 
 def same_file(path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether a file is what its record says: by size and time, or else by its bytes.
+    """Whether a file matches its record: by size and time, or else by its bytes.
 
-    One that was only touched or copied is the same. One that cannot be read now is not held to be
-    another.
+    A file that was only touched or copied matches. One that cannot be read now counts as a match.
     """
     try:
         info = path.stat()
@@ -73,10 +72,10 @@ class Changes:
     """How photos differ from those of an earlier run, by their sources.
 
     Attributes:
-        withdrawn: were there, and are gone.
-        replaced: are there, with other content.
-        added: were not there.
-        recaptioned: have another caption, or one where there was none, or none any more.
+        withdrawn: existed, and are gone.
+        replaced: exist, with other content.
+        added: did not exist.
+        recaptioned: have another caption, a new one, or none any more.
     """
 
     withdrawn: tuple[str, ...] = ()
@@ -97,9 +96,9 @@ class Changes:
 
 
 def gone(before: Iterable[str], photos: Photos) -> list[str]:
-    """Sources of an earlier run that are not among the photos any more.
+    """Sources of an earlier run that are no longer among the photos.
 
-    What lies in a folder that cannot be listed now is not held to be gone.
+    Photos in a folder that cannot be listed now do not count as gone.
     """
     there = {photo.source for photo in photos.photos}
     unseen = tuple(f"{folder}/" for folder in photos.unlistable if folder != ".")
@@ -109,16 +108,16 @@ def gone(before: Iterable[str], photos: Photos) -> list[str]:
 
 
 def looks_like_an_accident(num_gone: int, num_before: int) -> bool:
-    """Whether so many photos are gone that the folder may be another one, or not mounted."""
+    """Whether enough photos are gone that the folder may be another one, or not mounted."""
     return num_gone > 0 and (
         num_gone == num_before or (num_gone > _MANY and 2 * num_gone > num_before)
     )
 
 
 def emptied(src: Path, before: Collection[str], missing: Collection[str]) -> list[str]:
-    """Folders below ``src`` that have lost many photos, all they had, and are empty now.
+    """Folders below ``src`` that had many photos and are empty now.
 
-    That is how the place of a disk looks that is not mounted.
+    The mount point of a disk that is not mounted looks like this.
     """
     had, lost = (
         Counter(source.partition("/")[0] for source in sources if "/" in source)
@@ -132,19 +131,19 @@ def emptied(src: Path, before: Collection[str], missing: Collection[str]) -> lis
 
 
 def caption_record(caption: str | None) -> str:
-    """What tells a caption from another one: its SHA-256 as hex, ``none`` of no caption."""
+    """Identifies a caption: its SHA-256 as hex, ``none`` if there is none."""
     return "none" if caption is None else hashlib.sha256(caption.encode()).hexdigest()
 
 
 def write_photos(
     path: Path, photos: Iterable[tuple[str, int, FileRecord | None, str | None]]
 ) -> None:
-    """Write down of which photos a dataset was made.
+    """Write the list of the photos that a dataset was made from.
 
     Args:
         path: of the file.
-        photos: source, number of crops, and records of each and of its caption; None where
-            these are not known.
+        photos: source, number of crops, and records of the file and of its caption; None if
+            these are unknown.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -156,11 +155,10 @@ def write_photos(
 
 
 def read_photos(path: Path) -> dict[str, FileRecord | None] | None:
-    """By source, the record of each photo that a dataset was made of.
+    """By source, the record of each photo that a dataset was made from.
 
     Returns:
-        None if the dataset does not say; a photo's record is None where the file could not be
-        read.
+        None if the dataset has no list; a photo's record is None if the file could not be read.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -183,12 +181,12 @@ def read_photos(path: Path) -> dict[str, FileRecord | None] | None:
 def changes_since(
     before: Mapping[str, FileRecord | None], photos: Photos, with_captions: bool = False
 ) -> Changes:
-    """How photos differ from those that a dataset was made of.
+    """How photos differ from those that a dataset was made from.
 
     Args:
-        before: as :func:`read_photos` gives it.
+        before: from :func:`read_photos`.
         photos: as they are now.
-        with_captions: whether their captions count, of photos that were used.
+        with_captions: whether the captions of photos that were used count.
     """
 
     def is_replaced(photo: Photo) -> bool:

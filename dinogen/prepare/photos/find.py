@@ -1,4 +1,4 @@
-"""Find the photos below a folder, and give each a key made from its path."""
+"""Finds the photos below a folder, and gives each a key made from its path."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from shards.image.kinds import is_hidden
 
 MAX_KEY = 80
 _HASHED = 17  # a dash and 16 hex digits
-# Keys that are made short keep room for the number of a photo's further face: KEY_123.
+# Shortened keys leave room for the number of a photo's further face: KEY_123.
 _ROOM = 4
 _PLAIN_STEM = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{MAX_KEY - 1}}}")
-# What a stem must not look like, because keys of other photos, of further faces of a photo, and
-# the files that stand beside the crops look like this.
+# Stems that are not used as keys, because keys of other photos, of further faces of a photo, and
+# the files beside the crops look like this.
 _TAKEN_STEM = re.compile(r"(?i).*-[0-9a-f]{16}|.*_[1-9][0-9]*|settings|summary|rejected")
 
-# Text and metadata that lie beside photos: captions, Google Takeout, Lightroom, iOS.
+# Text and metadata that are found beside photos: captions, Google Takeout, Lightroom, iOS.
 _SIDECARS = frozenset(
     {".txt", ".json", ".jsonl", ".csv", ".tsv", ".xmp", ".aae", ".xml", ".yaml", ".yml", ".md"}
 )
-# Older versions and thumbnails of a photo that lies beside them.
+# Older versions and thumbnails of a photo beside them.
 _SPARE = re.compile(r"(?i)\.(bak|orig|old|tmp|temp|swp|thm|lrv)|\..*(~|_original)")
-# Told apart by the first bytes where the suffix says nothing; of other kinds these say too little.
-_TOLD_BY_CONTENT = frozenset({".jpg", ".png", ".webp", ".gif", ".bmp", ".jp2", ".heic", ".avif"})
+# Recognised by the first bytes if the suffix says nothing; for other kinds these are not enough.
+_KNOWN_BY_CONTENT = frozenset({".jpg", ".png", ".webp", ".gif", ".bmp", ".jp2", ".heic", ".avif"})
 _HEAD = 512
 _NUM_SUFFIXES = 40
 _NO_SUFFIX = "no suffix"
 _OTHERS = "other suffixes"
 _BROKEN = "broken link"
-_REMEDIES = {**UNREAD, _BROKEN: "leads nowhere: mount the disk it leads to, or delete it"}
+_REMEDIES = {**UNREAD, _BROKEN: "the target is missing: mount its disk, or delete the link"}
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Photo:
     """A file that may be a photo, by its suffix or its first bytes.
 
     Attributes:
-        path: where it lies.
+        path: of the file.
         source: its path relative to the folder searched, with ``/``; bytes of the name that are
             not UTF-8 are written as ``\\xNN``.
         key: unique name for its crops; see :func:`photo_key`.
-        caption: the text file of the same name that lies beside it, if there is one.
+        caption: the text file of the same name beside it, if there is one.
     """
 
     path: Path
@@ -60,20 +60,20 @@ class Photo:
 
     @property
     def has_caption(self) -> bool:
-        """Whether a caption lies beside it."""
+        """Whether there is a caption beside it."""
         return self.caption is not None
 
 
 @dataclass(frozen=True)
 class Photos:
-    """What lies below a folder.
+    """The content of a folder and its subfolders.
 
     Attributes:
         photos: files that may be photos, and folders that cannot be listed, sorted by path.
         left_out: number of other files by suffix (lower case, with the dot, or ``no suffix``),
             most frequent first.
         num_sidecars: number of text and metadata files, such as captions.
-        num_hidden: number of hidden and system files and folders; what lies in such a folder is
+        num_hidden: number of hidden and system files and folders; the content of such a folder is
             not counted.
         unlistable: sources of the folders that cannot be listed, and of broken links that may have
             led to folders; these are also counted in ``left_out``.
@@ -87,7 +87,7 @@ class Photos:
 
     @property
     def num_files(self) -> int:
-        """All files that were seen, but the hidden ones; a folder that cannot be listed is one."""
+        """All files that were seen except hidden ones; a folder that cannot be listed counts."""
         return len(self.photos) + sum(self.left_out.values()) + self.num_sidecars
 
 
@@ -95,14 +95,13 @@ def find_photos(src: Path) -> Photos:
     """List every file below ``src`` that may be a photo, sorted by the bytes of its path.
 
     A photo has an image suffix, or a suffix that says nothing (``photo``, ``a.jpg_large``,
-    ``a.jpg.1``) and begins as an image does. Hidden and system files and folders
-    (:func:`shards.image.kinds.is_hidden`) are passed over, but not ``src`` itself. Links are
-    followed; a folder reached twice is searched once. What has an image suffix but cannot be
-    read, and a folder that may not be listed, are in the list too, so that reading them reports
-    them.
+    ``a.jpg.1``) and begins like an image. Hidden and system files and folders
+    (:func:`shards.image.kinds.is_hidden`) are skipped, but not ``src`` itself. Links are followed;
+    a folder reached twice is searched once. Files with an image suffix that cannot be read, and
+    folders that cannot be listed, are in the list too, so that reading them reports them.
 
     Raises:
-        PrepareError: ``src`` is missing, is no folder, or has no photo below it.
+        PrepareError: ``src`` is missing, is not a folder, or has no photo below it.
     """
     if not src.is_dir():
         what = "is not a folder" if src.exists() else "does not exist"
@@ -158,7 +157,7 @@ def find_photos(src: Path) -> Photos:
 
 
 def left_out_words(left_out: dict[str, int]) -> list[str]:
-    """``12 files left out: 4 .heic, 3 .avif, ...``, and what to do about them; a line each.
+    """``12 files left out: 4 .heic, 3 .avif, ...``, and a line for each remedy.
 
     Args:
         left_out: as in :class:`Photos`.
@@ -175,12 +174,12 @@ def left_out_words(left_out: dict[str, int]) -> list[str]:
         if remedy:
             lines.append(f"  {', '.join(suffixes)}: {remedy}")
     if unknown := remedies.get(""):
-        lines.append(f"  {', '.join(unknown)}: no photos by suffix or content")
+        lines.append(f"  {', '.join(unknown)}: not photos by suffix or content")
     return lines
 
 
 def photo_key(relative: str) -> str:
-    """The key of a photo from its relative path alone, whatever other photos there are.
+    """The key of a photo; it depends only on its relative path, not on other photos.
 
     ``name.jpg`` directly in the folder searched keeps ``name`` if that is up to 80 letters,
     digits, ``_`` and ``-``. Every other path becomes such a name followed by ``-`` and 16 hex
@@ -201,10 +200,10 @@ def photo_key(relative: str) -> str:
 
 
 def face_key(key: str, number: int) -> str:
-    """The key of a photo's further face: ``KEY_1`` is that of its second one.
+    """The key of a photo's face: ``KEY`` for the first one, ``KEY_1`` for the second one.
 
     Args:
-        key: the photo's key, which is that of its first face.
+        key: the photo's key.
         number: of the face, from 0.
     """
     if not number:
@@ -216,7 +215,7 @@ def face_key(key: str, number: int) -> str:
 
 
 def face_number(key: str) -> int:
-    """Number of the face that a key made by :func:`face_key` is of."""
+    """Number of the face in a key made by :func:`face_key`."""
     # No photo's own key ends like this, see photo_key.
     found = re.search(r"_([1-9][0-9]*)$", key)
     return int(found[1]) if found else 0
@@ -225,7 +224,7 @@ def face_number(key: str) -> int:
 def kept_apart(photos: Photos) -> Photos:
     """The same photos with keys that differ in more than upper and lower case.
 
-    For folders on file systems that know no difference, where ``A.jpg`` would replace ``a.jpg``.
+    For case-insensitive file systems, where ``A.jpg`` would replace ``a.jpg``.
     """
     taken: set[str] = set()
     apart = []
@@ -266,7 +265,7 @@ def _suffix(name: str) -> str:
 
 
 def _label(path: Path) -> str | None:
-    """None of what may be a photo; else the suffix to count the file under."""
+    """None if a file may be a photo; else the suffix to count it under."""
     suffix = _suffix(path.name)
     if suffix in IMAGE_SUFFIXES:
         return None
@@ -276,8 +275,8 @@ def _label(path: Path) -> str | None:
     kind = kind_of(_head(path))
     if kind is None or not kind.suffixes:
         return label
-    if kind.suffixes[0] in _TOLD_BY_CONTENT or (
-        # Raw files of cameras begin as TIFF does.
+    if kind.suffixes[0] in _KNOWN_BY_CONTENT or (
+        # Camera raw files begin like TIFF.
         kind.suffixes[0] == ".tif" and (not suffix or suffix.startswith(".tif"))
     ):
         return None if kind.plugin else kind.suffixes[0]
@@ -285,7 +284,7 @@ def _label(path: Path) -> str | None:
 
 
 def _head(path: Path) -> bytes:
-    """The first bytes of a file; none of what cannot be read, or would keep us waiting."""
+    """The first bytes of a file; empty if it cannot be read or reading might block."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return b""
@@ -296,7 +295,7 @@ def _head(path: Path) -> bytes:
 
 
 def _most(others: Counter[str]) -> dict[str, int]:
-    """The most frequent suffixes, and what is left under one name."""
+    """The most frequent suffixes, and the rest under one name."""
     kept = dict(sorted(others.items(), key=lambda item: (-item[1], item[0]))[:_NUM_SUFFIXES])
     if rest := sum(others.values()) - sum(kept.values()):
         kept[_OTHERS] = rest
@@ -304,21 +303,21 @@ def _most(others: Counter[str]) -> dict[str, int]:
 
 
 def _instead(left_out: dict[str, int], num_hidden: int) -> str:
-    """What there is where there are no photos, in brackets."""
+    """What there is instead of photos, in brackets."""
     parts: list[str] = left_out_words(left_out)
     if num_hidden:
-        parts.append(f"{num_hidden} hidden or system files and folders passed over")
+        parts.append(f"{num_hidden} hidden or system files and folders skipped")
     return f" ({'; '.join(part.strip() for part in parts)})" if parts else ""
 
 
 def named(names: Iterable[str], num: int = 5) -> str:
-    """The first names of many: ``a.jpg, b.jpg and 7 more``."""
+    """The first few names: ``a.jpg, b.jpg and 7 more``."""
     listed = list(names)
     more = f" and {len(listed) - num} more" if len(listed) > num else ""
     return ", ".join(listed[:num]) + more
 
 
 def counted(number: int, noun: str, one: str = "", many: str = "") -> str:
-    """``1 photo``, ``2 photos``, and the verb that goes with it: ``1 photo is``."""
+    """``1 photo``, ``2 photos``, with a verb: ``1 photo is``."""
     verb = one if number == 1 else many
     return f"{number} {noun}{'' if number == 1 else 's'}{verb and f' {verb}'}"

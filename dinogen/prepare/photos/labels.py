@@ -1,4 +1,4 @@
-"""What goes with a photo: a caption in a text file beside it, a class by its folder."""
+"""Labels of a photo: its caption in a text file beside it, and its class by its folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def caption_path(photo: Path) -> Path:
 
 
 def caption_files(names: Iterable[str]) -> dict[str, str]:
-    """Which of the files in a folder are captions, by their names without the suffix."""
+    """The caption files in a folder, by their names without the suffix."""
     texts = [name for name in names if name[-len(_SUFFIX) :].lower() == _SUFFIX]
     texts.sort(key=lambda name: (not name.endswith(_SUFFIX), os.fsencode(name)))
     found: dict[str, str] = {}
@@ -53,7 +53,7 @@ def read_caption(path: Path | None) -> str | None:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data:
         raise CaptionError(f"{path.name}: the caption is UTF-16 or no text: save it as UTF-8")
     if len(data) > MAX_BYTES:
-        raise CaptionError(f"{path.name}: a caption has at most {MAX_BYTES} bytes: shorten it")
+        raise CaptionError(f"{path.name}: the caption is longer than {MAX_BYTES} bytes: shorten it")
     try:
         text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -66,7 +66,7 @@ def read_caption(path: Path | None) -> str | None:
 
 
 def try_caption(path: Path | None) -> tuple[str | None, str]:
-    """The caption in a file, None if there is none that can be used; and why, or ``""``."""
+    """The caption in a file, or None if it cannot be used; and the reason, or ``""``."""
     try:
         return read_caption(path), ""
     except CaptionError as error:
@@ -74,13 +74,13 @@ def try_caption(path: Path | None) -> tuple[str | None, str]:
 
 
 NO_CLASS = "no_class"
-NO_CLASS_REMEDY = "lies beside the folders that are the classes: move it into one of them"
+NO_CLASS_REMEDY = "is outside the folders of the classes: move it into one of them"
 
 
 def class_names(src: Path, sources: Iterable[str]) -> tuple[str, ...]:
-    """Names of the classes, sorted; a class's label is its place among them, from 0.
+    """Names of the classes, sorted; a class's label is its position among them, from 0.
 
-    Photos beside the folders have none (:func:`has_class`), and are rejected one by one.
+    Photos outside the folders have no class (:func:`has_class`), and are rejected one by one.
 
     Args:
         src: folder of the photos, named in errors.
@@ -92,7 +92,7 @@ def class_names(src: Path, sources: Iterable[str]) -> tuple[str, ...]:
     names = {source.partition("/")[0] for source in sources if has_class(source)}
     if len(names) < 2:
         raise PrepareError(
-            f"{src}: {'one class alone, ' + names.pop() if names else 'no class'}: make a folder "
+            f"{src}: {'only one class, ' + names.pop() if names else 'no class'}: make a folder "
             "per class in it, or leave out prepare.faces.classes=folders"
         )
     return tuple(sorted(names))
@@ -108,6 +108,6 @@ def label_of(source: str, classes: Sequence[str]) -> int | None:
 
     Args:
         source: the photo's path relative to the folder searched.
-        classes: as :func:`class_names` gives them.
+        classes: from :func:`class_names`.
     """
     return classes.index(source.partition("/")[0]) if classes else None

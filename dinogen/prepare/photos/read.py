@@ -1,4 +1,4 @@
-"""Decode a photo to upright RGB, or say why it cannot be used."""
+"""Decodes a photo to upright RGB, or says why it cannot be used."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ __all__ = [
 # the caller's max_pixels, checked from the header before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
-# The header of most photos lies within so many bytes.
+# The headers of most photos are shorter than this.
 _PROBE_BYTES = 1 << 16
-# Beside 16 bits in four channels a file may hold a film, previews or further pages.
+# Besides 16 bits in four channels a file may hold a video, previews or further pages.
 _BYTES_PER_PIXEL = 8
 _BYTES_BESIDE = 1 << 30
 
@@ -81,17 +81,17 @@ def read_photo(path: Path, max_pixels: int) -> NDArray[np.uint8]:
 
 
 def decode_photo(path: Path, max_pixels: int) -> tuple[Decoded, bytes]:
-    """Decode a photo by the rule of :func:`shards.image.decode.decode`.
+    """Decode a photo with :func:`shards.image.decode.decode`.
 
     Args:
-        path: a file of any kind that is read on this machine, by its content.
+        path: a file of any kind that this machine can read, by its content.
         max_pixels: a photo with more pixels is refused before it is decoded.
 
     Returns:
-        The photo, and its file.
+        The photo, and the bytes of its file.
 
     Raises:
-        Unusable: with the reason; a photo whose data end early is never returned in part.
+        Unusable: with the reason; an incomplete photo is never returned.
     """
     _check_file(path, max_pixels)
     try:
@@ -104,17 +104,17 @@ def decode_photo(path: Path, max_pixels: int) -> tuple[Decoded, bytes]:
 
 
 def _check_file(path: Path, max_pixels: int) -> None:
-    """Raise Unusable for what cannot be a photo, before it is read."""
+    """Raise Unusable for what cannot be a photo, without reading it."""
     try:
         info = path.stat()
         if stat.S_ISDIR(info.st_mode):
             os.scandir(path).close()
             raise Unusable("unreadable", "a folder, not a file")
-        # Opening a pipe would wait for ever.
+        # Opening a pipe would block forever.
         if not stat.S_ISREG(info.st_mode):
             raise Unusable("unreadable", "not a regular file")
     except OSError as error:
         raise Unusable("unreadable", str(error.strerror)) from None
     most = _BYTES_PER_PIXEL * max_pixels + _BYTES_BESIDE
     if info.st_size > most:
-        raise Unusable("too_large", f"{info.st_size} bytes, allowed are {most}")
+        raise Unusable("too_large", f"{info.st_size} bytes, the limit is {most}")

@@ -1,4 +1,4 @@
-"""``summary.json``: what became of a folder of photos, as an account that adds up."""
+"""``summary.json``: the outcome of each file in a folder of photos, in numbers that add up."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True)
 class FacesSummary:
-    """What became of a folder of photos.
+    """The outcome for a folder of photos.
 
     ``num_files = num_used + num_rejected + sum(left_out.values()) + num_sidecars``.
 
     Attributes:
         num_files: files seen, without hidden ones.
         num_photos: of these, photos by suffix or content: ``num_used + num_rejected``.
-        num_used: photos that gave a crop.
-        num_rejected: photos that gave none.
-        left_out: number of files that are no photos here, by suffix.
+        num_used: photos with a crop.
+        num_rejected: photos without a crop.
+        left_out: number of files that are not read as photos, by suffix.
         num_sidecars: text and metadata files, such as captions.
-        num_hidden: hidden and system files and folders that were passed over.
+        num_hidden: hidden and system files and folders that were skipped.
         num_skipped: photos done by an earlier run.
-        num_crops: crops in the folder or dataset now, those of earlier runs included.
+        num_crops: crops in the folder or dataset now, including those of earlier runs.
         num_new: of these, crops of this run.
         num_withdrawn: photos of an earlier run that are gone.
         num_removed: their crops, which were removed.
-        num_replaced: photos whose file is another one than before; their crops were made again.
-        num_captions_not_read: captions that were not read, because no text was asked for.
+        num_replaced: photos whose file was replaced; their crops were made again.
+        num_captions_not_read: captions that were not read, because the config has no clip.
         rejected: number of lines in ``rejected.csv`` for each reason, most frequent first. One
             photo may have several: one for each face, and one for a caption that cannot be used.
         seconds: of this run.
@@ -70,7 +70,7 @@ def summary_of(
     num_replaced: int = 0,
     seconds: float,
 ) -> FacesSummary:
-    """The account of a run.
+    """The summary of a run.
 
     Args:
         photos: what was found.
@@ -100,7 +100,7 @@ def summary_of(
 
 
 def account(summary: FacesSummary) -> list[str]:
-    """The account in words, a line each; every file that was seen is in it once."""
+    """The summary as lines of text; every file that was seen is counted once."""
     num_left_out = sum(summary.left_out.values())
     lines = [
         f"{counted(summary.num_files, 'file')} seen: {summary.num_used} used, "
@@ -108,10 +108,10 @@ def account(summary: FacesSummary) -> list[str]:
         "or metadata"
     ]
     if summary.num_hidden:
-        lines.append(f"{summary.num_hidden} hidden or system files and folders passed over")
+        lines.append(f"{summary.num_hidden} hidden or system files and folders skipped")
     if num_loose := summary.rejected.get(NO_CLASS):
         lines.append(
-            f"  {NO_CLASS}: {counted(num_loose, 'photo')} in no class folder: move "
+            f"  {NO_CLASS}: {counted(num_loose, 'photo')} outside the class folders: move "
             f"{'it' if num_loose == 1 else 'them'} into one"
         )
     lines += left_out_words(summary.left_out)
@@ -128,11 +128,15 @@ def account(summary: FacesSummary) -> list[str]:
 
 
 def withdrawn_words(num_photos: int, num_crops: int) -> str:
-    """``1 photo withdrawn: its 1 crop removed``."""
+    """``1 photo was removed: its 1 crop was removed too``."""
     whose = "its" if num_photos == 1 else "their"
-    return f"{counted(num_photos, 'photo')} withdrawn: {whose} {counted(num_crops, 'crop')} removed"
+    return (
+        f"{counted(num_photos, 'photo', 'was', 'were')} removed: {whose} "
+        f"{counted(num_crops, 'crop', 'was', 'were')} removed too"
+    )
 
 
 def replaced_words(num_photos: int) -> str:
-    """``1 photo replaced: made again``."""
-    return f"{counted(num_photos, 'photo')} replaced: made again"
+    """``1 photo was replaced: its crops are made again``."""
+    whose = "its" if num_photos == 1 else "their"
+    return f"{counted(num_photos, 'photo', 'was', 'were')} replaced: {whose} crops are made again"
