@@ -16,7 +16,7 @@ from dinogen.families.registry import family_class
 from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
-from tests.families.test_new_family import FIVE_STEPS, block, here  # noqa: F401
+from tests.families.test_new_family import FIVE_STEPS, here  # noqa: F401
 
 # Every member that the base class of 0.1 had, overridden with a call of super().
 OLD = """
@@ -109,7 +109,8 @@ ABILITIES = [
 @pytest.fixture
 def old(here):  # noqa: F811
     """The page's family, with everything in it that it could override."""
-    (here / "tiny_gan.py").write_text(block("python") + OLD)
+    path = here / "tiny_gan.py"
+    path.write_text(path.read_text() + OLD)
     return here
 
 
