@@ -11,10 +11,10 @@ from dinogen.config import GuideConfig, StageConfig
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid
-from dinogen.guidance.discriminator import Discriminating
+from dinogen.guidance.discriminator import Adversary
 from dinogen.guidance.options import DiscriminatorOptions
 from tests.families.tiny import RESOLUTION, discs, pack_discs
-from tests.guidance.judges import KINDS, SIDE
+from tests.guidance.discriminators import KINDS, SIDE
 
 CPU = torch.device("cpu")
 GRIDS = (RESOLUTION // 2, RESOLUTION)
@@ -70,7 +70,7 @@ def make(main, guide):
         torch.manual_seed(0)
         own = DiscriminatorOptions(**KINDS[kind], **options)
         stage = StageConfig(resolution=side, kimg=1)
-        judge = Discriminating(own, main, stage, 11, CPU)
+        judge = Adversary(own, main, stage, 11, CPU)
         judge.begin(guide)
         return judge
 

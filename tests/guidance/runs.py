@@ -15,7 +15,7 @@ OBJECTIVES = {
     "energy": [{"name": "energy"}, {"name": "mse", "weight": 0.1, "guides": ["main"]}],
     "mmd": [{"name": "mmd", "guides": ["main"]}, {"name": "mmd", "guides": ["pixels"]}],
     "sliced_wasserstein": [{"name": "sliced_wasserstein", "num_slices": 4}],
-    "drift": [{"name": "drift", "views": ["place", "map"], "widths": [0.1, 0.3]}],
+    "drift": [{"name": "drift", "views": ["location", "global"], "widths": [0.1, 0.3]}],
 }
 
 # A discriminator beside an objective; the tiny guide has one layer, so it is looked through anew.

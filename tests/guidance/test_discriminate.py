@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from dinogen.config import ConfigError, GuideConfig, StageConfig
-from dinogen.guidance.discriminator import Discriminating
+from dinogen.guidance.discriminator import Adversary
 from dinogen.guidance.options import DiscriminatorOptions
-from tests.guidance.judges import KINDS, PENALTIES, SIDE, logits_by_hand, pictures
+from tests.guidance.discriminators import KINDS, PENALTIES, SIDE, logits_by_hand, pictures
 
 CPU = torch.device("cpu")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -155,7 +155,7 @@ def test_realism_of_crops_is_the_mean_over_the_picture(make):
     judge, image = make("crop"), pictures(1)
     corners = [image[:, :, y : y + 28, x : x + 28] for y in (0, 4) for x in (0, 4)]
     whole = DiscriminatorOptions(head_channels=8, grid=2)
-    other = Discriminating(whole, judge._guide_config, StageConfig(resolution=16, kimg=1), 0, CPU)
+    other = Adversary(whole, judge._guide_config, StageConfig(resolution=16, kimg=1), 0, CPU)
     other.network = judge.network
     expected = torch.stack([other.realism(corner)[0] for corner in corners]).mean()
     torch.testing.assert_close(judge.realism(image)[0], expected)
@@ -168,7 +168,7 @@ def test_it_is_rebuilt_from_its_arguments_and_built_without_memory(kind, make, m
     assert json.loads(json.dumps(arguments)) == arguments
     type(judge.network)(**arguments).load_state_dict(judge.network.state_dict())
     with torch.device("meta"):
-        nowhere = Discriminating(
+        nowhere = Adversary(
             judge.options, main, StageConfig(resolution=64, kimg=1), 0, torch.device("meta")
         )
     shapes = [{k: v.shape for k, v in d.network.state_dict().items()} for d in (nowhere, judge)]
@@ -183,7 +183,7 @@ def test_the_guide_is_the_run_s_own_or_the_options(make, main, guide):
     assert judge.arguments()["num_channels"] == [24]
     assert judge.realism(pictures(2)).shape == (2,)
     # where nothing is trained, as for a look at samples, nobody calls begin()
-    alone = Discriminating(judge.options, main, StageConfig(resolution=32, kimg=1), 0, CPU)
+    alone = Adversary(judge.options, main, StageConfig(resolution=32, kimg=1), 0, CPU)
     alone.network.load_state_dict(judge.network.state_dict())
     torch.testing.assert_close(alone.realism(pictures(2)), judge.realism(pictures(2)))
 
@@ -200,11 +200,11 @@ def test_what_does_not_fit_is_refused(make):
     with pytest.raises(ConfigError, match=r"discriminator\.crop: dinov2 .* 30 pixels: use 28"):
         make("whole", crop=30)
     make("whole", side=16, crop=30)  # all of a smaller picture is judged
-    with pytest.raises(ConfigError, match=r"discriminator\.patch_scales: 2 .* 8x8 pixels"):
+    with pytest.raises(ConfigError, match=r"discriminator\.patch_scales: 8x8 pixels .* 2 scales"):
         make("patch", side=8)
     with pytest.raises(ValidationError, match="leave out guide"):
         DiscriminatorOptions(kind="patch", guide=GuideConfig())
-    with pytest.raises(ValidationError, match="penalty_on has to be pixels"):
+    with pytest.raises(ValidationError, match="set penalty_on: pixels"):
         DiscriminatorOptions(kind="patch", penalty_on="features")
 
 

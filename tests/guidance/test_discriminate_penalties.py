@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.guidance.judges import PENALTIES, SIDE, logits_by_hand, pictures
+from tests.guidance.discriminators import PENALTIES, SIDE, logits_by_hand, pictures
 
 
 class Linear(nn.Module):

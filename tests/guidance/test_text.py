@@ -86,8 +86,8 @@ def text_config(data, run, condition, *overrides):
         "guide={name: pixels}",
         f"clip.path={data.parent / 'clip'}",
         f"family.text={json.dumps(TEXTS[condition])}",
-        "family.objectives=[{name: energy, views: [map]}]",
-        "family.bank=6",
+        "family.objectives=[{name: energy, views: [global]}]",
+        "family.reference_batch=6",
     ]
     return tiny_config("guided", data, run / condition, *given, *overrides)
 
@@ -146,9 +146,9 @@ def test_each_prompt_has_pictures_of_its_own(whole):
 def test_samples_without_a_caption_are_asked_for_nothing(drawn_data, tmp_path):
     state = StageState(text_config(drawn_data, tmp_path, "captions", "family.text.dropout=0"), 0)
     batch = state.data.read(range(18), levels=state.family.inputs.levels)
-    asked = state.family.training.text.asked(batch, "ask")
+    conditioning = state.family.training.text.conditioning(batch, "ask")
     there = [bool(state.data.sample(number).caption) for number in range(18)]
-    assert asked.keep.tolist() == there
+    assert conditioning.keep.tolist() == there
     assert sum(there) >= 17
 
 
@@ -174,7 +174,7 @@ def test_samples_of_nothing_are_not_drawn_to_the_mean_where_others_teach_them(
         "images",
         "family.text.dropout=0.5",
         f"family.objectives={json.dumps(terms)}",
-        f"family.bank={6 if len(terms) > 1 else 0}",
+        f"family.reference_batch={6 if len(terms) > 1 else 0}",
         f"guides={'{more: {name: pixels}}' if 'more' in str(terms) else '{}'}",
     )
     state = StageState(config, 0)
@@ -183,20 +183,20 @@ def test_samples_of_nothing_are_not_drawn_to_the_mean_where_others_teach_them(
 
     def losses_with_other(rows):
         batch = data.read(range(18), levels=levels)
-        batch["bank"] = data.read(range(6), levels=levels)
+        batch["reference_batch"] = data.read(range(6), levels=levels)
         batch["pyramid"][16][rows] += 1
         trained = family.phases[-1].losses(batch)[0][terms[0]["name"]]
         return trained.item(), family.held_out({"G": family.G}, batch)[terms[0]["name"]].item()
 
     batch = data.read(range(18), levels=levels)
-    keep = family.training.text.asked(batch, "ask").keep.numpy()
+    keep = family.training.text.conditioning(batch, "ask").keep.numpy()
     assert 3 < keep.sum() < 15
     whole, other = losses_with_other([]), losses_with_other(~keep)
     assert (other[0] == whole[0]) == left_out
     # Held-out pictures are all asked for, so a run with more dropout is judged as one with less.
     assert other[1] != whole[1]
     assert losses_with_other(keep)[0] != whole[0]
-    assert family.training.text.asked(batch, "ask/held-out", drop=False).keep.all()
+    assert family.training.text.conditioning(batch, "ask/held-out", drop=False).keep.all()
 
 
 def test_the_command_samples_by_prompts(whole, tmp_path):
