@@ -137,8 +137,17 @@ class GuideSet:
 
         Returns:
             (B, grid * grid, C) float32 by level, on the device.
+
+        Raises:
+            ValueError: the batch was read without one of the levels.
         """
-        stored = {level: stored_features(batch, level).float() for level in self.levels}
+        try:
+            stored = {level: stored_features(batch, level).float() for level in self.levels}
+        except KeyError:
+            raise ValueError(
+                f"the batch lacks some of the levels {', '.join(self.levels)}: read it with "
+                "levels=guides.levels"
+            ) from None
         return self._scaled({level: values.to(self.device) for level, values in stored.items()})
 
     def read_real(self, num: int, split: str = "train") -> Features:

@@ -35,7 +35,16 @@ from dinogen.losses.distributions import (
 from dinogen.losses.features import pyramid_mse
 from shards.format.sample import level_guide
 
-__all__ = ["Drift", "Energy", "Mmd", "Mse", "Paired", "SlicedWasserstein"]
+__all__ = [
+    "DistributionObjective",
+    "Drift",
+    "Energy",
+    "Mmd",
+    "Mse",
+    "PairObjective",
+    "Paired",
+    "SlicedWasserstein",
+]
 
 MAIN = "main"
 View = Literal["location", "global"]

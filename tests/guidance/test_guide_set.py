@@ -156,6 +156,9 @@ def test_mistakes_of_a_guide_set_are_named(both, guide, data, tmp_path):
         dinogen.GuideSet({"clip": guide}, data)
     with pytest.raises(ManifestError, match="has no level n4"):
         dinogen.GuideSet({"main": guide}, data, ("n4",))
+    guides = dinogen.GuideSet(both, data, LEVELS)
+    with pytest.raises(ValueError, match=r"lacks some of the levels n16, pixels\.n8: read it with"):
+        guides.real(data.read([0, 1], levels=["n16"]))
     with pytest.raises(ConfigError, match=r"guide: not the one .*\(name pixels instead of dinov2"):
         dinogen.GuideSet({"main": both["pixels"]}, data, ("n8",))
 
@@ -172,6 +175,14 @@ def test_mistakes_in_a_loss_are_named():
         Drift(widths=(-1,))
     with pytest.raises(ValidationError, match="num_slices"):
         SlicedWasserstein(num_slices=0)
+
+
+def test_all_public_names_are_there():
+    assert {"GuideSet", "Run", "load_guide", "objectives", "open_dataset"} <= set(dinogen.__all__)
+    for name in dinogen.__all__:
+        assert getattr(dinogen, name) is not None
+    for name in dinogen.objectives.__all__:
+        assert getattr(dinogen.objectives, name).__doc__
 
 
 def test_guides_are_loaded_by_plain_arguments(two_guides, guide):
