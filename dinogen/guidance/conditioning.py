@@ -55,8 +55,8 @@ class Text:
         self.clip: Clip = matching_clip(config, data.manifest.clip, device)
         if self.clip.embed_dim != options.embed_dim:
             raise ConfigError(
-                f"family.text.embed_dim: {options.embed_dim}, but the embeddings of clip: "
-                f"have {self.clip.embed_dim} dimensions: set it to {self.clip.embed_dim}"
+                f"family.text.embed_dim: {options.embed_dim}, but clip: has embeddings of "
+                f"{self.clip.embed_dim} dimensions: set it to {self.clip.embed_dim}"
             )
         variance = float(data.level_variance(options.level).sum())
         self._scale: float = options.joint_weight / max(variance, 1e-12) ** 0.5
