@@ -32,6 +32,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK = ("images_per_s", "data_wait", "save_share", "seconds", "peak_memory_mb")
+# Parts of the names of curves that 0.1 called otherwise.
+RENAMED = {"place": "location", "map": "global"}
 RESOLUTION, BATCH = 16, 8
 HELD_OUT = {"eval": {"every_kimg": 0.016}}
 TEXT = {"embed_dim": 64, "dropout": 0.3, "noise": 0.2}
@@ -341,8 +343,15 @@ def tensors(path: Path) -> str:
 def lines(path: Path) -> Iterable[bytes]:
     """Lines of a log without what a clock measured."""
     for line in path.read_text().splitlines():
-        values = {key: value for key, value in json.loads(line).items() if key not in CLOCK}
+        found = json.loads(line)
+        values = {today(key): value for key, value in found.items() if key not in CLOCK}
         yield json.dumps(values, sort_keys=True).encode()
+
+
+def today(key: str) -> str:
+    """The name of a curve, whichever version wrote it."""
+    parts = [RENAMED.get(part, part) for part in key.split(".")]
+    return ".".join(parts)
 
 
 def drawn(run: Path, folder: Path, *words: str) -> str:

@@ -132,7 +132,7 @@ def main() -> None:
                     {"name": "mse", "normalize": True, "weight": 0.1},
                     {"name": "energy", "weight": 0.5},
                 ],
-                "bank": 128,
+                "reference_batch": 128,
                 "text": {"embed_dim": tiny_clip.EMBED_DIM, "noise": 0.8, "dropout": 0.15},
             },
             "stages": [{"resolution": 32, "kimg": args.kimg, "batch": 48, "lr": 2e-3}],

@@ -1,7 +1,6 @@
 """Distributed training of image generators guided by frozen DINOv2 features.
 
-What is listed in ``__all__`` is the public API. It is imported when it is first used, so that
-``import dinogen`` itself costs nothing.
+``__all__`` lists the public API. Each name is imported on first use, so ``import dinogen`` is fast.
 """
 
 from importlib import import_module
@@ -11,9 +10,11 @@ from dinogen.version import __version__
 
 if TYPE_CHECKING:
     from dinogen.config import load_config
-    from dinogen.evaluation.evaluate import evaluate
+    from dinogen.evaluation.evaluate import evaluate, evaluate_folder
     from dinogen.families.base import Family, Phase
     from dinogen.features.load import load_guide
+    from dinogen.guidance import objectives
+    from dinogen.guidance.guides import GuideSet
     from dinogen.runs.run import Run
     from dinogen.training.checkpointing.export import load_generator
     from dinogen.training.run import train
@@ -21,34 +22,44 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Family",
+    "GuideSet",
     "Phase",
     "Run",
     "__version__",
     "evaluate",
+    "evaluate_folder",
     "load_config",
     "load_generator",
     "load_guide",
+    "objectives",
     "open_dataset",
     "train",
 ]
+# The module of each name.
 _PLACES = {
     "Family": "dinogen.families.base",
+    "GuideSet": "dinogen.guidance.guides",
     "Phase": "dinogen.families.base",
     "Run": "dinogen.runs.run",
     "evaluate": "dinogen.evaluation.evaluate",
+    "evaluate_folder": "dinogen.evaluation.evaluate",
     "load_config": "dinogen.config",
     "load_generator": "dinogen.training.checkpointing.export",
     "load_guide": "dinogen.features.load",
     "open_dataset": "shards",
     "train": "dinogen.training.run",
 }
+_MODULES = {"objectives": "dinogen.guidance.objectives"}
 
 
 def __getattr__(name: str) -> Any:
     """Import a name of the public API (PEP 562)."""
-    if name not in _PLACES:
+    if name in _MODULES:
+        found = import_module(_MODULES[name])
+    elif name in _PLACES:
+        found = getattr(import_module(_PLACES[name]), name)
+    else:
         raise AttributeError(f"module 'dinogen' has no attribute {name!r}")
-    found = getattr(import_module(_PLACES[name]), name)
     globals()[name] = found
     return found
 

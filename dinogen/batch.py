@@ -1,4 +1,4 @@
-"""What one training step passes around: a batch, losses by name, features by level."""
+"""What one training step passes on: a batch, losses by name, features by level."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shards.read import types as shards
 Scalars = dict[str, Tensor]
 # The losses that are trained on, summed; and what is only reported.
 Losses = tuple[Scalars, Scalars]
-# Features by level, such as "p8" or "pixels.p8": (N, places, C).
+# Features by level, such as "p8" or "pixels.p8": (N, locations, C).
 Features = dict[str, Tensor]
 
 
@@ -22,23 +22,24 @@ class Batch(shards.Batch, total=False):
     Images are augmented. On the device, all but ``position``, which stays on the CPU.
 
     Attributes:
-        bank: further samples that a step reads, levels alone; see ``Inputs.bank``.
-        gradient_cache: of a microbatch whose losses look at the whole global batch; see
+        reference_batch: further samples that a step reads, their levels only; see
+            ``Inputs.reference_batch``.
+        gradient_cache: of a microbatch whose losses are computed over the whole global batch; see
             :class:`GradientCache`.
     """
 
-    bank: Batch
+    reference_batch: Batch
     gradient_cache: GradientCache
 
 
 @dataclass(frozen=True)
 class GradientCache:
-    """What losses that compare distributions come to over a global batch.
+    """Losses that compare distributions over a global batch, and their gradients.
 
     Attributes:
-        gradients: of the summed losses to each feature of some samples.
-        losses: by the terms' titles.
-        report: what else is worth a curve.
+        gradients: of the summed losses with respect to the features of some samples.
+        losses: by the titles of the objectives.
+        report: other values to plot.
     """
 
     gradients: Features
@@ -46,6 +47,6 @@ class GradientCache:
     report: Scalars
 
     def rows(self, first: int, end: int) -> GradientCache:
-        """The same of some of the samples."""
+        """The same, with the gradients of samples ``first`` to ``end - 1``."""
         part = {level: gradient[first:end] for level, gradient in self.gradients.items()}
         return GradientCache(part, self.losses, self.report)

@@ -10,10 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 import dinogen
-from dinogen.training.checkpointing.snapshot import load_snapshot
 
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
-generator = load_snapshot(source) if source.is_dir() else dinogen.load_generator(source)
+generator = dinogen.load_generator(source)
 images = generator.sample(16, seed=0)  # (16, 3, R, R) in [-1, 1]; image i depends on i and seed
 out.mkdir(parents=True, exist_ok=True)
 for number, image in enumerate(images):

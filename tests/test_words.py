@@ -11,8 +11,12 @@ ROOT = Path(__file__).parents[1]
 # What is clean now; extend it until it is everything.
 CLEAN = (
     "shards",
+    "dinogen/__init__.py",
+    "dinogen/batch.py",
     "dinogen/config",
+    "dinogen/families/guided.py",
     "dinogen/features",
+    "dinogen/guidance",
     "dinogen/prepare",
     "dinogen/errors.py",
     "dinogen/files.py",
@@ -24,9 +28,15 @@ CLEAN = (
     "launch/doctor.py",
     "configs",
     "slurm",
+    "docs/api",
     "docs/cluster.md",
     "docs/data-format.md",
     "docs/download.md",
+    "docs/examples.md",
+    "docs/guided.md",
+    "examples",
+    "tests/guidance",
+    "tests/test_examples.py",
 )
 SUFFIXES = {".py", ".md", ".html", ".yaml", ".json", ".sh", ".sbatch"}
 
@@ -69,6 +79,14 @@ WORDS = {
 
 # The word has its ordinary meaning there, or is a name from a folder that is not clean yet.
 ALLOWED = {
+    # health status and main loss: still so in dinogen.families.base
+    "dinogen/families/guided.py": {"bank", "headline", "verdict"},
+    # random numbers depend on these words, and earlier configs have them
+    "dinogen/guidance/discriminator.py": {"judge"},
+    "dinogen/guidance/options.py": {"bank"},
+    "docs/guided.md": {"bank"},
+    "tests/guidance/test_discriminate_penalties.py": {"judge"},
+    "tests/guidance/test_guide_set.py": {"bank"},
     "dinogen/prepare/parts.py": {"main_section"},
     "launch/cli/prepare.py": {"takedown"},
     "shards/check/adopt.py": {"ahead"},  # a clock is ahead

@@ -63,14 +63,14 @@ class Inputs:
         image_size: side of the pictures; None for none.
         levels: of the pyramids, such as ``p8`` or ``pixels.p8``.
         labels: whether there have to be some.
-        bank: so many further samples, over all ranks, whose levels (no pictures) each step reads
-            into ``batch["bank"]``; none if 0.
+        reference_batch: number of further samples, over all ranks, whose levels (no images) each
+            step reads into ``batch["reference_batch"]``; 0 for none.
     """
 
     image_size: int | None
     levels: tuple[str, ...] = ()
     labels: bool = False
-    bank: int = 0
+    reference_batch: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Family `guided`: a progressive generator taught by features of frozen networks."""
+"""Family `guided`: a progressive generator trained on features of frozen networks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.abilities import not_trained_with_text
 from dinogen.families.base import Condition, Family, Inputs, Networks, Phase, Verdict
-from dinogen.guidance.conditioning import Asked, Rows, Text, clip_of, numbers_of
-from dinogen.guidance.discriminator import Discriminating
-from dinogen.guidance.guides import Teacher
-from dinogen.guidance.options import GuidedOptions, check_sets
-from dinogen.guidance.weighted import Objective
+from dinogen.guidance.conditioning import (
+    Conditioning,
+    LatentRows,
+    Text,
+    key_numbers,
+    matching_clip,
+)
+from dinogen.guidance.discriminator import Adversary
+from dinogen.guidance.guides import GuideSet, load_guides
+from dinogen.guidance.objectives import MAIN
+from dinogen.guidance.options import GuidedOptions, check_distributions
+from dinogen.guidance.weighted import WeightedObjectives
 from dinogen.losses.features import mean_pairwise_distance
 from dinogen.networks.conditional import ConditionalGenerator
 from dinogen.networks.progressive import ProgressiveGenerator
@@ -29,18 +36,21 @@ from shards.read.dataset import Dataset
 COLLAPSING_BELOW = 0.5
 COLLAPSED_BELOW = 0.1
 COLLAPSED_NEAR_FLOOR = 1.02
-# Generated images that held-out ones are compared with.
+# Number of generated images that held-out ones are compared with.
 _HELD_OUT = 64
+# The purpose of random numbers for conditions. It and "bank" below are what earlier versions called
+# it: other names would give other numbers.
+_CONDITION = "ask"
 
 
 class Guided(Family):
-    """Features of generated images are compared with those of real ones, stored as pyramids.
+    """Compares features of generated images with those of real images, stored as pyramids.
 
     With the original objective, ``mse`` against a random real image, the best answer is the same
-    for every z (see :func:`dinogen.losses.features.pyramid_mse`), so each curve is drawn with its
-    floor and each probe measures the diversity that is left. The objectives that compare
-    distributions are least where generated images are distributed as real ones. A discriminator
-    can be added beside them.
+    for every z (see :func:`dinogen.losses.features.pyramid_mse`). So each curve is drawn with its
+    floor, and each probe measures the remaining diversity. Objectives that compare distributions
+    reach their minimum where generated images are distributed as real ones. A discriminator can be
+    added.
     """
 
     Options = GuidedOptions
@@ -51,26 +61,26 @@ class Guided(Family):
         kind = ConditionalGenerator if self.options.text else ProgressiveGenerator
         self.G = kind(**self.arguments("G")).to(device)
         self.levels = self.options.levels(stage, config.guides)
-        check_sets(self.options, stage.batch)
-        self.adversary: Discriminating | None = None
+        check_distributions(self.options, stage.batch)
+        self.adversary: Adversary | None = None
         chosen = self.options.discriminator
         if chosen is not None and not any(chosen.applies(s) for s in config.stages):
             raise ConfigError(
-                f"family.discriminator.from_resolution: {chosen.from_resolution}, but no stage is "
-                "as large: the discriminator would never be trained"
+                f"family.discriminator.from_resolution: {chosen.from_resolution}, but all stages "
+                "are smaller, so the discriminator would never be trained: set it lower"
             )
         if chosen is not None and chosen.applies(stage):
-            self.adversary = Discriminating(chosen, config.guide, stage, config.seed, device)
+            self.adversary = Adversary(chosen, config.guide, stage, config.seed, device)
         self._training: GuidedTraining | None = None
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """G, and D where the stage has one."""
+        """G, and D if the stage has one."""
         return {"G": self.G} | ({"D": self.adversary.network} if self.adversary else {})
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """D, now and then its penalties, and G; none before there are data to train on."""
+        """D, D's penalties every few steps, and G; none before :meth:`begin`."""
         return self._training.phases if self._training else ()
 
     @property
@@ -80,26 +90,29 @@ class Guided(Family):
 
     @property
     def inputs(self) -> Inputs:
-        """The levels compared; images only for a discriminator."""
-        size = self.stage.resolution if self.adversary else None
-        asked = () if self.options.text is None else (self.options.text.level,)
-        return Inputs(image_size=size, levels=(*self.levels, *asked), bank=self.options.bank)
+        """The compared levels and the conditions; images only for a discriminator."""
+        conditions = () if self.options.text is None else (self.options.text.level,)
+        return Inputs(
+            image_size=self.stage.resolution if self.adversary else None,
+            levels=(*self.levels, *conditions),
+            reference_batch=self.options.reference_batch,
+        )
 
     def begin(self, data: Dataset) -> None:
-        """Load the guides, check that they made these shards, and measure how far reals differ."""
+        """Load the guides, check that they made these shards, and measure their diversity."""
         self._training = GuidedTraining(self, data)
 
     @property
     def training(self) -> GuidedTraining:
-        """What :meth:`begin` made of the data.
+        """The objectives and phases for the data of :meth:`begin`.
 
         Raises:
-            UserError: it was not called, as for a family that only samples.
+            UserError: :meth:`begin` was not called.
         """
         if self._training is None:
             raise UserError(
-                "family guided: only what is trained or measured has its guides: call "
-                "begin(data) with the data of the run"
+                "family guided: its guides are not loaded: call begin(data) with the data of the "
+                "run first"
             )
         return self._training
 
@@ -110,7 +123,7 @@ class Guided(Family):
     def sample(
         self, networks: Networks, indices: Tensor, seed: int, condition: Condition | None = None
     ) -> Tensor:
-        """As in the base; sample number i of P embeddings is conditioned on number i modulo P."""
+        """See the base; with P embeddings, sample i is conditioned on embedding i modulo P."""
         if condition is None:
             return super().sample(networks, indices, seed)
         rows = condition.embeddings
@@ -122,19 +135,19 @@ class Guided(Family):
     def condition(
         self, texts: Sequence[str], guidance: float, facts: Mapping[str, Any]
     ) -> Condition:
-        """CLIP's embeddings of the texts."""
+        """CLIP's embeddings of the texts, see the base."""
         if self.options.text is None:
             raise not_trained_with_text(self)
         text = self._training.text if self._training else None
-        clip = text.clip if text else clip_of(self.config, facts.get("clip", {}), self.device)
+        clip = text.clip if text else matching_clip(self.config, facts.get("clip", {}), self.device)
         return Condition(clip.captions(list(texts)), guidance)
 
     def realism(self, images: Tensor) -> Tensor | None:
-        """The discriminator's mean logit, where the stage has one."""
+        """The discriminator's mean logit, if the stage has one."""
         return self.adversary.realism(images) if self.adversary else None
 
     def first_layer(self, networks: Networks) -> Tensor | None:
-        """The dense layer to 4x4; None behind a mapping, which is not linear."""
+        """The dense layer to 4x4; None after a mapping network, which is not linear."""
         G = networks["G"]
         if isinstance(G, ConditionalGenerator):
             return None
@@ -142,7 +155,7 @@ class Guided(Family):
         return G.dense.weight.detach()
 
     def arguments(self, network: str) -> dict[str, Any]:
-        """Of G or D."""
+        """Arguments of the class of G or D."""
         if network == "D" and self.adversary is not None:
             return self.adversary.arguments()
         found: dict[str, Any] = {
@@ -159,13 +172,13 @@ class Guided(Family):
         return found
 
     def new_parameters(self, network: str) -> set[str]:
-        """The block and ToRGB of the stage's resolution; all of a D, which is each stage's own."""
+        """The block and ToRGB of the stage's resolution; all of D, which is new in each stage."""
         if network == "D":
             return set(self.networks["D"].state_dict())
         return self.G.new_parameters()
 
     def trainable(self, network: str) -> set[str]:
-        """While fading in only what is new; afterwards all that is in use."""
+        """During the fade-in only the new parameters, then all that are in use."""
         if network == "D":
             return super().trainable(network)
         if self.G.fading:
@@ -183,12 +196,12 @@ class Guided(Family):
         return self.adversary.optimizer_scale if network == "D" and self.adversary else 1.0
 
     def after_step(self, nimg: int) -> None:
-        """Spectral norms of D follow its weights."""
+        """Update the spectral norms of D."""
         if self.adversary is not None:
             self.adversary.after_step()
 
     def constants(self) -> dict[str, float]:
-        """The least that the objectives can reach, see :attr:`Objective.floor`."""
+        """The floor of the objectives, see :attr:`WeightedObjectives.floor`."""
         return self._training.constants if self._training else {}
 
     def probe(self, networks: Networks, loss: float | None) -> Verdict:
@@ -196,12 +209,12 @@ class Guided(Family):
         return self.training.probe(networks, loss)
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
-        """Against pyramids that were not trained on: each ``mse``, and ``energy``."""
+        """Compare with pyramids that were not trained on: each pair objective, and ``energy``."""
         return self.training.held_out(networks, batch)
 
     def describe(self) -> dict[str, Any]:
-        """Which guides taught the run, and which CLIP; what a discriminator looks through."""
-        found = self._training.teacher.describe() if self._training else {}
+        """The guides of the run, its CLIP, and the guide of its discriminator."""
+        found = self._training.guides.describe() if self._training else {}
         if self.adversary is not None and self.adversary.guide is not None:
             sha256 = self.adversary.guide.info.weights_sha256
             found["frozen"] = {"family.discriminator.guide": sha256}
@@ -210,11 +223,11 @@ class Guided(Family):
 
 
 class GuidedTraining:
-    """What one stage of the guided family is trained by, and measured with.
+    """The objectives and phases of one stage of the guided family, and its measures.
 
     Args:
-        family: whose networks are trained.
-        data: what they are trained on.
+        family: its networks are trained.
+        data: the training data.
 
     Raises:
         ConfigError: the shards lack what the family reads, or were made by another guide.
@@ -227,25 +240,39 @@ class GuidedTraining:
         self.seed = config.seed
         self.device = family.device
         self.adversary = family.adversary
-        self.teacher = Teacher(config, family.levels, data, self.device)
+        self.guides = GuideSet(
+            load_guides(config, family.levels, self.device),
+            data,
+            family.levels,
+            device=self.device,
+            normalize=False,
+            on_error=config.data.on_error,
+        )
         split = config.data.split
-        reals = self.teacher.reals(2 * options.probe_samples, split)
-        self.real_distance = self.teacher.distances(reals)
+        self.real_distance = self.guides.distances(
+            self.guides.read_real(2 * options.probe_samples, split)
+        )
         table, chosen = options.table, options.text
-        self.rows = Rows(data, split, table.num_latents) if table is not None else None
+        self.rows = LatentRows(data, split, table.num_latents) if table is not None else None
         self.text = Text(chosen, config, data, self.device) if chosen is not None else None
-        beside = None
+        conditions = None
         if self.text is not None and self.text.options.joint_weight:
-            beside = partial(_conditions, self.text, options.bank)
-        self.objective = Objective(
-            options.objectives, self.teacher, self.seed, stage.batch, split, self._features, beside
+            conditions = partial(_conditions, self.text, options.reference_batch > 0)
+        self.objectives = WeightedObjectives(
+            options.objectives,
+            self.guides,
+            self.seed,
+            stage.batch,
+            split,
+            self._features,
+            conditions,
         )
         if self.adversary is not None:
-            self.adversary.begin(self.teacher.guides.get(""))
+            self.adversary.begin(self.guides.guides.get(MAIN))
         self.phases = self._phases()
 
     def _phases(self) -> tuple[Phase, ...]:
-        before = self.objective.joint.before if self.objective.sets else None
+        before = self.objectives.global_batch.before if self.objectives.distributions else None
         phases = [Phase("G", "G", self._g_losses, before=before)]
         if self.adversary is not None:
             adversarial = _Adversarial(self.adversary, self._images)
@@ -260,13 +287,13 @@ class GuidedTraining:
     @property
     def constants(self) -> dict[str, float]:
         """See :meth:`Guided.constants`."""
-        floor = None if self.adversary or self.text else self.objective.floor
+        floor = None if self.adversary or self.text else self.objectives.floor
         return {} if floor is None else {"floor": floor}
 
     def probe(self, networks: Networks, loss: float | None) -> Verdict:
         """See :meth:`Guided.probe`."""
         indices = torch.arange(self.options.probe_samples)
-        features = self.teacher.features(self.family.sample(networks, indices, self.seed))
+        features = self.guides(self.family.sample(networks, indices, self.seed))
         ratios = [
             mean_pairwise_distance(values.cpu()) / self.real_distance[level]
             for level, values in features.items()
@@ -277,8 +304,8 @@ class GuidedTraining:
             return Verdict(scalars, "BROKEN", ("BROKEN: loss or samples are not finite",))
         share = f"samples differ {diversity:.1%} as much as real images"
         floor, near = self.constants.get("floor"), None
-        # Of objectives between distributions it is what all would reach, and no sign of collapse.
-        if loss is not None and floor is not None and not self.objective.sets:
+        # A loss near the floor of a distribution objective is a success and no sign of collapse.
+        if loss is not None and floor is not None and not self.objectives.distributions:
             scalars["loss_over_floor"] = loss / floor
             if loss <= COLLAPSED_NEAR_FLOOR * floor:
                 near = f"loss {loss:.4g} is within 2 % of the floor {floor:.4g}; {share}"
@@ -291,50 +318,52 @@ class GuidedTraining:
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
         """See :meth:`Guided.held_out`."""
         found: Scalars = {}
-        if self.objective.pairs:
-            # No latent was learnt for these: theirs is any.
-            own = self.objective.paired and self.rows is None
+        if self.objectives.pairs:
+            # No latents were learnt for held-out samples: theirs are random.
+            own = self.objectives.paired and self.rows is None
             z = self._z(batch, "z/held-out", own)
-            asked = self.text.asked(batch, "ask/held-out", drop=False) if self.text else None
-            features = self.teacher.features(_made(networks["G"], z, asked))
-            found |= self.objective.held_out_pairs(features, batch)
-        # The same for every part of the held-out ones, so that any parts have the same mean.
+            condition = None
+            if self.text is not None:
+                condition = self.text.conditioning(batch, f"{_CONDITION}/held-out", drop=False)
+            features = self.guides(_generate(networks["G"], z, condition))
+            found |= self.objectives.held_out_pairs(features, batch)
+        # The same latents for every batch, so that the mean does not depend on the batches.
         z = self.family.latents(torch.arange(_HELD_OUT), self.seed)
-        features = self.teacher.features(networks["G"](z))
-        return found | self.objective.held_out_sets(features, batch)
+        features = self.guides(networks["G"](z))
+        return found | self.objectives.held_out_distributions(features, batch)
 
     def _z(self, batch: Batch, purpose: str, paired: bool = False) -> Tensor:
-        """Latents (B, z_dim) of samples: by their position or, ``paired``, their own."""
+        """Latents (B, z_dim): random ones by position or, if ``paired``, each sample's own."""
         positions = batch["position"]
         G = self.family.G
         if paired and self.rows is not None and G.table is not None:
             learnt: Tensor = G.table(self.rows(batch["key"]).to(self.device))
             return learnt
         if paired:
-            purpose, positions = "paired", numbers_of(batch["key"])
+            purpose, positions = "paired", key_numbers(batch["key"])
         return rng.normal(self.seed, purpose, positions, (self.options.z_dim,), self.device)
 
     def _images(self, batch: Batch, purpose: str) -> Tensor:
         """An image for each sample of a microbatch, conditioned as in training."""
-        asked = self.text.asked(batch, "ask") if self.text else None
-        return _made(self.family.G, self._z(batch, purpose, self.objective.paired), asked)
+        condition = self.text.conditioning(batch, _CONDITION) if self.text else None
+        return _generate(self.family.G, self._z(batch, purpose, self.objectives.paired), condition)
 
     def _features(self, batch: Batch) -> Features:
-        return self.teacher.features(self._images(batch, "z"))
+        return self.guides(self._images(batch, "z"))
 
     def _g_losses(self, batch: Batch) -> Losses:
-        asked = self.text.asked(batch, "ask") if self.text else None
-        images = _made(self.family.G, self._z(batch, "z", self.objective.paired), asked)
-        losses, report = self.objective.losses(
-            batch, self.teacher.features(images), asked.keep if asked else None
+        condition = self.text.conditioning(batch, _CONDITION) if self.text else None
+        images = _generate(self.family.G, self._z(batch, "z", self.objectives.paired), condition)
+        losses, report = self.objectives.losses(
+            batch, self.guides(images), condition.keep if condition else None
         )
-        if self.text and asked and self.text.options.clip_weight:
-            losses["clip"] = self.text.options.clip_weight * self.text.loss(images, asked)
+        if self.text and condition and self.text.options.clip_weight:
+            losses["clip"] = self.text.options.clip_weight * self.text.loss(images, condition)
         if self.adversary is not None:
             positions, size = batch["position"], self.family.stage.batch
             shown = (int(positions[0]) - self.family.start) // size * size
-            more, said = self.adversary.g_losses(images, batch["image"], positions, shown)
-            losses, report = losses | more, report | said
+            more, values = self.adversary.g_losses(images, batch["image"], positions, shown)
+            losses, report = losses | more, report | values
         return losses, report
 
 
@@ -342,31 +371,37 @@ class _Adversarial:
     """Losses of a stage's discriminator, over real and generated images of the same positions.
 
     Args:
-        adversary: whose losses they are.
-        images: generated ones of a microbatch, from latents of a purpose.
+        adversary: the discriminator.
+        images: generates the images of a microbatch, from latents of a purpose.
     """
 
-    def __init__(self, adversary: Discriminating, images: Callable[[Batch, str], Tensor]) -> None:
+    def __init__(self, adversary: Adversary, images: Callable[[Batch, str], Tensor]) -> None:
         self.adversary = adversary
         self.images = images
 
     def losses(self, batch: Batch) -> Losses:
-        """Of D."""
+        """Losses of D."""
         images = self.images(batch, "z/D")
         return self.adversary.d_losses(batch["image"], images, batch["position"])
 
     def penalties(self, batch: Batch) -> Losses:
-        """Of D's gradients."""
+        """Penalties on D's gradients."""
         images = self.images(batch, "z/D")
         return self.adversary.penalty_losses(batch["image"], images, batch["position"])
 
 
-def _conditions(text: Text, bank: int, batch: Batch) -> Tensor:
-    """What the samples of a microbatch or, if there is one, of the bank are conditioned on."""
-    of_bank = bank and "bank" not in batch
-    return text.beside(batch, "ask/bank" if of_bank else "ask")
+def _conditions(text: Text, has_reference: bool, batch: Batch) -> Tensor:
+    """Embeddings that the samples of a microbatch, or of its reference batch, are conditioned on.
+
+    Args:
+        text: returns them.
+        has_reference: whether microbatches hold a reference batch.
+        batch: one of both.
+    """
+    is_reference = has_reference and "reference_batch" not in batch
+    return text.scaled(batch, f"{_CONDITION}/bank" if is_reference else _CONDITION)
 
 
-def _made(G: nn.Module, z: Tensor, asked: Asked | None) -> Tensor:
-    images: Tensor = G(z, asked.embedding, asked.keep) if asked else G(z)
+def _generate(G: nn.Module, z: Tensor, condition: Conditioning | None) -> Tensor:
+    images: Tensor = G(z, condition.embedding, condition.keep) if condition else G(z)
     return images

@@ -1,33 +1,68 @@
-"""Loads a guide by name, and tells how many channels its layers have."""
+"""Loads a guide by its name or its config, and finds how many channels its layers have."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
-from dinogen.config import GuideConfig
+from dinogen.config import ConfigError, GuideConfig
+from dinogen.config.base import describe_errors
 from dinogen.features import inception, pixels
 from dinogen.features.base import Guide, GuideError
 from dinogen.features.checkpoint import checkpoint_folder
 
 
-def load_guide(config: GuideConfig, device: torch.device) -> Guide:
-    """Load the frozen encoder that ``config.name`` names, onto a device.
+def load_guide(
+    guide: GuideConfig | str,
+    device: torch.device | str = "cpu",
+    *,
+    path: Path | str | None = None,
+    layer: int | str | Sequence[int] | Sequence[str] | None = None,
+    revision: str | None = None,
+) -> Guide:
+    """Load a frozen feature network onto a device.
 
-    A new encoder is one new file ``dinogen/features/NAME.py`` with a function
+    ```python
+    dinogen.load_guide("dinov2", "cuda", path="facebook/dinov2-small", layer=[6, 12])
+    dinogen.load_guide("pixels")
+    ```
+
+    A new network is one new file ``dinogen/features/NAME.py`` with a function
     ``load(config, device) -> Guide``, and its name in ``GuideConfig.name``.
 
+    Args:
+        guide: ``dinov2``, ``inception`` or ``pixels``; or the section ``guide`` of a config, which
+            says everything else but the device.
+        device: where it will run.
+        path: hub name, checkpoint folder or weights file; default: that of ``GuideConfig``.
+        layer: which layer, or several whose channels are concatenated; default: the last. They are
+            block numbers of ``dinov2``, and ``pool1``, ``pool2``, ``mixed_5d`` and ``mixed_6e`` of
+            ``inception``.
+        revision: hub commit, tag or branch.
+
     Raises:
+        ConfigError: no guide has this name, or ``layer`` is none.
         GuideError: its weights are not available, or are not what they should be; the message
             names ``guide.path`` and the remedy.
     """
-    module = importlib.import_module(f"dinogen.features.{config.name}")
-    guide: Guide = module.load(config, device)
-    return guide
+    given = {"path": path if path is None else str(path), "layer": layer, "revision": revision}
+    given = {key: value for key, value in given.items() if value is not None}
+    if isinstance(guide, str):
+        try:
+            guide = GuideConfig.model_validate({"name": guide, **given})
+        except ValidationError as error:
+            raise ConfigError(describe_errors(error, GuideConfig, "guide")) from None
+    elif given:
+        raise TypeError(f"load_guide: {', '.join(given)}: a config has it already: change it there")
+    module = importlib.import_module(f"dinogen.features.{guide.name}")
+    found: Guide = module.load(guide, torch.device(device))
+    return found
 
 
 # Oquab et al. 2023, "DINOv2: Learning Robust Visual Features without Supervision", table 17

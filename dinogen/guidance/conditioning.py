@@ -1,4 +1,4 @@
-"""What an image is conditioned on: text and image embeddings, latents tied to samples."""
+"""What images are conditioned on: text and image embeddings, and latents that belong to samples."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from shards.read.dataset import Dataset
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What samples are asked to be.
+class Conditioning:
+    """What samples are conditioned on.
 
     Attributes:
         embedding: (B, E) float32 of length 1.
-        keep: (B,) bool; False: asked for nothing.
+        keep: (B,) bool; a sample that is False is unconditional.
     """
 
     embedding: Tensor
@@ -34,7 +34,7 @@ class Asked:
 
 
 class Text:
-    """Conditions of a run, and the network that gives them.
+    """The text conditioning of a run, and the CLIP that it comes from.
 
     Args:
         options: ``family.text``.
@@ -43,7 +43,7 @@ class Text:
         device: where CLIP runs.
 
     Raises:
-        ConfigError: there is no ``clip:``, the data have no embeddings, or those of another CLIP.
+        ConfigError: there is no ``clip:``, or the data have no embeddings by this CLIP.
     """
 
     def __init__(
@@ -52,22 +52,22 @@ class Text:
         self.options = options
         self.seed = config.seed
         self.device = device
-        self.clip: Clip = clip_of(config, data.manifest.clip, device)
+        self.clip: Clip = matching_clip(config, data.manifest.clip, device)
         if self.clip.embed_dim != options.embed_dim:
             raise ConfigError(
-                f"family.text.embed_dim: {options.embed_dim}, but embeddings of the CLIP in use "
-                f"have {self.clip.embed_dim} numbers: set it to that"
+                f"family.text.embed_dim: {options.embed_dim}, but clip: has embeddings of "
+                f"{self.clip.embed_dim} dimensions: set it to {self.clip.embed_dim}"
             )
         variance = float(data.level_variance(options.level).sum())
         self._scale: float = options.joint_weight / max(variance, 1e-12) ** 0.5
 
-    def asked(self, batch: Batch, purpose: str, drop: bool = True) -> Asked:
-        """What the samples of a batch are asked to be: something near themselves, or nothing.
+    def conditioning(self, batch: Batch, purpose: str, drop: bool = True) -> Conditioning:
+        """What the samples of a batch are conditioned on: their own embeddings, or nothing.
 
         Args:
-            batch: a microbatch or a bank.
-            purpose: of its draws, which go by position.
-            drop: whether a share of them is asked for nothing, as in training.
+            batch: a microbatch or a reference batch.
+            purpose: of its random numbers, which depend on the samples' positions.
+            drop: whether a share of the samples is unconditional, as in training.
         """
         positions = batch["position"]
         if self.options.condition == "captions":
@@ -84,32 +84,37 @@ class Text:
         if drop:
             chance = rng.uniform(self.seed, f"{purpose}/drop", positions, (), self.device)
             there = there & (chance >= self.options.dropout)
-        return Asked(embedding, there)
+        return Conditioning(embedding, there)
 
-    def beside(self, batch: Batch, purpose: str) -> Tensor:
-        """(B, E): what was asked for, 0 where nothing was, for objectives between distributions.
+    def scaled(self, batch: Batch, purpose: str) -> Tensor:
+        """Embeddings for objectives between distributions, 0 for unconditional samples.
 
-        In deviations over the data, times ``joint_weight``.
+        Args:
+            batch: a microbatch or a reference batch.
+            purpose: of its random numbers.
+
+        Returns:
+            (B, E) in standard deviations over the data, times ``joint_weight``.
         """
-        asked = self.asked(batch, purpose)
-        return asked.embedding * asked.keep[:, None] * self._scale
+        found = self.conditioning(batch, purpose)
+        return found.embedding * found.keep[:, None] * self._scale
 
-    def loss(self, images: Tensor, asked: Asked) -> Tensor:
-        """Mean over all samples of 1 - cos to what was asked for; 0 where nothing was.
+    def loss(self, images: Tensor, conditioning: Conditioning) -> Tensor:
+        """Mean of 1 - cos between images and their conditions; unconditional samples count 0.
 
         Args:
             images: generated (B, 3, R, R) in [-1, 1].
-            asked: of the same samples.
+            conditioning: of the same samples.
         """
-        return clip_loss(self.clip.images(images), asked.embedding, asked.keep)
+        return clip_loss(self.clip.images(images), conditioning.embedding, conditioning.keep)
 
 
-def clip_of(config: Config, made_by: Mapping[str, Any], device: torch.device) -> Clip:
-    """The CLIP of a config, if it is the one that embedded what was trained on.
+def matching_clip(config: Config, made_by: Mapping[str, Any], device: torch.device) -> Clip:
+    """The CLIP of a config, if it is the one that embedded the training data.
 
     Args:
         config: the whole run.
-        made_by: that one, as ``Clip.info`` describes it.
+        made_by: the CLIP that embedded them, as ``Clip.info`` describes it.
         device: where it will run.
 
     Raises:
@@ -121,24 +126,24 @@ def clip_of(config: Config, made_by: Mapping[str, Any], device: torch.device) ->
     clip = load_clip(config.clip, device)
     if not same_clip(made_by, clip.info):
         raise ConfigError(
-            f"clip: {config.clip.path} is not the one that embedded the pictures "
+            f"clip: {config.clip.path} is not the one that embedded the images "
             f"({made_by.get('path', 'none')}): use that one, or prepare and train again"
         )
     return clip
 
 
-def numbers_of(keys: Sequence[str]) -> Tensor:
-    """A number of 63 bits (N,) for each key, whatever else there is."""
+def key_numbers(keys: Sequence[str]) -> Tensor:
+    """A number of 63 bits (N,) for each key, which depends on the key alone."""
     digests = (hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return torch.tensor([int.from_bytes(digest, "little") >> 1 for digest in digests])
 
 
-class Rows:
-    """Which row of the table belongs to which sample.
+class LatentRows:
+    """Finds the row of each sample in the table of learnt latents.
 
     Args:
-        data: what is trained on.
-        split: of it.
+        data: the training data.
+        split: of the data.
         num_latents: rows of the table.
 
     Raises:
@@ -150,7 +155,7 @@ class Rows:
         if len(keys) != num_latents:
             raise ConfigError(
                 f"family.objectives: paired has num_latents {num_latents}, but {data.location} has "
-                f"{len(keys)} samples in {split}: set it to that"
+                f"{len(keys)} samples in {split}: set num_latents to {len(keys)}"
             )
         self.numbers = {key: number for number, key in enumerate(keys)}
 

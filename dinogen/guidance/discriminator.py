@@ -1,4 +1,4 @@
-"""A discriminator beside a guided objective: its network, losses, penalties and ramped weight."""
+"""The optional discriminator of the guided family: network, losses, penalties, ramped weight."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from dinogen.networks.patchgan import MultiScalePatchDiscriminator, num_patches
 from dinogen.networks.projected import ProjectedHeads
 
 
-class Discriminating:
+class Adversary:
     """A discriminator, and what a family needs of it for the phases of D and G.
 
-    All losses are means over samples and every draw goes by position, so nothing depends on how a
-    batch is cut. Real and generated picture of one position are augmented and cropped alike: what
-    tells them apart is then never the place they were cut from.
+    All losses are means over samples and random numbers depend on positions, so nothing depends on
+    how a batch is cut. The real and the generated image of one position get the same augmentation
+    and the same crop, so D cannot tell them apart by these.
 
     Args:
         options: the section of the config.
-        main: the run's own guide; only what is said of it is read here, see :meth:`begin`.
-        stage: what is trained.
+        main: the run's own guide; only its number of channels is needed here, see :meth:`begin`.
+        stage: the stage that is trained.
         seed: the run's seed.
         device: where the network lives.
 
     Raises:
-        ConfigError: the stage's pictures leave a patch discriminator nothing to judge.
+        ConfigError: the stage's images are too small for a patch discriminator.
         GuideError: the guide's number of channels cannot be known.
     """
 
@@ -68,7 +68,7 @@ class Discriminating:
             self.network = ProjectedHeads(**self.arguments()).to(device)
 
     def arguments(self) -> dict[str, Any]:
-        """What the network's class is called with, JSON-ready."""
+        """Arguments of the network's class, JSON-ready."""
         own = self.options
         if own.kind == "projected":
             return {"num_channels": list(self._num_channels), "width": own.head_channels}
@@ -79,14 +79,14 @@ class Discriminating:
         }
 
     def begin(self, main: Guide | None) -> None:
-        """Get the guide that projected heads look through: the run's own, or the options'.
+        """Set the guide of projected heads: the run's own, or the one in the options.
 
         Args:
-            main: the run's own; None to load it here if it is that one.
+            main: the run's own; None to load it here if it is needed.
 
         Raises:
-            ConfigError: its maps are not what the network was built for, or it takes no crops of
-                the size asked for.
+            ConfigError: its maps are not what the network was built for, or it does not take crops
+                of the requested size.
             GuideError: it cannot be loaded.
         """
         if self.options.kind == "patch":
@@ -96,46 +96,47 @@ class Discriminating:
         if guide.info.num_channels != sum(self._num_channels):
             raise ConfigError(
                 f"discriminator.guide: {guide.info.label} has {guide.info.num_channels} channels "
-                f"and not {sum(self._num_channels)}: is it what its name says?"
+                f"instead of {sum(self._num_channels)}: check that it is the network that its name "
+                "says"
             )
         if self._crop is not None:
             sizes = [guide.input_size(grid) for grid in range(1, self._crop + 1)]
             if self._crop not in sizes:
                 near = min(sizes, key=lambda size: abs(size - self._side))
                 raise ConfigError(
-                    f"discriminator.crop: {guide.info.name} takes no pictures of {self._crop} "
+                    f"discriminator.crop: {guide.info.name} does not take images of {self._crop} "
                     f"pixels: use {near}"
                 )
         self._guide = guide
 
     @property
     def guide(self) -> Guide | None:
-        """What projected heads look through, loaded where it was not yet; None for patches."""
+        """The guide of projected heads, loaded on first use; None for patches."""
         if self._guide is None:
             self.begin(None)
         return self._guide
 
     @property
     def lazy(self) -> bool:
-        """Whether D needs a phase of its own for :meth:`penalty_losses`, each ``every`` steps."""
+        """Whether :meth:`penalty_losses` needs a phase of its own, every ``every`` steps."""
         return self.options.every > 1 and bool(self.options.r1 or self.options.r2)
 
     @property
     def optimizer_scale(self) -> float:
-        """For ``Family.optimizer_scale``: k / (k + 1) with a lazy phase each k steps, else 1."""
+        """For ``optimizer_scale``: k / (k + 1) with a lazy phase every k steps, otherwise 1."""
         every = self.options.every
         return every / (every + 1) if self.lazy else 1.0
 
     def d_losses(self, real: Tensor, fake: Tensor, positions: Tensor) -> Losses:
-        """D's loss over real and generated pictures of the same positions.
+        """D's loss over real and generated images of the same positions.
 
         Args:
             real: (B, 3, R, R) in [-1, 1].
-            fake: as many; no gradient flows to them.
+            fake: the same shape; no gradient flows to them.
             positions: (B,) int64 on the CPU.
         """
         both = torch.cat([real, fake.detach()])
-        logits = self._judge(both, "judge/D", positions.repeat(2))
+        logits = self._scores(both, "judge/D", positions.repeat(2))
         halves = [one.chunk(2) for one in logits]
         loss = relativistic_d if self.options.loss == "relativistic" else hinge_d
         losses: Scalars = {self.options.loss: _mean([loss(*pair) for pair in halves])}
@@ -149,12 +150,12 @@ class Discriminating:
         return losses, report
 
     def penalty_losses(self, real: Tensor, fake: Tensor, positions: Tensor) -> Losses:
-        """gamma / 2 times R1 and R2 of D's mean logit, and times ``every``.
+        """R1 and R2 of D's mean logit, times gamma / 2 and ``every``.
 
-        In float32 but for a projected D's guide on a GPU, which stays in its own type.
-
-        Differentiated to the pictures as they are, through augmentation, crop and guide, or to
-        the guide's features. As :meth:`d_losses`; a penalty whose gamma is 0 is left out.
+        The gradients are with respect to the images before augmentation, crop and guide, or with
+        respect to the guide's features. They are computed in float32, except in a projected D's
+        guide on a GPU, which keeps its own type. A penalty whose gamma is 0 is left out. The
+        arguments are those of :meth:`d_losses`.
         """
         own = self.options
         losses, report = {}, {}
@@ -169,19 +170,19 @@ class Discriminating:
     def g_losses(
         self, fake: Tensor, real: Tensor | None, positions: Tensor, nimg_in_stage: int
     ) -> Losses:
-        """G's loss, times its weight at this place of the stage.
+        """G's loss, times its weight at this point of the stage.
 
         Args:
             fake: (B, 3, R, R) in [-1, 1], with a gradient.
-            real: as many of the same positions; only the relativistic loss reads them.
+            real: those of the same positions; only the relativistic loss reads them.
             positions: (B,) int64 on the CPU.
-            nimg_in_stage: images that the stage had shown before this step, alike on all ranks.
+            nimg_in_stage: images that the stage had shown before this step, the same on all ranks.
         """
-        fakes = self._judge(fake, "judge/G", positions)
+        fakes = self._scores(fake, "judge/G", positions)
         if self.options.loss == "relativistic":
-            assert real is not None, "pairs need real pictures"
+            assert real is not None, "the relativistic loss needs real images"
             with torch.no_grad():
-                reals = self._judge(real, "judge/G", positions)
+                reals = self._scores(real, "judge/G", positions)
             found = [relativistic_g(*pair) for pair in zip(reals, fakes, strict=True)]
         else:
             found = [hinge_g(one) for one in fakes]
@@ -193,38 +194,38 @@ class Discriminating:
         return {"adversarial": weight * _mean(found)}, report
 
     def weight(self, nimg_in_stage: int) -> float:
-        """Of G's loss: rises linearly from 0 over the first ``ramp_kimg`` of the stage."""
+        """Weight of G's loss; it rises linearly from 0 over the stage's first ``ramp_kimg``."""
         ramp = self.options.ramp_kimg * 1000
         return self.options.weight * (min(1.0, nimg_in_stage / ramp) if ramp else 1.0)
 
     def after_step(self) -> None:
-        """One power iteration of every spectral norm, however many forwards the step had."""
+        """One power iteration of every spectral norm, once per step."""
         update_spectral_norms(self.network)
 
     @torch.no_grad()
     def realism(self, images: Tensor) -> Tensor:
-        """Mean logit (N,) float32 of pictures (N, 3, R, R), one by one and not augmented.
+        """Mean logit (N,) float32 of images (N, 3, R, R), one at a time and not augmented.
 
-        Where D is trained on crops, the mean over parts that cover the picture.
+        If D is trained on crops, it is the mean over crops that cover the image.
         """
         found = []
         for image in images:
             parts = image[None] if self._crop is None else tiles(image, self._crop)
-            found.append(_per_picture(self._logits(self._features(parts))).mean())
+            found.append(_per_image(self._logits(self._features(parts))).mean())
         return torch.stack(found)
 
-    def _judge(self, images: Tensor, purpose: str, positions: Tensor) -> list[Tensor]:
+    def _scores(self, images: Tensor, purpose: str, positions: Tensor) -> list[Tensor]:
         return self._logits(self._features(self._prepare(images, purpose, positions)))
 
     def _prepare(self, images: Tensor, purpose: str, positions: Tensor) -> Tensor:
-        """Pictures as D is shown them: augmented, then cropped."""
+        """Images as D sees them: augmented, then cropped."""
         images = diff_augment(images, self.seed, purpose, positions, self.options.augment)
         if self._crop is None:
             return images
         return random_crops(images, self._crop, self.seed, purpose, positions)
 
     def _features(self, images: Tensor) -> Tensor:
-        """What the network begins with: the guide's joined maps, or the pictures themselves."""
+        """The network's input: the guide's concatenated maps, or the images themselves."""
         guide = self.guide
         if guide is None:
             return images
@@ -240,42 +241,42 @@ class Discriminating:
         def seen(x: Tensor) -> Tensor:
             return self._features(self._prepare(x, "judge/D", positions))
 
-        def judge(features: Tensor) -> Tensor:
-            return _per_picture(self._logits(features))
+        def mean_logit(features: Tensor) -> Tensor:
+            return _per_image(self._logits(features))
 
         if self.options.penalty_on == "features":
-            return r1_penalty(judge, seen(images))
-        return r1_penalty(lambda x: judge(seen(x)), images)
+            return r1_penalty(mean_logit, seen(images))
+        return r1_penalty(lambda x: mean_logit(seen(x)), images)
 
     def _check_patches(self) -> None:
         own = self.options
         coarsest = self._side >> (own.patch_scales - 1)
         if num_patches(coarsest, own.patch_layers) < 1:
             raise ConfigError(
-                f"discriminator.patch_scales: {own.patch_scales} scales of {own.patch_layers} "
-                f"halvings leave nothing of {self._side}x{self._side} pixels to judge: use fewer"
+                f"discriminator.patch_scales: {self._side}x{self._side} pixels are too small for "
+                f"{own.patch_scales} scales of {own.patch_layers} layers: use fewer"
             )
 
 
 def _mean(values: list[Tensor]) -> Tensor:
-    """Each head or scale counts the same, however many places it judges."""
+    """Each head or scale counts the same, regardless of its number of locations."""
     return torch.stack(values).mean()
 
 
-def _per_picture(logits: list[Tensor]) -> Tensor:
-    """Mean over places, then over heads: (B,)."""
+def _per_image(logits: list[Tensor]) -> Tensor:
+    """Mean over locations, then over heads: (B,)."""
     return torch.stack([one.flatten(1).mean(1) for one in logits]).mean(0)
 
 
 def random_crops(images: Tensor, size: int, seed: int, purpose: str, positions: Tensor) -> Tensor:
-    """A part of each picture, anywhere in it, at a place drawn by the sample's position.
+    """A random crop of each image; where it is depends on the sample's position.
 
     Args:
-        images: (B, C, R, R), R at least ``size``; of R itself the very same pictures come back.
-        size: side of the parts, pixels.
+        images: (B, C, R, R), R at least ``size``; if they are equal, the images are returned.
+        size: side of the crops in pixels.
         seed: the run's seed.
-        purpose: what the pictures are for; other purposes give independent places.
-        positions: (B,) int64 on the CPU, places of the samples in the global order.
+        purpose: what the images are for; other purposes give independent crops.
+        positions: (B,) int64 on the CPU, of the samples in the global order.
 
     Returns:
         (B, C, size, size).
@@ -291,7 +292,7 @@ def random_crops(images: Tensor, size: int, seed: int, purpose: str, positions: 
 
 
 def tiles(image: Tensor, size: int) -> Tensor:
-    """As few parts of one picture (C, R, R) as cover it, spread evenly: (N, C, size, size)."""
+    """The fewest crops that cover an image (C, R, R), spread evenly: (N, C, size, size)."""
     side = image.shape[-1]
     starts = torch.linspace(0, side - size, math.ceil(side / size)).round().long().tolist()
     return torch.stack([image[:, y : y + size, x : x + size] for y in starts for x in starts])

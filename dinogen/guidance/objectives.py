@@ -1,13 +1,27 @@
-"""The objectives that a config can name, each with its options; their sum is what is trained."""
+"""The objectives: options of a config, and callables over features, each of them a loss.
+
+```python
+objective = dinogen.objectives.Drift()
+loss = objective(guides(images), guides.real(batch))
+```
+
+``guides`` is a :class:`dinogen.GuideSet`. Features are dicts by level, such as ``p8`` or
+``pixels.p8``, of tensors (N, g * g, C); the number of generated images may differ from that of real
+ones wherever distributions are compared. Add objectives with ``+``, or use
+:class:`dinogen.guidance.weighted.WeightedObjectives` for microbatches and several ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+import torch
+from pydantic import Field, field_validator
 from torch import Tensor
 
+from dinogen.batch import Features, Scalars
 from dinogen.config import Section
 from dinogen.losses.distributions import (
     drift,
@@ -18,155 +32,451 @@ from dinogen.losses.distributions import (
     moments,
     sliced_wasserstein,
 )
+from dinogen.losses.features import pyramid_mse
+from shards.format.sample import level_guide
+
+__all__ = [
+    "DistributionObjective",
+    "Drift",
+    "Energy",
+    "Mmd",
+    "Mse",
+    "PairObjective",
+    "Paired",
+    "SlicedWasserstein",
+]
 
 MAIN = "main"
-View = Literal["place", "map"]
-# (dimension, number) -> (dimension, number) standard normal, alike on all ranks.
+View = Literal["location", "global"]
+# What 0.1 called them; configs of its runs still do.
+_EARLIER_VIEWS = {"place": "location", "map": "global"}
+# (dimension, number) -> (dimension, number) standard normal, the same on all ranks.
 Directions = Callable[[int, int], Tensor]
+# Embeddings that generated and real samples are conditioned on: (N, E) and (M, E).
+Conditions = tuple[Tensor, Tensor]
 Positive = Annotated[float, Field(gt=0)]
 
+# Pairs of samples that are compared at once: some hundred megabytes of distances.
+_MOST_PAIRS = 2**24
 
-class Term(Section):
+
+class Objective(Section):
     """What all objectives have."""
 
     weight: float = Field(1.0, gt=0, description="factor in the sum")
     guides: tuple[str, ...] = Field(
-        (), description="whose features: main and names of guides:; all unless given"
+        (), description="whose features: main and names of guides:; default: all"
     )
 
+    def levels(self, features: Mapping[str, Tensor]) -> list[str]:
+        """The levels that this objective compares."""
+        return [level for level in features if is_of(level, self.guides)]
 
-class PairTerm(Term):
-    """Compares each generated picture with the real one of its own sample."""
+
+class PairObjective(Objective):
+    """Compares each generated image with the real one of its own sample."""
 
     normalize: bool = Field(
-        False, description="each channel by its deviation over the data; else as the guide made it"
+        False,
+        description="divide each channel by its standard deviation over the data; default: "
+        "features as the guide returns them",
     )
 
+    def __call__(self, generated: Features, real: Features) -> Tensor:
+        """The weighted mean squared error, a scalar.
 
-class Mse(PairTerm):
-    """Mean squared error against a random real picture: the original experiment."""
+        Args:
+            generated: (B, locations, C) by level, with gradients.
+            real: the same levels and shapes. ``normalize`` has no effect here: a
+                :class:`dinogen.GuideSet` normalizes both.
+
+        Raises:
+            ValueError: none of the levels belongs to ``guides``.
+        """
+        _check_levels(self, generated, real)
+        return self.weight * self.error(generated, real)
+
+    def error(
+        self,
+        generated: Features,
+        real: Features,
+        scales: Features | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """The mean squared error without the weight, see :func:`pyramid_mse`.
+
+        Args:
+            generated: (B, locations, C) by level.
+            real: the same levels and shapes.
+            scales: per level, factors (C,) of the channels, applied if ``normalize`` is set.
+            keep: (B,) bool, the samples that count; default: all.
+        """
+        sides: list[Features] = []
+        for features in (generated, real):
+            own = {level: features[level] for level in self.levels(features)}
+            if self.normalize and scales is not None:
+                own = {level: values * scales[level] for level, values in own.items()}
+            sides.append(own)
+        return pyramid_mse(sides[0], sides[1], keep)
+
+
+class Mse(PairObjective):
+    """Mean squared error against a random real image: the original experiment.
+
+    It collapses: its best answer is the same image for every z, see
+    :func:`dinogen.losses.features.pyramid_mse`.
+    """
 
     name: Literal["mse"] = "mse"
 
 
-class Paired(PairTerm):
-    """Mean squared error with z tied to the sample (Bojanowski et al. 2018, "Optimizing the
-    Latent Space of Generative Networks"): drawn from its key, or learnt for each of them."""
+class Paired(PairObjective):
+    """Mean squared error where each sample has its own z, drawn from its key or learnt.
+
+    Bojanowski et al. 2018, "Optimizing the Latent Space of Generative Networks". In a loop of your
+    own, the generated image of a sample has to be made from that sample's z.
+    """
 
     name: Literal["paired"] = "paired"
     num_latents: int = Field(
         0,
         ge=0,
-        description="a learnt latent for each training picture: how many there are; 0: z is drawn "
-        "from the key",
+        description="number of training images, each of which gets a learnt latent; 0: z is drawn "
+        "from the sample's key",
     )
     latent_rate: float = Field(
-        10.0, gt=0, description="learning rate of learnt latents over that of the generator"
+        10.0, gt=0, description="learning rate of the latents, as a multiple of the generator's"
     )
 
 
-class SetTerm(Term):
+class DistributionObjective(Objective):
     """Compares the distribution of generated features with that of real ones."""
 
     views: tuple[View, ...] = Field(
-        ("place", "map"),
+        ("location", "global"),
         min_length=1,
-        description="place: features of each place; map: of all places of a level as one",
+        description="location: the features at each location, compared separately; global: the "
+        "features of all locations of a level as one vector",
     )
 
-    def compare(
+    @field_validator("views", mode="before")
+    @classmethod
+    def _earlier_views(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        return [_EARLIER_VIEWS.get(v, v) if isinstance(v, str) else v for v in value]
+
+    def __call__(
+        self, generated: Features, real: Features, directions: Directions | None = None
+    ) -> Tensor:
+        """The weighted loss, a scalar: the mean over levels and views.
+
+        It is differentiable once, to ``generated``. Memory is bounded: locations are compared in
+        blocks, and each block's gradient is computed at once.
+
+        Args:
+            generated: (N, locations, C) by level, N at least 2, with gradients.
+            real: (M, locations, C), the same levels; M may differ from N.
+            directions: for :class:`SlicedWasserstein`, see there; default: from torch's own random
+                generator.
+
+        Raises:
+            ValueError: levels differ, none of them belongs to ``guides``, or there are fewer than
+                two samples.
+        """
+        levels = _check_levels(self, generated, real)
+        for name, features in (("generated", generated), ("real", real)):
+            if len(features[levels[0]]) < 2:
+                raise ValueError(
+                    f"{type(self).__name__}: needs at least 2 {name} samples: use larger batches"
+                )
+        if directions is None:
+            directions = _random_directions(generated[levels[0]].device)
+        detached = {level: generated[level].detach() for level in levels}
+        gradients = {level: torch.zeros_like(values) for level, values in detached.items()}
+        loss, _ = self.add_gradients(gradients, detached, real, directions)
+        return with_gradients(loss, generated, gradients)
+
+    def floor(self, real: Features, scales: Features | None = None) -> float | None:
+        """The weighted loss that a perfect generator reaches, estimated from real samples.
+
+        Args:
+            real: (M, locations, C) by level, M at least 2.
+            scales: per level, factors (C,) of the channels.
+
+        Returns:
+            None if it is not known for this objective.
+        """
+        floors = [
+            self._floor(problems(_scaled(real, level, scales), view))
+            for level in self.levels(real)
+            for view in self.views
+        ]
+        known = [floor for floor in floors if floor is not None]
+        return self.weight * sum(known) / len(known) if len(known) == len(floors) else None
+
+    def add_gradients(
+        self,
+        gradients: Features,
+        generated: Features,
+        real: Features,
+        directions: Directions,
+        scales: Features | None = None,
+        conditions: Conditions | None = None,
+    ) -> tuple[Tensor, Scalars]:
+        """Compute the loss, and add its gradient with respect to the generated features.
+
+        Args:
+            gradients: by level, of the shapes of ``generated``; changed in place.
+            generated: (N, locations, C) by level.
+            real: (M, locations, C) by level.
+            directions: see :class:`SlicedWasserstein`.
+            scales: per level, factors (C,) of the channels.
+            conditions: embeddings that both are conditioned on, (N, E) and (M, E), appended to the
+                features of view ``global``: it then compares joint distributions.
+
+        Returns:
+            (the weighted loss; losses and other values of each level and view, unweighted).
+        """
+        levels = self.levels(generated)
+        share = self.weight / (len(levels) * len(self.views))
+        total = torch.zeros((), device=next(iter(generated.values())).device)
+        report: Scalars = {}
+        for level in levels:
+            theirs, scale = _scaled(real, level, scales), scales[level] if scales else None
+            for view in self.views:
+                loss, gradient, more = self._compare(
+                    view, generated[level], theirs, directions, scale, conditions
+                )
+                gradients[level] += share * gradient
+                total = total + share * loss
+                report[f"{level}.{view}"] = loss
+                report |= {f"{level}.{view}.{name}": value for name, value in more.items()}
+        return total, report
+
+    def compare_sets(
         self, generated: Tensor, real: Tensor, directions: Directions
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, what else is worth a curve) of sets (K, N, D) and (K, M, D), K problems."""
+    ) -> tuple[Tensor, Scalars]:
+        """(loss, other values to plot) of sets (K, N, D) and (K, M, D): the mean of K problems."""
         raise NotImplementedError
 
-    def floor(self, real: Tensor) -> Tensor | None:
-        """What a perfect generator reaches, from real samples (K, M, D); None if not known."""
+    def floor_of_sets(self, real: Tensor) -> Tensor | None:
+        """The loss that a perfect generator reaches, from real sets (K, M, D); None if unknown."""
         return None
 
+    @torch.enable_grad()
+    def _compare(
+        self,
+        view: View,
+        generated: Tensor,
+        real: Tensor,
+        directions: Directions,
+        scale: Tensor | None,
+        conditions: Conditions | None,
+    ) -> tuple[Tensor, Tensor, Scalars]:
+        """One view of one level: loss, its gradient to ``generated``, and other values.
 
-class Energy(SetTerm):
-    """Energy distance without bias, see :mod:`dinogen.losses.distributions`."""
+        Locations are compared in blocks that fit into memory; ``real`` is scaled already.
+        """
+        theirs = problems(real, view)
+        if view == "global" and conditions is not None:
+            theirs = _append(theirs, conditions[1])
+        gradient, total, more = torch.zeros_like(generated), real.new_zeros(()), Scalars()
+        pairs = len(generated) * (len(generated) + len(real))
+        block = max(1, _MOST_PAIRS // pairs) if view == "location" else 1
+        for first in range(0, len(theirs), block):
+            chosen = slice(first, first + block) if view == "location" else slice(None)
+            leaf = generated[:, chosen].detach().requires_grad_()
+            ours = problems(leaf if scale is None else leaf * scale, view)
+            if view == "global" and conditions is not None:
+                ours = _append(ours, conditions[0])
+            # Differences of distances are small next to them: half precision would lose them.
+            with torch.autocast(leaf.device.type, enabled=False):
+                loss, others = self.compare_sets(ours, theirs[first : first + block], directions)
+            part = len(ours) / len(theirs)
+            gradient[:, chosen] = part * torch.autograd.grad(loss, leaf)[0]
+            total = total + part * loss.detach()
+            for name, value in others.items():
+                more[name] = more.get(name, 0.0) + part * value.detach()
+        return total, gradient, more
+
+    def _floor(self, sets: Tensor) -> float | None:
+        """The mean floor over sets (K, M, D), computed in blocks that fit into memory."""
+        block = max(1, _MOST_PAIRS // sets.shape[1] ** 2)
+        total = 0.0
+        for part in sets.split(block):
+            floor = self.floor_of_sets(part)
+            if floor is None:
+                return None
+            total += float(floor) * len(part)
+        return total / len(sets)
+
+
+class Energy(DistributionObjective):
+    """Energy distance, unbiased (Szekely and Rizzo 2013).
+
+    See :func:`dinogen.losses.distributions.energy`.
+    """
 
     name: Literal["energy"] = "energy"
 
-    def compare(
+    def compare_sets(
         self, generated: Tensor, real: Tensor, directions: Directions
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As :func:`dinogen.losses.distributions.energy`."""
+    ) -> tuple[Tensor, Scalars]:
+        """See :func:`dinogen.losses.distributions.energy`."""
         return energy(generated, real), {}
 
-    def floor(self, real: Tensor) -> Tensor:
+    def floor_of_sets(self, real: Tensor) -> Tensor:
         """E|r - r'|."""
         return energy_floor(real)
 
 
-class Mmd(SetTerm):
-    """Maximum mean discrepancy without bias, see :mod:`dinogen.losses.distributions`."""
+class Mmd(DistributionObjective):
+    """Maximum mean discrepancy, unbiased (Gretton et al. 2012), and optionally moments.
+
+    See :func:`dinogen.losses.distributions.mmd`.
+    """
 
     name: Literal["mmd"] = "mmd"
     bandwidths: tuple[Positive, ...] = Field(
-        (0.25, 0.5, 1.0), min_length=1, description="of Gaussian kernels, in channel deviations"
+        (0.25, 0.5, 1.0),
+        min_length=1,
+        description="widths of the Gaussian kernels, in standard deviations of a channel",
     )
     moments: float = Field(
-        1.0, ge=0, description="weight of the channels' means and deviations beside it"
+        1.0,
+        ge=0,
+        description="weight of the differences in each channel's mean and standard deviation",
     )
 
-    def compare(
+    def compare_sets(
         self, generated: Tensor, real: Tensor, directions: Directions
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As :func:`dinogen.losses.distributions.mmd`, and the moments."""
+    ) -> tuple[Tensor, Scalars]:
+        """See :func:`dinogen.losses.distributions.mmd`, and ``moments`` there."""
         loss = mmd(generated, real, self.bandwidths)
         if not self.moments:
             return loss, {}
         apart = moments(generated, real)
         return loss + self.moments * apart, {"moments": apart}
 
-    def floor(self, real: Tensor) -> Tensor:
-        """-E k(r, r'); the moments' bias comes on top."""
+    def floor_of_sets(self, real: Tensor) -> Tensor:
+        """-E k(r, r'), without the bias of the moments."""
         return mmd_floor(real, self.bandwidths)
 
 
-class SlicedWasserstein(SetTerm):
-    """Sliced Wasserstein distance, see :mod:`dinogen.losses.distributions`."""
+class SlicedWasserstein(DistributionObjective):
+    """Sliced Wasserstein distance (Bonneel et al. 2015).
+
+    It is the only objective that reads ``directions``: a function of (dimension, number) that
+    returns as many standard normal vectors as columns, new ones in each step and the same on all
+    ranks. See :func:`dinogen.losses.distributions.sliced_wasserstein`.
+    """
 
     name: Literal["sliced_wasserstein"] = "sliced_wasserstein"
-    num_slices: int = Field(128, ge=1, description="random directions, new ones each step")
+    num_slices: int = Field(128, ge=1, description="number of random directions per step")
 
-    def compare(
+    def compare_sets(
         self, generated: Tensor, real: Tensor, directions: Directions
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As :func:`dinogen.losses.distributions.sliced_wasserstein`."""
-        towards = directions(generated.shape[2], self.num_slices)
-        return sliced_wasserstein(generated, real, towards), {}
+    ) -> tuple[Tensor, Scalars]:
+        """See :func:`dinogen.losses.distributions.sliced_wasserstein`."""
+        chosen = directions(generated.shape[2], self.num_slices)
+        return sliced_wasserstein(generated, real, chosen), {}
 
 
-class Drift(SetTerm):
-    """Generative drifting, see :mod:`dinogen.losses.distributions`."""
+class Drift(DistributionObjective):
+    """Generative drifting (Deng et al. 2026): moves samples towards nearby real ones and away from
+    nearby generated ones.
+
+    The value of the loss is scaled to stay near its start, so watch another one, such as
+    :class:`Energy`. See :func:`dinogen.losses.distributions.drift`.
+    """
 
     name: Literal["drift"] = "drift"
     widths: tuple[Positive, ...] = Field(
-        (0.02, 0.05, 0.2), min_length=1, description="of kernels, in mean distances"
+        (0.02, 0.05, 0.2),
+        min_length=1,
+        description="widths of the kernels, in mean distances between samples",
     )
-    views: tuple[View, ...] = Field(("map",), min_length=1, description="as of the others")
+    views: tuple[View, ...] = Field(
+        ("global",), min_length=1, description="location, global: see the other objectives"
+    )
 
-    def compare(
+    def compare_sets(
         self, generated: Tensor, real: Tensor, directions: Directions
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As :func:`dinogen.losses.distributions.drift`."""
+    ) -> tuple[Tensor, Scalars]:
+        """See :func:`dinogen.losses.distributions.drift`."""
         loss, length = drift(generated, real, self.widths)
         return loss, {"length": length}
 
 
-AnyTerm = Annotated[
+AnyObjective = Annotated[
     Mse | Paired | Energy | Mmd | SlicedWasserstein | Drift, Field(discriminator="name")
 ]
 
 
-def titles(terms: Sequence[AnyTerm]) -> list[str]:
-    """A name for each term's curve: its own and, from the second of a name on, its number."""
+def titles(objectives: Sequence[AnyObjective]) -> list[str]:
+    """A name for each objective's curve: its own, numbered from the second of a name on."""
     found: list[str] = []
-    for i, term in enumerate(terms):
-        number = sum(before.name == term.name for before in terms[:i])
-        found.append(f"{term.name}_{number + 1}" if number else term.name)
+    for i, objective in enumerate(objectives):
+        number = sum(before.name == objective.name for before in objectives[:i])
+        found.append(f"{objective.name}_{number + 1}" if number else objective.name)
     return found
+
+
+def is_of(level: str, guides: Sequence[str]) -> bool:
+    """Whether a level's guide is among those named; every guide is if none is named."""
+    return not guides or (level_guide(level) or MAIN) in guides
+
+
+def problems(features: Tensor, view: View) -> Tensor:
+    """Features (N, locations, C) as sets: (locations, N, C), or one of (1, N, locations * C)."""
+    return features.transpose(0, 1) if view == "location" else features.flatten(1)[None]
+
+
+def with_gradients(
+    loss: Tensor, features: Features, gradients: Features, factor: float = 1.0
+) -> Tensor:
+    """A loss of this value whose gradients with respect to the features are those given.
+
+    Args:
+        loss: scalar; it has no gradient itself.
+        features: by level, with gradients.
+        gradients: by level, of the same shapes.
+        factor: of the gradients.
+    """
+    products = [(features[level] * gradients[level]).sum() for level in gradients]
+    surrogate = factor * torch.stack(products).sum()
+    return loss + (surrogate - surrogate.detach())
+
+
+def _scaled(features: Features, level: str, scales: Features | None) -> Tensor:
+    return features[level] * scales[level] if scales else features[level]
+
+
+def _append(features: Tensor, conditions: Tensor) -> Tensor:
+    """(1, N, D) features with (N, E) conditions, which weigh as many dimensions as the features.
+
+    Distances are divided by the root of all dimensions, so both keep their weights.
+    """
+    num, more = features.shape[2], conditions.shape[1]
+    joined = torch.cat([features, conditions[None] * math.sqrt(num)], 2)
+    return joined * math.sqrt((num + more) / num)
+
+
+def _random_directions(device: torch.device) -> Directions:
+    def draw(size: int, number: int) -> Tensor:
+        return torch.randn(size, number, device=device)
+
+    return draw
+
+
+def _check_levels(objective: Objective, generated: Features, real: Features) -> list[str]:
+    """The levels that an objective compares, which both sides have to have."""
+    levels = objective.levels(generated)
+    if not levels or levels != [level for level in levels if level in real]:
+        raise ValueError(
+            f"{type(objective).__name__}: no features to compare: generated ones have the levels "
+            f"{', '.join(generated) or 'none'}, real ones {', '.join(real) or 'none'}, and guides "
+            f"are {', '.join(objective.guides) or 'all'}"
+        )
+    return levels

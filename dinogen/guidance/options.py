@@ -8,109 +8,125 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from dinogen.config import ConfigError, GuideConfig, Section, StageConfig
-from dinogen.guidance.objectives import MAIN, AnyTerm, Mse, Paired, PairTerm, SetTerm
+from dinogen.guidance.objectives import (
+    MAIN,
+    AnyObjective,
+    DistributionObjective,
+    Mse,
+    Paired,
+    PairObjective,
+)
 from dinogen.networks.diffaugment import Transform
 
 NATIVE_UP_TO = 16
 POOLED = (16, 8, 4)
+# Keys of ``family:`` in configs of earlier versions, and their names today.
+EARLIER_KEYS = {"bank": "reference_batch"}
 
 
 class GuidedOptions(Section):
     """Keys of ``family:`` for ``name: guided``."""
 
-    objectives: tuple[AnyTerm, ...] = Field(
-        (Mse(),), min_length=1, description="what is summed: names, weights, options"
+    objectives: tuple[AnyObjective, ...] = Field(
+        (Mse(),), min_length=1, description="the losses that are summed, each with its options"
     )
-    bank: int = Field(
+    reference_batch: int = Field(
         0,
         ge=0,
-        description="so many further reals each step for objectives that compare distributions; "
-        "0: as many as are generated",
+        description="number of further real samples per step for objectives that compare "
+        "distributions; 0: compare with the real samples of the batch",
     )
     discriminator: DiscriminatorOptions | None = Field(
-        None, description="trained beside them; none unless given"
+        None, description="trained together with the generator; default: none"
     )
     text: TextOptions | None = Field(
-        None, description="pictures are asked for by CLIP embeddings; not unless given"
+        None, description="condition the generator on CLIP embeddings; default: do not"
     )
     pyramid: Literal["native", "pooled"] = Field(
         "native",
-        description="targets up to 16x16: features of the shrunk picture, or pooled features of "
-        "the full one; above 16x16 always pooled",
+        description="features up to 16x16: native, of the image shrunk to the grid, or pooled, of "
+        "the full image; above 16x16 always pooled",
     )
     grids: dict[str, Annotated[tuple[PositiveInt, ...], Field(min_length=1)]] = Field(
         {},
-        description="above 16x16, of main and each of guides:; 16, 8 and 4 unless given. Others, "
-        "such as 32 of pixels, are native",
+        description="grids above 16x16, for main and each of guides:; default: 16, 8 and 4. Other "
+        "grids, such as 32 of pixels, are native",
     )
     z_dim: int = Field(512, ge=1, description="size of the latent")
-    channel_base: int = Field(16384, ge=4, description="channels at R are base / R ...")
+    channel_base: int = Field(16384, ge=4, description="channels at resolution R: base / R ...")
     channel_max: int = Field(512, ge=1, description="... and at most this")
-    probe_samples: int = Field(64, ge=2, description="pictures per diversity probe")
+    probe_samples: int = Field(64, ge=2, description="images per diversity probe")
 
     @model_validator(mode="before")
     @classmethod
-    def _one_name(cls, values: Any) -> Any:
-        # One objective by its name alone; so it was written once.
-        if isinstance(values, dict) and "objective" in values and "objectives" not in values:
-            values = dict(values)
+    def _earlier_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        # One objective, by its name alone.
+        if "objective" in values and "objectives" not in values:
             values["objectives"] = [{"name": values.pop("objective")}]
+        for key, today in EARLIER_KEYS.items():
+            if key in values and today not in values:
+                values[today] = values.pop(key)
         return values
 
     @model_validator(mode="after")
     def _one_table(self) -> GuidedOptions:
-        if sum(isinstance(term, Paired) for term in self.objectives) > 1:
-            raise ValueError("objectives: paired once at the most: it says what z is")
+        if sum(isinstance(one, Paired) for one in self.objectives) > 1:
+            raise ValueError("objectives: name paired at most once: it decides what z is")
         table = self.table
         if table and self.text is not None:
             raise ValueError(
-                "objectives: latents that are learnt (num_latents) know no text: leave out one"
+                "objectives: learnt latents (num_latents) cannot be combined with text: leave out "
+                "one of them"
             )
         if table and table.num_latents <= self.z_dim:
             raise ValueError(
-                f"objectives: num_latents {table.num_latents} has to be more than z_dim "
-                f"{self.z_dim}, for a Gaussian is fitted to the latents: a smaller z_dim will do"
+                f"objectives: num_latents {table.num_latents} must be > z_dim {self.z_dim}: "
+                "a Gaussian is fitted to the latents: use a smaller z_dim"
             )
         return self
 
     @model_validator(mode="after")
-    def _text_is_heard(self) -> GuidedOptions:
+    def _text_is_trained(self) -> GuidedOptions:
         text = self.text
         if text is None or text.clip_weight:
             return self
-        # A pair's real picture is the one that was asked for.
+        joint = text.joint_weight > 0
+        # The real image of a pair is the one that the generated image is conditioned on.
         if not any(
-            isinstance(term, PairTerm)
-            or (isinstance(term, SetTerm) and "map" in term.views and text.joint_weight)
-            for term in self.objectives
+            isinstance(one, PairObjective)
+            or (isinstance(one, DistributionObjective) and "global" in one.views and joint)
+            for one in self.objectives
         ):
             raise ValueError(
-                "text: nothing would teach the generator to heed it: set clip_weight, or "
-                "joint_weight with an objective that has the view map"
+                "text: no loss depends on it, so the generator would learn to ignore it: set "
+                "clip_weight, or joint_weight with an objective that has the view global"
             )
         return self
 
     @property
     def table(self) -> Paired | None:
         """The objective whose latents are learnt, if there is one."""
-        found = (t for t in self.objectives if isinstance(t, Paired) and t.num_latents)
+        found = (o for o in self.objectives if isinstance(o, Paired) and o.num_latents)
         return next(found, None)
 
     def levels(self, stage: StageConfig, further: Iterable[str]) -> tuple[str, ...]:
-        """What a stage compares: ``p8`` of the main guide, ``NAME.p8`` of others.
+        """The levels that a stage compares: ``p8`` of the main guide, ``NAME.p8`` of others.
 
         Args:
-            stage: whose resolution decides.
+            stage: its resolution decides.
             further: names of the other guides.
 
         Raises:
-            ConfigError: an option names a guide that there is not.
+            ConfigError: an option names a guide that does not exist.
         """
         guides = (MAIN, *further)
-        for name in (*self.grids, *(guide for term in self.objectives for guide in term.guides)):
+        for name in (*self.grids, *(guide for one in self.objectives for guide in one.guides)):
             if name not in guides:
                 raise ConfigError(
-                    f"family: there is no guide {name}: name one of {', '.join(guides)}, or add it "
+                    f"family: there is no guide {name}: use one of {', '.join(guides)}, or add it "
                     "to guides:"
                 )
         found = []
@@ -124,8 +140,8 @@ class GuidedOptions(Section):
         return tuple(found)
 
 
-def check_sets(options: GuidedOptions, batch: int) -> None:
-    """Refuse what objectives that compare distributions cannot work with.
+def check_distributions(options: GuidedOptions, batch: int) -> None:
+    """Check what objectives that compare distributions need.
 
     Args:
         options: of the run.
@@ -134,25 +150,25 @@ def check_sets(options: GuidedOptions, batch: int) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    sets = [term.name for term in options.objectives if isinstance(term, SetTerm)]
-    if not sets:
-        if options.bank:
+    found = [one.name for one in options.objectives if isinstance(one, DistributionObjective)]
+    if not found:
+        if options.reference_batch:
             raise ConfigError(
-                "family.bank: none of family.objectives compares distributions, so a bank of "
-                "reals means nothing: leave it out"
+                "family.reference_batch: none of family.objectives compares distributions, so it "
+                "has no effect: leave it out"
             )
         return
-    if min(batch, options.bank or batch) < 2:
+    if min(batch, options.reference_batch or batch) < 2:
         raise ConfigError(
-            f"family.objectives: {sets[0]} compares distributions, so stages.batch and family.bank "
-            "have to be 2 at least"
+            f"family.objectives: {found[0]} compares distributions: stages.batch and "
+            "family.reference_batch must be >= 2"
         )
-    paired = any(isinstance(term, Paired) for term in options.objectives)
-    if not options.bank and (paired or options.text is not None):
+    paired = any(isinstance(one, Paired) for one in options.objectives)
+    if not options.reference_batch and (paired or options.text is not None):
         raise ConfigError(
-            f"family.bank: {sets[0]} beside {'paired' if paired else 'text'} needs reals that are "
-            "not those that the pictures are made for, or each would be drawn to its own: set it, "
-            "to 512 say"
+            f"family.reference_batch must be > 0 when a distribution loss ({found[0]}) is combined "
+            f"with {'paired' if paired else 'text'}: otherwise each sample is pulled towards its "
+            "own real image. Try 512."
         )
 
 
@@ -164,66 +180,73 @@ _OF_KIND = {
 
 
 class DiscriminatorOptions(Section):
-    """Keys of ``discriminator:``; its learning rate is ``optim.lr_scale: {D: ...}``."""
+    """Keys of ``discriminator:``; ``optim.lr_scale: {D: ...}`` sets its learning rate."""
 
     kind: Literal["projected", "patch"] = Field(
         "projected",
         description="projected: heads on the layers of a frozen guide; patch: PatchGAN on pixels",
     )
-    from_resolution: int = Field(64, ge=4, description="stages from this resolution on have it")
-    weight: float = Field(0.1, gt=0, description="of G's adversarial loss")
+    from_resolution: int = Field(
+        64, ge=4, description="the first resolution whose stage has a discriminator"
+    )
+    weight: float = Field(0.1, gt=0, description="weight of G's adversarial loss")
     ramp_kimg: float = Field(
         10.0,
         ge=0,
-        description="thousands of images, from the stage's start, in which the weight rises from 0",
+        description="thousands of images from the stage's start over which the weight rises from 0",
     )
     loss: Literal["hinge", "relativistic"] = Field(
-        "hinge", description="relativistic: pairs of real and generated; wants r1 and r2 beside it"
+        "hinge",
+        description="relativistic: on pairs of a real and a generated image; it needs r1 and r2",
     )
-    r1: float = Field(0.0, ge=0, description="gamma: D's squared gradient at real pictures is ...")
-    r2: float = Field(0.0, ge=0, description="... and at generated ones is weighed by gamma / 2")
+    r1: float = Field(
+        0.0, ge=0, description="gamma; D's squared gradient at real images has weight gamma / 2"
+    )
+    r2: float = Field(0.0, ge=0, description="gamma; the same for generated images")
     penalty_on: Literal["pixels", "features"] = Field(
-        "pixels", description="what that gradient is taken to: features are the guide's"
+        "pixels", description="what r1 and r2 differentiate with respect to; features: the guide's"
     )
     every: int = Field(
-        16, ge=1, description="steps between updates by r1 and r2; at 1 a part of D's own"
+        16, ge=1, description="steps between updates with r1 and r2; 1: they are part of D's loss"
     )
     augment: tuple[Transform, ...] = Field(
         ("color", "translation", "cutout"),
-        description="what is done to pictures, real and generated, before D sees them",
+        description="random changes of real and generated images before D sees them",
     )
     crop: int | None = Field(
         None,
         ge=8,
-        description="side in pixels of random parts that are judged at native size, of the sizes "
-        "that the guide takes (of DINOv2 14 * n); pictures no larger are judged whole",
+        description="side in pixels of random crops that D sees at native size, a size that the "
+        "guide takes (DINOv2: 14 * n); smaller images are not cropped",
     )
     guide: GuideConfig | None = Field(
-        None, description="what projected heads look through; the run's own guide unless given"
+        None, description="the network that projected heads are attached to; default: guide:"
     )
     grid: int = Field(
-        16, ge=1, description="whole pictures go through the guide at the size of this grid"
+        16, ge=1, description="grid at which images that are not cropped go through the guide"
     )
     head_channels: int = Field(
         128, ge=8, multiple_of=8, description="channels inside each projected head"
     )
-    patch_scales: int = Field(3, ge=1, description="PatchGANs, each at half the size")
+    patch_scales: int = Field(
+        3, ge=1, description="number of PatchGANs, each at half the resolution of the one before"
+    )
     patch_layers: int = Field(
-        3, ge=1, le=5, description="their halvings: 1, 2, 3 judge patches of 16, 34, 70 pixels"
+        3, ge=1, le=5, description="their strided layers: 1, 2, 3 see patches of 16, 34, 70 pixels"
     )
     patch_channels: int = Field(
-        64, ge=8, multiple_of=8, description="their channels behind the first layer"
+        64, ge=8, multiple_of=8, description="their channels after the first layer"
     )
 
     @model_validator(mode="after")
     def _fits_together(self) -> DiscriminatorOptions:
         if self.kind == "patch" and self.penalty_on == "features":
-            raise ValueError("a patch discriminator has no features: penalty_on has to be pixels")
+            raise ValueError("a patch discriminator has no features: set penalty_on: pixels")
         for kind, keys in _OF_KIND.items():
             given = [k for k in keys if getattr(self, k) != type(self).model_fields[k].default]
             if kind != self.kind and given:
                 raise ValueError(
-                    f"{given[0]} is of a {kind} discriminator, this one is {self.kind}: "
+                    f"{given[0]} belongs to a {kind} discriminator, and this one is {self.kind}: "
                     f"leave out {given[0]}, or set kind: {kind}"
                 )
         return self
@@ -234,39 +257,37 @@ class DiscriminatorOptions(Section):
 
 
 class TextOptions(Section):
-    """Keys of ``text:``; the network is that of ``clip:``, which has embedded the data as well."""
+    """Keys of ``text:``; the network is that of ``clip:``, which embedded the data too."""
 
     embed_dim: int = Field(
-        512, ge=1, description="size of the embeddings of clip: 512 of CLIP's ViT-B, 768 of ViT-L"
+        512, ge=1, description="size of the embeddings of clip:; CLIP ViT-B: 512, ViT-L: 768"
     )
     condition: Literal["images", "captions"] = Field(
         "images",
-        description="what is asked for in training: each real picture's own embedding (needs no "
+        description="what training conditions on: the embedding of the real image (needs no "
         "captions), or that of its caption",
     )
     noise: float = Field(
         0.75,
         ge=0,
-        description="of images: length of the noise that makes their embeddings as far from "
-        "themselves as captions are",
+        description="length of the noise added to an image embedding, so that it is as far from "
+        "the image as captions are",
     )
-    dropout: float = Field(
-        0.2, ge=0, lt=1, description="share of samples that are asked for nothing"
-    )
+    dropout: float = Field(0.2, ge=0, lt=1, description="share of samples that are unconditional")
     clip_weight: float = Field(
         1.0,
         ge=0,
-        description="weight of 1 - cos between the embedding of a picture and what was asked for",
+        description="weight of 1 - cos between the embedding of an image and its condition",
     )
     joint_weight: float = Field(
         1.0,
         ge=0,
-        description="how much, beside features, what was asked for counts in objectives between "
-        "distributions: they compare what belongs together; 0: features alone",
+        description="weight of the condition relative to the features in objectives that compare "
+        "distributions: they compare the joint distribution of both; 0: features only",
     )
-    mapping_layers: int = Field(2, ge=1, description="dense layers that join z and embedding")
+    mapping_layers: int = Field(2, ge=1, description="dense layers that combine z and embedding")
 
     @property
     def level(self) -> str:
-        """The level that holds what is asked for."""
+        """The level that holds the conditions."""
         return "text" if self.condition == "captions" else "clip"

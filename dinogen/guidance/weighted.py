@@ -1,4 +1,4 @@
-"""The weighted sum of a config's objectives: its losses, its floor, its held-out figures."""
+"""The weighted sum of a config's objectives: its losses, its floor, its held-out values."""
 
 from __future__ import annotations
 
@@ -8,137 +8,141 @@ import torch
 from torch import Tensor
 
 from dinogen.batch import Batch, Features, Losses, Scalars
-from dinogen.guidance.gradient_cache import JointObjective, is_of, real_features
-from dinogen.guidance.guides import Teacher
-from dinogen.guidance.objectives import AnyTerm, Energy, Mse, Paired, PairTerm, SetTerm, titles
-from dinogen.losses.features import collapse_floor, pyramid_mse
+from dinogen.guidance.gradient_cache import GlobalBatchObjective
+from dinogen.guidance.guides import GuideSet
+from dinogen.guidance.objectives import (
+    AnyObjective,
+    DistributionObjective,
+    Energy,
+    Mse,
+    Paired,
+    PairObjective,
+    is_of,
+    titles,
+)
+from dinogen.losses.features import collapse_floor
 
-# Real pictures from which the floors of objectives between distributions are worked out.
+# Real images from which the floors of objectives between distributions are estimated.
 _NUM_REALS = 512
 
 
-class Objective:
-    """What a generator is taught by features, of one stage.
+class WeightedObjectives:
+    """The objectives of one stage, over all microbatches and ranks.
 
     Args:
-        terms: as the config names them.
-        teacher: of the run; its levels are compared.
+        objectives: as the config names them.
+        guides: of the run; their levels are compared. They do not normalize features: each
+            objective has its own way.
         seed: of the run.
         batch: size of the global batch.
-        split: of the reals that the floors are worked out from.
-        features: of a microbatch's generated images.
-        beside: what its samples are conditioned on, see :class:`JointObjective`.
+        split: of the real images that the floors are estimated from.
+        features: returns the features of a microbatch's generated images.
+        conditions: see :class:`GlobalBatchObjective`.
     """
 
     def __init__(
         self,
-        terms: Sequence[AnyTerm],
-        teacher: Teacher,
+        objectives: Sequence[AnyObjective],
+        guides: GuideSet,
         seed: int,
         batch: int,
         split: str,
         features: Callable[[Batch], Features],
-        beside: Callable[[Batch], Tensor] | None = None,
+        conditions: Callable[[Batch], Tensor] | None = None,
     ) -> None:
-        named = dict(zip(titles(terms), terms, strict=True))
-        self.levels = teacher.levels
-        self.pairs = {name: term for name, term in named.items() if isinstance(term, PairTerm)}
-        self.sets = {name: term for name, term in named.items() if isinstance(term, SetTerm)}
-        self.scales = teacher.scales()
-        self.joint = JointObjective(self.sets, self.scales, seed, batch, features, beside)
-        # One measure for all of them, so that runs with different objectives can be compared.
-        self.judge = JointObjective({"energy": Energy()}, self.scales, seed, batch, features)
-        self.floors = {
-            name: term.weight * self._collapse_floor(term, teacher)
-            for name, term in self.pairs.items()
-            if isinstance(term, Mse)
+        named = dict(zip(titles(objectives), objectives, strict=True))
+        self.pairs = {name: one for name, one in named.items() if isinstance(one, PairObjective)}
+        self.distributions = {
+            name: one for name, one in named.items() if isinstance(one, DistributionObjective)
         }
-        if self.sets and beside is None:
-            self.floors |= self.joint.floors(teacher.reals(_NUM_REALS, split))
+        self.guides = guides
+        self.global_batch = GlobalBatchObjective(
+            self.distributions, guides.scales, seed, batch, features, conditions
+        )
+        # The same measure for every run, so that runs with different objectives can be compared.
+        self.energy = GlobalBatchObjective(
+            {"energy": Energy()}, guides.scales, seed, batch, features
+        )
+        self.floors = {
+            name: one.weight * self._collapse_floor(one)
+            for name, one in self.pairs.items()
+            if isinstance(one, Mse)
+        }
+        if self.distributions and conditions is None:
+            self.floors |= self.global_batch.floors(guides.read_real(_NUM_REALS, split))
 
     @property
     def paired(self) -> bool:
         """Whether z has to be a function of the sample's key."""
-        return any(isinstance(term, Paired) for term in self.pairs.values())
+        return any(isinstance(one, Paired) for one in self.pairs.values())
 
     @property
     def floor(self) -> float | None:
-        """The least that the summed losses can reach, where it is known.
+        """The least value of the summed losses, where it is known.
 
-        Of ``mse`` it is the collapse floor, which one answer for every z reaches; of objectives
-        between distributions it is what reals reach against other reals.
+        For ``mse`` it is the collapse floor, which the same image for every z reaches; for
+        objectives between distributions it is what real images reach against other real images.
         """
-        known = len(self.floors) == len(self.pairs) + len(self.sets)
+        known = len(self.floors) == len(self.pairs) + len(self.distributions)
         return sum(self.floors.values()) if known else None
 
     def losses(self, batch: Batch, features: Features, keep: Tensor | None = None) -> Losses:
-        """Weighted losses and what else is worth a curve, as ``Phase.losses`` gives them.
+        """Weighted losses and other values to plot, as ``Phase.losses`` returns them.
 
         Args:
-            batch: a microbatch, with the stored features of its real pictures.
-            features: of its generated pictures.
-            keep: (B,) bool, which of them were asked to be their real pictures; all without it.
+            batch: a microbatch, with the stored features of its real images.
+            features: of its generated images.
+            keep: (B,) bool, which of them are conditioned on their real images; default: all.
         """
         losses: Scalars = {}
         report: Scalars = {}
         if self.pairs:
-            real = self.real(batch)
-            for name, term in self.pairs.items():
-                losses[name] = term.weight * self._pair(
-                    term, features, real, self._taught(term, keep)
-                )
-        if self.sets:
-            joint, report = self.joint.losses(batch, features)
-            losses |= joint
+            real = self.guides.real(batch)
+            for name, one in self.pairs.items():
+                kept = self._kept(one, keep)
+                losses[name] = one.weight * one.error(features, real, self.guides.scales, kept)
+        if self.distributions:
+            more, report = self.global_batch.losses(batch, features)
+            losses |= more
         return losses, report
 
     def held_out_pairs(self, features: Features, batch: Batch) -> Scalars:
         """Mean squared errors of samples that were not trained on, by name."""
-        real = self.real(batch)
-        return {name: self._pair(term, features, real) for name, term in self.pairs.items()}
+        real = self.guides.real(batch)
+        scales = self.guides.scales
+        return {name: one.error(features, real, scales) for name, one in self.pairs.items()}
 
-    def held_out_sets(self, features: Features, batch: Batch) -> Scalars:
-        """Energy distance between generated samples, two at least, and those of ``batch``: a mean
-        over these.
+    def held_out_distributions(self, features: Features, batch: Batch) -> Scalars:
+        """Energy distance between at least two generated samples and those of ``batch``.
+
+        It is a mean over the samples of ``batch``.
         """
 
         def none(size: int, number: int) -> Tensor:
             raise AssertionError("energy has no directions")
 
-        return {"energy": self.judge.compare(features, self.real(batch), none).losses["energy"]}
+        found = self.energy.compare(features, self.guides.real(batch), none)
+        return {"energy": found.losses["energy"]}
 
-    def real(self, batch: Batch) -> Features:
-        """Stored features of a batch's real pictures, by level."""
-        return {level: real_features(batch, level).float() for level in self.levels}
-
-    def _taught(self, term: PairTerm, keep: Tensor | None) -> Tensor | None:
-        # Against a real picture that neither words nor z tell it to be, a sample's best answer is
-        # the mean: objectives between distributions know better, where they look at the same.
+    def _kept(self, one: PairObjective, keep: Tensor | None) -> Tensor | None:
+        # Without a condition or a z of its own, a sample's best answer to its real image is the
+        # mean. It is left to objectives between distributions, if they compare the same levels.
         compared = all(
-            any(is_of(level, other.guides) for other in self.sets.values())
-            for level in self.levels
-            if is_of(level, term.guides)
+            any(is_of(level, other.guides) for other in self.distributions.values())
+            for level in self.guides.levels
+            if is_of(level, one.guides)
         )
-        return keep if compared and not isinstance(term, Paired) else None
+        return keep if compared and not isinstance(one, Paired) else None
 
-    def _pair(
-        self, term: PairTerm, generated: Features, real: Features, keep: Tensor | None = None
-    ) -> Tensor:
-        sides: list[Features] = []
-        for features in (generated, real):
-            own = {k: v for k, v in features.items() if is_of(k, term.guides)}
-            sides.append({k: v * self.scales[k] for k, v in own.items()} if term.normalize else own)
-        return pyramid_mse(sides[0], sides[1], keep)
-
-    def _collapse_floor(self, term: PairTerm, teacher: Teacher) -> float:
-        floors = []
-        for level in self.levels:
-            if not is_of(level, term.guides):
+    def _collapse_floor(self, one: PairObjective) -> float:
+        floors, data = [], self.guides.data
+        for level in self.guides.levels:
+            if not is_of(level, one.guides):
                 continue
-            if term.normalize:
-                variance = torch.from_numpy(teacher.data.level_variance(level))
-                scale = self.scales[level].cpu()
+            if one.normalize:
+                variance = torch.from_numpy(data.level_variance(level))
+                scale = self.guides.scales[level].cpu()
                 floors.append(float((variance * scale.square()).mean()))
             else:
-                floors.append(teacher.data.total_variance(level))
+                floors.append(data.total_variance(level))
         return collapse_floor(floors)

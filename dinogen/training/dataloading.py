@@ -33,11 +33,12 @@ class Dataloader:
         self._streams = [
             _stream(state, stage.batch, state.config.seed, progress.nimg, inputs.image_size)
         ]
-        if inputs.bank:
+        if inputs.reference_batch:
             num_steps = (progress.nimg - state.plan.start) // stage.batch
+            # the purpose of earlier versions: another one would give other batches
             first, second = rng.derive(state.config.seed, f"bank/{stage.resolution}")
-            seed, start = first << 32 | second, num_steps * inputs.bank
-            self._streams.append(_stream(state, inputs.bank, seed, start, None))
+            seed, start = first << 32 | second, num_steps * inputs.reference_batch
+            self._streams.append(_stream(state, inputs.reference_batch, seed, start, None))
         self._stack = ExitStack()
 
     @property
@@ -50,8 +51,8 @@ class Dataloader:
 
     def __next__(self) -> Batch:
         batch = cast(Batch, next(self._streams[0]))
-        for bank in self._streams[1:]:
-            batch["bank"] = cast(Batch, next(bank))
+        for stream in self._streams[1:]:
+            batch["reference_batch"] = cast(Batch, next(stream))
         return batch
 
     def __enter__(self) -> Dataloader:

@@ -120,10 +120,10 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
             f"stages: batch {stage.batch} of {name} is smaller than the number of ranks "
             f"{process_group.world_size()}: each rank needs a picture"
         )
-    if 0 < inputs.bank < process_group.world_size():
+    if 0 < inputs.reference_batch < process_group.world_size():
         raise ConfigError(
-            f"family.bank: {inputs.bank} reals are fewer than the {process_group.world_size()} "
-            "ranks that share them: give more, or 0"
+            f"family.reference_batch: {inputs.reference_batch} is smaller than the number of "
+            f"ranks, {process_group.world_size()}, and each needs a sample: set it higher, or to 0"
         )
 
 

@@ -1,4 +1,4 @@
-"""The guided family: which levels it reads, what it calls collapsed, a discriminator beside it."""
+"""The guided family: the levels it reads, when it has collapsed, its optional discriminator."""
 
 from __future__ import annotations
 
@@ -63,31 +63,34 @@ def test_one_objective_may_be_named_alone(tmp_path):
         (["family.objectives=[{name: energy, guides: [clip]}]"], "there is no guide clip"),
         (["family.grids={pixel: [8]}"], "there is no guide pixel"),
         (["family.grids={main: []}"], "grids.main"),
-        (["family.bank=8"], "family.bank"),
-        (["family.objectives=[{name: mmd}]", "family.bank=1"], "family.bank have"),
-        (["family.objectives=[{name: energy}]", "stages.0.batch=1"], "2 at least"),
-        (["family.objectives=[{name: energy}, {name: paired}]"], "beside paired needs reals"),
-        (["family.objectives=[{name: energy}]", "family.text={}"], "beside text needs reals"),
+        (["family.reference_batch=8"], "family.reference_batch"),
+        (
+            ["family.objectives=[{name: mmd}]", "family.reference_batch=1"],
+            "family.reference_batch must be >= 2",
+        ),
+        (["family.objectives=[{name: energy}]", "stages.0.batch=1"], "must be >= 2"),
+        (["family.objectives=[{name: energy}, {name: paired}]"], "combined with paired: otherwise"),
+        (["family.objectives=[{name: energy}]", "family.text={}"], "combined with text: otherwise"),
         (
             [
-                "family.objectives=[{name: energy, views: [place]}]",
+                "family.objectives=[{name: energy, views: [location]}]",
                 "family.text={clip_weight: 0}",
             ],
-            "heed it",
+            "learn to ignore it",
         ),
-        (["family.discriminator={from_resolution: 32}"], "no stage is as large"),
+        (["family.discriminator={from_resolution: 32}"], "all stages are smaller"),
         (["family.discriminator={patch_scales: 1}"], "leave out patch_scales, or set kind: patch"),
         (["family.discriminator={kind: patch, grid: 8}"], "leave out grid, or set kind"),
-        (["guides={main: {name: pixels}}"], "none of clip, main"),
-        (["family.objectives=[{name: paired, num_latents: 8}]"], "more than z_dim 8"),
+        (["guides={main: {name: pixels}}"], "not clip, main"),
+        (["family.objectives=[{name: paired, num_latents: 8}]"], "must be > z_dim 8"),
         (
             [
                 "family.objectives=[{name: paired, num_latents: 9}]",
                 "family.text={embed_dim: 4}",
             ],
-            "know no text",
+            "cannot be combined with text",
         ),
-        (["family.objectives=[{name: paired}, {name: paired}]"], "paired once"),
+        (["family.objectives=[{name: paired}, {name: paired}]"], "paired at most once"),
     ],
 )
 def test_mistakes_are_named(overrides, words, tmp_path):
@@ -96,19 +99,19 @@ def test_mistakes_are_named(overrides, words, tmp_path):
         built(tmp_path, *overrides)
 
 
-def test_a_bank_is_read_beside_each_batch(two_guides, tmp_path):  # noqa: F811
-    """Another bank, other weights; parts of the batch see the same one."""
+def test_a_reference_batch_is_read_in_each_step(two_guides, tmp_path):  # noqa: F811
+    """Another reference batch gives other weights; all microbatches use the same one."""
     runs = {
-        "bank": ["family.bank=6"],
-        "parts": ["family.bank=6", "engine.micro_batch=3"],
+        "reference": ["family.reference_batch=6"],
+        "parts": ["family.reference_batch=6", "engine.micro_batch=3"],
         "none": [],
     }
     found = {}
     for name, overrides in runs.items():
         train(objective_config(two_guides, tmp_path / name, "energy", *overrides))
         found[name] = tensors(tmp_path / name / "energy")["G/dense.weight"]
-    torch.testing.assert_close(found["parts"], found["bank"], rtol=1e-3, atol=2e-5)
-    assert (found["bank"] - found["none"]).abs().max() > 1e-4
+    torch.testing.assert_close(found["parts"], found["reference"], rtol=1e-3, atol=2e-5)
+    assert (found["reference"] - found["none"]).abs().max() > 1e-4
 
 
 def test_a_factor_for_a_network_of_no_stage_is_refused(two_guides, tmp_path):  # noqa: F811
@@ -117,15 +120,17 @@ def test_a_factor_for_a_network_of_no_stage_is_refused(two_guides, tmp_path):  #
         train(config)
 
 
-def test_a_bank_that_ranks_cannot_share_is_refused(two_guides, tmp_path, monkeypatch):  # noqa: F811
-    config = objective_config(two_guides, tmp_path, "energy", "family.bank=2")
+def test_a_reference_batch_smaller_than_the_ranks_is_refused(two_guides, tmp_path, monkeypatch):  # noqa: F811
+    config = objective_config(two_guides, tmp_path, "energy", "family.reference_batch=2")
     monkeypatch.setattr("dinogen.distributed.process_group.world_size", lambda: 3)
-    with pytest.raises(ConfigError, match=r"family\.bank: 2 reals are fewer than the 3 ranks"):
+    with pytest.raises(
+        ConfigError, match=r"family\.reference_batch: 2 is smaller than the number of ranks, 3"
+    ):
         check_run(config, [0], open_data(config))
 
 
-def test_with_a_bank_it_goes_on_bitwise(two_guides, tmp_path):  # noqa: F811
-    given = ["family.bank=6", "checkpoint.every_kimg=0.008"]
+def test_with_a_reference_batch_it_resumes_bitwise(two_guides, tmp_path):  # noqa: F811
+    given = ["family.reference_batch=6", "checkpoint.every_kimg=0.008"]
     train(objective_config(two_guides, tmp_path / "whole", "drift", *given))
     train(objective_config(two_guides, tmp_path / "cut", "drift", *given, "stages.0.kimg=0.008"))
     train(objective_config(two_guides, tmp_path / "cut", "drift", *given))
@@ -140,7 +145,7 @@ def adversaries(two_guides, tmp_path_factory):  # noqa: F811
     return out / "whole"
 
 
-def test_a_discriminator_is_trained_beside_it(adversaries):
+def test_a_discriminator_is_trained(adversaries):
     for name in ADVERSARIES:
         files = {key.partition("/")[0] for key in tensors(adversaries / name)}
         assert {"G", "G.ema", "D", "optim"} <= files

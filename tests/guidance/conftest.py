@@ -11,10 +11,10 @@ from dinogen.config import GuideConfig, StageConfig
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid
-from dinogen.guidance.discriminator import Discriminating
+from dinogen.guidance.discriminator import Adversary
 from dinogen.guidance.options import DiscriminatorOptions
 from tests.families.tiny import RESOLUTION, discs, pack_discs
-from tests.guidance.judges import KINDS, SIDE
+from tests.guidance.discriminators import KINDS, SIDE
 
 CPU = torch.device("cpu")
 GRIDS = (RESOLUTION // 2, RESOLUTION)
@@ -22,7 +22,7 @@ GRIDS = (RESOLUTION // 2, RESOLUTION)
 
 @pytest.fixture(scope="session")
 def two_guides(tmp_path_factory) -> Path:
-    """Packed discs; the guide that made their main features lies beside them."""
+    """Packed discs; the guide that made their main features is next to them."""
     folder = tmp_path_factory.mktemp("guidance")
     make_random_dinov2(folder / "guide", seed=0, hidden_size=16, num_layers=1, num_heads=2)
     guides = {
@@ -64,14 +64,14 @@ def guide(main):
 
 @pytest.fixture
 def make(main, guide):
-    """Builds a discriminator of one of the kinds, ready to judge."""
+    """Builds a discriminator of one of the kinds, ready to use."""
 
     def build(kind="whole", side=SIDE, **options):
         torch.manual_seed(0)
         own = DiscriminatorOptions(**KINDS[kind], **options)
         stage = StageConfig(resolution=side, kimg=1)
-        judge = Discriminating(own, main, stage, 11, CPU)
-        judge.begin(guide)
-        return judge
+        adversary = Adversary(own, main, stage, 11, CPU)
+        adversary.begin(guide)
+        return adversary
 
     return build

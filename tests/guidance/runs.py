@@ -15,10 +15,10 @@ OBJECTIVES = {
     "energy": [{"name": "energy"}, {"name": "mse", "weight": 0.1, "guides": ["main"]}],
     "mmd": [{"name": "mmd", "guides": ["main"]}, {"name": "mmd", "guides": ["pixels"]}],
     "sliced_wasserstein": [{"name": "sliced_wasserstein", "num_slices": 4}],
-    "drift": [{"name": "drift", "views": ["place", "map"], "widths": [0.1, 0.3]}],
+    "drift": [{"name": "drift", "views": ["location", "global"], "widths": [0.1, 0.3]}],
 }
 
-# A discriminator beside an objective; the tiny guide has one layer, so it is looked through anew.
+# Discriminators that are added to an objective.
 PATCH = {
     "kind": "patch",
     "from_resolution": 16,
@@ -37,7 +37,7 @@ ADVERSARIES = {"patch": PATCH, "projected": PROJECTED}
 
 
 def adversary_config(data: Path, out: Path, name: str, *overrides: str) -> Config:
-    """Four steps of 8 with a discriminator beside energy."""
+    """Four steps of 8 with energy and a discriminator."""
     given = [
         "family.objectives=[{name: energy, weight: 0.5, guides: [main]}]",
         f"family.discriminator={ADVERSARIES[name]}",

@@ -51,7 +51,7 @@ def test_rows_that_agree_in_a_direction_are_not_blown_up():
 
 def test_a_linear_generator_finds_the_principal_components():
     """Points near a plane in eight dimensions: learnt latents find the plane, drawn ones cannot,
-    and pictures of standard normal latents are spread as the points are."""
+    and images of standard normal latents are spread as the points are."""
     torch.manual_seed(0)
     points = torch.randn(100, 2) @ torch.randn(2, 8) + 0.05 * torch.randn(100, 8) + 1
     missed = {}

@@ -1,4 +1,4 @@
-"""Pictures asked for by CLIP's embeddings: trained, resumed, on ranks, sampled by prompts."""
+"""Images conditioned on CLIP's embeddings: trained, resumed, on ranks, sampled by prompts."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def drawn_data(tmp_path_factory) -> Path:
     clip = load_clip(ClipConfig(path=str(random_clip(folder / "clip"))), torch.device("cpu"))
     guide = load_guide(GuideConfig(name="pixels"), torch.device("cpu"))
     rows = drawn.some_attributes(24, 0)
-    pictures = drawn.draw(rows, 1, size=16)
-    tensors = drawn.as_tensor(pictures)
+    faces = drawn.draw(rows, 1, size=16)
+    tensors = drawn.as_tensor(faces)
     captions = [drawn.caption(row) for row in rows]
     captions[5] = None
     with torch.no_grad():
@@ -50,7 +50,7 @@ def drawn_data(tmp_path_factory) -> Path:
         images = clip.images(tensors).half().numpy()
         texts = [clip.captions([text])[0] if text else torch.zeros(EMBED_DIM) for text in captions]
     samples = []
-    for number, pixels in enumerate(pictures):
+    for number, pixels in enumerate(faces):
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
         levels = {
@@ -86,8 +86,8 @@ def text_config(data, run, condition, *overrides):
         "guide={name: pixels}",
         f"clip.path={data.parent / 'clip'}",
         f"family.text={json.dumps(TEXTS[condition])}",
-        "family.objectives=[{name: energy, views: [map]}]",
-        "family.bank=6",
+        "family.objectives=[{name: energy, views: [global]}]",
+        "family.reference_batch=6",
     ]
     return tiny_config("guided", data, run / condition, *given, *overrides)
 
@@ -131,7 +131,7 @@ def test_ranks_and_parts_train_as_one(whole, drawn_data, tmp_path):
                 )
 
 
-def test_each_prompt_has_pictures_of_its_own(whole):
+def test_each_prompt_has_images_of_its_own(whole):
     snapshot = load_snapshot(whole / "images")
     nothing = snapshot.sample(4, 0)
     both = snapshot.sample(4, 0, snapshot.condition(["a face, red hair", "a face, glasses"], 2.0))
@@ -143,12 +143,12 @@ def test_each_prompt_has_pictures_of_its_own(whole):
     assert torch.equal(snapshot.sample(4, 0), nothing), "no condition stays behind"
 
 
-def test_samples_without_a_caption_are_asked_for_nothing(drawn_data, tmp_path):
+def test_samples_without_a_caption_are_unconditional(drawn_data, tmp_path):
     state = StageState(text_config(drawn_data, tmp_path, "captions", "family.text.dropout=0"), 0)
     batch = state.data.read(range(18), levels=state.family.inputs.levels)
-    asked = state.family.training.text.asked(batch, "ask")
+    conditioning = state.family.training.text.conditioning(batch, "ask")
     there = [bool(state.data.sample(number).caption) for number in range(18)]
-    assert asked.keep.tolist() == there
+    assert conditioning.keep.tolist() == there
     assert sum(there) >= 17
 
 
@@ -164,7 +164,7 @@ PAIRS_AND_SETS = {
 
 
 @pytest.mark.parametrize("case", list(PAIRS_AND_SETS))
-def test_samples_of_nothing_are_not_drawn_to_the_mean_where_others_teach_them(
+def test_unconditional_samples_are_not_pulled_to_the_mean_if_another_objective_has_them(
     case, drawn_data, tmp_path
 ):
     terms, left_out = PAIRS_AND_SETS[case]
@@ -174,7 +174,7 @@ def test_samples_of_nothing_are_not_drawn_to_the_mean_where_others_teach_them(
         "images",
         "family.text.dropout=0.5",
         f"family.objectives={json.dumps(terms)}",
-        f"family.bank={6 if len(terms) > 1 else 0}",
+        f"family.reference_batch={6 if len(terms) > 1 else 0}",
         f"guides={'{more: {name: pixels}}' if 'more' in str(terms) else '{}'}",
     )
     state = StageState(config, 0)
@@ -183,20 +183,20 @@ def test_samples_of_nothing_are_not_drawn_to_the_mean_where_others_teach_them(
 
     def losses_with_other(rows):
         batch = data.read(range(18), levels=levels)
-        batch["bank"] = data.read(range(6), levels=levels)
+        batch["reference_batch"] = data.read(range(6), levels=levels)
         batch["pyramid"][16][rows] += 1
         trained = family.phases[-1].losses(batch)[0][terms[0]["name"]]
         return trained.item(), family.held_out({"G": family.G}, batch)[terms[0]["name"]].item()
 
     batch = data.read(range(18), levels=levels)
-    keep = family.training.text.asked(batch, "ask").keep.numpy()
+    keep = family.training.text.conditioning(batch, "ask").keep.numpy()
     assert 3 < keep.sum() < 15
     whole, other = losses_with_other([]), losses_with_other(~keep)
     assert (other[0] == whole[0]) == left_out
-    # Held-out pictures are all asked for, so a run with more dropout is judged as one with less.
+    # All held-out images are conditional, so dropout does not change how a run is measured.
     assert other[1] != whole[1]
     assert losses_with_other(keep)[0] != whole[0]
-    assert family.training.text.asked(batch, "ask/held-out", drop=False).keep.all()
+    assert family.training.text.conditioning(batch, "ask/held-out", drop=False).keep.all()
 
 
 def test_the_command_samples_by_prompts(whole, tmp_path):
@@ -210,7 +210,7 @@ def test_the_command_samples_by_prompts(whole, tmp_path):
 
 
 def test_prompts_are_measured_and_change_no_other_figure(whole, drawn_data, tmp_path):
-    """Against the pictures of the command line, embedded and compared by hand."""
+    """Against the images of the command line, embedded and compared by hand."""
     run = whole / "captions"
     prompts = ["a face, red hair", "a face, glasses", "a face, smiling"]
     (tmp_path / "prompts.txt").write_text("\n".join([*prompts, "", prompts[0]]))
@@ -260,7 +260,7 @@ def test_another_clip_is_refused(whole, drawn_data, tmp_path):
         StageState(config, 0)
 
 
-def test_runs_without_text_cannot_be_asked(drawn_data, tmp_path):
+def test_runs_without_text_take_no_prompts(drawn_data, tmp_path):
     config = text_config(drawn_data, tmp_path, "images", "family.text=null", "clip=null")
     train(config)
     result = CliRunner().invoke(app, ["sample", str(config.run), "--text", "a face"])

@@ -18,7 +18,7 @@ from PIL import Image
 from dinogen.config import GuideConfig
 from dinogen.config.prepare import FacesConfig
 from dinogen.features import load_guide, native_pyramid
-from dinogen.guidance.guides import Teacher
+from dinogen.guidance.guides import GuideSet, load_guides
 from dinogen.prepare import join
 from dinogen.prepare.faces.detect import FaceDetector
 from dinogen.prepare.faces.folder import write_faces
@@ -242,15 +242,15 @@ def test_generated_images_are_enlarged_as_the_real_ones_were(name, datasets, che
     data = open_dataset(datasets / name)
     config = tiny_config("guided", datasets / name, datasets / "run", f"guide.path={checkpoint}")
     caplog.set_level(logging.WARNING)
-    teacher = Teacher(config, ("n8",), data, CPU)
+    guides = GuideSet(load_guides(config, ("n8",), CPU), data, ("n8",), normalize=False)
     assert ("earlier version" in caplog.text) == (name == "earlier")
     batch = data.read([0, 1], image_size=8, levels=["n8"])
     with torch.inference_mode():
-        features = teacher.features(batch["image"])["n8"]
+        features = guides(batch["image"])["n8"]
     apart = (features - batch["pyramid"][8].float()).abs()
-    teacher.antialias = not teacher.antialias
+    guides.antialias = not guides.antialias
     with torch.inference_mode():
-        others = (teacher.features(batch["image"])["n8"] - batch["pyramid"][8].float()).abs()
+        others = (guides(batch["image"])["n8"] - batch["pyramid"][8].float()).abs()
     assert apart.mean() < 0.5 * others.mean()
 
 
@@ -262,7 +262,8 @@ def test_a_mix_of_both_says_so_and_follows_the_first(names, datasets, checkpoint
     mix = MixedDataset([open_dataset(datasets / name) for name in names], [Fraction(1)] * 2)
     assert "images were resized for the guides in different ways" in caplog.text
     config = tiny_config("guided", datasets / "today", datasets / "run", f"guide.path={checkpoint}")
-    assert Teacher(config, ("n8",), mix, CPU).antialias == (names[0] == "today")
+    guides = GuideSet(load_guides(config, ("n8",), CPU), mix, ("n8",))
+    assert guides.antialias == (names[0] == "today")
     caplog.clear()
     MixedDataset([open_dataset(datasets / names[0])] * 2, [Fraction(1)] * 2)
     assert not caplog.records

@@ -191,7 +191,7 @@ def test_what_is_no_export_is_one_clear_error(make_config, tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
     for name, message in [
         ("none.safetensors", "cannot be read"),
-        (".", "cannot be read"),
+        (".", "no run here"),
         ("text.safetensors", "cannot be read as safetensors"),
         ("other.safetensors", "no generator of dinogen"),
     ]:

@@ -20,7 +20,7 @@ from dinogen.families.base import Family
 from dinogen.families.registry import family_class
 from dinogen.files import write_bytes
 from dinogen.training.checkpointing.checkpoint import on_host
-from dinogen.training.checkpointing.snapshot import load_snapshot
+from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
 from dinogen.training.preflight import past_config
 from dinogen.training.stages import find_stage
 from dinogen.training.state import sample_in_parts
@@ -68,7 +68,17 @@ def export(
         ConfigError: no such checkpoint, or ``path`` is no name for such a file.
     """
     _check_name(path)
-    snapshot = load_snapshot(run, resolution, nimg)
+    generator = _generator_of(load_snapshot(run, resolution, nimg))
+    network, info = generator.network, generator.info
+    (tensors,) = on_host({"G": network.state_dict()}).values()
+    write_bytes(path, save(tensors, {INFO: json.dumps(info, allow_nan=False)}))
+    if info["random_guide"]:
+        log.warning("RANDOM GUIDE: what %s holds was taught by random weights: a test only", path)
+    return Exported(path, info, sum(p.numel() for p in network.parameters()))
+
+
+def _generator_of(snapshot: Snapshot) -> Generator:
+    """The averaged generator of a checkpoint."""
     family, state = snapshot.family, snapshot.checkpoint.state
     name = family.ema_networks[0]
     network = snapshot.ema.networks[name]
@@ -89,16 +99,12 @@ def export(
         "config": state["config"],
         "versions": state["versions"],
     }
-    tensors = on_host({name: network.state_dict()})[name]
-    write_bytes(path, save(tensors, {INFO: json.dumps(info, allow_nan=False)}))
-    if info["random_guide"]:
-        log.warning("RANDOM GUIDE: what %s holds was taught by random weights: a test only", path)
-    return Exported(path, info, sum(p.numel() for p in network.parameters()))
+    return Generator(network, info, family)
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A generator that was read from an exported file.
+    """A generator that was read from a run or from an exported file.
 
     Attributes:
         network: in eval mode and without gradients, on this process's device.
@@ -133,13 +139,19 @@ def load_exported(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def load_generator(path: Path | str) -> Generator:
-    """Rebuild the generator of an exported file; its run is not needed.
+    """Load the generator of a run, or of a file that ``dinogen export`` wrote.
+
+    Args:
+        path: the folder of a run: the moving average in its newest checkpoint, of the largest stage
+            that has one; or a file, for which no run is needed.
 
     Raises:
-        ConfigError: no such file, not one of :func:`export`, or of a dinogen whose config this one
-            does not know.
+        ConfigError: no such run or file, a run without a checkpoint, a file that ``dinogen export``
+            did not write, or one of a version of dinogen with other config keys.
     """
     path = Path(path)
+    if path.is_dir():
+        return _generator_of(load_snapshot(path))
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

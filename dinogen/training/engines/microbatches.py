@@ -33,18 +33,20 @@ def split(batch: Batch, num_parts: int, device: torch.device) -> list[tuple[Batc
 
     Returns:
         Parts and their numbers of samples, as equal as can be. Where there are more parts than
-        samples, a part repeats a sample and counts 0. The bank is in all of them, whole.
+        samples, a part repeats a sample and counts 0. Each holds the whole reference batch.
     """
     size = len(batch["key"])
-    bank = cast(Batch, _part(batch["bank"], slice(None), device)) if "bank" in batch else None
+    reference: Batch | None = None
+    if "reference_batch" in batch:
+        reference = cast(Batch, _part(batch["reference_batch"], slice(None), device))
     parts = []
     for i in range(num_parts):
         first, end = size * i // num_parts, size * (i + 1) // num_parts
         part = slice(first, end) if end > first else slice(size - 1, size)
-        own = {name: value for name, value in batch.items() if name != "bank"}
+        own = {name: value for name, value in batch.items() if name != "reference_batch"}
         micro = cast(Batch, _part(own, part, device))
-        if bank is not None:
-            micro["bank"] = bank
+        if reference is not None:
+            micro["reference_batch"] = reference
         parts.append((micro, end - first))
     return parts
 

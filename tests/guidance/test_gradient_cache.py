@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinogen.guidance import gradient_cache
-from dinogen.guidance.gradient_cache import JointObjective
+from dinogen.guidance import objectives
+from dinogen.guidance.gradient_cache import GlobalBatchObjective
 from dinogen.guidance.objectives import Drift, Energy, Mmd, SlicedWasserstein, titles
 from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from tests.guidance.runs import OBJECTIVES, train_all
@@ -16,7 +16,7 @@ TERMS = {
     "energy": Energy(weight=0.5),
     "mmd": Mmd(guides=("pixels",)),
     "sliced_wasserstein": SlicedWasserstein(num_slices=3),
-    "drift": Drift(views=("place", "map"), widths=(0.2,)),
+    "drift": Drift(views=("location", "global"), widths=(0.2,)),
 }
 SIZE = 6
 
@@ -78,7 +78,7 @@ def set_up(batch=SIZE):
         return {"p2": flat[:, :12].reshape(-1, 4, 3), "pixels.p1": flat[:, 12:, None].mT}
 
     scales = {"p2": torch.tensor([1.0, 2.0, 0.5]), "pixels.p1": torch.ones(3)}
-    objective = JointObjective(TERMS, scales, 0, batch, features)
+    objective = GlobalBatchObjective(TERMS, scales, 0, batch, features)
     micro = {
         "z": z,
         "key": [str(i) for i in range(batch)],
@@ -121,16 +121,16 @@ def test_the_gradient_is_that_of_the_plain_sum():
             for view in term.views:
                 sets = (
                     [x.transpose(0, 1) for x in (ours, theirs)]
-                    if view == "place"
+                    if view == "location"
                     else [x.reshape(1, SIZE, -1) for x in (ours, theirs)]
                 )
-                part = term.compare(*sets, directions)[0]
+                part = term.compare_sets(*sets, directions)[0]
                 total = total + term.weight * part / (len(levels) * len(term.views))
     (want,) = torch.autograd.grad(total, weight)
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
     assert float(sum(losses.values()).detach()) == pytest.approx(float(total.detach()), rel=1e-5)
     assert seen
-    assert "energy.p2.place" in report
+    assert "energy.p2.location" in report
 
 
 @pytest.mark.parametrize("sizes", [(3, 3), (1, 4, 1), (2, 0, 4)])
@@ -155,7 +155,7 @@ def test_the_cached_gradient_is_the_uncached_one(sizes):
 def test_places_are_compared_in_blocks_of_bounded_size(monkeypatch):
     objective, features, weight, micro, *_ = set_up()
     (want,) = torch.autograd.grad(sum(objective.losses(micro, features(micro))[0].values()), weight)
-    monkeypatch.setattr("dinogen.guidance.gradient_cache._MOST_PAIRS", 1)
+    monkeypatch.setattr("dinogen.guidance.objectives._MOST_PAIRS", 1)
     (found,) = torch.autograd.grad(
         sum(objective.losses(micro, features(micro))[0].values()), weight
     )
@@ -168,11 +168,11 @@ def test_the_floor_is_what_reals_reach(at_once, monkeypatch):
     torch.manual_seed(0)
     scales = {"p2": torch.tensor([1.0, 2.0, 0.5])}
     terms = {"energy": Energy(), "mmd": Mmd(moments=0), "drift": Drift()}
-    objective = JointObjective(terms, scales, 0, 8, lambda batch: {})
+    objective = GlobalBatchObjective(terms, scales, 0, 8, lambda batch: {})
     sets = [{"p2": torch.randn(700, 4, 3)} for _ in range(2)]
     found = objective.compare(*sets, lambda size, number: torch.randn(size, number))
     whole = objective.floors(sets[1])
-    monkeypatch.setattr(gradient_cache, "_MOST_PAIRS", at_once * 700**2)
+    monkeypatch.setattr(objectives, "_MOST_PAIRS", at_once * 700**2)
     floors = objective.floors(sets[1])
     assert floors == pytest.approx(whole, rel=1e-5)
     assert set(floors) == {"energy", "mmd"}, "that of drift is not known"

@@ -1,4 +1,4 @@
-"""Kinds of tiny discriminators, drawn pictures for them, and the logits of their heads by hand."""
+"""Kinds of tiny discriminators, random images for them, and the logits of their heads by hand."""
 
 import torch
 
@@ -20,13 +20,14 @@ KINDS = {
 }
 
 
-def pictures(num=6, seed=0):
+def random_images(num=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(num, 3, SIDE, SIDE, generator=generator) * 2 - 1
 
 
-def logits_by_hand(judge, guide, images):
+def logits_by_hand(adversary, guide, images):
     maps = guide(to_guide(images, 3 * 14))
     return [
-        head(x) for head, x in zip(judge.network.heads, (maps[:, :24], maps[:, 24:]), strict=True)
+        head(x)
+        for head, x in zip(adversary.network.heads, (maps[:, :24], maps[:, 24:]), strict=True)
     ]
