@@ -35,7 +35,7 @@ if attempt == 0:
         os._exit(3)
 mine = torch.tensor([rank + 1.0, 10.0])
 total = dist.all_reduce_sum(mine)
-with dist.main_section() as main:
+with dist.rank_zero_section() as main:
     assert main == (rank == 0)
 result = {
     "attempt": attempt,

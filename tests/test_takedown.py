@@ -47,14 +47,14 @@ try:
         if case == "killed at work":
             # the others wait at the store, which torchrun hosts: no connection breaks
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            with dist.main_section() as mine:
+            with dist.rank_zero_section() as mine:
                 if mine:
                     os.kill(os.getpid(), signal.SIGKILL)
         if case == "slow":
-            with dist.main_section() as mine:
+            with dist.rank_zero_section() as mine:
                 time.sleep(14 if mine else 0)
         if case == "rank 0 works":
-            with dist.main_section() as mine:
+            with dist.rank_zero_section() as mine:
                 if mine:
                     time.sleep(2)
                     raise UserError("runs/x: the disk is full")

@@ -75,7 +75,7 @@ class _Watcher(threading.Thread):
     """Looks whether another rank has failed, and ends this process if it does not end itself.
 
     Each rank gives signs of life, and the one before it listens: where ranks wait for each other
-    without a connection, as in :func:`dist.main_section` or while DeepSpeed makes its groups,
+    without a connection, as in :func:`dist.rank_zero_section` or while DeepSpeed makes its groups,
     nothing else would tell that one was killed.
     """
 

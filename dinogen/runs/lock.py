@@ -60,7 +60,7 @@ def _take(run: Path) -> TextIO:
         file = path.open("w")
     except OSError as error:
         raise ConfigError(
-            f"{error.filename or run}: {error.strerror}: choose a folder that can be written "
+            f"{error.filename or run}: {error.strerror}: choose a writable folder "
             "(run=), or make this one writable"
         ) from None
     if lock(file, path, shared=False, wait=False) is Locked.BUSY:

@@ -191,7 +191,7 @@ def test_dinov2_that_cannot_be_had_is_said(tmp_path, monkeypatch):
 def test_folded_weights_that_cannot_be_had_are_said(tmp_path):
     with pytest.raises(NotAvailable, match=r"metrics\.inception768: no path is given"):
         judge_of("inception768")
-    with pytest.raises(NotAvailable, match=r"metrics\.inception768: .* is no file"):
+    with pytest.raises(NotAvailable, match=r"metrics\.inception768: .* is not a file"):
         judge_of("inception768", tmp_path / "nothing.safetensors")
     (tmp_path / "text.safetensors").write_text("not weights")
     with pytest.raises(NotAvailable, match=r"metrics\.inception768: .* does not hold"):

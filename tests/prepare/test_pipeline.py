@@ -273,7 +273,7 @@ def test_a_finished_dataset_of_another_guide_or_other_photos_is_named(
     ):
         run(photos, data, load_guide(GuideConfig(path=str(folder)), CPU))
     (photos / "10.jpg").rename(photos / "11.jpg")
-    with pytest.raises(PrepareError, match=r"1 withdrawn \(10\.jpg\), 1 added .*--repack"):
+    with pytest.raises(PrepareError, match=r"1 removed \(10\.jpg\), 1 added .*--repack"):
         run(photos, data, guide)
     picture(50).save(photos / "one more.png")
     with pytest.raises(PrepareError, match=r"2 added \(11\.jpg, one more\.png\)"):

@@ -57,7 +57,7 @@ def test_a_cut_plain_tar_names_the_sample_that_is_cut(tmp_path: Path, place: str
     before = files_of(tmp_path)
     status, said = run("repair", tmp_path)
     if loses:
-        assert status == 1 and "1 sample would be lost; give --yes" in said
+        assert status == 1 and "1 sample would be lost; add --yes" in said
         assert files_of(tmp_path) == before
     else:
         assert "would be lost" not in said
@@ -87,7 +87,7 @@ def test_a_cut_tar_of_ours_counts_all_that_is_gone(copy: Path, place: str, with_
     before = files_of(copy)
     status, said = run("repair", copy)
     if num_lost:
-        assert status == 1 and f"{num_lost} samples would be lost; give --yes" in said
+        assert status == 1 and f"{num_lost} samples would be lost; add --yes" in said
         assert files_of(copy) == before
         assert with_index == all(key in said for key in keys[8 - num_lost :])
     assert plan_repair(copy).num_lost == num_lost
@@ -144,7 +144,7 @@ def test_a_shard_of_ours_that_cannot_be_read_stops_no_other(copy: Path):
     assert status == 1
     assert "train-00001.tar: cannot be repaired and is left as it is: cannot be read" in said
     assert "train-00000.tar: rewritten with 1 samples, 7 lost" in said
-    assert "1 tar NOT repaired, see above; statistics are old until" in said
+    assert "1 tar NOT repaired, see above; statistics stay as they were until" in said
     assert by_webdataset(damaged) == first[:1]
     (copy / "train-00001.tar").unlink()
     (copy / "elsewhere").rename(copy / "train-00001.tar")

@@ -167,12 +167,15 @@ def test_a_failure_to_read_held_out_samples_is_met_by_all_ranks(monkeypatch):
     def read(*args):
         raise ShardsError("the server is gone")
 
+    class Measured:
+        def held_out(self, networks, batch): ...
+
     met = []
     monkeypatch.setattr(heldout, "_read", read)
     monkeypatch.setattr(heldout.process_group, "any_rank", lambda mine: met.append(mine) or mine)
     for numbers in ([0, 1], []):
         with pytest.raises(ShardsError, match="the server is gone"):
-            heldout.held_out_means(None, {}, None, "val", numbers)
+            heldout.held_out_means(Measured(), {}, None, "val", numbers)
     assert met == [True, True]
 
 

@@ -85,7 +85,7 @@ def test_all_metrics_of_a_run(run, place):
         facts = result["fingerprints"][figure["fingerprint"]]
         assert facts["random"] is True and facts["judge"] == "dinov2"
         shown = f"{name}: {figure['value']:.6g}"
-        assert shown in done.stdout and "by a RANDOM judge: it means nothing" in done.stdout
+        assert shown in done.stdout and "by a RANDOM feature extractor: it means nothing" in done.stdout
     assert result["sampling"]["num"] == 60 and result["sampling"]["images_per_s"] > 0
     assert "not available: fid, is, kid" in done.stdout
     # the command gives the same again

@@ -49,7 +49,7 @@ def test_a_config_names_a_path_or_a_mix():
     assert parse_config({"data": {"mix": mix}}, ["data.mix=[]", "data.path=c"]).data.path == "c"
     for data, words in [
         ({"path": "c", "mix": mix}, "path c and mix are both given: leave one of them out"),
-        ({"mix": mix[:1]}, "mix: name two or more datasets"),
+        ({"mix": mix[:1]}, "mix: give two or more datasets"),
         ({"path": ""}, "path is empty"),
         ({"mix": [*mix, {"path": "d", "weight": 0}]}, "data.mix.2.weight"),
         ({"mix": [*mix, {"path": "d", "wieght": 1}]}, "did you mean 'weight'"),

@@ -260,7 +260,7 @@ def test_every_rank_says_at_once_why_a_run_cannot_be_trained(tmp_path, what):
             on_ranks(2, lock_here, str(run), str(tmp_path / "said"))
     # Each by itself: a rank that is ended by another one's failure would have written nothing.
     first, second = (json.loads((tmp_path / f"said{rank}.json").read_text()) for rank in (0, 1))
-    wanted = "choose a folder that can be written" if what == "no folder" else "another process"
+    wanted = "choose a writable folder" if what == "no folder" else "another process"
     assert first == second and wanted in first
 
 
