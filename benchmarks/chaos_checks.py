@@ -176,14 +176,14 @@ def _lines(path: Path) -> Points:
 
 
 def _tensorboard(folder: Path) -> Points:
-    """{name: [(nimg, value)]} as TensorBoard shows them, pictures and notes without values."""
+    """{name: [(nimg, value)]} as TensorBoard shows them, images and notes without values."""
     from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
 
     events = event_accumulator.EventAccumulator(str(folder), {"scalars": 0, "images": 0})
     events.Reload()
     scalars, images = (events.Tags()[kind] for kind in ("scalars", "images"))
     points: Points = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in scalars}
-    points |= {f"picture {tag}": [(e.step, None) for e in events.Images(tag)] for tag in images}
+    points |= {f"image {tag}": [(e.step, None) for e in events.Images(tag)] for tag in images}
     # What the program TensorBoard reads with: the class above shows notes that were purged.
     shown = plugin_event_accumulator.EventAccumulator(str(folder), {"tensors": 0})
     shown.Reload()

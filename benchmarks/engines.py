@@ -45,9 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--gpu", action="store_true", help="one GPU in bf16 instead of two CPU ranks"
     )
-    parser.add_argument(
-        "--kimg", type=float, default=0.16, help="per stage, in steps of 8 pictures"
-    )
+    parser.add_argument("--kimg", type=float, default=0.16, help="per stage, in steps of 8 images")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         base = prepare(Path(folder), options)
@@ -86,7 +84,7 @@ def cases(gpu: bool) -> list[tuple[str, int | None, str, int]]:
 
 
 def prepare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Pictures of discs, their pyramids by a small random guide, and the config of the run."""
+    """Images of discs, their pyramids by a small random guide, and the config of the run."""
     big = options.gpu
     size = (
         {"hidden_size": 384, "num_layers": 12, "num_heads": 6}

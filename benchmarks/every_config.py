@@ -5,7 +5,7 @@
 The faces have to be packed with all levels of some guide and of the pixels, and with embeddings of
 some CLIP; guided configs are started with these in place of their own.
 
-Batch, length and the number of pictures drawn are cut, so that they fit a CPU: a single picture a
+Batch, length and the number of images drawn are cut, so that they fit a CPU: a single image a
 step from 128x128 on. Networks are as wide as the YAML says, which takes hours for all of them, or
 with --narrow at most 32 channels wide where the family has such an option; a line says which. The
 figures compare what a step costs, not how fast a GPU is.
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faces", type=Path, required=True, help="packed faces, as above")
     parser.add_argument("--cats", type=Path, required=True, help="packed cats")
-    parser.add_argument("--classes", type=Path, required=True, help="packed pictures of 2 classes")
+    parser.add_argument("--classes", type=Path, required=True, help="packed images of 2 classes")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--narrow", action="store_true", help="at most 32 channels")

@@ -1,11 +1,11 @@
-"""Whether runs have learnt: FID-768 of their kept checkpoints against held-out pictures.
+"""Whether runs have learnt: FID-768 of their kept checkpoints against held-out images.
 
     python benchmarks/learning.py --inception WEIGHTS RUN...
 
 Give each run checkpoint.keep_every_kimg. FID-768 is the Frechet distance (Heusel et al. 2017,
-equation 6) of the spatial means of InceptionV3's Mixed_6e, from pictures at the run's resolution,
+equation 6) of the spatial means of InceptionV3's Mixed_6e, from images at the run's resolution,
 enlarged to 299 pixels: to be compared with each other, not with FID. Above all stands what as many
-real pictures of the training set reach, and what pictures of plain noise do.
+real images of the training set reach, and what images of plain noise do.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ def main() -> None:
 def reference(
     extractor: FeatureExtractor, run: Path, size: int, num: int
 ) -> tuple[Moments, dict[str, float]]:
-    """Moments of the held-out pictures, and what real ones and noise reach against them."""
+    """Moments of the held-out images, and what real ones and noise reach against them."""
     data = open_data(load_config(run / "config.yaml"))
 
-    def pictures(split: str, most: int) -> Tensor:
+    def images_of(split: str, most: int) -> Tensor:
         available = data.num_samples(split)
         chosen = torch.linspace(0, available - 1, min(available, most)).long().tolist()
         images: Tensor = data.read(chosen, split=split, image_size=size)["image"]
         return images
 
-    held_out = seen(extractor, pictures("val", 10**6))
-    train = frechet_of(seen(extractor, pictures("train", num)), held_out)
+    held_out = seen(extractor, images_of("val", 10**6))
+    train = frechet_of(seen(extractor, images_of("train", num)), held_out)
     noise = torch.randn(num, 3, size, size, generator=torch.Generator().manual_seed(0))
     return held_out, {
         "real": train,
@@ -91,7 +91,7 @@ def spread(items: list[int], num: int) -> list[int]:
 
 
 def seen(extractor: FeatureExtractor, images: Tensor) -> Moments:
-    """What the judge sees of pictures (N, 3, R, R) in [-1, 1]."""
+    """What the judge sees of images (N, 3, R, R) in [-1, 1]."""
     moments = Moments.empty(extractor.info.num_channels)
     for part in as_pixels(images).split(32):
         moments.add(extractor(part)["features"])

@@ -1,4 +1,4 @@
-"""What metrics say of real pictures, and what they cost for 10,000 samples against 700.
+"""What metrics say of real images, and what they cost for 10,000 samples against 700.
 
     python benchmarks/measuring.py order --inception WEIGHTS --faces PHOTOS --cats PHOTOS
     python benchmarks/measuring.py cost [--inception WEIGHTS] [--num 10000] [--real 700]
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 class Given:
-    """Pictures (N, 3, R, R) uint8 that are all there."""
+    """Images (N, 3, R, R) uint8 that are all there."""
 
     def __init__(self, images: Tensor) -> None:
         self.num, self.images = len(images), images
@@ -68,11 +68,11 @@ class Given:
 
 
 class Noise:
-    """Pictures of smooth noise by number, made when they are read.
+    """Images of smooth noise by number, made when they are read.
 
     Args:
         num: how many.
-        purpose: of the draws; another one gives other pictures.
+        purpose: of the draws; another one gives other images.
         contrast: of the noise.
     """
 
@@ -95,7 +95,7 @@ class Projection:
         self.weight = torch.randn(192, 2048 + 1008, generator=generator) / 192**0.5
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Rows of pictures."""
+        """Rows of images."""
         pixels = F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 8).flatten(1)
         features, logits = (pixels @ self.weight).split([2048, 1008], 1)
         return {"features": F.relu(features), "logits": logits}

@@ -44,7 +44,7 @@ STEP_S = 0.05
 
 
 def samples(count: int) -> Iterator[Sample]:
-    """Noise: 16x16x96 features (48 kB) and a picture of 64x64."""
+    """Noise: 16x16x96 features (48 kB) and an image of 64x64."""
     rng = np.random.default_rng(0)
     for number in range(count):
         file = io.BytesIO()

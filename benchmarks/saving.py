@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def make_data(folder: Path) -> str:
-    """A few pictures and their features by a small guide; returns what it is."""
+    """A few images and their features by a small guide; returns what it is."""
     make_random_dinov2(folder / "guide", seed=0, hidden_size=32, num_layers=2, num_heads=2)
     guide = load_guide(GuideConfig(path=str(folder / "guide")), torch.device("cpu"))
     rng = np.random.default_rng(0)

@@ -3,9 +3,9 @@
     python -m benchmarks.text_control --out DIR [--kimg 48] [KEY=VALUE]...
 
 A tiny CLIP is taught on drawn faces, faces are packed with its embeddings, and a guided run is
-trained on them without captions. Then pictures are asked for by captions of the held-out
+trained on them without captions. Then images are asked for by captions of the held-out
 combinations, and a classifier that no network here was taught by says what they show. Prints its
-accuracy per attribute, CLIP score and retrieval, by guidance, and writes grids. Last, of pictures
+accuracy per attribute, CLIP score and retrieval, by guidance, and writes grids. Last, of images
 that nobody asked for, how far what they show is from the data (total variation by attribute: 0 the
 same, 1 nothing in common), and how far they differ (diversity, as logged).
 """
@@ -46,14 +46,14 @@ def pack_faces(out: Path, clip: Clip) -> None:
     """Drawn faces of the combinations that are not held out, with pixels and embeddings."""
     guide = load_guide(GuideConfig(name="pixels"), torch.device("cpu"))
     rows = drawn.some_attributes(NUM_FACES, 0)
-    pictures = drawn.draw(rows, 1)
-    tensors = drawn.as_tensor(pictures)
+    images = drawn.draw(rows, 1)
+    tensors = drawn.as_tensor(images)
     whole = native_pyramid(guide, tensors, (32,))[32]
     small = pooled_pyramid(guide, tensors, (8,))[8]
     with torch.no_grad():
         embedded = torch.cat([clip.images(part) for part in tensors.split(250)])
     samples = []
-    for number, pixels in enumerate(pictures):
+    for number, pixels in enumerate(images):
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
         levels = {
@@ -66,7 +66,7 @@ def pack_faces(out: Path, clip: Clip) -> None:
 
 
 def measure(run: Path, clip: Clip, guidance: float, extractor: torch.nn.Module) -> dict[str, float]:
-    """Accuracies of pictures of the held-out combinations, CLIP score and retrieval."""
+    """Accuracies of images of the held-out combinations, CLIP score and retrieval."""
     rows = drawn.combinations()
     prompts = [drawn.caption(row) for row in rows]
     unseen = np.flatnonzero(drawn.held_out(rows))

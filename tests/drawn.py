@@ -1,6 +1,6 @@
 """Cartoon faces drawn from known attributes, with captions, for tests of text control.
 
-A picture follows from its attributes, the seed and its row. Where a shape ends, pixels are mixed by
+An image follows from its attributes, the seed and its row. Where a shape ends, pixels are mixed by
 how much of them it covers. What is not an attribute (place, size, tilt, length of the hair, bend of
 the mouth, shade of every colour) is jittered.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-# Words that name nothing else in a caption, so that what a picture shows can be told by them.
+# Words that name nothing else in a caption, so that what an image shows can be told by them.
 VALUES = {
     "hair": ("black", "blond", "red", "gray"),
     "glasses": ("no", "yes"),
@@ -48,7 +48,7 @@ def combinations() -> np.ndarray:
 def held_out(attributes: np.ndarray) -> np.ndarray:
     """(N, 5) -> (N,) bool: a quarter of all combinations, though every pair of values is seen.
 
-    By colours alone: were glasses or smile part of the rule, the colours of a picture would tell
+    By colours alone: were glasses or smile part of the rule, the colours of an image would tell
     them in training, and tell them wrongly of what is held out.
     """
     colours = [NAMES.index(name) for name in ("hair", "skin", "background")]
@@ -64,7 +64,7 @@ def some_attributes(num: int, seed: int, unseen: bool = False) -> np.ndarray:
 
 def draw(attributes: np.ndarray, seed: int, size: int = 32) -> np.ndarray:
     """(N, 5) attributes -> (N, size, size, 3) uint8; another seed draws others of the same kind."""
-    # One row of numbers per picture, so that none depends on how many there are.
+    # One row of numbers per image, so that none depends on how many there are.
     numbers = np.random.default_rng(seed).random((len(attributes), 16), dtype=np.float32)
     parts = range(0, len(attributes), 32)  # as many at once as a cache holds
     return np.concatenate([_draw(attributes[i : i + 32], numbers[i : i + 32], size) for i in parts])
@@ -143,7 +143,7 @@ def phrase(name: str, value: int, wording: int = 0) -> str:
 
 
 def caption(attributes: np.ndarray, names: tuple[str, ...] = NAMES) -> str:
-    """The plain caption of one picture (5,), naming ``names``.
+    """The plain caption of one image (5,), naming ``names``.
 
     Such as "a face, red hair, tan skin, glasses, smiling, on a blue background".
     """
@@ -158,7 +158,7 @@ def some_captions(
     """A caption each of (N, 5), in some wording and order, naming some of the attributes.
 
     Args:
-        attributes: of the pictures.
+        attributes: of the images.
         seed: of the wordings.
         share: chance that an attribute is named; one is always.
 
@@ -176,11 +176,11 @@ def some_captions(
     return captions, named
 
 
-def as_tensor(pictures: np.ndarray):
+def as_tensor(images: np.ndarray):
     """(N, S, S, 3) uint8 -> (N, 3, S, S) float32 in [-1, 1]."""
     import torch
 
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:

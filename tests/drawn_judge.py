@@ -1,4 +1,4 @@
-"""A judge of drawn faces: which attributes a picture shows. No generator is taught by it."""
+"""A judge of drawn faces: which attributes an image shows. No generator is taught by it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class FeatureExtractor(nn.Module):
 
 
 def train_judge(seed: int = 1, num_steps: int = 150, batch: int = 64) -> FeatureExtractor:
-    """Taught on pictures of its own, blurred, tinted and with noise."""
+    """Taught on images of its own, blurred, tinted and with noise."""
     rows = drawn.some_attributes(2000, seed)
     faces = drawn.as_tensor(drawn.draw(rows, [seed, 7]))
     wanted = torch.from_numpy(rows)
@@ -74,7 +74,7 @@ def shared_judge(tmp_path_factory) -> FeatureExtractor:
 
 
 def _varied(images: torch.Tensor) -> torch.Tensor:
-    """What generated pictures may differ in, and what says nothing about attributes."""
+    """What generated images may differ in, and what says nothing about attributes."""
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
     images = torch.lerp(images, blurred, 0.6 * torch.rand(len(images), 1, 1, 1))
     images = images + 0.1 * torch.randn(len(images), 3, 1, 1)
@@ -82,6 +82,6 @@ def _varied(images: torch.Tensor) -> torch.Tensor:
 
 
 def accuracy(found: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
-    """Share of pictures (N, 5) that show what was wanted, per attribute."""
+    """Share of images (N, 5) that show what was wanted, per attribute."""
     right = (found == wanted).mean(0)
     return {name: float(share) for name, share in zip(drawn.NAMES, right, strict=True)}

@@ -21,20 +21,20 @@ def test_every_pair_of_values_is_seen_and_no_held_out_combination_is():
         assert (drawn.held_out(drawn.some_attributes(300, 0, unseen)) == unseen).all()
 
 
-def test_a_picture_follows_from_its_attributes_seed_and_row():
+def test_a_image_follows_from_its_attributes_seed_and_row():
     rows = drawn.combinations()[::5]
-    pictures = drawn.draw(rows, 3)
-    assert pictures.shape == (len(rows), 32, 32, 3) and pictures.dtype == np.uint8
-    assert np.array_equal(drawn.draw(rows[:5], 3), pictures[:5])
-    assert (drawn.draw(rows, 4) != pictures).any((1, 2, 3)).all()
+    images = drawn.draw(rows, 3)
+    assert images.shape == (len(rows), 32, 32, 3) and images.dtype == np.uint8
+    assert np.array_equal(drawn.draw(rows[:5], 3), images[:5])
+    assert (drawn.draw(rows, 4) != images).any((1, 2, 3)).all()
     for column in range(5):
         others = rows.copy()
         others[:, column] = (others[:, column] + 1) % len(drawn.VALUES[drawn.NAMES[column]])
-        changed = np.abs(drawn.draw(others, 3).astype(int) - pictures).max((1, 2, 3))
+        changed = np.abs(drawn.draw(others, 3).astype(int) - images).max((1, 2, 3))
         assert changed.min() > 25
 
 
-def test_larger_pictures_show_the_same():
+def test_larger_images_show_the_same():
     rows = drawn.combinations()[::7]
     small, large = drawn.draw(rows, 3), drawn.draw(rows, 3, 64)
     shrunk = large.reshape(len(rows), 32, 2, 32, 2, 3).mean((2, 4))

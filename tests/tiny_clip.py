@@ -20,8 +20,8 @@ IMAGE_SIZE = 32
 EMBED_DIM = 64
 MAX_TOKENS = 40
 COUNTS = [len(values) for values in drawn.VALUES.values()]
-NUM_FACES, NUM_PICTURES, NUM_CAPTIONS = 2000, 96, 40
-PICTURE_STEPS, CAPTION_STEPS = 280, 90
+NUM_FACES, NUM_IMAGES, NUM_CAPTIONS = 2000, 96, 40
+IMAGE_STEPS, CAPTION_STEPS = 280, 90
 LR = 2e-3
 START, END = "<|startoftext|>", "<|endoftext|>"
 _OWN_INFO = {
@@ -72,7 +72,7 @@ def _merges_of_words() -> list[tuple[str, str]]:
 
 
 def make_model(tokenizer, seed: int = 0, **marks):
-    """CLIPModel of 32x32 pictures in 8x8 patches; ``marks`` go into its config."""
+    """CLIPModel of 32x32 images in 8x8 patches; ``marks`` go into its config."""
     ensure_torchvision()
     from transformers import CLIPConfig, CLIPModel
 
@@ -95,7 +95,7 @@ def make_model(tokenizer, seed: int = 0, **marks):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIPModel(config)
-    with torch.no_grad():  # meant for deeper ones: a small one would hardly see its pictures
+    with torch.no_grad():  # meant for deeper ones: a small one would hardly see its images
         model.vision_model.embeddings.patch_embedding.weight.mul_(3)
         model.vision_model.embeddings.position_embedding.weight.mul_(3)
     return model
@@ -123,7 +123,7 @@ def shared_clip(tmp_path_factory) -> Path:
 def trained_clip(folder: Path, seed: int = 0) -> Path:
     """A checkpoint taught on faces of the combinations that are not held out.
 
-    First the pictures' tower learns to tell attributes, then the captions' tower is taught by
+    First the images' tower learns to tell attributes, then the captions' tower is taught by
     contrast with its embeddings (Zhai et al. 2022, "LiT: Zero-Shot Transfer with Locked-image text
     Tuning"): from nothing, contrast alone would take ten times as long to see a smile.
     """
@@ -134,21 +134,21 @@ def trained_clip(folder: Path, seed: int = 0) -> Path:
     faces = drawn.as_tensor(drawn.draw(rows, seed + 1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _teach_pictures(clip, faces, torch.from_numpy(rows))
+        _teach_images(clip, faces, torch.from_numpy(rows))
         with torch.no_grad():
             embedded = torch.cat([clip.images(part) for part in faces.split(256)])
         _teach_captions(clip, embedded, rows)
     return save(model, tokenizer, folder)
 
 
-def _teach_pictures(clip: Clip, faces: torch.Tensor, wanted: torch.Tensor) -> None:
+def _teach_images(clip: Clip, faces: torch.Tensor, wanted: torch.Tensor) -> None:
     head = torch.nn.Linear(EMBED_DIM, sum(COUNTS))
     tower = [clip.model.vision_model, clip.model.visual_projection]
     parameters = [p for module in tower for p in module.requires_grad_(True).parameters()]
     adam = torch.optim.AdamW([*parameters, *head.parameters()], LR, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, LR, PICTURE_STEPS, pct_start=0.1)
-    for _ in range(PICTURE_STEPS):
-        chosen = torch.randint(len(faces), (NUM_PICTURES,))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, LR, IMAGE_STEPS, pct_start=0.1)
+    for _ in range(IMAGE_STEPS):
+        chosen = torch.randint(len(faces), (NUM_IMAGES,))
         told = head(8 * clip.images(faces[chosen])).split(COUNTS, 1)
         losses = [F.cross_entropy(a, b) for a, b in zip(told, wanted[chosen].T, strict=True)]
         adam.zero_grad()
@@ -178,7 +178,7 @@ def _teach_captions(clip: Clip, embedded: torch.Tensor, rows: np.ndarray) -> Non
         chosen = torch.randint(len(rows), (NUM_CAPTIONS * 4,))
         seen, own = rows[chosen.numpy()], rows[chosen[:NUM_CAPTIONS].numpy()]
         texts, named = drawn.some_captions(own, step, share=(step % 10 + 1) / 8)
-        # a caption that leaves things out belongs to every picture that it fits
+        # a caption that leaves things out belongs to every image that it fits
         fits = ((seen[:, None] == own[None]) | ~named[None]).all(2)
         pooled = clip.model.text_model(input_ids=clip.tokens(texts)).pooler_output
         told = F.normalize(clip.model.text_projection(pooled), dim=1)
@@ -201,9 +201,9 @@ def _contrast(logits: torch.Tensor, fits: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[some], fits[some] / fits[some].sum(1, keepdim=True))
 
 
-def read_attributes(clip: Clip, pictures: torch.Tensor) -> np.ndarray:
-    """(N, 5): of each attribute the value whose short caption is nearest to the picture."""
-    embedded = clip.images(pictures)
+def read_attributes(clip: Clip, images: torch.Tensor) -> np.ndarray:
+    """(N, 5): of each attribute the value whose short caption is nearest to the image."""
+    embedded = clip.images(images)
     found = []
     for number, name in enumerate(drawn.NAMES):
         row = np.zeros(len(drawn.NAMES), int)

@@ -1,4 +1,4 @@
-"""From noise to pictures: DDIM, and DDPM's ancestral sampling, which is DDIM with eta 1."""
+"""From noise to images: DDIM, and DDPM's ancestral sampling, which is DDIM with eta 1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def time_steps(num_steps: int, sample_steps: int) -> list[int]:
     """Evenly spaced time steps, the noisiest first: T - 1 is always among them.
 
     The noise that sampling starts from is that of step T - 1, so a choice that leaves it out starts
-    with pictures the network never saw (Lin et al. 2024, "Common Diffusion Noise Schedules and
+    with images the network never saw (Lin et al. 2024, "Common Diffusion Noise Schedules and
     Sample Steps are Flawed", section 3.3, there called trailing).
 
     Args:
@@ -37,10 +37,10 @@ def step(
 
     Args:
         schedule: which noise the time steps have.
-        x0: predicted pictures (B, ...).
+        x0: predicted images (B, ...).
         eps: predicted noise, of the same shape.
         t: the time step now.
-        before: the one to go to, less noisy; -1 is the picture itself.
+        before: the one to go to, less noisy; -1 is the image itself.
         eta: share of DDPM's noise that is added: 0 none, 1 all.
         z: standard normal noise of the same shape; None adds none.
     """
@@ -64,7 +64,7 @@ def sample(
     noise: Callable[[int], Tensor] | None = None,
     clip: bool = True,
 ) -> Tensor:
-    """Walk from pure noise to pictures.
+    """Walk from pure noise to images.
 
     Args:
         predict: (x_t, t (B,) int64 on the CPU) -> what the network says.
@@ -72,14 +72,14 @@ def sample(
         prediction: what the network predicts.
         x: standard normal noise (B, ...).
         sample_steps: how many time steps are visited.
-        eta: 0 is DDIM, whose pictures follow from ``x`` alone; 1 is DDPM.
+        eta: 0 is DDIM, whose images follow from ``x`` alone; 1 is DDPM.
         noise: time step -> noise of the shape of ``x`` to add there; needed where eta is not 0.
-        clip: keep the predicted pictures in [-1, 1], and let the predicted noise follow, so that
+        clip: keep the predicted images in [-1, 1], and let the predicted noise follow, so that
             both still add up to x_t. Without it a small error in the noise is a huge one in the
-            picture where the signal is weak.
+            image where the signal is weak.
 
     Returns:
-        Pictures of the shape of ``x``; in [-1, 1] with ``clip``.
+        Images of the shape of ``x``; in [-1, 1] with ``clip``.
     """
     for now, before in itertools.pairwise([*time_steps(schedule.num_steps, sample_steps), -1]):
         t = torch.full((len(x),), now)

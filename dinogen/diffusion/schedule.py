@@ -1,6 +1,6 @@
 """How much noise each time step has, and the three things a network can predict: eps, x0, v.
 
-A picture x0 at time step t is x_t = signal x0 + noise eps with signal = sqrt(alpha_bar_t), noise =
+An image x0 at time step t is x_t = signal x0 + noise eps with signal = sqrt(alpha_bar_t), noise =
 sqrt(1 - alpha_bar_t) and eps standard normal (Ho et al. 2020, "Denoising Diffusion Probabilistic
 Models", equation 4). Their equation numbers count from 1; time steps here count from 0, so step 0
 has the least noise and alpha_bar before it is 1.
@@ -46,7 +46,7 @@ class Schedule:
     """The noise of every time step, and what follows from it.
 
     The tables are float64 on the CPU, where 1 - alpha_bar loses nothing; what is handed out has the
-    type and device of the pictures. Time steps are (B,) int64 from 0 to T - 1.
+    type and device of the images. Time steps are (B,) int64 from 0 to T - 1.
 
     Args:
         name: ``linear`` or ``cosine``.
@@ -54,7 +54,7 @@ class Schedule:
 
     Attributes:
         betas: (T,) float64, variance of the noise that each step adds.
-        alpha_bar: (T,) float64, share of the picture's variance that is left after each step.
+        alpha_bar: (T,) float64, share of the image's variance that is left after each step.
     """
 
     def __init__(self, name: Name, num_steps: int = 1000) -> None:
@@ -73,7 +73,7 @@ class Schedule:
         return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
 
     def q_sample(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Pictures with the noise of their time steps, of the shape of ``x0`` (B, ...)."""
+        """Images with the noise of their time steps, of the shape of ``x0`` (B, ...)."""
         signal, noise = self.signal_noise(t, x0)
         return signal * x0 + noise * eps
 
@@ -98,7 +98,7 @@ class Schedule:
         Args:
             prediction: what the network predicts.
             output: what it said, of the shape of ``x_t``.
-            x_t: pictures with noise, (B, ...).
+            x_t: images with noise, (B, ...).
             t: their time steps.
         """
         signal, noise = self.signal_noise(t, x_t)

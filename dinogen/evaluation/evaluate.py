@@ -24,7 +24,7 @@ from dinogen.evaluation.record import (
     find_place,
     write_result,
 )
-from dinogen.evaluation.subject import guide_diversity, real_pictures, reference_at, subject_of
+from dinogen.evaluation.subject import guide_diversity, real_images, reference_at, subject_of
 from dinogen.families.abilities import MeasuresHeldOut, Probes, constants_of
 from dinogen.families.base import Family, Verdict
 from dinogen.metrics.extractors.load import Extractors
@@ -314,7 +314,7 @@ def _real(
 ) -> Reference | UserError:
     if isinstance(data, UserError):
         return data
-    return real_pictures(data, split, num, resolution, key)
+    return real_images(data, split, num, resolution, key)
 
 
 def _facts(snapshot: Snapshot) -> dict[str, Any]:

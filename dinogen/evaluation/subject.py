@@ -24,7 +24,7 @@ from dinogen.metrics.registry import GUIDE_DIVERSITY, better
 from dinogen.metrics.sources import (
     Folder,
     Generated,
-    Pictures,
+    Images,
     Reconstructed,
     Reference,
     image_files,
@@ -122,7 +122,7 @@ def prompted_by(
     return Prompted(Generated(sample, num, resolution), texts, guidance)
 
 
-def real_pictures(
+def real_images(
     data: Dataset, split: str, num: int | None, resolution: int, key: str
 ) -> Reference | UserError:
     """Images spread over a split, or why there are none.
@@ -135,7 +135,7 @@ def real_pictures(
         key: what asked for them, named in the reason.
     """
     try:
-        return Pictures(data, split, chosen_samples(data, split, num, key), resolution)
+        return Images(data, split, chosen_samples(data, split, num, key), resolution)
     except UserError as error:
         return error
 
@@ -168,10 +168,10 @@ def reference_at(
         return folder, UserError(f"{location}: a folder of images says nothing of training")
     data = open_dataset(location)
     split, num = settings.reference_split, settings.num_reference
-    real = real_pictures(data, split, num, resolution, "metrics.reference_split")
+    real = real_images(data, split, num, resolution, "metrics.reference_split")
     if isinstance(real, UserError):
         raise real
-    return real, real_pictures(data, "train", None, resolution, "--reference")
+    return real, real_images(data, "train", None, resolution, "--reference")
 
 
 def guide_diversity(family: Family, scalars: Mapping[str, float | None]) -> Figure:

@@ -11,7 +11,7 @@ import math
 from dinogen.config import ConfigError
 from dinogen.distributed import process_group
 from dinogen.evaluation.held_out import chosen_samples, held_out_means
-from dinogen.evaluation.subject import guide_diversity, real_pictures, subject_of
+from dinogen.evaluation.subject import guide_diversity, real_images, subject_of
 from dinogen.families.abilities import MeasuresHeldOut, facts_of
 from dinogen.metrics.extractors.load import Extractors
 from dinogen.metrics.registry import GUIDE_DIVERSITY, better, chosen_names
@@ -103,8 +103,8 @@ class Validator:
         state, settings = self.state, self.state.config.metrics
         resolution, split = state.stage.resolution, settings.reference_split
         key = "metrics.reference_split"
-        real = real_pictures(state.data, split, settings.num_reference, resolution, key)
-        train = real_pictures(state.data, state.config.data.split, None, resolution, "data.split")
+        real = real_images(state.data, split, settings.num_reference, resolution, key)
+        train = real_images(state.data, state.config.data.split, None, resolution, "data.split")
         num = self.config.num_generated
         facts = facts_of(state.family)
         shares = class_shares(state.family, state.data) if state.family.inputs.labels else None

@@ -60,7 +60,7 @@ class Inputs:
     """What the family reads of each sample.
 
     Attributes:
-        image_size: side of the pictures; None for none.
+        image_size: side of the images; None for none.
         levels: of the pyramids, such as ``p8`` or ``pixels.p8``.
         labels: whether there have to be some.
         reference_batch: number of further samples, over all ranks, whose levels (no images) each
@@ -230,12 +230,12 @@ def classes_of(indices: Tensor, shares: Sequence[float]) -> Tensor:
 def judged_alone(D: nn.Module, images: Tensor, *more: Tensor) -> Tensor:
     """A discriminator's mean logit of each image (N,) float32, one by one, as in evaluation.
 
-    Batch norm and minibatch statistics would let a picture's neighbours have their say.
+    Batch norm and minibatch statistics would let an image's neighbours have their say.
 
     Args:
-        D: called with one picture (1, 3, R, R), and ``more``.
+        D: called with one image (1, 3, R, R), and ``more``.
         images: (N, 3, R, R).
-        more: what else D reads, of one picture.
+        more: what else D reads, of one image.
     """
     was_training = D.training
     D.eval()

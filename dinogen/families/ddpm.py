@@ -23,7 +23,7 @@ DROP_LABEL = 0.1
 
 class Ddpm(Family):
     """Ho et al. 2020, "Denoising Diffusion Probabilistic Models": a network learns to take noise
-    out of pictures, at every strength of noise; sampling starts from noise alone.
+    out of images, at every strength of noise; sampling starts from noise alone.
 
     The loss is the plain mean squared error of what is predicted (equation 14 for epsilon). With
     ``num_classes`` it learns p(x | label) and, where the label is left out, p(x), and ``guidance``
@@ -37,7 +37,7 @@ class Ddpm(Family):
             "cosine", description="how noise grows with the time step"
         )
         prediction: Literal["epsilon", "v", "x0"] = Field(
-            "v", description="what the network predicts: the noise, v, or the picture"
+            "v", description="what the network predicts: the noise, v, or the image"
         )
         num_steps: int = Field(1000, ge=2, description="time steps of the schedule")
         base_channels: int = Field(128, ge=2, description="channels at full resolution")
@@ -83,7 +83,7 @@ class Ddpm(Family):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The U-Net alone; as G, as what makes pictures is called everywhere."""
+        """The U-Net alone; as G, as what makes images is called everywhere."""
         return {"G": self.G}
 
     @property
@@ -93,7 +93,7 @@ class Ddpm(Family):
 
     @property
     def inputs(self) -> Inputs:
-        """Pictures, and labels if there are classes."""
+        """Images, and labels if there are classes."""
         return Inputs(image_size=self.stage.resolution, labels=self.options.num_classes > 0)
 
     def arguments(self, network: str) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Ddpm(Family):
     def decode(
         self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
     ) -> Tensor:
-        """The walk from noise to pictures; with classes, number i is of class i % num_classes.
+        """The walk from noise to images; with classes, number i is of class i % num_classes.
 
         DDPM's noise on the way goes by ``indices``, so it too follows from the arguments.
         """
@@ -157,12 +157,12 @@ class Ddpm(Family):
         )
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
-        """The loss on pictures that were not trained on, with draws of its own."""
+        """The loss on images that were not trained on, with draws of its own."""
         return self._mse(networks["G"], batch, "/held-out")
 
     @property
     def _shape(self) -> tuple[int, int, int]:
-        """Of a picture."""
+        """Of an image."""
         return 3, self.stage.resolution, self.stage.resolution
 
     def _losses(self, batch: Batch) -> Losses:

@@ -21,7 +21,7 @@ class ProgressiveGan(Gan):
     """Karras et al. 2018, with the non-saturating loss and R1 (Mescheder et al. 2018) in place of
     WGAN-GP and its drift term.
 
-    R1 needs no extra critic updates, converges at the small batches of large pictures, and runs
+    R1 needs no extra critic updates, converges at the small batches of large images, and runs
     only in every n-th step (Karras et al. 2020, "Analyzing and Improving the Image Quality of
     StyleGAN", section 3.1). The generator is the guided family's own, so that the two differ in
     their teacher alone. While a block fades in everything trains, as in the paper; in the guided
@@ -92,14 +92,14 @@ class ProgressiveGan(Gan):
 
     def _r1(self, batch: Batch) -> Losses:
         penalty = r1_penalty(self.D, self._real(batch))
-        # The more pixels share a change of the picture, the smaller is D's gradient at each. With
+        # The more pixels share a change of the image, the smaller is D's gradient at each. With
         # the gamma of 256x256, R1's gradient at 4x4 was 150 times that of the loss.
         gamma = self.options.r1_gamma * (self.stage.resolution / 256) ** 2
         weight = gamma / 2 * self.options.r1_every
         return {"r1": weight * penalty}, {"penalty": penalty.detach()}
 
     def _real(self, batch: Batch) -> Tensor:
-        """Real pictures, as far between the two resolutions as G's are (section 2)."""
+        """Real images, as far between the two resolutions as G's are (section 2)."""
         images: Tensor = batch["image"]
         if not self.D.fading:
             return images

@@ -35,7 +35,7 @@ class Sagan(WganGp):
         if wrong:
             raise ConfigError(
                 f"family.attention: {wrong[0]} is the size of no map of a {stage.resolution}x"
-                f"{stage.resolution} picture: choose from {', '.join(map(str, sizes))}"
+                f"{stage.resolution} image: choose from {', '.join(map(str, sizes))}"
             )
         super().__init__(config, stage, device)
 

@@ -32,7 +32,7 @@ class StyleGAN2Ada(Gan):
 
     Non-saturating loss, R1 and path length regularisation in every n-th step, style mixing. What D
     is shown, real and generated, goes through the augmentation pipeline with probability p, which
-    rises while D's logits of real pictures are positive too often, and falls otherwise.
+    rises while D's logits of real images are positive too often, and falls otherwise.
     """
 
     class Options(Gan.Options):
@@ -61,7 +61,7 @@ class StyleGAN2Ada(Gan):
             2.0, ge=0, description="weight of the path length penalty; 0 leaves it out"
         )
         path_every: int = Field(4, ge=1, description="steps between updates by path length")
-        style_mixing: float = Field(0.9, ge=0, le=1, description="share of pictures of two latents")
+        style_mixing: float = Field(0.9, ge=0, le=1, description="share of images of two latents")
         truncation: float = Field(
             1.0, ge=0, le=1, description="of samples: 0 the mean w, 1 every w as it is"
         )
@@ -117,7 +117,7 @@ class StyleGAN2Ada(Gan):
 
     @property
     def inputs(self) -> Inputs:
-        """Pictures, and labels if there are classes."""
+        """Images, and labels if there are classes."""
         return Inputs(image_size=self.stage.resolution, labels=bool(self.options.num_classes))
 
     def decode(
@@ -154,7 +154,7 @@ class StyleGAN2Ada(Gan):
         return True
 
     def realism(self, images: Tensor) -> Tensor:
-        """D's logits of pictures as they are; with classes, as the one that fits best."""
+        """D's logits of images as they are; with classes, as the one that fits best."""
         num_classes = self.options.num_classes
         if not num_classes:
             return judged_alone(self.D, images)
@@ -210,7 +210,7 @@ class StyleGAN2Ada(Gan):
         positions, label = batch["position"], batch.get("label")
         _, ws = self._styles("D", positions, label)
         # apart: a group of the minibatch standard deviation is all real or all generated
-        fake = self._judge("D/fake", self._pictures("D", positions, ws), positions, label)
+        fake = self._judge("D/fake", self._images("D", positions, ws), positions, label)
         real = self._judge("D/real", batch["image"], positions, label)
         report = {
             "sign": real.detach().sign().mean(),
@@ -231,7 +231,7 @@ class StyleGAN2Ada(Gan):
     def _g_losses(self, batch: Batch) -> Losses:
         positions, label = batch["position"], batch.get("label")
         w, ws = self._styles("G", positions, label)
-        fake = self._judge("G", self._pictures("G", positions, ws), positions, label)
+        fake = self._judge("G", self._images("G", positions, ws), positions, label)
         return {"bce": bce_g(fake)}, {"w": w.detach().mean(0)}
 
     def _path(self, batch: Batch) -> Losses:
@@ -247,7 +247,7 @@ class StyleGAN2Ada(Gan):
         share = (2 * even[chosen] / len(even)).to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             _, ws = self._styles("G_reg", positions, label)
-            images = self._pictures("G_reg", positions, ws)
+            images = self._images("G_reg", positions, ws)
             lengths = path_lengths(images, ws, self._normal("y", positions, *images.shape[1:]))
             penalty = ((lengths - self.G.path_mean).square() * share).sum()
             # ToRGB's bias moves no path, but every parameter has to get a gradient
@@ -272,7 +272,7 @@ class StyleGAN2Ada(Gan):
             ws = torch.where(changed[:, :, None].to(self.device), other, ws)
         return w, ws
 
-    def _pictures(self, purpose: str, positions: Tensor, ws: Tensor) -> Tensor:
+    def _images(self, purpose: str, positions: Tensor, ws: Tensor) -> Tensor:
         noise = self._normal(f"noise/{purpose}", positions, self.G.synthesis.num_noise)
         images: Tensor = self.G.synthesis(ws, noise)
         return images
@@ -280,7 +280,7 @@ class StyleGAN2Ada(Gan):
     def _judge(
         self, purpose: str, images: Tensor, positions: Tensor, label: Tensor | None
     ) -> Tensor:
-        """D's logits (B,) of augmented pictures."""
+        """D's logits (B,) of augmented images."""
         p = float(self.D.ada.p)
         x = augment(images, p, self.config.seed, f"ada/{purpose}", positions, self.strengths)
         logits: Tensor = self.D(x, label)

@@ -28,13 +28,13 @@ from shards.read.dataset import Dataset
 class Vae(Family):
     """The evidence lower bound of Kingma and Welling 2014 (equation 10), per pixel value.
 
-    For one picture x of n = 3 * R * R values, with z drawn from its posterior q, the loss is
+    For one image x of n = 3 * R * R values, with z drawn from its posterior q, the loss is
 
         ( 1/2 sum (x - decode(z))^2 + beta KL(q || N(0, 1)) ) / n + lambda perceptual
 
     The squared error is summed over pixels and channels, the KL over the latent, in nats; both are
     divided by the same n. So beta 1 is the bound of a Gaussian decoder of unit variance (in units
-    of pictures in [-1, 1]), at every resolution, and any other beta that of Higgins et al. 2017.
+    of images in [-1, 1]), at every resolution, and any other beta that of Higgins et al. 2017.
     The perceptual distance (:func:`dinogen.losses.features.perceptual_distance`) is a mean
     per feature map, summed over three. Over the samples of a batch all is averaged.
     """
@@ -87,7 +87,7 @@ class Vae(Family):
 
     @property
     def inputs(self) -> Inputs:
-        """Pictures."""
+        """Images."""
         return Inputs(image_size=self.stage.resolution)
 
     @cached_property
@@ -131,7 +131,7 @@ class Vae(Family):
         }
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
-        """The objective of pictures that were not trained on, its parts, and the PSNR in dB."""
+        """The objective of images that were not trained on, its parts, and the PSNR in dB."""
         reconstructions, kl = self._reconstruct(networks["G"], batch, "z/held-out")
         losses, report = self._judge(reconstructions, kl, batch["image"])
         return {"loss": torch.stack(list(losses.values())).sum(), **report}
@@ -150,7 +150,7 @@ class Vae(Family):
         return self._judge(*self._reconstruct(self.G, batch, "z"), batch["image"])
 
     def _reconstruct(self, G: nn.Module, batch: Batch, purpose: str) -> tuple[Tensor, Tensor]:
-        """Pictures of a draw of each posterior (B, 3, R, R), and the posterior's KL (B,)."""
+        """Images of a draw of each posterior (B, 3, R, R), and the posterior's KL (B,)."""
         assert isinstance(G, Autoencoder)
         mean, log_variance = G.encode(batch["image"])
         noise = self._noise(purpose, batch["position"], self.config.seed)

@@ -1,4 +1,4 @@
-"""Family `vae_gan`: a variational autoencoder whose pictures a PatchGAN discriminator judges."""
+"""Family `vae_gan`: a variational autoencoder whose images a PatchGAN discriminator judges."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class VaeGan(Vae):
     """Squared error, KL and the hinge loss against a PatchGAN D.
 
     After Larsen et al. 2016, "Autoencoding beyond pixels using a learned similarity metric". For
-    one picture x of n = 3 * R * R values the loss of G is
+    one image x of n = 3 * R * R values the loss of G is
 
         sum (x - decode(z))^2 / n + beta KL(q || N(0, 1)) + lambda_adv hinge + lambda perceptual
 
     Unlike in :class:`Vae` the KL, summed over the latent, is *not* divided by n, and the squared
     error is not halved: beta 1e-4 is 1e-4 * n / 2 of the ELBO's beta, 0.6 at 64x64. Measured like
-    the VAE's, 1e-4 would leave no prior (on toy pictures the KL passed 600 nats), and no meaning to
+    the VAE's, 1e-4 would leave no prior (on toy images the KL passed 600 nats), and no meaning to
     the samples that are drawn from it.
 
     D sees reconstructions and, as many, decoded draws of the prior (their section 2.3): the prior's
@@ -95,7 +95,7 @@ class VaeGan(Vae):
         return losses | {"adversarial": self.options.lambda_adv * hinge_g(fake)}, report
 
     def _judge_fakes(self, reconstructions: Tensor, batch: Batch, purpose: str) -> Tensor:
-        """Logits of the reconstructions, and of as many pictures of the prior."""
+        """Logits of the reconstructions, and of as many images of the prior."""
         prior = self.G(self._noise(purpose, batch["position"], self.config.seed))
         logits: Tensor = self.D(torch.cat([reconstructions, prior]))
         return logits

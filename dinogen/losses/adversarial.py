@@ -42,7 +42,7 @@ def hinge_g(fake: Tensor) -> Tensor:
 
 
 def relativistic_d(real: Tensor, fake: Tensor) -> Tensor:
-    """D's loss over pairs of a real and a generated picture: the real one shall be more real.
+    """D's loss over pairs of a real and a generated image: the real one shall be more real.
 
     log(1 + exp(D(G(z)) - D(x))), the pairing loss of Jolicoeur-Martineau 2019, "The relativistic
     discriminator", as Huang et al. 2024, "The GAN is dead; long live the GAN! A Modern GAN
@@ -61,15 +61,15 @@ Discriminator = Callable[[Tensor], Tensor]
 
 
 def gradient_penalty(D: Discriminator, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
-    """Mean of (|grad D(x)| - 1)^2 between real and generated pictures.
+    """Mean of (|grad D(x)| - 1)^2 between real and generated images.
 
     Gulrajani et al. 2017, "Improved Training of Wasserstein GANs", equation 3, without lambda:
     x = eps * real + (1 - eps) * fake.
 
     Args:
-        D: pictures (B, ...) -> logits, each of its own picture alone.
-        real: pictures (B, ...).
-        fake: pictures of the same shape; no gradient flows to them.
+        D: images (B, ...) -> logits, each of its own image alone.
+        real: images (B, ...).
+        fake: images of the same shape; no gradient flows to them.
         eps: uniform in (0, 1), one number per sample, such as (B, 1, 1, 1).
 
     Returns:
@@ -84,14 +84,14 @@ def gradient_penalty(D: Discriminator, real: Tensor, fake: Tensor, eps: Tensor) 
 
 
 def r1_penalty(D: Discriminator, real: Tensor) -> Tensor:
-    """Mean of |grad D(x)|^2 over real pictures.
+    """Mean of |grad D(x)|^2 over real images.
 
     Mescheder et al. 2018, "Which Training Methods for GANs do actually Converge?", equation 9,
-    without its factor gamma / 2. Of generated pictures it is R2 (their section 4.1).
+    without its factor gamma / 2. Of generated images it is R2 (their section 4.1).
 
     Args:
-        D: pictures (B, ...) -> logits.
-        real: pictures (B, ...), or features that D begins with; no gradient flows to them.
+        D: images (B, ...) -> logits.
+        real: images (B, ...), or features that D begins with; no gradient flows to them.
 
     Returns:
         Scalar float32.
@@ -102,7 +102,7 @@ def r1_penalty(D: Discriminator, real: Tensor) -> Tensor:
 
 
 def _gradient(D: Discriminator, images: Tensor) -> tuple[Tensor, Tensor]:
-    """(D's gradient at the pictures, its logits there), both differentiable."""
+    """(D's gradient at the images, its logits there), both differentiable."""
     images = images.requires_grad_()
     # a guide's attention may be a part of D, and the fused kernels have no second derivative
     with sdpa_kernel(SDPBackend.MATH):
@@ -112,16 +112,16 @@ def _gradient(D: Discriminator, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
-    """|J' y| of each sample: how far the picture moves with w, seen along random directions y.
+    """|J' y| of each sample: how far the image moves with w, seen along random directions y.
 
     Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", equation 4, where
-    J is the Jacobian of the picture with respect to w. Differentiable itself, so all of it has to
+    J is the Jacobian of the image with respect to w. Differentiable itself, so all of it has to
     be computed in float32.
 
     Args:
         images: (B, C, H, W), computed from ``ws``.
         ws: (B, L, w_dim), one w for each of L layers; lengths are their root mean square.
-        noise: standard normal, of the pictures' shape.
+        noise: standard normal, of the images' shape.
 
     Returns:
         (B,) float32.

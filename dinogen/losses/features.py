@@ -18,7 +18,7 @@ def pyramid_mse(
 ) -> Tensor:
     """Mean squared error of two pyramids, each level counting the same.
 
-    With generated and real pictures independent, its expectation is at least the mean over levels
+    With generated and real images independent, its expectation is at least the mean over levels
     of ``tr Cov(real) / (g*g*C)``: E|f(G(z)) - f(x)|^2 = E|f(G(z)) - mu|^2 + tr Cov f(x). The best
     generator therefore makes the same features for every z; see :func:`collapse_floor`.
 
@@ -56,11 +56,11 @@ def mean_pairwise_distance(features: Tensor) -> float:
 
 
 def clip_loss(generated: Tensor, condition: Tensor, keep: Tensor) -> Tensor:
-    """Mean over all samples of 1 - cos between pictures and what they were asked to be.
+    """Mean over all samples of 1 - cos between images and what they were asked to be.
 
     Args:
-        generated: (B, E) embeddings of generated pictures.
-        condition: (B, E) embeddings of pictures or captions.
+        generated: (B, E) embeddings of generated images.
+        condition: (B, E) embeddings of images or captions.
         keep: (B,) bool; False: asked for nothing, which counts 0.
 
     Returns:
@@ -92,7 +92,7 @@ def pseudo_text(embedding: Tensor, eps: Tensor, xi: float) -> Tensor:
 def squared_error(generated: Tensor, real: Tensor) -> Tensor:
     """Squared error summed over all values of a sample.
 
-    Half of it is, up to a constant, the negative log likelihood of the real picture under a
+    Half of it is, up to a constant, the negative log likelihood of the real image under a
     Gaussian of unit variance about the generated one (Kingma and Welling 2014, appendix C.2).
 
     Args:
@@ -143,7 +143,7 @@ def perceptual_distance(generated: Sequence[Tensor], real: Sequence[Tensor]) -> 
 
     Args:
         generated: maps (B, C, H, W) of one network's layers.
-        real: those of other pictures, alike in number and shapes.
+        real: those of other images, alike in number and shapes.
 
     Returns:
         (B,) float32.
@@ -156,12 +156,12 @@ def perceptual_distance(generated: Sequence[Tensor], real: Sequence[Tensor]) -> 
 
 
 def psnr(mean_squared_error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], whose peak is 2.
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], whose peak is 2.
 
     Args:
-        mean_squared_error: (B,), over the values of each picture.
+        mean_squared_error: (B,), over the values of each image.
 
     Returns:
-        (B,); a perfect picture has infinitely many.
+        (B,); a perfect image has infinitely many.
     """
     return 20 * math.log10(2) - 10 * mean_squared_error.log10()

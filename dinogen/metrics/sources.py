@@ -50,7 +50,7 @@ class Reference(ABC):
         """``data``, ``split`` and ``resize``: the part of a fingerprint that is about them."""
 
 
-class Pictures(Reference):
+class Images(Reference):
     """Images of packed shards, brought to a resolution as in training: by area.
 
     Args:

@@ -1,4 +1,4 @@
-"""The convolutional variational autoencoder: pictures to means and log variances, latents back.
+"""The convolutional variational autoencoder: images to means and log variances, latents back.
 
 Kingma and Welling 2014, "Auto-Encoding Variational Bayes" (section 3). The decoder upsamples and
 convolves: a transposed convolution covers its output unevenly and leaves checkerboards (Odena et
@@ -18,15 +18,15 @@ SMALLEST = 4  # side of the map between convolutions and latent
 WIDEST = 8  # most channels, in base channels
 MAX_GROUPS = 8
 CHANNELS_PER_GROUP = 8  # at least; a group of one would lose its map's contrast
-# Posteriors begin near the prior and pictures near grey: what the first steps meet is no noise.
+# Posteriors begin near the prior and images near grey: what the first steps meet is no noise.
 HEAD_GAIN = 0.1
 
 
 class ConvNorm(nn.Sequential):
     """Convolution, group norm, LeakyReLU.
 
-    Group norm (Wu and He 2018), as it knows nothing of the batch: a picture's latent and a
-    latent's picture do not depend on what stands beside them.
+    Group norm (Wu and He 2018), as it knows nothing of the batch: an image's latent and a
+    latent's image do not depend on what stands beside them.
     """
 
     def __init__(self, num_in: int, num_out: int, kernel: int, stride: int = 1) -> None:
@@ -54,12 +54,12 @@ class UpConv(nn.Module):
 class Autoencoder(nn.Module):
     """Encoder and decoder; called as a whole it decodes, like any other generator.
 
-    The encoder halves the picture down to 4x4 by 4x4 convolutions of stride 2, each followed by a
+    The encoder halves the image down to 4x4 by 4x4 convolutions of stride 2, each followed by a
     3x3 convolution, with ``base_channels`` at half the resolution, twice as many at the next, at
     most eight times as many. The decoder is its mirror.
 
     Args:
-        resolution: side of the pictures, a power of two from 16 to 256.
+        resolution: side of the images, a power of two from 16 to 256.
         latent: size of the latent.
         base_channels: channels of the widest maps, a multiple of 8.
 
@@ -93,13 +93,13 @@ class Autoencoder(nn.Module):
             nn.init.xavier_normal_(head.weight, HEAD_GAIN)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 3, R, R) in [-1, 1] -> mean and log variance, each (B, latent) float32."""
+        """Images (B, 3, R, R) in [-1, 1] -> mean and log variance, each (B, latent) float32."""
         posterior = self.to_posterior(self.down(images).flatten(1)).float()
         mean, log_variance = posterior.chunk(2, dim=1)
         return mean, log_variance
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, latent) -> pictures (B, 3, R, R) float32 in [-1, 1]."""
+        """Latents (B, latent) -> images (B, 3, R, R) float32 in [-1, 1]."""
         x = self.from_latent(z).unflatten(1, (-1, SMALLEST, SMALLEST))
         rgb = self.to_rgb(self.up(F.leaky_relu(x, LEAK)))
         return torch.tanh(rgb.float())

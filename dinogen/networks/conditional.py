@@ -66,7 +66,7 @@ class ConditionalGenerator(ProgressiveGenerator):
     stage takes it over whole.
 
     Args:
-        resolution: side of the pictures, a power of two from 4.
+        resolution: side of the images, a power of two from 4.
         embed_dim: size of the embedding.
         z_dim: size of the latent.
         channel_base: channels at resolution R are ``channel_base / R``, at most ``channel_max``.
@@ -93,7 +93,7 @@ class ConditionalGenerator(ProgressiveGenerator):
         keep: Tensor | None = None,
         guidance: float = 1.0,
     ) -> Tensor:
-        """What the pictures are drawn from: w_null + guidance (w_condition - w_null).
+        """What the images are drawn from: w_null + guidance (w_condition - w_null).
 
         Classifier-free guidance (Ho and Salimans 2022, equation 6, guidance = 1 + its w) on the
         latent in place of the score. 1 is the condition as it is, 0 none, more exaggerates it.
@@ -113,11 +113,11 @@ class ConditionalGenerator(ProgressiveGenerator):
         keep: Tensor | None = None,
         guidance: float = 1.0,
     ) -> Tensor:
-        """Latents (B, z_dim) and embeddings -> pictures (B, 3, R, R) in [-1, 1].
+        """Latents (B, z_dim) and embeddings -> images (B, 3, R, R) in [-1, 1].
 
         Args:
             z: standard normal.
-            embedding: (B, embed_dim), of any length but zero; None for pictures of no condition.
+            embedding: (B, embed_dim), of any length but zero; None for images of no condition.
             keep: (B,) bool, see :class:`ConditionalMapping`.
             guidance: see :meth:`latents`.
         """

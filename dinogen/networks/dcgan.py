@@ -19,7 +19,7 @@ class DcganGenerator(nn.Module):
     """z -> 4x4 -> doubled by each transposed convolution -> tanh.
 
     Args:
-        resolution: side of the pictures, one of ``RESOLUTIONS``.
+        resolution: side of the images, one of ``RESOLUTIONS``.
         z_dim: size of the latent.
         ngf: channels at half the resolution, doubled at each halving.
     """
@@ -36,7 +36,7 @@ class DcganGenerator(nn.Module):
         _initialise(self)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Latents (B, z_dim) -> pictures (B, 3, R, R) in [-1, 1]."""
+        """Latents (B, z_dim) -> images (B, 3, R, R) in [-1, 1]."""
         return torch.tanh(self.layers(z[:, :, None, None]).float())
 
 
@@ -44,7 +44,7 @@ class DcganDiscriminator(nn.Module):
     """The generator mirrored: strided convolutions, batch norm but for the first, LeakyReLU.
 
     Args:
-        resolution: side of the pictures, one of ``RESOLUTIONS``.
+        resolution: side of the images, one of ``RESOLUTIONS``.
         ndf: channels at half the resolution, doubled at each halving.
     """
 
@@ -63,7 +63,7 @@ class DcganDiscriminator(nn.Module):
         _initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, R, R) -> logits (B,)."""
+        """Images (B, 3, R, R) -> logits (B,)."""
         logits: Tensor = self.layers(images).flatten()
         return logits
 

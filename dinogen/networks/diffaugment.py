@@ -1,9 +1,9 @@
 """Differentiable augmentation of fixed strength: colour, translation, cutout.
 
 Zhao et al. 2020, "Differentiable Augmentation for Data-Efficient GAN Training" (section 3), of the
-parts of the ADA pipeline. Each transform happens to every picture. Two differences to the paper:
+parts of the ADA pipeline. Each transform happens to every image. Two differences to the paper:
 what a translation uncovers is a mirror image and not black, and contrast changes about mid grey
-and not about the picture's mean.
+and not about the image's mean.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def diff_augment(
     Args:
         images: (B, 3, R, R) in [-1, 1].
         seed: the run's seed.
-        purpose: what the pictures are for; other purposes give independent draws.
+        purpose: what the images are for; other purposes give independent draws.
         positions: (B,) int64 on the CPU, places of the samples in the global order.
-        transforms: which of them; of none the very same pictures come back.
+        transforms: which of them; of none the very same images come back.
 
     Returns:
         (B, 3, R, R) float32; colours leave [-1, 1].

@@ -1,4 +1,4 @@
-"""The PatchGAN discriminator: one logit for each overlapping patch of a picture, at many scales.
+"""The PatchGAN discriminator: one logit for each overlapping patch of an image, at many scales.
 
 Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks" (section
 3.2.2 and appendix 6.1.2), with group norm in place of batch norm; several scales as in Wang et al.
@@ -20,7 +20,7 @@ INIT_STD = 0.02  # of all convolutions, in the paper
 class PatchDiscriminator(nn.Module):
     """4x4 convolutions, ``num_layers`` of stride 2 and two of stride 1, LeakyReLU between.
 
-    With batch norm a picture's logits depend on what stands beside it, so that D could tell a
+    With batch norm an image's logits depend on what stands beside it, so that D could tell a
     batch of fakes by its statistics, and the cut of a batch into parts and ranks would change the
     loss. Instance norm takes each map's own mean and contrast away, by which much of a fake is
     known, and has nothing left to normalise where maps shrink to a single place. Group norm does
@@ -50,7 +50,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, std=INIT_STD)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, R, R) in [-1, 1] -> logits (B, P, P) float32, P = R / 2**num_layers - 2.
+        """Images (B, 3, R, R) in [-1, 1] -> logits (B, P, P) float32, P = R / 2**num_layers - 2.
 
         Positive means real.
         """
@@ -59,9 +59,9 @@ class PatchDiscriminator(nn.Module):
 
 
 class MultiScalePatchDiscriminator(nn.Module):
-    """Alike discriminators, each of the picture at half the size of the one before.
+    """Alike discriminators, each of the image at half the size of the one before.
 
-    The coarsest sees most of the picture, the finest its texture. Sizes are halved by exact means
+    The coarsest sees most of the image, the finest its texture. Sizes are halved by exact means
     of 2x2 pixels, where the paper's code takes overlapping 3x3.
 
     Args:
@@ -77,7 +77,7 @@ class MultiScalePatchDiscriminator(nn.Module):
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Pictures (B, 3, R, R) in [-1, 1] -> logits (B, P, P) float32 of each scale, finest first.
+        """Images (B, 3, R, R) in [-1, 1] -> logits (B, P, P) float32 of each scale, finest first.
 
         P = ``num_patches(R / 2**i, num_layers)`` at scale i.
         """
@@ -89,5 +89,5 @@ class MultiScalePatchDiscriminator(nn.Module):
 
 
 def num_patches(resolution: int, num_layers: int) -> int:
-    """P, the logits along one side of a picture of this resolution; none fit if below 1."""
+    """P, the logits along one side of an image of this resolution; none fit if below 1."""
     return (resolution >> num_layers) - 2

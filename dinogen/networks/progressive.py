@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from dinogen.networks.layers import minibatch_std
 
 LEAK = 0.2
-# Pictures begin near grey: noise of full contrast drives tanh flat before the mean is learnt.
+# Images begin near grey: noise of full contrast drives tanh flat before the mean is learnt.
 TO_RGB_GAIN = 0.1
 
 
@@ -33,14 +33,14 @@ class ProgressiveGenerator(nn.Module):
 
     Built only up to its resolution. It holds the ToRGB of that resolution and of the one before,
     which is the other end of the fade-in. ``alpha`` is a buffer, so a snapshot taken in the midst
-    of a fade-in gives the pictures that training saw.
+    of a fade-in gives the images that training saw.
 
     Args:
-        resolution: side of the pictures, a power of two from 4.
+        resolution: side of the images, a power of two from 4.
         z_dim: size of the latent.
         channel_base: channels at resolution R are ``channel_base / R``, at most ``channel_max``.
         channel_max: most channels at any resolution.
-        num_latents: rows of ``table``: one learnt latent per training picture; there is
+        num_latents: rows of ``table``: one learnt latent per training image; there is
             no table if 0.
         latent_rate: see :class:`LatentTable`.
     """
@@ -92,12 +92,12 @@ class ProgressiveGenerator(nn.Module):
         return {name for name, _ in self.named_parameters() if name.startswith(prefix)}
 
     def set_fade(self, alpha: float, fading: bool) -> None:
-        """Set the share of the new block in the picture (0 to 1), and whether it is fading in."""
+        """Set the share of the new block in the image (0 to 1), and whether it is fading in."""
         self.fading = fading
         self.alpha.fill_(alpha)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Latents (B, z_dim) -> pictures (B, 3, R, R) in [-1, 1]."""
+        """Latents (B, z_dim) -> images (B, 3, R, R) in [-1, 1]."""
         x = F.leaky_relu(self.dense(z).unflatten(1, (-1, 4, 4)), LEAK)
         before = x
         for block in self.blocks.values():
@@ -107,7 +107,7 @@ class ProgressiveGenerator(nn.Module):
             old = self.to_rgb[str(self.resolution // 2)](before)
             # float32 by hand: CUDA's autocast upsamples in float32, and lerp takes no two types.
             old = F.interpolate(old.float(), scale_factor=2, mode="nearest")
-            # Blended before tanh: while alpha is small the new block overshoots, and a picture of
+            # Blended before tanh: while alpha is small the new block overshoots, and an image of
             # its own would be driven to where tanh is flat and nothing is learned any more.
             rgb = torch.lerp(old, rgb, self.alpha)
         return torch.tanh(rgb)
@@ -176,7 +176,7 @@ class ProgressiveDiscriminator(nn.Module):
     before, which is the other end of the fade-in.
 
     Args:
-        resolution: side of the pictures, a power of two from 4.
+        resolution: side of the images, a power of two from 4.
         channel_base: channels at resolution R are ``channel_base / R``, at most ``channel_max``.
         channel_max: most channels at any resolution.
         group_size: samples over which the minibatch standard deviation is taken.
@@ -233,7 +233,7 @@ class ProgressiveDiscriminator(nn.Module):
         self.alpha.fill_(alpha)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, R, R) -> logits (B,)."""
+        """Images (B, 3, R, R) -> logits (B,)."""
         x = self._features(images, self.resolution)
         for size, block in self.blocks.items():
             x = block(x)
@@ -247,5 +247,5 @@ class ProgressiveDiscriminator(nn.Module):
         return logits
 
     def _features(self, images: Tensor, size: int) -> Tensor:
-        """Pictures of side ``size`` as the features that its block takes."""
+        """Images of side ``size`` as the features that its block takes."""
         return F.leaky_relu(self.from_rgb[str(size)](images), LEAK)

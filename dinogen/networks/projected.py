@@ -21,7 +21,7 @@ class Head(nn.Module):
     """1x1 convolution, a residual 3x3, 1x1 to a logit per place; all spectrally normalised.
 
     As StyleGAN-T's, over the places of the map where those are over the row of tokens. Group norm
-    is in place of its batch norm over small groups of samples, by which a picture's logits depend
+    is in place of its batch norm over small groups of samples, by which an image's logits depend
     on what stands beside it, and the loss on the cut of a batch into parts and ranks.
 
     Args:

@@ -26,12 +26,12 @@ class ResnetGenerator(nn.Module):
     """z -> dense to 4x4 -> residual blocks, each doubling -> norm, ReLU, 3x3 to RGB -> tanh.
 
     Args:
-        resolution: side of the pictures, a power of two from 8.
+        resolution: side of the images, a power of two from 8.
         z_dim: size of the latent.
         channels: channels at the full resolution, doubled at each halving ...
         channel_max: ... and at most this.
         norm: batch norm (WGAN-GP), or group norm over 16 neighbouring channels, with which a
-            picture does not depend on the others of its batch.
+            image does not depend on the others of its batch.
         attention: sizes of the maps that go through self-attention.
     """
 
@@ -59,7 +59,7 @@ class ResnetGenerator(nn.Module):
         _initialise(self)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Latents (B, z_dim) -> pictures (B, 3, R, R) in [-1, 1]."""
+        """Latents (B, z_dim) -> images (B, 3, R, R) in [-1, 1]."""
         x = self.layers(self.dense(z).unflatten(1, (-1, 4, 4)))
         return torch.tanh(self.to_rgb(F.relu(self.norm(x))).float())
 
@@ -72,7 +72,7 @@ class ResnetCritic(nn.Module):
     them is always flatter, so one free factor has to make up for it.
 
     Args:
-        resolution: side of the pictures, a power of two from 8.
+        resolution: side of the images, a power of two from 8.
         channels: channels at the full resolution, doubled at each halving ...
         channel_max: ... and at most this.
         norm: instance norm, which mixes no samples as the gradient penalty demands (section 4 of
@@ -108,7 +108,7 @@ class ResnetCritic(nn.Module):
                     spectral_norm(module)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, R, R) -> scores (B,)."""
+        """Images (B, 3, R, R) -> scores (B,)."""
         x = F.leaky_relu(self.layers(self.from_rgb(images)), LEAK)
         scores: Tensor = self.linear(x.flatten(1)).flatten()
         return scores

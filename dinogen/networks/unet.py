@@ -138,12 +138,12 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """(pictures with noise, time steps) -> what the schedule's prediction asks for.
+    """(images with noise, time steps) -> what the schedule's prediction asks for.
 
     At the start it says 0 everywhere, for the last convolution of each branch is 0.
 
     Args:
-        resolution: side of the pictures; each level after the first halves it.
+        resolution: side of the images; each level after the first halves it.
         base_channels: channels of the first level; an even number.
         channel_multipliers: of each level, times ``base_channels``.
         num_blocks: residual blocks of each level on the way down; one more on the way up.

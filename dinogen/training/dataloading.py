@@ -89,11 +89,11 @@ _LUMA = (0.299, 0.587, 0.114)
 
 
 def augment(images: Tensor, positions: Tensor, seed: int, config: AugmentConfig) -> Tensor:
-    """Mirrored, turned and recoloured pictures, in this order; what is 0 is left out.
+    """Mirrored, turned and recoloured images, in this order; what is 0 is left out.
 
     Args:
         images: (B, 3, R, R) in [-1, 1].
-        positions: (B,) int64, places in the global order: the same picture is changed otherwise
+        positions: (B,) int64, places in the global order: the same image is changed otherwise
             in each epoch, and alike on any number of ranks.
         seed: of the run.
         config: how much.
@@ -138,7 +138,7 @@ def brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Drawn away from each picture's mean grey by (B,) factors."""
+    """Drawn away from each image's mean grey by (B,) factors."""
     return _blend(images, _grey(images).mean((2, 3), keepdim=True), factor)
 
 

@@ -86,7 +86,7 @@ def _check_lr_scale(config: Config, families: list[Family]) -> None:
 
 
 def _check_stage(config: Config, family: Family, data: Dataset) -> None:
-    """Levels, picture size and batch of one stage."""
+    """Levels, image size and batch of one stage."""
     stage, inputs = family.stage, family.inputs
     name, stored = f"stage {stage.resolution}", data.manifest.image_size
     missing = [level for level in inputs.levels if level not in data.manifest.levels]
@@ -101,24 +101,24 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
         check_classes(config, data)
     if inputs.image_size is None and config.augment != AugmentConfig():
         raise ConfigError(
-            f"augment: family {config.family.name} reads no pictures at {name}, but features that "
+            f"augment: family {config.family.name} reads no images at {name}, but features that "
             "were made before: leave it out"
         )
     own = isinstance(family, MeasuresHeldOut)
     if config.eval.every_kimg is not None and not own and not config.eval.generated:
         raise ConfigError(
             f"eval: family {config.family.name} has nothing to measure on held-out samples: "
-            "leave it out, or name metrics of generated pictures (eval.generated=[fid])"
+            "leave it out, or name metrics of generated images (eval.generated=[fid])"
         )
     if stored is not None and stage.resolution > stored:
         raise ConfigError(
-            f"stages: {name} is larger than the pictures of {data.location} ({stored}x{stored}):"
+            f"stages: {name} is larger than the images of {data.location} ({stored}x{stored}):"
             f" leave it out, or prepare again with prepare.faces.size={stage.resolution} or more"
         )
     if stage.batch < process_group.world_size():
         raise ConfigError(
             f"stages: batch {stage.batch} of {name} is smaller than the number of ranks "
-            f"{process_group.world_size()}: each rank needs a picture"
+            f"{process_group.world_size()}: each rank needs an image"
         )
     if 0 < inputs.reference_batch < process_group.world_size():
         raise ConfigError(

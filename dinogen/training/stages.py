@@ -37,7 +37,7 @@ class StagePlan:
         return nimg < self.fade_end
 
     def alpha(self, nimg: int) -> float:
-        """Share of the new block in the picture, 0 to 1."""
+        """Share of the new block in the image, 0 to 1."""
         return (nimg - self.start) / (self.fade_end - self.start) if self.fading(nimg) else 1.0
 
     def lr_factor(self, nimg: int) -> float:

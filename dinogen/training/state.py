@@ -178,7 +178,7 @@ class StageState:
 
     @torch.no_grad()
     def sample(self, num: int) -> torch.Tensor:
-        """The first ``num`` pictures of the run's seed, (N, 3, R, R) in [-1, 1] on the CPU."""
+        """The first ``num`` images of the run's seed, (N, 3, R, R) in [-1, 1] on the CPU."""
         return sample_in_parts(self.family, self.ema.networks, num, self.config.seed)
 
     @torch.no_grad()

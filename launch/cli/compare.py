@@ -39,7 +39,7 @@ def compare(
         bool, typer.Option("--as-is", help="Measure and draw nothing; show what is there.")
     ] = False,
 ) -> None:
-    """Put runs side by side: figures, curves, pictures, and where every number comes from.
+    """Put runs side by side: figures, curves, images, and where every number comes from.
 
     A run whose end was never measured (dinogen evaluate) or looked at (dinogen look) is first,
     unless --as-is is given. One that failed, or whose files are damaged, is listed with what is

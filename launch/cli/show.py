@@ -34,10 +34,10 @@ def look(
         Path | None, typer.Option(help="Folder; RUN/RxR/looks by default.", metavar="DIR")
     ] = None,
 ) -> None:
-    """Make pictures that show what a run has learnt: grids, its progress, interpolations, worst.
+    """Make images that show what a run has learnt: grids, its progress, interpolations, worst.
 
     What they are is in looks.json beside them, and why one is missing: not every family truncates,
-    mixes styles or encodes pictures.
+    mixes styles or encodes images.
 
     [bold]Examples[/bold]
 

@@ -76,8 +76,8 @@ def train(
 
 def sample(
     run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
-    num: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
+    num: Annotated[int, typer.Option(min=1, help="Images to make.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")] = 0,
     stage: Annotated[
         int | None, typer.Option(help="Resolution; the largest trained by default.", metavar="R")
     ] = None,
@@ -86,13 +86,13 @@ def sample(
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="What to show; given again, pictures show each in turn."),
+        typer.Option(help="What to show; given again, images show each in turn."),
     ] = None,
     guidance: Annotated[
         float, typer.Option(min=0, max=100, help="Of --text: 1 as trained, more exaggerates.")
     ] = 1.0,
 ) -> None:
-    """Make pictures from the moving average of a run: PNGs and one grid.
+    """Make images from the moving average of a run: PNGs and one grid.
 
     [bold]Example[/bold]  dinogen sample runs/first --num 64 --seed 0 --stage 32
     [bold]Example[/bold]  dinogen sample runs/text --text "a smiling woman" --guidance 2
@@ -119,10 +119,10 @@ def sample(
     if text:
         write_text(folder / "prompts.txt", "".join(f"{prompt}\n" for prompt in text))
     images = snapshot.sample(num, seed, condition).numpy()
-    for number, picture in enumerate(to_uint8(images)):
-        Image.fromarray(picture).save(folder / f"{number:05d}{snapshot.mark}.png")
+    for number, image in enumerate(to_uint8(images)):
+        Image.fromarray(image).save(folder / f"{number:05d}{snapshot.mark}.png")
     grid = save_grid(images, folder / f"grid_{size}{snapshot.mark}.png")
-    typer.echo(f"{num} pictures of stage {size} at {snapshot.nimg} images: {grid}")
+    typer.echo(f"{num} images of stage {size} at {snapshot.nimg} images: {grid}")
 
 
 def text_mark(texts: list[str], guidance: float) -> str:
@@ -185,7 +185,7 @@ def _print(done: Demo) -> None:
     console.print(f"\nwall time {sum(done.seconds.values()):.0f} s: {steps}")
     if done.random_guide:
         console.print(
-            "[bold red]RANDOM GUIDE[/]: the pictures show that all of it runs, not its quality"
+            "[bold red]RANDOM GUIDE[/]: the images show that all of it runs, not its quality"
         )
     if any(result["verdict"] != "ok" for result in done.results):
         console.print(

@@ -53,7 +53,7 @@ def plan_steps(
         stages: ``8``, ``4..64``, or None for all.
         photos: what the data are made of, unless they are packed already.
         file: the config that the jobs read.
-        metric: what the evaluation has to hold; pictures to look at are then made too.
+        metric: what the evaluation has to hold; images to look at are then made too.
 
     Raises:
         UserError: no data and no photos, no such stage, or the scripts are not there.
@@ -163,7 +163,7 @@ def _step(
 
 
 # From this resolution on a stage takes more than one GPU, four times as many for each doubling,
-# just as its pictures have four times the pixels.
+# just as its images have four times the pixels.
 _ONE_GPU = 32
 
 
@@ -188,7 +188,7 @@ def stage_resources(config: Config, stage: StageConfig) -> Resources:
     """Resources of one stage.
 
     One GPU up to 32x32, then four times as many for each doubling (64: 4, 128: 16, 256: 64), up to
-    ``cluster.nodes`` full nodes and never more than there are pictures in a batch. Without GPUs
+    ``cluster.nodes`` full nodes and never more than there are images in a batch. Without GPUs
     the same holds for processes. A stage whose nodes the config names takes them whole.
     """
     cluster = config.cluster

@@ -80,7 +80,7 @@ def test_q_sample_and_v_are_those_of_diffusers(name):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_right_answer_gives_picture_and_noise_back(name, prediction):
+def test_the_right_answer_gives_image_and_noise_back(name, prediction):
     schedule = Schedule(name)
     x0, eps, t = drawn()
     x_t = schedule.q_sample(x0, eps, t)
@@ -94,7 +94,7 @@ def test_any_answer_survives_a_round_trip_through_another(start, to):
     schedule = Schedule("linear")
     x_t, output, t = drawn()
     x0, eps = schedule.denoise(start, output, x_t, t)
-    # whatever was said, picture and noise add up to x_t
+    # whatever was said, image and noise add up to x_t
     torch.testing.assert_close(schedule.q_sample(x0, eps, t), x_t, rtol=0, atol=1e-9)
     again = schedule.denoise(to, schedule.target(to, x0, eps, t), x_t, t)
     torch.testing.assert_close(again, (x0, eps), rtol=1e-7, atol=1e-7)

@@ -1,4 +1,4 @@
-"""Trains a family on drawn pictures through the real engine and averages; no data on disk."""
+"""Trains a family on drawn images through the real engine and averages; no data on disk."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from dinogen.training.engines import make_engine
 CPU = torch.device("cpu")
 
 
-def drawn_pictures(num: int, resolution: int) -> torch.Tensor:
+def drawn_images(num: int, resolution: int) -> torch.Tensor:
     """Discs of one colour on a ground of another, (num, 3, R, R) in [-1, 1]; no two alike."""
     generator = torch.Generator().manual_seed(0)
     axis = torch.linspace(-1, 1, resolution)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    pictures = []
+    images = []
     for i in range(num):
         ground, disc = (torch.rand(2, 3, 1, 1, generator=generator) * 1.6 - 0.8).unbind()
         angle = torch.tensor(2 * torch.pi * i / num)
         distance = (x - 0.4 * angle.cos()).square() + (y - 0.4 * angle.sin()).square()
         inside = torch.sigmoid((0.2 - distance) * 40)
-        pictures.append(torch.lerp(ground, disc, inside))
-    return torch.stack(pictures)
+        images.append(torch.lerp(ground, disc, inside))
+    return torch.stack(images)
 
 
 def make_family(name: str, resolution: int, *overrides: str, seed: int = 0):
@@ -37,7 +37,7 @@ def make_family(name: str, resolution: int, *overrides: str, seed: int = 0):
 
 
 def make_batch(images: torch.Tensor, step: int = 0, size: int | None = None) -> dict:
-    """A batch as the stream gives it, whose pictures come round again and again."""
+    """A batch as the stream gives it, whose images come round again and again."""
     size = size or len(images)
     position = torch.arange(step * size, (step + 1) * size)
     keys = [str(p) for p in position.tolist()]
@@ -74,14 +74,14 @@ class Training:
 
     @torch.no_grad()
     def samples(self, num: int) -> torch.Tensor:
-        """Pictures of the averaged networks."""
+        """Images of the averaged networks."""
         return self.family.sample(self.ema.networks, torch.arange(num), seed=0)
 
 
 def energy_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Between two sets of pictures (Szekely and Rizzo 2013); 0 only for the same distribution.
+    """Between two sets of images (Szekely and Rizzo 2013); 0 only for the same distribution.
 
-    So neither blurs nor one picture again and again come near.
+    So neither blurs nor one image again and again come near.
     """
     a, b = a.flatten(1), b.flatten(1)
     within = torch.cdist(a, a).mean() + torch.cdist(b, b).mean()

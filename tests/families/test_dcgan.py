@@ -1,4 +1,4 @@
-"""DCGAN as a family: its phases, its losses, and that it learns eight pictures."""
+"""DCGAN as a family: its phases, its losses, and that it learns eight images."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from dinogen.config import ConfigError
 from tests.families.gans import (
     Training,
-    drawn_pictures,
+    drawn_images,
     energy_distance,
     make_batch,
     make_family,
@@ -24,7 +24,7 @@ def test_d_and_g_take_turns():
 
 
 def test_losses_are_torch_s_cross_entropy_of_what_d_says():
-    family, batch = make_family("dcgan", 16, *SMALL), make_batch(drawn_pictures(8, 16))
+    family, batch = make_family("dcgan", 16, *SMALL), make_batch(drawn_images(8, 16))
     seen = []
     family.D.register_forward_hook(lambda _module, args, out: seen.append((args[0], out)))
     d, g = (phase.losses(batch)[0]["bce"] for phase in family.phases)
@@ -37,7 +37,7 @@ def test_losses_are_torch_s_cross_entropy_of_what_d_says():
 
 
 def test_d_and_g_see_other_noise():
-    family, batch = make_family("dcgan", 16, *SMALL), make_batch(drawn_pictures(8, 16))
+    family, batch = make_family("dcgan", 16, *SMALL), make_batch(drawn_images(8, 16))
     latents = []
     family.G.register_forward_hook(lambda _module, args, _out: latents.append(args[0]))
     for phase in family.phases:
@@ -56,10 +56,10 @@ def test_a_width_out_of_range_is_a_clear_error():
         make_family("dcgan", 16, "family.ngf=0")
 
 
-def test_it_learns_eight_pictures():
-    pictures = drawn_pictures(8, 16)
+def test_it_learns_eight_images():
+    images = drawn_images(8, 16)
     family = make_family("dcgan", 16, *LEARNS)
     training = Training(family)
-    before = energy_distance(training.samples(64), pictures)
-    training.run(pictures, 250)
-    assert energy_distance(training.samples(64), pictures) < before / 2.5
+    before = energy_distance(training.samples(64), images)
+    training.run(images, 250)
+    assert energy_distance(training.samples(64), images) < before / 2.5

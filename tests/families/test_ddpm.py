@@ -31,7 +31,7 @@ def make(**options):
     return Ddpm(config, config.stages[0], torch.device("cpu"))
 
 
-def pictures(num=8, size=16):
+def random_images(num=8, size=16):
     """Discs of different places, sizes and colours on grounds of different colours."""
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
@@ -72,7 +72,7 @@ def test_the_loss_by_hand(prediction):
     with torch.no_grad():
         for parameter in family.G.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    batch = batch_of(pictures(), first=40)
+    batch = batch_of(random_images(), first=40)
     losses, report = family.phases[0].losses(batch)
     assert set(losses) == {prediction} and report == {}
 
@@ -94,7 +94,7 @@ def test_the_loss_by_hand(prediction):
 def test_the_loss_does_not_depend_on_how_the_batch_is_cut():
     family = make()
     torch.nn.init.normal_(family.G.conv_out.weight, std=0.1)
-    whole = batch_of(pictures())
+    whole = batch_of(random_images())
     parts = [{key: value[i : i + 2] for key, value in whole.items()} for i in range(0, 8, 2)]
     means = [family.phases[0].losses(part)[0]["v"] for part in parts]
     torch.testing.assert_close(torch.stack(means).mean(), family.phases[0].losses(whole)[0]["v"])
@@ -103,7 +103,7 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_cut():
 def test_held_out_measures_the_averages_with_draws_of_its_own():
     family, other = make(), make()
     torch.nn.init.normal_(other.G.conv_out.weight, std=0.1)
-    batch = batch_of(pictures())
+    batch = batch_of(random_images())
     own = family.held_out({"G": family.G}, batch)
     assert set(own) == {"v"}
     assert own["v"] != family.phases[0].losses(batch)[0]["v"]
@@ -201,9 +201,9 @@ def test_options_that_do_not_fit_each_other_are_refused_by_name(options, named):
 
 @pytest.fixture(scope="module")
 def overfitted():
-    """(family, held-out loss before, after, pictures) of some seconds on 8 pictures."""
+    """(family, held-out loss before, after, images) of some seconds on 8 images."""
     family = make(sample_steps=20)
-    images = pictures()
+    images = random_images()
     optimizer = torch.optim.AdamW(family.G.parameters(), betas=(0.9, 0.99))
     measured = batch_of(images.repeat(16, 1, 1, 1))
     with torch.no_grad():
@@ -219,12 +219,12 @@ def overfitted():
     return family, before, after, images
 
 
-def test_overfits_8_pictures(overfitted):
+def test_overfits_8_images(overfitted):
     _, before, after, _ = overfitted
     assert after < before / 3
 
 
-def test_samples_of_an_overfitted_network_are_near_its_pictures(overfitted):
+def test_samples_of_an_overfitted_network_are_near_its_images(overfitted):
     family, _, _, images = overfitted
     found = family.sample(family.networks, torch.arange(16), seed=0)
     distances = torch.cdist(found.flatten(1), images.flatten(1)).square() / (3 * 16 * 16)

@@ -129,7 +129,7 @@ def test_samples_have_their_shape_and_do_not_depend_on_each_other(family, disc_d
         assert images.max() <= 1
         alone = state.family.sample(state.ema.networks, torch.tensor([3]), seed=3)
         torch.testing.assert_close(alone[0], images[3], rtol=1e-4, atol=1e-4)
-        assert (images[0] - images[1]).abs().max() > 1e-3, "each number has a picture of its own"
+        assert (images[0] - images[1]).abs().max() > 1e-3, "each number has an image of its own"
         other = state.family.sample(state.ema.networks, torch.arange(5), seed=4)
         assert (images - other).abs().max() > 1e-3, "the seed matters"
 

@@ -214,7 +214,7 @@ def test_the_weight_ramps_from_the_stages_start(two_guides, tmp_path):  # noqa: 
     assert found == pytest.approx([0.0, 0.5, 1.0])
 
 
-def test_held_out_energy_is_a_mean_over_held_out_pictures(two_guides, tmp_path):  # noqa: F811
+def test_held_out_energy_is_a_mean_over_held_out_images(two_guides, tmp_path):  # noqa: F811
     """Of ``mse`` too, so that objectives can be compared; any parts have the same mean."""
     config = objective_config(two_guides, tmp_path, "mse")
     state = StageState(config, 0)

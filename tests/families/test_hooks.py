@@ -19,7 +19,7 @@ from dinogen.families.abilities import (
     truncates,
 )
 from dinogen.families.registry import family_class, family_names, resolve
-from tests.families.gans import Training, drawn_pictures
+from tests.families.gans import Training, drawn_images
 from tests.families.tiny import RESOLUTION, TINY, tiny_config
 
 CPU = torch.device("cpu")
@@ -85,7 +85,7 @@ def test_samples_are_decoded_latents_and_bitwise_what_they_were(name, overrides)
 
 @every_family
 @torch.no_grad()
-def test_a_picture_follows_from_its_latent(name):
+def test_a_image_follows_from_its_latent(name):
     family = build(name)
     latents = family.latents(NUMBERS, SEED)
     between = torch.lerp(latents[:1], latents[1:2], 0.5)
@@ -121,7 +121,7 @@ def test_psi_moves_those_alone_that_truncate(name):
 @torch.no_grad()
 def test_autoencoders_decode_the_mean_of_the_posterior(name):
     family = build(name)
-    images = drawn_pictures(5, RESOLUTION)
+    images = drawn_images(5, RESOLUTION)
     batch = {"image": images, "position": torch.arange(5), "key": list("abcde")}
     assert isinstance(family, Reconstructs) == (name in ("vae", "vae_gan"))
     if not isinstance(family, Reconstructs):
@@ -140,14 +140,14 @@ def test_autoencoders_decode_the_mean_of_the_posterior(name):
 def test_without_a_discriminator_there_is_no_opinion(name):
     family = build(name)
     if isinstance(family, HasCritic):  # some stages of this family have one, this one has not
-        assert name == "guided" and family.realism(drawn_pictures(2, RESOLUTION)) is None
+        assert name == "guided" and family.realism(drawn_images(2, RESOLUTION)) is None
 
 
 @pytest.mark.parametrize("name", WITH_D)
-def test_a_trained_discriminator_finds_real_pictures_more_real(name):
+def test_a_trained_discriminator_finds_real_images_more_real(name):
     family = build(name)
     family.D.train()
-    real = drawn_pictures(8, RESOLUTION)
+    real = drawn_images(8, RESOLUTION)
     with torch.no_grad():
         fake = family.sample(family.networks, torch.arange(8), SEED)
     before = copy.deepcopy(family.D.state_dict())
@@ -176,7 +176,7 @@ def test_a_trained_discriminator_finds_real_pictures_more_real(name):
 
 def test_a_discriminator_of_classes_takes_the_one_that_fits_best():
     family = build("stylegan2_ada", "family.num_classes=3")
-    images = drawn_pictures(4, RESOLUTION)
+    images = drawn_images(4, RESOLUTION)
     with torch.no_grad():
         each = [family.D(images[i : i + 1], torch.tensor([k])) for i in range(4) for k in range(3)]
     expected = torch.cat(each).view(4, 3).amax(1)
@@ -185,7 +185,7 @@ def test_a_discriminator_of_classes_takes_the_one_that_fits_best():
 
 @every_family
 @torch.no_grad()
-def test_what_the_first_layer_cannot_see_changes_no_picture(name):
+def test_what_the_first_layer_cannot_see_changes_no_image(name):
     family = build(name)
     assert isinstance(family, HasFirstLayer) == (name != "ddpm")
     if not isinstance(family, HasFirstLayer):

@@ -28,7 +28,7 @@ FIVE_STEPS = [
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder as of someone who follows the page: two files and packed pictures without levels."""
+    """A folder as of someone who follows the page: two files and packed images without levels."""
     monkeypatch.chdir(tmp_path)
     for name in ("tiny_gan.py", "tiny_gan.yaml"):
         shutil.copyfile(EXAMPLES / name, tmp_path / name)

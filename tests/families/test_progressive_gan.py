@@ -12,7 +12,7 @@ from tests.families.gans import (
     Training,
     assert_any_cut_gives_the_same_gradient,
     assert_each_phase_changes_its_network_alone,
-    drawn_pictures,
+    drawn_images,
     energy_distance,
     make_batch,
     make_family,
@@ -26,7 +26,7 @@ SMALL = ("family.z_dim=8", "family.channel_base=64", "family.channel_max=8")
 def test_each_phase_changes_its_network_alone(resolution, fading):
     family = make_family("progressive_gan", resolution, *SMALL)
     family.set_fade(family.networks, 0.5 if fading else 1.0, fading)
-    assert_each_phase_changes_its_network_alone(family, drawn_pictures(8, resolution))
+    assert_each_phase_changes_its_network_alone(family, drawn_images(8, resolution))
 
 
 def test_all_in_use_trains_and_only_that():
@@ -55,7 +55,7 @@ def test_grown_at_alpha_0_nothing_has_changed_yet():
         state = before.networks[name].state_dict()
         grow(network, state, grown.new_parameters(name), ConfigError)
     grown.set_fade(grown.networks, 0.0, True)
-    small = drawn_pictures(8, 8)
+    small = drawn_images(8, 8)
     large = F.interpolate(small, scale_factor=2, mode="nearest")
     for phase, grown_phase in zip(before.phases, grown.phases, strict=True):
         if phase.name == "D_reg":
@@ -65,11 +65,11 @@ def test_grown_at_alpha_0_nothing_has_changed_yet():
         torch.testing.assert_close(grown_losses, losses)
 
 
-def test_real_pictures_are_faded_as_generated_ones_are():
+def test_real_images_are_faded_as_generated_ones_are():
     family = make_family("progressive_gan", 16, *SMALL)
     seen = []
     family.D.register_forward_hook(lambda _module, args, _out: seen.append(args[0]))
-    batch = make_batch(drawn_pictures(8, 16))
+    batch = make_batch(drawn_images(8, 16))
     family.phases[0].losses(batch)
     assert torch.equal(seen[0], batch["image"])
     family.set_fade(family.networks, 0.25, True)
@@ -87,8 +87,8 @@ def test_r1_is_lazy_and_weighs_as_if_it_were_not(every, scale):
     assert phase.every == every and phase.network == "D"
     assert family.optimizer_scale("D") == pytest.approx(scale)
     assert family.optimizer_scale("G") == 1
-    losses, report = phase.losses(make_batch(drawn_pictures(8, 8)))
-    images = drawn_pictures(8, 8).requires_grad_()
+    losses, report = phase.losses(make_batch(drawn_images(8, 8)))
+    images = drawn_images(8, 8).requires_grad_()
     (gradient,) = torch.autograd.grad(family.D(images).sum(), images)
     expected = gradient.square().sum((1, 2, 3)).mean()
     torch.testing.assert_close(report["penalty"], expected)
@@ -98,7 +98,7 @@ def test_r1_is_lazy_and_weighs_as_if_it_were_not(every, scale):
 
 def test_a_cut_at_a_group_s_border_gives_the_same_gradient():
     family = make_family("progressive_gan", 16, *SMALL)
-    assert_any_cut_gives_the_same_gradient(family, drawn_pictures(12, 16), cut=4)
+    assert_any_cut_gives_the_same_gradient(family, drawn_images(12, 16), cut=4)
 
 
 def test_both_networks_grow_in_a_real_run(disc_data, tmp_path):
@@ -119,15 +119,15 @@ def test_both_networks_grow_in_a_real_run(disc_data, tmp_path):
         assert any(key.startswith("blocks.8.") for key in moved)
 
 
-def test_it_learns_eight_pictures_grown_from_8_to_16():
-    pictures = drawn_pictures(8, 16)
+def test_it_learns_eight_images_grown_from_8_to_16():
+    images = drawn_images(8, 16)
     options = ("family.z_dim=8", "family.channel_base=256", "family.channel_max=16")
     options += ("optim.betas=[0.0, 0.99]", "stages.0.lr=2.0e-3", "stages.0.batch=8")
     first = Training(make_family("progressive_gan", 8, *options))
-    first.run(F.avg_pool2d(pictures, 2), 100)
+    first.run(F.avg_pool2d(images, 2), 100)
 
     family = make_family("progressive_gan", 16, *options)
-    before = energy_distance(Training(family).samples(64), pictures)
+    before = energy_distance(Training(family).samples(64), images)
     for name, network in family.networks.items():
         state = first.family.networks[name].state_dict()
         grow(network, state, family.new_parameters(name), ConfigError)
@@ -138,5 +138,5 @@ def test_it_learns_eight_pictures_grown_from_8_to_16():
             family.set_fade(networks, alpha, alpha < 1)
         if alpha in (0.0, 1.0):
             second.engine.prepare()
-        second.run(pictures, 1)
-    assert energy_distance(second.samples(64), pictures) < before / 2.5
+        second.run(images, 1)
+    assert energy_distance(second.samples(64), images) < before / 2.5

@@ -1,4 +1,4 @@
-"""SAGAN as a family: what it changes in WGAN-GP, and that it learns eight pictures."""
+"""SAGAN as a family: what it changes in WGAN-GP, and that it learns eight images."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from dinogen.networks.layers import SelfAttention
 from tests.families.gans import (
     Training,
     assert_any_cut_gives_the_same_gradient,
-    drawn_pictures,
+    drawn_images,
     energy_distance,
     make_batch,
     make_family,
@@ -33,11 +33,11 @@ def test_group_and_spectral_norm_stand_for_batch_and_instance_norm():
 
 def test_any_cut_into_microbatches_gives_the_same_gradient():
     family = make_family("sagan", 16, *SMALL)
-    assert_any_cut_gives_the_same_gradient(family, drawn_pictures(8, 16), cut=3)
+    assert_any_cut_gives_the_same_gradient(family, drawn_images(8, 16), cut=3)
 
 
 def test_spectral_norms_iterate_once_per_step_however_many_forwards():
-    family, batch = make_family("sagan", 16, *SMALL), make_batch(drawn_pictures(8, 16))
+    family, batch = make_family("sagan", 16, *SMALL), make_batch(drawn_images(8, 16))
 
     def vectors():
         named = family.D.named_buffers()
@@ -59,10 +59,10 @@ def test_attention_at_a_size_that_is_not_there_is_a_clear_error():
         make_family("sagan", 16, "family.attention=[8, 32]")
 
 
-def test_it_learns_eight_pictures():
-    pictures = drawn_pictures(8, 16)
+def test_it_learns_eight_images():
+    images = drawn_images(8, 16)
     family = make_family("sagan", 16, *LEARNS)
     training = Training(family)
-    before = energy_distance(training.samples(64), pictures)
-    training.run(pictures, 150)
-    assert energy_distance(training.samples(64), pictures) < before / 2
+    before = energy_distance(training.samples(64), images)
+    training.run(images, 150)
+    assert energy_distance(training.samples(64), images) < before / 2

@@ -8,7 +8,7 @@ from dinogen.losses.adversarial import path_lengths
 from tests.families.gans import (
     Training,
     assert_any_cut_gives_the_same_gradient,
-    drawn_pictures,
+    drawn_images,
     energy_distance,
     make_batch,
     make_family,
@@ -66,13 +66,13 @@ def test_phases_scales_and_gamma_of_the_paper():
 def test_any_cut_of_a_batch_gives_the_same_gradient(p):
     family = make()
     family.D.ada.p.fill_(p)
-    assert_any_cut_gives_the_same_gradient(family, drawn_pictures(12, 16), cut=4)
+    assert_any_cut_gives_the_same_gradient(family, drawn_images(12, 16), cut=4)
 
 
 def test_what_is_remembered_does_not_depend_on_the_cut():
     family = make()
     family.D.ada.p.fill_(0.5)
-    batch = make_batch(drawn_pictures(12, 16))
+    batch = make_batch(drawn_images(12, 16))
     for own in family.phases:
         only(family, own.network)
         whole = own.losses(batch)[1]
@@ -88,12 +88,12 @@ def test_path_length_is_taken_on_even_positions():
     family = make()
     family.G.path_mean.fill_(0.7)
     only(family, "G")
-    batch = make_batch(drawn_pictures(8, 16), step=1)
+    batch = make_batch(drawn_images(8, 16), step=1)
     losses, report = phase(family, "G_reg").losses(batch)
     positions = batch["position"][::2]
     _, ws = family._styles("G_reg", positions, None)
     y = rng.normal(0, "y", positions, (3, 16, 16))
-    lengths = path_lengths(family._pictures("G_reg", positions, ws), ws, y)
+    lengths = path_lengths(family._images("G_reg", positions, ws), ws, y)
     torch.testing.assert_close(report["length"], lengths.mean())
     torch.testing.assert_close(losses["path"], 4 * 2 * (lengths - 0.7).square().mean())
 
@@ -101,7 +101,7 @@ def test_path_length_is_taken_on_even_positions():
 def test_a_part_without_even_positions_counts_nothing():
     family = make()
     only(family, "G")
-    batch = {k: v[1:2] for k, v in make_batch(drawn_pictures(8, 16)).items()}
+    batch = {k: v[1:2] for k, v in make_batch(drawn_images(8, 16)).items()}
     losses, report = phase(family, "G_reg").losses(batch)
     assert losses["path"] == 0
     assert report["length"] == 0
@@ -113,7 +113,7 @@ def test_r1_is_autograds_through_the_augmentation():
     family = make("family.r1_gamma=3")
     family.D.ada.p.fill_(0.5)
     only(family, "D")
-    batch = make_batch(drawn_pictures(8, 16))
+    batch = make_batch(drawn_images(8, 16))
     losses, _ = phase(family, "D_reg").losses(batch)
     images = batch["image"].clone().requires_grad_()
     logits = family._judge("D_reg", images, batch["position"], None)
@@ -127,7 +127,7 @@ def test_regularisers_are_float32_under_autocast(name):
     family = make()
     own = phase(family, name)
     only(family, own.network)
-    batch = make_batch(drawn_pictures(8, 16))
+    batch = make_batch(drawn_images(8, 16))
     expected, _ = own.losses(batch)
     with torch.autocast("cpu", torch.float16):
         losses, _ = own.losses(batch)
@@ -151,7 +151,7 @@ def test_remembering_moves_its_buffers():
 
 def test_the_sign_is_that_of_reals_and_w_is_its_mean():
     family = make()
-    batch = make_batch(drawn_pictures(8, 16))
+    batch = make_batch(drawn_images(8, 16))
     _, report = phase(family, "D").losses(batch)
     logits = family._judge("D/real", batch["image"], batch["position"], None)
     assert report["sign"] == logits.sign().mean()
@@ -187,16 +187,16 @@ def test_d_and_g_see_other_latents_noise_and_augmentations():
     (_, ws), (_, other) = family._styles("D", positions, None), family._styles("G", positions, None)
     assert not torch.allclose(ws, other)
     assert not torch.allclose(
-        family._pictures("D", positions, ws), family._pictures("G", positions, ws)
+        family._images("D", positions, ws), family._images("G", positions, ws)
     )
-    images = drawn_pictures(4, 16)
+    images = drawn_images(4, 16)
     assert not torch.allclose(
         family._judge("D/real", images, positions, None),
         family._judge("G", images, positions, None),
     )
 
 
-def test_full_truncation_leaves_one_picture():
+def test_full_truncation_leaves_one_image():
     family = make("family.truncation=0")
     samples = family.sample(family.networks, torch.arange(4), 0)
     torch.testing.assert_close(samples, samples[:1].expand(4, -1, -1, -1))
@@ -205,7 +205,7 @@ def test_full_truncation_leaves_one_picture():
 def test_with_classes_labels_matter_and_samples_take_turns():
     family = make("family.num_classes=3")
     assert family.inputs.labels
-    batch = conditional(make_batch(drawn_pictures(8, 16)))
+    batch = conditional(make_batch(drawn_images(8, 16)))
     for own in family.phases:
         only(family, own.network)
         losses, _ = own.losses(batch)
@@ -224,13 +224,13 @@ def test_without_classes_no_labels_are_read():
     assert not make().inputs.labels
 
 
-def test_it_learns_eight_pictures():
+def test_it_learns_eight_images():
     overrides = ["optim.betas=[0.0, 0.99]", "stages.0.lr=0.005", "stages.0.batch=8"]
     overrides += ["family.channel_max=32", "family.channel_base=256", "family.ada_kimg=20"]
     overrides += ["family.r1_gamma=0.1", "family.path_weight=0"]
     overrides += ["ema.halflife_kimg=0.2", "ema.rampup=0.2"]
-    pictures = drawn_pictures(8, 8)
+    images = drawn_images(8, 8)
     training = Training(make(*overrides, resolution=8))
-    before = energy_distance(training.samples(64), pictures)
-    training.run(pictures, 150)
-    assert energy_distance(training.samples(64), pictures) < 0.25 * before
+    before = energy_distance(training.samples(64), images)
+    training.run(images, 150)
+    assert energy_distance(training.samples(64), images) < 0.25 * before

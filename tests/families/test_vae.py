@@ -9,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 from dinogen.config import ConfigError, parse_config
 from dinogen.distributed import rng
 from dinogen.families.registry import family_options
-from tests.families.vae_helpers import batch_of, build, drawn_pictures, means, train
+from tests.families.vae_helpers import batch_of, build, drawn_images, means, train
 
 NUM_VALUES = 3 * 16 * 16
 
@@ -28,7 +28,7 @@ def by_hand(family, batch, purpose):
 
 def test_at_beta_1_the_loss_is_the_negative_elbo_per_value_up_to_the_gaussian_s_constant():
     family = build("vae")
-    batch = batch_of(drawn_pictures(4), start=100)
+    batch = batch_of(drawn_images(4), start=100)
     (phase,) = family.phases
     losses, report = phase.losses(batch)
     x, likelihood, kl = by_hand(family, batch, "z")
@@ -48,7 +48,7 @@ def test_at_beta_1_the_loss_is_the_negative_elbo_per_value_up_to_the_gaussian_s_
 
 def test_beta_weighs_the_kl_alone():
     one, three = (build("vae", f"family.beta={beta}") for beta in (1, 3))
-    batch = batch_of(drawn_pictures(4))
+    batch = batch_of(drawn_images(4))
     first, second = (means(f.phases[0].losses(batch)[0]) for f in (one, three))
     assert second["kl"] == pytest.approx(3 * first["kl"])
     assert second["reconstruction"] == first["reconstruction"]
@@ -56,7 +56,7 @@ def test_beta_weighs_the_kl_alone():
 
 def test_the_loss_does_not_depend_on_how_a_batch_is_cut():
     family = build("vae")
-    images = drawn_pictures(6)
+    images = drawn_images(6)
     (phase,) = family.phases
     whole = means(phase.losses(batch_of(images))[0])
     parts = [means(phase.losses(batch_of(images[i : i + 2], i))[0]) for i in (0, 2, 4)]
@@ -64,10 +64,10 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_cut():
         assert sum(part[name] for part in parts) / 3 == pytest.approx(value, rel=1e-5)
 
 
-def test_it_overfits_eight_pictures():
-    """The squared error falls below an eighth of that of the mean picture."""
+def test_it_overfits_eight_images():
+    """The squared error falls below an eighth of that of the mean image."""
     family = build("vae", "family.beta=0.01")
-    images = drawn_pictures()
+    images = drawn_images()
     spread = (images - images.mean(0)).square().mean().item()
     train(family, images, num_steps=75)
     found = means(family.held_out(family.networks, batch_of(images)))
@@ -93,7 +93,7 @@ def test_held_out_is_the_loss_of_the_given_networks_under_noise_of_its_own():
     torch.manual_seed(1)
     for parameter in averaged.G.parameters():
         parameter.data.add_(0.01 * torch.randn_like(parameter))
-    batch = batch_of(drawn_pictures(4))
+    batch = batch_of(drawn_images(4))
     found = means(family.held_out(averaged.networks, batch))
     averaged.config = family.config
     x, _, kl = by_hand(averaged, batch, "z/held-out")
@@ -113,7 +113,7 @@ def test_the_perceptual_term_is_lambda_times_the_distance_of_vgg_s_maps(caplog):
     facts = family.describe()
     assert facts["random_guide"] and "RANDOM" in facts["guide_label"]
 
-    batch = batch_of(drawn_pictures(4))
+    batch = batch_of(drawn_images(4))
     losses, _ = family.phases[0].losses(batch)
     x, _, _ = by_hand(family, batch, "z")
     pairs = zip(family.vgg(x), family.vgg(batch["image"]), strict=True)

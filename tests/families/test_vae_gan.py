@@ -7,7 +7,7 @@ from dinogen.config import ConfigError, parse_config
 from dinogen.distributed import rng
 from dinogen.families.registry import family_options
 from dinogen.training.engines import make_engine
-from tests.families.vae_helpers import CPU, batch_of, build, drawn_pictures, means, train
+from tests.families.vae_helpers import CPU, batch_of, build, drawn_images, means, train
 
 
 def noise(family, purpose, batch):
@@ -15,7 +15,7 @@ def noise(family, purpose, batch):
 
 
 def fakes_by_hand(family, batch, which):
-    """Reconstructions under noise of the phase, and pictures of the prior."""
+    """Reconstructions under noise of the phase, and images of the prior."""
     mean, log_variance = family.G.encode(batch["image"])
     z = mean + torch.exp(log_variance / 2) * noise(family, f"z/{which}", batch)
     return family.G.decode(z), family.G.decode(noise(family, f"prior/{which}", batch))
@@ -23,7 +23,7 @@ def fakes_by_hand(family, batch, which):
 
 def test_d_s_loss_is_the_hinge_over_reconstructions_and_prior_in_equal_parts():
     family = build("vae_gan")
-    batch = batch_of(drawn_pictures(4), start=50)
+    batch = batch_of(drawn_images(4), start=50)
     d_phase, _ = family.phases
     losses, report = d_phase.losses(batch)
     reconstructions, prior = fakes_by_hand(family, batch, "D")
@@ -37,7 +37,7 @@ def test_d_s_loss_is_the_hinge_over_reconstructions_and_prior_in_equal_parts():
 
 def test_g_s_loss_is_that_of_the_vae_plus_lambda_times_the_hinge():
     family = build("vae_gan", "family.lambda_adv=0.7", "family.beta=0.2")
-    batch = batch_of(drawn_pictures(4), start=50)
+    batch = batch_of(drawn_images(4), start=50)
     _, g_phase = family.phases
     losses, _ = g_phase.losses(batch)
     reconstructions, prior = fakes_by_hand(family, batch, "G")
@@ -60,7 +60,7 @@ def test_each_phase_changes_exactly_its_network():
             name: {key: p.detach().clone() for key, p in network.named_parameters()}
             for name, network in family.networks.items()
         }
-        losses, _ = engine.losses(phase, batch_of(drawn_pictures()), last=True)
+        losses, _ = engine.losses(phase, batch_of(drawn_images()), last=True)
         engine.backward(phase, losses, 1.0)
         assert engine.step(phase).applied
         # while all logits are within the hinge's margins, D's last bias has a gradient of zero
@@ -73,7 +73,7 @@ def test_each_phase_changes_exactly_its_network():
 
 def test_losses_do_not_depend_on_how_a_batch_is_cut():
     family = build("vae_gan")
-    images = drawn_pictures(6)
+    images = drawn_images(6)
     for phase in family.phases:
         whole = means(phase.losses(batch_of(images))[0])
         parts = [means(phase.losses(batch_of(images[i : i + 2], i))[0]) for i in (0, 2, 4)]
@@ -81,10 +81,10 @@ def test_losses_do_not_depend_on_how_a_batch_is_cut():
             assert sum(part[name] for part in parts) / 3 == pytest.approx(value, rel=1e-4)
 
 
-def test_it_overfits_eight_pictures():
-    """The squared error falls below a fifth of that of the mean picture, D at work all the time."""
+def test_it_overfits_eight_images():
+    """The squared error falls below a fifth of that of the mean image, D at work all the time."""
     family = build("vae_gan", "family.lambda_adv=0.01", "optim.lr_scale={D: 0.1}")
-    images = drawn_pictures()
+    images = drawn_images()
     spread = (images - images.mean(0)).square().mean().item()
     train(family, images, num_steps=60)
     assert means(family.held_out(family.networks, batch_of(images)))["mse"] < spread / 5
@@ -92,7 +92,7 @@ def test_it_overfits_eight_pictures():
 
 def test_d_learns_to_tell_real_from_fake():
     family = build("vae_gan", "family.lambda_adv=0")
-    images = drawn_pictures()
+    images = drawn_images()
     phase = family.phases[0]
     before = means(phase.losses(batch_of(images))[1])
     engine = make_engine(family.config, family, 1e-3, CPU)

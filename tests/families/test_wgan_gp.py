@@ -1,4 +1,4 @@
-"""WGAN-GP as a family: critic and generator in their rhythm, and that it learns eight pictures."""
+"""WGAN-GP as a family: critic and generator in their rhythm, and that it learns eight images."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from dinogen.config import ConfigError
 from dinogen.distributed import rng
 from tests.families.gans import (
     Training,
-    drawn_pictures,
+    drawn_images,
     energy_distance,
     make_batch,
     make_family,
@@ -27,7 +27,7 @@ def test_g_has_a_turn_in_every_n_th_step(n_critic):
 
 def test_the_critic_s_losses_by_hand():
     family = make_family("wgan_gp", 16, *SMALL, "family.gp_weight=7", "seed=5")
-    batch = make_batch(drawn_pictures(8, 16))
+    batch = make_batch(drawn_images(8, 16))
     family.G.requires_grad_(False)
     losses, report = family.phases[0].losses(batch)
 
@@ -38,7 +38,7 @@ def test_the_critic_s_losses_by_hand():
     eps = rng.uniform(5, "eps/D", batch["position"], (1, 1, 1))
     between = (eps * real + (1 - eps) * fake).requires_grad_()
     norms = []
-    for i in range(8):  # one picture at a time
+    for i in range(8):  # one image at a time
         score = family.D(between[i : i + 1]).sum()
         norms.append(torch.autograd.grad(score, between)[0][i].norm())
     expected = 7 * (torch.stack(norms) - 1).square().mean()
@@ -46,7 +46,7 @@ def test_the_critic_s_losses_by_hand():
 
 
 def test_the_generator_s_loss_by_hand():
-    family, batch = make_family("wgan_gp", 16, *SMALL), make_batch(drawn_pictures(8, 16))
+    family, batch = make_family("wgan_gp", 16, *SMALL), make_batch(drawn_images(8, 16))
     loss = family.phases[1].losses(batch)[0]["wasserstein"]
     z = rng.normal(0, "z/G", batch["position"], (8,))
     torch.testing.assert_close(loss, -family.D(family.G(z)).mean())
@@ -57,10 +57,10 @@ def test_a_resolution_out_of_range_is_a_clear_error():
         make_family("wgan_gp", 4)
 
 
-def test_it_learns_eight_pictures():
-    pictures = drawn_pictures(8, 16)
+def test_it_learns_eight_images():
+    images = drawn_images(8, 16)
     family = make_family("wgan_gp", 16, *LEARNS)
     training = Training(family)
-    before = energy_distance(training.samples(64), pictures)
-    training.run(pictures, 150)
-    assert energy_distance(training.samples(64), pictures) < before / 4
+    before = energy_distance(training.samples(64), images)
+    training.run(images, 150)
+    assert energy_distance(training.samples(64), images) < before / 4

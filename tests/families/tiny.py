@@ -53,16 +53,16 @@ def tiny_config(family: str, data: Path, run: Path, *overrides: str) -> Config:
 
 
 def discs(num: int, size: int = RESOLUTION) -> list[np.ndarray]:
-    """Pictures (size, size, 3) uint8 of a bright disc on a dark ground."""
+    """Images (size, size, 3) uint8 of a bright disc on a dark ground."""
     rng = np.random.default_rng(0)
     yy, xx = np.mgrid[:size, :size] / size
-    pictures = []
+    images = []
     for _ in range(num):
         cx, cy, radius = [*rng.uniform(0.3, 0.7, 2).tolist(), rng.uniform(0.15, 0.3)]
         inside = (xx - cx) ** 2 + (yy - cy) ** 2 < radius**2
         pixels = np.where(inside[..., None], rng.integers(128, 255, 3), rng.integers(0, 100, 3))
-        pictures.append(pixels.astype(np.uint8))
-    return pictures
+        images.append(pixels.astype(np.uint8))
+    return images
 
 
 def pack_discs(folder: Path, levels: list[dict[str, np.ndarray]] | None = None, **more) -> None:

@@ -1,4 +1,4 @@
-"""Autoencoder families built by hand, drawn pictures, and a few steps of a real engine."""
+"""Autoencoder families built by hand, drawn images, and a few steps of a real engine."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def build(name, *overrides, resolution=16):
         return family_class(config.family)(config, config.stages[0], CPU)
 
 
-def drawn_pictures(num=8, size=16):
+def drawn_images(num=8, size=16):
     """Discs of their own place, size and colours on grounds of their own."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.arange(size)[:, None] / size
     columns = torch.arange(size)[None, :] / size
-    pictures = []
+    images = []
     for _ in range(num):
         x, y, r, *colours = torch.rand(9, generator=generator).tolist()
         inside = (columns - 0.3 - 0.4 * x) ** 2 + (rows - 0.3 - 0.4 * y) ** 2 < 0.15 * (0.3 + r)
         disc, ground = torch.tensor(colours[:3]), torch.tensor(colours[3:])
-        pictures.append(torch.where(inside, disc[:, None, None], ground[:, None, None]) * 2 - 1)
-    return torch.stack(pictures)
+        images.append(torch.where(inside, disc[:, None, None], ground[:, None, None]) * 2 - 1)
+    return torch.stack(images)
 
 
 def batch_of(images, start=0):
@@ -45,7 +45,7 @@ def batch_of(images, start=0):
 
 
 def train(family, images, num_steps):
-    """Steps on the same pictures at growing positions, by the engine of one process."""
+    """Steps on the same images at growing positions, by the engine of one process."""
     engine = make_engine(family.config, family, family.stage.lr, CPU)
     engine.prepare()
     for step in range(num_steps):

@@ -45,7 +45,7 @@ def eager(folder):
     return model, transformers.CLIPTokenizer.from_pretrained(folder)
 
 
-def pictures(size, num=2):
+def random_images(size, num=2):
     return torch.rand(num, 3, size, size, generator=torch.Generator().manual_seed(size)) * 2 - 1
 
 
@@ -53,10 +53,10 @@ def change_json(file, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_pictures_and_their_gradients_are_those_of_eager_transformers(checkpoint):
+def test_images_and_their_gradients_are_those_of_eager_transformers(checkpoint):
     mine, (model, _) = clip_of(checkpoint), eager(checkpoint)
     assert mine.model.config._attn_implementation == "sdpa"
-    images = pictures(32).requires_grad_()
+    images = random_images(32).requires_grad_()
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
     expected = model.get_image_features((images / 2 + 0.5 - mean) / std).pooler_output
@@ -79,12 +79,12 @@ def test_other_sizes_are_resized_as_pillow_does_and_differentiably(checkpoint, s
     mine.model.vision_model.register_forward_pre_hook(
         lambda module, args, given: seen.append(given["pixel_values"]), with_kwargs=True
     )
-    images = pictures(size).requires_grad_()
+    images = random_images(size).requires_grad_()
     mine.images(images).square()[:, :7].sum().backward()
     assert (images.grad.abs().flatten(2).amax(2) > 0).all()
     pixels = (seen[0].detach() - mine.shift) / mine.scale
-    for picture, resized in zip(images.detach(), pixels, strict=True):
-        for channel, got in zip(picture, resized, strict=True):
+    for image, resized in zip(images.detach(), pixels, strict=True):
+        for channel, got in zip(image, resized, strict=True):
             by_pillow = Image.fromarray(channel.numpy()).resize((32, 32), Image.Resampling.BICUBIC)
             np.testing.assert_allclose(got.numpy(), np.asarray(by_pillow), atol=1e-5)
     with pytest.raises(ValueError, match="square images, not 8x16"):
@@ -147,7 +147,7 @@ def test_frozen_and_in_eval_mode_whatever_the_parent_or_an_autocast_does(checkpo
     parent = torch.nn.ModuleList([mine]).train()
     assert parent.training and not any(module.training for module in mine.modules())
     assert not any(parameter.requires_grad for parameter in mine.parameters())
-    images = pictures(32)
+    images = random_images(32)
     plain = mine.images(images), mine.captions(TEXTS)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(mine.images(images), plain[0])
@@ -161,7 +161,7 @@ def test_in_bfloat16_it_answers_in_float32_and_nearly_the_same(checkpoint, monke
     assert {parameter.dtype for parameter in mine.parameters()} == {torch.bfloat16}
     assert mine.info == plain.info
     for found, expected in [
-        (mine.images(pictures(32)), plain.images(pictures(32))),
+        (mine.images(random_images(32)), plain.images(random_images(32))),
         (mine.captions(TEXTS), plain.captions(TEXTS)),
     ]:
         assert found.dtype == torch.float32
@@ -169,7 +169,7 @@ def test_in_bfloat16_it_answers_in_float32_and_nearly_the_same(checkpoint, monke
         torch.testing.assert_close(found.norm(dim=1), torch.ones(len(found)))
 
 
-def test_who_it_is_is_said_by_its_weights_and_by_what_it_wants_pictures_in(checkpoint, tmp_path):
+def test_who_it_is_is_said_by_its_weights_and_by_what_it_wants_images_in(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "c")
     save_file({"again": torch.ones(1)}, tmp_path / "c" / "open_clip_model.safetensors")
     info, copied = clip_of(checkpoint).info, clip_of(tmp_path / "c")
@@ -181,7 +181,8 @@ def test_who_it_is_is_said_by_its_weights_and_by_what_it_wants_pictures_in(check
     (tmp_path / "c" / "preprocessor_config.json").write_text(stored)
     other = clip_of(tmp_path / "c")
     assert not same_clip(info, other.info)
-    assert not torch.allclose(other.images(pictures(32)), copied.images(pictures(32)), atol=1e-3)
+    images = random_images(32)
+    assert not torch.allclose(other.images(images), copied.images(images), atol=1e-3)
 
     weights = load_file(checkpoint / "model.safetensors")
     weights["logit_scale"] += 1

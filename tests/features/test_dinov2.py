@@ -45,7 +45,7 @@ def eager_map(folder, images, layer=NUM_LAYERS):
     return torch.stack(rows, -2)
 
 
-def pictures(size, num=2):
+def random_images(size, num=2):
     return torch.rand(num, 3, size, size, generator=torch.Generator().manual_seed(size)) * 2 - 1
 
 
@@ -56,7 +56,7 @@ def test_features_and_pixel_gradients_are_those_of_eager_transformers(checkpoint
     assert guide.model.config._attn_implementation == "sdpa"
     assert guide.input_size(grid) == grid * PATCH
 
-    images = pictures(grid * PATCH).requires_grad_()
+    images = random_images(grid * PATCH).requires_grad_()
     features = guide(images)
     probe = torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
     (gradient,) = torch.autograd.grad((features * probe).sum(), images)
@@ -73,7 +73,7 @@ def test_features_and_pixel_gradients_are_those_of_eager_transformers(checkpoint
 @pytest.mark.parametrize(("layer", "resolved"), [(1, 1), (2, 2), (-1, 3), (-2, 2), (3, 3)])
 def test_layer_is_the_hidden_state_behind_that_block_normed(checkpoint, layer, resolved):
     guide = guide_of(checkpoint, layer=layer)
-    images = pictures(4 * PATCH)
+    images = random_images(4 * PATCH)
     expected = eager_map(checkpoint, images, resolved)
     torch.testing.assert_close(guide(images), expected, rtol=1e-4, atol=1e-5)
     assert guide.info.layer == resolved
@@ -90,7 +90,7 @@ def test_frozen_and_in_eval_mode_whatever_the_parent_does(make_checkpoint, tmp_p
     make_checkpoint(tmp_path / "c", 0, hidden_dropout_prob=0.5, drop_path_rate=0.5)
     guide = guide_of(tmp_path / "c")
     parent = torch.nn.ModuleList([guide]).train()
-    images = pictures(4 * PATCH)
+    images = random_images(4 * PATCH)
     assert torch.equal(guide(images), guide(images))
     assert parent.training and not any(module.training for module in guide.modules())
     assert not any(parameter.requires_grad for parameter in guide.parameters())
@@ -98,14 +98,14 @@ def test_frozen_and_in_eval_mode_whatever_the_parent_does(make_checkpoint, tmp_p
 
 def test_an_outer_autocast_does_not_reach_in(checkpoint):
     guide = guide_of(checkpoint)
-    images = pictures(4 * PATCH)
+    images = random_images(4 * PATCH)
     plain = guide(images)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(guide(images), plain)
 
 
 @pytest.mark.parametrize("shape", [(57, 57), (56, 70)])
-def test_pictures_of_another_shape_are_refused(checkpoint, shape):
+def test_images_of_another_shape_are_refused(checkpoint, shape):
     with pytest.raises(ValueError, match=f"multiple of 14 pixels, not {shape[0]}x{shape[1]}"):
         guide_of(checkpoint)(torch.zeros(1, 3, *shape))
 
@@ -164,7 +164,7 @@ def test_in_bfloat16_it_answers_in_float32_and_nearly_the_same(checkpoint, monke
     assert {parameter.dtype for parameter in guide.parameters()} == {torch.bfloat16}
     assert {buffer.dtype for buffer in guide.buffers()} == {torch.float32}
     assert guide.info == plain.info
-    images = pictures(4 * PATCH).requires_grad_()
+    images = random_images(4 * PATCH).requires_grad_()
     features = guide(images)
     assert features.dtype == torch.float32
     assert (features - plain(images)).norm() < 0.03 * plain(images).norm()
@@ -197,7 +197,7 @@ def test_random_weights_are_seeded_and_said_loudly(tmp_path, caplog):
     assert a.info.weights_sha256 == b.info.weights_sha256 != c.info.weights_sha256
     assert a.info.random and "RANDOM" in a.info.label
     assert sum("RANDOM" in record.message for record in caplog.records) == 3
-    assert c(pictures(56)).shape == (2, 32, 4, 4)
+    assert c(random_images(56)).shape == (2, 32, 4, 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
     with pytest.raises(GuideError, match="exists"):
         make_random_dinov2(tmp_path / "a", seed=1, **shape)

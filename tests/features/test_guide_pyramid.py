@@ -18,12 +18,12 @@ from dinogen.features.pyramid import (
 )
 
 
-def pictures(size, num=2):
+def random_images(size, num=2):
     return torch.rand(num, 3, size, size, generator=torch.Generator().manual_seed(size)) * 2 - 1
 
 
 def test_pooled_levels_are_block_means_of_the_16x16_map(patch_guide):
-    images = pictures(64)
+    images = random_images(64)
     levels = pooled_pyramid(patch_guide, images)
     base = patch_guide(to_guide(images, 80)).numpy().astype(np.float64)
     assert list(levels) == [4, 8, 16]
@@ -37,7 +37,7 @@ def test_pooled_levels_are_block_means_of_the_16x16_map(patch_guide):
 
 
 def test_pooled_gives_the_grids_asked_for_in_their_order(patch_guide):
-    images = pictures(64)
+    images = random_images(64)
     whole = pooled_pyramid(patch_guide, images)
     part = pooled_pyramid(patch_guide, images, (16, 4))
     assert list(part) == [16, 4]
@@ -47,11 +47,11 @@ def test_pooled_gives_the_grids_asked_for_in_their_order(patch_guide):
 @pytest.mark.parametrize("grids", [(32,), (5,), ()])
 def test_pooled_refuses_grids_that_halving_does_not_reach(patch_guide, grids):
     with pytest.raises(ValueError, match="pooled grids"):
-        pooled_pyramid(patch_guide, pictures(64), grids)
+        pooled_pyramid(patch_guide, random_images(64), grids)
 
 
-def test_native_is_what_a_small_generated_picture_goes_through(patch_guide):
-    images = pictures(64)
+def test_native_is_what_a_small_generated_image_goes_through(patch_guide):
+    images = random_images(64)
     levels = native_pyramid(patch_guide, images, (4, 8))
     for grid, level in levels.items():
         side = 64 // grid
@@ -70,8 +70,8 @@ def test_native_is_what_a_small_generated_picture_goes_through(patch_guide):
             torch.testing.assert_close(level[:, place], here, rtol=0, atol=1e-5)
 
 
-def test_native_pixels_are_those_of_the_training_pictures(patch_guide):
-    """The reader shrinks uint8 pictures with Pillow's box filter, which rounds twice."""
+def test_native_pixels_are_those_of_the_training_images(patch_guide):
+    """The reader shrinks uint8 images with Pillow's box filter, which rounds twice."""
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     images = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
 
@@ -84,15 +84,15 @@ def test_native_pixels_are_those_of_the_training_pictures(patch_guide):
 
 def test_native_refuses_what_has_no_exact_area_mean(patch_guide):
     with pytest.raises(ValueError, match=r"100x100 pixels .* multiple of 16"):
-        native_pyramid(patch_guide, pictures(100), (4, 16))
+        native_pyramid(patch_guide, random_images(100), (4, 16))
     with pytest.raises(ValueError, match="8x8 pixels cannot be shrunk to 16x16"):
-        native_pyramid(patch_guide, pictures(8), (16,))
+        native_pyramid(patch_guide, random_images(8), (16,))
 
 
 @pytest.mark.parametrize("pyramid", [pooled_pyramid, native_pyramid])
 @pytest.mark.parametrize("side", [16, 160])
 def test_gradients_reach_the_pixels(patch_guide, pyramid, side):
-    images = pictures(side, 1).double().requires_grad_()
+    images = random_images(side, 1).double().requires_grad_()
     patch_guide.weight = patch_guide.weight.double()
 
     def loss(x):
@@ -134,7 +134,7 @@ def cubic_matrix(num_in, num_out, a, antialias):
 @pytest.mark.parametrize("antialias", [True, False])
 def test_to_guide_is_bicubic_with_antialias(side, size, antialias):
     """Without it where an earlier version enlarged; it never shrank without."""
-    images = pictures(side, 1)
+    images = random_images(side, 1)
     as_pillow = antialias or side > size
     m = cubic_matrix(side, size, a=-0.5 if as_pillow else -0.75, antialias=as_pillow)
     expected = m @ images[0].double().numpy() @ m.T
@@ -171,7 +171,7 @@ def test_how_images_were_resized_stands_in_the_manifest(prepare, expected):
 
 def test_a_penalty_of_the_gradient_passes_through_the_resize():
     """As R1 of a discriminator that looks through a guide has it."""
-    images = pictures(8, 1).double().requires_grad_()
+    images = random_images(8, 1).double().requires_grad_()
 
     def squared_gradient(x):
         (gradient,) = torch.autograd.grad(to_guide(x, 21).pow(3).sum(), x, create_graph=True)
@@ -183,6 +183,6 @@ def test_a_penalty_of_the_gradient_passes_through_the_resize():
     torch.testing.assert_close(change, (second * step).sum(), rtol=1e-4, atol=1e-12)
 
 
-def test_to_guide_leaves_a_fitting_picture_alone():
-    images = pictures(56)
+def test_to_guide_leaves_a_fitting_image_alone():
+    images = random_images(56)
     assert torch.equal(to_guide(images, 56), images)

@@ -92,7 +92,7 @@ def test_frozen_but_differentiable_to_the_pixels(folded_file):
 
 
 @pytest.mark.parametrize("size", [27, 90, 299 + 1])
-def test_pictures_of_another_size_are_refused(folded_file, size):
+def test_images_of_another_size_are_refused(folded_file, size):
     with pytest.raises(ValueError, match=f"not {size}x{size}"):
         guide_of(folded_file)(torch.zeros(1, 3, size, size))
 
@@ -140,7 +140,7 @@ def test_wrong_files_and_layers_are_refused_by_name(folded_file, tmp_path):
         guide_of(folded_file, layer=3)
 
 
-def test_reference_features_of_real_pictures_are_reproduced(assets):
+def test_reference_features_of_real_images_are_reproduced(assets):
     (file,) = (assets / "inception").glob("*.safetensors")
     guide = guide_of(file)
     assert not guide.info.random and guide.info.num_channels == 768
@@ -151,8 +151,8 @@ def test_reference_features_of_real_pictures_are_reproduced(assets):
         module = getattr(guide.trunk, stage)
         module.register_forward_pre_hook(lambda m, given, stage=stage: maps.update({stage: given}))
     for name in expected.files:
-        with Image.open(assets / name) as picture:
-            pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+        with Image.open(assets / name) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB")))
         pixels = torch.nn.functional.interpolate(
             pixels.permute(2, 0, 1)[None] / 255, (299, 299), mode="bilinear", align_corners=False
         )

@@ -40,7 +40,7 @@ def inception(file, layer=-1):
     return load_guide(GuideConfig(name="inception", path=str(file), layer=layer), CPU)
 
 
-def pictures(side, num=2):
+def random_images(side, num=2):
     generator = torch.Generator().manual_seed(side)
     return torch.rand(num, 3, side, side, generator=generator) * 2 - 1
 
@@ -64,7 +64,7 @@ def test_inception_layers_are_the_inputs_of_what_follows_them(inception_file):
         getattr(whole.trunk, follower).register_forward_pre_hook(
             lambda module, given, layer=layer: seen.update({layer: given[0]})
         )
-    images = pictures(91)
+    images = random_images(91)
     seen["mixed_6e"] = whole(images)
     for layers in (["pool1"], ["mixed_5d", "pool2"], ["pool2", "mixed_6e", "pool1", "mixed_5d"]):
         guide = inception(inception_file, tuple(layers))
@@ -83,7 +83,7 @@ def test_early_inception_layers_need_only_what_comes_before_them(inception_file,
     assert {name.partition(".")[0] for name in guide.trunk.state_dict()} == {
         name.partition(".")[0] for name in early
     }
-    images = pictures(91, 1).requires_grad_()
+    images = random_images(91, 1).requires_grad_()
     assert torch.equal(guide(images), inception(inception_file, ("pool1", "pool2"))(images))
     (gradient,) = torch.autograd.grad(guide(images).square().sum(), images)
     assert gradient.abs().sum() > 0
@@ -125,7 +125,7 @@ def test_blocks_of_dinov2_are_joined_each_behind_the_norm(checkpoint, layers):
     cls = transformers.Dinov2WithRegistersModel if registers else transformers.Dinov2Model
     model = cls.from_pretrained(checkpoint, attn_implementation="eager").eval()
     guide = load_guide(GuideConfig(path=str(checkpoint), layer=layers), CPU)
-    images = pictures(42)
+    images = random_images(42)
     pixels = images * guide.scale + guide.shift
     with torch.no_grad():
         hidden = model(pixel_values=pixels, output_hidden_states=True).hidden_states
@@ -145,7 +145,7 @@ def test_one_block_in_a_list_is_that_block(checkpoint):
     alone = load_guide(GuideConfig(path=str(checkpoint), layer=(2,)), CPU)
     plain = load_guide(GuideConfig(path=str(checkpoint), layer=2), CPU)
     assert alone.info == plain.info and alone.info.layer == 2
-    assert torch.equal(alone(pictures(28)), plain(pictures(28)))
+    assert torch.equal(alone(random_images(28)), plain(random_images(28)))
 
 
 @pytest.mark.parametrize("layer", [(1, 4), (0,), "pool1", (3, -1)])
@@ -154,11 +154,11 @@ def test_blocks_that_dinov2_lacks_are_refused(checkpoint, layer):
         load_guide(GuideConfig(path=str(checkpoint), layer=layer), CPU)
 
 
-def test_pixels_are_the_picture_itself():
+def test_pixels_are_the_image_itself():
     guide = load_guide(GuideConfig(name="pixels"), CPU)
     assert isinstance(guide, Guide)
     assert guide.info.num_channels == 3 and not guide.info.random
-    images = pictures(32)
+    images = random_images(32)
     native = native_pyramid(guide, images, (8, 4))
     for grid, level in native.items():
         side = 32 // grid
@@ -166,11 +166,11 @@ def test_pixels_are_the_picture_itself():
             row, column = place // grid * side, place % grid * side
             block = images[..., row : row + side, column : column + side]
             torch.testing.assert_close(level[:, place], block.mean((2, 3)))
-    small = pictures(8).requires_grad_()
+    small = random_images(8).requires_grad_()
     (gradient,) = torch.autograd.grad(native_pyramid(guide, small, (8,))[8].sum(), small)
     assert torch.equal(gradient, torch.ones_like(small))
-    pooled = pooled_pyramid(guide, pictures(16), (16, 4))
-    torch.testing.assert_close(pooled[16].transpose(1, 2).reshape(2, 3, 16, 16), pictures(16))
+    pooled = pooled_pyramid(guide, random_images(16), (16, 4))
+    torch.testing.assert_close(pooled[16].transpose(1, 2).reshape(2, 3, 16, 16), random_images(16))
     other = load_guide(GuideConfig(name="pixels", path="elsewhere"), CPU)
     assert same_guide(other.info.to_dict(), guide.info)
     with pytest.raises(GuideError, match=r"guide\.layer: 1: pixels have no layers"):
@@ -178,7 +178,7 @@ def test_pixels_are_the_picture_itself():
 
 
 def test_pooled_from_another_base_is_means_of_that_grid(patch_guide):
-    images = pictures(64)
+    images = random_images(64)
     levels = pooled_pyramid(patch_guide, images, (4, 8), base_grid=8)
     base = patch_guide(to_guide(images, 40)).numpy().astype(np.float64)
     means = base.reshape(2, 6, 4, 2, 4, 2).mean((3, 5))

@@ -50,13 +50,13 @@ def weights(request, state, tmp_path_factory):
     return file
 
 
-def pictures(size=32):
+def random_images(size=32):
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 def test_taps_and_pixel_gradients_are_those_of_torchvision(weights, torchvision_features):
     features = load_vgg(str(weights), CPU, KEY)
-    images = pictures().requires_grad_()
+    images = random_images().requires_grad_()
     maps = features(images)
 
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
@@ -83,9 +83,9 @@ def test_frozen_and_in_eval_mode_whatever_the_parent_does(weights):
 
 def test_an_outer_autocast_does_not_reach_in(weights):
     features = load_vgg(str(weights), CPU, KEY)
-    plain = features(pictures())
+    plain = features(random_images())
     with torch.autocast("cpu", torch.bfloat16):
-        for got, want in zip(features(pictures()), plain, strict=True):
+        for got, want in zip(features(random_images()), plain, strict=True):
             assert torch.equal(got, want)
 
 
@@ -96,7 +96,7 @@ def test_in_bfloat16_it_answers_in_float32_and_nearly_the_same(weights, monkeypa
     features = load_vgg(str(weights), CPU, KEY)
     assert {p.dtype for p in features.parameters()} == {torch.bfloat16}
     assert features.info == plain.info
-    for got, want in zip(features(pictures()), plain(pictures()), strict=True):
+    for got, want in zip(features(random_images()), plain(random_images()), strict=True):
         assert got.dtype == torch.float32
         assert 0 < (got - want).norm() < 0.03 * want.norm()
 
@@ -203,4 +203,4 @@ def test_random_weights_are_seeded_and_said_loudly(caplog):
     assert a.info.weights_sha256 == b.info.weights_sha256
     assert a.info.random and "RANDOM" in a.info.label
     assert sum("RANDOM" in r.message and KEY in r.message for r in caplog.records) == 2
-    assert all(m.std() > 0.01 for m in a(pictures()))
+    assert all(m.std() > 0.01 for m in a(random_images()))

@@ -148,7 +148,7 @@ def test_spectral_norms_iterate_after_the_step_alone(make):
     assert not torch.equal(vectors(), start)
 
 
-def test_realism_is_the_mean_logit_of_the_picture_as_it_is(make, guide):
+def test_realism_is_the_mean_logit_of_the_image_as_it_is(make, guide):
     adversary, images = make(), random_images()
     found = adversary.realism(images)
     assert found.shape == (6,) and found.dtype == torch.float32
@@ -157,7 +157,7 @@ def test_realism_is_the_mean_logit_of_the_picture_as_it_is(make, guide):
     assert torch.equal(adversary.realism(images[2:3])[0], found[2])
 
 
-def test_realism_of_crops_is_the_mean_over_the_picture(make):
+def test_realism_of_crops_is_the_mean_over_the_image(make):
     adversary, image = make("crop"), random_images(1)
     corners = [image[:, :, y : y + 28, x : x + 28] for y in (0, 4) for x in (0, 4)]
     whole = DiscriminatorOptions(head_channels=8, grid=2)
@@ -228,7 +228,7 @@ def striped(num, upright, first=0):
 @pytest.mark.parametrize(
     ("kind", "loss"), [("whole", "hinge"), ("crop", "relativistic"), ("patch", "hinge")]
 )
-def test_it_learns_to_tell_two_kinds_of_pictures_apart(kind, loss, make):
+def test_it_learns_to_tell_two_kinds_of_images_apart(kind, loss, make):
     adversary = make(kind, loss=loss, weight=1.0)
     optimizer = torch.optim.Adam(adversary.network.parameters(), 1e-2, betas=(0.5, 0.99))
     for step in range(60):

@@ -105,7 +105,7 @@ def test_a_wrong_number_of_latents_names_the_right_one(two_guides, tmp_path):
         learnt_run(two_guides, tmp_path, given)
 
 
-def test_each_picture_learns_its_own(two_guides, tmp_path):
+def test_each_image_learns_its_own(two_guides, tmp_path):
     """Rows move for the samples that were shown, and the loss falls below that of drawn latents."""
     run = learnt_run(two_guides, tmp_path, "family.objectives.0.latent_rate=100")
     rows = newest_checkpoint(run / "16x16" / "checkpoints").tensors("G")["table.rows"]

@@ -28,7 +28,7 @@ def test_small_stages_take_one_gpu_and_large_ones_many():
     assert asked(make_config()) == [one] * 7
 
 
-def test_never_more_ranks_than_pictures_in_a_batch():
+def test_never_more_ranks_than_images_in_a_batch():
     config = make_config(nodes=32, gpus_per_node=8)
     assert asked(config)[-1] == (8, 8, 8)  # batch 64
 

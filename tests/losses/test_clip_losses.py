@@ -49,7 +49,7 @@ def test_without_noise_the_embedding_stays():
     torch.testing.assert_close(pseudo_text(h, h[[1, 2, 0]], 0), h / h.norm(dim=1, keepdim=True))
 
 
-def test_it_teaches_the_pictures():
+def test_it_teaches_the_images():
     x, asked, keep = embeddings(4, 6, 0).requires_grad_(), embeddings(4, 6, 1), torch.ones(4).bool()
     (gradient,) = torch.autograd.grad(clip_loss(x, asked, keep), x)
     assert clip_loss(x.detach() - 0.1 * gradient, asked, keep) < clip_loss(x, asked, keep)

@@ -56,7 +56,7 @@ def test_of_a_quadratic_d_they_are_taken_at_the_right_places():
 
 
 class Net(nn.Module):
-    """A curved D in double precision, whatever the pictures are."""
+    """A curved D in double precision, whatever the images are."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +127,7 @@ def test_autocast_changes_nothing():
     assert halves.dtype == torch.float32
 
 
-def test_the_pictures_are_left_as_they_were():
+def test_the_images_are_left_as_they_were():
     real, fake = torch.randn(SHAPE), torch.randn(SHAPE, requires_grad=True)
     D = Net()
     (gradient_penalty(D, real, fake, eps()) + r1_penalty(D, real)).backward()

@@ -66,7 +66,7 @@ def lpips_by_hand(
     return total
 
 
-def pictures(num: int, size: int, seed: int = 0) -> torch.Tensor:
+def random_images(num: int, size: int, seed: int = 0) -> torch.Tensor:
     """Smooth random images with some noise, (num, 3, size, size) uint8."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(num, 3, 4, 4, generator=generator)

@@ -66,7 +66,7 @@ def as_tensors(found: Collected, source: Noise) -> dict[str, Tensor]:
     """All that was collected, and the numbers read on this rank."""
     tensors = {"read": torch.tensor(source.read_numbers, dtype=torch.int64)}
     assert found.num == source.num and found.images is not None
-    tensors["pictures"] = found.images
+    tensors["images"] = found.images
     for name, seen in found.seen.items():
         tensors |= {f"{name}/{key}": value for key, value in seen.moments.tensors().items()}
         kept = {"features": seen.features, "logits": seen.logits}

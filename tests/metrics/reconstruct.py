@@ -16,7 +16,7 @@ from dinogen.metrics.extractors.lpips import load_perceptual
 from dinogen.metrics.lpips_diversity import lpips_diversity
 from dinogen.metrics.reconstruction import reconstruction
 from dinogen.metrics.value import Figure
-from tests.metrics.backbones import pictures
+from tests.metrics.backbones import random_images
 
 
 class NoisyPairs:
@@ -28,7 +28,7 @@ class NoisyPairs:
 
     def __init__(self, num: int, size: int) -> None:
         self.num = num
-        self.real = pictures(num, size) if num else torch.empty(0)
+        self.real = random_images(num, size) if num else torch.empty(0)
         noise = torch.randn(self.real.shape, generator=torch.Generator().manual_seed(1))
         sigma = torch.arange(1, num + 1).view(-1, 1, 1, 1) * 6
         self.made = (self.real + sigma * noise).clamp(0, 255).to(torch.uint8) if num else noise
@@ -48,7 +48,7 @@ def measure(backbone: str) -> list[Figure]:
         *reconstruction(one, perceptual, 2).values(),
     ]
     measure.starts = five.starts
-    return [*figures, lpips_diversity(pictures(5, 16), perceptual)]
+    return [*figures, lpips_diversity(random_images(5, 16), perceptual)]
 
 
 if __name__ == "__main__":

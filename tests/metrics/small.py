@@ -19,10 +19,10 @@ from tests.families.tiny import discs
 NUM = 48
 
 
-def pack_pictures(folder: Path, pictures: list[np.ndarray], **more) -> PackedDataset:
+def pack_images(folder: Path, images: list[np.ndarray], **more) -> PackedDataset:
     """Shards of (S, S, 3) uint8 images, stored without loss, many of them held out."""
     samples = []
-    for number, pixels in enumerate(pictures):
+    for number, pixels in enumerate(images):
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
         samples.append(Sample(f"image{number:03d}", file.getvalue(), "png", {}, {}))
@@ -32,13 +32,13 @@ def pack_pictures(folder: Path, pictures: list[np.ndarray], **more) -> PackedDat
 
 def small_data(folder: Path, size: int = 16) -> PackedDataset:
     """Discs in train, val and test."""
-    return pack_pictures(folder, discs(NUM, size))
+    return pack_images(folder, discs(NUM, size))
 
 
-def save_pictures(pictures: list[np.ndarray], folder: Path) -> Path:
+def save_images(images: list[np.ndarray], folder: Path) -> Path:
     """A folder of PNG files in order of their names."""
     folder.mkdir()
-    for number, pixels in enumerate(pictures):
+    for number, pixels in enumerate(images):
         Image.fromarray(pixels).save(folder / f"{number:04d}.png")
     return folder
 

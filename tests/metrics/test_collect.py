@@ -26,7 +26,7 @@ def test_rows_are_in_order_and_moments_are_theirs():
     np.testing.assert_allclose(only.moments.covariance(), expected, rtol=1e-5)
 
 
-def test_more_pictures_than_there_are_are_not_asked_for():
+def test_more_images_than_there_are_are_not_asked_for():
     source = Noise(2)
     assert collect(source, [], (), 5, num_images=9).images.shape == (2, 3, 6, 6)
     assert collect(source, [], (), 5).images is None
@@ -46,7 +46,7 @@ def test_ranks_collect_what_one_collects(world, tmp_path):
         for name, value in alone.items():
             for rank in ranks:
                 found = rank[f"{num}/{name}"]
-                if name.endswith(("features", "logits", "count", "pictures")):
+                if name.endswith(("features", "logits", "count", "images")):
                     assert torch.equal(found, value), name
                 else:
                     torch.testing.assert_close(found, value, rtol=1e-12, atol=0)

@@ -18,7 +18,7 @@ from dinogen.metrics.fingerprint import (
 from shards.read.mixture import MixedDataset
 from shards.read.packed import open_dataset
 from tests.families.tiny import discs
-from tests.metrics.small import pack_pictures, small_data
+from tests.metrics.small import pack_images, small_data
 
 EXTRACTOR = {
     "name": "inception",
@@ -97,13 +97,13 @@ def test_data_are_known_by_what_they_hold(tmp_path):
     mark = data_sha256(data)
     assert data_sha256(open_dataset(tmp_path / "there")) == mark
     # shrunk by another filter: nearest in place of area
-    by_nearest = [picture[::2, ::2].copy() for picture in discs(48, 32)]
+    by_nearest = [image[::2, ::2].copy() for image in discs(48, 32)]
     by_area = [
-        picture.reshape(16, 2, 16, 2, 3).mean((1, 3)).astype("uint8") for picture in discs(48, 32)
+        image.reshape(16, 2, 16, 2, 3).mean((1, 3)).astype("uint8") for image in discs(48, 32)
     ]
     marks = [
-        data_sha256(pack_pictures(tmp_path / name, pictures))
-        for name, pictures in [("nearest", by_nearest), ("area", by_area)]
+        data_sha256(pack_images(tmp_path / name, images))
+        for name, images in [("nearest", by_nearest), ("area", by_area)]
     ]
     assert len(set(marks)) == 2 and marks[1] != mark
     other = open_dataset(tmp_path / "area")

@@ -28,7 +28,7 @@ def judge_of(name, path=None):
     return load_extractor(name, MetricsConfig(**{name: path and str(path)}), CPU)
 
 
-def pictures(num, side, seed=0):
+def random_images(num, side, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (num, 3, side, side), generator=generator, dtype=torch.uint8)
 
@@ -81,7 +81,7 @@ def folded(network, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(network):
-    images = pictures(2, 299)
+    images = random_images(2, 299)
     with torch.no_grad():
         features = network(images)
     return images, dict(zip(["768", "2048", "logits"], features, strict=True))
@@ -118,7 +118,7 @@ def test_inception768_is_its_layer_of_768(folded, theirs):
     close(found["features"], as_here)
 
 
-def test_recorded_features_of_real_pictures_are_reproduced(assets):
+def test_recorded_features_of_real_images_are_reproduced(assets):
     (file,) = (assets / "inception").glob("*.safetensors")
     extractor = judge_of("inception768", file)
     recorded = np.load(assets / "inception" / "reference_features.npz")
@@ -140,7 +140,7 @@ def test_recorded_features_of_real_pictures_are_reproduced(assets):
 def test_resizing_is_pillows(side, mode, filter_):
     """Pillow's filters are antialiased; it rounds, and torch does not."""
     # of little contrast, for Pillow also clips between rows and columns
-    smooth = torch.nn.functional.interpolate(pictures(1, 16) / 4 + 96, side, mode="bicubic")
+    smooth = torch.nn.functional.interpolate(random_images(1, 16) / 4 + 96, side, mode="bicubic")
     image = smooth.round().to(torch.uint8)
     opened = Image.fromarray(image[0].permute(1, 2, 0).numpy())
     expected = np.array(opened.resize((299, 299), Image.Resampling[filter_]))
@@ -149,7 +149,7 @@ def test_resizing_is_pillows(side, mode, filter_):
     assert found.min() >= 0 and found.max() <= 255
 
 
-def test_only_uint8_pictures_are_taken():
+def test_only_uint8_images_are_taken():
     with pytest.raises(ValueError, match=r"uint8, not torch\.float32"):
         resized(torch.zeros(1, 3, 8, 8), 299, "bilinear", CPU)
     with pytest.raises(ValueError, match=r"not torch\.uint8 \(1, 8, 8, 3\)"):
@@ -166,7 +166,7 @@ def test_dinov2_is_the_cls_token_of_transformers(tmp_path, registers):
     )
     extractor = judge_of("dinov2", folder)
     assert extractor.info.random and extractor.info.resize == "bicubic antialias 224"
-    images = pictures(2, 64)
+    images = random_images(2, 64)
     model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
     pixels = resized(images, 224, "bicubic", CPU) / 255
@@ -254,7 +254,7 @@ def test_onet_is_the_detectors_own_and_knows_a_face():
     from skimage import data
 
     extractor = judge_of("onet")
-    images = pictures(3, 48)
+    images = random_images(3, 48)
     found = extractor(images)
     with torch.no_grad():
         theirs = extractor.net((images.float() - 127.5) / 128)[2][:, 1]

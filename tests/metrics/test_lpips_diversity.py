@@ -12,7 +12,7 @@ import torch
 from dinogen.metrics import lpips_diversity as module
 from dinogen.metrics.extractors.lpips import load_perceptual
 from dinogen.metrics.lpips_diversity import lpips_diversity, pairwise_distances
-from tests.metrics.backbones import pictures, save_backbone
+from tests.metrics.backbones import random_images, save_backbone
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def by_pairs(images, perceptual):
 
 
 def test_it_is_the_mean_of_all_pairs_and_its_spread_that_of_leaving_one_out(perceptual):
-    images = pictures(6, 32)
+    images = random_images(6, 32)
     pairs = by_pairs(images, perceptual)
     figure = lpips_diversity(images, perceptual)
     assert figure.value == pytest.approx(np.mean(list(pairs.values())), rel=1e-5)
@@ -45,7 +45,7 @@ def test_it_is_the_mean_of_all_pairs_and_its_spread_that_of_leaving_one_out(perc
 
 def test_its_spread_is_what_other_draws_differ_by(perceptual):
     """Of 30 draws of 12 images the figures spread as each of them says, within chance."""
-    images = pictures(360, 16)
+    images = random_images(360, 16)
     figures = [lpips_diversity(part, perceptual) for part in images.split(12)]
     spread = np.std([figure.value for figure in figures], ddof=1)
     said = np.mean([figure.spread for figure in figures])
@@ -53,7 +53,7 @@ def test_its_spread_is_what_other_draws_differ_by(perceptual):
 
 
 def test_blocks_change_nothing(perceptual, monkeypatch):
-    images = pictures(7, 32)
+    images = random_images(7, 32)
     whole = pairwise_distances(images, perceptual)
     assert torch.equal(whole, whole.T) and torch.equal(whole.diagonal(), torch.zeros(7).double())
     num_bytes = 4 * perceptual.embed(images[:1]).shape[1]
@@ -62,13 +62,13 @@ def test_blocks_change_nothing(perceptual, monkeypatch):
     torch.testing.assert_close(pairwise_distances(images, perceptual), whole, rtol=1e-4, atol=1e-7)
 
 
-def test_one_picture_over_and_over_has_none(perceptual):
-    figure = lpips_diversity(pictures(1, 32).expand(5, -1, -1, -1), perceptual)
+def test_one_image_over_and_over_has_none(perceptual):
+    figure = lpips_diversity(random_images(1, 32).expand(5, -1, -1, -1), perceptual)
     assert figure.value == pytest.approx(0, abs=1e-9)
     assert figure.spread == pytest.approx(0, abs=1e-9)
 
 
-def test_few_pictures(perceptual):
-    assert lpips_diversity(pictures(2, 32), perceptual).spread is None
-    figure = lpips_diversity(pictures(1, 32), perceptual)
+def test_few_images(perceptual):
+    assert lpips_diversity(random_images(2, 32), perceptual).spread is None
+    figure = lpips_diversity(random_images(1, 32), perceptual)
     assert figure.value is None and "generate two or more" in figure.reason

@@ -110,7 +110,7 @@ def test_near_rows_are_told_apart_far_from_zero():
     torch.testing.assert_close(values, torch.full_like(values, 0.001), rtol=1e-3, atol=0)
 
 
-def test_copies_are_found_and_new_pictures_are_not():
+def test_copies_are_found_and_new_images_are_not():
     train, held_out, fresh = rows(300, 1), rows(100, 2), rows(200, 3)
     assert memorisation(fresh, train, held_out).ratio.value == pytest.approx(1, abs=0.15)
     copies = train[torch.arange(100, 200)]
@@ -138,7 +138,7 @@ def test_the_ratio_is_that_of_mean_distances():
     )
 
 
-def test_without_new_pictures_nothing_can_be_said():
+def test_without_new_images_nothing_can_be_said():
     with pytest.raises(ValueError, match="every held-out image is in the training set"):
         memorisation(rows(9, 1), rows(80, 2), rows(80, 2)[:30])
     with pytest.raises(ValueError, match="takes samples"):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dinogen.metrics.extractors.base import NotAvailable
 from dinogen.metrics.extractors.lpips import load_perceptual
-from tests.metrics.backbones import MODELS, lpips_by_hand, pictures, save_backbone
+from tests.metrics.backbones import MODELS, lpips_by_hand, random_images, save_backbone
 
 CPU = torch.device("cpu")
 # of the 1,235,496 that torchvision's documentation tells of, without the classifier's 513,000
@@ -61,7 +61,7 @@ def library(net, backbone):
 @pytest.mark.parametrize("net", MODELS)
 def test_it_is_the_library_s(net, backbone):
     reference, perceptual = library(net, backbone(net)), load_perceptual(net, backbone(net), CPU)
-    a, b = pictures(3, 72), pictures(3, 72, seed=1)
+    a, b = random_images(3, 72), random_images(3, 72, seed=1)
     with torch.no_grad():
         expected = reference(a.float() / 127.5 - 1, b.float() / 127.5 - 1).flatten()
     assert expected.min() > 0.01
@@ -69,12 +69,12 @@ def test_it_is_the_library_s(net, backbone):
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated since 0.13:UserWarning")
-def test_small_pictures_are_enlarged_to_64_with_antialias(backbone):
+def test_small_images_are_enlarged_to_64_with_antialias(backbone):
     reference, perceptual = (
         library("alex", backbone("alex")),
         load_perceptual("alex", backbone("alex"), CPU),
     )
-    a, b = pictures(2, 8), pictures(2, 8, seed=1)
+    a, b = random_images(2, 8), random_images(2, 8, seed=1)
 
     def enlarged(x):
         x = F.interpolate(x.float(), (64, 64), mode="bilinear", antialias=True, align_corners=False)
@@ -88,15 +88,15 @@ def test_small_pictures_are_enlarged_to_64_with_antialias(backbone):
 
 @pytest.mark.parametrize("net", MODELS)
 def test_it_is_its_formula_with_the_authors_heads(net, backbone, heads):
-    a, b = pictures(2, 64), pictures(2, 64, seed=1)
+    a, b = random_images(2, 64), random_images(2, 64, seed=1)
     expected = lpips_by_hand(net, backbone(net), heads / f"{net}.pth", a, b)
     found = load_perceptual(net, backbone(net), CPU).distance(a, b).double()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_picture_is_at_no_distance_from_itself_and_farther_the_noisier(backbone):
+def test_a_image_is_at_no_distance_from_itself_and_farther_the_noisier(backbone):
     perceptual = load_perceptual("alex", backbone("alex"), CPU)
-    a = pictures(2, 64)
+    a = random_images(2, 64)
     assert torch.equal(perceptual.distance(a, a), torch.zeros(2))
     noise = torch.randn(a.shape, generator=torch.Generator().manual_seed(2))
     steps = [(a + sigma * noise).clamp(0, 255).to(torch.uint8) for sigma in (8, 24, 72)]

@@ -15,7 +15,7 @@ from dinogen.metrics.extractors.base import NotAvailable
 from dinogen.metrics.extractors.lpips import load_perceptual
 from dinogen.metrics.reconstruction import psnr, reconstruction, ssim
 from tests.forked import torchrun
-from tests.metrics.backbones import pictures, save_backbone
+from tests.metrics.backbones import random_images, save_backbone
 from tests.metrics.reconstruct import NoisyPairs, measure
 
 SCRIPT = Path(__file__).with_name("reconstruct.py")
@@ -62,7 +62,7 @@ def test_means_and_spreads_are_those_of_every_pair(perceptual, batch):
 
 
 def test_closed_forms():
-    a = pictures(1, 16)[0].clamp(0, 200)
+    a = random_images(1, 16)[0].clamp(0, 200)
     assert psnr(a, a + 5) == pytest.approx(20 * math.log10(255 / 5))
     black, white = torch.zeros(3, 16, 16).byte(), torch.full((3, 16, 16), 255).byte()
     assert psnr(black, white) == 0
@@ -72,8 +72,8 @@ def test_closed_forms():
     assert ssim(black, white) == pytest.approx(c1 / (255**2 + c1), rel=1e-4)
 
 
-def test_the_same_picture_is_as_one_value_off_by_one():
-    a = pictures(1, 16)[0].clamp(0, 200)
+def test_the_same_image_is_as_one_value_off_by_one():
+    a = random_images(1, 16)[0].clamp(0, 200)
     off = a.clone()
     off[1, 3, 4] += 1
     assert psnr(a, a) == psnr(a, off) == pytest.approx(10 * math.log10(255**2 * 3 * 16 * 16))
@@ -86,7 +86,7 @@ def test_without_lpips_the_others_go_on():
     assert figures["reconstruction_psnr"].value > 10
 
 
-def test_pictures_smaller_than_the_window_have_no_ssim(perceptual):
+def test_images_smaller_than_the_window_have_no_ssim(perceptual):
     figures = reconstruction(NoisyPairs(3, 8), perceptual)
     assert figures["reconstruction_ssim"].value is None
     assert "smaller than its window of 11x11" in figures["reconstruction_ssim"].reason

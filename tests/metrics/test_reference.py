@@ -9,7 +9,7 @@ import torch
 
 from dinogen.metrics.collect import collect
 from dinogen.metrics.reference import seen_of_reference
-from dinogen.metrics.sources import Pictures
+from dinogen.metrics.sources import Images
 from tests.metrics.small import Means, small_data
 
 
@@ -19,7 +19,7 @@ def data(tmp_path):
 
 
 def val(data, num=8, resolution=16):
-    return Pictures(data, "val", range(num), resolution)
+    return Images(data, "val", range(num), resolution)
 
 
 def ask(source, extractor, cache, keep=()):
@@ -45,7 +45,7 @@ def test_it_is_what_is_collected_and_worked_out_once(data, tmp_path):
     [
         lambda data: (val(data, num=7), Means()),
         lambda data: (val(data, resolution=8), Means()),
-        lambda data: (Pictures(data, "test", range(6), 16), Means()),
+        lambda data: (Images(data, "test", range(6), 16), Means()),
         lambda data: (val(data), Means(resize="nearest 4")),
         lambda data: (val(data), Means(weights="b" * 64)),
         lambda data: (val(data), Means("dinov2")),

@@ -8,25 +8,25 @@ import torch
 from PIL import Image
 
 from dinogen.errors import UserError
-from dinogen.metrics.sources import Folder, Generated, Pictures, Reconstructed, as_pixels
+from dinogen.metrics.sources import Folder, Generated, Images, Reconstructed, as_pixels
 from tests.families.tiny import discs
-from tests.metrics.small import NUM, pack_pictures, save_pictures, small_data
+from tests.metrics.small import NUM, pack_images, save_images, small_data
 
 
-def nchw(pictures):
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+def nchw(images):
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 def test_shards_files_and_a_generator_give_the_same_pixels(tmp_path):
-    pictures = discs(NUM)
+    images = discs(NUM)
     data = small_data(tmp_path / "data")
     # which of them are in val is told by their keys
-    mine = [pictures[int(key.removeprefix("image"))] for key in data.keys("val")]
+    mine = [images[int(key.removeprefix("image"))] for key in data.keys("val")]
     assert 6 < len(mine) < NUM - 6
     numbers = [0, len(mine) - 1, 1]
     expected = nchw([mine[number] for number in numbers])
-    shards = Pictures(data, "val", range(len(mine)), 16)
-    files = Folder(save_pictures(mine, tmp_path / "files"))
+    shards = Images(data, "val", range(len(mine)), 16)
+    files = Folder(save_images(mine, tmp_path / "files"))
     floats = nchw(mine).float() / 127.5 - 1
     generated = Generated(lambda indices: floats[indices], len(mine), 16)
     for source in (shards, files, generated):
@@ -36,19 +36,19 @@ def test_shards_files_and_a_generator_give_the_same_pixels(tmp_path):
 
 
 def test_some_numbers_of_a_split_shrunk_by_area(tmp_path):
-    pictures = discs(NUM)
+    images = discs(NUM)
     data = small_data(tmp_path / "data")
     keys = data.keys("train")
-    source = Pictures(data, "train", [3, 1], 8)
+    source = Images(data, "train", [3, 1], 8)
     for number, of_split in enumerate([3, 1]):
-        pixels = pictures[int(keys[of_split].removeprefix("image"))].astype(np.float64)
+        pixels = images[int(keys[of_split].removeprefix("image"))].astype(np.float64)
         by_area = pixels.reshape(8, 2, 8, 2, 3).mean((1, 3))
         found = source.read([number])[0].permute(1, 2, 0).numpy()
         # Pillow rounds twice: along rows, then along columns
         assert np.abs(found - by_area).max() < 1
     assert source.facts()["resize"] == "box to 8"
     with pytest.raises(UserError, match=r"16x16, too small .* 32x32 against: .*faces.size=32"):
-        Pictures(data, "train", [0], 32)
+        Images(data, "train", [0], 32)
 
 
 def test_what_is_generated_is_rounded_as_files_are():
@@ -63,18 +63,18 @@ def test_what_is_generated_is_rounded_as_files_are():
 
 
 def test_a_folder_is_read_in_order_and_without_its_grid(tmp_path):
-    pictures = discs(5)
-    folder = save_pictures(pictures, tmp_path / "files")
+    images = discs(5)
+    folder = save_images(images, tmp_path / "files")
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(folder / "grid_16x16.png")
     (folder / "notes.txt").write_text("no image")
-    Image.fromarray(pictures[0][..., 0]).save(folder / "9999.PNG")  # grey, and in capitals
-    Image.fromarray(pictures[1]).save(folder / "aaaa.jpeg", quality=95)
+    Image.fromarray(images[0][..., 0]).save(folder / "9999.PNG")  # grey, and in capitals
+    Image.fromarray(images[1]).save(folder / "aaaa.jpeg", quality=95)
     source = Folder(folder)
     assert source.num == 7
-    assert torch.equal(source.read([4, 0]), nchw([pictures[4], pictures[0]]))
+    assert torch.equal(source.read([4, 0]), nchw([images[4], images[0]]))
     grey = source.read([5])[0]
-    assert all(torch.equal(plane, torch.from_numpy(pictures[0][..., 0].copy())) for plane in grey)
-    difference = source.read([6]).float() - nchw([pictures[1]]).float()
+    assert all(torch.equal(plane, torch.from_numpy(images[0][..., 0].copy())) for plane in grey)
+    difference = source.read([6]).float() - nchw([images[1]]).float()
     assert 0 < difference.abs().mean() < 20, "a JPEG is nearly what it was"
     assert Folder(folder, 2).num == 2
 
@@ -88,7 +88,7 @@ def oblong(folder):
     Image.new("RGB", (16, 8)).save(folder / "0.png")
 
 
-def no_picture(folder):
+def no_image(folder):
     (folder / "0.png").write_bytes(b"no image")
     (folder / "1.png").touch()
 
@@ -105,7 +105,7 @@ def unread(folder):
         (unread, r"no images here that can be read \(2 .jxl: convert to PNG"),
         (oddly_sized, r"1\.png: 8x8 pixels, but the files before it have 16x16"),
         (oblong, r"0\.png: 16x8 pixels: only square"),
-        (no_picture, r"none of its 2 images can be read; 0\.png: not_an_image"),
+        (no_image, r"none of its 2 images can be read; 0\.png: not_an_image"),
     ],
 )
 def test_a_folder_that_cannot_be_measured_names_the_file(make, message, tmp_path):
@@ -173,9 +173,9 @@ def test_the_speed_is_that_behind_the_first_batch(monkeypatch):
     assert source.images_per_s == pytest.approx(6 / 0.04)
 
 
-def test_pairs_are_pictures_and_what_is_made_of_them(tmp_path):
+def test_pairs_are_images_and_what_is_made_of_them(tmp_path):
     data = small_data(tmp_path / "data")
-    real = Pictures(data, "val", range(4), 16)
+    real = Images(data, "val", range(4), 16)
     asked = []
 
     def darker(images, numbers):
@@ -189,13 +189,13 @@ def test_pairs_are_pictures_and_what_is_made_of_them(tmp_path):
 
 
 def test_other_pixels_are_other_data(tmp_path):
-    pictures = discs(12)
-    sources = [Folder(save_pictures(pictures, tmp_path / "a"))]
-    sources.append(Folder(save_pictures(pictures, tmp_path / "b")))
-    pictures[3][0, 0, 0] ^= 1
-    sources.append(Folder(save_pictures(pictures, tmp_path / "c")))
+    images = discs(12)
+    sources = [Folder(save_images(images, tmp_path / "a"))]
+    sources.append(Folder(save_images(images, tmp_path / "b")))
+    images[3][0, 0, 0] ^= 1
+    sources.append(Folder(save_images(images, tmp_path / "c")))
     same, copied, other = (source.facts() for source in sources)
     assert same == copied != other
-    packed = pack_pictures(tmp_path / "packed", pictures)
-    facts = Pictures(packed, "val", [0], 16).facts()
+    packed = pack_images(tmp_path / "packed", images)
+    facts = Images(packed, "val", [0], 16).facts()
     assert facts["split"] == "val" and facts["data"] != other["data"]

@@ -46,7 +46,7 @@ def test_a_wave_is_in_the_band_of_its_length(cycles):
 
 
 @pytest.mark.parametrize("side", [4, 8])
-def test_small_pictures_have_bands_without_frequencies_that_count_nothing(side):
+def test_small_images_have_bands_without_frequencies_that_count_nothing(side):
     one, other = (JUDGE(noise(200, side, seed=seed))["features"].mean(0) for seed in (0, 1))
     assert 0 < int((one == 0).sum()) < NUM_BANDS
     assert 0 <= spectrum_distance(one, other) < 1
@@ -59,7 +59,7 @@ def test_half_the_contrast_is_six_decibels():
     assert sharpness(found, real) == pytest.approx(0.25, rel=0.03)
 
 
-def test_a_picture_of_one_colour_is_far_and_not_infinitely():
+def test_a_image_of_one_colour_is_far_and_not_infinitely():
     real = JUDGE(noise(9, 32))["features"].mean(0)
     flat = JUDGE(torch.full((9, 3, 32, 32), 77, dtype=torch.uint8))["features"].mean(0)
     assert 30 < spectrum_distance(flat, real) < 60

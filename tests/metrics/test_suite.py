@@ -13,9 +13,9 @@ from dinogen.errors import ConfigError, UserError
 from dinogen.metrics.extractors.load import Extractors
 from dinogen.metrics.fingerprint import differences
 from dinogen.metrics.registry import GUIDE_DIVERSITY, NAMES, better, chosen_names
-from dinogen.metrics.sources import Folder, Generated, Pictures, Reconstructed
+from dinogen.metrics.sources import Folder, Generated, Images, Reconstructed
 from dinogen.metrics.suite import Subject, measure
-from tests.metrics.small import Means, only, pack_pictures, save_pictures, small_data
+from tests.metrics.small import Means, only, pack_images, save_images, small_data
 
 ABSENT = UserError("there is none: give it")
 ALL = [name for name in NAMES if name != GUIDE_DIVERSITY]  # which a family measures itself
@@ -61,7 +61,7 @@ def extractor(monkeypatch):
 
 
 def of(data, split, num=None, resolution=16):
-    return Pictures(data, split, range(num or data.num_samples(split)), resolution)
+    return Images(data, split, range(num or data.num_samples(split)), resolution)
 
 
 def subject(data, generated=None, **changes):
@@ -81,7 +81,7 @@ def suite(names, what, tmp_path, num_halves=0):
     return measure(names, extractors, what, num_halves, tmp_path / "cache")
 
 
-def test_every_picture_is_made_once_and_judged_once(data, extractor, tmp_path):
+def test_every_image_is_made_once_and_judged_once(data, extractor, tmp_path):
     what = subject(data)
     found = suite(ALL, what, tmp_path, num_halves=4)
     assert sorted(what.generated.numbers) == list(range(60))
@@ -140,7 +140,7 @@ def test_a_frechet_distance_by_hand(data, extractor, tmp_path):
     assert found.spread is None, "none was asked for, and no rows are kept"
 
 
-def test_reconstructions_that_are_the_pictures_themselves(data, extractor, tmp_path):
+def test_reconstructions_that_are_the_images_themselves(data, extractor, tmp_path):
     names = ["reconstruction_psnr", "reconstruction_ssim", "reconstruction_lpips"]
     found = suite(names, subject(data), tmp_path)
     assert found.figures["reconstruction_ssim"].value == pytest.approx(1)
@@ -151,7 +151,7 @@ def test_reconstructions_that_are_the_pictures_themselves(data, extractor, tmp_p
     assert (facts["split"], facts["num_reference"]) == ("val", data.num_samples("val"))
 
 
-def test_too_few_pictures_are_a_reason(data, extractor, tmp_path):
+def test_too_few_images_are_a_reason(data, extractor, tmp_path):
     found = suite(["fid768", "precision768"], subject(data, Counted(1)), tmp_path)
     for figure in found.figures.values():
         assert figure.value is None and figure.fingerprint is None
@@ -161,9 +161,9 @@ def test_too_few_pictures_are_a_reason(data, extractor, tmp_path):
 
 def mutations(data, tmp_path):
     """Runs that were fed something else, and what has to be said of each."""
-    nearest = [picture[::2, ::2].copy() for picture in np.repeat(np.repeat(PICTURES, 2, 1), 2, 2)]
+    nearest = [image[::2, ::2].copy() for image in np.repeat(np.repeat(IMAGES, 2, 1), 2, 2)]
     nearest[0][0, 0] += 1
-    shrunk = pack_pictures(tmp_path / "nearest", nearest)
+    shrunk = pack_images(tmp_path / "nearest", nearest)
     yield "data", subject(data, real=of(shrunk, "val")), None
     yield "split", subject(data, real=of(data, "test", 8)), None
     yield "num_samples", subject(data, Counted(30)), None
@@ -174,7 +174,7 @@ def mutations(data, tmp_path):
     yield "resolution", small, None
 
 
-PICTURES = np.random.default_rng(0).integers(0, 255, (48, 16, 16, 3), np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 255, (48, 16, 16, 3), np.uint8)
 
 
 def test_a_run_fed_something_else_is_flagged(data, extractor, tmp_path, monkeypatch):
@@ -196,7 +196,7 @@ def test_a_run_fed_something_else_is_flagged(data, extractor, tmp_path, monkeypa
 
 
 def test_files_of_a_reference_are_enough(data, extractor, tmp_path):
-    real = Folder(save_pictures(list(PICTURES[:9]), tmp_path / "files"))
+    real = Folder(save_images(list(IMAGES[:9]), tmp_path / "files"))
     found = suite(["fid768"], subject(data, real=real), tmp_path)
     (facts,) = found.fingerprints.values()
     assert facts["resize"] == "none, then box 4" and facts["num_reference"] == 9

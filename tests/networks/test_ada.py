@@ -16,7 +16,7 @@ ALL = Strengths(1, 1, 1, 1, 1)
 GROUPS = ("blit", "geometry", "color", "filter", "corruption")
 
 
-def pictures(num=6, size=16):
+def random_images(num=6, size=16):
     return torch.rand(num, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -24,15 +24,15 @@ def run(images, p, strengths=ALL, first=0, purpose="ada"):
     return augment(images, p, 0, purpose, torch.arange(first, first + len(images)), strengths)
 
 
-def test_at_probability_0_the_very_same_pictures_come_back():
-    images = pictures()
+def test_at_probability_0_the_very_same_images_come_back():
+    images = random_images()
     assert torch.equal(run(images, 0.0), images)
     assert torch.equal(run(images, 1.0, Strengths(0, 0, 0, 0, 0)), images)
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_each_group_does_something_alone_and_the_paper_s_three_by_default(group):
-    images = pictures()
+    images = random_images()
     alone = Strengths(**{name: float(name == group) for name in GROUPS})
     changed = (run(images, 1.0, alone) - images).abs().amax((1, 2, 3)) > 1e-3
     # a flip or a quarter turn may be drawn as none
@@ -42,14 +42,14 @@ def test_each_group_does_something_alone_and_the_paper_s_three_by_default(group)
 
 @pytest.mark.parametrize("p", [0.3, 1.0])
 def test_two_halves_are_the_whole(p):
-    images = pictures(8)
+    images = random_images(8)
     halves = torch.cat([run(images[:5], p), run(images[5:], p, first=5)])
     # to the bit: Adam makes much of little where gradients are small
     assert torch.equal(halves, run(images, p))
 
 
 def test_purposes_are_independent():
-    images = pictures()
+    images = random_images()
     assert not torch.allclose(run(images, 1.0), run(images, 1.0, purpose="other"), atol=0.01)
 
 
@@ -128,8 +128,8 @@ def test_one_of_the_two_rotations_happens_with_probability_p():
     assert abs(either.double().mean() - 0.3) < 0.03
 
 
-def test_gradients_reach_the_pictures_and_can_be_differentiated_again():
-    images = pictures().requires_grad_()
+def test_gradients_reach_the_images_and_can_be_differentiated_again():
+    images = random_images().requires_grad_()
     out = run(images, 1.0)
     (gradient,) = torch.autograd.grad(out.square().sum(), images, create_graph=True)
     assert gradient.flatten(1).norm(dim=1).min() > 0
@@ -145,7 +145,7 @@ def test_gradients_reach_the_pictures_and_can_be_differentiated_again():
 
 
 def test_it_is_float32_under_autocast():
-    images = pictures()
+    images = random_images()
     with torch.autocast("cpu", torch.bfloat16):
         mixed = run(images, 1.0)
     assert torch.equal(mixed, run(images, 1.0))

@@ -9,7 +9,7 @@ import torch
 from dinogen.networks.ada.transforms import brightness, color, contrast, hue, luma_flip, saturation
 
 
-def pictures():
+def random_images():
     return torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
 
 
@@ -27,27 +27,28 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_the_inverse_gives_the_picture_back(name):
+def test_the_inverse_gives_the_image_back(name):
     there, back = PAIRS[name]
-    changed = color(pictures(), there)
-    assert (changed[0] - pictures()[0]).abs().max() > 0.1
-    torch.testing.assert_close(color(changed, back), pictures())
+    changed = color(random_images(), there)
+    assert (changed[0] - random_images()[0]).abs().max() > 0.1
+    torch.testing.assert_close(color(changed, back), random_images())
 
 
 def test_brightness_and_contrast_by_hand():
-    torch.testing.assert_close(color(pictures(), PAIRS["brightness"][0])[1], pictures()[1] - 0.2)
-    torch.testing.assert_close(color(pictures(), PAIRS["contrast"][0])[0], pictures()[0] * 2)
+    images = random_images()
+    torch.testing.assert_close(color(images, PAIRS["brightness"][0])[1], images[1] - 0.2)
+    torch.testing.assert_close(color(images, PAIRS["contrast"][0])[0], images[0] * 2)
 
 
 def test_luma_flip_negates_grey_and_keeps_the_rest():
-    images = pictures()[:1]
+    images = random_images()[:1]
     found = color(images, luma_flip(torch.ones(1).double()))
     grey = images.mean(1, keepdim=True)
     torch.testing.assert_close(found, images - 2 * grey)
 
 
 def test_saturation_is_about_grey():
-    images = pictures()[:1]
+    images = random_images()[:1]
     grey = images.mean(1, keepdim=True)
     found = color(images, saturation(torch.tensor([2.0]).double()))
     torch.testing.assert_close(found, grey + 2 * (images - grey))
@@ -56,7 +57,7 @@ def test_saturation_is_about_grey():
 
 
 def test_a_third_of_a_turn_of_hue_is_a_change_of_channels():
-    images = pictures()[:1]
+    images = random_images()[:1]
     third = torch.tensor([2 * math.pi / 3]).double()
     torch.testing.assert_close(color(images, hue(third)), images[:, [2, 0, 1]])
     # red becomes green, as on the wheel
@@ -66,7 +67,7 @@ def test_a_third_of_a_turn_of_hue_is_a_change_of_channels():
 
 
 def test_hue_keeps_grey_and_length():
-    images = pictures()
+    images = random_images()
     found = color(images, hue(two(0.5, 2.0)))
     torch.testing.assert_close(found.mean(1), images.mean(1))
     torch.testing.assert_close(found.norm(dim=1), images.norm(dim=1))

@@ -1,4 +1,4 @@
-"""Frequency bands, noise and cutout, each against what it should do to a known picture."""
+"""Frequency bands, noise and cutout, each against what it should do to a known image."""
 
 import itertools
 

@@ -107,7 +107,7 @@ def test_a_transform_is_scipys(name):
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_its_inverse_gives_the_picture_back(name):
+def test_its_inverse_gives_the_image_back(name):
     matrix = TRANSFORMS[name]
     there = warp(smooth(), matrix)
     back = warp(there, torch.linalg.inv(matrix))

@@ -1,4 +1,4 @@
-"""The convolutional VAE's network: shapes, range, and that pictures do not meet in a batch."""
+"""The convolutional VAE's network: shapes, range, and that images do not meet in a batch."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, p in G.named_parameters() if not p.grad.abs().sum()] == []
 
 
-def test_a_picture_does_not_depend_on_the_rest_of_the_batch():
+def test_a_image_does_not_depend_on_the_rest_of_the_batch():
     G, z, x = small(32).double(), torch.randn(4, 6).double(), torch.randn(4, 3, 32, 32).double()
     for training in (True, False):
         G.train(training)
@@ -52,14 +52,14 @@ def test_a_picture_does_not_depend_on_the_rest_of_the_batch():
             torch.testing.assert_close(whole[1:2], alone)
 
 
-def test_posteriors_begin_near_the_prior_and_pictures_near_grey():
+def test_posteriors_begin_near_the_prior_and_images_near_grey():
     G = small(64)
     mean, log_variance = G.encode(torch.rand(8, 3, 64, 64) * 2 - 1)
     assert mean.abs().max() < 1 and log_variance.abs().max() < 1
     assert G(torch.randn(8, 6)).abs().mean() < 0.2
 
 
-def test_under_autocast_posteriors_and_pictures_are_float32():
+def test_under_autocast_posteriors_and_images_are_float32():
     G = small()
     with torch.autocast("cpu", torch.bfloat16):
         mean, log_variance = G.encode(torch.randn(2, 3, 16, 16))

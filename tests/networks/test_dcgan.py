@@ -12,7 +12,7 @@ def num_parameters(network):
 
 
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
-def test_pictures_and_logits_have_their_shapes(resolution):
+def test_images_and_logits_have_their_shapes(resolution):
     G, D = DcganGenerator(resolution, z_dim=7, ngf=4), DcganDiscriminator(resolution, ndf=4)
     images = G(10 * torch.randn(2, 7))
     assert images.shape == (2, 3, resolution, resolution)
@@ -56,7 +56,7 @@ def test_weights_begin_as_the_paper_says():
                 assert module.bias is None
 
 
-def test_in_eval_mode_a_picture_is_its_own_matter():
+def test_in_eval_mode_a_image_is_its_own_matter():
     torch.manual_seed(0)
     G, z = DcganGenerator(16, z_dim=7, ngf=4), torch.randn(6, 7)
     together = G(z)

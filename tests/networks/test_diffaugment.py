@@ -12,7 +12,7 @@ SIZE = 16
 ALL = ("color", "translation", "cutout")
 
 
-def pictures(num=6):
+def random_images(num=6):
     return torch.rand(num, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -27,13 +27,13 @@ def drawn(position, name):
     return table[TRANSFORMS.index(name), 1:].tolist()
 
 
-def test_of_no_transforms_the_very_same_pictures_come_back():
-    images = pictures()
+def test_of_no_transforms_the_very_same_images_come_back():
+    images = random_images()
     assert run(images, ()) is images
 
 
 def test_colour_is_brightness_then_saturation_then_contrast():
-    images = pictures()
+    images = random_images()
     out = run(images, ("color",)).numpy()
     for i, x in enumerate(images.double().numpy()):
         x = x + drawn(i, "brightness")[0] - 0.5
@@ -44,7 +44,7 @@ def test_colour_is_brightness_then_saturation_then_contrast():
 
 
 def test_translation_moves_whole_pixels_and_mirrors_at_the_border():
-    images = pictures(24)
+    images = random_images(24)
     out = run(images, ("translation",)).numpy()
     shifts = set()
     for i, x in enumerate(images.numpy()):
@@ -57,7 +57,7 @@ def test_translation_moves_whole_pixels_and_mirrors_at_the_border():
 
 
 def test_cutout_greys_at_most_a_quarter_and_nothing_else():
-    images = pictures(24)
+    images = random_images(24)
     out = run(images, ("cutout",))
     grey = (out == 0).all(1)
     assert torch.equal(torch.where(grey[:, None], images, out), images)
@@ -67,13 +67,13 @@ def test_cutout_greys_at_most_a_quarter_and_nothing_else():
 
 
 def test_two_halves_are_the_whole_to_the_bit():
-    images = pictures(8)
+    images = random_images(8)
     halves = torch.cat([run(images[:5]), run(images[5:], first=5)])
     assert torch.equal(halves, run(images))
 
 
-def test_one_position_s_pictures_are_changed_alike_and_purposes_differ():
-    image = pictures(1)
+def test_one_position_s_images_are_changed_alike_and_purposes_differ():
+    image = random_images(1)
     positions = torch.tensor([3, 3, 4])
     out = diff_augment(image.repeat(3, 1, 1, 1), 7, "judge", positions, ALL)
     assert torch.equal(out[0], out[1])
@@ -82,16 +82,16 @@ def test_one_position_s_pictures_are_changed_alike_and_purposes_differ():
 
 
 def test_it_is_float32_under_autocast():
-    images = pictures()
+    images = random_images()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(run(images), run(images.clone()))
     assert run(images.double()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("transform", ALL)
-def test_gradients_reach_the_pictures_and_can_be_differentiated_again(transform):
+def test_gradients_reach_the_images_and_can_be_differentiated_again(transform):
     # each is linear but for a constant, so |A x + b|^2 has the constant second derivative 2 A'A
-    images = pictures(3).requires_grad_()
+    images = random_images(3).requires_grad_()
     out = run(images, (transform,))
     (gradient,) = torch.autograd.grad(out.square().sum(), images, create_graph=True)
     assert gradient.flatten(1).norm(dim=1).min() > 0

@@ -54,7 +54,7 @@ def test_where_no_patch_fits_it_says_so():
         small(3)(torch.randn(1, 3, 16, 16))
 
 
-def test_a_picture_s_logits_do_not_depend_on_the_rest_of_the_batch():
+def test_a_image_s_logits_do_not_depend_on_the_rest_of_the_batch():
     D, x = small(2).double(), torch.randn(4, 3, 32, 32).double()
     for training in (True, False):
         D.train(training)
@@ -84,7 +84,7 @@ def test_under_autocast_logits_are_float32():
         assert small(1)(torch.randn(1, 3, 16, 16)).dtype == torch.float32
 
 
-def test_each_scale_judges_the_picture_at_half_the_size():
+def test_each_scale_judges_the_image_at_half_the_size():
     torch.manual_seed(0)
     D, x = MultiScalePatchDiscriminator(3, num_layers=1, base_channels=8), torch.randn(2, 3, 32, 32)
     found = D(x)

@@ -14,7 +14,7 @@ def small(resolution):
 
 
 @pytest.mark.parametrize("resolution", [4, 8, 16, 256])
-def test_pictures_have_the_resolution_and_lie_in_range(resolution):
+def test_images_have_the_resolution_and_lie_in_range(resolution):
     images = small(resolution)(10 * torch.randn(2, 16))
     assert images.shape == (2, 3, resolution, resolution)
     assert images.abs().max() <= 1

@@ -19,7 +19,7 @@ def small(resolution, **options):
 
 
 @pytest.mark.parametrize("resolution", [4, 8, 16, 256])
-def test_one_logit_per_picture(resolution):
+def test_one_logit_per_image(resolution):
     assert small(resolution)(torch.randn(3, 3, resolution, resolution)).shape == (3,)
 
 
@@ -30,7 +30,7 @@ def test_a_resolution_that_is_no_power_of_two_is_refused(resolution):
 
 
 @pytest.mark.parametrize("resolution", [8, 16, 32])
-def test_alpha_0_is_exactly_the_stage_before_on_the_shrunk_picture(resolution):
+def test_alpha_0_is_exactly_the_stage_before_on_the_shrunk_image(resolution):
     before, grown = small(resolution // 2), small(resolution)
     grow(grown, before.state_dict(), grown.new_parameters(), ConfigError)
     images = torch.randn(4, 3, resolution, resolution)

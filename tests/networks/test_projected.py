@@ -58,7 +58,7 @@ def test_forwards_do_not_iterate_but_an_update_does():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_picture_s_logits_do_not_depend_on_the_rest_of_the_batch(training):
+def test_a_image_s_logits_do_not_depend_on_the_rest_of_the_batch(training):
     D, x = heads().double().train(training), [one.double() for one in maps()]
     alone = D([one[2:3] for one in x])
     beside = D([torch.cat([one[2:], 10 * one[:2]]) for one in x])

@@ -25,7 +25,7 @@ def critic(resolution=16, **options):
 
 @pytest.mark.parametrize("resolution", [8, 16, 64, 128])
 @pytest.mark.parametrize("norms", [("batch", "instance"), ("group", "spectral")])
-def test_pictures_and_scores_have_their_shapes(resolution, norms):
+def test_images_and_scores_have_their_shapes(resolution, norms):
     attention = () if norms[0] == "batch" else (8,)
     G = generator(resolution, norm=norms[0], attention=attention)
     images = G(10 * torch.randn(2, 7))
@@ -96,7 +96,7 @@ def test_groups_are_of_neighbouring_channels_however_odd_the_width():
 
 
 @pytest.mark.parametrize("norm", ["instance", "spectral"])
-def test_a_score_is_a_matter_of_its_own_picture(norm):
+def test_a_score_is_a_matter_of_its_own_image(norm):
     D, images = critic(norm=norm, attention=(8,)).train(), torch.randn(5, 3, 16, 16)
     torch.testing.assert_close(D(images)[:2], D(images[:2]))
 

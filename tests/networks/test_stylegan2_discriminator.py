@@ -71,7 +71,7 @@ def test_labels_project():
     torch.testing.assert_close(logits, expected)
 
 
-def test_gradients_flow_to_pictures_and_all_parameters():
+def test_gradients_flow_to_images_and_all_parameters():
     D = small(num_classes=2)
     images = torch.randn(4, 3, 16, 16, requires_grad=True)
     D(images, torch.tensor([0, 1, 1, 0])).sum().backward()

@@ -80,7 +80,7 @@ def test_no_noise_where_its_strength_is_zero():
     torch.testing.assert_close(G(z, noise=torch.randn(2, G.synthesis.num_noise)), G(z))
 
 
-def test_the_picture_is_the_sum_of_all_resolutions():
+def test_the_image_is_the_sum_of_all_resolutions():
     G = small()
     seen = []
     for block in G.synthesis.blocks.values():

@@ -39,7 +39,7 @@ def settings(**changes):
     return parse_config({"prepare": values}).prepare
 
 
-def picture(seed):
+def random_photo(seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((48, 40), Image.Resampling.BICUBIC)
 
@@ -48,8 +48,8 @@ def fill(folder):
     for seed, name in enumerate(NAMES):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(seed).save(path)
-    picture(2).save(folder / "many/0-again.png")
+        random_photo(seed).save(path)
+    random_photo(2).save(folder / "many/0-again.png")
     (folder / "many/5-empty.jpg").write_bytes(b"")
     return folder
 

@@ -44,7 +44,7 @@ class PatchGuide:
 
 
 class Embedder:
-    """Means of the picture's colours; of a caption, its length and first letter."""
+    """Means of the photo's colours; of a caption, its length and first letter."""
 
     def __init__(self, weights="e", path="here"):
         self.info = {"name": "clip", "path": path, "revision": None, "weights_sha256": weights}
@@ -83,8 +83,8 @@ def fill(folder):
     folder.mkdir()
     for number in range(NUM):
         pixels = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        picture = Image.fromarray(pixels).resize((48, 40), Image.Resampling.BICUBIC)
-        picture.save(folder / f"f{number:02d}.jpg")
+        photo = Image.fromarray(pixels).resize((48, 40), Image.Resampling.BICUBIC)
+        photo.save(folder / f"f{number:02d}.jpg")
         if number in CAPTIONS:
             (folder / f"f{number:02d}.txt").write_text(CAPTIONS[number], encoding="utf-8")
     (folder / "f00x.jpg").write_bytes(b"")
@@ -92,11 +92,11 @@ def fill(folder):
 
 
 def photos_as_faces(photos):
-    """Square pictures, which need no cutting; captions stay beside them."""
+    """Square photos, which need no cutting; captions stay beside them."""
     (photos / "f00x.jpg").unlink()
     for path in photos.glob("*.jpg"):
-        with Image.open(path) as picture:
-            square = picture.resize((32, 32))
+        with Image.open(path) as photo:
+            square = photo.resize((32, 32))
         square.save(path)
     return photos
 

@@ -1,6 +1,6 @@
 """Aligned crops show what they should, where they should.
 
-Every picture is painted here, in continuous coordinates, so that it is known where each point of
+Every photo is painted here, in continuous coordinates, so that it is known where each point of
 a crop must lie; pixel i is centred at i + 0.5.
 """
 
@@ -24,10 +24,10 @@ REFERENCE_128 = np.array([(38, 51), (90, 51), (64, 71), (45, 95), (83, 95)], flo
 def paint(points, height, width, radius):
     """White spots on black at the points."""
     y, x = np.mgrid[:height, :width] + 0.5
-    picture = np.zeros((height, width))
+    photo = np.zeros((height, width))
     for px, py in points:
-        picture += np.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * radius**2))
-    return np.repeat((255 * picture.clip(0, 1)).astype(np.uint8)[..., None], 3, axis=2)
+        photo += np.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * radius**2))
+    return np.repeat((255 * photo.clip(0, 1)).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def locate(crop, expected, reach):
@@ -107,7 +107,7 @@ def test_a_fine_checkerboard_shrinks_to_grey(scale, degrees):
     photo = np.repeat(((x + y) % 2 * 255).astype(np.uint8)[..., None], 3, axis=2)
     points = move(REFERENCE_128, scale, degrees, (700, 700))
     crop = align_landmarks(photo, [tuple(p) for p in points], 128)
-    # 8 bits clip the overshoot of this worst of all pictures, which leaves a trace
+    # 8 bits clip the overshoot of this worst of all photos, which leaves a trace
     assert np.abs(crop.astype(int) - 127).max() <= (16 if scale < 1.5 else 6)
 
 
@@ -139,7 +139,7 @@ def test_box_is_square_centred_and_has_its_margin(margin):
     assert columns[[0, -1]] == pytest.approx([100 - 0.3 * side, 99 + 0.3 * side], abs=1)
 
 
-def test_centre_crop_of_an_aligned_picture_changes_nothing(noise):
+def test_centre_crop_of_an_aligned_photo_changes_nothing(noise):
     np.testing.assert_array_equal(centre_crop(noise, 48), noise[:, 8:56])
     tall = noise.transpose(1, 0, 2).copy()
     np.testing.assert_array_equal(centre_crop(tall, 48), tall[8:56])

@@ -25,7 +25,7 @@ from dinogen.prepare.pyramid import PyramidMaker
 from launch.cli import prepare as faces_command
 from shards import open_dataset
 from tests.prepare.face_folders import FACE, files, rejected, save
-from tests.prepare.pipelines import CPU, dinogen, picture, settings
+from tests.prepare.pipelines import CPU, dinogen, random_photo, settings
 
 CONFIG = FacesConfig(detect="none", size=32)
 WORDS = ("prepare.faces.detect=none", "prepare.faces.size=32", "prepare.pyramids.make=never")
@@ -37,7 +37,7 @@ def src(tmp_path):
     for seed, name in enumerate(NAMES):
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(seed).save(path)
+        random_photo(seed).save(path)
     return tmp_path / "photos"
 
 
@@ -58,8 +58,8 @@ def test_what_was_withdrawn_is_gone_and_what_was_replaced_is_made_again(src, tmp
     out = tmp_path / "faces"
     write_faces(src, out, CONFIG)
     (src / "a.jpg").unlink()
-    picture(50).save(src / "c.png")
-    picture(51).save(src / "new.jpg")
+    random_photo(50).save(src / "c.png")
+    random_photo(51).save(src / "new.jpg")
     summary = write_faces(src, out, CONFIG)
     assert (summary.num_withdrawn, summary.num_removed, summary.num_replaced) == (1, 1, 1)
     assert (summary.num_new, summary.num_crops, summary.num_skipped) == (2, 5, 3)
@@ -88,7 +88,7 @@ def test_a_replacement_with_the_old_time_is_noticed_by_its_size(src, tmp_path):
     out = tmp_path / "faces"
     write_faces(src, out, CONFIG)
     old = (src / "a.jpg").stat()
-    picture(60).resize((90, 90)).save(src / "a.jpg")
+    random_photo(60).resize((90, 90)).save(src / "a.jpg")
     assert (src / "a.jpg").stat().st_size != old.st_size
     os.utime(src / "a.jpg", ns=(old.st_atime_ns, old.st_mtime_ns))
     assert write_faces(src, out, CONFIG).num_replaced == 1
@@ -113,7 +113,7 @@ def test_an_unmounted_or_other_folder_removes_nothing(src, tmp_path):
     src.mkdir()
     with pytest.raises(PrepareError, match=r"no photo .* still holds crops .* delete .*faces"):
         write_faces(src, out, CONFIG)
-    picture(70).save(src / "x.jpg")
+    random_photo(70).save(src / "x.jpg")
     with pytest.raises(PrepareError, match=r"5 of the 5 photos .* Nothing was removed.*--withdraw"):
         write_faces(src, out, CONFIG)
     assert files(out) == before
@@ -168,7 +168,7 @@ def test_faces_of_an_older_version_are_kept_and_then_followed(src, tmp_path):
     summary = write_faces(src, out, CONFIG)
     assert (summary.num_skipped, summary.num_replaced) == (len(NAMES), 0)
     assert crops(out) == whole
-    picture(80).save(src / "a.jpg")
+    random_photo(80).save(src / "a.jpg")
     assert write_faces(src, out, CONFIG).num_replaced == 1
 
 
@@ -218,8 +218,8 @@ def test_a_finished_dataset_says_what_has_changed_and_is_made_again_when_asked(s
     assert run(data).stdout.startswith("already finished")
     before = tars(data)
     (src / "a.jpg").unlink()
-    picture(50).save(src / "c.png")
-    picture(51).save(src / "new.jpg")
+    random_photo(50).save(src / "c.png")
+    random_photo(51).save(src / "new.jpg")
     told = run(data)
     gone = "1 removed (a.jpg), 1 replaced (c.png), 1 added (new.jpg)"
     if way == "pack":
@@ -242,7 +242,7 @@ def test_a_dataset_that_does_not_know_its_photos_warns_of_newer_ones(src, tmp_pa
     (data / "photos.csv").unlink()
     assert dinogen("prepare", src, data, *WORDS).stdout.startswith("already finished")
     time.sleep(0.01)
-    picture(50).save(src / "a.jpg")
+    random_photo(50).save(src / "a.jpg")
     done = dinogen("prepare", src, data, *WORDS)
     assert "1 photo is newer than the dataset" in done.output and done.exit_code == 0
 
@@ -253,7 +253,7 @@ def test_repack_keeps_the_dataset_whose_samples_are_mostly_gone(src, tmp_path, c
     before = tars(data)
     shutil.rmtree(src)
     src.mkdir()
-    picture(90).save(src / "z.jpg")
+    random_photo(90).save(src / "z.jpg")
     assert dinogen("prepare", src, data, *WORDS, "--repack").exit_code == 0
     assert open_dataset(data).keys() == ["z"]
     assert tars(tmp_path / "data.before-repack") == before
@@ -274,7 +274,7 @@ def test_an_unfinished_dataset_does_not_keep_what_has_changed(tmp_path, change):
     src, faces = tmp_path / "photos", tmp_path / "faces"
     for number in range(6):
         src.mkdir(exist_ok=True)
-        picture(number).save(src / f"{number}.jpg")
+        random_photo(number).save(src / f"{number}.jpg")
 
     def kill(done, total):
         if done == 5:
@@ -290,7 +290,7 @@ def test_an_unfinished_dataset_does_not_keep_what_has_changed(tmp_path, change):
     if change == "withdrawn":
         (src / "1.jpg").unlink()
     else:
-        picture(50).save(src / "1.jpg")
+        random_photo(50).save(src / "1.jpg")
     write_faces(src, faces, config.faces)
     with pytest.raises(PrepareError, match=r"the photo of 1, .* is gone or changed: .*delete"):
         pipeline.prepare(src, tmp_path / "once", config, None)
@@ -304,7 +304,7 @@ def test_pyramids_of_a_face_that_was_replaced_are_not_packed(src, tmp_path):
     maker = PyramidMaker(load_guide(GuideConfig(name="pixels"), CPU), settings().pyramids, CPU)
     write_faces(src, faces, CONFIG)
     write_pyramids(faces, parts, maker)
-    picture(50).save(src / "a.jpg")
+    random_photo(50).save(src / "a.jpg")
     write_faces(src, faces, CONFIG)
     with pytest.raises(PrepareError, match="a has changed since its pyramid was made: run"):
         join.pack_faces(faces, join.open_pyramids(parts), tmp_path / "data", PackConfig(), {})

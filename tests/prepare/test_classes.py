@@ -36,7 +36,7 @@ SETTINGS = {
 }
 
 
-def picture(seed):
+def random_photo(seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((48, 40), Image.Resampling.BICUBIC)
 
@@ -48,7 +48,7 @@ def photos(tmp_path):
         for number in range(count):
             path = src / name / ("deep/er" if number % 2 else "") / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture(10 * len(name) + number).save(path)
+            random_photo(10 * len(name) + number).save(path)
     (src / "nothing in it").mkdir()
     (src / "a" / "notes.txt").write_text("no photo")
     return src
@@ -128,7 +128,7 @@ def test_a_new_class_in_the_middle_of_the_work_is_refused(photos, maker, tmp_pat
     with pytest.raises(Killed):
         pipeline.prepare(photos, tmp_path / "data", settings(), maker, progress=kill)
     (photos / "b").mkdir()
-    picture(1).save(photos / "b" / "x.png")
+    random_photo(1).save(photos / "b" / "x.png")
     with pytest.raises(ShardsError, match=r"other settings \(classes\)"):
         pipeline.prepare(photos, tmp_path / "data", settings(), maker)
     shutil.rmtree(photos / "b")
@@ -160,11 +160,11 @@ def test_what_makes_no_classes_is_named(photos, tmp_path):
     assert manifest.classes == () and not manifest.has_labels
 
 
-def test_pictures_that_lie_there_are_packed_with_their_classes(tmp_path):
+def test_photos_that_lie_there_are_packed_with_their_classes(tmp_path):
     for number, name in enumerate(["dog/1.png", "cat/1.png", "dog/2.png", "loose.png"]):
         path = tmp_path / "plain" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(number).resize((32, 32)).save(path)
+        random_photo(number).resize((32, 32)).save(path)
     done = dinogen("pack", tmp_path / "plain", tmp_path / "data", "prepare.faces.classes=folders")
     assert done.exit_code == 0, done.output
     manifest = open_dataset(tmp_path / "data").manifest

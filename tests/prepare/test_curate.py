@@ -33,7 +33,7 @@ def test_hash_is_that_of_imagehash(astronaut):
     assert value == int("".join("1" if bit else "0" for bit in expected.hash.ravel()), 2)
 
 
-def test_a_recompressed_picture_is_near_and_another_is_far(astronaut, tmp_path):
+def test_a_recompressed_photo_is_near_and_another_is_far(astronaut, tmp_path):
     Image.fromarray(astronaut).resize((300, 300)).save(tmp_path / "a.jpg", quality=40)
     again = np.asarray(Image.open(tmp_path / "a.jpg"))
     first, second = perceptual_hash(astronaut), perceptual_hash(again)

@@ -183,9 +183,9 @@ def test_pyramids_in_parts_go_on(guide, tmp_path, caplog):
     assert PartFiles(today).settings["resize"] == "bicubic antialias"
     key = min(parts.keys())  # in the first part, which was missing
     found = parts.levels(key)["n8"]
-    picture = faces / f"{key}.jpg"
-    np.testing.assert_allclose(found, native(guide, picture, False), atol=2e-3)
-    assert np.abs(found - native(guide, picture, True)).max() > 0.01
+    photo = faces / f"{key}.jpg"
+    np.testing.assert_allclose(found, native(guide, photo, False), atol=2e-3)
+    assert np.abs(found - native(guide, photo, True)).max() > 0.01
     source = join.open_pyramids(out)
     data = tmp_path / "data"
     manifest = join.pack_faces(faces, source, data, config.pack, join.guide_of(source, None))

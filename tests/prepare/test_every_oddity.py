@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from launch.cli.main import app
 from shards import open_dataset
-from tests.prepare.pipelines import picture
+from tests.prepare.pipelines import random_photo
 
 NUM = 60
 CONFIG = {
@@ -81,7 +81,7 @@ def chunk_of_text(png):
 
 
 def odd_photo(name, seed):
-    image = picture(seed)
+    image = random_photo(seed)
     exif = Image.Exif()
     exif[0x0112] = 6
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -113,10 +113,10 @@ def src(tmp_path_factory):
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as file:
         file.writestr("a.jpg", odd_photo("a.jpg", 0))
-    content = {f"{n:03d}.jpg": encoded(picture(1000 + n)) for n in range(NUM)}
+    content = {f"{n:03d}.jpg": encoded(random_photo(1000 + n)) for n in range(NUM)}
     content |= {name: odd_photo(name, seed) for seed, name in enumerate([*USED, "cut.jpg"])}
     content |= {name: odd_photo(name, 0) for name in ("empty.png", "words.jpg")}
-    content |= dict.fromkeys(HIDDEN, encoded(picture(0))) | SIDECARS
+    content |= dict.fromkeys(HIDDEN, encoded(random_photo(0))) | SIDECARS
     content |= {"film.MOV": b"\0\0\0\x14ftypqt  ", "raw.NEF": b"II*\0", "words": b"none"}
     content |= {"a.zip": packed.getvalue(), "album/b.zip": packed.getvalue()}
     for name, data in content.items():
@@ -184,13 +184,13 @@ def test_packed_as_they_are_what_does_not_fit_is_listed(tmp_path):
     plain = tmp_path / "plain"
     plain.mkdir()
     for number in range(8):
-        picture(number).resize((32, 32)).save(plain / f"{number}.jpg")
+        random_photo(number).resize((32, 32)).save(plain / f"{number}.jpg")
     whole = (plain / "0.jpg").read_bytes()
     (plain / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (plain / "._0.jpg").write_bytes(whole[:50])
     (plain / "empty.jpg").touch()
-    picture(50).resize((32, 40)).save(plain / "tall.jpg")
-    picture(51).resize((16, 16)).save(plain / "small.png")
+    random_photo(50).resize((32, 40)).save(plain / "tall.jpg")
+    random_photo(51).resize((16, 16)).save(plain / "small.png")
     told = []
     for _ in range(2):
         told.append(dinogen("pack", plain, tmp_path / "data"))

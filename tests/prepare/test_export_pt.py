@@ -117,13 +117,13 @@ ALIKE = ["a/x.png", "b/x.png", "00000/x.png", "y/a_1.png"]
     ],
 )
 @pytest.mark.parametrize("written", [False, True], ids=["plain", "written"])
-def test_files_are_named_after_the_pictures(tmp_path, sources, names, written):
+def test_files_are_named_after_the_photos(tmp_path, sources, names, written):
     """FFHQ is PNG in subfolders: its keys carry a hash, the experiment's files do not."""
-    folder, faces, pt = (tmp_path / name for name in ("pictures", "faces", "pt"))
+    folder, faces, pt = (tmp_path / name for name in ("photos", "faces", "pt"))
     for seed, source in enumerate(sources):
         (folder / source).parent.mkdir(parents=True, exist_ok=True)
-        with Image.open(io.BytesIO(image(seed))) as picture:
-            picture.save(folder / source)
+        with Image.open(io.BytesIO(image(seed))) as photo:
+            photo.save(folder / source)
     if written:
         write_faces(folder, faces, FacesConfig(detect="none", size=16, format="png"))
     else:
@@ -145,7 +145,7 @@ def test_files_are_named_after_the_pictures(tmp_path, sources, names, written):
         assert np.array_equal(again.sample(number).levels["p8"], made[key].levels["p8"])
 
 
-def test_a_picture_s_name_never_hides_a_key():
+def test_a_photo_s_name_never_hides_a_key():
     named = file_names(
         {"a": "a.jpg", "a_1": "a.jpg", "a_1-00": "other/a_1.png", "b": "", "c": "../.."}
     )

@@ -75,7 +75,7 @@ def test_every_alignment_shows_the_face(photos, tmp_path, align, astronaut):
 
 
 @pytest.mark.parametrize("fit", ["crop", "resize"])
-def test_pictures_as_they_are(tmp_path, fit):
+def test_photos_as_they_are(tmp_path, fit):
     """A photo of four quarters, twice as wide as high: its middle, or all of it squeezed."""
     quarters = np.repeat(np.array([[0, 80, 160, 240]], np.uint8), 40, axis=0)
     pixels = np.repeat(np.repeat(quarters, 20, axis=1)[..., None], 3, axis=2)
@@ -94,7 +94,7 @@ def test_pictures_as_they_are(tmp_path, fit):
 def test_every_bad_input_has_its_line(photos, tmp_path, write_bomb):
     whole = (photos / "0.jpg").read_bytes()
     (photos / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (photos / "text.jpg").write_text("not a picture")
+    (photos / "text.jpg").write_text("not a photo")
     (photos / "nothing.png").touch()
     write_bomb(photos / "bomb.png")
     (photos / "folder.jpg").mkdir()

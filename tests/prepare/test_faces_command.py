@@ -30,7 +30,7 @@ def photos(tmp_path):
     src.mkdir()
     for number in range(3):
         Image.fromarray(np.full((50, 60, 3), 80 * number, np.uint8)).save(src / f"{number}.png")
-    (src / "bad.jpg").write_text("not a picture")
+    (src / "bad.jpg").write_text("not a photo")
     return src
 
 

@@ -51,7 +51,7 @@ def whole(tmp_path_factory):
     return folder / "data", maker
 
 
-def test_every_level_is_that_of_the_picture_alone(whole):
+def test_every_level_is_that_of_the_photo_alone(whole):
     data, maker = whole
     samples = all_samples(data)
     assert len(samples) == NUM
@@ -72,7 +72,7 @@ def test_every_level_is_that_of_the_picture_alone(whole):
     assert verify(open_dataset(data)) == []
 
 
-def test_captions_go_with_their_pictures_and_the_others_have_zeros(whole):
+def test_captions_go_with_their_photos_and_the_others_have_zeros(whole):
     stripped = {f"f{number:02d}": text.strip() for number, text in CAPTIONS.items()}
     for sample in all_samples(whole[0]):
         assert sample.caption == stripped.get(sample.key)
@@ -96,7 +96,7 @@ def test_the_manifest_says_who_made_what_and_from_which_grid(whole):
     assert "wide.n8" in said and "guide wide: name=dinov2" in said and "clip: name=clip" in said
 
 
-def test_each_picture_is_decoded_once_and_each_guide_asked_once_per_grid(photos, monkeypatch):
+def test_each_photo_is_decoded_once_and_each_guide_asked_once_per_grid(photos, monkeypatch):
     decoded = Counter()
     original = pyramid_module._decode
     monkeypatch.setattr(
@@ -254,7 +254,7 @@ def test_from_the_command_line(photos, tmp_path):
     batch = data.read(range(3), levels=["n8", "again.n8"], image_size=8)
     native = batch["guides"]["again"][8].float().transpose(1, 2).reshape(3, 3, 8, 8)
     assert torch.equal(batch["guides"]["again"][8], batch["pyramid"][8])
-    # The stored picture's own 8x8, which Pillow rounds to 256 levels.
+    # The stored photo's own 8x8, which Pillow rounds to 256 levels.
     assert (native - batch["image"]).abs().max() <= 1.1 / 127.5
     missing = dinogen("prepare", photos, tmp_path / "x", *changes, "guides.b.path=/nowhere")
     assert isinstance(missing.exception, UserError)

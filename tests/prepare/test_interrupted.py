@@ -19,7 +19,7 @@ from dinogen.prepare.faces.folder import write_faces
 from dinogen.prepare.photos.read import PrepareError
 from shards import open_dataset
 from tests.prepare.face_folders import files
-from tests.prepare.pipelines import dinogen, picture
+from tests.prepare.pipelines import dinogen, random_photo
 
 CONFIG = FacesConfig(detect="none", size=32)
 WORDS = ("prepare.faces.detect=none", "prepare.faces.size=32", "prepare.pyramids.make=never")
@@ -34,7 +34,7 @@ def src(tmp_path):
     for seed, name in enumerate(["a.jpg", "b.jpg", "c.jpg"]):
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(seed).save(path)
+        random_photo(seed).save(path)
     return tmp_path / "photos"
 
 
@@ -51,7 +51,7 @@ def test_a_replaced_photo_keeps_its_crop_until_the_new_one_is_there(
         del meta["file"]
         (out / "a.json").write_text(json.dumps(meta))
     old = (out / "a.jpg").read_bytes()
-    picture(9).save(src / "a.jpg")
+    random_photo(9).save(src / "a.jpg")
     write_faces(src, tmp_path / "fresh", CONFIG)
     new = (tmp_path / "fresh" / "a.jpg").read_bytes()
     left = [num_writes]
@@ -83,7 +83,7 @@ def test_a_replaced_photo_without_a_face_loses_its_crop(src, tmp_path):
     out = tmp_path / "faces"
     config = CONFIG.model_copy(update={"min_blur": 1.0})
     write_faces(src, out, config)
-    picture(9).resize((1, 1)).resize((64, 64)).save(src / "a.jpg")
+    random_photo(9).resize((1, 1)).resize((64, 64)).save(src / "a.jpg")
     summary = write_faces(src, out, config)
     assert (summary.num_used, summary.num_rejected, summary.num_crops) == (2, 1, 2)
     assert not list(out.glob("a.*"))
@@ -148,7 +148,7 @@ def test_a_stale_repack_that_does_not_fit_is_removed_and_said(src, tmp_path):
     assert dinogen("prepare", src, data, *WORDS).exit_code == 0
     stale = tmp_path / ".data.repack"
     shutil.copytree(data, stale)  # finished, but not in its place, and of photos that changed
-    picture(7).save(src / "d.jpg")
+    random_photo(7).save(src / "d.jpg")
     finished = dinogen("prepare", src, tmp_path / "data", *WORDS)
     assert finished.exit_code != 0 and "--repack" in str(finished.exception)
     assert "left by an interrupted --repack" in finished.output
@@ -164,7 +164,7 @@ def test_where_out_cannot_be_renamed_nothing_is_lost(src, tmp_path, monkeypatch)
     data = tmp_path / "data"
     assert dinogen("prepare", src, data, *WORDS).exit_code == 0
     before = files(data)
-    picture(7).save(src / "d.jpg")
+    random_photo(7).save(src / "d.jpg")
     with monkeypatch.context() as patched:
         patched.setattr(repack_module, "_is_mounted", lambda folder: folder == data.resolve())
         refused = dinogen("prepare", src, data, *WORDS, "--repack")
@@ -194,7 +194,7 @@ def test_touched_photos_of_an_earlier_version_are_not_made_again(src, tmp_path):
         meta = json.loads(path.read_bytes())
         del meta["file"]
         path.write_text(json.dumps(meta))
-    picture(9).save(src / "a.jpg")
+    random_photo(9).save(src / "a.jpg")
     later = time.time() + 100
     for path in src.iterdir():
         os.utime(path, (later, later))

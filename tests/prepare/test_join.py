@@ -15,7 +15,7 @@ from dinogen.prepare.parts import write_pyramids
 from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.pyramid import PyramidMaker
 from shards import open_dataset
-from tests.prepare.pipelines import CPU, dinogen, fill, picture, settings
+from tests.prepare.pipelines import CPU, dinogen, fill, random_photo, settings
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_photo_with_many_faces_keeps_their_order_on_both_ways(guide, tmp_path)
     (faces / "settings.json").write_text("{}")
     keys = ["a", *(f"a_{number}" for number in range(1, 12)), "a0", "b"]
     for seed, key in enumerate(keys):
-        picture(seed).resize((32, 32)).save(faces / f"{key}.png")
+        random_photo(seed).resize((32, 32)).save(faces / f"{key}.png")
         meta = {"key": key, "source": f"{key.split('_')[0]}.jpg"}
         (faces / f"{key}.json").write_text(json.dumps(meta))
     config = settings()

@@ -8,7 +8,7 @@ from dinogen.config.prepare import FacesConfig
 from dinogen.prepare.faces.folder import read_metas, write_faces
 from dinogen.prepare.photos.find import photo_key
 from dinogen.prepare.photos.read import PrepareError
-from tests.prepare.pipelines import dinogen, picture
+from tests.prepare.pipelines import dinogen, random_photo
 
 CONFIG = FacesConfig(detect="none", size=32)
 WORDS = ("prepare.faces.detect=none", "prepare.faces.size=32", "prepare.pyramids.make=never")
@@ -18,7 +18,7 @@ WORDS = ("prepare.faces.detect=none", "prepare.faces.size=32", "prepare.pyramids
 def src(tmp_path):
     (tmp_path / "photos").mkdir()
     for seed, name in enumerate(["a.jpg", "b.jpg", "c.png"]):
-        picture(seed).save(tmp_path / "photos" / name)
+        random_photo(seed).save(tmp_path / "photos" / name)
     return tmp_path / "photos"
 
 
@@ -29,7 +29,7 @@ def tars(data):
 def test_a_link_to_a_folder_that_is_not_mounted_withdraws_nothing(src, tmp_path, caplog):
     disk = tmp_path / "disk"
     disk.mkdir()
-    picture(40).save(disk / "x.jpg")
+    random_photo(40).save(disk / "x.jpg")
     (src / "more").symlink_to(disk)
     out = tmp_path / "faces"
     write_faces(src, out, CONFIG)
@@ -79,7 +79,7 @@ def test_a_photo_replaced_by_damage_keeps_its_crops_until_it_can_be_read(src, tm
     assert (summary.num_replaced, summary.num_crops) == (0, 3)
     assert (out / "b.jpg").read_bytes() == crop
     assert "\nb.jpg," in (out / "rejected.csv").read_text()
-    picture(9).save(src / "b.jpg")
+    random_photo(9).save(src / "b.jpg")
     assert write_faces(src, out, CONFIG).num_replaced == 1
     assert (out / "b.jpg").read_bytes() != crop
     assert "b.jpg" not in (out / "rejected.csv").read_text()
@@ -88,9 +88,9 @@ def test_a_photo_replaced_by_damage_keeps_its_crops_until_it_can_be_read(src, tm
 def test_an_empty_folder_that_held_many_photos_may_be_a_disk_that_is_not_mounted(src, tmp_path):
     (src / "disk").mkdir()
     for number in range(12):
-        picture(20 + number).save(src / "disk" / f"{number}.jpg")
+        random_photo(20 + number).save(src / "disk" / f"{number}.jpg")
     for number in range(20):
-        picture(40 + number).save(src / f"more{number}.jpg")
+        random_photo(40 + number).save(src / f"more{number}.jpg")
     out = tmp_path / "faces"
     write_faces(src, out, CONFIG)
     (src / "disk").rename(tmp_path / "unmounted")

@@ -32,7 +32,7 @@ from tests.prepare.pipelines import (
     contents,
     dinogen,
     fill,
-    picture,
+    random_photo,
     run,
     settings,
 )
@@ -195,7 +195,7 @@ def test_a_photo_that_is_gone_is_not_kept_in_silence(photos, guide, tmp_path):
     (photos / "10.jpg").unlink()
     with pytest.raises(PrepareError, match=r"the photo of 10, .* is gone or changed"):
         run(photos, data, guide)
-    picture(NAMES.index("10.jpg")).save(photos / "10.jpg")
+    random_photo(NAMES.index("10.jpg")).save(photos / "10.jpg")
     summary, _ = run(photos, data, guide)
     assert summary.num_crops == len(NAMES)
 
@@ -209,7 +209,7 @@ def test_other_photos_and_other_settings_are_refused(photos, guide, tmp_path):
     with pytest.raises(Killed):
         run(photos, data, guide, progress=kill)
     (tmp_path / "others").mkdir()
-    picture(99).save(tmp_path / "others" / "x.png")
+    random_photo(99).save(tmp_path / "others" / "x.png")
     with pytest.raises(PrepareError, match=r"prepare\.jsonl: .*other photos \(.*photos\)"):
         run(tmp_path / "others", data, guide)
     with pytest.raises(ShardsError, match="other settings"):
@@ -275,7 +275,7 @@ def test_a_finished_dataset_of_another_guide_or_other_photos_is_named(
     (photos / "10.jpg").rename(photos / "11.jpg")
     with pytest.raises(PrepareError, match=r"1 removed \(10\.jpg\), 1 added .*--repack"):
         run(photos, data, guide)
-    picture(50).save(photos / "one more.png")
+    random_photo(50).save(photos / "one more.png")
     with pytest.raises(PrepareError, match=r"2 added \(11\.jpg, one more\.png\)"):
         run(photos, data, guide)
 

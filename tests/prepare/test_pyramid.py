@@ -10,7 +10,7 @@ from dinogen.features import load_guide
 from dinogen.prepare.faces.crop import Crop
 from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.pyramid import PyramidMaker
-from tests.prepare.counting_guide import CONFIG, CPU, Counting, picture
+from tests.prepare.counting_guide import CONFIG, CPU, Counting, random_photo
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def make(guide):
 
 
 def test_the_guide_always_sees_the_same_batch_so_neighbours_do_not_matter(make, guide):
-    crops = [Crop(f"f{i}", picture(i), "png") for i in range(5)]
+    crops = [Crop(f"f{i}", random_photo(i), "png") for i in range(5)]
     seen = []
 
     class Watched(Counting):
@@ -43,18 +43,18 @@ def test_the_guide_always_sees_the_same_batch_so_neighbours_do_not_matter(make, 
 
 
 def test_faces_that_cannot_be_used_are_named(make):
-    good = Crop("good", picture(0), "png")
+    good = Crop("good", random_photo(0), "png")
     with pytest.raises(PrepareError, match=r"odd: the face is 24x24 pixels, but others are 32x32"):
-        list(make().levels([good, Crop("odd", picture(1, 24), "png")]))
+        list(make().levels([good, Crop("odd", random_photo(1, 24), "png")]))
     for file_format in ("png", "jpg"):
-        data = picture(1, file_format={"png": "PNG", "jpg": "JPEG"}[file_format])
+        data = random_photo(1, file_format={"png": "PNG", "jpg": "JPEG"}[file_format])
         broken = Crop("broken", data[: len(data) // 2], file_format)
         with pytest.raises(PrepareError, match=rf"broken\.{file_format}: cannot be decoded"):
             list(make().levels([good, broken]))
 
 
 def test_sizes_without_an_exact_native_grid_are_refused_at_once(make):
-    crops = [Crop("a", picture(0, 40), "png")]
+    crops = [Crop("a", random_photo(0, 40), "png")]
     with pytest.raises(PrepareError, match=r"prepare\.faces\.size: 40 .* native grid 16"):
         list(make().levels(crops))
     assert len(list(make(kinds=("pooled",)).levels(crops))) == 1
@@ -68,4 +68,4 @@ def test_features_beyond_float16_are_refused(make, guide):
     maker = make()
     maker.guide = Loud(guide)
     with pytest.raises(PrepareError, match=r"a: level p4 is not finite in float16"):
-        list(maker.levels([Crop("a", picture(0), "png")]))
+        list(maker.levels([Crop("a", random_photo(0), "png")]))

@@ -25,7 +25,7 @@ from tests.prepare.counting_guide import (
     Counting,
     as_an_older_version_wrote_it,
     names_in,
-    picture,
+    random_photo,
     same,
     whole,
 )
@@ -48,11 +48,11 @@ def faces(tmp_path):
     folder = tmp_path / "faces"
     folder.mkdir()
     for number in range(NUM_FACES):
-        (folder / f"f{number}.jpg").write_bytes(picture(number, file_format="JPEG"))
+        (folder / f"f{number}.jpg").write_bytes(random_photo(number, file_format="JPEG"))
     return folder
 
 
-def test_levels_are_those_of_each_picture_alone(faces, tmp_path, make, guide):
+def test_levels_are_those_of_each_photo_alone(faces, tmp_path, make, guide):
     write_pyramids(faces, tmp_path / "out", make())
     found = whole(tmp_path / "out")
     assert {name for _, name in found} == {"p4", "p8", "p16", "n4", "n8", "n16"}
@@ -83,13 +83,13 @@ def test_a_second_run_computes_nothing(faces, tmp_path, make, guide):
     out = tmp_path / "out"
     write_pyramids(faces, out, make())
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    num_before = guide.num_pictures
+    num_before = guide.num_photos
     seen = []
     summary = write_pyramids(
         faces, out, make(), progress=lambda done, total: seen.append((done, total))
     )
     assert (summary.num_done, summary.num_kept) == (0, 3)
-    assert guide.num_pictures == num_before
+    assert guide.num_photos == num_before
     assert times == {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert seen == [(3, 8), (6, 8), (8, 8)]
 
@@ -202,7 +202,7 @@ def test_pyramids_of_something_else_are_never_mixed(faces, tmp_path, make, chang
         maker = make(shard_size=4)
     elif change == "other pixels":
         for number in range(NUM_FACES):
-            (faces / f"f{number}.jpg").write_bytes(picture(50 + number, file_format="JPEG"))
+            (faces / f"f{number}.jpg").write_bytes(random_photo(50 + number, file_format="JPEG"))
     elif change == "other names":
         for number in range(NUM_FACES):
             (faces / f"f{number}.jpg").rename(faces / f"g{number}.jpg")

@@ -18,7 +18,7 @@ from tests.prepare.counting_guide import (
     Counting,
     as_an_older_version_wrote_it,
     names_in,
-    picture,
+    random_photo,
     same,
     whole,
 )
@@ -41,7 +41,7 @@ def faces(tmp_path):
     folder = tmp_path / "faces"
     folder.mkdir()
     for number in range(NUM_FACES):
-        (folder / f"f{number}.jpg").write_bytes(picture(number, file_format="JPEG"))
+        (folder / f"f{number}.jpg").write_bytes(random_photo(number, file_format="JPEG"))
     return folder
 
 
@@ -66,15 +66,15 @@ def test_parts_follow_the_faces(faces, tmp_path, make, guide, change, num_done, 
     elif change != "nothing":
         for number in range(1 if change == "one fewer" else 4):
             (faces / f"f{number}.jpg").unlink()
-    before = guide.num_pictures
+    before = guide.num_photos
     write_pyramids(faces, tmp_path / "fresh", make(batch=1))
-    num_fresh = guide.num_pictures - before
+    num_fresh = guide.num_photos - before
     num_faces = len(list(faces.iterdir()))
     calls_of_one = num_fresh // num_faces  # pooled at 16, native at 4, 8 and 16
-    before = guide.num_pictures
+    before = guide.num_photos
     summary = write_pyramids(faces, out, make(batch=1))
     assert summary.num_done == num_done
-    assert guide.num_pictures - before == num_made * calls_of_one
+    assert guide.num_photos - before == num_made * calls_of_one
     assert names_in(out) == names_in(tmp_path / "fresh")
     assert same(whole(out), whole(tmp_path / "fresh"))
     assert write_pyramids(faces, out, make()).num_done == 0
@@ -84,9 +84,9 @@ def test_parts_of_an_older_version_are_kept(faces, tmp_path, make, guide):
     out = tmp_path / "out"
     write_pyramids(faces, out, make())
     before = as_an_older_version_wrote_it(out)
-    num_before = guide.num_pictures
+    num_before = guide.num_photos
     assert write_pyramids(faces, out, make()).num_kept == 3
-    assert guide.num_pictures == num_before
+    assert guide.num_photos == num_before
     assert before == {path: path.read_bytes() for path in out.iterdir()}
 
 
@@ -94,8 +94,8 @@ def test_parts_of_an_older_version_are_kept(faces, tmp_path, make, guide):
 def test_one_image_that_cannot_be_used_is_left_out(faces, tmp_path, make, caplog, kind):
     write_pyramids(faces, tmp_path / "whole", make())
     bad = {
-        "damaged": picture(9, file_format="JPEG")[:200],
-        "other size": picture(9, size=48, file_format="JPEG"),
+        "damaged": random_photo(9, file_format="JPEG")[:200],
+        "other size": random_photo(9, size=48, file_format="JPEG"),
         "not square": wide(),
     }[kind]
     (faces / "f3x.jpg").write_bytes(bad)

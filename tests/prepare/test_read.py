@@ -42,7 +42,7 @@ def test_the_content_decides_not_the_suffix(tmp_path, noise):
     np.testing.assert_array_equal(read_photo(tmp_path / "named.jpg", MAX_PIXELS), noise)
 
 
-# What each EXIF orientation says must be done to the stored rows to see the picture upright.
+# What each EXIF orientation says must be done to the stored rows to see the photo upright.
 UPRIGHT = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -68,9 +68,9 @@ def test_exif_rotation_is_applied(tmp_path, noise, orientation, suffix):
 def test_exif_rotation_of_a_jpeg(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its left side
-    picture = np.zeros((40, 80, 3), np.uint8)
-    picture[:, :40] = 255  # left half white: upper half once upright
-    Image.fromarray(picture).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    photo = np.zeros((40, 80, 3), np.uint8)
+    photo[:, :40] = 255  # left half white: upper half once upright
+    Image.fromarray(photo).save(tmp_path / "a.jpg", exif=exif, quality=95)
     upright = read_photo(tmp_path / "a.jpg", MAX_PIXELS)
     assert upright.shape == (80, 40, 3)
     assert upright[:35].min() > 240
@@ -135,7 +135,7 @@ def test_16_bit_colour(tmp_path, encode_png):
     np.testing.assert_allclose(pixels[1, 3], np.array([0x12, 0x80, 0xFF]), atol=1)
 
 
-def test_two_pictures_in_one_file_as_phones_write_them(tmp_path):
+def test_two_photos_in_one_file_as_phones_write_them(tmp_path):
     first, second = (Image.new("RGB", (32, 16), colour) for colour in ("red", "blue"))
     first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
     with Image.open(tmp_path / "a.jpg") as image:
@@ -220,8 +220,8 @@ def test_damage_inside_is_not_passed_on_as_a_crash(tmp_path, noise):
                 assert pixels.shape[2] == 3
 
 
-def test_files_that_are_no_pictures(tmp_path):
-    (tmp_path / "text.jpg").write_text("a letter, not a picture")
+def test_files_that_are_no_photos(tmp_path):
+    (tmp_path / "text.jpg").write_text("a letter, not a photo")
     (tmp_path / "empty.png").touch()
     (tmp_path / "other.jpg").write_bytes(b"%PDF-1.7 and so on")
     assert reason(tmp_path / "text.jpg") == "not_an_image"

@@ -170,7 +170,7 @@ def test_pack_says_what_is_missing(photos, plain, tmp_path):
 
 
 def test_what_an_older_version_made_is_known_again(photos, tmp_path):
-    """It said `align: none`, and knew no other key for pictures as they are."""
+    """It said `align: none`, and knew no other key for photos as they are."""
     config = parse_config(PLAIN).prepare
     faces, data = tmp_path / "faces", tmp_path / "data"
     write_faces(photos, faces, config.faces)

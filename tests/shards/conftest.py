@@ -19,7 +19,7 @@ NUM_SAMPLES = 61
 
 
 def jpeg(seed: int, size: int = SIZE, image_format: str = "JPEG") -> bytes:
-    """A picture with smooth areas and noise, so that resizing and decoding have work to do."""
+    """An image with smooth areas and noise, so that resizing and decoding have work to do."""
     rng = np.random.default_rng(seed)
     ramp = np.linspace(0, 200, size)[:, None, None] + np.zeros((1, size, 3))
     pixels = (ramp + rng.integers(0, 56, (size, size, 3))).astype(np.uint8)

@@ -71,7 +71,7 @@ def test_other_words_are_refused(packed):
         open_dataset(packed).read([0], on_error="pass")
 
 
-def test_a_picture_too_large_to_be_honest_is_skipped(packed, samples, monkeypatch):
+def test_a_image_too_large_to_be_honest_is_skipped(packed, samples, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     data = open_dataset(packed)
     png = {sample.key for sample in samples if sample.image_format == "png"}

@@ -1,4 +1,4 @@
-"""A tiny packed dataset of drawn pictures, a tiny random DINOv2, and runs that train on it."""
+"""A tiny packed dataset of drawn images, a tiny random DINOv2, and runs that train on it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def guide_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory, guide_folder) -> Path:
-    """40 pictures of 32x32 pixels: a bright disc on a dark ground, with their pyramids."""
+    """40 images of 32x32 pixels: a bright disc on a dark ground, with their pyramids."""
     guide = load_guide(GuideConfig(path=str(guide_folder)), torch.device("cpu"))
     rng = np.random.default_rng(0)
     yy, xx = np.mgrid[:32, :32]
@@ -65,7 +65,7 @@ def data_folder(tmp_path_factory, guide_folder) -> Path:
 
 @pytest.fixture
 def make_config(tmp_path, data_folder, guide_folder):
-    """Config of a run of stages 4 and 8 with 8 pictures a step; ``overrides`` as on the command
+    """Config of a run of stages 4 and 8 with 8 images a step; ``overrides`` as on the command
     line."""
 
     def make(*overrides: str, run: str = "run") -> Config:

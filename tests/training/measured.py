@@ -6,12 +6,12 @@ import json
 
 from dinogen.features.dinov2 import make_random_dinov2
 from tests.families.tiny import discs, tiny_config
-from tests.metrics.small import pack_pictures
+from tests.metrics.small import pack_images
 
 
 def lay_out(folder):
     """Discs with val and test, and the judge beside them."""
-    pack_pictures(folder / "data", discs(48))
+    pack_images(folder / "data", discs(48))
     make_random_dinov2(folder / "judge", seed=1, hidden_size=16, num_layers=1, num_heads=2)
     return folder
 

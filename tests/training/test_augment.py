@@ -17,7 +17,7 @@ FACTORS = torch.tensor([0.6, 1.0, 1.3, 0.95])
 ALL = AugmentConfig(flip=0.5, rotate=5, brightness=0.1, contrast=0.1, saturation=0.05)
 
 
-def pictures(num: int = 4) -> torch.Tensor:
+def random_images(num: int = 4) -> torch.Tensor:
     """Smooth enough that two ways to interpolate agree."""
     stack = [torch.from_numpy(pixels).permute(2, 0, 1) for pixels in discs(num, 32)]
     images = torch.stack(stack).float() / 127.5 - 1
@@ -34,7 +34,7 @@ def pictures(num: int = 4) -> torch.Tensor:
     ids=["brightness", "contrast", "saturation"],
 )
 def test_colours_as_in_torchvision(mine, theirs):
-    images = pictures()
+    images = random_images()
     expected = [
         theirs((image + 1) / 2, factor) * 2 - 1
         for image, factor in zip(images, FACTORS.tolist(), strict=True)
@@ -43,7 +43,7 @@ def test_colours_as_in_torchvision(mine, theirs):
 
 
 def test_rotation_as_in_torchvision():
-    images, degrees = pictures(), torch.tensor([-5.0, 0.0, 3.0, 10.0])
+    images, degrees = random_images(), torch.tensor([-5.0, 0.0, 3.0, 10.0])
     bilinear = functional.InterpolationMode.BILINEAR
     expected = torch.stack(
         [
@@ -58,14 +58,14 @@ def test_rotation_as_in_torchvision():
 
 
 def test_a_mirror_image_is_one():
-    images = pictures()
+    images = random_images()
     found = flip(images, torch.tensor([True, False, True, False]))
     assert torch.equal(found[::2], images[::2].flip(3))
     assert torch.equal(found[1::2], images[1::2])
 
 
 def test_what_is_drawn_depends_on_the_position_alone():
-    images = pictures(1).expand(64, -1, -1, -1)
+    images = random_images(1).expand(64, -1, -1, -1)
     positions = torch.arange(64) + 1000
     whole = augment(images, positions, 5, ALL)
     parts = [augment(images[i::3], positions[i::3], 5, ALL) for i in range(3)]

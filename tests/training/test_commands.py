@@ -40,11 +40,11 @@ def test_train_then_sample(make_config, tmp_path, dinogen):
             "sample", config.run, "--num", 3, "--seed", 2, "--out", tmp_path / folder
         )
         assert code == 0, err
-    pictures = sorted((tmp_path / "a").glob("0*.png"))
-    assert len(pictures) == 3
-    for picture in pictures:
-        assert picture.read_bytes() == (tmp_path / "b" / picture.name).read_bytes()
-        assert np.asarray(Image.open(picture)).shape == (4, 4, 3)
+    images = sorted((tmp_path / "a").glob("0*.png"))
+    assert len(images) == 3
+    for image in images:
+        assert image.read_bytes() == (tmp_path / "b" / image.name).read_bytes()
+        assert np.asarray(Image.open(image)).shape == (4, 4, 3)
     assert (tmp_path / "a" / "grid_4x4.random-guide.png").exists()
 
 

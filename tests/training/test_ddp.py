@@ -10,7 +10,7 @@ from tests.training.helpers import curve, torchrun, weights
 @pytest.mark.parametrize("extra", [[], ["engine.micro_batch=3"]], ids=["whole", "accumulated"])
 def test_two_ranks_equal_one(make_config, extra):
     lengths = ["stages.0.kimg=0.04", "stages.0.lr=0.002", "stages.1.lr=0.002", *extra]
-    # an odd batch: the ranks get 5 and 4 pictures
+    # an odd batch: the ranks get 5 and 4 images
     lengths += ["stages.0.batch=9", "stages.1.batch=9", "stages.1.kimg=0.18"]
     one, two = make_config(*lengths, run="one"), make_config(*lengths, run="two")
     train(one)

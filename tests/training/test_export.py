@@ -1,4 +1,4 @@
-"""`dinogen export`: one plain file that equals what training held, and gives the same pictures."""
+"""`dinogen export`: one plain file that equals what training held, and gives the same images."""
 
 import hashlib
 import json
@@ -112,20 +112,20 @@ def test_it_loads_with_torch_and_safetensors_alone(make_config, held, tmp_path):
 
 
 @pytest.mark.parametrize("nimg", [120, None])
-def test_the_rebuilt_generator_gives_the_pictures_of_sample(make_config, tmp_path, nimg):
+def test_the_rebuilt_generator_gives_the_images_of_sample(make_config, tmp_path, nimg):
     config = make_config("checkpoint.keep_last=100")
     train(config)
     snapshot = load_snapshot(config.run, nimg=nimg)
     path = export(config.run, tmp_path / "G.safetensors", nimg=nimg).path
     network, info = load_exported(path)
     assert not network.training and not any(p.requires_grad for p in network.parameters())
-    pictures = torch.cat(
+    images = torch.cat(
         [
             snapshot.family.sample({"G": network}, torch.tensor([n]), seed=7)  # as sample does
             for n in range(3)
         ]
     )
-    assert torch.equal(pictures, snapshot.sample(3, seed=7))
+    assert torch.equal(images, snapshot.sample(3, seed=7))
     assert info["nimg"] == snapshot.nimg
 
 

@@ -18,7 +18,7 @@ from launch.cli.main import app
 from launch.cli.results import closing_lines
 from shards import open_dataset
 from tests.families.tiny import discs
-from tests.metrics.small import save_pictures
+from tests.metrics.small import save_images
 
 from .helpers import train_here
 from .measured import in_training, lay_out, make, settings, stats
@@ -109,7 +109,7 @@ def test_two_ranks_measure_what_one_measures(run):
 
 def test_the_files_that_a_run_writes_measure_the_same(run, place, tmp_path):
     alone = evaluate(run.run, num_samples=50, names=["fd_dinov2", "precision_dinov2"])
-    out = tmp_path / "pictures"
+    out = tmp_path / "images"
     words = ["sample", str(run.run), "--num", "50", "--out", str(out)]
     assert CliRunner().invoke(app, words).exit_code == 0
     words = [out, "--reference", place / "data", "--metrics", "fd_dinov2,precision_dinov2"]
@@ -117,7 +117,7 @@ def test_the_files_that_a_run_writes_measure_the_same(run, place, tmp_path):
     assert done.exit_code == 0, done.output
     found = written(out)
     assert found["num_samples"] == 50 and "50 images of 16x16 in" in done.stdout
-    # alone a picture may be rounded to the next value where in a batch it was not
+    # alone an image may be rounded to the next value where in a batch it was not
     assert values(found) == pytest.approx(values(alone), rel=1e-3)
     assert found["fingerprints"] == alone["fingerprints"]
 
@@ -163,8 +163,8 @@ def test_what_cannot_be_measured_again_is_said_beside_the_kept_figure(run, tmp_p
     assert "fd_dinov2" in line and f"{tmp_path}/gone is not there" in line
 
 
-def test_a_folder_of_pictures_as_the_reference(run, place, tmp_path):
-    real = save_pictures(discs(12), tmp_path / "real")
+def test_a_folder_of_images_as_the_reference(run, place, tmp_path):
+    real = save_images(discs(12), tmp_path / "real")
     result = evaluate(run.run, num_samples=40, names=OF_JUDGE, reference=str(real))
     assert result["measured"]["fd_dinov2"]["num_reference"] == 12
     itself = evaluate_folder(real, names=OF_JUDGE, reference=str(real), changes=settings(place))[
@@ -176,7 +176,7 @@ def test_a_folder_of_pictures_as_the_reference(run, place, tmp_path):
     (real / "evaluation.json").unlink()
     nothing = evaluate_folder(real, names=["fd_dinov2"], changes=settings(place))
     assert "give --reference DATA" in nothing["measured"]["fd_dinov2"]["reason"]
-    large = save_pictures(discs(3, 32), tmp_path / "large")
+    large = save_images(discs(3, 32), tmp_path / "large")
     with pytest.raises(ConfigError, match="32x32, those measured 16x16"):
         evaluate(run.run, names=["fd_dinov2"], reference=str(large))
 
@@ -248,8 +248,8 @@ def test_lines_past_the_checkpoint_are_measured_again(run, place):
     assert lines[1]["metrics"] == whole[1]["metrics"]
 
 
-def test_a_picture_among_those_of_another_size_is_named(place, tmp_path):
-    folder = save_pictures(discs(3), tmp_path / "odd")
+def test_a_image_among_those_of_another_size_is_named(place, tmp_path):
+    folder = save_images(discs(3), tmp_path / "odd")
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "odd.png")
     done = command(folder, "--reference", place / "data")
     assert isinstance(done.exception, UserError) and "odd.png: 8x8" in str(done.exception)

@@ -1,4 +1,4 @@
-"""What training measures of generated pictures: what is missing, what is better, and patience."""
+"""What training measures of generated images: what is missing, what is better, and patience."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_more_is_better_where_the_table_says_so(place, monkeypatch):
     assert result["ended_early"]
 
 
-def test_an_autoencoder_is_measured_on_what_it_makes_of_held_out_pictures(place):
+def test_an_autoencoder_is_measured_on_what_it_makes_of_held_out_images(place):
     names = "eval.generated=[reconstruction_psnr,fd_dinov2]"
     config = make(place, "vae", names, "eval.metric=reconstruction_psnr", family="vae")
     (result,) = train(config)

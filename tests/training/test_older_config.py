@@ -74,13 +74,13 @@ def test_keys_that_the_older_one_lacks_are_defaults(make_config, tmp_path, place
     shutil.copytree(half.run, older.run)
     edit(older, without(*keys))
 
-    pictures = load_snapshot(older.run).sample(2, 0)
+    images = load_snapshot(older.run).sample(2, 0)
     assert evaluate(older.run, split="train")["nimg"] == 40
     path = export(older.run, tmp_path / "G.safetensors").path
     found = load_checkpoint(stage(older, 4) / "checkpoints" / "000000040")
     averages = found.tensors("G.ema")
     assert all(torch.equal(v, averages[k]) for k, v in load_file(path).items())
-    assert pictures.shape == (2, 3, 4, 4)
+    assert images.shape == (2, 3, 4, 4)
 
     train(older)
     for resolution in (4, 8):

@@ -31,7 +31,7 @@ from .helpers import stage
 
 @pytest.fixture
 def damaged(data_folder, tmp_path):
-    """The shards, with one bit of the last sample's picture flipped."""
+    """The shards, with one bit of the last sample's image flipped."""
     folder = tmp_path / "damaged"
     shutil.copytree(data_folder, folder)
     data = open_dataset(folder)
@@ -92,7 +92,7 @@ def test_every_stage_is_checked_before_the_first_is_trained(make_config, data_fo
         {"resolution": size, "kimg": 0.008, "batch": 8, "lr": 0.01} for size in (4, 8, 16, 32, 64)
     ]
     config = make_config(f"stages={json.dumps(grown)}")
-    with pytest.raises(ConfigError, match=r"stage 64 is larger than the pictures .*32x32"):
+    with pytest.raises(ConfigError, match=r"stage 64 is larger than the images .*32x32"):
         train(config)
     assert not stage(config, 4).exists()
 
@@ -120,7 +120,7 @@ def test_two_trainings_in_one_folder_are_refused(make_config):
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
-def test_a_damaged_picture_that_nothing_learns_from_costs_no_stage(
+def test_a_damaged_image_that_nothing_learns_from_costs_no_stage(
     make_config, damaged, on_error, caplog
 ):
     config = make_config(f"data.path={damaged}", f"data.on_error={on_error}")

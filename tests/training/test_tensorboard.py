@@ -67,7 +67,7 @@ def test_scalars_are_those_of_the_statistics(config):
         assert [step for step, _ in scalars(events, name)] == list(expected)
 
 
-def test_pictures_are_those_of_the_folder(config):
+def test_images_are_those_of_the_folder(config):
     folder = stage(config, 8)
     (final,) = folder.glob("final_*.png")
     (real,) = folder.glob("real_*.png")
@@ -113,7 +113,7 @@ def test_hparams_stand_with_the_final_figures(config):
 
 
 def test_what_is_measured_later_takes_its_place(config, tmp_path):
-    """Once more after evaluation and looks: one set of hparams, the new figures, the pictures."""
+    """Once more after evaluation and looks: one set of hparams, the new figures, the images."""
     place = Run.of(config.model_copy(update={"run": tmp_path})).stage(8)
     folder = tmp_path / "8x8"
     (folder / "looks").mkdir(parents=True)
@@ -203,7 +203,7 @@ def address(config):
             process.terminate()
 
 
-def test_a_browser_shows_scalars_pictures_and_hparams(config, address, tmp_path):
+def test_a_browser_shows_scalars_images_and_hparams(config, address, tmp_path):
     with open_browser() as browser:
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         page.set_default_timeout(60_000)

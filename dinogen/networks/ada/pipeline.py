@@ -51,14 +51,14 @@ def augment(
 
     Args:
         images: (B, 3, R, R) in [-1, 1].
-        p: probability, 0 to 1; at 0 the very same pictures come back.
+        p: probability, 0 to 1; at 0 the very same images come back.
         seed: the run's seed.
-        purpose: what the pictures are for; other purposes give independent draws.
+        purpose: what the images are for; other purposes give independent draws.
         positions: (B,) int64 on the CPU, places of the samples in the global order.
         strengths: of the groups.
 
     Returns:
-        (B, 3, R, R) float32; generated and noisy pictures leave [-1, 1].
+        (B, 3, R, R) float32; generated and noisy images leave [-1, 1].
     """
     draws = TransformDraws(seed, purpose, positions)
     with torch.autocast(images.device.type, enabled=False):
@@ -74,7 +74,7 @@ def augment(
 class AugmentProbability(nn.Module):
     """p and what decides it: r_t = E[sign(D(real))], over the last few steps.
 
-    Where D overfits, its logits of real pictures are ever more often positive; p follows, so that
+    Where D overfits, its logits of real images are ever more often positive; p follows, so that
     r_t stays near its target (section 3). All of it is in buffers, so a resumed run goes on
     exactly.
     """
@@ -94,7 +94,7 @@ class AugmentProbability(nn.Module):
         """Take in one step, and move p after every :data:`INTERVAL` of them.
 
         Args:
-            sign: mean sign of D's logits of the real pictures of a global batch.
+            sign: mean sign of D's logits of the real images of a global batch.
             batch: size of the global batch.
             target: of r_t.
             kimg: thousands of images in which p can go from 0 to 1.

@@ -38,7 +38,7 @@ class TransformDraws:
 
     Args:
         seed: the run's seed.
-        purpose: what the pictures are for.
+        purpose: what the images are for.
         positions: (B,) int64 on the CPU.
     """
 

@@ -31,7 +31,7 @@ SYM6 = (
 NUM_TAPS = len(SYM6)
 # centre of mass of the filter: by how many pixels it delays
 DELAY = sum(i * tap for i, tap in enumerate(SYM6)) / sum(SYM6)
-# pixels that the two filters reach beyond a picture
+# pixels that the two filters reach beyond an image
 REACH = 3
 
 
@@ -159,7 +159,7 @@ def _num_places(size: int) -> int:
 
 
 def _margins(matrices: Tensor, size: int) -> Tensor:
-    """Pixels needed around each picture, (B,) int64, in steps of a quarter of its side."""
+    """Pixels needed around each image, (B,) int64, in steps of a quarter of its side."""
     corners = torch.tensor([[-1, -1, 1], [-1, 1, 1], [1, -1, 1], [1, 1, 1]]).double().T
     reach = (_to_sources(matrices, size) @ corners)[:, :2].abs().amax((1, 2))
     step = max(1, size // 4)
@@ -172,7 +172,7 @@ def _warp(images: Tensor, matrices: Tensor, margin: int) -> Tensor:
     x = images.index_select(2, around).index_select(3, around)
     taps = images.new_tensor(SYM6)
     x = upfirdn(x, taps.flip(0), up=2)
-    # the first filter puts pixel i of the padded picture at 2 i - DELAY; again from -1 to 1
+    # the first filter puts pixel i of the padded image at 2 i - DELAY; again from -1 to 1
     end = x.shape[-1] - 1
     offset = (4 * ((size - 1) / 2 + margin) - 2 * DELAY) / end - 1
     theta = (_linear(4 / end, offset) @ _to_sources(matrices, size))[:, :2].to(images)
@@ -204,7 +204,7 @@ def color_matrices(draws: TransformDraws, p: float) -> Tensor:
 
 
 def color(images: Tensor, matrices: Tensor) -> Tensor:
-    """Apply matrices (B, 4, 4) to the colours of pictures (B, 3, R, R)."""
+    """Apply matrices (B, 4, 4) to the colours of images (B, 3, R, R)."""
     if bool((matrices == torch.eye(4)).all()):
         return images
     m = matrices.to(images)
@@ -251,7 +251,7 @@ def _identity() -> Tensor:
 # The low-pass filter of the wavelet sym2 (Daubechies 1992, "Ten Lectures on Wavelets", table 6.1)
 SYM2 = (-0.12940952255092145, 0.22414386804185735, 0.836516303737469, 0.48296291314469025)
 NUM_BANDS = 4
-# how much of a natural picture's power lies in each band, about 1 / f
+# how much of a natural image's power lies in each band, about 1 / f
 POWER = torch.tensor([10.0, 1.0, 1.0, 1.0], dtype=torch.float64) / 13
 CUTOUT_SIZE = 0.5
 
@@ -289,7 +289,7 @@ def band_gains(draws: TransformDraws, p: float) -> Tensor:
 
 
 def amplify(images: Tensor, gains: Tensor) -> Tensor:
-    """Multiply the bands of pictures (B, C, R, R), along each axis, by gains (B, 4)."""
+    """Multiply the bands of images (B, C, R, R), along each axis, by gains (B, 4)."""
     # the power's weights sum to 1 only up to rounding
     if bool((gains - 1).abs().max() < 1e-12):
         return images
@@ -315,7 +315,7 @@ def add_noise(images: Tensor, draws: TransformDraws, p: float) -> Tensor:
 
 
 def cut_out(images: Tensor, draws: TransformDraws, p: float) -> Tensor:
-    """Make a square of half the side grey, about a centre anywhere in the picture."""
+    """Make a square of half the side grey, about a centre anywhere in the image."""
     happens = draws.happens("cutout", p)
     if not bool(happens.any()):
         return images

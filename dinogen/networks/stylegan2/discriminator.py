@@ -52,10 +52,10 @@ class DiscriminatorBlock(nn.Module):
 
 
 class StyleGAN2Discriminator(nn.Module):
-    """Pictures -> logits.
+    """Images -> logits.
 
     Args:
-        resolution: side of the pictures, a power of two from 4.
+        resolution: side of the images, a power of two from 4.
         num_classes: labels are 0 to this less 1; 0 for no labels.
         channel_base: channels at R are ``channel_base / R``, at most ``channel_max``.
         channel_max: most channels at any resolution.
@@ -98,7 +98,7 @@ class StyleGAN2Discriminator(nn.Module):
         self.ada = AugmentProbability()
 
     def forward(self, images: Tensor, label: Tensor | None = None) -> Tensor:
-        """Pictures (B, 3, R, R) in [-1, 1], labels (B,) if it has classes -> logits (B,) float32.
+        """Images (B, 3, R, R) in [-1, 1], labels (B,) if it has classes -> logits (B,) float32.
 
         The logits of a group of contiguous samples depend on each other.
         """

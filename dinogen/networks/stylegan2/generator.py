@@ -102,7 +102,7 @@ class SynthesisLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
         # not a scalar: DeepSpeed cannot broadcast those
         self.noise_strength = nn.Parameter(torch.zeros(1))
-        # the noise of every picture that is given none
+        # the noise of every image that is given none
         self.register_buffer("noise", torch.randn(resolution, resolution))
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
@@ -113,7 +113,7 @@ class SynthesisLayer(nn.Module):
 
 
 class SynthesisBlock(nn.Module):
-    """The layers of one resolution, and their addition to the picture.
+    """The layers of one resolution, and their addition to the image.
 
     Args:
         in_channels: channels of the input; 0 for 4x4, which starts from a learnt constant.
@@ -149,12 +149,12 @@ class SynthesisBlock(nn.Module):
 
         Args:
             x: (B, I, R / 2, R / 2), None at 4x4.
-            image: the picture so far, (B, 3, R / 2, R / 2) float32, None at 4x4.
+            image: the image so far, (B, 3, R / 2, R / 2) float32, None at 4x4.
             ws: (B, layers + 1, w_dim), the last for ToRGB.
             noise: (B, num_noise) or None.
 
         Returns:
-            (B, O, R, R), and the picture (B, 3, R, R) float32.
+            (B, O, R, R), and the image (B, 3, R, R) float32.
         """
         x = self.const.expand(len(ws), -1, -1, -1) if x is None else x
         noises = [None] * len(self.layers) if noise is None else noise.chunk(len(self.layers), 1)
@@ -171,10 +171,10 @@ class SynthesisBlock(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """ws -> pictures.
+    """ws -> images.
 
     Args:
-        resolution: side of the pictures.
+        resolution: side of the images.
         w_dim: size of w.
         channel_base: channels at R are ``channel_base / R``, at most ``channel_max``.
         channel_max: most channels at any resolution.
@@ -219,10 +219,10 @@ class Synthesis(nn.Module):
 
 
 class StyleGAN2Generator(nn.Module):
-    """z -> w -> picture.
+    """z -> w -> image.
 
     Args:
-        resolution: side of the pictures, a power of two from 4.
+        resolution: side of the images, a power of two from 4.
         z_dim: size of the latent.
         w_dim: size of w.
         num_mapping_layers: dense layers from z to w.
@@ -270,12 +270,12 @@ class StyleGAN2Generator(nn.Module):
         noise: Tensor | None = None,
         psi: float = 1.0,
     ) -> Tensor:
-        """Latents (B, z_dim) -> pictures (B, 3, R, R) float32, about [-1, 1] but not bounded.
+        """Latents (B, z_dim) -> images (B, 3, R, R) float32, about [-1, 1] but not bounded.
 
         Args:
             z: latents.
             label: (B,) int64, if the network has classes.
-            noise: (B, synthesis.num_noise) standard normal; None for the same in every picture.
+            noise: (B, synthesis.num_noise) standard normal; None for the same in every image.
             psi: truncation, 1 for none.
         """
         w = self.truncate(self.mapping(z, label), psi)

@@ -32,7 +32,7 @@ class Snapshot:
     """Averaged networks of one checkpoint, ready to sample.
 
     Attributes:
-        resolution: side of its pictures.
+        resolution: side of its images.
         nimg: images that the run had been shown.
         family: knows how to sample.
         ema: the averaged networks.

@@ -31,7 +31,7 @@ def save_samples(state: StageState, path: Path) -> np.ndarray:
 
 
 def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]:
-    """Write the final pictures and figures of a finished stage; rank 0 only.
+    """Write the final images and figures of a finished stage; rank 0 only.
 
     Args:
         state: of the finished stage.
@@ -49,7 +49,7 @@ def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]
         "loss_curve": f"loss_curve_{name}.png",
     }
     save_samples(state, folder / files["final"])
-    save_grid(_real_pictures(state), folder / files["real"])
+    save_grid(_real_images(state), folder / files["real"])
     title = f"{place.name}, {facts.get('guide_label', state.config.family.name)}"
     try:
         plot_loss_curve(place.stats_file, folder / files["loss_curve"], title=title)
@@ -91,12 +91,12 @@ def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]
     return result
 
 
-def _real_pictures(state: StageState) -> np.ndarray:
-    """As many real pictures as a grid holds, spread over the split: (N, 3, R, R) in [-1, 1]."""
+def _real_images(state: StageState) -> np.ndarray:
+    """As many real images as a grid holds, spread over the split: (N, 3, R, R) in [-1, 1]."""
     split = state.config.data.split
     num_real = state.data.num_samples(split)
     chosen = np.linspace(0, num_real - 1, min(num_real, state.config.log.num_samples)).astype(int)
-    # A damaged picture is named in the log, and costs no finished stage.
+    # A damaged image is named in the log, and costs no finished stage.
     batch = state.data.read(
         chosen.tolist(), split=split, image_size=state.stage.resolution, on_error="skip"
     )

@@ -136,7 +136,7 @@ class Logger:
             self.writer.add_text(tag, text, nimg)
 
     def write_image(self, tag: str, image: np.ndarray, nimg: int) -> None:
-        """A picture (H, W, 3) uint8 to TensorBoard."""
+        """An image (H, W, 3) uint8 to TensorBoard."""
         if self.writer is not None:
             self.writer.add_image(tag, image, nimg, dataformats="HWC")
 

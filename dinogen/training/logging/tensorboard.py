@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside curves: charts worth opening, hparams, final figures, pictures."""
+"""What TensorBoard shows beside curves: charts worth opening, hparams, final figures, images."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def write_summary(stage: Stage) -> None:
             writer.file_writer.add_summary(end)
             for name, (value, nimg) in _figures(stage, result).items():
                 writer.add_scalar(f"final/{name}", value, nimg)
-            for name, path, nimg in _pictures(stage, result):
+            for name, path, nimg in _images(stage, result):
                 try:
                     pixels = np.asarray(Image.open(path).convert("RGB"))
                 except (OSError, ValueError, SyntaxError) as error:
@@ -165,8 +165,8 @@ def _figures(stage: Stage, result: dict[str, Any]) -> dict[str, tuple[float, int
     }
 
 
-def _pictures(stage: Stage, result: dict[str, Any]) -> Iterator[tuple[str, Path, int]]:
-    """Name, file and images seen of the pictures that are there."""
+def _images(stage: Stage, result: dict[str, Any]) -> Iterator[tuple[str, Path, int]]:
+    """Name, file and images seen of the images that are there."""
     known = result.get("files") or {}
     files = {name: known.get(name) for name in ("final", "real")}
     named = [(name, stage.folder / file, result["nimg"]) for name, file in files.items() if file]
