@@ -39,7 +39,7 @@ def compare(
         bool, typer.Option("--as-is", help="Measure and draw nothing; show what is there.")
     ] = False,
 ) -> None:
-    """Put runs side by side: figures, curves, images, and where every number comes from.
+    """Put runs side by side: metric values, curves, images, and where every number comes from.
 
     A run whose end was never measured (dinogen evaluate) or looked at (dinogen look) is first,
     unless --as-is is given. One that failed, or whose files are damaged, is listed with what is
@@ -72,8 +72,8 @@ def compare(
     for problem in problems:
         typer.echo(problem, err=True)
     done = write_comparison(folders, out, title)
-    for name, troubles in done.damaged.items():
-        typer.echo(f"DAMAGED {name}: {'; '.join(troubles)}", err=True)
+    for name, problems in done.damaged.items():
+        typer.echo(f"DAMAGED {name}: {'; '.join(problems)}", err=True)
     said = f"{len(folders)} runs"
     if done.damaged:
         said += f", {len(done.damaged)} of them with damaged files (see Failures)"

@@ -130,9 +130,9 @@ def status(file: File) -> None:
     states, choices = study_states(study)
     table = Table("run", "state", "progress", study.plan.metric, "why", title=str(file))
     for one in states:
-        figure = "" if one.figure is None else f"{one.figure:.4g}"
+        metric_value = "" if one.metric_value is None else f"{one.metric_value:.4g}"
         style = None if one.good else "red"
-        table.add_row(one.run.id, one.state, one.progress, figure, one.why, style=style)
+        table.add_row(one.run.id, one.state, one.progress, metric_value, one.why, style=style)
     Console(highlight=False).print(table)
     _tell_choices(study, choices, states)
     if not all(one.good for one in states):

@@ -63,7 +63,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 # torchrun has to handle some signal: with none named it warns with a traceback. It takes over this
-# one alone, which the relay leaves to it; its handlers would end workers before they have saved,
+# one alone, which SignalForwarder leaves to it; its handlers would end workers before they have saved,
 # and what has a handler is ignored no more in the workers.
 _ITS_OWN = "SIGXCPU"
 

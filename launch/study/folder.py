@@ -109,7 +109,7 @@ def run_study(requests: Sequence[Request]) -> list[Outcome]:
         log.info("%s: %s", path, shlex.join(command))
         sys.stdout.flush()
         began = time.monotonic()
-        # In a session of its own: Ctrl-C must reach it once, by the relay.
+        # In a session of its own: Ctrl-C must reach it once, through SignalForwarder.
         process = subprocess.Popen(command, env=os.environ | env, start_new_session=True)
         code = process.wait()
         took = f"after {time.monotonic() - began:.0f} s"

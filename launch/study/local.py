@@ -178,7 +178,7 @@ class LocalStudy:
 def start(command: list[str], env: dict[str, str], path: Path) -> subprocess.Popen[bytes]:
     """Start a command whose output is added to a log.
 
-    In a session of its own: Ctrl-C must reach it once, by the relay.
+    In a session of its own: Ctrl-C must reach it once, through SignalForwarder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:

@@ -26,9 +26,9 @@ def complaint(run: StudyRun, step: str, metric: str, code: int, log: Path) -> st
         return f"{step} failed (exit code {code}): {last_line(log)} (log: {log})"
     if step not in steps_left(run, metric):
         return None
-    figure = run.stages[-1].metric(metric) if step == "evaluate" else None
-    if figure is not None:
-        return f"{metric} is not available: {figure['reason']}"
+    metric_value = run.stages[-1].metric(metric) if step == "evaluate" else None
+    if metric_value is not None:
+        return f"{metric} is not available: {metric_value['reason']}"
     return f"{step} ended well, but did not make what it should (log: {log})"
 
 
@@ -47,9 +47,9 @@ def jobless(run: StudyRun, metric: str, rows: Sequence[Row]) -> str:
         return (
             f"{metric} cannot be measured: its data hold nothing back (prepare.pack.val_fraction)"
         )
-    figure = run.stages[-1].metric(metric)
-    if figure is not None and figure["value"] is None:
-        return f"{metric} is not available: {figure['reason']}"
+    metric_value = run.stages[-1].metric(metric)
+    if metric_value is not None and metric_value["value"] is None:
+        return f"{metric} is not available: {metric_value['reason']}"
     left = ", ".join(steps_left(run, metric))
     return f"its jobs ended well, but {left} did not make what it should (dinogen launch status)"
 

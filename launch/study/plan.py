@@ -121,8 +121,8 @@ def steps_left(run: StudyRun, metric: str) -> list[str]:
     if not all(stage.done for stage in run.stages):
         return list(STEPS)
     last = run.stages[-1]
-    figure = last.metric(metric)
-    done = {"evaluate": figure is not None and figure["value"] is not None}
+    metric_value = last.metric(metric)
+    done = {"evaluate": metric_value is not None and metric_value["value"] is not None}
     done["look"] = last.visualized
     return [step for step in STEPS[1:] if not done[step]]
 
@@ -255,7 +255,7 @@ def _source(path: Path, entry: EntryConfig) -> Path:
 
 
 def _lengths(config: Config, epochs: float, where: str) -> list[str]:
-    """Changes that make a run so many epochs long, its stages in the same proportions."""
+    """Changes that make a run that many epochs long, its stages in the same proportions."""
     if len({stage.kimg is None for stage in config.stages}) > 1:
         raise ConfigError(
             f"{where}: some of its stages are given in kimg and some in epochs: give all in one, "

@@ -30,7 +30,7 @@ _FIRST_PAUSE, _LAST_PAUSE = 1.0, 60.0
 class SlurmStudy:
     """Submits what is left of a study and waits for it; asked to stop, the jobs stay queued.
 
-    Each run is submitted once; given again, what failed meanwhile is submitted anew.
+    Each run is submitted once; given again, what failed meanwhile is submitted again.
 
     Args:
         study: the study.

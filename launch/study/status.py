@@ -26,7 +26,7 @@ class State:
         state: ``done``, ``running``, ``queued``, ``failed``, ``interrupted``, ``begun``,
             ``no data`` or ``to do``.
         progress: of the stage at hand, in words.
-        figure: what the study's metric came to; None if it is not measured.
+        metric value: what the study's metric came to; None if it is not measured.
         why: why it is not done, and where to look.
         good: False if somebody has to do something.
     """
@@ -34,7 +34,7 @@ class State:
     run: StudyRun
     state: str
     progress: str
-    figure: float | None
+    metric_value: float | None
     why: str
     good: bool
 
@@ -59,11 +59,11 @@ def settled(study: Study, record: Record, run: StudyRun) -> bool:
 def _state(study: Study, record: Record, busy: bool, run: StudyRun) -> State:
     metric = study.plan.metric
     found = run.stages[-1].metric(metric)
-    figure = found["value"] if found else None
+    metric_value = found["value"] if found else None
     left = steps_left(run, metric)
 
     def state(word: str, why: str = "", good: bool = True) -> State:
-        return State(run, word, _progress(run), figure, why, good)
+        return State(run, word, _progress(run), metric_value, why, good)
 
     if not left:
         why = changed(study, run)
@@ -137,8 +137,8 @@ def summary(study: Study, states: list[State], choices: dict[str, Choice]) -> st
     lines = [f"# {study.plan.title}", "", f"`dinogen study run {study.path}`", ""]
     lines += [f"| run | state | {metric} | progress |", "|---|---|---|---|"]
     for one in states:
-        figure = "" if one.figure is None else f"{one.figure:.4g}"
-        lines.append(f"| {one.run.id} | {one.state} | {figure} | {one.progress} |")
+        metric_value = "" if one.metric_value is None else f"{one.metric_value:.4g}"
+        lines.append(f"| {one.run.id} | {one.state} | {metric_value} | {one.progress} |")
     lines += ["", f"## The best by {metric}", ""]
     for track in study.tracks:
         choice = choices.get(track)
