@@ -120,7 +120,7 @@ class Fuzz:
             json.loads((place / run / "4x4" / "result.json").read_text())
             for run in ("together", "alone")
         ]
-        for key in ("nimg", "num_skipped", "verdict"):
+        for key in ("nimg", "num_skipped", "health"):
             if results[0][key] != results[1][key]:
                 raise Violation(f"{key} is {results[0][key]} instead of {results[1][key]}")
         return "stopped, then same result" if stopped else "same result"

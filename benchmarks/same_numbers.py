@@ -364,7 +364,7 @@ def figures(run: Path, data: Path, work: Path, names: list[str]) -> Any:
     dinogen("evaluate", str(run), *asked, *changes)
     found = json.loads(out.read_text())
     values = {name: one["value"] for name, one in found["measured"].items()}
-    return {"own": found["metrics"], "measured": values, "verdict": found.get("verdict")}
+    return {"own": found["metrics"], "measured": values, "verdict": found.get("health")}
 
 
 def digest(parts: Iterable[bytes]) -> str:

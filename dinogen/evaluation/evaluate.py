@@ -193,7 +193,7 @@ class _Own:
             figures |= {f"probe/{name}": one for name, one in self.verdict.scalars.items()}
             # the manifest knows the variance of train alone
             said["floor"] = self.floor if split == "train" else None
-            said |= {"verdict": self.verdict.verdict, "warnings": list(self.verdict.warnings)}
+            said |= {"health": self.verdict.verdict, "warnings": list(self.verdict.warnings)}
         return said | {
             "split": split,
             "metrics": {k: v if math.isfinite(v) else None for k, v in figures.items()},

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _SAME = ("resolution", "nimg", "pictures")
 _WEIGHTS = "weights_sha256"  # likewise, but earlier versions did not write it
 # What the family measures of itself, which goes together.
-_OWN = ("metrics", "verdict", "warnings", "floor", "split", "num_samples", "num_skipped")
+_OWN = ("metrics", "health", "warnings", "floor", "split", "num_samples", "num_skipped")
 # Those of them that are about its held-out samples.
 _OF_SAMPLES = ("floor", "split", "num_samples", "num_skipped")
 # Told a part of the result as soon as it is known, on rank 0.
@@ -136,7 +136,7 @@ def write_result(
     with process_group.rank_zero_section() as mine:
         if mine:
             earlier = read_evaluation(place.path)
-            for said in earlier.told():
+            for said in earlier.messages():
                 log.warning("%s; figures of before that cannot be read are left out", said)
             before = earlier.value or {}
             weights = result.get(_WEIGHTS)

@@ -26,14 +26,14 @@ def save_grid(
     columns: int | None = None,
     min_tile: int = 64,
 ) -> Path:
-    """Write pictures as one PNG grid, row by row.
+    """Write images as one PNG grid, row by row.
 
     Args:
         images: ``(N, 3, R, R)`` float in [-1, 1], or ``(N, R, R, 3)`` uint8.
         path: the PNG file; appears whole or not at all.
         columns: tiles per row; the nearest to a square by default.
-        min_tile: a smaller picture is enlarged by a whole factor without smoothing, so that a
-            4x4 picture can be seen pixel by pixel.
+        min_tile: a smaller image is enlarged by a whole factor without smoothing, so that a
+            4x4 image can be seen pixel by pixel.
 
     Returns:
         ``path``.
@@ -62,7 +62,7 @@ def save_grid(
 def to_uint8(images: NDArray[Any]) -> NDArray[np.uint8]:
     """``(N, 3, R, R)`` float in [-1, 1] as ``(N, R, R, 3)`` uint8; uint8 NHWC passes through.
 
-    A pixel that is not finite turns magenta: black or grey could pass for a picture.
+    A pixel that is not finite turns magenta: black or grey could pass for an image.
 
     Raises:
         ValueError: the array has another shape or type.
@@ -91,12 +91,12 @@ INK = (40, 40, 40)
 
 @dataclass(frozen=True)
 class Sheet:
-    """Pictures row by row.
+    """Images row by row.
 
     Attributes:
         images: (N, 3, R, R) float in [-1, 1], or (N, R, R, 3) uint8.
-        columns: pictures per row.
-        labels: words above the first so many pictures; empty ones take no room.
+        columns: images per row.
+        labels: words above the first so many images; empty ones take no room.
         left: words left of the rows.
     """
 
@@ -107,7 +107,7 @@ class Sheet:
 
 
 def draw_sheet(sheet: Sheet) -> Image.Image:
-    """A sheet as RGB; pictures below 96 pixels are enlarged by a whole factor, unsmoothed."""
+    """A sheet as RGB; images below 96 pixels are enlarged by a whole factor, unsmoothed."""
     tiles = to_uint8(sheet.images)
     side = tiles.shape[1]
     factor = max(1, math.ceil(MIN_TILE / side))
@@ -160,7 +160,7 @@ def save_animation(sheets: Sequence[Sheet], path: Path, seconds: float) -> None:
 
 
 def with_corner(above: NDArray[Any], left: NDArray[Any], table: NDArray[Any]) -> NDArray[np.uint8]:
-    """A table of pictures with a row above and a column to its left, and a white corner.
+    """A table of images with a row above and a column to its left, and a white corner.
 
     Args:
         above: (C, 3, R, R) float in [-1, 1].

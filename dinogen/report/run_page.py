@@ -1,4 +1,4 @@
-"""The page of a run: every stage beside real pictures, its curve and its numbers, in one file."""
+"""The page of a run: every stage beside real images, its curve and its numbers, in one file."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ BADGES = {"ok": "ok", "COLLAPSING": "warn", "COLLAPSED": "bad"}
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture of the page.
+class PageImage:
+    """An image of the page.
 
     Attributes:
         caption: what it shows.
@@ -45,18 +45,18 @@ class Stage:
 
     name: str
     result: dict[str, Any]
-    pictures: tuple[Picture, ...]
-    curve: Picture
+    images: tuple[PageImage, ...]
+    curve: PageImage
 
     @property
-    def verdict(self) -> str:
+    def health(self) -> str:
         """``ok``, ``COLLAPSING`` or ``COLLAPSED``."""
-        return self.result.get("verdict") or "unknown"
+        return self.result.get("health") or "unknown"
 
     @property
     def badge(self) -> str:
-        """CSS class of the verdict; one that is not known must not look good."""
-        return BADGES.get(self.verdict, "bad")
+        """CSS class of the health status; an unknown one must not look good."""
+        return BADGES.get(self.health, "bad")
 
 
 def write_page(run: Path) -> Path:
@@ -75,8 +75,8 @@ def write_page(run: Path) -> Path:
     """
     place = Run(run)
     stages, damaged = _read_stages(place)
-    for trouble in damaged:
-        log.warning("%s", trouble)
+    for problem in damaged:
+        log.warning("%s", problem)
     if not stages:
         raise UserError(
             f"{run}: no stage is finished (no sound result.json below it): train it first"
@@ -92,8 +92,8 @@ def write_page(run: Path) -> Path:
             {str(s.result["guide_label"]) for s in stages if s.result.get("guide_label")}
         ),
         random_guide=any(stage.result.get("random_guide") for stage in stages),
-        collapsed=[stage.name for stage in stages if stage.verdict == "COLLAPSED"],
-        collapsing=[stage.name for stage in stages if stage.verdict == "COLLAPSING"],
+        collapsed=[stage.name for stage in stages if stage.health == "COLLAPSED"],
+        collapsing=[stage.name for stage in stages if stage.health == "COLLAPSING"],
         guide=stages[-1].result.get("guide") or {},
         versions=stages[-1].result.get("versions") or {},
         config=_read_text(place.config_file),
@@ -107,7 +107,7 @@ def _read_stages(run: Run) -> tuple[list[Stage], list[str]]:
     stages, damaged = [], []
     for stage in run.begun:
         found = stage.read_result()
-        damaged += found.told(run.path)
+        damaged += found.messages(run.path)
         if found.value is not None:
             stages.append(_stage(stage.folder, found.value))
     return stages, damaged
@@ -118,28 +118,28 @@ def _stage(folder: Path, result: dict[str, Any]) -> Stage:
     return Stage(
         name=folder.name,
         result=result,
-        pictures=(
-            _read_picture(folder, "generated", files.get("final")),
-            _read_picture(folder, "real", files.get("real")),
+        images=(
+            _read_image(folder, "generated", files.get("final")),
+            _read_image(folder, "real", files.get("real")),
         ),
-        curve=_read_picture(folder, "loss curve", files.get("loss_curve")),
+        curve=_read_image(folder, "loss curve", files.get("loss_curve")),
     )
 
 
-def _read_picture(folder: Path, caption: str, name: str | None) -> Picture:
+def _read_image(folder: Path, caption: str, name: str | None) -> PageImage:
     path = folder / (name or caption)
     raw = read_raw(path)
     if not raw.value:
-        return Picture(caption, path.name, None)
+        return PageImage(caption, path.name, None)
     data = base64.b64encode(raw.value).decode("ascii")
-    return Picture(caption, path.name, f"data:image/png;base64,{data}")
+    return PageImage(caption, path.name, f"data:image/png;base64,{data}")
 
 
 def _read_text(path: Path) -> str:
     found = read_text(path)
     if not found.there:
         return f"{path.name} is missing"
-    return found.value or "; ".join(found.told(path.parent)) or f"{path.name} is empty"
+    return found.value or "; ".join(found.messages(path.parent)) or f"{path.name} is empty"
 
 
 def _number(name: str, form: str, scale: float = 1.0) -> Show:
@@ -170,7 +170,7 @@ def _time(result: dict[str, Any]) -> str:
 
 
 ROWS: dict[str, Show] = {
-    "verdict": _word("verdict"),
+    "health": _word("health"),
     "images shown": _number("nimg", "{:,.0f}"),
     "loss": _number("loss", "{:.4g}"),
     "collapse floor": _number("floor", "{:.4g}"),

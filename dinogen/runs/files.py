@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from dinogen.config.base import read_mapping
 from dinogen.errors import UserError
+from dinogen.runs.earlier import with_new_keys
 from dinogen.runs.layout import stage_resolution
 from dinogen.runs.values import (
     MAX_VALUES,
@@ -55,28 +56,28 @@ class Found(Generic[T]):
     Attributes:
         path: the file.
         value: what is sound; of a file that is missing or not readable, what stands for nothing.
-        troubles: what is wrong with it, each to be read behind the name of the file.
+        problems: what is wrong with it, each to be read behind the name of the file.
         there: whether there is anything of that name.
     """
 
     path: Path
     value: T
-    troubles: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
     there: bool = True
 
-    def told(self, root: Path | None = None) -> list[str]:
-        """The troubles with the name of the file, relative to ``root`` if it lies below."""
+    def messages(self, root: Path | None = None) -> list[str]:
+        """The problems with the name of the file, relative to ``root`` if it lies below."""
         name = self.path
         if root is not None and name.is_relative_to(root):
             name = name.relative_to(root)
-        return [f"{name}{trouble}" for trouble in self.troubles]
+        return [f"{name}{problem}" for problem in self.problems]
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
 def read_raw(path: Path) -> Found[bytes]:
-    """The bytes of a file; a pipe, a folder or a device in its place is a trouble, not a wait."""
+    """The bytes of a file; a pipe, a folder or a device in its place is a problem, not a wait."""
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
@@ -94,10 +95,10 @@ def read_raw(path: Path) -> Found[bytes]:
 
 
 def read_text(path: Path) -> Found[str]:
-    """A file as UTF-8 text; bytes that are none stand as U+FFFD, which is a trouble."""
+    """A file as UTF-8 text; bytes that are none stand as U+FFFD, which is a problem."""
     raw = read_raw(path)
-    if raw.troubles or not raw.there:
-        return Found(path, "", raw.troubles, raw.there)
+    if raw.problems or not raw.there:
+        return Found(path, "", raw.problems, raw.there)
     try:
         return Found(path, raw.value.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -108,8 +109,8 @@ def read_text(path: Path) -> Found[str]:
 def read_object(path: Path) -> Found[dict[str, Any] | None]:
     """The JSON object that a file holds; None if there is none."""
     raw = read_raw(path)
-    if raw.troubles or not raw.there:
-        return Found(path, None, raw.troubles, raw.there)
+    if raw.problems or not raw.there:
+        return Found(path, None, raw.problems, raw.there)
     try:
         return Found(path, parse_object(raw.value))
     except ValueError as error:
@@ -138,15 +139,15 @@ def read_lines(path: Path, kinds: Mapping[str, Kind] | None = None) -> Found[lis
         except ValueError as error:
             bad.append(f"line {place} is left out: {error}")
             continue
-        line, troubles = checked(line | {"nimg": nimg}, kinds or {})
-        bad += [f"line {place}: {trouble}" for trouble in troubles]
+        line, problems = checked(line | {"nimg": nimg}, kinds or {})
+        bad += [f"line {place}: {problem}" for problem in problems]
         while lines and lines[-1]["nimg"] >= nimg:
             lines.pop()
         lines.append(line)
     said = [f": {one}" for one in bad[:_MAX_SAID]]
     if len(bad) > _MAX_SAID:
         said.append(f": {len(bad) - _MAX_SAID} more lines are damaged")
-    return Found(path, lines, (*raw.troubles, *said), raw.there)
+    return Found(path, lines, (*raw.problems, *said), raw.there)
 
 
 def line_nimg(row: bytes) -> float:
@@ -192,33 +193,33 @@ def read_metrics(path: Path) -> Found[list[Line]]:
     """
     found = read_lines(path, _METRICS_LINE)
     lines = [line for line in found.value if isinstance(line.get("metrics"), dict)]
-    return Found(path, lines, found.troubles, found.there)
+    return Found(path, lines, found.problems, found.there)
 
 
 def read_visualizations(path: Path) -> Found[dict[str, dict[str, Any]]]:
-    """looks.json: what `dinogen look` has drawn, by name."""
+    """visualizations.json: what `dinogen look` has drawn, by name."""
     found = read_object(path)
-    looks: dict[str, dict[str, Any]] = {}
-    troubles = list(found.troubles)
+    visuals: dict[str, dict[str, Any]] = {}
+    problems = list(found.problems)
     for name, one in (found.value or {}).items():
         try:
-            looks[name], bad = checked(section(one), _LOOK)
+            visuals[name], bad = checked(section(one), _VISUALIZATION)
         except ValueError as error:
             bad = [str(error)]
-        troubles += [f": {name}: {reason}" for reason in bad]
-    return Found(path, looks, tuple(troubles), found.there)
+        problems += [f": {name}: {reason}" for reason in bad]
+    return Found(path, visuals, tuple(problems), found.there)
 
 
 def read_attempts(path: Path) -> Found[dict[str, list[dict[str, Any]]]]:
     """study.json: what `dinogen study` has tried, by run, oldest first."""
     found = read_object(path)
-    troubles = list(found.troubles)
+    problems = list(found.problems)
     attempts: dict[str, list[dict[str, Any]]] = {}
     try:
         runs = section((found.value or {}).get("runs") or {})
     except ValueError as error:
         runs = {}
-        troubles.append(f": runs: {error}")
+        problems.append(f": runs: {error}")
     for name, tried in runs.items():
         attempts[name] = []
         for one in tried if isinstance(tried, list) else [tried]:
@@ -227,8 +228,8 @@ def read_attempts(path: Path) -> Found[dict[str, list[dict[str, Any]]]]:
                 attempts[name].append(attempt)
             except ValueError as error:
                 bad = [str(error)]
-            troubles += [f": runs: {name}: {reason}" for reason in bad]
-    return Found(path, attempts, tuple(troubles), found.there)
+            problems += [f": runs: {name}: {reason}" for reason in bad]
+    return Found(path, attempts, tuple(problems), found.there)
 
 
 def read_config(path: Path) -> Found[dict[str, Any]]:
@@ -237,16 +238,16 @@ def read_config(path: Path) -> Found[dict[str, Any]]:
     It is not checked against the schema: a config of a later or earlier version is read too.
     """
     raw = read_raw(path)
-    if raw.troubles or not raw.there:
-        return Found(path, {}, raw.troubles, raw.there)
+    if raw.problems or not raw.there:
+        return Found(path, {}, raw.problems, raw.there)
     try:
         values = plain(read_mapping(path), [MAX_VALUES])
     except UserError as error:
         return Found(path, {}, (f" cannot be read: {str(error).removeprefix(f'{path}: ')}",))
     except (ValueError, RecursionError) as error:
         return Found(path, {}, (f" cannot be read: {error or 'it is nested too deep'}",))
-    config, troubles = checked(values, _CONFIG)
-    return Found(path, config, tuple(f": {trouble}" for trouble in troubles))
+    config, problems = checked(values, _CONFIG)
+    return Found(path, config, tuple(f": {problem}" for problem in problems))
 
 
 def read_state(path: Path) -> Found[dict[str, Any] | None]:
@@ -254,7 +255,7 @@ def read_state(path: Path) -> Found[dict[str, Any] | None]:
     return _checked(read_object(path), _STATE)
 
 
-def state_trouble(state: object) -> str | None:
+def state_problem(state: object) -> str | None:
     """Why a state.json that was read cannot be gone on from or sampled; None if it can."""
     try:
         value = section(state)
@@ -283,7 +284,8 @@ def _checked(
     """An object whose known keys are of their kinds."""
     if found.value is None:
         return found
-    value, reasons = checked(found.value, kinds)
+    given = with_new_keys(found.value)
+    value, reasons = checked(given, kinds)
     reasons += [
         f"{key} is {'no finite number' if key in found.value else 'missing'}"
         for key in needs
@@ -358,7 +360,7 @@ _RESULT: dict[str, Kind] = {
     "num_parameters": count,
     "images_per_s": amount,
     "num_skipped": count,
-    "verdict": word,
+    "health": word,
     "warnings": list_of(word),
     "device": word,
     "precision": word,
@@ -387,7 +389,7 @@ _METRICS_LINE: dict[str, Kind] = {
     "metrics": each(_figure),
     "fingerprints": each(section),
 }
-_LOOK: dict[str, Kind] = {
+_VISUALIZATION: dict[str, Kind] = {
     "file": _name,
     "caption": word,
     "nimg": count,
@@ -421,7 +423,7 @@ _PROGRESS: dict[str, Kind] = {
     "seconds": amount,
     "loss": number,
     "logged": count,
-    "verdict": word,
+    "health": word,
     "warnings": list_of(word),
     "best": number,
     "best_nimg": count,
@@ -442,8 +444,8 @@ def read_stats(path: Path | str) -> list[Line]:
     found = read_lines(Path(path))
     if not found.there:
         raise UserError(f"{path}: cannot be read: there is no such file")
-    for trouble in found.told():
-        log.warning("%s", trouble)
+    for problem in found.messages():
+        log.warning("%s", problem)
     if not found.value:
         raise UserError(f"{path}: holds no line of statistics: did the stage make a step?")
     return found.value

@@ -1,4 +1,4 @@
-"""The web application: one page, and one picture per request, drawn one after the other."""
+"""The web application: one page, and one image per request, drawn one after the other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dinogen.serve.gallery import MAX_SEED, Gallery, Query
 
 log = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("page.html")
-MAX_PICTURES = 64  # that the page shows
+MAX_IMAGES = 64  # that the page shows
 MAX_QUERY = 512  # characters; the longest that means anything has half of them
 MAX_HEAD = 16384  # bytes of headers
 MAX_WAITING = 32  # requests, the one that is drawn included; a browser keeps one on its way
@@ -64,7 +64,7 @@ def make_app(gallery: Gallery, hosts: Sequence[str]) -> Starlette:
             begun.set()
             return await run_in_threadpool(gallery.draw, query)
 
-    async def picture(request: Request) -> Response:
+    async def image(request: Request) -> Response:
         nonlocal num_waiting
         query = _query(request, gallery)
         if num_waiting >= MAX_WAITING:
@@ -94,7 +94,7 @@ def make_app(gallery: Gallery, hosts: Sequence[str]) -> Starlette:
         return Response(png, media_type="image/png")
 
     return Starlette(
-        routes=[Route("/", index), Route("/picture.png", picture)],
+        routes=[Route("/", index), Route("/image.png", image)],
         middleware=[
             Middleware(_Guard),
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
@@ -132,7 +132,7 @@ def _render(gallery: Gallery) -> str:
             "stages": [asdict(stage) for stage in gallery.stages.values()],
         },
         max_seed=MAX_SEED,
-        max_pictures=MAX_PICTURES,
+        max_images=MAX_IMAGES,
     )
 
 
@@ -150,7 +150,7 @@ def _query(request: Request, gallery: Gallery) -> Query:
         query = Query.model_validate(given)
         gallery.stage(query)
     except ValidationError as error:
-        raise HTTPException(400, describe_errors(error, Query, "picture")) from None
+        raise HTTPException(400, describe_errors(error, Query, "image")) from None
     except UserError as error:
         raise HTTPException(400, str(error)) from None
     return query

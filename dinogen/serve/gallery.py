@@ -1,4 +1,4 @@
-"""What a run can draw, one picture at a time: its stages, the bounds of a request, the PNG."""
+"""What a run can draw, one image at a time: its stages, the bounds of a request, the PNG."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _NUM_OPEN = 2
 
 
 class Query(Section):
-    """What a picture is asked for by; a number out of bounds is refused."""
+    """What an image is asked for by; a number out of bounds is refused."""
 
     stage: int | None = Field(None, ge=4, le=1024, description="the largest unless given")
     seed: int = Field(0, ge=0, le=MAX_SEED)
-    number: int = Field(0, ge=0, le=MAX_NUMBER, description="of the pictures under the seed")
+    number: int = Field(0, ge=0, le=MAX_NUMBER, description="of the images under the seed")
     psi: float = Field(1.0, ge=0, le=1, allow_inf_nan=False, description="0 the mean, 1 as learnt")
     to: int | None = Field(None, ge=0, le=MAX_SEED, description="seed that is walked to")
     at: float = Field(0.0, ge=0, le=1, allow_inf_nan=False, description="how far, with to")
@@ -55,10 +55,10 @@ class Stage:
     """A stage that can be drawn from, by the checkpoint that was its newest at the start.
 
     Attributes:
-        resolution: side of its pictures.
+        resolution: side of its images.
         nimg: images that the run had been shown.
         guide: who taught it; None if it had no guide.
-        random_guide: whether the guide was random, so that its pictures say nothing of quality.
+        random_guide: whether the guide was random, so that its images say nothing of quality.
     """
 
     resolution: int
@@ -68,7 +68,7 @@ class Stage:
 
 
 class Gallery:
-    """A run whose pictures are drawn on demand; not to be used from several threads at once.
+    """A run whose images are drawn on demand; not to be used from several threads at once.
 
     Args:
         run: folder of the run.
@@ -132,7 +132,7 @@ class Gallery:
 
     @torch.no_grad()
     def draw(self, query: Query) -> bytes:
-        """The picture as a PNG of its own resolution, the same bytes for the same query.
+        """The image as a PNG of its own resolution, the same bytes for the same query.
 
         Under one seed number i is what ``dinogen sample`` calls so. On the way to another seed
         only the latent changes, along the great circle; a class, or noise on the way, stays.

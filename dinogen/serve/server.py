@@ -69,7 +69,7 @@ def open_site(run: Path, host: str, port: int) -> Site:
         ws="none",
         http=PatientProtocol,
         h11_max_incomplete_event_size=MAX_HEAD,
-        # a picture of a large diffusion model takes long; nobody waits for it after Ctrl-C
+        # an image of a large diffusion model takes long; nobody waits for it after Ctrl-C
         timeout_graceful_shutdown=1,
     )
     url = f"http://{name}:{listener.getsockname()[1]}/"

@@ -105,9 +105,9 @@ def _finished_result(config: Config, index: int) -> dict[str, Any] | None:
                 place.name, nimg, end,
             )  # fmt: skip
         read = place.read_result()
-        for trouble in read.told():
+        for trouble in read.messages():
             log.warning("%s: it is written again", trouble)
-        sound = read.value is not None and not read.troubles
+        sound = read.value is not None and not read.problems
         result = read.value if sound and _is_whole(read.value, state) else None
     found: dict[str, Any] | None = process_group.broadcast_object(result)
     return found

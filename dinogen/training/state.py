@@ -48,7 +48,7 @@ class Progress:
         seconds: training time of this stage so far.
         loss: headline loss of the newest log lines, see :meth:`add_loss`.
         logged: nimg of the newest log line.
-        verdict: what the newest probe found.
+        health: what the newest probe found.
         warnings: its words.
         best: best figure of the stage's measurements, None before the first.
         best_nimg: where it was measured.
@@ -61,7 +61,7 @@ class Progress:
     seconds: float = 0.0
     loss: float | None = None
     logged: int = 0
-    verdict: str = "ok"
+    health: str = "ok"
     warnings: list[str] = field(default_factory=list)
     best: float | None = None
     best_nimg: int = 0

@@ -298,9 +298,9 @@ class Trainer:
 
     def _warn(self, verdict: Verdict) -> None:
         """Say loudly what the probe found; again only when the verdict changes."""
-        if verdict.verdict != self.progress.verdict:
+        if verdict.verdict != self.progress.health:
             for warning in verdict.warnings:
                 log.warning("at %d images: %s", self.progress.nimg, warning)
                 self.logger.write_text("warnings", warning, self.progress.nimg)
-        self.progress.verdict = verdict.verdict
+        self.progress.health = verdict.verdict
         self.progress.warnings = list(verdict.warnings)

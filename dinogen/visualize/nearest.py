@@ -1,4 +1,4 @@
-"""Which real pictures are near to given ones, by a extractor of the metrics or by pixels."""
+"""Which real images are near to given ones, by a extractor of the metrics or by pixels."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ BATCH = 512
 
 @dataclass(frozen=True)
 class Ruler:
-    """Pictures as rows whose Euclidean distance says how far they are from each other.
+    """Images as rows whose Euclidean distance says how far they are from each other.
 
     Attributes:
         label: stands before a distance, such as ``rms``.
         what: the distance in words.
-        side: of the real pictures that it wants, at most.
+        side: of the real images that it wants, at most.
         rows: (N, 3, R, R) in [-1, 1] -> (N, F) float32 on the CPU.
-        max_real: most real pictures to compare with; what is more takes too long.
-        caution: what else may make pictures near, to be added to a sentence.
+        max_real: most real images to compare with; what is more takes too long.
+        caution: what else may make images near, to be added to a sentence.
     """
 
     label: str
@@ -51,13 +51,13 @@ class Ruler:
 
 @dataclass(frozen=True)
 class Nearest:
-    """Nearest real pictures.
+    """Nearest real images.
 
     Attributes:
         distances: (N, k) by the ruler, ascending.
         numbers: (N, k) int64, of the samples in their split.
-        mirrored: (N, k) bool, whether the mirrored picture is the near one.
-        num: pictures that were compared with.
+        mirrored: (N, k) bool, whether the mirrored image is the near one.
+        num: images that were compared with.
     """
 
     distances: Tensor
@@ -69,21 +69,21 @@ class Nearest:
 def nearest_of(
     queries: Tensor, ruler: Ruler, data: Dataset, split: str, with_mirrored: bool
 ) -> Nearest:
-    """The real pictures of a split nearest to each row.
+    """The real images of a split nearest to each row.
 
     Args:
         queries: (N, F) rows of the ruler.
-        ruler: makes the rows of the real pictures.
+        ruler: makes the rows of the real images.
         data: has the split.
         split: ``train``, ``val`` or ``test``.
-        with_mirrored: whether a real picture counts mirrored too.
+        with_mirrored: whether a real image counts mirrored too.
     """
     available = data.num_samples(split)
     chosen = np.linspace(0, available - 1, min(available, ruler.max_real)).astype(int).tolist()
     parts = []
     for first in range(0, len(chosen), BATCH):
         numbers = chosen[first : first + BATCH]
-        real = real_pictures(data, numbers, split, ruler.side)
+        real = real_images(data, numbers, split, ruler.side)
         distances = _distances(queries, ruler.rows(real))
         mirrored = torch.zeros_like(distances, dtype=torch.bool)
         if with_mirrored:
@@ -95,7 +95,7 @@ def nearest_of(
     return Nearest(*best, num=len(chosen))
 
 
-def real_pictures(data: Dataset, numbers: list[int], split: str, side: int) -> Tensor:
+def real_images(data: Dataset, numbers: list[int], split: str, side: int) -> Tensor:
     """(N, 3, side, side) in [-1, 1]; a damaged one is replaced by the next, as the log says."""
     images: Tensor = data.read(numbers, split=split, image_size=side, on_error="skip")["image"]
     return images
@@ -117,7 +117,7 @@ def choose_ruler(config: MetricsConfig, resolution: int, device: torch.device) -
 
     Args:
         config: of the run.
-        resolution: of its pictures.
+        resolution: of its images.
         device: where the feature extractor runs.
     """
     for name in EXTRACTORS:
@@ -137,7 +137,7 @@ def _by_pixels(side: int) -> Ruler:
         return values / math.sqrt(values.shape[1])
 
     what = f"root mean square difference of a value of 0 to 255 at {side}x{side}"
-    caution = " (by pixels a blurred picture is near to all)"
+    caution = " (by pixels a blurred image is near to all)"
     return Ruler("rms", what, side, rows, max_real=50_000, caution=caution)
 
 

@@ -1,4 +1,4 @@
-"""What looks are made from: one checkpoint's averages, a seed, and the pictures it learnt from."""
+"""What looks are made from: one checkpoint's averages, a seed, and the images it learnt from."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from dinogen.report.images import Sheet
 from dinogen.training.checkpointing.snapshot import Snapshot
 from dinogen.training.data import data_fingerprint, open_data
 from dinogen.training.preflight import check_same_data
-from dinogen.visualize.nearest import Nearest, Ruler, choose_ruler, nearest_of, real_pictures
+from dinogen.visualize.nearest import Nearest, Ruler, choose_ruler, nearest_of, real_images
 from shards.errors import ShardsError
 from shards.read.dataset import Dataset
 
 NUM_DRAWN = 128
 NUM_HELD_OUT = 64
-# latents and pictures of one part fit where a training step did
+# latents and images of one part fit where a training step did
 PIXELS_PER_PART = 64 * 64 * 64
 
 
 class LeftOut(Exception):
-    """A look that this run does not have; says why."""
+    """A visual that this run does not have; says why."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """One picture for people, or one animation if there are several sheets.
+class Visualization:
+    """One image for people, or one animation if there are several sheets.
 
     Attributes:
         sheets: what it is made of.
@@ -43,7 +43,7 @@ class Look:
     caption: str
 
 
-Maker = Callable[["Scene"], Look]
+Maker = Callable[["Scene"], Visualization]
 
 
 class Scene:
@@ -67,7 +67,7 @@ class Scene:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, indices: Tensor, psi: float = 1.0) -> Tensor:
-        """Pictures (N, 3, R, R) in [-1, 1] on the CPU, in parts."""
+        """Images (N, 3, R, R) in [-1, 1] on the CPU, in parts."""
         size = max(1, min(64, PIXELS_PER_PART // self.resolution**2))
         parts = zip(latents.split(size), indices.split(size), strict=True)
         decode, networks = self.family.decode, self.networks
@@ -76,7 +76,7 @@ class Scene:
 
     @cached_property
     def drawn(self) -> Tensor:
-        """Pictures of the first 128 sample numbers, (N, 3, R, R) in [-1, 1] on the CPU."""
+        """Images of the first 128 sample numbers, (N, 3, R, R) in [-1, 1] on the CPU."""
         indices = torch.arange(NUM_DRAWN)
         return self.decode(self.latents(indices), indices)
 
@@ -97,7 +97,7 @@ class Scene:
 
     @cached_property
     def ruler(self) -> Ruler:
-        """By what pictures are near each other."""
+        """By what images are near each other."""
         return choose_ruler(self.family.config.metrics, self.resolution, self.family.device)
 
     @cached_property
@@ -122,10 +122,10 @@ class Scene:
 
     @cached_property
     def nearest(self) -> tuple[Nearest, float | None]:
-        """Training pictures nearest to what is :attr:`drawn`, and how near those held out are.
+        """Training images nearest to what is :attr:`drawn`, and how near those held out are.
 
-        The second is the median over pictures of ``val`` of the distance to their nearest; None if
-        there are none, or they are what was trained on. Mirrored pictures count where training
+        The second is the median over images of ``val`` of the distance to their nearest; None if
+        there are none, or they are what was trained on. Mirrored images count where training
         showed them.
 
         Raises:
@@ -137,7 +137,7 @@ class Scene:
         rows = [ruler.rows(self.drawn)]
         if num_val:
             chosen = np.linspace(0, num_val - 1, min(num_val, NUM_HELD_OUT)).astype(int).tolist()
-            rows.append(ruler.rows(real_pictures(data, chosen, "val", ruler.side)))
+            rows.append(ruler.rows(real_images(data, chosen, "val", ruler.side)))
         found = nearest_of(torch.cat(rows), ruler, data, split, config.augment.flip > 0)
         num = len(self.drawn)
         usual = float(found.distances[num:, 0].median()) if num_val else None

@@ -251,8 +251,8 @@ def _own(result: dict[str, Any]) -> Iterator[str]:
         few = name.startswith("held_out/") and num < FEW
         caution = f" (CAUTION: from only {num:,} held-out samples)" if few else ""
         yield f"  {name}: {'not finite' if value is None else f'{value:.6g}'}{caution}"
-    if "verdict" in result:
-        yield f"  {' '.join(result.get('warnings') or ()) or result['verdict']}"
+    if "health" in result:
+        yield f"  {' '.join(result.get('warnings') or ()) or result['health']}"
     if result.get("num_skipped"):
         yield f"  {result['num_skipped']} damaged samples were left out"
 

@@ -135,7 +135,7 @@ def read_record(study: Study) -> Record:
             f"{FORMAT}): move it away; what is done is known from the runs"
         )
     found = read_attempts(record.path)
-    troubles = list(found.troubles)
+    troubles = list(found.problems)
     known = {one.name for one in fields(Attempt)}
     needed = {one.name for one in fields(Attempt) if one.default is MISSING}
     for key, attempts in found.value.items():

@@ -206,7 +206,7 @@ def test_the_status_of_a_study_shows_all_of_them(folder, played, tmp_path):
         ["c", "train-4"],
     ]
     assert rows[4][3:5] == ["begun", "0.5 of 1 kimg"]
-    (stage / "result.json").write_text(json.dumps({"nimg": 1000, "verdict": "ok"}))
+    (stage / "result.json").write_text(json.dumps({"nimg": 1000, "health": "ok"}))
     assert "1 kimg, ok" in launch("status", place).output
     set_state(played, 101, "FAILED", "NonZeroExitCode", 1)
     assert launch("status", place).exit_code == 1

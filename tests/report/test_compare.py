@@ -8,8 +8,8 @@ import pytest
 
 from dinogen.config import ConfigError, parse_config
 from dinogen.errors import UserError
+from dinogen.report.compare import write_comparison
 from dinogen.report.compare.read import find_runs
-from dinogen.report.compare.write import write_comparison
 
 from .compare_runs import ALIKE, VERSIONS, figure, make_run, write
 from .compared_page import cell, compare
@@ -147,7 +147,7 @@ def test_failed_runs_are_listed_with_what_is_known(tmp_path):
         file.write('{"nimg": 1000, "loss": 2.0}\n{"nimg": 2000, "loss": null}\n')
     collapsed = make_run(tmp_path / "collapsed")
     result = collapsed / "32x32" / "result.json"
-    change = {"verdict": "COLLAPSED", "warnings": ["COLLAPSED: samples differ 3 %"]}
+    change = {"health": "COLLAPSED", "warnings": ["COLLAPSED: samples differ 3 %"]}
     write(result, json.loads(result.read_text()) | change)
     broken = make_run(tmp_path / "broken")
     (broken / "32x32" / "evaluation.json").write_text("{")
@@ -187,7 +187,10 @@ def test_a_run_of_a_study_says_what_its_last_attempt_ended_with(tmp_path):
     _, data, _ = compare(tmp_path / "out", *runs)
     what = data["failures"]["bad-seed0"]["what"]
     assert what[0] == "train: exit code 1: lr must be above 0 (log: logs/bad.log)"
-    assert [chapter["family"] for chapter in data["story"]] == ["wgan_gp", "dcgan"]
+    assert {run["name"]: run["family"] for run in data["runs"]} == {
+        "bad-seed0": "wgan_gp",
+        "dcgan-seed0": "dcgan",
+    }
 
 
 def test_folders_that_hold_no_run_are_refused(tmp_path):

@@ -70,7 +70,7 @@ def line(name, content, place=5):
 
 
 RESULT, STATS = "32x32/result.json", "32x32/stats.jsonl"
-EVALUATION, LOOKS = "32x32/evaluation.json", "32x32/looks/looks.json"
+EVALUATION, LOOKS = "32x32/evaluation.json", "32x32/visualizations/visualizations.json"
 STATE = "32x32/checkpoints/000020016/state.json"
 # name: (what is done to a copy of a run, what has to be said of it)
 DAMAGES = {
@@ -106,8 +106,11 @@ DAMAGES = {
     "fingerprints": (edit(EVALUATION, fingerprints={"a": None}, sampling=3), "fingerprints: a: "),
     "surrogate": (put(EVALUATION, b'{"command": "\\ud800", "nimg": -3}'), "nimg: -3 is no whole"),
     "metrics-cut": (put("32x32/metrics.jsonl", b'{"nimg": 16, "metr'), "metrics.jsonl: line 1"),
-    "looks": (put(LOOKS, '{"grid16": "grid16.png", "a": {"file": "/etc/passwd"}}'), "grid16: "),
-    "looks-half": (cut(LOOKS), "looks.json cannot be read"),
+    "visualizations": (
+        put(LOOKS, '{"grid16": "grid16.png", "a": {"file": "/etc/passwd"}}'),
+        "grid16: ",
+    ),
+    "looks-half": (cut(LOOKS), "visualizations.json cannot be read"),
     "state": (put(STATE, "{"), "state.json cannot be read"),
     "empty": (lambda run: [shutil.rmtree(run), run.mkdir()], "config.yaml is missing"),
     "a-file": (replace("", Path.touch), "no folder of this name"),

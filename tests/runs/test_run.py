@@ -33,7 +33,7 @@ def folder(tmp_path):
     folder = tmp_path / "first"
     config = parse_config({"run": str(folder), "seed": 7, "stages": STAGES})
     write(folder / "config.yaml", dump_config(config))
-    write(folder / "4x4" / "result.json", {"nimg": 1000, "seconds": 12.5, "verdict": "ok"})
+    write(folder / "4x4" / "result.json", {"nimg": 1000, "seconds": 12.5, "health": "ok"})
     write(folder / "4x4" / "stats.jsonl", '{"nimg": 500, "loss": 2}\n{"nimg": 1000, "loss": 1}\n')
     for nimg in (1400, 1200):
         write(folder / "8x8" / "checkpoints" / f"{nimg:09d}" / "state.json", {"data": "abc"})
@@ -61,7 +61,7 @@ def test_everything_lies_where_a_run_leaves_it(folder):
     assert stage.metrics_file == inside / "metrics.jsonl"
     assert stage.evaluation_file == inside / "evaluation.json"
     assert stage.sweep_file == inside / "checkpoints.jsonl"
-    assert stage.visualizations_folder == inside / "looks"
+    assert stage.visualizations_folder == inside / "visualizations"
     assert stage.samples_folder == inside / "samples"
     assert stage.tensorboard_folder == inside / "tb"
     assert stage.checkpoints.at(1400) == inside / "checkpoints" / "000001400"
@@ -140,7 +140,7 @@ def test_what_is_no_run_is_named(tmp_path, folder):
     with pytest.raises(ConfigError, match="stages"):
         _ = Run(folder).status
     assert [stage.resolution for stage in Run(folder).begun] == [4, 8]  # files tell, all the same
-    assert Run(folder).stage(4).result == {"nimg": 1000, "seconds": 12.5, "verdict": "ok"}
+    assert Run(folder).stage(4).result == {"nimg": 1000, "seconds": 12.5, "health": "ok"}
 
 
 def test_stages_are_those_of_the_config_and_those_begun(folder):
@@ -219,7 +219,7 @@ def test_only_what_was_measured_at_the_end_counts(folder):
 def test_only_images_of_the_end_count(folder):
     stage = Run(folder).stage(4)
     assert (stage.visualized, stage.visualizations) == (False, {})
-    index = folder / "4x4" / "looks" / "looks.json"
+    index = folder / "4x4" / "visualizations" / "visualizations.json"
     write(index, {"grid16": {"file": "grid16.png", "nimg": 500}})
     assert not stage.visualized
     write(index, {"grid16": {"file": "grid16.png", "nimg": 1000}})
@@ -247,14 +247,14 @@ def test_damage_costs_only_what_is_damaged_and_is_named(folder):
     stage = Run(folder).stage(4)
     for path in (stage.result_file, stage.evaluation_file):
         write(path, "{")
-    write(stage.visualizations_folder / "looks.json", "[]")
+    write(stage.visualizations_folder / "visualizations.json", "[]")
     write(stage.stats_file, '{"nimg": 500, "loss": 2}\n{"nimg"\n')
     assert (stage.result, stage.evaluation, stage.visualizations) == (None, None, {})
     assert [line["nimg"] for line in stage.stats] == [500]
     assert (stage.status, stage.progress) == ("begun", "0.5 of 1 kimg")
     reads = (stage.read_result, stage.read_evaluation, stage.read_visualizations, stage.read_stats)
-    told = [read().told(folder) for read in reads]
-    names = ("result.json", "evaluation.json", "looks/looks.json", "stats.jsonl")
+    told = [read().messages(folder) for read in reads]
+    names = ("result.json", "evaluation.json", "visualizations/visualizations.json", "stats.jsonl")
     assert [one[0].startswith(f"4x4/{name}") for one, name in zip(told, names, strict=True)] == [
         True
     ] * 4
@@ -264,7 +264,7 @@ def test_damage_costs_only_what_is_damaged_and_is_named(folder):
 def test_a_folder_that_cannot_be_listed_is_named(folder):
     folder.chmod(0o300)
     try:
-        assert "Permission denied" in Run(folder).read_stages().told()[0]
+        assert "Permission denied" in Run(folder).read_stages().messages()[0]
     finally:
         folder.chmod(0o700)
 

@@ -1,4 +1,4 @@
-"""Pictures of a look, and when two of them are alike."""
+"""Images of a look, and when two of them are alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dinogen.report.images import to_uint8
 
 
 def images_of(look):
-    """Pictures of a look, (N, R, R, 3) uint8."""
+    """Images of a look, (N, R, R, 3) uint8."""
     (sheet,) = look.sheets
     return to_uint8(np.asarray(sheet.images)).astype(int)
 

@@ -86,7 +86,7 @@ def test_the_figure_is_the_mean_over_every_sample(
     trained = json.loads((stage(config, 8) / "result.json").read_text())
     for key in ("diversity", "loss_over_floor"):
         assert result["metrics"][f"probe/{key}"] == pytest.approx(trained[key], rel=1e-6)
-    assert (result["verdict"], result["warnings"]) == (trained["verdict"], trained["warnings"])
+    assert (result["health"], result["warnings"]) == (trained["health"], trained["warnings"])
     assert result["floor"] == (trained["floor"] if split == "train" else None)
     diversity = result["measured"]["guide_diversity"]
     assert diversity["value"] == result["metrics"]["probe/diversity"]
@@ -192,7 +192,7 @@ def test_damaged_samples_are_left_out_or_stop_it(
     monkeypatch.setattr("shards.read.dataset.Dataset.read", damaged)
     stopped = evaluate(config.run, num_samples=num)
     assert "disc" in stopped["not_measured"]["held_out"]
-    assert stopped["verdict"] and stopped["measured"]["faces"]["value"] is not None
+    assert stopped["health"] and stopped["measured"]["faces"]["value"] is not None
     (stage(config, 8) / "evaluation.json").unlink()
 
     text = (config.run / "config.yaml").read_text()

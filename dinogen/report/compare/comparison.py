@@ -7,17 +7,16 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from dinogen.report.compare.columns import Column, label_of
 from dinogen.report.compare.model import ComparedRun
 from dinogen.report.compare.table import (
-    Chapter,
+    Column,
     Seeds,
-    headline,
+    label_of,
+    main_column,
     make_columns,
     number_rows,
     over_seeds,
     sort_runs,
-    tell,
     unavailable,
 )
 from dinogen.report.compare.warnings import warnings_of
@@ -36,15 +35,14 @@ class Comparison:
         self.version = version("dinogen")
         begun = [run for run in runs if run.numbers]
         self.columns: list[Column] = make_columns(begun)
-        self.headline = headline(self.columns, begun)
-        self.runs = sort_runs(begun, self.headline)
+        self.main_column = main_column(self.columns, begun)
+        self.runs = sort_runs(begun, self.main_column)
         self.failed = [run for run in runs if not run.finished]
-        self.troubled = [run for run in runs if run.finished and run.troubles]
+        self.with_problems = [run for run in runs if run.finished and run.problems]
         self.damaged = [run for run in runs if run.damage]
         self.warnings = [*_damaged(self.damaged, runs), *warnings_of(begun, self.columns)]
         self.unavailable = unavailable(begun, label_of)
         self.seeds: list[Seeds] = over_seeds(begun, self.columns)
-        self.story: list[Chapter] = tell(runs, self.headline)
         self.all_runs = [*self.runs, *(run for run in runs if not run.numbers)]
 
     @property
@@ -61,9 +59,9 @@ class Comparison:
     @property
     def order(self) -> str:
         """By what the rows are sorted, in words."""
-        if self.headline is None or not self.headline.comparable:
+        if self.main_column is None or not self.main_column.comparable:
             return "in the order given"
-        return f"sorted by {self.headline.full_label}, best first"
+        return f"sorted by {self.main_column.full_label}, best first"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, JSON-ready."""
@@ -71,7 +69,7 @@ class Comparison:
             "title": self.title,
             "dinogen": self.version,
             "order": self.order,
-            "headline": self.headline.name if self.headline else None,
+            "main_metric": self.main_column.name if self.main_column else None,
             "warnings": self.warnings,
             "columns": [asdict(column) for column in self.columns],
             "runs": [_run_dict(run) for run in self.all_runs],
@@ -80,10 +78,9 @@ class Comparison:
                 for metrics, reason, runs in self.unavailable
             ],
             "seeds": [asdict(one) for one in self.seeds],
-            "story": [asdict(chapter) for chapter in self.story],
             "failures": {
-                run.name: {"status": run.status, "what": run.troubles}
-                for run in (*self.failed, *self.troubled)
+                run.name: {"status": run.status, "what": run.problems}
+                for run in (*self.failed, *self.with_problems)
             },
             "damaged": {run.name: run.damage for run in self.damaged},
             "fingerprints": self.fingerprints,
@@ -113,22 +110,22 @@ def _run_dict(run: ComparedRun) -> dict[str, Any]:
         "data_sha256": run.data_sha256,
         "config_sha256": run.config_sha256,
         "notes": run.notes,
-        "troubles": run.troubles,
+        "problems": run.problems,
         "numbers": {row.pop("name"): row for row in number_rows(run)},
         "curves": {
             "measured": run.measured,
             "loss": {"kimg": run.loss[0], "values": run.loss[1]},
         },
-        "looks": [
+        "visualizations": [
             {
-                "name": look.name,
-                "file": str(look.path) if look.path else None,
-                "caption": look.caption,
-                "nimg": look.nimg,
-                "seed": look.seed,
-                "command": look.command,
-                "reason": look.reason,
+                "name": visual.name,
+                "file": str(visual.path) if visual.path else None,
+                "caption": visual.caption,
+                "nimg": visual.nimg,
+                "seed": visual.seed,
+                "command": visual.command,
+                "reason": visual.reason,
             }
-            for look in run.looks
+            for visual in run.visualizations
         ],
     }

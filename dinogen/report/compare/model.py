@@ -1,4 +1,4 @@
-"""What a comparison knows of a run: numbers with their origin, images, curves, trouble."""
+"""What a comparison knows of a run: numbers with their origin, images, curves, problem."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Number:
         value: None where it is not available; ``reason`` then says why.
         spread: standard deviation, in the unit of the value; None where there is none.
         better: ``lower``, ``higher`` or ``none``.
-        num_samples: generated pictures that it was measured on.
-        num_reference: real pictures that they were compared with.
+        num_samples: generated images that it was measured on.
+        num_reference: real images that they were compared with.
         fingerprint: id of how it was measured; only equal ones compare.
         reason: why there is no value, with the remedy.
         source: key of :attr:`ComparedRun.sources`.
@@ -67,7 +67,7 @@ class ComparedRun:
     """All that a comparison says about one run.
 
     Attributes (those that do not explain themselves):
-        troubles: what a reader has to know of it: damage, collapse, where it stopped.
+        problems: what a reader has to know of it: damage, collapse, where it stopped.
         damage: those of them that say which of its files is damaged.
     """
 
@@ -90,9 +90,9 @@ class ComparedRun:
     fingerprints: dict[str, dict[str, Any]] = field(default_factory=dict)
     measured: list[Line] = field(default_factory=list)
     loss: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
-    looks: list[Look] = field(default_factory=list)
-    real: Look | None = None
-    troubles: list[str] = field(default_factory=list)
+    visualizations: list[Visualization] = field(default_factory=list)
+    real: Visualization | None = None
+    problems: list[str] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
 
     @property
@@ -102,9 +102,9 @@ class ComparedRun:
 
 
 def take(run: ComparedRun, found: Found[T]) -> T:
-    """What is sound of one of a run's files; what is not becomes a trouble of the run."""
-    said = found.told(named_folder(run.folder))
-    run.troubles += said
+    """What is sound of one of a run's files; what is not becomes a problem of the run."""
+    said = found.messages(named_folder(run.folder))
+    run.problems += said
     run.damage += said
     return found.value
 
@@ -112,7 +112,7 @@ def take(run: ComparedRun, found: Found[T]) -> T:
 MAX_BYTES = 4_000_000
 TYPES = {".png": "png", ".gif": "gif", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
-# Which pictures stand under which heading, by the beginning of their names.
+# Which images stand under which heading, by the beginning of their names.
 SECTIONS = {
     "samples": ("grid16", "grid64", "final"),
     "interpolations": ("interpolation",),
@@ -125,8 +125,8 @@ SECTIONS = {
 
 
 @dataclass(frozen=True)
-class Look:
-    """A picture, or why there is none.
+class Visualization:
+    """An image, or why there is none.
 
     Attributes:
         name: such as ``grid16``.
@@ -161,17 +161,17 @@ class Look:
     def section(self) -> str:
         """Under which heading it stands: a key of :data:`SECTIONS`, or ``more``."""
         if self.name.endswith("_animated"):
-            return "more"  # many moving pictures on one page make nobody wiser
+            return "more"  # many moving images on one page make nobody wiser
         for section, beginnings in SECTIONS.items():
             if self.name.startswith(beginnings):
                 return section
         return "more"
 
 
-def read_looks(
+def find_visualizations(
     stage: Stage, result: dict[str, Any] | None
-) -> tuple[Found[dict[str, dict[str, Any]]], list[Look], list[str]]:
-    """looks.json, its images, else the last grid of training; and what is missing.
+) -> tuple[Found[dict[str, dict[str, Any]]], list[Visualization], list[str]]:
+    """visualizations.json, its images, else the last grid of training; and what is missing.
 
     Args:
         stage: of the run.
@@ -179,22 +179,22 @@ def read_looks(
     """
     index = stage.read_visualizations()
     folder = stage.visualizations_folder
-    looks = [_look(name, one, folder) for name, one in index.value.items()]
-    missing = [one.path.name for one in looks if one.path and not one.path.is_file()]
-    troubles = []
+    visuals = [_visualization(name, one, folder) for name, one in index.value.items()]
+    missing = [one.path.name for one in visuals if one.path and not one.path.is_file()]
+    problems = []
     if missing:
-        troubles.append(f"images are missing: {', '.join(missing)}: run dinogen look again")
-    if not any(one.section == "samples" and one.path for one in looks) and result:
+        problems.append(f"images are missing: {', '.join(missing)}: run dinogen look again")
+    if not any(one.section == "samples" and one.path for one in visuals) and result:
         name = (result.get("files") or {}).get("final")
         if name and (stage.folder / name).is_file():
             caption = "drawn at the end of training, under the seed of the run"
-            looks.append(Look("final", stage.folder / name, caption, result.get("nimg")))
-    return index, looks, troubles
+            visuals.append(Visualization("final", stage.folder / name, caption, result.get("nimg")))
+    return index, visuals, problems
 
 
-def _look(name: str, one: dict[str, Any], folder: Path) -> Look:
+def _visualization(name: str, one: dict[str, Any], folder: Path) -> Visualization:
     file = one.get("file")
-    return Look(
+    return Visualization(
         name=name,
         path=folder / file if file else None,
         caption=one.get("caption") or name,

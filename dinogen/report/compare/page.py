@@ -18,10 +18,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from dinogen.report.compare.columns import Column, all_digits, label_of, show_counts
 from dinogen.report.compare.comparison import Comparison
-from dinogen.report.compare.model import ComparedRun, Look
-from dinogen.report.compare.table import number_rows
+from dinogen.report.compare.model import ComparedRun, Visualization
+from dinogen.report.compare.table import Column, all_digits, label_of, number_rows, show_counts
 
 TEMPLATE = Path(__file__).with_name("page.html")
 ID_DIGITS = 6
@@ -30,13 +29,13 @@ SECTIONS = (
     ("interpolations", "Interpolations", "From one sample to another, the same ones for all."),
     ("progress", "Over training", "The same latents at checkpoints of the run."),
     ("latents", "Latents", "Truncation, styles and main directions, where the family has them."),
-    ("reconstructions", "Reconstructions", "Real pictures, encoded and decoded again."),
+    ("reconstructions", "Reconstructions", "Real images, encoded and decoded again."),
     (
         "worst",
         "Weakest samples",
         "What the discriminator, or the distance to real ones, rates low.",
     ),
-    ("neighbours", "Nearest training pictures", "Beside samples: what was learnt by heart shows."),
+    ("neighbours", "Nearest training images", "Beside samples: what was learnt by heart shows."),
 )
 
 
@@ -183,29 +182,34 @@ def _losses(
 
 def _sections(
     comparison: Comparison,
-) -> list[tuple[str, str, str, list[tuple[ComparedRun, list[Look]]]]]:
-    """Pictures of all runs under common headings; headings without any are left out."""
+) -> list[tuple[str, str, str, list[tuple[ComparedRun, list[Visualization]]]]]:
+    """Images of all runs under common headings; headings without any are left out."""
     sections = []
     for key, title, text in SECTIONS:
         shown = []
         for run in comparison.all_runs:
-            looks = [look for look in run.looks if look.section == key and look.path]
-            if looks:
-                shown.append((run, looks[:1] if key == "samples" else looks))
+            visuals = [
+                visual for visual in run.visualizations if visual.section == key and visual.path
+            ]
+            if visuals:
+                shown.append((run, visuals[:1] if key == "samples" else visuals))
         if shown:
             sections.append((key, title, text, shown))
     return sections
 
 
-def _more(run: ComparedRun) -> list[Look]:
-    """Pictures that stand in no common section, and what was left out and why."""
-    first = next((look for look in run.looks if look.section == "samples" and look.path), None)
+def _more(run: ComparedRun) -> list[Visualization]:
+    """Images that stand in no common section, and what was left out and why."""
+    first = next(
+        (visual for visual in run.visualizations if visual.section == "samples" and visual.path),
+        None,
+    )
     return [
-        look
-        for look in run.looks
-        if look.section == "more"
-        or look.path is None
-        or (look.section == "samples" and look is not first)
+        visual
+        for visual in run.visualizations
+        if visual.section == "more"
+        or visual.path is None
+        or (visual.section == "samples" and visual is not first)
     ]
 
 

@@ -1,20 +1,179 @@
-"""The table of a comparison: its rows and columns, means over seeds, the story of a family."""
+"""The table of a comparison: its columns, the order of its rows, and means over seeds."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dinogen.report.compare.columns import COSTS, MEASURED, Column, label_of, show_counts
 from dinogen.report.compare.model import ComparedRun, Number
 
-# By which one the rows are sorted and the story is told: the first that most runs have.
-HEADLINES = ("fid", "fd_dinov2", "fid768", "kid", "kid768", "kd_dinov2")
+# (heading, ((name, label), ...)) in the order of the table; what is not named here comes after.
+MEASURED: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "Inception",
+        (
+            ("fid", "FID"),
+            ("kid", "KID"),
+            ("is", "IS"),
+            ("precision", "precision"),
+            ("recall", "recall"),
+            ("density", "density"),
+            ("coverage", "coverage"),
+            ("memorisation", "memorisation"),
+        ),
+    ),
+    (
+        "Inception-768",
+        (
+            ("fid768", "FID-768"),
+            ("kid768", "KID-768"),
+            ("precision768", "precision"),
+            ("recall768", "recall"),
+            ("density768", "density"),
+            ("coverage768", "coverage"),
+            ("memorisation768", "memorisation"),
+        ),
+    ),
+    (
+        "DINOv2",
+        (
+            ("fd_dinov2", "FD-DINOv2"),
+            ("kd_dinov2", "KD-DINOv2"),
+            ("precision_dinov2", "precision"),
+            ("recall_dinov2", "recall"),
+            ("density_dinov2", "density"),
+            ("coverage_dinov2", "coverage"),
+            ("memorisation_dinov2", "memorisation"),
+        ),
+    ),
+    (
+        "Face detector",
+        (
+            ("faces", "faces"),
+            ("fd_onet", "FD-O-Net"),
+            ("kd_onet", "KD-O-Net"),
+            ("precision_onet", "precision"),
+            ("recall_onet", "recall"),
+            ("density_onet", "density"),
+            ("coverage_onet", "coverage"),
+            ("memorisation_onet", "memorisation"),
+        ),
+    ),
+    (
+        "Diversity",
+        (("lpips_diversity", "LPIPS diversity"), ("guide_diversity", "guide diversity")),
+    ),
+    ("Detail", (("spectrum", "spectrum, dB"), ("sharpness", "sharpness"))),
+    ("Prompts", (("clip_score", "CLIP score"), ("clip_retrieval", "retrieval"))),
+    (
+        "Reconstruction",
+        (
+            ("reconstruction_lpips", "LPIPS"),
+            ("reconstruction_psnr", "PSNR, dB"),
+            ("reconstruction_ssim", "SSIM"),
+        ),
+    ),
+)
+COSTS: tuple[tuple[str, str], ...] = (
+    ("num_parameters", "parameters, M"),
+    ("nimg", "images seen, k"),
+    ("seconds", "training, h:m:s"),
+    ("gpu_hours", "GPU hours"),
+    ("cpu_hours", "CPU hours"),
+    ("peak_memory_mb", "peak memory, MiB"),
+    ("training_images_per_s", "training, images/s"),
+    ("sampling_images_per_s", "sampling, images/s"),
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One kind of number over all runs.
+
+    Attributes:
+        name: as in :class:`Number`.
+        label: heading.
+        group: heading above several columns.
+        better: ``lower``, ``higher`` or ``none``.
+        decimals: shown.
+        comparable: False where fingerprints, counts or devices differ: then none is the best.
+        counts: samples and reference images where they are the same for all, else empty.
+        best: names of the runs with the best value.
+        near: names of those whose distance from the best is within two spreads.
+    """
+
+    name: str
+    label: str
+    group: str
+    better: str
+    decimals: int
+    comparable: bool = True
+    counts: str = ""
+    best: tuple[str, ...] = ()
+    near: tuple[str, ...] = ()
+
+    @property
+    def full_label(self) -> str:
+        """The label, with the feature extractor where others have a column of the same label."""
+        needs = self.label in ("precision", "recall", "density", "coverage", "memorisation")
+        return (
+            f"{self.label} ({self.group})"
+            if needs or self.group == "Reconstruction"
+            else self.label
+        )
+
+    @property
+    def arrow(self) -> str:
+        """Which way is better."""
+        return {"lower": "↓", "higher": "↑"}.get(self.better, "")
+
+    def show(self, number: Number | None) -> str:
+        """The value as text, a dash where there is none."""
+        if number is None or number.value is None:
+            return "–"
+        return self.text(number.value)
+
+    def text(self, value: float) -> str:
+        """Any value or spread of the column as text."""
+        if self.name == "num_parameters":
+            return f"{value / 1e6:,.2f}"
+        if self.name == "nimg":
+            return f"{value / 1e3:,.1f}"
+        if self.name == "seconds":
+            minutes, rest = divmod(round(value), 60)
+            return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+        return f"{value:,.{self.decimals}f}".replace("-", "−")
+
+
+def label_of(name: str) -> str:
+    """What a number is called where its heading is not beside it."""
+    for group, names in (*MEASURED, ("Cost", COSTS)):
+        for one, label in names:
+            if one == name:
+                return Column(name, label, group, "none", 0).full_label
+    return name
+
+
+def show_counts(number: Number) -> str:
+    """How many images stand behind a number, in words; empty where that says nothing."""
+    if number.num_samples is None:
+        return ""
+    if number.num_reference is None:
+        return f"n {number.num_samples:,}"
+    return f"n {number.num_samples:,} / {number.num_reference:,}"
+
+
+def all_digits(value: float) -> str:
+    """A number as it was written, without the point of a whole one."""
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+
+
+# The rows are sorted by the metric that most runs have; of several, by the first one here.
+MAIN_METRICS = ("fid", "fd_dinov2", "fid768", "kid", "kid768", "kd_dinov2")
 BY_DEVICE = {"seconds", "training_images_per_s", "sampling_images_per_s"}
 DIGITS = 3
 
@@ -40,13 +199,13 @@ def values_of(runs: Sequence[ComparedRun], name: str) -> dict[str, Number]:
     return {key: one for key, one in found.items() if one is not None and one.value is not None}
 
 
-def headline(columns: Sequence[Column], runs: Sequence[ComparedRun]) -> Column | None:
+def main_column(columns: Sequence[Column], runs: Sequence[ComparedRun]) -> Column | None:
     """The column that the comparison is told by; None if nothing was measured."""
     counts = {one.name: len(values_of(runs, one.name)) for one in columns}
-    found = [name for name in HEADLINES if name in counts]
+    found = [name for name in MAIN_METRICS if name in counts]
     if not found:
         return next((one for one in columns if one.group != "Cost"), None)
-    first = max(found, key=lambda name: (counts[name], -HEADLINES.index(name)))
+    first = max(found, key=lambda name: (counts[name], -MAIN_METRICS.index(name)))
     return next(one for one in columns if one.name == first)
 
 
@@ -225,84 +384,3 @@ def _common(runs: Sequence[ComparedRun]) -> str:
         min(len(first), len(last)),
     )
     return first[:length].rstrip("-_/. ").removesuffix("seed").rstrip("-_/. ") or runs[0].family
-
-
-@dataclass(frozen=True)
-class Row:
-    """One step of a family.
-
-    Attributes:
-        run: name of the run.
-        step: its place, in the words of the notes; empty where they say nothing.
-        change: what it does otherwise.
-        metric: value and spread of the headline figure as text, a dash where there is none.
-        best: whether no other step of the family is better.
-        failed: what did not work.
-        said: whether ``failed`` is from the notes, and not from the files of the run.
-        next: what to try.
-    """
-
-    run: str
-    step: str
-    change: str
-    metric: str
-    best: bool
-    failed: str
-    said: bool
-    next: str
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """One family: its steps in order."""
-
-    family: str
-    rows: tuple[Row, ...]
-
-
-def tell(runs: Sequence[ComparedRun], by: Column | None) -> list[Chapter]:
-    """A chapter for each family, in the order in which they come; steps sorted as people count."""
-    families: dict[str, list[ComparedRun]] = {}
-    for run in runs:
-        families.setdefault(run.family, []).append(run)
-    return [
-        Chapter(family, tuple(_row(run, some, by) for run in sorted(some, key=_place)))
-        for family, some in families.items()
-    ]
-
-
-def _row(run: ComparedRun, family: Sequence[ComparedRun], by: Column | None) -> Row:
-    number = run.numbers.get(by.name) if by else None
-    metric, best = "–", False
-    if by is not None and number is not None and number.value is not None:
-        metric = by.text(number.value)
-        if number.spread is not None:
-            metric += f" ± {by.text(number.spread)}"
-        values = [
-            one.value
-            for other in family
-            if (one := other.numbers.get(by.name)) is not None and one.value is not None
-        ]
-        top = min(values) if by.better == "lower" else max(values)
-        best = by.comparable and len(values) > 1 and number.value == top
-    said = "failed" in run.notes
-    troubles = "" if run.finished and not run.troubles else "; ".join(run.troubles)
-    return Row(
-        run=run.name,
-        step=run.notes.get("step", ""),
-        change=run.notes.get("change", ""),
-        metric=metric,
-        best=best,
-        failed=run.notes.get("failed", troubles),
-        said=said,
-        next=run.notes.get("next", ""),
-    )
-
-
-def _place(run: ComparedRun) -> tuple[bool, list[tuple[int, int, str]]]:
-    """Steps as people count them: 2 before 10, those without one last."""
-    step = run.notes.get("step", "")
-    parts = re.findall(r"\d+|\D+", step.lower())
-    return not step, [
-        (0, int(part), "") if part.isdecimal() else (1, 0, part.strip()) for part in parts
-    ]

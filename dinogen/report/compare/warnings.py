@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dinogen.report.compare.columns import Column
 from dinogen.report.compare.model import ComparedRun
-from dinogen.report.compare.table import values_of
+from dinogen.report.compare.table import Column, values_of
 
 # so many runs are named; of more only the number
 MAX_NAMES = 4
@@ -103,9 +102,9 @@ def _different_seeds(runs: Sequence[ComparedRun]) -> list[str]:
     """Grids are shown as drawn under the same seed, so they have to be."""
     groups: dict[int, list[str]] = {}
     for run in runs:
-        for look in run.looks:
-            if look.section == "samples" and look.path and look.seed is not None:
-                groups.setdefault(look.seed, []).append(run.name)
+        for visual in run.visualizations:
+            if visual.section == "samples" and visual.path and visual.seed is not None:
+                groups.setdefault(visual.seed, []).append(run.name)
                 break
     if len(groups) < 2:
         return []

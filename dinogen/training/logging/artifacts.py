@@ -71,7 +71,7 @@ def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]
         "ended_early": state.ended_early,
         "best": progress.best,
         "best_nimg": progress.best_nimg,
-        "verdict": progress.verdict,
+        "health": progress.health,
         "warnings": progress.warnings,
         **facts,
         "images_per_s": (progress.nimg - state.plan.start) / max(progress.seconds, 1e-9),
