@@ -179,8 +179,8 @@ def _choose_guide(config: Config, path: str | None, out: Path) -> tuple[Config, 
             log.warning("%s", error)
     log.warning(
         "RANDOM GUIDE: the weights of %s are not available here, so a smaller network of the "
-        "same kind with random weights is used instead. Everything runs, but the images say nothing "
-        "about quality. With the weights: dinogen demo --guide FOLDER --out demo-dinov2",
+        "same kind with random weights is used instead. Everything runs, but the images say "
+        "nothing about quality. With the weights: dinogen demo --guide FOLDER --out demo-dinov2",
         chosen.path,
     )
     folder = out / "random-guide"

@@ -1,8 +1,8 @@
-"""Draws docs/objectives.png: images of the same numbers by runs of several objectives.
+"""Draws docs/objectives.png: the same sample numbers of runs with different objectives.
 
     python docs/make_objectives.py runs/hypothesis_fast/objectives/*/seed0 ...
 
-Each run's row is headed by the name of its folder, or by NAME in NAME=RUN.
+The title of a row is the name of the run's folder, or NAME in NAME=RUN.
 """
 
 from __future__ import annotations

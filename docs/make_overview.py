@@ -1,4 +1,4 @@
-"""Draws docs/overview.png out of a demo's folder: the way of one photo, and what a run shows.
+"""Draws docs/overview.png from a demo's folder: the steps from one photo, and the results of a run.
 
     python docs/make_overview.py --demo DEMO --run RUN
 
@@ -25,7 +25,7 @@ FONT = ImageFont.load_default(15)
 
 
 def colours(features: torch.Tensor) -> Image.Image:
-    """Features (g*g, C) of one image as its three main directions in red, green and blue."""
+    """Features (g*g, C) of one image: their three main directions as red, green and blue."""
     x = features.double() - features.double().mean(0)
     _, _, directions = torch.linalg.svd(x, full_matrices=False)
     shown = x @ directions[:3].T

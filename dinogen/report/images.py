@@ -1,4 +1,4 @@
-"""Images as PNG and GIF: grids, and sheets with words beside them."""
+"""Images as PNG and GIF: grids, and sheets with labels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def save_grid(
     Args:
         images: ``(N, 3, R, R)`` float in [-1, 1], or ``(N, R, R, 3)`` uint8.
         path: the PNG file; appears whole or not at all.
-        columns: tiles per row; the nearest to a square by default.
+        columns: tiles per row; by default the grid is nearly square.
         min_tile: a smaller image is enlarged by a whole factor without smoothing, so that a
             4x4 image can be seen pixel by pixel.
 
@@ -62,7 +62,7 @@ def save_grid(
 def to_uint8(images: NDArray[Any]) -> NDArray[np.uint8]:
     """``(N, 3, R, R)`` float in [-1, 1] as ``(N, R, R, 3)`` uint8; uint8 NHWC passes through.
 
-    A pixel that is not finite turns magenta: black or grey could pass for an image.
+    A pixel that is not finite turns magenta: black or grey could be mistaken for part of an image.
 
     Raises:
         ValueError: the array has another shape or type.
@@ -96,8 +96,8 @@ class Sheet:
     Attributes:
         images: (N, 3, R, R) float in [-1, 1], or (N, R, R, 3) uint8.
         columns: images per row.
-        labels: words above the first so many images; empty ones take no room.
-        left: words left of the rows.
+        labels: text above the first images; empty ones take no room.
+        left: text to the left of the rows.
     """
 
     images: NDArray[Any]
@@ -144,17 +144,17 @@ def save_sheet(sheet: Sheet, path: Path) -> None:
 
 
 def save_animation(sheets: Sequence[Sheet], path: Path, seconds: float) -> None:
-    """Write sheets of one size as a GIF that begins anew after its end, whole or not at all.
+    """Write sheets of one size as a GIF that repeats, whole or not at all.
 
     Args:
-        sheets: one frame each, two at least; the last stays three times as long.
+        sheets: one frame each, at least two; the last is shown three times as long.
         path: the GIF.
-        seconds: that a frame stays.
+        seconds: duration of a frame.
     """
     first, *others = (draw_sheet(sheet) for sheet in sheets)
     times = [round(1000 * seconds)] * len(others) + [round(3000 * seconds)]
     file = io.BytesIO()
-    # Frames that are alike would be merged by Pillow, and their times with them: so be it.
+    # Pillow merges equal frames and adds up their durations, which is fine.
     first.save(file, "GIF", save_all=True, append_images=others, duration=times, loop=0)
     write_bytes(path, file.getvalue())
 

@@ -1,4 +1,4 @@
-"""The page of a run: every stage beside real images, its curve and its numbers, in one file."""
+"""The page of a run: generated and real images, loss and numbers of every stage, in one file."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ BADGES = {"ok": "ok", "COLLAPSING": "warn", "COLLAPSED": "bad"}
 
 @dataclass(frozen=True)
 class PageImage:
-    """An image of the page.
+    """An image on the page.
 
     Attributes:
         caption: what it shows.
         name: file name inside the stage's folder.
-        data: the file as a data URI; None if it is missing, which the page says.
+        data: the file as a data URI; None if it is missing, which the page shows.
     """
 
     caption: str
@@ -41,7 +41,7 @@ class PageImage:
 
 @dataclass(frozen=True)
 class Stage:
-    """What the page says about one finished stage."""
+    """What the page shows of one finished stage."""
 
     name: str
     result: dict[str, Any]
@@ -60,7 +60,7 @@ class Stage:
 
 
 def write_page(run: Path) -> Path:
-    """Write ``RUN/index.html`` from the run's files; nothing outside the file is needed to read it.
+    """Write ``RUN/index.html`` from the run's files; the page needs no other file.
 
     Args:
         run: folder of a run with at least one finished stage.
@@ -78,9 +78,7 @@ def write_page(run: Path) -> Path:
     for problem in damaged:
         log.warning("%s", problem)
     if not stages:
-        raise UserError(
-            f"{run}: no stage is finished (no sound result.json below it): train it first"
-        )
+        raise UserError(f"{run}: no stage is finished (no valid result.json in it): train it first")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     html = template.render(
@@ -143,7 +141,7 @@ def _read_text(path: Path) -> str:
 
 
 def _number(name: str, form: str, scale: float = 1.0) -> Show:
-    """Reads a number of a result as text; a dash where the run has none."""
+    """Reads a number of a result as text; a dash without one."""
 
     def show(result: dict[str, Any]) -> str:
         value = finite(result.get(name))

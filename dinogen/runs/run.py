@@ -158,7 +158,7 @@ class Run:
         return tuple(self.read_stages().value)
 
     def read_stages(self) -> Found[list[Stage]]:
-        """The stages that have a folder, by resolution, and why the folder cannot be listed, if so."""
+        """The stages that have a folder, by resolution; and why the run's cannot be listed."""
         found = stage_folders(self.path)
         stages = [self.stage(resolution) for resolution, _ in found.value]
         return Found(found.path, stages, found.problems, found.there)
@@ -193,7 +193,7 @@ class Run:
         if stage.kimg is not None:
             return stage.num_images
         try:
-            # the file, because self._config may be the user's, or have been read before the run began
+            # read again: self._config may be the user's, or older than the run
             written = load_config(self.config_file).stages
         except ConfigError:
             return None
@@ -294,7 +294,7 @@ class Stage:
         """``tb``: the event files for TensorBoard."""
         return self.folder / TENSORBOARD
 
-    # ---- contents ---------------------------------------------------------------------------
+    # ---- contents --------------------------------------------------------------------------------
 
     @property
     def stats(self) -> list[Line]:
@@ -358,7 +358,7 @@ class Stage:
         """visualizations.json and what is wrong with it."""
         return read_visualizations(self.visualizations_index)
 
-    # ---- progress ---------------------------------------------------------------------------
+    # ---- progress --------------------------------------------------------------------------------
 
     @property
     def end(self) -> int | None:

@@ -1,4 +1,4 @@
-"""What is drawn: grids, interpolations, styles, progress, and images beside real ones."""
+"""Draws grids, interpolations, styles, progress, and comparisons with real images."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ REACH = 4.0  # in standard deviations of the latent
 def grid16(scene: Scene) -> Visualization:
     """The first 16 images."""
     sheet = Sheet(scene.drawn[:16].numpy(), 4)
-    return Visualization((sheet,), "The first 16 samples of the seed, as they come.")
+    return Visualization((sheet,), "The first 16 samples of the seed, not selected.")
 
 
 def grid64(scene: Scene) -> Visualization:
-    """The first 64 images; large ones shrunk, so that a page can hold them."""
-    images, caption = scene.drawn[:64], "The first 64 samples of the seed, as they come"
+    """The first 64 images; large ones shrunk to keep pages small."""
+    images, caption = scene.drawn[:64], "The first 64 samples of the seed, not selected"
     if scene.resolution > LARGEST_OF_64:
         images = F.interpolate(images, size=(LARGEST_OF_64, LARGEST_OF_64), mode="area")
         caption += f"; shrunk from {scene.resolution} to {LARGEST_OF_64} pixels"
@@ -49,7 +49,7 @@ def linear(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 def spherical(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """The great circle from ``a`` to ``b``, (N, ...), each sample by itself.
+    """The great circle from ``a`` to ``b``, (N, ...), for each sample separately.
 
     White 2016, "Sampling Generative Networks", section 2.1 (Shoemake 1985): normal latents of many
     dimensions lie near a sphere, which the straight line leaves.
@@ -75,7 +75,7 @@ def interpolation_spherical(scene: Scene) -> Visualization:
 
 
 def psi(scene: Scene) -> Visualization:
-    """The same latents at growing distance from the mean."""
+    """The same latents at growing distances from the mean."""
     if not truncates(scene.family):
         raise LeftOut("this family has no truncation")
     indices = torch.arange(NUM_STRIPS)
@@ -84,17 +84,17 @@ def psi(scene: Scene) -> Visualization:
     images = torch.stack(columns, 1).flatten(0, 1)
     labels = [f"psi {value:g}" for value in PSIS]
     caption = (
-        "The same samples ever further from the mean: psi 0 is the mean, psi 1 the samples "
-        "as they come."
+        "The same samples at growing distances from the mean: psi 0 is the mean, psi 1 the "
+        "unchanged samples."
     )
     return Visualization((Sheet(images.numpy(), len(PSIS), labels),), caption)
 
 
 @torch.no_grad()
 def styles(scene: Scene) -> Visualization:
-    """What is coarse of one sample with what is fine of another."""
+    """The coarse layers of one sample with the fine layers of another."""
     coarse, fine = torch.arange(NUM_COARSE), torch.arange(NUM_COARSE, NUM_COARSE + NUM_FINE)
-    # an image's number decides its class: that of the coarse one
+    # the sample number determines the class: take that of the coarse sample
     indices = coarse.repeat_interleave(NUM_FINE)
     left, above = scene.latents(coarse), scene.latents(fine)
     mixed = None
@@ -135,7 +135,7 @@ def directions(scene: Scene) -> Visualization:
     family = scene.family
     matrix = family.first_layer(scene.networks) if isinstance(family, HasFirstLayer) else None
     if matrix is None:
-        raise LeftOut("the latent of this family is no vector that a first layer multiplies")
+        raise LeftOut("the latent of this family is not a vector that a first layer multiplies")
     found = main_directions(matrix, NUM_DIRECTIONS)
     indices = torch.arange(2)
     start = scene.latents(indices)
@@ -147,8 +147,8 @@ def directions(scene: Scene) -> Visualization:
     left = [f"{number} {which}" for number in range(1, len(found) + 1) for which in "ab"]
     labels = [f"{move:+g}" if move else "0" for move in moves]
     caption = (
-        f"Two samples (a, b) moved by {-REACH:g} to {REACH:+g} along the directions to which the "
-        "first layer answers most (SeFa)."
+        f"Two samples (a, b) moved by {-REACH:g} to {REACH:+g} along the directions that the first "
+        "layer amplifies most (SeFa)."
     )
     return Visualization((Sheet(torch.cat(rows).numpy(), STEPS, labels, left),), caption)
 
@@ -183,16 +183,16 @@ class History:
 
     @cached_property
     def images(self) -> dict[int, Tensor]:
-        """(16, 3, R, R) by the images that the run had been shown.
+        """(16, 3, R, R) by number of images seen.
 
         Raises:
-            LeftOut: there is one checkpoint alone.
+            LeftOut: there is only one checkpoint.
         """
         scene, snapshot = self.scene, self.scene.snapshot
         kept = [nimg for nimg in snapshot.place.checkpoints.nimg if nimg <= snapshot.nimg]
         if len(kept) < 2:
             raise LeftOut(
-                "only one checkpoint was kept: set checkpoint.keep_every_kimg to see the way here"
+                "only one checkpoint was kept: set checkpoint.keep_every_kimg to see the progress"
             )
         indices = torch.arange(NUM_LATENTS)
         found = {}
@@ -216,15 +216,15 @@ class History:
         chosen = _spread(list(self.images), MAX_COLUMNS)
         images = torch.stack([self.images[nimg][:NUM_ROWS] for nimg in chosen], 1)
         labels = [self._when(nimg) for nimg in chosen]
-        caption = f"The same latents in the course of training, at {_list(chosen)} images."
+        caption = f"The same latents during training, at {_list(chosen)} images."
         return Visualization((Sheet(images.flatten(0, 1).numpy(), len(chosen), labels),), caption)
 
     def animation(self, scene: Scene) -> Visualization:
-        """The same as an animation, of more latents and checkpoints."""
+        """The same as an animation, with more latents and checkpoints."""
         sheets = tuple(
             Sheet(images.numpy(), 4, [self._when(nimg)]) for nimg, images in self.images.items()
         )
-        caption = f"The same latents in the course of training, {len(sheets)} checkpoints."
+        caption = f"The same latents during training, {len(sheets)} checkpoints."
         return Visualization(sheets, caption)
 
     @cached_property
@@ -235,7 +235,7 @@ class History:
             return None
 
     def _when(self, nimg: int) -> str:
-        """In epochs, as far as the data are known."""
+        """In epochs if the data are available, else in images."""
         if self._num_train:
             epochs = nimg / self._num_train
             return f"{epochs:.0f} epochs" if epochs >= 10 else f"{epochs:.1f} epochs"
@@ -243,7 +243,7 @@ class History:
 
 
 def _spread(items: list[int], num: int) -> list[int]:
-    """At most ``num`` of them, evenly, the first and the last among them."""
+    """At most ``num`` evenly spaced items, including the first and the last."""
     chosen = np.linspace(0, len(items) - 1, min(num, len(items))).round().astype(int)
     return [items[i] for i in chosen]
 
@@ -258,23 +258,23 @@ NUM_ENCODED = 8
 
 
 def worst(scene: Scene) -> Visualization:
-    """The images of those drawn that are least real, and what says so."""
+    """The drawn images that are rated least real, with their ratings."""
     opinions = scene.opinions
     if opinions is not None:
         order = torch.nan_to_num(opinions, nan=-torch.inf).argsort()[:NUM_WORST]
         labels = [f"D {opinions[i]:+.2f}" for i in order]
-        why = "that the discriminator finds least real"
+        why = "that the discriminator rates least real"
     else:
         distances = scene.nearest[0].distances[:, 0]
         order = torch.nan_to_num(distances, nan=torch.inf).argsort(descending=True)[:NUM_WORST]
         labels = [f"{scene.ruler.label} {distances[i]:.2f}" for i in order]
-        why = f"that lie farthest from every training image by the {scene.ruler.what}"
-    caption = f"Of the first {len(scene.drawn)} samples the {len(order)} {why}, the worst first."
+        why = f"farthest from every training image by the {scene.ruler.what}"
+    caption = f"Of the first {len(scene.drawn)} samples, the {len(order)} {why}, worst first."
     return Visualization((Sheet(scene.drawn[order].numpy(), 4, labels),), caption)
 
 
 def neighbours(scene: Scene) -> Visualization:
-    """The samples that lie nearest to training images, above their neighbours."""
+    """The samples nearest to training images, above their neighbours."""
     found, usual = scene.nearest
     split = scene.family.config.data.split
     order = found.distances[:, 0].argsort()[:NUM_PAIRS]
@@ -287,9 +287,9 @@ def neighbours(scene: Scene) -> Visualization:
         rows.append(torch.where(turned, images.flip(3), images))
         labels += [f"{scene.ruler.label} {d:.2f}" for d in found.distances[order, k]]
     caption = (
-        f"Of the first {len(scene.drawn)} samples the {len(order)} nearest to a training image, "
-        f"each above its neighbours among {found.num:,}, by the {scene.ruler.what}; of all samples "
-        f"{found.distances[:, 0].median():.2f} at the median"
+        f"Of the first {len(scene.drawn)} samples, the {len(order)} nearest to a training image, "
+        f"each above its neighbours among {found.num:,}, by the {scene.ruler.what}; median of all "
+        f"samples {found.distances[:, 0].median():.2f}"
     )
     if usual is not None:
         caption += f", of held-out images {usual:.2f}"
@@ -303,7 +303,7 @@ _ENCODES_NOTHING = "this family encodes no images"
 
 @torch.no_grad()
 def reconstructions(scene: Scene) -> Visualization:
-    """Real images above what their encoding decodes to."""
+    """Real images above their reconstructions."""
     family = scene.family
     if not isinstance(family, Reconstructs):
         raise LeftOut(_ENCODES_NOTHING)

@@ -1,4 +1,4 @@
-"""Which real images are near to given ones, by a extractor of the metrics or by pixels."""
+"""Finds the nearest real images, by features of an extractor or by pixels."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
 
-SIDE = 32  # at which pixels are compared
-# the first that the config names a file of
+SIDE = 32  # resolution at which pixels are compared
+# in order of preference; the config names their weights
 EXTRACTORS = ("dinov2", "inception768", "inception")
 PART = 32
 NUM_NEAREST = 3
@@ -30,15 +30,15 @@ BATCH = 512
 
 @dataclass(frozen=True)
 class Ruler:
-    """Images as rows whose Euclidean distance says how far they are from each other.
+    """Turns images into rows whose Euclidean distance measures how much they differ.
 
     Attributes:
-        label: stands before a distance, such as ``rms``.
+        label: short name of the distance, such as ``rms``.
         what: the distance in words.
-        side: of the real images that it wants, at most.
+        side: largest useful resolution of real images.
         rows: (N, 3, R, R) in [-1, 1] -> (N, F) float32 on the CPU.
-        max_real: most real images to compare with; what is more takes too long.
-        caution: what else may make images near, to be added to a sentence.
+        max_real: largest number of real images to compare with in a reasonable time.
+        caution: what else can make images look near; continues a sentence.
     """
 
     label: str
@@ -54,10 +54,10 @@ class Nearest:
     """Nearest real images.
 
     Attributes:
-        distances: (N, k) by the ruler, ascending.
+        distances: (N, k), ascending.
         numbers: (N, k) int64, of the samples in their split.
-        mirrored: (N, k) bool, whether the mirrored image is the near one.
-        num: images that were compared with.
+        mirrored: (N, k) bool, whether the mirrored image is the nearer one.
+        num: number of images compared with.
     """
 
     distances: Tensor
@@ -69,14 +69,14 @@ class Nearest:
 def nearest_of(
     queries: Tensor, ruler: Ruler, data: Dataset, split: str, with_mirrored: bool
 ) -> Nearest:
-    """The real images of a split nearest to each row.
+    """The nearest real images of a split for each row.
 
     Args:
         queries: (N, F) rows of the ruler.
         ruler: makes the rows of the real images.
         data: has the split.
         split: ``train``, ``val`` or ``test``.
-        with_mirrored: whether a real image counts mirrored too.
+        with_mirrored: whether mirrored real images count too.
     """
     available = data.num_samples(split)
     chosen = np.linspace(0, available - 1, min(available, ruler.max_real)).astype(int).tolist()
@@ -96,19 +96,19 @@ def nearest_of(
 
 
 def real_images(data: Dataset, numbers: list[int], split: str, side: int) -> Tensor:
-    """(N, 3, side, side) in [-1, 1]; a damaged one is replaced by the next, as the log says."""
+    """(N, 3, side, side) in [-1, 1]; a damaged one is replaced by the next, and logged."""
     images: Tensor = data.read(numbers, split=split, image_size=side, on_error="skip")["image"]
     return images
 
 
 def _closest(distances: Tensor, numbers: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row the nearest few."""
+    """The nearest few of each row."""
     order = distances.argsort(1)[:, :NUM_NEAREST]
     return distances.gather(1, order), numbers.gather(1, order), mirrored.gather(1, order)
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """(N, M) Euclidean distances of rows; by products they would cancel where rows are near."""
+    """(N, M) Euclidean distances of rows; matrix products would lose precision for near rows."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -123,7 +123,7 @@ def choose_ruler(config: MetricsConfig, resolution: int, device: torch.device) -
     for name in EXTRACTORS:
         if getattr(config, name) is not None:
             try:
-                return _by_judge(name, config, resolution, device)
+                return _by_extractor(name, config, resolution, device)
             except NotAvailable as error:
                 log.warning("%s; pixels are compared instead", error)
     return _by_pixels(min(SIDE, resolution))
@@ -137,11 +137,11 @@ def _by_pixels(side: int) -> Ruler:
         return values / math.sqrt(values.shape[1])
 
     what = f"root mean square difference of a value of 0 to 255 at {side}x{side}"
-    caution = " (by pixels a blurred image is near to all)"
+    caution = " (by pixels a blurred image is near to every image)"
     return Ruler("rms", what, side, rows, max_real=50_000, caution=caution)
 
 
-def _by_judge(name: str, config: MetricsConfig, resolution: int, device: torch.device) -> Ruler:
+def _by_extractor(name: str, config: MetricsConfig, resolution: int, device: torch.device) -> Ruler:
     extractor = load_extractor(name, config, device)
 
     def rows(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What looks are made from: one checkpoint's averages, a seed, and the images it learnt from."""
+"""What visualizations are drawn from: one checkpoint's EMA weights, a seed, the training images."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from shards.read.dataset import Dataset
 
 NUM_DRAWN = 128
 NUM_HELD_OUT = 64
-# latents and images of one part fit where a training step did
+# parts of this size fit into the memory that a training step needs
 PIXELS_PER_PART = 64 * 64 * 64
 
 
 class LeftOut(Exception):
-    """A visual that this run does not have; says why."""
+    """A visualization is not possible for this run; the message says why."""
 
 
 @dataclass(frozen=True)
 class Visualization:
-    """One image for people, or one animation if there are several sheets.
+    """One image, or one animation if there are several sheets.
 
     Attributes:
-        sheets: what it is made of.
+        sheets: the image, or the frames.
         caption: what it shows, in a sentence.
     """
 
@@ -50,7 +50,7 @@ class Scene:
     """A snapshot under a seed.
 
     Args:
-        snapshot: whose averages are looked at.
+        snapshot: its EMA weights are used.
         seed: of all latents.
     """
 
@@ -82,13 +82,13 @@ class Scene:
 
     @cached_property
     def opinions(self) -> Tensor | None:
-        """How real the discriminator finds what is :attr:`drawn`, (N,); None without one."""
+        """How real the discriminator rates :attr:`drawn`, (N,); None without a discriminator."""
         family, snapshot = self.family, self.snapshot
         if not isinstance(family, HasCritic):
             return None
         rest = set(family.networks) - set(self.networks)
         for name in rest:
-            # a snapshot has loaded the averages alone
+            # a snapshot only loads the EMA weights
             family.networks[name].load_state_dict(snapshot.checkpoint.tensors(name))
         plan, nimg = snapshot.plan, snapshot.nimg
         fade(family, family.networks, plan.alpha(nimg), plan.fading(nimg))
@@ -97,15 +97,15 @@ class Scene:
 
     @cached_property
     def ruler(self) -> Ruler:
-        """By what images are near each other."""
+        """The distance between images."""
         return choose_ruler(self.family.config.metrics, self.resolution, self.family.device)
 
     @cached_property
     def data(self) -> Dataset:
-        """What the run was trained on.
+        """The training data of the run.
 
         Raises:
-            LeftOut: it is not there any more, or is another.
+            LeftOut: the data are missing, or are not those it was trained on.
         """
         config = self.family.config
         try:
@@ -117,16 +117,16 @@ class Scene:
                 "give data.path= the shards that it was trained on",
             )
         except (ConfigError, ShardsError, OSError) as error:
-            raise LeftOut(f"the data of the run are needed: {error}") from None
+            raise LeftOut(f"the run's data are required: {error}") from None
         return data
 
     @cached_property
     def nearest(self) -> tuple[Nearest, float | None]:
-        """Training images nearest to what is :attr:`drawn`, and how near those held out are.
+        """The training images nearest to :attr:`drawn`, and how near held-out images are.
 
-        The second is the median over images of ``val`` of the distance to their nearest; None if
-        there are none, or they are what was trained on. Mirrored images count where training
-        showed them.
+        The second is the median distance of ``val`` images to their nearest training image; None
+        without such images, or if ``val`` is the training split. Mirrored training images count if
+        training mirrored them.
 
         Raises:
             LeftOut: as :attr:`data`.

@@ -161,7 +161,7 @@ def test_failed_runs_are_listed_with_what_is_known(tmp_path):
     assert set(failures) == {"stopped", "collapsed", "broken", "stale", "unknown", "never"}
     assert failures["unknown"]["what"] == [f"never measured: dinogen evaluate {unknown}"]
     assert "stage 32x32: 2 of 20 thousand images" in failures["stopped"]["what"][0]
-    assert "last 1 log lines hold no finite loss" in failures["stopped"]["what"][1]
+    assert "last 1 log lines have no finite loss" in failures["stopped"]["what"][1]
     assert failures["stopped"]["status"] == "unfinished"
     assert failures["collapsed"]["what"] == ["COLLAPSED: samples differ 3 %"]
     said = "; ".join(failures["broken"]["what"])

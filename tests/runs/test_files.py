@@ -113,8 +113,8 @@ def test_what_is_sound_beside_what_is_not_stays(tmp_path):
         "of a later version": [1],
     }
     assert found.messages(tmp_path) == [
-        "result.json: nimg: 'many' is no whole number from 0 on",
-        "result.json: files: final: '../../etc/passwd' is no file of this folder",
+        "result.json: nimg: 'many' is not a whole number >= 0",
+        "result.json: files: final: '../../etc/passwd' is not a file in this folder",
     ]
 
 

@@ -67,6 +67,26 @@ def test_everything_lies_where_a_run_leaves_it(folder):
     assert stage.checkpoints.at(1400) == inside / "checkpoints" / "000001400"
 
 
+def test_names_of_earlier_versions_are_read_as_those_of_today(folder):
+    run, inside = Run(folder), folder / "4x4"
+    write(inside / "result.json", {"nimg": 1000, "verdict": "COLLAPSED"})
+    write(inside / "evaluation.json", {"nimg": 1000, "verdict": "BROKEN", "measured": {}})
+    write(inside / "looks" / "looks.json", {"grid16": {"file": "grid16.png", "nimg": 1000}})
+    progress = {"nimg": 1400, "verdict": "COLLAPSING"}
+    write(folder / "8x8" / "checkpoints" / "000001400" / "state.json", {"progress": progress})
+    stage = run.stage(4)
+    assert stage.result == {"nimg": 1000, "health": "COLLAPSED"}
+    assert stage.evaluation["health"] == "BROKEN"
+    assert stage.visualizations["grid16"]["file"] == "grid16.png" and stage.visualized
+    assert stage.visualizations_folder == inside / "looks"
+    state = next(run.stage(8).checkpoints.iter_states()).value
+    assert state["progress"] == {"nimg": 1400, "health": "COLLAPSING"}
+    write(inside / "result.json", {"health": "ok", "verdict": "COLLAPSED", "nimg": 1000})
+    assert stage.result == {"health": "ok", "nimg": 1000}
+    (inside / "visualizations").mkdir()
+    assert stage.visualizations_folder == inside / "visualizations"
+
+
 def test_a_run_is_named_by_a_path_that_ends_in_its_name(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert Run(".").path == folder.resolve()

@@ -1,4 +1,4 @@
-"""Writes a comparison: a self-contained page, the same as JSON and as Markdown."""
+"""Writes a comparison of runs: a self-contained page, JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Written:
     """A comparison on disk.
 
     Attributes:
-        page: of it.
-        damaged: what is wrong with the files of a run, by the run's name.
-        num_sound: runs of which nothing is damaged.
+        page: ``index.html``.
+        damaged: what is wrong with the files of a damaged run, by the name of the run.
+        num_sound: number of runs without damage.
     """
 
     page: Path
@@ -35,13 +35,13 @@ def write_comparison(runs: Sequence[Path], out: Path, title: str) -> Written:
     """Write ``index.html``, ``comparison.json`` and ``comparison.md`` into a folder.
 
     Args:
-        runs: folders of runs; one that failed or was never begun is listed as such.
-        out: the folder; made if it is not there.
+        runs: folders of runs; failed ones and those that never began are listed as such.
+        out: the folder; created if needed.
         title: heading of the page.
 
     Returns:
-        The page, which needs no other file and no network; and which runs are damaged. They are
-        listed on it with the reason, and compared as far as their files are sound.
+        The page, which needs no other file and no network, and the damaged runs. The page lists
+        them with the reasons, and compares what can be read of them.
 
     Raises:
         UserError: there is nothing to compare.

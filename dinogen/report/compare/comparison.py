@@ -1,4 +1,4 @@
-"""Many runs side by side: what page, JSON and Markdown of a comparison have in common."""
+"""A comparison of runs: what its page, JSON and Markdown have in common."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from dinogen.report.compare.warnings import warnings_of
 
 
 class Comparison:
-    """Some runs side by side: what page, JSON and Markdown have in common.
+    """A comparison of runs: what its page, JSON and Markdown have in common.
 
     Args:
-        runs: as they were read.
+        runs: as read from their folders.
         title: heading.
     """
 
@@ -47,7 +47,7 @@ class Comparison:
 
     @property
     def fingerprints(self) -> dict[str, dict[str, Any]]:
-        """All ids of the table with what they stand for, as far as the runs say it."""
+        """The facts behind each fingerprint of the table, as far as the runs record them."""
         found: dict[str, dict[str, Any]] = {}
         for run in self.runs:
             for number in run.numbers.values():
@@ -58,13 +58,13 @@ class Comparison:
 
     @property
     def order(self) -> str:
-        """By what the rows are sorted, in words."""
+        """The order of the rows, in words."""
         if self.main_column is None or not self.main_column.comparable:
             return "in the order given"
         return f"sorted by {self.main_column.full_label}, best first"
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, JSON-ready."""
+        """The comparison, JSON-ready."""
         return {
             "title": self.title,
             "dinogen": self.version,
@@ -88,13 +88,13 @@ class Comparison:
 
 
 def _damaged(damaged: Sequence[ComparedRun], runs: Sequence[ComparedRun]) -> list[str]:
-    """One sentence above everything, if files are damaged."""
+    """A warning if files are damaged."""
     if not damaged:
         return []
     names = ", ".join(run.name for run in damaged)
     return [
-        f"DAMAGED FILES in {len(damaged)} of {len(runs)} runs: {names}. What is wrong with each "
-        "stands under Failures; what is sound is compared."
+        f"DAMAGED FILES in {len(damaged)} of {len(runs)} runs: {names}. Failures lists "
+        "what is wrong with each; the rest is compared."
     ]
 
 

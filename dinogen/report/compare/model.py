@@ -1,4 +1,4 @@
-"""What a comparison knows of a run: numbers with their origin, images, curves, problem."""
+"""What a comparison knows of a run: numbers with their origin, images, curves, problems."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Number:
-    """One figure of a run.
+    """One number of a run.
 
     Attributes:
         name: such as ``fid768`` or ``seconds``.
-        value: None where it is not available; ``reason`` then says why.
+        value: None if it is not available; ``reason`` says why.
         spread: standard deviation, in the unit of the value; None where there is none.
         better: ``lower``, ``higher`` or ``none``.
-        num_samples: generated images that it was measured on.
-        num_reference: real images that they were compared with.
-        fingerprint: id of how it was measured; only equal ones compare.
+        num_samples: number of generated images.
+        num_reference: number of real images they were compared with.
+        fingerprint: id of how it was measured; only numbers with the same one can be compared.
         reason: why there is no value, with the remedy.
         source: key of :attr:`ComparedRun.sources`.
-        caution: why it is to be read with care; None if nothing speaks against it.
+        caution: why it is uncertain; None if it is not.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Number:
 
 @dataclass(frozen=True)
 class Source:
-    """Where numbers were read, and what made them.
+    """Where numbers were read from, and what wrote them.
 
     Attributes:
         file: relative to the run.
-        command: that makes the file again.
-        nimg: images that the run had been shown.
+        command: writes the file again.
+        nimg: number of images seen.
         versions: of dinogen, torch, python.
         device: in words.
     """
@@ -64,11 +64,11 @@ class Source:
 
 @dataclass
 class ComparedRun:
-    """All that a comparison says about one run.
+    """Everything that a comparison shows of one run.
 
-    Attributes (those that do not explain themselves):
-        problems: what a reader has to know of it: damage, collapse, where it stopped.
-        damage: those of them that say which of its files is damaged.
+    Attributes (those that need an explanation):
+        problems: damage, collapse, where it stopped.
+        damage: those of them that are damaged files.
     """
 
     folder: Path
@@ -102,7 +102,7 @@ class ComparedRun:
 
 
 def take(run: ComparedRun, found: Found[T]) -> T:
-    """What is sound of one of a run's files; what is not becomes a problem of the run."""
+    """The valid part of a file; what is wrong with it is added to the problems of the run."""
     said = found.messages(named_folder(run.folder))
     run.problems += said
     run.damage += said
@@ -112,7 +112,7 @@ def take(run: ComparedRun, found: Found[T]) -> T:
 MAX_BYTES = 4_000_000
 TYPES = {".png": "png", ".gif": "gif", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
-# Which images stand under which heading, by the beginning of their names.
+# The section of an image, by the beginning of its name.
 SECTIONS = {
     "samples": ("grid16", "grid64", "final"),
     "interpolations": ("interpolation",),
@@ -126,16 +126,16 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class Visualization:
-    """An image, or why there is none.
+    """An image, or the reason why there is none.
 
     Attributes:
         name: such as ``grid16``.
-        path: the file; None if it was left out.
+        path: the file; None without an image.
         caption: what it shows.
-        nimg: images that the run had been shown.
-        seed: that it was drawn with.
-        command: that draws it again.
-        reason: why it was left out.
+        nimg: number of images seen.
+        seed: it was drawn with.
+        command: draws it again.
+        reason: why there is no image.
     """
 
     name: str
@@ -159,9 +159,9 @@ class Visualization:
 
     @property
     def section(self) -> str:
-        """Under which heading it stands: a key of :data:`SECTIONS`, or ``more``."""
+        """The section it belongs to: a key of :data:`SECTIONS`, or ``more``."""
         if self.name.endswith("_animated"):
-            return "more"  # many moving images on one page make nobody wiser
+            return "more"  # several animations on one page distract
         for section, beginnings in SECTIONS.items():
             if self.name.startswith(beginnings):
                 return section
@@ -171,7 +171,7 @@ class Visualization:
 def find_visualizations(
     stage: Stage, result: dict[str, Any] | None
 ) -> tuple[Found[dict[str, dict[str, Any]]], list[Visualization], list[str]]:
-    """visualizations.json, its images, else the last grid of training; and what is missing.
+    """The index, the images (without samples the last grid of training), and what is missing.
 
     Args:
         stage: of the run.
@@ -187,7 +187,7 @@ def find_visualizations(
     if not any(one.section == "samples" and one.path for one in visuals) and result:
         name = (result.get("files") or {}).get("final")
         if name and (stage.folder / name).is_file():
-            caption = "drawn at the end of training, under the seed of the run"
+            caption = "drawn at the end of training with the seed of the run"
             visuals.append(Visualization("final", stage.folder / name, caption, result.get("nimg")))
     return index, visuals, problems
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dinogen.report.compare.model import ComparedRun, Number
 
-# (heading, ((name, label), ...)) in the order of the table; what is not named here comes after.
+# (heading, ((name, label), ...)) in the order of the table; metrics that are not listed come last.
 MEASURED: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     (
         "Inception",
@@ -92,18 +92,18 @@ COSTS: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class Column:
-    """One kind of number over all runs.
+    """One kind of number for all runs.
 
     Attributes:
         name: as in :class:`Number`.
         label: heading.
         group: heading above several columns.
         better: ``lower``, ``higher`` or ``none``.
-        decimals: shown.
-        comparable: False where fingerprints, counts or devices differ: then none is the best.
-        counts: samples and reference images where they are the same for all, else empty.
+        decimals: number shown.
+        comparable: False if fingerprints, counts or devices differ: then no run is the best.
+        counts: numbers of samples and real images if they are the same for all, else empty.
         best: names of the runs with the best value.
-        near: names of those whose distance from the best is within two spreads.
+        near: names of runs within two spreads of the best.
     """
 
     name: str
@@ -118,7 +118,7 @@ class Column:
 
     @property
     def full_label(self) -> str:
-        """The label, with the feature extractor where others have a column of the same label."""
+        """The label, with the feature extractor if several have a column of this label."""
         needs = self.label in ("precision", "recall", "density", "coverage", "memorisation")
         return (
             f"{self.label} ({self.group})"
@@ -128,11 +128,11 @@ class Column:
 
     @property
     def arrow(self) -> str:
-        """Which way is better."""
+        """The direction that is better."""
         return {"lower": "↓", "higher": "↑"}.get(self.better, "")
 
     def show(self, number: Number | None) -> str:
-        """The value as text, a dash where there is none."""
+        """The value as text, or a dash."""
         if number is None or number.value is None:
             return "–"
         return self.text(number.value)
@@ -150,7 +150,7 @@ class Column:
 
 
 def label_of(name: str) -> str:
-    """What a number is called where its heading is not beside it."""
+    """The name of a number where its group heading is not visible."""
     for group, names in (*MEASURED, ("Cost", COSTS)):
         for one, label in names:
             if one == name:
@@ -159,7 +159,7 @@ def label_of(name: str) -> str:
 
 
 def show_counts(number: Number) -> str:
-    """How many images stand behind a number, in words; empty where that says nothing."""
+    """The number of images behind a value, in words; empty if unknown."""
     if number.num_samples is None:
         return ""
     if number.num_reference is None:
@@ -168,7 +168,7 @@ def show_counts(number: Number) -> str:
 
 
 def all_digits(value: float) -> str:
-    """A number as it was written, without the point of a whole one."""
+    """A number with all its digits; whole numbers without a decimal point."""
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
 
 
@@ -179,7 +179,7 @@ DIGITS = 3
 
 
 def make_columns(runs: Sequence[ComparedRun]) -> list[Column]:
-    """The columns that at least one run has a value for, in the order of the table."""
+    """The columns for which at least one run has a value, in the order of the table."""
     named = [(name, label, group) for group, names in MEASURED for name, label in names]
     known = {name for name, _, _ in named} | {name for name, _ in COSTS}
     rest = {name: None for run in runs for name in run.numbers if name not in known}
@@ -194,13 +194,13 @@ def make_columns(runs: Sequence[ComparedRun]) -> list[Column]:
 
 
 def values_of(runs: Sequence[ComparedRun], name: str) -> dict[str, Number]:
-    """Numbers of that name that have a value, by the name of the run."""
+    """Numbers with that name and a value, by the name of the run."""
     found = {run.name: run.numbers.get(name) for run in runs}
     return {key: one for key, one in found.items() if one is not None and one.value is not None}
 
 
 def main_column(columns: Sequence[Column], runs: Sequence[ComparedRun]) -> Column | None:
-    """The column that the comparison is told by; None if nothing was measured."""
+    """The column of the main metric; None if nothing was measured."""
     counts = {one.name: len(values_of(runs, one.name)) for one in columns}
     found = [name for name in MAIN_METRICS if name in counts]
     if not found:
@@ -210,7 +210,7 @@ def main_column(columns: Sequence[Column], runs: Sequence[ComparedRun]) -> Colum
 
 
 def sort_runs(runs: Sequence[ComparedRun], by: Column | None) -> list[ComparedRun]:
-    """Best first, those without a value last; as given where values do not compare."""
+    """Best first, runs without a value last; unchanged if the values cannot be compared."""
     if by is None or not by.comparable or by.better == "none":
         return list(runs)
     sign = 1.0 if by.better == "lower" else -1.0
@@ -225,7 +225,7 @@ def sort_runs(runs: Sequence[ComparedRun], by: Column | None) -> list[ComparedRu
 def unavailable(
     runs: Sequence[ComparedRun], label: Callable[[str], str]
 ) -> list[tuple[str, str, list[str]]]:
-    """``(metrics, reason, runs)`` of all that could not be measured."""
+    """``(metrics, reason, runs)`` of everything that could not be measured."""
     found: dict[str, dict[str, list[str]]] = {}
     for run in runs:
         for name, number in run.numbers.items():
@@ -255,7 +255,7 @@ def _column(
     else:
         same = len({n.fingerprint for n in numbers.values()}) == 1 and len(counts) == 1
     column = replace(column, comparable=same)
-    # among one there is no best
+    # a single value cannot be the best
     if same and one.better != "none" and len(numbers) > 1:
         best, near = _best(numbers, one.better)
         column = replace(column, best=best, near=near)
@@ -268,12 +268,12 @@ def _device(run: ComparedRun, number: Number) -> str | None:
 
 
 def _best(numbers: dict[str, Number], better: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names with the best value, and names that two spreads do not tell apart from it."""
+    """Names with the best value, and names within two spreads of it."""
     values = {name: one.value for name, one in numbers.items() if one.value is not None}
     top = min(values.values()) if better == "lower" else max(values.values())
     best = tuple(name for name, value in values.items() if value == top)
     if len(best) == len(values):
-        return (), ()  # where all are alike none is better
+        return (), ()  # all are equal
     spread = numbers[best[0]].spread
     near = []
     for name, one in numbers.items():
@@ -285,7 +285,7 @@ def _best(numbers: dict[str, Number], better: str) -> tuple[tuple[str, ...], tup
 
 
 def _decimals(numbers: dict[str, Number]) -> int:
-    """So many that a middling value has three digits, and the smallest spread one."""
+    """Enough for three digits of the median value and one of the smallest spread."""
     values = [abs(one.value) for one in numbers.values() if one.value]
     if not values:
         return 0
@@ -297,7 +297,7 @@ def _decimals(numbers: dict[str, Number]) -> int:
 
 
 def number_rows(run: ComparedRun) -> list[dict[str, Any]]:
-    """Every number of a run with its origin, full precision, for its provenance."""
+    """Every number of a run with its origin, at full precision."""
     rows = []
     for number in (*run.numbers.values(), *run.others.values()):
         source = run.sources.get(number.source)
@@ -326,16 +326,16 @@ def number_rows(run: ComparedRun) -> list[dict[str, Any]]:
     return rows
 
 
-# What does not make another experiment.
+# Config keys that do not make it a different experiment.
 ASIDE = ("run", "seed", "notes", "cluster", "log", "checkpoint", "device", "metrics", "prepare")
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """Some runs of one experiment.
+    """Runs of one experiment with different seeds.
 
     Attributes:
-        name: of the experiment: what the names of its runs have in common, else the family.
+        name: of the experiment: the common prefix of the run names, else the family.
         runs: their names.
         values: by column: mean and standard deviation (N - 1) over the runs.
     """
@@ -346,9 +346,9 @@ class Seeds:
 
 
 def over_seeds(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[Seeds]:
-    """Groups of at least two runs of one config under different seeds.
+    """Groups of at least two runs that differ only in the seed.
 
-    Only figures that all runs of a group have, measured alike, are averaged.
+    Only metrics that all runs of a group have, measured in the same way, are averaged.
     """
     groups: dict[str, list[ComparedRun]] = {}
     for run in runs:
@@ -376,7 +376,7 @@ def _experiment(config: dict[str, Any]) -> str:
 
 
 def _common(runs: Sequence[ComparedRun]) -> str:
-    """What the names of runs begin with alike."""
+    """The common prefix of the names."""
     names = [run.name for run in runs]
     first, last = min(names), max(names)
     length = next(

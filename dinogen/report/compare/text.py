@@ -1,4 +1,4 @@
-"""A comparison as Markdown: for notes, pull requests and terminals."""
+"""A comparison as Markdown, for notes, pull requests and terminals."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from dinogen.report.compare.table import Column, all_digits, number_rows
 
 
 def render_text(comparison: Comparison) -> str:
-    """All of a comparison but its images and curves, as Markdown."""
+    """A comparison without images and curves, as Markdown."""
     lines = [f"# {_cell(comparison.title)}", ""]
     lines += [f"> **Warning.** {_cell(text)}\n>" for text in comparison.warnings]
-    lines += ["", f"## Figures ({comparison.order})", ""]
+    lines += ["", f"## Metrics ({comparison.order})", ""]
     columns = comparison.columns
     heads = [f"{column.full_label} {column.arrow}".strip() for column in columns]
     lines += _table(
         ["run", "family", *heads],
         (
-            [run.name, run.family, *(_figure(run, column) for column in columns)]
+            [run.name, run.family, *(_value(run, column) for column in columns)]
             for run in comparison.runs
         ),
     )
     lines += [
         "",
-        "Bold: best of its column; ≈: two spreads do not tell it apart from the best; ± spread; "
-        "n: generated images / real ones; few images: fewer than 1,000 of either, or than the "
-        "features have dimensions.",
+        "Bold: best of its column; ≈: within two spreads of the best; ± spread; "
+        "n: generated images / real ones; few images: fewer than 1,000 of either, or fewer "
+        "than the features have dimensions.",
         "",
     ]
     for metrics, reason, runs in comparison.unavailable:
@@ -37,7 +37,7 @@ def render_text(comparison: Comparison) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _figure(run: ComparedRun, column: Column) -> str:
+def _value(run: ComparedRun, column: Column) -> str:
     """A cell of the table: value, spread, counts."""
     number = run.numbers.get(column.name)
     if number is None or number.value is None:
@@ -81,7 +81,7 @@ def _failures(comparison: Comparison) -> list[str]:
     for run in (*comparison.failed, *comparison.with_problems):
         lines.append(f"- **{_cell(run.name)}** ({run.status}): {_cell('; '.join(run.problems))}")
     if len(lines) == 3:
-        lines.append("None: every run has a result and no problem.")
+        lines.append("None: every run has a result and no problems.")
     return lines
 
 
