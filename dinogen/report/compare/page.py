@@ -39,7 +39,7 @@ SECTIONS = (
         "Weakest samples",
         "Rated lowest by the discriminator, or by the distance to real images.",
     ),
-    ("neighbours", "Nearest training images", "Next to samples: memorized images show up here."),
+    ("neighbours", "Nearest training images", "Next to samples: memorised images show up here."),
 )
 
 
