@@ -104,7 +104,10 @@ DAMAGES = {
         "measured: fid768: value: '12' is not a finite number",
     ),
     "fingerprints": (edit(EVALUATION, fingerprints={"a": None}, sampling=3), "fingerprints: a: "),
-    "surrogate": (put(EVALUATION, b'{"command": "\\ud800", "nimg": -3}'), "nimg: -3 is not a whole"),
+    "surrogate": (
+        put(EVALUATION, b'{"command": "\\ud800", "nimg": -3}'),
+        "nimg: -3 is not a whole",
+    ),
     "metrics-cut": (put("32x32/metrics.jsonl", b'{"nimg": 16, "metr'), "metrics.jsonl: line 1"),
     "visualizations": (
         put(LOOKS, '{"grid16": "grid16.png", "a": {"file": "/etc/passwd"}}'),
