@@ -24,22 +24,22 @@ log = logging.getLogger(__name__)
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 NUM_FACES = 100
-MIN_FACES = 2  # the least that differ
+MIN_FACES = 2  # the fewest that can differ from each other
 # Faces of the built-in set are 25 pixels wide: more than 64 would only be blur.
 BUILTIN_SIZE = 64
 _ASKED = "demo.json"
 RANDOM_SHAPE = {"hidden_size": 128, "num_layers": 3, "num_heads": 2}
-# It costs a tenth of DINOv2-small, so the same minutes show more images.
+# It costs a tenth of DINOv2-small, so more images fit into the same minutes.
 RANDOM_KIMG = (7.68, 5.12, 3.072)
 RANDOM_FADE_KIMG = (0.0, 1.536, 0.512)
 # As they are initialised for training, the blocks hardly mix, and the last layer norm divides
-# brightness away, since little besides the pixels enters a token. These factors mend both.
+# brightness away, since little besides the pixels enters a token. These factors correct both.
 RANDOM_GAINS = {"embeddings.position_embeddings": 25.0, "encoder": 3.0}
 
 
 @dataclass
 class Demo:
-    """What a demo has made.
+    """The result of a demo.
 
     Attributes:
         config: of the run.
@@ -64,18 +64,18 @@ def run_demo(
 ) -> Demo:
     """Photos to faces, pyramids, shards and trained stages below ``out``.
 
-    The same call again goes on where it was.
+    The same call again continues where it was.
 
     Args:
-        out: folder for all of it.
+        out: folder for all files.
         photos: folder of photos; faces that come with scikit-image if None.
         guide_path: DINOv2 checkpoint folder or hub name. If None, the config's guide if its
-            weights is available, else a smaller one with random weights, which is said loudly.
+            weights are available, else a smaller one with random weights, with a warning.
         config_file: the run; configs/demo.yaml if None.
 
     Raises:
         UserError: ``out`` holds a demo of other photos or another guide; fewer than two faces were
-            found; the guide that was asked for is not available. If nothing was in ``out`` before,
+            found; the requested guide is not available. If nothing was in ``out`` before,
             nothing is left there.
     """
     config_file = config_file or CONFIG
@@ -100,7 +100,7 @@ def _until_training(
     config: Config,
     seconds: dict[str, float],
 ) -> tuple[Config, bool]:
-    """All that comes before training: its config, and whether the guide is random."""
+    """Everything before training; returns the config, and whether the guide is random."""
     _check_same(out, photos, guide_path)
     found = find_photos(photos) if photos else None
     with _timed("guide", seconds):
@@ -120,9 +120,9 @@ def _until_training(
 
 @contextmanager
 def _nothing_left(out: Path) -> Iterator[None]:
-    """Clear away what a demo that cannot run has begun, so that the mended command finds no trace.
+    """Remove what a failing demo has written, so that the corrected command starts afresh.
 
-    An interruption leaves all as it is: the same command goes on there.
+    After an interruption nothing is removed: the same command continues there.
     """
     fresh = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     try:
@@ -135,7 +135,7 @@ def _nothing_left(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Measure and tell the wall time of a step."""
+    """Measure and log the wall time of a step."""
     began = time.monotonic()
     yield
     seconds[name] = time.monotonic() - began
@@ -143,17 +143,17 @@ def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def _asked(photos: Path | None, guide_path: str | None) -> dict[str, str | None]:
-    """What must not change from one call to the next in the same folder."""
+    """What must be the same in every call with the same folder."""
     return {"photos": str(photos.resolve()) if photos else None, "guide": guide_path}
 
 
 def _check_same(out: Path, photos: Path | None, guide_path: str | None) -> None:
-    """Refuse to mix two demos in one folder."""
+    """Refuse a folder that holds another demo."""
     found = read_object(out / _ASKED)
     if not found.there:
         return
     if found.value is None:
-        raise UserError(f"{found.told()[0]}: choose another folder with --out")
+        raise UserError(f"{found.messages()[0]}: choose another folder with --out")
     before = found.value
     for name, value in _asked(photos, guide_path).items():
         if before.get(name) != value:
@@ -161,11 +161,11 @@ def _check_same(out: Path, photos: Path | None, guide_path: str | None) -> None:
                 f"{out}: holds a demo with {name} {before.get(name) or 'built in'}, not "
                 f"{value or 'built in'}: choose another folder with --out, or delete this one"
             )
-    log.info("demo: %s is there already and goes on where it was", out)
+    log.info("demo: %s exists already and continues where it was", out)
 
 
 def _choose_guide(config: Config, path: str | None, out: Path) -> tuple[Config, Guide]:
-    """The guide asked for; else the config's if it is available; else a random one."""
+    """The requested guide; else the config's if it is available; else a random one."""
     from dinogen.features.checkpoint import weights_reachable
 
     chosen = config.guide
@@ -178,9 +178,9 @@ def _choose_guide(config: Config, path: str | None, out: Path) -> tuple[Config, 
         except GuideError as error:
             log.warning("%s", error)
     log.warning(
-        "RANDOM GUIDE: the weights of %s is not available here, so a smaller network of the same "
-        "kind with random weights takes its place. All of it runs, but the pictures say nothing "
-        "about quality. With the weights: dinogen demo --guide FOLDER --out demo-dinov2",
+        "RANDOM GUIDE: the weights of %s are not available here, so a smaller network of the "
+        "same kind with random weights is used instead. Everything runs, but the images say "
+        "nothing about quality. With the weights: dinogen demo --guide FOLDER --out demo-dinov2",
         chosen.path,
     )
     folder = out / "random-guide"
@@ -219,7 +219,7 @@ def _with_guide(config: Config, guide: GuideConfig) -> Config:
 
 
 def _without_detection(config: Config) -> Config:
-    """The config for pictures that are aligned faces already."""
+    """The config for images that are aligned faces already."""
     faces = config.prepare.faces.model_copy(update={"detect": "none", "size": BUILTIN_SIZE})
     return config.model_copy(update={"prepare": config.prepare.model_copy(update={"faces": faces})})
 

@@ -18,8 +18,8 @@ from typing import Any
 from dinogen.config import Config, load_config, parse_config
 from dinogen.errors import UserError
 from dinogen.files import write_text
-from dinogen.report.compare.columns import MEASURED
 from dinogen.report.compare.read import find_runs, is_run
+from dinogen.report.compare.table import MEASURED
 from dinogen.runs.run import Run, Stage
 from launch.study.folder import is_study
 
@@ -148,7 +148,7 @@ def _evaluate(run: Path, stage: Stage, words: Sequence[str]) -> dict[str, Any] |
         if subprocess.run(command, check=False).returncode:
             return None
         found = borrowed.read_evaluation()
-        for problem in found.told():
+        for problem in found.messages():
             log.warning("%s", problem)
         # its own commands name the place that it was given
         text = json.dumps(found.value).replace(str(place), str(run))
@@ -159,7 +159,7 @@ def _evaluate(run: Path, stage: Stage, words: Sequence[str]) -> dict[str, Any] |
 def _read(stage: Stage) -> dict[int, dict[str, Any]]:
     """Sound lines that are there already, by their images."""
     found = stage.read_sweep()
-    for problem in found.told():
+    for problem in found.messages():
         log.warning("%s", problem)
     return {line["nimg"]: {"fingerprints": {}} | line for line in found.value}
 

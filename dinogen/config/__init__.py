@@ -113,9 +113,7 @@ class NotesConfig(Section):
     # step: 2 is a number in YAML
     model_config = ConfigDict(extra="forbid", validate_default=True, coerce_numbers_to_str=True)
 
-    step: str | None = Field(
-        None, description="position in the history of the family, which rows are sorted by: 1, 2b"
-    )
+    step: str | None = Field(None, description="position in the history of the family, such as 2b")
     change: str | None = Field(None, description="what differs from the step before")
     failed: str | None = Field(None, description="what did not work")
     next: str | None = Field(None, description="what to try next")

@@ -142,7 +142,7 @@ def write_result(
     with process_group.rank_zero_section() as mine:
         if mine:
             earlier = read_evaluation(place.path)
-            for said in earlier.told():
+            for said in earlier.messages():
                 log.warning("%s; metric values of before that cannot be read are left out", said)
             before = earlier.value or {}
             weights = result.get(_WEIGHTS)

@@ -1,1 +1,1 @@
-"""Pictures, curves and the page of a run, made from the run's files alone."""
+"""Images, curves and the page of a run, made from the run's files alone."""

@@ -18,12 +18,12 @@ COLLAPSING, COLLAPSED = 0.5, 0.1
 
 
 def plot_loss_curve(stats_path: Path | str, out: Path | str, *, title: str) -> Path:
-    """Draw ``loss`` against thousands of images, with the floor that a collapsed generator reaches.
+    """Draw ``loss`` against thousands of images, with the floor of a collapsed generator.
 
     Args:
         stats_path: stats.jsonl of the stage.
-        out: the PNG file; appears whole or not at all.
-        title: drawn above the curve; should name the guide if its weights are random.
+        out: the PNG file; written atomically.
+        title: drawn above the curve; should say so if the guide's weights are random.
 
     Returns:
         ``out``.
@@ -34,23 +34,23 @@ def plot_loss_curve(stats_path: Path | str, out: Path | str, *, title: str) -> P
     lines = read_stats(stats_path)
     has_diversity = bool(series(lines, "diversity")[0])
     width, height = 7.2, 5.4 if has_diversity else 3.8
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
+    canvas = Figure(figsize=(width, height))
+    FigureCanvasAgg(canvas)
     # matplotlib's own layouts take a third of the whole time
-    figure.subplots_adjust(
+    canvas.subplots_adjust(
         0.95 / width, 0.55 / height, 1 - 0.12 / width, 1 - 0.4 / height, hspace=0.08
     )
-    figure.suptitle(title, fontsize=11)
+    canvas.suptitle(title, fontsize=11)
     if has_diversity:
-        loss_axes, diversity_axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        loss_axes, diversity_axes = canvas.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         _draw_diversity(diversity_axes, lines)
         bottom = diversity_axes
     else:
-        loss_axes = bottom = figure.subplots()
+        loss_axes = bottom = canvas.subplots()
     _draw_loss(loss_axes, lines)
     bottom.set_xlabel("images shown, thousands")
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
+    canvas.savefig(png, format="png", dpi=110)
     out = Path(out)
     write_bytes(out, png.getvalue())
     return out
@@ -112,7 +112,7 @@ def _draw_floor(axes: Axes, lines: list[Line]) -> None:
 
 
 def _draw_diversity(axes: Axes, lines: list[Line]) -> None:
-    """Diversity of samples over that of real images, with the two marks of collapse."""
+    """Diversity of samples over that of real images, with the two thresholds of collapse."""
     kimg, diversity = series(lines, "diversity")
     axes.plot(kimg, diversity, color=ORANGE, linewidth=1.6, marker="o", markersize=4)
     for level, name in ((COLLAPSING, "collapsing below"), (COLLAPSED, "collapsed below")):

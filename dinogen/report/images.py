@@ -1,4 +1,4 @@
-"""Images as PNG and GIF: grids, and sheets with words beside them."""
+"""Images as PNG and GIF: grids, and sheets with labels."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def save_grid(
     columns: int | None = None,
     min_tile: int = 64,
 ) -> Path:
-    """Write pictures as one PNG grid, row by row.
+    """Write images as one PNG grid, row by row.
 
     Args:
         images: ``(N, 3, R, R)`` float in [-1, 1], or ``(N, R, R, 3)`` uint8.
         path: the PNG file; appears whole or not at all.
-        columns: tiles per row; the nearest to a square by default.
-        min_tile: a smaller picture is enlarged by a whole factor without smoothing, so that a
-            4x4 picture can be seen pixel by pixel.
+        columns: tiles per row; by default the grid is nearly square.
+        min_tile: a smaller image is enlarged by a whole factor without smoothing, so that a
+            4x4 image can be seen pixel by pixel.
 
     Returns:
         ``path``.
@@ -62,7 +62,7 @@ def save_grid(
 def to_uint8(images: NDArray[Any]) -> NDArray[np.uint8]:
     """``(N, 3, R, R)`` float in [-1, 1] as ``(N, R, R, 3)`` uint8; uint8 NHWC passes through.
 
-    A pixel that is not finite turns magenta: black or grey could pass for a picture.
+    A pixel that is not finite turns magenta: black or grey could be mistaken for part of an image.
 
     Raises:
         ValueError: the array has another shape or type.
@@ -91,13 +91,13 @@ INK = (40, 40, 40)
 
 @dataclass(frozen=True)
 class Sheet:
-    """Pictures row by row.
+    """Images row by row.
 
     Attributes:
         images: (N, 3, R, R) float in [-1, 1], or (N, R, R, 3) uint8.
-        columns: pictures per row.
-        labels: words above the first that many pictures; empty ones take no room.
-        left: words left of the rows.
+        columns: images per row.
+        labels: text above the first images; empty ones take no room.
+        left: text to the left of the rows.
     """
 
     images: NDArray[Any]
@@ -107,7 +107,7 @@ class Sheet:
 
 
 def draw_sheet(sheet: Sheet) -> Image.Image:
-    """A sheet as RGB; pictures below 96 pixels are enlarged by a whole factor, unsmoothed."""
+    """A sheet as RGB; images below 96 pixels are enlarged by a whole factor, unsmoothed."""
     tiles = to_uint8(sheet.images)
     side = tiles.shape[1]
     factor = max(1, math.ceil(MIN_TILE / side))
@@ -144,23 +144,23 @@ def save_sheet(sheet: Sheet, path: Path) -> None:
 
 
 def save_animation(sheets: Sequence[Sheet], path: Path, seconds: float) -> None:
-    """Write sheets of one size as a GIF that begins again after its end, whole or not at all.
+    """Write sheets of one size as a GIF that repeats, whole or not at all.
 
     Args:
-        sheets: one frame each, two at least; the last stays three times as long.
+        sheets: one frame each, at least two; the last is shown three times as long.
         path: the GIF.
-        seconds: that a frame stays.
+        seconds: duration of a frame.
     """
     first, *others = (draw_sheet(sheet) for sheet in sheets)
     times = [round(1000 * seconds)] * len(others) + [round(3000 * seconds)]
     file = io.BytesIO()
-    # Frames that are alike would be merged by Pillow, and their times with them: so be it.
+    # Pillow merges equal frames and adds up their durations, which is fine.
     first.save(file, "GIF", save_all=True, append_images=others, duration=times, loop=0)
     write_bytes(path, file.getvalue())
 
 
 def with_corner(above: NDArray[Any], left: NDArray[Any], table: NDArray[Any]) -> NDArray[np.uint8]:
-    """A table of pictures with a row above and a column to its left, and a white corner.
+    """A table of images with a row above and a column to its left, and a white corner.
 
     Args:
         above: (C, 3, R, R) float in [-1, 1].

@@ -1,4 +1,4 @@
-"""The page of a run: every stage beside real pictures, its curve and its numbers, in one file."""
+"""The page of a run: generated and real images, loss and numbers of every stage, in one file."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ BADGES = {"ok": "ok", "COLLAPSING": "warn", "COLLAPSED": "bad"}
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture of the page.
+class PageImage:
+    """An image on the page.
 
     Attributes:
         caption: what it shows.
         name: file name inside the stage's folder.
-        data: the file as a data URI; None if it is missing, which the page says.
+        data: the file as a data URI; None if it is missing, which the page shows.
     """
 
     caption: str
@@ -41,12 +41,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Stage:
-    """What the page says about one finished stage."""
+    """What the page shows of one finished stage."""
 
     name: str
     result: dict[str, Any]
-    pictures: tuple[Picture, ...]
-    curve: Picture
+    images: tuple[PageImage, ...]
+    curve: PageImage
 
     @property
     def health(self) -> str:
@@ -55,12 +55,12 @@ class Stage:
 
     @property
     def badge(self) -> str:
-        """CSS class of the health; one that is not known must not look good."""
+        """CSS class of the health status; an unknown one must not look good."""
         return BADGES.get(self.health, "bad")
 
 
 def write_page(run: Path) -> Path:
-    """Write ``RUN/index.html`` from the run's files; nothing outside the file is needed to read it.
+    """Write ``RUN/index.html`` from the run's files; the page needs no other file.
 
     Args:
         run: folder of a run with at least one finished stage.
@@ -78,9 +78,7 @@ def write_page(run: Path) -> Path:
     for problem in damaged:
         log.warning("%s", problem)
     if not stages:
-        raise UserError(
-            f"{run}: no stage is finished (no sound result.json below it): train it first"
-        )
+        raise UserError(f"{run}: no stage is finished (no valid result.json in it): train it first")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     html = template.render(
@@ -107,7 +105,7 @@ def _read_stages(run: Run) -> tuple[list[Stage], list[str]]:
     stages, damaged = [], []
     for stage in run.begun:
         found = stage.read_result()
-        damaged += found.told(run.path)
+        damaged += found.messages(run.path)
         if found.value is not None:
             stages.append(_stage(stage.folder, found.value))
     return stages, damaged
@@ -118,32 +116,32 @@ def _stage(folder: Path, result: dict[str, Any]) -> Stage:
     return Stage(
         name=folder.name,
         result=result,
-        pictures=(
-            _read_picture(folder, "generated", files.get("final")),
-            _read_picture(folder, "real", files.get("real")),
+        images=(
+            _read_image(folder, "generated", files.get("final")),
+            _read_image(folder, "real", files.get("real")),
         ),
-        curve=_read_picture(folder, "loss curve", files.get("loss_curve")),
+        curve=_read_image(folder, "loss curve", files.get("loss_curve")),
     )
 
 
-def _read_picture(folder: Path, caption: str, name: str | None) -> Picture:
+def _read_image(folder: Path, caption: str, name: str | None) -> PageImage:
     path = folder / (name or caption)
     raw = read_raw(path)
     if not raw.value:
-        return Picture(caption, path.name, None)
+        return PageImage(caption, path.name, None)
     data = base64.b64encode(raw.value).decode("ascii")
-    return Picture(caption, path.name, f"data:image/png;base64,{data}")
+    return PageImage(caption, path.name, f"data:image/png;base64,{data}")
 
 
 def _read_text(path: Path) -> str:
     found = read_text(path)
     if not found.there:
         return f"{path.name} is missing"
-    return found.value or "; ".join(found.told(path.parent)) or f"{path.name} is empty"
+    return found.value or "; ".join(found.messages(path.parent)) or f"{path.name} is empty"
 
 
 def _number(name: str, form: str, scale: float = 1.0) -> Show:
-    """Reads a number of a result as text; a dash where the run has none."""
+    """Reads a number of a result as text; a dash without one."""
 
     def show(result: dict[str, Any]) -> str:
         value = finite(result.get(name))

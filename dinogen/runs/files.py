@@ -1,8 +1,8 @@
-"""The one reader of a run's files: what is sound in each, and a reason for what is not.
+"""Reads every file of a run: what is valid in it, and what is wrong with the rest.
 
-A run's folder is touched by kills, full disks, editors, other versions and other people. Whoever
-reads a file of it reads it here. Nothing below raises because of what a file holds: a reader gets
-values of the types that it was promised, and reasons in words for everything else.
+Files of a run can be damaged by kills, full disks, editors, and other versions. All code reads them
+here. No function raises because of a file's content: it returns values of the documented types, and
+messages about everything else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from dinogen.config.base import read_mapping
 from dinogen.errors import UserError
-from dinogen.runs.earlier import with_names_of_today
+from dinogen.runs.earlier import with_new_keys
 from dinogen.runs.layout import stage_resolution
 from dinogen.runs.values import (
     MAX_VALUES,
@@ -44,20 +44,20 @@ from dinogen.runs.values import (
 T = TypeVar("T")
 Line = dict[str, Any]
 
-# more than any file of a run holds: what is larger was not written by dinogen
+# larger than any file that dinogen writes in a run
 MAX_BYTES = 256 << 20
-_MAX_SAID = 3  # lines of a file that are named one by one
+_MAX_SAID = 3  # damaged lines that are listed individually
 
 
 @dataclass(frozen=True)
 class Found(Generic[T]):
-    """What was read of one file.
+    """What was read from one file.
 
     Attributes:
         path: the file.
-        value: what is sound; of a file that is missing or not readable, what stands for nothing.
-        problems: what is wrong with it, each to be read behind the name of the file.
-        there: whether there is anything of that name.
+        value: the valid part; empty if the file is missing or not readable.
+        problems: what is wrong with it; each continues the name of the file.
+        there: whether the path exists.
     """
 
     path: Path
@@ -65,8 +65,8 @@ class Found(Generic[T]):
     problems: tuple[str, ...] = ()
     there: bool = True
 
-    def told(self, root: Path | None = None) -> list[str]:
-        """The problems with the name of the file, relative to ``root`` if it lies below."""
+    def messages(self, root: Path | None = None) -> list[str]:
+        """The problems, each with the name of the file, relative to ``root`` if inside it."""
         name = self.path
         if root is not None and name.is_relative_to(root):
             name = name.relative_to(root)
@@ -77,7 +77,7 @@ class Found(Generic[T]):
 
 
 def read_raw(path: Path) -> Found[bytes]:
-    """The bytes of a file; a pipe, a folder or a device in its place is a problem, not a wait."""
+    """The bytes of a file; a pipe, folder or device is a problem, and is not waited for."""
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
@@ -95,7 +95,7 @@ def read_raw(path: Path) -> Found[bytes]:
 
 
 def read_text(path: Path) -> Found[str]:
-    """A file as UTF-8 text; bytes that are none stand as U+FFFD, which is a problem."""
+    """A file as UTF-8 text; invalid bytes become U+FFFD, and are a problem."""
     raw = read_raw(path)
     if raw.problems or not raw.there:
         return Found(path, "", raw.problems, raw.there)
@@ -107,25 +107,25 @@ def read_text(path: Path) -> Found[str]:
 
 
 def read_object(path: Path) -> Found[dict[str, Any] | None]:
-    """The JSON object that a file holds, with the key names of today; None if there is none."""
+    """The JSON object in a file; None without one."""
     raw = read_raw(path)
     if raw.problems or not raw.there:
         return Found(path, None, raw.problems, raw.there)
     try:
-        return Found(path, with_names_of_today(parse_object(raw.value)))
+        return Found(path, with_new_keys(parse_object(raw.value)))
     except ValueError as error:
         return Found(path, None, (f" cannot be read: {error}",))
 
 
 def read_lines(path: Path, kinds: Mapping[str, Kind] | None = None) -> Found[list[Line]]:
-    """The sound lines of a file of one JSON object a line, in order of ``nimg``, each once.
+    """The valid lines of a file with one JSON object per line, by ascending ``nimg``.
 
-    A run that was killed and resumed may have logged the same images twice: what the later
-    process wrote replaces everything from there on.
+    A run that was killed and resumed may have logged the same images twice: the later lines
+    replace everything from there on.
 
     Args:
         path: the file.
-        kinds: of further keys, see :func:`checked`; ``nimg`` is a whole number in every line.
+        kinds: kinds of further keys, see :func:`checked`; ``nimg`` is always a whole number.
     """
     raw = read_raw(path)
     lines: list[Line] = []
@@ -173,21 +173,21 @@ def stage_folders(run: Path) -> Found[list[tuple[int, Path]]]:
     return Found(run, sorted(found))
 
 
-# ---- what each file of a run holds ---------------------------------------------------------------
+# ---- contents of each file -----------------------------------------------------------------------
 
 
 def read_result(path: Path) -> Found[dict[str, Any] | None]:
-    """result.json of a stage: what it came to, and the files that show it."""
+    """result.json of a stage: its results, and the names of its images."""
     return _checked(read_object(path), _RESULT, needs=("nimg",))
 
 
 def read_evaluation(path: Path) -> Found[dict[str, Any] | None]:
-    """evaluation.json; each metric value of ``measured`` is one that can be shown."""
+    """evaluation.json; each entry of ``measured`` can be shown."""
     return _checked(read_object(path), _EVALUATION)
 
 
 def read_metrics(path: Path) -> Found[list[Line]]:
-    """Lines of metric values measured while training; lines without ``metrics`` are left out.
+    """Lines of metric values measured during training; lines without ``metrics`` are left out.
 
     For metrics.jsonl and checkpoints.jsonl.
     """
@@ -197,21 +197,21 @@ def read_metrics(path: Path) -> Found[list[Line]]:
 
 
 def read_visualizations(path: Path) -> Found[dict[str, dict[str, Any]]]:
-    """looks.json: what `dinogen look` has drawn, by name."""
+    """visualizations.json: what `dinogen look` has drawn, by name."""
     found = read_object(path)
-    looks: dict[str, dict[str, Any]] = {}
+    visuals: dict[str, dict[str, Any]] = {}
     problems = list(found.problems)
     for name, one in (found.value or {}).items():
         try:
-            looks[name], bad = checked(section(one), _LOOK)
+            visuals[name], bad = checked(section(one), _VISUALIZATION)
         except ValueError as error:
             bad = [str(error)]
         problems += [f": {name}: {reason}" for reason in bad]
-    return Found(path, looks, tuple(problems), found.there)
+    return Found(path, visuals, tuple(problems), found.there)
 
 
 def read_attempts(path: Path) -> Found[dict[str, list[dict[str, Any]]]]:
-    """study.json: what `dinogen study` has tried, by run, oldest first."""
+    """study.json: the attempts of `dinogen study`, by run, oldest first."""
     found = read_object(path)
     problems = list(found.problems)
     attempts: dict[str, list[dict[str, Any]]] = {}
@@ -233,9 +233,9 @@ def read_attempts(path: Path) -> Found[dict[str, list[dict[str, Any]]]]:
 
 
 def read_config(path: Path) -> Found[dict[str, Any]]:
-    """config.yaml as plain values, with those sections sound that a report reads.
+    """config.yaml as plain values; the sections that reports use are checked.
 
-    It is not checked against the schema: a config of a later or earlier version is read too.
+    The schema is not applied, so configs of earlier and later versions can be read too.
     """
     raw = read_raw(path)
     if raw.problems or not raw.there:
@@ -251,12 +251,12 @@ def read_config(path: Path) -> Found[dict[str, Any]]:
 
 
 def read_state(path: Path) -> Found[dict[str, Any] | None]:
-    """state.json of a checkpoint: where the run was, and what it was trained on."""
+    """state.json of a checkpoint: the progress of the run, and its training data."""
     return _checked(read_object(path), _STATE)
 
 
 def state_problem(state: object) -> str | None:
-    """Why a state.json that was read cannot be gone on from or sampled; None if it can."""
+    """Why a state.json cannot be resumed or sampled from; None if it can."""
     try:
         value = section(state)
         for key in ("progress", "config", "facts", "versions", "files", "engine", "logger"):
@@ -281,12 +281,13 @@ def state_problem(state: object) -> str | None:
 def _checked(
     found: Found[dict[str, Any] | None], kinds: Mapping[str, Kind], needs: tuple[str, ...] = ()
 ) -> Found[dict[str, Any] | None]:
-    """An object whose known keys are of their kinds."""
+    """An object with its known keys checked."""
     if found.value is None:
         return found
-    value, reasons = checked(found.value, kinds)
+    given = found.value
+    value, reasons = checked(given, kinds)
     reasons += [
-        f"{key} is {'no finite number' if key in found.value else 'missing'}"
+        f"{key} is {'not a finite number' if key in found.value else 'missing'}"
         for key in needs
         if found.value.get(key) is None
     ]
@@ -302,14 +303,14 @@ def iter_values(lines: list[Line], name: str) -> Iterator[tuple[int, float]]:
 
 
 def _metric_value(value: Any) -> dict[str, Any]:
-    """One metric value: a finite value, or none and the reason."""
+    """One metric value: a finite number, or None and the reason."""
     given = section(value)
     sound, reasons = checked(given, _METRIC_VALUE)
     if "value" not in sound:
         raise ValueError("; ".join(reasons) or "value is missing")
     whole = dict.fromkeys(_NEEDED) | {"better": "none"} | sound
     if whole["value"] is None and whole["reason"] is None:
-        whole["reason"] = "its file holds no value, and does not say why"
+        whole["reason"] = "the file has no value, and no reason"
     if reasons:
         raise Partly(whole, reasons)
     return whole
@@ -329,10 +330,10 @@ def _better(value: Any) -> str:
 
 
 def _name(value: Any) -> str:
-    """The name of a file inside a folder of the run, never a way out of it."""
+    """The name of a file inside a folder of the run; it cannot lead out of it."""
     name = word(value)
     if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-        raise ValueError(f"{short(value)} is no file of this folder")
+        raise ValueError(f"{short(value)} is not a file in this folder")
     return name
 
 
@@ -347,7 +348,7 @@ _METRIC_VALUE: dict[str, Kind] = {
     "caution": word,
     "command": word,
 }
-# what a reader finds in each metric value; a caution is there since it was invented
+# present in every value; earlier versions wrote no caution
 _NEEDED = [key for key in _METRIC_VALUE if key != "caution"]
 _RESULT: dict[str, Kind] = {
     "nimg": count,
@@ -388,7 +389,7 @@ _METRICS_LINE: dict[str, Kind] = {
     "metrics": each(_metric_value),
     "fingerprints": each(section),
 }
-_LOOK: dict[str, Kind] = {
+_VISUALIZATION: dict[str, Kind] = {
     "file": _name,
     "caption": word,
     "nimg": count,
@@ -435,7 +436,7 @@ log = logging.getLogger(__name__)
 
 
 def read_stats(path: Path | str) -> list[Line]:
-    """The sound lines of a stats.jsonl in order of ``nimg``; others are left out with a warning.
+    """The sound lines of a stats.jsonl in order of ``nimg``; damaged ones are logged.
 
     Raises:
         UserError: the file is missing or holds no line.
@@ -443,10 +444,10 @@ def read_stats(path: Path | str) -> list[Line]:
     found = read_lines(Path(path))
     if not found.there:
         raise UserError(f"{path}: cannot be read: there is no such file")
-    for problem in found.told():
+    for problem in found.messages():
         log.warning("%s", problem)
     if not found.value:
-        raise UserError(f"{path}: holds no line of statistics: did the stage make a step?")
+        raise UserError(f"{path}: holds no line of statistics: has the stage made a step?")
     return found.value
 
 

@@ -16,7 +16,7 @@ RESULT, STATS, METRICS = "result.json", "stats.jsonl", "metrics.jsonl"
 EVALUATION, SWEEP = "evaluation.json", "checkpoints.jsonl"
 # in RUN/RxR: folders, and the file that says what lies in them
 CHECKPOINTS, STATE = "checkpoints", "state.json"
-VISUALIZATIONS, VISUALIZATIONS_INDEX = "looks", "looks.json"
+VISUALIZATIONS, VISUALIZATIONS_INDEX = "visualizations", "visualizations.json"
 TENSORBOARD = "tb"
 # in RUN, what `dinogen sample` draws; in RUN/RxR, what is drawn while the stage trains
 SAMPLES = "samples"

@@ -1,6 +1,6 @@
 """The folder of a run as an object: its config, its stages, and what their files say.
 
-It reads files alone and imports no torch, so a report, a status or a notebook can use it anywhere.
+It only reads files and does not import torch, so reports, status commands and notebooks can use it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from dinogen.config import Config, ConfigError, StageConfig, load_config
 from dinogen.files import named_folder
+from dinogen.runs.earlier import existing
 from dinogen.runs.files import (
     Found,
     Line,
@@ -48,8 +49,8 @@ from dinogen.runs.values import Kind
 class Run:
     """The folder of a run: ``RUN/config.yaml``, ``RUN/64x64/...``, ``RUN/index.html``.
 
-    Nothing is read when it is made, and the folder need not be there. Files are read each time
-    that they are asked for, since a run may be training meanwhile; the config is read once.
+    Nothing is read on construction, and the folder need not exist. Files are read again on every
+    access, because the run may still be training; the config is read once.
 
     ```python
     run = dinogen.Run("runs/first")
@@ -60,12 +61,12 @@ class Run:
     ```
 
     Args:
-        path: the folder, wherever it was copied or moved to.
-        places: ``KEY=VALUE`` changes of the config, such as where the data lie now
+        path: the folder, which may have been copied or moved.
+        places: ``KEY=VALUE`` changes to the config, such as the current location of the data
             (``data.path=/mnt/faces``).
 
     Attributes:
-        path: the folder, by a path that ends in its name.
+        path: the folder, as a path that ends in its name.
     """
 
     def __init__(self, path: Path | str, places: Sequence[str] = ()) -> None:
@@ -75,10 +76,10 @@ class Run:
 
     @classmethod
     def of(cls, config: Config) -> Run:
-        """The run of a config that is at hand, which need not have begun.
+        """The run of a given config; the run need not have begun.
 
         Args:
-            config: its ``run`` is the folder; it takes the place of the folder's own config.
+            config: its ``run`` is the folder; it is used instead of the folder's own config.
         """
         run = cls(config.run)
         run._config = config
@@ -89,7 +90,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The config; its ``run`` is this folder, regardless of the file says.
+        """The config; its ``run`` is this folder, even if the file names another.
 
         Raises:
             ConfigError: the folder holds no config.yaml, or one that cannot be used.
@@ -153,7 +154,7 @@ class Run:
 
     @property
     def begun(self) -> tuple[Stage, ...]:
-        """The stages that have a folder, by resolution; the config is not needed."""
+        """The stages that have a folder, by resolution; needs no config."""
         return tuple(self.read_stages().value)
 
     def read_stages(self) -> Found[list[Stage]]:
@@ -184,14 +185,15 @@ class Run:
         return "not begun" if words == {"not begun"} else "begun"
 
     def length_of(self, stage: StageConfig) -> int | None:
-        """Images of one stage; where the config says epochs, as the run has worked them out.
+        """Number of images of one stage.
 
-        None while a length in epochs is not known: the run writes it down when it begins.
+        None if the stage's length is given in epochs and the run has not begun: only then is the
+        number of images known and written to the run's config.
         """
         if stage.kimg is not None:
             return stage.num_images
         try:
-            # not the config at hand, which may be that of the user, nor one read before it began
+            # read again: self._config may be the user's, or older than the run
             written = load_config(self.config_file).stages
         except ConfigError:
             return None
@@ -204,12 +206,12 @@ class Run:
 class Stage:
     """One stage of a run: ``RUN/64x64``, which need not have begun.
 
-    A property gives what is sound of a file, and nothing where it is missing or damaged; the
-    method ``read_...`` of the same file also says what is wrong with it. None of them raises
-    because of what a file holds.
+    A property returns the valid part of a file, and an empty value if the file is missing or
+    damaged; the method ``read_...`` of the same file also reports what is wrong with it. None of
+    them raises because of a file's content.
 
     Attributes:
-        run: that it belongs to.
+        run: the run it belongs to.
         resolution: side of its images in pixels.
     """
 
@@ -254,12 +256,12 @@ class Stage:
 
     @property
     def result_file(self) -> Path:
-        """``result.json``: what the stage came to, written at its end."""
+        """``result.json``: the stage's results, written at its end."""
         return self.folder / RESULT
 
     @property
     def metrics_file(self) -> Path:
-        """``metrics.jsonl``: metric values of generated images, measured while it trained."""
+        """``metrics.jsonl``: metric values of generated images, measured during training."""
         return self.folder / METRICS
 
     @property
@@ -274,20 +276,25 @@ class Stage:
 
     @property
     def visualizations_folder(self) -> Path:
-        """``looks``, of ``dinogen look``."""
-        return self.folder / VISUALIZATIONS
+        """``visualizations``, of ``dinogen look``."""
+        return existing(self.folder, VISUALIZATIONS)
+
+    @property
+    def visualizations_index(self) -> Path:
+        """``visualizations/visualizations.json``: what each image shows."""
+        return existing(self.visualizations_folder, VISUALIZATIONS_INDEX)
 
     @property
     def samples_folder(self) -> Path:
-        """``samples``: grids drawn while it trained, named by the images seen."""
+        """``samples``: grids drawn during training, named by the images seen."""
         return self.folder / SAMPLES
 
     @property
     def tensorboard_folder(self) -> Path:
-        """``tb``: what TensorBoard shows."""
+        """``tb``: the event files for TensorBoard."""
         return self.folder / TENSORBOARD
 
-    # ---- what they say ---------------------------------------------------------------------------
+    # ---- contents --------------------------------------------------------------------------------
 
     @property
     def stats(self) -> list[Line]:
@@ -298,7 +305,8 @@ class Stage:
     def result(self) -> dict[str, Any] | None:
         """result.json: ``nimg``, ``seconds``, ``health``, ``files``; None before the first end.
 
-        A stage that the config has made longer since has a result, and is not :attr:`done`.
+        If the config was changed to a longer stage since, there is a result, but the stage is not
+        :attr:`done`.
         """
         return self.read_result().value
 
@@ -309,7 +317,7 @@ class Stage:
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
-        """evaluation.json: ``nimg``, and ``measured`` by name; None if it was never measured."""
+        """evaluation.json: ``nimg``, and ``measured`` by name; None if there is no evaluation."""
         return self.read_evaluation().value
 
     @property
@@ -319,14 +327,14 @@ class Stage:
 
     @property
     def visualizations(self) -> dict[str, dict[str, Any]]:
-        """looks.json: by name ``file``, ``caption``, ``nimg``, ``seed``; empty without any."""
+        """visualizations.json: ``file``, ``caption``, ``nimg``, ``seed`` by name; can be empty."""
         return self.read_visualizations().value
 
     def read_stats(self, kinds: Mapping[str, Kind] | None = None) -> Found[list[Line]]:
         """stats.jsonl and what is wrong with it.
 
         Args:
-            kinds: what values have to be, by key; see :func:`dinogen.runs.files.read_lines`.
+            kinds: the expected kind of value, by key; see :func:`dinogen.runs.files.read_lines`.
         """
         return read_lines(self.stats_file, kinds)
 
@@ -347,16 +355,16 @@ class Stage:
         return read_metrics(self.sweep_file)
 
     def read_visualizations(self) -> Found[dict[str, dict[str, Any]]]:
-        """looks.json and what is wrong with it."""
-        return read_visualizations(self.visualizations_folder / VISUALIZATIONS_INDEX)
+        """visualizations.json and what is wrong with it."""
+        return read_visualizations(self.visualizations_index)
 
-    # ---- how far it is ---------------------------------------------------------------------------
+    # ---- progress --------------------------------------------------------------------------------
 
     @property
     def end(self) -> int | None:
-        """Number of images, since the first stage began, that the run has seen when it is done.
+        """Number of images that the run has seen at the end of this stage, earlier stages included.
 
-        None while a length in epochs is not known: the run writes it down when it begins.
+        None while a length in epochs is not known in images: see :meth:`Run.length_of`.
 
         Raises:
             ConfigError: the run's config cannot be used, as for all that follow.
@@ -368,12 +376,12 @@ class Stage:
 
     @property
     def done(self) -> bool:
-        """Whether it is at the end that the config asks for, or ended early."""
+        """Whether it reached the length in the config, or ended early."""
         return self.done_result is not None
 
     @property
     def done_result(self) -> dict[str, Any] | None:
-        """result.json of a stage that is done; None if it is not, or has to go on further now."""
+        """result.json of a stage that is :attr:`done`; None otherwise."""
         result = self.result
         if result is None or result.get("nimg") is None:
             return None
@@ -384,20 +392,20 @@ class Stage:
 
     @property
     def nimg(self) -> int | None:
-        """Images that the run had seen at the newest log line; None before the first."""
+        """Number of images seen at the newest log line; None before the first."""
         lines = self.stats
         return lines[-1]["nimg"] if lines else None
 
     @property
     def status(self) -> str:
-        """``done``; ``begun``, from its first log line on; or ``not begun``."""
+        """``not begun``, ``begun`` (it has a log line) or ``done``."""
         if self.done:
             return "done"
         return "not begun" if self.nimg is None else "begun"
 
     @property
     def progress(self) -> str:
-        """How far it is, in words; empty before its first log line."""
+        """Progress in words; empty before the first log line."""
         result = self.done_result
         if result is not None:
             return f"{result['nimg'] / 1000:.4g} kimg, {result.get('health', 'unknown')}"
@@ -409,30 +417,30 @@ class Stage:
 
     @property
     def evaluated(self) -> bool:
-        """Whether it is done and was measured at its end."""
+        """Whether it is done and was evaluated at its end."""
         return self._evaluation_at_end() is not None
 
     @property
     def visualized(self) -> bool:
-        """Whether it is done and the images of ``dinogen look`` are of its end."""
+        """Whether it is done and ``dinogen look`` has drawn its end."""
         result = self.done_result
         return result is not None and any(
             one.get("nimg") == result["nimg"] for one in self.visualizations.values()
         )
 
     def metric(self, name: str) -> dict[str, Any] | None:
-        """What a metric came to at the end of the stage, as in evaluation.json.
+        """The value of a metric at the end of the stage, as in evaluation.json.
 
         Returns:
             ``value``, ``spread``, ``better``, ``fingerprint``, ...; ``value`` is None where the
-            metric is not available, and ``reason`` says why. None if it was not measured.
+            metric is not available, and ``reason`` says why. None if the metric was not measured.
         """
         measured = (self._evaluation_at_end() or {}).get("measured") or {}
         found: dict[str, Any] | None = measured.get(name)
         return found
 
     def _evaluation_at_end(self) -> dict[str, Any] | None:
-        """evaluation.json of a stage that is done, if it was measured at its end."""
+        """evaluation.json of a stage that is done, if it was evaluated at its end."""
         result, measured = self.done_result, self.evaluation
         if result is None or measured is None or measured.get("nimg") != result["nimg"]:
             return None
@@ -441,17 +449,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of a stage by their names; whether they are whole is for who loads them.
+    """The checkpoints of a stage, found by folder name; loading one verifies that it is complete.
 
     Attributes:
-        folder: ``RUN/64x64/checkpoints``, which need not be there.
+        folder: ``RUN/64x64/checkpoints``, which need not exist.
     """
 
     folder: Path
 
     @property
     def folders(self) -> list[Path]:
-        """Folders of the checkpoints, oldest first; those that a save has left are none."""
+        """Folders of the checkpoints, oldest first, without the temporary ones of a killed save."""
         if not self.folder.is_dir():
             return []
         found = [
@@ -463,7 +471,7 @@ class Checkpoints:
 
     @property
     def nimg(self) -> list[int]:
-        """Images that the run had seen at each, oldest first."""
+        """Number of images seen at each, oldest first."""
         return [int(path.name) for path in self.folders]
 
     @property
@@ -473,10 +481,10 @@ class Checkpoints:
         return folders[-1] if folders else None
 
     def at(self, nimg: int) -> Path:
-        """Folder of the checkpoint at that many images, whether or not it is there."""
+        """Folder of the checkpoint at ``nimg`` images, which need not exist."""
         return self.folder / checkpoint_name(nimg)
 
     def iter_states(self) -> Iterator[Found[dict[str, Any] | None]]:
-        """state.json of each, newest first: where the run was, and what it was trained on."""
+        """state.json of each, newest first: the run's progress, and its training data."""
         for path in reversed(self.folders):
             yield read_state(path / STATE)

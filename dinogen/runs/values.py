@@ -1,8 +1,8 @@
-"""Kinds of values that a file of a run may hold, and how a value is found to be of one.
+"""Kinds of values in the files of a run, and how they are checked.
 
-A kind is a function: it gives the value back, or raises a ValueError that says what is wrong with
-it. JSON is read as dinogen writes it: what is not finite is None, and so is a whole number that
-nobody can have meant.
+A kind is a function: it returns the value, or raises a ValueError that says what is wrong with it.
+JSON is read as dinogen writes it: numbers that are not finite become None, and so do whole numbers
+of absurd length.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _MAX_NUMBER = 1e100  # squares of it are finite
 def checked(
     value: Mapping[str, Any], kinds: Mapping[str, Kind]
 ) -> tuple[dict[str, Any], list[str]]:
-    """A mapping whose known keys are of their kinds, and what was left out.
+    """A mapping with its known keys checked, and what was left out.
 
-    A key that is not known stays: a later version wrote it. None stays too.
+    Unknown keys are kept, since a later version may have written them. None is kept too.
     """
     sound: dict[str, Any] = {}
     problems = []
@@ -55,19 +55,19 @@ def number(value: Any) -> float:
     """A finite number.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not.
     """
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
     if plain and abs(value) <= _MAX_NUMBER:  # neither NaN nor what float cannot hold
         return float(value)
-    raise ValueError(f"{short(value)} is no finite number")
+    raise ValueError(f"{short(value)} is not a finite number")
 
 
 def amount(value: Any) -> float:
-    """A finite number from 0 on.
+    """A finite number >= 0.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not.
     """
     if number(value) < 0:
         raise ValueError(f"{short(value)} is below 0")
@@ -75,14 +75,14 @@ def amount(value: Any) -> float:
 
 
 def count(value: Any, name: str = "") -> int:
-    """A whole number from 0 on.
+    """A whole number >= 0.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not.
     """
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or not 0 <= value < 1 << 63:
-        raise ValueError(f"{name}{': ' if name else ''}{short(value)} is no whole number from 0 on")
+        raise ValueError(f"{name}{': ' if name else ''}{short(value)} is not a whole number >= 0")
     return int(value)
 
 
@@ -90,21 +90,21 @@ def word(value: Any, name: str = "") -> str:
     """Text.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not.
     """
     if not isinstance(value, str):
-        raise ValueError(f"{name}{': ' if name else ''}{short(value)} is no text")
+        raise ValueError(f"{name}{': ' if name else ''}{short(value)} is not text")
     return value
 
 
 def text_of(value: Any) -> str:
-    """A single value as text: YAML takes ``step: 2`` for a number.
+    """A single value as text: ``step: 2`` is a number in YAML.
 
     Raises:
         ValueError: a list or a mapping.
     """
     if isinstance(value, (dict, list)):
-        raise ValueError(f"{short(value)} is no text")
+        raise ValueError(f"{short(value)} is not text")
     return str(value)
 
 
@@ -112,7 +112,7 @@ def section(value: Any, name: str = "") -> dict[str, Any]:
     """A mapping.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not.
     """
     if not isinstance(value, dict):
         given = f"{name}{': ' if name else ''}{short(value)}"
@@ -132,7 +132,7 @@ def flag(value: Any) -> bool:
 
 
 class Partly(ValueError):
-    """A value that is sound in part."""
+    """A value that is valid in part."""
 
     def __init__(self, sound: Any, reasons: list[str]) -> None:
         super().__init__("; ".join(reasons))
@@ -140,7 +140,7 @@ class Partly(ValueError):
 
 
 def keys_of(kinds: Mapping[str, Kind], needs: tuple[str, ...] = ()) -> Kind:
-    """A mapping whose known keys are of these kinds; without one of ``needs`` it is none."""
+    """A mapping with its known keys checked; each of ``needs`` is required."""
 
     def check(value: Any) -> dict[str, Any]:
         sound, reasons = checked(section(value), kinds)
@@ -155,7 +155,7 @@ def keys_of(kinds: Mapping[str, Kind], needs: tuple[str, ...] = ()) -> Kind:
 
 
 def each(kind: Kind, none: bool = False) -> Kind:
-    """A mapping whose values are all of one kind, or None where that is allowed."""
+    """A mapping with values of one kind, or None if ``none`` is set."""
 
     def check(value: Any) -> dict[str, Any]:
         sound: dict[str, Any] = {}
@@ -176,12 +176,12 @@ def each(kind: Kind, none: bool = False) -> Kind:
 
 
 def list_of(kind: Kind) -> Kind:
-    """A list whose members are all of one kind."""
+    """A list of values of one kind."""
     members = each(kind)
 
     def check(value: Any) -> list[Any]:
         if not isinstance(value, list):
-            raise ValueError(f"{short(value)} is no list")
+            raise ValueError(f"{short(value)} is not a list")
         try:
             return list(members({str(number): one for number, one in enumerate(value)}).values())
         except Partly as error:
@@ -200,7 +200,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
         text = data.decode("utf-8-sig")
         value = json.loads(text, parse_float=_float, parse_int=_int, parse_constant=_no_number)
         if "\\u" in text or "\\U" in text:
-            value = plain(value, [MAX_VALUES])  # half of a surrogate pair is no text
+            value = plain(value, [MAX_VALUES])  # half of a surrogate pair is not text
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte {error.start} is {byte_of(error)})") from None
     except json.JSONDecodeError as error:
@@ -232,11 +232,11 @@ def _no_number(text: str) -> None:
 
 
 def plain(value: Any, left: list[int]) -> Any:
-    """The same of plain values alone, which can be written as JSON and as UTF-8.
+    """The same as plain values, which can be written as JSON and as UTF-8.
 
     Args:
-        value: as YAML or JSON give it.
-        left: how many values may still come; counted down.
+        value: as parsed from YAML or JSON.
+        left: number of values still allowed; counted down.
 
     Raises:
         ValueError: there are more.
@@ -262,12 +262,12 @@ def _sound(text: str) -> str:
 
 
 def byte_of(error: UnicodeDecodeError) -> str:
-    """The byte that is no text, such as ``0xff``."""
+    """The byte that is not text, such as ``0xff``."""
     return f"0x{error.object[error.start]:02x}"
 
 
 def short(value: object) -> str:
-    """A value in a message; only the beginning of a long one."""
+    """A value in a message; long ones are cut."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a whole number of more digits than Python writes

@@ -1,1 +1,1 @@
-"""A page in the browser that draws from a run; needs the extra ``serve``."""
+"""A web page that samples from a run; needs the extra ``serve``."""

@@ -1,4 +1,4 @@
-"""The web application: one page, and one picture per request, drawn one after the other."""
+"""The web application: one page, and one image per request, drawn one at a time."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from dinogen.serve.gallery import MAX_SEED, Gallery, Query
 
 log = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("page.html")
-MAX_PICTURES = 64  # that the page shows
-MAX_QUERY = 512  # characters; the longest that means anything has half of them
+MAX_IMAGES = 64  # most that the page shows
+MAX_QUERY = 512  # characters; the longest valid query has half as many
 MAX_HEAD = 16384  # bytes of headers
-MAX_WAITING = 32  # requests, the one that is drawn included; a browser keeps one on its way
-RETRY_SECONDS = "2"  # that a client should wait where the line is full
-# the page holds all that it needs: nothing may come from elsewhere, nor go there
+MAX_WAITING = 32  # requests, including the one being drawn; a browser sends one at a time
+RETRY_SECONDS = "2"  # that a client should wait if the queue is full
+# the page is self-contained: it may neither load from elsewhere nor send there
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; "
     "style-src 'unsafe-inline'; img-src blob: data:; connect-src 'self'; base-uri 'none'; "
@@ -47,14 +47,14 @@ def make_app(gallery: Gallery, hosts: Sequence[str]) -> Starlette:
     """The application of a run.
 
     Args:
-        gallery: draws; called by one thread at a time.
-        hosts: names by which it may be called, so that no page from elsewhere can reach it under
-            a name of its own; ``*`` allows all.
+        gallery: draws the images; called from one thread at a time.
+        hosts: accepted host names, so that no page from elsewhere can reach it under a name of its
+            own; ``*`` accepts all.
     """
     page = _render(gallery)
     turn = asyncio.Lock()
     num_waiting = 0
-    unwanted: set[asyncio.Future[bytes]] = set()  # begun for who has hung up meanwhile
+    unwanted: set[asyncio.Future[bytes]] = set()  # begun for clients that have disconnected since
 
     async def index(request: Request) -> Response:
         return HTMLResponse(page)
@@ -64,11 +64,11 @@ def make_app(gallery: Gallery, hosts: Sequence[str]) -> Starlette:
             begun.set()
             return await run_in_threadpool(gallery.draw, query)
 
-    async def picture(request: Request) -> Response:
+    async def image(request: Request) -> Response:
         nonlocal num_waiting
         query = _query(request, gallery)
         if num_waiting >= MAX_WAITING:
-            text = f"{num_waiting} images are waited for already: try again soon"
+            text = f"{num_waiting} requests are waiting already: try again soon"
             raise HTTPException(503, text, {"retry-after": RETRY_SECONDS, "connection": "close"})
         num_waiting += 1
         begun = asyncio.Event()
@@ -80,10 +80,10 @@ def make_app(gallery: Gallery, hosts: Sequence[str]) -> Starlette:
                 return Response(status_code=499)
             png = drawing.result()
         except UserError as error:
-            raise HTTPException(409, f"{error}; the run has gone on: start serve again") from None
+            raise HTTPException(409, f"{error}; the run has continued: start serve again") from None
         finally:
-            # what hung up leaves the line at once; a drawing that has begun cannot be ended, and
-            # keeps its turn until it is done
+            # a disconnected request leaves the queue at once; a drawing that has begun cannot be
+            # cancelled, and keeps the lock until it is done
             num_waiting -= 1
             gone.cancel()
             if not begun.is_set():
@@ -94,7 +94,7 @@ def make_app(gallery: Gallery, hosts: Sequence[str]) -> Starlette:
         return Response(png, media_type="image/png")
 
     return Starlette(
-        routes=[Route("/", index), Route("/picture.png", picture)],
+        routes=[Route("/", index), Route("/image.png", image)],
         middleware=[
             Middleware(_Guard),
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
@@ -103,18 +103,18 @@ def make_app(gallery: Gallery, hosts: Sequence[str]) -> Starlette:
 
 
 async def _hung_up(request: Request) -> None:
-    """Return when the client has closed its connection, and not before."""
+    """Return when the client closes its connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def _forget(drawings: set[asyncio.Future[bytes]]) -> Callable[[asyncio.Future[bytes]], None]:
-    """What is done at the end of a drawing that nobody waits for: its failure is logged."""
+    """A callback for the end of a drawing that no client waits for: it logs failures."""
 
     def forget(drawing: asyncio.Future[bytes]) -> None:
         drawings.discard(drawing)
         if not drawing.cancelled() and (error := drawing.exception()) is not None:
-            log.warning("an image that nobody waits for any more: %s", error)
+            log.warning("an image that no client waits for any more: %s", error)
 
     return forget
 
@@ -132,15 +132,15 @@ def _render(gallery: Gallery) -> str:
             "stages": [asdict(stage) for stage in gallery.stages.values()],
         },
         max_seed=MAX_SEED,
-        max_pictures=MAX_PICTURES,
+        max_images=MAX_IMAGES,
     )
 
 
 def _query(request: Request, gallery: Gallery) -> Query:
-    """What is asked for.
+    """The validated query of a request.
 
     Raises:
-        HTTPException: 400, with what is wrong and the mend.
+        HTTPException: 400, with what is wrong and how to fix it.
     """
     items = request.query_params.multi_items()
     given = dict(items)
@@ -150,14 +150,14 @@ def _query(request: Request, gallery: Gallery) -> Query:
         query = Query.model_validate(given)
         gallery.stage(query)
     except ValidationError as error:
-        raise HTTPException(400, describe_errors(error, Query, "picture")) from None
+        raise HTTPException(400, describe_errors(error, Query, "image")) from None
     except UserError as error:
         raise HTTPException(400, str(error)) from None
     return query
 
 
 class _Guard:
-    """Refuses requests of great size before anything reads them; puts headers on every answer."""
+    """Rejects oversized requests before they are read; adds headers to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -176,5 +176,5 @@ class _Guard:
             elif sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD:
                 app = PlainTextResponse(f"more than {MAX_HEAD} bytes of headers", 431)
             elif headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers:
-                app = PlainTextResponse("a request has no body here", 413)
+                app = PlainTextResponse("requests must not have a body", 413)
         await app(scope, receive, send_guarded)

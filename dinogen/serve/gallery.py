@@ -1,4 +1,4 @@
-"""What a run can draw, one picture at a time: its stages, the bounds of a request, the PNG."""
+"""Draws images of a run one at a time: its stages, the limits of a request, the PNG."""
 
 from __future__ import annotations
 
@@ -26,39 +26,41 @@ from dinogen.visualize.drawings import spherical
 
 log = logging.getLogger(__name__)
 
-# a browser counts no further exactly
+# the largest integer that a browser represents exactly
 MAX_SEED = 2**53 - 1
 MAX_NUMBER = 999_999
-# two stages stay in memory, for who compares them
+# stages kept in memory, so that two can be compared
 _NUM_OPEN = 2
 
 
 class Query(Section):
-    """What a picture is asked for by; a number out of bounds is refused."""
+    """The parameters of an image; values out of range are rejected."""
 
     stage: int | None = Field(None, ge=4, le=1024, description="the largest unless given")
     seed: int = Field(0, ge=0, le=MAX_SEED)
-    number: int = Field(0, ge=0, le=MAX_NUMBER, description="of the pictures under the seed")
-    psi: float = Field(1.0, ge=0, le=1, allow_inf_nan=False, description="0 the mean, 1 as learnt")
-    to: int | None = Field(None, ge=0, le=MAX_SEED, description="seed that is walked to")
-    at: float = Field(0.0, ge=0, le=1, allow_inf_nan=False, description="how far, with to")
+    number: int = Field(0, ge=0, le=MAX_NUMBER, description="of the image with this seed")
+    psi: float = Field(
+        1.0, ge=0, le=1, allow_inf_nan=False, description="0: the mean, 1: unchanged"
+    )
+    to: int | None = Field(None, ge=0, le=MAX_SEED, description="seed to walk to")
+    at: float = Field(0.0, ge=0, le=1, allow_inf_nan=False, description="how far to walk, with to")
 
     @model_validator(mode="after")
     def _goes_somewhere(self) -> Query:
         if self.at and self.to is None:
-            raise ValueError(f"at is {self.at}, but no seed is walked to: give to as well")
+            raise ValueError(f"at is {self.at}, but there is no seed to walk to: give to as well")
         return self
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage that can be drawn from, by the checkpoint that was its newest at the start.
+    """A stage with a checkpoint: the newest at the start of the server.
 
     Attributes:
-        resolution: side of its pictures.
-        nimg: images that the run had been shown.
-        guide: who taught it; None if it had no guide.
-        random_guide: whether the guide was random, so that its pictures say nothing of quality.
+        resolution: of its images.
+        nimg: number of images seen.
+        guide: label of its guide; None without one.
+        random_guide: whether the guide had random weights: images then say nothing about quality.
     """
 
     resolution: int
@@ -68,7 +70,7 @@ class Stage:
 
 
 class Gallery:
-    """A run whose pictures are drawn on demand; not to be used from several threads at once.
+    """Draws images of a run on demand; not thread-safe.
 
     Args:
         run: folder of the run.
@@ -99,7 +101,7 @@ class Gallery:
         self.truncates = truncates(self._first_sound().family)
 
     def _first_sound(self) -> Snapshot:
-        """The snapshot of the largest stage that can be loaded; those that cannot are dropped.
+        """The snapshot of the largest stage that can be loaded; stages that cannot are dropped.
 
         Raises:
             ConfigError: none can.
@@ -116,10 +118,10 @@ class Gallery:
         raise ConfigError("\n".join(reasons))
 
     def stage(self, query: Query) -> Stage:
-        """The stage that is asked for.
+        """The stage of a query.
 
         Raises:
-            ConfigError: there is no such stage, or psi means nothing to this family.
+            ConfigError: there is no such stage, or the family has no truncation.
         """
         if query.psi != 1 and not self.truncates:
             raise ConfigError(f"psi: family {self.family} does not truncate: leave it out")
@@ -127,15 +129,17 @@ class Gallery:
             return next(iter(self.stages.values()))
         if query.stage not in self.stages:
             names = ", ".join(map(str, self.stages))
-            raise ConfigError(f"stage: {query.stage} is not one of this run's: there are {names}")
+            raise ConfigError(
+                f"stage: {query.stage} is not a stage of this run: choose one of {names}"
+            )
         return self.stages[query.stage]
 
     @torch.no_grad()
     def draw(self, query: Query) -> bytes:
-        """The picture as a PNG of its own resolution, the same bytes for the same query.
+        """The image as a PNG at its own resolution; the same bytes for the same query.
 
-        Under one seed number i is what ``dinogen sample`` calls so. On the way to another seed
-        only the latent changes, along the great circle; a class, or noise on the way, stays.
+        Number i of a seed is sample i of ``dinogen sample``. On the walk to another seed only the
+        latent changes, along the great circle; the class and further noise stay the same.
 
         Raises:
             ConfigError: see :meth:`stage`; or the checkpoint is no longer there.

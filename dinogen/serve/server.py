@@ -1,4 +1,4 @@
-"""Binds a port and serves a run on it; closes connections that say nothing."""
+"""Binds a port and serves a run on it; closes idle connections."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Site:
     """A run on its port, ready to be served.
 
     Attributes:
-        url: where it will be found.
+        url: its address.
         private: whether only this machine can reach it.
     """
 
@@ -46,7 +46,7 @@ def open_site(run: Path, host: str, port: int) -> Site:
     Args:
         run: folder of the run.
         host: address to bind to.
-        port: 0 takes any that is free.
+        port: 0 takes any free one.
 
     Raises:
         ConfigError: ``run`` is no run, or has no complete checkpoint.
@@ -69,7 +69,7 @@ def open_site(run: Path, host: str, port: int) -> Site:
         ws="none",
         http=PatientProtocol,
         h11_max_incomplete_event_size=MAX_HEAD,
-        # a picture of a large diffusion model takes long; nobody waits for it after Ctrl-C
+        # an image of a large diffusion model takes long; do not wait for it after Ctrl-C
         timeout_graceful_shutdown=1,
     )
     url = f"http://{name}:{listener.getsockname()[1]}/"
@@ -83,28 +83,28 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         raise UserError(
-            f"--host {host} --port {port}: {error.strerror}: name another, or --port 0 for any "
-            "that is free"
+            f"--host {host} --port {port}: {error.strerror}: choose another, or --port 0 for any "
+            "free one"
         ) from None
 
 
-# seconds in which the head of a request has to be there, from the connection or the last answer on
+# seconds until the head of a request must have arrived, from the connection or the last response
 HEAD_SECONDS = 10.0
-# connections without a whole request; of more the oldest is closed
+# connections without a complete request; beyond it the oldest is closed
 MAX_SILENT = 64
-# seconds for which none is closed in favour of another: many that come at once are all accepted
-# before any of their requests is read
+# age in seconds below which none is closed in favour of another: connections that arrive together
+# are all accepted before any request is read
 GRACE = 1.0
-# connections without a whole request, whatever their age; a process may often open 1024 files
+# connections without a complete request, of any age; processes can often open only 1024 files
 MAX_OPEN = 512
 
 
 class PatientProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 with a deadline for the head of a request.
 
-    uvicorn counts every open connection against its limit and waits for ever for the first bytes
-    of one: 64 silent sockets, such as a browser opens ahead of need, would keep everybody out.
-    Here only those count that have nothing asked yet, and a new one takes the place of the oldest.
+    uvicorn counts every open connection against its limit and waits forever for its first
+    bytes: 64 idle sockets, which browsers open in advance, would lock everybody out. Here only
+    connections without a request count, and a new one replaces the oldest.
     """
 
     _silent: ClassVar[OrderedDict[PatientProtocol, float]] = OrderedDict()  # since when
@@ -114,22 +114,22 @@ class PatientProtocol(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a request."""
+        """Start waiting for a request."""
         super().connection_made(transport)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no more."""
+        """Stop waiting."""
         self._settle()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take in a part of a request; a part alone prolongs nothing."""
+        """Receive part of a request, which does not extend the deadline."""
         super().data_received(data)
         self._watch()
 
     def on_response_complete(self) -> None:
-        """Begin to wait for the next request."""
+        """Start waiting for the next request."""
         super().on_response_complete()
         self._watch()
 

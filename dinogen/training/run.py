@@ -105,7 +105,7 @@ def _finished_result(config: Config, index: int) -> dict[str, Any] | None:
                 place.name, nimg, end,
             )  # fmt: skip
         read = place.read_result()
-        for problem in read.told():
+        for problem in read.messages():
             log.warning("%s: it is written again", problem)
         sound = read.value is not None and not read.problems
         result = read.value if sound and _is_whole(read.value, state) else None

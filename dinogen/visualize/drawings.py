@@ -1,4 +1,4 @@
-"""What is drawn: grids, interpolations, styles, progress, and images beside real ones."""
+"""Draws grids, interpolations, styles, progress, and comparisons with real images."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dinogen.config import ConfigError
 from dinogen.families.abilities import HasFirstLayer, MixesStyles, Reconstructs, truncates
 from dinogen.report.images import Sheet, with_corner
 from dinogen.training.checkpointing.snapshot import load_snapshot
-from dinogen.visualize.nearest import real_pictures
-from dinogen.visualize.scene import LeftOut, Look, Scene
+from dinogen.visualize.nearest import real_images
+from dinogen.visualize.scene import LeftOut, Scene, Visualization
 
 LARGEST_OF_64 = 128
 NUM_STRIPS = 4
@@ -28,19 +28,19 @@ NUM_DIRECTIONS = 4
 REACH = 4.0  # in standard deviations of the latent
 
 
-def grid16(scene: Scene) -> Look:
-    """The first 16 pictures."""
+def grid16(scene: Scene) -> Visualization:
+    """The first 16 images."""
     sheet = Sheet(scene.drawn[:16].numpy(), 4)
-    return Look((sheet,), "The first 16 samples of the seed, as they come.")
+    return Visualization((sheet,), "The first 16 samples of the seed, not selected.")
 
 
-def grid64(scene: Scene) -> Look:
-    """The first 64 pictures; large ones shrunk, so that a page can hold them."""
-    images, caption = scene.drawn[:64], "The first 64 samples of the seed, as they come"
+def grid64(scene: Scene) -> Visualization:
+    """The first 64 images; large ones shrunk to keep pages small."""
+    images, caption = scene.drawn[:64], "The first 64 samples of the seed, not selected"
     if scene.resolution > LARGEST_OF_64:
         images = F.interpolate(images, size=(LARGEST_OF_64, LARGEST_OF_64), mode="area")
         caption += f"; shrunk from {scene.resolution} to {LARGEST_OF_64} pixels"
-    return Look((Sheet(images.numpy(), 8),), caption + ".")
+    return Visualization((Sheet(images.numpy(), 8),), caption + ".")
 
 
 def linear(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -49,7 +49,7 @@ def linear(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 def spherical(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """The great circle from ``a`` to ``b``, (N, ...), each sample by itself.
+    """The great circle from ``a`` to ``b``, (N, ...), for each sample separately.
 
     White 2016, "Sampling Generative Networks", section 2.1 (Shoemake 1985): normal latents of many
     dimensions lie near a sphere, which the straight line leaves.
@@ -62,20 +62,20 @@ def spherical(a: Tensor, b: Tensor, t: float) -> Tensor:
     return torch.where(sine.abs() < 1e-4, torch.lerp(a, b, t), on_circle)
 
 
-def interpolation_linear(scene: Scene) -> Look:
+def interpolation_linear(scene: Scene) -> Visualization:
     """Strips along straight lines."""
     caption = "From one sample to another along the straight line between their latents."
-    return Look((_strips(scene, linear),), caption)
+    return Visualization((_strips(scene, linear),), caption)
 
 
-def interpolation_spherical(scene: Scene) -> Look:
+def interpolation_spherical(scene: Scene) -> Visualization:
     """Strips along great circles."""
     caption = "From one sample to another along the great circle through their latents."
-    return Look((_strips(scene, spherical),), caption)
+    return Visualization((_strips(scene, spherical),), caption)
 
 
-def psi(scene: Scene) -> Look:
-    """The same latents at growing distance from the mean."""
+def psi(scene: Scene) -> Visualization:
+    """The same latents at growing distances from the mean."""
     if not truncates(scene.family):
         raise LeftOut("this family has no truncation")
     indices = torch.arange(NUM_STRIPS)
@@ -84,17 +84,17 @@ def psi(scene: Scene) -> Look:
     images = torch.stack(columns, 1).flatten(0, 1)
     labels = [f"psi {value:g}" for value in PSIS]
     caption = (
-        "The same samples ever further from the mean: psi 0 is the mean, psi 1 the samples "
-        "as they come."
+        "The same samples at growing distances from the mean: psi 0 is the mean, psi 1 the "
+        "unchanged samples."
     )
-    return Look((Sheet(images.numpy(), len(PSIS), labels),), caption)
+    return Visualization((Sheet(images.numpy(), len(PSIS), labels),), caption)
 
 
 @torch.no_grad()
-def styles(scene: Scene) -> Look:
-    """What is coarse of one sample with what is fine of another."""
+def styles(scene: Scene) -> Visualization:
+    """The coarse layers of one sample with the fine layers of another."""
     coarse, fine = torch.arange(NUM_COARSE), torch.arange(NUM_COARSE, NUM_COARSE + NUM_FINE)
-    # a picture's number decides its class: that of the coarse one
+    # the sample number determines the class: take that of the coarse sample
     indices = coarse.repeat_interleave(NUM_FINE)
     left, above = scene.latents(coarse), scene.latents(fine)
     mixed = None
@@ -114,7 +114,7 @@ def styles(scene: Scene) -> Look:
         "Style mixing: the coarse layers of the sample on the left, the fine ones of the sample "
         "above."
     )
-    return Look((Sheet(images, NUM_FINE + 1),), caption)
+    return Visualization((Sheet(images, NUM_FINE + 1),), caption)
 
 
 def main_directions(matrix: Tensor, num: int) -> Tensor:
@@ -130,12 +130,12 @@ def main_directions(matrix: Tensor, num: int) -> Tensor:
     return signed.float()
 
 
-def directions(scene: Scene) -> Look:
+def directions(scene: Scene) -> Visualization:
     """Two samples moved along each main direction."""
     family = scene.family
     matrix = family.first_layer(scene.networks) if isinstance(family, HasFirstLayer) else None
     if matrix is None:
-        raise LeftOut("the latent of this family is no vector that a first layer multiplies")
+        raise LeftOut("the latent of this family is not a vector that a first layer multiplies")
     found = main_directions(matrix, NUM_DIRECTIONS)
     indices = torch.arange(2)
     start = scene.latents(indices)
@@ -147,10 +147,10 @@ def directions(scene: Scene) -> Look:
     left = [f"{number} {which}" for number in range(1, len(found) + 1) for which in "ab"]
     labels = [f"{move:+g}" if move else "0" for move in moves]
     caption = (
-        f"Two samples (a, b) moved by {-REACH:g} to {REACH:+g} along the directions to which the "
-        "first layer answers most (SeFa)."
+        f"Two samples (a, b) moved by {-REACH:g} to {REACH:+g} along the directions that the first "
+        "layer amplifies most (SeFa)."
     )
-    return Look((Sheet(torch.cat(rows).numpy(), STEPS, labels, left),), caption)
+    return Visualization((Sheet(torch.cat(rows).numpy(), STEPS, labels, left),), caption)
 
 
 def _strips(scene: Scene, between: Callable[[Tensor, Tensor, float], Tensor]) -> Sheet:
@@ -172,7 +172,7 @@ FRAME_SECONDS = 0.6
 
 
 class History:
-    """Pictures of the same latents at checkpoints of a stage, up to the scene's own.
+    """Images of the same latents at checkpoints of a stage, up to the scene's own.
 
     Args:
         scene: its seed and stage.
@@ -182,17 +182,17 @@ class History:
         self.scene = scene
 
     @cached_property
-    def pictures(self) -> dict[int, Tensor]:
-        """(16, 3, R, R) by the images that the run had been shown.
+    def images(self) -> dict[int, Tensor]:
+        """(16, 3, R, R) by number of images seen.
 
         Raises:
-            LeftOut: there is one checkpoint alone.
+            LeftOut: there is only one checkpoint.
         """
         scene, snapshot = self.scene, self.scene.snapshot
         kept = [nimg for nimg in snapshot.place.checkpoints.nimg if nimg <= snapshot.nimg]
         if len(kept) < 2:
             raise LeftOut(
-                "only one checkpoint was kept: set checkpoint.keep_every_kimg to see the way here"
+                "only one checkpoint was kept: set checkpoint.keep_every_kimg to see the progress"
             )
         indices = torch.arange(NUM_LATENTS)
         found = {}
@@ -211,21 +211,21 @@ class History:
             raise LeftOut("all checkpoints before this one are broken")
         return found
 
-    def progression(self, scene: Scene) -> Look:
+    def progression(self, scene: Scene) -> Visualization:
         """Columns of checkpoints, rows of latents."""
-        chosen = _spread(list(self.pictures), MAX_COLUMNS)
-        images = torch.stack([self.pictures[nimg][:NUM_ROWS] for nimg in chosen], 1)
+        chosen = _spread(list(self.images), MAX_COLUMNS)
+        images = torch.stack([self.images[nimg][:NUM_ROWS] for nimg in chosen], 1)
         labels = [self._when(nimg) for nimg in chosen]
-        caption = f"The same latents in the course of training, at {_list(chosen)} images."
-        return Look((Sheet(images.flatten(0, 1).numpy(), len(chosen), labels),), caption)
+        caption = f"The same latents during training, at {_list(chosen)} images."
+        return Visualization((Sheet(images.flatten(0, 1).numpy(), len(chosen), labels),), caption)
 
-    def animation(self, scene: Scene) -> Look:
-        """The same as an animation, of more latents and checkpoints."""
+    def animation(self, scene: Scene) -> Visualization:
+        """The same as an animation, with more latents and checkpoints."""
         sheets = tuple(
-            Sheet(images.numpy(), 4, [self._when(nimg)]) for nimg, images in self.pictures.items()
+            Sheet(images.numpy(), 4, [self._when(nimg)]) for nimg, images in self.images.items()
         )
-        caption = f"The same latents in the course of training, {len(sheets)} checkpoints."
-        return Look(sheets, caption)
+        caption = f"The same latents during training, {len(sheets)} checkpoints."
+        return Visualization(sheets, caption)
 
     @cached_property
     def _num_train(self) -> int | None:
@@ -235,7 +235,7 @@ class History:
             return None
 
     def _when(self, nimg: int) -> str:
-        """In epochs, as far as the data are known."""
+        """In epochs if the data are available, else in images."""
         if self._num_train:
             epochs = nimg / self._num_train
             return f"{epochs:.0f} epochs" if epochs >= 10 else f"{epochs:.1f} epochs"
@@ -243,7 +243,7 @@ class History:
 
 
 def _spread(items: list[int], num: int) -> list[int]:
-    """At most ``num`` of them, evenly, the first and the last among them."""
+    """At most ``num`` evenly spaced items, including the first and the last."""
     chosen = np.linspace(0, len(items) - 1, min(num, len(items))).round().astype(int)
     return [items[i] for i in chosen]
 
@@ -257,24 +257,24 @@ NUM_PAIRS = 8
 NUM_ENCODED = 8
 
 
-def worst(scene: Scene) -> Look:
-    """The pictures of those drawn that are least real, and what says so."""
+def worst(scene: Scene) -> Visualization:
+    """The drawn images that are rated least real, with their ratings."""
     opinions = scene.opinions
     if opinions is not None:
         order = torch.nan_to_num(opinions, nan=-torch.inf).argsort()[:NUM_WORST]
         labels = [f"D {opinions[i]:+.2f}" for i in order]
-        why = "that the discriminator finds least real"
+        why = "that the discriminator rates least real"
     else:
         distances = scene.nearest[0].distances[:, 0]
         order = torch.nan_to_num(distances, nan=torch.inf).argsort(descending=True)[:NUM_WORST]
         labels = [f"{scene.ruler.label} {distances[i]:.2f}" for i in order]
-        why = f"that lie farthest from every training picture by the {scene.ruler.what}"
-    caption = f"Of the first {len(scene.drawn)} samples the {len(order)} {why}, the worst first."
-    return Look((Sheet(scene.drawn[order].numpy(), 4, labels),), caption)
+        why = f"farthest from every training image by the {scene.ruler.what}"
+    caption = f"Of the first {len(scene.drawn)} samples, the {len(order)} {why}, worst first."
+    return Visualization((Sheet(scene.drawn[order].numpy(), 4, labels),), caption)
 
 
-def neighbours(scene: Scene) -> Look:
-    """The samples that lie nearest to training pictures, above their neighbours."""
+def neighbours(scene: Scene) -> Visualization:
+    """The samples nearest to training images, above their neighbours."""
     found, usual = scene.nearest
     split = scene.family.config.data.split
     order = found.distances[:, 0].argsort()[:NUM_PAIRS]
@@ -282,34 +282,34 @@ def neighbours(scene: Scene) -> Look:
     labels = [""] * len(order)
     for k in range(found.numbers.shape[1]):
         numbers = found.numbers[order, k].tolist()
-        images = real_pictures(scene.data, numbers, split, scene.resolution)
+        images = real_images(scene.data, numbers, split, scene.resolution)
         turned = found.mirrored[order, k][:, None, None, None]
         rows.append(torch.where(turned, images.flip(3), images))
         labels += [f"{scene.ruler.label} {d:.2f}" for d in found.distances[order, k]]
     caption = (
-        f"Of the first {len(scene.drawn)} samples the {len(order)} nearest to a training picture, "
-        f"each above its neighbours among {found.num:,}, by the {scene.ruler.what}; of all samples "
-        f"{found.distances[:, 0].median():.2f} at the median"
+        f"Of the first {len(scene.drawn)} samples, the {len(order)} nearest to a training image, "
+        f"each above its neighbours among {found.num:,}, by the {scene.ruler.what}; median of all "
+        f"samples {found.distances[:, 0].median():.2f}"
     )
     if usual is not None:
-        caption += f", of held-out pictures {usual:.2f}"
+        caption += f", of held-out images {usual:.2f}"
     caption += scene.ruler.caution
     left = ["sample", "nearest", *[f"{k + 1}." for k in range(1, found.numbers.shape[1])]]
-    return Look((Sheet(torch.cat(rows).numpy(), len(order), labels, left),), caption + ".")
+    return Visualization((Sheet(torch.cat(rows).numpy(), len(order), labels, left),), caption + ".")
 
 
 _ENCODES_NOTHING = "this family encodes no images"
 
 
 @torch.no_grad()
-def reconstructions(scene: Scene) -> Look:
-    """Real pictures above what their encoding decodes to."""
+def reconstructions(scene: Scene) -> Visualization:
+    """Real images above their reconstructions."""
     family = scene.family
     if not isinstance(family, Reconstructs):
         raise LeftOut(_ENCODES_NOTHING)
     split = "val" if scene.data.num_samples("val") else family.config.data.split
     numbers = np.linspace(0, scene.data.num_samples(split) - 1, NUM_ENCODED).astype(int)
-    images = real_pictures(scene.data, numbers.tolist(), split, scene.resolution)
+    images = real_images(scene.data, numbers.tolist(), split, scene.resolution)
     batch: Batch = {
         "image": images.to(family.device),
         "position": torch.from_numpy(numbers),
@@ -319,6 +319,6 @@ def reconstructions(scene: Scene) -> Look:
     if found is None:
         raise LeftOut(_ENCODES_NOTHING)
     both = torch.cat([images, found.cpu()])
-    caption = f"Pictures of split {split} above their reconstructions."
+    caption = f"Images of split {split} above their reconstructions."
     sheet = Sheet(both.numpy(), NUM_ENCODED, left=["real", "decoded"])
-    return Look((sheet,), caption)
+    return Visualization((sheet,), caption)

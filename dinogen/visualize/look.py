@@ -1,4 +1,4 @@
-"""Pictures for people to look at, of one checkpoint: RUN/RxR/looks/*.png and looks.json."""
+"""Draws the visualizations of a checkpoint: RUN/RxR/visualizations/*.png and their index."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dinogen.errors import UserError
 from dinogen.evaluation.record import check_changes
 from dinogen.files import why_not_writable, write_json
 from dinogen.report.images import save_animation, save_sheet
+from dinogen.runs.earlier import existing
 from dinogen.runs.layout import VISUALIZATIONS_INDEX
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.logging.tensorboard import write_summary
@@ -23,7 +24,7 @@ from shards.errors import ShardsError
 log = logging.getLogger(__name__)
 
 
-def write_looks(
+def write_visualizations(
     run: Path,
     resolution: int | None = None,
     nimg: int | None = None,
@@ -31,64 +32,65 @@ def write_looks(
     out: Path | None = None,
     places: Sequence[str] = (),
 ) -> Path:
-    """Write every look that the run's family has; one at a time, each whole or not at all.
+    """Draw every visualization that the run's family has, one after the other.
 
-    Those in the run's own folder are shown by TensorBoard too.
+    TensorBoard also shows those in the run's own folder.
 
     Args:
         run: folder of the run.
         resolution: which stage; the largest that has a checkpoint unless given.
-        nimg: which checkpoint, by the images that the run had been shown; the newest unless given.
-        seed: of all latents; the same for all runs that are to be compared.
-        out: folder; ``RUN/RxR/looks`` unless given.
-        places: ``KEY=VALUE`` changes of where data and guides lie now, such as ``data.path=``.
+        nimg: which checkpoint, by images seen; the newest unless given.
+        seed: of all latents; give the same one for runs that are to be compared.
+        out: folder; ``RUN/RxR/visualizations`` unless given.
+        places: ``KEY=VALUE`` changes to where data and guides are now, such as ``data.path=``.
 
     Returns:
-        looks.json: by name ``file`` (beside it), ``caption``, ``nimg``, ``seed`` and ``command``;
-        where ``file`` is null, ``reason`` says why there is none.
+        visualizations.json: by name ``file`` (beside it), ``caption``, ``nimg``, ``seed`` and
+        ``command``; where ``file`` is null, ``reason`` says why.
 
     Raises:
         ConfigError: no such run or checkpoint.
-        UserError: the folder cannot be written, which is found out before the work.
+        UserError: the folder cannot be written; raised before anything is drawn.
     """
     check_changes(tuple(places))
     snapshot = load_snapshot(run, resolution, nimg, places)
     scene = Scene(snapshot, seed)
     folder = out or snapshot.place.visualizations_folder
+    index = existing(folder, VISUALIZATIONS_INDEX)
     command = f"dinogen look {shlex.quote(str(run))} --stage {snapshot.resolution}"
     command += f" --nimg {snapshot.nimg} --seed {seed}"
     if out is not None:
         command += f" --out {shlex.quote(str(out))}"
-    if problem := why_not_writable(folder / VISUALIZATIONS_INDEX, make=True):
+    if problem := why_not_writable(index, make=True):
         raise UserError(f"{folder}: cannot be written: {problem}: give --out FOLDER")
     entries: dict[str, dict[str, Any]] = {}
     for name, maker in _makers(scene).items():
         entry: dict[str, Any] = {"nimg": snapshot.nimg, "seed": seed, "command": command}
         try:
-            look = maker(scene)
+            visual = maker(scene)
         except (LeftOut, UserError, ShardsError) as reason:
-            # also a sample that is damaged: what does not read it is drawn all the same
+            # a damaged sample too: visualizations that do not read it can still be drawn
             note = log.info if isinstance(reason, LeftOut) else log.warning
             note("%s is left out: %s", name, reason)
             entries[name] = {"file": None, "caption": None, "reason": str(reason)} | entry
             continue
-        animated = len(look.sheets) > 1
+        animated = len(visual.sheets) > 1
         stem = name.removesuffix("_animated") + snapshot.mark
         path = folder / f"{stem}.{'gif' if animated else 'png'}"
         if animated:
-            save_animation(look.sheets, path, FRAME_SECONDS)
+            save_animation(visual.sheets, path, FRAME_SECONDS)
         else:
-            save_sheet(look.sheets[0], path)
+            save_sheet(visual.sheets[0], path)
         log.info("%s: %s", name, path)
-        entries[name] = {"file": path.name, "caption": look.caption} | entry
-    write_json(folder / VISUALIZATIONS_INDEX, entries)
+        entries[name] = {"file": path.name, "caption": visual.caption} | entry
+    write_json(index, entries)
     if out is None:
         write_summary(snapshot.place)
-    return folder / VISUALIZATIONS_INDEX
+    return index
 
 
 def _makers(scene: Scene) -> dict[str, Maker]:
-    """What makes each look, in the order in which they are shown."""
+    """What draws each visualization, in the order in which they are shown."""
     history = History(scene)
     return {
         "grid16": drawings.grid16,

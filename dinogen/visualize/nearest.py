@@ -1,4 +1,4 @@
-"""Which real pictures are near to given ones, by a extractor of the metrics or by pixels."""
+"""Finds the nearest real images, by features of an extractor or by pixels."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
 
-SIDE = 32  # at which pixels are compared
-# the first that the config names a file of
+SIDE = 32  # resolution at which pixels are compared
+# in order of preference; the config names their weights
 EXTRACTORS = ("dinov2", "inception768", "inception")
 PART = 32
 NUM_NEAREST = 3
@@ -30,15 +30,15 @@ BATCH = 512
 
 @dataclass(frozen=True)
 class Ruler:
-    """Pictures as rows whose Euclidean distance says how far they are from each other.
+    """Turns images into rows whose Euclidean distance measures how much they differ.
 
     Attributes:
-        label: stands before a distance, such as ``rms``.
+        label: short name of the distance, such as ``rms``.
         what: the distance in words.
-        side: of the real pictures that it wants, at most.
+        side: largest useful resolution of real images.
         rows: (N, 3, R, R) in [-1, 1] -> (N, F) float32 on the CPU.
-        max_real: most real pictures to compare with; what is more takes too long.
-        caution: what else may make pictures near, to be added to a sentence.
+        max_real: largest number of real images to compare with in a reasonable time.
+        caution: what else can make images look near; continues a sentence.
     """
 
     label: str
@@ -51,13 +51,13 @@ class Ruler:
 
 @dataclass(frozen=True)
 class Nearest:
-    """Nearest real pictures.
+    """Nearest real images.
 
     Attributes:
-        distances: (N, k) by the ruler, ascending.
+        distances: (N, k), ascending.
         numbers: (N, k) int64, of the samples in their split.
-        mirrored: (N, k) bool, whether the mirrored picture is the near one.
-        num: pictures that were compared with.
+        mirrored: (N, k) bool, whether the mirrored image is the nearer one.
+        num: number of images compared with.
     """
 
     distances: Tensor
@@ -69,21 +69,21 @@ class Nearest:
 def nearest_of(
     queries: Tensor, ruler: Ruler, data: Dataset, split: str, with_mirrored: bool
 ) -> Nearest:
-    """The real pictures of a split nearest to each row.
+    """The nearest real images of a split for each row.
 
     Args:
         queries: (N, F) rows of the ruler.
-        ruler: makes the rows of the real pictures.
+        ruler: makes the rows of the real images.
         data: has the split.
         split: ``train``, ``val`` or ``test``.
-        with_mirrored: whether a real picture counts mirrored too.
+        with_mirrored: whether mirrored real images count too.
     """
     available = data.num_samples(split)
     chosen = np.linspace(0, available - 1, min(available, ruler.max_real)).astype(int).tolist()
     parts = []
     for first in range(0, len(chosen), BATCH):
         numbers = chosen[first : first + BATCH]
-        real = real_pictures(data, numbers, split, ruler.side)
+        real = real_images(data, numbers, split, ruler.side)
         distances = _distances(queries, ruler.rows(real))
         mirrored = torch.zeros_like(distances, dtype=torch.bool)
         if with_mirrored:
@@ -95,20 +95,20 @@ def nearest_of(
     return Nearest(*best, num=len(chosen))
 
 
-def real_pictures(data: Dataset, numbers: list[int], split: str, side: int) -> Tensor:
-    """(N, 3, side, side) in [-1, 1]; a damaged one is replaced by the next, as the log says."""
+def real_images(data: Dataset, numbers: list[int], split: str, side: int) -> Tensor:
+    """(N, 3, side, side) in [-1, 1]; a damaged one is replaced by the next, and logged."""
     images: Tensor = data.read(numbers, split=split, image_size=side, on_error="skip")["image"]
     return images
 
 
 def _closest(distances: Tensor, numbers: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row the nearest few."""
+    """The nearest few of each row."""
     order = distances.argsort(1)[:, :NUM_NEAREST]
     return distances.gather(1, order), numbers.gather(1, order), mirrored.gather(1, order)
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """(N, M) Euclidean distances of rows; by products they would cancel where rows are near."""
+    """(N, M) Euclidean distances of rows; matrix products would lose precision for near rows."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -117,7 +117,7 @@ def choose_ruler(config: MetricsConfig, resolution: int, device: torch.device) -
 
     Args:
         config: of the run.
-        resolution: of its pictures.
+        resolution: of its images.
         device: where the feature extractor runs.
     """
     for name in EXTRACTORS:
@@ -137,7 +137,7 @@ def _by_pixels(side: int) -> Ruler:
         return values / math.sqrt(values.shape[1])
 
     what = f"root mean square difference of a value of 0 to 255 at {side}x{side}"
-    caution = " (by pixels a blurred picture is near to all)"
+    caution = " (by pixels a blurred image is near to every image)"
     return Ruler("rms", what, side, rows, max_real=50_000, caution=caution)
 
 

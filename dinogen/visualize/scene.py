@@ -1,4 +1,4 @@
-"""What looks are made from: one checkpoint's averages, a seed, and the pictures it learnt from."""
+"""What visualizations are drawn from: one checkpoint's EMA weights, a seed, the training images."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from dinogen.report.images import Sheet
 from dinogen.training.checkpointing.snapshot import Snapshot
 from dinogen.training.data import data_fingerprint, open_data
 from dinogen.training.preflight import check_same_data
-from dinogen.visualize.nearest import Nearest, Ruler, choose_ruler, nearest_of, real_pictures
+from dinogen.visualize.nearest import Nearest, Ruler, choose_ruler, nearest_of, real_images
 from shards.errors import ShardsError
 from shards.read.dataset import Dataset
 
 NUM_DRAWN = 128
 NUM_HELD_OUT = 64
-# latents and pictures of one part fit where a training step did
+# parts of this size fit into the memory that a training step needs
 PIXELS_PER_PART = 64 * 64 * 64
 
 
 class LeftOut(Exception):
-    """A look that this run does not have; says why."""
+    """A visualization is not possible for this run; the message says why."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """One picture for people, or one animation if there are several sheets.
+class Visualization:
+    """One image, or one animation if there are several sheets.
 
     Attributes:
-        sheets: what it is made of.
+        sheets: the image, or the frames.
         caption: what it shows, in a sentence.
     """
 
@@ -43,14 +43,14 @@ class Look:
     caption: str
 
 
-Maker = Callable[["Scene"], Look]
+Maker = Callable[["Scene"], Visualization]
 
 
 class Scene:
     """A snapshot under a seed.
 
     Args:
-        snapshot: whose averages are looked at.
+        snapshot: its EMA weights are used.
         seed: of all latents.
     """
 
@@ -67,7 +67,7 @@ class Scene:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, indices: Tensor, psi: float = 1.0) -> Tensor:
-        """Pictures (N, 3, R, R) in [-1, 1] on the CPU, in parts."""
+        """Images (N, 3, R, R) in [-1, 1] on the CPU, in parts."""
         size = max(1, min(64, PIXELS_PER_PART // self.resolution**2))
         parts = zip(latents.split(size), indices.split(size), strict=True)
         decode, networks = self.family.decode, self.networks
@@ -76,19 +76,19 @@ class Scene:
 
     @cached_property
     def drawn(self) -> Tensor:
-        """Pictures of the first 128 sample numbers, (N, 3, R, R) in [-1, 1] on the CPU."""
+        """Images of the first 128 sample numbers, (N, 3, R, R) in [-1, 1] on the CPU."""
         indices = torch.arange(NUM_DRAWN)
         return self.decode(self.latents(indices), indices)
 
     @cached_property
     def opinions(self) -> Tensor | None:
-        """How real the discriminator finds what is :attr:`drawn`, (N,); None without one."""
+        """How real the discriminator rates :attr:`drawn`, (N,); None without a discriminator."""
         family, snapshot = self.family, self.snapshot
         if not isinstance(family, HasCritic):
             return None
         rest = set(family.networks) - set(self.networks)
         for name in rest:
-            # a snapshot has loaded the averages alone
+            # a snapshot only loads the EMA weights
             family.networks[name].load_state_dict(snapshot.checkpoint.tensors(name))
         plan, nimg = snapshot.plan, snapshot.nimg
         fade(family, family.networks, plan.alpha(nimg), plan.fading(nimg))
@@ -97,15 +97,15 @@ class Scene:
 
     @cached_property
     def ruler(self) -> Ruler:
-        """By what pictures are near each other."""
+        """The distance between images."""
         return choose_ruler(self.family.config.metrics, self.resolution, self.family.device)
 
     @cached_property
     def data(self) -> Dataset:
-        """What the run was trained on.
+        """The training data of the run.
 
         Raises:
-            LeftOut: it is not there any more, or is another.
+            LeftOut: the data are missing, or are not those it was trained on.
         """
         config = self.family.config
         try:
@@ -117,16 +117,16 @@ class Scene:
                 "give data.path= the shards that it was trained on",
             )
         except (ConfigError, ShardsError, OSError) as error:
-            raise LeftOut(f"the data of the run are needed: {error}") from None
+            raise LeftOut(f"the run's data are required: {error}") from None
         return data
 
     @cached_property
     def nearest(self) -> tuple[Nearest, float | None]:
-        """Training pictures nearest to what is :attr:`drawn`, and how near those held out are.
+        """The training images nearest to :attr:`drawn`, and how near held-out images are.
 
-        The second is the median over pictures of ``val`` of the distance to their nearest; None if
-        there are none, or they are what was trained on. Mirrored pictures count where training
-        showed them.
+        The second is the median distance of ``val`` images to their nearest training image; None
+        without such images, or if ``val`` is the training split. Mirrored training images count if
+        training mirrored them.
 
         Raises:
             LeftOut: as :attr:`data`.
@@ -137,7 +137,7 @@ class Scene:
         rows = [ruler.rows(self.drawn)]
         if num_val:
             chosen = np.linspace(0, num_val - 1, min(num_val, NUM_HELD_OUT)).astype(int).tolist()
-            rows.append(ruler.rows(real_pictures(data, chosen, "val", ruler.side)))
+            rows.append(ruler.rows(real_images(data, chosen, "val", ruler.side)))
         found = nearest_of(torch.cat(rows), ruler, data, split, config.augment.flip > 0)
         num = len(self.drawn)
         usual = float(found.distances[num:, 0].median()) if num_val else None

@@ -56,7 +56,7 @@ def compare(
       dinogen compare runs --out compared --metrics fid,kid metrics.num_samples=10000
     """
     from dinogen.errors import UserError
-    from dinogen.report.compare.write import write_comparison
+    from dinogen.report.compare import write_comparison
     from launch.cli.console import setup_logging
     from launch.compare import folders_of, run_pending_steps, sort_words, sweep_checkpoints
 

@@ -31,13 +31,13 @@ def look(
         int, typer.Option(min=0, help="Of all latents; the same for runs to be compared.")
     ] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder; RUN/RxR/looks by default.", metavar="DIR")
+        Path | None, typer.Option(help="Folder; RUN/RxR/visualizations by default.", metavar="DIR")
     ] = None,
 ) -> None:
     """Make images that show what a run has learnt: grids, its progress, interpolations, worst.
 
-    What they are is in looks.json beside them, and why one is missing: not every family truncates,
-    mixes styles or encodes images.
+    visualizations.json beside them says what each shows, or why one is missing: not every family
+    truncates, mixes styles or encodes images.
 
     [bold]Examples[/bold]
 
@@ -47,11 +47,11 @@ def look(
     """
     import json
 
-    from dinogen.visualize.look import write_looks
+    from dinogen.visualize.look import write_visualizations
     from launch.cli.console import setup_logging
 
     setup_logging()
-    index = write_looks(run, stage, nimg, seed, out, changes or ())
+    index = write_visualizations(run, stage, nimg, seed, out, changes or ())
     entries = json.loads(index.read_text(encoding="utf-8"))
     for name, entry in entries.items():
         typer.echo(f"  {name}: {entry['file'] or 'left out: ' + entry['reason']}")

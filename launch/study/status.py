@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dinogen.errors import UserError
 from dinogen.files import write_text
+from dinogen.report.compare import write_comparison
 from dinogen.report.compare.read import is_run
-from dinogen.report.compare.write import write_comparison
 from launch.slurm import queue
 from launch.slurm.jobs import read_jobs
 from launch.slurm.status import job_rows

@@ -111,11 +111,11 @@ class Player:
 
     def _look(self, run: str, config: Config) -> None:
         nimg = sum(stage.num_images for stage in config.stages)
-        self._write(run, config, "looks/looks.json", {"grid16": {"nimg": nimg}})
+        self._write(run, config, "visualizations/visualizations.json", {"grid16": {"nimg": nimg}})
 
     def _write(self, run: str, config: Config, name: str, facts: dict) -> None:
         nimg = sum(stage.num_images for stage in config.stages)
-        more = {} if name.startswith("looks") else {"nimg": nimg}
+        more = {} if name.startswith("visualizations") else {"nimg": nimg}
         write(self._stage(run, config.stages[-1].resolution) / name, more | facts)
 
     def _stage(self, run: str, size: int) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typer.testing import CliRunner
 
-from dinogen.report.compare.write import Written
+from dinogen.report.compare import Written
 from launch.cli.main import app
 
 

@@ -43,7 +43,10 @@ def test_killed_twice_it_finishes_and_nothing_is_done_again(tmp_path, started):
     def kept(run):
         """Identity of what a finished run has left."""
         stage = folder / run / "16x16"
-        files = [stage / name for name in ("result.json", "evaluation.json", "looks/looks.json")]
+        files = [
+            stage / name
+            for name in ("result.json", "evaluation.json", "visualizations/visualizations.json")
+        ]
         return [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
 
     process = begin()

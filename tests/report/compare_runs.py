@@ -39,7 +39,12 @@ def make_run(folder, fid=1.25, *, family="dcgan", seed=0, resolution=32, notes=N
     name = f"{resolution}x{resolution}"
     stage = folder / name
     rng = np.random.default_rng(seed)
-    for file in (f"final_{name}.png", f"real_{name}.png", "looks/grid16.png", "looks/i.png"):
+    for file in (
+        f"final_{name}.png",
+        f"real_{name}.png",
+        "visualizations/grid16.png",
+        "visualizations/i.png",
+    ):
         save_grid(rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8), stage / file)
     config = {
         "run": str(folder),
@@ -87,7 +92,7 @@ def make_run(folder, fid=1.25, *, family="dcgan", seed=0, resolution=32, notes=N
     )
     facts = {"nimg": 20016, "seed": 0, "command": f"dinogen look {folder}"}
     write(
-        stage / "looks" / "looks.json",
+        stage / "visualizations" / "visualizations.json",
         {
             "grid16": {"file": "grid16.png", "caption": "The first 16 samples."} | facts,
             "interpolation_linear": {"file": "i.png", "caption": "A straight line."} | facts,

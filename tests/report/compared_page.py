@@ -3,7 +3,7 @@
 import json
 from html.parser import HTMLParser
 
-from dinogen.report.compare.write import write_comparison
+from dinogen.report.compare import write_comparison
 
 
 class Page(HTMLParser):

@@ -8,8 +8,8 @@ import pytest
 
 from dinogen.config import ConfigError, parse_config
 from dinogen.errors import UserError
+from dinogen.report.compare import write_comparison
 from dinogen.report.compare.read import find_runs
-from dinogen.report.compare.write import write_comparison
 
 from .compare_runs import ALIKE, VERSIONS, make_run, metric_value, write
 from .compared_page import cell, compare
@@ -163,7 +163,7 @@ def test_failed_runs_are_listed_with_what_is_known(tmp_path):
     assert set(failures) == {"stopped", "collapsed", "broken", "stale", "unknown", "never"}
     assert failures["unknown"]["what"] == [f"never measured: dinogen evaluate {unknown}"]
     assert "stage 32x32: 2 of 20 thousand images" in failures["stopped"]["what"][0]
-    assert "last 1 log lines hold no finite loss" in failures["stopped"]["what"][1]
+    assert "last 1 log lines have no finite loss" in failures["stopped"]["what"][1]
     assert failures["stopped"]["status"] == "unfinished"
     assert failures["collapsed"]["what"] == ["COLLAPSED: samples differ 3 %"]
     said = "; ".join(failures["broken"]["what"])
@@ -189,7 +189,10 @@ def test_a_run_of_a_study_says_what_its_last_attempt_ended_with(tmp_path):
     _, data, _ = compare(tmp_path / "out", *runs)
     what = data["failures"]["bad-seed0"]["what"]
     assert what[0] == "train: exit code 1: lr must be above 0 (log: logs/bad.log)"
-    assert [chapter["family"] for chapter in data["story"]] == ["wgan_gp", "dcgan"]
+    assert {run["name"]: run["family"] for run in data["runs"]} == {
+        "bad-seed0": "wgan_gp",
+        "dcgan-seed0": "dcgan",
+    }
 
 
 def test_folders_that_hold_no_run_are_refused(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dinogen.report.compare.write import write_comparison
+from dinogen.report.compare import write_comparison
 from tests.browser import open_browser
 
 from .compare_runs import make_run, metric_value

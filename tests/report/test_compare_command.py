@@ -14,7 +14,7 @@ def test_the_command_makes_what_is_missing(tmp_path, monkeypatch):
     whole = make_run(tmp_path / "runs" / "whole")
     bare = make_run(tmp_path / "runs" / "bare")
     (bare / "32x32" / "evaluation.json").unlink()
-    (bare / "32x32" / "looks" / "looks.json").unlink()
+    (bare / "32x32" / "visualizations" / "visualizations.json").unlink()
     calls = []
 
     class Done:

@@ -70,7 +70,7 @@ def line(name, content, place=5):
 
 
 RESULT, STATS = "32x32/result.json", "32x32/stats.jsonl"
-EVALUATION, LOOKS = "32x32/evaluation.json", "32x32/looks/looks.json"
+EVALUATION, LOOKS = "32x32/evaluation.json", "32x32/visualizations/visualizations.json"
 STATE = "32x32/checkpoints/000020016/state.json"
 # name: (what is done to a copy of a run, what has to be said of it)
 DAMAGES = {
@@ -91,7 +91,7 @@ DAMAGES = {
     "stats-list": (line(STATS, b"[1, 2]"), "line 6 is left out: [1, 2] is not a mapping"),
     "stats-zeros": (put(STATS, bytes(4096)), "holds no line of statistics"),
     "stats-folder": (replace(STATS, Path.mkdir), "stats.jsonl cannot be read: it is a folder"),
-    "nimg": (put(RESULT, '{"nimg": "many"}'), "nimg: 'many' is no whole number"),
+    "nimg": (put(RESULT, '{"nimg": "many"}'), "nimg: 'many' is not a whole number"),
     "result-list": (put(RESULT, "[]"), "[] is not a mapping"),
     "result-empty": (put(RESULT, ""), "result.json cannot be read: it is empty"),
     "result-half": (cut(RESULT), "result.json cannot be read: not JSON"),
@@ -101,16 +101,22 @@ DAMAGES = {
     "measured": (edit(EVALUATION, measured=[1], metrics="x"), "measured: [1] is not a mapping"),
     "figures": (
         edit(EVALUATION, measured={"fid768": {"value": "12"}, "kid768": 3}),
-        "measured: fid768: value: '12' is no finite number",
+        "measured: fid768: value: '12' is not a finite number",
     ),
     "fingerprints": (edit(EVALUATION, fingerprints={"a": None}, sampling=3), "fingerprints: a: "),
-    "surrogate": (put(EVALUATION, b'{"command": "\\ud800", "nimg": -3}'), "nimg: -3 is no whole"),
+    "surrogate": (
+        put(EVALUATION, b'{"command": "\\ud800", "nimg": -3}'),
+        "nimg: -3 is not a whole",
+    ),
     "metrics-cut": (put("32x32/metrics.jsonl", b'{"nimg": 16, "metr'), "metrics.jsonl: line 1"),
-    "looks": (put(LOOKS, '{"grid16": "grid16.png", "a": {"file": "/etc/passwd"}}'), "grid16: "),
-    "looks-half": (cut(LOOKS), "looks.json cannot be read"),
+    "visualizations": (
+        put(LOOKS, '{"grid16": "grid16.png", "a": {"file": "/etc/passwd"}}'),
+        "grid16: ",
+    ),
+    "looks-half": (cut(LOOKS), "visualizations.json cannot be read"),
     "state": (put(STATE, "{"), "state.json cannot be read"),
     "empty": (lambda run: [shutil.rmtree(run), run.mkdir()], "config.yaml is missing"),
-    "a-file": (replace("", Path.touch), "no folder of this name"),
+    "a-file": (replace("", Path.touch), "not a folder"),
     "stage-file": (replace("32x32", Path.touch), "no stage has a folder"),
 }
 

@@ -1,4 +1,4 @@
-"""The page of a comparison: whole in itself, the story in its order, curves where numbers are."""
+"""The page of a comparison: one file, notes as text, curves where the numbers are."""
 
 import base64
 import json
@@ -19,9 +19,9 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     inside = [base64.b64decode(source.partition(",")[2]) for source in page.sources]
     for run in runs:
-        for file in ("looks/grid16.png", "looks/i.png"):
+        for file in ("visualizations/grid16.png", "visualizations/i.png"):
             assert inside.count((run / "32x32" / file).read_bytes()) == 1
-    # one picture of real ones is enough
+    # one image of real ones is enough
     assert sum((run / "32x32" / "real_32x32.png").read_bytes() in inside for run in runs) == 1
     assert "it does not truncate" in page.text
     assert page.open == []
@@ -29,7 +29,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
 
 def test_without_looks_the_last_grid_of_training_is_shown(tmp_path):
     run = make_run(tmp_path / "a")
-    (run / "32x32" / "looks" / "looks.json").unlink()
+    (run / "32x32" / "visualizations" / "visualizations.json").unlink()
     page, _, _ = compare(tmp_path / "out", run)
     final = base64.b64encode((run / "32x32" / "final_32x32.png").read_bytes()).decode()
     assert final in page.raw
@@ -42,31 +42,19 @@ def test_text_cannot_become_markup(tmp_path):
     assert "script" not in page.tags
     assert page.text.count(evil) >= 4
     assert "<script" not in text and "\\|" in text
-    assert data["story"][0]["rows"][0]["change"] == evil
+    assert data["runs"][0]["notes"]["change"] == evil
 
 
-def test_the_story_is_told_in_the_order_of_its_steps(tmp_path):
-    values = {"10": 3.0, "2": 1.0, "1": 2.0}
-    for step, value in values.items():
-        notes = {"step": step, "change": f"change {step}", "next": f"after {step}"}
-        make_run(tmp_path / f"run{step}", value, notes=notes | {"failed": f"flaw {step}"})
-    make_run(tmp_path / "other", 0.5, family="vae")
-    page, data, text = compare(tmp_path / "out", *sorted(tmp_path.iterdir()))
-    chapters = {one["family"]: one["rows"] for one in data["story"]}
-    assert [row["step"] for row in chapters["dcgan"]] == ["1", "2", "10"]
-    assert [row["metric"] for row in chapters["dcgan"]] == [
-        "2.00 ± 0.02",
-        "1.00 ± 0.02",
-        "3.00 ± 0.02",
-    ]
-    assert [row["best"] for row in chapters["dcgan"]] == [False, True, False]
-    for step in values:
-        for said in (f"change {step}", f"flaw {step}", f"after {step}"):
-            assert said in page.text and said in text
+def test_the_notes_of_a_config_are_shown(tmp_path):
+    notes = {"step": "2", "change": "cosine schedule", "failed": "one face", "next": "predict v"}
+    page, data, text = compare(tmp_path / "out", make_run(tmp_path / "a", notes=notes))
+    assert data["runs"][0]["notes"] == notes
+    for said in ("cosine schedule", "one face", "predict v"):
+        assert said in page.text and said in text
 
 
 def test_curves_are_where_their_numbers_are(tmp_path):
-    """Points of the SVG are an affine picture of (kimg, value)."""
+    """Points of the SVG are an affine image of (kimg, value)."""
     curves = {"a": [4.0, 3.0, 1.5, 1.0], "b": [5.0, 2.5, 2.0, 3.5]}
     for name, values in curves.items():
         run = make_run(tmp_path / name, values[-1])

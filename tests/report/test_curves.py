@@ -19,7 +19,7 @@ def write(path, lines):
 
 
 def pixels(path, colour):
-    """Mask of the picture's pixels of exactly that colour."""
+    """Mask of the image's pixels of exactly that colour."""
     with Image.open(path) as image:
         rgb = np.asarray(image.convert("RGB")).astype(int)
     return (np.abs(rgb - np.round(255 * np.array(to_rgb(colour)))) <= 1).all(axis=2)
@@ -31,17 +31,17 @@ def curve(**extra):
 
 def test_the_floor_is_drawn_below_a_curve_that_stays_above_it(tmp_path):
     stats = write(tmp_path / "stats.jsonl", curve(floor=1.0))
-    picture = plot_loss_curve(stats, tmp_path / "curve.png", title="4x4")
-    rows = np.nonzero(pixels(picture, RED).sum(axis=1) > 200)[0]
-    with_floor = np.asarray(Image.open(picture))
+    image = plot_loss_curve(stats, tmp_path / "curve.png", title="4x4")
+    rows = np.nonzero(pixels(image, RED).sum(axis=1) > 200)[0]
+    with_floor = np.asarray(Image.open(image))
     assert rows.size and rows.min() > with_floor.shape[0] * 0.6
 
 
 def test_without_floor_or_diversity_neither_is_drawn(tmp_path):
     stats = write(tmp_path / "stats.jsonl", curve(floor=None))
-    picture = plot_loss_curve(stats, tmp_path / "curve.png", title="4x4")
-    assert not pixels(picture, RED).any()
-    assert not pixels(picture, ORANGE).any()
+    image = plot_loss_curve(stats, tmp_path / "curve.png", title="4x4")
+    assert not pixels(image, RED).any()
+    assert not pixels(image, ORANGE).any()
 
 
 def test_diversity_gets_a_panel_of_its_own(tmp_path):
@@ -57,8 +57,8 @@ def test_updates_that_were_not_finite_are_marked(tmp_path):
     lines = curve()
     lines[10]["loss"] = None
     lines[11]["loss"] = float("nan")
-    picture = plot_loss_curve(write(tmp_path / "s", lines), tmp_path / "c.png", title="4x4")
-    assert pixels(picture, RED).any()
+    image = plot_loss_curve(write(tmp_path / "s", lines), tmp_path / "c.png", title="4x4")
+    assert pixels(image, RED).any()
 
 
 def test_a_resumed_run_replaces_what_it_repeats(tmp_path):

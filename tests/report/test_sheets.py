@@ -1,4 +1,4 @@
-"""Sheets: every picture pixel by pixel where it belongs, whatever words stand beside it."""
+"""Sheets: every image pixel by pixel where it belongs, whatever words stand beside it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RNG = np.random.default_rng(0)
 GAP = 2
 
 
-def pictures(num, side=32):
+def make_images(num, side=32):
     return RNG.integers(0, 200, (num, side, side, 3), dtype=np.uint8)
 
 
@@ -22,7 +22,7 @@ def tile(canvas, row, column, top, left, side=96):
 
 
 def test_small_pictures_are_enlarged_by_a_whole_factor_and_nothing_else_is_drawn():
-    images = pictures(5)
+    images = make_images(5)
     canvas = draw_sheet(Sheet(images, 3))
     assert canvas.size == (3 * 98 - 2, 2 * 98 - 2)
     for number in range(5):
@@ -33,14 +33,14 @@ def test_small_pictures_are_enlarged_by_a_whole_factor_and_nothing_else_is_drawn
 
 
 def test_large_pictures_stay_as_they_are():
-    images = pictures(2, 128)
+    images = make_images(2, 128)
     canvas = np.asarray(draw_sheet(Sheet(images, 2)))
     assert canvas.shape == (128, 258, 3)
     assert np.array_equal(canvas[:, 130:], images[1])
 
 
 def test_words_take_room_of_their_own():
-    images = pictures(6)
+    images = make_images(6)
     plain = draw_sheet(Sheet(images, 3))
     heads = draw_sheet(Sheet(images, 3, ["one", "two", "three"]))
     assert heads.size == (plain.size[0], plain.size[1] + LINE), "only the first row has words"
@@ -71,7 +71,7 @@ def test_a_table_has_its_heads_above_and_left_of_it():
 
 
 def test_a_png_holds_every_pixel(tmp_path):
-    sheet = Sheet(pictures(4), 2, ["x"])
+    sheet = Sheet(make_images(4), 2, ["x"])
     save_sheet(sheet, tmp_path / "new" / "sheet.png")
     found = Image.open(tmp_path / "new" / "sheet.png")
     assert np.array_equal(np.asarray(found), np.asarray(draw_sheet(sheet)))

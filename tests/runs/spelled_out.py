@@ -11,11 +11,11 @@ FILES = {
     "metrics.jsonl",
     "checkpoints.jsonl",
     "evaluation.json",
-    "looks.json",
+    "visualizations.json",
     "study.json",
     "index.html",
 }
-FOLDERS = {"checkpoints", "looks", "samples", "tb"}
+FOLDERS = {"checkpoints", "visualizations", "samples", "tb"}
 PATH_METHODS = ("joinpath", "glob", "rglob", "with_name")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

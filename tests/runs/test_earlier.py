@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dinogen.runs.earlier import RENAMED, with_names_of_today
+from dinogen.runs.earlier import RENAMED, with_new_keys
 from dinogen.runs.files import read_evaluation, read_result, read_state
 
 
@@ -31,7 +31,7 @@ def test_each_file_is_read_under_the_names_of_today(tmp_path, read, stored, toda
 
 
 def test_of_both_names_the_one_of_today_stands():
-    assert with_names_of_today({"verdict": "old", "a": 1, "health": "new"}) == {
+    assert with_new_keys({"verdict": "old", "a": 1, "health": "new"}) == {
         "a": 1,
         "health": "new",
     }

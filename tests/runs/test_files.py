@@ -61,7 +61,7 @@ def test_nothing_that_a_file_holds_raises(tmp_path, read, name):
     found = read(path)
     assert found.there
     # what is given on can be written as JSON and as UTF-8, and its problems too
-    json.dumps([found.value, found.told()], allow_nan=False, ensure_ascii=False).encode("utf-8")
+    json.dumps([found.value, found.messages()], allow_nan=False, ensure_ascii=False).encode("utf-8")
 
 
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
@@ -69,9 +69,9 @@ def test_what_stands_in_the_place_of_a_file_is_a_trouble(tmp_path, read):
     assert not read(tmp_path / "nothing").there
     assert not read(tmp_path / "nothing").problems
     (tmp_path / "folder").mkdir()
-    assert "it is a folder" in read(tmp_path / "folder").told()[0]
+    assert "it is a folder" in read(tmp_path / "folder").messages()[0]
     os.mkfifo(tmp_path / "pipe")
-    assert "no regular file" in read(tmp_path / "pipe").told()[0]
+    assert "no regular file" in read(tmp_path / "pipe").messages()[0]
     (tmp_path / "loop").symlink_to("loop")
     assert read(tmp_path / "loop").problems
     (tmp_path / "dangling").symlink_to("nowhere")
@@ -83,7 +83,7 @@ def test_a_file_that_may_not_be_read_is_a_trouble(tmp_path):
     path = tmp_path / "result.json"
     path.write_text("{}")
     path.chmod(0)
-    assert "Permission denied" in files.read_result(path).told()[0]
+    assert "Permission denied" in files.read_result(path).messages()[0]
 
 
 def test_one_bad_line_costs_that_line(tmp_path):
@@ -93,8 +93,8 @@ def test_one_bad_line_costs_that_line(tmp_path):
     path.write_bytes(b"\n".join(rows) + b'\n{"nimg": 5, "lo')
     found = files.read_lines(path)
     assert [line["nimg"] for line in found.value] == [1, 3, 4]
-    assert found.told(tmp_path)[0].startswith("stats.jsonl: line 2 is left out: not UTF-8 text")
-    assert "0xff" in found.told()[0] and "line 5 is left out" in found.told()[1]
+    assert found.messages(tmp_path)[0].startswith("stats.jsonl: line 2 is left out: not UTF-8 text")
+    assert "0xff" in found.messages()[0] and "line 5 is left out" in found.messages()[1]
     assert read_stats(path) == found.value
 
 
@@ -112,9 +112,9 @@ def test_what_is_sound_beside_what_is_not_stays(tmp_path):
         "files": {"real": "r.png"},
         "of a later version": [1],
     }
-    assert found.told(tmp_path) == [
-        "result.json: nimg: 'many' is no whole number from 0 on",
-        "result.json: files: final: '../../etc/passwd' is no file of this folder",
+    assert found.messages(tmp_path) == [
+        "result.json: nimg: 'many' is not a whole number >= 0",
+        "result.json: files: final: '../../etc/passwd' is not a file in this folder",
     ]
 
 
@@ -134,7 +134,7 @@ def test_a_figure_is_one_or_is_none(tmp_path):
     assert found.value["measured"]["recall"]["spread"] is None
     assert found.value["measured"]["fid"]["value"] == 3.5
     assert found.value["fingerprints"] == {"b": {}}
-    said = "; ".join(found.told())
+    said = "; ".join(found.messages())
     for name in ("kid", "is", "faces", "recall"):
         assert f"measured: {name}: " in said
 
@@ -150,4 +150,4 @@ def test_a_config_of_any_version_is_read_section_by_section(tmp_path):
     path.write_text("notes: some text\nfamily: dcgan\nseed: 3\nnew: {key: .nan}\nstages: 4\n")
     found = files.read_config(path)
     assert found.value == {"seed": 3, "new": {"key": None}}
-    assert [one.split(": ")[1] for one in found.told(tmp_path)] == ["notes", "family", "stages"]
+    assert [one.split(": ")[1] for one in found.messages(tmp_path)] == ["notes", "family", "stages"]

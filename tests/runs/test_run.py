@@ -41,8 +41,8 @@ def folder(tmp_path):
     return folder
 
 
-def measure(folder, nimg=1000, **metric_values):
-    measured = {name: {"value": value, "reason": None} for name, value in metric_values.items()}
+def measure(folder, nimg=1000, **figures):
+    measured = {name: {"value": value, "reason": None} for name, value in figures.items()}
     write(folder / "4x4" / "evaluation.json", {"nimg": nimg, "measured": measured})
 
 
@@ -61,10 +61,30 @@ def test_everything_lies_where_a_run_leaves_it(folder):
     assert stage.metrics_file == inside / "metrics.jsonl"
     assert stage.evaluation_file == inside / "evaluation.json"
     assert stage.sweep_file == inside / "checkpoints.jsonl"
-    assert stage.visualizations_folder == inside / "looks"
+    assert stage.visualizations_folder == inside / "visualizations"
     assert stage.samples_folder == inside / "samples"
     assert stage.tensorboard_folder == inside / "tb"
     assert stage.checkpoints.at(1400) == inside / "checkpoints" / "000001400"
+
+
+def test_names_of_earlier_versions_are_read_as_those_of_today(folder):
+    run, inside = Run(folder), folder / "4x4"
+    write(inside / "result.json", {"nimg": 1000, "verdict": "COLLAPSED"})
+    write(inside / "evaluation.json", {"nimg": 1000, "verdict": "BROKEN", "measured": {}})
+    write(inside / "looks" / "looks.json", {"grid16": {"file": "grid16.png", "nimg": 1000}})
+    progress = {"nimg": 1400, "verdict": "COLLAPSING"}
+    write(folder / "8x8" / "checkpoints" / "000001400" / "state.json", {"progress": progress})
+    stage = run.stage(4)
+    assert stage.result == {"nimg": 1000, "health": "COLLAPSED"}
+    assert stage.evaluation["health"] == "BROKEN"
+    assert stage.visualizations["grid16"]["file"] == "grid16.png" and stage.visualized
+    assert stage.visualizations_folder == inside / "looks"
+    state = next(run.stage(8).checkpoints.iter_states()).value
+    assert state["progress"] == {"nimg": 1400, "health": "COLLAPSING"}
+    write(inside / "result.json", {"health": "ok", "verdict": "COLLAPSED", "nimg": 1000})
+    assert stage.result == {"health": "ok", "nimg": 1000}
+    (inside / "visualizations").mkdir()
+    assert stage.visualizations_folder == inside / "visualizations"
 
 
 def test_a_run_is_named_by_a_path_that_ends_in_its_name(folder, monkeypatch):
@@ -219,7 +239,7 @@ def test_only_what_was_measured_at_the_end_counts(folder):
 def test_only_images_of_the_end_count(folder):
     stage = Run(folder).stage(4)
     assert (stage.visualized, stage.visualizations) == (False, {})
-    index = folder / "4x4" / "looks" / "looks.json"
+    index = folder / "4x4" / "visualizations" / "visualizations.json"
     write(index, {"grid16": {"file": "grid16.png", "nimg": 500}})
     assert not stage.visualized
     write(index, {"grid16": {"file": "grid16.png", "nimg": 1000}})
@@ -247,14 +267,14 @@ def test_damage_costs_only_what_is_damaged_and_is_named(folder):
     stage = Run(folder).stage(4)
     for path in (stage.result_file, stage.evaluation_file):
         write(path, "{")
-    write(stage.visualizations_folder / "looks.json", "[]")
+    write(stage.visualizations_folder / "visualizations.json", "[]")
     write(stage.stats_file, '{"nimg": 500, "loss": 2}\n{"nimg"\n')
     assert (stage.result, stage.evaluation, stage.visualizations) == (None, None, {})
     assert [line["nimg"] for line in stage.stats] == [500]
     assert (stage.status, stage.progress) == ("begun", "0.5 of 1 kimg")
     reads = (stage.read_result, stage.read_evaluation, stage.read_visualizations, stage.read_stats)
-    told = [read().told(folder) for read in reads]
-    names = ("result.json", "evaluation.json", "looks/looks.json", "stats.jsonl")
+    told = [read().messages(folder) for read in reads]
+    names = ("result.json", "evaluation.json", "visualizations/visualizations.json", "stats.jsonl")
     assert [one[0].startswith(f"4x4/{name}") for one, name in zip(told, names, strict=True)] == [
         True
     ] * 4
@@ -264,7 +284,7 @@ def test_damage_costs_only_what_is_damaged_and_is_named(folder):
 def test_a_folder_that_cannot_be_listed_is_named(folder):
     folder.chmod(0o300)
     try:
-        assert "Permission denied" in Run(folder).read_stages().told()[0]
+        assert "Permission denied" in Run(folder).read_stages().messages()[0]
     finally:
         folder.chmod(0o700)
 

@@ -14,7 +14,7 @@ from tests.runs.spelled_out import spelled_out
         'path = run / f"{size}x{size}"': {"RxR"},
         'path = f"{run}/{stage.size}x{stage.size}/result.json"': {"RxR", "result.json"},
         'name = "%dx%d" % (size, size)': {"RxR"},
-        'found = run.glob("*x*/looks/*.png")': {"looks"},
+        'found = run.glob("*x*/visualizations/*.png")': {"visualizations"},
         'NAMES = ("config.yaml", "stats.jsonl")': {"config.yaml", "stats.jsonl"},
         'text = f"{size}x{size} pixels: see config.yaml"': set(),
         'shown = {"samples": 3, "size": f"{width}x{height}"}': set(),

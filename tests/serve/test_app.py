@@ -1,4 +1,4 @@
-"""What the application answers: pictures, refusals, one at a time."""
+"""What the application answers: images, refusals, one at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .conftest import HERE
 
 
 def png(client, **query):
-    answer = client.get("/picture.png", params=query)
+    answer = client.get("/image.png", params=query)
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "image/png"
     return answer.content
@@ -37,7 +37,7 @@ def pixels(client, **query):
 
 
 def refusal(client, query, status=400):
-    answer = client.get(f"/picture.png?{query}")
+    answer = client.get(f"/image.png?{query}")
     assert answer.status_code == status, (query, answer.status_code)
     assert answer.headers["content-type"].startswith("text/plain")
     return answer.text
@@ -46,8 +46,8 @@ def refusal(client, query, status=400):
 @pytest.mark.parametrize("name", ["truncates", "two_stages", "guided"])
 def test_pictures_are_those_of_dinogen_sample(clients, runs, name):
     expected = to_uint8(load_snapshot(runs[name]).sample(3, 5).numpy())
-    for number, picture in enumerate(expected):
-        assert np.array_equal(pixels(clients[name], seed=5, number=number), picture)
+    for number, image in enumerate(expected):
+        assert np.array_equal(pixels(clients[name], seed=5, number=number), image)
     assert not np.array_equal(expected[0], expected[1])
 
 
@@ -60,8 +60,8 @@ def test_the_same_query_gives_the_same_bytes(clients):
 
 
 def test_a_picture_says_how_it_was_made(clients):
-    picture = Image.open(io.BytesIO(png(clients["guided"], seed=2, number=7)))
-    made = json.loads(picture.text["dinogen"])
+    image = Image.open(io.BytesIO(png(clients["guided"], seed=2, number=7)))
+    made = json.loads(image.text["dinogen"])
     assert (made["seed"], made["number"], made["nimg"]) == (2, 7, 32)
     assert (made["run"], made["family"], made["resolution"]) == ("guided", "guided", 16)
     assert made["random_guide"] is True
@@ -113,8 +113,8 @@ def test_each_stage_has_its_own_pictures(clients, galleries):
         ("to=-3&at=0.5", "to: "),
         ("to=3&at=inf", "at: "),
         ("to=3&at=1.5", "at: "),
-        ("at=0.5", "no seed is walked to"),
-        ("stage=8", "stage: 8 is not one of this run's: there are 16"),
+        ("at=0.5", "there is no seed to walk to"),
+        ("stage=8", "stage: 8 is not a stage of this run: choose one of 16"),
         ("stage=0", "stage: "),
         ("sed=3", "did you mean 'seed'"),
         ("count=5", "unknown key 'count'"),
@@ -133,11 +133,11 @@ def test_psi_is_refused_where_nothing_truncates(clients):
 def test_great_requests_are_refused(clients):
     client = clients["truncates"]
     assert str(MAX_QUERY) in refusal(client, "seed=" + "1" * MAX_QUERY, 414)
-    assert client.request("GET", "/picture.png", content=b"x").status_code == 413
-    assert client.post("/picture.png", content=b"x" * 100_000).status_code == 413
+    assert client.request("GET", "/image.png", content=b"x").status_code == 413
+    assert client.post("/image.png", content=b"x" * 100_000).status_code == 413
     chunked = client.post("/", content=iter([b"x", b"y"]))
     assert chunked.status_code == 413
-    assert client.post("/picture.png").status_code == 405
+    assert client.post("/image.png").status_code == 405
     assert client.get("/elsewhere").status_code == 404
 
 
@@ -149,7 +149,7 @@ def test_only_names_of_this_machine_are_answered(galleries):
 
 def test_nothing_may_come_from_elsewhere(clients):
     client = clients["guided"]
-    for answer in (client.get("/"), client.get("/picture.png?sed=1"), client.get("/nowhere")):
+    for answer in (client.get("/"), client.get("/image.png?sed=1"), client.get("/nowhere")):
         policy = answer.headers["content-security-policy"]
         assert "default-src 'none'" in policy and "http" not in policy and "*" not in policy
         assert answer.headers["x-content-type-options"] == "nosniff"
@@ -209,7 +209,7 @@ def test_pictures_are_drawn_one_after_the_other_and_few_wait(galleries, monkeypa
         TestClient(make_app(slow, ["127.0.0.1"]), base_url=HERE) as client,
         ThreadPoolExecutor(4) as pool,
     ):
-        asked = [pool.submit(client.get, f"/picture.png?seed={seed}") for seed in range(4)]
+        asked = [pool.submit(client.get, f"/image.png?seed={seed}") for seed in range(4)]
         until = time.monotonic() + 120
         while not any(one.done() for one in asked) and time.monotonic() < until:
             time.sleep(0.01)
@@ -220,4 +220,4 @@ def test_pictures_are_drawn_one_after_the_other_and_few_wait(galleries, monkeypa
         assert slow.most == 1
         (refused,) = (answer for answer in answers if answer.status_code == 503)
         assert "try again" in refused.text
-        assert client.get("/picture.png").status_code == 200  # the places are free again
+        assert client.get("/image.png").status_code == 200  # the places are free again

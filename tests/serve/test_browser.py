@@ -1,4 +1,4 @@
-"""The page in a real browser: another seed, a click, other pictures; nothing goes elsewhere."""
+"""The page in a real browser: another seed, a click, other images; nothing goes elsewhere."""
 
 from __future__ import annotations
 
@@ -73,17 +73,17 @@ def visit(browser, urls):
     for page in pages:
         page.close()
     assert errors == []
-    assert any("picture.png" in url for url in asked)
+    assert any("image.png" in url for url in asked)
     own = tuple(urls.values())
     assert [url for url in asked if not url.startswith((*own, "blob:", "data:"))] == []
 
 
 def drawn(page, words):
-    """The pictures once the page says ``words``, each (R, R, 3)."""
+    """The images once the page says ``words``, each (R, R, 3)."""
     page.get_by_role("status").filter(has_text=words).wait_for()
-    assert page.locator("#pictures .old").count() == 0
+    assert page.locator("#images .old").count() == 0
     found = []
-    for image in page.locator("#pictures img").all():
+    for image in page.locator("#images img").all():
         flat = np.array(image.evaluate(PIXELS), dtype=np.uint8).reshape(-1, 4)
         side = round(len(flat) ** 0.5)
         found.append(flat.reshape(side, side, 4)[..., :3])
@@ -91,14 +91,14 @@ def drawn(page, words):
 
 
 def direct(url, **query):
-    content = httpx.get(f"{url}picture.png", params=query).content
+    content = httpx.get(f"{url}image.png", params=query).content
     return np.asarray(Image.open(io.BytesIO(content)))
 
 
 def test_another_seed_gives_other_pictures(visit, urls):
     page = visit("truncates")
-    before = drawn(page, "16 pictures")
-    assert [picture.shape for picture in before] == [(16, 16, 3)] * 16
+    before = drawn(page, "16 images")
+    assert [image.shape for image in before] == [(16, 16, 3)] * 16
     page.get_by_label("Seed", exact=True).fill("7")
     page.get_by_role("button", name="Draw").click()
     after = drawn(page, "--seed 7")
@@ -116,20 +116,20 @@ def test_another_seed_gives_other_pictures(visit, urls):
 
 def test_psi_and_a_walk(visit, urls):
     page = visit("truncates", "#seed=3&count=4")
-    drawn(page, "4 pictures")
+    drawn(page, "4 images")
     page.get_by_label("Truncation psi").focus()
     page.keyboard.press("Home")
-    page.get_by_label("Pictures").fill("3")
-    page.get_by_label("Pictures").press("Enter")
-    alike = drawn(page, "3 pictures")
-    assert all(np.array_equal(picture, alike[0]) for picture in alike)
+    page.get_by_label("Images").fill("3")
+    page.get_by_label("Images").press("Enter")
+    alike = drawn(page, "3 images")
+    assert all(np.array_equal(image, alike[0]) for image in alike)
     page.get_by_label("Truncation psi").focus()
     page.keyboard.press("End")
     drawn(page, "--num 3")
     page.get_by_label("Walk to seed").fill("9")
     page.get_by_role("button", name="Draw").click()
-    page.locator("#pictures a[download*='to9_at1.000']").wait_for()
-    walk = drawn(page, "3 pictures")
+    page.locator("#images a[download*='to9_at1.000']").wait_for()
+    walk = drawn(page, "3 images")
     assert np.array_equal(walk[0], direct(urls["truncates"], seed=3))
     assert np.array_equal(walk[2], direct(urls["truncates"], seed=9))
     assert not np.array_equal(walk[1], walk[0])
@@ -137,9 +137,9 @@ def test_psi_and_a_walk(visit, urls):
 
 def test_stages_can_be_chosen(visit):
     page = visit("two_stages", "#count=2")
-    assert [picture.shape for picture in drawn(page, "2 pictures")] == [(16, 16, 3)] * 2
+    assert [image.shape for image in drawn(page, "2 images")] == [(16, 16, 3)] * 2
     page.get_by_label("Stage").select_option("8")
-    assert [picture.shape for picture in drawn(page, "--stage 8")] == [(8, 8, 3)] * 2
+    assert [image.shape for image in drawn(page, "--stage 8")] == [(8, 8, 3)] * 2
     assert "stage 8x8 · 16 images seen" in page.locator("#about").inner_text()
     assert page.get_by_label("Truncation psi").count() == 0
 
@@ -147,9 +147,9 @@ def test_stages_can_be_chosen(visit):
 def test_a_random_guide_is_said_on_a_phone_too(visit):
     phone = {"width": 390, "height": 844}
     page = visit("guided", "#count=4", viewport=phone, color_scheme="dark")
-    drawn(page, "4 pictures")
+    drawn(page, "4 images")
     assert page.get_by_role("alert").filter(has_text="RANDOM GUIDE").is_visible()
-    assert page.locator("#pictures a").first.get_attribute("download").endswith("random-guide.png")
+    assert page.locator("#images a").first.get_attribute("download").endswith("random-guide.png")
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 390
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert sum(map(int, colour[4:-1].split(","))) < 150
@@ -157,8 +157,8 @@ def test_a_random_guide_is_said_on_a_phone_too(visit):
 
 def test_a_number_out_of_bounds_asks_for_no_picture(visit):
     page = visit("guided", "#count=1")
-    drawn(page, "1 picture")
-    page.get_by_label("Pictures").fill("65")
+    drawn(page, "1 image")
+    page.get_by_label("Images").fill("65")
     page.get_by_role("button", name="Draw").click()
-    assert page.locator("#pictures a").count() == 1
+    assert page.locator("#images a").count() == 1
     assert page.evaluate("document.getElementById('form').checkValidity()") is False

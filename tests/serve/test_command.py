@@ -42,7 +42,7 @@ def test_it_serves_until_it_is_interrupted(runs):
             line = server.stdout.readline()
             (url,) = re.findall(r"http://127\.0\.0\.1:\d+/", line)
             assert "guided" in httpx.get(url).text
-            assert httpx.get(f"{url}picture.png?seed=1").content.startswith(b"\x89PNG")
+            assert httpx.get(f"{url}image.png?seed=1").content.startswith(b"\x89PNG")
             assert httpx.get(url, headers={"x": "y" * 20_000}).status_code == 431
             server.send_signal(signal.SIGINT)
             _, err = server.communicate(timeout=120)

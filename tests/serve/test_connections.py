@@ -15,7 +15,7 @@ from dinogen.serve import server
 from dinogen.serve.app import MAX_WAITING
 from dinogen.serve.server import open_site
 
-HALF = b"GET /picture.png HTTP/1.1\r\nHost: localhost\r\nX: "
+HALF = b"GET /image.png HTTP/1.1\r\nHost: localhost\r\nX: "
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_others_are_served_while_many_stay_silent(url, sent):
         sock.sendall(sent)
     for _ in range(3):
         assert httpx.get(url, timeout=60).status_code == 200
-    assert httpx.get(f"{url}picture.png?seed=1", timeout=60).content.startswith(b"\x89PNG")
+    assert httpx.get(f"{url}image.png?seed=1", timeout=60).content.startswith(b"\x89PNG")
     assert all(closed_after(sock) < 30 for sock in silent)
     assert httpx.get(url, timeout=60).status_code == 200
 
@@ -85,7 +85,7 @@ def test_a_request_that_takes_long_is_answered(runs, url, monkeypatch):
     monkeypatch.setattr(Gallery, "draw", slowly)
     with httpx.Client() as client:
         for seed in (1, 2):
-            found = client.get(f"{url}picture.png?seed={seed}", timeout=60)
+            found = client.get(f"{url}image.png?seed={seed}", timeout=60)
             assert found.content.startswith(b"\x89PNG")
 
 
@@ -116,20 +116,20 @@ def test_who_hangs_up_frees_a_place_at_once(runs, url, monkeypatch):
     for seed in range(200):
         sock = connect(url)
         asked.append(sock)
-        sock.sendall(f"GET /picture.png?seed={seed} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        sock.sendall(f"GET /image.png?seed={seed} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     until, refused = time.monotonic() + 60, []
     while len(refused) < 200 - MAX_WAITING and time.monotonic() < until:
         refused, _, _ = select.select(asked, [], [], 1)
     assert len(refused) == 200 - MAX_WAITING
     assert all(b" 503 " in sock.recv(99) for sock in refused)
-    full = httpx.get(f"{url}picture.png?seed=777", timeout=60)
+    full = httpx.get(f"{url}image.png?seed=777", timeout=60)
     assert full.status_code == 503
     assert int(full.headers["retry-after"]) > 0
     for sock in asked:
         sock.close()
     with ThreadPoolExecutor(8) as pool:
         found = [
-            pool.submit(httpx.get, f"{url}picture.png?seed={900 + n}", timeout=60) for n in range(8)
+            pool.submit(httpx.get, f"{url}image.png?seed={900 + n}", timeout=60) for n in range(8)
         ]
         time.sleep(0.5)
         assert not any(one.done() for one in found)  # they wait; none is refused
@@ -143,9 +143,9 @@ def test_who_hangs_up_frees_a_place_at_once(runs, url, monkeypatch):
 def test_a_client_that_is_slow_to_read_keeps_nobody_out(url):
     slow = [connect(url) for _ in range(40)]
     for sock in slow:
-        sock.sendall(b"GET /picture.png?seed=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    assert httpx.get(f"{url}picture.png?seed=2", timeout=60).status_code in (200, 503)
+        sock.sendall(b"GET /image.png?seed=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert httpx.get(f"{url}image.png?seed=2", timeout=60).status_code in (200, 503)
     time.sleep(0.5)
-    assert httpx.get(f"{url}picture.png?seed=3", timeout=60).status_code == 200
+    assert httpx.get(f"{url}image.png?seed=3", timeout=60).status_code == 200
     for sock in slow:
         sock.close()

@@ -101,7 +101,7 @@ def make_config(tmp_path, data_folder, guide_folder):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folder of a run of four steps of a family, all of whose checkpoints were kept."""
-    folder = tmp_path_factory.mktemp("looks")
+    folder = tmp_path_factory.mktemp("visualizations")
     pack_discs(folder / "data")
     more = {
         "stylegan2_ada": ["augment.flip=0.5"],

@@ -1,4 +1,4 @@
-"""dinogen look: what the pictures show is what they say, and what is missing is said."""
+"""dinogen look: what the images show is what they say, and what is missing is said."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dinogen.training.run import train
 from dinogen.visualize import drawings
 from dinogen.visualize import drawings as looks_latents
 from dinogen.visualize.drawings import History
-from dinogen.visualize.look import write_looks
+from dinogen.visualize.look import write_visualizations
 from dinogen.visualize.scene import LeftOut, Scene
 from launch.cli.main import app
 from tests.families.tiny import RESOLUTION
@@ -43,7 +43,7 @@ ALL = {
 
 @pytest.fixture(scope="module")
 def sampled(scene_of):
-    """The first pictures, 16 at most, that `dinogen sample` makes of a scene."""
+    """The first images, 16 at most, that `dinogen sample` makes of a scene."""
     found = {}
 
     def make(family, num):
@@ -154,7 +154,7 @@ def test_progression_shows_the_same_latents_at_each_checkpoint(scene_of, runs, s
     scene = scene_of("stylegan2_ada")
     history = History(scene)
     look = history.progression(scene)
-    assert list(history.pictures) == [8, 16, 24, 32]
+    assert list(history.images) == [8, 16, 24, 32]
     num_train = scene.data.num_samples()
     expected = [f"{nimg / num_train:.1f} epochs" for nimg in (8, 16, 24, 32)]
     assert list(look.sheets[0].labels) == expected
@@ -165,7 +165,7 @@ def test_progression_shows_the_same_latents_at_each_checkpoint(scene_of, runs, s
     assert len(history.animation(scene).sheets) == 4
 
     early = Scene(load_snapshot(runs("stylegan2_ada"), nimg=24), 5)
-    assert list(History(early).pictures) == [8, 16, 24], "nothing of what came later"
+    assert list(History(early).images) == [8, 16, 24], "nothing of what came later"
     with pytest.raises(LeftOut, match="keep_every_kimg"):
         History(scene_of("ddpm")).progression(scene_of("ddpm"))
 
@@ -174,8 +174,8 @@ def test_everything_is_written_and_said(runs, tmp_path):
     run = runs("stylegan2_ada")
     result = CliRunner().invoke(app, ["look", str(run), "--seed", "5"])
     assert result.exit_code == 0, result.output
-    folder = run / "16x16" / "looks"
-    entries = json.loads((folder / "looks.json").read_text())
+    folder = run / "16x16" / "visualizations"
+    entries = json.loads((folder / "visualizations.json").read_text())
     assert set(entries) == ALL
     for name, entry in entries.items():
         assert (entry["nimg"], entry["seed"]) == (32, 5)
@@ -183,17 +183,17 @@ def test_everything_is_written_and_said(runs, tmp_path):
         if name == "reconstructions":
             assert entry["file"] is None and "encodes" in entry["reason"]
             continue
-        with Image.open(folder / entry["file"]) as picture:
-            assert picture.format == ("GIF" if name == "progression_animated" else "PNG")
+        with Image.open(folder / entry["file"]) as image:
+            assert image.format == ("GIF" if name == "progression_animated" else "PNG")
         assert entry["caption"].endswith(".")
     assert entries["progression_animated"]["file"] == "progression.gif"
     written = {path.name for path in folder.iterdir()}
-    assert written == {e["file"] for e in entries.values() if e["file"]} | {"looks.json"}
+    assert written == {e["file"] for e in entries.values() if e["file"]} | {"visualizations.json"}
     assert "reconstructions: left out: this family encodes no images" in result.output
 
     before = (folder / "grid16.png").read_bytes()
-    other = write_looks(run, nimg=16, seed=6, out=tmp_path / "some where")
-    assert other == tmp_path / "some where" / "looks.json"
+    other = write_visualizations(run, nimg=16, seed=6, out=tmp_path / "some where")
+    assert other == tmp_path / "some where" / "visualizations.json"
     assert json.loads(other.read_text())["psi"]["command"] == (
         f"dinogen look {run} --stage 16 --nimg 16 --seed 6 --out '{tmp_path / 'some where'}'"
     )
@@ -205,7 +205,7 @@ def test_without_its_data_a_run_still_shows_what_it_makes(runs, tmp_path):
     run = shutil.copytree(runs("vae"), tmp_path / "run")
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace(f"{runs('vae').parent}/data", "gone"))
-    entries = json.loads(write_looks(run).read_text())
+    entries = json.loads(write_visualizations(run).read_text())
     for name in ("reconstructions", "worst", "neighbours"):
         assert entries[name]["file"] is None
         assert "gone" in entries[name]["reason"]
@@ -228,15 +228,15 @@ def test_without_its_data_a_run_still_shows_what_it_makes(runs, tmp_path):
 def test_a_random_guide_marks_every_file(make_config):
     config = make_config("stages.1.kimg=0.08", "stages.0.kimg=0.04")
     train(config)
-    entries = json.loads(write_looks(config.run).read_text())
+    entries = json.loads(write_visualizations(config.run).read_text())
     files = {entry["file"] for entry in entries.values() if entry["file"]}
     assert len(files) >= 6
     assert all(".random-guide." in file for file in files)
-    assert (config.run / "8x8" / "looks" / "grid64.random-guide.png").is_file()
-    small = write_looks(config.run, resolution=4)
+    assert (config.run / "8x8" / "visualizations" / "grid64.random-guide.png").is_file()
+    small = write_visualizations(config.run, resolution=4)
     assert small.parent.parent.name == "4x4"
 
 
 def test_no_run_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="no run here"):
-        write_looks(tmp_path)
+        write_visualizations(tmp_path)

@@ -1,4 +1,4 @@
-"""Looks beside real pictures: what is rebuilt, worst and nearest is found again by brute force."""
+"""Looks beside real images: what is rebuilt, worst and nearest is found again by brute force."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_worst_are_those_that_the_discriminator_finds_least_real(scene_of):
 
 
 def brute_force(scene, images, flip):
-    """Distances (N, M) of pictures to all of train, by numpy, one by one."""
+    """Distances (N, M) of images to all of train, by numpy, one by one."""
     real = scene.data.read(range(scene.data.num_samples()), image_size=RESOLUTION)["image"].numpy()
     table = np.zeros((len(images), len(real)))
     for i, image in enumerate(images.numpy()):
@@ -91,11 +91,11 @@ def test_a_copy_is_found_out_mirrored_or_not(scene_of, runs):
     table = images_of(look).reshape(4, -1, RESOLUTION, RESOLUTION, 3)
     alike(table[0, :2], table[1, :2])
     assert look.sheets[0].labels[table.shape[1] :][:2] == ["rms 0.00", "rms 0.00"]
-    assert "of held-out pictures" in look.caption
+    assert "of held-out images" in look.caption
 
 
 class Colours:
-    """A judge that sees a picture's mean colour alone."""
+    """A judge that sees an image's mean colour alone."""
 
     info = ExtractorInfo("inception768", "0" * 64, "none", 3, 0, random=True)
 

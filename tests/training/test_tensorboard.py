@@ -116,7 +116,7 @@ def test_what_is_measured_later_takes_its_place(config, tmp_path):
     """Again after evaluation and `look`: one set of hparams, the new values, the images."""
     place = Run.of(config.model_copy(update={"run": tmp_path})).stage(8)
     folder = tmp_path / "8x8"
-    (folder / "looks").mkdir(parents=True)
+    (folder / "visualizations").mkdir(parents=True)
     result = {"nimg": 80, "loss": 0.5, "files": {}}
     (folder / "result.json").write_text(json.dumps(result))
     fid = MetricValue("fid", 41.5, 0.5, "lower", 100, 50, "abc")
@@ -136,12 +136,12 @@ def test_what_is_measured_later_takes_its_place(config, tmp_path):
         "measured": {"fid": fid.to_dict(), "kid": kid.to_dict()},
     }
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    Image.new("RGB", (4, 4), "red").save(folder / "looks" / "grid16.png")
-    looks = {
+    Image.new("RGB", (4, 4), "red").save(folder / "visualizations" / "grid16.png")
+    visuals = {
         "grid16": {"file": "grid16.png", "nimg": 80},
         "psi": {"file": None, "reason": "does not truncate", "nimg": 80},
     }
-    (folder / "looks" / "looks.json").write_text(json.dumps(looks))
+    (folder / "visualizations" / "visualizations.json").write_text(json.dumps(visuals))
     write_summary(place)
     after = board(folder, "final")
     assert len(list((folder / "tb" / "final").iterdir())) == 1
@@ -149,7 +149,7 @@ def test_what_is_measured_later_takes_its_place(config, tmp_path):
     assert after.Tags()["scalars"] == ["final/loss", "final/fid", "final/held_out/mse"]
     assert scalars(after, "final/fid") == [(80, 41.5)]
     assert scalars(after, "final/held_out/mse") == [(80, 0.25)]
-    assert after.Tags()["images"] == ["looks/grid16"]
+    assert after.Tags()["images"] == ["visualizations/grid16"]
 
     (folder / "evaluation.json").write_text(json.dumps(evaluation | {"nimg": 40}))
     write_summary(place)

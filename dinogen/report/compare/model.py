@@ -1,4 +1,4 @@
-"""What a comparison knows of a run: numbers with their origin, images, curves, problem."""
+"""What a comparison knows of a run: numbers with their origin, images, curves, problems."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Number:
-    """One metric value of a run.
+    """One number of a run.
 
     Attributes:
         name: such as ``fid768`` or ``seconds``.
-        value: None where it is not available; ``reason`` then says why.
+        value: None if it is not available; ``reason`` says why.
         spread: standard deviation, in the unit of the value; None where there is none.
         better: ``lower``, ``higher`` or ``none``.
-        num_samples: generated pictures that it was measured on.
-        num_reference: real pictures that they were compared with.
-        fingerprint: id of how it was measured; only equal ones compare.
+        num_samples: number of generated images.
+        num_reference: number of real images they were compared with.
+        fingerprint: id of how it was measured; only numbers with the same one can be compared.
         reason: why there is no value, with the remedy.
         source: key of :attr:`ComparedRun.sources`.
-        caution: why it is to be read with care; None if nothing speaks against it.
+        caution: why it is uncertain; None if it is not.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Number:
 
 @dataclass(frozen=True)
 class Source:
-    """Where numbers were read, and what made them.
+    """Where numbers were read from, and what wrote them.
 
     Attributes:
         file: relative to the run.
-        command: that makes the file again.
-        nimg: images that the run had been shown.
+        command: writes the file again.
+        nimg: number of images seen.
         versions: of dinogen, torch, python.
         device: in words.
     """
@@ -64,11 +64,11 @@ class Source:
 
 @dataclass
 class ComparedRun:
-    """All that a comparison says about one run.
+    """Everything that a comparison shows of one run.
 
-    Attributes (those that do not explain themselves):
-        problems: what a reader has to know of it: damage, collapse, where it stopped.
-        damage: those of them that say which of its files is damaged.
+    Attributes (those that need an explanation):
+        problems: damage, collapse, where it stopped.
+        damage: those of them that are damaged files.
     """
 
     folder: Path
@@ -90,8 +90,8 @@ class ComparedRun:
     fingerprints: dict[str, dict[str, Any]] = field(default_factory=dict)
     measured: list[Line] = field(default_factory=list)
     loss: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
-    looks: list[Look] = field(default_factory=list)
-    real: Look | None = None
+    visualizations: list[Visualization] = field(default_factory=list)
+    real: Visualization | None = None
     problems: list[str] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
 
@@ -102,8 +102,8 @@ class ComparedRun:
 
 
 def take(run: ComparedRun, found: Found[T]) -> T:
-    """What is sound of one of a run's files; what is not becomes a problem of the run."""
-    said = found.told(named_folder(run.folder))
+    """The valid part of a file; what is wrong with it is added to the problems of the run."""
+    said = found.messages(named_folder(run.folder))
     run.problems += said
     run.damage += said
     return found.value
@@ -112,7 +112,7 @@ def take(run: ComparedRun, found: Found[T]) -> T:
 MAX_BYTES = 4_000_000
 TYPES = {".png": "png", ".gif": "gif", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
-# Which pictures stand under which heading, by the beginning of their names.
+# The section of an image, by the beginning of its name.
 SECTIONS = {
     "samples": ("grid16", "grid64", "final"),
     "interpolations": ("interpolation",),
@@ -125,17 +125,17 @@ SECTIONS = {
 
 
 @dataclass(frozen=True)
-class Look:
-    """A picture, or why there is none.
+class Visualization:
+    """An image, or the reason why there is none.
 
     Attributes:
         name: such as ``grid16``.
-        path: the file; None if it was left out.
+        path: the file; None without an image.
         caption: what it shows.
-        nimg: images that the run had been shown.
-        seed: that it was drawn with.
-        command: that draws it again.
-        reason: why it was left out.
+        nimg: number of images seen.
+        seed: it was drawn with.
+        command: draws it again.
+        reason: why there is no image.
     """
 
     name: str
@@ -159,19 +159,19 @@ class Look:
 
     @property
     def section(self) -> str:
-        """Under which heading it stands: a key of :data:`SECTIONS`, or ``more``."""
+        """The section it belongs to: a key of :data:`SECTIONS`, or ``more``."""
         if self.name.endswith("_animated"):
-            return "more"  # many moving pictures on one page make nobody wiser
+            return "more"  # several animations on one page distract
         for section, beginnings in SECTIONS.items():
             if self.name.startswith(beginnings):
                 return section
         return "more"
 
 
-def read_looks(
+def find_visualizations(
     stage: Stage, result: dict[str, Any] | None
-) -> tuple[Found[dict[str, dict[str, Any]]], list[Look], list[str]]:
-    """looks.json, its images, else the last grid of training; and what is missing.
+) -> tuple[Found[dict[str, dict[str, Any]]], list[Visualization], list[str]]:
+    """The index, the images (without samples the last grid of training), and what is missing.
 
     Args:
         stage: of the run.
@@ -179,22 +179,22 @@ def read_looks(
     """
     index = stage.read_visualizations()
     folder = stage.visualizations_folder
-    looks = [_look(name, one, folder) for name, one in index.value.items()]
-    missing = [one.path.name for one in looks if one.path and not one.path.is_file()]
+    visuals = [_visualization(name, one, folder) for name, one in index.value.items()]
+    missing = [one.path.name for one in visuals if one.path and not one.path.is_file()]
     problems = []
     if missing:
         problems.append(f"images are missing: {', '.join(missing)}: run dinogen look again")
-    if not any(one.section == "samples" and one.path for one in looks) and result:
+    if not any(one.section == "samples" and one.path for one in visuals) and result:
         name = (result.get("files") or {}).get("final")
         if name and (stage.folder / name).is_file():
-            caption = "drawn at the end of training, under the seed of the run"
-            looks.append(Look("final", stage.folder / name, caption, result.get("nimg")))
-    return index, looks, problems
+            caption = "drawn at the end of training with the seed of the run"
+            visuals.append(Visualization("final", stage.folder / name, caption, result.get("nimg")))
+    return index, visuals, problems
 
 
-def _look(name: str, one: dict[str, Any], folder: Path) -> Look:
+def _visualization(name: str, one: dict[str, Any], folder: Path) -> Visualization:
     file = one.get("file")
-    return Look(
+    return Visualization(
         name=name,
         path=folder / file if file else None,
         caption=one.get("caption") or name,

@@ -18,25 +18,28 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from dinogen.report.compare.columns import Column, all_digits, label_of, show_counts
 from dinogen.report.compare.comparison import Comparison
-from dinogen.report.compare.model import ComparedRun, Look
-from dinogen.report.compare.table import number_rows
+from dinogen.report.compare.model import ComparedRun, Visualization
+from dinogen.report.compare.table import Column, all_digits, label_of, number_rows, show_counts
 
 TEMPLATE = Path(__file__).with_name("page.html")
 ID_DIGITS = 6
 SECTIONS = (
-    ("samples", "Samples", "The same numbers under the same seed for every run."),
-    ("interpolations", "Interpolations", "From one sample to another, the same ones for all."),
-    ("progress", "Over training", "The same latents at checkpoints of the run."),
-    ("latents", "Latents", "Truncation, styles and main directions, where the family has them."),
-    ("reconstructions", "Reconstructions", "Real pictures, encoded and decoded again."),
+    ("samples", "Samples", "The same sample numbers and the same seed for every run."),
+    (
+        "interpolations",
+        "Interpolations",
+        "From one sample to another, the same pairs for every run.",
+    ),
+    ("progress", "Over training", "The same latents at several checkpoints of the run."),
+    ("latents", "Latents", "Truncation, styles and main directions, for families that have them."),
+    ("reconstructions", "Reconstructions", "Real images, encoded and decoded."),
     (
         "worst",
         "Weakest samples",
-        "What the discriminator, or the distance to real ones, rates low.",
+        "Rated lowest by the discriminator, or by the distance to real images.",
     ),
-    ("neighbours", "Nearest training pictures", "Beside samples: what was learnt by heart shows."),
+    ("neighbours", "Nearest training images", "Next to samples: memorised images show up here."),
 )
 
 
@@ -45,11 +48,11 @@ class Cell:
     """One cell of the table, as text.
 
     Attributes:
-        text: value.
+        text: the value.
         spread: ``± ...``, or empty.
-        note: counts and fingerprint where the column's cells differ in them, or empty.
+        note: counts and fingerprint if they differ within the column, or empty.
         mark: ``best``, ``near`` or empty.
-        target: id of the row that says where the number comes from; empty without a value.
+        target: id of the row with the origin of the number; empty without a value.
     """
 
     text: str
@@ -103,12 +106,12 @@ def render_page(comparison: Comparison) -> str:
 
 
 def _breakable(text: str) -> Markup:
-    """Text that may go on in the next line behind an underscore, a dash or a slash."""
+    """Text that may break after an underscore, a dash or a slash."""
     return Markup("<wbr>").join(re.split(r"(?<=[_/-])", text))
 
 
 def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:
-    """Headings above the columns, and how many each spans."""
+    """Headings above the columns, and the number of columns of each."""
     groups: list[tuple[str, int]] = []
     for column in columns:
         if groups and groups[-1][0] == column.group:
@@ -137,7 +140,7 @@ def _cell(run: ComparedRun, column: Column, place: int) -> Cell:
 
 
 def _plots(runs: Sequence[ComparedRun], numbers: dict[str, int]) -> list[Plot]:
-    """A plot for each metric value that was measured at several points of training."""
+    """A plot for each metric that was measured at several points of training."""
     names = dict.fromkeys(name for run in runs for line in run.measured for name in line["metrics"])
     plots = []
     for name in names:
@@ -158,8 +161,8 @@ def _plots(runs: Sequence[ComparedRun], numbers: dict[str, int]) -> list[Plot]:
             continue
         label = label_of(name)
         warning = (
-            f"Measured in {len(prints)} different ways (fingerprints differ): the curves do not "
-            "compare."
+            f"Measured in {len(prints)} different ways (fingerprints differ): the curves cannot "
+            "be compared."
             if len(prints) > 1
             else ""
         )
@@ -171,41 +174,46 @@ def _plots(runs: Sequence[ComparedRun], numbers: dict[str, int]) -> list[Plot]:
 def _losses(
     runs: Iterable[ComparedRun], numbers: dict[str, int]
 ) -> list[tuple[ComparedRun, Markup]]:
-    """The loss of each run by itself: losses of different families have no common scale."""
+    """The loss of each run on its own: losses of different families have no common scale."""
     found = []
     for run in runs:
         if len(run.loss[1]) > 1:
             line = Series(numbers[run.name], *run.loss)
-            # every plot takes its own ids
+            # a plot of its own, with its own ids
             found.append((run, Markup(curves_svg([line], "", SMALL, smooth=True))))
     return found
 
 
 def _sections(
     comparison: Comparison,
-) -> list[tuple[str, str, str, list[tuple[ComparedRun, list[Look]]]]]:
-    """Pictures of all runs under common headings; headings without any are left out."""
+) -> list[tuple[str, str, str, list[tuple[ComparedRun, list[Visualization]]]]]:
+    """Images of all runs by section; empty sections are left out."""
     sections = []
     for key, title, text in SECTIONS:
         shown = []
         for run in comparison.all_runs:
-            looks = [look for look in run.looks if look.section == key and look.path]
-            if looks:
-                shown.append((run, looks[:1] if key == "samples" else looks))
+            visuals = [
+                visual for visual in run.visualizations if visual.section == key and visual.path
+            ]
+            if visuals:
+                shown.append((run, visuals[:1] if key == "samples" else visuals))
         if shown:
             sections.append((key, title, text, shown))
     return sections
 
 
-def _more(run: ComparedRun) -> list[Look]:
-    """Pictures that stand in no common section, and what was left out and why."""
-    first = next((look for look in run.looks if look.section == "samples" and look.path), None)
+def _more(run: ComparedRun) -> list[Visualization]:
+    """Images of no common section, and those that are missing with the reason."""
+    first = next(
+        (visual for visual in run.visualizations if visual.section == "samples" and visual.path),
+        None,
+    )
     return [
-        look
-        for look in run.looks
-        if look.section == "more"
-        or look.path is None
-        or (look.section == "samples" and look is not first)
+        visual
+        for visual in run.visualizations
+        if visual.section == "more"
+        or visual.path is None
+        or (visual.section == "samples" and visual is not first)
     ]
 
 
@@ -224,7 +232,7 @@ def _origin(row: dict[str, Any]) -> dict[str, Any]:
 NUM_COLOURS = 10
 DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), "-.")  # type: ignore[assignment]
 MAX_POINTS = 160
-# Colours that are replaced by those of the page, light or dark; no other text looks like them.
+# Placeholders for the colours of the page, light or dark; no other text contains them.
 INK, SERIES = "#0abcde", "#0abc{:02d}"
 WIDE, NARROW, SMALL = (9.2, 3.9), (4.3, 3.7), (3.5, 1.75)
 
@@ -234,9 +242,9 @@ class Series:
     """One line of a plot.
 
     Attributes:
-        number: of the run, from which colour and dashes follow.
-        kimg: thousands of images.
-        values: as many.
+        number: of the run; determines colour and dashes.
+        kimg: thousands of images seen.
+        values: one for each.
     """
 
     number: int
@@ -247,17 +255,17 @@ class Series:
 def curves_svg(
     lines: Sequence[Series], ylabel: str, size: tuple[float, float] = WIDE, *, smooth: bool = False
 ) -> str:
-    """An ``<svg>`` element of some curves over thousands of images, without a legend.
+    """An ``<svg>`` element with curves over thousands of images, without a legend.
 
     Args:
         lines: at least one, each with at least one point.
-        ylabel: what is drawn.
+        ylabel: label of the y axis.
         size: inches.
-        smooth: draw means over stretches of the curve, and not each point.
+        smooth: average neighbouring points.
     """
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots()
+    canvas = Figure(figsize=size, layout="constrained")
+    FigureCanvasSVG(canvas)
+    axes = canvas.subplots()
     style(axes)
     for line in lines:
         kimg, values = _fewer(line.kimg, line.values) if smooth else (line.kimg, line.values)
@@ -280,11 +288,11 @@ def curves_svg(
     axes.set_xlabel("images seen, thousands", parse_math=False)
     if ylabel:
         axes.set_ylabel(ylabel, parse_math=False)
-    return _svg(figure, f"{ylabel}{size}{[line.number for line in lines]}")
+    return _svg(canvas, f"{ylabel}{size}{[line.number for line in lines]}")
 
 
 def style(axes: Axes) -> None:
-    """Thin lines in the colour of the page's text, nothing around the plot."""
+    """Thin lines in the colour of the page's text, no frame."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -298,7 +306,7 @@ def style(axes: Axes) -> None:
 
 
 def _fewer(kimg: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Means over stretches of a curve, at most :data:`MAX_POINTS`."""
+    """A curve averaged to at most :data:`MAX_POINTS` points."""
     if len(values) <= MAX_POINTS:
         return list(kimg), list(values)
     return (
@@ -307,14 +315,14 @@ def _fewer(kimg: Sequence[float], values: Sequence[float]) -> tuple[list[float],
     )
 
 
-def _svg(figure: Figure, salt: str) -> str:
-    """The metric value as an element that can stand in a page beside others of its kind."""
-    figure.patch.set_visible(False)
+def _svg(canvas: Figure, salt: str) -> str:
+    """The plot as an element that can share a page with others."""
+    canvas.patch.set_visible(False)
     file = io.StringIO()
-    # ids come from the salt, and those of two metric values of a page must differ
+    # ids derive from the salt, and must be unique in a page
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         names = ("Creator", "Date", "Format", "Type")
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(names))
+        canvas.savefig(file, format="svg", metadata=dict.fromkeys(names))
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
@@ -325,7 +333,7 @@ def _svg(figure: Figure, salt: str) -> str:
     text = re.sub(r"\s*\n\s*", " ", text)
     text = text.replace(INK, "currentColor")
     text = re.sub(r"#0abc(\d\d)", lambda found: f"var(--s{int(found[1])})", text)
-    width, height = figure.get_size_inches() * 72
+    width, height = canvas.get_size_inches() * 72
     return re.sub(
         r"<svg[^>]*>", f'<svg viewBox="0 0 {width:g} {height:g}" role="img">', text, count=1
     )

@@ -1,4 +1,4 @@
-"""Reads the folders of runs for a comparison; one that failed is read as far as it went."""
+"""Reads the folders of runs for a comparison; of a failed run, what there is."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from typing import Any
 
 from dinogen.errors import UserError
 from dinogen.report.cautions import caution_of
-from dinogen.report.compare.columns import MEASURED
-from dinogen.report.compare.model import ComparedRun, Look, Number, Source, read_looks, take
+from dinogen.report.compare.model import (
+    ComparedRun,
+    Number,
+    Source,
+    Visualization,
+    find_visualizations,
+    take,
+)
+from dinogen.report.compare.table import MEASURED
 from dinogen.runs.files import read_attempts, read_config, read_raw, read_text, series
 from dinogen.runs.layout import CONFIG, EVALUATION, METRICS, RESULT, STUDY, stage_name
 from dinogen.runs.run import Run, Stage
@@ -25,18 +32,17 @@ NOTES = ("step", "change", "failed", "next")
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is that of a run, be its config lost: it has a config or stages."""
+    """Whether a folder is a run: it has a config, or stages if the config is lost."""
     return os.path.lexists(path / CONFIG) or bool(Run(path).begun)
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """Folders of runs: those given, and those below a given folder that is no run itself.
+    """Folders of runs: those given, and those inside a given folder that is not a run.
 
-    A path that holds no run, where another one does, is taken for a run that was lost: it is
-    listed as such, and stops nothing.
+    If some paths hold runs, a path that holds none counts as a lost run, and is listed as such.
 
     Raises:
-        UserError: nothing is there under a path, or none of them holds a run.
+        UserError: a path does not exist, or no path holds a run.
     """
     found: list[Path] = []
     lost: list[Path] = []
@@ -48,7 +54,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             continue
         if not os.path.lexists(path):
             raise UserError(f"{path}: no such folder: give folders of runs, or one that holds some")
-        # a study knows of runs that never came to a config.yaml of their own
+        # a study also lists runs that ended before they wrote a config.yaml
         below = [path / name for name in read_attempts(path / STUDY).value]
         below += [one for one in _folders_below(path) if is_run(one)]
         if not below:
@@ -60,7 +66,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 
 def _folders_below(path: Path) -> list[Path]:
-    """Folders in a folder and in those, sorted; one that may not be read holds nothing."""
+    """The folders one and two levels below, sorted; an unreadable one counts as empty."""
     found: list[Path] = []
     level = [path]
     for _ in range(2):
@@ -76,7 +82,7 @@ def _folders_below(path: Path) -> list[Path]:
 
 
 def read_runs(folders: Iterable[Path]) -> list[ComparedRun]:
-    """The runs in the order given, each under the shortest name that no other has."""
+    """The runs in the order given, each with the shortest unique name."""
     folders = list(dict.fromkeys(folders))
     parts = [folder.resolve().parts for folder in folders]
     depth = 1
@@ -89,16 +95,16 @@ def read_runs(folders: Iterable[Path]) -> list[ComparedRun]:
 
 
 def _printable(name: str) -> str:
-    """A name as UTF-8 can write it: that of a folder may be any bytes."""
+    """A name that can be written as UTF-8: the name of a folder may be any bytes."""
     return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def _read_run(folder: Path, name: str) -> ComparedRun:
-    """One run; whatever is wrong with its files is a problem of this run alone."""
+    """One run; what is wrong with its files only affects this run."""
     run = ComparedRun(folder, name)
     try:
         _read_files(run)
-    except Exception as error:  # a fault of ours, which must not cost the other runs their page
+    except Exception as error:  # a bug of ours must not cost the other runs their page
         log.exception("%s: cannot be read", folder)
         run.status = "damaged"
         run.damage.append(f"cannot be read: {type(error).__name__}: {error}")
@@ -138,19 +144,19 @@ def _read_files(run: ComparedRun) -> None:
     if results:
         read_costs(run, results)
     read_measured(run, main)
-    index, run.looks, problems = read_looks(main, results.get(run.resolution))
+    index, run.visualizations, problems = find_visualizations(main, results.get(run.resolution))
     take(run, index)
     run.problems += problems
     real = (results.get(run.resolution, {}).get("files") or {}).get("real")
     if real and (main.folder / real).is_file():
-        run.real = Look("real", main.folder / real, f"real images, {main.name}")
+        run.real = Visualization("real", main.folder / real, f"real images, {main.name}")
 
 
 def _say_not_begun(run: ComparedRun) -> None:
-    """There is no folder: it was never made, or something else stands in its place."""
+    """There is no folder: it was never created, or something else has its name."""
     if os.path.lexists(run.folder):
         run.status = "damaged"
-        run.damage.append("there is no folder of this name, but a file or a broken link")
+        run.damage.append("not a folder, but a file or a broken link")
         run.problems.append(run.damage[-1])
     else:
         run.problems.append("never begun: there is no such folder")
@@ -159,7 +165,7 @@ def _say_not_begun(run: ComparedRun) -> None:
 def _read_config(run: ComparedRun) -> None:
     path = run.folder / CONFIG
     if not os.path.lexists(path):
-        # what a study would have started it with still tells its family and notes
+        # the config that the study would have used still has its family and notes
         copy = run.folder.parent.parent / "configs" / run.folder.parent.name / run.folder.name
         path = copy.with_name(f"{copy.name}.yaml")
         if not path.is_file():
@@ -186,7 +192,7 @@ def _read_config(run: ComparedRun) -> None:
 
 
 def _read_attempts(run: ComparedRun) -> None:
-    """What went wrong when a step of a run of a study was tried last, and where its log is."""
+    """The error of the last attempt at each step of a study, and its log."""
     folder = run.folder.absolute()
     record = read_attempts(folder.parent.parent / STUDY)
     tried = record.value.get(f"{folder.parent.name}/{folder.name}", [])
@@ -197,7 +203,7 @@ def _read_attempts(run: ComparedRun) -> None:
 
 
 def _read_losses(run: ComparedRun, stages: list[Stage]) -> None:
-    """The loss over all stages; they count images on."""
+    """The loss over all stages, which continue the count of images."""
     for stage in stages:
         found = stage.read_stats()
         lines = take(run, found)
@@ -209,15 +215,15 @@ def _read_losses(run: ComparedRun, stages: list[Stage]) -> None:
 
 
 def _say_how_far(run: ComparedRun, stage: Stage) -> None:
-    """Where a run without a result stands, for the list of what failed."""
+    """The progress of a run without a result, for the list of failures."""
     lines = stage.stats
     if not lines:
-        run.problems.append(f"stopped or still at work in stage {stage.name}: not a log line yet")
+        run.problems.append(f"stopped or still running in stage {stage.name}: no log line yet")
         return
     lengths = [planned.get("kimg") for planned in run.config.get("stages") or ()]
     whole = f" of {sum(lengths):.4g}" if lengths and None not in lengths else ""
     run.problems.append(
-        f"stopped or still at work in stage {stage.name}: "
+        f"stopped or still running in stage {stage.name}: "
         f"{lines[-1]['nimg'] / 1000:.4g}{whole} thousand images, no result"
     )
     broken = 0
@@ -226,11 +232,11 @@ def _say_how_far(run: ComparedRun, stage: Stage) -> None:
             break
         broken += 1
     if broken:
-        run.problems.append(f"its last {broken} log lines hold no finite loss")
+        run.problems.append(f"its last {broken} log lines have no finite loss")
 
 
 def _read_checkpoint(run: ComparedRun, stage: Stage) -> None:
-    """What the newest checkpoint knows of the data."""
+    """The data fingerprint in the newest checkpoint."""
     for found in stage.checkpoints.iter_states():
         state = take(run, found)
         if state is not None:
@@ -242,7 +248,7 @@ PROMPTED = {name for group, names in MEASURED if group == "Prompts" for name, _ 
 
 
 def read_costs(run: ComparedRun, results: dict[int, dict[str, Any]]) -> None:
-    """Numbers of training: summed over stages where they add up."""
+    """Numbers of training: summed over stages where that makes sense."""
     last = results[max(results)]
     run.facts = last
     run.sources["training"] = Source(
@@ -279,7 +285,7 @@ def read_costs(run: ComparedRun, results: dict[int, dict[str, Any]]) -> None:
 
 
 def read_measured(run: ComparedRun, stage: Stage) -> None:
-    """Metric values of `dinogen evaluate`; what it has not, as measured last in training."""
+    """Metric values of `dinogen evaluate`; those it lacks, as last measured in training."""
     trained = run.facts.get("nimg")
     in_training = take(run, stage.read_metrics())
     run.measured = take(run, stage.read_sweep()) or in_training
@@ -294,7 +300,7 @@ def read_measured(run: ComparedRun, stage: Stage) -> None:
             run.facts.get("versions") or {},
             run.facts.get("device"),
         )
-        _add_metric_values(run, newest["metrics"], "in_training")
+        _add_values(run, newest["metrics"], "in_training")
     evaluation = stage.read_evaluation()
     found = take(run, evaluation)
     if found is None:
@@ -309,7 +315,7 @@ def read_measured(run: ComparedRun, stage: Stage) -> None:
         found.get("device"),
     )
     run.fingerprints |= found.get("fingerprints") or {}
-    _add_metric_values(run, found.get("measured") or {}, "evaluation")
+    _add_values(run, found.get("measured") or {}, "evaluation")
     speed = found.get("sampling") or {}
     run.numbers["sampling_images_per_s"] = Number(
         "sampling_images_per_s",
@@ -328,9 +334,9 @@ def read_measured(run: ComparedRun, stage: Stage) -> None:
         )
 
 
-def _add_metric_values(run: ComparedRun, metric_values: dict[str, Any], source: str) -> None:
-    """Metric values of a mapping by name; one that has a value is not replaced by one without."""
-    for name, one in metric_values.items():
+def _add_values(run: ComparedRun, values: dict[str, Any], source: str) -> None:
+    """Add metric values by name; one with a value is not replaced by one without."""
+    for name, one in values.items():
         if one is None:
             continue
         number = Number(
@@ -350,16 +356,16 @@ def _add_metric_values(run: ComparedRun, metric_values: dict[str, Any], source: 
 
 
 def _caution(name: str, one: dict[str, Any]) -> str | None:
-    """What the file says, or for one of an earlier version, what follows from its counts."""
+    """The caution in the file; for files of earlier versions it follows from the counts."""
     if one.get("value") is None or "caution" in one:
         return one.get("caution")
-    # prompts are counted where others count real images
+    # for prompts, num_reference is the number of prompts
     num_real = None if name in PROMPTED else one.get("num_reference")
     return caution_of(one.get("num_samples"), num_real)
 
 
 def _source_of(run: ComparedRun, key: str, command: str | None) -> str:
-    """The source of a metric value: an evaluation keeps what earlier commands have measured."""
+    """The source of a value: an evaluation keeps the values of earlier commands."""
     if command is None or command == run.sources[key].command:
         return key
     number = 2

@@ -1,26 +1,185 @@
-"""The table of a comparison: its rows and columns, means over seeds, the story of a family."""
+"""The table of a comparison: its columns, the order of its rows, and means over seeds."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dinogen.report.compare.columns import COSTS, MEASURED, Column, label_of, show_counts
 from dinogen.report.compare.model import ComparedRun, Number
 
-# By which one the rows are sorted and the story is told: the first that most runs have.
+# (heading, ((name, label), ...)) in the order of the table; metrics that are not listed come last.
+MEASURED: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "Inception",
+        (
+            ("fid", "FID"),
+            ("kid", "KID"),
+            ("is", "IS"),
+            ("precision", "precision"),
+            ("recall", "recall"),
+            ("density", "density"),
+            ("coverage", "coverage"),
+            ("memorisation", "memorisation"),
+        ),
+    ),
+    (
+        "Inception-768",
+        (
+            ("fid768", "FID-768"),
+            ("kid768", "KID-768"),
+            ("precision768", "precision"),
+            ("recall768", "recall"),
+            ("density768", "density"),
+            ("coverage768", "coverage"),
+            ("memorisation768", "memorisation"),
+        ),
+    ),
+    (
+        "DINOv2",
+        (
+            ("fd_dinov2", "FD-DINOv2"),
+            ("kd_dinov2", "KD-DINOv2"),
+            ("precision_dinov2", "precision"),
+            ("recall_dinov2", "recall"),
+            ("density_dinov2", "density"),
+            ("coverage_dinov2", "coverage"),
+            ("memorisation_dinov2", "memorisation"),
+        ),
+    ),
+    (
+        "Face detector",
+        (
+            ("faces", "faces"),
+            ("fd_onet", "FD-O-Net"),
+            ("kd_onet", "KD-O-Net"),
+            ("precision_onet", "precision"),
+            ("recall_onet", "recall"),
+            ("density_onet", "density"),
+            ("coverage_onet", "coverage"),
+            ("memorisation_onet", "memorisation"),
+        ),
+    ),
+    (
+        "Diversity",
+        (("lpips_diversity", "LPIPS diversity"), ("guide_diversity", "guide diversity")),
+    ),
+    ("Detail", (("spectrum", "spectrum, dB"), ("sharpness", "sharpness"))),
+    ("Prompts", (("clip_score", "CLIP score"), ("clip_retrieval", "retrieval"))),
+    (
+        "Reconstruction",
+        (
+            ("reconstruction_lpips", "LPIPS"),
+            ("reconstruction_psnr", "PSNR, dB"),
+            ("reconstruction_ssim", "SSIM"),
+        ),
+    ),
+)
+COSTS: tuple[tuple[str, str], ...] = (
+    ("num_parameters", "parameters, M"),
+    ("nimg", "images seen, k"),
+    ("seconds", "training, h:m:s"),
+    ("gpu_hours", "GPU hours"),
+    ("cpu_hours", "CPU hours"),
+    ("peak_memory_mb", "peak memory, MiB"),
+    ("training_images_per_s", "training, images/s"),
+    ("sampling_images_per_s", "sampling, images/s"),
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One kind of number for all runs.
+
+    Attributes:
+        name: as in :class:`Number`.
+        label: heading.
+        group: heading above several columns.
+        better: ``lower``, ``higher`` or ``none``.
+        decimals: number shown.
+        comparable: False if fingerprints, counts or devices differ: then no run is the best.
+        counts: numbers of samples and real images if they are the same for all, else empty.
+        best: names of the runs with the best value.
+        near: names of runs within two spreads of the best.
+    """
+
+    name: str
+    label: str
+    group: str
+    better: str
+    decimals: int
+    comparable: bool = True
+    counts: str = ""
+    best: tuple[str, ...] = ()
+    near: tuple[str, ...] = ()
+
+    @property
+    def full_label(self) -> str:
+        """The label, with the feature extractor if several have a column of this label."""
+        needs = self.label in ("precision", "recall", "density", "coverage", "memorisation")
+        return (
+            f"{self.label} ({self.group})"
+            if needs or self.group == "Reconstruction"
+            else self.label
+        )
+
+    @property
+    def arrow(self) -> str:
+        """The direction that is better."""
+        return {"lower": "↓", "higher": "↑"}.get(self.better, "")
+
+    def show(self, number: Number | None) -> str:
+        """The value as text, or a dash."""
+        if number is None or number.value is None:
+            return "–"
+        return self.text(number.value)
+
+    def text(self, value: float) -> str:
+        """Any value or spread of the column as text."""
+        if self.name == "num_parameters":
+            return f"{value / 1e6:,.2f}"
+        if self.name == "nimg":
+            return f"{value / 1e3:,.1f}"
+        if self.name == "seconds":
+            minutes, rest = divmod(round(value), 60)
+            return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+        return f"{value:,.{self.decimals}f}".replace("-", "−")
+
+
+def label_of(name: str) -> str:
+    """The name of a number where its group heading is not visible."""
+    for group, names in (*MEASURED, ("Cost", COSTS)):
+        for one, label in names:
+            if one == name:
+                return Column(name, label, group, "none", 0).full_label
+    return name
+
+
+def show_counts(number: Number) -> str:
+    """The number of images behind a value, in words; empty if unknown."""
+    if number.num_samples is None:
+        return ""
+    if number.num_reference is None:
+        return f"n {number.num_samples:,}"
+    return f"n {number.num_samples:,} / {number.num_reference:,}"
+
+
+def all_digits(value: float) -> str:
+    """A number with all its digits; whole numbers without a decimal point."""
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+
+
+# The rows are sorted by the metric that most runs have; of several, by the first one here.
 MAIN_METRICS = ("fid", "fd_dinov2", "fid768", "kid", "kid768", "kd_dinov2")
 BY_DEVICE = {"seconds", "training_images_per_s", "sampling_images_per_s"}
 DIGITS = 3
 
 
 def make_columns(runs: Sequence[ComparedRun]) -> list[Column]:
-    """The columns that at least one run has a value for, in the order of the table."""
+    """The columns for which at least one run has a value, in the order of the table."""
     named = [(name, label, group) for group, names in MEASURED for name, label in names]
     known = {name for name, _, _ in named} | {name for name, _ in COSTS}
     rest = {name: None for run in runs for name in run.numbers if name not in known}
@@ -35,13 +194,13 @@ def make_columns(runs: Sequence[ComparedRun]) -> list[Column]:
 
 
 def values_of(runs: Sequence[ComparedRun], name: str) -> dict[str, Number]:
-    """Numbers of that name that have a value, by the name of the run."""
+    """Numbers with that name and a value, by the name of the run."""
     found = {run.name: run.numbers.get(name) for run in runs}
     return {key: one for key, one in found.items() if one is not None and one.value is not None}
 
 
-def main_metric(columns: Sequence[Column], runs: Sequence[ComparedRun]) -> Column | None:
-    """The column that the comparison is told by; None if nothing was measured."""
+def main_column(columns: Sequence[Column], runs: Sequence[ComparedRun]) -> Column | None:
+    """The column of the main metric; None if nothing was measured."""
     counts = {one.name: len(values_of(runs, one.name)) for one in columns}
     found = [name for name in MAIN_METRICS if name in counts]
     if not found:
@@ -51,7 +210,7 @@ def main_metric(columns: Sequence[Column], runs: Sequence[ComparedRun]) -> Colum
 
 
 def sort_runs(runs: Sequence[ComparedRun], by: Column | None) -> list[ComparedRun]:
-    """Best first, those without a value last; as given where values do not compare."""
+    """Best first, runs without a value last; unchanged if the values cannot be compared."""
     if by is None or not by.comparable or by.better == "none":
         return list(runs)
     sign = 1.0 if by.better == "lower" else -1.0
@@ -66,7 +225,7 @@ def sort_runs(runs: Sequence[ComparedRun], by: Column | None) -> list[ComparedRu
 def unavailable(
     runs: Sequence[ComparedRun], label: Callable[[str], str]
 ) -> list[tuple[str, str, list[str]]]:
-    """``(metrics, reason, runs)`` of all that could not be measured."""
+    """``(metrics, reason, runs)`` of everything that could not be measured."""
     found: dict[str, dict[str, list[str]]] = {}
     for run in runs:
         for name, number in run.numbers.items():
@@ -96,7 +255,7 @@ def _column(
     else:
         same = len({n.fingerprint for n in numbers.values()}) == 1 and len(counts) == 1
     column = replace(column, comparable=same)
-    # among one there is no best
+    # a single value cannot be the best
     if same and one.better != "none" and len(numbers) > 1:
         best, near = _best(numbers, one.better)
         column = replace(column, best=best, near=near)
@@ -109,12 +268,12 @@ def _device(run: ComparedRun, number: Number) -> str | None:
 
 
 def _best(numbers: dict[str, Number], better: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names with the best value, and names that two spreads do not tell apart from it."""
+    """Names with the best value, and names within two spreads of it."""
     values = {name: one.value for name, one in numbers.items() if one.value is not None}
     top = min(values.values()) if better == "lower" else max(values.values())
     best = tuple(name for name, value in values.items() if value == top)
     if len(best) == len(values):
-        return (), ()  # where all are alike none is better
+        return (), ()  # all are equal
     spread = numbers[best[0]].spread
     near = []
     for name, one in numbers.items():
@@ -126,7 +285,7 @@ def _best(numbers: dict[str, Number], better: str) -> tuple[tuple[str, ...], tup
 
 
 def _decimals(numbers: dict[str, Number]) -> int:
-    """So many that a middling value has three digits, and the smallest spread one."""
+    """Enough for three digits of the median value and one of the smallest spread."""
     values = [abs(one.value) for one in numbers.values() if one.value]
     if not values:
         return 0
@@ -138,7 +297,7 @@ def _decimals(numbers: dict[str, Number]) -> int:
 
 
 def number_rows(run: ComparedRun) -> list[dict[str, Any]]:
-    """Every number of a run with its origin, full precision, for its provenance."""
+    """Every number of a run with its origin, at full precision."""
     rows = []
     for number in (*run.numbers.values(), *run.others.values()):
         source = run.sources.get(number.source)
@@ -167,16 +326,16 @@ def number_rows(run: ComparedRun) -> list[dict[str, Any]]:
     return rows
 
 
-# What does not make another experiment.
+# Config keys that do not make it a different experiment.
 ASIDE = ("run", "seed", "notes", "cluster", "log", "checkpoint", "device", "metrics", "prepare")
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """Some runs of one experiment.
+    """Runs of one experiment with different seeds.
 
     Attributes:
-        name: of the experiment: what the names of its runs have in common, else the family.
+        name: of the experiment: the common prefix of the run names, else the family.
         runs: their names.
         values: by column: mean and standard deviation (N - 1) over the runs.
     """
@@ -187,9 +346,9 @@ class Seeds:
 
 
 def over_seeds(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[Seeds]:
-    """Groups of at least two runs of one config under different seeds.
+    """Groups of at least two runs that differ only in the seed.
 
-    Only metric values that all runs of a group have, measured alike, are averaged.
+    Only metrics that all runs of a group have, measured in the same way, are averaged.
     """
     groups: dict[str, list[ComparedRun]] = {}
     for run in runs:
@@ -217,7 +376,7 @@ def _experiment(config: dict[str, Any]) -> str:
 
 
 def _common(runs: Sequence[ComparedRun]) -> str:
-    """What the names of runs begin with alike."""
+    """The common prefix of the names."""
     names = [run.name for run in runs]
     first, last = min(names), max(names)
     length = next(
@@ -225,84 +384,3 @@ def _common(runs: Sequence[ComparedRun]) -> str:
         min(len(first), len(last)),
     )
     return first[:length].rstrip("-_/. ").removesuffix("seed").rstrip("-_/. ") or runs[0].family
-
-
-@dataclass(frozen=True)
-class Row:
-    """One step of a family.
-
-    Attributes:
-        run: name of the run.
-        step: its place, in the words of the notes; empty where they say nothing.
-        change: what it does otherwise.
-        metric: value and spread of the main loss metric value as text, a dash where there is none.
-        best: whether no other step of the family is better.
-        failed: what did not work.
-        said: whether ``failed`` is from the notes, and not from the files of the run.
-        next: what to try.
-    """
-
-    run: str
-    step: str
-    change: str
-    metric: str
-    best: bool
-    failed: str
-    said: bool
-    next: str
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """One family: its steps in order."""
-
-    family: str
-    rows: tuple[Row, ...]
-
-
-def tell(runs: Sequence[ComparedRun], by: Column | None) -> list[Chapter]:
-    """A chapter for each family, in the order in which they come; steps sorted as people count."""
-    families: dict[str, list[ComparedRun]] = {}
-    for run in runs:
-        families.setdefault(run.family, []).append(run)
-    return [
-        Chapter(family, tuple(_row(run, some, by) for run in sorted(some, key=_place)))
-        for family, some in families.items()
-    ]
-
-
-def _row(run: ComparedRun, family: Sequence[ComparedRun], by: Column | None) -> Row:
-    number = run.numbers.get(by.name) if by else None
-    metric, best = "–", False
-    if by is not None and number is not None and number.value is not None:
-        metric = by.text(number.value)
-        if number.spread is not None:
-            metric += f" ± {by.text(number.spread)}"
-        values = [
-            one.value
-            for other in family
-            if (one := other.numbers.get(by.name)) is not None and one.value is not None
-        ]
-        top = min(values) if by.better == "lower" else max(values)
-        best = by.comparable and len(values) > 1 and number.value == top
-    said = "failed" in run.notes
-    problems = "" if run.finished and not run.problems else "; ".join(run.problems)
-    return Row(
-        run=run.name,
-        step=run.notes.get("step", ""),
-        change=run.notes.get("change", ""),
-        metric=metric,
-        best=best,
-        failed=run.notes.get("failed", problems),
-        said=said,
-        next=run.notes.get("next", ""),
-    )
-
-
-def _place(run: ComparedRun) -> tuple[bool, list[tuple[int, int, str]]]:
-    """Steps as people count them: 2 before 10, those without one last."""
-    step = run.notes.get("step", "")
-    parts = re.findall(r"\d+|\D+", step.lower())
-    return not step, [
-        (0, int(part), "") if part.isdecimal() else (1, 0, part.strip()) for part in parts
-    ]

@@ -1,44 +1,43 @@
-"""A comparison as Markdown: for notes, pull requests and terminals."""
+"""A comparison as Markdown, for notes, pull requests and terminals."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dinogen.report.compare.columns import Column, all_digits
 from dinogen.report.compare.comparison import Comparison
 from dinogen.report.compare.model import ComparedRun
-from dinogen.report.compare.table import number_rows
+from dinogen.report.compare.table import Column, all_digits, number_rows
 
 
 def render_text(comparison: Comparison) -> str:
-    """All of a comparison but its pictures and curves, as Markdown."""
+    """A comparison without images and curves, as Markdown."""
     lines = [f"# {_cell(comparison.title)}", ""]
     lines += [f"> **Warning.** {_cell(text)}\n>" for text in comparison.warnings]
-    lines += ["", f"## Metric values ({comparison.order})", ""]
+    lines += ["", f"## Metrics ({comparison.order})", ""]
     columns = comparison.columns
     heads = [f"{column.full_label} {column.arrow}".strip() for column in columns]
     lines += _table(
         ["run", "family", *heads],
         (
-            [run.name, run.family, *(_metric_value(run, column) for column in columns)]
+            [run.name, run.family, *(_value(run, column) for column in columns)]
             for run in comparison.runs
         ),
     )
     lines += [
         "",
-        "Bold: best of its column; ≈: two spreads do not tell it apart from the best; ± spread; "
-        "n: generated images / real ones; few images: fewer than 1,000 of either, or than the "
-        "features have dimensions.",
+        "Bold: best of its column; ≈: within two spreads of the best; ± spread; "
+        "n: generated images / real ones; few images: fewer than 1,000 of either, or fewer "
+        "than the features have dimensions.",
         "",
     ]
     for metrics, reason, runs in comparison.unavailable:
         lines.append(f"- Not available: {_cell(metrics)} ({', '.join(runs)}): {_cell(reason)}")
-    lines += _seeds(comparison) + _story(comparison) + _failures(comparison)
+    lines += _seeds(comparison) + _failures(comparison)
     lines += _provenance(comparison)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _metric_value(run: ComparedRun, column: Column) -> str:
+def _value(run: ComparedRun, column: Column) -> str:
     """A cell of the table: value, spread, counts."""
     number = run.numbers.get(column.name)
     if number is None or number.value is None:
@@ -77,34 +76,12 @@ def _seeds(comparison: Comparison) -> list[str]:
     return ["", "## Over seeds", "", *_table(["experiment", "runs", *heads], rows)]
 
 
-def _story(comparison: Comparison) -> list[str]:
-    name = comparison.main_metric.full_label if comparison.main_metric else "metric"
-    lines = []
-    for chapter in comparison.story:
-        lines += ["", f"## {_cell(chapter.family)}, step by step", ""]
-        lines += _table(
-            ["step", "run", "change", name, "what failed", "next"],
-            (
-                [
-                    row.step,
-                    row.run,
-                    row.change,
-                    f"**{row.metric}**" if row.best else row.metric,
-                    row.failed,
-                    row.next,
-                ]
-                for row in chapter.rows
-            ),
-        )
-    return lines
-
-
 def _failures(comparison: Comparison) -> list[str]:
     lines = ["", "## Failures", ""]
-    for run in (*comparison.failed, *comparison.with_problem):
+    for run in (*comparison.failed, *comparison.with_problems):
         lines.append(f"- **{_cell(run.name)}** ({run.status}): {_cell('; '.join(run.problems))}")
     if len(lines) == 3:
-        lines.append("None: every run has a result and no problem.")
+        lines.append("None: every run has a result and no problems.")
     return lines
 
 
@@ -114,6 +91,7 @@ def _provenance(comparison: Comparison) -> list[str]:
         lines += ["", f"### {_cell(run.name)}", ""]
         lines.append(f"- folder `{run.folder}`, config.yaml sha256 `{run.config_sha256}`")
         lines.append(f"- data `{run.data}`, fingerprint `{run.data_sha256}`")
+        lines += [f"- {key}: {_cell(text)}" for key, text in run.notes.items()]
         for key, source in run.sources.items():
             versions = ", ".join(f"{name} {text}" for name, text in source.versions.items())
             lines.append(

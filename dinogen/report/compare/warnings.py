@@ -1,21 +1,20 @@
-"""Warnings above a comparison: metric values that do not compare, random extractors."""
+"""Warnings above a comparison: values that cannot be compared, random extractors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from dinogen.report.compare.columns import Column
 from dinogen.report.compare.model import ComparedRun
-from dinogen.report.compare.table import values_of
+from dinogen.report.compare.table import Column, values_of
 
-# that many runs are named; of more only the number
+# of more runs only the number is shown
 MAX_NAMES = 4
 DIGITS = 12
 
 
 def warnings_of(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[str]:
-    """One sentence for each thing that would mislead a reader of the table."""
+    """One sentence for each thing that could mislead a reader of the table."""
     return [
         *_differing(runs, columns),
         *_random(runs),
@@ -25,7 +24,7 @@ def warnings_of(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[
 
 
 def _differing(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[str]:
-    """Columns that were measured differently; those that differ alike in one sentence."""
+    """Columns measured in different ways; one sentence for all with the same difference."""
     found: dict[str, list[Column]] = {}
     for column in columns:
         if not column.comparable:
@@ -38,7 +37,7 @@ def _differing(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[s
 
 
 def _why(runs: Sequence[ComparedRun], column: Column) -> str:
-    """In what the metric values of a column differ, and whose is which."""
+    """What differs within a column, and for which runs."""
     numbers = values_of(runs, column.name)
     by_name = {run.name: run for run in runs}
     facts: dict[str, dict[str, Any]] = {}
@@ -69,7 +68,7 @@ def _why(runs: Sequence[ComparedRun], column: Column) -> str:
 
 
 def _random(runs: Sequence[ComparedRun]) -> list[str]:
-    """Extractors and guides with random weights: their values say nothing about quality."""
+    """Feature extractors and guides with random weights: such values say nothing about quality."""
     sentences = []
     extractors = {
         str(facts.get("judge"))
@@ -84,7 +83,7 @@ def _random(runs: Sequence[ComparedRun]) -> list[str]:
         )
     guided = [run.name for run in runs if run.facts.get("random_guide")]
     if guided:
-        sentences.append(f"RANDOM GUIDE: {_names(guided)} learnt from random weights.")
+        sentences.append(f"RANDOM GUIDE: {_names(guided)} were trained with random weights.")
     return sentences
 
 
@@ -100,17 +99,17 @@ def _different_data(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def _different_seeds(runs: Sequence[ComparedRun]) -> list[str]:
-    """Grids are shown as drawn under the same seed, so they have to be."""
+    """The page says that grids are drawn with the same seed, so check it."""
     groups: dict[int, list[str]] = {}
     for run in runs:
-        for look in run.looks:
-            if look.section == "samples" and look.path and look.seed is not None:
-                groups.setdefault(look.seed, []).append(run.name)
+        for visual in run.visualizations:
+            if visual.section == "samples" and visual.path and visual.seed is not None:
+                groups.setdefault(visual.seed, []).append(run.name)
                 break
     if len(groups) < 2:
         return []
     said = "; ".join(f"seed {seed} ({_names(some)})" for seed, some in groups.items())
-    return [f"Grids were drawn under different seeds: {said}."]
+    return [f"Grids were drawn with different seeds: {said}."]
 
 
 def _names(names: Sequence[str]) -> str:
@@ -118,6 +117,6 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _short(value: object) -> str:
-    """A value for people: of a hash its first digits."""
+    """A value for people; only the first digits of a hash."""
     text = str(value)
     return text[:DIGITS] if len(text) == 64 and " " not in text else text

@@ -22,7 +22,7 @@ from dinogen.config import Config, StageConfig
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.files import write_json
-from dinogen.runs.earlier import with_names_of_today
+from dinogen.runs.earlier import with_new_keys
 from dinogen.runs.files import read_object, read_raw, state_problem
 from dinogen.runs.layout import STATE, checkpoint_name
 from dinogen.runs.run import Checkpoints, Run
@@ -136,7 +136,7 @@ def load_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
         raw = read_raw(path)  # a pipe in its place would be waited for
         if raw.problems or not raw.there:
             raise ValueError(raw.problems[0].strip() if raw.problems else "no such file")
-        state = with_names_of_today(json.loads(raw.value.decode("utf-8")))
+        state = with_new_keys(json.loads(raw.value.decode("utf-8")))
         hashes = dict(state["files"])
         if not hashes:
             raise ValueError("it names no files")

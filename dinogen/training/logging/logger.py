@@ -182,7 +182,7 @@ def cut_lines(path: Path, nimg: int) -> None:
     """
     found = read_raw(path)
     if found.problems:
-        raise UserError(f"{found.told()[0]}: move it away")
+        raise UserError(f"{found.messages()[0]}: move it away")
     lines = found.value.splitlines(keepends=True)
     kept = [line for line in lines if line_nimg(line) <= nimg]
     damaged = sum(line_nimg(line) == math.inf for line in lines)

@@ -170,9 +170,9 @@ def _images(stage: Stage, result: dict[str, Any]) -> Iterator[tuple[str, Path, i
     known = result.get("files") or {}
     files = {name: known.get(name) for name in ("final", "real")}
     named = [(name, stage.folder / file, result["nimg"]) for name, file in files.items() if file]
-    looks = stage.visualizations_folder
+    visuals = stage.visualizations_folder
     for name, entry in stage.visualizations.items():
         file = entry.get("file")
         if file and file.endswith(".png"):
-            named.append((f"looks/{name}", looks / file, entry.get("nimg") or 0))
+            named.append((f"visualizations/{name}", visuals / file, entry.get("nimg") or 0))
     yield from (each for each in named if each[1].is_file())

@@ -1,8 +1,8 @@
-"""Draws docs/objectives.png: pictures of the same numbers by runs of several objectives.
+"""Draws docs/objectives.png: the same sample numbers of runs with different objectives.
 
-    python docs/make_objectives_picture.py runs/hypothesis_fast/objectives/*/seed0 ...
+    python docs/make_objectives.py runs/hypothesis_fast/objectives/*/seed0 ...
 
-Each run's row is headed by the name of its folder, or by NAME in NAME=RUN.
+The title of a row is the name of the run's folder, or NAME in NAME=RUN.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ FONT = ImageFont.load_default(15)
 
 
 def row(run: Path) -> Image.Image:
-    """The first pictures of a run's moving average, side by side."""
+    """The first images of a run's moving average, side by side."""
     snapshot = load_snapshot(run)
     sheet = Image.new("RGB", (NUM * (TILE + GAP), TILE), "white")
-    for number, picture in enumerate(to_uint8(snapshot.sample(NUM, 0).numpy())):
-        tile = Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.NEAREST)
+    for number, image in enumerate(to_uint8(snapshot.sample(NUM, 0).numpy())):
+        tile = Image.fromarray(image).resize((TILE, TILE), Image.Resampling.NEAREST)
         sheet.paste(tile, (number * (TILE + GAP), 0))
     return sheet
 

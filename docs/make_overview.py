@@ -1,6 +1,6 @@
-"""Draws docs/picture.png out of a demo's folder: the way of one photo, and what a run shows.
+"""Draws docs/overview.png from a demo's folder: the steps from one photo, and the results of a run.
 
-    python docs/make_picture.py --demo DEMO --run RUN
+    python docs/make_overview.py --demo DEMO --run RUN
 
 DEMO is a finished demo (its photo and its face), RUN a run over the same faces.
 """
@@ -25,7 +25,7 @@ FONT = ImageFont.load_default(15)
 
 
 def colours(features: torch.Tensor) -> Image.Image:
-    """Features (g*g, C) of one picture as its three main directions in red, green and blue."""
+    """Features (g*g, C) of one image: their three main directions as red, green and blue."""
     x = features.double() - features.double().mean(0)
     _, _, directions = torch.linalg.svd(x, full_matrices=False)
     shown = x @ directions[:3].T
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("picture.png"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("overview.png"))
     args = parser.parse_args()
 
     (meta,) = (args.demo / "faces").glob("astronaut-*.json")
