@@ -21,7 +21,7 @@ from dinogen.files import write_text
 from dinogen.report.compare.columns import MEASURED
 from dinogen.report.compare.read import find_runs, is_run
 from dinogen.runs.run import Run, Stage
-from launch.study.folder import is_study
+from launch.study.plan import is_config_folder
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ def folders_of(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     problems: list[str] = []
     lost: list[UserError] = []
     for path in paths:
-        if not is_run(path) and path.is_dir() and is_study(path):
+        if not is_run(path) and path.is_dir() and is_config_folder(path):
             for file in sorted(path.glob("*.yaml")):
                 try:
                     folders.append(load_config(file).run)

@@ -1,4 +1,4 @@
-"""``dinogen launch``: start a run on this machine's GPUs, or as a chain of SLURM jobs."""
+"""``dinogen launch`` and ``study``: one run, or many as one plan, on this machine or by SLURM."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launch.request import Request
+    from launch.study.plan import Study
+    from launch.study.run import Outcome
+    from launch.study.selection import Choice
+    from launch.study.status import State
 
 # How a place is named on the command line, and which options it alone takes.
 PLACES = {
@@ -25,9 +29,18 @@ ON_LOCAL = "On this machine"
 ON_SLURM = "On a cluster; each option is short for the key of the same name in cluster:"
 
 
+study_app = typer.Typer(help="Many runs as one plan: what it costs, running it, its report.")
+
+Plan = Annotated[
+    Path,
+    typer.Argument(help="YAML file of the study, or a folder of configs.", metavar="PLAN"),
+]
+
+
 def register(app: typer.Typer) -> None:
-    """Add ``dinogen launch`` to the command line."""
+    """Add the commands to the command line."""
     app.command()(launch)
+    app.add_typer(study_app, name="study", no_args_is_help=True)
 
 
 def launch(
@@ -93,14 +106,15 @@ def launch(
 ) -> None:
     """Train on several GPUs of this machine, or submit a whole run to SLURM.
 
-    A folder of configs is a study: each is a run of its own, one after the other on this machine,
-    a chain each on SLURM. One that fails does not stop the others.
+    A folder of configs is a study (dinogen study): each config is a run, and one that fails does
+    not stop the others. On this machine they are trained one after the other. On SLURM each is a
+    chain of jobs, and this command does not wait for them.
 
     On SLURM every stage is a job of its own, after the one before it; with --photos the data are
     made first. Given again, it submits what is neither done nor queued.
 
-    [bold]dinogen launch status RUN[/bold] shows the jobs of a run, or of all runs of a folder of
-    configs, and how far they are.
+    [bold]dinogen launch status RUN[/bold] shows the jobs of a run and how far they are; of a folder
+    of configs it shows the study.
 
     [bold]Examples[/bold]
 
@@ -139,12 +153,12 @@ def launch(
     launcher = _launcher(on, given)
     changes = [*(overrides or ()), *_as_overrides(given, engine)]
     if Path(config).is_dir():
-        _launch_study(Path(config), changes, stages, given, dry_run, launcher)
+        _launch_folder(Path(config), changes, stages, given, dry_run, launcher)
         return
     launcher(_request(Path(config), changes, stages, given, dry_run))
 
 
-def _launcher(on: str, given: dict[str, Any]) -> Callable[[Request], None]:
+def _launcher(on: str, given: dict[str, Any]) -> Callable[[Request], object]:
     """What starts runs there; refuses options that only another place takes."""
     from dinogen.errors import UserError
 
@@ -178,34 +192,30 @@ def _as_overrides(given: dict[str, Any], engine: str | None) -> list[str]:
     ]
 
 
-def _launch_study(
+def _launch_folder(
     folder: Path,
     changes: list[str],
     stages: str | None,
     given: dict[str, Any],
     dry_run: bool,
-    launcher: Callable[[Request], None],
+    launcher: Callable[[Request], object],
 ) -> None:
-    """Launch all configs of a folder and print what became of each; exits 1 if one failed."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Run a folder of configs as a study, without waiting for SLURM."""
     from launch.local.start import launch_local
-    from launch.study.folder import exit_code, print_study, run_study, study_configs, submit_study
+    from launch.study.plan import check_study, open_folder
+    from launch.study.run import LocalStudy, SlurmStudy
 
-    files = study_configs(folder, changes)
-    requests = [_request(path, changes, stages, given, dry_run) for path in files]
+    study = open_folder(folder, changes, stages)
     if dry_run:
-        print_study(requests, launcher)
+        for run in study.runs:
+            typer.echo(f"# {run.source}")
+            launcher(_request(run.source, changes, stages, given, dry_run))
         return
-    outcomes = run_study(requests) if launcher is launch_local else submit_study(requests)
-    table = Table("config", "run", "outcome", title=str(folder))
-    for one in outcomes:
-        style = None if one.good else "red"
-        table.add_row(one.config.stem, str(one.run), one.what, style=style)
-    Console(highlight=False).print(table)
-    if code := exit_code(outcomes):
-        raise typer.Exit(code)
+    check_study(study)
+    if launcher is launch_local:
+        _finish(study, LocalStudy(study, given.get("gpus"), given.get("max_restarts")).run())
+    else:
+        _finish(study, SlurmStudy(study, given.get("photos"), wait=False).run(), report=False)
 
 
 def _request(
@@ -237,19 +247,185 @@ def _status(arguments: list[str]) -> None:
 
     from dinogen.errors import UserError
     from launch.slurm.status import job_rows
-    from launch.study.folder import is_study, study_rows
+    from launch.study.plan import is_config_folder
 
     if len(arguments) != 1:
         raise UserError("write: dinogen launch status RUN")
     folder = Path(arguments[0])
-    several = is_study(folder)
-    rows = study_rows(folder) if several else [("", row) for row in job_rows(folder)]
-    names = ("step", "job", "state", "progress", "why")
-    table = Table(*(("config", *names) if several else names), title=arguments[0])
-    for name, row in rows:
+    if is_config_folder(folder):
+        status(folder)
+        return
+    rows = job_rows(folder)
+    table = Table("step", "job", "state", "progress", "why", title=arguments[0])
+    for row in rows:
         cells = (row.step, row.id, row.state, row.progress, row.why)
-        style = None if row.good else "red"
-        table.add_row(*((name, *cells) if several else cells), style=style)
+        table.add_row(*cells, style=None if row.good else "red")
     Console(highlight=False).print(table)
-    if not all(row.good for _, row in rows):
+    if not all(row.good for row in rows):
         raise typer.Exit(1)
+
+
+@study_app.command()
+def plan(file: Plan) -> None:
+    """Show all runs, what is left of each, and what it will take by measured images per second.
+
+    A speed comes from the run itself, else from one of the same config, else from one of the same
+    family and resolution; where there is none it is unknown.
+
+    [bold]Example[/bold]  dinogen study plan configs/study.yaml
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from launch.study.cost import cost_of, duration, speed_words
+    from launch.study.plan import check_study
+    from launch.study.status import study_states
+
+    study = _open(file)
+    check_study(study)
+    states, choices = study_states(study)
+    runs = [one.run for one in states]
+    table = Table("run", "state", "images left", "time", "measured", "why", title=str(file))
+    costs = []
+    for one in states:
+        cost = cost_of(one.run, runs)
+        costs.append(cost)
+        time = "unknown" if cost.seconds is None else duration(cost.seconds)
+        left = "unknown" if cost.num_images is None else f"{cost.num_images / 1000:,.4g} k"
+        why = "; ".join(word for word in (one.why, cost.why) if word)
+        style = None if one.good else "red"
+        table.add_row(one.run.id, one.state, left, time, speed_words(cost.speeds), why, style=style)
+    console = Console(highlight=False)
+    console.print(table)
+    known = [cost for cost in costs if cost.seconds is not None]
+    total = sum(cost.seconds or 0.0 for cost in known)
+    shared = [cost.processor_s for cost in known if cost.seconds]
+    line = f"left to train: {duration(total)}"
+    if shared and None not in shared:
+        line += f", {sum(one or 0.0 for one in shared) / 3600:,.2f} hours of one process"
+    if len(known) < len(costs):
+        line += f", and {len(costs) - len(known)} runs of which it is unknown"
+    console.print(f"{line}; measuring comes on top of it")
+    _tell_choices(study, choices, states)
+
+
+@study_app.command()
+def run(
+    file: Plan,
+    on: Annotated[str, typer.Option(help="Where: local or slurm.")] = "local",
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="On this machine: how many; all by default. Without any: CPU processes."
+        ),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option(help="On SLURM: wait for the jobs, so that the final can follow.")
+    ] = True,
+) -> None:
+    """Train and measure all runs, then those of the final, and write the report.
+
+    Given again after any interruption, it goes on where it was. A run that fails is recorded and
+    does not stop the others; given again, it is tried again, after them.
+
+    On SLURM each run is a chain of jobs. This command waits for them, since the final depends on
+    their results; if it is ended, the jobs stay queued.
+
+    Runs of a folder of configs are trained where their run: says, and not measured on this machine:
+    a YAML file with a metric says what decides between them (docs/study.md).
+
+    [bold]Examples[/bold]
+
+      dinogen study run configs/study.yaml
+
+      dinogen study run configs/study.yaml --on slurm
+    """
+    from dinogen.errors import UserError
+    from launch.study.plan import check_study
+    from launch.study.run import LocalStudy, SlurmStudy
+
+    study = _open(file)
+    if on not in ("local", "slurm"):
+        raise UserError(f"--on {on}: runs are started on local or slurm")
+    if on == "slurm" and gpus is not None:
+        raise UserError("--gpus is for --on local; on SLURM set cluster: in the configs")
+    check_study(study)
+    runner = LocalStudy(study, gpus) if on == "local" else SlurmStudy(study, wait=wait)
+    _finish(study, runner.run(), report=wait)
+
+
+@study_app.command()
+def status(file: Plan) -> None:
+    """Show what is done, what runs, what waits and what failed; exits 1 if something did.
+
+    [bold]Example[/bold]  dinogen study status configs/study.yaml
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from launch.study.status import study_states
+
+    study = _open(file)
+    states, choices = study_states(study)
+    table = Table("run", "state", "progress", study.metric or "", "why", title=str(file))
+    for one in states:
+        value = "" if one.value is None else f"{one.value:.4g}"
+        style = None if one.good else "red"
+        table.add_row(one.run.id, one.state, one.progress, value, one.why, style=style)
+    Console(highlight=False).print(table)
+    _tell_choices(study, choices, states)
+    if not all(one.good for one in states):
+        raise typer.Exit(1)
+
+
+@study_app.command()
+def report(file: Plan) -> None:
+    """Compare all runs that have begun: a page, JSON and Markdown in the study's folder.
+
+    [bold]Example[/bold]  dinogen study report configs/study.yaml
+    """
+    _report(_open(file))
+
+
+def _open(file: Path) -> Study:
+    from launch.cli.console import setup_logging
+    from launch.study.plan import open_study
+
+    setup_logging()
+    return open_study(file)
+
+
+def _report(study: Study) -> None:
+    from launch.study.status import write_report
+
+    typer.echo(f"report: {write_report(study)}")
+
+
+def _finish(study: Study, outcomes: list[Outcome], report: bool = True) -> None:
+    """Print what became of each run; write the report if that is wanted and a run has begun."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dinogen.errors import EXIT_STOPPED
+    from dinogen.runs.run import Run
+    from launch.study.run import exit_code
+
+    table = Table("run", "outcome", title=str(study.path))
+    for one in outcomes:
+        table.add_row(one.run.id, one.what, style=None if one.good else "red")
+    Console(highlight=False).print(table)
+    code = exit_code(outcomes)
+    if report and code != EXIT_STOPPED and any(Run(one.run.folder).has_config for one in outcomes):
+        _report(study)
+    if code:
+        raise typer.Exit(code)
+
+
+def _tell_choices(study: Study, choices: dict[str, Choice], states: list[State]) -> None:
+    """The best of each track, and what the final waits for."""
+    for name, choice in choices.items():
+        typer.echo(f"{name}: {choice.best or 'no best'} ({choice.why})")
+    waits = [track for track in study.final_tracks if track not in choices]
+    if waits:
+        left = sum(one.run.track in waits and one.state != "done" for one in states)
+        typer.echo(f"the final waits for {left} runs of {', '.join(waits)}")

@@ -44,8 +44,11 @@ class Planned:
     cancel: str | None = None
 
 
-def launch_slurm(request: Request) -> None:
+def launch_slurm(request: Request) -> int:
     """Submit what is neither done nor queued, or print the chain.
+
+    Returns:
+        How many jobs of the run are queued or run now.
 
     Raises:
         UserError: no data, no such stage, or sbatch refuses; what was submitted is recorded.
@@ -60,12 +63,13 @@ def launch_slurm(request: Request) -> None:
         jobs = read_jobs(config.run)
         states = ask_states(jobs) if queue.has_slurm() else {}
         print(chain_script(config, copies, plan(config, steps, jobs, states)))
-        return
+        return sum(state is not None and state.active for state in states.values())
     with launch_lock(folder):
         jobs = read_jobs(config.run)
         planned = plan(config, steps, jobs, ask_states(jobs))
         copies.write()
         _submit(config, copies, planned, jobs)
+    return len(planned)
 
 
 def ask_states(jobs: Jobs) -> dict[str, JobState | None]:

@@ -1,16 +1,23 @@
-"""What a study consists of: the runs of its tracks, and those of the final once it is known."""
+"""What a study consists of: the runs of its tracks, and those of the final once it is known.
+
+A plan is a YAML file, or a folder of configs, each of which is trained where its ``run:`` says.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dinogen.config import Config, ConfigError, load_config
 from dinogen.config.study import FINAL, EntryConfig, StudyConfig, TrackConfig, load_study
+from dinogen.errors import UserError
+from dinogen.runs.layout import CONFIG
 from dinogen.runs.run import Run, Stage
+from launch.request import choose_stages
 from launch.slurm.plan import lacking_data
 
 log = logging.getLogger(__name__)
@@ -24,25 +31,23 @@ class StudyRun:
     """One run of a study.
 
     Attributes:
+        id: its name in the study: ``gan/dcgan_64-seed0``, which is also its folder in the study's;
+            of a folder of configs the name of the file.
         track: its track, or ``final``.
         name: of its config in the track; in the final TRACK-CONFIG.
-        seed: of the run.
         source: the YAML file that it comes from.
         outside: the folder that this file names, where it may have been trained before.
         config: as it is trained.
+        only: the stages to train, ``8`` or ``4..64``; None for all.
     """
 
+    id: str
     track: str
     name: str
-    seed: int
     source: Path
     outside: Path
     config: Config
-
-    @property
-    def id(self) -> str:
-        """``gan/dcgan_64-seed0``, which is also its folder in the study's."""
-        return f"{self.track}/{self.name}-seed{self.seed}"
+    only: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -51,28 +56,40 @@ class StudyRun:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages of its config, as far as they are."""
-        return Run.of(self.config).planned
+        """The stages that are to be trained, as far as they are."""
+        chosen = choose_stages(self.config, self.only)
+        return tuple(one for one in Run.of(self.config).planned if one.resolution in chosen)
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study's file, and all runs of its tracks.
+    """A plan, and all runs of its tracks.
 
     Attributes:
-        path: the file.
-        plan: what it says.
-        tracks: the runs by the names of the tracks, in the order of the file.
+        path: the file, or the folder of configs.
+        folder: where the study keeps its record, logs, copies of configs, and report.
+        title: heading of its report.
+        metric: decides which config is the best; None where runs are only trained.
+        tracks: the runs by the names of the tracks, in the order of the plan.
+        plan: what the file says; None for a folder of configs.
     """
 
     path: Path
-    plan: StudyConfig
+    folder: Path
+    title: str
+    metric: str | None
     tracks: Mapping[str, tuple[StudyRun, ...]]
+    plan: StudyConfig | None = None
 
     @property
-    def folder(self) -> Path:
-        """Folder of all that the study makes."""
-        return self.plan.folder
+    def runs(self) -> list[StudyRun]:
+        """The runs of all tracks."""
+        return [run for track in self.tracks.values() for run in track]
+
+    @property
+    def final_tracks(self) -> tuple[str, ...]:
+        """Tracks whose best go into the final."""
+        return self.plan.final_tracks if self.plan else ()
 
     def copy_of(self, run: StudyRun) -> Path:
         """The config that a run is started with."""
@@ -88,21 +105,39 @@ class Study:
         Args:
             best: name of the best config by track.
         """
+        if self.plan is None:
+            return ()
         runs: list[StudyRun] = []
-        for track in self.plan.final_tracks:
-            entries = self.plan.tracks[track].configs
-            for entry in entries:
+        for track in self.final_tracks:
+            for entry in self.plan.tracks[track].configs:
                 if entry.label == best.get(track):
                     runs += _final_runs(self.path, self.plan, track, entry)
         return tuple(runs)
 
+    def possible_runs(self) -> Iterator[StudyRun]:
+        """The runs of all tracks, and those of the final for each config that may become the best.
+
+        Raises:
+            ConfigError: naming the file and key that is wrong.
+        """
+        yield from self.runs
+        for track in self.final_tracks:
+            for name in dict.fromkeys(run.name for run in self.tracks[track]):
+                yield from self.final_runs({track: name})
+
 
 def open_study(path: Path) -> Study:
-    """Read a study's file and every config that it names, also as the final would change it.
+    """Read a plan and every config that it names, also as the final would change it.
+
+    Args:
+        path: the file, or a folder of configs.
 
     Raises:
         ConfigError: naming the file and key that is wrong.
+        UserError: see :func:`open_folder`.
     """
+    if path.is_dir():
+        return open_folder(path)
     plan = load_study(path)
     tracks = {
         name: tuple(
@@ -110,16 +145,61 @@ def open_study(path: Path) -> Study:
         )
         for name, track in plan.tracks.items()
     }
-    for track in plan.final_tracks:
-        for entry in plan.tracks[track].configs:
-            _final_runs(path, plan, track, entry)  # a mistake must not show after weeks of training
-    return Study(path, plan, tracks)
+    study = Study(path, plan.folder, plan.title, plan.metric, tracks, plan)
+    for _ in study.possible_runs():  # a mistake must not show after weeks of training
+        pass
+    return study
 
 
-def steps_left(run: StudyRun, metric: str) -> list[str]:
-    """What has still to be done for a run, of :data:`STEPS`."""
+def is_config_folder(folder: Path) -> bool:
+    """Whether a folder holds configs; the folder of a run holds only its own, ``config.yaml``."""
+    return any(path.name != CONFIG for path in folder.glob("*.yaml"))
+
+
+def open_folder(folder: Path, overrides: Sequence[str] = (), only: str | None = None) -> Study:
+    """A folder of configs as a study whose runs are trained, each where its ``run:`` says.
+
+    The study itself is in ``study-FOLDER`` in the folder that all the runs have in common.
+
+    Args:
+        folder: holds the YAML files.
+        overrides: ``KEY=VALUE`` changes to all of them.
+        only: the stages to train; None for all.
+
+    Raises:
+        UserError: there is no config, one of them is wrong, two would write into one folder, or the
+            changes name a folder of runs.
+    """
+    for item in overrides:
+        if item.partition("=")[0].strip() == "run":
+            raise UserError(
+                f"{item}: {folder} is a folder of configs, and each has a run of its own: leave it "
+                "out, or give one of the files"
+            )
+    files = sorted(folder.glob("*.yaml"))
+    if not files:
+        raise UserError(f"{folder}: holds no *.yaml: give a config or a folder of configs")
+    name = folder.absolute().name
+    runs: dict[Path, StudyRun] = {}
+    for path in files:
+        config = load_config(path, list(overrides))
+        choose_stages(config, only)
+        run = StudyRun(path.stem, name, path.stem, path, config.run, config, only)
+        first = runs.setdefault(config.run.absolute(), run)
+        if first is not run:
+            raise UserError(
+                f"{path}: run: {config.run} is that of {first.source} too: give it another"
+            )
+    place = Path(os.path.commonpath([path.parent for path in runs]))
+    return Study(folder, place / f"study-{name}", name, None, {name: tuple(runs.values())})
+
+
+def steps_left(run: StudyRun, metric: str | None) -> list[str]:
+    """What has still to be done for a run, of :data:`STEPS`; only training without a metric."""
     if not all(stage.done for stage in run.stages):
-        return list(STEPS)
+        return list(STEPS if metric else STEPS[:1])
+    if metric is None:
+        return []
     last = run.stages[-1]
     figure = last.metric(metric)
     done = {"evaluate": figure is not None and figure["value"] is not None}
@@ -127,9 +207,9 @@ def steps_left(run: StudyRun, metric: str) -> list[str]:
     return [step for step in STEPS[1:] if not done[step]]
 
 
-def is_trained(run: StudyRun, metric: str) -> bool:
+def is_trained(run: StudyRun) -> bool:
     """Whether all stages of a run are done."""
-    return STEPS[0] not in steps_left(run, metric)
+    return all(stage.done for stage in run.stages)
 
 
 def lacking(run: StudyRun) -> str | None:
@@ -152,16 +232,15 @@ def check_study(study: Study) -> None:
         ConfigError: its metric is not known or has no better and worse, or its configs have changed
             since runs were trained; names each of them.
     """
-    from dinogen.metrics.registry import better, chosen_names
+    if study.metric is not None:
+        from dinogen.metrics.registry import better, chosen_names
 
-    (metric,) = chosen_names([study.plan.metric], f"{study.path}: metric")
-    if better(metric) == "none":
-        raise ConfigError(f"{study.path}: metric: {metric} has no better and worse: name another")
-    runs = [run for track in study.tracks.values() for run in track]
-    for track in study.plan.final_tracks:
-        for entry in study.plan.tracks[track].configs:
-            runs += study.final_runs({track: entry.label})
-    found = [why for run in runs if (why := changed(study, run))]
+        (metric,) = chosen_names([study.metric], f"{study.path}: metric")
+        if better(metric) == "none":
+            raise ConfigError(
+                f"{study.path}: metric: {metric} has no better and worse: name another"
+            )
+    found = [why for run in study.possible_runs() if (why := changed(study, run))]
     if found:
         raise ConfigError("\n".join(found))
 
@@ -172,7 +251,7 @@ def changed(study: Study, run: StudyRun) -> str | None:
     Of a run that is still trained the trainer itself says so.
     """
     copy = study.copy_of(run)
-    if not copy.is_file() or not is_trained(run, study.plan.metric):
+    if not copy.is_file() or not is_trained(run):
         return None
     from dinogen.families.registry import resolve
     from dinogen.training.preflight import MAY_CHANGE
@@ -245,8 +324,9 @@ def _run(
         raise ConfigError(
             f"{source}: metrics.names: lacks {plan.metric}, by which {path} chooses: add it"
         )
-    run = StudyRun(track, name, seed, source, config.run, config)
-    return replace(run, config=config.model_copy(update={"run": plan.folder / run.id}))
+    run_id = f"{track}/{name}-seed{seed}"
+    config, outside = config.model_copy(update={"run": plan.folder / run_id}), config.run
+    return StudyRun(run_id, track, name, source, outside, config)
 
 
 def _source(path: Path, entry: EntryConfig) -> Path:
@@ -255,7 +335,7 @@ def _source(path: Path, entry: EntryConfig) -> Path:
 
 
 def _lengths(config: Config, epochs: float, where: str) -> list[str]:
-    """Changes that make a run so many epochs long, its stages in the same proportions."""
+    """Changes that give a run this number of epochs, its stages in the same proportions."""
     if len({stage.kimg is None for stage in config.stages}) > 1:
         raise ConfigError(
             f"{where}: some of its stages are given in kimg and some in epochs: give all in one, "

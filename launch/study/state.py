@@ -23,20 +23,21 @@ from shards.lock import is_locked as is_file_locked
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+JOBS = "jobs"  # the step that is all steps of a run on SLURM
 
 
 @dataclass
 class Attempt:
-    """One step of one run, tried once.
+    """One try of one step of a run.
 
     Attributes:
-        step: ``train``, ``evaluate``, ``look``; ``jobs`` is all of them on SLURM.
-        command: that was given.
+        step: ``train``, ``evaluate``, ``look``, or :data:`JOBS`.
+        command: the command that did it.
         log: what it printed.
         began: when, in local time.
         seconds: how long it took; None as long as it runs, or if it was killed together with
             the study.
-        code: its exit code, then; 75 if it was asked to stop.
+        code: the exit code of the command; 75 if it was asked to stop.
         what: what went wrong, in words; None if nothing did.
     """
 
@@ -104,8 +105,8 @@ class Record:
         facts = {
             "format": FORMAT,
             "study": str(self.study.path),
-            "title": self.study.plan.title,
-            "metric": self.study.plan.metric,
+            "title": self.study.title,
+            "metric": self.study.metric,
             "best": self.best,
         }
         runs = {key: [asdict(one) for one in attempts] for key, attempts in self.attempts.items()}
@@ -152,7 +153,7 @@ def read_record(study: Study) -> Record:
     if isinstance(best, dict) and all(isinstance(name, str) for name in best.values()):
         record.best = best
     elif best is not None:
-        troubles.append(f": best: {best!r} is no mapping of tracks to names")
+        troubles.append(f": best: {best!r} is not a mapping of tracks to names")
     for trouble in troubles:
         log.warning("%s%s; what is done is known from the runs", record.path, trouble)
     record.damaged = bool(troubles)
