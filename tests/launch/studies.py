@@ -67,7 +67,7 @@ class Player:
         self.done: list[str] = []
 
     def start(self, command: list[str], env: dict[str, str], log: Path) -> Player.Process:
-        """In the place of ``launch.study.local.start``."""
+        """In the place of ``launch.study.run.start``."""
         step, what = command[command.index("launch.cli") + 1 :][:2]
         below = self.folder / "configs" if step == "train" else self.folder
         run = str(Path(what).relative_to(below)).removesuffix(".yaml")
@@ -181,7 +181,7 @@ def tiny_study(folder: Path) -> Path:
 
 
 class Forked:
-    """In the place of ``launch.study.local.start``: a command in a fork that has imported already.
+    """In the place of ``launch.study.run.start``: a command in a fork that has imported already.
 
     Of the looks only one is made.
     """
@@ -248,10 +248,10 @@ def run_here(words: list[str], said: Path) -> None:
     import torch
 
     from launch.cli.main import main
-    from launch.study import local
+    from launch.study import run
 
     torch.set_num_threads(1)
-    local.start = Forked
+    run.start = Forked
     sys.argv = ["dinogen", "study", "run", *words]
     main()
 
