@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -86,49 +87,60 @@ def _is_measured(stage: Stage, metrics: str | None) -> bool:
     return all(one is not None and one.get("value") is not None for one in figures)
 
 
-def sweep_checkpoints(
-    folders: Sequence[Path], metrics: str, changes: Sequence[str] = ()
-) -> list[str]:
-    """Give `dinogen evaluate` for each kept checkpoint of the last stage that is done.
+@dataclass(frozen=True)
+class Sweep:
+    """Metric values of the kept checkpoints of a stage.
 
-    The figures go into ``RUN/RxR/checkpoints.jsonl``, a line per checkpoint; what is there already
-    is not measured again.
+    Attributes:
+        path: ``RUN/RxR/checkpoints.jsonl``, a line per checkpoint.
+        num_lines: how many checkpoints are in it.
+        problems: what failed, a line each.
+    """
+
+    path: Path
+    num_lines: int
+    problems: list[str]
+
+
+def sweep_checkpoints(
+    folder: Path, metrics: str, words: Sequence[str] = (), size: int | None = None
+) -> Sweep | None:
+    """Run `dinogen evaluate` for each kept checkpoint of a stage that is not measured yet.
 
     Args:
-        folders: of the runs.
+        folder: of the run.
         metrics: names, comma separated.
-        changes: ``KEY=VALUE`` for evaluate.
+        words: further options of evaluate, and ``KEY=VALUE``.
+        size: resolution of the stage; None for the last one that is done.
 
     Returns:
-        What failed, a line each.
+        What is known now; None if no stage is done.
     """
-    names = [name.strip() for name in metrics.split(",")]
+    stage = last_done(folder) if size is None else Run(folder).stage(size)
+    if stage is None:
+        return None
+    names = {name.strip() for name in metrics.split(",")}
     problems = []
-    for folder in folders:
-        stage = last_done(folder)
-        if stage is None:
+    lines = _read(stage)
+    for nimg in stage.checkpoints.nimg:
+        if names <= set(lines.get(nimg, {}).get("metrics", {})):
             continue
-        size = stage.resolution
-        lines = _read(stage)
-        for nimg in stage.checkpoints.nimg:
-            if set(names) <= set(lines.get(nimg, {}).get("metrics", {})):
-                continue
-            words = ["--stage", str(size), "--nimg", str(nimg), "--metrics", metrics, *changes]
-            result = _evaluate(folder, stage, words)
-            if result is None:
-                command = shlex.join(["dinogen", "evaluate", str(folder), *words])
-                problems.append(f"{command}: failed")
-                continue
-            old = lines.get(nimg, {"metrics": {}, "fingerprints": {}})
-            lines[nimg] = {
-                "nimg": nimg,
-                "stage": size,
-                "metrics": old["metrics"] | (result.get("measured") or {}),
-                "fingerprints": old["fingerprints"] | (result.get("fingerprints") or {}),
-            }
-            text = "".join(json.dumps(lines[key]) + "\n" for key in sorted(lines))
-            write_text(stage.sweep_file, text)
-    return problems
+        options = ["--stage", str(stage.resolution), "--nimg", str(nimg), "--metrics", metrics]
+        result = _evaluate(folder, stage, [*options, *words])
+        if result is None:
+            command = shlex.join(["dinogen", "evaluate", str(folder), *options, *words])
+            problems.append(f"{command}: failed")
+            continue
+        old = lines.get(nimg, {"metrics": {}, "fingerprints": {}})
+        lines[nimg] = {
+            "nimg": nimg,
+            "stage": stage.resolution,
+            "metrics": old["metrics"] | (result.get("measured") or {}),
+            "fingerprints": old["fingerprints"] | (result.get("fingerprints") or {}),
+        }
+        text = "".join(json.dumps(lines[key]) + "\n" for key in sorted(lines))
+        write_text(stage.sweep_file, text)
+    return Sweep(stage.sweep_file, len(lines), problems)
 
 
 def _evaluate(run: Path, stage: Stage, words: Sequence[str]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""``dinogen evaluate`` and ``export``, and how measured values are printed."""
+"""What comes of a run: ``dinogen evaluate``, ``export``, ``look``, ``compare`` and ``serve``."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ Stage = Annotated[
     int | None, typer.Option(help="Resolution; the largest trained by default.", metavar="R")
 ]
 
+Nimg = Annotated[
+    int | None,
+    typer.Option(min=0, help="Checkpoint, by its images seen; the newest by default."),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command()(evaluate)
-    app.command()(export)
+    for command in (evaluate, export, look, compare, serve):
+        app.command()(command)
 
 
 def export(
     run: Run,
     out: Annotated[Path, typer.Argument(help="File to write.", metavar="OUT.safetensors")],
     stage: Stage = None,
-    nimg: Annotated[
-        int | None,
-        typer.Option(min=0, help="Checkpoint, by its images seen; the newest by default."),
-    ] = None,
+    nimg: Nimg = None,
 ) -> None:
     """Write the generator of a run as one safetensors file, with its config in the metadata.
 
@@ -86,10 +88,7 @@ def evaluate(
         ),
     ] = None,
     stage: Stage = None,
-    nimg: Annotated[
-        int | None,
-        typer.Option(min=0, help="Checkpoint, by its images seen; the newest by default."),
-    ] = None,
+    nimg: Nimg = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -113,6 +112,13 @@ def evaluate(
             metavar="FILE|FOLDER",
         ),
     ] = None,
+    all_checkpoints: Annotated[
+        bool,
+        typer.Option(
+            "--all-checkpoints",
+            help="Measure --metrics at every kept checkpoint of a stage, for curves in compare.",
+        ),
+    ] = False,
 ) -> None:
     """Measure a checkpoint, or a folder of images, against real ones.
 
@@ -133,10 +139,13 @@ def evaluate(
 
       dinogen evaluate images --reference data/faces --metrics fid,precision,recall
 
+      dinogen evaluate runs/first --metrics fid --all-checkpoints
+
       python -m launch.local.torchrun --standalone --nproc-per-node 4 -m launch.cli \\
         evaluate runs/first
     """
     from dinogen.distributed import process_group
+    from dinogen.errors import UserError
     from dinogen.evaluation.evaluate import evaluate as evaluate_run
     from dinogen.evaluation.evaluate import evaluate_folder, is_folder_of_images
     from dinogen.evaluation.record import find_path
@@ -152,6 +161,15 @@ def evaluate(
             say(line)  # at once, also into a pipe: what follows may take long, or fail
 
     place = named_folder(place)
+    if all_checkpoints:
+        if nimg is not None or out is not None:
+            raise UserError(
+                "--all-checkpoints: measures each of them, into the run: leave out --nimg and --out"
+            )
+        options = {"--reference": reference, "--split": split, "--num-samples": num_samples}
+        words = [str(one) for pair in options.items() if pair[1] is not None for one in pair]
+        _measure_all(place, metrics, [*words, *(changes or ())], stage)
+        return
     names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
     request: dict[str, Any] = {"names": names, "reference": reference, "changes": changes or ()}
     request |= {"out": out, "tell": tell}
@@ -170,6 +188,26 @@ def evaluate(
     process_group.shutdown()
     if not measured_now(result):
         typer.echo("dinogen: nothing was measured", err=True)
+        raise typer.Exit(1)
+
+
+def _measure_all(run: Path, metrics: str | None, words: list[str], size: int | None) -> None:
+    """Measure every kept checkpoint of a stage; exits with 1 if one of them fails."""
+    from dinogen.distributed import process_group
+    from dinogen.errors import UserError
+    from launch.compare import sweep_checkpoints
+
+    if metrics is None:
+        raise UserError("--all-checkpoints: name what is measured: --metrics fid")
+    if process_group.under_agent():
+        raise UserError("--all-checkpoints: starts a process for each: run it without torchrun")
+    swept = sweep_checkpoints(run, metrics, words, size)
+    if swept is None:
+        raise UserError(f"{run}: no stage is trained to its end: name one with --stage")
+    for problem in swept.problems:
+        typer.echo(problem, err=True)
+    typer.echo(f"{swept.num_lines} checkpoints: {swept.path}")
+    if swept.problems:
         raise typer.Exit(1)
 
 
@@ -271,3 +309,146 @@ def _figure(name: str, figure: dict[str, Any], fingerprints: dict[str, Any]) -> 
     if figure.get("caution"):
         behind += f"; CAUTION: {figure['caution']}"
     return f"{name}: {figure['value']:.6g}{spread} ({behind})"
+
+
+def look(
+    run: Run,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Where things lie now: data.path=FOLDER."),
+    ] = None,
+    stage: Stage = None,
+    nimg: Nimg = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of all latents; the same for runs to be compared.")
+    ] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; RUN/RxR/looks by default.", metavar="DIR")
+    ] = None,
+) -> None:
+    """Make images that show what a run has learnt: grids, its progress, interpolations, worst.
+
+    What they are is in looks.json beside them, and why one is missing: not every family truncates,
+    mixes styles or encodes images.
+
+    [bold]Examples[/bold]
+
+      dinogen look runs/first
+
+      dinogen look runs/first --stage 16 --nimg 180000 --seed 7
+    """
+    import json
+
+    from dinogen.visualize.look import write_looks
+    from launch.cli.console import setup_logging
+
+    setup_logging()
+    index = write_looks(run, stage, nimg, seed, out, changes or ())
+    entries = json.loads(index.read_text(encoding="utf-8"))
+    for name, entry in entries.items():
+        typer.echo(f"  {name}: {entry['file'] or 'left out: ' + entry['reason']}")
+    typer.echo(index)
+
+
+def serve(
+    run: Run,
+    host: Annotated[
+        str, typer.Option(help="Address to bind to; this machine alone by default.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port; 0 takes any that is free.")
+    ] = 8000,
+) -> None:
+    """Open a page that draws from a run: by seed, truncation, stage, and from seed to seed.
+
+    It draws from each stage's newest checkpoint, and serves until Ctrl-C.
+
+    [bold]Examples[/bold]
+
+      dinogen serve runs/first
+
+      ssh -L 8000:localhost:8000 cluster dinogen serve runs/first
+    """
+    from dinogen.errors import UserError
+    from launch.cli.console import setup_logging
+
+    setup_logging()
+    try:
+        from dinogen.serve.server import open_site
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("starlette", "uvicorn"):
+            raise
+        raise UserError(f"serve needs {missing}: pip install 'dinogen[serve]'") from None
+
+    site = open_site(run, host, port)
+    if not site.private:
+        typer.echo(f"dinogen: everybody who can reach {host} can open this page", err=True)
+    typer.echo(f"{run}: {site.url} (Ctrl-C ends it)")
+    site.run()
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders of runs, of many runs, of a study, or of configs; KEY=VALUE is for "
+            "dinogen evaluate.",
+            metavar="RUN...",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write into.", metavar="DIR")],
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Comparison",
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Only these are measured where they are missing.", metavar="fid,kid"),
+    ] = None,
+    over_training: Annotated[bool, typer.Option("--over-training", hidden=True)] = False,
+    as_is: Annotated[
+        bool, typer.Option("--as-is", help="Measure and draw nothing; show what is there.")
+    ] = False,
+) -> None:
+    """Put runs side by side: figures, curves, images, and where every number comes from.
+
+    A run whose end was never measured (dinogen evaluate) or looked at (dinogen look) is first,
+    unless --as-is is given. One that failed, or whose files are damaged, is listed with what is
+    known of it, and all others are compared. The exit code is 1 if every run is damaged.
+
+    The page, index.html, holds all it needs; comparison.json and comparison.md say the same.
+
+    [bold]Examples[/bold]
+
+      dinogen compare runs/dcgan_64 runs/vae_64 --out compared
+
+      dinogen compare configs/ablations --out compared --metrics fid
+
+      dinogen compare runs --out compared --metrics fid,kid metrics.num_samples=10000
+    """
+    from dinogen.errors import UserError
+    from dinogen.report.compare.write import write_comparison
+    from launch.cli.console import setup_logging
+    from launch.compare import folders_of, run_pending_steps, sort_words, sweep_checkpoints
+
+    setup_logging()
+    paths, changes = sort_words(runs)
+    folders, problems = folders_of(paths)
+    if not as_is:
+        problems += run_pending_steps(folders, metrics, changes)
+    if over_training:
+        typer.echo("--over-training: is dinogen evaluate RUN --all-checkpoints now", err=True)
+        if metrics is None or as_is:
+            raise UserError("--over-training: name what is measured: --metrics fid; not --as-is")
+        swept = [sweep_checkpoints(folder, metrics, changes) for folder in folders]
+        problems += [problem for one in swept if one for problem in one.problems]
+    for problem in problems:
+        typer.echo(problem, err=True)
+    done = write_comparison(folders, out, title)
+    for name, troubles in done.damaged.items():
+        typer.echo(f"DAMAGED {name}: {'; '.join(troubles)}", err=True)
+    said = f"{len(folders)} runs"
+    if done.damaged:
+        said += f", {len(done.damaged)} of them with damaged files (see Failures)"
+    typer.echo(f"{said}: {done.page}")
+    if not done.num_sound:
+        typer.echo("dinogen: no run is sound", err=True)
+        raise typer.Exit(1)
