@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="of the run, both stages")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=[*ENGINES, "any"], default="auto")
-    parser.add_argument("--fixed-world", type=int, metavar="N", help="always so many ranks")
+    parser.add_argument("--fixed-world", type=int, metavar="N", help="always that many ranks")
     parser.add_argument("--torchrun", action="store_true", help="start the ranks by torchrun")
     options = parser.parse_args()
     if options.fixed_world and options.engine == "any":

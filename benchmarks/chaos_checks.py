@@ -187,7 +187,7 @@ def _tensorboard(folder: Path) -> Points:
     # What the program TensorBoard reads with: the class above shows notes that were purged.
     shown = plugin_event_accumulator.EventAccumulator(str(folder), {"tensors": 0})
     shown.Reload()
-    # the charts' layout is written by each start anew, always the same
+    # the charts' layout is written by each start again, always the same
     notes = set(shown.Tags()["tensors"]) - {*scalars, *images, "custom_scalars__config__"}
     points |= {f"note {tag}": [(e.step, None) for e in shown.Tensors(tag)] for tag in notes}
     return points

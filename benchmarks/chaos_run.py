@@ -20,7 +20,7 @@ from ranks import ForkedRanks, Ranks, TorchrunRanks, call, kill
 NUM_SAMPLES = 40
 BATCH = 8
 ENDS_WITHIN = 15.0  # seconds for the ranks that are left, by themselves
-SILENT = 15.0  # and so many more where DeepSpeed makes its groups: nothing but silence tells
+SILENT = 15.0  # and that many more where DeepSpeed makes its groups: nothing but silence tells
 LONGEST_START = 180.0  # seconds without a step after which a start counts as hung
 ENGINES = {
     "auto": ("auto", 1),

@@ -8,7 +8,7 @@ some CLIP; guided configs are started with these in place of their own.
 Batch, length and the number of images drawn are cut, so that they fit a CPU: a single image a
 step from 128x128 on. Networks are as wide as the YAML says, which takes hours for all of them, or
 with --narrow at most 32 channels wide where the family has such an option; a line says which. The
-figures compare what a step costs, not how fast a GPU is.
+metric values compare what a step costs, not how fast a GPU is.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Two and three ranks in every trouble: each case ends with the right result or the right error.
+"""Two and three ranks in every problem: each case ends with the right result or the right error.
 
     python benchmarks/fuzz.py                 200 cases
     python benchmarks/fuzz.py --cases 16      fewer
     python benchmarks/fuzz.py --only 37       one of them, and all that its ranks wrote
 
-A right result has the weights, the keys and the figures of one process. A right error is said by
-the rank that fails, and by rank 0, and ends all ranks within seconds. Nothing may hang.
+A right result has the weights, the keys and the metric values of one process. A right error is said
+by the rank that fails, and by rank 0, and ends all ranks within seconds. Nothing may hang.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Fuzz:
         if not whole:
             return self.check_error(ranks, case, alone)
         _finish(ranks, 0)
-        _same_figures(_evaluation(alone), expected)
+        _same_values(_evaluation(alone), expected)
         return "same figures"
 
     def check_training(self, place: Path, case: Case) -> str:
@@ -120,7 +120,7 @@ class Fuzz:
             json.loads((place / run / "4x4" / "result.json").read_text())
             for run in ("together", "alone")
         ]
-        for key in ("nimg", "num_skipped", "verdict"):
+        for key in ("nimg", "num_skipped", "health"):
             if results[0][key] != results[1][key]:
                 raise Violation(f"{key} is {results[0][key]} instead of {results[1][key]}")
         return "stopped, then same result" if stopped else "same result"
@@ -227,16 +227,16 @@ def _evaluation(run: Path) -> dict[str, Any]:
     del found["world_size"]
     found.pop("sampling", None)  # how fast
     found["metrics"] |= {
-        name: figure.pop("value")
-        for name, figure in found["measured"].items()
-        if figure["value"] is not None
+        name: metric_value.pop("value")
+        for name, metric_value in found["measured"].items()
+        if metric_value["value"] is not None
     }
-    for figure in found["measured"].values():
-        figure.pop("spread")
+    for metric_value in found["measured"].values():
+        metric_value.pop("spread")
     return found
 
 
-def _same_figures(mine: dict[str, Any], theirs: dict[str, Any] | None) -> None:
+def _same_values(mine: dict[str, Any], theirs: dict[str, Any] | None) -> None:
     assert theirs is not None
     a, b = mine.pop("metrics"), theirs.pop("metrics")
     if mine != theirs or a.keys() != b.keys():

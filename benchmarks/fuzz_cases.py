@@ -60,7 +60,7 @@ class Case:
         engine: engine.name and engine.zero.
         node_each: whether every rank believes to be on a node of its own.
         train: samples of each shard of the split ``train``.
-        val: likewise of ``val``.
+        val: the same of ``val``.
         corrupt: samples with flipped bytes, as (split, number within it).
         config: changes to the config.
         options: of ``dinogen evaluate``.
@@ -149,7 +149,7 @@ def _batches(rng: random.Random, common: dict[str, Any]) -> dict[str, Any]:
 
 
 def _corrupt(rng: random.Random, common: dict[str, Any]) -> dict[str, Any]:
-    """Flipped bytes: passed over, or the run stops with the name of one damaged sample."""
+    """Flipped bytes: skipped, or the run stops with the name of one damaged sample."""
     shards = _shards(rng, 2, 4, 9)
     skip = rng.random() < 0.6
     num = rng.choice((1, 1, 2, sum(shards) - 2)) if skip else rng.choice((1, 1, 2))

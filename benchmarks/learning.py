@@ -47,12 +47,12 @@ def main() -> None:
         if place not in references:
             references[place] = reference(extractor, run, size, options.num)
         real, bounds = references[place]
-        figures = dict(bounds)
+        metric_values = dict(bounds)
         for nimg in spread(kept(run, size), options.points):
             images = load_snapshot(run, size, nimg).sample(options.num, seed=1)
-            figures[f"{nimg / 1000:g} kimg"] = frechet_of(seen(extractor, images), real)
-        found[run.name] = figures
-        print(run.name, ", ".join(f"{k}: {v:.3f}" for k, v in figures.items()), flush=True)
+            metric_values[f"{nimg / 1000:g} kimg"] = frechet_of(seen(extractor, images), real)
+        found[run.name] = metric_values
+        print(run.name, ", ".join(f"{k}: {v:.3f}" for k, v in metric_values.items()), flush=True)
     if options.out:
         options.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
 

@@ -203,7 +203,7 @@ def one_epoch(data: Dataset, levels: tuple[int, ...], image: bool) -> float:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the figures beside their targets."""
+    """Print the metric values beside their targets."""
     console = Console()
     warm = Table("reader", *TASKS, title="warm cache, samples/s, medians")
     for reader in next(iter(result["warm"].values())):
@@ -231,8 +231,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="keep the packed dataset here and use it again")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="per measurement")
-    parser.add_argument("--num-samples", type=int, help="at most so many")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--num-samples", type=int, help="at most that many")
+    parser.add_argument("--json", type=Path, help="write the metric values here as well")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as temporary:
         folder = args.data or Path(temporary) / "data"

@@ -156,9 +156,9 @@ def told(title: str, work: Callable[..., Any]) -> Any:
     start, used = time.monotonic(), time.process_time()
     result = work()
     seconds, cpu = time.monotonic() - start, time.process_time() - used
-    figure = f"{result.value:.5g} ± {result.spread:.2g}" if hasattr(result, "spread") else ""
+    metric_value = f"{result.value:.5g} ± {result.spread:.2g}" if hasattr(result, "spread") else ""
     print(
-        f"{title:28} {seconds:8.1f} s {cpu:8.1f} CPU s   peak {memory():6.0f} MB   {figure}",
+        f"{title:28} {seconds:8.1f} s {cpu:8.1f} CPU s   peak {memory():6.0f} MB   {metric_value}",
         flush=True,
     )
     return result

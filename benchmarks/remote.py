@@ -136,7 +136,7 @@ def many_shards(num_shards: int) -> list[dict[str, Any]]:
 
 
 def speeds(folder: Path, url: str, caches: Path, rounds: int) -> dict[str, dict[str, float]]:
-    """Medians over the rounds of an epoch's figures, by where it reads from."""
+    """Medians over the rounds of an epoch's metric values, by where it reads from."""
     found: dict[str, list[dict[str, Any]]] = {}
     for number in range(rounds):
         for step_s, words in ((0.0, ""), (STEP_S, f", steps of {STEP_S * 1000:.0f} ms")):
@@ -151,7 +151,7 @@ def speeds(folder: Path, url: str, caches: Path, rounds: int) -> dict[str, dict[
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the figures."""
+    """Print the metric values."""
     console = Console()
     table = Table(
         "nodes", "shards needed", "fetched", "MB per node", "of all", "needed, of 1024 shards",
@@ -179,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=48, help="per shard")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--json", type=Path, help="write the metric values here as well")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as temporary:
         folder, caches = Path(temporary) / "data", Path(temporary) / "caches"

@@ -12,8 +12,8 @@ that this file belongs to. So a version before a change of the format has to rea
 
 ``--out`` is JSON: per run and stage the SHA-256 of the weights, moving averages and optimizer state
 (``files``), of the lines of stats.jsonl without what a clock measured (``stats``), of the sample
-grid, of ``dinogen sample`` and, for some, the figures of ``dinogen evaluate``. ``--compare`` names
-what differs and ends with 1 if anything does. About two minutes a version on one core.
+grid, of ``dinogen sample`` and, for some, the metric values of ``dinogen evaluate``. ``--compare``
+names what differs and ends with 1 if anything does. About two minutes a version on one core.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ def train_all(work: Path, data: Path, out: Path, only: str) -> None:
             asked = ["--text", "a disc", "--text", "number 3", "--guidance", "2"]
             found[name]["asked"] = drawn(run, work / "drawn" / f"{name}_asked", *asked)
         if name in EVALUATED:
-            found[name]["evaluate"] = figures(run, data, work, EVALUATED[name])
+            found[name]["evaluate"] = metric_values(run, data, work, EVALUATED[name])
         print(name, flush=True)
     out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
@@ -360,7 +360,7 @@ def drawn(run: Path, folder: Path, *words: str) -> str:
     return digest(path.read_bytes() for path in sorted(folder.glob("0000*.png")))
 
 
-def figures(run: Path, data: Path, work: Path, names: list[str]) -> Any:
+def metric_values(run: Path, data: Path, work: Path, names: list[str]) -> Any:
     """What ``dinogen evaluate`` measures of a run, held-out samples and probe among it."""
     prompts = work / "prompts.txt"
     prompts.write_text("a disc\nnumber 3\n")
@@ -373,7 +373,11 @@ def figures(run: Path, data: Path, work: Path, names: list[str]) -> Any:
     dinogen("evaluate", str(run), *asked, *changes)
     found = json.loads(out.read_text())
     values = {name: one["value"] for name, one in found["measured"].items()}
-    return {"own": found["metrics"], "measured": values, "verdict": found.get("verdict")}
+    return {
+        "own": found["metrics"],
+        "measured": values,
+        "health": found.get("health", found.get("verdict")),
+    }
 
 
 def digest(parts: Iterable[bytes]) -> str:

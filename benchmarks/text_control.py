@@ -35,7 +35,7 @@ from dinogen.training.state import sample_in_parts
 from shards.format.sample import Sample
 from shards.write.pack import pack
 from tests import drawn, tiny_clip
-from tests.drawn_judge import accuracy, train_judge
+from tests.drawn_extractor import accuracy, train_extractor
 
 NUM_FACES = 3000
 PER_PROMPT = 4
@@ -115,7 +115,7 @@ def main() -> None:
     clip = load_clip(ClipConfig(path=str(args.out / "clip")), torch.device("cpu"))
     if not (args.out / "data").exists():
         pack_faces(args.out / "data", clip)
-    extractor = train_judge()
+    extractor = train_extractor()
     config = parse_config(
         {
             "run": str(args.out / "run"),

@@ -70,12 +70,12 @@ def run_demo(
         out: folder for all of it.
         photos: folder of photos; faces that come with scikit-image if None.
         guide_path: DINOv2 checkpoint folder or hub name. If None, the config's guide if its
-            weights can be had, else a smaller one with random weights, which is said loudly.
+            weights is available, else a smaller one with random weights, which is said loudly.
         config_file: the run; configs/demo.yaml if None.
 
     Raises:
         UserError: ``out`` holds a demo of other photos or another guide; fewer than two faces were
-            found; the guide that was asked for cannot be had. If nothing was in ``out`` before,
+            found; the guide that was asked for is not available. If nothing was in ``out`` before,
             nothing is left there.
     """
     config_file = config_file or CONFIG
@@ -165,7 +165,7 @@ def _check_same(out: Path, photos: Path | None, guide_path: str | None) -> None:
 
 
 def _choose_guide(config: Config, path: str | None, out: Path) -> tuple[Config, Guide]:
-    """The guide asked for; else the config's if it can be had; else a random one."""
+    """The guide asked for; else the config's if it is available; else a random one."""
     from dinogen.features.checkpoint import weights_reachable
 
     chosen = config.guide
@@ -178,7 +178,7 @@ def _choose_guide(config: Config, path: str | None, out: Path) -> tuple[Config, 
         except GuideError as error:
             log.warning("%s", error)
     log.warning(
-        "RANDOM GUIDE: the weights of %s cannot be had here, so a smaller network of the same "
+        "RANDOM GUIDE: the weights of %s is not available here, so a smaller network of the same "
         "kind with random weights takes its place. All of it runs, but the pictures say nothing "
         "about quality. With the weights: dinogen demo --guide FOLDER --out demo-dinov2",
         chosen.path,

@@ -83,8 +83,8 @@ def _is_measured(stage: Stage, metrics: str | None) -> bool:
     if metrics is None:
         names = [name for _, names in MEASURED for name, _ in names]
         return any(stage.metric(name) is not None for name in names)
-    figures = [stage.metric(name.strip()) for name in metrics.split(",")]
-    return all(one is not None and one.get("value") is not None for one in figures)
+    metric_values = [stage.metric(name.strip()) for name in metrics.split(",")]
+    return all(one is not None and one.get("value") is not None for one in metric_values)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def sweep_checkpoints(
 def _evaluate(run: Path, stage: Stage, words: Sequence[str]) -> dict[str, Any] | None:
     """What evaluate says of a checkpoint; None if it fails.
 
-    It writes beside the checkpoints, where the figures of the run's end are to stay: so it is
+    It writes beside the checkpoints, where the metric values of the run's end are to stay: so it is
     given a folder that borrows them.
     """
     with TemporaryDirectory() as name:
@@ -160,8 +160,8 @@ def _evaluate(run: Path, stage: Stage, words: Sequence[str]) -> dict[str, Any] |
         if subprocess.run(command, check=False).returncode:
             return None
         found = borrowed.read_evaluation()
-        for trouble in found.told():
-            log.warning("%s", trouble)
+        for problem in found.told():
+            log.warning("%s", problem)
         # its own commands name the place that it was given
         text = json.dumps(found.value).replace(str(place), str(run))
         written: dict[str, Any] | None = json.loads(text)
@@ -171,8 +171,8 @@ def _evaluate(run: Path, stage: Stage, words: Sequence[str]) -> dict[str, Any] |
 def _read(stage: Stage) -> dict[int, dict[str, Any]]:
     """Sound lines that are there already, by their images."""
     found = stage.read_sweep()
-    for trouble in found.told():
-        log.warning("%s", trouble)
+    for problem in found.told():
+        log.warning("%s", problem)
     return {line["nimg"]: {"fingerprints": {}} | line for line in found.value}
 
 
@@ -183,7 +183,7 @@ def sort_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Paths, and ``KEY=VALUE`` changes for evaluate.
 
     What exists is a path, whatever is in its name. What does not is a change only if its key is
-    one of a config: a path that was mistyped is not to be passed over because it holds a "=".
+    one of a config: a path that was mistyped is not to be skipped because it holds a "=".
 
     Raises:
         UserError: a word is neither; or a change is not one that a config can take.

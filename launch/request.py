@@ -22,7 +22,8 @@ class Request:
         max_restarts: how often failed processes are started again; None for the place's default.
         photos: folder of photos that the data are made of first; None if they are packed.
         dry_run: print what would be done, and do nothing.
-        metric: of a study: a figure that the evaluation has to hold, or it is made anew; images
+        metric: of a study: a metric value that the evaluation has to hold, or it is made again;
+            images
             to look at are made after it.
     """
 

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import torch
 
-from tests import drawn, drawn_judge
+from tests import drawn, drawn_extractor
 
 
 def test_every_pair_of_values_is_seen_and_no_held_out_combination_is():
@@ -61,14 +61,14 @@ def test_captions_say_what_they_name():
 
 
 def test_the_judge_knows_unseen_combinations_blurred_ones_and_larger_ones(tmp_path_factory):
-    extractor = drawn_judge.shared_judge(tmp_path_factory)
+    extractor = drawn_extractor.shared_extractor(tmp_path_factory)
     rows = drawn.some_attributes(400, 200, unseen=True)
     images = drawn.as_tensor(drawn.draw(rows, 201))
-    accuracy = drawn_judge.accuracy(extractor.attributes(images), rows)
+    accuracy = drawn_extractor.accuracy(extractor.attributes(images), rows)
     assert min(accuracy.values()) >= 0.98, accuracy
     blurred = torch.nn.functional.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
-    accuracy = drawn_judge.accuracy(extractor.attributes(blurred), rows)
+    accuracy = drawn_extractor.accuracy(extractor.attributes(blurred), rows)
     assert min(accuracy.values()) >= 0.95, accuracy
     large = drawn.as_tensor(drawn.draw(rows[:100], 201, 64))
-    accuracy = drawn_judge.accuracy(extractor.attributes(large), rows[:100])
+    accuracy = drawn_extractor.accuracy(extractor.attributes(large), rows[:100])
     assert min(accuracy.values()) >= 0.98, accuracy

@@ -1,4 +1,4 @@
-"""Derived draws: the same whatever the batch, another for another purpose, of the right law."""
+"""Derived draws: the same in any batch, another for another purpose, of the right distribution."""
 
 import numpy as np
 import pytest

@@ -30,7 +30,7 @@ _OWN_INFO = {
     "image_mean": IMAGE_MEAN,
     "image_std": IMAGE_STD,
 }
-NUM_MERGES = 49152 - 256 - 2  # of the file's, CLIP reads so many
+NUM_MERGES = 49152 - 256 - 2  # of the file's, CLIP reads that many
 
 
 def vocabulary_file() -> Path | None:

@@ -20,19 +20,19 @@ from dinogen.evaluation.held_out import chosen_samples, held_out_means
 from dinogen.evaluation.record import (
     EvaluationRequest,
     Tell,
-    figure_teller,
     find_place,
+    metric_value_teller,
     write_result,
 )
 from dinogen.evaluation.subject import guide_diversity, real_images, reference_at, subject_of
 from dinogen.families.abilities import MeasuresHeldOut, Probes, constants_of
-from dinogen.families.base import Family, Verdict
+from dinogen.families.base import Family, Health
 from dinogen.metrics.extractors.load import Extractors
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.registry import GUIDE_DIVERSITY, JUDGED, better
 from dinogen.metrics.sources import Folder, Generated, Reference, image_files
 from dinogen.metrics.suite import Measurement, Subject, measure
-from dinogen.metrics.value import Figure
+from dinogen.metrics.value import MetricValue
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.training.data import class_shares, data_fingerprint, data_or_reason
@@ -76,22 +76,22 @@ def evaluate(
         run: folder of the run.
         resolution: which stage; the largest that has a checkpoint unless given.
         split: see :class:`EvaluationRequest`, as for the others.
-        num_samples: likewise.
+        num_samples: the same.
         nimg: which checkpoint, by its images; the newest unless given.
-        names: likewise.
-        reference: likewise.
-        changes: likewise.
+        names: the same.
+        reference: the same.
+        changes: the same.
         out: file (``*.json``) or folder to write to; the stage's folder unless given.
         tell: told on rank 0 what is known so far, in parts of the result, as soon as it is.
 
     Returns:
-        The result as written. ``metrics`` holds the figures by ``SOURCE/NAME``, null where one is
-        not finite: ``held_out/*`` are means over the samples, ``probe/*`` what the family's probe
-        found. ``measured`` holds those of generated images by name, as ``Figure.to_dict`` has
-        them and with the command, and ``fingerprints`` what each was measured against.
-        ``measured_before`` names what an earlier command measured, ``not_measured`` why the
-        family's own figures are not available, or why a kept one was not measured again. Of a
-        folder that cannot be written, nothing is kept, which is said before the work begins.
+        The result as written. ``metrics`` holds the metric values by ``SOURCE/NAME``, null where
+        one is not finite: ``held_out/*`` are means over the samples, ``probe/*`` what the family's
+        probe found. ``measured`` holds those of generated images by name, as ``Metric
+        value.to_dict`` has them and with the command, and ``fingerprints`` what each was measured
+        against. ``measured_before`` names what an earlier command measured, ``not_measured`` why
+        the family's own metric values are not available, or why a kept one was not measured again.
+        Of a folder that cannot be written, nothing is kept, which is said before the work begins.
 
     Raises:
         ConfigError: no such run, checkpoint or metric.
@@ -108,11 +108,11 @@ def evaluate(
         place = find_place(snapshot.place.folder, out)
         needs = _Needs(snapshot)
         result = _facts(snapshot)
-        own = _own_figures(needs, request, settings)
+        own = _own_values(needs, request, settings)
         result |= own.result(request.split or "val")
         if tell is not None and process_group.is_main():
             tell(result)
-        found, sampling = _measure(needs, settings, request, own.verdict, tell)
+        found, sampling = _measure(needs, settings, request, own.health, tell)
         size = str(snapshot.resolution)
         words = [str(run), "--stage", size, "--nimg", str(snapshot.nimg), *request.words()]
         written = write_result(place, result, found, sampling, words)
@@ -122,7 +122,7 @@ def evaluate(
 
 
 class _Needs:
-    """Data and frozen networks, each loaded when the first figure needs it; or why it is missing.
+    """Data and frozen networks, each loaded when a metric first needs it; or why it is missing.
 
     Every rank has to ask for the same in the same order.
     """
@@ -173,7 +173,7 @@ class _Own:
         means: over held-out samples.
         num_samples: sound ones behind them.
         num_skipped: damaged ones.
-        verdict: of the probe; None if it was not asked for, or is not available.
+        health: of the probe; None if it was not asked for, or is not available.
         floor: of the loss, where it is known.
         missing: by ``held_out`` and ``probe``, why one is not available.
     """
@@ -181,29 +181,29 @@ class _Own:
     means: dict[str, float] = field(default_factory=dict)
     num_samples: int = 0
     num_skipped: int = 0
-    verdict: Verdict | None = None
+    health: Health | None = None
     floor: float | None = None
     missing: dict[str, str] = field(default_factory=dict)
 
     def result(self, split: str) -> dict[str, Any]:
         """The part of evaluation.json that is about it."""
-        figures = {f"held_out/{name}": mean for name, mean in self.means.items()}
+        metric_values = {f"held_out/{name}": mean for name, mean in self.means.items()}
         said: dict[str, Any] = {}
-        if self.verdict is not None:
-            figures |= {f"probe/{name}": one for name, one in self.verdict.scalars.items()}
+        if self.health is not None:
+            metric_values |= {f"probe/{name}": one for name, one in self.health.scalars.items()}
             # the manifest knows the variance of train alone
             said["floor"] = self.floor if split == "train" else None
-            said |= {"verdict": self.verdict.verdict, "warnings": list(self.verdict.warnings)}
+            said |= {"health": self.health.status, "warnings": list(self.health.warnings)}
         return said | {
             "split": split,
-            "metrics": {k: v if math.isfinite(v) else None for k, v in figures.items()},
+            "metrics": {k: v if math.isfinite(v) else None for k, v in metric_values.items()},
             "num_samples": self.num_samples,
             "num_skipped": self.num_skipped,
             "not_measured": self.missing,
         }
 
 
-def _own_figures(needs: _Needs, request: EvaluationRequest, settings: MetricsConfig) -> _Own:
+def _own_values(needs: _Needs, request: EvaluationRequest, settings: MetricsConfig) -> _Own:
     """Measure held-out samples, and probe; as far as that is asked for. Every rank calls it."""
     own = _Own()
     if not request.held_out and GUIDE_DIVERSITY not in settings.names:
@@ -225,30 +225,30 @@ def _own_figures(needs: _Needs, request: EvaluationRequest, settings: MetricsCon
                 own.num_skipped = len(numbers) - own.num_samples
         except (UserError, ShardsError) as error:
             own.missing["held_out"] = str(error)
-    own.verdict, own.floor = _probe(snapshot), constants_of(family).get("floor")
+    own.health, own.floor = _probe(snapshot), constants_of(family).get("floor")
     return own
 
 
 @torch.no_grad()
-def _probe(snapshot: Snapshot) -> Verdict:
-    """The family's probe, which is the one of training, so that figures compare; on rank 0."""
+def _probe(snapshot: Snapshot) -> Health:
+    """The family's probe, the same as in training, so that its values compare; on rank 0."""
     found = None
     with process_group.rank_zero_section() as mine:
         if mine:
             family, loss = snapshot.family, snapshot.checkpoint.state["progress"].get("loss")
-            verdict = Verdict()
+            health = Health()
             if isinstance(family, Probes):
-                verdict = family.probe(snapshot.ema.networks, loss)
-            known = verdict.scalars.items()
+                health = family.probe(snapshot.ema.networks, loss)
+            known = health.scalars.items()
             scalars = {k: float(v) if math.isfinite(v) else None for k, v in known}
-            found = [scalars, verdict.verdict, list(verdict.warnings)]
+            found = [scalars, health.status, list(health.warnings)]
     scalars, said, warnings = process_group.broadcast_object(found)
     finite = {name: math.nan if value is None else value for name, value in scalars.items()}
-    return Verdict(finite, said, tuple(warnings))
+    return Health(finite, said, tuple(warnings))
 
 
 def _held_out_numbers(family: Family, data: Dataset, request: EvaluationRequest) -> list[int]:
-    """Samples for the family's own figures; it may do without where it has none, or where
+    """Samples for the family's own metric values; it may do without where it has none, or where
     images are compared with other data.
 
     Raises:
@@ -265,7 +265,7 @@ def _measure(
     needs: _Needs,
     settings: MetricsConfig,
     request: EvaluationRequest,
-    verdict: Verdict | None,
+    health: Health | None,
     tell: Tell | None,
 ) -> tuple[Measurement, dict[str, Any] | None]:
     """Measure samples of the averages; and how fast they were made, if they were."""
@@ -289,10 +289,10 @@ def _measure(
     networks, num = snapshot.ema.networks, settings.num_samples
     subject = subject_of(family, networks, num, real, train, settings, facts, shares)
     extractors = Extractors(settings, family.device)
-    teller = figure_teller(tell)
+    teller = metric_value_teller(tell)
     found = measure(asked, extractors, subject, settings.num_bootstrap, settings.cache, teller)
     if GUIDE_DIVERSITY in settings.names:
-        found.add(_guide_diversity(needs, verdict), None)
+        found.add(_guide_diversity(needs, health), None)
         found.say(GUIDE_DIVERSITY)
     if not found.made:
         return found, None
@@ -301,11 +301,11 @@ def _measure(
     return found, {"images_per_s": speed, "num": settings.num_samples}
 
 
-def _guide_diversity(needs: _Needs, verdict: Verdict | None) -> Figure:
-    if verdict is None:
+def _guide_diversity(needs: _Needs, health: Health | None) -> MetricValue:
+    if health is None:
         reason = str(needs.begun) if isinstance(needs.begun, UserError) else "it was not probed"
-        return Figure.missing(GUIDE_DIVERSITY, better(GUIDE_DIVERSITY), reason)
-    scalars = {k: v if math.isfinite(v) else None for k, v in verdict.scalars.items()}
+        return MetricValue.missing(GUIDE_DIVERSITY, better(GUIDE_DIVERSITY), reason)
+    scalars = {k: v if math.isfinite(v) else None for k, v in health.scalars.items()}
     return guide_diversity(needs.snapshot.family, scalars)
 
 
@@ -340,7 +340,7 @@ def _weights(files: dict[str, str]) -> str:
 
 
 def _summarise(snapshot: Snapshot) -> None:
-    """What TensorBoard shows of the stage; the figures are kept, whether it can be written or not.
+    """Summarise the stage for TensorBoard; the metric values are kept even if that fails.
 
     Every rank has to call it.
     """
@@ -350,7 +350,7 @@ def _summarise(snapshot: Snapshot) -> None:
         try:
             write_summary(snapshot.place)
         except OSError as error:
-            log.warning("TensorBoard does not show these figures: %s", error)
+            log.warning("TensorBoard does not show these metric values: %s", error)
 
 
 def is_folder_of_images(path: Path) -> bool:
@@ -373,11 +373,11 @@ def evaluate_folder(
 
     Args:
         folder: of the files.
-        num_samples: the first so many; all unless given.
+        num_samples: the first that many; all unless given.
         split: see :class:`EvaluationRequest`, as for the others.
-        names: likewise.
-        reference: likewise; without it there are only figures that compare with nothing.
-        changes: likewise.
+        names: the same.
+        reference: the same; without it there are only metric values that compare with nothing.
+        changes: the same.
         out: file (``*.json``) or folder to write to; ``folder`` unless given.
         tell: told on rank 0 what is known so far, in parts of the result, as soon as it is.
 
@@ -402,7 +402,7 @@ def evaluate_folder(
         extractors = Extractors(settings, process_group.device())
         result = {
             "folder": str(folder),
-            "pictures": images.facts()["data"],
+            "images": images.facts()["data"],
             "resolution": images.resolution,
             "num_samples": images.num,
             "left_out": images.left_out,
@@ -412,6 +412,6 @@ def evaluate_folder(
         }
         if tell is not None and process_group.is_main():
             tell(result)
-        teller = figure_teller(tell)
+        teller = metric_value_teller(tell)
         found = measure(asked, extractors, subject, settings.num_bootstrap, settings.cache, teller)
         return write_result(place, result, found, None, [str(folder), *request.words()])

@@ -123,7 +123,7 @@ def held_out_means(
 
 
 def _batches(family: Family, data: Dataset, split: str, numbers: list[int]) -> Iterator[Batch]:
-    """The samples in parts; damaged ones are left out, if the run passes over them too."""
+    """The samples in parts; damaged ones are left out, if the run skips them too."""
     for first in range(0, len(numbers), BATCH):
         part = numbers[first : first + BATCH]
         try:

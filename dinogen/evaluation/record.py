@@ -17,18 +17,19 @@ from dinogen.files import why_not_writable, write_json
 from dinogen.metrics import suite
 from dinogen.metrics.fingerprint import Facts, differences
 from dinogen.metrics.registry import chosen_names
-from dinogen.metrics.value import Figure
+from dinogen.metrics.value import MetricValue
 from dinogen.runs.files import read_evaluation
 from dinogen.runs.layout import EVALUATION
 from shards.format.manifest import SPLITS
 
 log = logging.getLogger(__name__)
 
-# Two results with these alike are of the same images, so their figures may stand side by side.
-_SAME = ("resolution", "nimg", "pictures")
-_WEIGHTS = "weights_sha256"  # likewise, but earlier versions did not write it
+# Two results with these alike are of the same images, so their metric values may stand side by
+# side.
+_SAME = ("resolution", "nimg", "images")
+_WEIGHTS = "weights_sha256"  # the same, but earlier versions did not write it
 # What the family measures of itself, which goes together.
-_OWN = ("metrics", "verdict", "warnings", "floor", "split", "num_samples", "num_skipped")
+_OWN = ("metrics", "health", "warnings", "floor", "split", "num_samples", "num_skipped")
 # Those of them that are about its held-out samples.
 _OF_SAMPLES = ("floor", "split", "num_samples", "num_skipped")
 # Told a part of the result as soon as it is known, on rank 0.
@@ -71,28 +72,33 @@ def find_place(folder: Path, out: Path | None) -> Place:
         UserError: ``out`` cannot be written.
     """
     path = find_path(folder, out)
-    trouble = None
+    problem = None
     with process_group.rank_zero_section() as mine:
         if mine:
-            trouble = why_not_writable(path, make=out is not None)
-    trouble = process_group.broadcast_object(trouble)
-    if trouble is None:
+            problem = why_not_writable(path, make=out is not None)
+    problem = process_group.broadcast_object(problem)
+    if problem is None:
         return Place(path, True)
     if out is not None:
-        raise UserError(f"--out {out}: cannot be written: {trouble}: name another place")
+        raise UserError(f"--out {out}: cannot be written: {problem}: name another place")
     if process_group.is_main():
-        log.warning("%s cannot be written: %s", path, trouble)
-        log.warning("FIGURES WILL BE PRINTED ONLY: give --out FILE or FOLDER to keep them")
+        log.warning("%s cannot be written: %s", path, problem)
+        log.warning("METRIC VALUES WILL BE PRINTED ONLY: give --out FILE or FOLDER to keep them")
     return Place(path, False)
 
 
-def figure_teller(tell: Tell | None) -> suite.Tell | None:
-    """Tells a figure of the suite as a part of the result."""
+def metric_value_teller(tell: Tell | None) -> suite.Tell | None:
+    """Tells a metric value of the suite as a part of the result."""
     if tell is None:
         return None
 
-    def told(figure: Figure, fingerprints: Mapping[str, Facts]) -> None:
-        tell({"measured": {figure.name: figure.to_dict()}, "fingerprints": dict(fingerprints)})
+    def told(metric_value: MetricValue, fingerprints: Mapping[str, Facts]) -> None:
+        tell(
+            {
+                "measured": {metric_value.name: metric_value.to_dict()},
+                "fingerprints": dict(fingerprints),
+            }
+        )
 
     return told
 
@@ -106,14 +112,14 @@ def write_result(
 ) -> dict[str, Any]:
     """Write the result, if its place can be written; every rank has to call it.
 
-    Figures that were measured before of the same images, and not now, are kept with their
+    Metric values that were measured before of the same images, and not now, are kept with their
     fingerprints and commands, and named. Who measures again against something else is told what
     differs.
 
     Args:
         place: of the file.
         result: all but what follows.
-        found: figures and fingerprints.
+        found: metric values and fingerprints.
         sampling: how fast the images were made; None if they were not.
         words: of the command, behind ``dinogen evaluate``.
 
@@ -125,19 +131,19 @@ def write_result(
     """
     command = shlex.join(["dinogen", "evaluate", *words])
     result |= {
-        "measured": {k: v.to_dict() | {"command": command} for k, v in found.figures.items()},
+        "measured": {k: v.to_dict() | {"command": command} for k, v in found.metric_values.items()},
         "fingerprints": found.fingerprints,
         "sampling": sampling,
         "command": command,
         "measured_before": [],
         "kept": place.writable,
     }
-    trouble = None
+    problem = None
     with process_group.rank_zero_section() as mine:
         if mine:
             earlier = read_evaluation(place.path)
             for said in earlier.told():
-                log.warning("%s; figures of before that cannot be read are left out", said)
+                log.warning("%s; metric values of before that cannot be read are left out", said)
             before = earlier.value or {}
             weights = result.get(_WEIGHTS)
             same = all(before.get(key) == result.get(key) for key in _SAME)
@@ -147,12 +153,12 @@ def write_result(
                 try:
                     write_json(place.path, result)
                 except OSError as error:
-                    trouble = error.strerror or str(error)
-    trouble, written = process_group.broadcast_object([trouble, result])
-    if trouble is not None:
+                    problem = error.strerror or str(error)
+    problem, written = process_group.broadcast_object([problem, result])
+    if problem is not None:
         raise UserError(
-            f"{place.path}: cannot be written any more: {trouble}: the figures above are all there "
-            "is; measure again with --out FILE"
+            f"{place.path}: can no longer be written: {problem}: the metric values above are not "
+            "kept anywhere else; measure again with --out FILE"
         )
     kept: dict[str, Any] = written
     return kept
@@ -163,26 +169,29 @@ def _keep(result: dict[str, Any], before: dict[str, Any]) -> None:
     old: dict[str, Any] = before.get("measured") or {}
     marks = (before.get("fingerprints") or {}) | result["fingerprints"]
     measured = dict(result["measured"])
-    for name, figure in old.items():
+    for name, metric_value in old.items():
         new = measured.get(name)
-        if new is None or (new["value"] is None and figure["value"] is not None):
-            measured[name] = figure
+        if new is None or (new["value"] is None and metric_value["value"] is not None):
+            measured[name] = metric_value
             result["measured_before"].append(name)
-            if new is not None:  # asked for and not available: the old figure is no answer
+            if new is not None:  # asked for and not available: the old metric value is no answer
                 result["not_measured"] = (result.get("not_measured") or {}) | {name: new["reason"]}
         elif (
             new["value"] is not None
-            and figure["value"] is not None
-            and new["fingerprint"] != figure["fingerprint"]
+            and metric_value["value"] is not None
+            and new["fingerprint"] != metric_value["fingerprint"]
         ):
-            now, then = marks.get(new["fingerprint"], {}), marks.get(figure["fingerprint"], {})
+            now, then = (
+                marks.get(new["fingerprint"], {}),
+                marks.get(metric_value["fingerprint"], {}),
+            )
             log.warning(
-                "%s: was measured before against something else, the two figures cannot be "
+                "%s: was measured before against something else, the two metric values cannot be "
                 "compared: %s",
                 name,
                 "; ".join(differences(now, then)),
             )
-    used = {figure["fingerprint"] for figure in measured.values()}
+    used = {metric_value["fingerprint"] for metric_value in measured.values()}
     result["measured"] = measured
     result["fingerprints"] = {mark: facts for mark, facts in marks.items() if mark in used}
     result["sampling"] = result["sampling"] or before.get("sampling")
@@ -218,7 +227,7 @@ class EvaluationRequest:
     Attributes:
         names: of metrics, and ``held_out`` for what the family itself measures; those of
             ``metrics.names``, or all, and ``held_out``, if empty.
-        num_samples: images that are generated, or the first so many of a folder, and at most
+        num_samples: images that are generated, or the first that many of a folder, and at most
             as many held-out samples; ``metrics.num_samples`` and all of them if None.
         split: of held-out samples and real images; val and ``metrics.reference_split`` if None.
         reference: packed shards, or a folder of images, to compare with; the run's own data if
@@ -239,7 +248,7 @@ class EvaluationRequest:
 
     @property
     def held_out(self) -> bool:
-        """Whether the family's own figures are asked for."""
+        """Whether the family's own metric values are asked for."""
         return not self.names or HELD_OUT in self.names
 
     @property

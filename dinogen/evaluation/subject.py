@@ -30,7 +30,7 @@ from dinogen.metrics.sources import (
     image_files,
 )
 from dinogen.metrics.suite import Subject
-from dinogen.metrics.value import Figure
+from dinogen.metrics.value import MetricValue
 from shards.read.dataset import Dataset
 from shards.read.packed import open_dataset
 
@@ -130,7 +130,7 @@ def real_images(
     Args:
         data: has the split.
         split: ``train``, ``val`` or ``test``.
-        num: at most so many; all if None.
+        num: at most that many; all if None.
         resolution: side in pixels.
         key: what asked for them, named in the reason.
     """
@@ -174,19 +174,19 @@ def reference_at(
     return real, real_images(data, "train", None, resolution, "--reference")
 
 
-def guide_diversity(family: Family, scalars: Mapping[str, float | None]) -> Figure:
+def guide_diversity(family: Family, scalars: Mapping[str, float | None]) -> MetricValue:
     """What the family's probe says of its samples' diversity in guide space.
 
     Args:
         family: whose probe it was.
-        scalars: of its verdict.
+        scalars: of its health.
     """
     which = better(GUIDE_DIVERSITY)
     if "diversity" not in scalars:
         reason = f"family {family.config.family.name} has no guide in whose space to measure"
-        return Figure.missing(GUIDE_DIVERSITY, which, reason)
+        return MetricValue.missing(GUIDE_DIVERSITY, which, reason)
     value = scalars["diversity"]
     if value is None:
-        return Figure.missing(GUIDE_DIVERSITY, which, "it is not finite: look at the images")
+        return MetricValue.missing(GUIDE_DIVERSITY, which, "it is not finite: look at the images")
     num = int(getattr(getattr(family, "options", None), "probe_samples", 0))
-    return Figure(GUIDE_DIVERSITY, value, None, which, num, None, None)
+    return MetricValue(GUIDE_DIVERSITY, value, None, which, num, None, None)

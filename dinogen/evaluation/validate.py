@@ -1,6 +1,6 @@
 """Measures the moving averages while a run trains, on held-out and generated images alike.
 
-It also says when to end the run, where figures no longer get better.
+It also says when to end the run, where metric values no longer get better.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dinogen.families.abilities import MeasuresHeldOut, facts_of
 from dinogen.metrics.extractors.load import Extractors
 from dinogen.metrics.registry import GUIDE_DIVERSITY, better, chosen_names
 from dinogen.metrics.suite import Subject, measure, why_not
-from dinogen.metrics.value import Figure
+from dinogen.metrics.value import MetricValue
 from dinogen.training.data import class_shares
 from dinogen.training.logging.logger import append_line, cut_lines
 from dinogen.training.stages import due
@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 
 
 class Validator:
-    """Measures where the clock says so, and keeps the best figure in the run's progress.
+    """Measures where the clock says so, and keeps the best metric value in the run's progress.
 
     Args:
         state: of the stage.
 
     Raises:
         ConfigError: the data hold nothing back, a metric is not known, or what ``eval.metric``
-            names cannot be had.
+            names is not available.
     """
 
     def __init__(self, state: StageState) -> None:
@@ -67,10 +67,10 @@ class Validator:
         What is measured of generated images is written to ``metrics.jsonl`` as well.
 
         Returns:
-            Figures by ``val/NAME``, those of generated images by ``metrics/NAME``.
+            Metric values by ``val/NAME``, those of generated images by ``metrics/NAME``.
 
         Raises:
-            ConfigError: there is no such figure as ``eval.metric``, or it cannot be had.
+            ConfigError: there is no such metric value as ``eval.metric``, or it is not available.
         """
         state = self.state
         means: dict[str, float] = {}
@@ -78,23 +78,23 @@ class Validator:
             means, _ = held_out_means(
                 state.family, state.ema.networks, state.data, self.config.split, self.numbers
             )
-        figures = self._generated() if self.names else {}
-        metric = self.config.metric or next(iter([*means, *figures]), "")
+        metric_values = self._generated() if self.names else {}
+        metric = self.config.metric or next(iter([*means, *metric_values]), "")
         if metric in means:
             self._take(metric, means[metric])
-        elif metric in figures:
-            figure = figures[metric]
-            if figure.value is not None:
-                self._take(metric, figure.value)
+        elif metric in metric_values:
+            metric_value = metric_values[metric]
+            if metric_value.value is not None:
+                self._take(metric, metric_value.value)
             elif self.config.metric is not None:
-                raise ConfigError(f"eval.metric: {metric} is not available: {figure.reason}")
+                raise ConfigError(f"eval.metric: {metric} is not available: {metric_value.reason}")
         else:
-            measured = ", ".join([*means, *figures])
+            measured = ", ".join([*means, *metric_values])
             raise ConfigError(
                 f"eval.metric: family {state.config.family.name} measures "
                 f"{measured or 'nothing held out'}: name one of them, or leave out eval"
             )
-        there = {name: one.value for name, one in figures.items() if one.value is not None}
+        there = {name: one.value for name, one in metric_values.items() if one.value is not None}
         return {f"val/{name}": mean for name, mean in means.items()} | {
             f"metrics/{name}": value for name, value in there.items()
         }
@@ -130,7 +130,7 @@ class Validator:
             log.warning("NOT MEASURED: %s: %s", name, reason)
         self.told.add(name)
 
-    def _generated(self) -> dict[str, Figure]:
+    def _generated(self) -> dict[str, MetricValue]:
         """Measure generated images, on all ranks, and write the line of it."""
         state = self.state
         asked = [name for name in self.names if name != GUIDE_DIVERSITY]
@@ -141,21 +141,21 @@ class Validator:
                 if mine:
                     scalars = state.probe().scalars
             found.add(guide_diversity(state.family, process_group.broadcast_object(scalars)), None)
-        for name, figure in found.figures.items():
-            if figure.reason is not None:
-                self._tell(name, figure.reason)
+        for name, metric_value in found.metric_values.items():
+            if metric_value.reason is not None:
+                self._tell(name, metric_value.reason)
         if process_group.is_main():
             line = {
                 "nimg": state.progress.nimg,
                 "stage": state.stage.resolution,
-                "metrics": {name: one.to_dict() for name, one in found.figures.items()},
+                "metrics": {name: one.to_dict() for name, one in found.metric_values.items()},
                 "fingerprints": found.fingerprints,
             }
             append_line(state.place.metrics_file, line)
-        return found.figures
+        return found.metric_values
 
     def _take(self, metric: str, value: float) -> None:
-        """Compare with the best so far; the same figures decide the same on every rank."""
+        """Compare with the best so far; the same metric values decide the same on every rank."""
         state, progress = self.state, self.state.progress
         sign = -1 if metric in self.names and better(metric) == "higher" else 1
         best = progress.best

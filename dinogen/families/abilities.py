@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dinogen.batch import Batch, Scalars
 from dinogen.errors import UserError
-from dinogen.families.base import Condition, Family, Networks, Verdict
+from dinogen.families.base import Condition, Family, Health, Networks
 
 # --- training
 
@@ -93,12 +93,12 @@ class HasConstants(Protocol):
 class Probes(Protocol):
     """Samples are examined while a stage trains."""
 
-    def probe(self, networks: Networks, loss: float | None) -> Verdict:
+    def probe(self, networks: Networks, loss: float | None) -> Health:
         """What the family finds in samples of the moving averages.
 
         Args:
             networks: the moving averages.
-            loss: mean headline loss since the last log line, None before the first.
+            loss: mean main loss since the last log line, None before the first.
         """
 
 

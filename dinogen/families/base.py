@@ -87,12 +87,26 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a probe of the samples found."""
+class Health:
+    """What a probe of the samples found.
+
+    Attributes:
+        scalars: by name, for the log.
+        status: ``ok``, or a word such as ``COLLAPSED``.
+        warnings: a sentence for each thing that is wrong.
+    """
 
     scalars: dict[str, float] = field(default_factory=dict)
-    verdict: str = "ok"
+    status: str = "ok"
     warnings: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """:attr:`status`, as family files for 0.1 call it."""
+        return self.status
+
+
+Verdict = Health  # as family files for 0.1 call it
 
 
 class Family(ABC):
@@ -132,7 +146,7 @@ class Family(ABC):
         """The updates of one step, in order; complete after :meth:`begin`."""
 
     @property
-    def headline(self) -> str:
+    def main_loss(self) -> str:
         """Name of the phase whose losses, summed, head the log; the last one unless told."""
         return self.phases[-1].name
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dinogen.families.abilities import not_trained_with_text
-from dinogen.families.base import Condition, Family, Networks, Verdict
+from dinogen.families.base import Condition, Family, Health, Networks
 
 
 class _Defaults:
@@ -44,8 +44,8 @@ class _Defaults:
     def constants(self) -> dict[str, float]:
         return {}
 
-    def probe(self, networks: Networks, loss: float | None) -> Verdict:
-        return Verdict()
+    def probe(self, networks: Networks, loss: float | None) -> Health:
+        return Health()
 
     def held_out(self, networks: Networks, batch: Any) -> dict[str, Tensor]:
         return {}
@@ -56,6 +56,7 @@ class _Defaults:
         images: Tensor = self.sample(networks, indices, seed)
         return images
 
+    headline: Any = property(lambda self: self.phases[-1].name)
     measured_as: Any = property(lambda self: {})
     truncates: Any = property(lambda self: False)
 
@@ -83,6 +84,12 @@ class _Prompts(Condition):
 
     texts: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _MainLoss:
+    """The main loss of a family that names it ``headline``."""
+
+    main_loss: Any = property(lambda self: self.headline)
 
 
 class _Asked:
@@ -138,6 +145,8 @@ def with_earlier_members(family: type[Family]) -> type[Family]:
     bases: list[type] = [family]
     if "ask" in wanted and not hasattr(family, "condition"):
         bases.insert(0, _Asked)
+    if "headline" in wanted:
+        bases.insert(0, _MainLoss)
     if wanted:
         bases.append(type("EarlierDefaults", (), wanted))
     if bases == [family]:

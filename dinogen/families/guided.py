@@ -15,7 +15,7 @@ from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.abilities import not_trained_with_text
-from dinogen.families.base import Condition, Family, Inputs, Networks, Phase, Verdict
+from dinogen.families.base import Condition, Family, Health, Inputs, Networks, Phase
 from dinogen.guidance.conditioning import (
     Conditioning,
     LatentRows,
@@ -84,7 +84,7 @@ class Guided(Family):
         return self._training.phases if self._training else ()
 
     @property
-    def headline(self) -> str:
+    def main_loss(self) -> str:
         """G's losses."""
         return "G"
 
@@ -204,7 +204,7 @@ class Guided(Family):
         """The floor of the objectives, see :attr:`WeightedObjectives.floor`."""
         return self._training.constants if self._training else {}
 
-    def probe(self, networks: Networks, loss: float | None) -> Verdict:
+    def probe(self, networks: Networks, loss: float | None) -> Health:
         """Diversity of samples: mean pairwise feature distance over that of real images."""
         return self.training.probe(networks, loss)
 
@@ -290,7 +290,7 @@ class GuidedTraining:
         floor = None if self.adversary or self.text else self.objectives.floor
         return {} if floor is None else {"floor": floor}
 
-    def probe(self, networks: Networks, loss: float | None) -> Verdict:
+    def probe(self, networks: Networks, loss: float | None) -> Health:
         """See :meth:`Guided.probe`."""
         indices = torch.arange(self.options.probe_samples)
         features = self.guides(self.family.sample(networks, indices, self.seed))
@@ -301,7 +301,7 @@ class GuidedTraining:
         diversity = sum(ratios) / len(ratios)
         scalars = {"diversity": diversity}
         if not math.isfinite(diversity) or (loss is not None and not math.isfinite(loss)):
-            return Verdict(scalars, "BROKEN", ("BROKEN: loss or samples are not finite",))
+            return Health(scalars, "BROKEN", ("BROKEN: loss or samples are not finite",))
         share = f"samples differ {diversity:.1%} as much as real images"
         floor, near = self.constants.get("floor"), None
         # A loss near the floor of a distribution objective is a success and no sign of collapse.
@@ -310,10 +310,10 @@ class GuidedTraining:
             if loss <= COLLAPSED_NEAR_FLOOR * floor:
                 near = f"loss {loss:.4g} is within 2 % of the floor {floor:.4g}; {share}"
         if near is not None or diversity < COLLAPSED_BELOW:
-            return Verdict(scalars, "COLLAPSED", (f"COLLAPSED: {near or share}",))
+            return Health(scalars, "COLLAPSED", (f"COLLAPSED: {near or share}",))
         if diversity < COLLAPSING_BELOW:
-            return Verdict(scalars, "COLLAPSING", (f"COLLAPSING: {share}",))
-        return Verdict(scalars)
+            return Health(scalars, "COLLAPSING", (f"COLLAPSING: {share}",))
+        return Health(scalars)
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
         """See :meth:`Guided.held_out`."""

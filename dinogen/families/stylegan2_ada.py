@@ -45,7 +45,7 @@ class StyleGAN2Ada(Gan):
         num_half: int = Field(
             4,
             ge=0,
-            description="so many of the largest resolutions follow engine.precision, the "
+            description="that many of the largest resolutions follow engine.precision, the "
             "others are float32",
         )
         num_classes: int = Field(0, ge=0, description="labels are 0 to this less 1; 0: no labels")
@@ -111,7 +111,7 @@ class StyleGAN2Ada(Gan):
         return (*phases, lazy)
 
     @property
-    def headline(self) -> str:
+    def main_loss(self) -> str:
         """G's own loss."""
         return "G"
 
@@ -210,8 +210,8 @@ class StyleGAN2Ada(Gan):
         positions, label = batch["position"], batch.get("label")
         _, ws = self._styles("D", positions, label)
         # apart: a group of the minibatch standard deviation is all real or all generated
-        fake = self._judge("D/fake", self._images("D", positions, ws), positions, label)
-        real = self._judge("D/real", batch["image"], positions, label)
+        fake = self._logits("D/fake", self._images("D", positions, ws), positions, label)
+        real = self._logits("D/real", batch["image"], positions, label)
         report = {
             "sign": real.detach().sign().mean(),
             "p": self.D.ada.p,
@@ -222,7 +222,7 @@ class StyleGAN2Ada(Gan):
 
     def _r1(self, batch: Batch) -> Losses:
         def judge(images: Tensor) -> Tensor:
-            return self._judge("D_reg", images, batch["position"], batch.get("label"))
+            return self._logits("D_reg", images, batch["position"], batch.get("label"))
 
         penalty = r1_penalty(judge, batch["image"])
         weight = self.r1_gamma / 2 * self.options.r1_every
@@ -231,7 +231,7 @@ class StyleGAN2Ada(Gan):
     def _g_losses(self, batch: Batch) -> Losses:
         positions, label = batch["position"], batch.get("label")
         w, ws = self._styles("G", positions, label)
-        fake = self._judge("G", self._images("G", positions, ws), positions, label)
+        fake = self._logits("G", self._images("G", positions, ws), positions, label)
         return {"bce": bce_g(fake)}, {"w": w.detach().mean(0)}
 
     def _path(self, batch: Batch) -> Losses:
@@ -277,7 +277,7 @@ class StyleGAN2Ada(Gan):
         images: Tensor = self.G.synthesis(ws, noise)
         return images
 
-    def _judge(
+    def _logits(
         self, purpose: str, images: Tensor, positions: Tensor, label: Tensor | None
     ) -> Tensor:
         """D's logits (B,) of augmented images."""

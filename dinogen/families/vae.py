@@ -68,8 +68,7 @@ class Vae(Family):
         self.options = self.Options(**config.family.options)
         if not 16 <= stage.resolution <= 256:
             raise ConfigError(
-                f"stages: resolution {stage.resolution} is none of a VAE: use 16, 32, 64, 128 or "
-                "256"
+                f"stages: a VAE has no resolution {stage.resolution}: use 16, 32, 64, 128 or 256"
             )
         self.G = Autoencoder(**self.arguments("G")).to(device)
         num_values = 3 * stage.resolution**2
@@ -133,7 +132,7 @@ class Vae(Family):
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
         """The objective of images that were not trained on, its parts, and the PSNR in dB."""
         reconstructions, kl = self._reconstruct(networks["G"], batch, "z/held-out")
-        losses, report = self._judge(reconstructions, kl, batch["image"])
+        losses, report = self._logits(reconstructions, kl, batch["image"])
         return {"loss": torch.stack(list(losses.values())).sum(), **report}
 
     def describe(self) -> dict[str, Any]:
@@ -147,7 +146,7 @@ class Vae(Family):
         return rng.normal(seed, purpose, positions, (self.options.latent,), self.device)
 
     def _losses(self, batch: Batch) -> Losses:
-        return self._judge(*self._reconstruct(self.G, batch, "z"), batch["image"])
+        return self._logits(*self._reconstruct(self.G, batch, "z"), batch["image"])
 
     def _reconstruct(self, G: nn.Module, batch: Batch, purpose: str) -> tuple[Tensor, Tensor]:
         """Images of a draw of each posterior (B, 3, R, R), and the posterior's KL (B,)."""
@@ -157,7 +156,7 @@ class Vae(Family):
         kl = kl_to_standard_normal(mean, log_variance)
         return G(reparameterize(mean, log_variance, noise)), kl
 
-    def _judge(self, reconstructions: Tensor, kl: Tensor, images: Tensor) -> Losses:
+    def _logits(self, reconstructions: Tensor, kl: Tensor, images: Tensor) -> Losses:
         """The terms of the loss, and what they are in plain units."""
         mse = squared_error(reconstructions, images) / images[0].numel()
         losses = {

@@ -31,7 +31,7 @@ class VaeGan(Vae):
 
     D sees reconstructions and, as many, decoded draws of the prior (their section 2.3): the prior's
     are what is sampled in the end, and where no posterior lies reconstructions teach nothing.
-    Held-out figures leave the adversarial term out, as D is not averaged.
+    Held-out metric values leave the adversarial term out, as D is not averaged.
     """
 
     class Options(Vae.Options):
@@ -84,17 +84,20 @@ class VaeGan(Vae):
 
     def _d_losses(self, batch: Batch) -> Losses:
         reconstructions, _ = self._reconstruct(self.G, batch, "z/D")
-        real, fake = self.D(batch["image"]), self._judge_fakes(reconstructions, batch, "prior/D")
+        real, fake = (
+            self.D(batch["image"]),
+            self._logits_of_fakes(reconstructions, batch, "prior/D"),
+        )
         report = {"real": real.detach().mean(), "fake": fake.detach().mean()}
         return {"hinge": hinge_d(real, fake)}, report
 
     def _losses(self, batch: Batch) -> Losses:
         reconstructions, kl = self._reconstruct(self.G, batch, "z/G")
-        losses, report = self._judge(reconstructions, kl, batch["image"])
-        fake = self._judge_fakes(reconstructions, batch, "prior/G")
+        losses, report = self._logits(reconstructions, kl, batch["image"])
+        fake = self._logits_of_fakes(reconstructions, batch, "prior/G")
         return losses | {"adversarial": self.options.lambda_adv * hinge_g(fake)}, report
 
-    def _judge_fakes(self, reconstructions: Tensor, batch: Batch, purpose: str) -> Tensor:
+    def _logits_of_fakes(self, reconstructions: Tensor, batch: Batch, purpose: str) -> Tensor:
         """Logits of the reconstructions, and of as many images of the prior."""
         prior = self.G(self._noise(purpose, batch["position"], self.config.seed))
         logits: Tensor = self.D(torch.cat([reconstructions, prior]))

@@ -55,7 +55,7 @@ class WganGp(Gan):
         )
 
     @property
-    def headline(self) -> str:
+    def main_loss(self) -> str:
         """D, whose loss with its sign turned is the distance to shrink (the paper's figure 3)."""
         return "D"
 

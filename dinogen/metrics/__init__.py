@@ -1,1 +1,1 @@
-"""Figures of generated images: distances and shares over the features of frozen extractors."""
+"""Metrics of generated images: distances and shares over the features of frozen networks."""

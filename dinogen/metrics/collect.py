@@ -38,7 +38,7 @@ class Seen:
         info: who it is.
         moments: of its features.
         features: (num, C) float32 on the CPU in order of number; None unless kept.
-        logits: (num, classes) float32 likewise; None unless kept, or if it has none.
+        logits: (num, classes) float32 the same; None unless kept, or if it has none.
     """
 
     info: ExtractorInfo
@@ -80,7 +80,7 @@ def collect(
         feature extractors: by whom they are judged; each has a name of its own.
         keep: names of the extractors whose rows are kept and gathered, N x C float32 on every rank.
         batch: images read and judged at a time.
-        num_images: so many of the first images are kept too.
+        num_images: that many of the first images are kept too.
 
     Raises:
         ValueError: no images.

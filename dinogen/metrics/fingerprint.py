@@ -1,4 +1,4 @@
-"""What a figure was measured against, as one short id: only figures of one id can be compared.
+"""What a metric was measured against, as one short id: only values of one id can be compared.
 
 Resize filters, reference sets and sample counts move a FID by more than most improvements do
 (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation"; Chong and
@@ -29,7 +29,7 @@ def fingerprint(
     num_reference: int | None = None,
     sampling: Facts | None = None,
 ) -> Facts:
-    """Everything that two figures of one metric need to have in common.
+    """Everything that two metric values of one metric need to have in common.
 
     Args:
         feature extractor: by whom images are judged.
@@ -42,7 +42,7 @@ def fingerprint(
     Returns:
         ``data``, ``split``, ``num_reference``, ``num_samples``, ``resolution``, ``resize``,
         ``extractor``, ``weights_sha256`` and ``random``, JSON-ready; and ``sampling``, if there is
-        any, so that figures of other families keep the ids that they always had.
+        any, so that metric values of other families keep the ids that they always had.
     """
     facts = reference or {"data": None, "split": None, "resize": "none"}
     return {
@@ -61,7 +61,7 @@ def fingerprint(
 
 
 def fingerprint_id(facts: Mapping[str, Any]) -> str:
-    """12 hex digits of a fingerprint, whatever the order of its keys."""
+    """12 hex digits of a fingerprint, regardless of the order of its keys."""
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 

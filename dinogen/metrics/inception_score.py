@@ -17,7 +17,7 @@ def inception_score(logits: Tensor, num_splits: int = 10) -> Estimate:
     """exp of the mean KL divergence of p(y|x) from p(y), mean over splits of the images.
 
     Args:
-        logits: (N, K); for comparable figures those without bias, of the FID InceptionV3.
+        logits: (N, K); for comparable metric values those without bias, of the FID InceptionV3.
         num_splits: runs of N / num_splits rows; at most one for each row.
 
     Returns:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dinogen.distributed import process_group
 from dinogen.metrics.extractors.lpips import Perceptual
-from dinogen.metrics.value import Figure
+from dinogen.metrics.value import MetricValue
 
 NAME = "lpips_diversity"
 NUM_SAMPLES = 100
@@ -18,7 +18,7 @@ MAX_BYTES = 2**29
 PART = 16
 
 
-def lpips_diversity(images: Tensor, perceptual: Perceptual) -> Figure:
+def lpips_diversity(images: Tensor, perceptual: Perceptual) -> MetricValue:
     """Mean LPIPS over all pairs; 0 where all images are one. All ranks together.
 
     Its spread is the jackknife's standard error, from the means without one image each (Efron
@@ -33,7 +33,7 @@ def lpips_diversity(images: Tensor, perceptual: Perceptual) -> Figure:
     num = len(images)
     if num < 2:
         reason = f"it compares images with each other, and there is {num}: generate two or more"
-        return Figure.missing(NAME, "higher", reason)
+        return MetricValue.missing(NAME, "higher", reason)
     distances = pairwise_distances(images, perceptual)
     sums = distances.sum(1)
     total = float(sums.sum()) / 2
@@ -42,7 +42,7 @@ def lpips_diversity(images: Tensor, perceptual: Perceptual) -> Figure:
     if num > 2:
         without = (total - sums) / math.comb(num - 1, 2)
         spread = math.sqrt((num - 1) * float(without.var(correction=0)))
-    return Figure(NAME, value, spread, "higher", num, None, None)
+    return MetricValue(NAME, value, spread, "higher", num, None, None)
 
 
 def pairwise_distances(images: Tensor, perceptual: Perceptual) -> Tensor:

@@ -12,13 +12,13 @@ from dinogen.metrics.value import Estimate, halves, standard_deviation
 
 K_PRECISION = 3  # neighbours; the papers' own numbers
 K_DENSITY = 5
-# Of so many neighbours among all rows, fewer than three are in a random half once in 8 million.
+# Of that many neighbours among all rows, fewer than three are in a random half once in 8 million.
 _NUM_REMEMBERED = 32
 
 
 @dataclass(frozen=True)
 class Manifold:
-    """The four figures, each with its standard error over halves of the generated rows.
+    """The four metric values, each with its standard error over halves of the generated rows.
 
     Attributes:
         precision: share of generated rows within a ball about a real one, to its third neighbour.
@@ -35,7 +35,7 @@ class Manifold:
 
 
 def manifold(generated: Tensor, reference: Tensor, num: int = 0, seed: int = 0) -> Manifold:
-    """All four figures in one pass over the distances, in bounded memory.
+    """All four metric values in one pass over the distances, in bounded memory.
 
     Args:
         generated: (N, C) of any float type; distances are in float64.

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from dinogen.errors import ConfigError
 from dinogen.metrics.collect import collect
 from dinogen.metrics.extractors.base import FeatureExtractor
-from dinogen.metrics.extractors.clip import ClipJudge
+from dinogen.metrics.extractors.clip import ClipExtractor
 from dinogen.metrics.fingerprint import Facts, fingerprint
 from dinogen.metrics.sources import Generated
-from dinogen.metrics.value import Better, Figure
+from dinogen.metrics.value import Better, MetricValue
 
 SCORE, RETRIEVAL = "clip_score", "clip_retrieval"
 BETTER: dict[str, Better] = {SCORE: "higher", RETRIEVAL: "higher"}
@@ -55,9 +55,9 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     return found
 
 
-def prompted_figures(
+def prompted_values(
     names: list[str], prompted: Prompted, extractor: FeatureExtractor, batch: int
-) -> list[tuple[Figure, Facts]]:
+) -> list[tuple[MetricValue, Facts]]:
     """CLIP score and retrieval accuracy; all ranks together, the same on all of them.
 
     Args:
@@ -66,7 +66,7 @@ def prompted_figures(
         feature extractor: CLIP.
         batch: images made and judged at a time.
     """
-    assert isinstance(extractor, ClipJudge)
+    assert isinstance(extractor, ClipExtractor)
     num, texts = prompted.images.num, list(prompted.texts)
     rows = collect(prompted.images, [extractor], {extractor.info.name}, batch).seen[
         extractor.info.name
@@ -82,7 +82,7 @@ def prompted_figures(
     asked = {"data": digest, "split": f"guidance {prompted.guidance:g}", "resize": "none"}
     facts = fingerprint(extractor.info, prompted.images.resolution, num, asked, len(texts))
     return [
-        (Figure(name, values[name], None, BETTER[name], num, len(texts), None), facts)
+        (MetricValue(name, values[name], None, BETTER[name], num, len(texts), None), facts)
         for name in names
     ]
 
@@ -94,15 +94,15 @@ def clip_score(images: Tensor, texts: Tensor) -> float:
     """Mean of 2.5 max(cos, 0) over images and their own texts.
 
     Hessel et al. 2021, "CLIPScore: A Reference-free Evaluation Metric for Image Captioning",
-    equation 1. torchmetrics' figure of the same name has 100 in place of 2.5, and takes the maximum
-    after the mean.
+    equation 1. torchmetrics' metric value of the same name has 100 in place of 2.5, and takes the
+    maximum after the mean.
 
     Args:
         images: (N, E), of any length but zero.
         texts: (N, E), row by row those of ``images``.
 
     Returns:
-        From 0 to 2.5; higher is better. Figures of two CLIPs do not compare.
+        From 0 to 2.5; higher is better. Metric values of two CLIPs do not compare.
 
     Raises:
         ValueError: no rows, or shapes that differ.

@@ -14,7 +14,7 @@ from dinogen.errors import UserError
 from dinogen.metrics.collect import agree_readable
 from dinogen.metrics.extractors.base import NotAvailable
 from dinogen.metrics.extractors.lpips import Perceptual
-from dinogen.metrics.value import Figure
+from dinogen.metrics.value import MetricValue
 from shards.errors import ShardsError
 
 BETTER: dict[str, Literal["lower", "higher"]] = {
@@ -43,7 +43,7 @@ class Pairs(Protocol):
 
 def reconstruction(
     pairs: Pairs, perceptual: Perceptual | NotAvailable, batch: int = 32
-) -> dict[str, Figure]:
+) -> dict[str, MetricValue]:
     """Means over all pairs, each counted once; all ranks together.
 
     Ranks take whole batches, so a batch is the same on any number of ranks; they meet at the end,
@@ -90,9 +90,9 @@ def reconstruction(
             "stage of a higher resolution"
         )
     return {
-        name: Figure.missing(name, BETTER[name], reason)
+        name: MetricValue.missing(name, BETTER[name], reason)
         if reason
-        else _figure(name, rows[:, column])
+        else _metric_value(name, rows[:, column])
         for column, (name, reason) in enumerate(missing.items())
     }
 
@@ -129,7 +129,7 @@ def ssim(a: Tensor, b: Tensor) -> float:
     return float(value)
 
 
-def _figure(name: str, values: Tensor) -> Figure:
+def _metric_value(name: str, values: Tensor) -> MetricValue:
     num = len(values)
     spread = float(values.std()) / math.sqrt(num) if num > 1 else None
-    return Figure(name, float(values.mean()), spread, BETTER[name], num, num, None)
+    return MetricValue(name, float(values.mean()), spread, BETTER[name], num, num, None)

@@ -98,7 +98,7 @@ def _load(folder: Path, key: Facts, info: ExtractorInfo, keep: bool) -> Seen | N
 
 
 def _store(folder: Path, key: Facts, seen: Seen) -> None:
-    """Write a set; a cache that cannot be written costs time the next time, and no figure."""
+    """Write a set; a cache that cannot be written costs time the next time, and no metric value."""
     tensors = seen.moments.tensors()
     if seen.features is not None:
         tensors["features"] = seen.features.contiguous()

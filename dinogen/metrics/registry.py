@@ -30,7 +30,7 @@ class Sets:
     Attributes:
         generated: the images measured.
         real: those compared with; None if no metric asks for them.
-        train: those learnt from; None likewise.
+        train: those learnt from; None the same.
         num_halves: halves of the generated images that spreads are taken over.
         seed: of the halves.
     """
@@ -94,7 +94,7 @@ def _kernel(sets: Sets) -> Estimate:
 
 
 def _of_spectra(compare: Callable[[Tensor, Tensor], float], sets: Sets) -> Estimate:
-    """A figure of the two mean spectra."""
+    """A metric value of the two mean spectra."""
     assert sets.real is not None
     real, rows = sets.real.moments.mean(), sets.generated.features
     parts = [] if rows is None else halves(len(rows), sets.num_halves, sets.seed)
@@ -125,7 +125,7 @@ def _memorisation(sets: Sets) -> Estimate:
     return memorisation(generated, train, real, sets.num_halves, sets.seed).ratio
 
 
-def _of_judge(extractor: str, frechet: str, kernel: str, suffix: str) -> dict[str, Metric]:
+def _of_extractor(extractor: str, frechet: str, kernel: str, suffix: str) -> dict[str, Metric]:
     """The metrics that every feature extractor has, by name."""
     shares = ("precision", "recall", "density", "coverage")
     return {
@@ -147,10 +147,10 @@ _SPECTRAL: tuple[tuple[str, Better, Callable[[Tensor, Tensor], float]], ...] = (
 )
 JUDGED = {
     "is": Metric("inception", "higher", _inception_score, real=None),
-    **_of_judge("inception", "fid", "kid", ""),
-    **_of_judge("inception768", "fid768", "kid768", "768"),
-    **_of_judge("dinov2", "fd_dinov2", "kd_dinov2", "_dinov2"),
-    **_of_judge("onet", "fd_onet", "kd_onet", "_onet"),
+    **_of_extractor("inception", "fid", "kid", ""),
+    **_of_extractor("inception768", "fid768", "kid768", "768"),
+    **_of_extractor("dinov2", "fd_dinov2", "kd_dinov2", "_dinov2"),
+    **_of_extractor("onet", "fd_onet", "kd_onet", "_onet"),
     "faces": Metric("onet", "higher", _faces, real=None),
     **{
         name: Metric("spectrum", way, partial(_of_spectra, compare), real="moments", rows=False)

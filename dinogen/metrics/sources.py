@@ -80,7 +80,8 @@ class Images(Reference):
         """(len(numbers), 3, R, R) uint8 RGB.
 
         Raises:
-            CorruptSample: one is damaged: with another in its place a figure would mean nothing.
+            CorruptSample: one is damaged: with another in its place a metric value would mean
+                nothing.
         """
         chosen = [self.numbers[number] for number in numbers]
         batch = self.dataset.read(chosen, split=self.split, image_size=self.resolution)
@@ -100,7 +101,7 @@ class Folder(Reference):
 
     Args:
         folder: of the files.
-        num: the first so many; all unless given.
+        num: the first that many; all unless given.
 
     Attributes:
         files: those that are used.
@@ -240,7 +241,7 @@ def as_pixels(images: Tensor) -> Tensor:
 def image_files(folder: Path) -> list[Path]:
     """Image files that lie in a folder itself, in order of their names; not hidden ones.
 
-    The grid that `dinogen sample` puts beside its images is none of them.
+    The grid that `dinogen sample` puts beside its images is not one of them.
     """
     return [file for file in _visible(folder) if file.suffix.lower() in IMAGE_SUFFIXES]
 

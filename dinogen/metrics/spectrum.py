@@ -13,7 +13,7 @@ def spectrum_distance(generated: Tensor, real: Tensor) -> float:
     """Mean over bands of how many decibels the two are apart; 0 where the spectra are alike.
 
     Args:
-        generated: (B,) mean power by band, as :class:`SpectrumJudge` finds it.
+        generated: (B,) mean power by band, as :class:`SpectrumExtractor` finds it.
         real: the same.
     """
     there = real > 0

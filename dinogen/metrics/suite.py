@@ -17,17 +17,17 @@ from dinogen.metrics.extractors.load import Extractors
 from dinogen.metrics.fingerprint import Facts, fingerprint, fingerprint_id
 from dinogen.metrics.lpips_diversity import NUM_SAMPLES, lpips_diversity
 from dinogen.metrics.prompted import BETTER as PROMPTED
-from dinogen.metrics.prompted import Prompted, prompted_figures
+from dinogen.metrics.prompted import Prompted, prompted_values
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.reconstruction import reconstruction
 from dinogen.metrics.reference import seen_of_reference
 from dinogen.metrics.registry import JUDGED, LPIPS_DIVERSITY, Metric, Sets, better
 from dinogen.metrics.sources import Generated, Reconstructed, Reference
-from dinogen.metrics.value import Figure
+from dinogen.metrics.value import MetricValue
 from dinogen.report.cautions import caution_of
 
 BATCH = 50  # images made and judged at a time
-_SEED = 0  # of the halves that spreads are taken over: no figure may depend on a run's seed
+_SEED = 0  # of the halves that spreads are taken over: no metric value may depend on a run's seed
 
 
 class Sized(Source, Protocol):
@@ -55,7 +55,7 @@ class Subject:
     prompted: Prompted | UserError
 
 
-Tell = Callable[[Figure, Mapping[str, Facts]], None]
+Tell = Callable[[MetricValue, Mapping[str, Facts]], None]
 
 
 @dataclass
@@ -63,44 +63,47 @@ class Measurement:
     """What was found, the same on every rank.
 
     Attributes:
-        figures: by name of the metric, one for each that was asked for.
-        fingerprints: by their ids, what the figures were measured against.
+        metric values: by name of the metric, one for each that was asked for.
+        fingerprints: by their ids, what the metric values were measured against.
         made: whether images were generated: nothing is, if no metric is available.
         tell: see :func:`measure`.
     """
 
-    figures: dict[str, Figure] = field(default_factory=dict)
+    metric_values: dict[str, MetricValue] = field(default_factory=dict)
     fingerprints: dict[str, Facts] = field(default_factory=dict)
     made: bool = False
     tell: Tell | None = None
 
     def say(self, name: str) -> None:
-        """Tell a figure that was taken in, on rank 0."""
-        figure = self.figures[name]
-        if self.tell is not None and figure.value is not None and process_group.is_main():
-            self.tell(figure, self.fingerprints)
+        """Tell a metric value that was taken in, on rank 0."""
+        metric_value = self.metric_values[name]
+        if self.tell is not None and metric_value.value is not None and process_group.is_main():
+            self.tell(metric_value, self.fingerprints)
 
-    def add(self, figure: Figure, facts: Facts | None, num_dims: int | None = None) -> Figure:
-        """Take in a figure, under the fingerprint of what it was measured against.
+    def add(
+        self, metric_value: MetricValue, facts: Facts | None, num_dims: int | None = None
+    ) -> MetricValue:
+        """Take in a metric value, under the fingerprint of what it was measured against.
 
         Args:
-            figure: of a metric.
+            metric value: of a metric.
             facts: its fingerprint; None where it compares with nothing.
             num_dims: dimensions whose covariance it reads; None for other metrics.
 
         Returns:
-            The figure as it was taken in: with its fingerprint, and with a caution if it needs one.
+            The metric value as it was taken in: with its fingerprint, and with a caution if it
+            needs one.
         """
-        if figure.value is not None:
+        if metric_value.value is not None:
             if facts is not None:
-                figure = replace(figure, fingerprint=fingerprint_id(facts))
+                metric_value = replace(metric_value, fingerprint=fingerprint_id(facts))
                 self.fingerprints[fingerprint_id(facts)] = facts
             # prompts are counted where others count real images
-            num_real = None if figure.name in PROMPTED else figure.num_reference
-            caution = caution_of(figure.num_samples, num_real, num_dims)
-            figure = replace(figure, caution=caution)
-        self.figures[figure.name] = figure
-        return figure
+            num_real = None if metric_value.name in PROMPTED else metric_value.num_reference
+            caution = caution_of(metric_value.num_samples, num_real, num_dims)
+            metric_value = replace(metric_value, caution=caution)
+        self.metric_values[metric_value.name] = metric_value
+        return metric_value
 
 
 def measure(
@@ -111,7 +114,7 @@ def measure(
     cache: Path | None = None,
     tell: Tell | None = None,
 ) -> Measurement:
-    """Measure; all ranks together, with the same figures on any number of them.
+    """Measure; all ranks together, with the same metric values on any number of them.
 
     Args:
         names: of metrics, all but guide_diversity, which a family measures itself.
@@ -119,19 +122,19 @@ def measure(
         subject: what is measured.
         num_halves: halves of the generated images, for spreads; no spread below 2.
         cache: folder of reference statistics.
-        tell: told each figure that has a value as soon as it is known, on rank 0.
+        tell: told each metric value that has a value as soon as it is known, on rank 0.
     """
     asked = list(names)
     found = Measurement(tell=tell)
     for name in asked:
         reason = why_not(name, extractors, subject)
         if reason is not None:
-            found.add(Figure.missing(name, better(name), reason), None)
-    there = [name for name in asked if name not in found.figures]
+            found.add(MetricValue.missing(name, better(name), reason), None)
+    there = [name for name in asked if name not in found.metric_values]
     chosen = {name: JUDGED[name] for name in there if name in JUDGED}
     num_images = NUM_SAMPLES if LPIPS_DIVERSITY in there else 0
     if chosen or num_images:
-        made = _judge(chosen, extractors, subject, num_halves, cache, num_images, found)
+        made = _logits(chosen, extractors, subject, num_halves, cache, num_images, found)
         found.made = made is not None
         if made is not None and made.images is not None:
             _compare(made.images, extractors, subject, found)
@@ -139,15 +142,15 @@ def measure(
     if asked_for := [name for name in there if name in PROMPTED]:
         clip = extractors.get("clip")
         assert isinstance(subject.prompted, Prompted) and not isinstance(clip, NotAvailable)
-        for figure, facts in prompted_figures(asked_for, subject.prompted, clip, BATCH):
-            found.add(figure, facts)
-            found.say(figure.name)
-    found.figures = {name: found.figures[name] for name in asked}
+        for metric_value, facts in prompted_values(asked_for, subject.prompted, clip, BATCH):
+            found.add(metric_value, facts)
+            found.say(metric_value.name)
+    found.metric_values = {name: found.metric_values[name] for name in asked}
     return found
 
 
 def why_not(name: str, extractors: Extractors, subject: Subject) -> str | None:
-    """Why a metric cannot be had; None if it can. Every rank has to ask."""
+    """Why a metric is not available; None if it can. Every rank has to ask."""
     needed: list[object] = []
     if name in JUDGED:
         metric = JUDGED[name]
@@ -163,7 +166,7 @@ def why_not(name: str, extractors: Extractors, subject: Subject) -> str | None:
     return next((str(one) for one in needed if isinstance(one, UserError)), None)
 
 
-def _judge(
+def _logits(
     chosen: dict[str, Metric],
     extractors: Extractors,
     subject: Subject,
@@ -178,7 +181,7 @@ def _judge(
     for name, metric in list(chosen.items()):
         reason = (bad_real if metric.real else None) or (bad_train if metric.train else None)
         if reason is not None:
-            found.add(Figure.missing(name, metric.better, reason), None)
+            found.add(MetricValue.missing(name, metric.better, reason), None)
             del chosen[name]
     metrics = list(chosen.values())
     if not metrics and not num_images:
@@ -195,37 +198,39 @@ def _judge(
                 for extractor, seen in made.seen.items()
             }
             for name, metric in chosen.items():
-                figure = _figure(name, metric, sets[metric.extractor], made.num, subject)
-                _take(figure, metric, made, subject, found)
+                metric_value = _metric_value(
+                    name, metric, sets[metric.extractor], made.num, subject
+                )
+                _take(metric_value, metric, made, subject, found)
                 found.say(name)
-                results.append(figure.to_dict())
+                results.append(metric_value.to_dict())
     for stored in process_group.broadcast_object(results):
-        figure = Figure.from_dict(stored)
-        _take(figure, chosen[figure.name], made, subject, found)
+        metric_value = MetricValue.from_dict(stored)
+        _take(metric_value, chosen[metric_value.name], made, subject, found)
     return made
 
 
 def _take(
-    figure: Figure, metric: Metric, made: Collected, subject: Subject, found: Measurement
+    metric_value: MetricValue, metric: Metric, made: Collected, subject: Subject, found: Measurement
 ) -> None:
     info = made.seen[metric.extractor].info
     dims = info.num_channels if metric.covariance else None
-    found.add(figure, _facts(metric, info, subject), dims)
+    found.add(metric_value, _facts(metric, info, subject), dims)
 
 
-def _figure(name: str, metric: Metric, sets: Sets, num: int, subject: Subject) -> Figure:
-    """One figure; too few images are a reason why there is none."""
+def _metric_value(name: str, metric: Metric, sets: Sets, num: int, subject: Subject) -> MetricValue:
+    """One metric value; too few images are a reason why there is none."""
     num_real = subject.real.num if metric.real and isinstance(subject.real, Reference) else None
     try:
         estimate = metric.estimate(sets)
     except (ValueError, ArithmeticError, RuntimeError) as error:
         # one that cannot be worked out costs the others nothing
-        return Figure.missing(name, metric.better, str(error) or type(error).__name__)
-    return Figure(name, estimate.value, estimate.spread, metric.better, num, num_real, None)
+        return MetricValue.missing(name, metric.better, str(error) or type(error).__name__)
+    return MetricValue(name, estimate.value, estimate.spread, metric.better, num, num_real, None)
 
 
 def _facts(metric: Metric, extractor: ExtractorInfo, subject: Subject) -> Facts:
-    """What a metric's figure was measured against."""
+    """What a metric value was measured against."""
     made, how = subject.generated, _how(subject)
     if not metric.real or not isinstance(subject.real, Reference):
         return fingerprint(extractor, made.resolution, made.num, sampling=how)
@@ -263,7 +268,7 @@ def _seen(
 
 
 def _loaded(metrics: list[Metric], extractors: Extractors) -> list[FeatureExtractor]:
-    """The feature extractors of metrics that can be had, each once."""
+    """The feature extractors of metrics that is available, each once."""
     found = (extractors.get(name) for name in dict.fromkeys(metric.extractor for metric in metrics))
     return [extractor for extractor in found if not isinstance(extractor, NotAvailable)]
 
@@ -280,11 +285,11 @@ def _compare(images: Tensor, extractors: Extractors, subject: Subject, found: Me
     """How unlike each other some generated images look."""
     perceptual = extractors.perceptual()
     assert not isinstance(perceptual, NotAvailable)
-    figure = lpips_diversity(images, perceptual)
-    resolution, num, how = subject.generated.resolution, figure.num_samples, _how(subject)
+    metric_value = lpips_diversity(images, perceptual)
+    resolution, num, how = subject.generated.resolution, metric_value.num_samples, _how(subject)
     facts = fingerprint(perceptual.info, resolution, num, sampling=how)
-    found.add(figure, facts)
-    found.say(figure.name)
+    found.add(metric_value, facts)
+    found.say(metric_value.name)
 
 
 def _reconstruct(
@@ -296,10 +301,10 @@ def _reconstruct(
         return
     perceptual = extractors.perceptual()
     try:
-        figures = reconstruction(pairs, perceptual)
+        metric_values = reconstruction(pairs, perceptual)
     except Unreadable as error:
         for name in names:
-            found.add(Figure.missing(name, better(name), str(error)), None)
+            found.add(MetricValue.missing(name, better(name), str(error)), None)
         return
     for name in names:
         # PSNR and SSIM compare the pixels themselves
@@ -308,6 +313,7 @@ def _reconstruct(
             extractor = perceptual.info
         real = pairs.real
         found.add(
-            figures[name], fingerprint(extractor, real.resolution, real.num, real.facts(), real.num)
+            metric_values[name],
+            fingerprint(extractor, real.resolution, real.num, real.facts(), real.num),
         )
         found.say(name)

@@ -17,17 +17,18 @@ Better = Literal["lower", "higher", "none"]
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricValue:
     """One metric of one set of generated images. A value that is not finite becomes None.
 
     Attributes:
         name: of the metric, such as ``fid768``.
         value: None if it is not available.
         spread: its standard error; None where it is not known.
-        better: which way is better; ``none`` where a figure only says something.
+        better: which way is better; ``none`` where a metric value only says something.
         num_samples: generated images behind it.
         num_reference: real images behind it; None where it needs none.
-        fingerprint: id of what it was measured against; only figures of one id can be compared.
+        fingerprint: id of what it was measured against; only metric values of one id can be
+            compared.
         reason: why the value is None, with the remedy; None otherwise.
         caution: why it is to be read with care; None if nothing speaks against it.
     """
@@ -53,8 +54,8 @@ class Figure:
             raise ValueError(f"{self.name} has no value and no reason")
 
     @classmethod
-    def missing(cls, name: str, better: Better, reason: str) -> Figure:
-        """A figure that is not available, and why."""
+    def missing(cls, name: str, better: Better, reason: str) -> MetricValue:
+        """A metric value that is not available, and why."""
         return cls(name, None, None, better, 0, None, None, reason)
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,7 +63,7 @@ class Figure:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Figure:
+    def from_dict(cls, stored: Mapping[str, Any]) -> MetricValue:
         """Back from :meth:`to_dict`; keys of later versions are left aside.
 
         Raises:
@@ -77,7 +78,7 @@ FEWEST_ROWS = 20  # of which a half still says something
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its standard error; None where that cannot be said."""
+    """A metric value and its standard error; None where that cannot be said."""
 
     value: float
     spread: float | None
@@ -106,5 +107,5 @@ def halves(num_rows: int, num: int, seed: int) -> list[Tensor]:
 
 
 def standard_deviation(values: Sequence[float]) -> float | None:
-    """Of figures of :func:`halves`; None of fewer than two."""
+    """Of metric values of :func:`halves`; None of fewer than two."""
     return statistics.stdev(values) if len(values) > 1 else None

@@ -39,7 +39,7 @@ def time_embedding(t: Tensor, size: int) -> Tensor:
 class Norm(nn.GroupNorm):
     """Group norm in as many groups as there can be: at most 32, of at least 4 channels each.
 
-    A group of one channel would take away whatever the convolution's bias adds, whose gradient
+    A group of one channel would take away regardless of the convolution's bias adds, whose gradient
     then is rounding noise that Adam takes for a direction.
 
     Autocast computes it in float32 and leaves it there; what follows up to the next convolution

@@ -1,4 +1,4 @@
-"""What has to stand beside a figure that was measured on few images."""
+"""What has to stand beside a metric value that was measured on few images."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ FEW = 1000
 def caution_of(
     num_samples: int | None, num_reference: int | None, num_dims: int | None = None
 ) -> str | None:
-    """Why a figure is to be read with care; None if nothing speaks against it.
+    """Why a metric value is to be read with care; None if nothing speaks against it.
 
     Args:
         num_samples: generated images behind it; None if that is not known.
         num_reference: real images behind it; None if it needs none.
-        num_dims: dimensions of the features whose covariance it reads; None for other figures.
+        num_dims: dimensions of the features whose covariance it reads; None for other metric
+            values.
     """
     known = ((num_samples, "generated"), (num_reference, "real"))
     counts = [(num, what) for num, what in known if num is not None]

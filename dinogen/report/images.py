@@ -96,7 +96,7 @@ class Sheet:
     Attributes:
         images: (N, 3, R, R) float in [-1, 1], or (N, R, R, 3) uint8.
         columns: pictures per row.
-        labels: words above the first so many pictures; empty ones take no room.
+        labels: words above the first that many pictures; empty ones take no room.
         left: words left of the rows.
     """
 
@@ -144,7 +144,7 @@ def save_sheet(sheet: Sheet, path: Path) -> None:
 
 
 def save_animation(sheets: Sequence[Sheet], path: Path, seconds: float) -> None:
-    """Write sheets of one size as a GIF that begins anew after its end, whole or not at all.
+    """Write sheets of one size as a GIF that begins again after its end, whole or not at all.
 
     Args:
         sheets: one frame each, two at least; the last stays three times as long.

@@ -49,14 +49,14 @@ class Stage:
     curve: Picture
 
     @property
-    def verdict(self) -> str:
+    def health(self) -> str:
         """``ok``, ``COLLAPSING`` or ``COLLAPSED``."""
-        return self.result.get("verdict") or "unknown"
+        return self.result.get("health") or "unknown"
 
     @property
     def badge(self) -> str:
-        """CSS class of the verdict; one that is not known must not look good."""
-        return BADGES.get(self.verdict, "bad")
+        """CSS class of the health; one that is not known must not look good."""
+        return BADGES.get(self.health, "bad")
 
 
 def write_page(run: Path) -> Path:
@@ -75,8 +75,8 @@ def write_page(run: Path) -> Path:
     """
     place = Run(run)
     stages, damaged = _read_stages(place)
-    for trouble in damaged:
-        log.warning("%s", trouble)
+    for problem in damaged:
+        log.warning("%s", problem)
     if not stages:
         raise UserError(
             f"{run}: no stage is finished (no sound result.json below it): train it first"
@@ -92,8 +92,8 @@ def write_page(run: Path) -> Path:
             {str(s.result["guide_label"]) for s in stages if s.result.get("guide_label")}
         ),
         random_guide=any(stage.result.get("random_guide") for stage in stages),
-        collapsed=[stage.name for stage in stages if stage.verdict == "COLLAPSED"],
-        collapsing=[stage.name for stage in stages if stage.verdict == "COLLAPSING"],
+        collapsed=[stage.name for stage in stages if stage.health == "COLLAPSED"],
+        collapsing=[stage.name for stage in stages if stage.health == "COLLAPSING"],
         guide=stages[-1].result.get("guide") or {},
         versions=stages[-1].result.get("versions") or {},
         config=_read_text(place.config_file),
@@ -170,7 +170,7 @@ def _time(result: dict[str, Any]) -> str:
 
 
 ROWS: dict[str, Show] = {
-    "verdict": _word("verdict"),
+    "health": _word("health"),
     "images shown": _number("nimg", "{:,.0f}"),
     "loss": _number("loss", "{:.4g}"),
     "collapse floor": _number("floor", "{:.4g}"),

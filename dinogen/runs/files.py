@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from dinogen.config.base import read_mapping
 from dinogen.errors import UserError
+from dinogen.runs.earlier import with_names_of_today
 from dinogen.runs.layout import stage_resolution
 from dinogen.runs.values import (
     MAX_VALUES,
@@ -55,28 +56,28 @@ class Found(Generic[T]):
     Attributes:
         path: the file.
         value: what is sound; of a file that is missing or not readable, what stands for nothing.
-        troubles: what is wrong with it, each to be read behind the name of the file.
+        problems: what is wrong with it, each to be read behind the name of the file.
         there: whether there is anything of that name.
     """
 
     path: Path
     value: T
-    troubles: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
     there: bool = True
 
     def told(self, root: Path | None = None) -> list[str]:
-        """The troubles with the name of the file, relative to ``root`` if it lies below."""
+        """The problems with the name of the file, relative to ``root`` if it lies below."""
         name = self.path
         if root is not None and name.is_relative_to(root):
             name = name.relative_to(root)
-        return [f"{name}{trouble}" for trouble in self.troubles]
+        return [f"{name}{problem}" for problem in self.problems]
 
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
 def read_raw(path: Path) -> Found[bytes]:
-    """The bytes of a file; a pipe, a folder or a device in its place is a trouble, not a wait."""
+    """The bytes of a file; a pipe, a folder or a device in its place is a problem, not a wait."""
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
@@ -94,10 +95,10 @@ def read_raw(path: Path) -> Found[bytes]:
 
 
 def read_text(path: Path) -> Found[str]:
-    """A file as UTF-8 text; bytes that are none stand as U+FFFD, which is a trouble."""
+    """A file as UTF-8 text; bytes that are none stand as U+FFFD, which is a problem."""
     raw = read_raw(path)
-    if raw.troubles or not raw.there:
-        return Found(path, "", raw.troubles, raw.there)
+    if raw.problems or not raw.there:
+        return Found(path, "", raw.problems, raw.there)
     try:
         return Found(path, raw.value.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -106,12 +107,12 @@ def read_text(path: Path) -> Found[str]:
 
 
 def read_object(path: Path) -> Found[dict[str, Any] | None]:
-    """The JSON object that a file holds; None if there is none."""
+    """The JSON object that a file holds, with the key names of today; None if there is none."""
     raw = read_raw(path)
-    if raw.troubles or not raw.there:
-        return Found(path, None, raw.troubles, raw.there)
+    if raw.problems or not raw.there:
+        return Found(path, None, raw.problems, raw.there)
     try:
-        return Found(path, parse_object(raw.value))
+        return Found(path, with_names_of_today(parse_object(raw.value)))
     except ValueError as error:
         return Found(path, None, (f" cannot be read: {error}",))
 
@@ -138,15 +139,15 @@ def read_lines(path: Path, kinds: Mapping[str, Kind] | None = None) -> Found[lis
         except ValueError as error:
             bad.append(f"line {place} is left out: {error}")
             continue
-        line, troubles = checked(line | {"nimg": nimg}, kinds or {})
-        bad += [f"line {place}: {trouble}" for trouble in troubles]
+        line, problems = checked(line | {"nimg": nimg}, kinds or {})
+        bad += [f"line {place}: {problem}" for problem in problems]
         while lines and lines[-1]["nimg"] >= nimg:
             lines.pop()
         lines.append(line)
     said = [f": {one}" for one in bad[:_MAX_SAID]]
     if len(bad) > _MAX_SAID:
         said.append(f": {len(bad) - _MAX_SAID} more lines are damaged")
-    return Found(path, lines, (*raw.troubles, *said), raw.there)
+    return Found(path, lines, (*raw.problems, *said), raw.there)
 
 
 def line_nimg(row: bytes) -> float:
@@ -181,44 +182,44 @@ def read_result(path: Path) -> Found[dict[str, Any] | None]:
 
 
 def read_evaluation(path: Path) -> Found[dict[str, Any] | None]:
-    """evaluation.json; each figure of ``measured`` is one that can be shown."""
+    """evaluation.json; each metric value of ``measured`` is one that can be shown."""
     return _checked(read_object(path), _EVALUATION)
 
 
 def read_metrics(path: Path) -> Found[list[Line]]:
-    """Lines of figures measured in the course of training; those without ``metrics`` are no such.
+    """Lines of metric values measured while training; lines without ``metrics`` are left out.
 
     For metrics.jsonl and checkpoints.jsonl.
     """
     found = read_lines(path, _METRICS_LINE)
     lines = [line for line in found.value if isinstance(line.get("metrics"), dict)]
-    return Found(path, lines, found.troubles, found.there)
+    return Found(path, lines, found.problems, found.there)
 
 
 def read_visualizations(path: Path) -> Found[dict[str, dict[str, Any]]]:
     """looks.json: what `dinogen look` has drawn, by name."""
     found = read_object(path)
     looks: dict[str, dict[str, Any]] = {}
-    troubles = list(found.troubles)
+    problems = list(found.problems)
     for name, one in (found.value or {}).items():
         try:
             looks[name], bad = checked(section(one), _LOOK)
         except ValueError as error:
             bad = [str(error)]
-        troubles += [f": {name}: {reason}" for reason in bad]
-    return Found(path, looks, tuple(troubles), found.there)
+        problems += [f": {name}: {reason}" for reason in bad]
+    return Found(path, looks, tuple(problems), found.there)
 
 
 def read_attempts(path: Path) -> Found[dict[str, list[dict[str, Any]]]]:
     """study.json: what `dinogen study` has tried, by run, oldest first."""
     found = read_object(path)
-    troubles = list(found.troubles)
+    problems = list(found.problems)
     attempts: dict[str, list[dict[str, Any]]] = {}
     try:
         runs = section((found.value or {}).get("runs") or {})
     except ValueError as error:
         runs = {}
-        troubles.append(f": runs: {error}")
+        problems.append(f": runs: {error}")
     for name, tried in runs.items():
         attempts[name] = []
         for one in tried if isinstance(tried, list) else [tried]:
@@ -227,8 +228,8 @@ def read_attempts(path: Path) -> Found[dict[str, list[dict[str, Any]]]]:
                 attempts[name].append(attempt)
             except ValueError as error:
                 bad = [str(error)]
-            troubles += [f": runs: {name}: {reason}" for reason in bad]
-    return Found(path, attempts, tuple(troubles), found.there)
+            problems += [f": runs: {name}: {reason}" for reason in bad]
+    return Found(path, attempts, tuple(problems), found.there)
 
 
 def read_config(path: Path) -> Found[dict[str, Any]]:
@@ -237,16 +238,16 @@ def read_config(path: Path) -> Found[dict[str, Any]]:
     It is not checked against the schema: a config of a later or earlier version is read too.
     """
     raw = read_raw(path)
-    if raw.troubles or not raw.there:
-        return Found(path, {}, raw.troubles, raw.there)
+    if raw.problems or not raw.there:
+        return Found(path, {}, raw.problems, raw.there)
     try:
         values = plain(read_mapping(path), [MAX_VALUES])
     except UserError as error:
         return Found(path, {}, (f" cannot be read: {str(error).removeprefix(f'{path}: ')}",))
     except (ValueError, RecursionError) as error:
         return Found(path, {}, (f" cannot be read: {error or 'it is nested too deep'}",))
-    config, troubles = checked(values, _CONFIG)
-    return Found(path, config, tuple(f": {trouble}" for trouble in troubles))
+    config, problems = checked(values, _CONFIG)
+    return Found(path, config, tuple(f": {problem}" for problem in problems))
 
 
 def read_state(path: Path) -> Found[dict[str, Any] | None]:
@@ -254,7 +255,7 @@ def read_state(path: Path) -> Found[dict[str, Any] | None]:
     return _checked(read_object(path), _STATE)
 
 
-def state_trouble(state: object) -> str | None:
+def state_problem(state: object) -> str | None:
     """Why a state.json that was read cannot be gone on from or sampled; None if it can."""
     try:
         value = section(state)
@@ -300,10 +301,10 @@ def iter_values(lines: list[Line], name: str) -> Iterator[tuple[int, float]]:
             yield line["nimg"], value
 
 
-def _figure(value: Any) -> dict[str, Any]:
-    """One figure: a finite value, or none and the reason."""
+def _metric_value(value: Any) -> dict[str, Any]:
+    """One metric value: a finite value, or none and the reason."""
     given = section(value)
-    sound, reasons = checked(given, _FIGURE)
+    sound, reasons = checked(given, _METRIC_VALUE)
     if "value" not in sound:
         raise ValueError("; ".join(reasons) or "value is missing")
     whole = dict.fromkeys(_NEEDED) | {"better": "none"} | sound
@@ -323,7 +324,7 @@ def _code(value: Any) -> int:
 
 def _better(value: Any) -> str:
     if value not in ("lower", "higher", "none"):
-        raise ValueError(f"{short(value)} is none of lower, higher, none")
+        raise ValueError(f"{short(value)} is not one of lower, higher, none")
     return str(value)
 
 
@@ -335,7 +336,7 @@ def _name(value: Any) -> str:
     return name
 
 
-_FIGURE: dict[str, Kind] = {
+_METRIC_VALUE: dict[str, Kind] = {
     "value": number,
     "spread": amount,
     "better": _better,
@@ -346,8 +347,8 @@ _FIGURE: dict[str, Kind] = {
     "caution": word,
     "command": word,
 }
-# what a reader finds in each figure; a caution is there since it was invented
-_NEEDED = [key for key in _FIGURE if key != "caution"]
+# what a reader finds in each metric value; a caution is there since it was invented
+_NEEDED = [key for key in _METRIC_VALUE if key != "caution"]
 _RESULT: dict[str, Kind] = {
     "nimg": count,
     "resolution": count,
@@ -358,7 +359,7 @@ _RESULT: dict[str, Kind] = {
     "num_parameters": count,
     "images_per_s": amount,
     "num_skipped": count,
-    "verdict": word,
+    "health": word,
     "warnings": list_of(word),
     "device": word,
     "precision": word,
@@ -376,7 +377,7 @@ _EVALUATION: dict[str, Kind] = {
     "num_skipped": count,
     "split": word,
     "metrics": each(number, none=True),
-    "measured": each(_figure),
+    "measured": each(_metric_value),
     "fingerprints": each(section),
     "sampling": keys_of({"images_per_s": amount, "num": count}),
     "command": word,
@@ -384,7 +385,7 @@ _EVALUATION: dict[str, Kind] = {
     "versions": each(text_of),
 }
 _METRICS_LINE: dict[str, Kind] = {
-    "metrics": each(_figure),
+    "metrics": each(_metric_value),
     "fingerprints": each(section),
 }
 _LOOK: dict[str, Kind] = {
@@ -421,7 +422,7 @@ _PROGRESS: dict[str, Kind] = {
     "seconds": amount,
     "loss": number,
     "logged": count,
-    "verdict": word,
+    "health": word,
     "warnings": list_of(word),
     "best": number,
     "best_nimg": count,
@@ -442,8 +443,8 @@ def read_stats(path: Path | str) -> list[Line]:
     found = read_lines(Path(path))
     if not found.there:
         raise UserError(f"{path}: cannot be read: there is no such file")
-    for trouble in found.told():
-        log.warning("%s", trouble)
+    for problem in found.told():
+        log.warning("%s", problem)
     if not found.value:
         raise UserError(f"{path}: holds no line of statistics: did the stage make a step?")
     return found.value

@@ -89,7 +89,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The config; its ``run`` is this folder, whatever the file says.
+        """The config; its ``run`` is this folder, regardless of the file says.
 
         Raises:
             ConfigError: the folder holds no config.yaml, or one that cannot be used.
@@ -160,7 +160,7 @@ class Run:
         """The stages that have a folder, by resolution; and why the run's cannot be listed."""
         found = stage_folders(self.path)
         stages = [self.stage(resolution) for resolution, _ in found.value]
-        return Found(found.path, stages, found.troubles, found.there)
+        return Found(found.path, stages, found.problems, found.there)
 
     @property
     def last_done(self) -> Stage | None:
@@ -296,7 +296,7 @@ class Stage:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """result.json: ``nimg``, ``seconds``, ``verdict``, ``files``; None before the first end.
+        """result.json: ``nimg``, ``seconds``, ``health``, ``files``; None before the first end.
 
         A stage that the config has made longer since has a result, and is not :attr:`done`.
         """
@@ -400,7 +400,7 @@ class Stage:
         """How far it is, in words; empty before its first log line."""
         result = self.done_result
         if result is not None:
-            return f"{result['nimg'] / 1000:.4g} kimg, {result.get('verdict', 'unknown')}"
+            return f"{result['nimg'] / 1000:.4g} kimg, {result.get('health', 'unknown')}"
         nimg = self.nimg
         if nimg is None:
             return ""
@@ -473,7 +473,7 @@ class Checkpoints:
         return folders[-1] if folders else None
 
     def at(self, nimg: int) -> Path:
-        """Folder of the checkpoint at so many images, whether or not it is there."""
+        """Folder of the checkpoint at that many images, whether or not it is there."""
         return self.folder / checkpoint_name(nimg)
 
     def iter_states(self) -> Iterator[Found[dict[str, Any] | None]]:

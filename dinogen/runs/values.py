@@ -27,7 +27,7 @@ def checked(
     A key that is not known stays: a later version wrote it. None stays too.
     """
     sound: dict[str, Any] = {}
-    troubles = []
+    problems = []
     for key, one in value.items():
         kind = kinds.get(key)
         if kind is None or one is None:
@@ -37,10 +37,10 @@ def checked(
             sound[key] = kind(one)
         except Partly as error:
             sound[key] = error.sound
-            troubles += [f"{key}: {reason}" for reason in error.reasons]
+            problems += [f"{key}: {reason}" for reason in error.reasons]
         except ValueError as error:
-            troubles.append(f"{key}: {error}")
-    return sound, troubles
+            problems.append(f"{key}: {error}")
+    return sound, problems
 
 
 def finite(value: Any) -> float | None:

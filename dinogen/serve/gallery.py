@@ -127,7 +127,7 @@ class Gallery:
             return next(iter(self.stages.values()))
         if query.stage not in self.stages:
             names = ", ".join(map(str, self.stages))
-            raise ConfigError(f"stage: {query.stage} is none of this run's: there are {names}")
+            raise ConfigError(f"stage: {query.stage} is not one of this run's: there are {names}")
         return self.stages[query.stage]
 
     @torch.no_grad()

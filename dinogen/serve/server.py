@@ -50,7 +50,7 @@ def open_site(run: Path, host: str, port: int) -> Site:
 
     Raises:
         ConfigError: ``run`` is no run, or has no complete checkpoint.
-        UserError: the address cannot be had.
+        UserError: the address is not available.
     """
     listener = _listen(host, port)
     try:

@@ -171,8 +171,8 @@ def class_shares(family: Family, data: Dataset | UserError) -> tuple[float, ...]
     if process_group.any_rank(failure is not None):
         if process_group.is_main():
             log.warning(
-                "CLASSES IN TURN: how frequent each is in the data is not known (%s), so figures "
-                "compare with no others but such",
+                "CLASSES IN TURN: how frequent each is in the data is not known (%s), so values "
+                "compare only with others measured in the same way",
                 failure or "on another rank",
             )
         return None
@@ -187,7 +187,7 @@ def _counts(data: PackedSource, split: str, num_classes: int) -> npt.NDArray[np.
         batch = data.read(list(range(start, min(start + _LABELS, num))), split=split)
         found = np.bincount(batch["label"].numpy(), minlength=num_classes)
         if len(found) > num_classes:
-            raise ConfigError(f"{data.location}: label {len(found) - 1} is none of the classes")
+            raise ConfigError(f"{data.location}: label {len(found) - 1} is not one of the classes")
         counts += found
     if not counts.sum():
         raise ConfigError(f"{data.location}: split {split} has no samples")

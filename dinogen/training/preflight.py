@@ -150,7 +150,7 @@ def _check_image_sizes(config: Config, families: list[Family], data: Dataset) ->
                     f"stages: {what}: leave out the stages that need them, make the images larger "
                     "and square, or set data.on_error=skip to train without them"
                 )
-            log.warning("%s; they are passed over (data.on_error=skip)", what)
+            log.warning("%s; they are skipped (data.on_error=skip)", what)
             break
 
 

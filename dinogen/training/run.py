@@ -1,4 +1,4 @@
-"""Walks the stages of a run: each goes on where it was, or is passed over if it is finished."""
+"""Walks the stages of a run: each goes on where it was, or is skipped if it is finished."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
             results.append(_train_stage(config, index, stop))
             with process_group.rank_zero_section() as mine:
                 if mine:
-                    # Also for a stage passed over: a kill may have come before its page was written
+                    # Also for a stage skipped: a kill may have come before its page was written
                     _write_page(config.run)
             if index != indices[-1] and stop.agreed():
                 raise stop.error(f"after stage {config.stages[index].resolution}")
@@ -105,9 +105,9 @@ def _finished_result(config: Config, index: int) -> dict[str, Any] | None:
                 place.name, nimg, end,
             )  # fmt: skip
         read = place.read_result()
-        for trouble in read.told():
-            log.warning("%s: it is written again", trouble)
-        sound = read.value is not None and not read.troubles
+        for problem in read.told():
+            log.warning("%s: it is written again", problem)
+        sound = read.value is not None and not read.problems
         result = read.value if sound and _is_whole(read.value, state) else None
     found: dict[str, Any] | None = process_group.broadcast_object(result)
     return found

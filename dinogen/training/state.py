@@ -15,7 +15,7 @@ from torch import nn
 from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import process_group, rng
 from dinogen.families.abilities import Probes, facts_of, fade, new_parameters_of
-from dinogen.families.base import Condition, Family, Verdict
+from dinogen.families.base import Condition, Family, Health
 from dinogen.families.registry import family_class
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import (
@@ -46,11 +46,11 @@ class Progress:
         step: optimizer steps since the first stage began.
         num_skipped: damaged samples that were replaced, in this stage, on all ranks.
         seconds: training time of this stage so far.
-        loss: headline loss of the newest log lines, see :meth:`add_loss`.
+        loss: main loss of the newest log lines, see :meth:`add_loss`.
         logged: nimg of the newest log line.
-        verdict: what the newest probe found.
+        health: what the newest probe found.
         warnings: its words.
-        best: best figure of the stage's measurements, None before the first.
+        best: best metric value of the stage's measurements, None before the first.
         best_nimg: where it was measured.
         num_worse: measurements since then.
     """
@@ -61,7 +61,7 @@ class Progress:
     seconds: float = 0.0
     loss: float | None = None
     logged: int = 0
-    verdict: str = "ok"
+    health: str = "ok"
     warnings: list[str] = field(default_factory=list)
     best: float | None = None
     best_nimg: int = 0
@@ -71,7 +71,7 @@ class Progress:
         """Take over the mean loss of a log line at ``nimg``.
 
         A line that comes early, at a probe or at the end, may stand for a single batch: it counts
-        by its share of the ``every`` images of a whole line, so that no verdict hangs on chance.
+        by its share of the ``every`` images of a whole line, so that no health hangs on chance.
         """
         share = min(1.0, (self.nimg - self.logged) / every)
         self.logged = self.nimg
@@ -182,10 +182,10 @@ class StageState:
         return sample_in_parts(self.family, self.ema.networks, num, self.config.seed)
 
     @torch.no_grad()
-    def probe(self) -> Verdict:
+    def probe(self) -> Health:
         """What the family finds in its samples; nothing if it does not probe them."""
         if not isinstance(self.family, Probes):
-            return Verdict()
+            return Health()
         return self.family.probe(self.ema.networks, self.progress.loss)
 
     def capture(self, logger_state: dict[str, Any]) -> Callable[[], None] | None:

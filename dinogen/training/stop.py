@@ -81,7 +81,7 @@ class StopFlag:
         """The next batch; None if this rank was asked to stop: then no shard is worth waiting for.
 
         Raises:
-            FetchError: a shard cannot be had, and nobody asked for a stop.
+            FetchError: a shard is not available, and nobody asked for a stop.
         """
         if self.name is not None:
             return None

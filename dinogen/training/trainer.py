@@ -15,7 +15,7 @@ from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.evaluation.validate import Validator
 from dinogen.families.abilities import FollowsSteps, Remembers, constants_of
-from dinogen.families.base import Verdict
+from dinogen.families.base import Health
 from dinogen.runs.layout import checkpoint_name
 from dinogen.training.checkpointing.checkpoint import Saver
 from dinogen.training.data import check_labels
@@ -30,7 +30,7 @@ from dinogen.training.stop import StopFlag
 
 log = logging.getLogger(__name__)
 
-# fp16 leaves out an update now and then; so many in a row are a sign that the weights blew up.
+# fp16 leaves out an update now and then; that many in a row are a sign that the weights blew up.
 UNSOUND_AFTER = 3
 
 
@@ -61,7 +61,7 @@ class Trainer:
         self.config: Config = state.config
         self.family, self.engine, self.progress = state.family, state.engine, state.progress
         self.plan, self.stage = state.plan, state.plan.stage
-        self.headline = self.family.headline
+        self.main_loss = self.family.main_loss
         self.num_micros = num_micros(
             self.stage.batch, process_group.world_size(), self.config.engine.micro_batch
         )
@@ -156,7 +156,7 @@ class Trainer:
                 for name in phase.remembered:
                     part = report[name].detach().float() * weight
                     remembered[name] = remembered[name] + part if i else part
-                if phase.name == self.headline:
+                if phase.name == self.main_loss:
                     self.logger.add({"loss": torch.stack(list(losses.values())).sum()}, weight)
             update = self.engine.step(phase)
             # Every rank has the same: a step weighs as much on any number of ranks.
@@ -242,14 +242,14 @@ class Trainer:
         now = self.now
         passed = now - self.stage.batch
         measure = self.validator.due(passed, now)
-        figures = self.validator.measure() if measure else {}
+        metric_values = self.validator.measure() if measure else {}
         last = self.state.finished
         if last and self._unsound:
             raise self._blown_up("the stage's last updates were not finite")
         every = self.config.log
         probe = last or due(passed, now, every.probe_kimg)
         if probe or measure or due(passed, now, every.every_kimg):
-            self._log(line, probe, figures)
+            self._log(line, probe, metric_values)
         if last or due(passed, now, every.samples_kimg):
             with process_group.rank_zero_section() as mine:
                 if mine:
@@ -259,15 +259,15 @@ class Trainer:
         if last or best or due(passed, now, self.config.checkpoint.every_kimg):
             self.save()
 
-    def _log(self, line: ProgressLine, probe: bool, figures: dict[str, float]) -> None:
-        """One line of numbers, held-out figures among them; rank 0 probes samples."""
+    def _log(self, line: ProgressLine, probe: bool, metric_values: dict[str, float]) -> None:
+        """One line of numbers, held-out metric values among them; rank 0 probes samples."""
         means = self.logger.flush()
         window, elapsed = self.window, max(time.monotonic() - self.window.began, 1e-9)
         self._count()
         self.progress.add_loss(means.get("loss", math.nan), every=self.config.log.every_kimg * 1000)
         values: dict[str, float | None] = {
             **means,
-            **figures,
+            **metric_values,
             **constants_of(self.family),
             "alpha": self.plan.alpha(self.progress.nimg - self.stage.batch),
             "lr": self.stage.lr * self.plan.lr_factor(self.progress.nimg - self.stage.batch),
@@ -281,9 +281,9 @@ class Trainer:
         if probe:
             with process_group.rank_zero_section() as mine:
                 if mine:
-                    verdict = self.state.probe()
-                    values |= verdict.scalars
-                    self._warn(verdict)
+                    health = self.state.probe()
+                    values |= health.scalars
+                    self._warn(health)
         self.logger.write(self.progress.nimg, values)
         line.update(self.progress.nimg, values)
         self.window = Window(time.monotonic())
@@ -296,11 +296,11 @@ class Trainer:
         skipped = process_group.all_reduce_sum(torch.tensor(self.num_skipped_here))
         self.progress.num_skipped = self.num_skipped_before + int(skipped)
 
-    def _warn(self, verdict: Verdict) -> None:
-        """Say loudly what the probe found; again only when the verdict changes."""
-        if verdict.verdict != self.progress.verdict:
-            for warning in verdict.warnings:
+    def _warn(self, health: Health) -> None:
+        """Say loudly what the probe found; again only when the health changes."""
+        if health.status != self.progress.health:
+            for warning in health.warnings:
                 log.warning("at %d images: %s", self.progress.nimg, warning)
                 self.logger.write_text("warnings", warning, self.progress.nimg)
-        self.progress.verdict = verdict.verdict
-        self.progress.warnings = list(verdict.warnings)
+        self.progress.health = health.status
+        self.progress.warnings = list(health.warnings)

@@ -59,8 +59,8 @@ def write_looks(
     command += f" --nimg {snapshot.nimg} --seed {seed}"
     if out is not None:
         command += f" --out {shlex.quote(str(out))}"
-    if trouble := why_not_writable(folder / VISUALIZATIONS_INDEX, make=True):
-        raise UserError(f"{folder}: cannot be written: {trouble}: give --out FOLDER")
+    if problem := why_not_writable(folder / VISUALIZATIONS_INDEX, make=True):
+        raise UserError(f"{folder}: cannot be written: {problem}: give --out FOLDER")
     entries: dict[str, dict[str, Any]] = {}
     for name, maker in _makers(scene).items():
         entry: dict[str, Any] = {"nimg": snapshot.nimg, "seed": seed, "command": command}

@@ -123,7 +123,7 @@ def choose_ruler(config: MetricsConfig, resolution: int, device: torch.device) -
     for name in EXTRACTORS:
         if getattr(config, name) is not None:
             try:
-                return _by_judge(name, config, resolution, device)
+                return _by_extractor(name, config, resolution, device)
             except NotAvailable as error:
                 log.warning("%s; pixels are compared instead", error)
     return _by_pixels(min(SIDE, resolution))
@@ -141,7 +141,7 @@ def _by_pixels(side: int) -> Ruler:
     return Ruler("rms", what, side, rows, max_real=50_000, caution=caution)
 
 
-def _by_judge(name: str, config: MetricsConfig, resolution: int, device: torch.device) -> Ruler:
+def _by_extractor(name: str, config: MetricsConfig, resolution: int, device: torch.device) -> Ruler:
     extractor = load_extractor(name, config, device)
 
     def rows(images: Tensor) -> Tensor:

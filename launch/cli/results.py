@@ -125,9 +125,9 @@ def evaluate(
     Of a run: what its family measures on held-out samples, and metrics of
     generated images such as FID (docs/metrics.md). Only what the metrics need is
     loaded. Where weights, data or the guide are missing, what needs them is
-    reported with the reason, and all else is measured. Each figure is printed as
+    reported with the reason, and all else is measured. Each metric value is printed as
     soon as it is known; the exit code is 1 if there is none. Under torchrun the
-    work is shared among the ranks; the figures stay the same.
+    work is shared among the ranks; the metric values stay the same.
 
     [bold]Examples[/bold]
 
@@ -218,14 +218,14 @@ def lines_of(part: dict[str, Any]) -> Iterator[str]:
     """Lines for people of a part of an evaluation.json, as it becomes known.
 
     Args:
-        part: what the checkpoint or folder is, or figures that were just measured.
+        part: what the checkpoint or folder is, or metric values that were just measured.
     """
     if "resolution" in part:
         yield _title(part)
         yield from _own(part)
-    for name, figure in (part.get("measured") or {}).items():
-        if figure["value"] is not None:
-            yield f"  {_figure(name, figure, part.get('fingerprints') or {})}"
+    for name, metric_value in (part.get("measured") or {}).items():
+        if metric_value["value"] is not None:
+            yield f"  {_metric_value(name, metric_value, part.get('fingerprints') or {})}"
 
 
 def closing_lines(result: dict[str, Any]) -> Iterator[str]:
@@ -245,15 +245,16 @@ def closing_lines(result: dict[str, Any]) -> Iterator[str]:
         for line in _own(result):
             if not probed or line.startswith(f"  {HELD_OUT}/"):
                 yield f"{line} (measured before)"
-    for name, figure in measured.items():
-        if name in before and figure["value"] is not None:
-            yield f"  {_figure(name, figure, prints)} (measured before: {figure.get('command')})"
+    for name, metric_value in measured.items():
+        if name in before and metric_value["value"] is not None:
+            said = _metric_value(name, metric_value, prints)
+            yield f"  {said} (measured before: {metric_value.get('command')})"
     missing: dict[str, list[str]] = {}
     for name, reason in (result.get("not_measured") or {}).items():
         missing.setdefault(reason, []).append(name)
-    for name, figure in measured.items():
-        if figure["value"] is None and name not in before:
-            missing.setdefault(figure["reason"], []).append(name)
+    for name, metric_value in measured.items():
+        if metric_value["value"] is None and name not in before:
+            missing.setdefault(metric_value["reason"], []).append(name)
     for reason, names in missing.items():
         yield f"  not available: {', '.join(names)}: {reason}"
 
@@ -289,26 +290,26 @@ def _own(result: dict[str, Any]) -> Iterator[str]:
         few = name.startswith("held_out/") and num < FEW
         caution = f" (CAUTION: from only {num:,} held-out samples)" if few else ""
         yield f"  {name}: {'not finite' if value is None else f'{value:.6g}'}{caution}"
-    if "verdict" in result:
-        yield f"  {' '.join(result.get('warnings') or ()) or result['verdict']}"
+    if "health" in result:
+        yield f"  {' '.join(result.get('warnings') or ()) or result['health']}"
     if result.get("num_skipped"):
         yield f"  {result['num_skipped']} damaged samples were left out"
 
 
-def _figure(name: str, figure: dict[str, Any], fingerprints: dict[str, Any]) -> str:
+def _metric_value(name: str, metric_value: dict[str, Any], fingerprints: dict[str, Any]) -> str:
     """``fid: 12.3 +- 0.4 (5000 images against 700, fingerprint 0123456789ab)``."""
-    spread = "" if figure["spread"] is None else f" +- {figure['spread']:.2g}"
-    behind = f"{figure['num_samples']} images"
-    if figure["num_reference"] is not None:
-        behind += f" against {figure['num_reference']}"
-    mark = figure["fingerprint"]
+    spread = "" if metric_value["spread"] is None else f" +- {metric_value['spread']:.2g}"
+    behind = f"{metric_value['num_samples']} images"
+    if metric_value["num_reference"] is not None:
+        behind += f" against {metric_value['num_reference']}"
+    mark = metric_value["fingerprint"]
     if mark is not None:
         behind += f", fingerprint {mark}"
         if (fingerprints.get(mark) or {}).get("random"):
             behind += ", by a RANDOM feature extractor: it means nothing"
-    if figure.get("caution"):
-        behind += f"; CAUTION: {figure['caution']}"
-    return f"{name}: {figure['value']:.6g}{spread} ({behind})"
+    if metric_value.get("caution"):
+        behind += f"; CAUTION: {metric_value['caution']}"
+    return f"{name}: {metric_value['value']:.6g}{spread} ({behind})"
 
 
 def look(
@@ -408,7 +409,7 @@ def compare(
         bool, typer.Option("--as-is", help="Measure and draw nothing; show what is there.")
     ] = False,
 ) -> None:
-    """Put runs side by side: figures, curves, images, and where every number comes from.
+    """Put runs side by side: metric values, curves, images, and where every number comes from.
 
     A run whose end was never measured (dinogen evaluate) or looked at (dinogen look) is first,
     unless --as-is is given. One that failed, or whose files are damaged, is listed with what is
@@ -443,8 +444,8 @@ def compare(
     for problem in problems:
         typer.echo(problem, err=True)
     done = write_comparison(folders, out, title)
-    for name, troubles in done.damaged.items():
-        typer.echo(f"DAMAGED {name}: {'; '.join(troubles)}", err=True)
+    for name, problems in done.damaged.items():
+        typer.echo(f"DAMAGED {name}: {'; '.join(problems)}", err=True)
     said = f"{len(folders)} runs"
     if done.damaged:
         said += f", {len(done.damaged)} of them with damaged files (see Failures)"

@@ -175,10 +175,10 @@ def _print(done: Demo) -> None:
     console.print()
     for result in done.results:
         place = Run.of(done.config).stage(result["resolution"])
-        verdict = result["verdict"]
-        colour = "green" if verdict == "ok" else "red"
+        health = result["health"]
+        colour = "green" if health == "ok" else "red"
         console.print(
-            f"{place.name:>7}  {result['nimg']:,} images  [{colour}]{verdict}[/]  "
+            f"{place.name:>7}  {result['nimg']:,} images  [{colour}]{health}[/]  "
             f"{place.folder / result['files']['final']}"
         )
     steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in done.seconds.items())
@@ -187,7 +187,7 @@ def _print(done: Demo) -> None:
         console.print(
             "[bold red]RANDOM GUIDE[/]: the images show that all of it runs, not its quality"
         )
-    if any(result["verdict"] != "ok" for result in done.results):
+    if any(result["health"] != "ok" for result in done.results):
         console.print(
             "Collapse is what the objective mse leads to: all z end at one mean face "
             "(README.md, The collapse floor)"

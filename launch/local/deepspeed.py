@@ -35,7 +35,7 @@ def main() -> None:
         launcher.terminate()  # TERM to the processes, KILL after 30 s
 
     SignalForwarder(workers, end).install()
-    # In a session of its own: Ctrl-C must reach the processes once, by the relay.
+    # In a session of its own: Ctrl-C must reach the processes once, through SignalForwarder.
     launcher = subprocess.Popen(launcher_command(sys.argv[1:]), start_new_session=True)
     code = launcher.wait()
     raise SystemExit(128 - code if code < 0 else code)

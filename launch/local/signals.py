@@ -77,7 +77,7 @@ class SignalForwarder:
         # Python catches INT from its first moment on, so only TERM tells who is ready to save.
         self._wanted.add(signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._give, name="relay", daemon=True)
+            self._thread = threading.Thread(target=self._give, name="forward", daemon=True)
             self._thread.start()
 
     def _give(self) -> None:

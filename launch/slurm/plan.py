@@ -82,8 +82,8 @@ def plan_steps(
     resources = step_resources(config, "evaluate")
     if metric is None:
         return [*steps, _step("evaluate", args, resources, last.evaluated)]
-    figure = last.metric(metric) or {}
-    done = figure.get("value") is not None and last.visualized
+    metric_value = last.metric(metric) or {}
+    done = metric_value.get("value") is not None and last.visualized
     args += tuple(metric_changes(config))
     return [*steps, _step("results", args, resources, done, "evaluate")]
 

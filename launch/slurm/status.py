@@ -23,7 +23,7 @@ class Row:
         step: what the job does.
         id: SLURM's number.
         state: SLURM's word, or ``forgotten``.
-        progress: of a stage: images seen and wanted, verdict.
+        progress: of a stage: images seen and wanted, health.
         why: why it waits, or ended badly, and where to look.
         good: False if somebody has to do something.
     """

@@ -201,8 +201,8 @@ def steps_left(run: StudyRun, metric: str | None) -> list[str]:
     if metric is None:
         return []
     last = run.stages[-1]
-    figure = last.metric(metric)
-    done = {"evaluate": figure is not None and figure["value"] is not None}
+    metric_value = last.metric(metric)
+    done = {"evaluate": metric_value is not None and metric_value["value"] is not None}
     done["look"] = last.visualized
     return [step for step in STEPS[1:] if not done[step]]
 

@@ -469,10 +469,10 @@ def jobless(run: StudyRun, metric: str | None, rows: Sequence[Row]) -> str:
 
 
 def _unavailable(run: StudyRun, metric: str | None) -> str | None:
-    figure = run.stages[-1].metric(metric) if metric else None
-    if figure is None or figure["value"] is not None:
+    metric_value = run.stages[-1].metric(metric) if metric else None
+    if metric_value is None or metric_value["value"] is not None:
         return None
-    return f"{metric} is not available: {figure['reason']}"
+    return f"{metric} is not available: {metric_value['reason']}"
 
 
 _MOST = 300  # characters of a log's last line

@@ -16,34 +16,36 @@ class Choice:
     Attributes:
         track: its name.
         best: name of the best config; None if there is none, ``why`` says for what reason.
-        figures: mean over the seeds, by config; configs without any are not in it.
+        metric_values: mean over the seeds, by config; configs without any are not in it.
         why: in words.
     """
 
     track: str
     best: str | None
-    figures: dict[str, float]
+    metric_values: dict[str, float]
     why: str
 
 
 def choose(track: str, runs: Sequence[StudyRun], metric: str) -> Choice:
     """The best config of a track; its seeds count as one, by their mean."""
     found = [
-        (run, figure) for run in runs if (figure := _figure(run, metric)) and _has_value(figure)
+        (run, metric_value)
+        for run in runs
+        if (metric_value := _metric_value(run, metric)) and _has_value(metric_value)
     ]
     if not found:
         reasons = {
-            str(figure["reason"])
+            str(metric_value["reason"])
             for run in runs
-            if (figure := _figure(run, metric)) and not _has_value(figure)
+            if (metric_value := _metric_value(run, metric)) and not _has_value(metric_value)
         }
         why = f"no run has {metric}"
         return Choice(track, None, {}, f"{why}: {'; '.join(sorted(reasons))}" if reasons else why)
     values: dict[str, list[float]] = {}
-    for run, figure in found:
-        values.setdefault(run.name, []).append(float(figure["value"]))
+    for run, metric_value in found:
+        values.setdefault(run.name, []).append(float(metric_value["value"]))
     means = {name: sum(given) / len(given) for name, given in values.items()}
-    kinds = {str(figure["fingerprint"]): run.id for run, figure in found}
+    kinds = {str(metric_value["fingerprint"]): run.id for run, metric_value in found}
     if len(kinds) > 1:
         told = ", ".join(f"{run} ({kind})" for kind, run in kinds.items())
         return Choice(
@@ -91,9 +93,9 @@ def present_runs(
     return runs, choices
 
 
-def _figure(run: StudyRun, metric: str) -> dict[str, Any] | None:
+def _metric_value(run: StudyRun, metric: str) -> dict[str, Any] | None:
     return run.stages[-1].metric(metric)
 
 
-def _has_value(figure: dict[str, Any]) -> bool:
-    return figure["value"] is not None
+def _has_value(metric_value: dict[str, Any]) -> bool:
+    return metric_value["value"] is not None

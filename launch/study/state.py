@@ -136,7 +136,7 @@ def read_record(study: Study) -> Record:
             f"{FORMAT}): move it away; what is done is known from the runs"
         )
     found = read_attempts(record.path)
-    troubles = list(found.troubles)
+    problems = list(found.problems)
     known = {one.name for one in fields(Attempt)}
     needed = {one.name for one in fields(Attempt) if one.default is MISSING}
     for key, attempts in found.value.items():
@@ -144,7 +144,7 @@ def read_record(study: Study) -> Record:
         for one in attempts:
             given = {name: value for name, value in one.items() if name in known}
             if any(given.get(name) is None for name in needed):
-                troubles.append(
+                problems.append(
                     f": runs: {key}: an attempt lacks one of {', '.join(sorted(needed))}"
                 )
                 continue
@@ -153,10 +153,10 @@ def read_record(study: Study) -> Record:
     if isinstance(best, dict) and all(isinstance(name, str) for name in best.values()):
         record.best = best
     elif best is not None:
-        troubles.append(f": best: {best!r} is not a mapping of tracks to names")
-    for trouble in troubles:
-        log.warning("%s%s; what is done is known from the runs", record.path, trouble)
-    record.damaged = bool(troubles)
+        problems.append(f": best: {best!r} is not a mapping of tracks to names")
+    for problem in problems:
+        log.warning("%s%s; what is done is known from the runs", record.path, problem)
+    record.damaged = bool(problems)
     return record
 
 

@@ -21,6 +21,7 @@ from tests.families.test_new_family import FIVE_STEPS, here  # noqa: F401
 # Every member that the base class of 0.1 had, overridden with a call of super().
 OLD = """
     prompts = ()
+    headline = property(lambda self: super().headline)
     log = []
 
     def trainable(self, network):
@@ -133,6 +134,7 @@ def test_every_member_of_0_1_may_call_super_and_keeps_its_meaning(old):
     seen = {what for what, _ in cls.log}
     assert seen == {"set_fade", "remember", "after_step"}
     assert ("after_step", 40) in cls.log
+    assert cls.main_loss.fget(cls(config, config.stages[0], torch.device("cpu"))) == "G"
     checkpoint = newest_checkpoint(config.run / "16x16" / "checkpoints")
     assert checkpoint.state["facts"] == {"note": "old"}
 

@@ -50,7 +50,7 @@ def test_each_phase_changes_its_network_alone(family, precision, disc_data, tmp_
     batch = state.data.read(range(BATCH), image_size=inputs.image_size, levels=inputs.levels)
     state.engine.prepare()
     assert {phase.network for phase in state.family.phases} == set(state.family.networks)
-    assert state.family.headline in {phase.name for phase in state.family.phases}
+    assert state.family.main_loss in {phase.name for phase in state.family.phases}
     for phase in state.family.phases:
         before = parameters(state.family)
         losses, report = state.engine.losses(phase, batch, last=True)

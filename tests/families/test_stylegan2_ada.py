@@ -116,7 +116,7 @@ def test_r1_is_autograds_through_the_augmentation():
     batch = make_batch(drawn_images(8, 16))
     losses, _ = phase(family, "D_reg").losses(batch)
     images = batch["image"].clone().requires_grad_()
-    logits = family._judge("D_reg", images, batch["position"], None)
+    logits = family._logits("D_reg", images, batch["position"], None)
     (gradient,) = torch.autograd.grad(logits.sum(), images)
     expected = 16 * 3 / 2 * gradient.square().flatten(1).sum(1).mean()
     torch.testing.assert_close(losses["r1"], expected)
@@ -153,7 +153,7 @@ def test_the_sign_is_that_of_reals_and_w_is_its_mean():
     family = make()
     batch = make_batch(drawn_images(8, 16))
     _, report = phase(family, "D").losses(batch)
-    logits = family._judge("D/real", batch["image"], batch["position"], None)
+    logits = family._logits("D/real", batch["image"], batch["position"], None)
     assert report["sign"] == logits.sign().mean()
     z = rng.normal(0, "z/G", batch["position"], (8,))
     _, report = phase(family, "G").losses(batch)
@@ -166,7 +166,7 @@ def test_styles_mix_two_latents_at_a_place_of_their_own():
     w, ws = family._styles("G", positions, None)
     own = (ws == w[:, None]).all(2)
     num_own = own.sum(1)
-    # the first so many are w, and all others one other w
+    # the first that many are w, and all others one other w
     assert torch.equal(own, torch.arange(6) < num_own[:, None])
     mixed = num_own < 6
     assert abs(mixed.float().mean() - 0.9) < 0.07
@@ -191,8 +191,8 @@ def test_d_and_g_see_other_latents_noise_and_augmentations():
     )
     images = drawn_images(4, 16)
     assert not torch.allclose(
-        family._judge("D/real", images, positions, None),
-        family._judge("G", images, positions, None),
+        family._logits("D/real", images, positions, None),
+        family._logits("G", images, positions, None),
     )
 
 

@@ -54,15 +54,15 @@ class Player:
 
     Attributes:
         codes: what (run, step) ends with; 0 unless given.
-        figures: of a run, by its id; 1 unless given, and a text is why there is none.
-        fingerprints: of a run's figure.
+        metric values: of a run, by its id; 1 unless given, and a text is why there is none.
+        fingerprints: of a run's metric value.
         done: what was done, in order: ``gan/a-seed0 train``.
     """
 
     def __init__(self, study: Path) -> None:
         self.folder = Path(yaml.safe_load(study.read_text())["folder"])
         self.codes: dict[tuple[str, str], int] = {}
-        self.figures: dict[str, float | str] = {}
+        self.metric_values: dict[str, float | str] = {}
         self.fingerprints: dict[str, str] = {}
         self.done: list[str] = []
 
@@ -99,15 +99,15 @@ class Player:
         (self.folder / run / "config.yaml").write_text("{}")
 
     def _evaluate(self, run: str, config: Config) -> None:
-        given = self.figures.get(run, 1.0)
-        figure = {
+        given = self.metric_values.get(run, 1.0)
+        metric_value = {
             "name": METRIC,
             "value": None if isinstance(given, str) else given,
             "reason": given if isinstance(given, str) else None,
             "better": "lower",
             "fingerprint": self.fingerprints.get(run, "abc"),
         }
-        self._write(run, config, "evaluation.json", {"measured": {METRIC: figure}})
+        self._write(run, config, "evaluation.json", {"measured": {METRIC: metric_value}})
 
     def _look(self, run: str, config: Config) -> None:
         nimg = sum(stage.num_images for stage in config.stages)

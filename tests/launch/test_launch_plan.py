@@ -33,7 +33,7 @@ def record(folder):
 def finish(folder, size, nimg):
     place = folder / "run" / f"{size}x{size}"
     place.mkdir(parents=True, exist_ok=True)
-    (place / "result.json").write_text(json.dumps({"nimg": nimg, "verdict": "ok"}))
+    (place / "result.json").write_text(json.dumps({"nimg": nimg, "health": "ok"}))
 
 
 def test_each_job_waits_for_the_one_before(played):

@@ -136,7 +136,7 @@ def test_a_closed_terminal_saves(config):
 
 
 class Played(SignalForwarder):
-    """A relay whose one worker is ready, and whose clock and signals are played."""
+    """A SignalForwarder whose one worker is ready, and whose clock and signals are played."""
 
     def __init__(self, monkeypatch) -> None:
         self.now, self.ended, self.killed = 0.0, [], []

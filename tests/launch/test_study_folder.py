@@ -234,7 +234,7 @@ def test_the_status_on_slurm_shows_all_of_them(folder, played, tmp_path):
     table = rows(result)
     assert table["a"][0] == "queued" and table["a"][-1].startswith("train-4, job 101")
     assert table["c"][:2] == ["begun", "0.5 of 1 kimg"]
-    (stage / "result.json").write_text(json.dumps({"nimg": 1000, "verdict": "ok"}))
+    (stage / "result.json").write_text(json.dumps({"nimg": 1000, "health": "ok"}))
     assert rows(launch("status", place))["c"][:2] == ["done", "1 kimg, ok"]
     set_state(played, 101, "FAILED", "NonZeroExitCode", 1)
     set_state(played, 102, "CANCELLED")

@@ -87,7 +87,9 @@ def test_killed_twice_it_finishes_and_nothing_is_done_again(tmp_path, started):
     for run in record["runs"]:
         assert run in page or run.split("/")[1] in page
         assert run.split("/")[1] in told
-        figures = json.loads((folder / run / "16x16" / "evaluation.json").read_text())["measured"]
-        assert str(figures["fd_dinov2"]["value"])[:8] in told
+        metric_values = json.loads((folder / run / "16x16" / "evaluation.json").read_text())[
+            "measured"
+        ]
+        assert str(metric_values["fd_dinov2"]["value"])[:8] in told
     summary = (folder / "report" / "study.md").read_text()
     assert summary.count("| done |") == 5 and "What failed" not in summary

@@ -143,10 +143,10 @@ def test_what_is_left_is_read_from_the_runs_files(tmp_path):
     assert steps_left(run, "fid") == ["train", "evaluate", "look"]
     player.play(run.id, "train")
     assert steps_left(run, "fid") == ["evaluate", "look"]
-    player.figures[run.id] = "no weights"
+    player.metric_values[run.id] = "no weights"
     player.play(run.id, "evaluate")
     assert steps_left(run, "fid") == ["evaluate", "look"]
-    player.figures[run.id] = 3.0
+    player.metric_values[run.id] = 3.0
     player.play(run.id, "evaluate")
     assert steps_left(run, "kid") == ["evaluate", "look"]
     player.play(run.id, "look")

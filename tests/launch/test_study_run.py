@@ -54,8 +54,13 @@ def test_every_run_is_trained_measured_and_looked_at_once(played_study, tmp_path
 
 def test_the_best_by_the_mean_of_its_seeds_goes_into_the_final(played_study, tmp_path):
     path, player = played_study(final={"seeds": [5], "overrides": ["stages.0.kimg=4"]})
-    player.figures = {"gan/a-seed0": 1, "gan/a-seed1": 9, "gan/b-seed0": 4, "vae/c-seed0": 0.5}
-    player.figures["gan/b-seed1"] = 4.5
+    player.metric_values = {
+        "gan/a-seed0": 1,
+        "gan/a-seed1": 9,
+        "gan/b-seed0": 4,
+        "vae/c-seed0": 0.5,
+    }
+    player.metric_values["gan/b-seed1"] = 4.5
     assert study("run", path).exit_code == 0
     assert player.done[len(ALL) :: 3] == ["final/gan-b-seed5 train", "final/vae-c-seed5 train"]
     final = open_study(path).final_runs({"gan": "b"})[0]
@@ -70,7 +75,7 @@ def test_a_failed_run_is_recorded_and_stops_no_other(played_study):
     path, player = played_study(final={})
     player.codes["gan/a-seed1", "train"] = 3
     player.codes["vae/c-seed0", "evaluate"] = 4
-    player.figures["vae/dd-seed0"] = 0.5
+    player.metric_values["vae/dd-seed0"] = 0.5
     result = study("run", path)
     assert result.exit_code == 1
     # not trained, it is not measured; not measured, it is still looked at
@@ -105,7 +110,9 @@ def test_what_failed_before_comes_after_what_was_never_tried(played_study):
 def test_no_best_where_figures_cannot_be_compared(played_study):
     path, player = played_study(final={})
     player.fingerprints["gan/b-seed1"] = "other"
-    player.figures["vae/c-seed0"] = player.figures["vae/dd-seed0"] = "no weights: give a path"
+    player.metric_values["vae/c-seed0"] = player.metric_values["vae/dd-seed0"] = (
+        "no weights: give a path"
+    )
     result = study("run", path)
     assert result.exit_code == 1  # fid is not there
     assert not [one for one in player.done if one.startswith("final")]

@@ -57,7 +57,7 @@ def on_slurm(played, tmp_path, monkeypatch):
 
 def test_on_slurm_the_final_follows_the_tracks(on_slurm, played):
     path, player = on_slurm
-    player.figures["vae/c-seed0"] = 2.0
+    player.metric_values["vae/c-seed0"] = 2.0
     player.codes["gan/b-seed1", "train"] = 9
     result = study("run", path, "--on", "slurm")
     assert result.exit_code == 1, result.output
@@ -78,10 +78,10 @@ def test_on_slurm_the_final_follows_the_tracks(on_slurm, played):
 
 def test_a_metric_that_was_missing_is_measured_again(on_slurm, played):
     path, player = on_slurm
-    player.figures["vae/c-seed0"] = "no weights"
+    player.metric_values["vae/c-seed0"] = "no weights"
     result = study("run", path, "--on", "slurm")
     assert "fid is not available: no weights" in rows(result)["vae/c-seed0"][0]
-    player.figures["vae/c-seed0"] = 2.0  # worse than the other
+    player.metric_values["vae/c-seed0"] = 2.0  # worse than the other
     player.done.clear()
     assert study("run", path, "--on", "slurm").exit_code == 0
     assert player.done == ["vae/c-seed0 evaluate", "vae/c-seed0 look"]

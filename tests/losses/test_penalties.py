@@ -56,7 +56,7 @@ def test_of_a_quadratic_d_they_are_taken_at_the_right_places():
 
 
 class Net(nn.Module):
-    """A curved D in double precision, whatever the images are."""
+    """A curved D in double precision, regardless of the images are."""
 
     def __init__(self):
         super().__init__()

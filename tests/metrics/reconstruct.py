@@ -1,4 +1,4 @@
-"""Pairs of drawn images, and figures of them; under torchrun each rank writes what it found.
+"""Pairs of drawn images, and metric values of them; under torchrun each rank writes what it found.
 
 torchrun --nproc-per-node 2 tests/metrics/reconstruct.py BACKBONE OUT
 """
@@ -15,7 +15,7 @@ from dinogen.distributed import process_group
 from dinogen.metrics.extractors.lpips import load_perceptual
 from dinogen.metrics.lpips_diversity import lpips_diversity
 from dinogen.metrics.reconstruction import reconstruction
-from dinogen.metrics.value import Figure
+from dinogen.metrics.value import MetricValue
 from tests.metrics.backbones import random_images
 
 
@@ -39,21 +39,21 @@ class NoisyPairs:
         return self.real[numbers], self.made[numbers]
 
 
-def measure(backbone: str) -> list[Figure]:
-    """All figures, of five pairs in three batches and of one pair; under torchrun their shares."""
+def measure(backbone: str) -> list[MetricValue]:
+    """All values, of five pairs in three batches and of one pair; under torchrun their shares."""
     perceptual = load_perceptual("alex", backbone, torch.device("cpu"))
     five, one = NoisyPairs(5, 16), NoisyPairs(1, 16)
-    figures = [
+    metric_values = [
         *reconstruction(five, perceptual, 2).values(),
         *reconstruction(one, perceptual, 2).values(),
     ]
     measure.starts = five.starts
-    return [*figures, lpips_diversity(random_images(5, 16), perceptual)]
+    return [*metric_values, lpips_diversity(random_images(5, 16), perceptual)]
 
 
 if __name__ == "__main__":
     process_group.init()
-    found = [figure.to_dict() for figure in measure(sys.argv[1])]
+    found = [metric_value.to_dict() for metric_value in measure(sys.argv[1])]
     out = Path(sys.argv[2])
     (out / f"{process_group.rank()}.json").write_text(json.dumps(found))
     shares = process_group.all_gather(torch.tensor([len(measure.starts)])).tolist()

@@ -44,7 +44,7 @@ def save_images(images: list[np.ndarray], folder: Path) -> Path:
 
 
 class Means:
-    """A extractor of six features: mean and deviation of each colour; counts what it sees."""
+    """An extractor of six features: mean and deviation of each colour; counts what it sees."""
 
     def __init__(
         self, name: str = "inception768", resize: str = "box 4", weights: str = "a" * 64
@@ -59,7 +59,7 @@ class Means:
 
 
 def only(monkeypatch, extractor: Means) -> Means:
-    """Make it the one feature extractor whose weights can be had."""
+    """Make it the one feature extractor whose weights is available."""
 
     def load(name, config, device):
         if name != extractor.info.name:

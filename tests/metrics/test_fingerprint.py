@@ -38,7 +38,7 @@ def made(extractor=None, reference=None, resolution=64, num_samples=5000, num_re
 
 
 def test_it_is_twelve_digits_and_does_not_change_from_version_to_version():
-    """Figures of years ago have to stay comparable."""
+    """Metric values of years ago have to stay comparable."""
     # printf '{"a":"x","b":1}' | sha256sum
     assert fingerprint_id({"b": 1, "a": "x"}) == "cdab067e9f3b"
     assert set(made()) == {

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 
 
-def judge_of(name, path=None):
+def extractor_of(name, path=None):
     return load_extractor(name, MetricsConfig(**{name: path and str(path)}), CPU)
 
 
@@ -93,7 +93,7 @@ def close(found, expected, tolerance=1e-5):
 
 
 def test_inception_is_torch_fidelitys(weights, theirs):
-    extractor = judge_of("inception", weights)
+    extractor = extractor_of("inception", weights)
     images, expected = theirs
     found = extractor(images)
     assert isinstance(extractor, FeatureExtractor) and set(found) == {"features", "logits"}
@@ -107,7 +107,7 @@ def test_inception_is_torch_fidelitys(weights, theirs):
 
 
 def test_inception768_is_its_layer_of_768(folded, theirs):
-    extractor = judge_of("inception768", folded)
+    extractor = extractor_of("inception768", folded)
     images, expected = theirs
     found = extractor(images)
     assert set(found) == {"features"} and extractor.info.num_logits == 0
@@ -120,7 +120,7 @@ def test_inception768_is_its_layer_of_768(folded, theirs):
 
 def test_recorded_features_of_real_images_are_reproduced(assets):
     (file,) = (assets / "inception").glob("*.safetensors")
-    extractor = judge_of("inception768", file)
+    extractor = extractor_of("inception768", file)
     recorded = np.load(assets / "inception" / "reference_features.npz")
     num = 0
     for name in recorded.files:
@@ -164,7 +164,7 @@ def test_dinov2_is_the_cls_token_of_transformers(tmp_path, registers):
     make_random_dinov2(
         folder, seed=0, hidden_size=32, num_layers=2, num_heads=2, num_registers=registers
     )
-    extractor = judge_of("dinov2", folder)
+    extractor = extractor_of("dinov2", folder)
     assert extractor.info.random and extractor.info.resize == "bicubic antialias 224"
     images = random_images(2, 64)
     model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
@@ -181,21 +181,21 @@ def test_dinov2_that_cannot_be_had_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(NotAvailable, match=r"metrics\.dinov2: no path is given"):
-        judge_of("dinov2")
+        extractor_of("dinov2")
     with pytest.raises(NotAvailable, match=r"metrics\.dinov2: nobody/nothing: no folder"):
-        judge_of("dinov2", "nobody/nothing")
+        extractor_of("dinov2", "nobody/nothing")
     with pytest.raises(NotAvailable, match=r"metrics\.dinov2: .* lacks config\.json"):
-        judge_of("dinov2", tmp_path)
+        extractor_of("dinov2", tmp_path)
 
 
 def test_folded_weights_that_cannot_be_had_are_said(tmp_path):
     with pytest.raises(NotAvailable, match=r"metrics\.inception768: no path is given"):
-        judge_of("inception768")
+        extractor_of("inception768")
     with pytest.raises(NotAvailable, match=r"metrics\.inception768: .* is not a file"):
-        judge_of("inception768", tmp_path / "nothing.safetensors")
+        extractor_of("inception768", tmp_path / "nothing.safetensors")
     (tmp_path / "text.safetensors").write_text("not weights")
     with pytest.raises(NotAvailable, match=r"metrics\.inception768: .* does not hold"):
-        judge_of("inception768", tmp_path / "text.safetensors")
+        extractor_of("inception768", tmp_path / "text.safetensors")
 
 
 class Harmful:
@@ -212,7 +212,7 @@ class Harmful:
 def test_wrong_and_harmful_weights_are_refused(tmp_path):
     mend = "name the file in metrics.inception"
     with pytest.raises(NotAvailable, match=rf"is no file: get https://.*{WEIGHTS_NAME} and {mend}"):
-        judge_of("inception", tmp_path / "nothing.pth")
+        extractor_of("inception", tmp_path / "nothing.pth")
     (tmp_path / "text.pth").write_text("not weights")
     torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
     touched = tmp_path / "touched"
@@ -220,7 +220,7 @@ def test_wrong_and_harmful_weights_are_refused(tmp_path):
     torch.save({"fc.bias": Harmful(touched)}, tmp_path / "harmful_too.pth")
     for name in ("text", "other", "harmful", "harmful_too"):
         with pytest.raises(NotAvailable, match=rf"{name}\.pth does not hold torch-fidelity's"):
-            judge_of("inception", tmp_path / f"{name}.pth")
+            extractor_of("inception", tmp_path / f"{name}.pth")
     assert not touched.exists()
 
 
@@ -229,7 +229,7 @@ def test_without_a_path_it_is_torchs_hub_cache(weights, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(inception_file, "_answers", lambda url: asked.append(url) is not None)
     with pytest.raises(NotAvailable, match=rf"{WEIGHTS_NAME} is not there, and the network"):
-        judge_of("inception")
+        extractor_of("inception")
     assert len(asked) == 1
 
     def download(url, file, hash_prefix, progress):
@@ -238,9 +238,9 @@ def test_without_a_path_it_is_torchs_hub_cache(weights, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     monkeypatch.setattr(inception_file, "_answers", lambda url: True)
-    first = judge_of("inception")
+    first = extractor_of("inception")
     monkeypatch.setattr(inception_file, "_answers", lambda url: pytest.fail("asked again"))
-    assert judge_of("inception").info == first.info
+    assert extractor_of("inception").info == first.info
     assert hashlib.sha256(weights.read_bytes()).hexdigest() != first.info.weights_sha256
 
 
@@ -253,7 +253,7 @@ def test_with_the_hub_offline_nothing_is_asked_for(monkeypatch):
 def test_onet_is_the_detectors_own_and_knows_a_face():
     from skimage import data
 
-    extractor = judge_of("onet")
+    extractor = extractor_of("onet")
     images = random_images(3, 48)
     found = extractor(images)
     with torch.no_grad():
@@ -269,4 +269,4 @@ def test_onet_is_the_detectors_own_and_knows_a_face():
 def test_another_file_for_onet_is_named(tmp_path):
     (tmp_path / "onet.pt").write_bytes(b"nothing")
     with pytest.raises(NotAvailable, match=r"metrics\.onet: .*onet\.pt"):
-        judge_of("onet", tmp_path / "onet.pt")
+        extractor_of("onet", tmp_path / "onet.pt")

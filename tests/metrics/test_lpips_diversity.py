@@ -32,23 +32,27 @@ def by_pairs(images, perceptual):
 def test_it_is_the_mean_of_all_pairs_and_its_spread_that_of_leaving_one_out(perceptual):
     images = random_images(6, 32)
     pairs = by_pairs(images, perceptual)
-    figure = lpips_diversity(images, perceptual)
-    assert figure.value == pytest.approx(np.mean(list(pairs.values())), rel=1e-5)
+    metric_value = lpips_diversity(images, perceptual)
+    assert metric_value.value == pytest.approx(np.mean(list(pairs.values())), rel=1e-5)
     without = [
         np.mean([distance for pair, distance in pairs.items() if left_out not in pair])
         for left_out in range(6)
     ]
     jackknife = math.sqrt(5 / 6 * np.square(without - np.mean(without)).sum())
-    assert figure.spread == pytest.approx(jackknife, rel=1e-4)
-    assert (figure.name, figure.better, figure.num_samples) == ("lpips_diversity", "higher", 6)
+    assert metric_value.spread == pytest.approx(jackknife, rel=1e-4)
+    assert (metric_value.name, metric_value.better, metric_value.num_samples) == (
+        "lpips_diversity",
+        "higher",
+        6,
+    )
 
 
 def test_its_spread_is_what_other_draws_differ_by(perceptual):
-    """Of 30 draws of 12 images the figures spread as each of them says, within chance."""
+    """Of 30 draws of 12 images the metric values spread as each of them says, within chance."""
     images = random_images(360, 16)
-    figures = [lpips_diversity(part, perceptual) for part in images.split(12)]
-    spread = np.std([figure.value for figure in figures], ddof=1)
-    said = np.mean([figure.spread for figure in figures])
+    metric_values = [lpips_diversity(part, perceptual) for part in images.split(12)]
+    spread = np.std([metric_value.value for metric_value in metric_values], ddof=1)
+    said = np.mean([metric_value.spread for metric_value in metric_values])
     assert 0.6 < said / spread < 1.7
 
 
@@ -63,12 +67,12 @@ def test_blocks_change_nothing(perceptual, monkeypatch):
 
 
 def test_one_image_over_and_over_has_none(perceptual):
-    figure = lpips_diversity(random_images(1, 32).expand(5, -1, -1, -1), perceptual)
-    assert figure.value == pytest.approx(0, abs=1e-9)
-    assert figure.spread == pytest.approx(0, abs=1e-9)
+    metric_value = lpips_diversity(random_images(1, 32).expand(5, -1, -1, -1), perceptual)
+    assert metric_value.value == pytest.approx(0, abs=1e-9)
+    assert metric_value.spread == pytest.approx(0, abs=1e-9)
 
 
 def test_few_images(perceptual):
     assert lpips_diversity(random_images(2, 32), perceptual).spread is None
-    figure = lpips_diversity(random_images(1, 32), perceptual)
-    assert figure.value is None and "generate two or more" in figure.reason
+    metric_value = lpips_diversity(random_images(1, 32), perceptual)
+    assert metric_value.value is None and "generate two or more" in metric_value.reason

@@ -1,4 +1,4 @@
-"""Reconstruction figures against closed forms and scikit-image; the same on one rank and on two."""
+"""Reconstruction metrics against closed forms and scikit-image; the same on one rank and on two."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def columns(pairs, perceptual):
 @pytest.mark.parametrize("batch", [1, 4, 32])
 def test_means_and_spreads_are_those_of_every_pair(perceptual, batch):
     pairs = NoisyPairs(7, 32)
-    figures = reconstruction(pairs, perceptual, batch)
-    assert list(figures) == [f"reconstruction_{name}" for name in ("lpips", "psnr", "ssim")]
+    metric_values = reconstruction(pairs, perceptual, batch)
+    assert list(metric_values) == [f"reconstruction_{name}" for name in ("lpips", "psnr", "ssim")]
     for name, values in columns(pairs, perceptual).items():
-        figure = figures[f"reconstruction_{name}"]
-        assert figure.value == pytest.approx(np.mean(values), rel=1e-5)
-        assert figure.spread == pytest.approx(np.std(values, ddof=1) / math.sqrt(7), rel=1e-4)
-        assert (figure.num_samples, figure.name) == (7, f"reconstruction_{name}")
-        assert figure.better == ("lower" if name == "lpips" else "higher")
+        metric_value = metric_values[f"reconstruction_{name}"]
+        assert metric_value.value == pytest.approx(np.mean(values), rel=1e-5)
+        assert metric_value.spread == pytest.approx(np.std(values, ddof=1) / math.sqrt(7), rel=1e-4)
+        assert (metric_value.num_samples, metric_value.name) == (7, f"reconstruction_{name}")
+        assert metric_value.better == ("lower" if name == "lpips" else "higher")
 
 
 def test_closed_forms():
@@ -80,18 +80,18 @@ def test_the_same_image_is_as_one_value_off_by_one():
 
 
 def test_without_lpips_the_others_go_on():
-    figures = reconstruction(NoisyPairs(3, 16), NO_LPIPS)
-    lost = figures["reconstruction_lpips"]
+    metric_values = reconstruction(NoisyPairs(3, 16), NO_LPIPS)
+    lost = metric_values["reconstruction_lpips"]
     assert lost.value is None and lost.reason == "metrics.lpips_backbone: not here"
-    assert figures["reconstruction_psnr"].value > 10
+    assert metric_values["reconstruction_psnr"].value > 10
 
 
 def test_images_smaller_than_the_window_have_no_ssim(perceptual):
-    figures = reconstruction(NoisyPairs(3, 8), perceptual)
-    assert figures["reconstruction_ssim"].value is None
-    assert "smaller than its window of 11x11" in figures["reconstruction_ssim"].reason
-    assert figures["reconstruction_psnr"].value > 10
-    assert figures["reconstruction_lpips"].value > 0
+    metric_values = reconstruction(NoisyPairs(3, 8), perceptual)
+    assert metric_values["reconstruction_ssim"].value is None
+    assert "smaller than its window of 11x11" in metric_values["reconstruction_ssim"].reason
+    assert metric_values["reconstruction_psnr"].value > 10
+    assert metric_values["reconstruction_lpips"].value > 0
     assert reconstruction(NoisyPairs(1, 11), NO_LPIPS)["reconstruction_ssim"].value > 0
 
 
@@ -105,7 +105,7 @@ def test_two_ranks_give_the_same_as_one(backbone, tmp_path):
     """Also where the second has nothing to read; LPIPS diversity with them, for one start."""
     done = torchrun(2, SCRIPT, backbone, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
-    alone = [figure.to_dict() for figure in measure(str(backbone))]
+    alone = [metric_value.to_dict() for metric_value in measure(str(backbone))]
     for rank in range(2):
         together = json.loads((tmp_path / f"{rank}.json").read_text())
         assert len(together) == len(alone) == 7

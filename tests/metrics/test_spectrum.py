@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from dinogen.metrics.collect import Moments, Seen
-from dinogen.metrics.extractors.spectrum import NUM_BANDS, SpectrumJudge
+from dinogen.metrics.extractors.spectrum import NUM_BANDS, SpectrumExtractor
 from dinogen.metrics.registry import JUDGED, Sets
 from dinogen.metrics.spectrum import sharpness, spectrum_distance
 from dinogen.metrics.value import halves
 
-JUDGE = SpectrumJudge(torch.device("cpu"))
+JUDGE = SpectrumExtractor(torch.device("cpu"))
 
 
 def noise(num, side, deviation=30.0, seed=0):

@@ -86,39 +86,43 @@ def test_every_image_is_made_once_and_judged_once(data, extractor, tmp_path):
     found = suite(ALL, what, tmp_path, num_halves=4)
     assert sorted(what.generated.numbers) == list(range(60))
     assert extractor.num_seen == 60 + what.real.num + what.train.num
-    assert list(found.figures) == ALL
-    there = {name for name, figure in found.figures.items() if figure.value is not None}
+    assert list(found.metric_values) == ALL
+    there = {
+        name for name, metric_value in found.metric_values.items() if metric_value.value is not None
+    }
     assert there == {*OF_MEANS, "reconstruction_psnr", "reconstruction_ssim"}
     for name in OF_MEANS:
-        figure = found.figures[name]
-        assert (figure.num_samples, figure.num_reference) == (60, what.real.num)
-        assert figure.spread is not None and figure.better == better(name)
-        assert found.fingerprints[figure.fingerprint]["judge"] == "inception768"
+        metric_value = found.metric_values[name]
+        assert (metric_value.num_samples, metric_value.num_reference) == (60, what.real.num)
+        assert metric_value.spread is not None and metric_value.better == better(name)
+        assert found.fingerprints[metric_value.fingerprint]["judge"] == "inception768"
     # noise is not discs
-    assert found.figures["fid768"].value > 100 * found.figures["fid768"].spread
-    assert found.figures["recall768"].value == found.figures["precision768"].value == 0
-    assert found.figures["memorisation768"].value > 2
+    assert found.metric_values["fid768"].value > 100 * found.metric_values["fid768"].spread
+    assert found.metric_values["recall768"].value == found.metric_values["precision768"].value == 0
+    assert found.metric_values["memorisation768"].value > 2
 
 
 def test_what_is_missing_says_why_and_how_to_mend_it(data, extractor, tmp_path):
     what = subject(data, real=ABSENT, train=ABSENT, pairs=ABSENT)
     found = suite(ALL, what, tmp_path)
     assert not found.made and what.generated.numbers == [] and found.fingerprints == {}
-    reasons = {name: figure.reason for name, figure in found.figures.items()}
+    reasons = {name: metric_value.reason for name, metric_value in found.metric_values.items()}
     assert reasons["fid"] == reasons["is"] == "metrics.inception: no path is given"
     assert reasons["fid768"] == reasons["reconstruction_psnr"] == str(ABSENT)
     assert "metrics.lpips_backbone" in reasons["lpips_diversity"]
-    assert all(figure.value is None for figure in found.figures.values())
+    assert all(metric_value.value is None for metric_value in found.metric_values.values())
     # without the images that were learnt from, all but memorisation is there
     found = suite(OF_MEANS, subject(data, train=ABSENT), tmp_path)
-    missing = [name for name, figure in found.figures.items() if figure.value is None]
+    missing = [
+        name for name, metric_value in found.metric_values.items() if metric_value.value is None
+    ]
     assert missing == ["memorisation768"]
 
 
 def test_a_set_against_itself(data, extractor, tmp_path):
     floats = of(data, "val").read(list(range(data.num_samples("val")))).float() / 127.5 - 1
     itself = Generated(lambda numbers: floats[numbers], len(floats), 16)
-    found = suite(OF_MEANS, subject(data, itself), tmp_path).figures
+    found = suite(OF_MEANS, subject(data, itself), tmp_path).metric_values
     assert found["fid768"].value == pytest.approx(0, abs=1e-6)
     assert found["precision768"].value == found["coverage768"].value == 1
     assert found["memorisation768"].value == pytest.approx(1)
@@ -129,7 +133,7 @@ def test_a_frechet_distance_by_hand(data, extractor, tmp_path):
     from scipy.linalg import sqrtm
 
     what = subject(data)
-    found = suite(["fid768"], what, tmp_path).figures["fid768"]
+    found = suite(["fid768"], what, tmp_path).metric_values["fid768"]
     rows = [
         Means()(source.read(list(range(source.num))))["features"].double().numpy()
         for source in (Counted(60), what.real)
@@ -143,19 +147,19 @@ def test_a_frechet_distance_by_hand(data, extractor, tmp_path):
 def test_reconstructions_that_are_the_images_themselves(data, extractor, tmp_path):
     names = ["reconstruction_psnr", "reconstruction_ssim", "reconstruction_lpips"]
     found = suite(names, subject(data), tmp_path)
-    assert found.figures["reconstruction_ssim"].value == pytest.approx(1)
-    assert found.figures["reconstruction_psnr"].value > 60
-    assert "metrics.lpips_backbone" in found.figures["reconstruction_lpips"].reason
+    assert found.metric_values["reconstruction_ssim"].value == pytest.approx(1)
+    assert found.metric_values["reconstruction_psnr"].value > 60
+    assert "metrics.lpips_backbone" in found.metric_values["reconstruction_lpips"].reason
     assert not found.made, "nothing has to be generated for it"
-    facts = found.fingerprints[found.figures["reconstruction_ssim"].fingerprint]
+    facts = found.fingerprints[found.metric_values["reconstruction_ssim"].fingerprint]
     assert (facts["split"], facts["num_reference"]) == ("val", data.num_samples("val"))
 
 
 def test_too_few_images_are_a_reason(data, extractor, tmp_path):
     found = suite(["fid768", "precision768"], subject(data, Counted(1)), tmp_path)
-    for figure in found.figures.values():
-        assert figure.value is None and figure.fingerprint is None
-        assert "takes" in figure.reason
+    for metric_value in found.metric_values.values():
+        assert metric_value.value is None and metric_value.fingerprint is None
+        assert "takes" in metric_value.reason
     assert found.fingerprints == {}
 
 
@@ -182,17 +186,17 @@ def test_a_run_fed_something_else_is_flagged(data, extractor, tmp_path, monkeypa
     sound = suite(["fid768"], subject(data), tmp_path)
     (mark,) = sound.fingerprints
     again = suite(["fid768"], subject(data), tmp_path)
-    assert again.figures == sound.figures and list(again.fingerprints) == [mark]
+    assert again.metric_values == sound.metric_values and list(again.fingerprints) == [mark]
     seen = {mark}
     for key, what, other in mutations(data, tmp_path):
         only(monkeypatch, other or Means())
         found = suite(["fid768"], what, tmp_path)
-        figure = found.figures["fid768"]
-        assert figure.value is not None
-        told = differences(found.fingerprints[figure.fingerprint], sound.fingerprints[mark])
+        metric_value = found.metric_values["fid768"]
+        assert metric_value.value is not None
+        told = differences(found.fingerprints[metric_value.fingerprint], sound.fingerprints[mark])
         assert any(phrase.startswith(f"{key}: ") for phrase in told), (key, told)
-        assert figure.fingerprint not in seen
-        seen.add(figure.fingerprint)
+        assert metric_value.fingerprint not in seen
+        seen.add(metric_value.fingerprint)
 
 
 def test_files_of_a_reference_are_enough(data, extractor, tmp_path):
@@ -200,7 +204,7 @@ def test_files_of_a_reference_are_enough(data, extractor, tmp_path):
     found = suite(["fid768"], subject(data, real=real), tmp_path)
     (facts,) = found.fingerprints.values()
     assert facts["resize"] == "none, then box 4" and facts["num_reference"] == 9
-    assert math.isfinite(found.figures["fid768"].value)
+    assert math.isfinite(found.metric_values["fid768"].value)
 
 
 def test_names_are_checked_and_come_in_the_order_of_the_table():

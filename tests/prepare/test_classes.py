@@ -106,7 +106,7 @@ def test_both_ways_give_the_same_labels(photos, maker, tmp_path):
         assert data.manifest.classes[sample.label] == folder
     labels = data.read(range(data.num_samples()))["label"].tolist()
     assert [labels.count(label) for label in range(4)] == [3, 4, 2, 5]
-    # finished: passed over, unless the classes have changed
+    # finished: skipped, unless the classes have changed
     pipeline.prepare(photos, once, config, maker)
     with pytest.raises(PrepareError, match=r"classes: Zebra, a, a b, über, now none"):
         pipeline.prepare(photos, once, settings(classes="none"), maker)

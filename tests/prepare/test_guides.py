@@ -120,7 +120,7 @@ def test_one_pass_gives_the_bytes_of_the_three_steps(photos, whole, tmp_path):
     source = join.open_pyramids(parts)
     join.pack_faces(faces, source, data, config.pack, join.guide_of(source, None))
     assert contents(data) == contents(whole[0])
-    # and again: passed over
+    # and again: skipped
     assert write_pyramids(faces, parts, maker_of()).num_kept == 4
     join.pack_faces(faces, source, data, config.pack, join.guide_of(source, None))
 

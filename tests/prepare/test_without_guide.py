@@ -96,7 +96,7 @@ def test_one_pass_and_three_steps_without_a_guide(photos, plain, tmp_path):
     assert verify(data) == []
     batch = data.read(range(data.num_samples()), image_size=16)
     assert batch["image"].shape[1:] == (3, 16, 16) and batch["pyramid"] == {}
-    # again: passed over
+    # again: skipped
     assert dinogen("prepare", photos, once, "-c", plain).stdout.count("already finished") == 1
     assert dinogen("pack", faces, steps, "-c", plain).stdout.count("already finished") == 1
     (steps / "manifest.json").unlink()

@@ -63,7 +63,7 @@ def status(code, **headers):
 
 
 def serve(body=BODY, stop_after=None, ranges=True, etag='"one"', before=None, **headers):
-    """The file; ``stop_after`` so many bytes of the answer the connection breaks.
+    """The file; ``stop_after`` that many bytes of the answer the connection breaks.
 
     ``before`` is called before its first byte.
     """

@@ -21,8 +21,8 @@ ALIKE = {
 VERSIONS = {"dinogen": "0.1.0", "torch": "2.13.0", "python": "3.11.7"}
 
 
-def figure(value, spread=None, better="lower", **changes):
-    """A figure as `dinogen evaluate` writes it."""
+def metric_value(value, spread=None, better="lower", **changes):
+    """A metric value as `dinogen evaluate` writes it."""
     return {
         "value": value,
         "spread": spread,
@@ -57,7 +57,7 @@ def make_run(folder, fid=1.25, *, family="dcgan", seed=0, resolution=32, notes=N
             "family": family,
             "status": "finished",
             "nimg": 20016,
-            "verdict": "ok",
+            "health": "ok",
             "warnings": [],
             "images_per_s": 31.5,
             "seconds": 3725.0,
@@ -76,7 +76,7 @@ def make_run(folder, fid=1.25, *, family="dcgan", seed=0, resolution=32, notes=N
             "nimg": 20016,
             "metrics": {"held_out/mse": 0.0625},
             "num_samples": 77,
-            "measured": {"fid768": figure(fid, 0.015625)},
+            "measured": {"fid768": metric_value(fid, 0.015625)},
             "fingerprints": {"aaaaaaaaaaaa": ALIKE},
             "sampling": {"images_per_s": 1234.5, "num": 500},
             "command": f"dinogen evaluate {folder} --metrics fid768",

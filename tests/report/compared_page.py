@@ -7,7 +7,7 @@ from dinogen.report.compare.write import write_comparison
 
 
 class Page(HTMLParser):
-    """What a browser would load and show, and the cells of the table of figures."""
+    """What a browser would load and show, and the cells of the table of metric values."""
 
     def __init__(self, text):
         super().__init__()
@@ -46,7 +46,7 @@ class Page(HTMLParser):
         if {"td", "th"} & set(self.open) and "svg" not in self.open:
             self.rows[-1][-1][1] += data
 
-    def figures(self):
+    def metric_values(self):
         """{run: {heading: (value and spread, marks)}} of the first table."""
         heads = [text for _, text in self.rows[1]]
         table = {}
@@ -66,6 +66,6 @@ def compare(out, *runs, title="Five runs"):
 
 def cell(page, run, heading):
     """The cell of a run under a heading, by the beginnings of both."""
-    (row,) = [cells for name, cells in page.figures().items() if name.startswith(run)]
+    (row,) = [cells for name, cells in page.metric_values().items() if name.startswith(run)]
     (found,) = [value for head, value in row.items() if head.startswith(heading)]
     return found

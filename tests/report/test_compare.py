@@ -11,7 +11,7 @@ from dinogen.errors import UserError
 from dinogen.report.compare.read import find_runs
 from dinogen.report.compare.write import write_comparison
 
-from .compare_runs import ALIKE, VERSIONS, figure, make_run, write
+from .compare_runs import ALIKE, VERSIONS, make_run, metric_value, write
 from .compared_page import cell, compare
 
 
@@ -53,7 +53,7 @@ def test_every_number_says_where_it_comes_from(tmp_path):
     assert one["data_sha256"] == "f" * 64
     assert data["fingerprints"]["aaaaaaaaaaaa"] == ALIKE
     earlier = f"dinogen evaluate {run} --metrics kid768 metrics.num_samples=9"
-    kept = {"fid768": figure(1.25), "kid768": figure(0.5, command=earlier)}
+    kept = {"fid768": metric_value(1.25), "kid768": metric_value(0.5, command=earlier)}
     _, more, _ = compare(tmp_path / "out2", make_run(tmp_path / "b", measured=kept))
     commands = {name: more["runs"][0]["numbers"][name]["command"] for name in kept}
     assert commands["kid768"] == earlier and commands["fid768"].endswith("--metrics fid768")
@@ -70,7 +70,7 @@ def test_every_number_says_where_it_comes_from(tmp_path):
 @pytest.mark.parametrize(("better", "order"), [("lower", "abc"), ("higher", "cba")])
 def test_the_best_is_marked_and_comes_first(tmp_path, better, order):
     for name, value in (("b", 2.0), ("c", 9.0), ("a", 1.99)):
-        one = figure(value, 0.01, better)
+        one = metric_value(value, 0.01, better)
         make_run(tmp_path / name, measured={"fid768": one})
     page, data, text = compare(tmp_path / "out", *(tmp_path / name for name in "bca"))
     assert "".join(run["name"] for run in data["runs"]) == order
@@ -87,7 +87,7 @@ def test_different_fingerprints_are_said_loudly_and_none_is_best(tmp_path):
     small = {"bbbbbbbbbbbb": ALIKE | {"resolution": 16}}
     make_run(
         tmp_path / "b",
-        measured={"fid768": figure(0.5, fingerprint="bbbbbbbbbbbb")},
+        measured={"fid768": metric_value(0.5, fingerprint="bbbbbbbbbbbb")},
         fingerprints=small,
         family="guided",
     )
@@ -106,7 +106,9 @@ def test_different_fingerprints_are_said_loudly_and_none_is_best(tmp_path):
 
 def test_different_counts_are_said_even_without_a_fingerprint(tmp_path):
     for name, num in (("a", 100), ("b", 50)):
-        one = figure(0.3, 0.1, "higher", num_samples=num, num_reference=None, fingerprint=None)
+        one = metric_value(
+            0.3, 0.1, "higher", num_samples=num, num_reference=None, fingerprint=None
+        )
         make_run(tmp_path / name, measured={"lpips_diversity": one})
     page, data, _ = compare(tmp_path / "out", tmp_path / "a", tmp_path / "b")
     assert "num_samples: 100 (a); 50 (b)." in data["warnings"][0]
@@ -131,12 +133,12 @@ def test_random_judges_and_guides_are_said_loudly(tmp_path):
 
 def test_what_is_not_available_is_listed_with_its_reason(tmp_path):
     reason = "no weights: set metrics.inception to their file"
-    gone = {"fid": figure(None, reason=reason), "is": figure(None, reason=reason)}
+    gone = {"fid": metric_value(None, reason=reason), "is": metric_value(None, reason=reason)}
     page, data, text = compare(tmp_path / "out", make_run(tmp_path / "a", measured=gone))
     (one,) = data["not_available"]
     assert one == {"metrics": "FID, IS", "reason": reason, "runs": ["a"]}
     assert reason in page.text and reason in text
-    assert "FID" not in "".join(page.figures()["a" + "dcgan, 32×32"])
+    assert "FID" not in "".join(page.metric_values()["a" + "dcgan, 32×32"])
 
 
 def test_failed_runs_are_listed_with_what_is_known(tmp_path):
@@ -147,7 +149,7 @@ def test_failed_runs_are_listed_with_what_is_known(tmp_path):
         file.write('{"nimg": 1000, "loss": 2.0}\n{"nimg": 2000, "loss": null}\n')
     collapsed = make_run(tmp_path / "collapsed")
     result = collapsed / "32x32" / "result.json"
-    change = {"verdict": "COLLAPSED", "warnings": ["COLLAPSED: samples differ 3 %"]}
+    change = {"health": "COLLAPSED", "warnings": ["COLLAPSED: samples differ 3 %"]}
     write(result, json.loads(result.read_text()) | change)
     broken = make_run(tmp_path / "broken")
     (broken / "32x32" / "evaluation.json").write_text("{")
@@ -214,7 +216,7 @@ def test_runs_under_several_seeds_are_taken_together(tmp_path):
 
 def test_figures_of_training_stand_in_where_nothing_else_was_measured(tmp_path):
     run = make_run(tmp_path / "a", measured={})
-    line = {"nimg": 20016, "metrics": {"fid768": figure(3.5)}}
+    line = {"nimg": 20016, "metrics": {"fid768": metric_value(3.5)}}
     (run / "32x32" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     _, data, _ = compare(tmp_path / "out", run)
     one = data["runs"][0]["numbers"]["fid768"]

@@ -5,7 +5,7 @@ import pytest
 from dinogen.report.compare.write import write_comparison
 from tests.browser import open_browser
 
-from .compare_runs import figure, make_run
+from .compare_runs import make_run, metric_value
 
 NAMES = ("fid768", "kid768", "precision768", "recall768", "density768", "coverage768")
 
@@ -19,7 +19,7 @@ def browser():
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
-    measured = {name: figure(0.5, 0.01) for name in NAMES}
+    measured = {name: metric_value(0.5, 0.01) for name in NAMES}
     runs = [
         make_run(folder / f"a_run_with_a_name_that_is_rather_long_{n}", measured=measured, seed=n)
         for n in range(3)

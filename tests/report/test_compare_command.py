@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from dinogen.errors import UserError
 from launch.cli.main import app
 
-from .compare_runs import ALIKE, figure, make_run, write
+from .compare_runs import ALIKE, make_run, metric_value, write
 
 
 def test_the_command_makes_what_is_missing(tmp_path, monkeypatch):
@@ -65,7 +65,7 @@ def test_kept_checkpoints_are_measured_for_curves(tmp_path, monkeypatch):
         assert (place / "config.yaml").read_text() == (run / "config.yaml").read_text()
         assert (place / "32x32" / "checkpoints" / f"{nimg:09d}" / "state.json").is_file()
         calls.append(nimg)
-        one = figure(nimg / 1000, command=f"dinogen evaluate {place} --nimg {nimg}")
+        one = metric_value(nimg / 1000, command=f"dinogen evaluate {place} --nimg {nimg}")
         found = {"measured": {"fid768": one}, "fingerprints": {"aaaaaaaaaaaa": ALIKE}}
         write(place / "32x32" / "evaluation.json", found)
         return Done

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from .compare_runs import figure, make_run
+from .compare_runs import make_run, metric_value
 from .compared_page import compare
 
 
@@ -71,7 +71,7 @@ def test_curves_are_where_their_numbers_are(tmp_path):
     for name, values in curves.items():
         run = make_run(tmp_path / name, values[-1])
         lines = [
-            {"nimg": 5000 * (n + 1), "stage": 32, "metrics": {"fid768": figure(value)}}
+            {"nimg": 5000 * (n + 1), "stage": 32, "metrics": {"fid768": metric_value(value)}}
             for n, value in enumerate(values)
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)

@@ -37,7 +37,7 @@ def make_run(run, resolutions=(4, 8), mark="", **changes):
             "floor": 2.0,
             "loss_over_floor": 1.25,
             "diversity": 0.731,
-            "verdict": "ok",
+            "health": "ok",
             "warnings": [],
             "guide": GUIDE,
             "guide_label": "dinov2 (facebook/dinov2-small)",
@@ -135,12 +135,12 @@ def test_a_random_guide_is_said_loudly(tmp_path):
     assert len(page.sources) == 6
 
 
-@pytest.mark.parametrize("verdict", ["COLLAPSING", "COLLAPSED"])
-def test_a_collapse_is_said_loudly_with_its_warning(tmp_path, verdict):
-    run = make_run(tmp_path / "run", verdict=verdict, warnings=[f"{verdict}: samples differ 8 %"])
+@pytest.mark.parametrize("health", ["COLLAPSING", "COLLAPSED"])
+def test_a_collapse_is_said_loudly_with_its_warning(tmp_path, health):
+    run = make_run(tmp_path / "run", health=health, warnings=[f"{health}: samples differ 8 %"])
     page = load(run)
-    assert f"{verdict}: 4x4, 8x8" in page.text
-    assert f"{verdict}: samples differ 8 %" in page.text
+    assert f"{health}: 4x4, 8x8" in page.text
+    assert f"{health}: samples differ 8 %" in page.text
 
 
 def test_a_picture_that_is_missing_is_named(tmp_path):

@@ -60,20 +60,20 @@ def test_nothing_that_a_file_holds_raises(tmp_path, read, name):
     path.write_bytes(CONTENTS[name])
     found = read(path)
     assert found.there
-    # what is given on can be written as JSON and as UTF-8, and its troubles too
+    # what is given on can be written as JSON and as UTF-8, and its problems too
     json.dumps([found.value, found.told()], allow_nan=False, ensure_ascii=False).encode("utf-8")
 
 
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
 def test_what_stands_in_the_place_of_a_file_is_a_trouble(tmp_path, read):
     assert not read(tmp_path / "nothing").there
-    assert not read(tmp_path / "nothing").troubles
+    assert not read(tmp_path / "nothing").problems
     (tmp_path / "folder").mkdir()
     assert "it is a folder" in read(tmp_path / "folder").told()[0]
     os.mkfifo(tmp_path / "pipe")
     assert "no regular file" in read(tmp_path / "pipe").told()[0]
     (tmp_path / "loop").symlink_to("loop")
-    assert read(tmp_path / "loop").troubles
+    assert read(tmp_path / "loop").problems
     (tmp_path / "dangling").symlink_to("nowhere")
     assert not read(tmp_path / "dangling").there
 

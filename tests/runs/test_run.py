@@ -33,7 +33,7 @@ def folder(tmp_path):
     folder = tmp_path / "first"
     config = parse_config({"run": str(folder), "seed": 7, "stages": STAGES})
     write(folder / "config.yaml", dump_config(config))
-    write(folder / "4x4" / "result.json", {"nimg": 1000, "seconds": 12.5, "verdict": "ok"})
+    write(folder / "4x4" / "result.json", {"nimg": 1000, "seconds": 12.5, "health": "ok"})
     write(folder / "4x4" / "stats.jsonl", '{"nimg": 500, "loss": 2}\n{"nimg": 1000, "loss": 1}\n')
     for nimg in (1400, 1200):
         write(folder / "8x8" / "checkpoints" / f"{nimg:09d}" / "state.json", {"data": "abc"})
@@ -41,8 +41,8 @@ def folder(tmp_path):
     return folder
 
 
-def measure(folder, nimg=1000, **figures):
-    measured = {name: {"value": value, "reason": None} for name, value in figures.items()}
+def measure(folder, nimg=1000, **metric_values):
+    measured = {name: {"value": value, "reason": None} for name, value in metric_values.items()}
     write(folder / "4x4" / "evaluation.json", {"nimg": nimg, "measured": measured})
 
 
@@ -140,7 +140,7 @@ def test_what_is_no_run_is_named(tmp_path, folder):
     with pytest.raises(ConfigError, match="stages"):
         _ = Run(folder).status
     assert [stage.resolution for stage in Run(folder).begun] == [4, 8]  # files tell, all the same
-    assert Run(folder).stage(4).result == {"nimg": 1000, "seconds": 12.5, "verdict": "ok"}
+    assert Run(folder).stage(4).result == {"nimg": 1000, "seconds": 12.5, "health": "ok"}
 
 
 def test_stages_are_those_of_the_config_and_those_begun(folder):

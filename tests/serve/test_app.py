@@ -114,7 +114,7 @@ def test_each_stage_has_its_own_pictures(clients, galleries):
         ("to=3&at=inf", "at: "),
         ("to=3&at=1.5", "at: "),
         ("at=0.5", "no seed is walked to"),
-        ("stage=8", "stage: 8 is none of this run's: there are 16"),
+        ("stage=8", "stage: 8 is not one of this run's: there are 16"),
         ("stage=0", "stage: "),
         ("sed=3", "did you mean 'seed'"),
         ("count=5", "unknown key 'count'"),

@@ -73,7 +73,7 @@ def test_a_drop_at_a_time_prolongs_nothing(url):
 
 
 def test_a_request_that_takes_long_is_answered(runs, url, monkeypatch):
-    """The deadline is that of asking, not of drawing; and one behind it counts anew."""
+    """The deadline is that of asking, not of drawing; and one behind it counts again."""
     from dinogen.serve.gallery import Gallery
 
     draw = Gallery.draw

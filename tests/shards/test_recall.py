@@ -38,7 +38,7 @@ def test_it_comes_back_though_a_shard_is_lost_as_well(copy: Path):
     (copy / "train-00002.tar").unlink()
     repair(copy)
     assert open_dataset(copy).manifest.guide == GUIDE
-    # And again, from the file that was measured anew.
+    # And again, from the file that was measured again.
     (copy / "manifest.json").unlink()
     rebuild_indexes(copy)
     assert open_dataset(copy).manifest.prepare == PREPARE

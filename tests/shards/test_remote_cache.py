@@ -55,7 +55,7 @@ def test_the_longest_unused_goes_first(folder):
     cache = Cache(folder.parent, 4000)
     assert reserve(cache, folder, 500)
     assert left(folder) == NAMES[:3]
-    # A use is the end of a reading, whatever the mount says about access times.
+    # A use is the end of a reading, regardless of the mount says about access times.
     del (file := HeldFile(folder / NAMES[2])).path, file
     assert reserve(cache, folder, 2500)
     assert left(folder) == [NAMES[2]]

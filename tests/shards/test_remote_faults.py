@@ -110,7 +110,7 @@ def test_an_index_that_arrives_damaged_is_fetched_again(served, tmp_path, caplog
     served.server.once(name, "flip")
     open_dataset(served.url, cache_dir=tmp_path).read([0], levels=(4,))
     assert served.server.requests.count(name) == 2
-    assert "making it anew" not in caplog.text
+    assert "making it again" not in caplog.text
 
 
 @pytest.mark.parametrize(

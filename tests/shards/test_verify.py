@@ -1,4 +1,4 @@
-"""Each kind of damage is found and named, and a wrong index is made anew."""
+"""Each kind of damage is found and named, and a wrong index is made again."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_the_figure_is_the_mean_over_every_sample(
     trained = json.loads((stage(config, 8) / "result.json").read_text())
     for key in ("diversity", "loss_over_floor"):
         assert result["metrics"][f"probe/{key}"] == pytest.approx(trained[key], rel=1e-6)
-    assert (result["verdict"], result["warnings"]) == (trained["verdict"], trained["warnings"])
+    assert (result["health"], result["warnings"]) == (trained["health"], trained["warnings"])
     assert result["floor"] == (trained["floor"] if split == "train" else None)
     diversity = result["measured"]["guide_diversity"]
     assert diversity["value"] == result["metrics"]["probe/diversity"]
@@ -115,11 +115,11 @@ def test_any_number_of_ranks_gives_the_same(config, num_ranks, num):
     assert (together.pop("world_size"), alone.pop("world_size")) == (num_ranks, 1)
     metrics = together.pop("metrics")
     assert metrics == pytest.approx(alone.pop("metrics"), rel=1e-5)
-    figures, same = (one.pop("measured") for one in (together, alone))
-    there = {name for name, figure in same.items() if figure["value"] is not None}
+    metric_values, same = (one.pop("measured") for one in (together, alone))
+    there = {name for name, metric_value in same.items() if metric_value["value"] is not None}
     assert {"guide_diversity", "faces", "kd_onet", "spectrum"} <= there
     for name in there:
-        assert figures[name]["value"] == pytest.approx(same[name]["value"], rel=1e-4), name
+        assert metric_values[name]["value"] == pytest.approx(same[name]["value"], rel=1e-4), name
     assert together.pop("sampling")["num"] == alone.pop("sampling")["num"]
     assert together == alone
     assert done.stdout.count("held_out/mse") == 1
@@ -159,7 +159,7 @@ def test_the_command_and_its_errors(config, make_config, data_folder, tmp_path):
         done = command(*args)
         assert isinstance(done.exception, ConfigError), (args, done.output)
         assert message in str(done.exception), (args, done.exception)
-    # what is missing is a reason, and costs only the figures that need it
+    # what is missing is a reason, and costs only the metric values that need it
     for args, message in [
         ((config.run, "--split", "test"), "prepare.pack.test_fraction"),
         ((plain.run,), "has no samples in split val (but 40 in train): prepare again with "),
@@ -192,7 +192,7 @@ def test_damaged_samples_are_left_out_or_stop_it(
     monkeypatch.setattr("shards.read.dataset.Dataset.read", damaged)
     stopped = evaluate(config.run, num_samples=num)
     assert "disc" in stopped["not_measured"]["held_out"]
-    assert stopped["verdict"] and stopped["measured"]["faces"]["value"] is not None
+    assert stopped["health"] and stopped["measured"]["faces"]["value"] is not None
     (stage(config, 8) / "evaluation.json").unlink()
 
     text = (config.run / "config.yaml").read_text()

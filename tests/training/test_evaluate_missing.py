@@ -74,7 +74,7 @@ def test_a_moved_run_measures_what_needs_no_data(run, disc_data, monkeypatch):  
     assert done.exit_code == 0 and "  fd_onet: " in done.stdout
     done = command(moved, "--metrics", "kd_onet")
     assert done.exit_code == 1 and "nothing was measured" in done.output
-    # all of them, as far as they can be had
+    # all of them, as far as they is available
     done = command(moved)
     assert done.exit_code == 0 and "  faces: " in done.stdout and "  spectrum: " not in done.stdout
 
@@ -101,7 +101,7 @@ def test_a_place_that_cannot_be_written_is_known_before_the_work(run, tmp_path, 
     done = command(gan, "--metrics", "faces")
     assert done.exit_code == 0, (done.output, done.exception)
     said = done.output
-    assert said.index("FIGURES WILL BE PRINTED ONLY") < said.index("  faces: ")
+    assert said.index("METRIC VALUES WILL BE PRINTED ONLY") < said.index("  faces: ")
     assert "NOT KEPT" in done.stdout
     done = command(gan, "--metrics", "faces", "--out", tmp_path / "new" / "mine.json")
     assert done.exit_code == 0 and "NOT KEPT" not in done.stdout

@@ -1,4 +1,4 @@
-"""Several ranks in every trouble, by benchmarks/fuzz.py; and that it would see a fault."""
+"""Several ranks in every problem, by benchmarks/fuzz.py; and that it would see a fault."""
 
 from __future__ import annotations
 

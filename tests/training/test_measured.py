@@ -24,7 +24,7 @@ from .helpers import train_here
 from .measured import in_training, lay_out, make, settings, stats
 from .on_ranks import evaluate_here, on_ranks
 
-OF_JUDGE = [name for name in NAMES if name.endswith("dinov2")]
+OF_EXTRACTOR = [name for name in NAMES if name.endswith("dinov2")]
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,12 @@ def command(*words):
 
 
 def values(result):
-    """Figures and spreads of what could be measured, flat."""
+    """Metric values and spreads of what could be measured, flat."""
     found = {}
-    for name, figure in result["measured"].items():
+    for name, metric_value in result["measured"].items():
         for key in ("value", "spread"):
-            if figure[key] is not None:
-                found[f"{name}/{key}"] = figure[key]
+            if metric_value[key] is not None:
+                found[f"{name}/{key}"] = metric_value[key]
     return found
 
 
@@ -71,20 +71,24 @@ def test_all_metrics_of_a_run(run, place):
     assert done.exit_code == 0, done.output
     result = written(run.run / "16x16")
     assert list(result["measured"]) == list(NAMES)
-    there = {name for name, figure in result["measured"].items() if figure["value"] is not None}
+    there = {
+        name
+        for name, metric_value in result["measured"].items()
+        if metric_value["value"] is not None
+    }
     # whose weights come with a library, or which have none
     always = {"faces", "spectrum", "sharpness"} | {n for n in NAMES if n.endswith("_onet")}
-    assert there == {*OF_JUDGE, *always}
+    assert there == {*OF_EXTRACTOR, *always}
     assert result["measured"]["reconstruction_psnr"]["reason"] == "family dcgan encodes no images"
     assert "dcgan has no guide" in result["measured"]["guide_diversity"]["reason"]
     num_val = open_dataset(place / "data").num_samples("val")
-    for name in OF_JUDGE:
-        figure = result["measured"][name]
-        assert (figure["num_samples"], figure["num_reference"]) == (60, num_val)
-        assert figure["spread"] >= 0
-        facts = result["fingerprints"][figure["fingerprint"]]
+    for name in OF_EXTRACTOR:
+        metric_value = result["measured"][name]
+        assert (metric_value["num_samples"], metric_value["num_reference"]) == (60, num_val)
+        assert metric_value["spread"] >= 0
+        facts = result["fingerprints"][metric_value["fingerprint"]]
         assert facts["random"] is True and facts["judge"] == "dinov2"
-        assert f"{name}: {figure['value']:.6g}" in done.stdout
+        assert f"{name}: {metric_value['value']:.6g}" in done.stdout
     assert "by a RANDOM feature extractor: it means nothing" in done.stdout
     assert result["sampling"]["num"] == 60 and result["sampling"]["images_per_s"] > 0
     assert "not available: fid, is, kid" in done.stdout
@@ -95,7 +99,7 @@ def test_all_metrics_of_a_run(run, place):
 
 
 def test_two_ranks_measure_what_one_measures(run):
-    names = [*OF_JUDGE, "fid"]
+    names = [*OF_EXTRACTOR, "fid"]
     alone = evaluate(run.run, num_samples=113, names=names)
     (run.run / "16x16" / "evaluation.json").unlink()
     on_ranks(2, evaluate_here, str(run.run), 113, names)
@@ -129,7 +133,7 @@ def test_what_was_measured_before_stays_beside_it(run, caplog):
     assert "kd_dinov2" in second["measured"]["kd_dinov2"]["command"]
     assert "kd_dinov2" not in second["measured"]["fd_dinov2"]["command"]
     assert "cannot be compared" not in caplog.text
-    # a judge that cannot be had today takes away no figure of yesterday
+    # a judge that is not available today takes away no metric value of yesterday
     lost = evaluate(run.run, names=["fd_dinov2"], changes=["metrics.dinov2=null"])
     assert lost["measured"]["fd_dinov2"] == first["measured"]["fd_dinov2"]
     assert lost["sampling"] == second["sampling"]
@@ -148,9 +152,9 @@ def test_who_measures_otherwise_is_told(run, caplog, other, phrase):
     after = evaluate(run.run, names=["fd_dinov2"], **other)
     assert "fd_dinov2: was measured before against something else" in caplog.text
     assert phrase in caplog.text
-    figure = after["measured"]["fd_dinov2"]
-    assert figure["fingerprint"] != before["measured"]["fd_dinov2"]["fingerprint"]
-    assert list(after["fingerprints"]) == [figure["fingerprint"]]
+    metric_value = after["measured"]["fd_dinov2"]
+    assert metric_value["fingerprint"] != before["measured"]["fd_dinov2"]["fingerprint"]
+    assert list(after["fingerprints"]) == [metric_value["fingerprint"]]
 
 
 def test_what_cannot_be_measured_again_is_said_beside_the_kept_figure(run, tmp_path):
@@ -165,11 +169,11 @@ def test_what_cannot_be_measured_again_is_said_beside_the_kept_figure(run, tmp_p
 
 def test_a_folder_of_images_as_the_reference(run, place, tmp_path):
     real = save_images(discs(12), tmp_path / "real")
-    result = evaluate(run.run, num_samples=40, names=OF_JUDGE, reference=str(real))
+    result = evaluate(run.run, num_samples=40, names=OF_EXTRACTOR, reference=str(real))
     assert result["measured"]["fd_dinov2"]["num_reference"] == 12
-    itself = evaluate_folder(real, names=OF_JUDGE, reference=str(real), changes=settings(place))[
-        "measured"
-    ]
+    itself = evaluate_folder(
+        real, names=OF_EXTRACTOR, reference=str(real), changes=settings(place)
+    )["measured"]
     assert itself["fd_dinov2"]["value"] == pytest.approx(0, abs=1e-6)
     assert itself["precision_dinov2"]["value"] == 1
     assert "says nothing of training" in itself["memorisation_dinov2"]["reason"]
@@ -209,14 +213,14 @@ def test_wishes_that_cannot_be_met(run, words, message):
 def test_training_measures_what_evaluate_measures(run):
     lines = in_training(run)
     assert [(line["nimg"], line["stage"]) for line in lines] == [(16, 16), (32, 16)]
-    figures = lines[-1]["metrics"]
-    assert list(figures) == ["fd_dinov2", "kd_dinov2"]
+    metric_values = lines[-1]["metrics"]
+    assert list(metric_values) == ["fd_dinov2", "kd_dinov2"]
     later = evaluate(run.run, num_samples=60, names=["fd_dinov2", "kd_dinov2"])
-    for name, figure in figures.items():
-        assert figure["value"] == pytest.approx(later["measured"][name]["value"], rel=1e-5)
-        assert figure["spread"] is None, "in training none is worked out"
-        assert figure["fingerprint"] == later["measured"][name]["fingerprint"]
-        assert stats(run)[32][f"metrics/{name}"] == figure["value"]
+    for name, metric_value in metric_values.items():
+        assert metric_value["value"] == pytest.approx(later["measured"][name]["value"], rel=1e-5)
+        assert metric_value["spread"] is None, "in training none is worked out"
+        assert metric_value["fingerprint"] == later["measured"][name]["fingerprint"]
+        assert stats(run)[32][f"metrics/{name}"] == metric_value["value"]
     assert lines[-1]["fingerprints"] == later["fingerprints"]
     result = json.loads((run.run / "16x16" / "result.json").read_text())
     assert result["best"] == min(line["metrics"]["fd_dinov2"]["value"] for line in lines)

@@ -59,7 +59,7 @@ def test_more_is_better_where_the_table_says_so(place, monkeypatch):
 
     def scripted(name, metric, sets, num, subject):
         estimate = Estimate(next(given), None)
-        return suite.Figure(name, estimate.value, None, metric.better, num, None, None)
+        return suite.MetricValue(name, estimate.value, None, metric.better, num, None, None)
 
     monkeypatch.setattr(suite, "_figure", scripted)
     (result,) = train(
@@ -81,10 +81,10 @@ def test_an_autoencoder_is_measured_on_what_it_makes_of_held_out_images(place):
     config = make(place, "vae", names, "eval.metric=reconstruction_psnr", family="vae")
     (result,) = train(config)
     line = in_training(config)[-1]
-    figure = line["metrics"]["reconstruction_psnr"]
+    metric_value = line["metrics"]["reconstruction_psnr"]
     later = evaluate(config.run, num_samples=40, names=["reconstruction_psnr"])
-    assert figure["value"] == pytest.approx(later["measured"]["reconstruction_psnr"]["value"])
+    assert metric_value["value"] == pytest.approx(later["measured"]["reconstruction_psnr"]["value"])
     assert later["sampling"] is None
     values = [line["metrics"]["reconstruction_psnr"]["value"] for line in in_training(config)]
     assert result["best"] == max(values)
-    assert "val/loss" in stats(config)[32], "its own figure is measured beside it"
+    assert "val/loss" in stats(config)[32], "its own metric value is measured beside it"

@@ -1,4 +1,4 @@
-"""A run that is asked to stop while a shard cannot be had saves what it learnt, on all ranks."""
+"""A run that is asked to stop while a shard is not available saves what it learnt, on all ranks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ dist.shutdown()
 
 @pytest.fixture
 def lose(monkeypatch):
-    """From some image on no shard can be had; before it fails the run is asked to stop, or not."""
+    """No shard can be read from some image on; before that the run is asked to stop, or not."""
     take = Stream._take
 
     def at(nimg, asked):

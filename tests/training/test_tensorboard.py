@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
-from dinogen.metrics.value import Figure
+from dinogen.metrics.value import MetricValue
 from dinogen.runs.files import read_stats
 from dinogen.runs.run import Run
 from dinogen.training.logging.tensorboard import write_summary
@@ -113,13 +113,13 @@ def test_hparams_stand_with_the_final_figures(config):
 
 
 def test_what_is_measured_later_takes_its_place(config, tmp_path):
-    """Once more after evaluation and looks: one set of hparams, the new figures, the images."""
+    """Again after evaluation and `look`: one set of hparams, the new values, the images."""
     place = Run.of(config.model_copy(update={"run": tmp_path})).stage(8)
     folder = tmp_path / "8x8"
     (folder / "looks").mkdir(parents=True)
     result = {"nimg": 80, "loss": 0.5, "files": {}}
     (folder / "result.json").write_text(json.dumps(result))
-    fid = Figure("fid", 41.5, 0.5, "lower", 100, 50, "abc")
+    fid = MetricValue("fid", 41.5, 0.5, "lower", 100, 50, "abc")
     for nimg, value in ((40, 60.0), (80, 50.0)):
         line = {"nimg": nimg, "metrics": {"fid": replace(fid, value=value).to_dict()}}
         with (folder / "metrics.jsonl").open("a") as file:
@@ -129,7 +129,7 @@ def test_what_is_measured_later_takes_its_place(config, tmp_path):
     assert scalars(before, "final/fid") == [(80, 50.0)]
     assert before.Tags()["images"] == []
 
-    kid = Figure.missing("kid", "lower", "no weights")
+    kid = MetricValue.missing("kid", "lower", "no weights")
     evaluation = {
         "nimg": 80,
         "metrics": {"held_out/mse": 0.25, "probe/diversity": None},

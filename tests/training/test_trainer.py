@@ -165,13 +165,13 @@ def test_a_generator_that_ignores_z_is_called_collapsed(make_config):
     network = state.ema.networks["G"]
     with torch.no_grad():
         network.dense.weight.zero_()
-    verdict = state.probe()
-    assert verdict.verdict == "COLLAPSED" and verdict.scalars["diversity"] < 1e-3
-    assert healthy.scalars["diversity"] > verdict.scalars["diversity"]
+    health = state.probe()
+    assert health.status == "COLLAPSED" and health.scalars["diversity"] < 1e-3
+    assert healthy.scalars["diversity"] > health.scalars["diversity"]
     floor = state.family.constants()["floor"]
     with torch.no_grad():
         near_floor = state.family.probe(state.family.networks, 1.01 * floor)
-    assert near_floor.verdict == "COLLAPSED"
+    assert near_floor.status == "COLLAPSED"
 
 
 def test_samples_that_are_not_finite_are_called_broken(make_config):
@@ -180,7 +180,7 @@ def test_samples_that_are_not_finite_are_called_broken(make_config):
     state = StageState(resolve(config), 0)
     with torch.no_grad():
         state.ema.networks["G"].dense.weight.fill_(float("nan"))
-    assert state.probe().verdict == "BROKEN"
+    assert state.probe().status == "BROKEN"
 
 
 def test_the_loss_of_a_result_does_not_hang_on_one_batch():

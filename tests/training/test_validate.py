@@ -1,4 +1,4 @@
-"""Held-out figures while a run trains, and its early end."""
+"""Held-out metric values while a run trains, and its early end."""
 
 import json
 

@@ -15,7 +15,7 @@ from dinogen.errors import UserError
 
 
 class NotAvailable(UserError):
-    """A extractor cannot be had, so its metrics cannot; the message names the key and the mend."""
+    """An extractor is missing, and with it its metrics; the message names key and remedy."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ExtractorInfo:
         resize: how images are brought to its size, such as ``bilinear antialias 299``.
         num_channels: C of its features.
         num_logits: of its classes; 0 if it has none.
-        random: True if the weights are random; then every figure says so.
+        random: True if the weights are random; then every metric value says so.
     """
 
     name: str

@@ -14,7 +14,7 @@ from dinogen.features.clip import Clip, load_clip
 from dinogen.metrics.extractors.base import ExtractorInfo, FeatureExtractor, NotAvailable, exactly
 
 
-class ClipJudge:
+class ClipExtractor:
     """CLIP in float32; its own bicubic filter, antialiased, brings images to its size.
 
     Args:
@@ -54,7 +54,7 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
         device: where it will run, in float32 whatever a guide would do there.
 
     Raises:
-        NotAvailable: no path is given, or the weights cannot be had or are damaged.
+        NotAvailable: no path is given, or the weights is not available or are damaged.
     """
     if path is None:
         raise NotAvailable(
@@ -71,4 +71,4 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
         clip = load_clip(ClipConfig(path=path), torch.device("cpu"))
     except GuideError as error:
         raise NotAvailable(str(error).replace("clip.path", "metrics.clip")) from error
-    return ClipJudge(clip, device)
+    return ClipExtractor(clip, device)

@@ -27,7 +27,7 @@ from dinogen.metrics.extractors.base import (
 SIDE = 224
 
 
-class Dinov2Judge:
+class Dinov2Extractor:
     """The CLS token of images of 224 pixels.
 
     Args:
@@ -66,7 +66,7 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
         device: where it will run, in float32 whatever a guide would do there.
 
     Raises:
-        NotAvailable: no path is given, or the weights cannot be had or are damaged.
+        NotAvailable: no path is given, or the weights is not available or are damaged.
     """
     if path is None:
         raise NotAvailable(
@@ -84,4 +84,4 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
     except GuideError as error:
         message = str(error).replace("guide.path", "metrics.dinov2")
         raise NotAvailable(message) from error
-    return Dinov2Judge(guide, device)
+    return Dinov2Extractor(guide, device)

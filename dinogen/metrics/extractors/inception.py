@@ -36,7 +36,7 @@ _PROBE_SECONDS = 4.0
 _logger = logging.getLogger(__name__)
 
 
-class InceptionJudge:
+class InceptionExtractor:
     """The 2048 pooled features, and the logits without bias of which Inception Score is made.
 
     Args:
@@ -96,7 +96,7 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
             f"metrics.inception: {file} does not hold torch-fidelity's InceptionV3 ({reason}): "
             f"{_mend()}"
         ) from error
-    return InceptionJudge(network, weights_sha256(state), device)
+    return InceptionExtractor(network, weights_sha256(state), device)
 
 
 def _mend() -> str:

@@ -24,7 +24,7 @@ from dinogen.metrics.extractors.base import (
 SIDE = 299
 
 
-class Inception768Judge:
+class Inception768Extractor:
     """Spatial means of the 17x17 map of Mixed_6e.
 
     Args:
@@ -72,4 +72,4 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
         guide = load_guide(GuideConfig(name="inception", path=path), torch.device("cpu"))
     except GuideError as error:
         raise NotAvailable(str(error).replace("guide.path", "metrics.inception768")) from error
-    return Inception768Judge(guide.trunk, guide.info.weights_sha256, device)
+    return Inception768Extractor(guide.trunk, guide.info.weights_sha256, device)

@@ -21,7 +21,7 @@ def load_extractor(name: str, config: MetricsConfig, device: torch.device) -> Fe
     ``NAME`` in ``MetricsConfig``.
 
     Raises:
-        NotAvailable: its weights cannot be had, here or on another rank; the message names
+        NotAvailable: its weights is not available, here or on another rank; the message names
             ``metrics.NAME`` and the mend.
     """
     module = importlib.import_module(f"dinogen.metrics.extractors.{name}")

@@ -90,7 +90,7 @@ def load_perceptual(net: str, backbone: str | None, device: torch.device) -> Per
         device: where it will run.
 
     Raises:
-        NotAvailable: the weights cannot be had, here or on another rank; names the mend.
+        NotAvailable: the weights is not available, here or on another rank; names the mend.
     """
     found: Perceptual | None = None
     failed: NotAvailable | None = None

@@ -2,7 +2,7 @@
 
 Zhang et al. 2016, "Joint Face Detection and Alignment Using Multitask Cascaded Convolutional
 Networks" (O-Net, figure 2). No guide and no objective sees it, it is on every machine, and it looks
-for nothing but faces: of other images its figures say little.
+for nothing but faces: of other images its metric values say little.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NUM_CHANNELS = 256
 FACE = 1  # of its two classes
 
 
-class ONetJudge:
+class ONetExtractor:
     """The 256 features before its last layers, and the logits of no face and a face.
 
     Args:
@@ -83,4 +83,4 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
             f"metrics.onet: {file} does not hold the weights of MTCNN's O-Net "
             f"({' '.join(str(error).split())[:120]}): leave it out for those of facenet-pytorch"
         ) from error
-    return ONetJudge(net, weights_sha256(state), device)
+    return ONetExtractor(net, weights_sha256(state), device)

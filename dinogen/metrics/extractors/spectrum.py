@@ -14,7 +14,7 @@ from dinogen.metrics.extractors.base import ExtractorInfo, FeatureExtractor, exa
 NUM_BANDS = 8
 
 
-class SpectrumJudge:
+class SpectrumExtractor:
     """Power in bands of equal width from the coarsest up to two pixels a wave.
 
     Args:
@@ -59,4 +59,4 @@ def _members(side: int) -> Tensor:
 
 def load(path: str | None, device: torch.device) -> FeatureExtractor:
     """The feature extractor; it needs no file, so ``path`` is None."""
-    return SpectrumJudge(device)
+    return SpectrumExtractor(device)

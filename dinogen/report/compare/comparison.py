@@ -12,7 +12,7 @@ from dinogen.report.compare.model import ComparedRun
 from dinogen.report.compare.table import (
     Chapter,
     Seeds,
-    headline,
+    main_metric,
     make_columns,
     number_rows,
     over_seeds,
@@ -36,15 +36,15 @@ class Comparison:
         self.version = version("dinogen")
         begun = [run for run in runs if run.numbers]
         self.columns: list[Column] = make_columns(begun)
-        self.headline = headline(self.columns, begun)
-        self.runs = sort_runs(begun, self.headline)
+        self.main_metric = main_metric(self.columns, begun)
+        self.runs = sort_runs(begun, self.main_metric)
         self.failed = [run for run in runs if not run.finished]
-        self.troubled = [run for run in runs if run.finished and run.troubles]
+        self.with_problem = [run for run in runs if run.finished and run.problems]
         self.damaged = [run for run in runs if run.damage]
         self.warnings = [*_damaged(self.damaged, runs), *warnings_of(begun, self.columns)]
         self.unavailable = unavailable(begun, label_of)
         self.seeds: list[Seeds] = over_seeds(begun, self.columns)
-        self.story: list[Chapter] = tell(runs, self.headline)
+        self.story: list[Chapter] = tell(runs, self.main_metric)
         self.all_runs = [*self.runs, *(run for run in runs if not run.numbers)]
 
     @property
@@ -61,9 +61,9 @@ class Comparison:
     @property
     def order(self) -> str:
         """By what the rows are sorted, in words."""
-        if self.headline is None or not self.headline.comparable:
+        if self.main_metric is None or not self.main_metric.comparable:
             return "in the order given"
-        return f"sorted by {self.headline.full_label}, best first"
+        return f"sorted by {self.main_metric.full_label}, best first"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, JSON-ready."""
@@ -71,7 +71,7 @@ class Comparison:
             "title": self.title,
             "dinogen": self.version,
             "order": self.order,
-            "headline": self.headline.name if self.headline else None,
+            "headline": self.main_metric.name if self.main_metric else None,
             "warnings": self.warnings,
             "columns": [asdict(column) for column in self.columns],
             "runs": [_run_dict(run) for run in self.all_runs],
@@ -82,8 +82,8 @@ class Comparison:
             "seeds": [asdict(one) for one in self.seeds],
             "story": [asdict(chapter) for chapter in self.story],
             "failures": {
-                run.name: {"status": run.status, "what": run.troubles}
-                for run in (*self.failed, *self.troubled)
+                run.name: {"status": run.status, "what": run.problems}
+                for run in (*self.failed, *self.with_problem)
             },
             "damaged": {run.name: run.damage for run in self.damaged},
             "fingerprints": self.fingerprints,
@@ -113,7 +113,7 @@ def _run_dict(run: ComparedRun) -> dict[str, Any]:
         "data_sha256": run.data_sha256,
         "config_sha256": run.config_sha256,
         "notes": run.notes,
-        "troubles": run.troubles,
+        "troubles": run.problems,
         "numbers": {row.pop("name"): row for row in number_rows(run)},
         "curves": {
             "measured": run.measured,

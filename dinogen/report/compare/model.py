@@ -1,4 +1,4 @@
-"""What a comparison knows of a run: numbers with their origin, images, curves, trouble."""
+"""What a comparison knows of a run: numbers with their origin, images, curves, problem."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Number:
-    """One figure of a run.
+    """One metric value of a run.
 
     Attributes:
         name: such as ``fid768`` or ``seconds``.
@@ -67,7 +67,7 @@ class ComparedRun:
     """All that a comparison says about one run.
 
     Attributes (those that do not explain themselves):
-        troubles: what a reader has to know of it: damage, collapse, where it stopped.
+        problems: what a reader has to know of it: damage, collapse, where it stopped.
         damage: those of them that say which of its files is damaged.
     """
 
@@ -92,7 +92,7 @@ class ComparedRun:
     loss: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
     looks: list[Look] = field(default_factory=list)
     real: Look | None = None
-    troubles: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
 
     @property
@@ -102,9 +102,9 @@ class ComparedRun:
 
 
 def take(run: ComparedRun, found: Found[T]) -> T:
-    """What is sound of one of a run's files; what is not becomes a trouble of the run."""
+    """What is sound of one of a run's files; what is not becomes a problem of the run."""
     said = found.told(named_folder(run.folder))
-    run.troubles += said
+    run.problems += said
     run.damage += said
     return found.value
 
@@ -181,15 +181,15 @@ def read_looks(
     folder = stage.visualizations_folder
     looks = [_look(name, one, folder) for name, one in index.value.items()]
     missing = [one.path.name for one in looks if one.path and not one.path.is_file()]
-    troubles = []
+    problems = []
     if missing:
-        troubles.append(f"images are missing: {', '.join(missing)}: run dinogen look again")
+        problems.append(f"images are missing: {', '.join(missing)}: run dinogen look again")
     if not any(one.section == "samples" and one.path for one in looks) and result:
         name = (result.get("files") or {}).get("final")
         if name and (stage.folder / name).is_file():
             caption = "drawn at the end of training, under the seed of the run"
             looks.append(Look("final", stage.folder / name, caption, result.get("nimg")))
-    return index, looks, troubles
+    return index, looks, problems
 
 
 def _look(name: str, one: dict[str, Any], folder: Path) -> Look:

@@ -137,7 +137,7 @@ def _cell(run: ComparedRun, column: Column, place: int) -> Cell:
 
 
 def _plots(runs: Sequence[ComparedRun], numbers: dict[str, int]) -> list[Plot]:
-    """A plot for each figure that was measured at several points of training."""
+    """A plot for each metric value that was measured at several points of training."""
     names = dict.fromkeys(name for run in runs for line in run.measured for name in line["metrics"])
     plots = []
     for name in names:
@@ -308,10 +308,10 @@ def _fewer(kimg: Sequence[float], values: Sequence[float]) -> tuple[list[float],
 
 
 def _svg(figure: Figure, salt: str) -> str:
-    """The figure as an element that can stand in a page beside others of its kind."""
+    """The metric value as an element that can stand in a page beside others of its kind."""
     figure.patch.set_visible(False)
     file = io.StringIO()
-    # ids come from the salt, and those of two figures of a page must differ
+    # ids come from the salt, and those of two metric values of a page must differ
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         names = ("Creator", "Date", "Format", "Type")
         figure.savefig(file, format="svg", metadata=dict.fromkeys(names))

@@ -94,7 +94,7 @@ def _printable(name: str) -> str:
 
 
 def _read_run(folder: Path, name: str) -> ComparedRun:
-    """One run; whatever is wrong with its files is a trouble of this run alone."""
+    """One run; whatever is wrong with its files is a problem of this run alone."""
     run = ComparedRun(folder, name)
     try:
         _read_files(run)
@@ -102,7 +102,7 @@ def _read_run(folder: Path, name: str) -> ComparedRun:
         log.exception("%s: cannot be read", folder)
         run.status = "damaged"
         run.damage.append(f"cannot be read: {type(error).__name__}: {error}")
-        run.troubles.append(run.damage[-1])
+        run.problems.append(run.damage[-1])
     return run
 
 
@@ -127,7 +127,7 @@ def _read_files(run: ComparedRun) -> None:
     elif stages:
         run.status = "damaged"
     if not stages:
-        run.troubles.append("it ended before its first stage: no stage has a folder")
+        run.problems.append("it ended before its first stage: no stage has a folder")
         return
     run.resolution = max(results, default=stages[-1].resolution)
     main = next(stage for stage in stages if stage.resolution == run.resolution)
@@ -138,9 +138,9 @@ def _read_files(run: ComparedRun) -> None:
     if results:
         read_costs(run, results)
     read_measured(run, main)
-    index, run.looks, troubles = read_looks(main, results.get(run.resolution))
+    index, run.looks, problems = read_looks(main, results.get(run.resolution))
     take(run, index)
-    run.troubles += troubles
+    run.problems += problems
     real = (results.get(run.resolution, {}).get("files") or {}).get("real")
     if real and (main.folder / real).is_file():
         run.real = Look("real", main.folder / real, f"real images, {main.name}")
@@ -151,9 +151,9 @@ def _say_not_begun(run: ComparedRun) -> None:
     if os.path.lexists(run.folder):
         run.status = "damaged"
         run.damage.append("there is no folder of this name, but a file or a broken link")
-        run.troubles.append(run.damage[-1])
+        run.problems.append(run.damage[-1])
     else:
-        run.troubles.append("never begun: there is no such folder")
+        run.problems.append("never begun: there is no such folder")
 
 
 def _read_config(run: ComparedRun) -> None:
@@ -165,7 +165,7 @@ def _read_config(run: ComparedRun) -> None:
         if not path.is_file():
             if run.folder.is_dir():
                 run.damage.append(f"{CONFIG} is missing")
-                run.troubles.append(run.damage[-1])
+                run.problems.append(run.damage[-1])
             return
     raw = read_raw(path)
     if raw.value:
@@ -173,9 +173,9 @@ def _read_config(run: ComparedRun) -> None:
     run.config_text = _printable(read_text(path).value.replace("\0", "\ufffd"))
     found = read_config(path)
     run.config = take(run, found)
-    if not run.config and not found.troubles:
+    if not run.config and not found.problems:
         run.damage.append(f"{CONFIG} is empty")
-        run.troubles.append(run.damage[-1])
+        run.problems.append(run.damage[-1])
     run.family = (run.config.get("family") or {}).get("name") or "unknown"
     run.seed = run.config.get("seed")
     data = run.config.get("data") or {}
@@ -193,7 +193,7 @@ def _read_attempts(run: ComparedRun) -> None:
     newest: dict[Any, dict[str, Any]] = {one.get("step"): one for one in tried}
     for step, one in newest.items():
         if one.get("what"):
-            run.troubles.append(f"{step}: {one['what']} (log: {one.get('log')})")
+            run.problems.append(f"{step}: {one['what']} (log: {one.get('log')})")
 
 
 def _read_losses(run: ComparedRun, stages: list[Stage]) -> None:
@@ -203,7 +203,7 @@ def _read_losses(run: ComparedRun, stages: list[Stage]) -> None:
         lines = take(run, found)
         if found.there and not lines and read_raw(found.path).value:
             run.damage.append(f"{stage.name}/{found.path.name}: holds no line of statistics")
-            run.troubles.append(run.damage[-1])
+            run.problems.append(run.damage[-1])
         kimg, loss = series(lines, "loss")
         run.loss = (run.loss[0] + kimg, run.loss[1] + loss)
 
@@ -212,11 +212,11 @@ def _say_how_far(run: ComparedRun, stage: Stage) -> None:
     """Where a run without a result stands, for the list of what failed."""
     lines = stage.stats
     if not lines:
-        run.troubles.append(f"stopped or still at work in stage {stage.name}: not a log line yet")
+        run.problems.append(f"stopped or still at work in stage {stage.name}: not a log line yet")
         return
     lengths = [planned.get("kimg") for planned in run.config.get("stages") or ()]
     whole = f" of {sum(lengths):.4g}" if lengths and None not in lengths else ""
-    run.troubles.append(
+    run.problems.append(
         f"stopped or still at work in stage {stage.name}: "
         f"{lines[-1]['nimg'] / 1000:.4g}{whole} thousand images, no result"
     )
@@ -226,7 +226,7 @@ def _say_how_far(run: ComparedRun, stage: Stage) -> None:
             break
         broken += 1
     if broken:
-        run.troubles.append(f"its last {broken} log lines hold no finite loss")
+        run.problems.append(f"its last {broken} log lines hold no finite loss")
 
 
 def _read_checkpoint(run: ComparedRun, stage: Stage) -> None:
@@ -270,16 +270,16 @@ def read_costs(run: ComparedRun, results: dict[int, dict[str, Any]]) -> None:
     }
     for name, value in costs.items():
         run.numbers[name] = Number(name, value, "training")
-    verdict = last.get("verdict") or "unknown"
-    if verdict != "ok":
+    health = last.get("health") or "unknown"
+    if health != "ok":
         said = " ".join(last.get("warnings") or ())
-        run.troubles.append(said if said.startswith(verdict) else f"{verdict}: {said}")
+        run.problems.append(said if said.startswith(health) else f"{health}: {said}")
     if last.get("num_skipped"):
-        run.troubles.append(f"{last['num_skipped']} damaged samples were replaced")
+        run.problems.append(f"{last['num_skipped']} damaged samples were replaced")
 
 
 def read_measured(run: ComparedRun, stage: Stage) -> None:
-    """Figures of `dinogen evaluate`; what it has not, as measured last in training."""
+    """Metric values of `dinogen evaluate`; what it has not, as measured last in training."""
     trained = run.facts.get("nimg")
     in_training = take(run, stage.read_metrics())
     run.measured = take(run, stage.read_sweep()) or in_training
@@ -294,12 +294,12 @@ def read_measured(run: ComparedRun, stage: Stage) -> None:
             run.facts.get("versions") or {},
             run.facts.get("device"),
         )
-        _add_figures(run, newest["metrics"], "in_training")
+        _add_metric_values(run, newest["metrics"], "in_training")
     evaluation = stage.read_evaluation()
     found = take(run, evaluation)
     if found is None:
         if run.facts and not evaluation.there:
-            run.troubles.append(f"never measured: dinogen evaluate {run.folder}")
+            run.problems.append(f"never measured: dinogen evaluate {run.folder}")
         return
     run.sources["evaluation"] = Source(
         f"{stage.name}/{EVALUATION}",
@@ -309,7 +309,7 @@ def read_measured(run: ComparedRun, stage: Stage) -> None:
         found.get("device"),
     )
     run.fingerprints |= found.get("fingerprints") or {}
-    _add_figures(run, found.get("measured") or {}, "evaluation")
+    _add_metric_values(run, found.get("measured") or {}, "evaluation")
     speed = found.get("sampling") or {}
     run.numbers["sampling_images_per_s"] = Number(
         "sampling_images_per_s",
@@ -323,14 +323,14 @@ def read_measured(run: ComparedRun, stage: Stage) -> None:
             name, finite(value), "evaluation", num_samples=found.get("num_samples")
         )
     if trained is not None and found.get("nimg") not in (None, trained):
-        run.troubles.append(
+        run.problems.append(
             f"measured at {found['nimg']:,} images, but trained to {trained:,}: evaluate it again"
         )
 
 
-def _add_figures(run: ComparedRun, figures: dict[str, Any], source: str) -> None:
-    """Figures of a mapping by name; one that has a value is not replaced by one without."""
-    for name, one in figures.items():
+def _add_metric_values(run: ComparedRun, metric_values: dict[str, Any], source: str) -> None:
+    """Metric values of a mapping by name; one that has a value is not replaced by one without."""
+    for name, one in metric_values.items():
         if one is None:
             continue
         number = Number(
@@ -359,7 +359,7 @@ def _caution(name: str, one: dict[str, Any]) -> str | None:
 
 
 def _source_of(run: ComparedRun, key: str, command: str | None) -> str:
-    """The source of a figure: an evaluation keeps what earlier commands have measured."""
+    """The source of a metric value: an evaluation keeps what earlier commands have measured."""
     if command is None or command == run.sources[key].command:
         return key
     number = 2

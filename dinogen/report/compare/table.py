@@ -14,7 +14,7 @@ from dinogen.report.compare.columns import COSTS, MEASURED, Column, label_of, sh
 from dinogen.report.compare.model import ComparedRun, Number
 
 # By which one the rows are sorted and the story is told: the first that most runs have.
-HEADLINES = ("fid", "fd_dinov2", "fid768", "kid", "kid768", "kd_dinov2")
+MAIN_METRICS = ("fid", "fd_dinov2", "fid768", "kid", "kid768", "kd_dinov2")
 BY_DEVICE = {"seconds", "training_images_per_s", "sampling_images_per_s"}
 DIGITS = 3
 
@@ -40,13 +40,13 @@ def values_of(runs: Sequence[ComparedRun], name: str) -> dict[str, Number]:
     return {key: one for key, one in found.items() if one is not None and one.value is not None}
 
 
-def headline(columns: Sequence[Column], runs: Sequence[ComparedRun]) -> Column | None:
+def main_metric(columns: Sequence[Column], runs: Sequence[ComparedRun]) -> Column | None:
     """The column that the comparison is told by; None if nothing was measured."""
     counts = {one.name: len(values_of(runs, one.name)) for one in columns}
-    found = [name for name in HEADLINES if name in counts]
+    found = [name for name in MAIN_METRICS if name in counts]
     if not found:
         return next((one for one in columns if one.group != "Cost"), None)
-    first = max(found, key=lambda name: (counts[name], -HEADLINES.index(name)))
+    first = max(found, key=lambda name: (counts[name], -MAIN_METRICS.index(name)))
     return next(one for one in columns if one.name == first)
 
 
@@ -189,7 +189,7 @@ class Seeds:
 def over_seeds(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[Seeds]:
     """Groups of at least two runs of one config under different seeds.
 
-    Only figures that all runs of a group have, measured alike, are averaged.
+    Only metric values that all runs of a group have, measured alike, are averaged.
     """
     groups: dict[str, list[ComparedRun]] = {}
     for run in runs:
@@ -235,7 +235,7 @@ class Row:
         run: name of the run.
         step: its place, in the words of the notes; empty where they say nothing.
         change: what it does otherwise.
-        metric: value and spread of the headline figure as text, a dash where there is none.
+        metric: value and spread of the main loss metric value as text, a dash where there is none.
         best: whether no other step of the family is better.
         failed: what did not work.
         said: whether ``failed`` is from the notes, and not from the files of the run.
@@ -286,14 +286,14 @@ def _row(run: ComparedRun, family: Sequence[ComparedRun], by: Column | None) -> 
         top = min(values) if by.better == "lower" else max(values)
         best = by.comparable and len(values) > 1 and number.value == top
     said = "failed" in run.notes
-    troubles = "" if run.finished and not run.troubles else "; ".join(run.troubles)
+    problems = "" if run.finished and not run.problems else "; ".join(run.problems)
     return Row(
         run=run.name,
         step=run.notes.get("step", ""),
         change=run.notes.get("change", ""),
         metric=metric,
         best=best,
-        failed=run.notes.get("failed", troubles),
+        failed=run.notes.get("failed", problems),
         said=said,
         next=run.notes.get("next", ""),
     )

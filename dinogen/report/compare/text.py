@@ -14,13 +14,13 @@ def render_text(comparison: Comparison) -> str:
     """All of a comparison but its pictures and curves, as Markdown."""
     lines = [f"# {_cell(comparison.title)}", ""]
     lines += [f"> **Warning.** {_cell(text)}\n>" for text in comparison.warnings]
-    lines += ["", f"## Figures ({comparison.order})", ""]
+    lines += ["", f"## Metric values ({comparison.order})", ""]
     columns = comparison.columns
     heads = [f"{column.full_label} {column.arrow}".strip() for column in columns]
     lines += _table(
         ["run", "family", *heads],
         (
-            [run.name, run.family, *(_figure(run, column) for column in columns)]
+            [run.name, run.family, *(_metric_value(run, column) for column in columns)]
             for run in comparison.runs
         ),
     )
@@ -38,7 +38,7 @@ def render_text(comparison: Comparison) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _figure(run: ComparedRun, column: Column) -> str:
+def _metric_value(run: ComparedRun, column: Column) -> str:
     """A cell of the table: value, spread, counts."""
     number = run.numbers.get(column.name)
     if number is None or number.value is None:
@@ -78,7 +78,7 @@ def _seeds(comparison: Comparison) -> list[str]:
 
 
 def _story(comparison: Comparison) -> list[str]:
-    name = comparison.headline.full_label if comparison.headline else "metric"
+    name = comparison.main_metric.full_label if comparison.main_metric else "metric"
     lines = []
     for chapter in comparison.story:
         lines += ["", f"## {_cell(chapter.family)}, step by step", ""]
@@ -101,10 +101,10 @@ def _story(comparison: Comparison) -> list[str]:
 
 def _failures(comparison: Comparison) -> list[str]:
     lines = ["", "## Failures", ""]
-    for run in (*comparison.failed, *comparison.troubled):
-        lines.append(f"- **{_cell(run.name)}** ({run.status}): {_cell('; '.join(run.troubles))}")
+    for run in (*comparison.failed, *comparison.with_problem):
+        lines.append(f"- **{_cell(run.name)}** ({run.status}): {_cell('; '.join(run.problems))}")
     if len(lines) == 3:
-        lines.append("None: every run has a result and no trouble.")
+        lines.append("None: every run has a result and no problem.")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What has to be said loudly above a comparison: figures that do not compare, random extractors."""
+"""Warnings above a comparison: metric values that do not compare, random extractors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dinogen.report.compare.columns import Column
 from dinogen.report.compare.model import ComparedRun
 from dinogen.report.compare.table import values_of
 
-# so many runs are named; of more only the number
+# that many runs are named; of more only the number
 MAX_NAMES = 4
 DIGITS = 12
 
@@ -25,7 +25,7 @@ def warnings_of(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[
 
 
 def _differing(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[str]:
-    """Columns whose figures were measured differently; those that differ alike in one sentence."""
+    """Columns that were measured differently; those that differ alike in one sentence."""
     found: dict[str, list[Column]] = {}
     for column in columns:
         if not column.comparable:
@@ -38,7 +38,7 @@ def _differing(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[s
 
 
 def _why(runs: Sequence[ComparedRun], column: Column) -> str:
-    """In what the figures of a column differ, and whose is which."""
+    """In what the metric values of a column differ, and whose is which."""
     numbers = values_of(runs, column.name)
     by_name = {run.name: run for run in runs}
     facts: dict[str, dict[str, Any]] = {}
@@ -69,7 +69,7 @@ def _why(runs: Sequence[ComparedRun], column: Column) -> str:
 
 
 def _random(runs: Sequence[ComparedRun]) -> list[str]:
-    """Feature extractors and guides with random weights: such figures say nothing about quality."""
+    """Extractors and guides with random weights: their values say nothing about quality."""
     sentences = []
     extractors = {
         str(facts.get("judge"))

@@ -22,7 +22,8 @@ from dinogen.config import Config, StageConfig
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.files import write_json
-from dinogen.runs.files import read_object, read_raw, state_trouble
+from dinogen.runs.earlier import with_names_of_today
+from dinogen.runs.files import read_object, read_raw, state_problem
 from dinogen.runs.layout import STATE, checkpoint_name
 from dinogen.runs.run import Checkpoints, Run
 from shards.files import sha256_file, sync_folder
@@ -94,7 +95,7 @@ def save_checkpoint(
     for folder in checkpoints.folders:
         if int(folder.name) < nimg:
             continue
-        if folder == final and _whole(final, usable=state_trouble({"files": {}} | state) is None):
+        if folder == final and _whole(final, usable=state_problem({"files": {}} | state) is None):
             return final
         aside = folder.with_name(f"{BROKEN}{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -113,7 +114,7 @@ def save_checkpoint(
         write_json(temporary / STATE, state | {"files": hashes})
         mode = (temporary / STATE).stat().st_mode
         for name in hashes:
-            # safetensors shuts others out, whatever the umask says
+            # safetensors shuts others out, regardless of the umask says
             (temporary / name).chmod(mode)
         sync_folder(temporary)
     except BaseException:
@@ -133,13 +134,13 @@ def load_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     path = folder / STATE
     try:
         raw = read_raw(path)  # a pipe in its place would be waited for
-        if raw.troubles or not raw.there:
-            raise ValueError(raw.troubles[0].strip() if raw.troubles else "no such file")
-        state = json.loads(raw.value.decode("utf-8"))
+        if raw.problems or not raw.there:
+            raise ValueError(raw.problems[0].strip() if raw.problems else "no such file")
+        state = with_names_of_today(json.loads(raw.value.decode("utf-8")))
         hashes = dict(state["files"])
         if not hashes:
             raise ValueError("it names no files")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is missing or not readable ({error})") from error
     for name, expected in hashes.items() if verify else ():
         try:
@@ -163,8 +164,8 @@ def newest_checkpoint(parent: Path, usable: bool = False) -> Checkpoint | None:
     for folder in reversed(Checkpoints(parent).folders):
         try:
             checkpoint = load_checkpoint(folder)
-            if usable and (trouble := state_trouble(checkpoint.state)):
-                raise ValueError(f"{folder / STATE}: {trouble}")
+            if usable and (problem := state_problem(checkpoint.state)):
+                raise ValueError(f"{folder / STATE}: {problem}")
             return checkpoint
         except ValueError as error:
             log.warning("checkpoint %s is broken and skipped: %s", folder, error)
@@ -209,7 +210,7 @@ def _whole(folder: Path, usable: bool) -> bool:
         found = load_checkpoint(folder)
     except ValueError:
         return False
-    return not usable or state_trouble(found.state) is None
+    return not usable or state_problem(found.state) is None
 
 
 class SaveError(UserError):

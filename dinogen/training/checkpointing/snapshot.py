@@ -13,7 +13,7 @@ from dinogen.distributed import process_group
 from dinogen.families.abilities import condition_for, fade
 from dinogen.families.base import Condition, Family
 from dinogen.families.registry import family_class
-from dinogen.runs.files import state_trouble
+from dinogen.runs.files import state_problem
 from dinogen.runs.layout import STATE, stage_name
 from dinogen.runs.run import Run, Stage
 from dinogen.training.checkpointing.checkpoint import (
@@ -157,8 +157,8 @@ def _checkpoint_at(config: Config, stage: StageConfig, nimg: int) -> Checkpoint 
         return None
     try:
         found = load_checkpoint(folder)
-        if trouble := state_trouble(found.state):
-            raise ValueError(f"{folder}: {STATE} cannot be used: {trouble}")
+        if problem := state_problem(found.state):
+            raise ValueError(f"{folder}: {STATE} cannot be used: {problem}")
         return found
     except ValueError as error:
         raise ConfigError(f"{error}: take another checkpoint") from None

@@ -130,7 +130,7 @@ class DeepSpeedEngine(SingleEngine):
         if self.config.zero:
             engine.optimizer.override_loss_scale(scaler.get_scale())  # the step divides by it
             engine.optimizer.check_grad_overflow = True
-            engine.optimizer.check_overflow = _Verdict(engine.optimizer, applied)
+            engine.optimizer.check_overflow = _OverflowCheck(engine.optimizer, applied)
         if self.config.zero or applied:
             engine.step()
         engine.zero_grad()
@@ -219,7 +219,7 @@ class DeepSpeedEngine(SingleEngine):
             self._scatter(network)
 
 
-class _Verdict:
+class _OverflowCheck:
     """Takes the place of DeepSpeed's own search for overflow: ranks have agreed on the step."""
 
     def __init__(self, optimizer: Any, applied: bool) -> None:

@@ -31,7 +31,7 @@ def save_samples(state: StageState, path: Path) -> np.ndarray:
 
 
 def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]:
-    """Write the final images and figures of a finished stage; rank 0 only.
+    """Write the final images and metric values of a finished stage; rank 0 only.
 
     Args:
         state: of the finished stage.
@@ -71,7 +71,7 @@ def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]
         "ended_early": state.ended_early,
         "best": progress.best,
         "best_nimg": progress.best_nimg,
-        "verdict": progress.verdict,
+        "health": progress.health,
         "warnings": progress.warnings,
         **facts,
         "images_per_s": (progress.nimg - state.plan.start) / max(progress.seconds, 1e-9),

@@ -181,7 +181,7 @@ def cut_lines(path: Path, nimg: int) -> None:
         UserError: the file cannot be read, or something else stands in its place.
     """
     found = read_raw(path)
-    if found.troubles:
+    if found.problems:
         raise UserError(f"{found.told()[0]}: move it away")
     lines = found.value.splitlines(keepends=True)
     kept = [line for line in lines if line_nimg(line) <= nimg]

@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside curves: charts worth opening, hparams, final figures, images."""
+"""What TensorBoard shows with the curves: a layout of charts, hparams, final values, images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 # in the stage's folder of TensorBoard: what it came to, a run of its own
 FINAL = "final"
-FIGURES = (
+FINAL_VALUES = (
     "loss",
     "loss_over_floor",
     "diversity",
@@ -79,10 +79,10 @@ def chart_layout(family: Family, config: Config) -> Layout:
 def write_summary(stage: Stage) -> None:
     """Write what a finished stage came to, as its files say it, for TensorBoard.
 
-    Hyperparameters stand with the final figures in the tab HParams; the figures, measured in
-    training or by ``dinogen evaluate``, are scalars ``final/NAME`` too. They are a run of their
-    own, ``tb/final``, whose scalars are then the columns of the table, and which each call writes
-    anew. Of a stage that is not finished nothing is written.
+    Hyperparameters stand with the final metric values in the tab HParams; the metric values,
+    measured in training or by ``dinogen evaluate``, are scalars ``final/NAME`` too. They are a run
+    of their own, ``tb/final``, whose scalars are then the columns of the table, and which each call
+    writes again. Of a stage that is not finished nothing is written.
 
     Args:
         stage: where it lies; its run's config says what was chosen.
@@ -101,7 +101,7 @@ def write_summary(stage: Stage) -> None:
             _, start, end = hparams(_hyperparameters(stage, result), {})
             writer.file_writer.add_summary(start)
             writer.file_writer.add_summary(end)
-            for name, (value, nimg) in _figures(stage, result).items():
+            for name, (value, nimg) in _metric_values(stage, result).items():
                 writer.add_scalar(f"final/{name}", value, nimg)
             for name, path, nimg in _images(stage, result):
                 try:
@@ -142,16 +142,16 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, str | float]]:
         yield name, value
 
 
-def _figures(stage: Stage, result: dict[str, Any]) -> dict[str, tuple[float, int]]:
-    """Final figures, each with the images seen when it was measured; the newest of each counts.
+def _metric_values(stage: Stage, result: dict[str, Any]) -> dict[str, tuple[float, int]]:
+    """Final metric values, each with the images seen when it was measured; the newest counts.
 
-    What was evaluated of an earlier checkpoint is none of them.
+    What was evaluated of an earlier checkpoint is not one of them.
     """
     trained = result["nimg"]
-    found: dict[str, tuple[Any, int]] = {name: (result.get(name), trained) for name in FIGURES}
+    found: dict[str, tuple[Any, int]] = {name: (result.get(name), trained) for name in FINAL_VALUES}
     for line in stage.metrics:
-        for name, figure in line["metrics"].items():
-            found[name] = figure["value"], line["nimg"]
+        for name, metric_value in line["metrics"].items():
+            found[name] = metric_value["value"], line["nimg"]
     evaluation = stage.evaluation or {}
     if evaluation.get("nimg") == trained:
         values = dict(evaluation.get("metrics") or {})

@@ -40,7 +40,7 @@ class FeatureExtractor(nn.Module):
         return torch.stack([logits.argmax(1) for logits in self(images)], 1).numpy()
 
 
-def train_judge(seed: int = 1, num_steps: int = 150, batch: int = 64) -> FeatureExtractor:
+def train_extractor(seed: int = 1, num_steps: int = 150, batch: int = 64) -> FeatureExtractor:
     """Taught on images of its own, blurred, tinted and with noise."""
     rows = drawn.some_attributes(2000, seed)
     faces = drawn.as_tensor(drawn.draw(rows, [seed, 7]))
@@ -63,10 +63,10 @@ def train_judge(seed: int = 1, num_steps: int = 150, batch: int = 64) -> Feature
     return extractor.eval()
 
 
-def shared_judge(tmp_path_factory) -> FeatureExtractor:
+def shared_extractor(tmp_path_factory) -> FeatureExtractor:
     """The judge, taught once for all processes of a test run."""
     path = drawn.made_once(
-        tmp_path_factory, "judge.safetensors", lambda at: save_model(train_judge(), at)
+        tmp_path_factory, "judge.safetensors", lambda at: save_model(train_extractor(), at)
     )
     extractor = FeatureExtractor()
     load_model(extractor, path)
