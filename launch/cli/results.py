@@ -33,7 +33,7 @@ def export(
 ) -> None:
     """Write the generator of a run as one safetensors file, with its config in the metadata.
 
-    It is the moving average, which sample draws from, bit for bit.
+    It is the moving average that sample uses, bit for bit.
 
     [bold]Examples[/bold]
 
@@ -67,14 +67,14 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Changes to the section metrics:, and where things lie now: data.path=FOLDER, "
+            help="Changes to the section metrics:, and new paths: data.path=FOLDER, "
             "guide.path=FOLDER.",
         ),
     ] = None,
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="Which, separated by commas; all by default. held_out is what the family itself "
+            help="Names, separated by commas; all by default. held_out is what the family itself "
             "measures.",
             metavar="fid,kid",
         ),
@@ -101,14 +101,14 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            help="So many images are generated, or read of a folder, and at most so many "
+            help="Number of images to generate, or to read from a folder, and limit of the "
             "held-out samples; metrics.num_samples and all by default.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File (.json) or folder to write to; beside what is measured by default.",
+            help="File (.json) or folder to write to; default: next to what is measured.",
             metavar="FILE|FOLDER",
         ),
     ] = None,
@@ -122,12 +122,11 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint, or a folder of images, against real ones.
 
-    Of a run: what its family measures on held-out samples, and metrics of
-    generated images such as FID (docs/metrics.md). Only what the metrics need is
-    loaded. Where weights, data or the guide are missing, what needs them is
-    reported with the reason, and all else is measured. Each metric value is printed as
-    soon as it is known; the exit code is 1 if there is none. Under torchrun the
-    work is shared among the ranks; the metric values stay the same.
+    For a run it measures what its family measures on held-out samples, and metrics of generated
+    images such as FID (docs/metrics.md). Only what the metrics need is loaded. A metric whose
+    weights, data or guide are missing is reported with the reason, and all others are measured.
+    Each metric value is printed as soon as it is known; the exit code is 1 if there is none. Under
+    torchrun the work is shared among the ranks; the metric values stay the same.
 
     [bold]Examples[/bold]
 
@@ -215,7 +214,7 @@ HELD_OUT = "held_out"
 
 
 def lines_of(part: dict[str, Any]) -> Iterator[str]:
-    """Lines for people of a part of an evaluation.json, as it becomes known.
+    """Readable lines for a part of an evaluation.json, as it becomes known.
 
     Args:
         part: what the checkpoint or folder is, or metric values that were just measured.
@@ -229,7 +228,7 @@ def lines_of(part: dict[str, Any]) -> Iterator[str]:
 
 
 def closing_lines(result: dict[str, Any]) -> Iterator[str]:
-    """What is left to say when all is measured: what is old, and what is not available.
+    """Lines for the end of an evaluation: values measured before, and metrics not available.
 
     Args:
         result: a whole evaluation.json.
@@ -240,7 +239,7 @@ def closing_lines(result: dict[str, Any]) -> Iterator[str]:
     prints = result.get("fingerprints") or {}
     measured = result["measured"]
     if HELD_OUT in before:
-        # of a probe for guide_diversity alone all else was told when it was found
+        # after a probe for guide_diversity alone, everything else is already printed
         probed = GUIDE_DIVERSITY in measured and GUIDE_DIVERSITY not in before
         for line in _own(result):
             if not probed or line.startswith(f"  {HELD_OUT}/"):
@@ -260,7 +259,7 @@ def closing_lines(result: dict[str, Any]) -> Iterator[str]:
 
 
 def measured_now(result: dict[str, Any]) -> list[str]:
-    """Names of what this command has measured, ``held_out`` among them."""
+    """Names of what this command has measured, including ``held_out``."""
     before = set(result.get("measured_before") or ())
     found = [name for name, one in result["measured"].items() if one["value"] is not None]
     if result.get("metrics"):
@@ -282,7 +281,7 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _own(result: dict[str, Any]) -> Iterator[str]:
-    """What the family measures of itself."""
+    """Lines for what the family itself measures."""
     from dinogen.report.cautions import FEW
 
     num = result.get("num_samples") or 0
@@ -293,7 +292,7 @@ def _own(result: dict[str, Any]) -> Iterator[str]:
     if "health" in result:
         yield f"  {' '.join(result.get('warnings') or ()) or result['health']}"
     if result.get("num_skipped"):
-        yield f"  {result['num_skipped']} damaged samples were left out"
+        yield f"  {result['num_skipped']} damaged samples were skipped"
 
 
 def _metric_value(name: str, metric_value: dict[str, Any], fingerprints: dict[str, Any]) -> str:
@@ -316,21 +315,21 @@ def look(
     run: Run,
     changes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Where things lie now: data.path=FOLDER."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="New paths: data.path=FOLDER."),
     ] = None,
     stage: Stage = None,
     nimg: Nimg = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of all latents; the same for runs to be compared.")
+        int, typer.Option(min=0, help="Seed of all latents; use the same one to compare runs.")
     ] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder; RUN/RxR/looks by default.", metavar="DIR")
     ] = None,
 ) -> None:
-    """Make images that show what a run has learnt: grids, its progress, interpolations, worst.
+    """Make images that show what a run has learnt: grids, progress, interpolations, worst samples.
 
-    What they are is in looks.json beside them, and why one is missing: not every family truncates,
-    mixes styles or encodes images.
+    looks.json, next to them, says what each image shows, and why one is missing: not every family
+    truncates, mixes styles or encodes images.
 
     [bold]Examples[/bold]
 
@@ -347,22 +346,20 @@ def look(
     index = write_looks(run, stage, nimg, seed, out, changes or ())
     entries = json.loads(index.read_text(encoding="utf-8"))
     for name, entry in entries.items():
-        typer.echo(f"  {name}: {entry['file'] or 'left out: ' + entry['reason']}")
+        typer.echo(f"  {name}: {entry['file'] or 'not made: ' + entry['reason']}")
     typer.echo(index)
 
 
 def serve(
     run: Run,
     host: Annotated[
-        str, typer.Option(help="Address to bind to; this machine alone by default.")
+        str, typer.Option(help="Address to bind to; by default only this machine can connect.")
     ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port; 0 takes any that is free.")
-    ] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free port.")] = 8000,
 ) -> None:
-    """Open a page that draws from a run: by seed, truncation, stage, and from seed to seed.
+    """Serve a page that samples from a run: by seed, truncation and stage, and between two seeds.
 
-    It draws from each stage's newest checkpoint, and serves until Ctrl-C.
+    It uses each stage's newest checkpoint, and serves until Ctrl-C.
 
     [bold]Examples[/bold]
 
@@ -384,7 +381,7 @@ def serve(
 
     site = open_site(run, host, port)
     if not site.private:
-        typer.echo(f"dinogen: everybody who can reach {host} can open this page", err=True)
+        typer.echo(f"dinogen: everyone who can reach {host} can open this page", err=True)
     typer.echo(f"{run}: {site.url} (Ctrl-C ends it)")
     site.run()
 
@@ -393,7 +390,7 @@ def compare(
     runs: Annotated[
         list[str],
         typer.Argument(
-            help="Folders of runs, of many runs, of a study, or of configs; KEY=VALUE is for "
+            help="Folders of runs, of many runs, of a study, or of configs; KEY=VALUE is passed to "
             "dinogen evaluate.",
             metavar="RUN...",
         ),
@@ -402,20 +399,21 @@ def compare(
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Comparison",
     metrics: Annotated[
         str | None,
-        typer.Option(help="Only these are measured where they are missing.", metavar="fid,kid"),
+        typer.Option(help="Measure only these, where they are missing.", metavar="fid,kid"),
     ] = None,
     over_training: Annotated[bool, typer.Option("--over-training", hidden=True)] = False,
     as_is: Annotated[
-        bool, typer.Option("--as-is", help="Measure and draw nothing; show what is there.")
+        bool, typer.Option("--as-is", help="Measure and draw nothing; show what exists.")
     ] = False,
 ) -> None:
     """Put runs side by side: metric values, curves, images, and where every number comes from.
 
-    A run whose end was never measured (dinogen evaluate) or looked at (dinogen look) is first,
-    unless --as-is is given. One that failed, or whose files are damaged, is listed with what is
-    known of it, and all others are compared. The exit code is 1 if every run is damaged.
+    Runs whose last stage was never measured or drawn are measured (dinogen evaluate) and drawn
+    (dinogen look) first, unless --as-is is given. A run that failed, or whose files are damaged, is
+    listed with what is known about it, and all others are compared. The exit code is 1 if every run
+    is damaged.
 
-    The page, index.html, holds all it needs; comparison.json and comparison.md say the same.
+    The page, index.html, needs no other file; comparison.json and comparison.md say the same.
 
     [bold]Examples[/bold]
 

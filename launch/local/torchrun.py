@@ -1,8 +1,8 @@
-"""torchrun that hands signals on: asked to stop, its workers save and it ends with code 75.
+"""torchrun that forwards signals: asked to stop, its workers save and it exits with code 75.
 
-``python -m launch.local.torchrun`` takes what torchrun takes. torchrun itself dies of USR1, by
-which SLURM tells that the time is nearly up, gives its workers 30 s after a TERM, takes back what
-``nohup`` asks for, and waits for minutes where no DNS knows the name of this machine.
+``python -m launch.local.torchrun`` takes the arguments of torchrun. torchrun itself is killed by
+USR1, with which SLURM announces that the time is nearly up, gives its workers 30 s after a TERM,
+undoes ``nohup``, and waits for minutes where no DNS knows the name of this machine.
 """
 
 from __future__ import annotations
