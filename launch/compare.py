@@ -1,4 +1,4 @@
-"""What ``dinogen compare`` was given, and what it makes where runs lack something."""
+"""The runs that ``dinogen compare`` was given, and measuring and drawing what they lack."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 def run_pending_steps(
     folders: Sequence[Path], metrics: str | None = None, changes: Sequence[str] = ()
 ) -> list[str]:
-    """Give `dinogen evaluate` and `dinogen look` for each run whose end lacks theirs.
+    """Run `dinogen evaluate` and `dinogen look` for each run whose last stage lacks their results.
 
-    Each is a process of its own, so that one that fails costs the others nothing.
+    Each is a process of its own, so that one that fails does not affect the others.
 
     Args:
         folders: of the runs.
@@ -56,7 +56,7 @@ def run_pending_steps(
 
 
 def last_done(folder: Path) -> Stage | None:
-    """The largest stage of a run that is done; None if there is none, or no config to tell it."""
+    """The largest stage of a run that is done; None if there is none, or no config."""
     try:
         return Run(folder).last_done
     except UserError as error:
@@ -65,7 +65,7 @@ def last_done(folder: Path) -> Stage | None:
 
 
 def _lacking(folder: Path, metrics: str | None, changes: Sequence[str]) -> list[list[str]]:
-    """Commands that a run lacks; none if no stage of it is done."""
+    """Commands whose results a run lacks; none if no stage of it is done."""
     stage = last_done(folder)
     if stage is None:
         return []
@@ -144,10 +144,10 @@ def sweep_checkpoints(
 
 
 def _evaluate(run: Path, stage: Stage, words: Sequence[str]) -> dict[str, Any] | None:
-    """What evaluate says of a checkpoint; None if it fails.
+    """The result of evaluate for a checkpoint; None if it fails.
 
-    It writes beside the checkpoints, where the metric values of the run's end are to stay: so it is
-    given a folder that borrows them.
+    evaluate writes next to the checkpoints, where the metric values of the run's end have to stay.
+    So it gets a temporary folder with a link to them.
     """
     with TemporaryDirectory() as name:
         borrowed = Run(name).stage(stage.resolution)
@@ -162,14 +162,14 @@ def _evaluate(run: Path, stage: Stage, words: Sequence[str]) -> dict[str, Any] |
         found = borrowed.read_evaluation()
         for problem in found.told():
             log.warning("%s", problem)
-        # its own commands name the place that it was given
+        # the commands in it name the temporary folder
         text = json.dumps(found.value).replace(str(place), str(run))
         written: dict[str, Any] | None = json.loads(text)
         return written
 
 
 def _read(stage: Stage) -> dict[int, dict[str, Any]]:
-    """Sound lines that are there already, by their images."""
+    """The sound lines that exist already, by their images."""
     found = stage.read_sweep()
     for problem in found.told():
         log.warning("%s", problem)
@@ -182,11 +182,11 @@ _KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 def sort_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Paths, and ``KEY=VALUE`` changes for evaluate.
 
-    What exists is a path, whatever is in its name. What does not is a change only if its key is
-    one of a config: a path that was mistyped is not to be skipped because it holds a "=".
+    A word that exists is a path, even if it contains a "=". Any other word is a change only if its
+    key is a key of a config, so that a mistyped path is an error.
 
     Raises:
-        UserError: a word is neither; or a change is not one that a config can take.
+        UserError: a word is neither, or a config cannot take a change.
     """
     paths, changes = [], []
     for word in words:
@@ -197,8 +197,8 @@ def sort_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
             changes.append(word)
         elif found and "/" not in key:
             raise UserError(
-                f"{word}: no such folder, and {key!r} is no key of a config: give a folder that is "
-                "there, or a change such as metrics.num_samples=10000"
+                f"{word}: no such folder, and {key!r} is not a key of a config: give a folder that "
+                "exists, or a change such as metrics.num_samples=10000"
             )
         else:
             raise UserError(f"{word}: no such folder: give folders of runs, or one that holds some")
@@ -207,7 +207,7 @@ def sort_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def folders_of(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """The folders of all runs that some paths stand for, each once, and what is wrong.
+    """The folders of all runs that some paths stand for, each once, and the problems.
 
     Raises:
         UserError: no path holds a run.
@@ -225,7 +225,7 @@ def folders_of(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
             continue
         try:
             folders += find_runs([path])
-        except UserError as error:  # something is there, but no run: it is listed as damaged
+        except UserError as error:  # it exists, but is not a run: it is listed as damaged
             lost.append(error)
             folders.append(path)
     if len(folders) == len(lost):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from launch.study.selection import Choice
     from launch.study.status import State
 
-# How a place is named on the command line, and which options it alone takes.
+# Where runs can be started, and the options that belong to one of them only.
 PLACES = {
     "local": ("gpus", "max_restarts"),
     "slurm": (
@@ -47,7 +47,7 @@ def launch(
     config: Annotated[
         str,
         typer.Argument(
-            help="YAML file of the run, or a folder of them; or the word status.", metavar="CONFIG"
+            help="YAML file of a run, or a folder of them; or the word status.", metavar="CONFIG"
         ),
     ],
     overrides: Annotated[
@@ -56,7 +56,7 @@ def launch(
     ] = None,
     on: Annotated[str, typer.Option(help="Where: local or slurm.")] = "local",
     stages: Annotated[
-        str | None, typer.Option(help="Only one stage (8) or some (4..64).", metavar="R..S")
+        str | None, typer.Option(help="Only one stage (8) or a range (4..64).", metavar="R..S")
     ] = None,
     engine: Annotated[
         str | None, typer.Option(help="ddp or deepspeed instead of the config's.")
@@ -68,25 +68,25 @@ def launch(
         int | None,
         typer.Option(
             min=1,
-            help="How many; all by default. Without any GPU: processes on the CPU.",
+            help="Number of GPUs; default: all. Without a GPU: processes on the CPU.",
             rich_help_panel=ON_LOCAL,
         ),
     ] = None,
     max_restarts: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Start failed processes again so often [0].", rich_help_panel=ON_LOCAL
+            min=0, help="How often to restart failed processes [0].", rich_help_panel=ON_LOCAL
         ),
     ] = None,
     photos: Annotated[
         Path | None,
-        typer.Option(help="Make the data of these photos first.", rich_help_panel=ON_SLURM),
+        typer.Option(help="First make the data from these photos.", rich_help_panel=ON_SLURM),
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="For the largest stages.", rich_help_panel=ON_SLURM)
+        int | None, typer.Option(min=1, help="Of the largest stages.", rich_help_panel=ON_SLURM)
     ] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=0, help="0: CPUs only.", rich_help_panel=ON_SLURM)
+        int | None, typer.Option(min=0, help="0 for CPUs only.", rich_help_panel=ON_SLURM)
     ] = None,
     partition: Annotated[str | None, typer.Option(rich_help_panel=ON_SLURM)] = None,
     time: Annotated[
@@ -98,7 +98,7 @@ def launch(
     sbatch: Annotated[
         list[str] | None,
         typer.Option(
-            help="A further flag of sbatch: --sbatch=--exclusive.",
+            help="Another flag for sbatch: --sbatch=--exclusive.",
             metavar="FLAG",
             rich_help_panel=ON_SLURM,
         ),
@@ -110,11 +110,11 @@ def launch(
     not stop the others. On this machine they are trained one after the other. On SLURM each is a
     chain of jobs, and this command does not wait for them.
 
-    On SLURM every stage is a job of its own, after the one before it; with --photos the data are
-    made first. Given again, it submits what is neither done nor queued.
+    On SLURM every stage is a job of its own that waits for the one before; with --photos the data
+    are made first. The same command again submits what is neither done nor queued.
 
-    [bold]dinogen launch status RUN[/bold] shows the jobs of a run and how far they are; of a folder
-    of configs it shows the study.
+    [bold]dinogen launch status RUN[/bold] shows the jobs of a run and how far they are; for a
+    folder of configs it shows the study.
 
     [bold]Examples[/bold]
 
@@ -159,7 +159,7 @@ def launch(
 
 
 def _launcher(on: str, given: dict[str, Any]) -> Callable[[Request], object]:
-    """What starts runs there; refuses options that only another place takes."""
+    """The function that starts runs there; refuses options that belong elsewhere only."""
     from dinogen.errors import UserError
 
     if on not in PLACES:
@@ -179,7 +179,7 @@ def _launcher(on: str, given: dict[str, Any]) -> Callable[[Request], object]:
 
 
 def _as_overrides(given: dict[str, Any], engine: str | None) -> list[str]:
-    """Options that stand for keys of the config."""
+    """The overrides that options stand for."""
     from dinogen.config.cluster import ClusterConfig
 
     changes = [f"engine.name={engine}"] if engine is not None else []
@@ -267,10 +267,10 @@ def _status(arguments: list[str]) -> None:
 
 @study_app.command()
 def plan(file: Plan) -> None:
-    """Show all runs, what is left of each, and what it will take by measured images per second.
+    """Show all runs, what is left of each, and how long that will take at measured speeds.
 
-    A speed comes from the run itself, else from one of the same config, else from one of the same
-    family and resolution; where there is none it is unknown.
+    A speed comes from the run itself, or from one of the same config, or from one of the same
+    family and resolution. Without any, the time is unknown.
 
     [bold]Example[/bold]  dinogen study plan configs/study.yaml
     """
@@ -304,8 +304,8 @@ def plan(file: Plan) -> None:
     if shared and None not in shared:
         line += f", {sum(one or 0.0 for one in shared) / 3600:,.2f} hours of one process"
     if len(known) < len(costs):
-        line += f", and {len(costs) - len(known)} runs of which it is unknown"
-    console.print(f"{line}; measuring comes on top of it")
+        line += f"; unknown for {len(costs) - len(known)} runs"
+    console.print(f"{line}; time for measuring is not included")
     _tell_choices(study, choices, states)
 
 
@@ -316,7 +316,7 @@ def run(
     gpus: Annotated[
         int | None,
         typer.Option(
-            min=1, help="On this machine: how many; all by default. Without any: CPU processes."
+            min=1, help="On this machine; default: all. Without a GPU: processes on the CPU."
         ),
     ] = None,
     wait: Annotated[
@@ -325,14 +325,13 @@ def run(
 ) -> None:
     """Train and measure all runs, then those of the final, and write the report.
 
-    Given again after any interruption, it goes on where it was. A run that fails is recorded and
-    does not stop the others; given again, it is tried again, after them.
+    The same command continues after any interruption. A run that fails is recorded and does not
+    stop the others; the next call tries it again, after them.
 
-    On SLURM each run is a chain of jobs. This command waits for them, since the final depends on
-    their results; if it is ended, the jobs stay queued.
+    On SLURM each run is a chain of jobs. This command waits for them, because the final depends on
+    their results; if you stop it, the jobs stay queued.
 
-    Runs of a folder of configs are trained where their run: says, and not measured on this machine:
-    a YAML file with a metric says what decides between them (docs/study.md).
+    The configs of a folder are only trained, each in the folder that its run: names.
 
     [bold]Examples[/bold]
 
@@ -356,7 +355,7 @@ def run(
 
 @study_app.command()
 def status(file: Plan) -> None:
-    """Show what is done, what runs, what waits and what failed; exits 1 if something did.
+    """Show what is done, running, waiting or failed; exits with 1 if something failed.
 
     [bold]Example[/bold]  dinogen study status configs/study.yaml
     """
@@ -422,7 +421,7 @@ def _finish(study: Study, outcomes: list[Outcome], report: bool = True) -> None:
 
 
 def _tell_choices(study: Study, choices: dict[str, Choice], states: list[State]) -> None:
-    """The best of each track, and what the final waits for."""
+    """Print the best of each track, and what the final waits for."""
     for name, choice in choices.items():
         typer.echo(f"{name}: {choice.best or 'no best'} ({choice.why})")
     waits = [track for track in study.final_tracks if track not in choices]

@@ -1,4 +1,4 @@
-"""What the runs of a study will cost, by speeds that were measured."""
+"""How long the runs of a study will take, at measured speeds."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _RECENT = 20  # log lines whose median stands for a stage that is not done
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a stage was trained somewhere.
+    """The measured speed of a stage.
 
     Attributes:
         images_per_s: over all processes.
         where: folder of the stage.
         device: such as ``NVIDIA H100``; None if the stage is not done.
-        num_processes: that shared the work; None if the stage is not done.
-        same: it is of the same config, and not merely of the same family and resolution.
+        num_processes: number of processes that shared the work; None if the stage is not done.
+        same: whether it is from the same config, and not only the same family and resolution.
     """
 
     images_per_s: float
@@ -38,14 +38,14 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cost:
-    """What is left to train of a run.
+    """The training that is left of a run.
 
     Attributes:
-        num_images: to be shown yet; None if a length in epochs is of data that are not here.
+        num_images: number of images; None if a length is in epochs and the data are not here.
         seconds: at the speeds found; None if there is none for a stage that is left.
-        processor_s: the same times the processes that shared the work; None if these are unknown.
-        speeds: that it was worked out from.
-        why: what is not known; empty if all is.
+        processor_s: ``seconds`` times the number of processes; None if that is unknown.
+        speeds: the speeds that were used.
+        why: what is not known; empty if everything is.
     """
 
     num_images: int | None
@@ -56,18 +56,18 @@ class Cost:
 
 
 def cost_of(run: StudyRun, others: Sequence[StudyRun]) -> Cost:
-    """What a run still costs: images left of each stage over the speed measured for it.
+    """The training that is left of a run: the images left of each stage over its measured speed.
 
-    A speed is taken from the run itself, else from one of the same config (another seed, or
-    trained outside the study), else from one of the same family and resolution.
+    A speed is taken from the run itself, or from one of the same config (another seed, or trained
+    outside the study), or from one of the same family and resolution.
 
     Args:
-        run: what is to be trained.
-        others: runs to look for speeds in.
+        run: the run.
+        others: runs whose speeds may be used.
     """
     config = _with_lengths(run.config)
     if config is None:
-        why = "length in epochs of data that are not here"
+        why = "its length is in epochs, and its data are not here"
         return Cost(None, None, None, (), why)
     start, num_left = 0, 0
     seconds: float | None = 0.0
@@ -115,7 +115,7 @@ def find_speed(run: StudyRun, resolution: int, others: Sequence[StudyRun]) -> Sp
 
 
 def _read(stage: Stage, family: str, same: bool) -> Speed | None:
-    """The speed that a stage's files tell; None if they tell none, or are of another family."""
+    """The speed in a stage's files; None if there is none, or they are of another family."""
     result = stage.result
     if result is None:
         return _read_log(stage, same)
@@ -132,12 +132,12 @@ def _read_log(stage: Stage, same: bool) -> Speed | None:
 
 
 def _with_lengths(config: Config) -> Config | None:
-    """The config with lengths in images; None if they are in epochs of data that are not here."""
+    """The config with lengths in images; None if they are in epochs and the data are not here."""
     if all(stage.kimg is not None for stage in config.stages):
         return config
     paths = [one.path for one in config.data.mix] or [config.data.path]
     if any("://" in path for path in paths):
-        return None  # to look would download it
+        return None  # reading it would download it
     from dinogen.training.data import open_data
     from dinogen.training.stages import with_lengths
 
@@ -148,7 +148,7 @@ def _with_lengths(config: Config) -> Config | None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: ``40 s``, ``12 min``, ``3.5 h``, ``2.1 days``."""
+    """Seconds in a readable unit: ``40 s``, ``12 min``, ``3.5 h``, ``2.1 days``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     for size, most, unit in ((60, 5400, "min"), (3600, 172_800, "h")):
@@ -158,7 +158,7 @@ def duration(seconds: float) -> str:
 
 
 def speed_words(speeds: Sequence[Speed]) -> str:
-    """By which measured speeds a time was worked out, and where these come from."""
+    """The measured speeds behind a time, and where they come from."""
     return "; ".join(
         f"{one.images_per_s:,.3g}/s"
         + (f" on {one.num_processes}x {one.device}" if one.device else "")

@@ -22,7 +22,7 @@ from launch.slurm.plan import lacking_data
 
 log = logging.getLogger(__name__)
 
-# What is done for each run, in this order.
+# What a study does for each run, in this order.
 STEPS = ("train", "evaluate", "look")
 
 
@@ -92,11 +92,11 @@ class Study:
         return self.plan.final_tracks if self.plan else ()
 
     def copy_of(self, run: StudyRun) -> Path:
-        """The config that a run is started with."""
+        """The copy of its config that a run is started with."""
         return self.folder / "configs" / f"{run.id}.yaml"
 
     def log_of(self, run: StudyRun) -> Path:
-        """What its commands print."""
+        """The output of a run's commands."""
         return self.folder / "logs" / f"{run.id}.log"
 
     def final_runs(self, best: Mapping[str, str]) -> tuple[StudyRun, ...]:
@@ -213,12 +213,12 @@ def is_trained(run: StudyRun) -> bool:
 
 
 def lacking(run: StudyRun) -> str | None:
-    """Which data a run lacks and how they are made; None if they are there."""
+    """The data that a run lacks and how to make them; None if they exist."""
     paths = lacking_data(run.config)
     if not paths:
         return None
     if run.config.data.mix:
-        return f"data.mix: {paths[0]} holds no packed data: make what is mixed first"
+        return f"data.mix: {paths[0]} holds no packed data: pack each part of the mix first"
     return (
         f"data.path: {paths[0]} holds no packed data: "
         f"dinogen prepare PHOTOS {paths[0]} -c {run.source}"
@@ -226,11 +226,11 @@ def lacking(run: StudyRun) -> str | None:
 
 
 def check_study(study: Study) -> None:
-    """What can be known to be wrong with a study before it goes on.
+    """Find the mistakes in a study that can be known before it runs.
 
     Raises:
-        ConfigError: its metric is not known or has no better and worse, or its configs have changed
-            since runs were trained; names each of them.
+        ConfigError: its metric is not known or has no better or worse, or configs have changed
+            since their runs were trained; names each of them.
     """
     if study.metric is not None:
         from dinogen.metrics.registry import better, chosen_names
@@ -238,7 +238,7 @@ def check_study(study: Study) -> None:
         (metric,) = chosen_names([study.metric], f"{study.path}: metric")
         if better(metric) == "none":
             raise ConfigError(
-                f"{study.path}: metric: {metric} has no better and worse: name another"
+                f"{study.path}: metric: {metric} has no better or worse: choose another"
             )
     found = [why for run in study.possible_runs() if (why := changed(study, run))]
     if found:
@@ -246,9 +246,9 @@ def check_study(study: Study) -> None:
 
 
 def changed(study: Study, run: StudyRun) -> str | None:
-    """How the config of a trained run has changed since; None if it has not.
+    """How the config of a run has changed since it was trained; None if it has not.
 
-    Of a run that is still trained the trainer itself says so.
+    For a run that is not done the trainer itself reports it.
     """
     copy = study.copy_of(run)
     if not copy.is_file() or not is_trained(run):
@@ -256,12 +256,12 @@ def changed(study: Study, run: StudyRun) -> str | None:
     from dinogen.families.registry import resolve
     from dinogen.training.preflight import MAY_CHANGE
 
-    # A shorter or longer run is another one once it is done.
+    # Once a run is done, one of another length is another run.
     ignored = {key: value for key, value in MAY_CHANGE.items() if key != "stages"}
     try:
         trained = load_config(copy)
     except ConfigError as error:
-        log.warning("%s: what %s was trained with is not known", error, run.folder)
+        log.warning("%s: the config that %s was trained with is not known", error, run.folder)
         return None
     then, now = (
         resolve(config).model_dump(mode="json", exclude=ignored) for config in (trained, run.config)
@@ -271,8 +271,8 @@ def changed(study: Study, run: StudyRun) -> str | None:
         return None
     key, old, new = found
     return (
-        f"{run.source}: {key}: {run.folder} was trained with {old}, the study says {new} now: put "
-        f"it back, or move that folder and {copy} away"
+        f"{run.source}: {key}: {run.folder} was trained with {old}, the study says {new} now: "
+        f"restore it, or move that folder and {copy} away"
     )
 
 
@@ -322,7 +322,7 @@ def _run(
     names = config.metrics.names
     if names and plan.metric not in names:
         raise ConfigError(
-            f"{source}: metrics.names: lacks {plan.metric}, by which {path} chooses: add it"
+            f"{source}: metrics.names: lacks {plan.metric}, which {path} chooses by: add it"
         )
     run_id = f"{track}/{name}-seed{seed}"
     config, outside = config.model_copy(update={"run": plan.folder / run_id}), config.run
@@ -330,7 +330,7 @@ def _run(
 
 
 def _source(path: Path, entry: EntryConfig) -> Path:
-    """A config of the study; relative paths begin where the study's file lies."""
+    """A config of the study; relative paths start at the folder of the study's file."""
     return path.parent / entry.config
 
 
@@ -338,8 +338,8 @@ def _lengths(config: Config, epochs: float, where: str) -> list[str]:
     """Changes that give a run this number of epochs, its stages in the same proportions."""
     if len({stage.kimg is None for stage in config.stages}) > 1:
         raise ConfigError(
-            f"{where}: some of its stages are given in kimg and some in epochs: give all in one, "
-            "or the lengths in final.overrides"
+            f"{where}: some of its stages have kimg and some have epochs: use one of them for "
+            "all, or set the lengths in final.overrides"
         )
     sizes = [stage.kimg or stage.epochs or 0.0 for stage in config.stages]
     changes: list[str] = []

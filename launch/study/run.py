@@ -1,4 +1,4 @@
-"""Does what is left of a study, on this machine or by SLURM; killed at any moment, it continues."""
+"""Runs what is left of a study, on this machine or by SLURM; if killed, the next call continues."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run of a study.
+    """The outcome of one run of a study.
 
     Attributes:
         run: the run.
-        what: in words.
-        code: 0 if all is well, 75 if it was asked to stop, else of what failed.
+        what: the outcome in words.
+        code: 0 if all is well, 75 if it was asked to stop, else the code of what failed.
     """
 
     run: StudyRun
@@ -52,7 +52,7 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        """False if somebody has to do something."""
+        """False if the user has to act."""
         return self.code == 0
 
 
@@ -64,7 +64,7 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 
 
 class StudyRunner(ABC):
-    """Does what is left of a study; a run that fails does not stop the others.
+    """Runs what is left of a study; a run that fails does not stop the others.
 
     Args:
         study: the study.
@@ -78,10 +78,10 @@ class StudyRunner(ABC):
         self._failed: set[str] = set()
 
     def run(self) -> list[Outcome]:
-        """Do it, and say what became of each run that is known by then.
+        """Run it; returns the outcome of each run that is known by then.
 
         Raises:
-            UserError: another process is at work in the study's folder.
+            UserError: another process is running the study.
         """
         with study_lock(self.study.folder):
             self.record = read_record(self.study)
@@ -135,20 +135,20 @@ class LocalStudy(StudyRunner):
         while not self._signals.stopping and (run := self._next()) is not None:
             try:
                 self.outcomes[run.id] = self._try(run)
-            except (UserError, OSError) as error:  # its folder, which is no other run's fault
+            except (UserError, OSError) as error:  # of its folder: the other runs go on
                 log.error("%s: %s", run.id, error)
                 self._failed.add(run.id)
                 self.outcomes[run.id] = Outcome(run, str(error), 1)
 
     def _next(self) -> StudyRun | None:
-        """The next run that was not tried yet; the final comes when its tracks are settled."""
+        """The next run that was not tried yet; the final's follow when its tracks have ended."""
         runs, _ = present_runs(self.study, self._settled)
         left = [run for run in runs if run.id not in self.outcomes and steps_left(run, self.metric)]
         left.sort(key=lambda run: self.record.failed(run) is not None)
         return left[0] if left else None
 
     def _try(self, run: StudyRun) -> Outcome:
-        """All steps of a run that are not done; without a training there is nothing to measure."""
+        """Do the steps of a run that are left; a run that is not trained is not measured."""
         if why := lacking(run):
             log.warning("%s: %s", run.id, why)
             return Outcome(run, why, 1)
@@ -180,7 +180,7 @@ class LocalStudy(StudyRunner):
         return Outcome(run, f"done after {time.monotonic() - began:.0f} s")
 
     def _step(self, run: StudyRun, step: str) -> tuple[int, str | None]:
-        """Run the command of a step; its exit code, and what went wrong in words."""
+        """Run the command of a step; returns its exit code, and what went wrong in words."""
         env, command = self._command(run, step)
         path = self.study.log_of(run)
         log.info("%s: %s, log: %s", run.id, step, path)
@@ -218,7 +218,7 @@ class LocalStudy(StudyRunner):
         return env, [*torchrun, "--nproc-per-node", str(num), "-m", "launch.cli", *words]
 
     def _wait_for_folder(self, run: StudyRun) -> None:
-        """Wait while another process trains there: it may have outlived a study that was killed."""
+        """Wait while another process trains there, such as one that outlived a killed study."""
         told = False
         run.folder.mkdir(parents=True, exist_ok=True)
         while not self._signals.stopping:
@@ -236,7 +236,7 @@ class LocalStudy(StudyRunner):
         return [process.pid] if process is not None and process.poll() is None else []
 
     def _end(self, number: signal.Signals) -> None:
-        """Asked to stop while nothing runs that could save, or asked twice."""
+        """End the command: it cannot save yet, or the signal came again."""
         self._signals.stopping = True
         if self._process is not None:
             self._process.terminate()
@@ -245,7 +245,7 @@ class LocalStudy(StudyRunner):
 def start(command: list[str], env: dict[str, str], path: Path) -> subprocess.Popen[bytes]:
     """Start a command whose output is appended to a log.
 
-    In a session of its own: Ctrl-C must reach it once, by the signal forwarding.
+    It gets a session of its own: Ctrl-C must reach it once, through SignalForwarder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
@@ -266,15 +266,15 @@ _FIRST_PAUSE, _LAST_PAUSE = 1.0, 60.0
 
 
 class SlurmStudy(StudyRunner):
-    """A study on SLURM: each run a chain of jobs, the final's once those of the tracks ended.
+    """A study on SLURM: each run is a chain of jobs; the final's follow when its tracks have ended.
 
-    Each run is submitted once; given again, what failed in the meantime is submitted again. Asked
-    to stop, the jobs stay queued.
+    Each run is submitted once; the next call submits what failed in the meantime. Asked to stop, it
+    leaves the jobs queued.
 
     Args:
         study: the study.
-        photos: folder of photos that missing data are made of; None if they are packed.
-        wait: until all jobs have ended; else every run that can be is submitted, and that is all.
+        photos: folder to make missing data from; None if they are packed.
+        wait: whether to wait until all jobs have ended, or only to submit what can be submitted.
     """
 
     def __init__(self, study: Study, photos: Path | None = None, wait: bool = True) -> None:
@@ -328,7 +328,7 @@ class SlurmStudy(StudyRunner):
         for run in runs:
             if run.id in self.outcomes or run.id in self._waiting or self._stop.is_set():
                 continue
-            # of a run that is only trained SLURM measures too: launch_slurm knows if that is done
+            # SLURM measures a run that is only trained, too: launch_slurm knows if that is done
             if self.metric is not None and not steps_left(run, self.metric):
                 self.outcomes[run.id] = Outcome(run, "done before")
                 continue
@@ -347,7 +347,7 @@ class SlurmStudy(StudyRunner):
         request = Request(copy, (), run.config, run.only, photos=self.photos, metric=self.metric)
         command = ["dinogen", "launch", str(copy), "--on", "slurm"]
         attempt = self.record.open(run)
-        if attempt is None:
+        if attempt is None or attempt.step != JOBS:
             attempt = self.record.begin(run, JOBS, command, launch_folder(run.folder))
         try:
             self._write_copy(run)
@@ -363,7 +363,7 @@ class SlurmStudy(StudyRunner):
         self.outcomes[run.id] = Outcome(run, "done before")
 
     def _look(self) -> int:
-        """See which runs have no job any more; returns how many have ended."""
+        """Find the runs whose jobs have ended; returns their number."""
         before = len(self._waiting)
         for run, attempt, began in list(self._waiting.values()):
             if self._stop.is_set():
@@ -409,12 +409,12 @@ class SlurmStudy(StudyRunner):
 
 
 def unwritable(error: OSError) -> str:
-    """What to say of a run whose files cannot be written: it costs this run alone."""
+    """The message for a run whose files cannot be written; the others go on."""
     return f"{error.filename or 'a file of it'} cannot be written ({error.strerror or error})"
 
 
 def complaint(run: StudyRun, step: str, metric: str | None, code: int, log: Path) -> str | None:
-    """What went wrong with a step, and where to look; None if it has made what it should.
+    """What went wrong in a step, and where to look; None if it has made what it should.
 
     Args:
         run: the run.
@@ -429,7 +429,7 @@ def complaint(run: StudyRun, step: str, metric: str | None, code: int, log: Path
         return None
     if step == "evaluate" and (why := _unavailable(run, metric)):
         return why
-    return f"{step} ended well, but did not make what it should (log: {log})"
+    return f"{step} ended, but did not make what it should (log: {log})"
 
 
 def is_done(run: StudyRun, metric: str | None, rows: Sequence[Row]) -> bool:
@@ -438,7 +438,7 @@ def is_done(run: StudyRun, metric: str | None, rows: Sequence[Row]) -> bool:
     Args:
         run: the run.
         metric: decides in the study; None if runs are only trained.
-        rows: what became of its jobs.
+        rows: the state of its jobs.
     """
     if steps_left(run, metric):
         return False
@@ -448,24 +448,22 @@ def is_done(run: StudyRun, metric: str | None, rows: Sequence[Row]) -> bool:
 
 
 def jobless(run: StudyRun, metric: str | None, rows: Sequence[Row]) -> str:
-    """Why a run is not done though none of its jobs is queued any more.
+    """Why a run is not done although its jobs have ended.
 
     Args:
         run: the run.
         metric: decides in the study; None if runs are only trained.
-        rows: what became of its jobs.
+        rows: the state of its jobs.
     """
     bad = next((row for row in rows if not row.good), None)
     if bad is not None:
         return f"{bad.step} (job {bad.id}) ended as {bad.state}: {bad.why}"
     if metric is not None and not any(row.step == "evaluate" for row in rows):
-        return (
-            f"{metric} cannot be measured: its data hold nothing back (prepare.pack.val_fraction)"
-        )
+        return f"{metric} cannot be measured: no data are held out (prepare.pack.val_fraction)"
     if why := _unavailable(run, metric):
         return why
     left = ", ".join(steps_left(run, metric))
-    return f"its jobs ended well, but {left} did not make what it should (dinogen launch status)"
+    return f"its jobs ended, but {left} did not make what it should (dinogen launch status)"
 
 
 def _unavailable(run: StudyRun, metric: str | None) -> str | None:

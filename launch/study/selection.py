@@ -1,4 +1,4 @@
-"""Which config of a track is the best, and which runs are known by that."""
+"""The best config of each track, and the runs that are known because of it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Choice:
 
     Attributes:
         track: its name.
-        best: name of the best config; None if there is none, ``why`` says for what reason.
+        best: name of the best config; None if there is none, ``why`` gives the reason.
         metric_values: mean over the seeds, by config; configs without any are not in it.
-        why: in words.
+        why: the reason, in words.
     """
 
     track: str
@@ -27,7 +27,7 @@ class Choice:
 
 
 def choose(track: str, runs: Sequence[StudyRun], metric: str) -> Choice:
-    """The best config of a track; its seeds count as one, by their mean."""
+    """The best config of a track by the mean over its seeds."""
     found = [
         (run, metric_value)
         for run in runs
@@ -53,11 +53,11 @@ def choose(track: str, runs: Sequence[StudyRun], metric: str) -> Choice:
             None,
             means,
             f"{metric} was measured in different ways, and cannot be compared: {told} have "
-            "different fingerprints: measure them alike (metrics:, data.path, resolution)",
+            "different fingerprints: measure them the same way (metrics:, data.path, resolution)",
         )
     better = found[0][1]["better"]
     if better not in ("lower", "higher"):
-        return Choice(track, None, means, f"{metric} has no better and worse: name another metric")
+        return Choice(track, None, means, f"{metric} has no better or worse: choose another metric")
     best = (min if better == "lower" else max)(means, key=means.__getitem__)
     num = len(values[best])
     why = f"{metric} {means[best]:.4g}" + (f", mean of {num} seeds" if num > 1 else "")
@@ -71,7 +71,7 @@ def present_runs(
 
     Args:
         study: the study.
-        settled: whether nothing more is to be expected of a run of a track.
+        settled: whether a run of a track is done or has failed.
 
     Returns:
         The runs of the tracks, then those of the final, if its tracks are settled; and the choice

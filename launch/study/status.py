@@ -1,4 +1,4 @@
-"""Where each run of a study is, and the report of all that have begun."""
+"""The state of each run of a study, and the report of all that have begun."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class State:
         run: the run.
         state: ``done``, ``changed``, ``running``, ``queued``, ``failed``, ``interrupted``,
             ``begun``, ``no data``, ``to do``, or ``unknown`` where its jobs cannot be read.
-        progress: of the stage at hand, in words.
+        progress: of the current stage, in words.
         value: of the study's metric; None if it is not measured.
         why: why it is not done, and where to look.
-        good: False if somebody has to do something.
+        good: False if the user has to act.
     """
 
     run: StudyRun
@@ -41,7 +41,7 @@ class State:
 
 
 def study_states(study: Study) -> tuple[list[State], dict[str, Choice]]:
-    """All runs that are known now, and what was chosen so far.
+    """The states of all runs that are known now, and the choices so far.
 
     Raises:
         UserError: the record of the study cannot be read.
@@ -53,7 +53,7 @@ def study_states(study: Study) -> tuple[list[State], dict[str, Choice]]:
 
 
 def settled(study: Study, record: Record, run: StudyRun) -> bool:
-    """Whether a run is done, or has failed when it was tried last."""
+    """Whether a run is done, or has failed in its last attempt."""
     return record.failed(run) is not None or not steps_left(run, study.metric)
 
 
@@ -96,14 +96,14 @@ def _state(study: Study, record: Record, busy: bool, run: StudyRun) -> State:
 
 
 def _job_rows(run: StudyRun) -> list[Row]:
-    """What became of the jobs of a run; none where it has none, or SLURM is not here."""
+    """The state of a run's jobs; none if it has none, or SLURM is not here."""
     if not queue.has_slurm() or not read_jobs(run.folder).jobs:
         return []
     return job_rows(run.folder)
 
 
 def _progress(run: StudyRun) -> str:
-    """How far the last stage is that has begun."""
+    """The progress of the last stage that has begun."""
     words = ""
     for stage in run.stages:
         if told := stage.progress:
@@ -124,8 +124,8 @@ def write_report(study: Study) -> Path:
     begun = [one.run.folder for one in states if is_run(one.run.folder)]
     if not begun:
         raise UserError(
-            f"{study.folder}: no run has begun: dinogen study run {study.path}, and look with "
-            f"dinogen study status {study.path} at what failed"
+            f"{study.folder}: no run has begun: dinogen study run {study.path}; dinogen study "
+            f"status {study.path} shows what failed"
         )
     out = study.folder / "report"
     write_text(out / SUMMARY, summary(study, states, choices))

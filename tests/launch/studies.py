@@ -147,7 +147,7 @@ def write(path: Path, facts: dict) -> None:
 def tiny_study(folder: Path) -> Path:
     """Four tiny families on discs; two runs are long enough to be killed in their midst."""
     pack_discs(folder / "discs")
-    make_random_dinov2(folder / "judge", seed=0, hidden_size=16, num_layers=1, num_heads=2)
+    make_random_dinov2(folder / "extractor", seed=0, hidden_size=16, num_layers=1, num_heads=2)
     for name in ("dcgan", "wgan_gp", "vae", "vae_gan"):
         config = {
             "run": str(folder / "outside" / name),
@@ -166,7 +166,7 @@ def tiny_study(folder: Path) -> Path:
         "overrides": [
             "metrics.names=[fd_dinov2]",
             "metrics.num_samples=8",
-            f"metrics.dinov2={folder / 'judge'}",
+            f"metrics.dinov2={folder / 'extractor'}",
             f"metrics.cache={folder / 'cache'}",
         ],
         "tracks": {

@@ -125,7 +125,7 @@ def test_lengths_of_both_kinds_cannot_be_shared_out(tmp_path):
 
 @pytest.mark.parametrize("command", ["run", "plan"])
 @pytest.mark.parametrize(
-    ("metric", "told"), [("fdi", "did you mean fid"), ("memorisation", "no better and worse")]
+    ("metric", "told"), [("fdi", "did you mean fid"), ("memorisation", "no better or worse")]
 )
 def test_a_metric_that_cannot_decide_is_refused(tmp_path, command, metric, told):
     result = study(command, write_study(tmp_path, metric=metric))

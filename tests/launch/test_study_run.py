@@ -155,7 +155,7 @@ def test_one_study_at_a_time(played_study):
         assert is_locked(folder)
         result = study("run", path)
     assert isinstance(result.exception, UserError)
-    assert "another dinogen study run is at work" in str(result.exception)
+    assert "another dinogen study run is using" in str(result.exception)
     assert player.done == [] and not is_locked(folder)
 
 
