@@ -168,7 +168,7 @@ def test_some_stages_only(played):
         (("--gpus", "2"), "--gpus is for --on local"),
         (("data.path=nothing",), "add --photos PHOTOS"),
         (("data.path=nothing", "--photos", "none"), "--photos none: no such folder"),
-        (("run=a,b",), "no path with a comma"),
+        (("run=a,b",), "cannot pass a path with a comma"),
         (("--nodes", "2", "cluster.nodse=1"), "did you mean 'nodes'"),
         (("--engine", "horovod"), "engine.name"),
     ],
@@ -187,7 +187,7 @@ def test_no_slurm_here(played, monkeypatch):
     assert "sbatch is not on the PATH" in str(result.exception)
     assert launch(played, "--dry-run").exit_code == 0
     result = CliRunner().invoke(app, ["launch", "status", str(played / "run")])
-    assert "nothing was submitted" in str(result.exception)
+    assert "no jobs were submitted" in str(result.exception)
 
 
 def test_a_record_that_cannot_be_read_is_no_reason_to_submit_again(played):

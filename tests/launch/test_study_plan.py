@@ -206,7 +206,7 @@ def test_the_plan_in_words(tmp_path):
     path = write_study(tmp_path, final={"tracks": ["gan"]})
     result = study("plan", path)
     assert result.exit_code == 0, result.output
-    assert "left to train: 0 s, and 6 runs of which it is unknown" in result.output
+    assert "left to train: 0 s; unknown for 6 runs" in result.output
     assert "the final waits for 4 runs of gan" in result.output
     change(tmp_path / "c.yaml", data={"path": "gone"})
     rows = [line for line in study("plan", path).output.splitlines() if "vae/c-seed0" in line]
