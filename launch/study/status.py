@@ -76,7 +76,8 @@ def _state(study: Study, record: Record, busy: bool, run: StudyRun) -> State:
         word = "running" if running else "queued"
         return state(word, f"{row.step}, job {row.id} {row.why}".rstrip())
     if is_done(run, metric, rows):
-        why = changed(study, run)
+        # a folder may have been launched with changes that are not in its files
+        why = changed(study, run) if study.plan else None
         return state("changed", why, good=False) if why else state("done")
     attempt = record.open(run)
     if attempt is not None and busy and attempt.step != JOBS:

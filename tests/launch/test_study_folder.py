@@ -224,7 +224,7 @@ def test_on_slurm_each_is_a_chain_of_its_own(folder, played, tmp_path):
 def test_the_status_on_slurm_shows_all_of_them(folder, played, tmp_path):
     place = folder("a", "b", "c")
     (place / "c.yaml").rename(tmp_path / "c.yaml")
-    on_slurm(place)
+    on_slurm(place, "seed=5")
     (tmp_path / "c.yaml").rename(place / "c.yaml")
     stage = tmp_path / "runs" / "c" / "4x4"
     stage.mkdir(parents=True)
