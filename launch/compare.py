@@ -1,4 +1,4 @@
-"""What ``dinogen compare`` was given, and what it makes where runs lack something."""
+"""The runs that ``dinogen compare`` was given, and measuring and drawing what they lack."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +22,7 @@ from dinogen.files import write_text
 from dinogen.report.compare.read import find_runs, is_run
 from dinogen.report.compare.table import MEASURED
 from dinogen.runs.run import Run, Stage
-from launch.study.folder import is_study
+from launch.study.plan import is_config_folder
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +30,9 @@ log = logging.getLogger(__name__)
 def run_pending_steps(
     folders: Sequence[Path], metrics: str | None = None, changes: Sequence[str] = ()
 ) -> list[str]:
-    """Give `dinogen evaluate` and `dinogen look` for each run whose end lacks theirs.
+    """Run `dinogen evaluate` and `dinogen look` for each run whose last stage lacks their results.
 
-    Each is a process of its own, so that one that fails costs the others nothing.
+    Each is a process of its own, so that one that fails does not affect the others.
 
     Args:
         folders: of the runs.
@@ -55,7 +56,7 @@ def run_pending_steps(
 
 
 def last_done(folder: Path) -> Stage | None:
-    """The largest stage of a run that is done; None if there is none, or no config to tell it."""
+    """The largest stage of a run that is done; None if there is none, or no config."""
     try:
         return Run(folder).last_done
     except UserError as error:
@@ -64,7 +65,7 @@ def last_done(folder: Path) -> Stage | None:
 
 
 def _lacking(folder: Path, metrics: str | None, changes: Sequence[str]) -> list[list[str]]:
-    """Commands that a run lacks; none if no stage of it is done."""
+    """Commands whose results a run lacks; none if no stage of it is done."""
     stage = last_done(folder)
     if stage is None:
         return []
@@ -86,56 +87,67 @@ def _is_measured(stage: Stage, metrics: str | None) -> bool:
     return all(one is not None and one.get("value") is not None for one in metric_values)
 
 
-def sweep_checkpoints(
-    folders: Sequence[Path], metrics: str, changes: Sequence[str] = ()
-) -> list[str]:
-    """Give `dinogen evaluate` for each kept checkpoint of the last stage that is done.
+@dataclass(frozen=True)
+class Sweep:
+    """Metric values of the kept checkpoints of a stage.
 
-    The metric values go into ``RUN/RxR/checkpoints.jsonl``, a line per checkpoint; what is there
-    already is not measured again.
+    Attributes:
+        path: ``RUN/RxR/checkpoints.jsonl``, a line per checkpoint.
+        num_lines: how many checkpoints are in it.
+        problems: what failed, a line each.
+    """
+
+    path: Path
+    num_lines: int
+    problems: list[str]
+
+
+def sweep_checkpoints(
+    folder: Path, metrics: str, words: Sequence[str] = (), size: int | None = None
+) -> Sweep | None:
+    """Run `dinogen evaluate` for each kept checkpoint of a stage that is not measured yet.
 
     Args:
-        folders: of the runs.
+        folder: of the run.
         metrics: names, comma separated.
-        changes: ``KEY=VALUE`` for evaluate.
+        words: further options of evaluate, and ``KEY=VALUE``.
+        size: resolution of the stage; None for the last one that is done.
 
     Returns:
-        What failed, a line each.
+        What is known now; None if no stage is done.
     """
-    names = [name.strip() for name in metrics.split(",")]
+    stage = last_done(folder) if size is None else Run(folder).stage(size)
+    if stage is None:
+        return None
+    names = {name.strip() for name in metrics.split(",")}
     problems = []
-    for folder in folders:
-        stage = last_done(folder)
-        if stage is None:
+    lines = _read(stage)
+    for nimg in stage.checkpoints.nimg:
+        if names <= set(lines.get(nimg, {}).get("metrics", {})):
             continue
-        size = stage.resolution
-        lines = _read(stage)
-        for nimg in stage.checkpoints.nimg:
-            if set(names) <= set(lines.get(nimg, {}).get("metrics", {})):
-                continue
-            words = ["--stage", str(size), "--nimg", str(nimg), "--metrics", metrics, *changes]
-            result = _evaluate(folder, stage, words)
-            if result is None:
-                command = shlex.join(["dinogen", "evaluate", str(folder), *words])
-                problems.append(f"{command}: failed")
-                continue
-            old = lines.get(nimg, {"metrics": {}, "fingerprints": {}})
-            lines[nimg] = {
-                "nimg": nimg,
-                "stage": size,
-                "metrics": old["metrics"] | (result.get("measured") or {}),
-                "fingerprints": old["fingerprints"] | (result.get("fingerprints") or {}),
-            }
-            text = "".join(json.dumps(lines[key]) + "\n" for key in sorted(lines))
-            write_text(stage.sweep_file, text)
-    return problems
+        options = ["--stage", str(stage.resolution), "--nimg", str(nimg), "--metrics", metrics]
+        result = _evaluate(folder, stage, [*options, *words])
+        if result is None:
+            command = shlex.join(["dinogen", "evaluate", str(folder), *options, *words])
+            problems.append(f"{command}: failed")
+            continue
+        old = lines.get(nimg, {"metrics": {}, "fingerprints": {}})
+        lines[nimg] = {
+            "nimg": nimg,
+            "stage": stage.resolution,
+            "metrics": old["metrics"] | (result.get("measured") or {}),
+            "fingerprints": old["fingerprints"] | (result.get("fingerprints") or {}),
+        }
+        text = "".join(json.dumps(lines[key]) + "\n" for key in sorted(lines))
+        write_text(stage.sweep_file, text)
+    return Sweep(stage.sweep_file, len(lines), problems)
 
 
 def _evaluate(run: Path, stage: Stage, words: Sequence[str]) -> dict[str, Any] | None:
-    """What evaluate says of a checkpoint; None if it fails.
+    """The result of evaluate for a checkpoint; None if it fails.
 
-    It writes beside the checkpoints, where the metric values of the run's end are to stay: so it is
-    given a folder that borrows them.
+    evaluate writes next to the checkpoints, where the metric values of the run's end have to stay.
+    So it gets a temporary folder with a link to them.
     """
     with TemporaryDirectory() as name:
         borrowed = Run(name).stage(stage.resolution)
@@ -150,14 +162,14 @@ def _evaluate(run: Path, stage: Stage, words: Sequence[str]) -> dict[str, Any] |
         found = borrowed.read_evaluation()
         for problem in found.messages():
             log.warning("%s", problem)
-        # its own commands name the place that it was given
+        # the commands in it name the temporary folder
         text = json.dumps(found.value).replace(str(place), str(run))
         written: dict[str, Any] | None = json.loads(text)
         return written
 
 
 def _read(stage: Stage) -> dict[int, dict[str, Any]]:
-    """Sound lines that are there already, by their images."""
+    """The sound lines that exist already, by their images."""
     found = stage.read_sweep()
     for problem in found.messages():
         log.warning("%s", problem)
@@ -170,11 +182,11 @@ _KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 def sort_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Paths, and ``KEY=VALUE`` changes for evaluate.
 
-    What exists is a path, whatever is in its name. What does not is a change only if its key is
-    one of a config: a path that was mistyped is not to be skipped because it holds a "=".
+    A word that exists is a path, even if it contains a "=". Any other word is a change only if its
+    key is a key of a config, so that a mistyped path is an error.
 
     Raises:
-        UserError: a word is neither; or a change is not one that a config can take.
+        UserError: a word is neither, or a config cannot take a change.
     """
     paths, changes = [], []
     for word in words:
@@ -185,8 +197,8 @@ def sort_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
             changes.append(word)
         elif found and "/" not in key:
             raise UserError(
-                f"{word}: no such folder, and {key!r} is no key of a config: give a folder that is "
-                "there, or a change such as metrics.num_samples=10000"
+                f"{word}: no such folder, and {key!r} is not a key of a config: give a folder that "
+                "exists, or a change such as metrics.num_samples=10000"
             )
         else:
             raise UserError(f"{word}: no such folder: give folders of runs, or one that holds some")
@@ -195,7 +207,7 @@ def sort_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def folders_of(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """The folders of all runs that some paths stand for, each once, and what is wrong.
+    """The folders of all runs that some paths stand for, each once, and the problems.
 
     Raises:
         UserError: no path holds a run.
@@ -204,7 +216,7 @@ def folders_of(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     problems: list[str] = []
     lost: list[UserError] = []
     for path in paths:
-        if not is_run(path) and path.is_dir() and is_study(path):
+        if not is_run(path) and path.is_dir() and is_config_folder(path):
             for file in sorted(path.glob("*.yaml")):
                 try:
                     folders.append(load_config(file).run)
@@ -213,7 +225,7 @@ def folders_of(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
             continue
         try:
             folders += find_runs([path])
-        except UserError as error:  # something is there, but no run: it is listed as damaged
+        except UserError as error:  # it exists, but is not a run: it is listed as damaged
             lost.append(error)
             folders.append(path)
     if len(folders) == len(lost):

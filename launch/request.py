@@ -1,4 +1,4 @@
-"""What ``dinogen launch`` was asked for, on any place, and which stages are meant."""
+"""A run to start, on this machine or by SLURM, with the options of ``dinogen launch``."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ class Request:
 
     Attributes:
         path: the YAML file.
-        overrides: ``KEY=VALUE`` changes, those of the options among them.
-        config: both together.
-        stages: as given, ``8`` or ``4..64``; None for all.
-        num_processes: processes on this machine; None for one per GPU.
-        max_restarts: how often failed processes are started again; None for the place's default.
-        photos: folder of photos that the data are made of first; None if they are packed.
+        overrides: ``KEY=VALUE`` changes, including those that options stand for.
+        config: the file with these changes.
+        stages: as on the command line, ``8`` or ``4..64``; None for all.
+        num_processes: number of processes on this machine; None for one per GPU.
+        max_restarts: how often failed processes are started again; None for the default.
+        photos: folder of photos to make the data from first; None if the data are packed.
         dry_run: print what would be done, and do nothing.
-        metric: of a study: a metric value that the evaluation has to hold, or it is made again;
-            images
-            to look at are made after it.
+        metric: decides in a study: the evaluation is repeated until it has this metric, and is
+            followed by visualizations; None outside of studies.
     """
 
     path: Path
@@ -39,14 +38,14 @@ class Request:
 
 
 def choose_stages(config: Config, text: str | None) -> list[int]:
-    """Resolutions of the stages that ``text`` names, in their order; all of them for None.
+    """Resolutions of the stages that ``text`` names, in order; all of them for None.
 
     Args:
         config: the whole run.
         text: one resolution (``8``), or the first and the last of a range (``4..64``).
 
     Raises:
-        UserError: no such stage, or not written like that.
+        UserError: there is no such stage, or ``text`` has another form.
     """
     sizes = [stage.resolution for stage in config.stages]
     if text is None:

@@ -1,4 +1,4 @@
-"""``dinogen launch``: start a run on this machine's GPUs, or as a chain of SLURM jobs."""
+"""``dinogen launch`` and ``study``: one run, or many as one plan, on this machine or by SLURM."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launch.request import Request
+    from launch.study.plan import Study
+    from launch.study.run import Outcome
+    from launch.study.selection import Choice
+    from launch.study.status import State
 
-# How a place is named on the command line, and which options it alone takes.
+# Where runs can be started, and the options that belong to one of them only.
 PLACES = {
     "local": ("gpus", "max_restarts"),
     "slurm": (
@@ -25,16 +29,25 @@ ON_LOCAL = "On this machine"
 ON_SLURM = "On a cluster; each option is short for the key of the same name in cluster:"
 
 
+study_app = typer.Typer(help="Many runs as one plan: what it costs, running it, its report.")
+
+Plan = Annotated[
+    Path,
+    typer.Argument(help="YAML file of the study, or a folder of configs.", metavar="PLAN"),
+]
+
+
 def register(app: typer.Typer) -> None:
-    """Add ``dinogen launch`` to the command line."""
+    """Add the commands to the command line."""
     app.command()(launch)
+    app.add_typer(study_app, name="study", no_args_is_help=True)
 
 
 def launch(
     config: Annotated[
         str,
         typer.Argument(
-            help="YAML file of the run, or a folder of them; or the word status.", metavar="CONFIG"
+            help="YAML file of a run, or a folder of them; or the word status.", metavar="CONFIG"
         ),
     ],
     overrides: Annotated[
@@ -43,7 +56,7 @@ def launch(
     ] = None,
     on: Annotated[str, typer.Option(help="Where: local or slurm.")] = "local",
     stages: Annotated[
-        str | None, typer.Option(help="Only one stage (8) or some (4..64).", metavar="R..S")
+        str | None, typer.Option(help="Only one stage (8) or a range (4..64).", metavar="R..S")
     ] = None,
     engine: Annotated[
         str | None, typer.Option(help="ddp or deepspeed instead of the config's.")
@@ -55,25 +68,25 @@ def launch(
         int | None,
         typer.Option(
             min=1,
-            help="How many; all by default. Without any GPU: processes on the CPU.",
+            help="Number of GPUs; default: all. Without a GPU: processes on the CPU.",
             rich_help_panel=ON_LOCAL,
         ),
     ] = None,
     max_restarts: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Start failed processes again so often [0].", rich_help_panel=ON_LOCAL
+            min=0, help="How often to restart failed processes [0].", rich_help_panel=ON_LOCAL
         ),
     ] = None,
     photos: Annotated[
         Path | None,
-        typer.Option(help="Make the data of these photos first.", rich_help_panel=ON_SLURM),
+        typer.Option(help="First make the data from these photos.", rich_help_panel=ON_SLURM),
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="For the largest stages.", rich_help_panel=ON_SLURM)
+        int | None, typer.Option(min=1, help="Of the largest stages.", rich_help_panel=ON_SLURM)
     ] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=0, help="0: CPUs only.", rich_help_panel=ON_SLURM)
+        int | None, typer.Option(min=0, help="0 for CPUs only.", rich_help_panel=ON_SLURM)
     ] = None,
     partition: Annotated[str | None, typer.Option(rich_help_panel=ON_SLURM)] = None,
     time: Annotated[
@@ -85,7 +98,7 @@ def launch(
     sbatch: Annotated[
         list[str] | None,
         typer.Option(
-            help="A further flag of sbatch: --sbatch=--exclusive.",
+            help="Another flag for sbatch: --sbatch=--exclusive.",
             metavar="FLAG",
             rich_help_panel=ON_SLURM,
         ),
@@ -93,14 +106,15 @@ def launch(
 ) -> None:
     """Train on several GPUs of this machine, or submit a whole run to SLURM.
 
-    A folder of configs is a study: each is a run of its own, one after the other on this machine,
-    a chain each on SLURM. One that fails does not stop the others.
+    A folder of configs is a study (dinogen study): each config is a run, and one that fails does
+    not stop the others. On this machine they are trained one after the other. On SLURM each is a
+    chain of jobs, and this command does not wait for them.
 
-    On SLURM every stage is a job of its own, after the one before it; with --photos the data are
-    made first. Given again, it submits what is neither done nor queued.
+    On SLURM every stage is a job of its own that waits for the one before; with --photos the data
+    are made first. The same command again submits what is neither done nor queued.
 
-    [bold]dinogen launch status RUN[/bold] shows the jobs of a run, or of all runs of a folder of
-    configs, and how far they are.
+    [bold]dinogen launch status RUN[/bold] shows the jobs of a run and how far they are; for a
+    folder of configs it shows the study.
 
     [bold]Examples[/bold]
 
@@ -139,13 +153,13 @@ def launch(
     launcher = _launcher(on, given)
     changes = [*(overrides or ()), *_as_overrides(given, engine)]
     if Path(config).is_dir():
-        _launch_study(Path(config), changes, stages, given, dry_run, launcher)
+        _launch_folder(Path(config), changes, stages, given, dry_run, launcher)
         return
     launcher(_request(Path(config), changes, stages, given, dry_run))
 
 
-def _launcher(on: str, given: dict[str, Any]) -> Callable[[Request], None]:
-    """What starts runs there; refuses options that only another place takes."""
+def _launcher(on: str, given: dict[str, Any]) -> Callable[[Request], object]:
+    """The function that starts runs there; refuses options that belong elsewhere only."""
     from dinogen.errors import UserError
 
     if on not in PLACES:
@@ -165,7 +179,7 @@ def _launcher(on: str, given: dict[str, Any]) -> Callable[[Request], None]:
 
 
 def _as_overrides(given: dict[str, Any], engine: str | None) -> list[str]:
-    """Options that stand for keys of the config."""
+    """The overrides that options stand for."""
     from dinogen.config.cluster import ClusterConfig
 
     changes = [f"engine.name={engine}"] if engine is not None else []
@@ -178,34 +192,30 @@ def _as_overrides(given: dict[str, Any], engine: str | None) -> list[str]:
     ]
 
 
-def _launch_study(
+def _launch_folder(
     folder: Path,
     changes: list[str],
     stages: str | None,
     given: dict[str, Any],
     dry_run: bool,
-    launcher: Callable[[Request], None],
+    launcher: Callable[[Request], object],
 ) -> None:
-    """Launch all configs of a folder and print what became of each; exits 1 if one failed."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Run a folder of configs as a study, without waiting for SLURM."""
     from launch.local.start import launch_local
-    from launch.study.folder import exit_code, print_study, run_study, study_configs, submit_study
+    from launch.study.plan import check_study, open_folder
+    from launch.study.run import LocalStudy, SlurmStudy
 
-    files = study_configs(folder, changes)
-    requests = [_request(path, changes, stages, given, dry_run) for path in files]
+    study = open_folder(folder, changes, stages)
     if dry_run:
-        print_study(requests, launcher)
+        for run in study.runs:
+            typer.echo(f"# {run.source}")
+            launcher(_request(run.source, changes, stages, given, dry_run))
         return
-    outcomes = run_study(requests) if launcher is launch_local else submit_study(requests)
-    table = Table("config", "run", "outcome", title=str(folder))
-    for one in outcomes:
-        style = None if one.good else "red"
-        table.add_row(one.config.stem, str(one.run), one.what, style=style)
-    Console(highlight=False).print(table)
-    if code := exit_code(outcomes):
-        raise typer.Exit(code)
+    check_study(study)
+    if launcher is launch_local:
+        _finish(study, LocalStudy(study, given.get("gpus"), given.get("max_restarts")).run())
+    else:
+        _finish(study, SlurmStudy(study, given.get("photos"), wait=False).run(), report=False)
 
 
 def _request(
@@ -237,19 +247,184 @@ def _status(arguments: list[str]) -> None:
 
     from dinogen.errors import UserError
     from launch.slurm.status import job_rows
-    from launch.study.folder import is_study, study_rows
+    from launch.study.plan import is_config_folder
 
     if len(arguments) != 1:
         raise UserError("write: dinogen launch status RUN")
     folder = Path(arguments[0])
-    several = is_study(folder)
-    rows = study_rows(folder) if several else [("", row) for row in job_rows(folder)]
-    names = ("step", "job", "state", "progress", "why")
-    table = Table(*(("config", *names) if several else names), title=arguments[0])
-    for name, row in rows:
+    if is_config_folder(folder):
+        status(folder)
+        return
+    rows = job_rows(folder)
+    table = Table("step", "job", "state", "progress", "why", title=arguments[0])
+    for row in rows:
         cells = (row.step, row.id, row.state, row.progress, row.why)
-        style = None if row.good else "red"
-        table.add_row(*((name, *cells) if several else cells), style=style)
+        table.add_row(*cells, style=None if row.good else "red")
     Console(highlight=False).print(table)
-    if not all(row.good for _, row in rows):
+    if not all(row.good for row in rows):
         raise typer.Exit(1)
+
+
+@study_app.command()
+def plan(file: Plan) -> None:
+    """Show all runs, what is left of each, and how long that will take at measured speeds.
+
+    A speed comes from the run itself, or from one of the same config, or from one of the same
+    family and resolution. Without any, the time is unknown.
+
+    [bold]Example[/bold]  dinogen study plan configs/study.yaml
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from launch.study.cost import cost_of, duration, speed_words
+    from launch.study.plan import check_study
+    from launch.study.status import study_states
+
+    study = _open(file)
+    check_study(study)
+    states, choices = study_states(study)
+    runs = [one.run for one in states]
+    table = Table("run", "state", "images left", "time", "measured", "why", title=str(file))
+    costs = []
+    for one in states:
+        cost = cost_of(one.run, runs)
+        costs.append(cost)
+        time = "unknown" if cost.seconds is None else duration(cost.seconds)
+        left = "unknown" if cost.num_images is None else f"{cost.num_images / 1000:,.4g} k"
+        why = "; ".join(word for word in (one.why, cost.why) if word)
+        style = None if one.good else "red"
+        table.add_row(one.run.id, one.state, left, time, speed_words(cost.speeds), why, style=style)
+    console = Console(highlight=False)
+    console.print(table)
+    known = [cost for cost in costs if cost.seconds is not None]
+    total = sum(cost.seconds or 0.0 for cost in known)
+    shared = [cost.processor_s for cost in known if cost.seconds]
+    line = f"left to train: {duration(total)}"
+    if shared and None not in shared:
+        line += f", {sum(one or 0.0 for one in shared) / 3600:,.2f} hours of one process"
+    if len(known) < len(costs):
+        line += f"; unknown for {len(costs) - len(known)} runs"
+    console.print(f"{line}; time for measuring is not included")
+    _tell_choices(study, choices, states)
+
+
+@study_app.command()
+def run(
+    file: Plan,
+    on: Annotated[str, typer.Option(help="Where: local or slurm.")] = "local",
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="On this machine; default: all. Without a GPU: processes on the CPU."
+        ),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option(help="On SLURM: wait for the jobs, so that the final can follow.")
+    ] = True,
+) -> None:
+    """Train and measure all runs, then those of the final, and write the report.
+
+    The same command continues after any interruption. A run that fails is recorded and does not
+    stop the others; the next call tries it again, after them.
+
+    On SLURM each run is a chain of jobs. This command waits for them, because the final depends on
+    their results; if you stop it, the jobs stay queued.
+
+    The configs of a folder are only trained, each in the folder that its run: names.
+
+    [bold]Examples[/bold]
+
+      dinogen study run configs/study.yaml
+
+      dinogen study run configs/study.yaml --on slurm
+    """
+    from dinogen.errors import UserError
+    from launch.study.plan import check_study
+    from launch.study.run import LocalStudy, SlurmStudy
+
+    study = _open(file)
+    if on not in ("local", "slurm"):
+        raise UserError(f"--on {on}: runs are started on local or slurm")
+    if on == "slurm" and gpus is not None:
+        raise UserError("--gpus is for --on local; on SLURM set cluster: in the configs")
+    check_study(study)
+    runner = LocalStudy(study, gpus) if on == "local" else SlurmStudy(study, wait=wait)
+    _finish(study, runner.run(), report=wait)
+
+
+@study_app.command()
+def status(file: Plan) -> None:
+    """Show what is done, running, waiting or failed; exits with 1 if something failed.
+
+    [bold]Example[/bold]  dinogen study status configs/study.yaml
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from launch.study.status import study_states
+
+    study = _open(file)
+    states, choices = study_states(study)
+    table = Table("run", "state", "progress", study.metric or "", "why", title=str(file))
+    for one in states:
+        value = "" if one.value is None else f"{one.value:.4g}"
+        style = None if one.good else "red"
+        table.add_row(one.run.id, one.state, one.progress, value, one.why, style=style)
+    Console(highlight=False).print(table)
+    _tell_choices(study, choices, states)
+    if not all(one.good for one in states):
+        raise typer.Exit(1)
+
+
+@study_app.command()
+def report(file: Plan) -> None:
+    """Compare all runs that have begun: a page, JSON and Markdown in the study's folder.
+
+    [bold]Example[/bold]  dinogen study report configs/study.yaml
+    """
+    _report(_open(file))
+
+
+def _open(file: Path) -> Study:
+    from launch.cli.console import setup_logging
+    from launch.study.plan import open_study
+
+    setup_logging()
+    return open_study(file)
+
+
+def _report(study: Study) -> None:
+    from launch.study.status import write_report
+
+    typer.echo(f"report: {write_report(study)}")
+
+
+def _finish(study: Study, outcomes: list[Outcome], report: bool = True) -> None:
+    """Print what became of each run; write the report if that is wanted and a run has begun."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dinogen.errors import EXIT_STOPPED
+    from dinogen.runs.run import Run
+    from launch.study.run import exit_code
+
+    table = Table("run", "outcome", title=str(study.path))
+    for one in outcomes:
+        table.add_row(one.run.id, one.what, style=None if one.good else "red")
+    Console(highlight=False).print(table)
+    code = exit_code(outcomes)
+    if report and code != EXIT_STOPPED and any(Run(one.run.folder).has_config for one in outcomes):
+        _report(study)
+    if code:
+        raise typer.Exit(code)
+
+
+def _tell_choices(study: Study, choices: dict[str, Choice], states: list[State]) -> None:
+    """Print the best of each track, and what the final waits for."""
+    for name, choice in choices.items():
+        typer.echo(f"{name}: {choice.best or 'no best'} ({choice.why})")
+    waits = [track for track in study.final_tracks if track not in choices]
+    if waits:
+        left = sum(one.run.track in waits and one.state != "done" for one in states)
+        typer.echo(f"the final waits for {left} runs of {', '.join(waits)}")

@@ -1,4 +1,4 @@
-"""``dinogen evaluate`` and ``export``, and how measured values are printed."""
+"""What comes of a run: ``dinogen evaluate``, ``export``, ``look``, ``compare`` and ``serve``."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ Stage = Annotated[
     int | None, typer.Option(help="Resolution; the largest trained by default.", metavar="R")
 ]
 
+Nimg = Annotated[
+    int | None,
+    typer.Option(min=0, help="Checkpoint, by its images seen; the newest by default."),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command()(evaluate)
-    app.command()(export)
+    for command in (evaluate, export, look, compare, serve):
+        app.command()(command)
 
 
 def export(
     run: Run,
     out: Annotated[Path, typer.Argument(help="File to write.", metavar="OUT.safetensors")],
     stage: Stage = None,
-    nimg: Annotated[
-        int | None,
-        typer.Option(min=0, help="Checkpoint, by its images seen; the newest by default."),
-    ] = None,
+    nimg: Nimg = None,
 ) -> None:
     """Write the generator of a run as one safetensors file, with its config in the metadata.
 
-    It is the moving average, which sample draws from, bit for bit.
+    It is the moving average that sample uses, bit for bit.
 
     [bold]Examples[/bold]
 
@@ -65,14 +67,14 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Changes to the section metrics:, and where things lie now: data.path=FOLDER, "
+            help="Changes to the section metrics:, and new paths: data.path=FOLDER, "
             "guide.path=FOLDER.",
         ),
     ] = None,
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="Which, separated by commas; all by default. held_out is what the family itself "
+            help="Names, separated by commas; all by default. held_out is what the family itself "
             "measures.",
             metavar="fid,kid",
         ),
@@ -86,10 +88,7 @@ def evaluate(
         ),
     ] = None,
     stage: Stage = None,
-    nimg: Annotated[
-        int | None,
-        typer.Option(min=0, help="Checkpoint, by its images seen; the newest by default."),
-    ] = None,
+    nimg: Nimg = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -102,26 +101,32 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            help="So many images are generated, or read of a folder, and at most that many "
+            help="Number of images to generate, or to read from a folder, and limit of the "
             "held-out samples; metrics.num_samples and all by default.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File (.json) or folder to write to; beside what is measured by default.",
+            help="File (.json) or folder to write to; default: next to what is measured.",
             metavar="FILE|FOLDER",
         ),
     ] = None,
+    all_checkpoints: Annotated[
+        bool,
+        typer.Option(
+            "--all-checkpoints",
+            help="Measure --metrics at every kept checkpoint of a stage, for curves in compare.",
+        ),
+    ] = False,
 ) -> None:
     """Measure a checkpoint, or a folder of images, against real ones.
 
-    Of a run: what its family measures on held-out samples, and metrics of
-    generated images such as FID (docs/metrics.md). Only what the metrics need is
-    loaded. Where weights, data or the guide are missing, what needs them is
-    reported with the reason, and all else is measured. Each metric value is printed as
-    soon as it is known; the exit code is 1 if there is none. Under torchrun the
-    work is shared among the ranks; the metric values stay the same.
+    For a run it measures what its family measures on held-out samples, and metrics of generated
+    images such as FID (docs/metrics.md). Only what the metrics need is loaded. A metric whose
+    weights, data or guide are missing is reported with the reason, and all others are measured.
+    Each metric value is printed as soon as it is known; the exit code is 1 if there is none. Under
+    torchrun the work is shared among the ranks; the metric values stay the same.
 
     [bold]Examples[/bold]
 
@@ -133,10 +138,13 @@ def evaluate(
 
       dinogen evaluate images --reference data/faces --metrics fid,precision,recall
 
+      dinogen evaluate runs/first --metrics fid --all-checkpoints
+
       python -m launch.local.torchrun --standalone --nproc-per-node 4 -m launch.cli \\
         evaluate runs/first
     """
     from dinogen.distributed import process_group
+    from dinogen.errors import UserError
     from dinogen.evaluation.evaluate import evaluate as evaluate_run
     from dinogen.evaluation.evaluate import evaluate_folder, is_folder_of_images
     from dinogen.evaluation.record import find_path
@@ -152,6 +160,15 @@ def evaluate(
             say(line)  # at once, also into a pipe: what follows may take long, or fail
 
     place = named_folder(place)
+    if all_checkpoints:
+        if nimg is not None or out is not None:
+            raise UserError(
+                "--all-checkpoints: measures each of them, into the run: leave out --nimg and --out"
+            )
+        options = {"--reference": reference, "--split": split, "--num-samples": num_samples}
+        words = [str(one) for pair in options.items() if pair[1] is not None for one in pair]
+        _measure_all(place, metrics, [*words, *(changes or ())], stage)
+        return
     names = [name.strip() for name in (metrics or "").split(",") if name.strip()]
     request: dict[str, Any] = {"names": names, "reference": reference, "changes": changes or ()}
     request |= {"out": out, "tell": tell}
@@ -173,11 +190,31 @@ def evaluate(
         raise typer.Exit(1)
 
 
+def _measure_all(run: Path, metrics: str | None, words: list[str], size: int | None) -> None:
+    """Measure every kept checkpoint of a stage; exits with 1 if one of them fails."""
+    from dinogen.distributed import process_group
+    from dinogen.errors import UserError
+    from launch.compare import sweep_checkpoints
+
+    if metrics is None:
+        raise UserError("--all-checkpoints: name what is measured: --metrics fid")
+    if process_group.under_agent():
+        raise UserError("--all-checkpoints: starts a process for each: run it without torchrun")
+    swept = sweep_checkpoints(run, metrics, words, size)
+    if swept is None:
+        raise UserError(f"{run}: no stage is trained to its end: name one with --stage")
+    for problem in swept.problems:
+        typer.echo(problem, err=True)
+    typer.echo(f"{swept.num_lines} checkpoints: {swept.path}")
+    if swept.problems:
+        raise typer.Exit(1)
+
+
 HELD_OUT = "held_out"
 
 
 def lines_of(part: dict[str, Any]) -> Iterator[str]:
-    """Lines for people of a part of an evaluation.json, as it becomes known.
+    """Readable lines for a part of an evaluation.json, as it becomes known.
 
     Args:
         part: what the checkpoint or folder is, or metric values that were just measured.
@@ -191,7 +228,7 @@ def lines_of(part: dict[str, Any]) -> Iterator[str]:
 
 
 def closing_lines(result: dict[str, Any]) -> Iterator[str]:
-    """What is left to say when all is measured: what is old, and what is not available.
+    """Lines for the end of an evaluation: values measured before, and metrics not available.
 
     Args:
         result: a whole evaluation.json.
@@ -202,7 +239,7 @@ def closing_lines(result: dict[str, Any]) -> Iterator[str]:
     prints = result.get("fingerprints") or {}
     measured = result["measured"]
     if HELD_OUT in before:
-        # of a probe for guide_diversity alone all else was told when it was found
+        # after a probe for guide_diversity alone, everything else is already printed
         probed = GUIDE_DIVERSITY in measured and GUIDE_DIVERSITY not in before
         for line in _own(result):
             if not probed or line.startswith(f"  {HELD_OUT}/"):
@@ -222,7 +259,7 @@ def closing_lines(result: dict[str, Any]) -> Iterator[str]:
 
 
 def measured_now(result: dict[str, Any]) -> list[str]:
-    """Names of what this command has measured, ``held_out`` among them."""
+    """Names of what this command has measured, including ``held_out``."""
     before = set(result.get("measured_before") or ())
     found = [name for name, one in result["measured"].items() if one["value"] is not None]
     if result.get("metrics"):
@@ -244,7 +281,7 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _own(result: dict[str, Any]) -> Iterator[str]:
-    """What the family measures of itself."""
+    """Lines for what the family itself measures."""
     from dinogen.report.cautions import FEW
 
     num = result.get("num_samples") or 0
@@ -255,7 +292,7 @@ def _own(result: dict[str, Any]) -> Iterator[str]:
     if "health" in result:
         yield f"  {' '.join(result.get('warnings') or ()) or result['health']}"
     if result.get("num_skipped"):
-        yield f"  {result['num_skipped']} damaged samples were left out"
+        yield f"  {result['num_skipped']} damaged samples were skipped"
 
 
 def _metric_value(name: str, metric_value: dict[str, Any], fingerprints: dict[str, Any]) -> str:
@@ -272,3 +309,145 @@ def _metric_value(name: str, metric_value: dict[str, Any], fingerprints: dict[st
     if metric_value.get("caution"):
         behind += f"; CAUTION: {metric_value['caution']}"
     return f"{name}: {metric_value['value']:.6g}{spread} ({behind})"
+
+
+def look(
+    run: Run,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="New paths: data.path=FOLDER."),
+    ] = None,
+    stage: Stage = None,
+    nimg: Nimg = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of all latents; use the same one to compare runs.")
+    ] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; RUN/RxR/visualizations by default.", metavar="DIR")
+    ] = None,
+) -> None:
+    """Make images that show what a run has learnt: grids, progress, interpolations, worst samples.
+
+    visualizations.json, next to them, says what each image shows, and why one is missing: not every family
+    truncates, mixes styles or encodes images.
+
+    [bold]Examples[/bold]
+
+      dinogen look runs/first
+
+      dinogen look runs/first --stage 16 --nimg 180000 --seed 7
+    """
+    import json
+
+    from dinogen.visualize.look import write_visualizations
+    from launch.cli.console import setup_logging
+
+    setup_logging()
+    index = write_visualizations(run, stage, nimg, seed, out, changes or ())
+    entries = json.loads(index.read_text(encoding="utf-8"))
+    for name, entry in entries.items():
+        typer.echo(f"  {name}: {entry['file'] or 'not made: ' + entry['reason']}")
+    typer.echo(index)
+
+
+def serve(
+    run: Run,
+    host: Annotated[
+        str, typer.Option(help="Address to bind to; by default only this machine can connect.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free port.")] = 8000,
+) -> None:
+    """Serve a page that samples from a run: by seed, truncation and stage, and between two seeds.
+
+    It uses each stage's newest checkpoint, and serves until Ctrl-C.
+
+    [bold]Examples[/bold]
+
+      dinogen serve runs/first
+
+      ssh -L 8000:localhost:8000 cluster dinogen serve runs/first
+    """
+    from dinogen.errors import UserError
+    from launch.cli.console import setup_logging
+
+    setup_logging()
+    try:
+        from dinogen.serve.server import open_site
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("starlette", "uvicorn"):
+            raise
+        raise UserError(f"serve needs {missing}: pip install 'dinogen[serve]'") from None
+
+    site = open_site(run, host, port)
+    if not site.private:
+        typer.echo(f"dinogen: everyone who can reach {host} can open this page", err=True)
+    typer.echo(f"{run}: {site.url} (Ctrl-C ends it)")
+    site.run()
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders of runs, of many runs, of a study, or of configs; KEY=VALUE is passed to "
+            "dinogen evaluate.",
+            metavar="RUN...",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write into.", metavar="DIR")],
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Comparison",
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Measure only these, where they are missing.", metavar="fid,kid"),
+    ] = None,
+    over_training: Annotated[bool, typer.Option("--over-training", hidden=True)] = False,
+    as_is: Annotated[
+        bool, typer.Option("--as-is", help="Measure and draw nothing; show what exists.")
+    ] = False,
+) -> None:
+    """Put runs side by side: metric values, curves, images, and where every number comes from.
+
+    Runs whose last stage was never measured or drawn are measured (dinogen evaluate) and drawn
+    (dinogen look) first, unless --as-is is given. A run that failed, or whose files are damaged, is
+    listed with what is known about it, and all others are compared. The exit code is 1 if every run
+    is damaged.
+
+    The page, index.html, needs no other file; comparison.json and comparison.md say the same.
+
+    [bold]Examples[/bold]
+
+      dinogen compare runs/dcgan_64 runs/vae_64 --out compared
+
+      dinogen compare configs/ablations --out compared --metrics fid
+
+      dinogen compare runs --out compared --metrics fid,kid metrics.num_samples=10000
+    """
+    from dinogen.errors import UserError
+    from dinogen.report.compare import write_comparison
+    from launch.cli.console import setup_logging
+    from launch.compare import folders_of, run_pending_steps, sort_words, sweep_checkpoints
+
+    setup_logging()
+    paths, changes = sort_words(runs)
+    folders, problems = folders_of(paths)
+    if not as_is:
+        problems += run_pending_steps(folders, metrics, changes)
+    if over_training:
+        typer.echo("--over-training: is dinogen evaluate RUN --all-checkpoints now", err=True)
+        if metrics is None or as_is:
+            raise UserError("--over-training: name what is measured: --metrics fid; not --as-is")
+        swept = [sweep_checkpoints(folder, metrics, changes) for folder in folders]
+        problems += [problem for one in swept if one for problem in one.problems]
+    for problem in problems:
+        typer.echo(problem, err=True)
+    done = write_comparison(folders, out, title)
+    for name, problems in done.damaged.items():
+        typer.echo(f"DAMAGED {name}: {'; '.join(problems)}", err=True)
+    said = f"{len(folders)} runs"
+    if done.damaged:
+        said += f", {len(done.damaged)} of them with damaged files (see Failures)"
+    typer.echo(f"{said}: {done.page}")
+    if not done.num_sound:
+        typer.echo("dinogen: no run is sound", err=True)
+        raise typer.Exit(1)

@@ -27,10 +27,10 @@ def train(
     ] = None,
     stage: Annotated[
         str | None,
-        typer.Option(help="Train only the stage R, or from R to S: R..S.", metavar="R"),
+        typer.Option(help="Train only stage R, or the stages from R to S: R..S.", metavar="R"),
     ] = None,
 ) -> None:
-    """Train all stages of CONFIG, or one. The same command again goes on where it was.
+    """Train all stages of CONFIG, or some. The same command resumes an interrupted run.
 
     [bold]Examples[/bold]
 
@@ -86,10 +86,11 @@ def sample(
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="What to show; given again, images show each in turn."),
+        typer.Option(help="What to show; several texts take turns over the images."),
     ] = None,
     guidance: Annotated[
-        float, typer.Option(min=0, max=100, help="Of --text: 1 as trained, more exaggerates.")
+        float,
+        typer.Option(min=0, max=100, help="Strength of --text; more than 1 exaggerates."),
     ] = 1.0,
 ) -> None:
     """Make images from the moving average of a run: PNGs and one grid.
@@ -143,9 +144,7 @@ def demo(
         str | None,
         typer.Option(help="DINOv2 checkpoint: a folder or a hub name.", metavar="PATH"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for all that it makes.", metavar="DIR")] = Path(
-        "demo"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for its output.", metavar="DIR")] = Path("demo"),
 ) -> None:
     """Turn photos into faces, pyramids and shards, and train 4x4, 8x8 and 16x16 on them.
 
@@ -156,7 +155,7 @@ def demo(
 
       dinogen demo
 
-      dinogen demo --photos ~/Pictures --guide facebook/dinov2-small --out demo-mine
+      dinogen demo --photos ~/Photos --guide facebook/dinov2-small --out demo-mine
     """
     from dinogen.demo import run_demo
     from launch.cli.console import setup_logging

@@ -1,1 +1,1 @@
-"""A run on this machine: its processes, and the signals they are passed."""
+"""A run on this machine: its processes, and the signals forwarded to them."""

@@ -1,8 +1,8 @@
-"""DeepSpeed's launcher on this machine, and signals handed on to its processes.
+"""DeepSpeed's launcher on this machine, with signals forwarded to its processes.
 
 ``python -m launch.local.deepspeed NUM_PROCESSES -m MODULE ARGS...``. DeepSpeed's own command
-looks for host files and ssh, and finds no place to run without a GPU; the launcher behind it,
-which starts the processes of one machine, needs neither.
+needs host files, ssh and a GPU; the launcher behind it, which starts the processes of one machine,
+needs none of them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def launcher_command(args: list[str]) -> list[str]:
     if len(args) < 3 or not args[0].isdigit() or args[1] != "-m":
         raise SystemExit("usage: python -m launch.local.deepspeed NUM_PROCESSES -m MODULE ARGS...")
     count = int(args[0])
-    # It sets CUDA_VISIBLE_DEVICES from this list: what the user chose has to be kept.
+    # It sets CUDA_VISIBLE_DEVICES from this list: keep what the user chose.
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = chosen.split(",")[:count] if chosen else [str(number) for number in range(count)]
     if len(devices) < count:

@@ -1,4 +1,4 @@
-"""Hands signals that ask for a stop on to worker processes, as soon as these can take them."""
+"""Forwards signals that ask for a stop to worker processes, as soon as they can handle them."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from types import FrameType
 import psutil
 
 IGNORABLE = (signal.SIGHUP, signal.SIGQUIT)
-_EVERY = 0.2  # seconds between two looks for workers that can take the signal
+_EVERY = 0.2  # seconds between two checks for workers that can handle the signal
 _SAME = 5.0  # seconds in which further signals mean the same as the one before
-_MEANT = 3  # how often TERM or INT come until the launcher no longer waits for its workers
+_MEANT = 3  # number of TERM or INT after which the launcher no longer waits for its workers
 
 
 class SignalForwarder:
-    """Signal handlers of a launcher whose workers save and leave when they are asked to.
+    """Signal handlers of a launcher whose workers save and exit when they are asked to.
 
-    USR1 is kept until there are workers that catch it, and given to those that come later too: a
-    worker that is only starting would die of it. TERM, INT, HUP and QUIT are handed on as TERM if
-    every worker catches it; otherwise nothing is there to be saved, and ``end`` is called. HUP and
-    QUIT stay ignored, here and in the workers, where they were ignored at the start (``nohup``).
+    USR1 is kept until there are workers that catch it, and is also sent to those that start later:
+    it would kill a worker that is still starting. TERM, INT, HUP and QUIT are forwarded as TERM if
+    every worker catches it; otherwise there is nothing to save, and ``end`` is called. HUP and QUIT
+    stay ignored, here and in the workers, if they were ignored at the start (``nohup``).
 
-    Whoever asks again while the workers save loses nothing: a closed terminal sends HUP several
-    times, and people press Ctrl-C twice. A later INT is handed on as INT, which interrupts workers
-    that are not saving. Only at the third TERM or INT, with seconds between them, ``end`` is
-    called, which may kill them.
+    Further signals while the workers save do no harm: a closed terminal sends HUP several times,
+    and people press Ctrl-C twice. A later INT is forwarded as INT, which interrupts workers that
+    are not saving. Only the third TERM or INT, with seconds between them, calls ``end``, which may
+    kill them.
 
     Args:
-        workers: process ids of the workers that are there now.
+        workers: process ids of the workers that exist now.
         end: ends the launcher and its workers; called in the main thread with the signal.
     """
 
@@ -51,7 +51,7 @@ class SignalForwarder:
         self._thread: threading.Thread | None = None
 
     def install(self) -> None:
-        """Take over USR1, TERM and INT, HUP and QUIT too if they count; main thread only."""
+        """Handle USR1, TERM and INT, and HUP and QUIT unless ignored; main thread only."""
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
         for number in IGNORABLE:
@@ -99,13 +99,13 @@ def children(pid: int) -> list[int]:
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler of its own; systems without /proc are taken to have one."""
+    """Whether a process has a handler of its own; assumed on systems without /proc."""
     if not Path("/proc/self").exists():
         return True
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         facts = dict(line.split(":", 1) for line in lines)
-        # Between fork and exec a child shows its parent's handlers, and would die of the signal.
+        # Between fork and exec a child shows its parent's handlers, but the signal would kill it.
         if _command_line(pid) == _command_line(int(facts["PPid"])):
             return False
     except OSError:
@@ -121,4 +121,4 @@ def _kill(pid: int, number: signal.Signals) -> None:
     try:
         os.kill(pid, number)
     except ProcessLookupError:
-        return  # it was on its way out
+        return  # it has just ended

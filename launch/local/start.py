@@ -1,4 +1,4 @@
-"""Starts a run on this machine: the torchrun or DeepSpeed command, in the place of this process."""
+"""Starts a run on this machine: the torchrun or DeepSpeed command replaces this process."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ log = logging.getLogger(__name__)
 
 
 def launch_local(request: Request) -> None:
-    """Run it, or print the command; on success this function does not return.
+    """Start the run, or print the command; on success this function does not return.
 
-    The command takes the place of this process, so signals reach it and its exit code is ours: 75
-    if it was asked to stop and saved.
+    The command replaces this process, so signals reach it and its exit code is ours: 75 if it was
+    asked to stop and saved.
 
     Raises:
-        UserError: more GPUs are asked for than there are, or DeepSpeed is not installed.
+        UserError: more GPUs are requested than there are, or DeepSpeed is not installed.
     """
     num_processes = count_processes(request.num_processes)
     env, command = build_command(request, num_processes)
@@ -54,7 +54,7 @@ def build_command(request: Request, num_processes: int) -> tuple[dict[str, str],
         if find_spec("deepspeed") is None:
             raise UserError("DeepSpeed is not installed: pip install -e '.[deepspeed]'")
         if request.max_restarts:
-            raise UserError("--max-restarts: DeepSpeed's launcher cannot, use --engine ddp")
+            raise UserError("--max-restarts: not possible with DeepSpeed: use --engine ddp")
         return env, [sys.executable, "-m", "launch.local.deepspeed", str(num_processes), *train]
     command = [sys.executable, "-m", "launch.local.torchrun", "--standalone"]
     command += ["--nproc-per-node", str(num_processes)]
@@ -63,10 +63,10 @@ def build_command(request: Request, num_processes: int) -> tuple[dict[str, str],
 
 
 def count_processes(wanted: int | None) -> int:
-    """Processes to start: one per GPU; without GPUs as many as wanted, on the CPU.
+    """Number of processes to start: one per GPU; without GPUs ``wanted`` on the CPU.
 
     Raises:
-        UserError: more are wanted than there are GPUs.
+        UserError: ``wanted`` is more than the number of GPUs.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""torchrun that hands signals on: asked to stop, its workers save and it ends with code 75.
+"""torchrun that forwards signals: asked to stop, its workers save and it exits with code 75.
 
-``python -m launch.local.torchrun`` takes what torchrun takes. torchrun itself dies of USR1, by
-which SLURM tells that the time is nearly up, gives its workers 30 s after a TERM, takes back what
-``nohup`` asks for, and waits for minutes where no DNS knows the name of this machine.
+``python -m launch.local.torchrun`` takes the arguments of torchrun. torchrun itself is killed by
+USR1, with which SLURM announces that the time is nearly up, gives its workers 30 s after a TERM,
+undoes ``nohup``, and waits for minutes where no DNS knows the name of this machine.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def main(args: list[str] | None = None) -> None:
         SystemExit: 75 if the workers were asked to stop and ended well, 128 + signal if they were
             ended before they could save, the code of the first worker that failed.
     """
-    relay = SignalForwarder(workers=lambda: children(os.getpid()), end=_end)
-    relay.install()  # before the seconds that importing torch takes
+    forwarder = SignalForwarder(workers=lambda: children(os.getpid()), end=_end)
+    forwarder.install()  # before the seconds that importing torch takes
     # Restarts with gloo hang now and then if the agent's store is shared under --standalone.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
@@ -58,13 +58,13 @@ def main(args: list[str] | None = None) -> None:
     except RendezvousConnectionError:
         print("torchrun: the node on which all others met is lost", file=sys.stderr)
         raise SystemExit(1) from None
-    if relay.stopping:
+    if forwarder.stopping:
         raise SystemExit(EXIT_STOPPED)
 
 
-# torchrun has to handle some signal: with none named it warns with a traceback. It takes over this
-# one alone, which SignalForwarder leaves to it; its handlers would end workers before they have saved,
-# and what has a handler is ignored no more in the workers.
+# torchrun has to handle some signal: if none is named, it warns with a traceback. It handles only
+# this one, which SignalForwarder does not use: torchrun's handlers would end workers before they
+# have saved, and a signal with a handler would no longer be ignored in the workers.
 _ITS_OWN = "SIGXCPU"
 
 

@@ -1,4 +1,4 @@
-"""RUN/launch/jobs.json: which SLURM jobs were submitted for a run, by which commands."""
+"""RUN/launch/jobs.json: the SLURM jobs that were submitted for a run, and their commands."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Job:
     Attributes:
         step: what it does: ``faces``, ``pyramids``, ``pack``, ``train-8``, ``evaluate``.
         id: SLURM's number.
-        after: number of the job that has to end well before it; None if there is none.
+        after: number of the job that has to succeed first; None if there is none.
         submitted: when, in local time.
         command: the sbatch command.
         config: the copy of the config that it reads.
         log: its output.
-        state: SLURM's last word on it once it has ended, since SLURM forgets; None before.
-        exit_code: of its script, then.
+        state: its last state once it has ended, because SLURM forgets it; None before.
+        exit_code: of its script, once it has ended.
     """
 
     step: str
@@ -66,15 +66,15 @@ class Jobs:
 
 
 def launch_folder(run: Path) -> Path:
-    """Where a run keeps what was submitted for it, and the jobs' output."""
+    """The folder of a run for its submitted jobs and their output."""
     return run.absolute() / "launch"
 
 
 def read_jobs(run: Path) -> Jobs:
-    """What was submitted for a run so far; nothing if there is no file.
+    """The jobs that were submitted for a run so far; none if there is no file.
 
     Raises:
-        UserError: the file is there, but cannot be understood.
+        UserError: the file exists, but cannot be read.
     """
     jobs = Jobs(launch_folder(run))
     try:
@@ -86,17 +86,17 @@ def read_jobs(run: Path) -> Jobs:
         return jobs
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{jobs.path}: cannot be read ({error}): look with squeue which jobs of the run are "
-            "there, cancel them, and move the file away"
+            f"{jobs.path}: cannot be read ({error}): find the jobs of the run with squeue, cancel "
+            "them, and move the file away"
         ) from None
     return jobs
 
 
 def _job(item: dict[str, Any]) -> Job:
-    """A job as it was written, whose values are of the kinds that its readers expect.
+    """A job as it was written, with values of the expected types.
 
     Raises:
-        ValueError, TypeError: it is no job.
+        ValueError, TypeError: it is not a job.
     """
     job = Job(**item)
     texts = (job.step, job.id, job.submitted, job.config, job.log)
@@ -111,20 +111,20 @@ def _job(item: dict[str, Any]) -> Job:
         or not re.fullmatch(r"faces|pyramids|pack|evaluate|train-\d+", job.step)
         or job.state == ""
     ):
-        raise ValueError(f"{item!r} is no job")
+        raise ValueError(f"{item!r} is not a job")
     return job
 
 
 @contextmanager
 def launch_lock(folder: Path) -> Iterator[None]:
-    """One launch at a time for a run: two would submit everything twice.
+    """Hold the lock of a launch: two launches of a run at once would submit everything twice.
 
     Raises:
-        UserError: another one is at work.
+        UserError: another launch is running.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     with path.open("w") as file:
         if lock(file, path, shared=False, wait=False) is Locked.BUSY:
-            raise UserError(f"{folder}: another launch is at work there: wait for it")
+            raise UserError(f"{folder}: another launch of this run is running: wait for it")
         yield

@@ -26,10 +26,10 @@ class Step:
 
     Attributes:
         name: ``faces``, ``pyramids``, ``pack``, ``train-8``, ``evaluate``.
-        script: which of the scripts in slurm/.
+        script: one of the scripts in slurm/.
         args: its arguments.
-        resources: what it asks for.
-        done: what it makes is there.
+        resources: what the job requests.
+        done: whether its results exist.
     """
 
     name: str
@@ -46,22 +46,23 @@ def plan_steps(
     file: Path,
     metric: str | None = None,
 ) -> list[Step]:
-    """All steps of a run in their order, those that are done as well.
+    """All steps of a run in order, including those that are done.
 
     Args:
         config: the whole run.
         stages: ``8``, ``4..64``, or None for all.
-        photos: what the data are made of, unless they are packed already.
+        photos: folder to make the data from, unless they are packed already.
         file: the config that the jobs read.
-        metric: what the evaluation has to hold; images to look at are then made too.
+        metric: the evaluation is repeated until it has this metric, and is followed by
+            visualizations; None for any evaluation.
 
     Raises:
-        UserError: no data and no photos, no such stage, or the scripts are not there.
+        UserError: there are no data and no photos, no such stage, or no scripts.
     """
     if not (SCRIPTS / "common.sh").is_file():
         raise UserError(
-            f"{SCRIPTS}: the scripts of the jobs are not there: install dinogen from its folder "
-            "(make install) and launch with that one"
+            f"{SCRIPTS}: the scripts of the jobs are missing: install dinogen from its folder "
+            "(make install) and use that installation"
         )
     run, sizes = Run.of(config), choose_stages(config, stages)
     chosen = [stage for stage in config.stages if stage.resolution in sizes]
@@ -73,7 +74,7 @@ def plan_steps(
         steps.append(_step("train", (str(file), size), resources, done, f"train-{size}"))
     if not _has_held_out(config):
         log.info(
-            "no evaluation: %s holds nothing back (prepare.pack.val_fraction)",
+            "no evaluation: %s has no held-out data (prepare.pack.val_fraction)",
             config.data.location,
         )
         return steps
@@ -91,14 +92,14 @@ def plan_steps(
 def metric_changes(config: Config) -> list[str]:
     """The section ``metrics:`` as KEY=VALUE for `dinogen evaluate`.
 
-    Else it would take what was written down when the run was trained.
+    Without them evaluate would use the section that was saved when the run was trained.
     """
     given = config.metrics.model_dump(mode="json", exclude_defaults=True)
     return [f"metrics.{key}={json.dumps(value)}" for key, value in given.items()]
 
 
 def _has_held_out(config: Config) -> bool:
-    """Whether the data have, or will have, a part that is not trained on."""
+    """Whether the data have, or will have, held-out samples."""
     return any(_holds_back(config, path) for path in _paths(config))
 
 
@@ -111,7 +112,7 @@ def _holds_back(config: Config, path: str) -> bool:
     except FileNotFoundError:
         return config.prepare.pack.val_fraction > 0
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return True  # the job will say what is wrong
+        return True  # the job will report what is wrong
 
 
 def _paths(config: Config) -> list[str]:
@@ -119,30 +120,30 @@ def _paths(config: Config) -> list[str]:
 
 
 def lacking_data(config: Config) -> list[str]:
-    """Folders of the run's data that hold none yet."""
+    """Folders of the run's data that are not packed yet."""
     paths = [path for path in _paths(config) if "://" not in path]
     return [path for path in paths if not (Path(path) / MANIFEST).is_file()]
 
 
 def _data_steps(config: Config, photos: Path | None, file: Path) -> list[Step]:
-    """Photos to shards; nothing if there are shards."""
+    """The steps from photos to shards; none if the data are packed."""
     lacking = lacking_data(config)
     if not lacking:
         return []
     data = lacking[0]
     if config.data.mix:
         raise UserError(
-            f"data.mix: {data} holds no packed data: make what is mixed first (dinogen prepare, or "
-            "launch a run on each)"
+            f"data.mix: {data} holds no packed data: pack each part of the mix first (dinogen "
+            "prepare, or launch a run on each)"
         )
     if photos is None:
         raise UserError(
-            f"data.path: {data} holds no packed data: add --photos PHOTOS to have them made, or "
-            "pack them first (dinogen prepare)"
+            f"data.path: {data} holds no packed data: add --photos PHOTOS to make them, or pack "
+            "them first (dinogen prepare)"
         )
     if not photos.is_dir():
         raise UserError(f"--photos {photos}: no such folder")
-    from dinogen.training.data import makes_features  # torch, which status can do without
+    from dinogen.training.data import makes_features  # imports torch, which status does not need
 
     faces, pyramids = f"{data.rstrip('/')}-faces", f"{data.rstrip('/')}-pyramids"
     given: dict[str, tuple[str, ...]] = {"faces": (str(photos), faces)}
@@ -162,20 +163,20 @@ def _step(
     return Step(name or script, SCRIPTS / f"{script}.sbatch", args, resources, done)
 
 
-# From this resolution on a stage takes more than one GPU, four times as many for each doubling,
-# just as its images have four times the pixels.
+# Above this resolution a stage takes more than one GPU: four times as many for each doubling, since
+# its images have four times the pixels.
 _ONE_GPU = 32
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What sbatch is asked for.
+    """What a job requests from SLURM.
 
     Attributes:
         nodes: number of nodes.
         gpus: GPUs on each of them.
         processes: processes on each of them.
-        flags: all of it as flags of sbatch.
+        flags: the whole request as flags of sbatch.
     """
 
     nodes: int
@@ -189,7 +190,7 @@ def stage_resources(config: Config, stage: StageConfig) -> Resources:
 
     One GPU up to 32x32, then four times as many for each doubling (64: 4, 128: 16, 256: 64), up to
     ``cluster.nodes`` full nodes and never more than there are images in a batch. Without GPUs
-    the same holds for processes. A stage whose nodes the config names takes them whole.
+    the same holds for processes. If the config sets the nodes of a stage, it uses all of each.
     """
     cluster = config.cluster
     own = next((job for job in cluster.stages if job.resolution == stage.resolution), JobConfig())
@@ -201,7 +202,7 @@ def stage_resources(config: Config, stage: StageConfig) -> Resources:
 
 
 def step_resources(config: Config, step: str) -> Resources:
-    """Resources of a step that is no stage: faces, pyramids, pack or evaluate."""
+    """Resources of a step that is not a stage: faces, pyramids, pack or evaluate."""
     cluster = config.cluster
     own: JobConfig = getattr(cluster, step)
     if step == "pack":
@@ -212,7 +213,7 @@ def step_resources(config: Config, step: str) -> Resources:
 
 
 def _resources(cluster: ClusterConfig, own: JobConfig, nodes: int, processes: int) -> Resources:
-    """Join the defaults of a step with what the config says of it."""
+    """The defaults of a step, changed by what the config says about it."""
     nodes = own.nodes or nodes
     gpus = own.gpus_per_node
     if gpus is None:

@@ -1,4 +1,4 @@
-"""Asks SLURM about jobs, submits and cancels them: the only file that calls its programs."""
+"""Queries, submits and cancels SLURM jobs: the only file that calls SLURM's programs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dinogen.errors import UserError
 
-# What SLURM calls a job that has not ended; one that goes back into the queue is PENDING again.
+# States of a job that has not ended; a requeued one is PENDING again.
 ACTIVE = {
     "PENDING",
     "RUNNING",
@@ -24,19 +24,19 @@ ACTIVE = {
     "SPECIAL_EXIT",
     "STAGE_OUT",
     "STOPPED",
-    "PREEMPTED",  # with PreemptMode=REQUEUE it is on its way back
+    "PREEMPTED",  # with PreemptMode=REQUEUE it will run again
 }
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What SLURM says of a job.
+    """The state of a job in SLURM.
 
     Attributes:
         state: such as PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT.
         reason: why it waits or ended; empty if SLURM gives none.
         exit_code: of the script; None unless it has ended.
-        num_restarts: how often it went back into the queue.
+        num_restarts: how often it was requeued.
     """
 
     state: str
@@ -59,14 +59,14 @@ def submit(command: list[str]) -> str:
     """Run an sbatch command with ``--parsable``; returns the job's number.
 
     Raises:
-        UserError: sbatch is not there, or refuses; with its own words.
+        UserError: sbatch is missing or refuses; with its message.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise UserError(
-            "sbatch is not on the PATH: run this on a login node of the cluster, or see with "
-            "--dry-run what it would do"
+            "sbatch is not on the PATH: run this on a login node of the cluster, or add --dry-run "
+            "to see what it would do"
         ) from None
     number = done.stdout.strip().split(";")[0]  # a federation adds its cluster's name
     if done.returncode or not number.isdigit():
@@ -76,12 +76,12 @@ def submit(command: list[str]) -> str:
 
 
 def cancel(number: str) -> None:
-    """Cancel a job; one that has ended meanwhile is no error."""
+    """Cancel a job; it is not an error if it has already ended."""
     subprocess.run(["scancel", number], capture_output=True, check=False)
 
 
 def job_state(number: str) -> JobState | None:
-    """State of a job; None if SLURM has forgotten it (it does minutes after the end).
+    """State of a job; None if SLURM has forgotten it, as it does minutes after the end.
 
     Raises:
         UserError: SLURM does not answer.
@@ -95,7 +95,7 @@ def job_state(number: str) -> JobState | None:
 
 
 def _parse(line: str) -> JobState:
-    """From ``scontrol --oneliner show job``."""
+    """State of a job from the output of ``scontrol --oneliner show job``."""
     found = dict(re.findall(r"(\w+)=(\S*)", line))
     state = found["JobState"]
     reason = found.get("Reason", "None")
@@ -109,7 +109,7 @@ def _parse(line: str) -> JobState:
 
 
 def _accounted(number: str) -> JobState | None:
-    """From the accounting data base, where a cluster has one."""
+    """State of a job from the accounting database, if the cluster has one."""
     if shutil.which("sacct") is None:
         return None
     flags = ("--noheader", "--allocations", "--parsable2", "--format=State,ExitCode")

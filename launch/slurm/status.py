@@ -1,4 +1,4 @@
-"""What became of the jobs of a run: SLURM's states, progress, and why something does not run."""
+"""The state of a run's jobs: SLURM's states, progress, and why a job waits or failed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Row:
     Attributes:
         step: what the job does.
         id: SLURM's number.
-        state: SLURM's word, or ``forgotten``.
-        progress: of a stage: images seen and wanted, health status.
-        why: why it waits, or ended badly, and where to look.
-        good: False if somebody has to do something.
+        state: SLURM's state, or ``forgotten``.
+        progress: of a stage: images seen and planned, health.
+        why: why it waits or failed, and where to look.
+        good: False if the user has to act.
     """
 
     step: str
@@ -40,16 +40,16 @@ def job_rows(run: Path) -> list[Row]:
     """The newest job of every step of a run, in the order of the chain.
 
     Raises:
-        UserError: nothing was submitted for the run, or SLURM does not answer.
+        UserError: no jobs were submitted for the run, or SLURM does not answer.
     """
     jobs = read_jobs(run)
     if not jobs.jobs:
         raise UserError(
-            f"{run}: nothing was submitted for it, there is no {jobs.path}: "
+            f"{run}: no jobs were submitted for this run, there is no {jobs.path}: "
             "dinogen launch CONFIG --on slurm"
         )
     if not queue.has_slurm():
-        raise UserError("no SLURM here (no sbatch on the PATH): ask on a login node")
+        raise UserError("no SLURM here (no sbatch on the PATH): use a login node")
     states = ask_states(jobs)
     newest = [job for job in jobs.jobs if jobs.newest(job.step) is job]
     newest.sort(key=lambda job: _place(job.step))
@@ -66,7 +66,7 @@ def _row(job: Job, jobs: Jobs, states: dict[str, JobState | None]) -> Row:
     state = states[job.id]
     done, progress = _progress(job)
     if state is None:
-        why = "" if done else f"SLURM has forgotten it: look into {job.log}"
+        why = "" if done else f"SLURM has forgotten it: see {job.log}"
         return Row(job.step, job.id, "forgotten", progress, why, done)
     name = state.state + (f" (restart {state.num_restarts})" if state.num_restarts else "")
     if state.active:
@@ -81,17 +81,17 @@ def _why_waiting(job: Job, state: JobState) -> str:
         return ""
     words = {
         "Dependency": f"waits for job {job.after}",
-        "BeginTime": "was put back into the queue, starts in a moment",
+        "BeginTime": "was requeued, starts soon",
         "Resources": "waits for free nodes",
         "Priority": "waits for jobs of higher priority",
-        "DependencyNeverSatisfied": f"job {job.after} did not end well: give launch again",
+        "DependencyNeverSatisfied": f"job {job.after} failed: run launch again",
     }
     return words.get(state.reason, state.reason)
 
 
 def _why_ended(job: Job, state: JobState, jobs: Jobs, states: dict[str, JobState | None]) -> str:
-    """Why a job did not end well: by itself, or because of the first one that did not."""
-    passed = {job.id}  # a damaged jobs.json may have jobs wait for each other in a circle
+    """Why a job failed: by itself, or because of the first job that failed."""
+    passed = {job.id}  # in a damaged jobs.json jobs may wait for each other in a circle
     one, ended = job, state
     while ended.state == "CANCELLED":
         before = next((job for job in jobs.jobs if job.id == one.after), None)
@@ -106,13 +106,13 @@ def _why_ended(job: Job, state: JobState, jobs: Jobs, states: dict[str, JobState
         passed.add(before.id)
         one, ended = before, state_before
     if state.state == "CANCELLED":
-        return "somebody cancelled it"
+        return "it was cancelled"
     code = f"exit code {state.exit_code}, " if state.exit_code else ""
-    return f"{code}look into {job.log}"
+    return f"{code}see {job.log}"
 
 
 def _progress(job: Job) -> tuple[bool, str]:
-    """Whether what a job makes is there, and how far a stage is."""
+    """Whether the results of a job exist, and how far a stage is."""
     try:
         config: Config = load_config(job.config)
     except UserError as error:

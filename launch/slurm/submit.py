@@ -32,10 +32,10 @@ class Planned:
     """A step that is not done.
 
     Attributes:
-        step: what has to be done.
+        step: the step.
         after: the step before it, if that is not done either.
-        id: number of its job; None as long as it is not submitted.
-        cancel: number of a job that waits for something else than ``after``, to cancel first.
+        id: number of its job; None until it is submitted.
+        cancel: number of a job to cancel first, because it waits for another job than ``after``.
     """
 
     step: Step
@@ -44,11 +44,15 @@ class Planned:
     cancel: str | None = None
 
 
-def launch_slurm(request: Request) -> None:
+def launch_slurm(request: Request) -> int:
     """Submit what is neither done nor queued, or print the chain.
 
+    Returns:
+        The number of jobs of the run that are queued or running now.
+
     Raises:
-        UserError: no data, no such stage, or sbatch refuses; what was submitted is recorded.
+        UserError: there are no data, no such stage, or sbatch refuses; what was submitted before
+            is recorded.
     """
     from dinogen.families.registry import resolve
 
@@ -60,16 +64,17 @@ def launch_slurm(request: Request) -> None:
         jobs = read_jobs(config.run)
         states = ask_states(jobs) if queue.has_slurm() else {}
         print(chain_script(config, copies, plan(config, steps, jobs, states)))
-        return
+        return sum(state is not None and state.active for state in states.values())
     with launch_lock(folder):
         jobs = read_jobs(config.run)
         planned = plan(config, steps, jobs, ask_states(jobs))
         copies.write()
         _submit(config, copies, planned, jobs)
+    return len(planned)
 
 
 def ask_states(jobs: Jobs) -> dict[str, JobState | None]:
-    """What SLURM says of each step's newest job; its last word is noted in ``jobs``.
+    """The state of each step's newest job; its last state is noted in ``jobs``.
 
     Raises:
         UserError: SLURM does not answer.
@@ -102,7 +107,7 @@ def plan(config: Config, steps: list[Step], jobs: Jobs, states: States) -> list[
         state = states.get(job.id) if job else None
         one = Planned(step, before)
         if job and state and state.active:
-            # A job that waits for one that is not of the chain any more would never be right.
+            # A job that waits for one that is no longer in the chain would never start.
             fits = before is None or before.id == job.after or state.state != "PENDING"
             if fits and state.reason != "DependencyNeverSatisfied":
                 one.id = job.id
@@ -116,7 +121,7 @@ def plan(config: Config, steps: list[Step], jobs: Jobs, states: States) -> list[
 
 
 def _stage_before(config: Config, steps: list[Step], jobs: Jobs, states: States) -> Planned | None:
-    """The queued stage that the first chosen one grows from; None if that is done."""
+    """The queued stage that the first chosen stage grows from; None if it is done."""
     first = next(step for step in steps if _is_stage(step))
     sizes = [stage.resolution for stage in config.stages]
     index = sizes.index(int(first.args[1]))
@@ -134,7 +139,7 @@ def _stage_before(config: Config, steps: list[Step], jobs: Jobs, states: States)
 
 
 def _leaves_files(step: Step) -> bool:
-    """Whether what a step leaves tells if it is done, however its job ended."""
+    """Whether the files of a step show if it is done, however its job ended."""
     return _is_stage(step) or step.script.stem == "results"
 
 
@@ -146,7 +151,7 @@ def sbatch_command(config: Config, copies: Copies, step: Step, after: str | None
     """The command that submits a step after job ``after``.
 
     Raises:
-        UserError: a path with a comma, which sbatch cannot hand to a job.
+        UserError: a path has a comma, which sbatch cannot pass to a job.
     """
     variables = {
         "DINOGEN_SLURM": str(SCRIPTS),
@@ -161,7 +166,7 @@ def sbatch_command(config: Config, copies: Copies, step: Step, after: str | None
         command.append("--no-kill")
     for name, value in variables.items():
         if "," in value:
-            raise UserError(f"{name}={value}: sbatch takes no path with a comma: rename it")
+            raise UserError(f"{name}={value}: sbatch cannot pass a path with a comma: rename it")
     if after is not None:
         command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
     command += [
@@ -175,7 +180,7 @@ def sbatch_command(config: Config, copies: Copies, step: Step, after: str | None
 
 
 def log_pattern(copies: Copies, step: Step, number: str) -> Path:
-    """Output of a step's job with this number."""
+    """Output of the step's job with this number."""
     return copies.config.parent / f"{step.name}-{number}.log"
 
 
@@ -185,9 +190,9 @@ def chain_script(config: Config, copies: Copies, planned: list[Planned]) -> str:
     for one in planned:
         variable = one.step.name.replace("-", "_")
         if one.cancel is not None:
-            lines.append(f"scancel {one.cancel}  # {one.step.name}, waits for a job that is gone")
+            lines.append(f"scancel {one.cancel}  # {one.step.name}: waits for a missing job")
         if one.id is not None:
-            lines.append(f"{variable}={one.id}  # is queued or runs")
+            lines.append(f"{variable}={one.id}  # queued or running")
             continue
         after = None
         place = ""
@@ -197,21 +202,21 @@ def chain_script(config: Config, copies: Copies, planned: list[Planned]) -> str:
         command = shlex.join(sbatch_command(config, copies, one.step, after))
         lines.append(f"{variable}=$({command.replace(_PLACE, place)})")
     if not planned:
-        lines.append("# all of it is done")
+        lines.append("# everything is done")
     return "\n".join(lines)
 
 
 def _submit(config: Config, copies: Copies, planned: list[Planned], jobs: Jobs) -> None:
-    """Submit what has no job yet, noting each at once: a later one may be refused."""
+    """Submit the steps without a job; record each at once, since a later one may be refused."""
     if not planned:
-        log.info("%s: all of it is done", config.run)
+        log.info("%s: everything is done", config.run)
     for one in planned:
         name = one.step.name
         if one.id is not None:
-            log.info("%-10s job %s is queued or runs", name, one.id)
+            log.info("%-10s job %s is queued or running", name, one.id)
             continue
         if one.cancel is not None:
-            log.info("%-10s job %s waits for a job that is gone: cancelled", name, one.cancel)
+            log.info("%-10s job %s waits for a missing job: cancelled", name, one.cancel)
             queue.cancel(one.cancel)
         after = one.after.id if one.after else None
         command = sbatch_command(config, copies, one.step, after)
@@ -219,8 +224,8 @@ def _submit(config: Config, copies: Copies, planned: list[Planned], jobs: Jobs) 
             one.id = queue.submit(command)
         except UserError as error:
             raise UserError(
-                f"{name}: {error}\nWhat was submitted before it stays queued (dinogen launch "
-                f"status {config.run}); fix it and give the same command again"
+                f"{name}: {error}\nJobs that were submitted before stay queued (dinogen launch "
+                f"status {config.run}); fix it and run the same command again"
             ) from None
         jobs.jobs.append(
             Job(
@@ -239,11 +244,11 @@ def _submit(config: Config, copies: Copies, planned: list[Planned], jobs: Jobs) 
 
 @dataclass(frozen=True)
 class Copies:
-    """Two files, named after what is in them: other contents make other files.
+    """The files that jobs read. Their names depend on their contents: a change makes a new file.
 
     Attributes:
         config: the resolved config.
-        setup: shell lines: which Python, and what the config's ``cluster.setup`` says.
+        setup: shell lines that name Python, and those of ``cluster.setup``.
     """
 
     config: Path
@@ -258,9 +263,9 @@ class Copies:
 
 
 def make_copies(config: Config, folder: Path) -> Copies:
-    """What would be written into ``folder``."""
+    """The files that the jobs of a run read, in ``folder``; not written yet."""
     text = dump_config(config)
-    # The site's lines come last: in a container Python stands elsewhere.
+    # The site's lines come last: in a container Python has another path.
     lines = [f"DINOGEN_PYTHON={shlex.quote(sys.executable)}", *config.cluster.setup]
     setup = "\n".join(lines) + "\n"
     return Copies(

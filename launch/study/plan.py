@@ -1,21 +1,28 @@
-"""What a study consists of: the runs of its tracks, and those of the final once it is known."""
+"""What a study consists of: the runs of its tracks, and those of the final once it is known.
+
+A plan is a YAML file, or a folder of configs, each of which is trained where its ``run:`` says.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dinogen.config import Config, ConfigError, load_config
 from dinogen.config.study import FINAL, EntryConfig, StudyConfig, TrackConfig, load_study
+from dinogen.errors import UserError
+from dinogen.runs.layout import CONFIG
 from dinogen.runs.run import Run, Stage
+from launch.request import choose_stages
 from launch.slurm.plan import lacking_data
 
 log = logging.getLogger(__name__)
 
-# What is done for each run, in this order.
+# What a study does for each run, in this order.
 STEPS = ("train", "evaluate", "look")
 
 
@@ -24,25 +31,23 @@ class StudyRun:
     """One run of a study.
 
     Attributes:
+        id: its name in the study: ``gan/dcgan_64-seed0``, which is also its folder in the study's;
+            of a folder of configs the name of the file.
         track: its track, or ``final``.
         name: of its config in the track; in the final TRACK-CONFIG.
-        seed: of the run.
         source: the YAML file that it comes from.
         outside: the folder that this file names, where it may have been trained before.
         config: as it is trained.
+        only: the stages to train, ``8`` or ``4..64``; None for all.
     """
 
+    id: str
     track: str
     name: str
-    seed: int
     source: Path
     outside: Path
     config: Config
-
-    @property
-    def id(self) -> str:
-        """``gan/dcgan_64-seed0``, which is also its folder in the study's."""
-        return f"{self.track}/{self.name}-seed{self.seed}"
+    only: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -51,35 +56,47 @@ class StudyRun:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages of its config, as far as they are."""
-        return Run.of(self.config).planned
+        """The stages that are to be trained, as far as they are."""
+        chosen = choose_stages(self.config, self.only)
+        return tuple(one for one in Run.of(self.config).planned if one.resolution in chosen)
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study's file, and all runs of its tracks.
+    """A plan, and all runs of its tracks.
 
     Attributes:
-        path: the file.
-        plan: what it says.
-        tracks: the runs by the names of the tracks, in the order of the file.
+        path: the file, or the folder of configs.
+        folder: where the study keeps its record, logs, copies of configs, and report.
+        title: heading of its report.
+        metric: decides which config is the best; None where runs are only trained.
+        tracks: the runs by the names of the tracks, in the order of the plan.
+        plan: what the file says; None for a folder of configs.
     """
 
     path: Path
-    plan: StudyConfig
+    folder: Path
+    title: str
+    metric: str | None
     tracks: Mapping[str, tuple[StudyRun, ...]]
+    plan: StudyConfig | None = None
 
     @property
-    def folder(self) -> Path:
-        """Folder of all that the study makes."""
-        return self.plan.folder
+    def runs(self) -> list[StudyRun]:
+        """The runs of all tracks."""
+        return [run for track in self.tracks.values() for run in track]
+
+    @property
+    def final_tracks(self) -> tuple[str, ...]:
+        """Tracks whose best go into the final."""
+        return self.plan.final_tracks if self.plan else ()
 
     def copy_of(self, run: StudyRun) -> Path:
-        """The config that a run is started with."""
+        """The copy of its config that a run is started with."""
         return self.folder / "configs" / f"{run.id}.yaml"
 
     def log_of(self, run: StudyRun) -> Path:
-        """What its commands print."""
+        """The output of a run's commands."""
         return self.folder / "logs" / f"{run.id}.log"
 
     def final_runs(self, best: Mapping[str, str]) -> tuple[StudyRun, ...]:
@@ -88,21 +105,39 @@ class Study:
         Args:
             best: name of the best config by track.
         """
+        if self.plan is None:
+            return ()
         runs: list[StudyRun] = []
-        for track in self.plan.final_tracks:
-            entries = self.plan.tracks[track].configs
-            for entry in entries:
+        for track in self.final_tracks:
+            for entry in self.plan.tracks[track].configs:
                 if entry.label == best.get(track):
                     runs += _final_runs(self.path, self.plan, track, entry)
         return tuple(runs)
 
+    def possible_runs(self) -> Iterator[StudyRun]:
+        """The runs of all tracks, and those of the final for each config that may become the best.
+
+        Raises:
+            ConfigError: naming the file and key that is wrong.
+        """
+        yield from self.runs
+        for track in self.final_tracks:
+            for name in dict.fromkeys(run.name for run in self.tracks[track]):
+                yield from self.final_runs({track: name})
+
 
 def open_study(path: Path) -> Study:
-    """Read a study's file and every config that it names, also as the final would change it.
+    """Read a plan and every config that it names, also as the final would change it.
+
+    Args:
+        path: the file, or a folder of configs.
 
     Raises:
         ConfigError: naming the file and key that is wrong.
+        UserError: see :func:`open_folder`.
     """
+    if path.is_dir():
+        return open_folder(path)
     plan = load_study(path)
     tracks = {
         name: tuple(
@@ -110,16 +145,61 @@ def open_study(path: Path) -> Study:
         )
         for name, track in plan.tracks.items()
     }
-    for track in plan.final_tracks:
-        for entry in plan.tracks[track].configs:
-            _final_runs(path, plan, track, entry)  # a mistake must not show after weeks of training
-    return Study(path, plan, tracks)
+    study = Study(path, plan.folder, plan.title, plan.metric, tracks, plan)
+    for _ in study.possible_runs():  # a mistake must not show after weeks of training
+        pass
+    return study
 
 
-def steps_left(run: StudyRun, metric: str) -> list[str]:
-    """What has still to be done for a run, of :data:`STEPS`."""
+def is_config_folder(folder: Path) -> bool:
+    """Whether a folder holds configs; the folder of a run holds only its own, ``config.yaml``."""
+    return any(path.name != CONFIG for path in folder.glob("*.yaml"))
+
+
+def open_folder(folder: Path, overrides: Sequence[str] = (), only: str | None = None) -> Study:
+    """A folder of configs as a study whose runs are trained, each where its ``run:`` says.
+
+    The study itself is in ``study-FOLDER`` in the folder that all the runs have in common.
+
+    Args:
+        folder: holds the YAML files.
+        overrides: ``KEY=VALUE`` changes to all of them.
+        only: the stages to train; None for all.
+
+    Raises:
+        UserError: there is no config, one of them is wrong, two would write into one folder, or the
+            changes name a folder of runs.
+    """
+    for item in overrides:
+        if item.partition("=")[0].strip() == "run":
+            raise UserError(
+                f"{item}: {folder} is a folder of configs, and each has a run of its own: leave it "
+                "out, or give one of the files"
+            )
+    files = sorted(folder.glob("*.yaml"))
+    if not files:
+        raise UserError(f"{folder}: holds no *.yaml: give a config or a folder of configs")
+    name = folder.absolute().name
+    runs: dict[Path, StudyRun] = {}
+    for path in files:
+        config = load_config(path, list(overrides))
+        choose_stages(config, only)
+        run = StudyRun(path.stem, name, path.stem, path, config.run, config, only)
+        first = runs.setdefault(config.run.absolute(), run)
+        if first is not run:
+            raise UserError(
+                f"{path}: run: {config.run} is that of {first.source} too: give it another"
+            )
+    place = Path(os.path.commonpath([path.parent for path in runs]))
+    return Study(folder, place / f"study-{name}", name, None, {name: tuple(runs.values())})
+
+
+def steps_left(run: StudyRun, metric: str | None) -> list[str]:
+    """What has still to be done for a run, of :data:`STEPS`; only training without a metric."""
     if not all(stage.done for stage in run.stages):
-        return list(STEPS)
+        return list(STEPS if metric else STEPS[:1])
+    if metric is None:
+        return []
     last = run.stages[-1]
     metric_value = last.metric(metric)
     done = {"evaluate": metric_value is not None and metric_value["value"] is not None}
@@ -127,18 +207,18 @@ def steps_left(run: StudyRun, metric: str) -> list[str]:
     return [step for step in STEPS[1:] if not done[step]]
 
 
-def is_trained(run: StudyRun, metric: str) -> bool:
+def is_trained(run: StudyRun) -> bool:
     """Whether all stages of a run are done."""
-    return STEPS[0] not in steps_left(run, metric)
+    return all(stage.done for stage in run.stages)
 
 
 def lacking(run: StudyRun) -> str | None:
-    """Which data a run lacks and how they are made; None if they are there."""
+    """The data that a run lacks and how to make them; None if they exist."""
     paths = lacking_data(run.config)
     if not paths:
         return None
     if run.config.data.mix:
-        return f"data.mix: {paths[0]} holds no packed data: make what is mixed first"
+        return f"data.mix: {paths[0]} holds no packed data: pack each part of the mix first"
     return (
         f"data.path: {paths[0]} holds no packed data: "
         f"dinogen prepare PHOTOS {paths[0]} -c {run.source}"
@@ -146,43 +226,42 @@ def lacking(run: StudyRun) -> str | None:
 
 
 def check_study(study: Study) -> None:
-    """What can be known to be wrong with a study before it goes on.
+    """Find the mistakes in a study that can be known before it runs.
 
     Raises:
-        ConfigError: its metric is not known or has no better and worse, or its configs have changed
-            since runs were trained; names each of them.
+        ConfigError: its metric is not known or has no better or worse, or configs have changed
+            since their runs were trained; names each of them.
     """
-    from dinogen.metrics.registry import better, chosen_names
+    if study.metric is not None:
+        from dinogen.metrics.registry import better, chosen_names
 
-    (metric,) = chosen_names([study.plan.metric], f"{study.path}: metric")
-    if better(metric) == "none":
-        raise ConfigError(f"{study.path}: metric: {metric} has no better and worse: name another")
-    runs = [run for track in study.tracks.values() for run in track]
-    for track in study.plan.final_tracks:
-        for entry in study.plan.tracks[track].configs:
-            runs += study.final_runs({track: entry.label})
-    found = [why for run in runs if (why := changed(study, run))]
+        (metric,) = chosen_names([study.metric], f"{study.path}: metric")
+        if better(metric) == "none":
+            raise ConfigError(
+                f"{study.path}: metric: {metric} has no better or worse: choose another"
+            )
+    found = [why for run in study.possible_runs() if (why := changed(study, run))]
     if found:
         raise ConfigError("\n".join(found))
 
 
 def changed(study: Study, run: StudyRun) -> str | None:
-    """How the config of a trained run has changed since; None if it has not.
+    """How the config of a run has changed since it was trained; None if it has not.
 
-    Of a run that is still trained the trainer itself says so.
+    For a run that is not done the trainer itself reports it.
     """
     copy = study.copy_of(run)
-    if not copy.is_file() or not is_trained(run, study.plan.metric):
+    if not copy.is_file() or not is_trained(run):
         return None
     from dinogen.families.registry import resolve
     from dinogen.training.preflight import MAY_CHANGE
 
-    # A shorter or longer run is another one once it is done.
+    # Once a run is done, one of another length is another run.
     ignored = {key: value for key, value in MAY_CHANGE.items() if key != "stages"}
     try:
         trained = load_config(copy)
     except ConfigError as error:
-        log.warning("%s: what %s was trained with is not known", error, run.folder)
+        log.warning("%s: the config that %s was trained with is not known", error, run.folder)
         return None
     then, now = (
         resolve(config).model_dump(mode="json", exclude=ignored) for config in (trained, run.config)
@@ -192,8 +271,8 @@ def changed(study: Study, run: StudyRun) -> str | None:
         return None
     key, old, new = found
     return (
-        f"{run.source}: {key}: {run.folder} was trained with {old}, the study says {new} now: put "
-        f"it back, or move that folder and {copy} away"
+        f"{run.source}: {key}: {run.folder} was trained with {old}, the study says {new} now: "
+        f"restore it, or move that folder and {copy} away"
     )
 
 
@@ -243,23 +322,24 @@ def _run(
     names = config.metrics.names
     if names and plan.metric not in names:
         raise ConfigError(
-            f"{source}: metrics.names: lacks {plan.metric}, by which {path} chooses: add it"
+            f"{source}: metrics.names: lacks {plan.metric}, which {path} chooses by: add it"
         )
-    run = StudyRun(track, name, seed, source, config.run, config)
-    return replace(run, config=config.model_copy(update={"run": plan.folder / run.id}))
+    run_id = f"{track}/{name}-seed{seed}"
+    config, outside = config.model_copy(update={"run": plan.folder / run_id}), config.run
+    return StudyRun(run_id, track, name, source, outside, config)
 
 
 def _source(path: Path, entry: EntryConfig) -> Path:
-    """A config of the study; relative paths begin where the study's file lies."""
+    """A config of the study; relative paths start at the folder of the study's file."""
     return path.parent / entry.config
 
 
 def _lengths(config: Config, epochs: float, where: str) -> list[str]:
-    """Changes that make a run that many epochs long, its stages in the same proportions."""
+    """Changes that give a run this number of epochs, its stages in the same proportions."""
     if len({stage.kimg is None for stage in config.stages}) > 1:
         raise ConfigError(
-            f"{where}: some of its stages are given in kimg and some in epochs: give all in one, "
-            "or the lengths in final.overrides"
+            f"{where}: some of its stages have kimg and some have epochs: use one of them for "
+            "all, or set the lengths in final.overrides"
         )
     sizes = [stage.kimg or stage.epochs or 0.0 for stage in config.stages]
     changes: list[str] = []

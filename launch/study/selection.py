@@ -1,19 +1,12 @@
-"""Which config of a track is the best, and what the runs of a study will cost."""
+"""The best config of each track, and the runs that are known because of it."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from dinogen.config import Config
-from dinogen.errors import UserError
-from dinogen.runs.run import Run, Stage
-from dinogen.runs.values import amount
 from launch.study.plan import Study, StudyRun
-from shards.errors import ShardsError
 
 
 @dataclass(frozen=True)
@@ -22,9 +15,9 @@ class Choice:
 
     Attributes:
         track: its name.
-        best: name of the best config; None if there is none, ``why`` says for what reason.
-        metric values: mean over the seeds, by config; configs without any are not in it.
-        why: in words.
+        best: name of the best config; None if there is none, ``why`` gives the reason.
+        metric_values: mean over the seeds, by config; configs without any are not in it.
+        why: the reason, in words.
     """
 
     track: str
@@ -34,7 +27,7 @@ class Choice:
 
 
 def choose(track: str, runs: Sequence[StudyRun], metric: str) -> Choice:
-    """The best config of a track; its seeds count as one, by their mean."""
+    """The best config of a track by the mean over its seeds."""
     found = [
         (run, metric_value)
         for run in runs
@@ -60,11 +53,11 @@ def choose(track: str, runs: Sequence[StudyRun], metric: str) -> Choice:
             None,
             means,
             f"{metric} was measured in different ways, and cannot be compared: {told} have "
-            "different fingerprints: measure them alike (metrics:, data.path, resolution)",
+            "different fingerprints: measure them the same way (metrics:, data.path, resolution)",
         )
     better = found[0][1]["better"]
     if better not in ("lower", "higher"):
-        return Choice(track, None, means, f"{metric} has no better and worse: name another metric")
+        return Choice(track, None, means, f"{metric} has no better or worse: choose another metric")
     best = (min if better == "lower" else max)(means, key=means.__getitem__)
     num = len(values[best])
     why = f"{metric} {means[best]:.4g}" + (f", mean of {num} seeds" if num > 1 else "")
@@ -78,19 +71,22 @@ def present_runs(
 
     Args:
         study: the study.
-        settled: whether nothing more is to be expected of a run of a track.
+        settled: whether a run of a track is done or has failed.
 
     Returns:
         The runs of the tracks, then those of the final, if its tracks are settled; and the choice
         of each track that is settled.
     """
-    runs = [run for track in study.tracks.values() for run in track]
+    runs = study.runs
+    metric = study.metric
+    if metric is None:
+        return runs, {}
     choices = {
-        name: choose(name, track, study.plan.metric)
+        name: choose(name, track, metric)
         for name, track in study.tracks.items()
         if all(settled(run) for run in track)
     }
-    wanted = study.plan.final_tracks
+    wanted = study.final_tracks
     if wanted and all(track in choices for track in wanted):
         best = {name: one.best for name, one in choices.items() if one.best is not None}
         runs += study.final_runs(best)
@@ -103,140 +99,3 @@ def _metric_value(run: StudyRun, metric: str) -> dict[str, Any] | None:
 
 def _has_value(metric_value: dict[str, Any]) -> bool:
     return metric_value["value"] is not None
-
-
-_RECENT = 20  # log lines whose median stands for a stage that is not done
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast a stage was trained somewhere.
-
-    Attributes:
-        images_per_s: over all processes.
-        where: folder of the stage.
-        device: such as ``NVIDIA H100``; None if the stage is not done.
-        num_processes: that shared the work; None if the stage is not done.
-        same: it is of the same config, and not merely of the same family and resolution.
-    """
-
-    images_per_s: float
-    where: Path
-    device: str | None
-    num_processes: int | None
-    same: bool
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What is left to train of a run.
-
-    Attributes:
-        num_images: to be shown yet; None if a length in epochs is of data that are not here.
-        seconds: at the speeds found; None if there is none for a stage that is left.
-        processor_s: the same times the processes that shared the work; None if these are unknown.
-        speeds: that it was worked out from.
-        why: what is not known; empty if all is.
-    """
-
-    num_images: int | None
-    seconds: float | None
-    processor_s: float | None
-    speeds: tuple[Speed, ...]
-    why: str
-
-
-def cost_of(run: StudyRun, others: Sequence[StudyRun]) -> Cost:
-    """What a run still costs: images left of each stage over the speed measured for it.
-
-    A speed is taken from the run itself, else from one of the same config (another seed, or
-    trained outside the study), else from one of the same family and resolution.
-
-    Args:
-        run: what is to be trained.
-        others: runs to look for speeds in.
-    """
-    config = _with_lengths(run.config)
-    if config is None:
-        why = "length in epochs of data that are not here"
-        return Cost(None, None, None, (), why)
-    start, num_left = 0, 0
-    seconds: float | None = 0.0
-    processor_s: float | None = 0.0
-    speeds: list[Speed] = []
-    unknown: list[str] = []
-    for stage in Run.of(config).planned:
-        end = start + stage.config.num_images
-        seen = stage.nimg or start
-        left = 0 if stage.done else max(0, end - seen)
-        start = end
-        num_left += left
-        if not left:
-            continue
-        speed = find_speed(run, stage.resolution, others)
-        if speed is None:
-            unknown.append(stage.name)
-            continue
-        speeds.append(speed)
-        if seconds is not None:
-            seconds += left / speed.images_per_s
-        if processor_s is not None and speed.num_processes:
-            processor_s += left / speed.images_per_s * speed.num_processes
-        else:
-            processor_s = None
-    if unknown:
-        why = f"no {config.family.name} was trained at {', '.join(unknown)} yet"
-        return Cost(num_left, None, None, tuple(speeds), why)
-    return Cost(num_left, seconds, processor_s, tuple(speeds), "")
-
-
-def find_speed(run: StudyRun, resolution: int, others: Sequence[StudyRun]) -> Speed | None:
-    """The nearest measured speed of a stage; None if there is none."""
-    alike = [one for one in others if one.source == run.source]
-    family = run.config.family.name
-    relatives = [one for one in others if one.config.family.name == family]
-    own = [run.folder, *(one.folder for one in alike), run.outside]
-    rest = [one for other in relatives for one in (other.folder, other.outside)]
-    for same, folders in ((True, own), (False, rest)):
-        for folder in _once(folders):
-            speed = _read(Run(folder).stage(resolution), family, same)
-            if speed is not None:
-                return speed
-    return None
-
-
-def _once(folders: Iterable[Path]) -> list[Path]:
-    return list(dict.fromkeys(folders))
-
-
-def _read(stage: Stage, family: str, same: bool) -> Speed | None:
-    """The speed that a stage's files tell; None if they tell none, or are of another family."""
-    result = stage.result
-    if result is None:
-        return _read_log(stage, same)
-    speed = result.get("images_per_s")
-    if result.get("family") != family or not speed:
-        return None
-    return Speed(float(speed), stage.folder, result.get("device"), result.get("world_size"), same)
-
-
-def _read_log(stage: Stage, same: bool) -> Speed | None:
-    lines = stage.read_stats({"images_per_s": amount}).value[-_RECENT:]
-    found = [line["images_per_s"] for line in lines if line.get("images_per_s")]
-    return Speed(statistics.median(found), stage.folder, None, None, same) if found else None
-
-
-def _with_lengths(config: Config) -> Config | None:
-    """The config with lengths in images; None if they are in epochs of data that are not here."""
-    if all(stage.kimg is not None for stage in config.stages):
-        return config
-    paths = [one.path for one in config.data.mix] or [config.data.path]
-    if any("://" in path for path in paths):
-        return None  # to look would download it
-    from dinogen.training.data import open_data
-    from dinogen.training.stages import with_lengths
-
-    try:
-        return with_lengths(config, open_data(config).num_samples(config.data.split))
-    except (UserError, ShardsError, OSError):
-        return None

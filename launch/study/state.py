@@ -1,6 +1,6 @@
-"""STUDY/study.json: which steps of which runs were tried, how they ended, and where their logs are.
+"""STUDY/study.json: the steps that were tried for each run, how they ended, and their logs.
 
-What is done is read from the runs' own files; this is for people, and tells what failed.
+What is done is read from the files of the runs; this record is for people, and says what failed.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from shards.lock import is_locked as is_file_locked
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+JOBS = "jobs"  # the step that is all steps of a run on SLURM
 
 
 @dataclass
 class Attempt:
-    """One step of one run, tried once.
+    """One try of one step of a run.
 
     Attributes:
-        step: ``train``, ``evaluate``, ``look``; ``jobs`` is all of them on SLURM.
-        command: that was given.
+        step: ``train``, ``evaluate``, ``look``, or :data:`JOBS`.
+        command: the command that did it.
         log: what it printed.
         began: when, in local time.
         seconds: how long it took; None as long as it runs, or if it was killed together with
             the study.
-        code: its exit code, then; 75 if it was asked to stop.
+        code: the exit code of the command; 75 if it was asked to stop.
         what: what went wrong, in words; None if nothing did.
     """
 
@@ -50,7 +51,7 @@ class Attempt:
 
     @property
     def open(self) -> bool:
-        """Whether it has no end yet."""
+        """Whether it has not ended."""
         return self.seconds is None
 
 
@@ -62,8 +63,7 @@ class Record:
         study: the study.
         attempts: by run.
         best: name of the best config by track.
-        damaged: whether the file holds what could not be read; it is kept when a new one is
-            written.
+        damaged: whether parts of the file could not be read; it is kept when a new one is written.
     """
 
     study: Study
@@ -77,7 +77,7 @@ class Record:
         return self.study.folder / STUDY
 
     def begin(self, run: StudyRun, step: str, command: Sequence[str], log: Path) -> Attempt:
-        """Note that a step begins."""
+        """Record that a step begins."""
         began = time.strftime("%Y-%m-%d %H:%M:%S")
         attempt = Attempt(step, list(command), str(log), began)
         self.attempts.setdefault(run.id, []).append(attempt)
@@ -85,17 +85,17 @@ class Record:
         return attempt
 
     def end(self, attempt: Attempt, seconds: float, code: int, what: str | None) -> None:
-        """Note how it ended."""
+        """Record how it ended."""
         attempt.seconds, attempt.code, attempt.what = round(seconds, 1), code, what
         self.write()
 
     def failed(self, run: StudyRun) -> str | None:
-        """What went wrong when a run was tried last; None if nothing did."""
+        """What went wrong in the last attempt of a run; None if nothing did."""
         newest = {attempt.step: attempt for attempt in self.attempts.get(run.id, [])}
         return next((one.what for one in newest.values() if one.what), None)
 
     def open(self, run: StudyRun) -> Attempt | None:
-        """The attempt that runs now, or was killed together with the study."""
+        """The attempt that is running, or was killed together with the study."""
         attempts = self.attempts.get(run.id, [])
         return attempts[-1] if attempts and attempts[-1].open else None
 
@@ -104,8 +104,8 @@ class Record:
         facts = {
             "format": FORMAT,
             "study": str(self.study.path),
-            "title": self.study.plan.title,
-            "metric": self.study.plan.metric,
+            "title": self.study.title,
+            "metric": self.study.metric,
             "best": self.best,
         }
         runs = {key: [asdict(one) for one in attempts] for key, attempts in self.attempts.items()}
@@ -120,8 +120,8 @@ class Record:
 def read_record(study: Study) -> Record:
     """What was tried so far; nothing if there is no file.
 
-    What cannot be understood of it is left out with a warning: what is done is known from the
-    runs. The file as it was is kept beside when it is written again.
+    Parts that cannot be read are left out with a warning: what is done is known from the runs. When
+    the file is written again, the old one is kept next to it.
 
     Raises:
         UserError: a later version of dinogen wrote it.
@@ -152,7 +152,7 @@ def read_record(study: Study) -> Record:
     if isinstance(best, dict) and all(isinstance(name, str) for name in best.values()):
         record.best = best
     elif best is not None:
-        problems.append(f": best: {best!r} is no mapping of tracks to names")
+        problems.append(f": best: {best!r} is not a mapping of tracks to names")
     for problem in problems:
         log.warning("%s%s; what is done is known from the runs", record.path, problem)
     record.damaged = bool(problems)
@@ -161,10 +161,10 @@ def read_record(study: Study) -> Record:
 
 @contextmanager
 def study_lock(folder: Path) -> Iterator[None]:
-    """One `dinogen study run` at a time; the system lets go of it however the process ends.
+    """Lock a study for one `dinogen study run`; the system releases it however the process ends.
 
     Raises:
-        UserError: another one is at work.
+        UserError: another one is running.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
@@ -174,9 +174,9 @@ def study_lock(folder: Path) -> Iterator[None]:
                 break
             if not left:
                 raise UserError(
-                    f"{folder}: another dinogen study run is at work there: wait for it, or stop it"
+                    f"{folder}: another dinogen study run is using this folder: wait, or stop it"
                 )
-            time.sleep(0.1)  # it may be a look at it, see is_locked
+            time.sleep(0.1)  # is_locked takes it for a moment
         yield
 
 

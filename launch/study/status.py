@@ -1,4 +1,4 @@
-"""Where each run of a study is, and the report of all that have begun."""
+"""The state of each run of a study, and the report of all that have begun."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from dinogen.report.compare import write_comparison
 from dinogen.report.compare.read import is_run
 from launch.slurm import queue
 from launch.slurm.jobs import read_jobs
-from launch.slurm.status import job_rows
+from launch.slurm.status import Row, job_rows
 from launch.study.plan import Study, StudyRun, changed, is_trained, lacking, steps_left
+from launch.study.run import is_done, jobless
 from launch.study.selection import Choice, present_runs
-from launch.study.state import Record, is_locked, read_record
+from launch.study.state import JOBS, Record, is_locked, read_record
 
 
 @dataclass(frozen=True)
@@ -23,24 +24,24 @@ class State:
 
     Attributes:
         run: the run.
-        state: ``done``, ``running``, ``queued``, ``failed``, ``interrupted``, ``begun``,
-            ``no data`` or ``to do``.
-        progress: of the stage at hand, in words.
-        metric value: what the study's metric came to; None if it is not measured.
+        state: ``done``, ``changed``, ``running``, ``queued``, ``failed``, ``interrupted``,
+            ``begun``, ``no data``, ``to do``, or ``unknown`` where its jobs cannot be read.
+        progress: of the current stage, in words.
+        value: of the study's metric; None if it is not measured.
         why: why it is not done, and where to look.
-        good: False if somebody has to do something.
+        good: False if the user has to act.
     """
 
     run: StudyRun
     state: str
     progress: str
-    metric_value: float | None
+    value: float | None
     why: str
     good: bool
 
 
 def study_states(study: Study) -> tuple[list[State], dict[str, Choice]]:
-    """All runs that are known now, and what was chosen so far.
+    """The states of all runs that are known now, and the choices so far.
 
     Raises:
         UserError: the record of the study cannot be read.
@@ -52,57 +53,58 @@ def study_states(study: Study) -> tuple[list[State], dict[str, Choice]]:
 
 
 def settled(study: Study, record: Record, run: StudyRun) -> bool:
-    """Whether a run is done, or has failed when it was tried last."""
-    return record.failed(run) is not None or not steps_left(run, study.plan.metric)
+    """Whether a run is done, or has failed in its last attempt."""
+    return record.failed(run) is not None or not steps_left(run, study.metric)
 
 
 def _state(study: Study, record: Record, busy: bool, run: StudyRun) -> State:
-    metric = study.plan.metric
-    found = run.stages[-1].metric(metric)
-    metric_value = found["value"] if found else None
-    left = steps_left(run, metric)
+    metric = study.metric
+    found = run.stages[-1].metric(metric) if metric else None
+    value = found["value"] if found else None
 
     def state(word: str, why: str = "", good: bool = True) -> State:
-        return State(run, word, _progress(run), metric_value, why, good)
+        return State(run, word, _progress(run), value, why, good)
 
-    if not left:
-        why = changed(study, run)
+    by_files = not steps_left(run, metric) and (metric is not None or run.stages[-1].evaluated)
+    try:
+        rows = [] if by_files else _job_rows(run)
+    except UserError as error:
+        return state("unknown", str(error), good=False)
+    if active := [row for row in rows if row.state.split()[0] in queue.ACTIVE]:
+        running = next((row for row in active if row.state.startswith("RUNNING")), None)
+        row = running or active[0]
+        word = "running" if running else "queued"
+        return state(word, f"{row.step}, job {row.id} {row.why}".rstrip())
+    if is_done(run, metric, rows):
+        # a folder may have been launched with changes that are not in its files
+        why = changed(study, run) if study.plan else None
         return state("changed", why, good=False) if why else state("done")
-    if queued := _queued(run):
-        return state(*queued)
     attempt = record.open(run)
-    if attempt is not None and busy:
+    if attempt is not None and busy and attempt.step != JOBS:
         return state("running", f"{attempt.step}, log: {attempt.log}")
     if failed := record.failed(run):
         return state("failed", failed, good=False)
+    if (attempt is None or attempt.step == JOBS) and any(not row.good for row in rows):
+        return state("failed", jobless(run, metric, rows), good=False)
     if why := lacking(run):
         return state("no data", why, good=False)
-    if is_trained(run, metric):
-        return state("begun", f"lacks {', '.join(left)}")
+    if is_trained(run):
+        left = ", ".join(steps_left(run, metric))
+        return state("begun", f"lacks {left}")
     if attempt is not None:
-        return state("interrupted", "dinogen study run goes on")
+        return state("interrupted", "dinogen study run continues it")
     return state("begun" if _progress(run) else "to do")
 
 
-def _queued(run: StudyRun) -> tuple[str, str] | None:
-    """Whether SLURM has a job of the run, and which."""
-    if not queue.has_slurm():
-        return None
-    try:
-        if not read_jobs(run.folder).jobs:
-            return None
-        active = [row for row in job_rows(run.folder) if row.state.split()[0] in queue.ACTIVE]
-    except UserError as error:
-        return "unknown", str(error)
-    if not active:
-        return None
-    running = next((row for row in active if row.state.startswith("RUNNING")), None)
-    row = running or active[0]
-    return "running" if running else "queued", f"{row.step}, job {row.id} {row.why}".rstrip()
+def _job_rows(run: StudyRun) -> list[Row]:
+    """The state of a run's jobs; none if it has none, or SLURM is not here."""
+    if not queue.has_slurm() or not read_jobs(run.folder).jobs:
+        return []
+    return job_rows(run.folder)
 
 
 def _progress(run: StudyRun) -> str:
-    """How far the last stage is that has begun."""
+    """The progress of the last stage that has begun."""
     words = ""
     for stage in run.stages:
         if told := stage.progress:
@@ -123,31 +125,33 @@ def write_report(study: Study) -> Path:
     begun = [one.run.folder for one in states if is_run(one.run.folder)]
     if not begun:
         raise UserError(
-            f"{study.folder}: no run has begun: dinogen study run {study.path}, and look with "
-            f"dinogen study status {study.path} at what failed"
+            f"{study.folder}: no run has begun: dinogen study run {study.path}; dinogen study "
+            f"status {study.path} shows what failed"
         )
     out = study.folder / "report"
     write_text(out / SUMMARY, summary(study, states, choices))
-    return write_comparison(begun, out, study.plan.title).page
+    return write_comparison(begun, out, study.title).page
 
 
 def summary(study: Study, states: list[State], choices: dict[str, Choice]) -> str:
     """All runs of the study in a table, the best of each track, and what failed; Markdown."""
-    metric = study.plan.metric
-    lines = [f"# {study.plan.title}", "", f"`dinogen study run {study.path}`", ""]
-    lines += [f"| run | state | {metric} | progress |", "|---|---|---|---|"]
+    metric = study.metric
+    lines = [f"# {study.title}", "", f"`dinogen study run {study.path}`", ""]
+    lines += [f"| run | state | {metric or ''} | progress |", "|---|---|---|---|"]
     for one in states:
-        metric_value = "" if one.metric_value is None else f"{one.metric_value:.4g}"
-        lines.append(f"| {one.run.id} | {one.state} | {metric_value} | {one.progress} |")
-    lines += ["", f"## The best by {metric}", ""]
-    for track in study.tracks:
-        choice = choices.get(track)
-        told = "its runs are not done" if choice is None else f"{choice.best}: {choice.why}"
-        if choice is not None and choice.best is None:
-            told = f"none: {choice.why}"
-        lines.append(f"- {track}: {told}")
+        value = "" if one.value is None else f"{one.value:.4g}"
+        lines.append(f"| {one.run.id} | {one.state} | {value} | {one.progress} |")
+    if metric is not None:
+        lines += ["", f"## The best by {metric}", ""]
+        lines += [f"- {track}: {_best(choices.get(track))}" for track in study.tracks]
     bad = [one for one in states if not one.good]
     if bad:
         lines += ["", "## What failed", ""]
         lines += [f"- {one.run.id}: {one.why}" for one in bad]
     return "\n".join(lines) + "\n"
+
+
+def _best(choice: Choice | None) -> str:
+    if choice is None:
+        return "its runs are not done"
+    return f"{choice.best or 'none'}: {choice.why}"

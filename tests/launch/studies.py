@@ -67,7 +67,7 @@ class Player:
         self.done: list[str] = []
 
     def start(self, command: list[str], env: dict[str, str], log: Path) -> Player.Process:
-        """In the place of ``launch.study.local.start``."""
+        """In the place of ``launch.study.run.start``."""
         step, what = command[command.index("launch.cli") + 1 :][:2]
         below = self.folder / "configs" if step == "train" else self.folder
         run = str(Path(what).relative_to(below)).removesuffix(".yaml")
@@ -147,7 +147,7 @@ def write(path: Path, facts: dict) -> None:
 def tiny_study(folder: Path) -> Path:
     """Four tiny families on discs; two runs are long enough to be killed in their midst."""
     pack_discs(folder / "discs")
-    make_random_dinov2(folder / "judge", seed=0, hidden_size=16, num_layers=1, num_heads=2)
+    make_random_dinov2(folder / "extractor", seed=0, hidden_size=16, num_layers=1, num_heads=2)
     for name in ("dcgan", "wgan_gp", "vae", "vae_gan"):
         config = {
             "run": str(folder / "outside" / name),
@@ -166,7 +166,7 @@ def tiny_study(folder: Path) -> Path:
         "overrides": [
             "metrics.names=[fd_dinov2]",
             "metrics.num_samples=8",
-            f"metrics.dinov2={folder / 'judge'}",
+            f"metrics.dinov2={folder / 'extractor'}",
             f"metrics.cache={folder / 'cache'}",
         ],
         "tracks": {
@@ -181,7 +181,7 @@ def tiny_study(folder: Path) -> Path:
 
 
 class Forked:
-    """In the place of ``launch.study.local.start``: a command in a fork that has imported already.
+    """In the place of ``launch.study.run.start``: a command in a fork that has imported already.
 
     Of the looks only one is made.
     """
@@ -248,10 +248,10 @@ def run_here(words: list[str], said: Path) -> None:
     import torch
 
     from launch.cli.main import main
-    from launch.study import local
+    from launch.study import run
 
     torch.set_num_threads(1)
-    local.start = Forked
+    run.start = Forked
     sys.argv = ["dinogen", "study", "run", *words]
     main()
 

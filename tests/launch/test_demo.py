@@ -131,7 +131,7 @@ def test_own_photos_go_through_detection(small, tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """One face, and a picture without any."""
+    """One face, and a photo without any."""
     folder = tmp_path / "photos"
     folder.mkdir()
     with Image.open(skimage.data_dir + "/astronaut.png") as photo:

@@ -73,7 +73,7 @@ def test_a_dry_run_prints_the_chain_and_touches_nothing(played):
 
 def test_asked_again_it_submits_nothing_twice(played):
     launch(played)
-    assert "is queued or runs" in launch(played).output
+    assert "is queued or running" in launch(played).output
     assert len(submitted(played)) == 4
 
 
@@ -102,7 +102,7 @@ def test_after_a_failure_it_goes_on_from_there(played):
     set_state(played, 104, "PENDING", "DependencyNeverSatisfied")
     result, lines = status(played)
     assert result.exit_code == 1
-    assert "exit code 1, look into" in lines["train-8"]
+    assert "exit code 1, see" in lines["train-8"]
     assert "needs train-8 (job 102), which ended as FAILED" in lines["train-16"]
     assert "1 kimg, ok" in lines["train-4"]
     launch(played)
@@ -131,8 +131,8 @@ def test_jobs_that_slurm_has_forgotten(played):
     (played / "jobs").write_text("")
     finish(played, 4, 1000)
     result, lines = status(played)
-    assert "forgotten" in lines["train-4"] and "look into" not in lines["train-4"]
-    assert "look into" in lines["train-8"] and "look into" in lines["evaluate"]
+    assert "forgotten" in lines["train-4"] and "see" not in lines["train-4"]
+    assert "see" in lines["train-8"] and "see" in lines["evaluate"]
     assert result.exit_code == 1
     for size, nimg in ((8, 2000), (16, 3000)):
         finish(played, size, nimg)
@@ -168,7 +168,7 @@ def test_some_stages_only(played):
         (("--gpus", "2"), "--gpus is for --on local"),
         (("data.path=nothing",), "add --photos PHOTOS"),
         (("data.path=nothing", "--photos", "none"), "--photos none: no such folder"),
-        (("run=a,b",), "no path with a comma"),
+        (("run=a,b",), "cannot pass a path with a comma"),
         (("--nodes", "2", "cluster.nodse=1"), "did you mean 'nodes'"),
         (("--engine", "horovod"), "engine.name"),
     ],
@@ -187,7 +187,7 @@ def test_no_slurm_here(played, monkeypatch):
     assert "sbatch is not on the PATH" in str(result.exception)
     assert launch(played, "--dry-run").exit_code == 0
     result = CliRunner().invoke(app, ["launch", "status", str(played / "run")])
-    assert "nothing was submitted" in str(result.exception)
+    assert "no jobs were submitted" in str(result.exception)
 
 
 def test_a_record_that_cannot_be_read_is_no_reason_to_submit_again(played):

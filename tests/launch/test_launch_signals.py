@@ -155,22 +155,22 @@ class Played(SignalForwarder):
 
 
 def test_impatience_ends_nothing(monkeypatch):
-    relay = Played(monkeypatch)
+    forwarder = Played(monkeypatch)
     for _ in range(5):
-        relay.ask(signal.SIGINT, after=0.5)
+        forwarder.ask(signal.SIGINT, after=0.5)
     for _ in range(5):
-        relay.ask(signal.SIGHUP, after=60)
-    assert relay.stopping and relay.ended == []
-    assert relay.killed == [signal.SIGINT] * 4  # the workers know whether they are saving
+        forwarder.ask(signal.SIGHUP, after=60)
+    assert forwarder.stopping and forwarder.ended == []
+    assert forwarder.killed == [signal.SIGINT] * 4  # the workers know whether they are saving
 
 
 def test_who_insists_is_obeyed(monkeypatch):
-    relay = Played(monkeypatch)
-    relay.ask(signal.SIGTERM, after=0)
-    relay.ask(signal.SIGTERM, after=6)
-    assert relay.ended == []
-    relay.ask(signal.SIGTERM, after=6)
-    assert relay.ended == [signal.SIGTERM]
+    forwarder = Played(monkeypatch)
+    forwarder.ask(signal.SIGTERM, after=0)
+    forwarder.ask(signal.SIGTERM, after=6)
+    assert forwarder.ended == []
+    forwarder.ask(signal.SIGTERM, after=6)
+    assert forwarder.ended == [signal.SIGTERM]
 
 
 def test_one_machine_needs_no_name():

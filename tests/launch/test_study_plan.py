@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 
 from dinogen.config import ConfigError
 from launch.cli.main import app
-from launch.study.messages import duration
+from launch.study.cost import cost_of, duration
 from launch.study.plan import open_study, steps_left
-from launch.study.selection import cost_of
 from tests.families.tiny import pack_discs
 from tests.launch.studies import Player, write, write_study
 
@@ -126,7 +125,7 @@ def test_lengths_of_both_kinds_cannot_be_shared_out(tmp_path):
 
 @pytest.mark.parametrize("command", ["run", "plan"])
 @pytest.mark.parametrize(
-    ("metric", "told"), [("fdi", "did you mean fid"), ("memorisation", "no better and worse")]
+    ("metric", "told"), [("fdi", "did you mean fid"), ("memorisation", "no better or worse")]
 )
 def test_a_metric_that_cannot_decide_is_refused(tmp_path, command, metric, told):
     result = study(command, write_study(tmp_path, metric=metric))
@@ -207,7 +206,7 @@ def test_the_plan_in_words(tmp_path):
     path = write_study(tmp_path, final={"tracks": ["gan"]})
     result = study("plan", path)
     assert result.exit_code == 0, result.output
-    assert "left to train: 0 s, and 6 runs of which it is unknown" in result.output
+    assert "left to train: 0 s; unknown for 6 runs" in result.output
     assert "the final waits for 4 runs of gan" in result.output
     change(tmp_path / "c.yaml", data={"path": "gone"})
     rows = [line for line in study("plan", path).output.splitlines() if "vae/c-seed0" in line]

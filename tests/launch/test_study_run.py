@@ -12,7 +12,7 @@ import yaml
 
 from dinogen.config import ConfigError
 from dinogen.errors import UserError
-from launch.study import local as study_local
+from launch.study import run as study_run
 from launch.study.plan import open_study
 from launch.study.state import is_locked, study_lock
 from tests.launch.studies import Player, write_study
@@ -31,7 +31,7 @@ def played_study(tmp_path, monkeypatch):
     def make(**more):
         path = write_study(tmp_path, **more)
         player = Player(path)
-        monkeypatch.setattr(study_local, "start", player.start)
+        monkeypatch.setattr(study_run, "start", player.start)
         monkeypatch.setattr("launch.study.status.write_comparison", compared)
         return path, player
 
@@ -155,7 +155,7 @@ def test_one_study_at_a_time(played_study):
         assert is_locked(folder)
         result = study("run", path)
     assert isinstance(result.exception, UserError)
-    assert "another dinogen study run is at work" in str(result.exception)
+    assert "another dinogen study run is using" in str(result.exception)
     assert player.done == [] and not is_locked(folder)
 
 
@@ -191,7 +191,7 @@ def test_it_waits_for_a_training_that_outlived_a_killed_study(played_study):
 
 def test_several_processes_share_training_and_measuring(played_study):
     path, _ = played_study(overrides=["metrics.names=[fid]", "metrics.num_samples=9"])
-    local = study_local.LocalStudy(open_study(path), 2)
+    local = study_run.LocalStudy(open_study(path), 2)
     run = open_study(path).tracks["gan"][0]
     train, evaluate, look = (local._command(run, step)[1] for step in ("train", "evaluate", "look"))
     for command in (train, evaluate):
@@ -211,7 +211,7 @@ def test_a_command_adds_to_its_log_in_a_session_of_its_own(tmp_path):
     log = tmp_path / "logs" / "a.log"
     code = "import os, sys; print(os.getsid(0) == os.getpid(), os.environ['X']); sys.exit(3)"
     for _ in range(2):
-        process = study_local.start([sys.executable, "-c", code], {"X": "given"}, log)
+        process = study_run.start([sys.executable, "-c", code], {"X": "given"}, log)
         assert process.wait(120) == 3
     lines = [line for line in log.read_text().splitlines() if line]
     assert lines[1::2] == ["True given"] * 2

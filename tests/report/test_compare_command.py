@@ -5,6 +5,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
+from dinogen.errors import UserError
 from launch.cli.main import app
 
 from .compare_runs import ALIKE, make_run, metric_value, write
@@ -71,12 +72,23 @@ def test_kept_checkpoints_are_measured_for_curves(tmp_path, monkeypatch):
 
     monkeypatch.setattr("launch.compare.subprocess.run", call)
     out = tmp_path / "out"
-    words = ["compare", str(run), "--out", str(out), "--metrics", "fid768", "--over-training"]
-    for wanted in ([5_000, 10_000, 20_016], []):  # what is measured is not measured again
+    words = ["evaluate", str(run), "--metrics", "fid768", "--all-checkpoints"]
+    earlier = ["compare", str(run), "--out", str(out), "--metrics", "fid768", "--over-training"]
+    # what is measured is not measured again
+    for given, wanted in ((words, [5_000, 10_000, 20_016]), (words, []), (earlier, [])):
         calls.clear()
-        done = CliRunner().invoke(app, words)
+        done = CliRunner().invoke(app, given)
         assert done.exit_code == 0, done.output
         assert calls == wanted
+    assert "--over-training" not in CliRunner().invoke(app, ["compare", "--help"]).output
+    (run / "32x32" / "checkpoints.jsonl").rename(tmp_path / "kept")
+    calls.clear()
+    assert CliRunner().invoke(app, earlier).exit_code == 0 and len(calls) == 3
+    for wrong in (["--nimg", "5000"], ["--out", str(out)]):
+        assert isinstance(CliRunner().invoke(app, [*words, *wrong]).exception, UserError)
+    assert "name what is measured" in str(
+        CliRunner().invoke(app, ["evaluate", str(run), "--all-checkpoints"]).exception
+    )
     assert (run / "32x32" / "evaluation.json").read_text() == before
     data = json.loads((out / "comparison.json").read_text())
     points = data["runs"][0]["curves"]["measured"]

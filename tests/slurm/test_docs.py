@@ -76,7 +76,7 @@ def test_every_command_runs_in_its_order(cluster, workplace):
         elif "launch status" in block:
             assert done.stdout.count("COMPLETED") >= len(STEPS)
         elif "--photos" in block:
-            assert "all of it is done" in done.stderr
+            assert "everything is done" in done.stderr
     assert (workplace / "first.safetensors").is_file()
     assert (workplace / "runs/first/8x8/evaluation.json").is_file()
     result = json.loads((workplace / "runs/first/8x8/result.json").read_text())

@@ -1,4 +1,4 @@
-"""A folder of configs as one study: each run of its own, whatever becomes of the others."""
+"""A folder of configs is a study whose runs are trained, each where its `run:` says."""
 
 from __future__ import annotations
 
@@ -18,32 +18,40 @@ from typer.testing import CliRunner
 from dinogen.errors import UserError
 from launch.cli.main import app
 from launch.slurm.jobs import read_jobs
+from launch.study.plan import open_folder
+from launch.study.run import LocalStudy
 from tests.launch.played_slurm import set_state, submitted
+from tests.launch.study_words import rows, study
 
 ROOT = Path(__file__).parents[2]
 # What stands for a training: it notes that it ran, and does what its config is called after.
 TRAIN = """
 import signal, sys, time
 from pathlib import Path
-path = Path(sys.argv[-1])
+copy, run, order = map(Path, sys.argv[1:])
+def note(word):
+    with order.open("a") as file:
+        file.write(word + "\\n")
 def stop(number, frame):
-    (path.parent / "order").open("a").write("saved\\n")
+    note("saved")
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop); signal.signal(signal.SIGUSR1, stop)
-(path.parent / "order").open("a").write(path.stem + "\\n")
-if path.stem == "b_fails":
+note(copy.stem)
+if copy.stem == "b_fails":
     sys.exit(3)
-if path.stem == "c_waits":
+if copy.stem == "c_waits":
     time.sleep(600)
+(run / "4x4").mkdir()
+(run / "4x4" / "result.json").write_text('{"nimg": 1000}')
 """
-# The study's own code, with that in the place of torchrun.
+# The study's own code, with that in the place of its commands.
 STUDY = """
 import sys
-from pathlib import Path
-from launch.study import folder as study
-study.build_command = lambda request, count: (
-    {}, [sys.executable, str(request.path.parent / "train.py"), *request.overrides,
-         str(request.path)])
+from launch.study import run as study
+place = sys.argv.pop(1)
+study.LocalStudy._command = lambda self, run, step: (
+    {}, [sys.executable, f"{place}/train.py", str(self.study.copy_of(run)), str(run.folder),
+         f"{place}/order"])
 from launch.cli.main import main
 sys.argv[0] = "dinogen"
 main()
@@ -53,26 +61,28 @@ main()
 @pytest.fixture
 def folder(tmp_path):
     def make(*names, **more):
-        place = tmp_path / "study"
+        place = tmp_path / "mine"
         place.mkdir(exist_ok=True)
+        data = tmp_path / "data"
+        data.mkdir(exist_ok=True)
+        (data / "manifest.json").write_text('{"splits": {"train": {}, "val": {}}}')
         for name in names:
             config = {
                 "run": str(tmp_path / "runs" / name),
+                "data": {"path": str(data)},
                 "stages": [{"resolution": 4, "kimg": 1}],
             }
             (place / f"{name}.yaml").write_text(yaml.safe_dump(config | more))
         (place / "train.py").write_text(TRAIN)
-        (place / "notes.txt").write_text("no config")
         return place
 
     return make
 
 
-def start(folder, *words):
+def start(folder):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    command = [sys.executable, "-c", STUDY, "launch", str(folder), *words]
     return subprocess.Popen(
-        command,
+        [sys.executable, "-c", STUDY, str(folder), "launch", str(folder)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -96,33 +106,37 @@ def launch(*words):
     return CliRunner().invoke(app, ["launch", *map(str, words)])
 
 
-def test_one_that_fails_does_not_stop_the_others(folder):
-    place = folder("d", "b_fails", "a")
-    process = start(place, "seed=5")
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 1, said
-    assert ran(place) == ["a", "b_fails", "d"]
-    table = {line.split("│")[1].strip(): line for line in said.splitlines() if "│" in line}
-    assert "done after" in table["a"] and "done after" in table["d"]
-    assert "failed (exit code 3)" in table["b_fails"]
-    assert "seed=5" in said
-
-
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT]
 )
-def test_asked_to_stop_the_present_one_saves_and_no_other_begins(folder, number):
-    place = folder("a", "c_waits", "d")
+def test_one_that_fails_stops_no_other_and_a_signal_stops_all(folder, tmp_path, number):
+    place = folder("a", "b_fails", "c_waits", "d")
     process = start(place)
     deadline = time.monotonic() + 240
-    while ran(place) != ["a", "c_waits"]:
+    while ran(place) != ["a", "b_fails", "c_waits"]:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 75, said
-    assert ran(place) == ["a", "c_waits", "saved"]
-    assert "stopped and saved" in said and "not begun" in said
+    assert ran(place) == ["a", "b_fails", "c_waits", "saved"]
+    assert all(word in said for word in ("done after", "exit code 3", "stopped and saved"))
+    assert "not begun" in said
+    record = json.loads((tmp_path / "runs" / "study-mine" / "study.json").read_text())
+    codes = {name: [one["code"] for one in tried] for name, tried in record["runs"].items()}
+    assert codes == {"a": [0], "b_fails": [3], "c_waits": [75]}
+
+
+@pytest.mark.usefixtures("calm")
+def test_the_doors_lead_to_the_same_study(folder):
+    place = folder("a", "b")
+    plan = study("plan", place)
+    assert plan.exit_code == 0, plan.output
+    assert rows(plan)["a"][:2] == ["to do", "1 k"]
+    for result in (study("status", place), launch("status", place)):
+        assert {name: cells[0] for name, cells in rows(result).items()} == dict.fromkeys(
+            ("a", "b"), "to do"
+        )
 
 
 def test_a_dry_run_prints_each_command(folder):
@@ -132,7 +146,18 @@ def test_a_dry_run_prints_each_command(folder):
     for name in ("a", "b"):
         (line,) = (line for line in result.output.splitlines() if f"train {place}/{name}" in line)
         assert line.endswith("seed=5") and "launch.local.torchrun" in line
-    assert ran(place) == []
+
+
+def test_options_of_launch_reach_the_training(folder):
+    place = folder("a", stages=[{"resolution": size, "kimg": 1} for size in (4, 8, 16)])
+    opened = open_folder(place, ["seed=5"], "4..8")
+    (run,) = opened.runs
+    assert run.config.seed == 5 and [stage.resolution for stage in run.stages] == [4, 8]
+    plain = LocalStudy(opened, 1)._command(run, "train")[1]
+    assert plain[1:] == ["-m", "launch.cli", "train", str(opened.copy_of(run)), "--stage", "4..8"]
+    restarted = LocalStudy(opened, 1, max_restarts=2)._command(run, "train")[1]
+    assert restarted[restarted.index("--max-restarts") + 1] == "2"
+    assert restarted[-2:] == ["--stage", "4..8"]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +166,7 @@ def test_a_dry_run_prints_each_command(folder):
         (("run=elsewhere",), r"run=elsewhere: .* is a folder of configs"),
         (("sede=1",), r"a\.yaml: unknown key 'sede'"),
         (("--photos", "x"), "--photos is for --on slurm"),
+        (("--stages", "9"), "stage 9 is not in the config"),
     ],
 )
 def test_what_cannot_be_launched_is_one_error(folder, words, told):
@@ -165,7 +191,7 @@ def on_slurm(place, *words):
 
 
 def test_on_slurm_each_is_a_chain_of_its_own(folder, played, tmp_path):
-    place = folder("a", "b", data={"path": str(played / "data")})
+    place = folder("a", "b")
     (place / "c.yaml").write_text(
         yaml.safe_dump({"run": str(tmp_path / "runs" / "c"), "data": {"path": "nowhere"}})
     )
@@ -181,39 +207,46 @@ def test_on_slurm_each_is_a_chain_of_its_own(folder, played, tmp_path):
     (place / "c.yaml").unlink()
     again = on_slurm(place)
     assert again.exit_code == 0 and len(submitted(played)) == 4
+    # trained, but not measured: the evaluation is submitted again
+    stage = tmp_path / "runs" / "a" / "4x4"
+    stage.mkdir(parents=True)
+    (stage / "result.json").write_text('{"nimg": 1000}')
+    set_state(played, 101, "COMPLETED")
+    set_state(played, 102, "FAILED", "NonZeroExitCode", 1)
+    assert "evaluate (job 102) ended as FAILED" in launch("status", place).output
+    assert rows(on_slurm(place))["a"] == ["submitted"]
+    assert "evaluate" in submitted(played)[-1] and len(submitted(played)) == 5
+    (stage / "evaluation.json").write_text('{"nimg": 1000, "measured": {}}')
+    set_state(played, 105, "COMPLETED")
+    assert rows(on_slurm(place))["a"] == ["done before"]
 
 
-def test_the_status_of_a_study_shows_all_of_them(folder, played, tmp_path):
-    place = folder("a", "b", "c", data={"path": str(played / "data")})
+def test_the_status_on_slurm_shows_all_of_them(folder, played, tmp_path):
+    place = folder("a", "b", "c")
     (place / "c.yaml").rename(tmp_path / "c.yaml")
-    on_slurm(place)
+    on_slurm(place, "seed=5")
     (tmp_path / "c.yaml").rename(place / "c.yaml")
     stage = tmp_path / "runs" / "c" / "4x4"
     stage.mkdir(parents=True)
     (stage / "stats.jsonl").write_text('{"nimg": 500}\n')
     result = launch("status", place)
     assert result.exit_code == 0, result.output
-    rows = [
-        [cell.strip() for cell in line.split("│")[1:-1]]
-        for line in result.output.splitlines()
-        if line.startswith("│")
-    ]
-    assert [row[:2] for row in rows] == [
-        ["a", "train-4"],
-        ["a", "evaluate"],
-        ["b", "train-4"],
-        ["b", "evaluate"],
-        ["c", "train-4"],
-    ]
-    assert rows[4][3:5] == ["begun", "0.5 of 1 kimg"]
+    table = rows(result)
+    assert table["a"][0] == "queued" and table["a"][-1].startswith("train-4, job 101")
+    assert table["c"][:2] == ["begun", "0.5 of 1 kimg"]
     (stage / "result.json").write_text(json.dumps({"nimg": 1000, "health": "ok"}))
-    assert "1 kimg, ok" in launch("status", place).output
+    assert rows(launch("status", place))["c"][:2] == ["done", "1 kimg, ok"]
     set_state(played, 101, "FAILED", "NonZeroExitCode", 1)
-    assert launch("status", place).exit_code == 1
+    set_state(played, 102, "CANCELLED")
+    result = launch("status", place)
+    assert result.exit_code == 1
+    assert rows(result)["a"][0] == "failed"
+    assert "train-4 (job 101) ended as FAILED: exit code 1" in result.output
     (tmp_path / "runs" / "b" / "launch" / "jobs.json").write_text("{")
-    told = launch("status", place).output
-    assert "jobs.json: cannot be read" in told and "1 kimg, ok" in told and "FAILED" in told
-    # a run's own folder is no study, though it holds its config
+    table = rows(launch("status", place))
+    assert table["b"][0] == "unknown" and "jobs.json: cannot be read" in table["b"][-1]
+    assert table["c"][0] == "done" and table["a"][0] == "failed"
+    # the folder of a run is no study, though it holds its config
     (tmp_path / "runs" / "a" / "config.yaml").write_text((place / "a.yaml").read_text())
     assert "evaluate" in launch("status", tmp_path / "runs" / "a").output
 
@@ -243,16 +276,11 @@ def test_the_ablations_are_a_study(tmp_path, monkeypatch, played):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     place = ROOT / "configs" / "ablations"
-    result = on_slurm(place, "--photos", "photos")
-    outcomes = {
-        cells[1].strip(): cells[3].strip()
-        for cells in (line.split("│") for line in result.output.splitlines())
-        if len(cells) > 3 and cells[1].strip()
-    }
+    outcomes = rows(on_slurm(place, "--photos", "photos"))
     assert len(outcomes) == 8
     # the mix waits for the data of two others
-    assert outcomes.pop("1d_mixed").startswith("data.mix: data/ablations/1d_aligned holds no")
-    assert set(outcomes.values()) == {"submitted"}
+    assert outcomes.pop("1d_mixed")[0].startswith("data.mix: data/ablations/1d_aligned holds no")
+    assert {what for (what,) in outcomes.values()} == {"submitted"}
     steps = [job.step for job in read_jobs(Path("runs/ablations/1a_128")).jobs]
     assert steps == ["faces", "pack", "train-128", "evaluate"]
     for name in ("1d_aligned", "1b_whole"):

@@ -1,1 +1,0 @@
-"""Commands of the dinogen CLI, one file per group; heavy imports stay inside the commands."""

@@ -1,0 +1,485 @@
+"""Runs what is left of a study, on this machine or by SLURM; if killed, the next call continues."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from dinogen.config import dump_config
+from dinogen.errors import EXIT_STOPPED, UserError
+from dinogen.files import write_text
+from dinogen.runs.run import Run
+from launch.doctor import usable_cores
+from launch.local.signals import SignalForwarder
+from launch.local.start import build_command, count_processes
+from launch.request import Request
+from launch.slurm.jobs import launch_folder, read_jobs
+from launch.slurm.plan import lacking_data, metric_changes
+from launch.slurm.status import Row, job_rows
+from launch.slurm.submit import ask_states, launch_slurm
+from launch.study.plan import STEPS, Study, StudyRun, is_trained, lacking, steps_left
+from launch.study.selection import present_runs
+from launch.study.state import JOBS, Attempt, Record, read_record, study_lock
+from shards.lock import Locked, lock
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of one run of a study.
+
+    Attributes:
+        run: the run.
+        what: the outcome in words.
+        code: 0 if all is well, 75 if it was asked to stop, else the code of what failed.
+    """
+
+    run: StudyRun
+    what: str
+    code: int = 0
+
+    @property
+    def good(self) -> bool:
+        """False if the user has to act."""
+        return self.code == 0
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """0 if all is well, 75 if the study was asked to stop, else 1."""
+    if any(one.code == EXIT_STOPPED for one in outcomes):
+        return EXIT_STOPPED
+    return 0 if all(one.good for one in outcomes) else 1
+
+
+class StudyRunner(ABC):
+    """Runs what is left of a study; a run that fails does not stop the others.
+
+    Args:
+        study: the study.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.metric = study.metric
+        self.record: Record = read_record(study)
+        self.outcomes: dict[str, Outcome] = {}
+        self._failed: set[str] = set()
+
+    def run(self) -> list[Outcome]:
+        """Run it; returns the outcome of each run that is known by then.
+
+        Raises:
+            UserError: another process is running the study.
+        """
+        with study_lock(self.study.folder):
+            self.record = read_record(self.study)
+            self._work()
+            runs, choices = present_runs(self.study, self._settled)
+            self.record.best = {n: one.best for n, one in choices.items() if one.best is not None}
+            self.record.write()
+        return [self.outcomes.get(run.id) or self._not_tried(run) for run in runs]
+
+    @abstractmethod
+    def _work(self) -> None:
+        """Try each run once, those of the final as soon as they are known."""
+
+    def _not_tried(self, run: StudyRun) -> Outcome:
+        if steps_left(run, self.metric):
+            return Outcome(run, "not begun", EXIT_STOPPED)
+        return Outcome(run, "done before")
+
+    def _settled(self, run: StudyRun) -> bool:
+        return run.id in self._failed or not steps_left(run, self.metric)
+
+    def _write_copy(self, run: StudyRun) -> Path:
+        """The config that the run is started with."""
+        copy = self.study.copy_of(run)
+        write_text(copy, dump_config(run.config))
+        return copy
+
+
+class LocalStudy(StudyRunner):
+    """A study on this machine, one command after the other; runs that failed before come last.
+
+    Asked to stop, the present command saves, and no other begins.
+
+    Args:
+        study: the study.
+        num_processes: of a training and an evaluation; None for one per GPU.
+        max_restarts: how often failed processes of a training are started again.
+    """
+
+    def __init__(
+        self, study: Study, num_processes: int | None = None, max_restarts: int | None = None
+    ) -> None:
+        super().__init__(study)
+        self.num_processes = count_processes(num_processes)
+        self.max_restarts = max_restarts
+        self._process: subprocess.Popen[bytes] | None = None
+        self._signals = SignalForwarder(self._workers, self._end)
+
+    def _work(self) -> None:
+        self._signals.install()
+        while not self._signals.stopping and (run := self._next()) is not None:
+            try:
+                self.outcomes[run.id] = self._try(run)
+            except (UserError, OSError) as error:  # of its folder: the other runs go on
+                log.error("%s: %s", run.id, error)
+                self._failed.add(run.id)
+                self.outcomes[run.id] = Outcome(run, str(error), 1)
+
+    def _next(self) -> StudyRun | None:
+        """The next run that was not tried yet; the final's follow when its tracks have ended."""
+        runs, _ = present_runs(self.study, self._settled)
+        left = [run for run in runs if run.id not in self.outcomes and steps_left(run, self.metric)]
+        left.sort(key=lambda run: self.record.failed(run) is not None)
+        return left[0] if left else None
+
+    def _try(self, run: StudyRun) -> Outcome:
+        """Do the steps of a run that are left; a run that is not trained is not measured."""
+        if why := lacking(run):
+            log.warning("%s: %s", run.id, why)
+            return Outcome(run, why, 1)
+        try:
+            self._write_copy(run)
+            self._wait_for_folder(run)
+        except OSError as error:
+            log.error("%s: %s", run.id, unwritable(error))
+            self._failed.add(run.id)
+            return Outcome(run, unwritable(error), 1)
+        began = time.monotonic()
+        problems: list[str] = []
+        for step in STEPS:
+            if self._signals.stopping:
+                return Outcome(run, "stopped", EXIT_STOPPED)
+            if step not in steps_left(run, self.metric):
+                continue
+            code, problem = self._step(run, step)
+            if self._signals.stopping and code:
+                what = "stopped and saved" if code == EXIT_STOPPED else f"stopped in {step}"
+                return Outcome(run, what, EXIT_STOPPED)
+            if problem:
+                problems.append(problem)
+            if not is_trained(run):
+                break
+        if problems:
+            self._failed.add(run.id)
+            return Outcome(run, "; ".join(problems), 1)
+        return Outcome(run, f"done after {time.monotonic() - began:.0f} s")
+
+    def _step(self, run: StudyRun, step: str) -> tuple[int, str | None]:
+        """Run the command of a step; returns its exit code, and what went wrong in words."""
+        env, command = self._command(run, step)
+        path = self.study.log_of(run)
+        log.info("%s: %s, log: %s", run.id, step, path)
+        attempt = self.record.begin(run, step, command, path)
+        began = time.monotonic()
+        self._process = start(command, env, path)
+        code = self._process.wait()
+        self._signals.stopping |= code == EXIT_STOPPED
+        stopped = self._signals.stopping and code
+        what = None if stopped else complaint(run, step, self.metric, code, path)
+        self.record.end(attempt, time.monotonic() - began, code, what)
+        if what:
+            log.error("%s: %s", run.id, what)
+        return code, what
+
+    def _command(self, run: StudyRun, step: str) -> tuple[dict[str, str], list[str]]:
+        """Variables and command of a step; torchrun only where it is needed."""
+        copy = self.study.copy_of(run)
+        launcher = self.num_processes > 1 or run.config.engine.name == "deepspeed"
+        if step == "train" and (launcher or self.max_restarts):
+            restarts = self.max_restarts
+            request = Request(copy, (), run.config, stages=run.only, max_restarts=restarts)
+            return build_command(request, self.num_processes)
+        words = [step, str(copy if step == "train" else run.folder)]
+        if step == "train" and run.only is not None:
+            words += ["--stage", run.only]
+        words += metric_changes(run.config) if step == "evaluate" else []
+        num = self.num_processes if step == "evaluate" else 1
+        env = {}
+        if "OMP_NUM_THREADS" not in os.environ:
+            env["OMP_NUM_THREADS"] = str(max(1, usable_cores() // num))
+        if num == 1:
+            return env, [sys.executable, "-m", "launch.cli", *words]
+        torchrun = [sys.executable, "-m", "launch.local.torchrun", "--standalone"]
+        return env, [*torchrun, "--nproc-per-node", str(num), "-m", "launch.cli", *words]
+
+    def _wait_for_folder(self, run: StudyRun) -> None:
+        """Wait while another process trains there, such as one that outlived a killed study."""
+        told = False
+        run.folder.mkdir(parents=True, exist_ok=True)
+        while not self._signals.stopping:
+            path = Run(run.folder).lock_file
+            with path.open("w") as file:
+                if lock(file, path, shared=False, wait=False) is not Locked.BUSY:
+                    return
+            if not told:
+                log.warning("%s: another process trains there: waiting for it", run.folder)
+            told = True
+            time.sleep(0.5)
+
+    def _workers(self) -> list[int]:
+        process = self._process
+        return [process.pid] if process is not None and process.poll() is None else []
+
+    def _end(self, number: signal.Signals) -> None:
+        """End the command: it cannot save yet, or the signal came again."""
+        self._signals.stopping = True
+        if self._process is not None:
+            self._process.terminate()
+
+
+def start(command: list[str], env: dict[str, str], path: Path) -> subprocess.Popen[bytes]:
+    """Start a command whose output is appended to a log.
+
+    It gets a session of its own: Ctrl-C must reach it once, through SignalForwarder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S')}: {shlex.join(command)}\n".encode())
+        file.flush()
+        return subprocess.Popen(
+            command,
+            env=os.environ | env,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+# Seconds between two looks at the jobs; the longer nothing happens, the less often.
+_FIRST_PAUSE, _LAST_PAUSE = 1.0, 60.0
+
+
+class SlurmStudy(StudyRunner):
+    """A study on SLURM: each run is a chain of jobs; the final's follow when its tracks have ended.
+
+    Each run is submitted once; the next call submits what failed in the meantime. Asked to stop, it
+    leaves the jobs queued.
+
+    Args:
+        study: the study.
+        photos: folder to make missing data from; None if they are packed.
+        wait: whether to wait until all jobs have ended, or only to submit what can be submitted.
+    """
+
+    def __init__(self, study: Study, photos: Path | None = None, wait: bool = True) -> None:
+        super().__init__(study)
+        self.photos = photos
+        self.wait = wait
+        self._waiting: dict[str, tuple[StudyRun, Attempt, float]] = {}
+        self._quiet: set[str] = set()  # without a queued job at the last look
+        self._stop = threading.Event()
+
+    def _work(self) -> None:
+        self._check_photos()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+        pause = _FIRST_PAUSE
+        while not self._stop.is_set():
+            news = self._submit_new()
+            if not self.wait:
+                self.outcomes |= {
+                    run.id: Outcome(run, "submitted") for run, _, _ in self._waiting.values()
+                }
+                break
+            news += self._look()
+            if not self._waiting and not news:
+                break
+            pause = _FIRST_PAUSE if news else min(1.2 * pause, _LAST_PAUSE)
+            if self._waiting:
+                self._stop.wait(pause)
+
+    def _check_photos(self) -> None:
+        """No two runs may make the same data at once."""
+        makers: dict[str, StudyRun] = {}
+        for run in self.study.runs if self.photos else ():
+            if run.config.data.mix:
+                continue
+            for path in lacking_data(run.config):
+                first = makers.setdefault(path, run)
+                if first is not run:
+                    raise UserError(
+                        f"{first.source} and {run.source} would both make {path} at once: pack it "
+                        "first (dinogen prepare), or give each a data.path of its own"
+                    )
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._stop.set()
+
+    def _submit_new(self) -> int:
+        """Submit every run that can be by now; returns how many runs that was tried for."""
+        runs, _ = present_runs(self.study, self._settled)
+        num = 0
+        for run in runs:
+            if run.id in self.outcomes or run.id in self._waiting or self._stop.is_set():
+                continue
+            # SLURM measures a run that is only trained, too: launch_slurm knows if that is done
+            if self.metric is not None and not steps_left(run, self.metric):
+                self.outcomes[run.id] = Outcome(run, "done before")
+                continue
+            num += 1
+            why = lacking(run)
+            if why and (self.photos is None or run.config.data.mix):
+                log.warning("%s: %s", run.id, why)
+                self.outcomes[run.id] = Outcome(run, why, 1)
+                continue
+            self._submit(run)
+        return num
+
+    def _submit(self, run: StudyRun) -> None:
+        copy = self.study.copy_of(run)
+        log.info("%s:", run.id)
+        request = Request(copy, (), run.config, run.only, photos=self.photos, metric=self.metric)
+        command = ["dinogen", "launch", str(copy), "--on", "slurm"]
+        attempt = self.record.open(run)
+        if attempt is None or attempt.step != JOBS:
+            attempt = self.record.begin(run, JOBS, command, launch_folder(run.folder))
+        try:
+            self._write_copy(run)
+            num_jobs = launch_slurm(request)
+        except (UserError, OSError) as error:
+            what = str(error) if isinstance(error, UserError) else unwritable(error)
+            self._fail(run, attempt, 0.0, what)
+            return
+        if num_jobs or steps_left(run, self.metric):
+            self._waiting[run.id] = (run, attempt, time.monotonic())
+            return
+        self.record.end(attempt, 0.0, 0, None)
+        self.outcomes[run.id] = Outcome(run, "done before")
+
+    def _look(self) -> int:
+        """Find the runs whose jobs have ended; returns their number."""
+        before = len(self._waiting)
+        for run, attempt, began in list(self._waiting.values()):
+            if self._stop.is_set():
+                break
+            try:
+                states = ask_states(read_jobs(run.folder)).values()
+                if any(state is not None and state.active for state in states):
+                    self._quiet.discard(run.id)
+                    continue
+                rows = job_rows(run.folder)
+                done = is_done(run, self.metric, rows)
+                if not done and run.id not in self._quiet:
+                    # A file system of several nodes may show a job's files late.
+                    self._quiet.add(run.id)
+                    continue
+                took = time.monotonic() - began
+                if done:
+                    self._done(run, attempt, took)
+                else:
+                    self._fail(run, attempt, took, jobless(run, self.metric, rows))
+            except UserError as error:
+                log.warning("%s: %s", run.id, error)  # SLURM may answer again
+        return before - len(self._waiting)
+
+    def _done(self, run: StudyRun, attempt: Attempt, seconds: float) -> None:
+        self._waiting.pop(run.id)
+        log.info("%s: done", run.id)
+        self.record.end(attempt, seconds, 0, None)
+        self.outcomes[run.id] = Outcome(run, f"done after {seconds:.0f} s")
+
+    def _fail(self, run: StudyRun, attempt: Attempt, seconds: float, what: str) -> None:
+        self._waiting.pop(run.id, None)
+        self._failed.add(run.id)
+        log.error("%s: %s", run.id, what)
+        self.record.end(attempt, seconds, 1, what)
+        self.outcomes[run.id] = Outcome(run, what, 1)
+
+    def _not_tried(self, run: StudyRun) -> Outcome:
+        if not steps_left(run, self.metric):
+            return Outcome(run, "done")
+        what = "its jobs stay queued" if run.id in self._waiting else "not submitted"
+        return Outcome(run, what, EXIT_STOPPED)
+
+
+def unwritable(error: OSError) -> str:
+    """The message for a run whose files cannot be written; the others go on."""
+    return f"{error.filename or 'a file of it'} cannot be written ({error.strerror or error})"
+
+
+def complaint(run: StudyRun, step: str, metric: str | None, code: int, log: Path) -> str | None:
+    """What went wrong in a step, and where to look; None if it has made what it should.
+
+    Args:
+        run: the run.
+        step: one of ``STEPS``.
+        metric: decides in the study; None if runs are only trained.
+        code: the command's exit code.
+        log: its output.
+    """
+    if code:
+        return f"{step} failed (exit code {code}): {last_line(log)} (log: {log})"
+    if step not in steps_left(run, metric):
+        return None
+    if step == "evaluate" and (why := _unavailable(run, metric)):
+        return why
+    return f"{step} ended, but did not make what it should (log: {log})"
+
+
+def is_done(run: StudyRun, metric: str | None, rows: Sequence[Row]) -> bool:
+    """Whether nothing is left of a run; SLURM also measures a run that is only trained.
+
+    Args:
+        run: the run.
+        metric: decides in the study; None if runs are only trained.
+        rows: the state of its jobs.
+    """
+    if steps_left(run, metric):
+        return False
+    if metric is not None or run.stages[-1].evaluated:
+        return True
+    return all(row.good for row in rows if row.step == "evaluate")
+
+
+def jobless(run: StudyRun, metric: str | None, rows: Sequence[Row]) -> str:
+    """Why a run is not done although its jobs have ended.
+
+    Args:
+        run: the run.
+        metric: decides in the study; None if runs are only trained.
+        rows: the state of its jobs.
+    """
+    bad = next((row for row in rows if not row.good), None)
+    if bad is not None:
+        return f"{bad.step} (job {bad.id}) ended as {bad.state}: {bad.why}"
+    if metric is not None and not any(row.step == "evaluate" for row in rows):
+        return f"{metric} cannot be measured: no data are held out (prepare.pack.val_fraction)"
+    if why := _unavailable(run, metric):
+        return why
+    left = ", ".join(steps_left(run, metric))
+    return f"its jobs ended, but {left} did not make what it should (dinogen launch status)"
+
+
+def _unavailable(run: StudyRun, metric: str | None) -> str | None:
+    metric_value = run.stages[-1].metric(metric) if metric else None
+    if metric_value is None or metric_value["value"] is not None:
+        return None
+    return f"{metric} is not available: {metric_value['reason']}"
+
+
+_MOST = 300  # characters of a log's last line
+
+
+def last_line(log: Path) -> str:
+    """The last line that is not empty of a text file, cut to a readable length."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "no output"
+    return next((line.strip()[:_MOST] for line in reversed(lines) if line.strip()), "no output")
