@@ -328,8 +328,8 @@ def look(
 ) -> None:
     """Make images that show what a run has learnt: grids, progress, interpolations, worst samples.
 
-    visualizations.json, next to them, says what each image shows, and why one is missing: not every family
-    truncates, mixes styles or encodes images.
+    visualizations.json, next to them, says what each image shows, and why one is missing: not every
+    family truncates, mixes styles or encodes images.
 
     [bold]Examples[/bold]
 
