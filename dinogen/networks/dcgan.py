@@ -71,7 +71,7 @@ class DcganDiscriminator(nn.Module):
 def _plan(resolution: int, width: int) -> tuple[list[int], dict[int, int]]:
     """(sizes of the maps from 4 to half the resolution, channels at each)."""
     if resolution not in RESOLUTIONS:
-        raise ValueError(f"resolution {resolution} is none of {RESOLUTIONS}")
+        raise ValueError(f"resolution {resolution} is not one of {RESOLUTIONS}")
     sizes = [4 << i for i in range((resolution // 4).bit_length() - 1)]
     return sizes, {size: width * resolution // (2 * size) for size in sizes}
 

@@ -1,4 +1,4 @@
-"""What can be known to go wrong before the first step: every stage against data, ranks and past."""
+"""Errors found before the first step: each stage against data, ranks and checkpoints."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
         check_classes(config, data)
     if inputs.image_size is None and config.augment != AugmentConfig():
         raise ConfigError(
-            f"augment: family {config.family.name} reads no images at {name}, but features that "
-            "were made before: leave it out"
+            f"augment: family {config.family.name} reads no images at {name}, but precomputed "
+            "features: leave it out"
         )
     own = isinstance(family, MeasuresHeldOut)
     if config.eval.every_kimg is not None and not own and not config.eval.generated:
@@ -150,7 +150,7 @@ def _check_image_sizes(config: Config, families: list[Family], data: Dataset) ->
                     f"stages: {what}: leave out the stages that need them, make the images larger "
                     "and square, or set data.on_error=skip to train without them"
                 )
-            log.warning("%s; they are passed over (data.on_error=skip)", what)
+            log.warning("%s; they are skipped (data.on_error=skip)", what)
             break
 
 
