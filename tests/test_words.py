@@ -87,11 +87,27 @@ WORDS = {
 
 # The word has its ordinary meaning there, or is a name from a folder that is not clean yet.
 ALLOWED = {
-    # health status and main loss: still so in dinogen.families.base
+    # health status, main loss, problems and metric values: identifiers of folders not clean yet
+    "dinogen/families/abilities.py": {"verdict"},
+    "dinogen/families/base.py": {"headline", "verdict"},
+    "dinogen/families/earlier.py": {"verdict"},
+    "dinogen/families/stylegan2_ada.py": {"headline"},
+    "dinogen/training/checkpointing/checkpoint.py": {"trouble", "troubles"},
+    "dinogen/training/checkpointing/snapshot.py": {"trouble"},
+    "dinogen/training/logging/artifacts.py": {"verdict"},
+    "dinogen/training/logging/logger.py": {"troubles"},
+    "dinogen/training/run.py": {"trouble", "troubles"},
+    "dinogen/training/state.py": {"verdict"},
+    "dinogen/training/trainer.py": {"figures", "headline", "verdict"},
+    # figures of papers
+    "dinogen/families/wgan_gp.py": {"figure", "headline"},
+    "dinogen/networks/stylegan2/discriminator.py": {"figure"},
+    "dinogen/networks/stylegan2/generator.py": {"figure"},
     "dinogen/families/guided.py": {"bank", "headline", "verdict"},
     # random numbers depend on these words, and earlier configs have them
     "dinogen/guidance/discriminator.py": {"judge"},
     "dinogen/guidance/options.py": {"bank"},
+    "dinogen/training/dataloading.py": {"bank"},
     "docs/guided.md": {"bank"},
     "tests/guidance/test_discriminate_penalties.py": {"judge"},
     "tests/guidance/test_guide_set.py": {"bank"},
@@ -99,15 +115,13 @@ ALLOWED = {
     "launch/cli/prepare.py": {"takedown"},
     "shards/check/adopt.py": {"ahead"},  # a clock is ahead
 }
-# Made from the options of all families, whose descriptions are not clean yet.
-SKIPPED = {"configs/schema.json"}
 
 
 def files():
     listed = subprocess.run(
         ["git", "ls-files", "--", *CLEAN], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    return [name for name in listed if Path(name).suffix in SUFFIXES and name not in SKIPPED]
+    return [name for name in listed if Path(name).suffix in SUFFIXES]
 
 
 @pytest.mark.parametrize("name", files())
