@@ -63,7 +63,7 @@ def test_images_too_small_for_a_stage_are_known_first(tmp_path, caplog):
     assert not (tmp_path / "run").exists()
     check_run(config, [0], data)
     check_run(tiny_config("dcgan", *wanted, "data.on_error=skip"), [0, 1], data)
-    assert "they are passed over" in caplog.text
+    assert "they are skipped" in caplog.text
 
 
 @pytest.mark.parametrize("change", ["seed=5", "family.z_dim=9", "stages.0.lr=0.02"])
