@@ -21,25 +21,25 @@ from dinogen.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_EVERY = 0.3  # seconds between two looks
+_EVERY = 0.3  # seconds between two polls
 # Seconds without a sign of life after which a rank is gone. torchrun notices a killed one at once;
-# this is for launchers that do not, and must not take one for dead that is held up by its disk.
+# this is for launchers that do not; a rank that waits for its disk must not be taken for dead.
 _SILENT = 60.0
 _GRACE = 3.0  # seconds that a rank has to end by itself, once another one failed
-_HEARING = 2.0  # seconds that rank 0 stays for others to hear why it fails
-_LEAVING = 30.0  # seconds that rank 0 stays for others to come to the end
+_HEARING = 2.0  # seconds that rank 0 stays for others to read why it failed
+_LEAVING = 30.0  # seconds that rank 0 stays for others to reach the end
 _times = itertools.count()
 
 
 @contextmanager
 def failure_propagation() -> Iterator[None]:
-    """Context of all that ranks do together; does nothing for one process alone.
+    """Context around everything that ranks do together; does nothing for a single process.
 
     The rank that fails first keeps its exception and says what happened. The others end with the
     same exit code: by their own exception, such as a broken connection, or by force.
 
     Raises:
-        dist.DistError: another rank is gone without a word: killed, or its node died.
+        DistError: another rank disappeared: it was killed, or its node died.
         SystemExit: another rank failed before this one.
     """
     store = process_group.control_store()
@@ -72,11 +72,11 @@ def failure_propagation() -> Iterator[None]:
 
 
 class _Watcher(threading.Thread):
-    """Looks whether another rank has failed, and ends this process if it does not end itself.
+    """Watches for the failure of another rank, and ends this process if it does not end by itself.
 
     Each rank gives signs of life, and the one before it listens: where ranks wait for each other
-    without a connection, as in :func:`dist.rank_zero_section` or while DeepSpeed makes its groups,
-    nothing else would tell that one was killed.
+    without a connection, as in :func:`process_group.rank_zero_section` or while DeepSpeed makes
+    its groups, nothing else would show that one was killed.
     """
 
     def __init__(self, store: Any) -> None:
@@ -88,7 +88,7 @@ class _Watcher(threading.Thread):
         self.next = (process_group.rank() + 1) % process_group.world_size()
         self.last_beat = b""
         self.num_silent = 0
-        store.set(f"beat/{process_group.rank()}", "0")  # from now on silence is missed
+        store.set(f"beat/{process_group.rank()}", "0")  # from now on silence counts
 
     def report(self, text: str, code: int, lost: bool = False) -> None:
         """Tell the others that this rank fails.
@@ -96,7 +96,7 @@ class _Watcher(threading.Thread):
         Args:
             text: why.
             code: what all ranks end with.
-            lost: every rank finds out by itself, so none has to be told.
+            lost: every rank notices by itself, so rank 0 does not wait for them.
 
         Raises:
             SystemExit: another one was first, and has said why.
@@ -116,7 +116,7 @@ class _Watcher(threading.Thread):
             raise SystemExit(first["code"])
 
     def run(self) -> None:
-        """Look until :meth:`stop`."""
+        """Poll until :meth:`stop`."""
         while not self.done.wait(_EVERY):
             try:
                 self._beat()
@@ -124,7 +124,7 @@ class _Watcher(threading.Thread):
                     continue
                 failure = json.loads(self.store.get("failed"))
             except RuntimeError:
-                return  # its host is gone: torchrun or the connections will tell
+                return  # its host is gone: torchrun or broken connections end this process
             if failure["rank"] == process_group.rank():
                 return
             self.heard = failure
@@ -135,7 +135,7 @@ class _Watcher(threading.Thread):
             sys.stderr.flush()
             os._exit(failure["code"])
         with suppress(RuntimeError):
-            self.store.set(f"beat/{process_group.rank()}", "")  # who listens need not worry
+            self.store.set(f"beat/{process_group.rank()}", "")  # an empty beat means a normal end
 
     def stop(self) -> None:
         """This process ends by itself."""
@@ -143,9 +143,9 @@ class _Watcher(threading.Thread):
         self.join(_EVERY)
 
     def _beat(self) -> None:
-        """Give a sign of life, and report the next rank where it gives none.
+        """Give a sign of life, and report the next rank if it gives none.
 
-        Looks are counted, not seconds: a machine that slept has missed nothing.
+        Polls are counted, not seconds, so that a machine that slept reports nobody.
         """
         self.beats += 1
         self.store.set(f"beat/{process_group.rank()}", str(self.beats))

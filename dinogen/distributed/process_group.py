@@ -1,7 +1,7 @@
 """The only reader of RANK, LOCAL_RANK, WORLD_SIZE and SLURM_*: process group, device, collectives.
 
 Everything here also works without a process group, as a world of one rank. Rank 0 is not always
-on the first node, so nothing may be concluded from the host's name or place.
+on the first node, so nothing may be concluded from the host's name or index.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dinogen.errors import UserError
 log = logging.getLogger(__name__)
 
 _TIMEOUT = timedelta(minutes=30)
-_LONGEST_NAP = 0.1  # seconds between two looks at the store
+_LONGEST_NAP = 0.1  # seconds between two polls of the store
 _LEAVING = 30.0  # seconds that rank 0 stays for others: one may have been killed at the very end
 _LOOPBACK = "127.0.0.1"
 # How launchers other than torchrun say how many processes they started: srun, Open MPI, MPICH and
@@ -59,12 +59,12 @@ def local_rank() -> int:
 
 def local_world_size() -> int:
     """Number of processes on this node."""
-    # torchrun says the one, deepspeed's launcher the other
+    # set by torchrun and by deepspeed's launcher
     return _count("LOCAL_WORLD_SIZE", _count("LOCAL_SIZE", 1))
 
 
 def on_one_machine() -> bool:
-    """Whether all processes run on this machine, as far as who started them has said."""
+    """Whether all processes run on this machine, as far as their launcher says."""
     return local_world_size() == world_size()
 
 
@@ -110,7 +110,7 @@ def device() -> torch.device:
 def init(alone: bool = False) -> None:
     """Join the other processes of torchrun and choose the device; does nothing the second time.
 
-    NCCL on GPUs, gloo on CPUs. One process alone gets no process group, unless it asks for one.
+    NCCL on GPUs, gloo on CPUs. One process alone gets no process group, unless ``alone`` is set.
 
     Args:
         alone: make a process group of one rank too, for libraries that cannot do without.
@@ -120,13 +120,13 @@ def init(alone: bool = False) -> None:
             others; or there are more local ranks than GPUs.
     """
     check_known()
-    place = device()
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    chosen = device()
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if _grouped() or (world_size() == 1 and not alone):
         return
-    os.environ.setdefault("LOCAL_RANK", str(local_rank()))  # DeepSpeed asks for it, even alone
-    on_gpu = place.type == "cuda"
+    os.environ.setdefault("LOCAL_RANK", str(local_rank()))  # DeepSpeed always needs it
+    on_gpu = chosen.type == "cuda"
     if not on_gpu and on_one_machine():
         _use_loopback()
     store: Any = _store() if world_size() > 1 else td.HashStore()  # type: ignore[attr-defined]
@@ -136,7 +136,7 @@ def init(alone: bool = False) -> None:
         rank=rank(),
         world_size=world_size(),
         timeout=_TIMEOUT,
-        device_id=place if on_gpu else None,
+        device_id=chosen if on_gpu else None,
     )
     # A connection of its own: the process group waits on the other one, and holds it meanwhile.
     _Control.store = None if world_size() == 1 else td.PrefixStore("control", store.clone())  # type: ignore[attr-defined]
@@ -167,10 +167,10 @@ def check_known() -> None:
 
 
 def started_by_slurm() -> str:
-    """A remark for errors of processes that get in each other's way; empty where none fits.
+    """A hint for errors of processes that get in each other's way; empty if none applies.
 
-    A batch script and the shell of ``salloc`` have SLURM_PROCID too, but are one process, whatever
-    number of tasks the job has: SLURM_NTASKS says nothing of them.
+    A batch script and the shell of ``salloc`` have SLURM_PROCID too, but are one process,
+    regardless of the job's number of tasks: SLURM_NTASKS does not describe them.
     """
     number = os.environ.get("SLURM_PROCID")
     if number is None or under_agent():
@@ -296,14 +296,14 @@ def broadcast_object(obj: Any) -> Any:
     """
     if not _grouped():
         return json.loads(json.dumps(obj))
-    place = _collective_device(torch.empty(0))
+    target = _collective_device(torch.empty(0))
     data = bytearray(json.dumps(obj).encode()) if is_main() else bytearray()
-    size = torch.tensor(len(data), device=place)
+    size = torch.tensor(len(data), device=target)
     td.broadcast(size, src=0)
     if is_main():
-        payload = torch.frombuffer(data, dtype=torch.uint8).to(place)
+        payload = torch.frombuffer(data, dtype=torch.uint8).to(target)
     else:
-        payload = torch.empty(int(size), dtype=torch.uint8, device=place)
+        payload = torch.empty(int(size), dtype=torch.uint8, device=target)
     td.broadcast(payload, src=0)
     return json.loads(payload.cpu().numpy().tobytes())
 
@@ -312,13 +312,13 @@ def _count(name: str, default: int) -> int:
     """A number that who started this process has put into its environment.
 
     Raises:
-        DistError: it is no number.
+        DistError: it is not a number.
     """
     text = os.environ.get(name, "").strip()
     if not text:
         return default
     if not text.isdigit():
-        raise DistError(f"{name} is '{text}' in the environment, which is no number: unset it")
+        raise DistError(f"{name} is '{text}' in the environment, which is not a number: unset it")
     return int(text)
 
 
@@ -351,7 +351,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _Control:
-    """State of the way beside the collectives; the same on every rank."""
+    """State of the control store, which works without collectives; the same on every rank."""
 
     store: Any | None = None
     num_waits = 0

@@ -1,6 +1,6 @@
-"""Random draws derived from (seed, purpose, position), the same on any number of ranks.
+"""Random numbers derived from (seed, purpose, position), the same on any number of ranks.
 
-Nothing in a run keeps a random state: latent noise and augmentations belong to a place in the
+Nothing in a run keeps a random state: latent noise and augmentations belong to a position in the
 global order of samples, so a resumed run, or one on other ranks, draws the same numbers.
 Philox 4x32-10 is counter-based (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3",
 section 4.3): the position is part of its counter, the seed and purpose are its key.
@@ -42,7 +42,7 @@ def normal(
     Args:
         seed: the run's seed.
         purpose: what the noise is for; other purposes give independent noise.
-        positions: (B,) int64, places in the global order.
+        positions: (B,) int64, indices in the global order.
         shape: shape of one position's noise.
         device: where it is computed; where the positions are unless given.
 

@@ -1,8 +1,8 @@
-"""What only some families can do: a small protocol each, which callers ask for by isinstance.
+"""What only some families can do: a small protocol each, which callers test with isinstance.
 
 A family has an ability when it defines the protocol's members; it inherits from nothing and
-registers nowhere. A method that may find that this very family, as it was configured, has nothing
-to give returns None, as each protocol says.
+registers nowhere. A method returns None where the family, as configured, has nothing to give; each
+protocol says where that is allowed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class FadesIn(Protocol):
     """What is new of a stage is blended in over its first images."""
 
     def set_fade(self, networks: Networks, alpha: float, fading: bool) -> None:
-        """Told before each step how far the new block is faded in (alpha 0 to 1)."""
+        """Set how far the new block is faded in (alpha 0 to 1); called before each step."""
 
 
 @runtime_checkable
@@ -52,16 +52,16 @@ class Remembers(Protocol):
     """Means over the global batch are kept from step to step, in buffers of the networks."""
 
     def remember(self, phase: str, means: Scalars) -> None:
-        """Told after a phase's update what it reported under the names it ``remembered``.
+        """Called after a phase's update with what it reported under the names it ``remembered``.
 
-        The means are over the global batch, alike on every rank up to floating-point order. What
-        is kept of them belongs into buffers of the networks.
+        The means are over the global batch, and the same on every rank up to floating-point order.
+        Whatever is kept of them belongs in buffers of the networks.
         """
 
 
 @runtime_checkable
 class FollowsSteps(Protocol):
-    """Something is done once a step, whatever phases it had."""
+    """Something is done once per step, regardless of its phases."""
 
     def after_step(self, nimg: int) -> None:
         """Called after each step's updates, with the images shown so far."""
@@ -69,7 +69,7 @@ class FollowsSteps(Protocol):
 
 @runtime_checkable
 class Describes(Protocol):
-    """There are facts worth keeping with what was trained, such as the guide."""
+    """There are facts worth storing with the trained weights, such as which guide was used."""
 
     def describe(self) -> dict[str, Any]:
         """Facts for results and pages, JSON-ready.
@@ -83,7 +83,7 @@ class HasConstants(Protocol):
     """Some values are the same at every step of a stage."""
 
     def constants(self) -> dict[str, float]:
-        """Lines drawn beside every curve of the stage, such as the collapse floor."""
+        """Horizontal lines drawn in every loss plot of the stage, such as the collapse floor."""
 
 
 # --- measuring
@@ -104,7 +104,7 @@ class Probes(Protocol):
 
 @runtime_checkable
 class MeasuresHeldOut(Protocol):
-    """There is a loss that samples which were not trained on can be measured by."""
+    """There is a loss that can be measured on samples that were not trained on."""
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
         """Measure the moving averages on held-out samples.
@@ -112,7 +112,7 @@ class MeasuresHeldOut(Protocol):
         Args:
             networks: the moving averages.
             batch: what ``inputs`` says, of any size; ``position`` is each sample's number in its
-                split, for draws with a purpose of their own.
+                split, for random numbers with a purpose of their own.
 
         Returns:
             Means over the batch, the same names each time.
@@ -121,34 +121,34 @@ class MeasuresHeldOut(Protocol):
 
 @runtime_checkable
 class DrawsForMetrics(Protocol):
-    """Images that metrics are measured on are drawn in another way than samples."""
+    """Images for metrics are generated differently from samples."""
 
     def measured(
         self, networks: Networks, indices: Tensor, seed: int, shares: Sequence[float] | None
     ) -> Tensor:
-        """Images as metrics are measured on.
+        """Images that metrics are measured on.
 
-        Where a family has classes, they are as frequent as in the data; where its generator takes
-        noise beside the latent, each image has noise of its own, as in training.
+        If the family has classes, they are as frequent as in the data; if its generator takes
+        noise as well as a latent, each image gets its own noise, as in training.
 
         Args:
             networks: the moving averages.
             indices: (N,) int64 sample numbers.
-            seed: of the draws.
-            shares: of the classes in the data; None: each class in turn.
+            seed: of the random numbers.
+            shares: of the classes in the data; None cycles through the classes.
 
         Returns:
-            (N, 3, R, R) float32 in [-1, 1]; the same for the same number, whatever else is asked.
+            (N, 3, R, R) float32 in [-1, 1]; an image depends on its number alone.
         """
 
 
 @runtime_checkable
 class NamesItsDraws(Protocol):
-    """How images for metrics are drawn is part of the fingerprint."""
+    """How images for metrics are generated is part of the fingerprint."""
 
     @property
     def measured_as(self) -> dict[str, Any]:
-        """In what :class:`DrawsForMetrics` differs from samples, beside the classes' shares."""
+        """How :class:`DrawsForMetrics` differs from samples, apart from the classes' shares."""
 
 
 # --- drawing
@@ -156,11 +156,11 @@ class NamesItsDraws(Protocol):
 
 @runtime_checkable
 class Truncates(Protocol):
-    """``psi`` of ``decode`` says how far from the mean."""
+    """``decode`` takes ``psi``, the distance from the mean latent."""
 
     @property
     def truncates(self) -> bool:
-        """False if this one does not after all."""
+        """False if the family, as configured, ignores ``psi``."""
 
 
 @runtime_checkable
@@ -168,10 +168,10 @@ class Reconstructs(Protocol):
     """It encodes images, and decodes what it encoded."""
 
     def reconstruct(self, networks: Networks, batch: Batch) -> Tensor | None:
-        """What the moving averages make of ``batch["image"]``: its encoding, decoded.
+        """Encode ``batch["image"]`` with the moving averages, and decode the result.
 
         Returns:
-            (N, 3, R, R) float32 in [-1, 1]; None if this one encodes nothing.
+            (N, 3, R, R) float32 in [-1, 1]; None if there is no encoder.
         """
 
 
@@ -183,21 +183,21 @@ class HasCritic(Protocol):
         """How real the family's own discriminator finds images (N, 3, R, R) in [-1, 1].
 
         Returns:
-            (N,) float32, higher for more real; no image's value depends on another. None if this
-            one has no discriminator.
+            (N,) float32, higher for more real; each value depends on its image alone. None if
+            there is no discriminator.
         """
 
 
 @runtime_checkable
 class HasFirstLayer(Protocol):
-    """The latent is a vector, and multiplied by a matrix first."""
+    """The first layer multiplies the latent by a matrix."""
 
     def first_layer(self, networks: Networks) -> Tensor | None:
-        """What the latent is multiplied by first, (out, z_dim).
+        """The matrix that multiplies the latent first, (out, z_dim).
 
         Its right singular vectors are the directions in which images change most (Shen and Zhou
-        2021, "Closed-Form Factorization of Latent Semantics in GANs", section 3.2). None if this
-        one has no such matrix.
+        2021, "Closed-Form Factorization of Latent Semantics in GANs", section 3.2). None if
+        there is no such matrix.
         """
 
 
@@ -218,7 +218,7 @@ class MixesStyles(Protocol):
             seed: as in ``Family.decode``.
 
         Returns:
-            (N, 3, R, R) float32 in [-1, 1]; None if this one has no styles to mix.
+            (N, 3, R, R) float32 in [-1, 1]; None if there are no styles to mix.
         """
 
 
@@ -229,7 +229,7 @@ class Conditional(Protocol):
     def condition(
         self, texts: Sequence[str], guidance: float, facts: Mapping[str, Any]
     ) -> Condition:
-        """What ``Family.sample`` takes to draw what prompts describe.
+        """The condition with which ``Family.sample`` generates what prompts describe.
 
         Args:
             texts: one prompt or more; sample number i takes number i modulo their count.
@@ -237,36 +237,36 @@ class Conditional(Protocol):
             facts: what :class:`Describes` said in training.
 
         Raises:
-            UserError: this run was not trained with text, or CLIP is another one than then.
+            UserError: this run was not trained with text, or with a different CLIP.
         """
 
 
-# --- for callers who need an answer of every family
+# --- for callers that need an answer from every family
 
 
 def facts_of(family: Family) -> dict[str, Any]:
-    """What :class:`Describes` says; nothing of families that have no facts."""
+    """What :class:`Describes` returns; empty for other families."""
     return family.describe() if isinstance(family, Describes) else {}
 
 
 def new_parameters_of(family: Family, network: str) -> set[str]:
-    """What :class:`Grows` adds to a network; nothing where it does not grow."""
+    """What :class:`Grows` adds to a network; empty for other families."""
     return family.new_parameters(network) if isinstance(family, Grows) else set()
 
 
 def constants_of(family: Family) -> dict[str, float]:
-    """What :class:`HasConstants` draws beside the curves; else nothing."""
+    """What :class:`HasConstants` returns; empty for other families."""
     return family.constants() if isinstance(family, HasConstants) else {}
 
 
 def fade(family: Family, networks: Networks, alpha: float, fading: bool) -> None:
-    """Tell all copies of the networks how far a stage is faded in, where it is."""
+    """Set how far the networks are faded in, if the family fades in."""
     if isinstance(family, FadesIn):
         family.set_fade(networks, alpha, fading)
 
 
 def truncates(family: Family) -> bool:
-    """Whether ``psi`` means anything to a family."""
+    """Whether a family uses ``psi``."""
     return isinstance(family, Truncates) and family.truncates
 
 
@@ -276,7 +276,7 @@ def condition_for(
     """What :class:`Conditional` makes of prompts.
 
     Raises:
-        UserError: the family, or the run, knows no text; or CLIP is another one than in training.
+        UserError: the family or the run does not use text, or CLIP differs from training's.
     """
     if not isinstance(family, Conditional):
         raise not_trained_with_text(family)

@@ -34,9 +34,9 @@ class Phase:
         every: runs at steps divisible by this.
         remembered: names of reported values, of any shape, whose means over the global batch
             are handed to ``Family.remember`` after the update (ability ``Remembers``).
-        before: for losses that are no means over samples but look at the global batch as one:
+        before: for losses that are not means over samples but depend on the whole global batch:
             called once, without gradients, with all of the rank's microbatches and how many
-            samples each counts (0: it stands for another's), whose ``gradient_cache`` it may set;
+            samples each counts (0: a repeated sample), whose ``gradient_cache`` it may set;
             all ranks call it, so it may use collectives.
         second_order: its losses hold derivatives of networks, such as a gradient penalty: it is
             left out of ``engine.compile``, which knows first derivatives alone.
@@ -60,9 +60,9 @@ class Inputs:
     """What the family reads of each sample.
 
     Attributes:
-        image_size: side of the images; None for none.
+        image_size: side of the images; None if images are not read.
         levels: of the pyramids, such as ``p8`` or ``pixels.p8``.
-        labels: whether there have to be some.
+        labels: whether samples must have labels.
         reference_batch: number of further samples, over all ranks, whose levels (no images) each
             step reads into ``batch["reference_batch"]``; 0 for none.
     """
@@ -88,12 +88,12 @@ class Condition:
 
 @dataclass(frozen=True)
 class Health:
-    """What a probe of the samples found.
+    """The result of examining samples.
 
     Attributes:
         scalars: by name, for the log.
         status: ``ok``, or a word such as ``COLLAPSED``.
-        warnings: a sentence for each thing that is wrong.
+        warnings: a sentence for each problem.
     """
 
     scalars: dict[str, float] = field(default_factory=dict)
@@ -112,11 +112,11 @@ Verdict = Health  # as family files for 0.1 call it
 class Family(ABC):
     """Everything that makes one kind of generator what it is; the trainer knows only this.
 
-    These members every family has. What only some can do is an ability, see
+    Every family has these members. What only some can do is an ability, see
     :mod:`dinogen.families.abilities`: a family that defines its method has it.
 
     Attributes:
-        start: images that were shown before the stage began; set by who trains it.
+        start: images that were shown before the stage began; set by the trainer.
 
     Args:
         config: the whole run.
@@ -138,7 +138,7 @@ class Family(ABC):
     @property
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
-        """Trained networks by name; what a family remembers is a buffer of one of them."""
+        """Trained networks by name; state that a family keeps is in their buffers."""
 
     @property
     @abstractmethod
@@ -147,7 +147,7 @@ class Family(ABC):
 
     @property
     def main_loss(self) -> str:
-        """Name of the phase whose losses, summed, head the log; the last one unless told."""
+        """Name of the phase whose summed losses are the log's main loss; by default the last."""
         return self.phases[-1].name
 
     @property
@@ -157,7 +157,7 @@ class Family(ABC):
 
     @property
     def ema_networks(self) -> tuple[str, ...]:
-        """Networks whose moving average is kept and sampled; the first is what is exported."""
+        """Networks whose moving average is kept and sampled; the first is exported."""
         return ("G",)
 
     def begin(  # noqa: B027 - most have all they need
@@ -244,12 +244,12 @@ def classes_of(indices: Tensor, shares: Sequence[float]) -> Tensor:
 def judged_alone(D: nn.Module, images: Tensor, *more: Tensor) -> Tensor:
     """A discriminator's mean logit of each image (N,) float32, one by one, as in evaluation.
 
-    Batch norm and minibatch statistics would let an image's neighbours have their say.
+    With batch norm or minibatch statistics, an image's logit would depend on its neighbours.
 
     Args:
         D: called with one image (1, 3, R, R), and ``more``.
         images: (N, 3, R, R).
-        more: what else D reads, of one image.
+        more: what else D reads for one image.
     """
     was_training = D.training
     D.eval()

@@ -157,7 +157,7 @@ class Ddpm(Family):
         )
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
-        """The loss on images that were not trained on, with draws of its own."""
+        """The loss on images that were not trained on, with random numbers of its own."""
         return self._mse(networks["G"], batch, "/held-out")
 
     @property

@@ -24,7 +24,7 @@ class ProgressiveGan(Gan):
     R1 needs no extra critic updates, converges at the small batches of large images, and runs
     only in every n-th step (Karras et al. 2020, "Analyzing and Improving the Image Quality of
     StyleGAN", section 3.1). The generator is the guided family's own, so that the two differ in
-    their teacher alone. While a block fades in everything trains, as in the paper; in the guided
+    their guide alone. While a block fades in everything trains, as in the paper; in the guided
     family only what is new does, as its lower stages have reached a target that stays the same,
     whereas here D goes on moving.
     """

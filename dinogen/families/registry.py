@@ -87,7 +87,9 @@ def _class_in_file(path: Path) -> type[Family]:
     name = f"dinogen_family_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise ConfigError(f"family.file: {path} is no Python file: name one that defines a family")
+        raise ConfigError(
+            f"family.file: {path} is not a Python file: name one that defines a family"
+        )
     module = importlib.util.module_from_spec(spec)
     # by this name its class is found again, as pickling and typing do
     sys.modules[name] = module
@@ -110,7 +112,7 @@ def _one_family(found: ModuleType | type, source: str) -> type[Family]:
     if isinstance(found, type):
         if issubclass(found, Family):
             return found
-        raise ConfigError(f"{source}: {found.__name__} is no subclass of Family")
+        raise ConfigError(f"{source}: {found.__name__} is not a subclass of Family")
     classes = [
         item
         for item in vars(found).values()

@@ -45,7 +45,7 @@ class StyleGAN2Ada(Gan):
         num_half: int = Field(
             4,
             ge=0,
-            description="that many of the largest resolutions follow engine.precision, the "
+            description="number of the largest resolutions that follow engine.precision; the "
             "others are float32",
         )
         num_classes: int = Field(0, ge=0, description="labels are 0 to this less 1; 0: no labels")
@@ -221,10 +221,10 @@ class StyleGAN2Ada(Gan):
         return {"bce": bce_d(real, fake)}, report
 
     def _r1(self, batch: Batch) -> Losses:
-        def judge(images: Tensor) -> Tensor:
+        def logits_of(images: Tensor) -> Tensor:
             return self._logits("D_reg", images, batch["position"], batch.get("label"))
 
-        penalty = r1_penalty(judge, batch["image"])
+        penalty = r1_penalty(logits_of, batch["image"])
         weight = self.r1_gamma / 2 * self.options.r1_every
         return {"r1": weight * penalty}, {"penalty": penalty.detach()}
 

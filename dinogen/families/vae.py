@@ -1,4 +1,4 @@
-"""Family `vae`: a convolutional variational autoencoder, with a perceptual term if asked for."""
+"""Family `vae`: a convolutional variational autoencoder, optionally with a perceptual term."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Vae(Family):
     divided by the same n. So beta 1 is the bound of a Gaussian decoder of unit variance (in units
     of images in [-1, 1]), at every resolution, and any other beta that of Higgins et al. 2017.
     The perceptual distance (:func:`dinogen.losses.features.perceptual_distance`) is a mean
-    per feature map, summed over three. Over the samples of a batch all is averaged.
+    per feature map, summed over three. All terms are averaged over the batch.
     """
 
     class Options(Section):
@@ -91,7 +91,7 @@ class Vae(Family):
 
     @cached_property
     def vgg(self) -> VggFeatures | None:
-        """VGG-16, if it teaches; loaded when it is first needed.
+        """VGG-16, if the loss uses it; loaded on first use.
 
         Raises:
             ConfigError: its weights cannot be loaded.
@@ -101,11 +101,11 @@ class Vae(Family):
         return load_vgg(self.options.perceptual_weights, self.device, "family.perceptual_weights")
 
     def begin(self, data: Dataset) -> None:
-        """Load VGG-16 before the first step, if it teaches."""
+        """Load VGG-16 before the first step, if the loss uses it."""
         _ = self.vgg
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
-        """Draws of the prior (N, latent)."""
+        """Samples of the prior (N, latent)."""
         return self._noise("sample", indices, seed)
 
     def reconstruct(self, networks: Networks, batch: Batch) -> Tensor:
@@ -130,13 +130,13 @@ class Vae(Family):
         }
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
-        """The objective of images that were not trained on, its parts, and the PSNR in dB."""
+        """The loss on images that were not trained on, its terms, and the PSNR in dB."""
         reconstructions, kl = self._reconstruct(networks["G"], batch, "z/held-out")
         losses, report = self._logits(reconstructions, kl, batch["image"])
         return {"loss": torch.stack(list(losses.values())).sum(), **report}
 
     def describe(self) -> dict[str, Any]:
-        """Which VGG taught the run, if any; says so if its weights are random."""
+        """Which VGG the loss uses, if any, and whether its weights are random."""
         if self.vgg is None:
             return {}
         info = self.vgg.info
@@ -149,7 +149,7 @@ class Vae(Family):
         return self._logits(*self._reconstruct(self.G, batch, "z"), batch["image"])
 
     def _reconstruct(self, G: nn.Module, batch: Batch, purpose: str) -> tuple[Tensor, Tensor]:
-        """Images of a draw of each posterior (B, 3, R, R), and the posterior's KL (B,)."""
+        """Decoded samples of the posteriors (B, 3, R, R), and each posterior's KL (B,)."""
         assert isinstance(G, Autoencoder)
         mean, log_variance = G.encode(batch["image"])
         noise = self._noise(purpose, batch["position"], self.config.seed)
@@ -157,7 +157,7 @@ class Vae(Family):
         return G(reparameterize(mean, log_variance, noise)), kl
 
     def _logits(self, reconstructions: Tensor, kl: Tensor, images: Tensor) -> Losses:
-        """The terms of the loss, and what they are in plain units."""
+        """The terms of the loss, and their values in plain units."""
         mse = squared_error(reconstructions, images) / images[0].numel()
         losses = {
             "reconstruction": self.mse_weight * mse.mean(),

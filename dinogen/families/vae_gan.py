@@ -1,4 +1,4 @@
-"""Family `vae_gan`: a variational autoencoder whose images a PatchGAN discriminator judges."""
+"""Family `vae_gan`: a variational autoencoder with a PatchGAN discriminator."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class VaeGan(Vae):
         sum (x - decode(z))^2 / n + beta KL(q || N(0, 1)) + lambda_adv hinge + lambda perceptual
 
     Unlike in :class:`Vae` the KL, summed over the latent, is *not* divided by n, and the squared
-    error is not halved: beta 1e-4 is 1e-4 * n / 2 of the ELBO's beta, 0.6 at 64x64. Measured like
-    the VAE's, 1e-4 would leave no prior (on toy images the KL passed 600 nats), and no meaning to
-    the samples that are drawn from it.
+    error is not halved: beta 1e-4 is 1e-4 * n / 2 of the ELBO's beta, 0.6 at 64x64. With
+    the VAE's scaling, 1e-4 would leave the posterior far from the prior (on toy images the KL
+    exceeded 600 nats), so that samples of the prior would be meaningless.
 
-    D sees reconstructions and, as many, decoded draws of the prior (their section 2.3): the prior's
-    are what is sampled in the end, and where no posterior lies reconstructions teach nothing.
-    Held-out metric values leave the adversarial term out, as D is not averaged.
+    D sees reconstructions and as many decoded samples of the prior (their section 2.3): the prior
+    is what is sampled in the end, and reconstructions teach nothing where no posterior lies.
+    Held-out values leave the adversarial term out, as D is not averaged.
     """
 
     class Options(Vae.Options):
@@ -40,11 +40,11 @@ class VaeGan(Vae):
         beta: float = Field(
             1e-4,
             ge=0,
-            description="weight of the KL in nats beside the mean squared error of a pixel value",
+            description="weight of the KL in nats, relative to the mean squared error per value",
         )
         lambda_adv: float = Field(0.1, ge=0, description="weight of the adversarial loss of G")
         d_layers: int = Field(
-            3, ge=1, le=5, description="D's halvings: 1, 2, 3 judge patches of 16, 34, 70 pixels"
+            3, ge=1, le=5, description="D's halvings: 1, 2, 3 give patches of 16, 34, 70 pixels"
         )
         d_channels: int = Field(
             64, ge=8, multiple_of=8, description="D's channels behind its first layer"
@@ -57,7 +57,7 @@ class VaeGan(Vae):
         if num_patches(stage.resolution, self.options.d_layers) < 1:
             raise ConfigError(
                 f"family.d_layers: {self.options.d_layers} halvings leave nothing of "
-                f"{stage.resolution}x{stage.resolution} pixels to judge: use fewer"
+                f"{stage.resolution}x{stage.resolution} pixels for D: use fewer"
             )
         self.mse_weight, self.kl_weight = 1.0, self.options.beta
         self.D = PatchDiscriminator(**self.arguments("D")).to(device)
@@ -98,7 +98,7 @@ class VaeGan(Vae):
         return losses | {"adversarial": self.options.lambda_adv * hinge_g(fake)}, report
 
     def _logits_of_fakes(self, reconstructions: Tensor, batch: Batch, purpose: str) -> Tensor:
-        """Logits of the reconstructions, and of as many images of the prior."""
+        """Logits of the reconstructions, and of as many decoded samples of the prior."""
         prior = self.G(self._noise(purpose, batch["position"], self.config.seed))
         logits: Tensor = self.D(torch.cat([reconstructions, prior]))
         return logits

@@ -20,8 +20,8 @@ class WganGp(Gan):
     """Gulrajani et al. 2017: D, the critic, has an update in every step, G in every n-th.
 
     A step shows its batch to the critic once, so `nimg` counts what the critic saw. G has batch
-    norm: on any number of ranks its statistics are those of the global batch, but microbatches of
-    one rank have each their own.
+    norm: on any number of ranks its statistics are those of the global batch, but each microbatch
+    of a rank has its own.
     """
 
     class Options(Gan.Options):
@@ -56,7 +56,7 @@ class WganGp(Gan):
 
     @property
     def main_loss(self) -> str:
-        """D, whose loss with its sign turned is the distance to shrink (the paper's figure 3)."""
+        """D, whose negated loss estimates the distance to be minimised (the paper's figure 3)."""
         return "D"
 
     def arguments(self, network: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def bce_g(fake: Tensor) -> Tensor:
 
 
 def wasserstein_d(real: Tensor, fake: Tensor) -> Tensor:
-    """The critic's loss (Arjovsky et al. 2017, equation 3): less is a longer distance."""
+    """The critic's loss (Arjovsky et al. 2017, equation 3): lower means a larger distance."""
     return fake.float().mean() - real.float().mean()
 
 
@@ -42,18 +42,18 @@ def hinge_g(fake: Tensor) -> Tensor:
 
 
 def relativistic_d(real: Tensor, fake: Tensor) -> Tensor:
-    """D's loss over pairs of a real and a generated image: the real one shall be more real.
+    """D's loss over pairs of a real and a generated image: the real one should score higher.
 
     log(1 + exp(D(G(z)) - D(x))), the pairing loss of Jolicoeur-Martineau 2019, "The relativistic
     discriminator", as Huang et al. 2024, "The GAN is dead; long live the GAN! A Modern GAN
-    Baseline" (section 2) take it, who show that it wants R1 and R2 beside it to converge. The
-    logits have the same shape; each is paired with the one at its place.
+    Baseline" (section 2) use it; they show that it needs R1 and R2 to converge. The
+    logits have the same shape; each is paired with the one at the same index.
     """
     return F.softplus(fake.float() - real.float()).mean()
 
 
 def relativistic_g(real: Tensor, fake: Tensor) -> Tensor:
-    """G's loss over the same pairs, with their order turned round (as :func:`relativistic_d`)."""
+    """G's loss over the same pairs, in the opposite order (see :func:`relativistic_d`)."""
     return F.softplus(real.float() - fake.float()).mean()
 
 
@@ -67,7 +67,7 @@ def gradient_penalty(D: Discriminator, real: Tensor, fake: Tensor, eps: Tensor) 
     x = eps * real + (1 - eps) * fake.
 
     Args:
-        D: images (B, ...) -> logits, each of its own image alone.
+        D: images (B, ...) -> logits, each depending on its own image alone.
         real: images (B, ...).
         fake: images of the same shape; no gradient flows to them.
         eps: uniform in (0, 1), one number per sample, such as (B, 1, 1, 1).
@@ -115,7 +115,7 @@ def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
     """|J' y| of each sample: how far the image moves with w, seen along random directions y.
 
     Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", equation 4, where
-    J is the Jacobian of the image with respect to w. Differentiable itself, so all of it has to
+    J is the Jacobian of the image with respect to w. Differentiable itself, so all of it must
     be computed in float32.
 
     Args:

@@ -26,7 +26,7 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared Euclidean distances over the dimension: as :func:`distances`, squared."""
-    # Differences are small beside a mean that all share, and matrix products would lose them.
+    # Differences are small compared with the common mean, and matrix products would lose them.
     middle = b.detach().mean(1, keepdim=True)
     a, b = (a - middle) / math.sqrt(a.shape[-1]), (b - middle) / math.sqrt(b.shape[-1])
     squares = a.square().sum(2)[:, :, None] + b.square().sum(2)[:, None, :]
@@ -124,8 +124,8 @@ def sliced_wasserstein(generated: Tensor, real: Tensor, directions: Tensor) -> T
 
     Bonneel et al. 2015, "Sliced and Radon Wasserstein Barycenters of Measures", eq. 4; in one
     dimension the best plan joins quantiles. Where the sets differ in size, reals are interpolated
-    at the generated samples' quantiles. It is 0 for equal sets; of two draws from one distribution
-    it is not, by about 1/N + 1/M.
+    at the generated samples' quantiles. It is 0 for equal sets; for two samples of one distribution
+    it is about 1/N + 1/M.
 
     Args:
         generated: (K, N, D): samples of each of K problems.
@@ -147,10 +147,10 @@ def _quantiles(values: Tensor, num: int) -> Tensor:
     if size == num:
         return values
     middles = (torch.arange(num, device=values.device) + 0.5) / num
-    places = (middles * size - 0.5).clamp(0, size - 1)
-    below = places.floor().long()
+    positions = (middles * size - 0.5).clamp(0, size - 1)
+    below = positions.floor().long()
     above = (below + 1).clamp(max=size - 1)
-    share = (places - below)[:, None]
+    share = (positions - below)[:, None]
     return values[:, below] * (1 - share) + values[:, above] * share
 
 
@@ -189,7 +189,7 @@ def drift(generated: Tensor, real: Tensor, widths: Sequence[float]) -> tuple[Ten
 def drift_field(
     generated: Tensor, real: Tensor, to_real: Tensor, to_own: Tensor, width: float
 ) -> Tensor:
-    """Where samples are carried: to reals near them, away from generated ones near them.
+    """Where samples move: towards nearby real ones, away from nearby generated ones.
 
     Algorithm 2 of the paper: the kernel is normalised over both sets and, geometrically averaged
     with that, over the generated samples. It is 0 in expectation where the distributions are the

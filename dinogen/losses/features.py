@@ -39,7 +39,7 @@ def collapse_floor(total_variances: list[float]) -> float:
     """The least :func:`pyramid_mse` that a generator independent of the target can reach.
 
     Args:
-        total_variances: per level, the variance of real features averaged over places and
+        total_variances: per level, the variance of real features averaged over locations and
             channels.
     """
     return sum(total_variances) / len(total_variances)
@@ -56,12 +56,12 @@ def mean_pairwise_distance(features: Tensor) -> float:
 
 
 def clip_loss(generated: Tensor, condition: Tensor, keep: Tensor) -> Tensor:
-    """Mean over all samples of 1 - cos between images and what they were asked to be.
+    """Mean over all samples of 1 - cos between images and their conditions.
 
     Args:
         generated: (B, E) embeddings of generated images.
         condition: (B, E) embeddings of images or captions.
-        keep: (B,) bool; False: asked for nothing, which counts 0.
+        keep: (B,) bool; False: no condition, which counts 0.
 
     Returns:
         Scalar float32, from 0 to 2.
@@ -71,7 +71,7 @@ def clip_loss(generated: Tensor, condition: Tensor, keep: Tensor) -> Tensor:
 
 
 def pseudo_text(embedding: Tensor, eps: Tensor, xi: float) -> Tensor:
-    """Image embeddings moved about as far as their captions are: h' in the place of a text's.
+    """Image embeddings moved about as far as their captions are: h' in place of a text's.
 
     LAFITE's fixed perturbations: h' = h + xi |h| eps / |eps|, brought to length 1.
     The cosine of h' with h is (1 + xi c) / sqrt(1 + 2 xi c + xi^2), c the cosine of h with eps.

@@ -18,7 +18,7 @@ SMALLEST = 4  # side of the map between convolutions and latent
 WIDEST = 8  # most channels, in base channels
 MAX_GROUPS = 8
 CHANNELS_PER_GROUP = 8  # at least; a group of one would lose its map's contrast
-# Posteriors begin near the prior and images near grey: what the first steps meet is no noise.
+# Posteriors begin near the prior and images near grey: the first steps do not start from noise.
 HEAD_GAIN = 0.1
 
 
@@ -26,7 +26,7 @@ class ConvNorm(nn.Sequential):
     """Convolution, group norm, LeakyReLU.
 
     Group norm (Wu and He 2018), as it knows nothing of the batch: an image's latent and a
-    latent's image do not depend on what stands beside them.
+    latent's image do not depend on the rest of the batch.
     """
 
     def __init__(self, num_in: int, num_out: int, kernel: int, stride: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""A generator asked for something: z and an embedding are mapped to the latent it draws from."""
+"""A conditional generator: z and an embedding are mapped to its latent."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ConditionalMapping(nn.Module):
                 None keeps all, and leaves the learned vector without a gradient.
         """
         if embedding is None:
-            # Not left out: every parameter has to have a gradient, whoever was dropped.
+            # Not left out: every parameter must have a gradient, also where all were dropped.
             embedding = z.new_zeros(len(z), self.embed_dim)
             keep = torch.zeros(len(z), dtype=torch.bool, device=z.device)
         condition = self.embed(normalize(embedding.float()))
@@ -93,7 +93,7 @@ class ConditionalGenerator(ProgressiveGenerator):
         keep: Tensor | None = None,
         guidance: float = 1.0,
     ) -> Tensor:
-        """What the images are drawn from: w_null + guidance (w_condition - w_null).
+        """The latents of the images: w_null + guidance (w_condition - w_null).
 
         Classifier-free guidance (Ho and Salimans 2022, equation 6, guidance = 1 + its w) on the
         latent in place of the score. 1 is the condition as it is, 0 none, more exaggerates it.

@@ -41,9 +41,9 @@ def diff_augment(
     Args:
         images: (B, 3, R, R) in [-1, 1].
         seed: the run's seed.
-        purpose: what the images are for; other purposes give independent draws.
+        purpose: what the images are for; other purposes give independent random numbers.
         positions: (B,) int64 on the CPU, places of the samples in the global order.
-        transforms: which of them; of none the very same images come back.
+        transforms: which of them; with none the images are returned unchanged.
 
     Returns:
         (B, 3, R, R) float32; colours leave [-1, 1].

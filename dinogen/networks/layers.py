@@ -11,7 +11,7 @@ NUM_FIRST_ITERATIONS = 15
 
 
 class SelfAttention(nn.Module):
-    """x + gamma * attention(x) over all places of a map, gamma learnt from 0.
+    """x + gamma * attention(x) over all locations of a map, gamma learnt from 0.
 
     Zhang et al. 2019, "Self-Attention Generative Adversarial Networks", equations 1 to 3; queries
     and keys have an eighth of the channels, values half, as in the authors' code. Softmax is over
@@ -93,7 +93,7 @@ def minibatch_std(x: Tensor, group_size: int) -> Tensor:
     """Append one channel: how much the samples of a group differ.
 
     Karras et al. 2018, "Progressive Growing of GANs", section 3: the standard deviation over the
-    group of each feature at each place, averaged to one number. A group is a contiguous run of
+    group of each feature at each location, averaged to one number. A group is a contiguous run of
     samples (the last may be shorter), so it does not depend on ranks whose share of the batch is a
     multiple of it.
 

@@ -20,10 +20,10 @@ INIT_STD = 0.02  # of all convolutions, in the paper
 class PatchDiscriminator(nn.Module):
     """4x4 convolutions, ``num_layers`` of stride 2 and two of stride 1, LeakyReLU between.
 
-    With batch norm an image's logits depend on what stands beside it, so that D could tell a
+    With batch norm an image's logits depend on the rest of the batch, so that D could tell a
     batch of fakes by its statistics, and the cut of a batch into parts and ranks would change the
     loss. Instance norm takes each map's own mean and contrast away, by which much of a fake is
-    known, and has nothing left to normalise where maps shrink to a single place. Group norm does
+    known, and has nothing left to normalise where maps shrink to a single location. Group norm does
     neither. As in the paper the first layer has none.
 
     Args:

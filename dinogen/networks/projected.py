@@ -18,11 +18,11 @@ CHANNELS_PER_GROUP = 8
 
 
 class Head(nn.Module):
-    """1x1 convolution, a residual 3x3, 1x1 to a logit per place; all spectrally normalised.
+    """1x1 convolution, a residual 3x3, 1x1 to a logit per location; all spectrally normalised.
 
-    As StyleGAN-T's, over the places of the map where those are over the row of tokens. Group norm
-    is in place of its batch norm over small groups of samples, by which an image's logits depend
-    on what stands beside it, and the loss on the cut of a batch into parts and ranks.
+    As StyleGAN-T's, but over the locations of the map instead of the row of tokens. Group norm
+    replaces its batch norm over small groups of samples, which would make an image's logits
+    depend on its neighbours, and the loss on how a batch is split over parts and ranks.
 
     Args:
         num_in: channels of the map.

@@ -25,7 +25,7 @@ def upfirdn(
         x: (B, C, H, W).
         taps: (T,), of a true convolution: the first tap meets the last pixel of its window.
         up: each pixel is followed by ``up - 1`` zeros.
-        down: one of that many pixels is kept, beginning with the first.
+        down: every ``down``-th pixel is kept, beginning with the first.
         padding: zeros before and after, in upsampled pixels.
 
     Returns:

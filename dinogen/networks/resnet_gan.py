@@ -68,7 +68,7 @@ class ResnetCritic(nn.Module):
     """3x3 from RGB -> residual blocks, each halving, down to 4x4 -> one linear map of it all.
 
     The last map has no bias: a Wasserstein loss cancels it. It has no spectral norm either: the
-    gradient penalty asks for a slope of 1, and a chain of layers of norm 1 with LeakyReLU between
+    gradient penalty requires a slope of 1, and a chain of layers of norm 1 with LeakyReLU between
     them is always flatter, so one free factor has to make up for it.
 
     Args:
@@ -129,7 +129,7 @@ class UpBlock(nn.Module):
         """(B, I, R, R) -> (B, O, 2R, 2R)."""
         y: Tensor = F.interpolate(F.relu(self.norm0(x)), scale_factor=2, mode="nearest")
         y = self.conv1(F.relu(self.norm1(self.conv0(y))))
-        # 1x1 and nearest upsampling can change places; so it is a quarter of the work
+        # 1x1 and nearest upsampling commute; in this order it is a quarter of the work
         return y + F.interpolate(self.shortcut(x), scale_factor=2, mode="nearest")
 
 

@@ -39,7 +39,7 @@ def time_embedding(t: Tensor, size: int) -> Tensor:
 class Norm(nn.GroupNorm):
     """Group norm in as many groups as there can be: at most 32, of at least 4 channels each.
 
-    A group of one channel would take away regardless of the convolution's bias adds, whose gradient
+    A group of one channel would remove what the convolution's bias adds, whose gradient
     then is rounding noise that Adam takes for a direction.
 
     Autocast computes it in float32 and leaves it there; what follows up to the next convolution
@@ -63,7 +63,7 @@ def zeroed(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 class SelfAttention(nn.Module):
-    """x + attention over all places of x (B, C, H, W), in heads of ``head_channels`` each.
+    """x + attention over all locations of x (B, C, H, W), in heads of ``head_channels`` each.
 
     Raises:
         ValueError: the heads do not divide the channels.
@@ -91,7 +91,7 @@ class SelfAttention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions beside a skip, scaled and shifted by the embedding; then attention.
+    """Two 3x3 convolutions with a skip, scaled and shifted by the embedding; then attention.
 
     Args:
         in_channels: of x.
@@ -138,7 +138,7 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """(images with noise, time steps) -> what the schedule's prediction asks for.
+    """(images with noise, time steps) -> what the schedule predicts.
 
     At the start it says 0 everywhere, for the last convolution of each branch is 0.
 

@@ -171,8 +171,8 @@ def class_shares(family: Family, data: Dataset | UserError) -> tuple[float, ...]
     if process_group.any_rank(failure is not None):
         if process_group.is_main():
             log.warning(
-                "CLASSES IN TURN: how frequent each is in the data is not known (%s), so values "
-                "compare only with others measured in the same way",
+                "CLASSES IN TURN: how frequent each is in the data is not known (%s), so metric "
+                "values compare only with others measured this way",
                 failure or "on another rank",
             )
         return None
@@ -195,7 +195,7 @@ def _counts(data: PackedSource, split: str, num_classes: int) -> npt.NDArray[np.
 
 
 def check_labels(family: Family, batch: Batch) -> None:
-    """Refuse labels that are none of the family's classes, where it reads them.
+    """Refuse labels that are not among the family's classes, where it reads them.
 
     A manifest need not name classes, and to read the labels of all shards first would fetch every
     index of what lies behind a URL. On a GPU such a label ends in an assertion that names nothing.
@@ -212,11 +212,11 @@ def check_labels(family: Family, batch: Batch) -> None:
         return
     for key, label in zip(batch["key"], batch["label"].tolist(), strict=True):
         if not 0 <= label < num_classes:
-            mend = f"set it to {label + 1} or more" if label > 0 else "labels begin at 0"
+            remedy = f"set it to {label + 1} or more" if label > 0 else "labels begin at 0"
             raise ConfigError(
                 f"family.num_classes: {num_classes}, but sample {key} of "
-                f"{family.config.data.location} has label {label}: {mend}, or pack the data again "
-                "with labels from 0"
+                f"{family.config.data.location} has label {label}: {remedy}, or pack the data "
+                "again with labels from 0"
             )
 
 

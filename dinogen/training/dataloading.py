@@ -1,4 +1,4 @@
-"""What a stage is trained on: the batches of its stream, further reals, and augmentation."""
+"""What a stage is trained on: the batches of its stream, the reference batch, and augmentation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Dataloader:
         state: the stage, fresh or resumed.
 
     Raises:
-        ManifestError: the data lack what the family reads.
+        ManifestError: the data lack something that the family reads.
     """
 
     def __init__(self, state: StageState) -> None:
@@ -89,14 +89,14 @@ _LUMA = (0.299, 0.587, 0.114)
 
 
 def augment(images: Tensor, positions: Tensor, seed: int, config: AugmentConfig) -> Tensor:
-    """Mirrored, turned and recoloured images, in this order; what is 0 is left out.
+    """Flip, rotate and recolour images, in this order; a strength of 0 skips the transform.
 
     Args:
         images: (B, 3, R, R) in [-1, 1].
-        positions: (B,) int64, places in the global order: the same image is changed otherwise
-            in each epoch, and alike on any number of ranks.
+        positions: (B,) int64, indices in the global order: the same image is changed differently
+            in each epoch, and in the same way on any number of ranks.
         seed: of the run.
-        config: how much.
+        config: strengths of the transforms.
 
     Returns:
         (B, 3, R, R) in [-1, 1].
@@ -119,7 +119,7 @@ def augment(images: Tensor, positions: Tensor, seed: int, config: AugmentConfig)
 
 
 def flip(images: Tensor, chosen: Tensor) -> Tensor:
-    """The mirror images of those chosen, (B,) bool."""
+    """Mirror the chosen images, (B,) bool."""
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
@@ -138,12 +138,12 @@ def brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Drawn away from each image's mean grey by (B,) factors."""
+    """Scale the distance from each image's mean grey by (B,) factors."""
     return _blend(images, _grey(images).mean((2, 3), keepdim=True), factor)
 
 
 def saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Drawn away from each pixel's grey by (B,) factors."""
+    """Scale the distance from each pixel's grey by (B,) factors."""
     return _blend(images, _grey(images), factor)
 
 

@@ -1,4 +1,4 @@
-"""What can be known to go wrong before the first step: every stage against data, ranks and past."""
+"""Errors found before the first step: each stage against data, ranks and checkpoints."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
         check_classes(config, data)
     if inputs.image_size is None and config.augment != AugmentConfig():
         raise ConfigError(
-            f"augment: family {config.family.name} reads no images at {name}, but features that "
-            "were made before: leave it out"
+            f"augment: family {config.family.name} reads no images at {name}, but precomputed "
+            "features: leave it out"
         )
     own = isinstance(family, MeasuresHeldOut)
     if config.eval.every_kimg is not None and not own and not config.eval.generated:

@@ -1,4 +1,4 @@
-"""Walks the stages of a run: each goes on where it was, or is skipped if it is finished."""
+"""Walks the stages of a run: each continues where it was, or is skipped if it is finished."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: the config does not fit the data, the checkpoints or this machine.
-        Stopped: a signal asked for it; everything is saved.
+        Stopped: a signal arrived; everything is saved.
         TrainingError: too many updates in a row were not finite.
     """
     process_group.use_device(config.device)
@@ -59,7 +59,7 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
             results.append(_train_stage(config, index, stop))
             with process_group.rank_zero_section() as mine:
                 if mine:
-                    # Also for a stage skipped: a kill may have come before its page was written
+                    # Also for a skipped stage: a kill may have come before its page was written
                     _write_page(config.run)
             if index != indices[-1] and stop.agreed():
                 raise stop.error(f"after stage {config.stages[index].resolution}")
@@ -88,7 +88,7 @@ def _train_stage(config: Config, index: int, stop: StopFlag) -> dict[str, Any]:
 
 
 def _finished_result(config: Config, index: int) -> dict[str, Any] | None:
-    """result.json of a stage whose newest checkpoint is at the end that the config asks for."""
+    """result.json of a stage whose newest checkpoint is at the end that the config sets."""
     stage = config.stages[index]
     checkpoint = stage_checkpoint(config, stage)
     if checkpoint is None:

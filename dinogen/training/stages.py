@@ -44,7 +44,7 @@ class StagePlan:
         """Share of the learning rate that the step which begins at ``nimg`` takes.
 
         Linear at both ends: the first step of a warm-up takes a batch's share of it, and the last
-        of a decay the same.
+        of a decay too.
         """
         warmup, decay = self.stage.warmup_kimg * 1000, self.stage.decay_kimg * 1000
         rise = (nimg - self.start + self.stage.batch) / warmup if warmup else 1.0
@@ -111,7 +111,7 @@ def grow(
 
     Args:
         network: the grown network, changed in place.
-        state: state dict of the stage before; what the grown network dropped is skipped.
+        state: state dict of the stage before; what the grown network dropped is ignored.
         new: names of the parameters that it did not have.
         fail: makes the error of a message.
     """

@@ -50,7 +50,7 @@ class Progress:
         logged: nimg of the newest log line.
         health: what the newest probe found.
         warnings: its words.
-        best: best metric value of the stage's measurements, None before the first.
+        best: best metric value of the stage, None before the first.
         best_nimg: where it was measured.
         num_worse: measurements since then.
     """
@@ -71,7 +71,8 @@ class Progress:
         """Take over the mean loss of a log line at ``nimg``.
 
         A line that comes early, at a probe or at the end, may stand for a single batch: it counts
-        by its share of the ``every`` images of a whole line, so that no health hangs on chance.
+        by its share of the ``every`` images of a whole line, so that the health
+        status does not depend on chance.
         """
         share = min(1.0, (self.nimg - self.logged) / every)
         self.logged = self.nimg
@@ -250,7 +251,7 @@ class StageState:
 
 
 def _check_frozen(checkpoint: Checkpoint, family: Family) -> None:
-    """Refuse other frozen networks than a checkpoint was trained with.
+    """Refuse frozen networks that differ from those a checkpoint was trained with.
 
     Raises:
         ConfigError: naming the key.
@@ -259,13 +260,13 @@ def _check_frozen(checkpoint: Checkpoint, family: Family) -> None:
     for key, sha256 in facts_of(family).get("frozen", {}).items():
         if then.get(key, sha256) != sha256:
             raise ConfigError(
-                f"{key}: its weights are others than the checkpoint {checkpoint.folder} was "
-                f"trained with: {or_a_new_run(family.config)}"
+                f"{key}: its weights differ from those that the checkpoint {checkpoint.folder} "
+                f"was trained with: {or_a_new_run(family.config)}"
             )
 
 
 def file_mark(facts: dict[str, Any]) -> str:
-    """Part of file names that says loudly when a random guide, which teaches nothing, was used."""
+    """Part of file names that marks results of a random guide, which teaches nothing."""
     return ".random-guide" if facts.get("random_guide") else ""
 
 
@@ -285,7 +286,7 @@ def sample_in_parts(
 ) -> torch.Tensor:
     """Images 0 to ``num - 1`` under ``seed``, (N, 3, R, R) in [-1, 1] on the CPU.
 
-    A family that takes no condition is not given one, so it need not know of it.
+    A family without conditions is called without one.
     """
     given = () if condition is None else (condition,)
     parts = [

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: a handler sets a flag, the loop saves and leaves."""
+"""Signals that stop a run: a handler sets a flag, the loop saves and leaves."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _SAME = 5.0  # seconds in which further signals mean the same as the first
 
 
 class Stopped(UserError):
-    """The run was asked to stop; everything up to now is saved."""
+    """The run was stopped by a signal; everything up to now is saved."""
 
     exit_code = EXIT_STOPPED
     agreed = True
 
 
 def _pass_over(number: int, frame: FrameType | None) -> None:
-    """A signal that comes too late to mean anything."""
+    """A signal that comes too late to have an effect."""
 
 
 class StopFlag:
-    """Context in which signals that ask for an end only set a flag.
+    """Context in which stop signals only set a flag.
 
     SIGHUP (the terminal is gone) and SIGQUIT stay ignored where they were ignored at the start, as
-    ``nohup`` asks for. A SIGINT that comes some seconds after the first signal interrupts at once,
+    ``nohup`` requires. A SIGINT that comes some seconds after the first signal interrupts at once,
     unless a checkpoint is being saved: who presses Ctrl-C twice in a row loses nothing.
     """
 
@@ -45,7 +45,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._asked = 0.0
+        self._since = 0.0
         self._saving = False
         self._before: dict[signal.Signals, object] = {}
 
@@ -78,10 +78,10 @@ class StopFlag:
         hurry(False)
 
     def next(self, batches: Iterator[T]) -> T | None:
-        """The next batch; None if this rank was asked to stop: then no shard is worth waiting for.
+        """The next batch; None if this rank has to stop: then no shard is worth waiting for.
 
         Raises:
-            FetchError: a shard is not available, and nobody asked for a stop.
+            FetchError: a shard is not available, and no stop was requested.
         """
         if self.name is not None:
             return None
@@ -94,7 +94,7 @@ class StopFlag:
             return None
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop; every rank has to call it."""
+        """Whether any rank has to stop; every rank has to call it."""
         return process_group.any_rank(self.name is not None)
 
     def error(self, where: str) -> Stopped:
@@ -106,11 +106,11 @@ class StopFlag:
 
     @property
     def _old(self) -> bool:
-        return time.monotonic() - self._asked > _SAME
+        return time.monotonic() - self._since > _SAME
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.name is None:
-            self.name, self._asked = signal.Signals(number).name, time.monotonic()
+            self.name, self._since = signal.Signals(number).name, time.monotonic()
         elif number == signal.SIGINT and not self._saving and self._old:
             raise KeyboardInterrupt
         # A shard that does not come must not keep this rank from stopping.

@@ -30,7 +30,7 @@ from dinogen.training.stop import StopFlag
 
 log = logging.getLogger(__name__)
 
-# fp16 leaves out an update now and then; that many in a row are a sign that the weights blew up.
+# fp16 leaves out an update now and then; this many in a row are a sign that the weights blew up.
 UNSOUND_AFTER = 3
 
 
@@ -53,7 +53,7 @@ class Trainer:
 
     Args:
         state: the stage's networks, optimizers, averages and progress, fresh or resumed.
-        stop: set by the signals that ask for an end.
+        stop: set by stop signals.
     """
 
     def __init__(self, state: StageState, stop: StopFlag) -> None:
@@ -82,7 +82,7 @@ class Trainer:
         """Train to the end of the stage.
 
         Raises:
-            Stopped: a signal asked for it; a checkpoint was saved.
+            Stopped: a signal arrived; a checkpoint was saved.
             TrainingError: too many updates in a row were not finite.
             SaveError: a checkpoint could not be written.
         """
@@ -97,12 +97,12 @@ class Trainer:
             self.plan.end,
             process_group.is_main(),
         )
-        self.feed = Dataloader(self.state)
+        self.dataloader = Dataloader(self.state)
         try:
-            with self.feed:
+            with self.dataloader:
                 self.window = Window(time.monotonic())
                 self.counted_until = self.window.began
-                batches = iter(self.feed)
+                batches = iter(self.dataloader)
                 began = progress.nimg
                 while not self.state.finished:
                     before = time.monotonic()
@@ -118,7 +118,7 @@ class Trainer:
                                 self._saved()
                         raise self.stop.error(f"at {self.now} images")
                     check_labels(self.family, batch)
-                    self.num_skipped_here = self.feed.num_skipped
+                    self.num_skipped_here = self.dataloader.num_skipped
                     self._prepare_engine()
                     self.train_step(batch)
                     self._after_step(line)
@@ -169,7 +169,7 @@ class Trainer:
         self.progress.step += 1
         self.progress.nimg += self.stage.batch
         self.window.images += self.stage.batch
-        # What is sampled, judged and saved now is the network at this point of the clock.
+        # What is sampled, measured and saved now is the network at this point of the clock.
         self.state.set_fade()
         if isinstance(self.family, FollowsSteps):
             self.family.after_step(self.progress.nimg)
@@ -260,7 +260,7 @@ class Trainer:
             self.save()
 
     def _log(self, line: ProgressLine, probe: bool, metric_values: dict[str, float]) -> None:
-        """One line of numbers, held-out metric values among them; rank 0 probes samples."""
+        """One line of numbers, with held-out values; rank 0 probes samples."""
         means = self.logger.flush()
         window, elapsed = self.window, max(time.monotonic() - self.window.began, 1e-9)
         self._count()

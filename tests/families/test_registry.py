@@ -59,7 +59,7 @@ def test_bad_files_are_one_clear_error(tmp_path, text, message):
 
 
 def test_no_file_and_two_names(tmp_path):
-    with pytest.raises(ConfigError, match=r"family.file: .*gone.py is no Python file"):
+    with pytest.raises(ConfigError, match=r"family.file: .*gone.py is not a Python file"):
         in_file(tmp_path / "gone.py")
     with pytest.raises(ConfigError, match=r"name dcgan and file mine\.py contradict"):
         parse_config({"family": {"name": "dcgan", "file": "mine.py"}})

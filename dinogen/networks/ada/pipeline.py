@@ -51,9 +51,9 @@ def augment(
 
     Args:
         images: (B, 3, R, R) in [-1, 1].
-        p: probability, 0 to 1; at 0 the very same images come back.
+        p: probability, 0 to 1; at 0 the images are returned unchanged.
         seed: the run's seed.
-        purpose: what the images are for; other purposes give independent draws.
+        purpose: what the images are for; other purposes give independent random numbers.
         positions: (B,) int64 on the CPU, places of the samples in the global order.
         strengths: of the groups.
 

@@ -266,16 +266,16 @@ def bands() -> np.ndarray:
     low = np.convolve(SYM2, SYM2[::-1]) / 2
     high = -low
     high[len(high) // 2] += 1
-    bank = np.zeros((NUM_BANDS, 1))
-    bank[0] = 1
+    filters = np.zeros((NUM_BANDS, 1))
+    filters[0] = 1
     for i in range(1, NUM_BANDS):
         # what was split so far moves down by an octave
-        spread = np.zeros((NUM_BANDS, 2 * bank.shape[1] - 1))
-        spread[:, ::2] = bank
-        bank = np.stack([np.convolve(row, low) for row in spread])
-        first = (bank.shape[1] - len(high)) // 2
-        bank[i, first : first + len(high)] += high
-    return bank
+        spread = np.zeros((NUM_BANDS, 2 * filters.shape[1] - 1))
+        spread[:, ::2] = filters
+        filters = np.stack([np.convolve(row, low) for row in spread])
+        first = (filters.shape[1] - len(high)) // 2
+        filters[i, first : first + len(high)] += high
+    return filters
 
 
 def band_gains(draws: TransformDraws, p: float) -> Tensor:

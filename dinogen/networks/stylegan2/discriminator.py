@@ -26,7 +26,7 @@ NUM_MAPPING_LAYERS = 8
 
 
 class DiscriminatorBlock(nn.Module):
-    """Two 3x3 convolutions, the second by 2 down, beside a 1x1 skip.
+    """Two 3x3 convolutions, the second by 2 down, with a 1x1 skip.
 
     Args:
         in_channels: channels of the input.
@@ -59,7 +59,7 @@ class StyleGAN2Discriminator(nn.Module):
         num_classes: labels are 0 to this less 1; 0 for no labels.
         channel_base: channels at R are ``channel_base / R``, at most ``channel_max``.
         channel_max: most channels at any resolution.
-        num_half: that many of the largest resolutions follow autocast, the others are float32.
+        num_half: number of the largest resolutions that follow autocast; the others are float32.
         group_size: samples per minibatch standard deviation.
     """
 

@@ -178,7 +178,7 @@ class Synthesis(nn.Module):
         w_dim: size of w.
         channel_base: channels at R are ``channel_base / R``, at most ``channel_max``.
         channel_max: most channels at any resolution.
-        num_half: that many of the largest resolutions follow autocast.
+        num_half: number of the largest resolutions that follow autocast.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class StyleGAN2Generator(nn.Module):
         num_classes: labels are 0 to this less 1; 0 for no labels.
         channel_base: channels at R are ``channel_base / R``, at most ``channel_max``.
         channel_max: most channels at any resolution.
-        num_half: that many of the largest resolutions follow autocast, the others are float32.
+        num_half: number of the largest resolutions that follow autocast; the others are float32.
     """
 
     w_avg: Tensor

@@ -49,7 +49,7 @@ def follows_autocast(size: int, resolution: int, num_half: int) -> bool:
 
 
 def autocast_if(allowed: bool, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast as it is around if ``allowed``, else float32."""
+    """The surrounding autocast if ``allowed``, else float32."""
     if allowed:
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -114,7 +114,7 @@ def save_checkpoint(
         write_json(temporary / STATE, state | {"files": hashes})
         mode = (temporary / STATE).stat().st_mode
         for name in hashes:
-            # safetensors shuts others out, regardless of the umask says
+            # safetensors denies access to other users, regardless of the umask
             (temporary / name).chmod(mode)
         sync_folder(temporary)
     except BaseException:
@@ -145,7 +145,7 @@ def load_checkpoint(folder: Path, verify: bool = True) -> Checkpoint:
     for name, expected in hashes.items() if verify else ():
         try:
             if (folder / name).exists() and not (folder / name).is_file():
-                raise OSError("it is no regular file")
+                raise OSError("it is not a regular file")
             found = sha256_file(folder / name)
         except OSError as error:
             raise ValueError(f"{folder / name} cannot be read ({error})") from error

@@ -14,7 +14,7 @@ __all__ = ["make_engine"]
 
 
 def make_engine(config: Config, family: Family, lr: float, device: torch.device) -> SingleEngine:
-    """The engine that ``engine.name`` asks for.
+    """The engine that ``engine.name`` names.
 
     Raises:
         ConfigError: ``single`` under several ranks, or DeepSpeed is not installed.

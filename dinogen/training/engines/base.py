@@ -193,7 +193,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """``auto`` as bf16 where the GPU computes it, fp16 on older GPUs, fp32 on CPU.
 
     Raises:
-        ConfigError: fp16 was asked for on a CPU.
+        ConfigError: fp16 was requested on a CPU.
     """
     if precision == "auto":
         if device.type != "cuda":
@@ -255,7 +255,7 @@ def load_optimizer_state(
     for full_name, value in state.items():
         name, _, key = full_name.rpartition("/")
         parameter = parameters[name]
-        # Adam keeps its step count on the CPU, the moments beside the parameter
+        # Adam keeps its step count on the CPU, the moments on the parameter's device
         where = value.device if key == "step" else parameter.device
         optimizer.state[parameter][key] = value.to(where)
 
@@ -281,13 +281,13 @@ class CpuSyncBatchNorm(_BatchNorm):
         """(B, C, ...) -> the same shape."""
         if not self.training:
             return super().forward(x)
-        places = [0, *range(2, x.dim())]
+        dims = [0, *range(2, x.dim())]
         shape = (1, -1, *[1] * (x.dim() - 2))
         count = process_group.all_reduce_sum(torch.tensor(x.numel() / x.shape[1]))
-        mean = process_group.all_reduce_sum_with_gradient(x.sum(places)) / count
+        mean = process_group.all_reduce_sum_with_gradient(x.sum(dims)) / count
         # a second pass: the mean of squares less the square of the mean loses its digits
         x = x - mean.view(shape)
-        variance = process_group.all_reduce_sum_with_gradient(x.square().sum(places)) / count
+        variance = process_group.all_reduce_sum_with_gradient(x.square().sum(dims)) / count
         if self.track_running_stats:
             self._remember(mean.detach(), (variance * count / (count - 1)).detach())
         x = x * torch.rsqrt(variance.view(shape) + self.eps)

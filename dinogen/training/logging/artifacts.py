@@ -31,7 +31,7 @@ def save_samples(state: StageState, path: Path) -> np.ndarray:
 
 
 def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]:
-    """Write the final images and metric values of a finished stage; rank 0 only.
+    """Write the final images and numbers of a finished stage; rank 0 only.
 
     Args:
         state: of the finished stage.

@@ -1,4 +1,4 @@
-"""What TensorBoard shows with the curves: a layout of charts, hparams, final values, images."""
+"""What TensorBoard shows besides curves: a chart layout, hyperparameters, final values, images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dinogen.runs.values import finite
 
 log = logging.getLogger(__name__)
 
-# in the stage's folder of TensorBoard: what it came to, a run of its own
+# folder of the stage's results within its TensorBoard folder
 FINAL = "final"
 FINAL_VALUES = (
     "loss",
@@ -77,12 +77,12 @@ def chart_layout(family: Family, config: Config) -> Layout:
 
 
 def write_summary(stage: Stage) -> None:
-    """Write what a finished stage came to, as its files say it, for TensorBoard.
+    """Write the results of a finished stage, as read from its files, for TensorBoard.
 
-    Hyperparameters stand with the final metric values in the tab HParams; the metric values,
-    measured in training or by ``dinogen evaluate``, are scalars ``final/NAME`` too. They are a run
-    of their own, ``tb/final``, whose scalars are then the columns of the table, and which each call
-    writes again. Of a stage that is not finished nothing is written.
+    The tab HParams shows hyperparameters and final metric values, which were measured in training
+    or by ``dinogen evaluate`` and are also scalars ``final/NAME``. They are a run of their own,
+    ``tb/final``, whose scalars are the columns of the table; each call writes it again. Nothing is
+    written for an unfinished stage.
 
     Args:
         stage: where it lies; its run's config says what was chosen.
@@ -101,7 +101,7 @@ def write_summary(stage: Stage) -> None:
             _, start, end = hparams(_hyperparameters(stage, result), {})
             writer.file_writer.add_summary(start)
             writer.file_writer.add_summary(end)
-            for name, (value, nimg) in _metric_values(stage, result).items():
+            for name, (value, nimg) in _final_values(stage, result).items():
                 writer.add_scalar(f"final/{name}", value, nimg)
             for name, path, nimg in _images(stage, result):
                 try:
@@ -119,7 +119,7 @@ def write_summary(stage: Stage) -> None:
 
 
 def _hyperparameters(stage: Stage, result: dict[str, Any]) -> dict[str, str | float]:
-    """What was chosen, flat; what does not apply is left out."""
+    """Hyperparameters by dotted name; those that do not apply are left out."""
     whole = stage.run.config.model_dump(mode="json")
     chosen = {name: whole[name] for name in ("seed", "family", "optim", "ema")}
     chosen |= {
@@ -142,16 +142,16 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, str | float]]:
         yield name, value
 
 
-def _metric_values(stage: Stage, result: dict[str, Any]) -> dict[str, tuple[float, int]]:
+def _final_values(stage: Stage, result: dict[str, Any]) -> dict[str, tuple[float, int]]:
     """Final metric values, each with the images seen when it was measured; the newest counts.
 
-    What was evaluated of an earlier checkpoint is not one of them.
+    Evaluations of earlier checkpoints are left out.
     """
     trained = result["nimg"]
     found: dict[str, tuple[Any, int]] = {name: (result.get(name), trained) for name in FINAL_VALUES}
     for line in stage.metrics:
-        for name, metric_value in line["metrics"].items():
-            found[name] = metric_value["value"], line["nimg"]
+        for name, metric in line["metrics"].items():
+            found[name] = metric["value"], line["nimg"]
     evaluation = stage.evaluation or {}
     if evaluation.get("nimg") == trained:
         values = dict(evaluation.get("metrics") or {})
