@@ -200,7 +200,7 @@ def test_damaged_samples_are_left_out_or_stop_it(
     try:
         if num == 1:
             said = evaluate(config.run, num_samples=num)["not_measured"]["held_out"]
-            assert "all 1 samples asked for of split val are damaged" in said
+            assert "all 1 requested samples of split val are damaged" in said
             return
         result = evaluate(config.run)
     finally:
