@@ -148,12 +148,12 @@ class _Needs:
         if self._data is None:
             config = self.snapshot.family.config
 
-            def unlike(data: Dataset) -> None:
+            def check(data: Dataset) -> None:
                 check_same_data(
                     self.snapshot.checkpoint, config, data_fingerprint(data), OTHER_DATA
                 )
 
-            self._data = data_or_reason(config, unlike)
+            self._data = data_or_reason(config, check)
         return self._data
 
     @property

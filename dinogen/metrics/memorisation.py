@@ -1,4 +1,4 @@
-"""Memorisation: whether samples lie nearer to training images than other real images do."""
+"""Memorisation: whether samples are nearer to training images than other real images are."""
 
 from __future__ import annotations
 

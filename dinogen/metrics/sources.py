@@ -238,7 +238,7 @@ def as_pixels(images: Tensor) -> Tensor:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Image files that lie in a folder itself, in order of their names; not hidden ones.
+    """Image files directly in a folder, in order of their names, without hidden ones.
 
     The grid that `dinogen sample` writes next to its images is not one of them.
     """

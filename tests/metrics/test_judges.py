@@ -210,8 +210,8 @@ class Harmful:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_wrong_and_harmful_weights_are_refused(tmp_path):
-    mend = "name the file in metrics.inception"
-    with pytest.raises(NotAvailable, match=rf"is no file: get https://.*{WEIGHTS_NAME} and {mend}"):
+    hint = "name the file in metrics.inception"
+    with pytest.raises(NotAvailable, match=rf"is no file: get https://.*{WEIGHTS_NAME} and {hint}"):
         judge_of("inception", tmp_path / "nothing.pth")
     (tmp_path / "text.pth").write_text("not weights")
     torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "other.pth")

@@ -1,4 +1,4 @@
-"""Real images are judged once, and never taken for others from the cache."""
+"""Real images are read once, and the cache never returns those of other images."""
 
 from __future__ import annotations
 

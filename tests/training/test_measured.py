@@ -129,7 +129,7 @@ def test_what_was_measured_before_stays_beside_it(run, caplog):
     assert "kd_dinov2" in second["measured"]["kd_dinov2"]["command"]
     assert "kd_dinov2" not in second["measured"]["fd_dinov2"]["command"]
     assert "cannot be compared" not in caplog.text
-    # a judge that cannot be had today takes away no figure of yesterday
+    # a feature extractor that is missing today does not delete a value of yesterday
     lost = evaluate(run.run, names=["fd_dinov2"], changes=["metrics.dinov2=null"])
     assert lost["measured"]["fd_dinov2"] == first["measured"]["fd_dinov2"]
     assert lost["sampling"] == second["sampling"]

@@ -15,7 +15,7 @@ from dinogen.metrics.extractors.base import ExtractorInfo, FeatureExtractor, Not
 
 
 class ClipJudge:
-    """CLIP in float32; its own bicubic filter, antialiased, brings images to its size.
+    """CLIP in float32; its own bicubic filter, antialiased, resizes images.
 
     Args:
         clip: on the CPU.
