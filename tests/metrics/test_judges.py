@@ -182,7 +182,7 @@ def test_dinov2_that_is_not_available_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(NotAvailable, match=r"metrics\.dinov2: no path is given"):
         judge_of("dinov2")
-    with pytest.raises(NotAvailable, match=r"metrics\.dinov2: nobody/nothing: there is no such folder"):
+    with pytest.raises(NotAvailable, match=r"metrics\.dinov2: nobody/nothing: there is no"):
         judge_of("dinov2", "nobody/nothing")
     with pytest.raises(NotAvailable, match=r"metrics\.dinov2: .* lacks config\.json"):
         judge_of("dinov2", tmp_path)
@@ -228,7 +228,7 @@ def test_without_a_path_it_is_torchs_hub_cache(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     asked = []
     monkeypatch.setattr(inception_file, "_answers", lambda url: asked.append(url) is not None)
-    with pytest.raises(NotAvailable, match=rf"{WEIGHTS_NAME} is not there and cannot be downloaded"):
+    with pytest.raises(NotAvailable, match=rf"{WEIGHTS_NAME} is not there and cannot"):
         judge_of("inception")
     assert len(asked) == 1
 
