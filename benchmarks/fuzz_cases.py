@@ -257,4 +257,4 @@ def _fault(rng: random.Random, common: dict[str, Any], how: str) -> dict[str, An
 
 def _names(damaged: list[int]) -> str:
     keys = "|".join(str(number) for number in damaged)
-    return rf"(train|val)-\d+\.tar: (train|val)0*({keys})\b.*checksum|samples asked for"
+    return rf"(train|val)-\d+\.tar: (train|val)0*({keys})\b.*checksum|requested samples"

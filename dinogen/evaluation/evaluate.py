@@ -46,8 +46,8 @@ log = logging.getLogger(__name__)
 
 # What to do where data.path is not what a checkpoint was trained on; nothing is trained here.
 OTHER_DATA = (
-    "give data.path= the shards that it was trained on, or give others as --reference to compare "
-    "generated images with them"
+    "set data.path= to the shards that it was trained on, or use --reference to compare generated "
+    "images with other data"
 )
 
 
@@ -67,22 +67,32 @@ def evaluate(
     """Measure a checkpoint and write ``RUN/RxR/evaluation.json``.
 
     Each sample counts exactly once on any number of ranks. A damaged held-out one is left out, if
-    ``data.on_error`` is ``skip``, and counted as such. What was measured before of the same
-    checkpoint and is not measured now is kept. Data, guide and weights are loaded only if a metric
-    that is asked for needs them; where they are missing, what needs them is not available, and
-    all else is measured.
+    ``data.on_error`` is ``skip``, and counted as such. Earlier results of the same checkpoint are
+    kept unless they are measured again. Data, guide and weights are loaded only if a requested
+    metric needs them; where they are missing, that metric is reported as not available and the
+    others are measured.
+
+    ```python
+    result = dinogen.evaluate("runs/first", names=["fid", "kid"], num_samples=10000)
+    print(result["measured"]["fid"]["value"])
+    ```
 
     Args:
         run: folder of the run.
-        resolution: which stage; the largest that has a checkpoint unless given.
-        split: see :class:`EvaluationRequest`, as for the others.
-        num_samples: the same.
-        nimg: which checkpoint, by its images; the newest unless given.
-        names: the same.
-        reference: the same.
-        changes: the same.
-        out: file (``*.json``) or folder to write to; the stage's folder unless given.
-        tell: told on rank 0 what is known so far, in parts of the result, as soon as it is.
+        resolution: which stage; by default the largest that has a checkpoint.
+        split: ``train``, ``val`` or ``test``: of held-out samples and of real images; by default
+            ``val`` and ``metrics.reference_split``.
+        num_samples: how many images to generate, and at most how many held-out samples to read;
+            by default ``metrics.num_samples`` and all of them.
+        nimg: which checkpoint, by the number of images it has seen; by default the newest.
+        names: of metrics, such as ``fid``, and ``held_out`` for what the family itself measures;
+            by default ``metrics.names``, or all, and ``held_out``.
+        reference: folder of packed shards or of images to compare with; by default the run's own
+            data.
+        changes: ``KEY=VALUE`` items: keys of ``metrics:``, and where data and guide are now, such
+            as ``data.path=/mnt/faces``.
+        out: file (``*.json``) or folder to write to; by default the stage's folder.
+        tell: called on rank 0 with each part of the result as soon as it is known.
 
     Returns:
         The result as written. ``metrics`` holds the metric values by ``SOURCE/NAME``, null where
@@ -124,7 +134,7 @@ def evaluate(
 class _Needs:
     """Data and frozen networks, each loaded when a metric first needs it; or why it is missing.
 
-    Every rank has to ask for the same in the same order.
+    Every rank has to read the same attributes in the same order.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -138,12 +148,12 @@ class _Needs:
         if self._data is None:
             config = self.snapshot.family.config
 
-            def unlike(data: Dataset) -> None:
+            def check(data: Dataset) -> None:
                 check_same_data(
                     self.snapshot.checkpoint, config, data_fingerprint(data), OTHER_DATA
                 )
 
-            self._data = data_or_reason(config, unlike)
+            self._data = data_or_reason(config, check)
         return self._data
 
     @property
@@ -173,7 +183,7 @@ class _Own:
         means: over held-out samples.
         num_samples: sound ones behind them.
         num_skipped: damaged ones.
-        health: of the probe; None if it was not asked for, or is not available.
+        health: of the probe; None if it was not requested, or is not available.
         floor: of the loss, where it is known.
         missing: by ``held_out`` and ``probe``, why one is not available.
     """
@@ -204,7 +214,7 @@ class _Own:
 
 
 def _own_values(needs: _Needs, request: EvaluationRequest, settings: MetricsConfig) -> _Own:
-    """Measure held-out samples, and probe; as far as that is asked for. Every rank calls it."""
+    """Measure held-out samples, and probe, if requested. Every rank has to call it."""
     own = _Own()
     if not request.held_out and GUIDE_DIVERSITY not in settings.names:
         return own
@@ -248,8 +258,8 @@ def _probe(snapshot: Snapshot) -> Health:
 
 
 def _held_out_numbers(family: Family, data: Dataset, request: EvaluationRequest) -> list[int]:
-    """Samples for the family's own metric values; it may do without where it has none, or where
-    images are compared with other data.
+    """Samples for the family's own metric values; none if it has no such metric values, or if the images are
+    compared with other data and the run's data have no such samples.
 
     Raises:
         ConfigError: there are none.
@@ -272,7 +282,7 @@ def _measure(
     snapshot = needs.snapshot
     family, resolution = snapshot.family, snapshot.resolution
     asked = [name for name in settings.names if name != GUIDE_DIVERSITY]
-    unneeded = UserError("no metric that was asked for needs it")
+    unneeded = UserError("no requested metric needs it")
     real: Reference | UserError = unneeded
     train: Reference | UserError = unneeded
     if any(name in JUDGED and JUDGED[name].train for name in asked):
@@ -318,7 +328,7 @@ def _real(
 
 
 def _facts(snapshot: Snapshot) -> dict[str, Any]:
-    """What evaluation.json says of the checkpoint, whatever is measured of it."""
+    """What evaluation.json says of the checkpoint itself."""
     family = snapshot.family
     return {
         "stage": snapshot.resolution,
@@ -369,17 +379,27 @@ def evaluate_folder(
     out: Path | None = None,
     tell: Tell | None = None,
 ) -> dict[str, Any]:
-    """Measure image files, whoever made them, and write ``FOLDER/evaluation.json``.
+    """Measure the images in a folder, made by any program; write ``FOLDER/evaluation.json``.
+
+    ```python
+    result = dinogen.evaluate_folder(
+        "images", names=["fid", "spectrum"], reference="data/faces", split="train"
+    )
+    for name, metric in result["measured"].items():
+        print(name, metric["value"], metric["reason"])
+    ```
 
     Args:
-        folder: of the files.
-        num_samples: the first that many; all unless given.
-        split: see :class:`EvaluationRequest`, as for the others.
-        names: the same.
-        reference: the same; without it there are only metric values that compare with nothing.
-        changes: the same.
-        out: file (``*.json``) or folder to write to; ``folder`` unless given.
-        tell: told on rank 0 what is known so far, in parts of the result, as soon as it is.
+        folder: of the files, which are square and all of one size.
+        num_samples: how many to measure, the first by name; by default all.
+        split: ``train``, ``val`` or ``test`` of the reference, if it is packed shards; by default
+            ``val``.
+        names: of metrics, such as ``fid``; by default all.
+        reference: folder of packed shards or of images to compare with; without it only the
+            metrics that need no real images are available.
+        changes: ``metrics.KEY=VALUE`` items, such as ``metrics.dinov2=facebook/dinov2-large``.
+        out: file (``*.json``) or folder to write to; by default ``folder``.
+        tell: called on rank 0 with each part of the result as soon as it is known.
 
     Returns:
         The result as written, with ``measured`` and ``fingerprints`` as in :func:`evaluate`.

@@ -27,7 +27,7 @@ from shards.read.dataset import Dataset
 log = logging.getLogger(__name__)
 
 BATCH = 32
-# held-out samples that it takes to say anything at all
+# fewer held-out samples say nothing
 _WANTED = 20
 
 
@@ -38,7 +38,7 @@ def chosen_samples(data: Dataset, split: str, num: int | None, key: str) -> list
         data: has the split.
         split: ``train``, ``val`` or ``test``.
         num: how many; all if None.
-        key: what asked for them, named in errors.
+        key: the option that requests them, named in errors.
 
     Raises:
         ConfigError: there is no such split, or it has none.
@@ -53,21 +53,21 @@ def chosen_samples(data: Dataset, split: str, num: int | None, key: str) -> list
 
 
 def _none_in(data: Dataset, split: str) -> str:
-    """What to say of a split without samples, and what can be done about it."""
+    """The message about a split without samples, with what can be done about it."""
     have = ", ".join(f"{info.num_samples} in {s}" for s, info in data.manifest.splits.items())
     total = sum(info.num_samples for info in data.manifest.splits.values())
     said = f"{data.location} has no samples in split {split} (but {have}): "
-    instead = "or measure on what was learnt: --split train"
+    instead = "or measure on the training data: --split train"
     if total < 2 * _WANTED:
         return (
             f"{said}with {total} in all there are too few to hold some back: pack more photos "
             f"with prepare.pack.{split}_fraction=0.1 and train on them, {instead}"
         )
-    # the share that gives some to compare with, and never less than was usual before
+    # the fraction that gives enough to compare with, and never less than the usual 0.05
     share = max(0.05, math.ceil(100 * _WANTED / total) / 100)
     return (
         f"{said}prepare again with prepare.pack.{split}_fraction={share:g} or more and train on "
-        f"that, for what was learnt is not held out; {instead}"
+        f"that, because training data are not held out; {instead}"
     )
 
 
@@ -77,7 +77,8 @@ def held_out_means(
 ) -> tuple[dict[str, float], int]:
     """The family's ``held_out``, averaged over all ranks' samples, and how many were sound.
 
-    No collective but at the end. A damaged sample is left out if ``data.on_error`` is ``skip``.
+    Ranks communicate only at the end. If ``data.on_error`` is ``skip``, a damaged sample is left
+    out.
 
     Args:
         family: one with the ability ``MeasuresHeldOut``.
@@ -104,7 +105,7 @@ def held_out_means(
                 sums[name] = sums.get(name, 0.0) + float(value) * size
             count += size
         if not count:
-            # nothing fell to this rank, but it has to know which sums the others will add
+            # this rank has no samples, but it has to know which sums the others will add
             batch = _read(family, data, split, numbers[:1], "skip")
             sums = dict.fromkeys(family.held_out(networks, batch), 0.0)
     except (UserError, ShardsError, OSError) as error:
@@ -116,14 +117,14 @@ def held_out_means(
     *totals, num = process_group.all_reduce_sum(local).tolist()
     if not num:
         raise ConfigError(
-            f"{data.location}: all {len(numbers)} samples asked for of split {split} are damaged: "
+            f"{data.location}: all {len(numbers)} requested samples of split {split} are damaged: "
             "run `dinogen shards verify` for the whole list"
         )
     return {name: total / num for name, total in zip(sums, totals, strict=True)}, int(num)
 
 
 def _batches(family: Family, data: Dataset, split: str, numbers: list[int]) -> Iterator[Batch]:
-    """The samples in parts; damaged ones are left out, if the run skips them too."""
+    """The samples in parts, without damaged ones if the run skips those too."""
     for first in range(0, len(numbers), BATCH):
         part = numbers[first : first + BATCH]
         try:

@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, and evaluation.json: what it and earlier ones measured."""
+"""What an evaluation is to measure, and evaluation.json: what it and earlier ones measured."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ from shards.format.manifest import SPLITS
 
 log = logging.getLogger(__name__)
 
-# Two results with these alike are of the same images, so their metric values may stand side by
-# side.
-_SAME = ("resolution", "nimg", "images")
+# Two results in which these are equal are of the same images, so both may be in one file.
+_SAME = ("resolution", "nimg", "pictures")
 _WEIGHTS = "weights_sha256"  # the same, but earlier versions did not write it
 # What the family measures of itself, which goes together.
 _OWN = ("metrics", "health", "warnings", "floor", "split", "num_samples", "num_skipped")
 # Those of them that are about its held-out samples.
 _OF_SAMPLES = ("floor", "split", "num_samples", "num_skipped")
-# Told a part of the result as soon as it is known, on rank 0.
+# Called on rank 0 with each part of the result as soon as it is known.
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -50,7 +49,7 @@ class Place:
 
     @property
     def folder(self) -> Path:
-        """That it lies in."""
+        """The folder of the file."""
         return self.path.parent
 
 
@@ -62,7 +61,7 @@ def find_path(folder: Path, out: Path | None) -> Path:
 
 
 def find_place(folder: Path, out: Path | None) -> Place:
-    """Where to write, and whether that can be done, tried before the work; every rank calls it.
+    """Where to write, and whether that is possible, tried before the work; every rank calls it.
 
     Args:
         folder: of what is measured.
@@ -83,12 +82,12 @@ def find_place(folder: Path, out: Path | None) -> Place:
         raise UserError(f"--out {out}: cannot be written: {problem}: name another place")
     if process_group.is_main():
         log.warning("%s cannot be written: %s", path, problem)
-        log.warning("METRIC VALUES WILL BE PRINTED ONLY: give --out FILE or FOLDER to keep them")
+        log.warning("RESULTS WILL ONLY BE PRINTED: give --out FILE or FOLDER to keep them")
     return Place(path, False)
 
 
 def metric_value_teller(tell: Tell | None) -> suite.Tell | None:
-    """Tells a metric value of the suite as a part of the result."""
+    """Wraps ``tell`` so that it gets each measured value as a part of the result."""
     if tell is None:
         return None
 
@@ -112,9 +111,9 @@ def write_result(
 ) -> dict[str, Any]:
     """Write the result, if its place can be written; every rank has to call it.
 
-    Metric values that were measured before of the same images, and not now, are kept with their
-    fingerprints and commands, and named. Who measures again against something else is told what
-    differs.
+    Earlier results of the same images that are not measured again are kept, with their
+    fingerprints and commands, and listed in ``measured_before``. If a metric is measured again
+    against something else, the log says what differs.
 
     Args:
         place: of the file.
@@ -142,8 +141,8 @@ def write_result(
     with process_group.rank_zero_section() as mine:
         if mine:
             earlier = read_evaluation(place.path)
-            for said in earlier.messages():
-                log.warning("%s; metric values of before that cannot be read are left out", said)
+            for said in earlier.told():
+                log.warning("%s; earlier results that cannot be read are left out", said)
             before = earlier.value or {}
             weights = result.get(_WEIGHTS)
             same = all(before.get(key) == result.get(key) for key in _SAME)
@@ -157,8 +156,8 @@ def write_result(
     problem, written = process_group.broadcast_object([problem, result])
     if problem is not None:
         raise UserError(
-            f"{place.path}: can no longer be written: {problem}: the metric values above are not "
-            "kept anywhere else; measure again with --out FILE"
+            f"{place.path}: can no longer be written: {problem}: the results are only in the "
+            "output above; measure again with --out FILE"
         )
     kept: dict[str, Any] = written
     return kept
@@ -174,7 +173,7 @@ def _keep(result: dict[str, Any], before: dict[str, Any]) -> None:
         if new is None or (new["value"] is None and metric_value["value"] is not None):
             measured[name] = metric_value
             result["measured_before"].append(name)
-            if new is not None:  # asked for and not available: the old metric value is no answer
+            if new is not None:  # requested but not available: the old value does not answer that
                 result["not_measured"] = (result.get("not_measured") or {}) | {name: new["reason"]}
         elif (
             new["value"] is not None
@@ -186,7 +185,7 @@ def _keep(result: dict[str, Any], before: dict[str, Any]) -> None:
                 marks.get(metric_value["fingerprint"], {}),
             )
             log.warning(
-                "%s: was measured before against something else, the two metric values cannot be "
+                "%s was measured before against something else, so the two values cannot be "
                 "compared: %s",
                 name,
                 "; ".join(differences(now, then)),
@@ -200,7 +199,7 @@ def _keep(result: dict[str, Any], before: dict[str, Any]) -> None:
         result |= {key: before[key] for key in _OWN if key in before}
         result["measured_before"].append(HELD_OUT)
     elif not any(map(is_held_out, own)) and any(map(is_held_out, own_before)):
-        # probed now, but for guide_diversity alone
+        # now only the probe ran, for guide_diversity
         result["metrics"] = own | {k: v for k, v in own_before.items() if is_held_out(k)}
         result |= {key: before[key] for key in _OF_SAMPLES if key in before}
         result["measured_before"].append(HELD_OUT)
@@ -211,9 +210,9 @@ def is_held_out(name: str) -> bool:
     return name.startswith(f"{HELD_OUT}/")
 
 
-# Stands among the names of metrics for what the family itself measures: held-out samples, a probe.
+# Among the names of metrics it means what the family itself measures: held-out samples, a probe.
 HELD_OUT = "held_out"
-# Where things lie that may have moved since: what they hold is compared by hashes.
+# Locations, which may have changed since: contents are compared by hashes.
 PLACES = re.compile(
     r"data\.(path|mix|cache_dir|cache_gb|num_threads)(?=[.=])"
     r"|(guide|clip|guides\.\w+)\.(path|revision)(?==)"
@@ -227,8 +226,8 @@ class EvaluationRequest:
     Attributes:
         names: of metrics, and ``held_out`` for what the family itself measures; those of
             ``metrics.names``, or all, and ``held_out``, if empty.
-        num_samples: images that are generated, or the first that many of a folder, and at most
-            as many held-out samples; ``metrics.num_samples`` and all of them if None.
+        num_samples: number of images that are generated, or measured of a folder, and the
+            largest number of held-out samples; ``metrics.num_samples`` and all of them if None.
         split: of held-out samples and real images; val and ``metrics.reference_split`` if None.
         reference: packed shards, or a folder of images, to compare with; the run's own data if
             None.
@@ -248,16 +247,16 @@ class EvaluationRequest:
 
     @property
     def held_out(self) -> bool:
-        """Whether the family's own metric values are asked for."""
+        """Whether what the family itself measures is requested."""
         return not self.names or HELD_OUT in self.names
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Changes that say where something lies."""
+        """Changes that say where something is."""
         return tuple(item for item in self.changes if not item.startswith("metrics."))
 
     def settings(self, metrics: MetricsConfig) -> MetricsConfig:
-        """The section ``metrics:`` as it is asked for; without names if only ``held_out`` is.
+        """The section ``metrics:`` as requested; without names if only ``held_out`` is.
 
         Raises:
             ConfigError: a change or a metric is not known.
@@ -290,7 +289,7 @@ class EvaluationRequest:
 
 
 def check_changes(changes: tuple[str, ...]) -> None:
-    """Refuse changes of what a run has learnt from.
+    """Refuse changes of what a run was trained with.
 
     Raises:
         ConfigError: naming the first.

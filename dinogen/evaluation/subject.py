@@ -51,9 +51,9 @@ def subject_of(
         family: samples.
         networks: its moving averages.
         num: samples.
-        real: images of its resolution that nothing was learnt from, or why there are none.
+        real: images of its resolution that it was not trained on, or why there are none.
         train: those that it was trained on.
-        settings: which prompts it is asked for by, if any.
+        settings: name the file of prompts, if any.
         facts: what the family's ``describe`` said in training.
         shares: of the classes in the data, for families that have classes; None: in turn.
     """
@@ -81,7 +81,7 @@ def subject_of(
 def _reconstruction(
     family: Reconstructs, networks: Networks, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """What a family makes of images (N, 3, R, R) and their numbers (N,)."""
+    """A function of images (N, 3, R, R) and their numbers (N,) that encodes and decodes them."""
 
     def reconstruct(images: Tensor, numbers: Tensor) -> Tensor:
         made = family.reconstruct(networks, {"image": images.to(device), "position": numbers})
@@ -95,7 +95,7 @@ def _reconstruction(
 def prompted_by(
     family: Family, networks: Networks, num: int, settings: MetricsConfig, facts: Mapping[str, Any]
 ) -> Prompted | UserError:
-    """Images that a family makes of ``metrics.prompts``, or why there are none.
+    """Images that a family makes for ``metrics.prompts``, or why there are none.
 
     Args:
         family: samples.
@@ -130,9 +130,9 @@ def real_images(
     Args:
         data: has the split.
         split: ``train``, ``val`` or ``test``.
-        num: at most that many; all if None.
+        num: how many at most; all if None.
         resolution: side in pixels.
-        key: what asked for them, named in the reason.
+        key: the option that requests them, named in the reason.
     """
     try:
         return Images(data, split, chosen_samples(data, split, num, key), resolution)
@@ -163,9 +163,9 @@ def reference_at(
             raise ConfigError(
                 f"--reference {location}: its images are {folder.resolution}x"
                 f"{folder.resolution}, those measured {resolution}x{resolution}: give packed "
-                "shards, which are brought to that size, or images of the same size"
+                "shards, which are resized, or images of the same size"
             )
-        return folder, UserError(f"{location}: a folder of images says nothing of training")
+        return folder, UserError(f"{location}: a folder of images has no training split")
     data = open_dataset(location)
     split, num = settings.reference_split, settings.num_reference
     real = real_images(data, split, num, resolution, "metrics.reference_split")

@@ -1,6 +1,6 @@
-"""Measures the moving averages while a run trains, on held-out and generated images alike.
+"""Measures the moving averages while a run trains, on held-out and on generated images.
 
-It also says when to end the run, where metric values no longer get better.
+It also decides when to end the run because the values no longer improve.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Validator:
             Metric values by ``val/NAME``, those of generated images by ``metrics/NAME``.
 
         Raises:
-            ConfigError: there is no such metric value as ``eval.metric``, or it is not available.
+            ConfigError: ``eval.metric`` is not measured, or is not available.
         """
         state = self.state
         means: dict[str, float] = {}
@@ -112,7 +112,7 @@ class Validator:
         return subject_of(state.family, networks, num, real, train, metrics, facts, shares)
 
     def _check(self) -> None:
-        """Say before the first step what will not be measured, and refuse to do without it."""
+        """Warn before the first step of what is not available; ``eval.metric`` has to be."""
         metric = self.config.metric
         for name in self.names:
             reason = why_not(name, self.extractors, self.subject)
@@ -122,16 +122,16 @@ class Validator:
                 raise ConfigError(f"eval.metric: {name} is not available: {reason}")
             self._tell(name, reason)
         if metric in self.names and better(metric) == "none":
-            raise ConfigError(f"eval.metric: of {metric} neither less nor more is better")
+            raise ConfigError(f"eval.metric: neither lower nor higher is better for {metric}")
 
     def _tell(self, name: str, reason: str) -> None:
-        """Once, loudly, what is not measured."""
+        """Warn, once, that a metric is not measured."""
         if name not in self.told and process_group.is_main():
             log.warning("NOT MEASURED: %s: %s", name, reason)
         self.told.add(name)
 
     def _generated(self) -> dict[str, MetricValue]:
-        """Measure generated images, on all ranks, and write the line of it."""
+        """Measure generated images, on all ranks, and add a line to ``metrics.jsonl``."""
         state = self.state
         asked = [name for name in self.names if name != GUIDE_DIVERSITY]
         found = measure(asked, self.extractors, self.subject, cache=state.config.metrics.cache)

@@ -1,4 +1,4 @@
-"""Each image once through each extractor, shared out over ranks: moments always, rows if asked."""
+"""Each image once through each extractor, split over ranks: moments, and rows if needed."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Seen:
     """What one feature extractor saw of all images; the same on all ranks.
 
     Attributes:
-        info: who it is.
+        info: of the feature extractor.
         moments: of its features.
         features: (num, C) float32 on the CPU in order of number; None unless kept.
-        logits: (num, classes) float32 the same; None unless kept, or if it has none.
+        logits: (num, classes) float32, the same way; None unless kept, or if it has none.
     """
 
     info: ExtractorInfo
@@ -54,7 +54,7 @@ class Collected:
     Attributes:
         num: images.
         seen: by name of the feature extractor.
-        images: the first ones, (num_images, 3, R, R) uint8 on the CPU; None unless asked for.
+        images: the first ones, (num_images, 3, R, R) uint8 on the CPU; None unless requested.
     """
 
     num: int
@@ -71,20 +71,20 @@ def collect(
 ) -> Collected:
     """Read every image once and show it to every feature extractor once; all ranks together.
 
-    Ranks take whole batches, and a batch is the same images on any number of ranks: so rows are
-    the same to the bit where the ranks compute alike. Ranks meet at the very end, and a rank may
-    have nothing to do.
+    Ranks take whole batches, and a batch holds the same images on any number of ranks. So rows
+    are bitwise the same if all ranks have the same hardware. Ranks communicate only at the end,
+    and a rank may have nothing to do.
 
     Args:
         source: the images.
-        feature extractors: by whom they are judged; each has a name of its own.
+        extractors: each has a name of its own.
         keep: names of the extractors whose rows are kept and gathered, N x C float32 on every rank.
         batch: images read and judged at a time.
-        num_images: that many of the first images are kept too.
+        num_images: how many of the first images are kept too.
 
     Raises:
         ValueError: no images.
-        Unreadable: one cannot be read; on every rank, whichever found it.
+        Unreadable: one cannot be read; raised on every rank.
     """
     if source.num < 1:
         raise ValueError("there are no images to measure")
@@ -115,7 +115,7 @@ class Unreadable(UserError):
 
 
 def agree_readable(failure: Exception | None) -> None:
-    """Meet the other ranks behind the reading of images; every rank has to call it.
+    """Agree with the other ranks that all images were read; every rank has to call it.
 
     Raises:
         Unreadable: a rank could not read its own.
@@ -142,10 +142,10 @@ class _Notes:
             kept.append(found[name])
 
     def joined(self, num: int) -> Seen:
-        """The same of all ranks."""
+        """What all ranks have seen."""
         moments = self.moments.merged()
         if moments.count != num:
-            raise RuntimeError(f"{moments.count} of {num} images were judged")
+            raise RuntimeError(f"{moments.count} of {num} images were seen")
         rows = {
             name: _gather(torch.cat([torch.empty(0, width), *self.rows.pop(name)]))
             for name, width in self.widths.items()

@@ -32,12 +32,12 @@ def fingerprint(
     """Everything that two metric values of one metric need to have in common.
 
     Args:
-        feature extractor: by whom images are judged.
+        extractor: what sees the images.
         resolution: side of the generated images.
         num_samples: how many there are.
-        reference: what ``Reference.facts`` says; None where a metric compares with nothing.
+        reference: from ``Reference.facts``; None if the metric compares with nothing.
         num_reference: how many real images.
-        sampling: how they were drawn, where that is not as everywhere: shares of classes, noise.
+        sampling: how they were drawn, if not in the usual way: shares of classes, noise.
 
     Returns:
         ``data``, ``split``, ``num_reference``, ``num_samples``, ``resolution``, ``resize``,
@@ -61,13 +61,13 @@ def fingerprint(
 
 
 def fingerprint_id(facts: Mapping[str, Any]) -> str:
-    """12 hex digits of a fingerprint, regardless of the order of its keys."""
+    """12 hex digits of a fingerprint; the order of its keys does not matter."""
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """In what two fingerprints differ, a phrase each: ``split: val, not test``."""
+    """Where two fingerprints differ, one phrase each: ``split: val, not test``."""
     keys = [*one, *(key for key in other if key not in one)]
     return [
         f"{key}: {_short(one.get(key))}, not {_short(other.get(key))}"
@@ -77,7 +77,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def data_sha256(data: Dataset) -> str:
-    """Hash of what all shards of a dataset hold, wherever it lies; of a mix, its weights too."""
+    """Hash of the contents of all shards of a dataset, and of the weights of a mix."""
     parts: list[object] = []
     for one, weight in zip(data.sets, data.weights, strict=True):
         shards = one.manifest.shards
@@ -88,12 +88,12 @@ def data_sha256(data: Dataset) -> str:
 
 
 def files_sha256(files: Iterable[Path]) -> str:
-    """Hash of what some files hold, in their order; their names do not matter."""
+    """Hash of the contents of files, in their order; their names do not matter."""
     text = "\n".join(sha256_file(file) for file in files)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _short(value: object) -> str:
-    """A value for people: of a hash its first digits."""
+    """A value as people read it: the first digits of a hash."""
     text = str(value)
     return text[:_DIGITS] if isinstance(value, str) and len(text) == 64 else text

@@ -55,7 +55,7 @@ def frechet_spread(generated: Tensor, reference: Moments, num: int, seed: int) -
         seed: of the halves.
 
     Returns:
-        None where there are too few rows, or fewer than two halves are asked for.
+        None where there are too few rows, or fewer than two halves are requested.
     """
     chosen = halves(len(generated), num, seed)
     if not chosen:

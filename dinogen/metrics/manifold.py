@@ -12,7 +12,7 @@ from dinogen.metrics.value import Estimate, halves, standard_deviation
 
 K_PRECISION = 3  # neighbours; the papers' own numbers
 K_DENSITY = 5
-# Of that many neighbours among all rows, fewer than three are in a random half once in 8 million.
+# Of 32 neighbours among all rows, fewer than three are in a random half once in 8 million.
 _NUM_REMEMBERED = 32
 
 

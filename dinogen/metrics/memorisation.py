@@ -1,4 +1,4 @@
-"""Memorisation: whether samples lie nearer to training images than other real images do."""
+"""Memorisation: whether samples are nearer to training images than other real images are."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Memorisation:
-    """The ratio, and who is nearest to whom.
+    """The ratio, and the closest pairs of a sample and a training image.
 
     Attributes:
         ratio: mean distance of samples to their nearest training image over that of held-out
             images. Near 1: as new as real images; near 0: copies. Far above 1 a sample is
             like no image at all.
-        pairs: the closest, nearest first, to be looked at.
+        pairs: the closest, nearest first, for people to look at.
     """
 
     ratio: Estimate
@@ -53,7 +53,7 @@ def memorisation(
         held_out: (K, C) of real images that were not trained on.
         num: halves of the generated rows for the spread.
         seed: of the halves.
-        num_pairs: how many of the closest pairs are told.
+        num_pairs: how many of the closest pairs to return.
 
     Raises:
         ValueError: one of them is empty, or every held-out image is in the training set.

@@ -1,4 +1,4 @@
-"""How well images fit the prompts they were asked for by: CLIP score and retrieval."""
+"""How well images fit the prompts they were made for: CLIP score and retrieval."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def prompted_values(
     Args:
         names: which of the two.
         prompted: images and prompts.
-        feature extractor: CLIP.
-        batch: images made and judged at a time.
+        extractor: CLIP.
+        batch: images made at a time.
     """
     assert isinstance(extractor, ClipExtractor)
     num, texts = prompted.images.num, list(prompted.texts)
@@ -79,8 +79,8 @@ def prompted_values(
         RETRIEVAL: retrieval_accuracy(rows.features, embedded, own),
     }
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    asked = {"data": digest, "split": f"guidance {prompted.guidance:g}", "resize": "none"}
-    facts = fingerprint(extractor.info, prompted.images.resolution, num, asked, len(texts))
+    reference = {"data": digest, "split": f"guidance {prompted.guidance:g}", "resize": "none"}
+    facts = fingerprint(extractor.info, prompted.images.resolution, num, reference, len(texts))
     return [
         (MetricValue(name, values[name], None, BETTER[name], num, len(texts), None), facts)
         for name in names
@@ -117,12 +117,12 @@ def retrieval_accuracy(images: Tensor, prompts: Tensor, own: Tensor) -> float:
     """Share of images that are nearer to their own prompt than to any other.
 
     CLIP R-precision of Park et al. 2021, "Benchmark for Compositional Text-to-Image Synthesis",
-    with all P prompts as candidates. A tie is a miss, so that a CLIP or a generator that
-    tells nothing apart gets 0.
+    with all P prompts as candidates. A tie is a miss, so that a CLIP or a generator for
+    which all prompts are the same gets 0.
 
     Args:
         images: (N, E), of any length but zero.
-        prompts: (P, E), P at least 2, no two alike.
+        prompts: (P, E), P at least 2, all different.
         own: (N,) int64, each image's row of ``prompts``.
 
     Returns:

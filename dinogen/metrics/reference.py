@@ -1,7 +1,7 @@
 """What extractors see of real images: computed once, then cached under its fingerprint.
 
 A cached set is one safetensors file that says itself what it is of, so processes that write it at
-the same time cannot mix theirs up; the JSON file beside it is for people.
+the same time cannot mix theirs up; the JSON file next to it is for people.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def seen_of_reference(
 
     Args:
         source: the images.
-        feature extractors: by whom they are judged.
+        extractors: what sees them.
         keep: names of the feature extractors whose features are needed row by row.
-        batch: images read and judged at a time.
-        cache: folder of what was worked out before; :data:`CACHE` unless given.
+        batch: images read at a time.
+        cache: folder of stored sets; :data:`CACHE` unless given.
     """
     facts = source.facts()
     keys = {one.info.name: _key(one.info, source, facts) for one in extractors}
@@ -52,7 +52,7 @@ def seen_of_reference(
     for extractor in extractors:
         name = extractor.info.name
         seen = _load(folder, keys[name], extractor.info, name in keep)
-        # a cache may be a node's own, and ranks have to agree on what is to be worked out
+        # each node may have its own cache, and ranks have to agree on what to compute
         if not process_group.any_rank(seen is None) and seen is not None:
             found[name] = seen
     missing = [extractor for extractor in extractors if extractor.info.name not in found]
@@ -75,7 +75,7 @@ def _path(folder: Path, key: Facts) -> Path:
 
 
 def _load(folder: Path, key: Facts, info: ExtractorInfo, keep: bool) -> Seen | None:
-    """What was stored, if it is whole, of the same images, and all that is asked for."""
+    """What was stored, if it is whole, of the same images, and has the rows if they are needed."""
     path = _path(folder, key)
     try:
         if not path.is_file():
@@ -86,10 +86,10 @@ def _load(folder: Path, key: Facts, info: ExtractorInfo, keep: bool) -> Seen | N
         sound = weights_sha256(tensors) == said.get("sha256")
         of_these = json.loads(said.get("facts", "null")) == key
     except (OSError, ValueError, SafetensorError) as error:
-        log.warning("%s: is damaged (%s): it is worked out again", path, error)
+        log.warning("%s: is damaged (%s): it is computed again", path, error)
         return None
     if not sound or not of_these:
-        log.warning("%s: is damaged or of other images: it is worked out again", path)
+        log.warning("%s: is damaged or of other images: it is computed again", path)
         return None
     features = tensors.get("features")
     if keep and features is None:

@@ -29,8 +29,8 @@ class Sets:
 
     Attributes:
         generated: the images measured.
-        real: those compared with; None if no metric asks for them.
-        train: those learnt from; None the same.
+        real: those compared with; None if no metric needs them.
+        train: those trained on; None if no metric needs them.
         num_halves: halves of the generated images that spreads are taken over.
         seed: of the halves.
     """
@@ -53,12 +53,12 @@ class Metric:
     """One metric under one feature extractor.
 
     Attributes:
-        feature extractor: name of the feature extractor.
+        extractor: name of the feature extractor.
         better: which way is better.
-        estimate: works it out.
+        estimate: computes it.
         real: ``moments`` or ``rows`` of real images are needed, or None of them at all.
-        rows: generated features are needed row by row, whether a spread is asked for or not.
-        train: features of the images that were learnt from are needed too.
+        rows: generated features are needed row by row, even if no spread is requested.
+        train: features of the training images are needed too.
         covariance: that of the features is compared, which takes more images than dimensions.
     """
 
@@ -72,7 +72,7 @@ class Metric:
 
 
 def _rows(seen: Seen | None) -> Tensor:
-    """Features that were asked to be kept."""
+    """Features, which the caller has requested to be kept."""
     assert seen is not None and seen.features is not None
     return seen.features
 

@@ -1,7 +1,7 @@
 """Where images to be measured come from: shards, a folder of files, or a generator; all uint8.
 
-A run and the folder of PNG files that it writes are measured alike, because whatever is generated
-is rounded to the 256 values of a file first.
+A run and the folder of PNG files that it writes are measured the same way, because generated
+images are rounded to the 256 values of a file first.
 """
 
 from __future__ import annotations
@@ -96,12 +96,12 @@ class Images(Reference):
 class Folder(Reference):
     """Image files of one folder in order of their names, read as photos are.
 
-    All files are decoded once to begin with. Those that cannot be used are left out, which is said
-    in the log: one damaged file must not stop the measuring of all others.
+    All files are decoded once at the start. Files that cannot be used are left out, with a
+    warning: one damaged file must not prevent the others from being measured.
 
     Args:
         folder: of the files.
-        num: the first that many; all unless given.
+        num: how many to take, the first by name; all unless given.
 
     Attributes:
         files: those that are used.
@@ -150,7 +150,7 @@ class Folder(Reference):
         """(len(numbers), 3, R, R) uint8 RGB.
 
         Raises:
-            UserError: a file was changed meanwhile, and cannot be read any longer; names it.
+            UserError: a file was changed meanwhile and can no longer be read; names it.
         """
         return torch.stack([self._pixels(self.files[number]) for number in numbers])
 
@@ -173,11 +173,11 @@ class Generated:
     """Images that a network makes by number; knows how fast it made them.
 
     Args:
-        sample: numbers (N,) int64 -> (N, 3, R, R) in [-1, 1]; the same image for a number
-            whatever else is asked for.
+        sample: numbers (N,) int64 -> (N, 3, R, R) in [-1, 1]; the same image for a number,
+            no matter which others are requested with it.
         num: how many there are.
         resolution: side in pixels.
-        how: in what they differ from what the generator gives people; part of the fingerprint.
+        how: how they differ from what `dinogen sample` makes; part of the fingerprint.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class Generated:
 
 
 class Reconstructed:
-    """Real images beside what an autoencoder makes of them, by number.
+    """Real images and their reconstructions by an autoencoder, by number.
 
     Args:
         real: the images.
@@ -239,9 +239,9 @@ def as_pixels(images: Tensor) -> Tensor:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Image files that lie in a folder itself, in order of their names; not hidden ones.
+    """Image files directly in a folder, in order of their names, without hidden ones.
 
-    The grid that `dinogen sample` puts beside its images is not one of them.
+    The grid that `dinogen sample` writes next to its images is not one of them.
     """
     return [file for file in _visible(folder) if file.suffix.lower() in IMAGE_SUFFIXES]
 

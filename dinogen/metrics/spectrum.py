@@ -10,7 +10,7 @@ _LEAST = 1 / 12 / 255**2
 
 
 def spectrum_distance(generated: Tensor, real: Tensor) -> float:
-    """Mean over bands of how many decibels the two are apart; 0 where the spectra are alike.
+    """Mean over bands of the difference in decibels; 0 if the spectra are the same.
 
     Args:
         generated: (B,) mean power by band, as :class:`SpectrumExtractor` finds it.
@@ -25,7 +25,7 @@ def sharpness(generated: Tensor, real: Tensor) -> float:
     """Power per frequency in the finer half of the bands over that of real images; 1 is as real.
 
     Each of these bands counts the same. Below 1 images are blurred; above it they have noise or
-    patterns that real ones have not.
+    patterns that real ones do not have.
 
     Args:
         generated: (B,) mean power by band.

@@ -43,9 +43,9 @@ class Subject:
     Attributes:
         generated: the images measured.
         real: those they are compared with, of the same side.
-        train: those that were learnt from.
+        train: those that were trained on.
         pairs: real images and their reconstructions.
-        prompted: images that were asked for by prompts.
+        prompted: images that were made for prompts.
     """
 
     generated: Sized
@@ -63,7 +63,7 @@ class Measurement:
     """What was found, the same on every rank.
 
     Attributes:
-        metric values: by name of the metric, one for each that was asked for.
+        metric values: by name of the metric, one for each that was requested.
         fingerprints: by their ids, what the metric values were measured against.
         made: whether images were generated: nothing is, if no metric is available.
         tell: see :func:`measure`.
@@ -75,7 +75,7 @@ class Measurement:
     tell: Tell | None = None
 
     def say(self, name: str) -> None:
-        """Tell a metric value that was taken in, on rank 0."""
+        """Pass a metric value that was added on to ``tell``, on rank 0."""
         metric_value = self.metric_values[name]
         if self.tell is not None and metric_value.value is not None and process_group.is_main():
             self.tell(metric_value, self.fingerprints)
@@ -118,11 +118,11 @@ def measure(
 
     Args:
         names: of metrics, all but guide_diversity, which a family measures itself.
-        feature extractors: who feature extractor.
+        extractors: load what the metrics need.
         subject: what is measured.
         num_halves: halves of the generated images, for spreads; no spread below 2.
         cache: folder of reference statistics.
-        tell: told each metric value that has a value as soon as it is known, on rank 0.
+        tell: called on rank 0 with each metric value that has a value as soon as it is known.
     """
     asked = list(names)
     found = Measurement(tell=tell)
@@ -150,7 +150,7 @@ def measure(
 
 
 def why_not(name: str, extractors: Extractors, subject: Subject) -> str | None:
-    """Why a metric is not available; None if it can. Every rank has to ask."""
+    """Why a metric is not available; None if it is. Every rank has to call it."""
     needed: list[object] = []
     if name in JUDGED:
         metric = JUDGED[name]
@@ -175,7 +175,7 @@ def _logits(
     num_images: int,
     found: Measurement,
 ) -> Collected | None:
-    """Show everything to the feature extractors, and work out their metrics on rank 0."""
+    """Show all images to the feature extractors, and compute their metrics on rank 0."""
     real, bad_real = _seen(subject.real, chosen, extractors, cache, train=False)
     train, bad_train = _seen(subject.train, chosen, extractors, cache, train=True)
     for name, metric in list(chosen.items()):
@@ -224,7 +224,7 @@ def _metric_value(name: str, metric: Metric, sets: Sets, num: int, subject: Subj
     try:
         estimate = metric.estimate(sets)
     except (ValueError, ArithmeticError, RuntimeError) as error:
-        # one that cannot be worked out costs the others nothing
+        # the others are measured all the same
         return MetricValue.missing(name, metric.better, str(error) or type(error).__name__)
     return MetricValue(name, estimate.value, estimate.spread, metric.better, num, num_real, None)
 
@@ -236,14 +236,15 @@ def _facts(metric: Metric, extractor: ExtractorInfo, subject: Subject) -> Facts:
         return fingerprint(extractor, made.resolution, made.num, sampling=how)
     reference = subject.real.facts()
     if metric.train and isinstance(subject.train, Reference):
-        learnt = subject.train.facts()
-        beside = f"{subject.train.num} of {learnt['split']} of {learnt['data'][:12]}"
-        reference = reference | {"split": f"{reference['split']} beside {beside}"}
+        train = subject.train.facts()
+        trained_on = f"{subject.train.num} of {train['split']} of {train['data'][:12]}"
+        # "beside" stays: the ids of stored results depend on it
+        reference = reference | {"split": f"{reference['split']} beside {trained_on}"}
     return fingerprint(extractor, made.resolution, made.num, reference, subject.real.num, how)
 
 
 def _how(subject: Subject) -> Facts:
-    """How the images were drawn, where that is not as everywhere."""
+    """How the images were drawn, if not in the usual way."""
     made = subject.generated
     return made.how if isinstance(made, Generated) else {}
 
@@ -268,13 +269,13 @@ def _seen(
 
 
 def _loaded(metrics: list[Metric], extractors: Extractors) -> list[FeatureExtractor]:
-    """The feature extractors of metrics that is available, each once."""
+    """The available feature extractors of metrics, each once."""
     found = (extractors.get(name) for name in dict.fromkeys(metric.extractor for metric in metrics))
     return [extractor for extractor in found if not isinstance(extractor, NotAvailable)]
 
 
 class _First:
-    """The first images of a source alone, where nothing needs the others."""
+    """Only the first images of a source, if nothing needs the others."""
 
     def __init__(self, source: Source, num: int) -> None:
         self.num = min(num, source.num)
@@ -282,7 +283,7 @@ class _First:
 
 
 def _compare(images: Tensor, extractors: Extractors, subject: Subject, found: Measurement) -> None:
-    """How unlike each other some generated images look."""
+    """How different from each other some generated images look."""
     perceptual = extractors.perceptual()
     assert not isinstance(perceptual, NotAvailable)
     metric_value = lpips_diversity(images, perceptual)
@@ -295,7 +296,7 @@ def _compare(images: Tensor, extractors: Extractors, subject: Subject, found: Me
 def _reconstruct(
     names: list[str], extractors: Extractors, subject: Subject, found: Measurement
 ) -> None:
-    """How near reconstructions of real images are to them."""
+    """How close reconstructions of real images are to the originals."""
     pairs = subject.pairs
     if not names or isinstance(pairs, UserError):
         return

@@ -24,13 +24,13 @@ class MetricValue:
         name: of the metric, such as ``fid768``.
         value: None if it is not available.
         spread: its standard error; None where it is not known.
-        better: which way is better; ``none`` where a metric value only says something.
+        better: which way is better; ``none`` if neither is.
         num_samples: generated images behind it.
         num_reference: real images behind it; None where it needs none.
         fingerprint: id of what it was measured against; only metric values of one id can be
             compared.
         reason: why the value is None, with the remedy; None otherwise.
-        caution: why it is to be read with care; None if nothing speaks against it.
+        caution: why it has to be read with care; None if there is no reason to.
     """
 
     name: str
@@ -64,7 +64,7 @@ class MetricValue:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> MetricValue:
-        """Back from :meth:`to_dict`; keys of later versions are left aside.
+        """Back from :meth:`to_dict`; keys of later versions are ignored.
 
         Raises:
             TypeError: a key is missing.

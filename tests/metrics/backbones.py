@@ -35,7 +35,7 @@ def save_backbone(net: str, path: Path) -> Path:
         if name.startswith("features."):
             std = math.sqrt(2 / math.prod(shape[1:])) if len(shape) > 1 else 0.1
             weights[name] = torch.randn(shape, generator=generator) * std
-    weights["classifier.1.weight"] = torch.zeros(2, 2)  # left aside
+    weights["classifier.1.weight"] = torch.zeros(2, 2)  # ignored
     torch.save(weights, path)
     return path
 

@@ -59,7 +59,7 @@ class Means:
 
 
 def only(monkeypatch, extractor: Means) -> Means:
-    """Make it the one feature extractor whose weights is available."""
+    """Make it the one feature extractor whose weights are available."""
 
     def load(name, config, device):
         if name != extractor.info.name:

@@ -1,4 +1,4 @@
-"""Fingerprints: alike for the same measurement anywhere, another for each thing that moves it."""
+"""Fingerprints: the same for the same measurement anywhere, different if anything else is."""
 
 from __future__ import annotations
 

@@ -177,12 +177,12 @@ def test_dinov2_is_the_cls_token_of_transformers(tmp_path, registers):
     torch.testing.assert_close(found["features"], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_dinov2_that_cannot_be_had_is_said(tmp_path, monkeypatch):
+def test_dinov2_that_is_not_available_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(NotAvailable, match=r"metrics\.dinov2: no path is given"):
         extractor_of("dinov2")
-    with pytest.raises(NotAvailable, match=r"metrics\.dinov2: nobody/nothing: no folder"):
+    with pytest.raises(NotAvailable, match=r"metrics\.dinov2: nobody/nothing: there is no"):
         extractor_of("dinov2", "nobody/nothing")
     with pytest.raises(NotAvailable, match=r"metrics\.dinov2: .* lacks config\.json"):
         extractor_of("dinov2", tmp_path)
@@ -210,8 +210,8 @@ class Harmful:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_wrong_and_harmful_weights_are_refused(tmp_path):
-    mend = "name the file in metrics.inception"
-    with pytest.raises(NotAvailable, match=rf"is no file: get https://.*{WEIGHTS_NAME} and {mend}"):
+    hint = "name the file in metrics.inception"
+    with pytest.raises(NotAvailable, match=rf"is no file: get https://.*{WEIGHTS_NAME} and {hint}"):
         extractor_of("inception", tmp_path / "nothing.pth")
     (tmp_path / "text.pth").write_text("not weights")
     torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
@@ -228,7 +228,7 @@ def test_without_a_path_it_is_torchs_hub_cache(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     asked = []
     monkeypatch.setattr(inception_file, "_answers", lambda url: asked.append(url) is not None)
-    with pytest.raises(NotAvailable, match=rf"{WEIGHTS_NAME} is not there, and the network"):
+    with pytest.raises(NotAvailable, match=rf"{WEIGHTS_NAME} is not there and cannot"):
         extractor_of("inception")
     assert len(asked) == 1
 

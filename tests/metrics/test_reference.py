@@ -1,4 +1,4 @@
-"""Real images are judged once, and never taken for others from the cache."""
+"""Real images are read once, and the cache never returns those of other images."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_damaged_cache_is_worked_out_anew(damage, data, tmp_path, caplog):
     damage(path, good)
     extractor = Means()
     seen = ask(val(data), extractor, cache)
-    assert extractor.num_seen == 8 and "is worked out again" in caplog.text
+    assert extractor.num_seen == 8 and "is computed again" in caplog.text
     assert torch.equal(seen.moments.total, expected.moments.total)
     extractor = Means()
     ask(val(data), extractor, cache)

@@ -71,7 +71,7 @@ def subject(data, generated=None, **changes):
         "real": real,
         "train": of(data, "train"),
         "pairs": Reconstructed(real, lambda images, numbers: images),
-        "prompted": UserError("nobody asked"),
+        "prompted": UserError("not requested"),
     }
     return Subject(**(parts | changes))
 
@@ -111,7 +111,7 @@ def test_what_is_missing_says_why_and_how_to_mend_it(data, extractor, tmp_path):
     assert reasons["fid768"] == reasons["reconstruction_psnr"] == str(ABSENT)
     assert "metrics.lpips_backbone" in reasons["lpips_diversity"]
     assert all(metric_value.value is None for metric_value in found.metric_values.values())
-    # without the images that were learnt from, all but memorisation is there
+    # without the training images, everything but memorisation is available
     found = suite(OF_MEANS, subject(data, train=ABSENT), tmp_path)
     missing = [
         name for name, metric_value in found.metric_values.items() if metric_value.value is None
@@ -141,7 +141,7 @@ def test_a_frechet_distance_by_hand(data, extractor, tmp_path):
     (a, b), (s, t) = [x.mean(0) for x in rows], [np.cov(x, rowvar=False) for x in rows]
     expected = ((a - b) ** 2).sum() + np.trace(s + t - 2 * sqrtm(s @ t).real)
     assert found.value == pytest.approx(expected, rel=1e-6)
-    assert found.spread is None, "none was asked for, and no rows are kept"
+    assert found.spread is None, "none was requested, and no rows are kept"
 
 
 def test_reconstructions_that_are_the_images_themselves(data, extractor, tmp_path):

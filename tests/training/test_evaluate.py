@@ -166,7 +166,7 @@ def test_the_command_and_its_errors(config, make_config, data_folder, tmp_path):
         ((plain.run,), "prepare.pack.val_fraction=0.5 or more"),
         ((plain.run,), "--split train"),
         ((other.run,), "holds other shards than the checkpoint"),
-        ((other.run,), "was trained on: give data.path= the shards that it was trained on, or"),
+        ((other.run,), "was trained on: set data.path= to the shards that it was trained on, or"),
     ]:
         done = command(*args, "--num-samples", 20)
         assert done.exit_code == 0, (args, done.output, done.exception)
@@ -200,7 +200,7 @@ def test_damaged_samples_are_left_out_or_stop_it(
     try:
         if num == 1:
             said = evaluate(config.run, num_samples=num)["not_measured"]["held_out"]
-            assert "all 1 samples asked for of split val are damaged" in said
+            assert "all 1 requested samples of split val are damaged" in said
             return
         result = evaluate(config.run)
     finally:

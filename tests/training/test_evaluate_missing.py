@@ -101,7 +101,7 @@ def test_a_place_that_cannot_be_written_is_known_before_the_work(run, tmp_path, 
     done = command(gan, "--metrics", "faces")
     assert done.exit_code == 0, (done.output, done.exception)
     said = done.output
-    assert said.index("METRIC VALUES WILL BE PRINTED ONLY") < said.index("  faces: ")
+    assert said.index("RESULTS WILL ONLY BE PRINTED") < said.index("  faces: ")
     assert "NOT KEPT" in done.stdout
     done = command(gan, "--metrics", "faces", "--out", tmp_path / "new" / "mine.json")
     assert done.exit_code == 0 and "NOT KEPT" not in done.stdout

@@ -133,7 +133,7 @@ def test_what_was_measured_before_stays_beside_it(run, caplog):
     assert "kd_dinov2" in second["measured"]["kd_dinov2"]["command"]
     assert "kd_dinov2" not in second["measured"]["fd_dinov2"]["command"]
     assert "cannot be compared" not in caplog.text
-    # a judge that is not available today takes away no metric value of yesterday
+    # a feature extractor that is missing today does not delete a value of yesterday
     lost = evaluate(run.run, names=["fd_dinov2"], changes=["metrics.dinov2=null"])
     assert lost["measured"]["fd_dinov2"] == first["measured"]["fd_dinov2"]
     assert lost["sampling"] == second["sampling"]
@@ -150,7 +150,7 @@ def test_what_was_measured_before_stays_beside_it(run, caplog):
 def test_who_measures_otherwise_is_told(run, caplog, other, phrase):
     before = evaluate(run.run, num_samples=60, names=["fd_dinov2"])
     after = evaluate(run.run, names=["fd_dinov2"], **other)
-    assert "fd_dinov2: was measured before against something else" in caplog.text
+    assert "fd_dinov2 was measured before against something else" in caplog.text
     assert phrase in caplog.text
     metric_value = after["measured"]["fd_dinov2"]
     assert metric_value["fingerprint"] != before["measured"]["fd_dinov2"]["fingerprint"]
@@ -176,7 +176,7 @@ def test_a_folder_of_images_as_the_reference(run, place, tmp_path):
     )["measured"]
     assert itself["fd_dinov2"]["value"] == pytest.approx(0, abs=1e-6)
     assert itself["precision_dinov2"]["value"] == 1
-    assert "says nothing of training" in itself["memorisation_dinov2"]["reason"]
+    assert "has no training split" in itself["memorisation_dinov2"]["reason"]
     (real / "evaluation.json").unlink()
     nothing = evaluate_folder(real, names=["fd_dinov2"], changes=settings(place))
     assert "give --reference DATA" in nothing["measured"]["fd_dinov2"]["reason"]

@@ -15,17 +15,17 @@ from dinogen.errors import UserError
 
 
 class NotAvailable(UserError):
-    """An extractor is missing, and with it its metrics; the message names key and remedy."""
+    """A feature extractor is not available, nor are its metrics; names the key and the remedy."""
 
 
 @dataclass(frozen=True)
 class ExtractorInfo:
-    """Who the feature extractor is: two with these alike give the same features.
+    """What identifies a feature extractor: two with the same info give the same features.
 
     Attributes:
         name: such as ``inception``, ``inception768``, ``dinov2``.
         weights_sha256: hash of the weights.
-        resize: how images are brought to its size, such as ``bilinear antialias 299``.
+        resize: how images are resized for it, such as ``bilinear antialias 299``.
         num_channels: C of its features.
         num_logits: of its classes; 0 if it has none.
         random: True if the weights are random; then every metric value says so.

@@ -1,4 +1,4 @@
-"""The extractor of prompts: CLIP's embeddings of images and of the words they were asked for by."""
+"""The extractor of prompts: CLIP's embeddings of images and of the prompts they were made for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dinogen.metrics.extractors.base import ExtractorInfo, FeatureExtractor, Not
 
 
 class ClipExtractor:
-    """CLIP in float32; its own bicubic filter, antialiased, brings images to its size.
+    """CLIP in float32; its own bicubic filter, antialiased, resizes images.
 
     Args:
         clip: on the CPU.
@@ -51,10 +51,10 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
 
     Args:
         path: as ``clip.path``.
-        device: where it will run, in float32 whatever a guide would do there.
+        device: where it will run, in float32 even if a guide would use another type.
 
     Raises:
-        NotAvailable: no path is given, or the weights is not available or are damaged.
+        NotAvailable: no path is given, or the weights are not available or damaged.
     """
     if path is None:
         raise NotAvailable(
@@ -62,10 +62,10 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
             "trained with, such as openai/clip-vit-large-patch14"
         )
     if not Path(path).expanduser().exists() and weights_reachable(path) is None:
-        # asked first, because the hub's own client tries for minutes where there is no network
+        # checked first, because the hub's own client tries for minutes if there is no network
         raise NotAvailable(
-            f"metrics.clip: {path}: no folder of that name here, and no hub checkpoint that can be "
-            "had: copy one here and name its folder in metrics.clip"
+            f"metrics.clip: {path}: there is no such folder, and no hub checkpoint of that name is "
+            "available: copy one here and name its folder in metrics.clip"
         )
     try:
         clip = load_clip(ClipConfig(path=path), torch.device("cpu"))

@@ -63,21 +63,22 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
 
     Args:
         path: as ``guide.path`` of a DINOv2 guide.
-        device: where it will run, in float32 whatever a guide would do there.
+        device: where it will run, in float32 even if a guide would use another type.
 
     Raises:
-        NotAvailable: no path is given, or the weights is not available or are damaged.
+        NotAvailable: no path is given, or the weights are not available or damaged.
     """
     if path is None:
         raise NotAvailable(
             "metrics.dinov2: no path is given: name a checkpoint, such as facebook/dinov2-large"
         )
     if not Path(path).expanduser().exists() and weights_reachable(path) is None:
-        # asked first, because the hub's own client tries for minutes where there is no network
+        # checked first, because the hub's own client tries for minutes if there is no network
         raise NotAvailable(
-            f"metrics.dinov2: {path}: no folder of that name here, and no hub checkpoint that can "
-            "be had: on a machine with network run `hf download facebook/dinov2-large --local-dir "
-            "dinov2`, copy that folder here and name it in metrics.dinov2"
+            f"metrics.dinov2: {path}: there is no such folder, and no hub checkpoint of that name "
+            "is available: on a machine with network access run `hf download "
+            "facebook/dinov2-large --local-dir dinov2`, copy that folder here and name it "
+            "in metrics.dinov2"
         )
     try:
         guide = load_guide(GuideConfig(name="dinov2", path=path), torch.device("cpu"))

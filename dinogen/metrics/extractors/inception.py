@@ -82,10 +82,10 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
 
     file = _cached_weights() if path is None else Path(path).expanduser()
     if not file.is_file():
-        raise NotAvailable(f"metrics.inception: {path} is no file: {_mend()}")
+        raise NotAvailable(f"metrics.inception: {path} is no file: {_remedy()}")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        # The library unpickles whatever file it is given, so it gets one that was written here.
+        # The library unpickles any file it is given, so it gets one that was written here.
         safe = io.BytesIO()
         torch.save(state, safe)
         safe.seek(0)
@@ -94,12 +94,12 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
         reason = " ".join(str(error).split())[:200]
         raise NotAvailable(
             f"metrics.inception: {file} does not hold torch-fidelity's InceptionV3 ({reason}): "
-            f"{_mend()}"
+            f"{_remedy()}"
         ) from error
     return InceptionExtractor(network, weights_sha256(state), device)
 
 
-def _mend() -> str:
+def _remedy() -> str:
     return f"get {_url()} and name the file in metrics.inception"
 
 
@@ -110,25 +110,25 @@ def _url() -> str:
 
 
 def _cached_weights() -> Path:
-    """Its file in torch's hub cache; downloaded first if need be, and that is said.
+    """Its file in torch's hub cache; downloaded first, with a warning, if it is not there.
 
     Raises:
-        NotAvailable: it is not there, and the network does not give it.
+        NotAvailable: it is not there and cannot be downloaded.
     """
     name = _url().rpartition("/")[2]
     file = Path(torch.hub.get_dir()) / "checkpoints" / name
     if file.is_file():
         return file
-    missing = f"metrics.inception: {file} is not there, and the network does not give it"
+    missing = f"metrics.inception: {file} is not there and cannot be downloaded"
     if not _answers(_url()):
-        raise NotAvailable(f"{missing}: {_mend()}")
+        raise NotAvailable(f"{missing}: {_remedy()}")
     _logger.warning("downloading the InceptionV3 of FID to %s", file)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         digits = name.rpartition("-")[2].partition(".")[0]  # the hash begins so
         torch.hub.download_url_to_file(_url(), str(file), hash_prefix=digits, progress=False)
     except (OSError, RuntimeError) as error:
-        raise NotAvailable(f"{missing} ({error}): {_mend()}") from error
+        raise NotAvailable(f"{missing} ({error}): {_remedy()}") from error
     return file
 
 
@@ -137,7 +137,7 @@ def _answers(url: str) -> bool:
     """One HEAD request per process; in a thread, because resolving a name can hang for long."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:  # who says so wants no downloads at all
+    if constants.HF_HUB_OFFLINE:  # then nothing may be downloaded
         return False
     found = []
 

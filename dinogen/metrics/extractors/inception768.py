@@ -58,7 +58,7 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
 
     Args:
         path: as ``guide.path`` of an Inception guide.
-        device: where it will run, in float32 whatever a guide would do there.
+        device: where it will run, in float32 even if a guide would use another type.
 
     Raises:
         NotAvailable: no path, no such file, or it holds something else.

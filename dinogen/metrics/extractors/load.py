@@ -21,8 +21,8 @@ def load_extractor(name: str, config: MetricsConfig, device: torch.device) -> Fe
     ``NAME`` in ``MetricsConfig``.
 
     Raises:
-        NotAvailable: its weights is not available, here or on another rank; the message names
-            ``metrics.NAME`` and the mend.
+        NotAvailable: its weights are not available, here or on another rank; the message
+            names ``metrics.NAME`` and the remedy.
     """
     module = importlib.import_module(f"dinogen.metrics.extractors.{name}")
     extractor: FeatureExtractor | None = None
@@ -33,14 +33,14 @@ def load_extractor(name: str, config: MetricsConfig, device: torch.device) -> Fe
         failed = error
     if process_group.any_rank(failed is not None):
         raise failed or NotAvailable(
-            f"metrics.{name}: another node cannot have it: give a path that all nodes can read"
+            f"metrics.{name}: not available on another node: give a path that all nodes can read"
         )
     assert extractor is not None
     return extractor
 
 
 class Extractors:
-    """Loads by name, once. Every rank has to ask for the same in the same order.
+    """Loads by name, once. Every rank has to get the same ones in the same order.
 
     Args:
         config: where their weights are.
@@ -60,7 +60,7 @@ class Extractors:
             except NotAvailable as error:
                 self._known[name] = error
             except UserError as error:
-                # a file of weights that is damaged is no reason to lose what others measure
+                # damaged weights must not prevent other metrics from being measured
                 self._known[name] = NotAvailable(str(error))
         return self._known[name]
 

@@ -1,4 +1,4 @@
-"""LPIPS: how unlike two images look, by the networks and linear heads of the lpips library.
+"""LPIPS: how different two images look, by the networks and linear heads of the lpips library.
 
 Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric",
 equation 1, version 0.1 of the authors' heads.
@@ -37,7 +37,7 @@ class Perceptual:
 
     Args:
         network: the library's, with its weights, on the device.
-        info: who it is.
+        info: of the network.
         device: where it computes.
     """
 
@@ -84,13 +84,13 @@ def load_perceptual(net: str, backbone: str | None, device: torch.device) -> Per
     Args:
         net: ``alex``, ``vgg`` or ``squeeze``.
         backbone: path of torchvision's weights of that network (.pth or .safetensors, tensors
-            named ``features.0.weight`` and so on, others are left aside); None for the file that
+            named ``features.0.weight`` and so on, others are ignored); None for the file that
             torchvision keeps in torch's hub cache. Nothing is downloaded: ranks would do it all
             at once, and a node without network would hang. The heads come with the library.
         device: where it will run.
 
     Raises:
-        NotAvailable: the weights is not available, here or on another rank; names the mend.
+        NotAvailable: the weights are not available, here or on another rank; names the remedy.
     """
     found: Perceptual | None = None
     failed: NotAvailable | None = None
@@ -100,7 +100,7 @@ def load_perceptual(net: str, backbone: str | None, device: torch.device) -> Per
         failed = error
     if process_group.any_rank(failed is not None):
         raise failed or NotAvailable(
-            f"{KEY}: another node cannot have it: give a path that all nodes can read"
+            f"{KEY}: not available on another node: give a path that all nodes can read"
         )
     assert found is not None
     return found
@@ -114,7 +114,7 @@ def _load(net: str, backbone: str | None, device: torch.device) -> Perceptual:
     stored = _read(file)
     # Without memory: torchvision would draw 138 million weights of a whole VGG first.
     with torch.device("meta"), warnings.catch_warnings():
-        # torchvision has a newer spelling of what lpips asks it for
+        # lpips calls torchvision by an older spelling
         warnings.simplefilter("ignore", UserWarning)
         network = lpips.LPIPS(pretrained=False, net=net, pnet_rand=True, verbose=False)
     heads_file = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
@@ -159,12 +159,12 @@ def _backbone_file(net: str, path: str | None) -> Path:
     if path is None:
         url: str = get_weight(weights).url
         file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-        mend = f"fetch {url} on a machine with network, and put it there or set {KEY} to its path"
+        remedy = f"fetch {url} on a machine with network, and put it there or set {KEY} to its path"
     else:
         file = Path(path).expanduser()
-        mend = f"give the path of torchvision's {model} weights as .pth or .safetensors"
+        remedy = f"give the path of torchvision's {model} weights as .pth or .safetensors"
     if not file.is_file():
-        raise NotAvailable(f"{KEY}: LPIPS ({net}) needs {file}, which is not there: {mend}")
+        raise NotAvailable(f"{KEY}: LPIPS ({net}) needs {file}, which is not there: {remedy}")
     return file
 
 

@@ -48,7 +48,7 @@ class SpectrumExtractor:
 
 
 def _members(side: int) -> Tensor:
-    """(side, side, 8): 1 where a frequency belongs to a band; worked out alike for every device."""
+    """(side, side, 8): 1 where a frequency belongs to a band; the same for every device."""
     frequency = 2 * torch.fft.fftfreq(side, dtype=torch.float64)
     radius = torch.hypot(frequency[:, None], frequency[None])
     band = ((radius * NUM_BANDS).ceil().long() - 1).clamp(0, NUM_BANDS - 1)
