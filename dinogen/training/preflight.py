@@ -15,7 +15,7 @@ from dinogen.families.base import Family
 from dinogen.families.registry import family_class, resolve
 from dinogen.metrics.registry import chosen_names
 from dinogen.runs.layout import STATE
-from dinogen.training.checkpointing.checkpoint import Checkpoint, stage_checkpoint
+from dinogen.training.checkpointing.checkpoint import Checkpoint, NewestCheckpoints
 from dinogen.training.data import check_classes, data_fingerprint
 from dinogen.training.stages import find_stage
 from dinogen.version import __version__
@@ -44,13 +44,19 @@ MAY_CHANGE: dict[str, Any] = {
 }
 
 
-def check_run(config: Config, indices: list[int], data: Dataset) -> None:
+def check_run(
+    config: Config,
+    indices: list[int],
+    data: Dataset,
+    checkpoints: NewestCheckpoints | None = None,
+) -> None:
     """Check all stages that are to be trained, and what was trained of the run before.
 
     Args:
         config: the whole run.
         indices: of the stages.
         data: what it is trained on.
+        checkpoints: of the run; looked for here unless given.
 
     Raises:
         ConfigError: naming the key that does not fit the data, the ranks or a checkpoint.
@@ -63,8 +69,9 @@ def check_run(config: Config, indices: list[int], data: Dataset) -> None:
         _check_stage(config, families[index], data)
     _check_image_sizes(config, [families[index] for index in indices], data)
     fingerprint = data_fingerprint(data)
+    checkpoints = checkpoints or NewestCheckpoints(config.run)
     for stage in config.stages:
-        checkpoint = stage_checkpoint(config, stage)
+        checkpoint = checkpoints.of(stage.resolution)
         if checkpoint is not None:
             check_same_run(checkpoint, config, stage, fingerprint)
 

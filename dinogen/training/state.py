@@ -20,10 +20,10 @@ from dinogen.families.registry import family_class
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import (
     Checkpoint,
+    NewestCheckpoints,
     on_host,
     prune,
     save_checkpoint,
-    stage_checkpoint,
 )
 from dinogen.training.checkpointing.transfer import init_from
 from dinogen.training.data import data_fingerprint, open_data
@@ -33,6 +33,7 @@ from dinogen.training.engines.base import SingleEngine
 from dinogen.training.preflight import or_a_new_run
 from dinogen.training.stages import StagePlan, due, grow
 from dinogen.version import __version__
+from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,9 @@ class Progress:
             self.loss = loss if self.loss is None else share * loss + (1 - share) * self.loss
 
 
-def stage_plan(config: Config, index: int) -> tuple[StagePlan, Checkpoint | None]:
+def stage_plan(
+    config: Config, index: int, checkpoints: NewestCheckpoints
+) -> tuple[StagePlan, Checkpoint | None]:
     """When a stage begins, and the finished checkpoint it grows from (None for the first).
 
     Raises:
@@ -91,7 +94,7 @@ def stage_plan(config: Config, index: int) -> tuple[StagePlan, Checkpoint | None
     if index == 0:
         return StagePlan(stage, 0), None
     previous = config.stages[index - 1]
-    checkpoint = stage_checkpoint(config, previous)
+    checkpoint = checkpoints.of(previous.resolution)
     nimg = checkpoint.state["progress"]["nimg"] if checkpoint else 0
     if checkpoint is None or not is_finished(config, previous, checkpoint.state):
         raise ConfigError(
@@ -120,19 +123,28 @@ class StageState:
     Args:
         config: the whole run.
         index: which of its stages.
+        data: what it is trained on; opened here unless given.
+        checkpoints: of the run; looked for here unless given.
 
     Raises:
         ConfigError: the stage before is not finished, the checkpoint contradicts the config, or
             the shards do not fit.
     """
 
-    def __init__(self, config: Config, index: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        index: int,
+        data: Dataset | None = None,
+        checkpoints: NewestCheckpoints | None = None,
+    ) -> None:
         self.config = config
         self.stage = config.stages[index]
         self.place = Run.of(config).stage(self.stage.resolution)
         self.folder = self.place.folder
         self.device = process_group.device()
-        self.plan, previous = stage_plan(config, index)
+        checkpoints = checkpoints or NewestCheckpoints(config.run)
+        self.plan, previous = stage_plan(config, index, checkpoints)
         with rng.torch_seed(config.seed, f"init/{self.stage.resolution}"):
             cls = family_class(config.family)
             self.family: Family = cls(config, self.stage, self.device)
@@ -148,7 +160,7 @@ class StageState:
             for name, network in self.ema.networks.items():
                 new = new_parameters_of(self.family, name)
                 grow(network, previous.tensors(f"{name}.ema"), new, ConfigError)
-        self.data = open_data(config)
+        self.data = open_data(config) if data is None else data
         self.family.begin(self.data)
         self.engine: SingleEngine = make_engine(config, self.family, self.stage.lr, self.device)
         self.progress = Progress(nimg=self.plan.start, logged=self.plan.start)
@@ -156,7 +168,7 @@ class StageState:
             self.progress.step = previous.state["progress"]["step"]
         self.logger_state: dict[str, Any] | None = None
         self.last_saved = self.plan.start
-        self._resume()
+        self._resume(checkpoints.of(self.stage.resolution))
         self.set_fade()
 
     @property
@@ -223,9 +235,8 @@ class StageState:
 
         return write
 
-    def _resume(self) -> None:
+    def _resume(self, checkpoint: Checkpoint | None) -> None:
         """Take over the newest checkpoint of this stage, if there is one."""
-        checkpoint = stage_checkpoint(self.config, self.stage)
         if checkpoint is None:
             if self.config.init_from is not None and self.stage is self.config.stages[0]:
                 init_from(self.config.init_from, self.family, self.ema)

@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinogen.config import Config, StageConfig
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.files import write_json
@@ -171,16 +170,57 @@ def newest_checkpoint(parent: Path, usable: bool = False) -> Checkpoint | None:
     return None
 
 
-def stage_checkpoint(config: Config, stage: StageConfig) -> Checkpoint | None:
-    """The newest complete checkpoint of a stage, the same one on every rank."""
-    parent = Run.of(config).stage(stage.resolution).checkpoints.folder
-    # rank 0 alone verifies hashes: the others read what it chose
-    with process_group.rank_zero_section() as mine:
-        found = newest_checkpoint(parent, usable=True) if mine else None
-    name = process_group.broadcast_object(found.folder.name if found else None)
-    if name is None:
-        return None
-    return found or load_checkpoint(parent / name, verify=False)
+class NewestCheckpoints:
+    """The newest complete checkpoint of each stage of a run, with each file hashed once.
+
+    Starting a run asks for the same checkpoint several times: to compare it with the config, to
+    see whether its stage is finished, to grow the next stage, and to resume. The first answer is
+    kept for as long as no file of the stage's checkpoints changes.
+
+    Args:
+        run: its folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = Run(run)
+        self._known: dict[int, tuple[_Marks, Checkpoint | None]] = {}
+
+    def of(self, resolution: int) -> Checkpoint | None:
+        """That of one stage, the same on every rank; every rank has to call it."""
+        parent = self._run.stage(resolution).checkpoints.folder
+        found: Checkpoint | None = None
+        # rank 0 alone verifies hashes: the others read what it chose
+        with process_group.rank_zero_section() as mine:
+            if mine:
+                found = self._verified(resolution, parent)
+        name = process_group.broadcast_object(found.folder.name if found else None)
+        if name is None:
+            return None
+        return found or load_checkpoint(parent / name, verify=False)
+
+    def _verified(self, resolution: int, parent: Path) -> Checkpoint | None:
+        marks = _marks_of_files(parent)  # before they are read: a later change is then noticed
+        if resolution not in self._known or self._known[resolution][0] != marks:
+            self._known[resolution] = marks, newest_checkpoint(parent, usable=True)
+        return self._known[resolution][1]
+
+
+# By path, what changes when a file is written or replaced; None if it cannot be read.
+_Marks = dict[Path, tuple[int, ...] | None]
+
+
+def _marks_of_files(parent: Path) -> _Marks:
+    marks: _Marks = {}
+    for folder in Checkpoints(parent).folders:
+        for path in folder.iterdir():
+            try:
+                now = path.stat()
+                marks[path] = (
+                    now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+                )  # fmt: skip
+            except OSError:
+                marks[path] = None
+    return marks
 
 
 def prune(parent: Path, keep_last: int) -> None:
@@ -189,7 +229,7 @@ def prune(parent: Path, keep_last: int) -> None:
     What a killed save left is deleted too.
     """
     folders = Checkpoints(parent).folders
-    marks = [_marks(folder) for folder in folders]
+    marks = [_saved_marks(folder) for folder in folders]
     best = max((i for i, mark in enumerate(marks) if mark.get("best")), default=None)
     for i, folder in enumerate(folders[:-keep_last]):
         if not marks[i].get("keep") and i != best:
@@ -200,7 +240,7 @@ def prune(parent: Path, keep_last: int) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _marks(folder: Path) -> dict[str, Any]:
+def _saved_marks(folder: Path) -> dict[str, Any]:
     return read_object(folder / STATE).value or {}
 
 

@@ -18,8 +18,8 @@ from dinogen.runs.layout import STATE, stage_name
 from dinogen.runs.run import Run, Stage
 from dinogen.training.checkpointing.checkpoint import (
     Checkpoint,
+    NewestCheckpoints,
     load_checkpoint,
-    stage_checkpoint,
 )
 from dinogen.training.ema import Ema
 from dinogen.training.preflight import checkpoint_config
@@ -105,7 +105,8 @@ def load_snapshot(
     else:
         stages = (today.stages[find_stage(today, resolution)],)
     if nimg is None:
-        found = ((stage, stage_checkpoint(today, stage)) for stage in stages)
+        newest = NewestCheckpoints(today.run)
+        found = ((stage, newest.of(stage.resolution)) for stage in stages)
     else:
         found = ((stage, _checkpoint_at(today, stage, nimg)) for stage in stages)
     stage, checkpoint = next(((s, c) for s, c in found if c), (None, None))
