@@ -34,11 +34,10 @@ from dinogen.metrics.sources import Folder, Generated, Reference, image_files
 from dinogen.metrics.suite import Measurement, Subject, measure
 from dinogen.metrics.value import Figure
 from dinogen.runs.run import Run
+from dinogen.training.checkpointing.checkpoint import check_same_data, versions
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.training.data import class_shares, data_fingerprint, data_or_reason
 from dinogen.training.logging.tensorboard import write_summary
-from dinogen.training.preflight import check_same_data
-from dinogen.training.state import versions
 from shards.errors import ShardsError
 from shards.read.dataset import Dataset
 

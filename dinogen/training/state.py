@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import logging
 import math
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import process_group, rng
 from dinogen.families.abilities import Probes, facts_of, fade, new_parameters_of
-from dinogen.families.base import Condition, Family, Verdict
+from dinogen.families.base import Family, Verdict, sample_in_parts
 from dinogen.families.registry import family_class
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import (
     Checkpoint,
     NewestCheckpoints,
     on_host,
+    or_a_new_run,
     prune,
     save_checkpoint,
+    versions,
 )
 from dinogen.training.checkpointing.transfer import init_from
 from dinogen.training.data import data_fingerprint, open_data
 from dinogen.training.ema import Ema
 from dinogen.training.engines import make_engine
 from dinogen.training.engines.base import SingleEngine
-from dinogen.training.preflight import or_a_new_run
 from dinogen.training.stages import StagePlan, due, grow
-from dinogen.version import __version__
 from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
@@ -273,34 +271,3 @@ def _check_frozen(checkpoint: Checkpoint, family: Family) -> None:
                 f"{key}: its weights are others than the checkpoint {checkpoint.folder} was "
                 f"trained with: {or_a_new_run(family.config)}"
             )
-
-
-def file_mark(facts: dict[str, Any]) -> str:
-    """Part of file names that says loudly when a random guide, which teaches nothing, was used."""
-    return ".random-guide" if facts.get("random_guide") else ""
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    return {"dinogen": __version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-@torch.no_grad()
-def sample_in_parts(
-    family: Family,
-    networks: dict[str, nn.Module],
-    num: int,
-    seed: int,
-    part: int = 64,
-    condition: Condition | None = None,
-) -> torch.Tensor:
-    """Images 0 to ``num - 1`` under ``seed``, (N, 3, R, R) in [-1, 1] on the CPU.
-
-    A family that takes no condition is not given one, so it need not know of it.
-    """
-    given = () if condition is None else (condition,)
-    parts = [
-        family.sample(networks, torch.arange(first, min(first + part, num)), seed, *given)
-        for first in range(0, num, part)
-    ]
-    return torch.cat([images.float().cpu() for images in parts])

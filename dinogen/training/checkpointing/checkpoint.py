@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -18,12 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dinogen.config import Config, ConfigError, parse_config
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
+from dinogen.families.registry import resolve
 from dinogen.files import write_json
 from dinogen.runs.files import read_object, read_raw, state_trouble
 from dinogen.runs.layout import STATE, checkpoint_name
 from dinogen.runs.run import Checkpoints, Run
+from dinogen.version import __version__
 from shards.files import sha256_file, sync_folder
 
 log = logging.getLogger(__name__)
@@ -43,6 +47,12 @@ class Checkpoint:
 
     folder: Path
     state: dict[str, Any]
+
+    @property
+    def config(self) -> Config:
+        """What it was trained with, by today's schema, as :func:`past_config` reads it."""
+        version = self.state["versions"]["dinogen"]
+        return past_config(self.state["config"], self.folder / STATE, version)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """One file's tensors on the CPU, such as ``G``, ``G.ema`` or ``optim``."""
@@ -221,6 +231,63 @@ def _marks_of_files(parent: Path) -> _Marks:
             except OSError:
                 marks[path] = None
     return marks
+
+
+def past_config(then: dict[str, Any], source: Path | str, version: str) -> Config:
+    """The config in a checkpoint or an export, maybe of another dinogen, by today's schema.
+
+    Keys that it lacks get today's defaults, for a new key's default has to leave what a run
+    computes as it was.
+
+    Args:
+        then: the config as it was saved.
+        source: what holds it, named in errors.
+        version: the dinogen that wrote it.
+
+    Raises:
+        ConfigError: naming a key that today's schema does not know, or a value that it refuses.
+    """
+    try:
+        return resolve(parse_config(then))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{source}: {error}\nit was written by dinogen {version}, this is {__version__}: "
+            "use the version that wrote it"
+        ) from None
+
+
+def or_a_new_run(config: Config) -> str:
+    """What to do where a config, data or weights differ from those of a checkpoint."""
+    return (
+        f"restore that, or set run= to a new folder (with init_from={config.run} too, the new run "
+        "starts from the weights of this one)"
+    )
+
+
+def check_same_data(
+    checkpoint: Checkpoint, config: Config, fingerprint: str, remedy: str | None = None
+) -> None:
+    """Refuse other shards than a checkpoint was trained on.
+
+    Args:
+        checkpoint: of the stage.
+        config: names today's data.
+        fingerprint: of today's data.
+        remedy: what to do about it, where nothing is trained; unless given, it is that of training.
+
+    Raises:
+        ConfigError: naming ``data.path``.
+    """
+    if checkpoint.state["data"] != fingerprint:
+        raise ConfigError(
+            f"data.path: {config.data.location} holds other shards than the checkpoint "
+            f"{checkpoint.folder} was trained on: {remedy or or_a_new_run(config)}"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {"dinogen": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def prune(parent: Path, keep_last: int) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import process_group
 from dinogen.families.abilities import condition_for, fade
-from dinogen.families.base import Condition, Family
+from dinogen.families.base import Condition, Family, sample_in_parts
 from dinogen.families.registry import family_class
 from dinogen.runs.files import state_trouble
-from dinogen.runs.layout import STATE, stage_name
+from dinogen.runs.layout import STATE, file_mark, stage_name
 from dinogen.runs.run import Run, Stage
 from dinogen.training.checkpointing.checkpoint import (
     Checkpoint,
@@ -22,9 +22,7 @@ from dinogen.training.checkpointing.checkpoint import (
     load_checkpoint,
 )
 from dinogen.training.ema import Ema
-from dinogen.training.preflight import checkpoint_config
 from dinogen.training.stages import StagePlan, find_stage
-from dinogen.training.state import file_mark, sample_in_parts
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def load_snapshot(
     # the checkpoint's own config: the file beside the run may have been edited since; but that
     # file knows where data and guide lie now, and what they hold is compared where they are read;
     # and how a run is measured is no part of what it has learnt
-    config = checkpoint_config(checkpoint)
+    config = checkpoint.config
     now = {name: getattr(today, name) for name in ("data", "guide", "guides", "clip", "metrics")}
     now["run"] = today.run
     config = config.model_copy(update=now)
