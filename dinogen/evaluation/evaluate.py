@@ -16,7 +16,7 @@ from dinogen.config import ConfigError, MetricsConfig
 from dinogen.distributed import process_group
 from dinogen.distributed.failure import failure_propagation
 from dinogen.errors import UserError
-from dinogen.evaluation.held_out import chosen_samples, held_out_means
+from dinogen.evaluation.held_out import held_out_means
 from dinogen.evaluation.record import (
     EvaluationRequest,
     Tell,
@@ -24,7 +24,13 @@ from dinogen.evaluation.record import (
     find_place,
     write_result,
 )
-from dinogen.evaluation.subject import guide_diversity, real_images, reference_at, subject_of
+from dinogen.evaluation.subject import (
+    chosen_samples,
+    guide_diversity,
+    real_images,
+    reference_at,
+    subject_of,
+)
 from dinogen.families.abilities import MeasuresHeldOut, Probes, constants_of
 from dinogen.families.base import Family, Verdict
 from dinogen.metrics.extractors.load import Extractors

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from dinogen.metrics.extractors.base import ExtractorInfo
-from shards.files import sha256_file
-from shards.read.dataset import Dataset
 
 Facts = dict[str, Any]
 _DIGITS = 12
@@ -74,23 +71,6 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         for key in keys
         if one.get(key) != other.get(key)
     ]
-
-
-def data_sha256(data: Dataset) -> str:
-    """Hash of what all shards of a dataset hold, wherever it lies; of a mix, its weights too."""
-    parts: list[object] = []
-    for one, weight in zip(data.sets, data.weights, strict=True):
-        shards = one.manifest.shards
-        # plain tars have no hash of their own
-        parts.append([(s.split, s.num_samples, s.sha256 or [s.name, s.num_bytes]) for s in shards])
-        parts.append(str(weight))
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def files_sha256(files: Iterable[Path]) -> str:
-    """Hash of what some files hold, in their order; their names do not matter."""
-    text = "\n".join(sha256_file(file) for file in files)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _short(value: object) -> str:
