@@ -33,7 +33,7 @@ from dinogen.evaluation.subject import (
 )
 from dinogen.families.abilities import MeasuresHeldOut, Probes, constants_of
 from dinogen.families.base import Family, Verdict
-from dinogen.metrics.extractors.load import Extractors
+from dinogen.metrics.extractors import Extractors
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.registry import GUIDE_DIVERSITY, JUDGED, better
 from dinogen.metrics.sources import Folder, Generated, Reference, image_files

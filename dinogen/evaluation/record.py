@@ -15,9 +15,8 @@ from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.files import why_not_writable, write_json
 from dinogen.metrics import suite
-from dinogen.metrics.fingerprint import Facts, differences
 from dinogen.metrics.registry import chosen_names
-from dinogen.metrics.value import Figure
+from dinogen.metrics.value import Facts, Figure, differences
 from dinogen.runs.files import read_evaluation
 from dinogen.runs.layout import EVALUATION
 from shards.format.manifest import SPLITS

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dinogen.errors import UserError
-from dinogen.metrics.fingerprint import Facts
+from dinogen.metrics.value import Facts
 from dinogen.report.images import to_uint8
 from shards.files import sha256_file
 from shards.image.decode import BadImage, decode

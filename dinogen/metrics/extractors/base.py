@@ -15,7 +15,7 @@ from dinogen.errors import UserError
 
 
 class NotAvailable(UserError):
-    """A extractor cannot be had, so its metrics cannot; the message names the key and the mend."""
+    """Weights of an extractor are missing; the message names the key and how to get them."""
 
 
 @dataclass(frozen=True)
