@@ -24,6 +24,7 @@ from PIL import Image
 
 from dinogen.config import GuideConfig, parse_config
 from dinogen.config.metrics import ClipConfig
+from dinogen.families.base import sample_in_parts
 from dinogen.features.clip import Clip, load_clip
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid, pooled_pyramid
@@ -31,7 +32,6 @@ from dinogen.metrics.prompted import clip_score, retrieval_accuracy
 from dinogen.report.images import save_grid
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
-from dinogen.training.state import sample_in_parts
 from shards.format.sample import Sample
 from shards.write.pack import pack
 from tests import drawn, tiny_clip

@@ -26,7 +26,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parents[1]
 PACKAGES = ("launch", "dinogen", "shards")
-ONCE = ("open_dataset", "read_checkpoint", "load_checkpoint", "newest_checkpoint")
+ONCE = ("open_dataset", "load_checkpoint", "newest_checkpoint")
 CONFIG = """
 run: {run}
 data: {{path: {data}, num_threads: 0}}
@@ -38,7 +38,7 @@ prepare:
 stages: [{{resolution: 16, kimg: 0.008, batch: 4, lr: 1.0e-3}}]
 log: {{every_kimg: 0.004, samples_kimg: 1, num_samples: 4}}
 checkpoint: {{every_kimg: 1}}
-metrics: {{num_samples: 8}}
+metrics: {{num_samples: 8, cache: {cache}}}
 """
 
 
@@ -66,13 +66,15 @@ def walks(root: Path) -> dict[str, dict[str, Any]]:
             Image.fromarray(pixels).save(photos / f"{number:02d}.png")
         data, run = folder / "data", folder / "run"
         config = folder / "my.yaml"
-        config.write_text(CONFIG.format(run=run, data=data))
+        config.write_text(CONFIG.format(run=run, data=data, cache=folder / "cache"))
         found = {}
         found["a photo"] = _child(root, "cli", "prepare", photos, data, "-c", config)
         found["a batch"] = _child(root, "batch", data)
         _child(root, "cli", "train", config)
         found["a resumed step"] = _child(root, "cli", "train", config, "stages.0.kimg=0.012")
-        found["a metric"] = _child(root, "cli", "evaluate", run, "--metrics", "spectrum")
+        metric = ("cli", "evaluate", run, "--metrics", "spectrum")
+        found["a metric, real images read"] = _child(root, *metric)
+        found["a metric, real images known"] = _child(root, *metric)
         return found
 
 
@@ -95,8 +97,11 @@ def _in_child(root: str, kind: str, *words: str) -> None:
 
     def note(frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
-        # A module's or a class's body runs when it is imported.
+        # A module's or a class's body runs when it is imported; so do all groups of commands enter
+        # themselves into the command line, whichever is given.
         if event != "call" or not code.co_flags & 0x2 or not code.co_filename.startswith(parts):
+            return
+        if code.co_name == "register" and "/launch/cli/" in code.co_filename:
             return
         files.add(code.co_filename.removeprefix(f"{root}/"))
         if code.co_name in ONCE:

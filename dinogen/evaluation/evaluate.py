@@ -16,7 +16,7 @@ from dinogen.config import ConfigError, MetricsConfig
 from dinogen.distributed import process_group
 from dinogen.distributed.failure import failure_propagation
 from dinogen.errors import UserError
-from dinogen.evaluation.held_out import chosen_samples, held_out_means
+from dinogen.evaluation.held_out import held_out_means
 from dinogen.evaluation.record import (
     EvaluationRequest,
     Tell,
@@ -24,21 +24,26 @@ from dinogen.evaluation.record import (
     metric_value_teller,
     write_result,
 )
-from dinogen.evaluation.subject import guide_diversity, real_images, reference_at, subject_of
+from dinogen.evaluation.subject import (
+    chosen_samples,
+    guide_diversity,
+    real_images,
+    reference_at,
+    subject_of,
+)
 from dinogen.families.abilities import MeasuresHeldOut, Probes, constants_of
 from dinogen.families.base import Family, Health
-from dinogen.metrics.extractors.load import Extractors
+from dinogen.metrics.extractors import Extractors
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.registry import GUIDE_DIVERSITY, JUDGED, better
 from dinogen.metrics.sources import Folder, Generated, Reference, image_files
 from dinogen.metrics.suite import Measurement, Subject, measure
 from dinogen.metrics.value import MetricValue
 from dinogen.runs.run import Run
+from dinogen.training.checkpointing.checkpoint import check_same_data, versions
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.training.data import class_shares, data_fingerprint, data_or_reason
 from dinogen.training.logging.tensorboard import write_summary
-from dinogen.training.preflight import check_same_data
-from dinogen.training.state import versions
 from shards.errors import ShardsError
 from shards.read.dataset import Dataset
 
@@ -258,8 +263,8 @@ def _probe(snapshot: Snapshot) -> Health:
 
 
 def _held_out_numbers(family: Family, data: Dataset, request: EvaluationRequest) -> list[int]:
-    """Samples for the family's own metric values; none if it has no such metric values, or if the images are
-    compared with other data and the run's data have no such samples.
+    """Samples for what the family itself measures; none if it measures nothing, or if the images
+    are compared with other data and the run's data have no such samples.
 
     Raises:
         ConfigError: there are none.

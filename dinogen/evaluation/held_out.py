@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from typing import Literal, cast
 
@@ -21,54 +20,11 @@ from dinogen.families.base import Family
 from dinogen.training.data import check_labels
 from dinogen.training.engines.microbatches import split as to_device
 from shards.errors import CorruptSample, ShardsError
-from shards.format.manifest import SPLITS
 from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
 
 BATCH = 32
-# fewer held-out samples say nothing
-_WANTED = 20
-
-
-def chosen_samples(data: Dataset, split: str, num: int | None, key: str) -> list[int]:
-    """Numbers of samples spread over a split.
-
-    Args:
-        data: has the split.
-        split: ``train``, ``val`` or ``test``.
-        num: how many; all if None.
-        key: the option that requests them, named in errors.
-
-    Raises:
-        ConfigError: there is no such split, or it has none.
-    """
-    if split not in SPLITS:
-        raise ConfigError(f"{key} {split}: splits are {', '.join(SPLITS)}")
-    available = data.num_samples(split)
-    if not available:
-        raise ConfigError(f"{key}: {_none_in(data, split)}")
-    chosen = np.linspace(0, available - 1, min(num or available, available)).astype(int)
-    return [int(number) for number in chosen]
-
-
-def _none_in(data: Dataset, split: str) -> str:
-    """The message about a split without samples, with what can be done about it."""
-    have = ", ".join(f"{info.num_samples} in {s}" for s, info in data.manifest.splits.items())
-    total = sum(info.num_samples for info in data.manifest.splits.values())
-    said = f"{data.location} has no samples in split {split} (but {have}): "
-    instead = "or measure on the training data: --split train"
-    if total < 2 * _WANTED:
-        return (
-            f"{said}with {total} in all there are too few to hold some back: pack more photos "
-            f"with prepare.pack.{split}_fraction=0.1 and train on them, {instead}"
-        )
-    # the fraction that gives enough to compare with, and never less than the usual 0.05
-    share = max(0.05, math.ceil(100 * _WANTED / total) / 100)
-    return (
-        f"{said}prepare again with prepare.pack.{split}_fraction={share:g} or more and train on "
-        f"that, because training data are not held out; {instead}"
-    )
 
 
 @torch.no_grad()

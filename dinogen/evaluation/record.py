@@ -15,9 +15,8 @@ from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.files import why_not_writable, write_json
 from dinogen.metrics import suite
-from dinogen.metrics.fingerprint import Facts, differences
 from dinogen.metrics.registry import chosen_names
-from dinogen.metrics.value import MetricValue
+from dinogen.metrics.value import Facts, MetricValue, differences
 from dinogen.runs.files import read_evaluation
 from dinogen.runs.layout import EVALUATION
 from shards.format.manifest import SPLITS
@@ -25,7 +24,7 @@ from shards.format.manifest import SPLITS
 log = logging.getLogger(__name__)
 
 # Two results in which these are equal are of the same images, so both may be in one file.
-_SAME = ("resolution", "nimg", "pictures")
+_SAME = ("resolution", "nimg", "images")
 _WEIGHTS = "weights_sha256"  # the same, but earlier versions did not write it
 # What the family measures of itself, which goes together.
 _OWN = ("metrics", "health", "warnings", "floor", "split", "num_samples", "num_skipped")
@@ -141,7 +140,7 @@ def write_result(
     with process_group.rank_zero_section() as mine:
         if mine:
             earlier = read_evaluation(place.path)
-            for said in earlier.told():
+            for said in earlier.messages():
                 log.warning("%s; earlier results that cannot be read are left out", said)
             before = earlier.value or {}
             weights = result.get(_WEIGHTS)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dinogen.config import ConfigError, MetricsConfig
 from dinogen.errors import UserError
-from dinogen.evaluation.held_out import chosen_samples
 from dinogen.families.abilities import (
     DrawsForMetrics,
     NamesItsDraws,
@@ -31,8 +32,12 @@ from dinogen.metrics.sources import (
 )
 from dinogen.metrics.suite import Subject
 from dinogen.metrics.value import MetricValue
+from shards.format.manifest import SPLITS
 from shards.read.dataset import Dataset
 from shards.read.packed import open_dataset
+
+# held-out samples that it takes to say anything at all
+_WANTED = 20
 
 
 def subject_of(
@@ -138,6 +143,46 @@ def real_images(
         return Images(data, split, chosen_samples(data, split, num, key), resolution)
     except UserError as error:
         return error
+
+
+def chosen_samples(data: Dataset, split: str, num: int | None, key: str) -> list[int]:
+    """Numbers of samples spread over a split.
+
+    Args:
+        data: has the split.
+        split: ``train``, ``val`` or ``test``.
+        num: how many; all if None.
+        key: what asked for them, named in errors.
+
+    Raises:
+        ConfigError: there is no such split, or it has none.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"{key} {split}: splits are {', '.join(SPLITS)}")
+    available = data.num_samples(split)
+    if not available:
+        raise ConfigError(f"{key}: {_none_in(data, split)}")
+    chosen = np.linspace(0, available - 1, min(num or available, available)).astype(int)
+    return [int(number) for number in chosen]
+
+
+def _none_in(data: Dataset, split: str) -> str:
+    """What to say of a split without samples, and what can be done about it."""
+    have = ", ".join(f"{info.num_samples} in {s}" for s, info in data.manifest.splits.items())
+    total = sum(info.num_samples for info in data.manifest.splits.values())
+    said = f"{data.location} has no samples in split {split} (but {have}): "
+    instead = "or measure on what was learnt: --split train"
+    if total < 2 * _WANTED:
+        return (
+            f"{said}with {total} in all there are too few to hold some back: pack more photos "
+            f"with prepare.pack.{split}_fraction=0.1 and train on them, {instead}"
+        )
+    # the share that gives some to compare with, and never less than was usual before
+    share = max(0.05, math.ceil(100 * _WANTED / total) / 100)
+    return (
+        f"{said}prepare again with prepare.pack.{split}_fraction={share:g} or more and train on "
+        f"that, for what was learnt is not held out; {instead}"
+    )
 
 
 def reference_at(

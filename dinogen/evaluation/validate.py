@@ -10,10 +10,10 @@ import math
 
 from dinogen.config import ConfigError
 from dinogen.distributed import process_group
-from dinogen.evaluation.held_out import chosen_samples, held_out_means
-from dinogen.evaluation.subject import guide_diversity, real_images, subject_of
+from dinogen.evaluation.held_out import held_out_means
+from dinogen.evaluation.subject import chosen_samples, guide_diversity, real_images, subject_of
 from dinogen.families.abilities import MeasuresHeldOut, facts_of
-from dinogen.metrics.extractors.load import Extractors
+from dinogen.metrics.extractors import Extractors
 from dinogen.metrics.registry import GUIDE_DIVERSITY, better, chosen_names
 from dinogen.metrics.suite import Subject, measure, why_not
 from dinogen.metrics.value import MetricValue

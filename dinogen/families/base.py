@@ -257,3 +257,24 @@ def judged_alone(D: nn.Module, images: Tensor, *more: Tensor) -> Tensor:
         return torch.stack([D(image[None], *more).float().mean() for image in images])
     finally:
         D.train(was_training)
+
+
+@torch.no_grad()
+def sample_in_parts(
+    family: Family,
+    networks: Networks,
+    num: int,
+    seed: int,
+    part: int = 64,
+    condition: Condition | None = None,
+) -> Tensor:
+    """Images 0 to ``num - 1`` under ``seed``, (N, 3, R, R) in [-1, 1] on the CPU.
+
+    A family that takes no condition is not given one, so it need not know of it.
+    """
+    given = () if condition is None else (condition,)
+    parts = [
+        family.sample(networks, torch.arange(first, min(first + part, num)), seed, *given)
+        for first in range(0, num, part)
+    ]
+    return torch.cat([images.float().cpu() for images in parts])

@@ -14,9 +14,8 @@ from dinogen.errors import ConfigError
 from dinogen.metrics.collect import collect
 from dinogen.metrics.extractors.base import FeatureExtractor
 from dinogen.metrics.extractors.clip import ClipExtractor
-from dinogen.metrics.fingerprint import Facts, fingerprint
 from dinogen.metrics.sources import Generated
-from dinogen.metrics.value import Better, MetricValue
+from dinogen.metrics.value import Better, Facts, MetricValue, fingerprint
 
 SCORE, RETRIEVAL = "clip_score", "clip_retrieval"
 BETTER: dict[str, Better] = {SCORE: "higher", RETRIEVAL: "higher"}

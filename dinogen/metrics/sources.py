@@ -6,6 +6,8 @@ images are rounded to the 256 values of a file first.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import re
@@ -20,8 +22,9 @@ import torch
 from torch import Tensor
 
 from dinogen.errors import UserError
-from dinogen.metrics.fingerprint import Facts, data_sha256, files_sha256
+from dinogen.metrics.value import Facts
 from dinogen.report.images import to_uint8
+from shards.files import sha256_file
 from shards.image.decode import BadImage, decode
 from shards.image.kinds import IMAGE_SUFFIXES, UNREAD, UNREAD_IMAGES
 from shards.read.dataset import Dataset
@@ -236,6 +239,23 @@ def as_pixels(images: Tensor) -> Tensor:
     """(N, 3, R, R) in [-1, 1] -> uint8 on the CPU, by the rule by which PNG files are written."""
     pixels = to_uint8(images.detach().float().cpu().numpy())
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def data_sha256(data: Dataset) -> str:
+    """Hash of what all shards of a dataset hold, wherever it lies; of a mix, its weights too."""
+    parts: list[object] = []
+    for one, weight in zip(data.sets, data.weights, strict=True):
+        shards = one.manifest.shards
+        # plain tars have no hash of their own
+        parts.append([(s.split, s.num_samples, s.sha256 or [s.name, s.num_bytes]) for s in shards])
+        parts.append(str(weight))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def files_sha256(files: Iterable[Path]) -> str:
+    """Hash of what some files hold, in their order; their names do not matter."""
+    text = "\n".join(sha256_file(file) for file in files)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -11,19 +11,16 @@ from torch import Tensor
 
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
-from dinogen.metrics.collect import Collected, Seen, Source, Unreadable, collect
-from dinogen.metrics.extractors import ExtractorInfo, FeatureExtractor, NotAvailable
-from dinogen.metrics.extractors.load import Extractors
-from dinogen.metrics.fingerprint import Facts, fingerprint, fingerprint_id
+from dinogen.metrics.collect import Collected, Seen, Source, Unreadable, collect, seen_of_reference
+from dinogen.metrics.extractors import ExtractorInfo, Extractors, FeatureExtractor, NotAvailable
 from dinogen.metrics.lpips_diversity import NUM_SAMPLES, lpips_diversity
 from dinogen.metrics.prompted import BETTER as PROMPTED
 from dinogen.metrics.prompted import Prompted, prompted_values
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.reconstruction import reconstruction
-from dinogen.metrics.reference import seen_of_reference
 from dinogen.metrics.registry import JUDGED, LPIPS_DIVERSITY, Metric, Sets, better
 from dinogen.metrics.sources import Generated, Reconstructed, Reference
-from dinogen.metrics.value import MetricValue
+from dinogen.metrics.value import Facts, MetricValue, fingerprint, fingerprint_id
 from dinogen.report.cautions import caution_of
 
 BATCH = 50  # images made and judged at a time

@@ -7,7 +7,9 @@ what a folder is. Everything else goes through :class:`dinogen.Run`.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 # in RUN
 CONFIG, PAGE, LOCK = "config.yaml", "index.html", ".lock"
@@ -72,3 +74,8 @@ def parse_checkpoint(path: Path) -> tuple[Path, int, int] | None:
     if parent.name != CHECKPOINTS or nimg is None or resolution is None:
         return None
     return run, resolution, nimg
+
+
+def file_mark(facts: Mapping[str, Any]) -> str:
+    """Part of file names that says loudly when a random guide, which teaches nothing, was used."""
+    return ".random-guide" if facts.get("random_guide") else ""

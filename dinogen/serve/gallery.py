@@ -20,7 +20,7 @@ from dinogen.errors import UserError
 from dinogen.families.abilities import truncates
 from dinogen.report.images import to_uint8
 from dinogen.runs.layout import stage_name
-from dinogen.training.checkpointing.checkpoint import stage_checkpoint
+from dinogen.training.checkpointing.checkpoint import NewestCheckpoints
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.visualize.drawings import spherical
 
@@ -84,7 +84,8 @@ class Gallery:
         config = run_config(run)
         self.run = run = config.run
         self.family = config.family.name
-        found = [(stage, stage_checkpoint(config, stage)) for stage in reversed(config.stages)]
+        newest = NewestCheckpoints(config.run)
+        found = [(stage, newest.of(stage.resolution)) for stage in reversed(config.stages)]
         self.stages = {
             stage.resolution: Stage(
                 stage.resolution,

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dinogen.config import AugmentConfig, Config, ConfigError, StageConfig, parse_config
+from dinogen.config import AugmentConfig, Config, ConfigError, StageConfig
 from dinogen.distributed import process_group
 from dinogen.families.abilities import MeasuresHeldOut
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class, resolve
 from dinogen.metrics.registry import chosen_names
-from dinogen.runs.layout import STATE
-from dinogen.training.checkpointing.checkpoint import Checkpoint, stage_checkpoint
+from dinogen.training.checkpointing.checkpoint import (
+    Checkpoint,
+    NewestCheckpoints,
+    check_same_data,
+    or_a_new_run,
+)
 from dinogen.training.data import check_classes, data_fingerprint
 from dinogen.training.stages import find_stage
-from dinogen.version import __version__
 from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
@@ -44,13 +46,19 @@ MAY_CHANGE: dict[str, Any] = {
 }
 
 
-def check_run(config: Config, indices: list[int], data: Dataset) -> None:
+def check_run(
+    config: Config,
+    indices: list[int],
+    data: Dataset,
+    checkpoints: NewestCheckpoints | None = None,
+) -> None:
     """Check all stages that are to be trained, and what was trained of the run before.
 
     Args:
         config: the whole run.
         indices: of the stages.
         data: what it is trained on.
+        checkpoints: of the run; looked for here unless given.
 
     Raises:
         ConfigError: naming the key that does not fit the data, the ranks or a checkpoint.
@@ -63,8 +71,9 @@ def check_run(config: Config, indices: list[int], data: Dataset) -> None:
         _check_stage(config, families[index], data)
     _check_image_sizes(config, [families[index] for index in indices], data)
     fingerprint = data_fingerprint(data)
+    checkpoints = checkpoints or NewestCheckpoints(config.run)
     for stage in config.stages:
-        checkpoint = stage_checkpoint(config, stage)
+        checkpoint = checkpoints.of(stage.resolution)
         if checkpoint is not None:
             check_same_run(checkpoint, config, stage, fingerprint)
 
@@ -154,35 +163,6 @@ def _check_image_sizes(config: Config, families: list[Family], data: Dataset) ->
             break
 
 
-def past_config(then: dict[str, Any], source: Path | str, version: str) -> Config:
-    """The config in a checkpoint or an export, maybe of another dinogen, by today's schema.
-
-    Keys that it lacks get today's defaults, for a new key's default has to leave what a run
-    computes as it was.
-
-    Args:
-        then: the config as it was saved.
-        source: what holds it, named in errors.
-        version: the dinogen that wrote it.
-
-    Raises:
-        ConfigError: naming a key that today's schema does not know, or a value that it refuses.
-    """
-    try:
-        return resolve(parse_config(then))
-    except ConfigError as error:
-        raise ConfigError(
-            f"{source}: {error}\nit was written by dinogen {version}, this is {__version__}: "
-            "use the version that wrote it"
-        ) from None
-
-
-def checkpoint_config(checkpoint: Checkpoint) -> Config:
-    """What a checkpoint was trained with, as :func:`past_config` reads it."""
-    state = checkpoint.state
-    return past_config(state["config"], checkpoint.folder / STATE, state["versions"]["dinogen"])
-
-
 def check_same_run(
     checkpoint: Checkpoint, config: Config, stage: StageConfig, fingerprint: str
 ) -> None:
@@ -200,7 +180,7 @@ def check_same_run(
         ConfigError: naming the first key that contradicts, or that is not known any more.
     """
     resolution = stage.resolution
-    then = _leaves(_compared(checkpoint_config(checkpoint), config, resolution))
+    then = _leaves(_compared(checkpoint.config, config, resolution))
     now = _leaves(_compared(resolve(config), config, resolution))
     for key in then | now:
         old, new = then.get(key, "nothing"), now.get(key, "nothing")
@@ -210,35 +190,6 @@ def check_same_run(
                 f"says {new}: {or_a_new_run(config)}"
             )
     check_same_data(checkpoint, config, fingerprint)
-
-
-def or_a_new_run(config: Config) -> str:
-    """What to do where a config, data or weights differ from those of a checkpoint."""
-    return (
-        f"restore that, or set run= to a new folder (with init_from={config.run} too, the new run "
-        "starts from the weights of this one)"
-    )
-
-
-def check_same_data(
-    checkpoint: Checkpoint, config: Config, fingerprint: str, remedy: str | None = None
-) -> None:
-    """Refuse other shards than a checkpoint was trained on.
-
-    Args:
-        checkpoint: of the stage.
-        config: names today's data.
-        fingerprint: of today's data.
-        remedy: what to do about it, where nothing is trained; unless given, it is that of training.
-
-    Raises:
-        ConfigError: naming ``data.path``.
-    """
-    if checkpoint.state["data"] != fingerprint:
-        raise ConfigError(
-            f"data.path: {config.data.location} holds other shards than the checkpoint "
-            f"{checkpoint.folder} was trained on: {remedy or or_a_new_run(config)}"
-        )
 
 
 def _compared(config: Config, today: Config, resolution: int) -> dict[str, Any]:

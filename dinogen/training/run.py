@@ -15,7 +15,7 @@ from dinogen.files import write_text
 from dinogen.report.run_page import write_page
 from dinogen.runs.lock import run_lock
 from dinogen.runs.run import Run
-from dinogen.training.checkpointing.checkpoint import stage_checkpoint
+from dinogen.training.checkpointing.checkpoint import NewestCheckpoints
 from dinogen.training.data import open_data
 from dinogen.training.logging.artifacts import finish_stage
 from dinogen.training.logging.logger import cut_lines
@@ -24,6 +24,7 @@ from dinogen.training.stages import StagePlan, find_stage, with_lengths
 from dinogen.training.state import StageState, is_finished
 from dinogen.training.stop import StopFlag
 from dinogen.training.trainer import Trainer
+from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +52,13 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
     with failure_propagation(), run_lock(config.run), StopFlag() as stop:
         data = open_data(config)
         config = with_lengths(config, data.num_samples(config.data.split))
-        check_run(config, indices, data)
+        checkpoints = NewestCheckpoints(config.run)
+        check_run(config, indices, data, checkpoints)
         if process_group.is_main():
             write_text(Run.of(config).config_file, dump_config(config))
         results = []
         for index in indices:
-            results.append(_train_stage(config, index, stop))
+            results.append(_train_stage(config, index, stop, data, checkpoints))
             with process_group.rank_zero_section() as mine:
                 if mine:
                     # Also for a skipped stage: a kill may have come before its page was written
@@ -66,14 +68,16 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
         return results
 
 
-def _train_stage(config: Config, index: int, stop: StopFlag) -> dict[str, Any]:
+def _train_stage(
+    config: Config, index: int, stop: StopFlag, data: Dataset, checkpoints: NewestCheckpoints
+) -> dict[str, Any]:
     """Train one stage to its end and write what it leaves."""
     stage = config.stages[index]
-    finished = _finished_result(config, index)
+    finished = _finished_result(config, index, checkpoints)
     if finished is not None:
         log.info("stage %s is finished already", Run.of(config).stage(stage.resolution).name)
         return finished
-    state = StageState(config, index)
+    state = StageState(config, index, data, checkpoints)
     if not state.finished:
         Trainer(state, stop).run()
     result = None
@@ -87,10 +91,12 @@ def _train_stage(config: Config, index: int, stop: StopFlag) -> dict[str, Any]:
     return written
 
 
-def _finished_result(config: Config, index: int) -> dict[str, Any] | None:
+def _finished_result(
+    config: Config, index: int, checkpoints: NewestCheckpoints
+) -> dict[str, Any] | None:
     """result.json of a stage whose newest checkpoint is at the end that the config sets."""
     stage = config.stages[index]
-    checkpoint = stage_checkpoint(config, stage)
+    checkpoint = checkpoints.of(stage.resolution)
     if checkpoint is None:
         return None
     state = checkpoint.state

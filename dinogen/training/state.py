@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import logging
 import math
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import process_group, rng
 from dinogen.families.abilities import Probes, facts_of, fade, new_parameters_of
-from dinogen.families.base import Condition, Family, Health
+from dinogen.families.base import Family, Health, sample_in_parts
 from dinogen.families.registry import family_class
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import (
     Checkpoint,
+    NewestCheckpoints,
     on_host,
+    or_a_new_run,
     prune,
     save_checkpoint,
-    stage_checkpoint,
+    versions,
 )
 from dinogen.training.checkpointing.transfer import init_from
 from dinogen.training.data import data_fingerprint, open_data
 from dinogen.training.ema import Ema
 from dinogen.training.engines import make_engine
 from dinogen.training.engines.base import SingleEngine
-from dinogen.training.preflight import or_a_new_run
 from dinogen.training.stages import StagePlan, due, grow
-from dinogen.version import __version__
+from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +81,9 @@ class Progress:
             self.loss = loss if self.loss is None else share * loss + (1 - share) * self.loss
 
 
-def stage_plan(config: Config, index: int) -> tuple[StagePlan, Checkpoint | None]:
+def stage_plan(
+    config: Config, index: int, checkpoints: NewestCheckpoints
+) -> tuple[StagePlan, Checkpoint | None]:
     """When a stage begins, and the finished checkpoint it grows from (None for the first).
 
     Raises:
@@ -92,7 +93,7 @@ def stage_plan(config: Config, index: int) -> tuple[StagePlan, Checkpoint | None
     if index == 0:
         return StagePlan(stage, 0), None
     previous = config.stages[index - 1]
-    checkpoint = stage_checkpoint(config, previous)
+    checkpoint = checkpoints.of(previous.resolution)
     nimg = checkpoint.state["progress"]["nimg"] if checkpoint else 0
     if checkpoint is None or not is_finished(config, previous, checkpoint.state):
         raise ConfigError(
@@ -121,19 +122,28 @@ class StageState:
     Args:
         config: the whole run.
         index: which of its stages.
+        data: what it is trained on; opened here unless given.
+        checkpoints: of the run; looked for here unless given.
 
     Raises:
         ConfigError: the stage before is not finished, the checkpoint contradicts the config, or
             the shards do not fit.
     """
 
-    def __init__(self, config: Config, index: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        index: int,
+        data: Dataset | None = None,
+        checkpoints: NewestCheckpoints | None = None,
+    ) -> None:
         self.config = config
         self.stage = config.stages[index]
         self.place = Run.of(config).stage(self.stage.resolution)
         self.folder = self.place.folder
         self.device = process_group.device()
-        self.plan, previous = stage_plan(config, index)
+        checkpoints = checkpoints or NewestCheckpoints(config.run)
+        self.plan, previous = stage_plan(config, index, checkpoints)
         with rng.torch_seed(config.seed, f"init/{self.stage.resolution}"):
             cls = family_class(config.family)
             self.family: Family = cls(config, self.stage, self.device)
@@ -149,7 +159,7 @@ class StageState:
             for name, network in self.ema.networks.items():
                 new = new_parameters_of(self.family, name)
                 grow(network, previous.tensors(f"{name}.ema"), new, ConfigError)
-        self.data = open_data(config)
+        self.data = open_data(config) if data is None else data
         self.family.begin(self.data)
         self.engine: SingleEngine = make_engine(config, self.family, self.stage.lr, self.device)
         self.progress = Progress(nimg=self.plan.start, logged=self.plan.start)
@@ -157,7 +167,7 @@ class StageState:
             self.progress.step = previous.state["progress"]["step"]
         self.logger_state: dict[str, Any] | None = None
         self.last_saved = self.plan.start
-        self._resume()
+        self._resume(checkpoints.of(self.stage.resolution))
         self.set_fade()
 
     @property
@@ -224,9 +234,8 @@ class StageState:
 
         return write
 
-    def _resume(self) -> None:
+    def _resume(self, checkpoint: Checkpoint | None) -> None:
         """Take over the newest checkpoint of this stage, if there is one."""
-        checkpoint = stage_checkpoint(self.config, self.stage)
         if checkpoint is None:
             if self.config.init_from is not None and self.stage is self.config.stages[0]:
                 init_from(self.config.init_from, self.family, self.ema)
@@ -263,34 +272,3 @@ def _check_frozen(checkpoint: Checkpoint, family: Family) -> None:
                 f"{key}: its weights differ from those that the checkpoint {checkpoint.folder} "
                 f"was trained with: {or_a_new_run(family.config)}"
             )
-
-
-def file_mark(facts: dict[str, Any]) -> str:
-    """Part of file names that marks results of a random guide, which teaches nothing."""
-    return ".random-guide" if facts.get("random_guide") else ""
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    return {"dinogen": __version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-@torch.no_grad()
-def sample_in_parts(
-    family: Family,
-    networks: dict[str, nn.Module],
-    num: int,
-    seed: int,
-    part: int = 64,
-    condition: Condition | None = None,
-) -> torch.Tensor:
-    """Images 0 to ``num - 1`` under ``seed``, (N, 3, R, R) in [-1, 1] on the CPU.
-
-    A family without conditions is called without one.
-    """
-    given = () if condition is None else (condition,)
-    parts = [
-        family.sample(networks, torch.arange(first, min(first + part, num)), seed, *given)
-        for first in range(0, num, part)
-    ]
-    return torch.cat([images.float().cpu() for images in parts])

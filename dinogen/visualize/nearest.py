@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinogen.config.metrics import MetricsConfig
+from dinogen.metrics.extractors import load_extractor
 from dinogen.metrics.extractors.base import NotAvailable
-from dinogen.metrics.extractors.load import load_extractor
 from dinogen.metrics.sources import as_pixels
 from shards.read.dataset import Dataset
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from dinogen.config import ConfigError
 from dinogen.families.abilities import HasCritic, fade
 from dinogen.report.images import Sheet
+from dinogen.training.checkpointing.checkpoint import check_same_data
 from dinogen.training.checkpointing.snapshot import Snapshot
 from dinogen.training.data import data_fingerprint, open_data
-from dinogen.training.preflight import check_same_data
 from dinogen.visualize.nearest import Nearest, Ruler, choose_ruler, nearest_of, real_images
 from shards.errors import ShardsError
 from shards.read.dataset import Dataset

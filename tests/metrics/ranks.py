@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dinogen.distributed import process_group, rng
 from dinogen.metrics.collect import Collected, Moments, collect
+from dinogen.metrics.extractors import load_extractor
 from dinogen.metrics.extractors.base import ExtractorInfo, NotAvailable
-from dinogen.metrics.extractors.load import load_extractor
 from dinogen.metrics.frechet import frechet_of
 from tests import forked
 

@@ -66,5 +66,5 @@ def only(monkeypatch, extractor: Means) -> Means:
             raise NotAvailable(f"metrics.{name}: no path is given")
         return extractor
 
-    monkeypatch.setattr("dinogen.metrics.extractors.load.load_extractor", load)
+    monkeypatch.setattr("dinogen.metrics.extractors.load_extractor", load)
     return extractor

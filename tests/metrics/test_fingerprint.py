@@ -8,13 +8,8 @@ from fractions import Fraction
 import pytest
 
 from dinogen.metrics.extractors.base import ExtractorInfo
-from dinogen.metrics.fingerprint import (
-    data_sha256,
-    differences,
-    files_sha256,
-    fingerprint,
-    fingerprint_id,
-)
+from dinogen.metrics.sources import data_sha256, files_sha256
+from dinogen.metrics.value import differences, fingerprint, fingerprint_id
 from shards.read.mixture import MixedDataset
 from shards.read.packed import open_dataset
 from tests.families.tiny import discs

@@ -7,8 +7,7 @@ import json
 import pytest
 import torch
 
-from dinogen.metrics.collect import collect
-from dinogen.metrics.reference import seen_of_reference
+from dinogen.metrics.collect import collect, seen_of_reference
 from dinogen.metrics.sources import Images
 from tests.metrics.small import Means, small_data
 

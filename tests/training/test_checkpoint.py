@@ -2,18 +2,22 @@
 
 import logging
 import os
+import time
 
 import pytest
 import torch
 
+from dinogen.training import data as data_module
 from dinogen.training.checkpointing import checkpoint as module
 from dinogen.training.checkpointing.checkpoint import (
+    NewestCheckpoints,
     load_checkpoint,
     newest_checkpoint,
     on_host,
     prune,
     save_checkpoint,
 )
+from dinogen.training.run import train
 
 
 def save(parent, nimg, **state):
@@ -90,3 +94,70 @@ def test_prune_keeps_the_newest_and_the_kept(tmp_path):
 
 def test_nothing_there(tmp_path):
     assert newest_checkpoint(tmp_path / "none") is None
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """The files that are hashed from now on, each as often as it is."""
+    found = []
+    plain = module.sha256_file
+    monkeypatch.setattr(module, "sha256_file", lambda path: found.append(path) or plain(path))
+    return found
+
+
+def save_of_a_run(parent, nimg):
+    state = {
+        "progress": {"nimg": nimg, "step": 1, "num_worse": 0},
+        "start": 0,
+        "config": {},
+        "data": "",
+        "engine": {},
+        "logger": {"sums": {}, "weights": {}},
+        "facts": {},
+        "versions": {"dinogen": "0.1.0"},
+    }
+    return save(parent, nimg, **state)
+
+
+def test_the_newest_is_hashed_again_only_if_a_file_has_changed(tmp_path, hashed, caplog):
+    parent = tmp_path / "8x8/checkpoints"
+    old, new = save_of_a_run(parent, 100), save_of_a_run(parent, 200)
+    hashed.clear()
+    newest = NewestCheckpoints(tmp_path)
+    assert newest.of(8).folder == newest.of(8).folder == new
+    assert hashed == [new / "G.safetensors"]
+
+    weights, before = new / "G.safetensors", (new / "G.safetensors").stat()
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    time.sleep(0.02)  # a file system counts time in ticks
+    weights.write_bytes(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a careful copy leaves it
+    assert newest.of(8).folder == old
+    assert f"{new} is broken and skipped" in caplog.text
+
+    hashed.clear()
+    assert newest.of(8).folder == old
+    assert hashed == []
+    third = save_of_a_run(parent, 300)
+    assert newest.of(8).folder == third
+
+
+def test_a_resumed_run_opens_its_data_once_and_hashes_each_file_once(
+    make_config, monkeypatch, hashed
+):
+    train(make_config(), 4)
+    train(make_config("stages.1.kimg=0.12"))
+    opened = []
+    plain = data_module.open_dataset
+    monkeypatch.setattr(
+        data_module, "open_dataset", lambda *args: opened.append(args) or plain(*args)
+    )
+    before = set(make_config().run.rglob("*.safetensors"))
+    hashed.clear()
+    longer = train(make_config())
+    assert [result["nimg"] for result in longer] == [80, 240]
+    assert len(opened) == 1
+    read = [path for path in hashed if path in before]
+    assert {path.parts[-4:-2] for path in read} >= {("4x4", "checkpoints"), ("8x8", "checkpoints")}
+    assert len(read) == len(set(read))

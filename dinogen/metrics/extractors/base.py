@@ -15,7 +15,7 @@ from dinogen.errors import UserError
 
 
 class NotAvailable(UserError):
-    """A feature extractor is not available, nor are its metrics; names the key and the remedy."""
+    """Weights of an extractor are missing; the message names the key and how to get them."""
 
 
 @dataclass(frozen=True)

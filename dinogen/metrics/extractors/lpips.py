@@ -100,7 +100,7 @@ def load_perceptual(net: str, backbone: str | None, device: torch.device) -> Per
         failed = error
     if process_group.any_rank(failed is not None):
         raise failed or NotAvailable(
-            f"{KEY}: not available on another node: give a path that all nodes can read"
+            f"{KEY}: it is missing on another node: give a path that all nodes can read"
         )
     assert found is not None
     return found

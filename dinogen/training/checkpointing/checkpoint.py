@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -18,14 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinogen.config import Config, StageConfig
+from dinogen.config import Config, ConfigError, parse_config
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
+from dinogen.families.registry import resolve
 from dinogen.files import write_json
 from dinogen.runs.earlier import with_new_keys
 from dinogen.runs.files import read_object, read_raw, state_problem
 from dinogen.runs.layout import STATE, checkpoint_name
 from dinogen.runs.run import Checkpoints, Run
+from dinogen.version import __version__
 from shards.files import sha256_file, sync_folder
 
 log = logging.getLogger(__name__)
@@ -45,6 +48,12 @@ class Checkpoint:
 
     folder: Path
     state: dict[str, Any]
+
+    @property
+    def config(self) -> Config:
+        """What it was trained with, by today's schema, as :func:`past_config` reads it."""
+        version = self.state["versions"]["dinogen"]
+        return past_config(self.state["config"], self.folder / STATE, version)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """One file's tensors on the CPU, such as ``G``, ``G.ema`` or ``optim``."""
@@ -172,16 +181,114 @@ def newest_checkpoint(parent: Path, usable: bool = False) -> Checkpoint | None:
     return None
 
 
-def stage_checkpoint(config: Config, stage: StageConfig) -> Checkpoint | None:
-    """The newest complete checkpoint of a stage, the same one on every rank."""
-    parent = Run.of(config).stage(stage.resolution).checkpoints.folder
-    # rank 0 alone verifies hashes: the others read what it chose
-    with process_group.rank_zero_section() as mine:
-        found = newest_checkpoint(parent, usable=True) if mine else None
-    name = process_group.broadcast_object(found.folder.name if found else None)
-    if name is None:
-        return None
-    return found or load_checkpoint(parent / name, verify=False)
+class NewestCheckpoints:
+    """The newest complete checkpoint of each stage of a run, with each file hashed once.
+
+    Starting a run asks for the same checkpoint several times: to compare it with the config, to
+    see whether its stage is finished, to grow the next stage, and to resume. The first answer is
+    kept for as long as no file of the stage's checkpoints changes.
+
+    Args:
+        run: its folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = Run(run)
+        self._known: dict[int, tuple[_Marks, Checkpoint | None]] = {}
+
+    def of(self, resolution: int) -> Checkpoint | None:
+        """That of one stage, the same on every rank; every rank has to call it."""
+        parent = self._run.stage(resolution).checkpoints.folder
+        found: Checkpoint | None = None
+        # rank 0 alone verifies hashes: the others read what it chose
+        with process_group.rank_zero_section() as mine:
+            if mine:
+                found = self._verified(resolution, parent)
+        name = process_group.broadcast_object(found.folder.name if found else None)
+        if name is None:
+            return None
+        return found or load_checkpoint(parent / name, verify=False)
+
+    def _verified(self, resolution: int, parent: Path) -> Checkpoint | None:
+        marks = _marks_of_files(parent)  # before they are read: a later change is then noticed
+        if resolution not in self._known or self._known[resolution][0] != marks:
+            self._known[resolution] = marks, newest_checkpoint(parent, usable=True)
+        return self._known[resolution][1]
+
+
+# By path, what changes when a file is written or replaced; None if it cannot be read.
+_Marks = dict[Path, tuple[int, ...] | None]
+
+
+def _marks_of_files(parent: Path) -> _Marks:
+    marks: _Marks = {}
+    for folder in Checkpoints(parent).folders:
+        for path in folder.iterdir():
+            try:
+                now = path.stat()
+                marks[path] = (
+                    now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+                )  # fmt: skip
+            except OSError:
+                marks[path] = None
+    return marks
+
+
+def past_config(then: dict[str, Any], source: Path | str, version: str) -> Config:
+    """The config in a checkpoint or an export, maybe of another dinogen, by today's schema.
+
+    Keys that it lacks get today's defaults, for a new key's default has to leave what a run
+    computes as it was.
+
+    Args:
+        then: the config as it was saved.
+        source: what holds it, named in errors.
+        version: the dinogen that wrote it.
+
+    Raises:
+        ConfigError: naming a key that today's schema does not know, or a value that it refuses.
+    """
+    try:
+        return resolve(parse_config(then))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{source}: {error}\nit was written by dinogen {version}, this is {__version__}: "
+            "use the version that wrote it"
+        ) from None
+
+
+def or_a_new_run(config: Config) -> str:
+    """What to do where a config, data or weights differ from those of a checkpoint."""
+    return (
+        f"restore that, or set run= to a new folder (with init_from={config.run} too, the new run "
+        "starts from the weights of this one)"
+    )
+
+
+def check_same_data(
+    checkpoint: Checkpoint, config: Config, fingerprint: str, remedy: str | None = None
+) -> None:
+    """Refuse other shards than a checkpoint was trained on.
+
+    Args:
+        checkpoint: of the stage.
+        config: names today's data.
+        fingerprint: of today's data.
+        remedy: what to do about it, where nothing is trained; unless given, it is that of training.
+
+    Raises:
+        ConfigError: naming ``data.path``.
+    """
+    if checkpoint.state["data"] != fingerprint:
+        raise ConfigError(
+            f"data.path: {config.data.location} holds other shards than the checkpoint "
+            f"{checkpoint.folder} was trained on: {remedy or or_a_new_run(config)}"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {"dinogen": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def prune(parent: Path, keep_last: int) -> None:
@@ -190,7 +297,7 @@ def prune(parent: Path, keep_last: int) -> None:
     What a killed save left is deleted too.
     """
     folders = Checkpoints(parent).folders
-    marks = [_marks(folder) for folder in folders]
+    marks = [_saved_marks(folder) for folder in folders]
     best = max((i for i, mark in enumerate(marks) if mark.get("best")), default=None)
     for i, folder in enumerate(folders[:-keep_last]):
         if not marks[i].get("keep") and i != best:
@@ -201,7 +308,7 @@ def prune(parent: Path, keep_last: int) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _marks(folder: Path) -> dict[str, Any]:
+def _saved_marks(folder: Path) -> dict[str, Any]:
     return read_object(folder / STATE).value or {}
 
 

@@ -16,14 +16,12 @@ from torch import Tensor, nn
 from dinogen.config import ConfigError
 from dinogen.distributed import process_group
 from dinogen.families.abilities import fade
-from dinogen.families.base import Family
+from dinogen.families.base import Family, sample_in_parts
 from dinogen.families.registry import family_class
 from dinogen.files import write_bytes
-from dinogen.training.checkpointing.checkpoint import on_host
+from dinogen.training.checkpointing.checkpoint import on_host, past_config
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
-from dinogen.training.preflight import past_config
 from dinogen.training.stages import find_stage
-from dinogen.training.state import sample_in_parts
 
 log = logging.getLogger(__name__)
 

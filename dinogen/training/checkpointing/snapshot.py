@@ -11,20 +11,18 @@ from torch import Tensor
 from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import process_group
 from dinogen.families.abilities import condition_for, fade
-from dinogen.families.base import Condition, Family
+from dinogen.families.base import Condition, Family, sample_in_parts
 from dinogen.families.registry import family_class
 from dinogen.runs.files import state_problem
-from dinogen.runs.layout import STATE, stage_name
+from dinogen.runs.layout import STATE, file_mark, stage_name
 from dinogen.runs.run import Run, Stage
 from dinogen.training.checkpointing.checkpoint import (
     Checkpoint,
+    NewestCheckpoints,
     load_checkpoint,
-    stage_checkpoint,
 )
 from dinogen.training.ema import Ema
-from dinogen.training.preflight import checkpoint_config
 from dinogen.training.stages import StagePlan, find_stage
-from dinogen.training.state import file_mark, sample_in_parts
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,8 @@ def load_snapshot(
     else:
         stages = (today.stages[find_stage(today, resolution)],)
     if nimg is None:
-        found = ((stage, stage_checkpoint(today, stage)) for stage in stages)
+        newest = NewestCheckpoints(today.run)
+        found = ((stage, newest.of(stage.resolution)) for stage in stages)
     else:
         found = ((stage, _checkpoint_at(today, stage, nimg)) for stage in stages)
     stage, checkpoint = next(((s, c) for s, c in found if c), (None, None))
@@ -114,7 +113,7 @@ def load_snapshot(
     # the checkpoint's own config: the file beside the run may have been edited since; but that
     # file knows where data and guide lie now, and what they hold is compared where they are read;
     # and how a run is measured is no part of what it has learnt
-    config = checkpoint_config(checkpoint)
+    config = checkpoint.config
     now = {name: getattr(today, name) for name in ("data", "guide", "guides", "clip", "metrics")}
     now["run"] = today.run
     config = config.model_copy(update=now)

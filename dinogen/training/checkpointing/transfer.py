@@ -13,7 +13,7 @@ from dinogen.config import ConfigError
 from dinogen.distributed import process_group
 from dinogen.families.base import Family
 from dinogen.runs.run import Run
-from dinogen.training.checkpointing.checkpoint import Checkpoint, stage_checkpoint
+from dinogen.training.checkpointing.checkpoint import Checkpoint, NewestCheckpoints
 from dinogen.training.ema import Ema
 
 log = logging.getLogger(__name__)
@@ -65,9 +65,10 @@ def _from_run(path: Path, family: Family, ema: Ema) -> dict[str, dict[str, Tenso
             f"init_from: {path} is neither a run (config.yaml is missing) nor a file: give the "
             "folder of a run, or what `dinogen export` wrote"
         )
+    newest = NewestCheckpoints(path)
     checkpoint: Checkpoint | None = None
     for stage in reversed(run.config.stages):
-        checkpoint = checkpoint or stage_checkpoint(run.config, stage)
+        checkpoint = checkpoint or newest.of(stage.resolution)
     if checkpoint is None:
         raise ConfigError(f"init_from: {path} has no complete checkpoint: train it first")
     names = [*family.networks, *(f"{name}.ema" for name in ema.networks)]

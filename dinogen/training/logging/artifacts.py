@@ -16,8 +16,10 @@ from dinogen.families.abilities import facts_of
 from dinogen.files import write_json
 from dinogen.report.curves import plot_loss_curve
 from dinogen.report.images import save_grid
+from dinogen.runs.layout import file_mark
+from dinogen.training.checkpointing.checkpoint import versions
 from dinogen.training.logging.tensorboard import write_summary
-from dinogen.training.state import StageState, file_mark, versions
+from dinogen.training.state import StageState
 
 log = logging.getLogger(__name__)
 
