@@ -32,7 +32,7 @@ from dinogen.config.metrics import MetricsConfig
 from dinogen.distributed import process_group, rng
 from dinogen.metrics.collect import Seen, collect
 from dinogen.metrics.extractors import ExtractorInfo, FeatureExtractor, load_extractor
-from dinogen.metrics.registry import JUDGED, Sets
+from dinogen.metrics.registry import OF_FEATURES, Sets
 
 SIDE = 128
 BATCH = 50
@@ -108,7 +108,9 @@ def order(options: argparse.Namespace) -> None:
     ours, others = faces[0::2], faces[1::2]
     real = seen(Given(others), extractor)
     names = [
-        name for name, one in JUDGED.items() if one.extractor == "inception768" and not one.train
+        name
+        for name, one in OF_FEATURES.items()
+        if one.extractor == "inception768" and not one.train
     ]
     print(f"{len(ours)} faces against {len(others)} others, {len(cats)} cats")
     print(f"{'':20}" + "".join(f"{name:>20}" for name in names))
@@ -120,7 +122,7 @@ def order(options: argparse.Namespace) -> None:
     }
     for title, images in rows.items():
         sets = Sets(seen(Given(images), extractor), real, None, NUM_HALVES, 0)
-        found = [JUDGED[name].estimate(sets) for name in names]
+        found = [OF_FEATURES[name].estimate(sets) for name in names]
         cells = [f"{one.value:.4f} ± {one.spread or 0:.4f}" for one in found]
         print(f"{title:20}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
 
@@ -146,7 +148,7 @@ def cost(options: argparse.Namespace) -> None:
     print(f"rows kept of the samples: {sum(rows.nbytes for rows in kept) / 1e6:.0f} MB")
     # precision, recall, density and coverage share one pass, which the first of them is charged
     sets = {name: Sets(made[name], real[name], train[name], NUM_HALVES, 0) for name in keep}
-    for name, metric in JUDGED.items():
+    for name, metric in OF_FEATURES.items():
         if metric.extractor in keep:
             told(name, partial(metric.estimate, sets[metric.extractor]))
 

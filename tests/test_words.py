@@ -8,39 +8,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# What is clean now; extend it until it is everything.
+# Where these words do not occur. Of the tests only those that are clean so far.
 CLEAN = (
-    "shards",
-    "dinogen/__init__.py",
-    "dinogen/batch.py",
-    "dinogen/config",
-    "dinogen/families/guided.py",
-    "dinogen/features",
-    "dinogen/guidance",
-    "dinogen/prepare",
-    "dinogen/report",
-    "dinogen/runs",
-    "dinogen/serve",
-    "dinogen/visualize",
-    "dinogen/demo.py",
-    "dinogen/errors.py",
-    "dinogen/files.py",
+    "dinogen",
     "launch",
+    "shards",
     "configs",
     "slurm",
-    "README.md",
-    "docs/cluster.md",
-    "docs/compare.md",
-    "docs/data-format.md",
-    "docs/download.md",
-    "docs/index.md",
-    "docs/look.md",
-    "docs/make_objectives.py",
-    "docs/make_overview.py",
-    "docs/examples.md",
-    "docs/guided.md",
-    "docs/study.md",
+    "docs",
     "examples",
+    "README.md",
+    "CONTRIBUTING.md",
     "tests/guidance",
     "tests/launch",
     "tests/slurm",
@@ -85,35 +63,43 @@ WORDS = {
     r"told (of|at|before|when)": "reported, passed",
 }
 
-# The word has its ordinary meaning there, or is a name from a folder that is not clean yet.
+# The word has its ordinary meaning there, or is a name that was stored and has to be read.
 ALLOWED = {
-    # health status and main loss: still so in dinogen.families.base
-    "dinogen/families/guided.py": {"bank", "headline", "verdict"},
-    # random numbers depend on these words, and earlier configs have them
+    # family files for 0.1
+    "dinogen/families/base.py": {"verdict"},
+    "dinogen/families/earlier.py": {"headline"},
+    # random numbers depend on these words
+    "dinogen/families/guided.py": {"bank"},
     "dinogen/guidance/discriminator.py": {"judge"},
-    "dinogen/guidance/options.py": {"bank"},
-    "docs/guided.md": {"bank"},
+    "dinogen/training/dataloading.py": {"bank"},
     "tests/guidance/test_discriminate_penalties.py": {"judge"},
+    # keys and options of earlier versions
+    "dinogen/guidance/options.py": {"bank"},
+    "dinogen/runs/earlier.py": {"verdict", "pictures"},
+    "docs/guided.md": {"bank"},
+    "launch/cli/results.py": {"over_training"},
     "tests/guidance/test_guide_set.py": {"bank"},
-    "dinogen/prepare/parts.py": {"main_section"},
-    "dinogen/report/compare/page.html": {"figure"},  # the element of HTML
-    "dinogen/report/compare/page.py": {"figure"},  # of matplotlib
-    "dinogen/report/compare/warnings.py": {"judge"},  # a key of stored fingerprints
+    # a key of stored fingerprints
+    "dinogen/metrics/value.py": {"judge"},
+    "dinogen/report/compare/warnings.py": {"judge"},
+    # figures of papers, of HTML, of matplotlib
+    "dinogen/families/wgan_gp.py": {"figure"},
+    "dinogen/metrics/extractors/onet.py": {"figure"},
+    "dinogen/networks/stylegan2/discriminator.py": {"figure"},
+    "dinogen/networks/stylegan2/generator.py": {"figure"},
+    "dinogen/report/compare/page.html": {"figure"},
+    "dinogen/report/compare/page.py": {"figure"},
     "dinogen/report/curves.py": {"figure"},
     "dinogen/report/page.html": {"figure"},
-    "dinogen/runs/earlier.py": {"verdict"},
-    "launch/cli/results.py": {"over_training"},  # the earlier name of an option
     "shards/check/adopt.py": {"ahead"},  # a clock is ahead
 }
-# Made from the options of all families, whose descriptions are not clean yet.
-SKIPPED = {"configs/schema.json"}
 
 
 def files():
     listed = subprocess.run(
         ["git", "ls-files", "--", *CLEAN], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    return [name for name in listed if Path(name).suffix in SUFFIXES and name not in SKIPPED]
+    return [name for name in listed if Path(name).suffix in SUFFIXES]
 
 
 @pytest.mark.parametrize("name", files())

@@ -35,7 +35,7 @@ from dinogen.families.abilities import MeasuresHeldOut, Probes, constants_of
 from dinogen.families.base import Family, Health
 from dinogen.metrics.extractors import Extractors
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
-from dinogen.metrics.registry import GUIDE_DIVERSITY, JUDGED, better
+from dinogen.metrics.registry import GUIDE_DIVERSITY, OF_FEATURES, better
 from dinogen.metrics.sources import Folder, Generated, Reference, image_files
 from dinogen.metrics.suite import Measurement, Subject, measure
 from dinogen.metrics.value import MetricValue
@@ -290,10 +290,11 @@ def _measure(
     unneeded = UserError("no requested metric needs it")
     real: Reference | UserError = unneeded
     train: Reference | UserError = unneeded
-    if any(name in JUDGED and JUDGED[name].train for name in asked):
+    metrics = [OF_FEATURES[name] for name in asked if name in OF_FEATURES]
+    if any(metric.train for metric in metrics):
         key = "data.split"
         train = _real(needs.data, family.config.data.split, None, resolution, key)
-    if any((name in JUDGED and JUDGED[name].real) or name in RECONSTRUCTION for name in asked):
+    if any(metric.real for metric in metrics) or any(name in RECONSTRUCTION for name in asked):
         if request.reference is None:
             split, num = settings.reference_split, settings.num_reference
             real = _real(needs.data, split, num, resolution, "metrics.reference_split")

@@ -98,7 +98,7 @@ def collect(
         source: the images.
         extractors: each has a name of its own.
         keep: names of the extractors whose rows are kept and gathered, N x C float32 on every rank.
-        batch: images read and judged at a time.
+        batch: images read and seen by the extractors at a time.
         num_images: how many of the first images are kept too.
 
     Raises:
@@ -281,9 +281,9 @@ def seen_of_reference(
 
     Args:
         source: the images.
-        feature extractors: by whom they are judged.
+        extractors: that see them.
         keep: names of the feature extractors whose features are needed row by row.
-        batch: images read and judged at a time.
+        batch: images read and seen by the extractors at a time.
         cache: folder of what was worked out before; :data:`CACHE` unless given.
     """
     facts = source.facts()

@@ -145,7 +145,7 @@ _SPECTRAL: tuple[tuple[str, Better, Callable[[Tensor, Tensor], float]], ...] = (
     # near 1 is as it should be
     ("sharpness", "none", sharpness),
 )
-JUDGED = {
+OF_FEATURES = {
     "is": Metric("inception", "higher", _inception_score, real=None),
     **_of_extractor("inception", "fid", "kid", ""),
     **_of_extractor("inception768", "fid768", "kid768", "768"),
@@ -167,12 +167,12 @@ OTHERS: dict[str, Better] = {
     # as much as real images differ is as it should be
     GUIDE_DIVERSITY: "none",
 }
-NAMES = ("fid", *(name for name in JUDGED if name != "fid"), *OTHERS)
+NAMES = ("fid", *(name for name in OF_FEATURES if name != "fid"), *OTHERS)
 
 
 def better(name: str) -> Better:
     """Which way a metric is better."""
-    return JUDGED[name].better if name in JUDGED else OTHERS[name]
+    return OF_FEATURES[name].better if name in OF_FEATURES else OTHERS[name]
 
 
 def chosen_names(names: Iterable[str], key: str) -> tuple[str, ...]:

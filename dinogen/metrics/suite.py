@@ -1,4 +1,4 @@
-"""Measures generated images by any number of metrics: each made once, each judged once."""
+"""Measures generated images by any number of metrics: each made once, each seen once."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dinogen.metrics.prompted import BETTER as PROMPTED
 from dinogen.metrics.prompted import Prompted, prompted_values
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.reconstruction import reconstruction
-from dinogen.metrics.registry import JUDGED, LPIPS_DIVERSITY, Metric, Sets, better
+from dinogen.metrics.registry import LPIPS_DIVERSITY, OF_FEATURES, Metric, Sets, better
 from dinogen.metrics.sources import Generated, Reconstructed, Reference
 from dinogen.metrics.value import Facts, MetricValue, fingerprint, fingerprint_id
 from dinogen.report.cautions import caution_of
 
-BATCH = 50  # images made and judged at a time
+BATCH = 50  # images made and seen by the extractors at a time
 _SEED = 0  # of the halves that spreads are taken over: no metric value may depend on a run's seed
 
 
@@ -128,7 +128,7 @@ def measure(
         if reason is not None:
             found.add(MetricValue.missing(name, better(name), reason), None)
     there = [name for name in asked if name not in found.metric_values]
-    chosen = {name: JUDGED[name] for name in there if name in JUDGED}
+    chosen = {name: OF_FEATURES[name] for name in there if name in OF_FEATURES}
     num_images = NUM_SAMPLES if LPIPS_DIVERSITY in there else 0
     if chosen or num_images:
         made = _logits(chosen, extractors, subject, num_halves, cache, num_images, found)
@@ -149,8 +149,8 @@ def measure(
 def why_not(name: str, extractors: Extractors, subject: Subject) -> str | None:
     """Why a metric is not available; None if it is. Every rank has to call it."""
     needed: list[object] = []
-    if name in JUDGED:
-        metric = JUDGED[name]
+    if name in OF_FEATURES:
+        metric = OF_FEATURES[name]
         needed.append(extractors.get(metric.extractor))
         needed += [subject.real] if metric.real else []
         needed += [subject.train] if metric.train else []

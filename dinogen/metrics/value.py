@@ -133,7 +133,7 @@ def fingerprint(
     """Everything that two metric values of one metric need to have in common.
 
     Args:
-        feature extractor: by whom images are judged.
+        extractor: that sees the images.
         resolution: side of the generated images.
         num_samples: how many there are.
         reference: what ``Reference.facts`` says; None where a metric compares with nothing.
@@ -142,7 +142,7 @@ def fingerprint(
 
     Returns:
         ``data``, ``split``, ``num_reference``, ``num_samples``, ``resolution``, ``resize``,
-        ``extractor``, ``weights_sha256`` and ``random``, JSON-ready; and ``sampling``, if there is
+        ``judge``, ``weights_sha256`` and ``random``, JSON-ready; and ``sampling``, if there is
         any, so that metric values of other families keep the ids that they always had.
     """
     facts = reference or {"data": None, "split": None, "resize": "none"}
@@ -154,6 +154,7 @@ def fingerprint(
         "resolution": resolution,
         # every filter between a stored image and the feature extractor, in order
         "resize": f"{facts['resize']}, then {extractor.resize}",
+        # the extractor under the key that it always had: ids of stored values depend on it
         "judge": extractor.name,
         "weights_sha256": extractor.weights_sha256,
         "random": extractor.random,

@@ -9,7 +9,7 @@ import torch
 
 from dinogen.metrics.collect import Moments, Seen
 from dinogen.metrics.extractors.spectrum import NUM_BANDS, SpectrumExtractor
-from dinogen.metrics.registry import JUDGED, Sets
+from dinogen.metrics.registry import OF_FEATURES, Sets
 from dinogen.metrics.spectrum import sharpness, spectrum_distance
 from dinogen.metrics.value import halves
 
@@ -85,10 +85,10 @@ def test_the_spread_is_that_of_halves():
     generated, real = seen(noise(60, 16)), seen(noise(60, 16, seed=1), keep=False)
     sets = Sets(generated, real, None, 10, 0)
     for name, compare in (("spectrum", spectrum_distance), ("sharpness", sharpness)):
-        estimate = JUDGED[name].estimate(sets)
+        estimate = OF_FEATURES[name].estimate(sets)
         means = [generated.features[half].double().mean(0) for half in halves(60, 10, 0)]
         values = torch.tensor([compare(mean, real.moments.mean()) for mean in means])
         assert estimate.value == compare(generated.moments.mean(), real.moments.mean())
         assert estimate.spread == pytest.approx(float(values.std()))
     without = Sets(seen(noise(60, 16), keep=False), real, None, 0, 0)
-    assert JUDGED["spectrum"].estimate(without).spread is None
+    assert OF_FEATURES["spectrum"].estimate(without).spread is None

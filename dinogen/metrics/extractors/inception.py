@@ -89,7 +89,9 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
         safe = io.BytesIO()
         torch.save(state, safe)
         safe.seek(0)
-        network = FeatureExtractorInceptionV3("judge", _WANTED, feature_extractor_weights_path=safe)
+        network = FeatureExtractorInceptionV3(
+            "inception", _WANTED, feature_extractor_weights_path=safe
+        )
     except Exception as error:  # of pickle, zipfile and torch: all mean that the file is not it
         reason = " ".join(str(error).split())[:200]
         raise NotAvailable(
