@@ -327,10 +327,10 @@ def _load(folder: Path, key: Facts, info: ExtractorInfo, keep: bool) -> Seen | N
         sound = weights_sha256(tensors) == said.get("sha256")
         of_these = json.loads(said.get("facts", "null")) == key
     except (OSError, ValueError, SafetensorError) as error:
-        log.warning("%s: is damaged (%s): it is worked out again", path, error)
+        log.warning("%s: is damaged (%s): it is computed again", path, error)
         return None
     if not sound or not of_these:
-        log.warning("%s: is damaged or of other images: it is worked out again", path)
+        log.warning("%s: is damaged or of other images: it is computed again", path)
         return None
     features = tensors.get("features")
     if keep and features is None:

@@ -81,7 +81,7 @@ def read_raw(path: Path) -> Found[bytes]:
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
-            what = "a folder" if stat.S_ISDIR(about.st_mode) else "no regular file"
+            what = "a folder" if stat.S_ISDIR(about.st_mode) else "not a regular file"
             return Found(path, b"", (f" cannot be read: it is {what}",))
         if about.st_size > MAX_BYTES:
             return Found(path, b"", (f" cannot be read: it has {about.st_size >> 20} MiB",))

@@ -53,7 +53,7 @@ def _take(run: Path) -> TextIO:
     path = run / LOCK
     for name in (LOCK, CONFIG):  # opening a pipe would wait for its other end
         if (run / name).exists() and not (run / name).is_file():
-            raise ConfigError(f"{run / name}: it is no regular file: move it away")
+            raise ConfigError(f"{run / name}: it is not a regular file: move it away")
     try:
         run.mkdir(parents=True, exist_ok=True)
         _check_writable(run)

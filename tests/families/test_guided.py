@@ -197,7 +197,7 @@ def test_what_it_looks_through_may_not_become_another(two_guides, tmp_path):  # 
     assert go_on("stages.0.kimg=0.024")["nimg"] == first["nimg"] + 8
     (tmp_path / "dinov2").rename(tmp_path / "before")
     make_random_dinov2(tmp_path / "dinov2", seed=1, **TINY_DINO)
-    with pytest.raises(ConfigError, match=r"family\.discriminator\.guide: its weights are others"):
+    with pytest.raises(ConfigError, match=r"family\.discriminator\.guide: its weights differ"):
         go_on("stages.0.kimg=0.032")
 
 

@@ -84,7 +84,7 @@ DAMAGES = {
     "config-stages": (put("config.yaml", "stages: [4, 8]\n"), "stages: 0: 4 is not a mapping"),
     "config-gone": (lambda run: (run / "config.yaml").unlink(), "config.yaml is missing"),
     "config-folder": (replace("config.yaml", Path.mkdir), "it is a folder"),
-    "config-pipe": (replace("config.yaml", os.mkfifo), "no regular file"),
+    "config-pipe": (replace("config.yaml", os.mkfifo), "not a regular file"),
     "config-link": (replace("config.yaml", lambda p: p.symlink_to(p)), "config.yaml cannot be"),
     "stats-ff": (line(STATS, b"\xff\xff"), "line 6 is left out: not UTF-8 text"),
     "stats-half": (cut(STATS), "is left out: not JSON"),

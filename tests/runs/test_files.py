@@ -71,7 +71,7 @@ def test_what_stands_in_the_place_of_a_file_is_a_trouble(tmp_path, read):
     (tmp_path / "folder").mkdir()
     assert "it is a folder" in read(tmp_path / "folder").messages()[0]
     os.mkfifo(tmp_path / "pipe")
-    assert "no regular file" in read(tmp_path / "pipe").messages()[0]
+    assert "not a regular file" in read(tmp_path / "pipe").messages()[0]
     (tmp_path / "loop").symlink_to("loop")
     assert read(tmp_path / "loop").problems
     (tmp_path / "dangling").symlink_to("nowhere")

@@ -61,7 +61,7 @@ def test_more_is_better_where_the_table_says_so(place, monkeypatch):
         estimate = Estimate(next(given), None)
         return suite.MetricValue(name, estimate.value, None, metric.better, num, None, None)
 
-    monkeypatch.setattr(suite, "_figure", scripted)
+    monkeypatch.setattr(suite, "_metric_value", scripted)
     (result,) = train(
         make(
             place,

@@ -54,7 +54,7 @@ def test_the_weights_are_those_of_local_training(make_config, s3, tmp_path, monk
     num_faults = 0
     # The second cache holds no two of the three shards.
     for seed, more in enumerate(([], ["data.cache_gb=0.0001", "data.on_error=skip"])):
-        s3.seldom(0.1, seed)
+        s3.seldom(0.3, seed)
         config = make_config(
             *remote(tmp_path, f"cache{seed}", "data.num_threads=1", *more), run=f"remote{seed}"
         )

@@ -235,7 +235,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(tiny, place, m
 
         monkeypatch.setattr("dinogen.runs.lock.tempfile.TemporaryFile", refuse)
     try:
-        with pytest.raises(ConfigError, match=rf"{folder}: .*: choose a folder .*run="):
+        with pytest.raises(ConfigError, match=rf"{folder}: .*: choose a writable folder .*run="):
             train(config)
     finally:
         folder.chmod(0o755)
@@ -244,7 +244,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_work(tiny, place, m
 
 def test_a_parent_that_cannot_hold_a_run_is_named(tmp_path):
     (tmp_path / "file").touch()
-    told = pytest.raises(ConfigError, match=r"/file/run: Not a directory: choose a folder")
+    told = pytest.raises(ConfigError, match=r"/file/run: Not a directory: choose a writable folder")
     with told, run_lock(tmp_path / "file" / "run"):
         pass
 
@@ -276,7 +276,7 @@ def test_slurm_is_named_where_two_tasks_train_one_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
 def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, name, make):
     make(tmp_path / name)
-    told = pytest.raises(ConfigError, match=rf"{name}: it is no regular file: move it away")
+    told = pytest.raises(ConfigError, match=rf"{name}: it is not a regular file: move it away")
     with told, run_lock(tmp_path):
         pass
 
@@ -288,7 +288,7 @@ def test_a_pipe_in_a_checkpoint_costs_only_its_steps(tiny, caplog, file):
     (newest / file).unlink()
     os.mkfifo(newest / file)
     train(config)
-    assert "no regular file" in caplog.text
+    assert "not a regular file" in caplog.text
     assert (stage(config, SIZE) / "result.json").is_file()
 
 
