@@ -64,6 +64,13 @@ def launch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the commands and do nothing.")
     ] = False,
+    unchecked: Annotated[
+        bool,
+        typer.Option(
+            "--unchecked",
+            help="Do not look at data, weights and ranks first: only the compute nodes see them.",
+        ),
+    ] = False,
     gpus: Annotated[
         int | None,
         typer.Option(
@@ -148,6 +155,7 @@ def launch(
         "qos": qos,
         "constraint": constraint,
         "sbatch": sbatch,
+        "unchecked": unchecked or None,
     }
     given = {name: value for name, value in options.items() if value is not None}
     launcher = _launcher(on, given)
@@ -215,7 +223,9 @@ def _launch_folder(
     if launcher is launch_local:
         _finish(study, LocalStudy(study, given.get("gpus"), given.get("max_restarts")).run())
     else:
-        _finish(study, SlurmStudy(study, given.get("photos"), wait=False).run(), report=False)
+        unchecked = given.get("unchecked", False)
+        runner = SlurmStudy(study, given.get("photos"), wait=False, unchecked=unchecked)
+        _finish(study, runner.run(), report=False)
 
 
 def _request(
@@ -237,6 +247,7 @@ def _request(
         max_restarts=given.get("max_restarts"),
         photos=given.get("photos"),
         dry_run=dry_run,
+        unchecked=given.get("unchecked", False),
     )
 
 

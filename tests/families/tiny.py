@@ -74,4 +74,4 @@ def pack_discs(folder: Path, levels: list[dict[str, np.ndarray]] | None = None, 
         own = levels[number] if levels else {}
         name = f"disc{number:03d}"
         samples.append(Sample(name, file.getvalue(), "png", {}, own, label=number % 2))
-    pack(samples, folder, shard_size=8, val_fraction=0.25, **more)
+    pack(samples, folder, **{"shard_size": 8, "val_fraction": 0.25} | more)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from dinogen.errors import UserError
 from launch.cli.main import app
 from launch.slurm.jobs import read_jobs
+from tests.families.tiny import pack_discs
 from tests.launch.played_slurm import set_state, submitted
 
 
@@ -201,6 +202,7 @@ def test_a_record_that_cannot_be_read_is_no_reason_to_submit_again(played):
 def test_photos_are_made_into_data_first(played):
     (played / "photos").mkdir()
     words = (f"data.path={played / 'new'}", "--photos", str(played / "photos"))
+    words += ("prepare.pyramids.make=always", "guide.name=pixels")
     launch(played, *words, "prepare.pack.val_fraction=0.1")
     jobs = record(played)
     assert list(jobs) == ["faces", "pyramids", "pack", "train-4", "train-8", "train-16", "evaluate"]
@@ -240,15 +242,14 @@ def test_a_mix_has_to_be_there(played):
     for words in ((), ("--photos", str(played / "photos"))):
         told = str(launch(played, *words).exception)
         assert f"data.mix: {played / 'other'} holds no packed data" in told
-    (played / "other").mkdir()
-    (played / "other" / "manifest.json").write_text('{"splits": {"train": {}}}')
+    pack_discs(played / "other")
     launch(played)
     assert list(record(played)) == ["train-4", "train-8", "train-16", "evaluate"]
 
 
 def test_without_held_out_samples_there_is_no_evaluation(played):
-    (played / "data" / "manifest.json").write_text('{"splits": {"train": {}}}')
-    launch(played)
+    pack_discs(played / "whole", val_fraction=0)
+    launch(played, f"data.path={played / 'whole'}")
     assert list(record(played)) == ["train-4", "train-8", "train-16"]
 
 
