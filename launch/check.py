@@ -10,6 +10,7 @@ import torch
 
 from dinogen.config import Config, ConfigError
 from dinogen.errors import UserError
+from dinogen.evaluation.subject import chosen_samples
 from dinogen.evaluation.validate import Measurable
 from dinogen.features.clip import load_clip
 from dinogen.features.load import load_guide
@@ -57,6 +58,7 @@ def _check_with_data(config: Config, indices: Sequence[int], ranks: Mapping[int,
     data = open_data(config)
     config = with_lengths(config, data.num_samples(config.data.split))
     families = check_run(config, list(indices), data, ranks=ranks)
+    chosen_samples(data, config.data.split, 1, "data.split")
     _check_files(config, data)
     if not indices:
         return
