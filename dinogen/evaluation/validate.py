@@ -73,10 +73,9 @@ class Measurable:
                 raise ConfigError(f"eval.metric: {name} is not available: {reason}")
             if reason is not None:
                 self.missing[name] = reason
-        if config.metric in self.measurable.names and better(config.metric) == "none":
-            raise ConfigError(
-                f"eval.metric: neither lower nor higher is better for {config.metric}"
-            )
+        metric = config.metric
+        if metric is not None and metric in self.names and better(metric) == "none":
+            raise ConfigError(f"eval.metric: neither lower nor higher is better for {metric}")
 
 
 def _subject(family: Family, networks: Mapping[str, nn.Module], data: Dataset) -> Subject:

@@ -64,7 +64,7 @@ def launch_slurm(request: Request) -> int:
         jobs = read_jobs(config.run)
         states = ask_states(jobs) if queue.has_slurm() else {}
         planned = plan(config, steps, jobs, states)
-        print(chain_script(config, copies, planned))
+        _show(config, copies, planned)
         if not request.unchecked:
             _check(config, planned)
         return sum(state is not None and state.active for state in states.values())
@@ -76,6 +76,22 @@ def launch_slurm(request: Request) -> int:
         copies.write()
         _submit(config, copies, planned, jobs)
     return len(planned)
+
+
+def _show(config: Config, copies: Copies, planned: list[Planned]) -> None:
+    """Print what the chain will take, and write its commands to a file of this folder."""
+    from launch.slurm.forecast import forecast, table
+
+    rows = []
+    for one in planned:
+        after = one.after.step.name if one.after else ""
+        if one.after and one.after.id:
+            after = f"job {one.after.id}"
+        rows.append((one.step, f"queued: job {one.id}" if one.id else after))
+    print(table(forecast(config, rows), config.cluster.setup))
+    script = Path(f"{config.run.name}-launch.sh")
+    write_text(script, chain_script(config, copies, planned) + "\n")
+    print(f"commands: {script}" + ("" if planned else " (everything is done)"))
 
 
 def _check(config: Config, planned: list[Planned]) -> None:

@@ -65,10 +65,15 @@ def discs(num: int, size: int = RESOLUTION) -> list[np.ndarray]:
     return images
 
 
-def pack_discs(folder: Path, levels: list[dict[str, np.ndarray]] | None = None, **more) -> None:
+def pack_discs(
+    folder: Path,
+    levels: list[dict[str, np.ndarray]] | None = None,
+    size: int = RESOLUTION,
+    **more,
+) -> None:
     """24 discs with labels 0 and 1, a quarter of them held out."""
     samples = []
-    for number, pixels in enumerate(discs(24)):
+    for number, pixels in enumerate(discs(24, size)):
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
         own = levels[number] if levels else {}

@@ -61,12 +61,17 @@ def test_jobs_read_a_copy_that_later_edits_do_not_reach(played):
     assert yaml.safe_load(before)["stages"][0]["kimg"] == 1
 
 
-def test_a_dry_run_prints_the_chain_and_touches_nothing(played):
+def commands(folder):
+    return (folder / "run-launch.sh").read_text().splitlines()
+
+
+def test_a_dry_run_prints_the_chain_and_touches_nothing(played, monkeypatch):
+    monkeypatch.chdir(played)
     result = launch(played, "--dry-run", "--time", "12:00:00", "--sbatch=--exclusive")
     assert result.exit_code == 0, result.output
     assert submitted(played) == []
     assert not (played / "run").exists()
-    lines = [line for line in result.output.splitlines() if "sbatch " in line]
+    lines = [line for line in commands(played) if "sbatch " in line]
     assert len(lines) == 4
     assert "--dependency=afterok:$train_8 " in lines[2]
     assert all("--time=12:00:00" in line and "--exclusive" in line for line in lines)
@@ -183,6 +188,7 @@ def test_what_cannot_be_launched_is_one_error(played, monkeypatch, words, told):
 
 
 def test_no_slurm_here(played, monkeypatch):
+    monkeypatch.chdir(played)
     monkeypatch.setenv("PATH", "/nowhere")
     result = launch(played)
     assert "sbatch is not on the PATH" in str(result.exception)
