@@ -14,6 +14,7 @@ from dinogen.evaluation.subject import chosen_samples
 from dinogen.evaluation.validate import Measurable
 from dinogen.features.clip import load_clip
 from dinogen.features.load import load_guide
+from dinogen.families.registry import resolve
 from dinogen.training.data import makes_pyramids, open_data
 from dinogen.training.preflight import check_config, check_run
 from dinogen.training.stages import find_stage, with_lengths
@@ -52,6 +53,24 @@ def check_run_here(config: Config, ranks: Mapping[int, int], packed: bool = True
             f"{error}\n(found before anything was started; {OPTION} starts without this check, for "
             "paths that only the compute nodes see)"
         ) from error
+
+
+def why_refused(config: Config, resolutions: Sequence[int]) -> str | None:
+    """Why a run cannot work here; None if it can.
+
+    Args:
+        config: the whole run.
+        resolutions: of the stages that are to be trained.
+    """
+    try:
+        _check_with_data(
+            resolved := resolve(config),
+            [find_stage(resolved, size) for size in resolutions],
+            dict.fromkeys(resolutions, 1),
+        )
+    except (UserError, ShardsError, OSError) as error:
+        return f"cannot work here: {error}"
+    return None
 
 
 def _check_with_data(config: Config, indices: Sequence[int], ranks: Mapping[int, int]) -> None:

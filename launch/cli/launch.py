@@ -281,15 +281,17 @@ def plan(file: Plan) -> None:
     """Show all runs, what is left of each, and how long that will take at measured speeds.
 
     A speed comes from the run itself, or from one of the same config, or from one of the same
-    family and resolution. Without any, the time is unknown.
+    family and resolution. Without any, the time is unknown. A run that cannot work on this machine
+    is red, with the reason.
 
     [bold]Example[/bold]  dinogen study plan configs/study.yaml
     """
     from rich.console import Console
     from rich.table import Table
 
+    from launch.check import why_refused
     from launch.study.cost import cost_of, duration, speed_words
-    from launch.study.plan import check_study
+    from launch.study.plan import check_study, is_trained, lacking
     from launch.study.status import study_states
 
     study = _open(file)
@@ -303,8 +305,11 @@ def plan(file: Plan) -> None:
         costs.append(cost)
         time = "unknown" if cost.seconds is None else duration(cost.seconds)
         left = "unknown" if cost.num_images is None else f"{cost.num_images / 1000:,.4g} k"
-        why = "; ".join(word for word in (one.why, cost.why) if word)
-        style = None if one.good else "red"
+        left_to_train = not is_trained(one.run) and not lacking(one.run)
+        sizes = [stage.resolution for stage in one.run.stages]
+        refused = why_refused(one.run.config, sizes) if left_to_train else None
+        why = "; ".join(word for word in (one.why, refused, cost.why) if word)
+        style = "red" if refused or not one.good else None
         table.add_row(one.run.id, one.state, left, time, speed_words(cost.speeds), why, style=style)
     console = Console(highlight=False)
     console.print(table)
