@@ -12,9 +12,9 @@ from dinogen.config import Config, ConfigError
 from dinogen.errors import UserError
 from dinogen.evaluation.subject import chosen_samples
 from dinogen.evaluation.validate import Measurable
+from dinogen.families.registry import resolve
 from dinogen.features.clip import load_clip
 from dinogen.features.load import load_guide
-from dinogen.families.registry import resolve
 from dinogen.training.data import makes_pyramids, open_data
 from dinogen.training.preflight import check_config, check_run
 from dinogen.training.stages import find_stage, with_lengths
@@ -63,11 +63,9 @@ def why_refused(config: Config, resolutions: Sequence[int]) -> str | None:
         resolutions: of the stages that are to be trained.
     """
     try:
-        _check_with_data(
-            resolved := resolve(config),
-            [find_stage(resolved, size) for size in resolutions],
-            dict.fromkeys(resolutions, 1),
-        )
+        config = resolve(config)
+        indices = [find_stage(config, size) for size in resolutions]
+        _check_with_data(config, indices, dict.fromkeys(resolutions, 1))
     except (UserError, ShardsError, OSError) as error:
         return f"cannot work here: {error}"
     return None

@@ -132,9 +132,10 @@ def _data_steps(config: Config, photos: Path | None, file: Path) -> list[Step]:
         if photos is not None:
             log.info(
                 "--photos %s: not read, because %s is packed already: to add new photos, run "
-                "dinogen prepare %s %s first; to make other data, give another data.path",
-                photos, config.data.location, photos, config.data.location,
-            )  # fmt: skip
+                "dinogen prepare first; to make other data, give another data.path",
+                photos,
+                config.data.location,
+            )
         return []
     data = lacking[0]
     if config.data.mix:
