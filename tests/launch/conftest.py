@@ -25,6 +25,7 @@ def played(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_PLAYED", str(tmp_path))
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("COLUMNS", "220")
+    monkeypatch.chdir(tmp_path)  # a dry run writes its commands there
     data = tmp_path / "data"
     pack_discs(data)
     config = {
