@@ -129,6 +129,13 @@ def _data_steps(config: Config, photos: Path | None, file: Path) -> list[Step]:
     """The steps from photos to shards; none if the data are packed."""
     lacking = lacking_data(config)
     if not lacking:
+        if photos is not None:
+            log.info(
+                "--photos %s: not read, because %s is packed already: to add new photos, run "
+                "dinogen prepare first; to make other data, give another data.path",
+                photos,
+                config.data.location,
+            )
         return []
     data = lacking[0]
     if config.data.mix:
