@@ -8,13 +8,14 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dinogen.batch import Batch, Scalars
 from dinogen.config import Config
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.evaluation.validate import Validator
-from dinogen.families.abilities import FollowsSteps, Remembers, constants_of
+from dinogen.families.abilities import FollowsSteps, Probes, Remembers, constants_of
 from dinogen.families.base import Health
 from dinogen.runs.layout import checkpoint_name
 from dinogen.training.checkpointing.checkpoint import Saver
@@ -247,19 +248,30 @@ class Trainer:
         if last and self._unsound:
             raise self._blown_up("the stage's last updates were not finite")
         every = self.config.log
-        probe = last or due(passed, now, every.probe_kimg)
-        if probe or measure or due(passed, now, every.every_kimg):
-            self._log(line, probe, metric_values)
-        if last or due(passed, now, every.samples_kimg):
+        images: Tensor | None = None
+        draw = last or due(passed, now, every.samples_kimg)
+        if draw:
             with process_group.rank_zero_section() as mine:
                 if mine:
+                    images = self.state.sample(every.num_samples)
                     path = self.state.place.samples_folder / f"{checkpoint_name(now)}.png"
-                    self.logger.write_image("samples", save_samples(self.state, path), now)
+                    self.logger.write_image("samples", save_samples(images, path), now)
+        # A family without a probe is probed in the samples that are drawn anyway.
+        own_probe = isinstance(self.family, Probes)
+        probe = last or due(passed, now, every.probe_kimg) or (draw and not own_probe)
+        if probe or measure or due(passed, now, every.every_kimg):
+            self._log(line, probe, images, metric_values)
         best = measure and self.progress.best_nimg == now
         if last or best or due(passed, now, self.config.checkpoint.every_kimg):
             self.save()
 
-    def _log(self, line: ProgressLine, probe: bool, metric_values: dict[str, float]) -> None:
+    def _log(
+        self,
+        line: ProgressLine,
+        probe: bool,
+        images: Tensor | None,
+        metric_values: dict[str, float],
+    ) -> None:
         """One line of numbers, with held-out values; rank 0 probes samples."""
         means = self.logger.flush()
         window, elapsed = self.window, max(time.monotonic() - self.window.began, 1e-9)
@@ -281,9 +293,10 @@ class Trainer:
         if probe:
             with process_group.rank_zero_section() as mine:
                 if mine:
-                    health = self.state.probe()
-                    values |= health.scalars
-                    self._warn(health)
+                    health = self.validator.probe(images)
+                    if health is not None:
+                        values |= health.scalars
+                        self._warn(health)
         self.logger.write(self.progress.nimg, values)
         line.update(self.progress.nimg, values)
         self.window = Window(time.monotonic())
