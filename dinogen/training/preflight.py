@@ -51,7 +51,7 @@ def check_run(
     indices: list[int],
     data: Dataset,
     checkpoints: NewestCheckpoints | None = None,
-) -> None:
+) -> list[Family]:
     """Check all stages that are to be trained, and what was trained of the run before.
 
     Args:
@@ -59,6 +59,9 @@ def check_run(
         indices: of the stages.
         data: what it is trained on.
         checkpoints: of the run; looked for here unless given.
+
+    Returns:
+        The family at each stage; its networks take no memory.
 
     Raises:
         ConfigError: naming the key that does not fit the data, the ranks or a checkpoint.
@@ -76,6 +79,7 @@ def check_run(
         checkpoint = checkpoints.of(stage.resolution)
         if checkpoint is not None:
             check_same_run(checkpoint, config, stage, fingerprint)
+    return families
 
 
 def _on_meta(config: Config, stage: StageConfig) -> Family:

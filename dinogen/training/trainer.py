@@ -23,7 +23,8 @@ from dinogen.training.data import check_labels
 from dinogen.training.dataloading import Dataloader, augment
 from dinogen.training.engines.microbatches import num_micros, split
 from dinogen.training.logging.artifacts import save_samples
-from dinogen.training.logging.logger import Logger, ProgressLine
+from dinogen.training.logging.begin import ProgressLine
+from dinogen.training.logging.logger import Logger
 from dinogen.training.logging.tensorboard import chart_layout
 from dinogen.training.stages import due
 from dinogen.training.state import StageState
@@ -55,9 +56,10 @@ class Trainer:
     Args:
         state: the stage's networks, optimizers, averages and progress, fresh or resumed.
         stop: set by stop signals.
+        later: number of images of the stages that follow, for the time that is left.
     """
 
-    def __init__(self, state: StageState, stop: StopFlag) -> None:
+    def __init__(self, state: StageState, stop: StopFlag, later: int = 0) -> None:
         self.state = state
         self.config: Config = state.config
         self.family, self.engine, self.progress = state.family, state.engine, state.progress
@@ -74,6 +76,7 @@ class Trainer:
         self.saver = Saver()
         self.validator = Validator(state)
         self.stop = stop
+        self.later = later
         self.num_nonfinite: dict[str, int] = {}
         self.fading: bool | None = None
         self.num_skipped_before = state.progress.num_skipped
@@ -97,6 +100,7 @@ class Trainer:
             self.plan.start,
             self.plan.end,
             process_group.is_main(),
+            self.later,
         )
         self.dataloader = Dataloader(self.state)
         try:
@@ -105,6 +109,7 @@ class Trainer:
                 self.counted_until = self.window.began
                 batches = iter(self.dataloader)
                 began = progress.nimg
+                line.begin(began)
                 while not self.state.finished:
                     before = time.monotonic()
                     batch = self.stop.next(batches)
@@ -122,6 +127,7 @@ class Trainer:
                     self.num_skipped_here = self.dataloader.num_skipped
                     self._prepare_engine()
                     self.train_step(batch)
+                    line.step(self.now)
                     self._after_step(line)
                     self.saver.check()
                 self._saved()
