@@ -7,8 +7,6 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
 Schema = Mapping[str, Any]
 WIDTH = 96
 HEAD = """# All keys of a config
@@ -47,6 +45,8 @@ def _mapping(data: Mapping[str, Any], node: Schema, whole: Schema, indent: str) 
 
 def _inline(value: Any) -> str:
     """A key or a value as YAML on one line."""
+    import yaml
+
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
     return text.removesuffix("\n").removesuffix("\n...")
 

@@ -53,19 +53,17 @@ def test_each_key_is_shown_below_what_the_schema_says_of_it(tmp_path):
     lines = run("show", path).splitlines()
     for key, words in {
         "seed": "seed of all random numbers",
-        "    weight": "factor in the sum",
+        "  - weight": "factor in the sum",
         "  z_dim": "size of the latent",
-        "    every_kimg": None,
-        "  - resolution": "pixels; 4, 8, 16, ...",
+        "- resolution": "pixels; 4, 8, 16, ...",
         "    layer": "which layer, or a list",
     }.items():
         found = [i for i, line in enumerate(lines) if line.startswith(f"{key}:")]
-        if words is not None:
-            assert any(words in "".join(lines[i - 3 : i]) for i in found), key
+        assert any(words in "".join(lines[i - 3 : i]) for i in found), key
     keys = [i for i, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#")]
     bare = [lines[i].split(":")[0].strip(" -") for i in keys if "#" not in lines[i - 1]]
     # items after the first are as the first; a key without a description would be here too
-    assert set(bare) <= {"resolution", *StageConfig.model_fields, "name"}
+    assert set(bare) <= {"resolution", *StageConfig.model_fields, "name", "file"}
 
 
 def test_the_schema_is_written_where_asked(tmp_path):
