@@ -42,6 +42,7 @@ MAY_IMPORT = {
         "dinogen.features",
         "dinogen.report.cautions",
         "dinogen.report.images",
+        "dinogen.report.progress",
     },
     "dinogen.guidance": {
         "dinogen.distributed",
@@ -72,6 +73,7 @@ MAY_IMPORT = {
         "dinogen.families.base",
         "dinogen.distributed",
         "dinogen.metrics",
+        "dinogen.report.images",
         "dinogen.runs",
         "dinogen.training",
     },

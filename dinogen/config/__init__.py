@@ -195,7 +195,10 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         ConfigError: naming the file and key, with the nearest valid name or the remedy.
     """
     path = Path(path)
-    config = parse_config(read_mapping(path), overrides, source=str(path))
+    data = read_mapping(path)
+    if _of_a_run(path):
+        data = with_earlier_defaults(data)
+    config = parse_config(data, overrides, source=str(path))
     config = config.model_copy(update={"run": named_folder(config.run)})
     if any(item.partition("=")[0].strip() == "run" for item in overrides) or not _of_a_run(path):
         return config
@@ -217,6 +220,23 @@ def _of_a_run(path: Path) -> bool:
         return path.name == CONFIG and has_stages(path.parent)
     except OSError:  # a folder that may be entered, but not listed
         return False
+
+
+def with_earlier_defaults(data: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run that has begun, where it leaves out a key whose default has changed.
+
+    Family ``guided`` without objectives was ``mse`` before ``drift`` became the default.
+
+    Args:
+        data: as it was stored with the run or a checkpoint; not changed.
+    """
+    family = data.get("family") or {}
+    if not isinstance(family, dict) or family.get("file") is not None:
+        return data
+    spelled = "objectives" in family or "objective" in family
+    if family.get("name", FamilyConfig().name) != "guided" or spelled:
+        return data
+    return data | {"family": family | {"objectives": [{"name": "mse"}]}}
 
 
 def parse_config(

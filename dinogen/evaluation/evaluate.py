@@ -39,6 +39,7 @@ from dinogen.metrics.registry import GUIDE_DIVERSITY, OF_FEATURES, better
 from dinogen.metrics.sources import Folder, Generated, Reference, image_files
 from dinogen.metrics.suite import Measurement, Subject, measure
 from dinogen.metrics.value import MetricValue
+from dinogen.runs.earlier import with_new_keys
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import check_same_data, versions
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
@@ -251,7 +252,9 @@ def _probe(snapshot: Snapshot) -> Health:
     with process_group.rank_zero_section() as mine:
         if mine:
             family, loss = snapshot.family, snapshot.checkpoint.state["progress"].get("loss")
-            health = Health()
+            progress = with_new_keys(snapshot.checkpoint.state["progress"])
+            # what was measured while it trained, at this checkpoint
+            health = Health({}, progress.get("health", "ok"), tuple(progress.get("warnings", ())))
             if isinstance(family, Probes):
                 health = family.probe(snapshot.ema.networks, loss)
             known = health.scalars.items()

@@ -16,6 +16,7 @@ from dinogen.errors import UserError
 from dinogen.families.abilities import (
     DrawsForMetrics,
     NamesItsDraws,
+    Probes,
     Reconstructs,
     condition_for,
 )
@@ -227,7 +228,7 @@ def guide_diversity(family: Family, scalars: Mapping[str, float | None]) -> Metr
         scalars: of its health.
     """
     which = better(GUIDE_DIVERSITY)
-    if "diversity" not in scalars:
+    if not isinstance(family, Probes) or "diversity" not in scalars:
         reason = f"family {family.config.family.name} has no guide in whose space to measure"
         return MetricValue.missing(GUIDE_DIVERSITY, which, reason)
     value = scalars["diversity"]

@@ -10,14 +10,15 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dinogen.config import ConfigError
 from dinogen.distributed import process_group
+from dinogen.evaluation.health import SampleDiversity
 from dinogen.evaluation.held_out import held_out_means
 from dinogen.evaluation.subject import chosen_samples, guide_diversity, real_images, subject_of
-from dinogen.families.abilities import MeasuresHeldOut, facts_of
-from dinogen.families.base import Family
+from dinogen.families.abilities import MeasuresHeldOut, Probes, facts_of
+from dinogen.families.base import Family, Health
 from dinogen.metrics.extractors import Extractors
 from dinogen.metrics.registry import GUIDE_DIVERSITY, better, chosen_names
 from dinogen.metrics.suite import Subject, measure, why_not
@@ -103,6 +104,8 @@ class Validator:
         self.state = state
         self.config = state.config.eval
         self.told: set[str] = set()
+        data, settings = state.data, state.config
+        self.diversity = SampleDiversity(state.family, data, settings.data.split, settings.metrics)
         if process_group.is_main():
             cut_lines(state.place.metrics_file, state.progress.nimg)
         if self.config.every_kimg is None:
@@ -117,6 +120,22 @@ class Validator:
         if self.config.every_kimg is None:
             return False
         return due(before, now, self.config.every_kimg) or now >= self.state.plan.end
+
+    def probe(self, images: Tensor | None) -> Health | None:
+        """The health of the samples; on rank 0 alone.
+
+        Args:
+            images: the stage's newest samples, (N, 3, R, R) in [-1, 1]; a family that has a probe
+                draws its own.
+
+        Returns:
+            None if the family has no probe and there are fewer than two images.
+        """
+        if isinstance(self.state.family, Probes):
+            return self.state.probe()
+        if images is None or len(images) < 2:
+            return None
+        return self.diversity.health(images, self.state.progress.loss)
 
     def measure(self) -> dict[str, float]:
         """Measure, and take the best into the progress; every rank has to call it.

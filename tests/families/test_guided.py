@@ -63,7 +63,10 @@ def test_one_objective_may_be_named_alone(tmp_path):
         (["family.objectives=[{name: energy, guides: [clip]}]"], "there is no guide clip"),
         (["family.grids={pixel: [8]}"], "there is no guide pixel"),
         (["family.grids={main: []}"], "grids.main"),
-        (["family.reference_batch=8"], "family.reference_batch"),
+        (
+            ["family.objectives=[{name: mse}]", "family.reference_batch=8"],
+            "family.reference_batch",
+        ),
         (
             ["family.objectives=[{name: mmd}]", "family.reference_batch=1"],
             "family.reference_batch must be >= 2",

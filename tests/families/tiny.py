@@ -32,7 +32,13 @@ TINY = {
         "num_steps": 50,
         "sample_steps": 4,
     },
-    "guided": {"z_dim": 8, "channel_base": 64, "channel_max": 16, "probe_samples": 4},
+    "guided": {
+        "z_dim": 8,
+        "channel_base": 64,
+        "channel_max": 16,
+        "probe_samples": 4,
+        "objectives": [{"name": "mse"}],
+    },
 }
 
 

@@ -79,6 +79,7 @@ def make_config(tmp_path, data_folder, guide_folder):
                 "channel_base": 64,
                 "channel_max": 16,
                 "probe_samples": 8,
+                "objectives": [{"name": "mse"}],
             },
             "stages": [
                 {"resolution": 4, "kimg": 0.08, "batch": 8, "lr": 0.01},

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinogen.config import Config, ConfigError, parse_config
+from dinogen.config import Config, ConfigError, parse_config, with_earlier_defaults
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.families.registry import resolve
@@ -238,7 +238,7 @@ def past_config(then: dict[str, Any], source: Path | str, version: str) -> Confi
     """The config in a checkpoint or an export, maybe of another dinogen, by today's schema.
 
     Keys that it lacks get today's defaults, for a new key's default has to leave what a run
-    computes as it was.
+    computes as it was; where a default has changed, they get that of the time.
 
     Args:
         then: the config as it was saved.
@@ -249,7 +249,7 @@ def past_config(then: dict[str, Any], source: Path | str, version: str) -> Confi
         ConfigError: naming a key that today's schema does not know, or a value that it refuses.
     """
     try:
-        return resolve(parse_config(then))
+        return resolve(parse_config(with_earlier_defaults(then)))
     except ConfigError as error:
         raise ConfigError(
             f"{source}: {error}\nit was written by dinogen {version}, this is {__version__}: "
