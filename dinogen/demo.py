@@ -1,6 +1,6 @@
 """The demo: from real photos to a trained generator in minutes, by the same steps as any run.
 
-Then the objective ``mse`` from the same z, so that its page shows what the choice of objective does.
+Then the objective ``mse`` from the same z: the page shows what the choice of objective does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from dinogen.files import write_bytes, write_json
 from dinogen.prepare.photos.find import Photos, find_photos
 from dinogen.report.run_page import Beside, write_page
 from dinogen.runs.files import read_object
-from dinogen.runs.run import Run
 
 if TYPE_CHECKING:
     from PIL import Image

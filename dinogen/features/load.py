@@ -37,8 +37,8 @@ def load_guide(
     ``load(config, device) -> Guide``, and its name in ``GuideConfig.name``.
 
     Args:
-        guide: ``dinov2``, ``inception``, ``onet`` or ``pixels``; or the section ``guide`` of a config, which
-            says everything else but the device.
+        guide: ``dinov2``, ``inception``, ``onet`` or ``pixels``; or the section ``guide`` of
+            a config, which says everything else but the device.
         device: where it will run.
         path: hub name, checkpoint folder or weights file; default: that of ``GuideConfig``.
         layer: which layer, or several whose channels are concatenated; default: the last. They are

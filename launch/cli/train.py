@@ -189,8 +189,8 @@ def _print(done: Demo) -> None:
         )
     last = done.contrast[-1]
     console.print(
-        f"for contrast, mse: {last['nimg']:,} images, samples differ {last['diversity']:.0%} as much "
-        "as real faces: [bold]that objective collapses[/] (docs/guided.md)"
+        f"for contrast, mse: {last['nimg']:,} images, samples differ {last['diversity']:.0%} as "
+        "much as real faces: [bold]that objective collapses[/] (docs/guided.md)"
     )
     steps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in done.seconds.items())
     console.print(f"\nwall time {sum(done.seconds.values()):.0f} s: {steps}")
