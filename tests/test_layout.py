@@ -101,6 +101,7 @@ SHORT = {"dinogen.metrics.spectrum"}  # a metric is one file
 # Only dinogen/runs spells out names in the folder of a run, see tests/runs/spelled_out.py: others
 # ask `Run` and `Stage`, or take the constants of dinogen/runs/layout.py.
 NOT_OF_A_RUN = {
+    ("dinogen.demo", "index.html"),  # the page of the demo, above its two runs
     ("dinogen.report.compare", "index.html"),  # the page of a comparison
     ("dinogen.prepare.export_pt", "RxR"),  # a level of the exchange format
     ("launch.cli.shards", "RxR"),  # the size of images

@@ -53,8 +53,10 @@ _GUIDE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 class GuideConfig(Section):
     """The frozen feature network."""
 
-    name: Literal["dinov2", "inception", "pixels"] = Field(
-        "dinov2", description="which encoder; pixels: the RGB values themselves, without a network"
+    name: Literal["dinov2", "inception", "onet", "pixels"] = Field(
+        "dinov2",
+        description="which encoder; onet: the face detector's last network, whose weights are "
+        "installed with dinogen; pixels: the RGB values themselves, without a network",
     )
     path: str = Field(
         "facebook/dinov2-small", description="hub name, local checkpoint folder or weights file"
@@ -63,7 +65,8 @@ class GuideConfig(Section):
     layer: int | str | tuple[int, ...] | tuple[str, ...] = Field(
         -1,
         description="which layer, or a list of layers concatenated along the channels; -1 is the "
-        "last; for dinov2 block numbers, for inception pool1, pool2, mixed_5d, mixed_6e",
+        "last; for dinov2 block numbers, for inception pool1, pool2, mixed_5d, mixed_6e, for onet "
+        "conv1, conv2, conv3, pool3, conv4",
     )
 
     @field_validator("layer", mode="before")

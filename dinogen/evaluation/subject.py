@@ -81,7 +81,10 @@ def subject_of(
     if family.inputs.labels:
         how["classes"] = "in turn" if shares is None else [round(one, 6) for one in shares]
     made = Generated(sample, num, resolution, how)
-    return Subject(made, real, train, pairs, prompted_by(family, networks, num, settings, facts))
+    prompted = prompted_by(family, networks, num, settings, facts)
+    config = family.config
+    guides = (config.guide, *config.guides.values()) if family.inputs.levels else ()
+    return Subject(made, real, train, pairs, prompted, tuple(guide.name for guide in guides))
 
 
 def _reconstruction(
