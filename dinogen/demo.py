@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dinogen.config import Config, GuideConfig, load_config
+from dinogen.config.base import SHIPPED
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.features import Guide, GuideError, load_guide
@@ -22,7 +23,7 @@ from dinogen.runs.run import Run
 
 log = logging.getLogger(__name__)
 
-CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+CONFIG = SHIPPED / "demo.yaml"
 NUM_FACES = 100
 MIN_FACES = 2  # the fewest that can differ from each other
 # Faces of the built-in set are 25 pixels wide: more than 64 would only be blur.
@@ -79,8 +80,6 @@ def run_demo(
             nothing is left there.
     """
     config_file = config_file or CONFIG
-    if not config_file.is_file():
-        raise UserError(f"{config_file}: not found: the demo runs in a clone, installed with -e")
     seconds: dict[str, float] = {}
     process_group.set_cpu_threads()
     config = load_config(config_file)
