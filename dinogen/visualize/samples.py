@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dinogen.errors import UserError
-from dinogen.families.abilities import AdjustsSampling, num_classes_of, truncates
+from dinogen.families.abilities import AdjustsSampling, Conditional, num_classes_of, truncates
 from dinogen.files import write_bytes, write_text
 from dinogen.report.images import png_bytes, save_grid, to_uint8, with_watermark
 from dinogen.runs.layout import checkpoint_name
@@ -119,6 +119,8 @@ def _check(request: SampleRequest, snapshot: Snapshot) -> None:
         if option in request.sampling and (request.texts or not _adjusts(snapshot)):
             raise UserError(f"--{option}: {name} does not sample in steps: leave it out")
     if "guidance" in request.sampling and not (request.texts or _adjusts(snapshot)):
+        if isinstance(family, Conditional):
+            raise UserError("--guidance exaggerates what --text asks for: say that as well")
         raise UserError(
             f"--guidance: {name} has neither --text nor classes to be guided by: leave it out"
         )

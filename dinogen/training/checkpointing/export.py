@@ -21,7 +21,7 @@ from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
 
 log = logging.getLogger(__name__)
 
-# Said where whoever exports says nothing.
+# For exports without options of their own.
 NO_LICENCE = "not stated: ask those who trained it, and see the terms of the data"
 INTENDED_USE = "research; not to pass for a person, to identify one, or to deceive"
 
