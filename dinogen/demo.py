@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinogen.config import Config, GuideConfig, load_config
+from dinogen.config.base import SHIPPED
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.features import Guide, load_guide
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+CONFIG = SHIPPED / "demo.yaml"
 NUM_FACES = 100
 MIN_FACES = 2  # the fewest that can differ from each other
 PHOTO_SIZE = 256  # of the face that the demo finds itself, so that it can be seen
@@ -79,8 +80,6 @@ def run_demo(
             nothing is left there.
     """
     config_file = config_file or CONFIG
-    if not config_file.is_file():
-        raise UserError(f"{config_file}: not found: the demo runs in a clone, installed with -e")
     from dinogen.training.run import train
 
     seconds: dict[str, float] = {}

@@ -71,5 +71,6 @@ def test_a_machine_with_one_python_says_so(ci, machine, tmp_path, capsys):
 def test_what_is_installed_stands_in_setup_cfg(ci):
     assert ci.supported() == SUPPORTED
     without, whole = ci.requirements(False), ci.requirements(True)
-    assert "torch==2.13.0" in whole and not any("torch" in name for name in without)
+    assert any(line.startswith("torch>=") for line in whole)
+    assert not any("torch" in name for name in without)
     assert {"moto[s3]>=5.1", "s3fs>=2025.3", "pytest>=9", "numpy>=2.0"} <= set(without)

@@ -26,7 +26,7 @@ from pydantic import (
 
 from dinogen.config.base import Section as Section
 from dinogen.config.base import describe_errors as describe_errors
-from dinogen.config.base import override, read_mapping
+from dinogen.config.base import find_config, override, read_mapping
 from dinogen.config.cluster import ClusterConfig
 from dinogen.config.data import DataConfig as DataConfig
 from dinogen.config.metrics import ClipConfig as ClipConfig
@@ -190,14 +190,14 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     to; an override of ``run`` names another one.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of a shipped config, such as ``guided_64``.
         overrides: ``a.b=value`` items; the value is parsed as YAML, list items are addressed by
             their number (``stages.0.kimg=2``).
 
     Raises:
         ConfigError: naming the file and key, with the nearest valid name or the remedy.
     """
-    path = Path(path)
+    path = find_config(Path(path))
     data = read_mapping(path)
     if _of_a_run(path):
         data = with_earlier_defaults(data)

@@ -42,6 +42,7 @@ from dinogen.metrics.value import MetricValue
 from dinogen.runs.earlier import with_new_keys
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import check_same_data, versions
+from dinogen.training.checkpointing.exported import is_exported
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.training.data import class_shares, data_fingerprint, data_or_reason
 from dinogen.training.logging.tensorboard import write_summary
@@ -84,7 +85,8 @@ def evaluate(
     ```
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or a file of ``dinogen export``, whose result is written to
+            ``FILE-exported/RxR/evaluation.json``.
         resolution: which stage; by default the largest that has a checkpoint.
         split: ``train``, ``val`` or ``test``: of held-out samples and of real images; by default
             ``val`` and ``metrics.reference_split``.
@@ -114,14 +116,15 @@ def evaluate(
         UserError: ``out`` cannot be written.
     """
     request = EvaluationRequest(tuple(names), num_samples, split, reference, tuple(changes))
-    run = run_config(run, request.places).run
+    config = run_config(run, request.places)
+    run = run if is_exported(run) else config.run
     process_group.init()
     process_group.set_cpu_threads()
     with failure_propagation():
         snapshot = load_snapshot(run, resolution, nimg, request.places)
         config = snapshot.family.config
         settings = request.settings(config.metrics)
-        place = find_place(snapshot.place.folder, out)
+        place = find_place(snapshot.place.folder, out, make=is_exported(run))
         needs = _Needs(snapshot)
         result = _facts(snapshot)
         own = _own_values(needs, request, settings)

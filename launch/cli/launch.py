@@ -33,7 +33,11 @@ study_app = typer.Typer(help="Many runs as one plan: what it costs, running it, 
 
 Plan = Annotated[
     Path,
-    typer.Argument(help="YAML file of the study, or a folder of configs.", metavar="PLAN"),
+    typer.Argument(
+        help="YAML file of the study, or a folder of configs; or the name of one that dinogen "
+        "brings.",
+        metavar="PLAN",
+    ),
 ]
 
 
@@ -47,7 +51,9 @@ def launch(
     config: Annotated[
         str,
         typer.Argument(
-            help="YAML file of a run, or a folder of them; or the word status.", metavar="CONFIG"
+            help="YAML file of a run, or a folder of them; or the name of one that dinogen brings; "
+            "or the word status.",
+            metavar="CONFIG",
         ),
     ],
     overrides: Annotated[
@@ -160,10 +166,13 @@ def launch(
     given = {name: value for name, value in options.items() if value is not None}
     launcher = _launcher(on, given)
     changes = [*(overrides or ()), *_as_overrides(given, engine)]
-    if Path(config).is_dir():
-        _launch_folder(Path(config), changes, stages, given, dry_run, launcher)
+    from dinogen.config.base import find_config
+
+    path = find_config(Path(config))
+    if path.is_dir():
+        _launch_folder(path, changes, stages, given, dry_run, launcher)
         return
-    launcher(_request(Path(config), changes, stages, given, dry_run))
+    launcher(_request(path, changes, stages, given, dry_run))
 
 
 def _launcher(on: str, given: dict[str, Any]) -> Callable[[Request], object]:

@@ -213,6 +213,6 @@ def test_an_interrupted_demo_goes_on(small, photos, tmp_path, monkeypatch):
     assert (tmp_path / "demo" / "demo.json").is_file()
 
 
-def test_without_its_config_it_says_where_it_runs(tmp_path):
-    with pytest.raises(UserError, match="runs in a clone"):
+def test_a_config_that_is_missing_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"demo.yaml: no such config file"):
         demo.run_demo(tmp_path, config_file=tmp_path / "demo.yaml")

@@ -75,6 +75,19 @@ def test_without_psi_left_all_pictures_are_the_mean(clients):
     assert not np.array_equal(pixels(client, seed=1, psi=1), mean)
 
 
+def test_an_image_address_that_is_wrong_is_answered_on_the_page(clients):
+    """In a browser; a program gets the plain text."""
+    query = "/image.png?psi=0.5"
+    page = clients["guided"].get(query, headers={"accept": "text/html,*/*"})
+    plain = clients["guided"].get(query)
+    assert page.status_code == plain.status_code == 400
+    assert "<form" in page.text and "does not truncate" in page.text
+    assert plain.headers["content-type"].startswith("text/plain")
+    hostile = "/image.png?%3Cscript%3E=1"
+    answer = clients["guided"].get(hostile, headers={"accept": "text/html"})
+    assert answer.status_code == 400 and answer.text.count("<script>") == 1
+
+
 @torch.no_grad()
 def test_a_walk_goes_from_seed_to_seed_along_the_great_circle(clients, runs):
     client = clients["guided"]
