@@ -1,4 +1,4 @@
-"""Drawn faces are what they are said to be, and the judge of text control can tell."""
+"""Drawn faces are what they are said to be, and the feature extractor of text control can tell."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def test_a_rerun_does_only_what_is_missing(photos, tmp_path, monkeypatch):
         stream, "read_and_cut", lambda p, *a: seen.append(p.source) or original(p, *a)
     )
     summary = write_faces(photos, out, config, device="cpu")
-    # the one that is gone, and the rejected one in case it was mended
+    # the one that is gone, and the rejected one in case it was fixed
     assert sorted(seen) == ["1.jpg", "wall.png"]  # in two threads: either may come first
     assert (summary.num_skipped, summary.num_new, summary.num_crops) == (5, 1, 6)
     after = files(out)

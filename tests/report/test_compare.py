@@ -217,7 +217,7 @@ def test_runs_under_several_seeds_are_taken_together(tmp_path):
     assert "1.75 ± 0.90" in text and "Over seeds" in page.text
 
 
-def test_figures_of_training_stand_in_where_nothing_else_was_measured(tmp_path):
+def test_values_of_training_stand_in_where_nothing_else_was_measured(tmp_path):
     run = make_run(tmp_path / "a", measured={})
     line = {"nimg": 20016, "metrics": {"fid768": metric_value(3.5)}}
     (run / "32x32" / "metrics.jsonl").write_text(json.dumps(line) + "\n")

@@ -44,7 +44,7 @@ def refusal(client, query, status=400):
 
 
 @pytest.mark.parametrize("name", ["truncates", "two_stages", "guided"])
-def test_pictures_are_those_of_dinogen_sample(clients, runs, name):
+def test_images_are_those_of_dinogen_sample(clients, runs, name):
     expected = to_uint8(load_snapshot(runs[name]).sample(3, 5).numpy())
     for number, image in enumerate(expected):
         assert np.array_equal(pixels(clients[name], seed=5, number=number), image)
@@ -202,7 +202,7 @@ class Slow:
         return self.gallery.draw(query)
 
 
-def test_pictures_are_drawn_one_after_the_other_and_few_wait(galleries, monkeypatch):
+def test_images_are_drawn_one_after_the_other_and_few_wait(galleries, monkeypatch):
     monkeypatch.setattr(module, "MAX_WAITING", 3)
     slow = Slow(galleries["guided"])
     with (

@@ -53,7 +53,7 @@ def test_bad_metadata_are_that_samples_fault(tmp_path: Path, kind: str):
     status, said = run("index", tmp_path)
     assert (status, f"2.json: {words}" in said or words in said) == (0, True)
     dataset = open_dataset(tmp_path)
-    # Whoever needs no label trains on the image; whoever does is told, or skips it.
+    # Read without labels, the image is usable; where labels are needed, it is an error or skipped.
     batch = dataset.read(range(4), image_size=16)
     assert batch["label"].tolist() == [1, 1, -1, 1]
     with pytest.raises(CorruptSample, match=r"2\.json: "):

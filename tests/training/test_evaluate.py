@@ -213,7 +213,7 @@ def test_damaged_samples_are_left_out_or_stop_it(
     assert result["metrics"]["held_out/mse"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_figures_that_are_not_finite_are_null(config, monkeypatch):
+def test_values_that_are_not_finite_are_null(config, monkeypatch):
     monkeypatch.setattr(Guided, "held_out", lambda *_: {"mse": torch.tensor(float("nan"))})
     evaluate(config.run)
     assert written(config)["metrics"]["held_out/mse"] is None

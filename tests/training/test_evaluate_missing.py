@@ -115,7 +115,7 @@ def test_a_place_that_cannot_be_written_is_known_before_the_work(run, tmp_path, 
     assert "cannot be written" in str(done.exception)
 
 
-def test_figures_are_printed_whatever_comes_after(run, monkeypatch):
+def test_values_are_printed_even_if_a_later_step_fails(run, monkeypatch):
     gan = run("dcgan")
 
     def full(*_):
@@ -141,7 +141,7 @@ def test_old_figures_are_marked_and_nothing_false_is_said_of_them(run, caplog, d
     assert "measured before: dinogen evaluate" in line
 
 
-def test_figures_of_another_run_are_not_taken_for_those_of_this_one(run, tmp_path, disc_data):  # noqa: F811
+def test_values_of_another_run_are_not_used(run, tmp_path, disc_data):  # noqa: F811
     out = tmp_path / "out.json"
     evaluate(run("dcgan"), num_samples=20, names=["faces"], out=out)
     train(tiny_config("dcgan", disc_data, tmp_path / "other", *SHORT, "seed=7"))

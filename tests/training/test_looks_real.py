@@ -95,7 +95,7 @@ def test_a_copy_is_found_out_mirrored_or_not(scene_of, runs):
 
 
 class Colours:
-    """A judge that sees an image's mean colour alone."""
+    """A feature extractor that only sees the mean colour of an image."""
 
     info = ExtractorInfo("inception768", "0" * 64, "none", 3, 0, random=True)
 
@@ -104,7 +104,7 @@ class Colours:
         return {"features": images.float().mean((2, 3))}
 
 
-def test_a_judge_whose_weights_are_named_says_what_is_near(scene_of, monkeypatch):
+def test_an_extractor_with_named_weights_finds_the_nearest(scene_of, monkeypatch):
     scene = Scene(scene_of("vae").snapshot, 5)
     monkeypatch.setattr(looks_nearest, "load_extractor", lambda name, config, device: Colours())
     config = MetricsConfig(inception768="there.safetensors")
@@ -118,7 +118,7 @@ def test_a_judge_whose_weights_are_named_says_what_is_near(scene_of, monkeypatch
     assert "RANDOM" in looks_real.neighbours(scene).caption
 
 
-def test_a_judge_that_cannot_be_had_is_said_and_pixels_are_compared(tmp_path, caplog):
+def test_without_the_extractor_pixels_are_compared_with_a_warning(tmp_path, caplog):
     config = MetricsConfig(inception768=str(tmp_path / "gone.safetensors"))
     ruler = looks_nearest.choose_ruler(config, 64, torch.device("cpu"))
     assert (ruler.label, ruler.side) == ("rms", 32)
