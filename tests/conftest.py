@@ -65,7 +65,16 @@ SLOW = (
 )
 # In this order, before all others: what takes longest begins first, so that nothing is left over
 # for one process at the end. The cluster's tests mostly wait.
-FIRST = ("slurm/*", "test_readme.py", "training/*", "launch/*", "families/*", "guidance/*")
+FIRST = (
+    "slurm/*",
+    "test_readme.py",
+    "training/*",
+    "evaluation/*",
+    "visualize/*",
+    "launch/*",
+    "families/*",
+    "guidance/*",
+)
 
 
 @functools.cache

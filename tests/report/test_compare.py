@@ -123,7 +123,7 @@ def test_speeds_of_different_devices_do_not_compare(tmp_path):
     assert "best" not in cell(page, "a", "sampling")[1]
 
 
-def test_random_judges_and_guides_are_said_loudly(tmp_path):
+def test_random_extractors_and_guides_are_said_loudly(tmp_path):
     run = make_run(tmp_path / "a", fingerprints={"aaaaaaaaaaaa": ALIKE | {"random": True}})
     result = run / "32x32" / "result.json"
     write(result, json.loads(result.read_text()) | {"random_guide": True})

@@ -59,7 +59,7 @@ def test_the_same_query_gives_the_same_bytes(clients):
     assert first not in others
 
 
-def test_a_picture_says_how_it_was_made(clients):
+def test_an_image_says_how_it_was_made(clients):
     image = Image.open(io.BytesIO(png(clients["guided"], seed=2, number=7)))
     made = json.loads(image.text["dinogen"])
     assert (made["seed"], made["number"], made["nimg"]) == (2, 7, 32)
@@ -67,7 +67,7 @@ def test_a_picture_says_how_it_was_made(clients):
     assert made["random_guide"] is True
 
 
-def test_without_psi_left_all_pictures_are_the_mean(clients):
+def test_without_psi_left_all_images_are_the_mean(clients):
     client = clients["truncates"]
     mean = pixels(client, seed=1, psi=0)
     for number in (1, 2, 3):
@@ -90,7 +90,7 @@ def test_a_walk_goes_from_seed_to_seed_along_the_great_circle(clients, runs):
     assert np.abs(to_uint8(images.numpy())[0].astype(int) - walk[1]).max() <= 1
 
 
-def test_each_stage_has_its_own_pictures(clients, galleries):
+def test_each_stage_has_its_own_images(clients, galleries):
     client = clients["two_stages"]
     assert pixels(client, stage=8).shape == (8, 8, 3)
     assert pixels(client, stage=16).shape == pixels(client).shape == (16, 16, 3)

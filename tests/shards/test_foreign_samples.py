@@ -238,7 +238,7 @@ def test_tars_without_one_image_are_said_when_indexed(tmp_path: Path, names, wor
         assert (status, words in said) == (1, True), said
 
 
-def test_what_has_no_image_is_passed_over_and_said(tmp_path: Path):
+def test_what_has_no_image_is_skipped_and_said(tmp_path: Path):
     path = make(tmp_path, [*photos(2), ("README.md", b"x"), ("009.json", b"{}")])
     assert survey(path, with_sums=False).without_image == ["README (md)", "009 (json)"]
     status, said = run("index", tmp_path)

@@ -192,7 +192,7 @@ def test_a_missing_driver_is_named(url, module, driver, tmp_path, monkeypatch):
         open_dataset(url, cache_dir=tmp_path)
 
 
-def test_no_credentials_are_told_at_once(tmp_path, monkeypatch):
+def test_missing_credentials_are_an_error_at_once(tmp_path, monkeypatch):
     for name in list(os.environ):
         if name.startswith("AWS_"):
             monkeypatch.delenv(name)
