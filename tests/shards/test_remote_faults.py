@@ -40,7 +40,7 @@ class Served:
 
 @pytest.fixture(params=["http", "s3"])
 def served(request, packed: Path, monkeypatch) -> Iterator[Served]:
-    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 0.001)
     serve = http_server if request.param == "http" else s3_server
     with serve(packed) as server:
         for name, value in s3_environment(server.url).items():
@@ -51,7 +51,7 @@ def served(request, packed: Path, monkeypatch) -> Iterator[Served]:
 @pytest.fixture
 def web(packed: Path, monkeypatch) -> Iterator[Served]:
     """The same by HTTP alone, for what does not depend on the protocol."""
-    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 0.001)
     with http_server(packed) as server:
         yield Served(server, server.url)
 
