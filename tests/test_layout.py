@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import FIRST, QUICK, SLOW
 from tests.runs.spelled_out import spelled_out
 
 ROOT = Path(__file__).parents[1]
@@ -316,3 +317,8 @@ def test_nothing_is_unpickled(path):
             assert given.get("weights_only") == "True", f"line {node.lineno}: torch.load"
         if called in ("np.load", "numpy.load"):
             assert given.get("allow_pickle") == "False", f"line {node.lineno}: {called}"
+
+
+@pytest.mark.parametrize("pattern", sorted({*QUICK, *SLOW, *FIRST}))
+def test_each_pattern_of_conftest_matches_a_test_file(pattern):
+    assert any(path.name.startswith("test_") for path in (ROOT / "tests").glob(pattern)), pattern

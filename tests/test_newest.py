@@ -51,7 +51,7 @@ def test_only_what_is_newer_than_the_other_one(ci, machine):
     assert ci.newest(ci.interpreters(), SUPPORTED, (3, 11)) is None
 
 
-def test_a_python_that_nobody_has_tried_is_named_and_passed_over(ci, machine, capsys):
+def test_a_python_that_nobody_has_tried_is_named_and_skipped(ci, machine, capsys):
     machine("bin/python3.99", "3 99")
     wanted = machine("bin/python3.12", "3 12")
     machine("bin/python3-config", "3 13")

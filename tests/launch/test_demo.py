@@ -169,13 +169,13 @@ def photos(tmp_path):
     return folder
 
 
-def test_a_guide_that_cannot_be_had_is_an_error_if_asked_for_and_leaves_nothing(small, tmp_path):
+def test_an_unavailable_guide_is_an_error_if_asked_for_and_leaves_nothing(small, tmp_path):
     with pytest.raises(UserError, match=r"guide\.path: .*nothing-here"):
         demo.run_demo(tmp_path / "demo", guide_path=str(tmp_path / "nothing-here"))
     assert not (tmp_path / "demo").exists()
 
 
-def test_mistyped_photos_are_told_before_the_guide_is_loaded_and_leave_nothing(
+def test_mistyped_photos_are_an_error_before_the_guide_is_loaded_and_leave_nothing(
     small, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(demo, "load_guide", lambda *_: 1 / 0)
@@ -185,7 +185,7 @@ def test_mistyped_photos_are_told_before_the_guide_is_loaded_and_leave_nothing(
 
 
 @pytest.mark.parametrize(("num_faces", "found"), [(1, "1 face"), (0, "no face")])
-def test_too_few_faces_are_told_before_training_and_leave_nothing(
+def test_too_few_faces_are_an_error_before_training_and_leave_nothing(
     small, photos, tmp_path, num_faces, found
 ):
     if num_faces == 0:

@@ -56,7 +56,7 @@ def fail() -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_failed_save_is_told_at_the_next_look(tmp_path):
+def test_a_failed_save_is_an_error_at_the_next_check(tmp_path):
     saver, done = Saver(), []
     saver.submit(tmp_path, lambda: done.append(1))
     saver.wait()
