@@ -218,7 +218,7 @@ def make_data() -> None:
     from dinogen.features.load import load_guide
     from dinogen.features.pyramid import native_pyramid
     from shards.format.sample import Sample
-    from shards.write.pack import pack
+    from shards.write.shard_writer import pack
     from tests.tiny_clip import random_clip
 
     folder = Path(sys.argv[1])

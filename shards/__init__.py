@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from shards.format.sample import Sample
     from shards.read.dataset import Dataset
     from shards.read.packed import open_dataset
-    from shards.write.pack import pack
-    from shards.write.shard_writer import ShardWriter
+    from shards.write.shard_writer import ShardWriter, pack
 
     ShardSink = ShardWriter
 
@@ -38,7 +37,7 @@ _PLACES = {
     "ShardWriter": "shards.write.shard_writer",
     "ShardsError": "shards.errors",
     "open_dataset": "shards.read.packed",
-    "pack": "shards.write.pack",
+    "pack": "shards.write.shard_writer",
     "ShardSink": "shards.write.shard_writer",
 }
 _OLD_NAMES = {"ShardSink": "ShardWriter"}

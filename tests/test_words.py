@@ -81,7 +81,7 @@ ALLOWED = {
     "tests/guidance/test_guide_set.py": {"bank"},
     # a key of stored fingerprints
     "dinogen/metrics/value.py": {"judge"},
-    "dinogen/report/compare/warnings.py": {"judge"},
+    "dinogen/report/compare/comparison.py": {"judge"},
     # figures of papers, of HTML, of matplotlib
     "dinogen/families/wgan_gp.py": {"figure"},
     "dinogen/metrics/extractors/onet.py": {"figure"},

@@ -18,7 +18,7 @@ from dinogen.errors import UserError
 from dinogen.families.abilities import MeasuresHeldOut
 from dinogen.families.base import Family
 from dinogen.training.data import check_labels
-from dinogen.training.engines.microbatches import split as to_device
+from dinogen.training.engines.base import split as to_device
 from shards.errors import CorruptSample, ShardsError
 from shards.read.dataset import Dataset
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from dinogen.batch import Batch, Losses, Scalars
 from dinogen.config import Config, ConfigError, Section, StageConfig
-from dinogen.diffusion.sampler import sample
-from dinogen.diffusion.schedule import Schedule
+from dinogen.diffusion.process import Schedule, sample
 from dinogen.distributed import rng
 from dinogen.families.base import Family, Inputs, Networks, Phase, classes_of
 from dinogen.networks.unet import UNet

@@ -20,7 +20,7 @@ from dinogen.runs.layout import checkpoint_name
 from dinogen.training.checkpointing.checkpoint import Saver
 from dinogen.training.data import check_labels
 from dinogen.training.dataloading import Dataloader, augment
-from dinogen.training.engines.microbatches import num_micros, split
+from dinogen.training.engines.base import num_micros, split
 from dinogen.training.logging.artifacts import save_samples
 from dinogen.training.logging.logger import Logger, ProgressLine
 from dinogen.training.logging.tensorboard import chart_layout

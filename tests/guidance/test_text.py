@@ -24,7 +24,7 @@ from dinogen.training.run import train
 from dinogen.training.state import StageState
 from launch.cli.main import app
 from shards.format.sample import Sample
-from shards.write.pack import pack
+from shards.write.shard_writer import pack
 from tests import drawn
 from tests.families.tiny import tiny_config
 from tests.tiny_clip import EMBED_DIM, random_clip

@@ -13,7 +13,7 @@ from torch import Tensor
 from dinogen.metrics.extractors.base import ExtractorInfo, NotAvailable
 from shards.format.sample import Sample
 from shards.read.packed import PackedDataset, open_dataset
-from shards.write.pack import pack
+from shards.write.shard_writer import pack
 from tests.families.tiny import discs
 
 NUM = 48

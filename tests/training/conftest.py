@@ -18,7 +18,7 @@ from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
 from dinogen.visualize.scene import Scene
 from shards.format.sample import Sample
-from shards.write.pack import pack
+from shards.write.shard_writer import pack
 from tests.families.tiny import pack_discs, tiny_config
 
 NUM_SAMPLES = 40

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinogen.networks.ada.rng import TransformDraws
-from dinogen.networks.resample import upfirdn
+from dinogen.networks.layers import upfirdn
 
 # The low-pass filter of the wavelet sym6 (Daubechies 1992, "Ten Lectures on Wavelets", table 6.3)
 SYM6 = (

@@ -1,4 +1,4 @@
-"""A comparison of runs: what its page, JSON and Markdown have in common."""
+"""A comparison of runs: what its page, JSON and Markdown share, and the warnings above them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,121 @@ from dinogen.report.compare.table import (
     over_seeds,
     sort_runs,
     unavailable,
+    values_of,
 )
-from dinogen.report.compare.warnings import warnings_of
+
+# of more runs only the number is shown
+MAX_NAMES = 4
+DIGITS = 12
+
+
+def warnings_of(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[str]:
+    """One sentence for each thing that could mislead a reader of the table."""
+    return [
+        *_differing(runs, columns),
+        *_random(runs),
+        *_different_data(runs),
+        *_different_seeds(runs),
+    ]
+
+
+def _differing(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[str]:
+    """Columns measured in different ways; one sentence for all with the same difference."""
+    found: dict[str, list[Column]] = {}
+    for column in columns:
+        if not column.comparable:
+            found.setdefault(_why(runs, column), []).append(column)
+    sentences = []
+    for why, some in found.items():
+        names = ", ".join(column.full_label for column in some)
+        sentences.append(f"{names}: measured in different ways, so none is marked as best. {why}")
+    return sentences
+
+
+def _why(runs: Sequence[ComparedRun], column: Column) -> str:
+    """What differs within a column, and for which runs."""
+    numbers = values_of(runs, column.name)
+    by_name = {run.name: run for run in runs}
+    facts: dict[str, dict[str, Any]] = {}
+    for name, number in numbers.items():
+        run = by_name[name]
+        if column.group == "Cost":
+            source = run.sources.get(number.source)
+            facts[name] = {"device": source.device if source else None}
+            continue
+        known = run.fingerprints.get(number.fingerprint or "", {})
+        facts[name] = {
+            "num_samples": number.num_samples,
+            "num_reference": number.num_reference,
+            **known,
+        }
+        if not known:
+            facts[name]["fingerprint"] = number.fingerprint
+    keys = list(dict.fromkeys(key for one in facts.values() for key in one))
+    parts = []
+    for key in keys:
+        groups: dict[str, list[str]] = {}
+        for name, one in facts.items():
+            groups.setdefault(_short(one.get(key, "unknown")), []).append(name)
+        if len(groups) > 1:
+            said = "; ".join(f"{value} ({_names(some)})" for value, some in groups.items())
+            parts.append(f"{key}: {said}.")
+    return " ".join(parts)
+
+
+def _random(runs: Sequence[ComparedRun]) -> list[str]:
+    """Feature extractors and guides with random weights: such values say nothing about quality."""
+    sentences = []
+    extractors = {
+        str(facts.get("judge"))
+        for run in runs
+        for facts in run.fingerprints.values()
+        if facts.get("random")
+    }
+    if extractors:
+        sentences.append(
+            f"RANDOM EXTRACTOR: {', '.join(sorted(extractors))} has random weights, so its values "
+            "say nothing about quality."
+        )
+    guided = [run.name for run in runs if run.facts.get("random_guide")]
+    if guided:
+        sentences.append(f"RANDOM GUIDE: {_names(guided)} were trained with random weights.")
+    return sentences
+
+
+def _different_data(runs: Sequence[ComparedRun]) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for run in runs:
+        if run.data_sha256:
+            groups.setdefault(run.data_sha256, []).append(run.name)
+    if len(groups) < 2:
+        return []
+    said = "; ".join(f"{_short(value)} ({_names(some)})" for value, some in groups.items())
+    return [f"Trained on different data: {said}."]
+
+
+def _different_seeds(runs: Sequence[ComparedRun]) -> list[str]:
+    """The page says that grids are drawn with the same seed, so check it."""
+    groups: dict[int, list[str]] = {}
+    for run in runs:
+        for visual in run.visualizations:
+            if visual.section == "samples" and visual.path and visual.seed is not None:
+                groups.setdefault(visual.seed, []).append(run.name)
+                break
+    if len(groups) < 2:
+        return []
+    said = "; ".join(f"seed {seed} ({_names(some)})" for seed, some in groups.items())
+    return [f"Grids were drawn with different seeds: {said}."]
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= MAX_NAMES else f"{len(names)} runs"
+
+
+def _short(value: object) -> str:
+    """A value for people; only the first digits of a hash."""
+    text = str(value)
+    return text[:DIGITS] if len(text) == 64 and " " not in text else text
 
 
 class Comparison:
