@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, Generic, TypeVar
 from dinogen.config.base import read_mapping
 from dinogen.errors import UserError
 from dinogen.runs.earlier import with_new_keys
-from dinogen.runs.layout import stage_resolution
+from dinogen.runs.layout import STUDY, stage_resolution
 from dinogen.runs.values import (
     MAX_VALUES,
     Kind,
@@ -230,6 +231,21 @@ def read_attempts(path: Path) -> Found[dict[str, list[dict[str, Any]]]]:
                 bad = [str(error)]
             problems += [f": runs: {name}: {reason}" for reason in bad]
     return Found(path, attempts, tuple(problems), found.there)
+
+
+def study_runs(study: Path) -> dict[Path, list[dict[str, Any]]]:
+    """The attempts in the study.json of a study's folder, by the folders of their runs.
+
+    ``folders`` in it says where runs are, relative to the study; others are in folders of the study
+    that have their names.
+    """
+    path = study / STUDY
+    folders = (read_object(path).value or {}).get("folders")
+    known = folders if isinstance(folders, dict) else {}
+    return {
+        Path(os.path.normpath(study / str(known.get(name, name)))): attempts
+        for name, attempts in read_attempts(path).value.items()
+    }
 
 
 def read_config(path: Path) -> Found[dict[str, Any]]:

@@ -6,6 +6,7 @@ What is done is read from the files of the runs; this record is for people, and 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -109,12 +110,17 @@ class Record:
             "best": self.best,
         }
         runs = {key: [asdict(one) for one in attempts] for key, attempts in self.attempts.items()}
+        folders = {
+            run.id: os.path.relpath(run.folder, self.study.folder)
+            for run in self.study.runs
+            if run.id in runs
+        }
         if self.damaged:
             kept = next_free(self.path.with_name(f"{self.path.name}.damaged"))
             self.path.replace(kept)
             log.warning("%s: damaged, and kept as %s", self.path, kept)
             self.damaged = False
-        write_json(self.path, facts | {"runs": runs})
+        write_json(self.path, facts | {"folders": folders, "runs": runs})
 
 
 def read_record(study: Study) -> Record:

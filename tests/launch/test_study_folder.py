@@ -125,6 +125,14 @@ def test_one_that_fails_stops_no_other_and_a_signal_stops_all(folder, tmp_path, 
     record = json.loads((tmp_path / "runs" / "study-mine" / "study.json").read_text())
     codes = {name: [one["code"] for one in tried] for name, tried in record["runs"].items()}
     assert codes == {"a": [0], "b_fails": [3], "c_waits": [75]}
+    if number == signal.SIGTERM:
+        compared = tmp_path / "compared"
+        done = CliRunner().invoke(
+            app, ["compare", str(tmp_path / "runs/study-mine"), "--as-is", "--out", str(compared)]
+        )
+        told = json.loads((compared / "comparison.json").read_text())["runs"]
+        assert {Path(run["name"]).name for run in told} == {"a", "b_fails", "c_waits"}, done.output
+        assert any("exit code 3" in line for run in told for line in run["problems"])
 
 
 @pytest.mark.usefixtures("calm")

@@ -21,8 +21,8 @@ from dinogen.report.compare.model import (
     take,
 )
 from dinogen.report.compare.table import MEASURED
-from dinogen.runs.files import read_attempts, read_config, read_raw, read_text, series
-from dinogen.runs.layout import CONFIG, EVALUATION, METRICS, RESULT, STUDY, stage_name
+from dinogen.runs.files import read_config, read_raw, read_text, series, study_runs
+from dinogen.runs.layout import CONFIG, EVALUATION, METRICS, RESULT, stage_name
 from dinogen.runs.run import Run, Stage
 from dinogen.runs.values import finite
 
@@ -55,7 +55,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
         if not os.path.lexists(path):
             raise UserError(f"{path}: no such folder: give folders of runs, or one that holds some")
         # a study also lists runs that ended before they wrote a config.yaml
-        below = [path / name for name in read_attempts(path / STUDY).value]
+        below = list(study_runs(path))
         below += [one for one in _folders_below(path) if is_run(one)]
         if not below:
             lost.append(path)
@@ -192,14 +192,18 @@ def _read_config(run: ComparedRun) -> None:
 
 
 def _read_attempts(run: ComparedRun) -> None:
-    """The error of the last attempt at each step of a study, and its log."""
+    """The error of the last attempt at each step of a study, and its log.
+
+    A run may be in the folder of its study, or below the folder that holds ``study-NAME``.
+    """
     folder = run.folder.absolute()
-    record = read_attempts(folder.parent.parent / STUDY)
-    tried = record.value.get(f"{folder.parent.name}/{folder.name}", [])
-    newest: dict[Any, dict[str, Any]] = {one.get("step"): one for one in tried}
-    for step, one in newest.items():
-        if one.get("what"):
-            run.problems.append(f"{step}: {one['what']} (log: {one.get('log')})")
+    beside = [study for above in folder.parents[:3] for study in above.glob("study-*")]
+    for study in dict.fromkeys([folder.parent.parent, *beside]):
+        tried = study_runs(study).get(folder, [])
+        newest: dict[Any, dict[str, Any]] = {one.get("step"): one for one in tried}
+        for step, one in newest.items():
+            if one.get("what"):
+                run.problems.append(f"{step}: {one['what']} (log: {one.get('log')})")
 
 
 def _read_losses(run: ComparedRun, stages: list[Stage]) -> None:
