@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dinogen.config import load_config
-from dinogen.config.metrics import MetricsConfig
+from dinogen.config.training import MetricsConfig
 from dinogen.metrics.collect import Moments
 from dinogen.metrics.extractors import FeatureExtractor, load_extractor
 from dinogen.metrics.frechet import frechet_of

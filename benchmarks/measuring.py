@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinogen.config.metrics import MetricsConfig
+from dinogen.config.training import MetricsConfig
 from dinogen.distributed import process_group, rng
 from dinogen.metrics.collect import Seen, collect
 from dinogen.metrics.extractors import ExtractorInfo, FeatureExtractor, load_extractor

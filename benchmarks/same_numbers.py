@@ -212,7 +212,7 @@ def make_data() -> None:
     from PIL import Image
 
     from dinogen.config import GuideConfig
-    from dinogen.config.metrics import ClipConfig
+    from dinogen.config.training import ClipConfig
     from dinogen.features.clip import load_clip
     from dinogen.features.dinov2 import make_random_dinov2
     from dinogen.features.load import load_guide

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from dinogen.config import GuideConfig, parse_config
-from dinogen.config.metrics import ClipConfig
+from dinogen.config.training import ClipConfig
 from dinogen.families.base import sample_in_parts
 from dinogen.features.clip import Clip, load_clip
 from dinogen.features.load import load_guide

@@ -94,8 +94,6 @@ MAY_IMPORT = {
         "dinogen.visualize.drawings",
     },
 }
-# Files under 40 lines that only one other imports, and why they are files nevertheless.
-SHORT = {"dinogen.metrics.spectrum"}  # a metric is one file
 # Only dinogen/runs spells out names in the folder of a run, see tests/runs/spelled_out.py: others
 # ask `Run` and `Stage`, or take the constants of dinogen/runs/layout.py.
 NOT_OF_A_RUN = {
@@ -286,7 +284,7 @@ def test_what_is_short_and_needed_once_is_part_of_what_needs_it():
         and users[module(path)] == 1
         and len(path.read_text(encoding="utf-8").splitlines()) < 40
     }
-    assert short == SHORT
+    assert short == set()
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -75,7 +75,7 @@ ALLOWED = {
     "tests/guidance/test_discriminate_penalties.py": {"judge"},
     # keys and options of earlier versions
     "dinogen/guidance/options.py": {"bank"},
-    "dinogen/runs/earlier.py": {"verdict", "pictures"},
+    "dinogen/runs/values.py": {"verdict", "pictures"},
     "docs/guided.md": {"bank"},
     "launch/cli/results.py": {"over_training"},
     "tests/guidance/test_guide_set.py": {"bank"},

@@ -27,19 +27,21 @@ from pydantic import (
 from dinogen.config.base import Section as Section
 from dinogen.config.base import describe_errors as describe_errors
 from dinogen.config.base import override, read_mapping
-from dinogen.config.cluster import ClusterConfig
-from dinogen.config.data import DataConfig as DataConfig
-from dinogen.config.metrics import ClipConfig as ClipConfig
-from dinogen.config.metrics import MetricsConfig as MetricsConfig
 from dinogen.config.prepare import PrepareConfig
 from dinogen.config.training import AugmentConfig as AugmentConfig
 from dinogen.config.training import CheckpointConfig as CheckpointConfig
+from dinogen.config.training import ClipConfig as ClipConfig
+from dinogen.config.training import ClusterConfig
+from dinogen.config.training import DataConfig as DataConfig
 from dinogen.config.training import EmaConfig as EmaConfig
 from dinogen.config.training import EngineConfig as EngineConfig
 from dinogen.config.training import EvalConfig as EvalConfig
 from dinogen.config.training import LogConfig as LogConfig
+from dinogen.config.training import MetricsConfig as MetricsConfig
 from dinogen.config.training import OptimConfig as OptimConfig
 from dinogen.config.training import StageConfig as StageConfig
+from dinogen.config.training import StagePlan as StagePlan
+from dinogen.config.training import due as due
 from dinogen.errors import ConfigError as ConfigError
 from dinogen.files import named_folder
 from dinogen.runs.layout import CONFIG, has_stages
@@ -240,3 +242,46 @@ def parse_config(
 def dump_config(config: Config) -> str:
     """The whole resolved config as YAML; reading it gives the same config again."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def find_stage(config: Config, resolution: int) -> int:
+    """Index of the stage of this resolution.
+
+    Raises:
+        ConfigError: the config has no such stage.
+    """
+    sizes = [stage.resolution for stage in config.stages]
+    if resolution not in sizes:
+        raise ConfigError(f"stage {resolution} is not in the config: stages are {sizes}")
+    return sizes.index(resolution)
+
+
+def with_lengths(config: Config, num_samples: int) -> Config:
+    """The config with each length that is given in epochs written out in thousands of images.
+
+    Args:
+        config: the whole run.
+        num_samples: of an epoch of the data it is trained on.
+
+    Raises:
+        ConfigError: there is no such data, or a fade-in is longer than its stage.
+    """
+    lengths = [stage.epochs for stage in config.stages if stage.kimg is None]
+    measure = config.eval
+    if measure.every_kimg is None:
+        lengths.append(measure.every_epochs)
+    if not any(lengths):
+        return config
+    if not num_samples:
+        raise ConfigError(
+            f"data.split: {config.data.location} has no samples in split {config.data.split}: "
+            "name another one"
+        )
+    data = config.model_dump(mode="json")
+    for section, kimg, epochs in [
+        *((stage, "kimg", "epochs") for stage in data["stages"]),
+        (data["eval"], "every_kimg", "every_epochs"),
+    ]:
+        if section[kimg] is None and section[epochs] is not None:
+            section[kimg] = section[epochs] * num_samples / 1000
+    return parse_config(data)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 
-from dinogen.config import ConfigError
+from dinogen.config import ConfigError, due
 from dinogen.distributed import process_group
 from dinogen.evaluation.held_out import held_out_means
 from dinogen.evaluation.subject import chosen_samples, guide_diversity, real_images, subject_of
@@ -19,7 +19,6 @@ from dinogen.metrics.suite import Subject, measure, why_not
 from dinogen.metrics.value import MetricValue
 from dinogen.training.data import class_shares
 from dinogen.training.logging.logger import append_line, cut_lines
-from dinogen.training.stages import due
 from dinogen.training.state import StageState
 
 log = logging.getLogger(__name__)

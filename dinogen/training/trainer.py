@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from dinogen.batch import Batch, Scalars
-from dinogen.config import Config
+from dinogen.config import Config, due
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.evaluation.validate import Validator
@@ -24,7 +24,6 @@ from dinogen.training.engines.base import num_micros, split
 from dinogen.training.logging.artifacts import save_samples
 from dinogen.training.logging.logger import Logger, ProgressLine
 from dinogen.training.logging.tensorboard import chart_layout
-from dinogen.training.stages import due
 from dinogen.training.state import StageState
 from dinogen.training.stop import StopFlag
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinogen.config.metrics import MetricsConfig
+from dinogen.config.training import MetricsConfig
 from dinogen.metrics.extractors import load_extractor
 from dinogen.metrics.extractors.base import NotAvailable
 from dinogen.metrics.sources import as_pixels

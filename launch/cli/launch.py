@@ -180,7 +180,7 @@ def _launcher(on: str, given: dict[str, Any]) -> Callable[[Request], object]:
 
 def _as_overrides(given: dict[str, Any], engine: str | None) -> list[str]:
     """The overrides that options stand for."""
-    from dinogen.config.cluster import ClusterConfig
+    from dinogen.config.training import ClusterConfig
 
     changes = [f"engine.name={engine}"] if engine is not None else []
     keys = ClusterConfig.model_fields

@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dinogen.config import ConfigError, GuideConfig
-from dinogen.config.metrics import ClipConfig
+from dinogen.config.training import ClipConfig
 from dinogen.evaluation.evaluate import evaluate
 from dinogen.features.clip import load_clip
 from dinogen.features.load import load_guide

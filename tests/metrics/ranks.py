@@ -104,7 +104,7 @@ def refused(rank: int) -> bool:
         return Linear("inception768", 4, 0)
 
     inception768.load = load  # type: ignore[assignment]
-    from dinogen.config.metrics import MetricsConfig
+    from dinogen.config.training import MetricsConfig
 
     try:
         load_extractor("inception768", MetricsConfig(), torch.device("cpu"))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinogen.config.metrics import MetricsConfig
+from dinogen.config.training import MetricsConfig
 from dinogen.metrics.collect import collect
 from dinogen.metrics.extractors import load_extractor
 from dinogen.metrics.frechet import frechet_of

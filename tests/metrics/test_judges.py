@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dinogen.config.metrics import MetricsConfig
+from dinogen.config.training import MetricsConfig
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.metrics.extractors import FeatureExtractor, NotAvailable, load_extractor
 from dinogen.metrics.extractors import inception as inception_file

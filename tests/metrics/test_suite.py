@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinogen.config.metrics import MetricsConfig
+from dinogen.config.training import MetricsConfig
 from dinogen.errors import ConfigError, UserError
 from dinogen.metrics.extractors import Extractors
 from dinogen.metrics.registry import GUIDE_DIVERSITY, NAMES, better, chosen_names

@@ -9,7 +9,7 @@ import importlib
 
 import torch
 
-from dinogen.config.metrics import MetricsConfig
+from dinogen.config.training import MetricsConfig
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.metrics.extractors.base import ExtractorInfo, FeatureExtractor, NotAvailable

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dinogen.config import ConfigError
+from dinogen.config import ConfigError, find_stage
 from dinogen.distributed import process_group
 from dinogen.families.abilities import fade
 from dinogen.families.base import Family, sample_in_parts
@@ -21,7 +21,6 @@ from dinogen.families.registry import family_class
 from dinogen.files import write_bytes
 from dinogen.training.checkpointing.checkpoint import on_host, past_config
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
-from dinogen.training.stages import find_stage
 
 log = logging.getLogger(__name__)
 
