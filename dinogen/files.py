@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.files import atomic_write
 
-# torch takes seconds to import: whoever has tensors to hash has it already.
+# torch takes seconds to import, and most of those who write files do without it.
 if TYPE_CHECKING:
     from torch import Tensor
 

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "dinogen.metrics": {
         "dinogen.distributed",
         "dinogen.features",
-        "dinogen.report.cautions",
+        "dinogen.runs.values",
         "dinogen.report.images",
     },
     "dinogen.guidance": {

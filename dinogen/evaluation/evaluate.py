@@ -33,11 +33,10 @@ from dinogen.evaluation.subject import (
 )
 from dinogen.families.abilities import MeasuresHeldOut, Probes, constants_of
 from dinogen.families.base import Family, Health
-from dinogen.metrics.extractors import Extractors
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.registry import GUIDE_DIVERSITY, OF_FEATURES, better
 from dinogen.metrics.sources import Folder, Generated, Reference, image_files
-from dinogen.metrics.suite import Measurement, Subject, measure
+from dinogen.metrics.suite import Extractors, Measurement, Subject, measure
 from dinogen.metrics.value import MetricValue
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import check_same_data, versions

@@ -33,8 +33,7 @@ from dinogen.metrics.sources import (
 from dinogen.metrics.suite import Subject
 from dinogen.metrics.value import MetricValue
 from shards.format.manifest import SPLITS
-from shards.read.dataset import Dataset
-from shards.read.packed import open_dataset
+from shards.read.dataset import Dataset, open_dataset
 
 # held-out samples that it takes to say anything at all
 _WANTED = 20

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from dinogen.config import GuideConfig
-from dinogen.config.prepare import PackConfig
+from dinogen.config import GuideConfig, PackConfig
 from dinogen.features import load_guide
 from dinogen.prepare.earlier import check_faces, finished_dataset
 from dinogen.prepare.export_pt import BadPyramid, PtFiles, pt_paths

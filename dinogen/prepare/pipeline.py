@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from dinogen.config.prepare import FacesConfig, PrepareConfig
+from dinogen.config import FacesConfig, PrepareConfig
 from dinogen.distributed import process_group
 from dinogen.features.pyramid import resized_with_antialias
 from dinogen.files import write_json

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinogen.config.prepare import FacesConfig
+from dinogen.config import FacesConfig
 from dinogen.files import write_bytes, write_json, write_text
 from dinogen.prepare.faces.crop import Crop, Rejection, still_matches
 from dinogen.prepare.faces.settings import SETTINGS

@@ -1,4 +1,4 @@
-"""Kinds of values in the files of a run: how they are checked, and what they were called before.
+"""Kinds of values in the files of a run: how they are checked, named before, and when uncertain.
 
 A kind is a function: it returns the value, or raises a ValueError that says what is wrong with it.
 JSON is read as dinogen writes it: numbers that are not finite become None, and so do whole numbers
@@ -311,3 +311,31 @@ def existing(folder: Path, name: str) -> Path:
         if new == name and not path.exists() and (folder / old).exists():
             return folder / old
     return path
+
+
+FEW = 1000
+
+
+def caution_of(
+    num_samples: int | None, num_reference: int | None, num_dims: int | None = None
+) -> str | None:
+    """Why a metric value is uncertain; None if it is not.
+
+    Args:
+        num_samples: number of generated images; None if unknown.
+        num_reference: number of real images; None if the metric needs none.
+        num_dims: dimensions of the features whose covariance is used; None for other metrics.
+    """
+    known = ((num_samples, "generated"), (num_reference, "real"))
+    counts = [(num, what) for num, what in known if num is not None]
+    few = [f"{num:,} {what}" for num, what in counts if num < FEW]
+    said = []
+    if few:
+        said.append(f"from only {' and '.join(few)} images (fewer than {FEW:,})")
+    short = [f"{num:,} {what}" for num, what in counts if num_dims is not None and num < num_dims]
+    if short:
+        said.append(
+            f"from fewer images ({' and '.join(short)}) than its features have dimensions "
+            f"({num_dims:,}): it is too high"
+        )
+    return "; ".join(said) or None

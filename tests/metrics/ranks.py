@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dinogen.distributed import process_group, rng
 from dinogen.metrics.collect import Collected, Moments, collect
-from dinogen.metrics.extractors import load_extractor
 from dinogen.metrics.extractors.base import ExtractorInfo, NotAvailable
 from dinogen.metrics.frechet import frechet_of
+from dinogen.metrics.suite import load_extractor
 from tests import forked
 
 NUM, BATCH = 10, 3

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import laplace
 
-from dinogen.config.prepare import FacesConfig
+from dinogen.config import FacesConfig
 from dinogen.prepare.faces import align
 from dinogen.prepare.photos.changed import FileRecord, record_of
 from dinogen.prepare.photos.find import Photo

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from dinogen.config.prepare import FacesConfig
+from dinogen.config import FacesConfig
 from dinogen.files import write_json, write_text
 from dinogen.prepare.faces.crop import Crop, Duplicates, Rejection
 from dinogen.prepare.faces.settings import (

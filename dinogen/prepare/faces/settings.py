@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
-from dinogen.config.prepare import FacesConfig
+from dinogen.config import FacesConfig
 from dinogen.prepare.photos.read import PrepareError
 from shards.image.kinds import is_hidden
 from shards.lock import Locked, lock
