@@ -67,7 +67,7 @@ WORDS = {
 ALLOWED = {
     # family files for 0.1
     "dinogen/families/base.py": {"verdict"},
-    "dinogen/families/earlier.py": {"headline"},
+    "dinogen/families/registry.py": {"headline"},
     # random numbers depend on these words
     "dinogen/families/guided.py": {"bank"},
     "dinogen/guidance/discriminator.py": {"judge"},

@@ -16,7 +16,6 @@ from dinogen.config import ConfigError, MetricsConfig
 from dinogen.distributed import process_group
 from dinogen.distributed.failure import failure_propagation
 from dinogen.errors import UserError
-from dinogen.evaluation.held_out import held_out_means
 from dinogen.evaluation.record import (
     EvaluationRequest,
     Tell,
@@ -27,6 +26,7 @@ from dinogen.evaluation.record import (
 from dinogen.evaluation.subject import (
     chosen_samples,
     guide_diversity,
+    held_out_means,
     real_images,
     reference_at,
     subject_of,

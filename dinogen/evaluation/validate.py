@@ -10,8 +10,13 @@ import math
 
 from dinogen.config import ConfigError, due
 from dinogen.distributed import process_group
-from dinogen.evaluation.held_out import held_out_means
-from dinogen.evaluation.subject import chosen_samples, guide_diversity, real_images, subject_of
+from dinogen.evaluation.subject import (
+    chosen_samples,
+    guide_diversity,
+    held_out_means,
+    real_images,
+    subject_of,
+)
 from dinogen.families.abilities import MeasuresHeldOut, facts_of
 from dinogen.metrics.registry import GUIDE_DIVERSITY, better, chosen_names
 from dinogen.metrics.suite import Extractors, Subject, measure, why_not

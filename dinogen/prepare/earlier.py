@@ -35,11 +35,10 @@ from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.photos.summary import SUMMARY, FacesSummary, summary_of
 from shards import open_dataset
 from shards.errors import PackError
-from shards.files import sum64
+from shards.files import is_locked, sum64
 from shards.format.index import ShardIndex, index_name
 from shards.format.index import load as load_index
 from shards.format.manifest import MANIFEST, PACKING, Manifest
-from shards.lock import is_locked
 
 _logger = logging.getLogger(__name__)
 

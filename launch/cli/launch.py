@@ -12,9 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launch.request import Request
-    from launch.study.plan import Study
+    from launch.study.plan import Choice, Study
     from launch.study.run import Outcome
-    from launch.study.selection import Choice
     from launch.study.status import State
 
 # Where runs can be started, and the options that belong to one of them only.

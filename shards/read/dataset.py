@@ -27,10 +27,9 @@ from shards.format.sample import (
 )
 from shards.format.scan import image_sizes
 from shards.format.table import FILES_OPEN, OpenFile, SampleTable, Source
-from shards.read.batch import read_batch
+from shards.read.batch import Batch, PackedSource, read_batch
 from shards.read.reader import LevelShape, read_sample
 from shards.read.stream import Stream
-from shards.read.types import Batch, PackedSource
 
 
 class Dataset(ABC):

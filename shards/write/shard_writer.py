@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from shards.check.adopt import levels_of
 from shards.errors import FinishedError, IndexFileError, PackError, show_name
-from shards.files import TEMPORARY, AtomicFile, atomic_write, sha256_file
+from shards.files import TEMPORARY, AtomicFile, Locked, atomic_write, lock, sha256_file
 from shards.format import index as index_files
 from shards.format.index import ShardIndex, index_name, load
 from shards.format.manifest import (
@@ -32,7 +32,6 @@ from shards.format.sample import Sample, encode, to_float16
 from shards.format.scan import scan
 from shards.format.statistics import Moments, Statistics, save_statistics, shard_moments
 from shards.image.decode import check_image
-from shards.lock import Locked, lock
 
 log = logging.getLogger(__name__)
 _LOCK = ".packing.lock"

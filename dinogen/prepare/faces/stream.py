@@ -20,8 +20,7 @@ from dinogen.prepare.faces.crop import (
     read_and_cut,
 )
 from dinogen.prepare.photos.find import Photo, Photos, face_key
-from dinogen.prepare.photos.labels import BAD_CAPTION, try_caption
-from dinogen.prepare.photos.read import Unusable, probe_photo
+from dinogen.prepare.photos.read import BAD_CAPTION, Unusable, probe_photo, try_caption
 
 if TYPE_CHECKING:
     import torch
