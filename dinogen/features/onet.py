@@ -1,7 +1,8 @@
 """The O-Net guide: maps of the MTCNN face detector's last network, whose weights are in a wheel.
 
 Zhang et al. 2016, "Joint Face Detection and Alignment Using Multitask Cascaded Convolutional
-Networks", with the weights of facenet-pytorch: on every machine, offline. The network was trained on faces and nothing else, in crops of 48x48 pixels, and costs a CPU little.
+Networks", with the weights of facenet-pytorch: on every machine, offline. The network was
+trained on faces and nothing else, in crops of 48x48 pixels, and costs a CPU little.
 """
 
 from __future__ import annotations
