@@ -148,7 +148,7 @@ def _what_it_shows(results: list[dict[str, Any]], under_mse: list[dict[str, Any]
     return (
         "Both runs have the same generator, z, frozen features and faces, and no discriminator. "
         "mse compares each generated image with one real face at random. Its best answer is the "
-        "mean of all faces, so every z ends at the same blurred face: after "
+        "mean of all faces, so all z draw near one blurred face: after "
         f"{contrast['nimg']:,} images its samples differ {contrast['diversity']:.0%} as much as "
         "real faces do, and more training only brings them closer. drift compares whole sets: it "
         "moves generated features towards nearby real ones and away from each other. After "
