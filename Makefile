@@ -20,7 +20,11 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	or name it: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "installing into $(VENV) with $(PYTHON) (1.5 GB, some minutes)"
 	@"$(PYTHON)" -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	@# pip is silent while it unpacks gigabytes, so the size of .venv shows that work goes on.
+	@( while sleep 8 && kill -0 $$$$ 2>/dev/null; do \
+		echo "  installing: .venv has $$(du -sm $(VENV) | cut -f1) MB"; done ) & progress=$$!; \
+	trap "kill $$progress 2>/dev/null" EXIT INT TERM; \
+	$(VENV)/bin/python -m pip install --progress-bar off --disable-pip-version-check \
 		-c constraints.txt -e '.[dev,deepspeed,remote,serve]'
 	@touch $@
 

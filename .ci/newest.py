@@ -149,7 +149,7 @@ def _setup() -> configparser.ConfigParser:
 def _torch_is_small(folder: Path) -> bool:
     """Whether pip would take a build of torch that brings no CUDA; asks, and installs nothing."""
     report = folder / "report.json"
-    pins = [line for line in requirements(True) if line.startswith("torch==")]
+    pins = [line for line in requirements(True) if line.startswith("torch>=")]
     try:
         _pip(folder, "--dry-run", "--report", str(report), *pins)
     except subprocess.CalledProcessError:

@@ -1,7 +1,11 @@
-"""The demo: from real photos to a trained generator in minutes, by the same steps as any run."""
+"""The demo: from real photos to a trained generator in minutes, by the same steps as any run.
+
+Then the objective ``mse`` from the same z: the page shows what the choice of objective does.
+"""
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
 import time
@@ -9,32 +13,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dinogen.config import Config, GuideConfig, load_config
+from dinogen.config.base import SHIPPED
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
-from dinogen.features import Guide, GuideError, load_guide
+from dinogen.features import Guide, load_guide
 from dinogen.files import write_bytes, write_json
 from dinogen.prepare.photos.find import Photos, find_photos
+from dinogen.report.run_page import Beside, write_page
 from dinogen.runs.files import read_object
-from dinogen.runs.run import Run
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 
-CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+CONFIG = SHIPPED / "demo.yaml"
 NUM_FACES = 100
 MIN_FACES = 2  # the fewest that can differ from each other
-# Faces of the built-in set are 25 pixels wide: more than 64 would only be blur.
-BUILTIN_SIZE = 64
+PHOTO_SIZE = 256  # of the face that the demo finds itself, so that it can be seen
+# The run for contrast is shown a third of the images: its samples agree long before.
+CONTRAST = 3
 _ASKED = "demo.json"
-RANDOM_SHAPE = {"hidden_size": 128, "num_layers": 3, "num_heads": 2}
-# It costs a tenth of DINOv2-small, so more images fit into the same minutes.
-RANDOM_KIMG = (7.68, 5.12, 3.072)
-RANDOM_FADE_KIMG = (0.0, 1.536, 0.512)
-# As they are initialised for training, the blocks hardly mix, and the last layer norm divides
-# brightness away, since little besides the pixels enters a token. These factors correct both.
-RANDOM_GAINS = {"embeddings.position_embeddings": 25.0, "encoder": 3.0}
 
 
 @dataclass
@@ -43,16 +45,16 @@ class Demo:
 
     Attributes:
         config: of the run.
-        page: the run's page.
-        random_guide: whether the guide had random weights.
+        page: the demo's page.
         results: of the stages.
+        contrast: of the stages under ``mse``.
         seconds: wall time of each step.
     """
 
     config: Config
     page: Path
-    random_guide: bool
     results: list[dict[str, Any]]
+    contrast: list[dict[str, Any]]
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -62,15 +64,14 @@ def run_demo(
     guide_path: str | None = None,
     config_file: Path | None = None,
 ) -> Demo:
-    """Photos to faces, pyramids, shards and trained stages below ``out``.
+    """Photos to faces, pyramids, shards and trained stages below ``out``, and a page of them.
 
     The same call again continues where it was.
 
     Args:
         out: folder for all files.
         photos: folder of photos; faces that come with scikit-image if None.
-        guide_path: DINOv2 checkpoint folder or hub name. If None, the config's guide if its
-            weights are available, else a smaller one with random weights, with a warning.
+        guide_path: DINOv2 checkpoint folder or hub name; the config's guide if None.
         config_file: the run; configs/demo.yaml if None.
 
     Raises:
@@ -79,18 +80,21 @@ def run_demo(
             nothing is left there.
     """
     config_file = config_file or CONFIG
-    if not config_file.is_file():
-        raise UserError(f"{config_file}: not found: the demo runs in a clone, installed with -e")
+    from dinogen.training.run import train
+
     seconds: dict[str, float] = {}
     process_group.set_cpu_threads()
-    config = load_config(config_file)
     with _nothing_left(out):
-        config, random_guide = _until_training(out, photos, guide_path, config, seconds)
+        config = _until_training(out, photos, guide_path, load_config(config_file), seconds)
     with _timed("train", seconds):
-        from dinogen.training.run import train
-
         results = train(config)
-    return Demo(config, Run.of(config).page, random_guide, results, seconds)
+    log.info("demo: now the objective mse from the same z; it is known to collapse")
+    contrast = _with_mse(config, out)
+    with _timed("mse", seconds):
+        under_mse = train(contrast)
+    beside = Beside(contrast.run, "Under mse, the same z", _what_it_shows(results, under_mse))
+    page = write_page(config.run, out / "index.html", beside)
+    return Demo(config, page, results, under_mse, seconds)
 
 
 def _until_training(
@@ -99,23 +103,58 @@ def _until_training(
     guide_path: str | None,
     config: Config,
     seconds: dict[str, float],
-) -> tuple[Config, bool]:
-    """Everything before training; returns the config, and whether the guide is random."""
+) -> Config:
+    """Everything before training; returns the config."""
     _check_same(out, photos, guide_path)
     found = find_photos(photos) if photos else None
+    if guide_path is not None:
+        chosen = GuideConfig(name="dinov2", path=guide_path)
+        config = config.model_copy(update={"guide": chosen})
     with _timed("guide", seconds):
-        config, guide = _choose_guide(config, guide_path, out)
+        device = process_group.device()
+        guide = load_guide(config.guide, device)
+        guides = {name: load_guide(one, device) for name, one in config.guides.items()}
     write_json(out / _ASKED, _asked(photos, guide_path))
-    mark = ".random-guide" if guide.info.random else ""
-    data = config.data.model_copy(update={"path": str(out / f"data{mark}")})
-    config = config.model_copy(update={"run": out / f"run{mark}", "data": data})
+    data = config.data.model_copy(update={"path": str(out / "data")})
+    config = config.model_copy(update={"run": out / "run", "data": data})
     if photos is None:
         with _timed("faces", seconds):
             photos = _builtin_faces(out, config)
         config = _without_detection(config)
     with _timed("prepare", seconds):
-        _prepare(photos, found, config, guide)
-    return config, guide.info.random
+        _prepare(photos, found, config, guide, guides)
+    return config
+
+
+def _with_mse(config: Config, out: Path) -> Config:
+    """The same run with the original objective, and a third of the images."""
+    options = {**config.family.options, "objectives": [{"name": "mse", "normalize": True}]}
+    stages = tuple(
+        stage.model_copy(
+            update={
+                name: getattr(stage, name) / CONTRAST
+                for name in ("kimg", "fade_kimg", "warmup_kimg", "decay_kimg")
+            }
+        )
+        for stage in config.stages
+    )
+    family = type(config.family)(name=config.family.name, **options)
+    return config.model_copy(update={"run": out / "run-mse", "family": family, "stages": stages})
+
+
+def _what_it_shows(results: list[dict[str, Any]], under_mse: list[dict[str, Any]]) -> str:
+    """The paragraph beside the images of both objectives."""
+    last, contrast = results[-1], under_mse[-1]
+    return (
+        "Both runs have the same generator, z, frozen features and faces, and no discriminator. "
+        "mse compares each generated image with one real face at random. Its best answer is the "
+        "mean of all faces, so all z draw near one blurred face: after "
+        f"{contrast['nimg']:,} images its samples differ {contrast['diversity']:.0%} as much as "
+        "real faces do, and more training only brings them closer. drift compares whole sets: it "
+        "moves generated features towards nearby real ones and away from each other. After "
+        f"{last['nimg']:,} images its samples differ {last['diversity']:.0%} as much as real "
+        "faces, in the features of the guide."
+    )
 
 
 @contextmanager
@@ -164,74 +203,18 @@ def _check_same(out: Path, photos: Path | None, guide_path: str | None) -> None:
     log.info("demo: %s exists already and continues where it was", out)
 
 
-def _choose_guide(config: Config, path: str | None, out: Path) -> tuple[Config, Guide]:
-    """The requested guide; else the config's if it is available; else a random one."""
-    from dinogen.features.checkpoint import weights_reachable
-
-    chosen = config.guide
-    if path is not None:
-        chosen = chosen.model_copy(update={"path": path, "revision": None})
-        return _with_guide(config, chosen), load_guide(chosen, process_group.device())
-    if weights_reachable(chosen.path, chosen.revision):
-        try:
-            return config, load_guide(chosen, process_group.device())
-        except GuideError as error:
-            log.warning("%s", error)
-    log.warning(
-        "RANDOM GUIDE: the weights of %s are not available here, so a smaller network of the "
-        "same kind with random weights is used instead. Everything runs, but the images say "
-        "nothing about quality. With the weights: dinogen demo --guide FOLDER --out demo-dinov2",
-        chosen.path,
-    )
-    folder = out / "random-guide"
-    if not folder.is_dir():
-        _make_random_guide(folder, config.seed)
-    stages = tuple(
-        stage.model_copy(update={"kimg": kimg, "fade_kimg": fade})
-        for stage, kimg, fade in zip(config.stages, RANDOM_KIMG, RANDOM_FADE_KIMG, strict=True)
-    )
-    config = config.model_copy(update={"stages": stages})
-    chosen = GuideConfig(name="dinov2", path=str(folder))
-    return _with_guide(config, chosen), load_guide(chosen, process_group.device())
-
-
-def _make_random_guide(folder: Path, seed: int) -> None:
-    """Write a small DINOv2 with seeded random weights, whole or not at all."""
-    from safetensors.torch import load_file, save_file
-
-    from dinogen.features.dinov2 import make_random_dinov2
-
-    partial = folder.with_name(f".{folder.name}.unscaled")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_random_dinov2(partial, seed=seed, **RANDOM_SHAPE)
-    weights = partial / "model.safetensors"
-    tensors = load_file(weights)
-    for prefix, gain in RANDOM_GAINS.items():
-        for name, tensor in tensors.items():
-            if name.startswith(prefix) and tensor.ndim > 1:
-                tensor *= gain
-    save_file(tensors, weights, metadata={"format": "pt"})
-    partial.rename(folder)
-
-
-def _with_guide(config: Config, guide: GuideConfig) -> Config:
-    return config.model_copy(update={"guide": guide})
-
-
 def _without_detection(config: Config) -> Config:
     """The config for images that are aligned faces already."""
-    faces = config.prepare.faces.model_copy(update={"detect": "none", "size": BUILTIN_SIZE})
+    faces = config.prepare.faces.model_copy(update={"detect": "none"})
     return config.model_copy(update={"prepare": config.prepare.model_copy(update={"faces": faces})})
 
 
 def _builtin_faces(out: Path, config: Config) -> Path:
-    """Faces that come with scikit-image: 100 aligned ones, and one found in a photo.
+    """Faces that come with scikit-image: 100 aligned ones, and one found in a photo; mirrored too.
 
     Returns:
         The folder of all of them.
     """
-    import io
-
     import numpy as np
     import skimage
     from PIL import Image
@@ -242,23 +225,35 @@ def _builtin_faces(out: Path, config: Config) -> Path:
     aligned = out / "aligned"
     faces = np.load(source / "lfw_subset.npy", allow_pickle=False)[:NUM_FACES]
     for number, face in enumerate(np.rint(faces * 255).astype(np.uint8)):
-        png = io.BytesIO()
-        Image.fromarray(face).save(png, "PNG")
-        write_bytes(aligned / f"lfw_{number:03d}.png", png.getvalue())
+        _write_both_ways(Image.fromarray(face), aligned / f"lfw_{number:03d}.png")
     write_bytes(out / "photos" / "astronaut.png", (source / "astronaut.png").read_bytes())
-    summary = write_faces(out / "photos", out / "faces", config.prepare.faces)
+    settings = config.prepare.faces.model_copy(update={"size": PHOTO_SIZE})
+    summary = write_faces(out / "photos", out / "faces", settings)
     if summary.num_crops != 1:
         raise UserError(
             f"{out / 'photos'}: found {summary.num_crops} faces in astronaut.png instead of one: "
             f"see {out / 'faces' / 'rejected.csv'}; delete {out} and run again"
         )
-    (crop,) = (out / "faces").glob(f"*.{config.prepare.faces.format}")
-    write_bytes(aligned / crop.name, crop.read_bytes())
+    (crop,) = (out / "faces").glob(f"*.{settings.format}")
+    with Image.open(crop) as face:
+        _write_both_ways(face, aligned / "astronaut.png")
     return aligned
 
 
-def _prepare(photos: Path, found: Photos | None, config: Config, guide: Guide) -> None:
-    """Pack the photos, unless this guide has done so before."""
+def _write_both_ways(face: Image.Image, file: Path) -> None:
+    """Write a face as PNG, and its mirror image beside it."""
+    from PIL import ImageOps
+
+    for image, name in ((face, file.name), (ImageOps.mirror(face), f"{file.stem}_mirrored.png")):
+        png = io.BytesIO()
+        image.save(png, "PNG")
+        write_bytes(file.with_name(name), png.getvalue())
+
+
+def _prepare(
+    photos: Path, found: Photos | None, config: Config, guide: Guide, guides: dict[str, Guide]
+) -> None:
+    """Pack the photos, unless that is done already."""
     from dinogen.prepare.pipeline import NoFaceError, in_words, prepare
     from dinogen.prepare.pyramid import PyramidMaker
 
@@ -266,7 +261,7 @@ def _prepare(photos: Path, found: Photos | None, config: Config, guide: Guide) -
     if (data / "manifest.json").is_file():
         log.info("demo: %s is packed already", data)
         return
-    maker = PyramidMaker(guide, config.prepare.pyramids, process_group.device())
+    maker = PyramidMaker(guide, config.prepare.pyramids, process_group.device(), guides)
     try:
         summary, manifest = prepare(photos, data, config.prepare, maker, photos=found)
     except NoFaceError as error:

@@ -10,11 +10,11 @@ class UserError(Exception):
     """Something outside the code is wrong; the message names the file or key and the remedy.
 
     Attributes:
-        exit_code: exit code of the process.
+        exit_code: exit code of the process; 2 means that the same command fails again.
         agreed: every rank raises it at the same step, so it need not be sent to the others.
     """
 
-    exit_code: int = 1
+    exit_code: int = 2
     agreed: bool = False
 
 

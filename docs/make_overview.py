@@ -1,8 +1,9 @@
-"""Draws docs/overview.png from a demo's folder: the steps from one photo, and the results of a run.
+"""Draws docs/overview.png and docs/collapse.png from a demo's folder.
 
-    python docs/make_overview.py --demo DEMO --run RUN
+The first shows the steps from one photo and the faces learnt, the second the same z under mse.
 
-DEMO is a finished demo (its photo and its face), RUN a run over the same faces.
+make demo
+python docs/make_overview.py --demo demo
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from dinogen.config import load_config
 from dinogen.files import write_bytes
+from dinogen.report.images import to_uint8
+from dinogen.training.checkpointing.snapshot import load_snapshot
 from shards import open_dataset
 
 WIDTH, MARGIN, TILE, CAPTION = 1180, 20, 212, 26
+COLUMNS, ROWS, FACE, GAP = 9, 6, 60, 2
 FONT = ImageFont.load_default(15)
 
 
@@ -34,58 +38,76 @@ def colours(features: torch.Tensor) -> Image.Image:
     return Image.fromarray((shown.reshape(side, side, 3).numpy() * 255).astype(np.uint8))
 
 
+def sheet_of(faces: NDArray[np.uint8]) -> Image.Image:
+    """Faces (N, R, R, 3), row by row."""
+    step = FACE + GAP
+    sheet = Image.new("RGB", (COLUMNS * step - GAP, ROWS * step - GAP), "white")
+    for number, face in enumerate(faces[: COLUMNS * ROWS]):
+        tile = Image.fromarray(face).resize((FACE, FACE), Image.Resampling.BICUBIC)
+        sheet.paste(tile, (number % COLUMNS * step, number // COLUMNS * step))
+    return sheet
+
+
 def main() -> None:
-    """Read the folders, draw, write."""
+    """Read the folder, draw, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--demo", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("overview.png"))
+    parser.add_argument("--demo", type=Path, default=Path("demo"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="a folder")
     args = parser.parse_args()
 
     (meta,) = (args.demo / "faces").glob("astronaut-*.json")
-    (face,) = (args.demo / "faces").glob("astronaut-*.jpg")
+    (face,) = (args.demo / "faces").glob("astronaut-*.png")
     photo = Image.open(args.demo / "photos" / "astronaut.png").convert("RGB")
     box = json.loads(meta.read_text(encoding="utf-8"))["box"]
     ImageDraw.Draw(photo).rectangle(box, outline=(255, 200, 0), width=5)
-    data = open_dataset(load_config(args.run / "config.yaml").data.path)
-    number = next(n for n, key in enumerate(data.keys()) if key.startswith("astronaut"))
+    data = open_dataset(str(args.demo / "data"))
+    keys = list(data.keys())
+    number = next(n for n, key in enumerate(keys) if key.startswith("astronaut-"))
     pyramid = data.read([number], levels=("p4", "p8", "p16"))["pyramid"]
-
     top = [("photo", photo), ("aligned face", Image.open(face))]
     top += [(f"features {g}x{g}", colours(pyramid[g][0])) for g in (4, 8, 16)]
-    sheets: list[tuple[str, Image.Image]] = []
-    for name in ("4x4", "8x8", "16x16"):
-        files = json.loads((args.run / name / "result.json").read_text(encoding="utf-8"))["files"]
-        for kind, caption in (("final", "generated"), ("real", "real")):
-            image = Image.open(args.run / name / files[kind]).convert("RGB")
-            sheets.append((f"{caption} {name}", image.crop((0, 0, *[min(image.size)] * 2))))
-        curve = Image.open(args.run / name / files["loss_curve"]).convert("RGB")
 
-    height = 2 * (TILE + CAPTION) + round(WIDTH * 0.42)
-    sheet = Image.new("RGB", (WIDTH, height + MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
+    snapshot = load_snapshot(args.demo / "run")
+    generated = to_uint8(snapshot.sample(COLUMNS * ROWS, 0).numpy())
+    upright = [n for n, key in enumerate(keys) if "_mirrored-" not in key]
+    real = data.read(upright[: COLUMNS * ROWS], image_size=snapshot.resolution)["image"]
+    bottom = [
+        (f"generated, {generated.shape[1]}x{generated.shape[1]}, z after z", sheet_of(generated)),
+        ("real", sheet_of(to_uint8(real.numpy()))),
+    ]
 
-    def place(image: Image.Image, caption: str, left: int, y: int, side: int) -> None:
-        small = image.width < side
-        how = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-        sheet.paste(image.convert("RGB").resize((side, side), how), (left, y + CAPTION))
-        draw.text((left, y + 4), caption, fill="black", font=FONT)
-
-    step = (WIDTH - 2 * MARGIN + 20) // 5
+    y = TILE + 2 * CAPTION
+    canvas = Image.new("RGB", (WIDTH, y + CAPTION + bottom[0][1].height + MARGIN), "white")
+    draw = ImageDraw.Draw(canvas)
+    step = (WIDTH - 2 * MARGIN + MARGIN) // len(top)
     for n, (caption, image) in enumerate(top):
-        place(image, caption, MARGIN + n * step, 0, TILE)
-    y = TILE + CAPTION + 10
-    side = 175
-    for n, (caption, image) in enumerate(sheets):
-        place(image, caption, MARGIN + n // 2 * (side + 12), y + n % 2 * (side + CAPTION), side)
-    room = WIDTH - 2 * MARGIN - 3 * (side + 12)
-    scale = min(room / curve.width, (2 * side + CAPTION) / curve.height)
-    curve = curve.resize((round(curve.width * scale), round(curve.height * scale)))
-    sheet.paste(curve, (WIDTH - MARGIN - curve.width, y + CAPTION))
-    sheet = sheet.crop((0, 0, WIDTH, y + 2 * (side + CAPTION) + 10))
+        how = Image.Resampling.NEAREST if image.width < TILE else Image.Resampling.LANCZOS
+        left = MARGIN + n * step
+        canvas.paste(image.convert("RGB").resize((TILE, TILE), how), (left, CAPTION))
+        draw.text((left, 4), caption, fill="black", font=FONT)
+    for left, (caption, sheet) in zip((MARGIN, WIDTH // 2 + 6), bottom, strict=True):
+        canvas.paste(sheet, (left, y + CAPTION))
+        draw.text((left, y + 4), caption, fill="black", font=FONT)
+    write(canvas, args.out / "overview.png")
+
+    collapsed = load_snapshot(args.demo / "run-mse")
+    sheet = sheet_of(to_uint8(collapsed.sample(COLUMNS * ROWS, 0).numpy()))
+    name = json.loads(collapsed.place.result_file.read_text(encoding="utf-8"))["files"]
+    curve = Image.open(collapsed.place.folder / name["loss_curve"]).convert("RGB")
+    curve.thumbnail((WIDTH // 2 - MARGIN, sheet.height), Image.Resampling.LANCZOS)
+    canvas = Image.new("RGB", (WIDTH, CAPTION + sheet.height + MARGIN), "white")
+    canvas.paste(sheet, (MARGIN, CAPTION))
+    canvas.paste(curve, (WIDTH // 2 + 6, CAPTION))
+    caption = "generated under mse, the same z"
+    ImageDraw.Draw(canvas).text((MARGIN, 4), caption, fill="black", font=FONT)
+    write(canvas, args.out / "collapse.png")
+
+
+def write(canvas: Image.Image, file: Path) -> None:
+    """As PNG of 256 colours."""
     png = io.BytesIO()
-    sheet.quantize(256).save(png, "PNG", optimize=True)
-    write_bytes(args.out, png.getvalue())
+    canvas.quantize(256).save(png, "PNG", optimize=True)
+    write_bytes(file, png.getvalue())
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def check_weights() -> Finding:
             "warn",
             f"{path} cannot be reached",
             f"on a machine with network run: hf download {path} --local-dir dinov2; copy that "
-            "folder here and set guide.path to it; without it the demo uses a random guide",
+            "folder here and set guide.path to it; the demo needs none: its guide is installed",
         )
     return Finding("guide weights", "ok", f"{path}: {place}")
 

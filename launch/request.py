@@ -22,6 +22,7 @@ class Request:
         max_restarts: how often failed processes are started again; None for the default.
         photos: folder of photos to make the data from first; None if the data are packed.
         dry_run: print what would be done, and do nothing.
+        unchecked: start without looking at data, weights and ranks first.
         metric: decides in a study: the evaluation is repeated until it has this metric, and is
             followed by visualizations; None outside of studies.
     """
@@ -34,6 +35,7 @@ class Request:
     max_restarts: int | None = None
     photos: Path | None = None
     dry_run: bool = False
+    unchecked: bool = False
     metric: str | None = None
 
 

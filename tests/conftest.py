@@ -38,7 +38,7 @@ QUICK = (
     "report/*",
     "shards/*",
     "test_config*.py",
-    "test_draws.py",
+    "distributed/test_rng.py",
     "test_examples.py",
     "test_layout.py",
     "training/test_augment.py",
@@ -54,11 +54,10 @@ SLOW = (
     "losses/test_eight_modes.py",
     "metrics/test_collect.py",
     "metrics/test_faces.py",
-    "metrics/test_judges.py",
+    "metrics/test_extractors.py",
     "metrics/test_perceptual.py",
     "metrics/test_reconstruction.py",
     "report/test_compare*.py",
-    "report/test_runfiles.py",
     "shards/test_mix*.py",
     "shards/test_remote*.py",
     "shards/test_repair*.py",
@@ -66,7 +65,16 @@ SLOW = (
 )
 # In this order, before all others: what takes longest begins first, so that nothing is left over
 # for one process at the end. The cluster's tests mostly wait.
-FIRST = ("slurm/*", "test_readme.py", "training/*", "launch/*", "families/*", "guidance/*")
+FIRST = (
+    "slurm/*",
+    "test_readme.py",
+    "training/*",
+    "evaluation/*",
+    "visualize/*",
+    "launch/*",
+    "families/*",
+    "guidance/*",
+)
 
 
 @functools.cache

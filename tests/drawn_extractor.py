@@ -1,4 +1,4 @@
-"""A judge of drawn faces: which attributes an image shows. No generator is taught by it."""
+"""A feature extractor for drawn faces: which attributes an image shows. It guides no generator."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def train_extractor(seed: int = 1, num_steps: int = 150, batch: int = 64) -> Fea
 
 
 def shared_extractor(tmp_path_factory) -> FeatureExtractor:
-    """The judge, taught once for all processes of a test run."""
+    """The extractor, trained once for all processes of a test run."""
     path = drawn.made_once(
-        tmp_path_factory, "judge.safetensors", lambda at: save_model(train_extractor(), at)
+        tmp_path_factory, "extractor.safetensors", lambda at: save_model(train_extractor(), at)
     )
     extractor = FeatureExtractor()
     load_model(extractor, path)

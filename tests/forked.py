@@ -1,7 +1,7 @@
 """Processes forked from one that has imported already, and torchrun whose ranks are such ones.
 
 A fresh interpreter takes seconds until torch, transformers and TensorBoard are there. What is about
-starting itself (tests/launch, tests/slurm, test_dist.py, the README) starts real ones.
+starting itself (tests/launch, tests/slurm, tests/distributed, the README) starts real ones.
 """
 
 from __future__ import annotations

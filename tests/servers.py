@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import itertools
 import random
@@ -114,7 +115,8 @@ def _server(answer: Callable[[BaseHTTPRequestHandler], Answer]) -> Iterator[Faul
     handler = type("Handler", (_Handler,), {})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     handler.state = state = Faulty(f"http://127.0.0.1:{server.server_port}", answer)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    # shutdown() waits for up to one interval, half a second by default.
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield state
@@ -145,36 +147,45 @@ def s3_server(folder: Path, bucket: str = "faces") -> Iterator[Faulty]:
     `url` is the endpoint.
     """
     import boto3
+
+    host, port = _moto()
+    # What another test has put there goes.
+    reset = http.client.HTTPConnection(host, port, timeout=120)
+    reset.request("POST", "/moto-api/reset")
+    assert reset.getresponse().status == 200
+    reset.close()
+    client = boto3.client(
+        "s3",
+        endpoint_url=f"http://{host}:{port}",
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket=bucket)
+    for path in sorted(folder.iterdir()):
+        client.put_object(Bucket=bucket, Key=f"data/{path.name}", Body=path.read_bytes())
+    client.close()
+
+    def answer(request: BaseHTTPRequestHandler) -> Answer:
+        upstream = http.client.HTTPConnection(host, port, timeout=120)
+        upstream.request(request.command, request.path, headers=dict(request.headers))
+        response = upstream.getresponse()
+        found = response.status, dict(response.getheaders()), response.read()
+        upstream.close()
+        return found
+
+    with _server(answer) as state:
+        yield state
+
+
+@functools.cache
+def _moto() -> tuple[str, int]:
+    """Where moto's server listens: one for all tests of a process, as it takes long to stop."""
     from moto.server import ThreadedMotoServer
 
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    try:
-        host, port = moto.get_host_and_port()
-        client = boto3.client(
-            "s3",
-            endpoint_url=f"http://{host}:{port}",
-            aws_access_key_id="test",
-            aws_secret_access_key="test",
-            region_name="us-east-1",
-        )
-        client.create_bucket(Bucket=bucket)
-        for path in sorted(folder.iterdir()):
-            client.put_object(Bucket=bucket, Key=f"data/{path.name}", Body=path.read_bytes())
-        client.close()
-
-        def answer(request: BaseHTTPRequestHandler) -> Answer:
-            upstream = http.client.HTTPConnection(host, port, timeout=120)
-            upstream.request(request.command, request.path, headers=dict(request.headers))
-            response = upstream.getresponse()
-            found = response.status, dict(response.getheaders()), response.read()
-            upstream.close()
-            return found
-
-        with _server(answer) as state:
-            yield state
-    finally:
-        moto.stop()
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    return server.get_host_and_port()
 
 
 def s3_environment(endpoint: str) -> dict[str, str]:

@@ -86,7 +86,7 @@ def test_a_number_like_1e_4_is_a_number():
         ),
     ],
 )
-def test_each_mistake_is_one_line_with_its_mend(data, line):
+def test_each_mistake_is_one_line_with_its_remedy(data, line):
     assert complaint(data) == line
 
 

@@ -1,4 +1,4 @@
-"""Drawn faces are what they are said to be, and the judge of text control can tell."""
+"""Drawn faces are what they are said to be, and the feature extractor of text control can tell."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_captions_say_what_they_name():
     assert drawn.caption(np.array([2, 1, 0, 1, 0]), ("smile",)) == "a face, frowning"
 
 
-def test_the_judge_knows_unseen_combinations_blurred_ones_and_larger_ones(tmp_path_factory):
+def test_the_extractor_knows_unseen_combinations_blurred_ones_and_larger_ones(tmp_path_factory):
     extractor = drawn_extractor.shared_extractor(tmp_path_factory)
     rows = drawn.some_attributes(400, 200, unseen=True)
     images = drawn.as_tensor(drawn.draw(rows, 201))

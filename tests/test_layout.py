@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import FIRST, QUICK, SLOW
 from tests.runs.spelled_out import spelled_out
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,7 @@ MAY_IMPORT = {
         "dinogen.features",
         "dinogen.report.cautions",
         "dinogen.report.images",
+        "dinogen.report.progress",
     },
     "dinogen.guidance": {
         "dinogen.distributed",
@@ -72,6 +74,7 @@ MAY_IMPORT = {
         "dinogen.families.base",
         "dinogen.distributed",
         "dinogen.metrics",
+        "dinogen.report.images",
         "dinogen.runs",
         "dinogen.training",
     },
@@ -99,6 +102,7 @@ SHORT = {"dinogen.metrics.spectrum"}  # a metric is one file
 # Only dinogen/runs spells out names in the folder of a run, see tests/runs/spelled_out.py: others
 # ask `Run` and `Stage`, or take the constants of dinogen/runs/layout.py.
 NOT_OF_A_RUN = {
+    ("dinogen.demo", "index.html"),  # the page of the demo, above its two runs
     ("dinogen.report.compare", "index.html"),  # the page of a comparison
     ("dinogen.prepare.export_pt", "RxR"),  # a level of the exchange format
     ("launch.cli.shards", "RxR"),  # the size of images
@@ -313,3 +317,8 @@ def test_nothing_is_unpickled(path):
             assert given.get("weights_only") == "True", f"line {node.lineno}: torch.load"
         if called in ("np.load", "numpy.load"):
             assert given.get("allow_pickle") == "False", f"line {node.lineno}: {called}"
+
+
+@pytest.mark.parametrize("pattern", sorted({*QUICK, *SLOW, *FIRST}))
+def test_each_pattern_of_conftest_matches_a_test_file(pattern):
+    assert any(path.name.startswith("test_") for path in (ROOT / "tests").glob(pattern)), pattern

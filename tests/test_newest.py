@@ -51,7 +51,7 @@ def test_only_what_is_newer_than_the_other_one(ci, machine):
     assert ci.newest(ci.interpreters(), SUPPORTED, (3, 11)) is None
 
 
-def test_a_python_that_nobody_has_tried_is_named_and_passed_over(ci, machine, capsys):
+def test_a_python_that_nobody_has_tried_is_named_and_skipped(ci, machine, capsys):
     machine("bin/python3.99", "3 99")
     wanted = machine("bin/python3.12", "3 12")
     machine("bin/python3-config", "3 13")
@@ -71,5 +71,6 @@ def test_a_machine_with_one_python_says_so(ci, machine, tmp_path, capsys):
 def test_what_is_installed_stands_in_setup_cfg(ci):
     assert ci.supported() == SUPPORTED
     without, whole = ci.requirements(False), ci.requirements(True)
-    assert "torch==2.13.0" in whole and not any("torch" in name for name in without)
+    assert any(line.startswith("torch>=") for line in whole)
+    assert not any("torch" in name for name in without)
     assert {"moto[s3]>=5.1", "s3fs>=2025.3", "pytest>=9", "numpy>=2.0"} <= set(without)

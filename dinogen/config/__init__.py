@@ -26,7 +26,7 @@ from pydantic import (
 
 from dinogen.config.base import Section as Section
 from dinogen.config.base import describe_errors as describe_errors
-from dinogen.config.base import override, read_mapping
+from dinogen.config.base import find_config, override, read_mapping
 from dinogen.config.cluster import ClusterConfig
 from dinogen.config.data import DataConfig as DataConfig
 from dinogen.config.metrics import ClipConfig as ClipConfig
@@ -53,8 +53,10 @@ _GUIDE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 class GuideConfig(Section):
     """The frozen feature network."""
 
-    name: Literal["dinov2", "inception", "pixels"] = Field(
-        "dinov2", description="which encoder; pixels: the RGB values themselves, without a network"
+    name: Literal["dinov2", "inception", "onet", "pixels"] = Field(
+        "dinov2",
+        description="which encoder; onet: the face detector's last network, whose weights are "
+        "installed with dinogen; pixels: the RGB values themselves, without a network",
     )
     path: str = Field(
         "facebook/dinov2-small", description="hub name, local checkpoint folder or weights file"
@@ -63,7 +65,8 @@ class GuideConfig(Section):
     layer: int | str | tuple[int, ...] | tuple[str, ...] = Field(
         -1,
         description="which layer, or a list of layers concatenated along the channels; -1 is the "
-        "last; for dinov2 block numbers, for inception pool1, pool2, mixed_5d, mixed_6e",
+        "last; for dinov2 block numbers, for inception pool1, pool2, mixed_5d, mixed_6e, for onet "
+        "conv1, conv2, conv3, pool3, conv4",
     )
 
     @field_validator("layer", mode="before")
@@ -187,15 +190,18 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     to; an override of ``run`` names another one.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of a shipped config, such as ``guided_64``.
         overrides: ``a.b=value`` items; the value is parsed as YAML, list items are addressed by
             their number (``stages.0.kimg=2``).
 
     Raises:
         ConfigError: naming the file and key, with the nearest valid name or the remedy.
     """
-    path = Path(path)
-    config = parse_config(read_mapping(path), overrides, source=str(path))
+    path = find_config(Path(path))
+    data = read_mapping(path)
+    if _of_a_run(path):
+        data = with_earlier_defaults(data)
+    config = parse_config(data, overrides, source=str(path))
     config = config.model_copy(update={"run": named_folder(config.run)})
     if any(item.partition("=")[0].strip() == "run" for item in overrides) or not _of_a_run(path):
         return config
@@ -217,6 +223,23 @@ def _of_a_run(path: Path) -> bool:
         return path.name == CONFIG and has_stages(path.parent)
     except OSError:  # a folder that may be entered, but not listed
         return False
+
+
+def with_earlier_defaults(data: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run that has begun, where it leaves out a key whose default has changed.
+
+    Family ``guided`` without objectives was ``mse`` before ``drift`` became the default.
+
+    Args:
+        data: as it was stored with the run or a checkpoint; not changed.
+    """
+    family = data.get("family") or {}
+    if not isinstance(family, dict) or family.get("file") is not None:
+        return data
+    spelled = "objectives" in family or "objective" in family
+    if family.get("name", FamilyConfig().name) != "guided" or spelled:
+        return data
+    return data | {"family": family | {"objectives": [{"name": "mse"}]}}
 
 
 def parse_config(

@@ -14,6 +14,9 @@ from pydantic_core import ErrorDetails
 
 from dinogen.errors import ConfigError
 
+# A link to configs/ in a clone, a copy of it in a wheel.
+SHIPPED = Path(__file__).parents[1].joinpath("configs").resolve()
+
 
 class Section(BaseModel):
     """One mapping of the YAML file; refuses keys that it does not declare."""
@@ -91,6 +94,28 @@ def _names_at(model: type[BaseModel], location: list[str]) -> list[str]:
         if reference:
             node = schema["$defs"].get(reference.rsplit("/", 1)[-1], {})
     return list(node.get("properties", {}))
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that dinogen brings, by name: ``guided_64``, and the folder ``ablations``."""
+    folders = {path.name: path for path in sorted(SHIPPED.iterdir()) if path.is_dir()}
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))} | folders
+
+
+def find_config(path: Path) -> Path:
+    """``path``, or where nothing is there the shipped config that it names, with or without .yaml.
+
+    Raises:
+        ConfigError: it is a bare name, and neither a file nor shipped; lists what is shipped.
+    """
+    if path.exists() or path.name != str(path):
+        return path
+    shipped = shipped_configs()
+    if found := shipped.get(path.name.removesuffix(".yaml")):
+        return found
+    raise ConfigError(
+        f"{path}: no such config file, and none of the shipped ones: {', '.join(shipped)}"
+    )
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -30,7 +30,9 @@ class MetricsConfig(Section):
         "torch's hub cache",
     )
     inception768: str | None = Field(
-        None, description="safetensors file of FID's InceptionV3 with batch norm folded"
+        None,
+        description="file of FID's InceptionV3 up to Mixed_6e: torch-fidelity's, or safetensors "
+        "with batch norm folded",
     )
     dinov2: str | None = Field(None, description="hub name or checkpoint folder of a DINOv2")
     onet: str | None = Field(

@@ -68,10 +68,12 @@ class StageConfig(Section):
 class OptimConfig(Section):
     """The optimizer of every trained network."""
 
-    name: Literal["adam", "adamw"] = "adam"
+    name: Literal["adam", "adamw"] = Field(
+        "adam", description="adamw: weight decay apart from the gradient"
+    )
     betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's decay rates")
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon, added to the denominator")
+    weight_decay: float = Field(0.0, ge=0, description="factor of the weights per step, times lr")
     lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {}, description="factor of a network's learning rate, by its name: {D: 2.0}"
     )

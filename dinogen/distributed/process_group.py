@@ -41,6 +41,8 @@ _STARTED = (
 class DistError(UserError):
     """The processes cannot form one run; the message says how to start them."""
 
+    exit_code = 1  # a node that was lost may be there again: worth another try
+
 
 def rank() -> int:
     """This process's number over all nodes, 0 to ``world_size() - 1``."""

@@ -39,8 +39,10 @@ from dinogen.metrics.registry import GUIDE_DIVERSITY, OF_FEATURES, better
 from dinogen.metrics.sources import Folder, Generated, Reference, image_files
 from dinogen.metrics.suite import Measurement, Subject, measure
 from dinogen.metrics.value import MetricValue
+from dinogen.runs.earlier import with_new_keys
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import check_same_data, versions
+from dinogen.training.checkpointing.exported import is_exported
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.training.data import class_shares, data_fingerprint, data_or_reason
 from dinogen.training.logging.tensorboard import write_summary
@@ -83,7 +85,8 @@ def evaluate(
     ```
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or a file of ``dinogen export``, whose result is written to
+            ``FILE-exported/RxR/evaluation.json``.
         resolution: which stage; by default the largest that has a checkpoint.
         split: ``train``, ``val`` or ``test``: of held-out samples and of real images; by default
             ``val`` and ``metrics.reference_split``.
@@ -113,14 +116,15 @@ def evaluate(
         UserError: ``out`` cannot be written.
     """
     request = EvaluationRequest(tuple(names), num_samples, split, reference, tuple(changes))
-    run = run_config(run, request.places).run
+    config = run_config(run, request.places)
+    run = run if is_exported(run) else config.run
     process_group.init()
     process_group.set_cpu_threads()
     with failure_propagation():
         snapshot = load_snapshot(run, resolution, nimg, request.places)
         config = snapshot.family.config
         settings = request.settings(config.metrics)
-        place = find_place(snapshot.place.folder, out)
+        place = find_place(snapshot.place.folder, out, make=is_exported(run))
         needs = _Needs(snapshot)
         result = _facts(snapshot)
         own = _own_values(needs, request, settings)
@@ -251,7 +255,9 @@ def _probe(snapshot: Snapshot) -> Health:
     with process_group.rank_zero_section() as mine:
         if mine:
             family, loss = snapshot.family, snapshot.checkpoint.state["progress"].get("loss")
-            health = Health()
+            progress = with_new_keys(snapshot.checkpoint.state["progress"])
+            # what was measured while it trained, at this checkpoint
+            health = Health({}, progress.get("health", "ok"), tuple(progress.get("warnings", ())))
             if isinstance(family, Probes):
                 health = family.probe(snapshot.ema.networks, loss)
             known = health.scalars.items()

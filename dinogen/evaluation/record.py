@@ -59,12 +59,13 @@ def find_path(folder: Path, out: Path | None) -> Path:
     return out if out.suffix == ".json" and not out.is_dir() else out / EVALUATION
 
 
-def find_place(folder: Path, out: Path | None) -> Place:
+def find_place(folder: Path, out: Path | None, make: bool = False) -> Place:
     """Where to write, and whether that is possible, tried before the work; every rank calls it.
 
     Args:
         folder: of what is measured.
         out: a file, ``*.json``, or a folder, which is made; None for ``FOLDER/evaluation.json``.
+        make: whether to make ``folder`` too.
 
     Raises:
         UserError: ``out`` cannot be written.
@@ -73,7 +74,7 @@ def find_place(folder: Path, out: Path | None) -> Place:
     problem = None
     with process_group.rank_zero_section() as mine:
         if mine:
-            problem = why_not_writable(path, make=out is not None)
+            problem = why_not_writable(path, make=make or out is not None)
     problem = process_group.broadcast_object(problem)
     if problem is None:
         return Place(path, True)

@@ -16,6 +16,7 @@ from dinogen.errors import UserError
 from dinogen.families.abilities import (
     DrawsForMetrics,
     NamesItsDraws,
+    Probes,
     Reconstructs,
     condition_for,
 )
@@ -80,7 +81,10 @@ def subject_of(
     if family.inputs.labels:
         how["classes"] = "in turn" if shares is None else [round(one, 6) for one in shares]
     made = Generated(sample, num, resolution, how)
-    return Subject(made, real, train, pairs, prompted_by(family, networks, num, settings, facts))
+    prompted = prompted_by(family, networks, num, settings, facts)
+    config = family.config
+    guides = (config.guide, *config.guides.values()) if family.inputs.levels else ()
+    return Subject(made, real, train, pairs, prompted, tuple(guide.name for guide in guides))
 
 
 def _reconstruction(
@@ -227,7 +231,7 @@ def guide_diversity(family: Family, scalars: Mapping[str, float | None]) -> Metr
         scalars: of its health.
     """
     which = better(GUIDE_DIVERSITY)
-    if "diversity" not in scalars:
+    if not isinstance(family, Probes) or "diversity" not in scalars:
         reason = f"family {family.config.family.name} has no guide in whose space to measure"
         return MetricValue.missing(GUIDE_DIVERSITY, which, reason)
     value = scalars["diversity"]

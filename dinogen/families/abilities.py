@@ -164,6 +164,30 @@ class Truncates(Protocol):
 
 
 @runtime_checkable
+class HasClasses(Protocol):
+    """Sample number i is of class i modulo the number of classes."""
+
+    @property
+    def num_classes(self) -> int:
+        """0 if the family, as configured, has no classes."""
+
+
+@runtime_checkable
+class AdjustsSampling(Protocol):
+    """How samples are drawn can be changed after training."""
+
+    def with_sampling(self, changes: Mapping[str, Any]) -> Family:
+        """The same family, drawing otherwise; the networks are shared, and nothing is changed.
+
+        Args:
+            changes: ``steps``, ``sampler`` and ``guidance``, or some of them.
+
+        Raises:
+            UserError: a value is out of range, or means nothing to the family as configured.
+        """
+
+
+@runtime_checkable
 class Reconstructs(Protocol):
     """It encodes images, and decodes what it encoded."""
 
@@ -268,6 +292,11 @@ def fade(family: Family, networks: Networks, alpha: float, fading: bool) -> None
 def truncates(family: Family) -> bool:
     """Whether a family uses ``psi``."""
     return isinstance(family, Truncates) and family.truncates
+
+
+def num_classes_of(family: Family) -> int:
+    """What :class:`HasClasses` says; 0 for other families."""
+    return family.num_classes if isinstance(family, HasClasses) else 0
 
 
 def condition_for(

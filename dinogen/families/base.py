@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,10 @@ from dinogen.errors import UserError
 from shards.read.dataset import Dataset
 
 Networks = Mapping[str, nn.Module]
+
+# Diversity of samples over that of real images.
+COLLAPSING_BELOW = 0.5
+COLLAPSED_BELOW = 0.1
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,37 @@ class Health:
     scalars: dict[str, float] = field(default_factory=dict)
     status: str = "ok"
     warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of_diversity(
+        cls,
+        diversity: float,
+        remedy: str,
+        scalars: Mapping[str, float] | None = None,
+        found: str | None = None,
+    ) -> Health:
+        """The status that follows from how much samples differ.
+
+        Args:
+            diversity: of samples over that of real images; not finite: ``BROKEN``.
+            remedy: what to try, with which each warning of a collapse ends.
+            scalars: what else was measured, for the log.
+            found: another sign of collapse, which makes it ``COLLAPSED`` at any diversity.
+        """
+        scalars = {"diversity": diversity, **(scalars or {})}
+        if not math.isfinite(diversity):
+            return cls(scalars, "BROKEN", ("BROKEN: loss or samples are not finite",))
+        share = f"samples differ {diversity:.1%} as much as real images"
+        status = "ok"
+        if found is not None or diversity < COLLAPSED_BELOW:
+            status = "COLLAPSED"
+        elif diversity < COLLAPSING_BELOW:
+            status = "COLLAPSING"
+        if status == "ok":
+            return cls(scalars)
+        what = share if found is None else f"{found}; {share}"
+        way_out = f"if this lasts beyond the first minutes, {remedy}"
+        return cls(scalars, status, (f"{status}: {what}; {way_out}",))
 
     @property
     def verdict(self) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from dinogen.batch import Batch, Losses, Scalars
-from dinogen.config import Config, ConfigError, Section, StageConfig
+from dinogen.config import Config, ConfigError, Section, StageConfig, describe_errors
 from dinogen.diffusion.sampler import sample
 from dinogen.diffusion.schedule import Schedule
 from dinogen.distributed import rng
+from dinogen.errors import UserError
 from dinogen.families.base import Family, Inputs, Networks, Phase, classes_of
 from dinogen.networks.unet import UNet
 
@@ -80,6 +82,23 @@ class Ddpm(Family):
             self.G = UNet(**self.arguments("G")).to(device)
         except ValueError as error:
             raise ConfigError(f"family.{error}") from None
+
+    @property
+    def num_classes(self) -> int:
+        """0 if it was trained without labels."""
+        return self.options.num_classes
+
+    def with_sampling(self, changes: Mapping[str, Any]) -> Ddpm:
+        """``steps`` of the schedule, ``sampler`` ddim or ddpm, ``guidance`` to the class."""
+        keys = {"steps": "sample_steps"}
+        wanted = {keys.get(name, name): value for name, value in changes.items()}
+        try:
+            options = self.Options(**self.options.model_dump() | wanted)
+        except ValidationError as error:
+            raise UserError(describe_errors(error, self.Options, "sampling")) from None
+        other = copy.copy(self)
+        other.options = options
+        return other
 
     @property
     def networks(self) -> dict[str, nn.Module]:

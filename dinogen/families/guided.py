@@ -33,8 +33,6 @@ from dinogen.networks.conditional import ConditionalGenerator
 from dinogen.networks.progressive import ProgressiveGenerator
 from shards.read.dataset import Dataset
 
-COLLAPSING_BELOW = 0.5
-COLLAPSED_BELOW = 0.1
 COLLAPSED_NEAR_FLOOR = 1.02
 # Number of generated images that held-out ones are compared with.
 _HELD_OUT = 64
@@ -299,21 +297,27 @@ class GuidedTraining:
             for level, values in features.items()
         ]
         diversity = sum(ratios) / len(ratios)
-        scalars = {"diversity": diversity}
-        if not math.isfinite(diversity) or (loss is not None and not math.isfinite(loss)):
-            return Health(scalars, "BROKEN", ("BROKEN: loss or samples are not finite",))
-        share = f"samples differ {diversity:.1%} as much as real images"
+        if loss is not None and not math.isfinite(loss):
+            diversity = math.nan
+        scalars: dict[str, float] = {}
         floor, near = self.constants.get("floor"), None
         # A loss near the floor of a distribution objective is a success and no sign of collapse.
         if loss is not None and floor is not None and not self.objectives.distributions:
             scalars["loss_over_floor"] = loss / floor
             if loss <= COLLAPSED_NEAR_FLOOR * floor:
-                near = f"loss {loss:.4g} is within 2 % of the floor {floor:.4g}; {share}"
-        if near is not None or diversity < COLLAPSED_BELOW:
-            return Health(scalars, "COLLAPSED", (f"COLLAPSED: {near or share}",))
-        if diversity < COLLAPSING_BELOW:
-            return Health(scalars, "COLLAPSING", (f"COLLAPSING: {share}",))
-        return Health(scalars)
+                near = f"loss {loss:.4g} is within 2 % of the floor {floor:.4g}"
+        return Health.of_diversity(diversity, self._remedy, scalars, near)
+
+    @property
+    def _remedy(self) -> str:
+        """What to do about a collapse."""
+        if self.objectives.distributions:
+            return "start again with a larger stages.batch or family.reference_batch, or a lower lr"
+        names = ", ".join(one.name for one in self.options.objectives)
+        return (
+            f"start again with family.objectives=[{{name: drift}}] in place of {names}, whose best "
+            "answer may be one image for every z (docs/guided.md)"
+        )
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
         """See :meth:`Guided.held_out`."""

@@ -149,6 +149,11 @@ class StyleGAN2Ada(Gan):
         return {"noise": "per image"}
 
     @property
+    def num_classes(self) -> int:
+        """0 if it was trained without labels."""
+        return self.options.num_classes
+
+    @property
     def truncates(self) -> bool:
         """Towards the mean w."""
         return True

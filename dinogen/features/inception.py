@@ -1,20 +1,21 @@
 """The Inception guide: maps of FID's InceptionV3 up to Mixed_6e, with batch norm folded.
 
 Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, with the weights
-inception-2015-12-05 that define FID (Heusel et al., 2017). Its average pools do not count padding.
+inception-2015-12-05 that define FID (Heusel et al., 2017). The blocks are torch-fidelity's, whose
+average pools do not count padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dinogen._torchvision import ensure_torchvision
 from dinogen.config import GuideConfig
 from dinogen.features.base import GuideError, GuideInfo, guide_dtype
 from dinogen.features.checkpoint import weights_sha256
@@ -25,90 +26,17 @@ LAST = "mixed_6e"
 NUM_CHANNELS = LAYERS[LAST]
 _STRIDE = 16
 _MARGIN = 27  # pixels lost by the convolutions without padding
-
-
-class ConvReLU(nn.Module):
-    """Convolution with bias, then ReLU."""
-
-    def __init__(
-        self,
-        num_in: int,
-        num_out: int,
-        kernel: int | tuple[int, int],
-        stride: int = 1,
-        padding: int | tuple[int, int] = 0,
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(num_in, num_out, kernel, stride, padding)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, num_in, H, W) -> (B, num_out, H', W'), not negative."""
-        return F.relu(self.conv(x), inplace=True)
-
-
-class MixedA(nn.Module):
-    """Mixed_5b to 5d: 1x1, 5x5, double 3x3 and pooled branches at one resolution."""
-
-    def __init__(self, num_in: int, num_pool: int) -> None:
-        super().__init__()
-        self.branch1x1 = ConvReLU(num_in, 64, 1)
-        self.branch5x5_1 = ConvReLU(num_in, 48, 1)
-        self.branch5x5_2 = ConvReLU(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = ConvReLU(num_in, 64, 1)
-        self.branch3x3dbl_2 = ConvReLU(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = ConvReLU(96, 96, 3, padding=1)
-        self.branch_pool = ConvReLU(num_in, num_pool, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, num_in, H, W) -> (B, 224 + num_pool, H, W)."""
-        wide = self.branch5x5_2(self.branch5x5_1(x))
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat((self.branch1x1(x), wide, double, self.branch_pool(_mean3x3(x))), 1)
-
-
-class MixedB(nn.Module):
-    """Mixed_6a: halves the resolution."""
-
-    def __init__(self, num_in: int) -> None:
-        super().__init__()
-        self.branch3x3 = ConvReLU(num_in, 384, 3, stride=2)
-        self.branch3x3dbl_1 = ConvReLU(num_in, 64, 1)
-        self.branch3x3dbl_2 = ConvReLU(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = ConvReLU(96, 96, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, num_in, H, W) -> (B, 480 + num_in, (H - 1) // 2, (W - 1) // 2)."""
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat((self.branch3x3(x), double, F.max_pool2d(x, 3, 2)), 1)
-
-
-class MixedC(nn.Module):
-    """Mixed_6b to 6e: 7x7 convolutions factorised into 1x7 and 7x1."""
-
-    def __init__(self, num_middle: int) -> None:
-        super().__init__()
-        row, column = ((1, 7), (0, 3)), ((7, 1), (3, 0))
-        self.branch1x1 = ConvReLU(768, 192, 1)
-        self.branch7x7_1 = ConvReLU(768, num_middle, 1)
-        self.branch7x7_2 = ConvReLU(num_middle, num_middle, row[0], padding=row[1])
-        self.branch7x7_3 = ConvReLU(num_middle, 192, column[0], padding=column[1])
-        self.branch7x7dbl_1 = ConvReLU(768, num_middle, 1)
-        self.branch7x7dbl_2 = ConvReLU(num_middle, num_middle, column[0], padding=column[1])
-        self.branch7x7dbl_3 = ConvReLU(num_middle, num_middle, row[0], padding=row[1])
-        self.branch7x7dbl_4 = ConvReLU(num_middle, num_middle, column[0], padding=column[1])
-        self.branch7x7dbl_5 = ConvReLU(num_middle, 192, row[0], padding=row[1])
-        self.branch_pool = ConvReLU(768, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 768, H, W) -> (B, 768, H, W)."""
-        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat((self.branch1x1(x), single, double, self.branch_pool(_mean3x3(x))), 1)
+_EPSILON = 1e-3  # of each batch norm
+_REMEDY = (
+    "give torch-fidelity's weights-inception-2015-12-05-6726825d.pth (docs/metrics.md, Weights), "
+    "or safetensors of it with batch norm folded into X.conv.weight and X.conv.bias"
+)
 
 
 class InceptionTrunk(nn.Module):
     """InceptionV3 from the pixels to one of its layers; modules are named as in the weights file.
+
+    Each convolution has a bias in place of its batch norm.
 
     Args:
         last: the last layer that is built, so that early ones cost little.
@@ -116,23 +44,31 @@ class InceptionTrunk(nn.Module):
 
     def __init__(self, last: str = LAST) -> None:
         super().__init__()
+        ensure_torchvision()  # torch-fidelity imports it
+        from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+
         depth = list(LAYERS).index(last)
-        self.Conv2d_1a_3x3 = ConvReLU(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = ConvReLU(32, 32, 3)
-        self.Conv2d_2b_3x3 = ConvReLU(32, 64, 3, padding=1)
+        block = fidelity.BasicConv2d
+        self.Conv2d_1a_3x3 = block(3, 32, kernel_size=3, stride=2)
+        self.Conv2d_2a_3x3 = block(32, 32, kernel_size=3)
+        self.Conv2d_2b_3x3 = block(32, 64, kernel_size=3, padding=1)
         if depth > 0:
-            self.Conv2d_3b_1x1 = ConvReLU(64, 80, 1)
-            self.Conv2d_4a_3x3 = ConvReLU(80, 192, 3)
+            self.Conv2d_3b_1x1 = block(64, 80, kernel_size=1)
+            self.Conv2d_4a_3x3 = block(80, 192, kernel_size=3)
         if depth > 1:
-            self.Mixed_5b = MixedA(192, 32)
-            self.Mixed_5c = MixedA(256, 64)
-            self.Mixed_5d = MixedA(288, 64)
+            self.Mixed_5b = fidelity.InceptionA(192, pool_features=32)
+            self.Mixed_5c = fidelity.InceptionA(256, pool_features=64)
+            self.Mixed_5d = fidelity.InceptionA(288, pool_features=64)
         if depth > 2:
-            self.Mixed_6a = MixedB(288)
-            self.Mixed_6b = MixedC(128)
-            self.Mixed_6c = MixedC(160)
-            self.Mixed_6d = MixedC(160)
-            self.Mixed_6e = MixedC(192)
+            self.Mixed_6a = fidelity.InceptionB(288)
+            self.Mixed_6b = fidelity.InceptionC(768, channels_7x7=128)
+            self.Mixed_6c = fidelity.InceptionC(768, channels_7x7=160)
+            self.Mixed_6d = fidelity.InceptionC(768, channels_7x7=160)
+            self.Mixed_6e = fidelity.InceptionC(768, channels_7x7=192)
+        for module in self.modules():
+            if isinstance(module, block):
+                module.conv.bias = nn.Parameter(torch.zeros(module.conv.out_channels))
+                module.bn = nn.Identity()
         self._depth = depth
 
     def maps(self, x: Tensor) -> dict[str, Tensor]:
@@ -206,12 +142,13 @@ class InceptionGuide(nn.Module):
 
 
 def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
-    """Load the folded weights from one safetensors file.
+    """Load the weights from torch-fidelity's file, or from one with batch norm folded.
 
     Args:
-        config: ``path`` is the file, or a folder with only this file; its tensors are named
-            ``Mixed_6e.branch1x1.conv.weight``, ``....bias`` and so on. ``layer`` is one or several
-            of :data:`LAYERS`, -1 the last; layers after the last requested one are ignored.
+        config: ``path`` is torch-fidelity's ``.pth``; or a safetensors file, or a folder with only
+            this file, whose tensors are named ``Mixed_6e.branch1x1.conv.weight``, ``....bias`` and
+            so on. ``layer`` is one or several of :data:`LAYERS`, -1 the last; layers after the last
+            requested one are ignored.
         device: where it will run; its weights are in :func:`guide_dtype` of it.
 
     Raises:
@@ -227,13 +164,13 @@ def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
     file = _weights_file(config.path)
     trunk = InceptionTrunk(max(layers, key=list(LAYERS).index))
     try:
-        stored = load_file(file)
+        stored = _read(file)
         wanted = {name: stored[name] for name in trunk.state_dict() if name in stored}
         trunk.load_state_dict(wanted)
-    except (SafetensorError, RuntimeError) as error:
+    except Exception as error:  # of pickle, zipfile and safetensors: all mean that it is not it
         raise GuideError(
-            f"guide.path: {config.path} does not hold the folded FID InceptionV3: "
-            f"{_first_lines(error)}"
+            f"guide.path: {config.path} does not hold the FID InceptionV3: "
+            f"{_first_lines(error)}: {_REMEDY}"
         ) from error
     info = GuideInfo(
         name="inception",
@@ -258,21 +195,47 @@ def _weights_file(path: str) -> Path:
             )
         return found[0]
     if not file.is_file():
-        raise GuideError(
-            f"guide.path: {path} is not a file: give the safetensors file of the FID "
-            "InceptionV3 with batch norm folded into X.conv.weight and X.conv.bias"
-        )
+        raise GuideError(f"guide.path: {path} is not a file: {_REMEDY}")
     return file
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, batch norm folded in."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    stored = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(stored, dict) or not all(isinstance(x, Tensor) for x in stored.values()):
+        raise ValueError("it is no state dict")
+    return fold_batch_norm(stored)
+
+
+def fold_batch_norm(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convolutions that compute what they and their batch norm, in eval mode, compute together.
+
+    Args:
+        stored: ``X.conv.weight`` (O, I, H, W), and of its batch norm ``X.bn.weight``, ``bias``,
+            ``running_mean`` and ``running_var`` (O,).
+
+    Returns:
+        ``X.conv.weight`` and ``X.conv.bias``, float32, of each X that has all of them.
+    """
+    folded: dict[str, Tensor] = {}
+    for name in stored:
+        place, dot, rest = name.rpartition(".conv.weight")
+        parts = [f"{place}.bn.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+        if not dot or rest or not all(part in stored for part in parts):
+            continue
+        weight, bias, mean, variance = (stored[part].double() for part in parts)
+        factor = weight / (variance + _EPSILON).sqrt()
+        folded[name] = (stored[name].double() * factor[:, None, None, None]).float()
+        folded[f"{place}.conv.bias"] = (bias - mean * factor).float()
+    return folded
 
 
 def _to_grid(features: Tensor, grid: int) -> Tensor:
     if features.shape[-1] == grid:
         return features
     return F.adaptive_avg_pool2d(features, grid)
-
-
-def _mean3x3(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
 def _first_lines(error: Exception) -> str:

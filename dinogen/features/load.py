@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from dinogen.config import ConfigError, GuideConfig
 from dinogen.config.base import describe_errors
-from dinogen.features import inception, pixels
+from dinogen.features import inception, onet, pixels
 from dinogen.features.base import Guide, GuideError
 from dinogen.features.checkpoint import checkpoint_folder
 
@@ -37,13 +37,13 @@ def load_guide(
     ``load(config, device) -> Guide``, and its name in ``GuideConfig.name``.
 
     Args:
-        guide: ``dinov2``, ``inception`` or ``pixels``; or the section ``guide`` of a config, which
-            says everything else but the device.
+        guide: ``dinov2``, ``inception``, ``onet`` or ``pixels``; or the section ``guide`` of
+            a config, which says everything else but the device.
         device: where it will run.
         path: hub name, checkpoint folder or weights file; default: that of ``GuideConfig``.
         layer: which layer, or several whose channels are concatenated; default: the last. They are
-            block numbers of ``dinov2``, and ``pool1``, ``pool2``, ``mixed_5d`` and ``mixed_6e`` of
-            ``inception``.
+            block numbers of ``dinov2``, ``pool1``, ``pool2``, ``mixed_5d`` and ``mixed_6e`` of
+            ``inception``, and ``conv1``, ``conv2``, ``conv3``, ``pool3`` and ``conv4`` of ``onet``.
         revision: hub commit, tag or branch.
 
     Raises:
@@ -82,6 +82,8 @@ def layer_channels(config: GuideConfig) -> tuple[int, ...]:
     layers = config.layer if isinstance(config.layer, tuple) else (config.layer,)
     if config.name == "pixels":
         return (pixels.NUM_CHANNELS,)
+    if config.name == "onet":
+        return tuple(onet.LAYERS[name] for name in onet.layer_names(config))
     if config.name == "inception":
         names = [inception.LAST if layer == -1 else str(layer) for layer in layers]
         if wrong := [name for name in names if name not in inception.LAYERS]:

@@ -12,7 +12,7 @@ from dinogen.guidance.objectives import (
     MAIN,
     AnyObjective,
     DistributionObjective,
-    Mse,
+    Drift,
     Paired,
     PairObjective,
 )
@@ -28,7 +28,9 @@ class GuidedOptions(Section):
     """Keys of ``family:`` for ``name: guided``."""
 
     objectives: tuple[AnyObjective, ...] = Field(
-        (Mse(),), min_length=1, description="the losses that are summed, each with its options"
+        (Drift(),),
+        min_length=1,
+        description="the losses that are summed, each with its options; default: drift",
     )
     reference_batch: int = Field(
         0,

@@ -29,6 +29,7 @@ from dinogen.files import write_bytes, write_json
 from dinogen.metrics.extractors.base import ExtractorInfo, FeatureExtractor
 from dinogen.metrics.sources import Reference
 from dinogen.metrics.value import Facts, fingerprint, fingerprint_id
+from dinogen.report.progress import LiveLine
 from shards.errors import ShardsError
 
 log = logging.getLogger(__name__)
@@ -115,12 +116,21 @@ def collect(
     }
     kept: list[Tensor] = []
     failure: Exception | None = None
+    done = 0
+
+    def parts() -> list[str]:
+        return [f"{done:,}/{total:,} images"]
+
+    total = sum(map(len, mine))
     try:
-        for numbers in mine:
-            images = source.read(numbers)
-            kept.append(images[: max(0, num_images - numbers[0])].cpu())
-            for note in notes.values():
-                note.take(images)
+        with LiveLine("measuring", total, parts, show=process_group.is_main()) as line:
+            for numbers in mine:
+                images = source.read(numbers)
+                kept.append(images[: max(0, num_images - numbers[0])].cpu())
+                for note in notes.values():
+                    note.take(images)
+                done += len(numbers)
+                line.move(done)
     except (UserError, ShardsError) as error:
         failure = error
     agree_readable(failure)

@@ -43,6 +43,7 @@ class Subject:
         train: those that were trained on.
         pairs: real images and their reconstructions.
         prompted: images that were made for prompts.
+        guides: names of the networks that guided the generator.
     """
 
     generated: Sized
@@ -50,6 +51,7 @@ class Subject:
     train: Reference | UserError
     pairs: Reconstructed | UserError
     prompted: Prompted | UserError
+    guides: tuple[str, ...] = ()
 
 
 Tell = Callable[[MetricValue, Mapping[str, Facts]], None]
@@ -64,12 +66,14 @@ class Measurement:
         fingerprints: by their ids, what the metric values were measured against.
         made: whether images were generated: nothing is, if no metric is available.
         tell: see :func:`measure`.
+        guides: names of the networks that guided what is measured.
     """
 
     metric_values: dict[str, MetricValue] = field(default_factory=dict)
     fingerprints: dict[str, Facts] = field(default_factory=dict)
     made: bool = False
     tell: Tell | None = None
+    guides: tuple[str, ...] = ()
 
     def say(self, name: str) -> None:
         """Pass a metric value that was added on to ``tell``, on rank 0."""
@@ -97,7 +101,11 @@ class Measurement:
                 self.fingerprints[fingerprint_id(facts)] = facts
             # prompts are counted where others count real images
             num_real = None if metric_value.name in PROMPTED else metric_value.num_reference
-            caution = caution_of(metric_value.num_samples, num_real, num_dims)
+            said = [caution_of(metric_value.num_samples, num_real, num_dims)]
+            metric = OF_FEATURES.get(metric_value.name)
+            if metric is not None and metric.extractor.startswith(self.guides):
+                said.append(f"{metric.extractor} guided the training: it favours this run")
+            caution = "; ".join(filter(None, said)) or None
             metric_value = replace(metric_value, caution=caution)
         self.metric_values[metric_value.name] = metric_value
         return metric_value
@@ -122,7 +130,7 @@ def measure(
         tell: called on rank 0 with each metric value that has a value as soon as it is known.
     """
     asked = list(names)
-    found = Measurement(tell=tell)
+    found = Measurement(tell=tell, guides=subject.guides)
     for name in asked:
         reason = why_not(name, extractors, subject)
         if reason is not None:

@@ -6,6 +6,8 @@ why to filter at all: Zhang 2019, "Making Convolutional Networks Shift-Invariant
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -78,3 +80,59 @@ def conv_down(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
         # filtering only where a pixel is kept
         return F.conv2d(upfirdn(x, taps, down=2, padding=(1, 1)), weight)
     return F.conv2d(upfirdn(x, taps, padding=(2, 2)), weight, stride=2)
+
+
+def sample_at(images: Tensor, grid: Tensor) -> Tensor:
+    """Bilinear samples of images; twice differentiable to the images on any torch, not to the grid.
+
+    torch's own ``grid_sample`` has no second derivative before 2.13, and R1 needs one. Sampling is
+    linear, so the derivative of its transpose is sampling again.
+
+    Args:
+        images: (B, C, H, W).
+        grid: (B, h, w, 2) of x and y, -1 and 1 at the centres of the outermost pixels.
+
+    Returns:
+        (B, C, h, w); 0 beyond the images.
+    """
+    found: Tensor = _SampleAt.apply(images, grid)
+    return found
+
+
+class _SampleAt(torch.autograd.Function):
+    """Samples of images at the places of a grid."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, grid: Tensor) -> Tensor:
+        ctx.save_for_backward(grid)
+        ctx.shape = images.shape
+        return F.grid_sample(images, grid.to(images), align_corners=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (grid,) = ctx.saved_tensors
+        return _Spread.apply(gradient, grid, ctx.shape), None
+
+
+class _Spread(torch.autograd.Function):
+    """The transpose of :class:`_SampleAt`."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
+        ctx.save_for_backward(grid)
+        bilinear, zeros, align_corners = 0, 0, True
+        images: Tensor = torch.ops.aten.grid_sampler_2d_backward(
+            gradient.contiguous(),
+            gradient.new_zeros(shape),
+            grid.to(gradient),
+            bilinear,
+            zeros,
+            align_corners,
+            (True, False),
+        )[0]
+        return images
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (grid,) = ctx.saved_tensors
+        return _SampleAt.apply(gradient, grid), None, None

@@ -33,12 +33,12 @@ def plot_loss_curve(stats_path: Path | str, out: Path | str, *, title: str) -> P
     """
     lines = read_stats(stats_path)
     has_diversity = bool(series(lines, "diversity")[0])
-    width, height = 7.2, 5.4 if has_diversity else 3.8
+    width, height = 7.2, 5.75 if has_diversity else 4.15
     canvas = Figure(figsize=(width, height))
     FigureCanvasAgg(canvas)
     # matplotlib's own layouts take a third of the whole time
     canvas.subplots_adjust(
-        0.95 / width, 0.55 / height, 1 - 0.12 / width, 1 - 0.4 / height, hspace=0.08
+        0.95 / width, 0.55 / height, 1 - 0.12 / width, 1 - 0.75 / height, hspace=0.08
     )
     canvas.suptitle(title, fontsize=11)
     if has_diversity:
@@ -94,7 +94,8 @@ def _draw_loss(axes: Axes, lines: list[Line]) -> None:
         axes.set_yscale("log")
     axes.set_ylabel("loss")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="upper right")
+    # above the curves, which may be anywhere inside
+    axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
 
 
 def _draw_floor(axes: Axes, lines: list[Line]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
+from dinogen.errors import UserError
 from dinogen.files import write_bytes
 
 GAP = 2
 BACKGROUND = 255
+MIN_FONT = 7  # pixels; smaller letters cannot be told apart
 NOT_FINITE = (255, 0, 255)
 
 
@@ -25,6 +29,7 @@ def save_grid(
     path: Path | str,
     columns: int | None = None,
     min_tile: int = 64,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write images as one PNG grid, row by row.
 
@@ -34,6 +39,7 @@ def save_grid(
         columns: tiles per row; by default the grid is nearly square.
         min_tile: a smaller image is enlarged by a whole factor without smoothing, so that a
             4x4 image can be seen pixel by pixel.
+        about: where the images come from, see :func:`png_bytes`.
 
     Returns:
         ``path``.
@@ -52,11 +58,54 @@ def save_grid(
     for number, tile in enumerate(tiles):
         top, left = number // columns * step_y, number % columns * step_x
         sheet[top : top + height * factor, left : left + width * factor] = tile
-    png = io.BytesIO()
-    Image.fromarray(sheet).save(png, "PNG", optimize=True)
     path = Path(path)
-    write_bytes(path, png.getvalue())
+    write_bytes(path, png_bytes(sheet, about, optimize=True))
     return path
+
+
+def png_bytes(
+    pixels: NDArray[np.uint8], about: Mapping[str, Any] | None = None, optimize: bool = False
+) -> bytes:
+    """One image (H, W, 3) as a PNG.
+
+    Args:
+        pixels: RGB.
+        about: JSON-ready facts, such as run and seed; they are the file's text ``dinogen``.
+        optimize: take longer, for a smaller file.
+    """
+    text = PngInfo()
+    if about is not None:
+        text.add_text("dinogen", json.dumps(about))
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG", optimize=optimize, pnginfo=text)
+    return png.getvalue()
+
+
+def with_watermark(images: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
+    """Images (N, R, R, 3) uint8 with a text along the lower edge, as large as fits.
+
+    Raises:
+        UserError: it would be too small to read.
+    """
+    side = images.shape[1]
+    width = 0.96 * side
+    sizes = range(max(side // 8, MIN_FONT), MIN_FONT - 1, -1)
+    fonts = (ImageFont.load_default(size) for size in sizes)
+    font = next((one for one in fonts if one.getlength(text) <= width), None)
+    if font is None:
+        raise UserError(
+            f"--watermark: {len(text)} characters cannot be read on {side}x{side} pixels: give a "
+            "shorter text or a larger --stage"
+        )
+    marked = []
+    for image in images:
+        canvas = Image.fromarray(image)
+        place = (side / 2, side - max(1, side // 64))
+        ImageDraw.Draw(canvas).text(
+            place, text, "white", font, anchor="ms", stroke_width=1, stroke_fill="black"
+        )
+        marked.append(np.asarray(canvas))
+    return np.stack(marked)
 
 
 def to_uint8(images: NDArray[Any]) -> NDArray[np.uint8]:

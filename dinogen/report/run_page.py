@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,28 @@ class Stage:
         return BADGES.get(self.health, "bad")
 
 
-def write_page(run: Path) -> Path:
-    """Write ``RUN/index.html`` from the run's files; the page needs no other file.
+@dataclass(frozen=True)
+class Beside:
+    """Another run, whose last images a page shows below those of its own.
+
+    Attributes:
+        run: its folder.
+        caption: of its images.
+        text: what the two show together.
+    """
+
+    run: Path
+    caption: str
+    text: str
+
+
+def write_page(run: Path, page: Path | None = None, beside: Beside | None = None) -> Path:
+    """Write the page of a run from the run's files; the page needs no other file.
 
     Args:
         run: folder of a run with at least one finished stage.
+        page: the file; ``RUN/index.html`` if None.
+        beside: a run that the page compares with: it then opens with the images of both.
 
     Returns:
         The page.
@@ -74,7 +91,13 @@ def write_page(run: Path) -> Path:
         UserError: the run has no finished stage.
     """
     place = Run(run)
+    page = page or place.page
     stages, damaged = _read_stages(place)
+    other: PageImage | None = None
+    if beside is not None:
+        others, damaged_too = _read_stages(Run(beside.run))
+        damaged += damaged_too
+        other = replace(others[-1].images[0], caption=beside.caption) if others else None
     for problem in damaged:
         log.warning("%s", problem)
     if not stages:
@@ -82,8 +105,10 @@ def write_page(run: Path) -> Path:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     html = template.render(
-        title=run.resolve().name,
+        title=page.resolve().parent.name,
         stages=stages,
+        beside=beside,
+        other=other,
         damaged=damaged,
         rows=[(label, [show(stage.result) for stage in stages]) for label, show in ROWS.items()],
         guides=sorted(
@@ -96,8 +121,8 @@ def write_page(run: Path) -> Path:
         versions=stages[-1].result.get("versions") or {},
         config=_read_text(place.config_file),
     )
-    write_text(place.page, html)
-    return place.page
+    write_text(page, html)
+    return page
 
 
 def _read_stages(run: Run) -> tuple[list[Stage], list[str]]:

@@ -51,7 +51,7 @@ def make_app(gallery: Gallery, hosts: Sequence[str]) -> Starlette:
         hosts: accepted host names, so that no page from elsewhere can reach it under a name of its
             own; ``*`` accepts all.
     """
-    page = _render(gallery)
+    page = _render(gallery, None)
     turn = asyncio.Lock()
     num_waiting = 0
     unwanted: set[asyncio.Future[bytes]] = set()  # begun for clients that have disconnected since
@@ -66,7 +66,13 @@ def make_app(gallery: Gallery, hosts: Sequence[str]) -> Starlette:
 
     async def image(request: Request) -> Response:
         nonlocal num_waiting
-        query = _query(request, gallery)
+        try:
+            query = _query(request, gallery)
+        except HTTPException as error:
+            if "text/html" not in request.headers.get("accept", ""):
+                raise
+            # somebody entered the address of an image in the browser
+            return HTMLResponse(_render(gallery, error.detail), error.status_code)
         if num_waiting >= MAX_WAITING:
             text = f"{num_waiting} requests are waiting already: try again soon"
             raise HTTPException(503, text, {"retry-after": RETRY_SECONDS, "connection": "close"})
@@ -119,8 +125,8 @@ def _forget(drawings: set[asyncio.Future[bytes]]) -> Callable[[asyncio.Future[by
     return forget
 
 
-def _render(gallery: Gallery) -> str:
-    """The page, with the facts of the run."""
+def _render(gallery: Gallery, problem: str | None) -> str:
+    """The page, with the facts of the run, and what was wrong with the address, if anything."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
@@ -129,6 +135,7 @@ def _render(gallery: Gallery) -> str:
             "run": str(gallery.run),
             "family": gallery.family,
             "truncates": gallery.truncates,
+            "problem": problem,
             "stages": [asdict(stage) for stage in gallery.stages.values()],
         },
         max_seed=MAX_SEED,

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import io
-import json
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from pydantic import Field, model_validator
 from safetensors import SafetensorError
 
-from dinogen.config import ConfigError, Section
+from dinogen.config import Config, ConfigError, Section
 from dinogen.errors import UserError
 from dinogen.families.abilities import truncates
-from dinogen.report.images import to_uint8
+from dinogen.report.images import png_bytes, to_uint8
 from dinogen.runs.layout import stage_name
-from dinogen.training.checkpointing.checkpoint import NewestCheckpoints
+from dinogen.training.checkpointing.checkpoint import Checkpoint, NewestCheckpoints
+from dinogen.training.checkpointing.exported import is_exported, open_exported
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.visualize.drawings import spherical
 
@@ -69,11 +67,23 @@ class Stage:
     random_guide: bool
 
 
+def _newest(run: Path, config: Config) -> Iterator[tuple[int, Checkpoint]]:
+    """Resolution and newest checkpoint of each stage that has one, the largest first."""
+    if is_exported(run):
+        file = open_exported(run)
+        yield file.info["resolution"], file
+        return
+    newest = NewestCheckpoints(run)
+    for stage in reversed(config.stages):
+        if (checkpoint := newest.of(stage.resolution)) is not None:
+            yield stage.resolution, checkpoint
+
+
 class Gallery:
     """Draws images of a run on demand; not thread-safe.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or a file of ``dinogen export``.
 
     Raises:
         ConfigError: ``run`` is no run, or has no complete checkpoint.
@@ -82,19 +92,16 @@ class Gallery:
 
     def __init__(self, run: Path) -> None:
         config = run_config(run)
-        self.run = run = config.run
+        self.run = run = run if is_exported(run) else config.run
         self.family = config.family.name
-        newest = NewestCheckpoints(config.run)
-        found = [(stage, newest.of(stage.resolution)) for stage in reversed(config.stages)]
         self.stages = {
-            stage.resolution: Stage(
-                stage.resolution,
+            resolution: Stage(
+                resolution,
                 checkpoint.state["progress"]["nimg"],
                 checkpoint.state["facts"].get("guide_label"),
                 bool(checkpoint.state["facts"].get("random_guide")),
             )
-            for stage, checkpoint in found
-            if checkpoint is not None
+            for resolution, checkpoint in _newest(run, config)
         }
         if not self.stages:
             raise ConfigError(f"{run}: no stage has a complete checkpoint: train it first")
@@ -156,8 +163,4 @@ class Gallery:
         pixels = to_uint8(images.float().cpu().numpy())[0]
         made_by = asdict(stage) | query.model_dump(exclude={"stage"})
         about = {"run": self.run.resolve().name, "family": self.family} | made_by
-        text = PngInfo()
-        text.add_text("dinogen", json.dumps(about))
-        png = io.BytesIO()
-        Image.fromarray(pixels).save(png, "PNG", pnginfo=text)
-        return png.getvalue()
+        return png_bytes(pixels, about)

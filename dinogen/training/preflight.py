@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ def check_run(
     indices: list[int],
     data: Dataset,
     checkpoints: NewestCheckpoints | None = None,
-) -> None:
+    ranks: Mapping[int, int] | None = None,
+) -> list[Family]:
     """Check all stages that are to be trained, and what was trained of the run before.
 
     Args:
@@ -59,14 +61,15 @@ def check_run(
         indices: of the stages.
         data: what it is trained on.
         checkpoints: of the run; looked for here unless given.
+        ranks: see :func:`check_config`.
+
+    Returns:
+        As :func:`check_config`.
 
     Raises:
         ConfigError: naming the key that does not fit the data, the ranks or a checkpoint.
     """
-    chosen_names(config.metrics.names, "metrics.names")
-    chosen_names(config.eval.generated, "eval.generated")
-    families = [_on_meta(config, stage) for stage in config.stages]
-    _check_lr_scale(config, families)
+    families = check_config(config, indices, ranks)
     for index in indices:
         _check_stage(config, families[index], data)
     _check_image_sizes(config, [families[index] for index in indices], data)
@@ -76,6 +79,33 @@ def check_run(
         checkpoint = checkpoints.of(stage.resolution)
         if checkpoint is not None:
             check_same_run(checkpoint, config, stage, fingerprint)
+    return families
+
+
+def check_config(
+    config: Config, indices: list[int], ranks: Mapping[int, int] | None = None
+) -> list[Family]:
+    """The part of :func:`check_run` that needs neither data nor checkpoints.
+
+    Args:
+        config: the whole run.
+        indices: of the stages that are to be trained.
+        ranks: number of processes by resolution; the present ones unless given.
+
+    Returns:
+        The family at every stage of the run; its networks take no memory on ``meta``.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    chosen_names(config.metrics.names, "metrics.names")
+    chosen_names(config.eval.generated, "eval.generated")
+    families = [_on_meta(config, stage) for stage in config.stages]
+    _check_lr_scale(config, families)
+    for index in indices:
+        size = config.stages[index].resolution
+        _check_ranks(families[index], ranks[size] if ranks else process_group.world_size())
+    return families
 
 
 def _on_meta(config: Config, stage: StageConfig) -> Family:
@@ -124,15 +154,21 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
             f"stages: {name} is larger than the images of {data.location} ({stored}x{stored}):"
             f" leave it out, or prepare again with prepare.faces.size={stage.resolution} or more"
         )
-    if stage.batch < process_group.world_size():
+
+
+def _check_ranks(family: Family, num: int) -> None:
+    """Each of ``num`` ranks needs an image of every batch."""
+    stage, reference = family.stage, family.inputs.reference_batch
+    if stage.batch < num:
         raise ConfigError(
-            f"stages: batch {stage.batch} of {name} is smaller than the number of ranks "
-            f"{process_group.world_size()}: each rank needs an image"
+            f"stages: batch {stage.batch} of stage {stage.resolution} is smaller than the number "
+            f"of ranks {num}: each rank needs an image: set batch to {num} or more, or use fewer "
+            "GPUs"
         )
-    if 0 < inputs.reference_batch < process_group.world_size():
+    if 0 < reference < num:
         raise ConfigError(
-            f"family.reference_batch: {inputs.reference_batch} is smaller than the number of "
-            f"ranks, {process_group.world_size()}, and each needs a sample: set it higher, or to 0"
+            f"family.reference_batch: {reference} is smaller than the number of "
+            f"ranks, {num}, and each needs a sample: set it higher, or to 0"
         )
 
 

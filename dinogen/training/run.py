@@ -18,6 +18,7 @@ from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import NewestCheckpoints
 from dinogen.training.data import open_data
 from dinogen.training.logging.artifacts import finish_stage
+from dinogen.training.logging.begin import say_what_begins
 from dinogen.training.logging.logger import cut_lines
 from dinogen.training.preflight import check_run
 from dinogen.training.stages import StagePlan, find_stage, with_lengths
@@ -53,12 +54,14 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
         data = open_data(config)
         config = with_lengths(config, data.num_samples(config.data.split))
         checkpoints = NewestCheckpoints(config.run)
-        check_run(config, indices, data, checkpoints)
+        families = check_run(config, indices, data, checkpoints)
+        say_what_begins(config, families, data)
         if process_group.is_main():
             write_text(Run.of(config).config_file, dump_config(config))
         results = []
-        for index in indices:
-            results.append(_train_stage(config, index, stop, data, checkpoints))
+        for number, index in enumerate(indices):
+            later = sum(config.stages[i].num_images for i in indices[number + 1 :])
+            results.append(_train_stage(config, index, stop, data, checkpoints, later))
             with process_group.rank_zero_section() as mine:
                 if mine:
                     # Also for a skipped stage: a kill may have come before its page was written
@@ -69,7 +72,12 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
 
 
 def _train_stage(
-    config: Config, index: int, stop: StopFlag, data: Dataset, checkpoints: NewestCheckpoints
+    config: Config,
+    index: int,
+    stop: StopFlag,
+    data: Dataset,
+    checkpoints: NewestCheckpoints,
+    later: int,
 ) -> dict[str, Any]:
     """Train one stage to its end and write what it leaves."""
     stage = config.stages[index]
@@ -79,7 +87,7 @@ def _train_stage(
         return finished
     state = StageState(config, index, data, checkpoints)
     if not state.finished:
-        Trainer(state, stop).run()
+        Trainer(state, stop, later).run()
     result = None
     with process_group.rank_zero_section() as mine:
         if mine:

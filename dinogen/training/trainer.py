@@ -8,13 +8,14 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dinogen.batch import Batch, Scalars
 from dinogen.config import Config
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.evaluation.validate import Validator
-from dinogen.families.abilities import FollowsSteps, Remembers, constants_of
+from dinogen.families.abilities import FollowsSteps, Probes, Remembers, constants_of
 from dinogen.families.base import Health
 from dinogen.runs.layout import checkpoint_name
 from dinogen.training.checkpointing.checkpoint import Saver
@@ -22,7 +23,8 @@ from dinogen.training.data import check_labels
 from dinogen.training.dataloading import Dataloader, augment
 from dinogen.training.engines.microbatches import num_micros, split
 from dinogen.training.logging.artifacts import save_samples
-from dinogen.training.logging.logger import Logger, ProgressLine
+from dinogen.training.logging.begin import ProgressLine
+from dinogen.training.logging.logger import Logger
 from dinogen.training.logging.tensorboard import chart_layout
 from dinogen.training.stages import due
 from dinogen.training.state import StageState
@@ -54,9 +56,10 @@ class Trainer:
     Args:
         state: the stage's networks, optimizers, averages and progress, fresh or resumed.
         stop: set by stop signals.
+        later: number of images of the stages that follow, for the time that is left.
     """
 
-    def __init__(self, state: StageState, stop: StopFlag) -> None:
+    def __init__(self, state: StageState, stop: StopFlag, later: int = 0) -> None:
         self.state = state
         self.config: Config = state.config
         self.family, self.engine, self.progress = state.family, state.engine, state.progress
@@ -73,6 +76,7 @@ class Trainer:
         self.saver = Saver()
         self.validator = Validator(state)
         self.stop = stop
+        self.later = later
         self.num_nonfinite: dict[str, int] = {}
         self.fading: bool | None = None
         self.num_skipped_before = state.progress.num_skipped
@@ -96,6 +100,7 @@ class Trainer:
             self.plan.start,
             self.plan.end,
             process_group.is_main(),
+            self.later,
         )
         self.dataloader = Dataloader(self.state)
         try:
@@ -104,6 +109,7 @@ class Trainer:
                 self.counted_until = self.window.began
                 batches = iter(self.dataloader)
                 began = progress.nimg
+                line.begin(began)
                 while not self.state.finished:
                     before = time.monotonic()
                     batch = self.stop.next(batches)
@@ -121,6 +127,7 @@ class Trainer:
                     self.num_skipped_here = self.dataloader.num_skipped
                     self._prepare_engine()
                     self.train_step(batch)
+                    line.step(self.now)
                     self._after_step(line)
                     self.saver.check()
                 self._saved()
@@ -247,19 +254,30 @@ class Trainer:
         if last and self._unsound:
             raise self._blown_up("the stage's last updates were not finite")
         every = self.config.log
-        probe = last or due(passed, now, every.probe_kimg)
-        if probe or measure or due(passed, now, every.every_kimg):
-            self._log(line, probe, metric_values)
-        if last or due(passed, now, every.samples_kimg):
+        images: Tensor | None = None
+        draw = last or due(passed, now, every.samples_kimg)
+        if draw:
             with process_group.rank_zero_section() as mine:
                 if mine:
+                    images = self.state.sample(every.num_samples)
                     path = self.state.place.samples_folder / f"{checkpoint_name(now)}.png"
-                    self.logger.write_image("samples", save_samples(self.state, path), now)
+                    self.logger.write_image("samples", save_samples(images, path), now)
+        # A family without a probe is probed in the samples that are drawn anyway.
+        own_probe = isinstance(self.family, Probes)
+        probe = last or due(passed, now, every.probe_kimg) or (draw and not own_probe)
+        if probe or measure or due(passed, now, every.every_kimg):
+            self._log(line, probe, images, metric_values)
         best = measure and self.progress.best_nimg == now
         if last or best or due(passed, now, self.config.checkpoint.every_kimg):
             self.save()
 
-    def _log(self, line: ProgressLine, probe: bool, metric_values: dict[str, float]) -> None:
+    def _log(
+        self,
+        line: ProgressLine,
+        probe: bool,
+        images: Tensor | None,
+        metric_values: dict[str, float],
+    ) -> None:
         """One line of numbers, with held-out values; rank 0 probes samples."""
         means = self.logger.flush()
         window, elapsed = self.window, max(time.monotonic() - self.window.began, 1e-9)
@@ -281,9 +299,10 @@ class Trainer:
         if probe:
             with process_group.rank_zero_section() as mine:
                 if mine:
-                    health = self.state.probe()
-                    values |= health.scalars
-                    self._warn(health)
+                    health = self.validator.probe(images)
+                    if health is not None:
+                        values |= health.scalars
+                        self._warn(health)
         self.logger.write(self.progress.nimg, values)
         line.update(self.progress.nimg, values)
         self.window = Window(time.monotonic())

@@ -37,7 +37,7 @@ def write_visualizations(
     TensorBoard also shows those in the run's own folder.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or a file of ``dinogen export``.
         resolution: which stage; the largest that has a checkpoint unless given.
         nimg: which checkpoint, by images seen; the newest unless given.
         seed: of all latents; give the same one for runs that are to be compared.

@@ -87,11 +87,12 @@ class Scene:
         if not isinstance(family, HasCritic):
             return None
         rest = set(family.networks) - set(self.networks)
+        if not all(snapshot.checkpoint.holds(name) for name in rest):
+            return None
         for name in rest:
             # a snapshot only loads the EMA weights
             family.networks[name].load_state_dict(snapshot.checkpoint.tensors(name))
-        plan, nimg = snapshot.plan, snapshot.nimg
-        fade(family, family.networks, plan.alpha(nimg), plan.fading(nimg))
+        fade(family, family.networks, snapshot.alpha, snapshot.fading)
         found = family.realism(self.drawn.to(family.device))
         return None if found is None else found.cpu()
 

@@ -33,7 +33,11 @@ study_app = typer.Typer(help="Many runs as one plan: what it costs, running it, 
 
 Plan = Annotated[
     Path,
-    typer.Argument(help="YAML file of the study, or a folder of configs.", metavar="PLAN"),
+    typer.Argument(
+        help="YAML file of the study, or a folder of configs; or the name of one that dinogen "
+        "brings.",
+        metavar="PLAN",
+    ),
 ]
 
 
@@ -47,7 +51,9 @@ def launch(
     config: Annotated[
         str,
         typer.Argument(
-            help="YAML file of a run, or a folder of them; or the word status.", metavar="CONFIG"
+            help="YAML file of a run, or a folder of them; or the name of one that dinogen brings; "
+            "or the word status.",
+            metavar="CONFIG",
         ),
     ],
     overrides: Annotated[
@@ -63,6 +69,13 @@ def launch(
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the commands and do nothing.")
+    ] = False,
+    unchecked: Annotated[
+        bool,
+        typer.Option(
+            "--unchecked",
+            help="Do not look at data, weights and ranks first: only the compute nodes see them.",
+        ),
     ] = False,
     gpus: Annotated[
         int | None,
@@ -148,14 +161,18 @@ def launch(
         "qos": qos,
         "constraint": constraint,
         "sbatch": sbatch,
+        "unchecked": unchecked or None,
     }
     given = {name: value for name, value in options.items() if value is not None}
     launcher = _launcher(on, given)
     changes = [*(overrides or ()), *_as_overrides(given, engine)]
-    if Path(config).is_dir():
-        _launch_folder(Path(config), changes, stages, given, dry_run, launcher)
+    from dinogen.config.base import find_config
+
+    path = find_config(Path(config))
+    if path.is_dir():
+        _launch_folder(path, changes, stages, given, dry_run, launcher)
         return
-    launcher(_request(Path(config), changes, stages, given, dry_run))
+    launcher(_request(path, changes, stages, given, dry_run))
 
 
 def _launcher(on: str, given: dict[str, Any]) -> Callable[[Request], object]:
@@ -215,7 +232,9 @@ def _launch_folder(
     if launcher is launch_local:
         _finish(study, LocalStudy(study, given.get("gpus"), given.get("max_restarts")).run())
     else:
-        _finish(study, SlurmStudy(study, given.get("photos"), wait=False).run(), report=False)
+        unchecked = given.get("unchecked", False)
+        runner = SlurmStudy(study, given.get("photos"), wait=False, unchecked=unchecked)
+        _finish(study, runner.run(), report=False)
 
 
 def _request(
@@ -237,6 +256,7 @@ def _request(
         max_restarts=given.get("max_restarts"),
         photos=given.get("photos"),
         dry_run=dry_run,
+        unchecked=given.get("unchecked", False),
     )
 
 
@@ -270,15 +290,17 @@ def plan(file: Plan) -> None:
     """Show all runs, what is left of each, and how long that will take at measured speeds.
 
     A speed comes from the run itself, or from one of the same config, or from one of the same
-    family and resolution. Without any, the time is unknown.
+    family and resolution. Without any, the time is unknown. A run that cannot work on this machine
+    is red, with the reason.
 
     [bold]Example[/bold]  dinogen study plan configs/study.yaml
     """
     from rich.console import Console
     from rich.table import Table
 
+    from launch.check import why_refused
     from launch.study.cost import cost_of, duration, speed_words
-    from launch.study.plan import check_study
+    from launch.study.plan import check_study, is_trained, lacking
     from launch.study.status import study_states
 
     study = _open(file)
@@ -292,8 +314,11 @@ def plan(file: Plan) -> None:
         costs.append(cost)
         time = "unknown" if cost.seconds is None else duration(cost.seconds)
         left = "unknown" if cost.num_images is None else f"{cost.num_images / 1000:,.4g} k"
-        why = "; ".join(word for word in (one.why, cost.why) if word)
-        style = None if one.good else "red"
+        left_to_train = not is_trained(one.run) and not lacking(one.run)
+        sizes = [stage.resolution for stage in one.run.stages]
+        refused = why_refused(one.run.config, sizes) if left_to_train else None
+        why = "; ".join(word for word in (one.why, refused, cost.why) if word)
+        style = "red" if refused or not one.good else None
         table.add_row(one.run.id, one.state, left, time, speed_words(cost.speeds), why, style=style)
     console = Console(highlight=False)
     console.print(table)

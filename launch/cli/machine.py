@@ -74,6 +74,7 @@ def show(
 ) -> None:
     """Print the whole resolved config as YAML: defaults, then the file, then KEY=VALUE changes.
 
+    A comment above each key says what it means.
     With the engine deepspeed, DeepSpeed's own config of each stage follows as comments.
 
     [bold]Examples[/bold]
@@ -82,12 +83,21 @@ def show(
 
       dinogen config show configs/demo.yaml engine.name=deepspeed engine.zero=2 --ranks 8
     """
-    from dinogen.config import dump_config, load_config
+    from dinogen.config import load_config
 
     config = load_config(file, overrides or ())
-    from dinogen.families.registry import resolve  # imports torch; mistakes are reported before
+    from dinogen.families.registry import (  # imports torch; mistakes are reported before
+        family_class,
+        resolve,
+    )
+    from launch.cli.keys import commented
 
-    typer.echo(dump_config(resolve(config)), nl=False)
+    whole = json_schema()
+    if config.family.file is not None:
+        options = family_class(config.family).Options.model_json_schema()
+        whole["$defs"] |= options.pop("$defs", {})
+        whole["properties"]["family"] = options
+    typer.echo(commented(resolve(config).model_dump(mode="json"), whole), nl=False)
     if config.engine.name == "deepspeed":
         _show_deepspeed(config, ranks)
 
@@ -120,9 +130,27 @@ def schema(
     """
     import json
 
+    _write(json.dumps(json_schema(), indent=2) + "\n", out)
+
+
+@app.command()
+def reference(
+    out: Annotated[
+        Path | None, typer.Argument(help="File to write; printed if left out.", metavar="[OUT]")
+    ] = None,
+) -> None:
+    """Write the page that lists all keys, their defaults and what they mean, as Markdown.
+
+    [bold]Example[/bold]  dinogen config reference docs/config-reference.md
+    """
+    from launch.cli.keys import reference as page_of
+
+    _write(page_of(json_schema()), out)
+
+
+def _write(text: str, out: Path | None) -> None:
     from dinogen.files import write_text
 
-    text = json.dumps(json_schema(), indent=2) + "\n"
     if out is None:
         typer.echo(text, nl=False)
     else:

@@ -9,6 +9,9 @@ from typing import Annotated, Any
 import typer
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]
+Source = Annotated[
+    Path, typer.Argument(help="Folder of a run, or an exported file.", metavar="RUN|FILE")
+]
 Stage = Annotated[
     int | None, typer.Option(help="Resolution; the largest trained by default.", metavar="R")
 ]
@@ -30,10 +33,18 @@ def export(
     out: Annotated[Path, typer.Argument(help="File to write.", metavar="OUT.safetensors")],
     stage: Stage = None,
     nimg: Nimg = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Licence of the weights, for the file's card.")
+    ] = None,
+    intended_use: Annotated[
+        str | None, typer.Option(help="What the generator may be used for, for its card.")
+    ] = None,
 ) -> None:
     """Write the generator of a run as one safetensors file, with its config in the metadata.
 
-    It is the moving average that sample uses, bit for bit.
+    It is the moving average that sample uses, bit for bit. sample, evaluate, look and serve take
+    the file in place of a run. Its metadata hold a card: data, guide, metrics as far as they were
+    measured, licence and intended use.
 
     [bold]Examples[/bold]
 
@@ -46,7 +57,8 @@ def export(
     from launch.cli.console import setup_logging
 
     setup_logging()
-    done = export_run(run, out, stage, nimg)
+    said = {"licence": licence, "intended_use": intended_use}
+    done = export_run(run, out, stage, nimg, **{k: v for k, v in said.items() if v is not None})
     info = done.info
     typer.echo(
         f"{done.path}: {info['network']['class'].rpartition('.')[2]} of stage "
@@ -59,8 +71,9 @@ def evaluate(
     place: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a run, one of its checkpoints, or any folder of images.",
-            metavar="RUN|FOLDER",
+            help="Folder of a run, one of its checkpoints, an exported file, or any folder of "
+            "images.",
+            metavar="RUN|FILE|FOLDER",
         ),
     ],
     changes: Annotated[
@@ -151,6 +164,7 @@ def evaluate(
     from dinogen.files import named_folder
     from dinogen.runs.layout import parse_checkpoint
     from dinogen.runs.run import Run
+    from dinogen.training.checkpointing.exported import is_exported, results_folder
     from launch.cli.console import say, setup_logging
 
     setup_logging(quiet=not process_group.is_main())
@@ -161,6 +175,8 @@ def evaluate(
 
     place = named_folder(place)
     if all_checkpoints:
+        if is_exported(place):
+            raise UserError(f"--all-checkpoints: {place} is an exported file: give the run")
         if nimg is not None or out is not None:
             raise UserError(
                 "--all-checkpoints: measures each of them, into the run: leave out --nimg and --out"
@@ -179,7 +195,8 @@ def evaluate(
         if (checkpoint := parse_checkpoint(place)) is not None:
             place, stage, nimg = checkpoint
         result = evaluate_run(place, stage, split, num_samples, nimg=nimg, **request)
-        written = find_path(Run(place).stage(result["resolution"]).folder, out)
+        folder = results_folder(place) if is_exported(place) else place
+        written = find_path(Run(folder).stage(result["resolution"]).folder, out)
     if process_group.is_main():
         for line in closing_lines(result):
             say(line)
@@ -312,7 +329,7 @@ def _metric_value(name: str, metric_value: dict[str, Any], fingerprints: dict[st
 
 
 def look(
-    run: Run,
+    run: Source,
     changes: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="New paths: data.path=FOLDER."),
@@ -351,7 +368,7 @@ def look(
 
 
 def serve(
-    run: Run,
+    run: Source,
     host: Annotated[
         str, typer.Option(help="Address to bind to; by default only this machine can connect.")
     ] = "127.0.0.1",

@@ -22,8 +22,12 @@ def launch_local(request: Request) -> None:
     asked to stop and saved.
 
     Raises:
-        UserError: more GPUs are requested than there are, or DeepSpeed is not installed.
+        UserError: more GPUs are requested than there are, DeepSpeed is not installed, or the run
+            would be refused at its start.
     """
+    from dinogen.families.registry import resolve
+    from launch.check import check_run_here
+
     num_processes = count_processes(request.num_processes)
     env, command = build_command(request, num_processes)
     shown = " ".join(
@@ -31,6 +35,11 @@ def launch_local(request: Request) -> None:
     )
     if request.dry_run:
         print(shown)
+    if not request.unchecked:
+        config = resolve(request.config)
+        sizes = choose_stages(config, request.stages)
+        check_run_here(config, dict.fromkeys(sizes, num_processes))
+    if request.dry_run:
         return
     log.info(shown)
     sys.stdout.flush()

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from typing import Any
 
 from launch.local.signals import SignalForwarder, children
 
@@ -36,6 +37,7 @@ def main(args: list[str] | None = None) -> None:
 
     from dinogen.errors import EXIT_STOPPED
 
+    _leave_hopeless()
     given = sys.argv[1:] if args is None else args
     address = _address(given)
     if address:
@@ -66,6 +68,23 @@ def main(args: list[str] | None = None) -> None:
 # this one, which SignalForwarder does not use: torchrun's handlers would end workers before they
 # have saved, and a signal with a handler would no longer be ignored in the workers.
 _ITS_OWN = "SIGXCPU"
+
+
+def _leave_hopeless() -> None:
+    """Start no worker again that ended with an error of the user's: it would fail the same way."""
+    from torch.distributed.elastic.agent.server import local_elastic_agent as server
+
+    from dinogen.errors import UserError
+
+    monitor = server.LocalElasticAgent._monitor_workers
+
+    def monitored(self: Any, group: Any) -> Any:
+        result = monitor(self, group)
+        if any(one.exitcode == UserError.exit_code for one in result.failures.values()):
+            self._remaining_restarts = 0
+        return result
+
+    server.LocalElasticAgent._monitor_workers = monitored  # type: ignore[method-assign]
 
 
 def _address(given: list[str]) -> list[str]:

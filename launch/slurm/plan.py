@@ -16,8 +16,8 @@ from shards.format.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 
-# Scripts are read from the folder beside the packages, where `make install` leaves them.
-SCRIPTS = Path(__file__).resolve().parents[2] / "slurm"
+# A link to slurm/ in a clone, a copy of it in a wheel.
+SCRIPTS = Path(__file__).with_name("scripts").resolve()
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,8 @@ def plan_steps(
             visualizations; None for any evaluation.
 
     Raises:
-        UserError: there are no data and no photos, no such stage, or no scripts.
+        UserError: there are no data and no photos, or no such stage.
     """
-    if not (SCRIPTS / "common.sh").is_file():
-        raise UserError(
-            f"{SCRIPTS}: the scripts of the jobs are missing: install dinogen from its folder "
-            "(make install) and use that installation"
-        )
     run, sizes = Run.of(config), choose_stages(config, stages)
     chosen = [stage for stage in config.stages if stage.resolution in sizes]
     steps = _data_steps(config, photos, file)
@@ -129,6 +124,13 @@ def _data_steps(config: Config, photos: Path | None, file: Path) -> list[Step]:
     """The steps from photos to shards; none if the data are packed."""
     lacking = lacking_data(config)
     if not lacking:
+        if photos is not None:
+            log.info(
+                "--photos %s: not read, because %s is packed already: to add new photos, run "
+                "dinogen prepare first; to make other data, give another data.path",
+                photos,
+                config.data.location,
+            )
         return []
     data = lacking[0]
     if config.data.mix:

@@ -18,7 +18,7 @@ from dinogen.runs.run import Run
 from launch.request import Request
 from launch.slurm import queue
 from launch.slurm.jobs import Job, Jobs, launch_folder, launch_lock, read_jobs
-from launch.slurm.plan import SCRIPTS, Step, plan_steps
+from launch.slurm.plan import SCRIPTS, Step, lacking_data, plan_steps
 from launch.slurm.queue import JobState
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ def launch_slurm(request: Request) -> int:
         The number of jobs of the run that are queued or running now.
 
     Raises:
-        UserError: there are no data, no such stage, or sbatch refuses; what was submitted before
-            is recorded.
+        UserError: there are no data, no such stage, the jobs would be refused at their start, or
+            sbatch refuses; what was submitted before is recorded.
     """
     from dinogen.families.registry import resolve
 
@@ -63,14 +63,52 @@ def launch_slurm(request: Request) -> int:
     if request.dry_run:
         jobs = read_jobs(config.run)
         states = ask_states(jobs) if queue.has_slurm() else {}
-        print(chain_script(config, copies, plan(config, steps, jobs, states)))
+        planned = plan(config, steps, jobs, states)
+        _show(config, copies, planned)
+        if not request.unchecked:
+            _check(config, planned)
         return sum(state is not None and state.active for state in states.values())
     with launch_lock(folder):
         jobs = read_jobs(config.run)
         planned = plan(config, steps, jobs, ask_states(jobs))
+        if not request.unchecked:
+            _check(config, planned)
         copies.write()
         _submit(config, copies, planned, jobs)
     return len(planned)
+
+
+def _show(config: Config, copies: Copies, planned: list[Planned]) -> None:
+    """Print what the chain will take, and write its commands to a file of this folder."""
+    from launch.slurm.forecast import forecast, table
+
+    rows = []
+    for one in planned:
+        after = one.after.step.name if one.after else ""
+        if one.after and one.after.id:
+            after = f"job {one.after.id}"
+        rows.append((one.step, f"queued: job {one.id}" if one.id else after))
+    print(table(forecast(config, rows), config.cluster.setup))
+    script = Path(f"{config.run.name}-launch.sh")
+    write_text(script, chain_script(config, copies, planned) + "\n")
+    print(f"commands: {script}" + ("" if planned else " (everything is done)"))
+
+
+def _check(config: Config, planned: list[Planned]) -> None:
+    """Check the stages that have no job yet.
+
+    Raises:
+        UserError: their jobs would be refused at the start.
+    """
+    from launch.check import check_run_here
+
+    ranks = {
+        int(one.step.args[1]): one.step.resources.nodes * one.step.resources.processes
+        for one in planned
+        if one.id is None and _is_stage(one.step)
+    }
+    if ranks:
+        check_run_here(config, ranks, packed=not lacking_data(config))
 
 
 def ask_states(jobs: Jobs) -> dict[str, JobState | None]:

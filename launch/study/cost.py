@@ -65,7 +65,7 @@ def cost_of(run: StudyRun, others: Sequence[StudyRun]) -> Cost:
         run: the run.
         others: runs whose speeds may be used.
     """
-    config = _with_lengths(run.config)
+    config = with_known_lengths(run.config)
     if config is None:
         why = "its length is in epochs, and its data are not here"
         return Cost(None, None, None, (), why)
@@ -108,14 +108,20 @@ def find_speed(run: StudyRun, resolution: int, others: Sequence[StudyRun]) -> Sp
     rest = [one for other in relatives for one in (other.folder, other.outside)]
     for same, folders in ((True, own), (False, rest)):
         for folder in dict.fromkeys(folders):
-            speed = _read(Run(folder).stage(resolution), family, same)
+            speed = stage_speed(Run(folder).stage(resolution), family, same)
             if speed is not None:
                 return speed
     return None
 
 
-def _read(stage: Stage, family: str, same: bool) -> Speed | None:
-    """The speed in a stage's files; None if there is none, or they are of another family."""
+def stage_speed(stage: Stage, family: str, same: bool) -> Speed | None:
+    """The speed in a stage's files; None if there is none, or they are of another family.
+
+    Args:
+        stage: of any run.
+        family: what the run should be.
+        same: see :class:`Speed`.
+    """
     result = stage.result
     if result is None:
         return _read_log(stage, same)
@@ -131,7 +137,7 @@ def _read_log(stage: Stage, same: bool) -> Speed | None:
     return Speed(statistics.median(found), stage.folder, None, None, same) if found else None
 
 
-def _with_lengths(config: Config) -> Config | None:
+def with_known_lengths(config: Config) -> Config | None:
     """The config with lengths in images; None if they are in epochs and the data are not here."""
     if all(stage.kimg is not None for stage in config.stages):
         return config

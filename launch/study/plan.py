@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dinogen.config import Config, ConfigError, load_config
+from dinogen.config.base import find_config
 from dinogen.config.study import FINAL, EntryConfig, StudyConfig, TrackConfig, load_study
 from dinogen.errors import UserError
 from dinogen.runs.layout import CONFIG
@@ -130,12 +131,13 @@ def open_study(path: Path) -> Study:
     """Read a plan and every config that it names, also as the final would change it.
 
     Args:
-        path: the file, or a folder of configs.
+        path: the file, or a folder of configs; or the name of one that is shipped.
 
     Raises:
         ConfigError: naming the file and key that is wrong.
         UserError: see :func:`open_folder`.
     """
+    path = find_config(path)
     if path.is_dir():
         return open_folder(path)
     plan = load_study(path)

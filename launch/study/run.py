@@ -275,10 +275,18 @@ class SlurmStudy(StudyRunner):
         study: the study.
         photos: folder to make missing data from; None if they are packed.
         wait: whether to wait until all jobs have ended, or only to submit what can be submitted.
+        unchecked: submit without looking at data, weights and ranks first.
     """
 
-    def __init__(self, study: Study, photos: Path | None = None, wait: bool = True) -> None:
+    def __init__(
+        self,
+        study: Study,
+        photos: Path | None = None,
+        wait: bool = True,
+        unchecked: bool = False,
+    ) -> None:
         super().__init__(study)
+        self.unchecked = unchecked
         self.photos = photos
         self.wait = wait
         self._waiting: dict[str, tuple[StudyRun, Attempt, float]] = {}
@@ -344,7 +352,15 @@ class SlurmStudy(StudyRunner):
     def _submit(self, run: StudyRun) -> None:
         copy = self.study.copy_of(run)
         log.info("%s:", run.id)
-        request = Request(copy, (), run.config, run.only, photos=self.photos, metric=self.metric)
+        request = Request(
+            copy,
+            (),
+            run.config,
+            run.only,
+            photos=self.photos,
+            unchecked=self.unchecked,
+            metric=self.metric,
+        )
         command = ["dinogen", "launch", str(copy), "--on", "slurm"]
         attempt = self.record.open(run)
         if attempt is None or attempt.step != JOBS:

@@ -54,7 +54,7 @@ class Training:
         self.ema = Ema({n: family.networks[n] for n in family.ema_networks}, family.config.ema)
 
     def run(self, images: torch.Tensor, num_steps: int) -> None:
-        """So many steps more."""
+        """Train N more steps."""
         for _ in range(num_steps):
             batch = make_batch(images, self.step, self.stage.batch)
             for phase in self.family.phases:

@@ -18,7 +18,7 @@ from shards.format.sample import Sample
 
 from .tiny import pack_discs, tiny_config
 
-JUDGE = ExtractorInfo("onet", "ab", "none", 4, 0, False)
+EXTRACTOR = ExtractorInfo("onet", "ab", "none", 4, 0, False)
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +92,12 @@ def test_each_image_has_its_own_noise_whatever_is_drawn_with_it(uneven, tmp_path
 
 
 def test_only_where_images_are_drawn_otherwise_is_the_fingerprint_another():
-    plain = fingerprint(JUDGE, 16, 20)
+    plain = fingerprint(EXTRACTOR, 16, 20)
     assert "sampling" not in plain
-    assert fingerprint_id(fingerprint(JUDGE, 16, 20, sampling={})) == fingerprint_id(plain)
-    shares = [fingerprint(JUDGE, 16, 20, sampling={"classes": s}) for s in ([0.5, 0.5], [0.9, 0.1])]
+    assert fingerprint_id(fingerprint(EXTRACTOR, 16, 20, sampling={})) == fingerprint_id(plain)
+    shares = [
+        fingerprint(EXTRACTOR, 16, 20, sampling={"classes": s}) for s in ([0.5, 0.5], [0.9, 0.1])
+    ]
     assert len({fingerprint_id(one) for one in (plain, *shares)}) == 3
 
 

@@ -32,7 +32,13 @@ TINY = {
         "num_steps": 50,
         "sample_steps": 4,
     },
-    "guided": {"z_dim": 8, "channel_base": 64, "channel_max": 16, "probe_samples": 4},
+    "guided": {
+        "z_dim": 8,
+        "channel_base": 64,
+        "channel_max": 16,
+        "probe_samples": 4,
+        "objectives": [{"name": "mse"}],
+    },
 }
 
 
@@ -65,13 +71,18 @@ def discs(num: int, size: int = RESOLUTION) -> list[np.ndarray]:
     return images
 
 
-def pack_discs(folder: Path, levels: list[dict[str, np.ndarray]] | None = None, **more) -> None:
+def pack_discs(
+    folder: Path,
+    levels: list[dict[str, np.ndarray]] | None = None,
+    size: int = RESOLUTION,
+    **more,
+) -> None:
     """24 discs with labels 0 and 1, a quarter of them held out."""
     samples = []
-    for number, pixels in enumerate(discs(24)):
+    for number, pixels in enumerate(discs(24, size)):
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "PNG")
         own = levels[number] if levels else {}
         name = f"disc{number:03d}"
         samples.append(Sample(name, file.getvalue(), "png", {}, own, label=number % 2))
-    pack(samples, folder, shard_size=8, val_fraction=0.25, **more)
+    pack(samples, folder, **{"shard_size": 8, "val_fraction": 0.25} | more)

@@ -142,7 +142,7 @@ def test_clip_s_own_vocabulary_gives_its_own_tokens():
     assert len(tokenizer) == 49408
 
 
-def test_frozen_and_in_eval_mode_whatever_the_parent_or_an_autocast_does(checkpoint):
+def test_frozen_and_in_eval_mode_regardless_of_parent_and_autocast(checkpoint):
     mine = clip_of(checkpoint)
     parent = torch.nn.ModuleList([mine]).train()
     assert parent.training and not any(module.training for module in mine.modules())

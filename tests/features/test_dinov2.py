@@ -86,7 +86,7 @@ def test_a_layer_that_is_not_there_is_refused(checkpoint, layer):
         guide_of(checkpoint, layer=layer)
 
 
-def test_frozen_and_in_eval_mode_whatever_the_parent_does(make_checkpoint, tmp_path):
+def test_frozen_and_in_eval_mode_regardless_of_the_parent(make_checkpoint, tmp_path):
     make_checkpoint(tmp_path / "c", 0, hidden_dropout_prob=0.5, drop_path_rate=0.5)
     guide = guide_of(tmp_path / "c")
     parent = torch.nn.ModuleList([guide]).train()

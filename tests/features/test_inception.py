@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from dinogen.config import GuideConfig
 from dinogen.features import Guide, GuideError, inception, load_guide
 from dinogen.features.inception import InceptionTrunk
+from dinogen.metrics.extractors import inception768
 
 CPU = torch.device("cpu")
 
@@ -162,3 +163,50 @@ def test_reference_features_of_real_images_are_reproduced(assets):
         features = torch.cat([array.mean((2, 3)) for array in given], 1)[0].numpy()
         error = np.linalg.norm(features - expected[name]) / np.linalg.norm(expected[name])
         assert error < 1e-3, name
+
+
+@pytest.fixture(scope="module")
+def fidelity_network(tmp_path_factory):
+    """torch-fidelity's own network with random weights, and the file that it was saved to."""
+    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+
+    with pytest.MonkeyPatch.context() as patched:  # the constructor asks for trained weights
+        patched.setattr(fidelity.torch, "load", lambda *a, **k: {})
+        extractor = fidelity.FeatureExtractorInceptionV3
+        patched.setattr(extractor, "load_state_dict", lambda self, state: None)
+        network = extractor("inception", ["768"], feature_extractor_weights_path="none")
+    torch.manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean, std=0.2)
+            torch.nn.init.uniform_(module.running_var, 0.05, 0.2)
+            torch.nn.init.normal_(module.bias, std=0.2)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    file = tmp_path_factory.mktemp("fidelity") / "pt_inception.pth"
+    torch.save(network.state_dict(), file)
+    return network, file
+
+
+def test_the_public_file_is_read_and_gives_torch_fidelitys_features(fidelity_network):
+    network, file = fidelity_network
+    pixels = torch.randint(0, 256, (2, 3, 299, 299), dtype=torch.uint8)
+    (expected,) = network(pixels)
+    guide = guide_of(file)
+    assert len(guide.info.weights_sha256) == 64 and not guide.info.random
+    found = guide(pixels.float() / 128 - 1).mean((2, 3))
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_fid_768_reads_the_public_file_too(fidelity_network):
+    _, file = fidelity_network
+    extractor = inception768.load(str(file), CPU)
+    images = torch.randint(0, 256, (2, 3, 299, 299), dtype=torch.uint8)
+    expected = guide_of(file)(images / 127.5 - 1).mean((2, 3))
+    torch.testing.assert_close(extractor(images)["features"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_file_that_pickles_an_object_is_not_run(tmp_path):
+    file = tmp_path / "evil.pth"
+    torch.save({"x": pytest.raises}, file)
+    with pytest.raises(GuideError, match=r"guide\.path: .*evil\.pth does not hold"):
+        guide_of(file)

@@ -74,7 +74,7 @@ def test_taps_and_pixel_gradients_are_those_of_torchvision(weights, torchvision_
     torch.testing.assert_close(gradient / wanted.std(), wanted / wanted.std(), rtol=1e-3, atol=1e-4)
 
 
-def test_frozen_and_in_eval_mode_whatever_the_parent_does(weights):
+def test_frozen_and_in_eval_mode_regardless_of_the_parent(weights):
     features = load_vgg(str(weights), CPU, KEY)
     torch.nn.ModuleList([features]).train()
     assert not any(module.training for module in features.modules())

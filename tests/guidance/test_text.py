@@ -209,7 +209,7 @@ def test_the_command_samples_by_prompts(whole, tmp_path):
     assert len(list(folder.glob("0000*.png"))) == 2
 
 
-def test_prompts_are_measured_and_change_no_other_figure(whole, drawn_data, tmp_path):
+def test_prompts_are_measured_and_change_no_other_value(whole, drawn_data, tmp_path):
     """Against the images of the command line, embedded and compared by hand."""
     run = whole / "captions"
     prompts = ["a face, red hair", "a face, glasses", "a face, smiling"]

@@ -9,6 +9,7 @@ import stat
 import pytest
 import yaml
 
+from tests.families.tiny import TINY, pack_discs
 from tests.launch.played_slurm import SBATCH, SCANCEL, SCONTROL
 
 
@@ -24,11 +25,15 @@ def played(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_PLAYED", str(tmp_path))
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("COLUMNS", "220")
+    monkeypatch.chdir(tmp_path)  # a dry run writes its commands there
     data = tmp_path / "data"
-    data.mkdir()
-    (data / "manifest.json").write_text('{"splits": {"train": {}, "val": {}}}')
-    stages = [{"resolution": size, "kimg": 1} for size in (4, 8, 16)]
-    config = {"run": str(tmp_path / "run"), "data": {"path": str(data)}, "stages": stages}
+    pack_discs(data)
+    config = {
+        "run": str(tmp_path / "run"),
+        "data": {"path": str(data)},
+        "family": {"name": "progressive_gan", **TINY["progressive_gan"]},
+        "stages": [{"resolution": size, "kimg": 1} for size in (4, 8, 16)],
+    }
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
     return tmp_path
 

@@ -26,13 +26,13 @@ def write_study(folder: Path, data: Path | None = None, **more) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if data is None:
         data = folder / "data"
-        data.mkdir(exist_ok=True)
-        (data / "manifest.json").write_text('{"splits": {"train": {}, "val": {}}}')
+        if not data.exists():
+            pack_discs(data)
     for name, family in {"a": "dcgan", "b": "wgan_gp", "c": "vae", "d": "vae_gan"}.items():
         config = {
             "run": str(folder / "outside" / name),
             "data": {"path": str(data)},
-            "family": {"name": family},
+            "family": {"name": family} | ({"d_layers": 1} if family == "vae_gan" else {}),
             "stages": [{"resolution": 16, "kimg": 2, "batch": 8}],
         }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from dinogen.config import load_config, parse_config
+from dinogen.config import StageConfig, load_config, parse_config
 from dinogen.families.registry import resolve
 from launch.cli.main import app
 
@@ -35,6 +35,35 @@ def test_the_schema_in_the_repository_is_that_of_the_code():
     assert (CONFIGS / "schema.json").read_text(encoding="utf-8") == run("schema"), (
         "run: dinogen config schema configs/schema.json"
     )
+
+
+def test_the_page_of_all_keys_is_that_of_the_code():
+    page = (CONFIGS.parent / "docs" / "config-reference.md").read_text(encoding="utf-8")
+    assert page == run("reference"), "run: dinogen config reference docs/config-reference.md"
+    for key in ("`kimg`", "`keep_every_kimg`", "`z_dim`", "`num_slices`", "`from_resolution`"):
+        assert key in page
+
+
+def test_each_key_is_shown_below_what_the_schema_says_of_it(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        "stages: [{resolution: 4, kimg: 2}, {resolution: 8, kimg: 2}]\n"
+        "guides: {colour: {name: pixels}}\n"
+    )
+    lines = run("show", path).splitlines()
+    for key, words in {
+        "seed": "seed of all random numbers",
+        "  - weight": "factor in the sum",
+        "  z_dim": "size of the latent",
+        "- resolution": "pixels; 4, 8, 16, ...",
+        "    layer": "which layer, or a list",
+    }.items():
+        found = [i for i, line in enumerate(lines) if line.startswith(f"{key}:")]
+        assert any(words in "".join(lines[i - 3 : i]) for i in found), key
+    keys = [i for i, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#")]
+    bare = [lines[i].split(":")[0].strip(" -") for i in keys if "#" not in lines[i - 1]]
+    # items after the first are as the first; a key without a description would be here too
+    assert set(bare) <= {"resolution", *StageConfig.model_fields, "name", "file"}
 
 
 def test_the_schema_is_written_where_asked(tmp_path):

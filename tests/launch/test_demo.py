@@ -1,5 +1,6 @@
-"""The demo, end to end on real faces with a tiny guide and a few steps; then its ways to fail."""
+"""The demo, end to end on real faces with a few steps; then its ways to fail."""
 
+import base64
 import json
 
 import numpy as np
@@ -10,28 +11,27 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dinogen import demo
+from dinogen.config import load_config
 from dinogen.errors import UserError
+from launch.cli import train
 from launch.cli.main import app
 from shards import open_dataset
 
-TINY = {"hidden_size": 32, "num_layers": 1, "num_heads": 2}
-KIMG = (0.064, 0.064, 0.032)
+KIMG = (0.064, 0.064, 0.032, 0.032)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The demo made small, and a machine that cannot have the weights."""
+    """The demo made small."""
     config = yaml.safe_load(demo.CONFIG.read_text(encoding="utf-8"))
     config["family"] |= {"channel_base": 64, "channel_max": 8, "probe_samples": 4}
     config["log"] |= {"every_kimg": 0.016, "num_samples": 4}
+    for stage, kimg in zip(config["stages"], KIMG, strict=True):
+        stage |= {"kimg": kimg, "batch": 8, "fade_kimg": 0, "warmup_kimg": 0, "decay_kimg": 0}
     path = tmp_path_factory.mktemp("config") / "demo.yaml"
     path.write_text(yaml.safe_dump(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "CONFIG", path)
-        patch.setattr(demo, "RANDOM_SHAPE", TINY)
-        patch.setattr(demo, "RANDOM_KIMG", KIMG)
-        patch.setattr(demo, "RANDOM_FADE_KIMG", (0.0, 0.032, 0.016))
-        patch.setattr("dinogen.features.checkpoint.weights_reachable", lambda *_: None)
         yield
 
 
@@ -49,56 +49,85 @@ def made(small, tmp_path_factory):
 
 def test_it_trains_all_stages_on_all_real_faces(made):
     out, _ = made
-    data = open_dataset(out / "data.random-guide")
-    assert data.num_samples() == 101
-    assert {"p4", "n4", "n8", "n16"} <= set(data.manifest.levels)
+    data = open_dataset(out / "data")
+    assert data.num_samples() == 202
+    assert data.manifest.guide["name"] == "onet"
     total = 0
-    for resolution, kimg in zip((4, 8, 16), KIMG, strict=True):
+    for resolution, kimg in zip((4, 8, 16, 32), KIMG, strict=True):
         total += round(kimg * 1000)
-        folder = out / "run.random-guide" / f"{resolution}x{resolution}"
+        folder = out / "run" / f"{resolution}x{resolution}"
         result = json.loads((folder / "result.json").read_text())
         assert (result["status"], result["nimg"]) == ("finished", total)
         assert any((folder / "tb").iterdir())
 
 
-def test_its_pictures_are_those_of_scikit_image(made):
+def test_its_faces_are_those_of_scikit_image_and_their_mirror_images(made):
     out, _ = made
-    data = open_dataset(out / "data.random-guide")
+    data = open_dataset(out / "data")
     keys = data.keys()
     names = [key.partition("-")[0] for key in keys]  # the rest is a hash of the path
     faces = np.load(skimage.data_dir + "/lfw_subset.npy", allow_pickle=False)
-    batch = data.read([names.index("lfw_007")], image_size=16)
-    stored = (batch["image"][0].numpy().mean(axis=0) + 1) / 2
+    both = [names.index(name) for name in ("lfw_007", "lfw_007_mirrored")]
+    stored = (data.read(both, image_size=16)["image"].numpy().mean(axis=1) + 1) / 2
     shrunk = np.asarray(
         Image.fromarray(np.float32(faces[7])).resize((16, 16), Image.Resampling.BOX)
     )
-    assert np.corrcoef(stored.ravel(), shrunk.ravel())[0, 1] > 0.95
-    assert names.count("astronaut") == 1
+    for image, expected in zip(stored, (shrunk, shrunk[:, ::-1]), strict=True):
+        assert np.corrcoef(image.ravel(), expected.ravel())[0, 1] > 0.95
+    assert names.count("astronaut") == names.count("astronaut_mirrored") == 1
 
 
-def test_a_random_guide_stands_everywhere(made):
-    out, output = made
-    assert "RANDOM GUIDE" in output
-    manifest = json.loads((out / "data.random-guide" / "manifest.json").read_text())
-    assert manifest["guide"]["random"] is True
-    run_folder = out / "run.random-guide"
-    assert "RANDOM GUIDE" in (run_folder / "index.html").read_text(encoding="utf-8")
-    for name in ("final_16x16.random-guide.png", "loss_curve_16x16.random-guide.png"):
-        assert (run_folder / "16x16" / name).is_file()
+def test_mse_begins_with_the_same_generator_and_z_and_nothing_else_differs(made):
+    out, _ = made
+    ours, theirs = (load_config(out / name / "config.yaml") for name in ("run", "run-mse"))
+    assert [one["name"] for one in theirs.family.options["objectives"]] == ["mse"]
+    options = {**ours.family.options, "objectives": None}
+    assert {**theirs.family.options, "objectives": None} == options
+    assert (ours.seed, ours.data, ours.guide) == (theirs.seed, theirs.data, theirs.guide)
+
+
+def test_its_page_opens_with_generated_beside_real_then_those_under_mse(made):
+    out, _ = made
+    page = (out / "index.html").read_text(encoding="utf-8")
+    files = ("run/32x32/final_32x32", "run/32x32/real_32x32", "run-mse/32x32/final_32x32")
+    images = [base64.b64encode((out / f"{file}.png").read_bytes()).decode() for file in files]
+    places = [page.index(image) for image in images]
+    assert places == sorted(places)
+    assert places[-1] < page.index("<h2>Generated and real images of the same resolution")
+    assert "RANDOM GUIDE" not in page
 
 
 def test_it_tells_the_time_of_each_step_and_what_comes_next(made):
     out, output = made
     assert "wall time" in output
-    for step in ("guide", "faces", "prepare", "train"):
+    for step in ("guide", "faces", "prepare", "train", "mse"):
         assert f"{step} " in output[output.index("wall time") :]
-    assert str(out / "run.random-guide" / "index.html") in output
+    assert str(out / "index.html") in output
     assert "tensorboard --logdir" in output
+
+
+def test_next_commands_can_be_pasted_with_and_without_an_activated_environment(
+    tmp_path, monkeypatch
+):
+    scripts = tmp_path / ".venv" / "bin"
+    scripts.mkdir(parents=True)
+    command = scripts / "dinogen"
+    command.write_text("#!/bin/sh\n")
+    command.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(scripts / "python"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+    assert train._folder_of_commands() == ".venv/bin/"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train._folder_of_commands() == f"{scripts}/"
+    monkeypatch.setenv("PATH", str(scripts))
+    assert train._folder_of_commands() == ""
 
 
 def test_a_second_run_keeps_what_is_there(made):
     out, _ = made
-    names = ("data.random-guide/manifest.json", "run.random-guide/16x16/result.json")
+    names = ("data/manifest.json", "run/32x32/result.json", "run-mse/32x32/result.json")
     before = [(out / name).stat().st_mtime_ns for name in names]
     result = run("--out", out)
     assert result.exit_code == 0, result.output
@@ -122,10 +151,10 @@ def test_own_photos_go_through_detection(small, tmp_path):
         photo.crop((0, 300, 200, 500)).save(photos / "no face.png")
     result = run("--photos", photos, "--out", tmp_path / "mine")
     assert result.exit_code == 0, result.output
-    data = open_dataset(tmp_path / "mine" / "data.random-guide")
+    data = open_dataset(tmp_path / "mine" / "data")
     assert data.num_samples() == 3
-    assert data.manifest.image_size == 256
-    rejected = (tmp_path / "mine" / "data.random-guide" / "rejected.csv").read_text()
+    assert data.manifest.image_size == 32
+    rejected = (tmp_path / "mine" / "data" / "rejected.csv").read_text()
     assert "no face.png,no_face" in rejected
 
 
@@ -140,13 +169,13 @@ def photos(tmp_path):
     return folder
 
 
-def test_a_guide_that_cannot_be_had_is_an_error_if_asked_for_and_leaves_nothing(small, tmp_path):
+def test_an_unavailable_guide_is_an_error_if_asked_for_and_leaves_nothing(small, tmp_path):
     with pytest.raises(UserError, match=r"guide\.path: .*nothing-here"):
         demo.run_demo(tmp_path / "demo", guide_path=str(tmp_path / "nothing-here"))
     assert not (tmp_path / "demo").exists()
 
 
-def test_mistyped_photos_are_told_before_the_guide_is_loaded_and_leave_nothing(
+def test_mistyped_photos_are_an_error_before_the_guide_is_loaded_and_leave_nothing(
     small, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(demo, "load_guide", lambda *_: 1 / 0)
@@ -156,7 +185,7 @@ def test_mistyped_photos_are_told_before_the_guide_is_loaded_and_leave_nothing(
 
 
 @pytest.mark.parametrize(("num_faces", "found"), [(1, "1 face"), (0, "no face")])
-def test_too_few_faces_are_told_before_training_and_leave_nothing(
+def test_too_few_faces_are_an_error_before_training_and_leave_nothing(
     small, photos, tmp_path, num_faces, found
 ):
     if num_faces == 0:
@@ -184,6 +213,6 @@ def test_an_interrupted_demo_goes_on(small, photos, tmp_path, monkeypatch):
     assert (tmp_path / "demo" / "demo.json").is_file()
 
 
-def test_without_its_config_it_says_where_it_runs(tmp_path):
-    with pytest.raises(UserError, match="runs in a clone"):
+def test_a_config_that_is_missing_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"demo.yaml: no such config file"):
         demo.run_demo(tmp_path, config_file=tmp_path / "demo.yaml")

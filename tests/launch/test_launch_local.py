@@ -192,6 +192,17 @@ def test_a_worker_that_is_killed_is_started_again(config, tmp_path):
     assert result(config)["nimg"] == 400
 
 
+def test_an_error_in_the_config_is_told_once_and_not_tried_again(config, tmp_path):
+    words = ("--standalone", "--nproc-per-node", 2, "--max-restarts", 3)
+    words += ("-m", "launch.cli", "train", config, "stages.0.batch=1")
+    process = start(tmp_path, "launch.local.torchrun", *words)
+    assert process.wait(120) == UserError.exit_code
+    log = (tmp_path / "log0").read_text()
+    assert "smaller than the number of ranks 2" in log
+    assert log.count("torchrun: rank") == 1 and "attempts left" not in log
+    assert log.count("dinogen: stages: batch 1") <= 2  # once per rank at most
+
+
 def test_a_lost_node_leaves_the_other_to_go_on(config, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

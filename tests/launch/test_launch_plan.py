@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from dinogen.errors import UserError
 from launch.cli.main import app
 from launch.slurm.jobs import read_jobs
+from tests.families.tiny import pack_discs
 from tests.launch.played_slurm import set_state, submitted
 
 
@@ -60,12 +61,17 @@ def test_jobs_read_a_copy_that_later_edits_do_not_reach(played):
     assert yaml.safe_load(before)["stages"][0]["kimg"] == 1
 
 
-def test_a_dry_run_prints_the_chain_and_touches_nothing(played):
+def commands(folder):
+    return (folder / "run-launch.sh").read_text().splitlines()
+
+
+def test_a_dry_run_prints_the_chain_and_touches_nothing(played, monkeypatch):
+    monkeypatch.chdir(played)
     result = launch(played, "--dry-run", "--time", "12:00:00", "--sbatch=--exclusive")
     assert result.exit_code == 0, result.output
     assert submitted(played) == []
     assert not (played / "run").exists()
-    lines = [line for line in result.output.splitlines() if "sbatch " in line]
+    lines = [line for line in commands(played) if "sbatch " in line]
     assert len(lines) == 4
     assert "--dependency=afterok:$train_8 " in lines[2]
     assert all("--time=12:00:00" in line and "--exclusive" in line for line in lines)
@@ -182,6 +188,7 @@ def test_what_cannot_be_launched_is_one_error(played, monkeypatch, words, told):
 
 
 def test_no_slurm_here(played, monkeypatch):
+    monkeypatch.chdir(played)
     monkeypatch.setenv("PATH", "/nowhere")
     result = launch(played)
     assert "sbatch is not on the PATH" in str(result.exception)
@@ -201,6 +208,7 @@ def test_a_record_that_cannot_be_read_is_no_reason_to_submit_again(played):
 def test_photos_are_made_into_data_first(played):
     (played / "photos").mkdir()
     words = (f"data.path={played / 'new'}", "--photos", str(played / "photos"))
+    words += ("prepare.pyramids.make=always", "guide.name=pixels")
     launch(played, *words, "prepare.pack.val_fraction=0.1")
     jobs = record(played)
     assert list(jobs) == ["faces", "pyramids", "pack", "train-4", "train-8", "train-16", "evaluate"]
@@ -240,15 +248,14 @@ def test_a_mix_has_to_be_there(played):
     for words in ((), ("--photos", str(played / "photos"))):
         told = str(launch(played, *words).exception)
         assert f"data.mix: {played / 'other'} holds no packed data" in told
-    (played / "other").mkdir()
-    (played / "other" / "manifest.json").write_text('{"splits": {"train": {}}}')
+    pack_discs(played / "other")
     launch(played)
     assert list(record(played)) == ["train-4", "train-8", "train-16", "evaluate"]
 
 
 def test_without_held_out_samples_there_is_no_evaluation(played):
-    (played / "data" / "manifest.json").write_text('{"splits": {"train": {}}}')
-    launch(played)
+    pack_discs(played / "whole", val_fraction=0)
+    launch(played, f"data.path={played / 'whole'}")
     assert list(record(played)) == ["train-4", "train-8", "train-16"]
 
 

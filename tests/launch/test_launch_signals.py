@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import signals as relay_module
+from launch.local import signals as signals_module
 from launch.local.signals import SignalForwarder
 from launch.local.torchrun import _address
 from tests.families.tiny import pack_discs, tiny_config
@@ -140,10 +140,10 @@ class Played(SignalForwarder):
 
     def __init__(self, monkeypatch) -> None:
         self.now, self.ended, self.killed = 0.0, [], []
-        monkeypatch.setattr(relay_module.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(relay_module, "catches", lambda pid, number: True)
-        monkeypatch.setattr(relay_module, "_kill", lambda pid, number: self.killed.append(number))
-        monkeypatch.setattr(relay_module.threading, "Thread", lambda **words: self)
+        monkeypatch.setattr(signals_module.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(signals_module, "catches", lambda pid, number: True)
+        monkeypatch.setattr(signals_module, "_kill", lambda pid, number: self.killed.append(number))
+        monkeypatch.setattr(signals_module.threading, "Thread", lambda **words: self)
         super().__init__(lambda: [7], self.ended.append)
 
     def start(self) -> None:

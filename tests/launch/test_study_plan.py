@@ -235,3 +235,15 @@ def test_the_study_of_the_repository_is_whole(monkeypatch):
     page = (ROOT / "docs" / "study.md").read_text()
     (text,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
     assert set(yaml.safe_load(text)) == set(type(opened.plan).model_fields)
+
+
+def test_plan_names_the_run_that_cannot_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    path = write_study(tmp_path / "place")
+    config = yaml.safe_load((path.parent / "a.yaml").read_text())
+    config["stages"] = [{"resolution": 32, "kimg": 2}]  # the data are 16x16
+    (path.parent / "a.yaml").write_text(yaml.safe_dump(config))
+    result = CliRunner().invoke(app, ["study", "plan", str(path)])
+    lines = {line.split("│")[1].strip(): line for line in result.output.splitlines() if "│" in line}
+    assert "cannot work here: stages: stage 32 is larger" in lines["gan/a-seed0"]
+    assert "cannot work" not in lines["gan/b-seed0"]

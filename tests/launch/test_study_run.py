@@ -107,7 +107,7 @@ def test_what_failed_before_comes_after_what_was_never_tried(played_study):
     assert player.done[0] == "gan/b-seed0 train" and player.done[-1] == "gan/a-seed0 train"
 
 
-def test_no_best_where_figures_cannot_be_compared(played_study):
+def test_no_best_where_values_cannot_be_compared(played_study):
     path, player = played_study(final={})
     player.fingerprints["gan/b-seed1"] = "other"
     player.metric_values["vae/c-seed0"] = player.metric_values["vae/dd-seed0"] = (

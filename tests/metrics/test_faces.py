@@ -43,7 +43,7 @@ def noisy(images, sigma):
     return (images + sigma * 127.5 * noise).round().clamp(0, 255).to(torch.uint8)
 
 
-def test_figures_grow_with_the_noise_and_most_for_cats(assets):
+def test_values_grow_with_the_noise_and_most_for_cats(assets):
     (file,) = (assets / "inception").glob("*.safetensors")
     extractor = load_extractor(
         "inception768", MetricsConfig(inception768=str(file)), torch.device("cpu")

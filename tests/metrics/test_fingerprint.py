@@ -74,7 +74,7 @@ def test_it_is_twelve_digits_and_does_not_change_from_version_to_version():
         ({"extractor": {"random": True}}, "random: True, not False"),
     ],
 )
-def test_each_thing_that_moves_a_figure_is_told(change, words):
+def test_each_thing_that_moves_a_value_is_said(change, words):
     assert differences(made(**change), made()) == [words]
     assert fingerprint_id(made(**change)) != fingerprint_id(made())
 

@@ -58,7 +58,7 @@ def test_anything_else_is_worked_out_for_itself(data, tmp_path, other):
     assert extractor.num_seen == source.num
 
 
-def test_of_two_judges_only_the_new_one_looks(data, tmp_path):
+def test_of_two_extractors_only_the_new_one_reads_the_images(data, tmp_path):
     ask(val(data), Means(), tmp_path / "cache")
     old, new = Means(), Means("dinov2")
     found = seen_of_reference(val(data), [old, new], (), 3, tmp_path / "cache")
@@ -92,7 +92,7 @@ def of_others(path, good):
 
 
 @pytest.mark.parametrize("damage", [cut_off, one_bit, of_others])
-def test_a_damaged_cache_is_worked_out_anew(damage, data, tmp_path, caplog):
+def test_a_damaged_cache_is_computed_again(damage, data, tmp_path, caplog):
     cache = tmp_path / "cache"
     expected = ask(val(data), Means(), cache)
     (path,) = cache.glob("*.safetensors")
@@ -107,7 +107,7 @@ def test_a_damaged_cache_is_worked_out_anew(damage, data, tmp_path, caplog):
     assert extractor.num_seen == 0, "and is whole again"
 
 
-def test_a_cache_that_cannot_be_written_costs_no_figure(data, tmp_path, caplog):
+def test_a_cache_that_cannot_be_written_costs_no_value(data, tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     seen = ask(val(data), Means(), tmp_path / "file" / "cache")
     assert seen.moments.count == 8

@@ -13,7 +13,7 @@ from dinogen.metrics.registry import OF_FEATURES, Sets
 from dinogen.metrics.spectrum import sharpness, spectrum_distance
 from dinogen.metrics.value import halves
 
-JUDGE = SpectrumExtractor(torch.device("cpu"))
+EXTRACTOR = SpectrumExtractor(torch.device("cpu"))
 
 
 def noise(num, side, deviation=30.0, seed=0):
@@ -23,13 +23,13 @@ def noise(num, side, deviation=30.0, seed=0):
 
 
 def seen(images, keep=True):
-    features = JUDGE(images)["features"]
-    return Seen(JUDGE.info, Moments.of(features), features if keep else None)
+    features = EXTRACTOR(images)["features"]
+    return Seen(EXTRACTOR.info, Moments.of(features), features if keep else None)
 
 
 @pytest.mark.parametrize("side", [16, 64, 65])
 def test_white_noise_has_its_variance_in_every_band(side):
-    found = JUDGE(noise(400, side))["features"].mean(0)
+    found = EXTRACTOR(noise(400, side))["features"].mean(0)
     assert found[1:].tolist() == pytest.approx([(30 / 255) ** 2] * (NUM_BANDS - 1), rel=0.06)
     # what was taken away with the mean is missing from the coarsest
     assert found[0].tolist() == pytest.approx((30 / 255) ** 2, rel=0.3)
@@ -39,7 +39,7 @@ def test_white_noise_has_its_variance_in_every_band(side):
 def test_a_wave_is_in_the_band_of_its_length(cycles):
     across = 0.3 * torch.sin(2 * math.pi * cycles * torch.arange(64) / 64)
     image = ((0.5 + across) * 255).round().to(torch.uint8).expand(1, 3, 64, 64)
-    found = JUDGE(image)["features"][0]
+    found = EXTRACTOR(image)["features"][0]
     band = cycles * NUM_BANDS // 32
     assert found.argmax() == band
     assert found[band] > 100 * found[[b for b in range(NUM_BANDS) if abs(b - band) > 1]].max()
@@ -47,21 +47,21 @@ def test_a_wave_is_in_the_band_of_its_length(cycles):
 
 @pytest.mark.parametrize("side", [4, 8])
 def test_small_images_have_bands_without_frequencies_that_count_nothing(side):
-    one, other = (JUDGE(noise(200, side, seed=seed))["features"].mean(0) for seed in (0, 1))
+    one, other = (EXTRACTOR(noise(200, side, seed=seed))["features"].mean(0) for seed in (0, 1))
     assert 0 < int((one == 0).sum()) < NUM_BANDS
     assert 0 <= spectrum_distance(one, other) < 1
     assert sharpness(one, other) == pytest.approx(1, abs=0.1)
 
 
 def test_half_the_contrast_is_six_decibels():
-    real, found = (JUDGE(noise(200, 32, d))["features"].mean(0).double() for d in (40, 20))
+    real, found = (EXTRACTOR(noise(200, 32, d))["features"].mean(0).double() for d in (40, 20))
     assert spectrum_distance(found, real) == pytest.approx(20 * math.log10(2), abs=0.1)
     assert sharpness(found, real) == pytest.approx(0.25, rel=0.03)
 
 
 def test_a_image_of_one_colour_is_far_and_not_infinitely():
-    real = JUDGE(noise(9, 32))["features"].mean(0)
-    flat = JUDGE(torch.full((9, 3, 32, 32), 77, dtype=torch.uint8))["features"].mean(0)
+    real = EXTRACTOR(noise(9, 32))["features"].mean(0)
+    flat = EXTRACTOR(torch.full((9, 3, 32, 32), 77, dtype=torch.uint8))["features"].mean(0)
     assert 30 < spectrum_distance(flat, real) < 60
     assert sharpness(flat, real) < 1e-9
 
@@ -74,7 +74,7 @@ def test_blurred_photos_are_less_sharp_than_photos_and_noisy_ones_sharper():
     generator = torch.Generator().manual_seed(0)
     noisy = photo + 20 * torch.randn(photo.shape, generator=generator)
     real, soft, rough = (
-        JUDGE(x.round().clamp(0, 255).to(torch.uint8))["features"].mean(0)
+        EXTRACTOR(x.round().clamp(0, 255).to(torch.uint8))["features"].mean(0)
         for x in (photo, blurred, noisy)
     )
     assert sharpness(soft, real) < 0.5 < 1 < 1.5 < sharpness(rough, real)

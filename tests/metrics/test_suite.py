@@ -81,7 +81,7 @@ def suite(names, what, tmp_path, num_halves=0):
     return measure(names, extractors, what, num_halves, tmp_path / "cache")
 
 
-def test_every_image_is_made_once_and_judged_once(data, extractor, tmp_path):
+def test_every_image_is_made_once_and_measured_once(data, extractor, tmp_path):
     what = subject(data)
     found = suite(ALL, what, tmp_path, num_halves=4)
     assert sorted(what.generated.numbers) == list(range(60))
@@ -102,7 +102,16 @@ def test_every_image_is_made_once_and_judged_once(data, extractor, tmp_path):
     assert found.metric_values["memorisation768"].value > 2
 
 
-def test_what_is_missing_says_why_and_how_to_mend_it(data, extractor, tmp_path):
+def test_a_value_by_a_network_that_guided_the_run_says_so(data, extractor, tmp_path):
+    def cautions(guides):
+        found = suite(["fid768"], subject(data, guides=guides), tmp_path).metric_values
+        return found["fid768"].caution
+
+    assert "inception768 guided the training" in cautions(("pixels", "inception"))
+    assert "guided" not in cautions(("onet", "pixels"))
+
+
+def test_what_is_missing_says_why_and_how_to_fix_it(data, extractor, tmp_path):
     what = subject(data, real=ABSENT, train=ABSENT, pairs=ABSENT)
     found = suite(ALL, what, tmp_path)
     assert not found.made and what.generated.numbers == [] and found.fingerprints == {}

@@ -172,7 +172,7 @@ def test_p_rises_where_signs_are_above_the_target_and_falls_below():
     assert follow([0.5, 0.5, 0.5, 0.8], p=0.5)[-1] < 0.5
 
 
-def test_p_stays_between_0_and_1_and_each_interval_begins_anew():
+def test_p_stays_between_0_and_1_and_each_interval_begins_again():
     assert follow([-1.0] * 8)[-1] == 0
     assert follow([1.0] * 8, p=0.999)[-1] == 1
     up_and_down = follow([1.0] * 4 + [0.59] * 4, p=0.5)

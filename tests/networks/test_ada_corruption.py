@@ -28,17 +28,17 @@ def test_the_filter_is_the_wavelet_sym2():
 
 
 def test_bands_share_the_spectrum_out():
-    bank = bands()
-    assert bank.shape == (4, 43)
+    filters = bands()
+    assert filters.shape == (4, 43)
     whole = np.zeros(43)
     whole[21] = 1
-    np.testing.assert_allclose(bank.sum(0), whole, atol=1e-12)
-    np.testing.assert_allclose(bank, bank[:, ::-1], atol=1e-12)
+    np.testing.assert_allclose(filters.sum(0), whole, atol=1e-12)
+    np.testing.assert_allclose(filters, filters[:, ::-1], atol=1e-12)
     n = np.arange(43) - 21
     borders = np.pi * np.array([0, 1 / 8, 1 / 4, 1 / 2, 1])
     for i, (low, high) in enumerate(itertools.pairwise(borders)):
         middle = (low + high) / 2 if i else 0.0
-        response = [(row * np.cos(middle * n)).sum() for row in bank]
+        response = [(row * np.cos(middle * n)).sum() for row in filters]
         assert np.argmax(response) == i
         assert response[i] > 0.7
 

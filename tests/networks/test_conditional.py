@@ -84,7 +84,7 @@ def test_guidance_extrapolates_latents_from_none_to_the_condition():
 
 
 @pytest.mark.parametrize("asked", ["some", "all", "none"])
-def test_every_parameter_in_use_gets_a_gradient_whoever_was_dropped(asked):
+def test_every_parameter_in_use_gets_a_gradient_regardless_of_dropout(asked):
     G = generator(16)
     z, embedding = draws()
     keep = {"some": torch.arange(5) < 2, "all": torch.ones(5, dtype=torch.bool), "none": None}

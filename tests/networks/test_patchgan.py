@@ -84,7 +84,7 @@ def test_under_autocast_logits_are_float32():
         assert small(1)(torch.randn(1, 3, 16, 16)).dtype == torch.float32
 
 
-def test_each_scale_judges_the_image_at_half_the_size():
+def test_each_scale_reads_the_image_at_half_the_size():
     torch.manual_seed(0)
     D, x = MultiScalePatchDiscriminator(3, num_layers=1, base_channels=8), torch.randn(2, 3, 32, 32)
     found = D(x)

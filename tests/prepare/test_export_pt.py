@@ -155,7 +155,7 @@ def test_a_photo_s_name_never_hides_a_key():
 FOREIGN = ["../../up", "/etc/passwd", "dir/a", "dir/b", "a\\b", "C:x", ".", ".hidden", "x" * 300]
 
 
-def test_names_stay_inside_the_folder_whatever_the_keys():
+def test_names_stay_inside_the_folder_regardless_of_the_keys():
     """Keys of foreign tars may hold anything."""
     named = file_names(dict.fromkeys(FOREIGN, ""))
     assert len(set(named.values())) == len(FOREIGN)

@@ -31,7 +31,7 @@ def test_a_rerun_does_only_what_is_missing(photos, tmp_path, monkeypatch):
         stream, "read_and_cut", lambda p, *a: seen.append(p.source) or original(p, *a)
     )
     summary = write_faces(photos, out, config, device="cpu")
-    # the one that is gone, and the rejected one in case it was mended
+    # the one that is gone, and the rejected one in case it was fixed
     assert sorted(seen) == ["1.jpg", "wall.png"]  # in two threads: either may come first
     assert (summary.num_skipped, summary.num_new, summary.num_crops) == (5, 1, 6)
     after = files(out)
@@ -56,7 +56,7 @@ def test_a_rerun_knows_the_duplicates_of_what_is_there(tmp_path, noise):
     assert sorted(path.stem for path in out.glob("*.jpg")) == sorted([photo_key("a.png"), "c"])
 
 
-def test_a_mended_photo_is_taken_up(photos, tmp_path):
+def test_a_repaired_photo_is_taken_up(photos, tmp_path):
     out = tmp_path / "faces"
     write_faces(photos, out, FacesConfig(size=32), device="cpu")
     (photos / "wall.png").write_bytes((photos / "0.jpg").read_bytes())
@@ -137,7 +137,7 @@ def test_other_settings_photos_or_contents_are_refused(photos, tmp_path):
         write_faces(photos, tmp_path / "plain", FacesConfig(detect="none"))
 
 
-def test_missing_and_empty_folders_are_told_before_anything_is_written(tmp_path):
+def test_missing_and_empty_folders_are_errors_before_anything_is_written(tmp_path):
     with pytest.raises(PrepareError, match="does not exist"):
         write_faces(tmp_path / "absent", tmp_path / "out", FacesConfig())
     (tmp_path / "empty").mkdir()

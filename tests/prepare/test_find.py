@@ -75,7 +75,7 @@ HIDDEN = [
 ]
 
 
-def test_hidden_and_system_files_are_passed_over(tmp_path):
+def test_hidden_and_system_files_are_skipped(tmp_path):
     for place in ("", "album/"):
         for name in HIDDEN:
             path = tmp_path / ".hidden" / f"{place}{name}"

@@ -227,7 +227,7 @@ def files(data):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in data.rglob("*.*")}
 
 
-def test_finished_work_is_passed_over(photos, guide, checkpoint, tmp_path):
+def test_finished_work_is_skipped(photos, guide, checkpoint, tmp_path):
     data = tmp_path / "data"
     first, manifest = run(photos, data, guide)
     before = files(data)
@@ -280,7 +280,7 @@ def test_a_finished_dataset_of_another_guide_or_other_photos_is_named(
         run(photos, data, guide)
 
 
-def test_a_mistyped_folder_is_told_before_the_guide_is_loaded(tmp_path):
+def test_a_mistyped_folder_is_an_error_before_the_guide_is_loaded(tmp_path):
     done = dinogen("prepare", tmp_path / "fotos", tmp_path / "data", "guide.path=/nowhere")
     assert isinstance(done.exception, PrepareError)
     assert "fotos: does not exist" in str(done.exception)

@@ -215,7 +215,7 @@ def test_pyramids_of_something_else_are_never_mixed(faces, tmp_path, make, chang
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "empty"])
-def test_a_damaged_part_is_named_and_made_anew(faces, tmp_path, make, caplog, damage):
+def test_a_damaged_part_is_named_and_made_again(faces, tmp_path, make, caplog, damage):
     out = tmp_path / "out"
     write_pyramids(faces, out, make())
     expected = whole(out)

@@ -28,7 +28,7 @@ from shards.check.repair import rebuild_indexes
 from shards.check.verify import verify
 
 FACES = {"size": 32, "detect": "none"}
-# A guide that is nowhere: whoever asks for it fails.
+# A guide that is nowhere: any code that loads it fails.
 PLAIN = {
     "guide": {"path": "/nowhere"},
     "family": {"name": "dcgan", "ngf": 8, "ndf": 8},

@@ -123,7 +123,7 @@ def test_speeds_of_different_devices_do_not_compare(tmp_path):
     assert "best" not in cell(page, "a", "sampling")[1]
 
 
-def test_random_judges_and_guides_are_said_loudly(tmp_path):
+def test_random_extractors_and_guides_are_said_loudly(tmp_path):
     run = make_run(tmp_path / "a", fingerprints={"aaaaaaaaaaaa": ALIKE | {"random": True}})
     result = run / "32x32" / "result.json"
     write(result, json.loads(result.read_text()) | {"random_guide": True})
@@ -217,7 +217,7 @@ def test_runs_under_several_seeds_are_taken_together(tmp_path):
     assert "1.75 ± 0.90" in text and "Over seeds" in page.text
 
 
-def test_figures_of_training_stand_in_where_nothing_else_was_measured(tmp_path):
+def test_values_of_training_stand_in_where_nothing_else_was_measured(tmp_path):
     run = make_run(tmp_path / "a", measured={})
     line = {"nimg": 20016, "metrics": {"fid768": metric_value(3.5)}}
     (run / "32x32" / "metrics.jsonl").write_text(json.dumps(line) + "\n")

@@ -27,7 +27,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     assert page.open == []
 
 
-def test_without_looks_the_last_grid_of_training_is_shown(tmp_path):
+def test_without_visualizations_the_last_grid_of_training_is_shown(tmp_path):
     run = make_run(tmp_path / "a")
     (run / "32x32" / "visualizations" / "visualizations.json").unlink()
     page, _, _ = compare(tmp_path / "out", run)

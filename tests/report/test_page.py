@@ -86,7 +86,7 @@ def load(run):
     return Page(write_page(run).read_text(encoding="utf-8"))
 
 
-def test_every_picture_is_inside_the_page_byte_for_byte(tmp_path):
+def test_every_image_is_inside_the_page_byte_for_byte(tmp_path):
     run = make_run(tmp_path / "run")
     page = load(run)
     inside = [base64.b64decode(source.partition(";base64,")[2]) for source in page.sources]
@@ -143,7 +143,7 @@ def test_a_collapse_is_said_loudly_with_its_warning(tmp_path, health):
     assert f"{health}: samples differ 8 %" in page.text
 
 
-def test_a_picture_that_is_missing_is_named(tmp_path):
+def test_an_image_that_is_missing_is_named(tmp_path):
     run = make_run(tmp_path / "run")
     (run / "8x8" / "final_8x8.png").unlink()
     assert "missing: final_8x8.png" in load(run).text

@@ -21,7 +21,7 @@ def tile(canvas, row, column, top, left, side=96):
     return np.asarray(canvas)[y : y + side, x : x + side]
 
 
-def test_small_pictures_are_enlarged_by_a_whole_factor_and_nothing_else_is_drawn():
+def test_small_images_are_enlarged_by_a_whole_factor_and_nothing_else_is_drawn():
     images = make_images(5)
     canvas = draw_sheet(Sheet(images, 3))
     assert canvas.size == (3 * 98 - 2, 2 * 98 - 2)
@@ -32,7 +32,7 @@ def test_small_pictures_are_enlarged_by_a_whole_factor_and_nothing_else_is_drawn
     assert (tile(canvas, 1, 2, 0, 0) == 255).all()
 
 
-def test_large_pictures_stay_as_they_are():
+def test_large_images_stay_as_they_are():
     images = make_images(2, 128)
     canvas = np.asarray(draw_sheet(Sheet(images, 2)))
     assert canvas.shape == (128, 258, 3)

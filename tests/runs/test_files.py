@@ -65,7 +65,7 @@ def test_nothing_that_a_file_holds_raises(tmp_path, read, name):
 
 
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
-def test_what_stands_in_the_place_of_a_file_is_a_trouble(tmp_path, read):
+def test_what_stands_in_the_place_of_a_file_is_a_problem(tmp_path, read):
     assert not read(tmp_path / "nothing").there
     assert not read(tmp_path / "nothing").problems
     (tmp_path / "folder").mkdir()
@@ -79,7 +79,7 @@ def test_what_stands_in_the_place_of_a_file_is_a_trouble(tmp_path, read):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_a_trouble(tmp_path):
+def test_a_file_that_may_not_be_read_is_a_problem(tmp_path):
     path = tmp_path / "result.json"
     path.write_text("{}")
     path.chmod(0)
@@ -118,7 +118,7 @@ def test_what_is_sound_beside_what_is_not_stays(tmp_path):
     ]
 
 
-def test_a_figure_is_one_or_is_none(tmp_path):
+def test_a_value_is_a_number_or_none(tmp_path):
     path = tmp_path / "evaluation.json"
     measured = {
         "fid": {"value": 3.5, "better": "lower", "num_samples": 5, "from a later version": 1},

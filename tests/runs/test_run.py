@@ -41,8 +41,8 @@ def folder(tmp_path):
     return folder
 
 
-def measure(folder, nimg=1000, **figures):
-    measured = {name: {"value": value, "reason": None} for name, value in figures.items()}
+def measure(folder, nimg=1000, **values):
+    measured = {name: {"value": value, "reason": None} for name, value in values.items()}
     write(folder / "4x4" / "evaluation.json", {"nimg": nimg, "measured": measured})
 
 

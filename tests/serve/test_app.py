@@ -44,7 +44,7 @@ def refusal(client, query, status=400):
 
 
 @pytest.mark.parametrize("name", ["truncates", "two_stages", "guided"])
-def test_pictures_are_those_of_dinogen_sample(clients, runs, name):
+def test_images_are_those_of_dinogen_sample(clients, runs, name):
     expected = to_uint8(load_snapshot(runs[name]).sample(3, 5).numpy())
     for number, image in enumerate(expected):
         assert np.array_equal(pixels(clients[name], seed=5, number=number), image)
@@ -59,7 +59,7 @@ def test_the_same_query_gives_the_same_bytes(clients):
     assert first not in others
 
 
-def test_a_picture_says_how_it_was_made(clients):
+def test_an_image_says_how_it_was_made(clients):
     image = Image.open(io.BytesIO(png(clients["guided"], seed=2, number=7)))
     made = json.loads(image.text["dinogen"])
     assert (made["seed"], made["number"], made["nimg"]) == (2, 7, 32)
@@ -67,12 +67,25 @@ def test_a_picture_says_how_it_was_made(clients):
     assert made["random_guide"] is True
 
 
-def test_without_psi_left_all_pictures_are_the_mean(clients):
+def test_without_psi_left_all_images_are_the_mean(clients):
     client = clients["truncates"]
     mean = pixels(client, seed=1, psi=0)
     for number in (1, 2, 3):
         assert np.array_equal(pixels(client, seed=number, number=number, psi=0), mean)
     assert not np.array_equal(pixels(client, seed=1, psi=1), mean)
+
+
+def test_an_image_address_that_is_wrong_is_answered_on_the_page(clients):
+    """In a browser; a program gets the plain text."""
+    query = "/image.png?psi=0.5"
+    page = clients["guided"].get(query, headers={"accept": "text/html,*/*"})
+    plain = clients["guided"].get(query)
+    assert page.status_code == plain.status_code == 400
+    assert "<form" in page.text and "does not truncate" in page.text
+    assert plain.headers["content-type"].startswith("text/plain")
+    hostile = "/image.png?%3Cscript%3E=1"
+    answer = clients["guided"].get(hostile, headers={"accept": "text/html"})
+    assert answer.status_code == 400 and answer.text.count("<script>") == 1
 
 
 @torch.no_grad()
@@ -90,7 +103,7 @@ def test_a_walk_goes_from_seed_to_seed_along_the_great_circle(clients, runs):
     assert np.abs(to_uint8(images.numpy())[0].astype(int) - walk[1]).max() <= 1
 
 
-def test_each_stage_has_its_own_pictures(clients, galleries):
+def test_each_stage_has_its_own_images(clients, galleries):
     client = clients["two_stages"]
     assert pixels(client, stage=8).shape == (8, 8, 3)
     assert pixels(client, stage=16).shape == pixels(client).shape == (16, 16, 3)
@@ -202,7 +215,7 @@ class Slow:
         return self.gallery.draw(query)
 
 
-def test_pictures_are_drawn_one_after_the_other_and_few_wait(galleries, monkeypatch):
+def test_images_are_drawn_one_after_the_other_and_few_wait(galleries, monkeypatch):
     monkeypatch.setattr(module, "MAX_WAITING", 3)
     slow = Slow(galleries["guided"])
     with (

@@ -95,7 +95,7 @@ def direct(url, **query):
     return np.asarray(Image.open(io.BytesIO(content)))
 
 
-def test_another_seed_gives_other_pictures(visit, urls):
+def test_another_seed_gives_other_images(visit, urls):
     page = visit("truncates")
     before = drawn(page, "16 images")
     assert [image.shape for image in before] == [(16, 16, 3)] * 16
@@ -155,7 +155,7 @@ def test_a_random_guide_is_said_on_a_phone_too(visit):
     assert sum(map(int, colour[4:-1].split(","))) < 150
 
 
-def test_a_number_out_of_bounds_asks_for_no_picture(visit):
+def test_a_number_out_of_bounds_asks_for_no_image(visit):
     page = visit("guided", "#count=1")
     drawn(page, "1 image")
     page.get_by_label("Images").fill("65")

@@ -26,7 +26,7 @@ def fails(monkeypatch, capsys):
         monkeypatch.delenv("DINOGEN_DEBUG", raising=False)
         with pytest.raises(SystemExit) as end:
             main.main()
-        assert end.value.code == 1
+        assert end.value.code == 2
         return capsys.readouterr().err.splitlines()[-1]
 
     return call

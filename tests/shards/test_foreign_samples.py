@@ -53,7 +53,7 @@ def test_bad_metadata_are_that_samples_fault(tmp_path: Path, kind: str):
     status, said = run("index", tmp_path)
     assert (status, f"2.json: {words}" in said or words in said) == (0, True)
     dataset = open_dataset(tmp_path)
-    # Whoever needs no label trains on the image; whoever does is told, or skips it.
+    # Read without labels, the image is usable; where labels are needed, it is an error or skipped.
     batch = dataset.read(range(4), image_size=16)
     assert batch["label"].tolist() == [1, 1, -1, 1]
     with pytest.raises(CorruptSample, match=r"2\.json: "):
@@ -238,7 +238,7 @@ def test_tars_without_one_image_are_said_when_indexed(tmp_path: Path, names, wor
         assert (status, words in said) == (1, True), said
 
 
-def test_what_has_no_image_is_passed_over_and_said(tmp_path: Path):
+def test_what_has_no_image_is_skipped_and_said(tmp_path: Path):
     path = make(tmp_path, [*photos(2), ("README.md", b"x"), ("009.json", b"{}")])
     assert survey(path, with_sums=False).without_image == ["README (md)", "009 (json)"]
     status, said = run("index", tmp_path)

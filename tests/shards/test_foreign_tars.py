@@ -71,7 +71,7 @@ def test_damage_loses_no_sample_in_silence(tmp_path: Path, seed: int):
 
 
 @pytest.mark.parametrize("kind", [b"1", b"2", b"3", b"4", b"5", b"6", b"V", b"M", b"D", b"Z", b"N"])
-def test_what_is_no_file_is_passed_over(tmp_path: Path, kind: bytes):
+def test_what_is_no_file_is_skipped(tmp_path: Path, kind: bytes):
     images = photos(4)
     path = tmp_path / "train-0.tar"
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:

@@ -1,4 +1,4 @@
-"""Levels of further guides, vectors and captions: written, read, mixed, checked and mended."""
+"""Levels of further guides, vectors and captions: written, read, mixed, checked and repaired."""
 
 from __future__ import annotations
 
@@ -215,12 +215,12 @@ def test_damage_is_named_and_repaired_at_the_price_of_that_sample(data, flip, me
             open_dataset(data).read(range(5), levels=[member.removesuffix(".npy")])
     keys = open_dataset(data).keys()
     repair(data, allow_loss=True)
-    mended = open_dataset(data)
-    assert verify(mended) == []
-    assert mended.keys() == [other for other in keys if other != key]
-    assert mended.manifest.guides == IDENTITY["guides"]
+    repaired = open_dataset(data)
+    assert verify(repaired) == []
+    assert repaired.keys() == [other for other in keys if other != key]
+    assert repaired.manifest.guides == IDENTITY["guides"]
     captions = {s.key: s.caption for s in samples()}
-    assert all(mended.sample(i).caption == captions[k] for i, k in enumerate(mended.keys()))
+    assert all(repaired.sample(i).caption == captions[k] for i, k in enumerate(repaired.keys()))
 
 
 def test_a_level_that_a_sample_lacks_is_refused(tmp_path):

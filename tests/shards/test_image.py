@@ -126,7 +126,7 @@ def test_cut_off_images_raise(kind: str, name: str):
         decode_image(data[: len(data) // 2], name)
 
 
-def test_the_content_decides_whatever_the_name_says():
+def test_the_content_decides_and_not_the_name():
     for kind in ("JPEG", "PNG", "BMP", "GIF", "WEBP"):
         data = encode(photo(20, 10), kind)
         expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))

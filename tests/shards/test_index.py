@@ -103,7 +103,7 @@ def test_a_read_only_folder_is_indexed_in_memory(tmp_path: Path, monkeypatch):
     assert not list(tmp_path.glob("*.npz"))
 
 
-def test_a_plain_tar_written_anew_gets_a_new_index(tmp_path: Path):
+def test_a_plain_tar_written_again_gets_a_new_index(tmp_path: Path):
     one, two = list(make_samples(8))[:4], list(make_samples(8))[4:]
     path = tmp_path / "a.tar"
     write_plain(path, one)
@@ -120,7 +120,7 @@ def test_a_plain_tar_written_anew_gets_a_new_index(tmp_path: Path):
     assert open_dataset(tmp_path).keys() == [s.key for s in two[:2]]
 
 
-def test_an_index_of_another_tar_is_made_anew(copy: Path, caplog):
+def test_an_index_of_another_tar_is_made_again(copy: Path, caplog):
     wrong = copy / "train-00000.index.npz"
     before = wrong.read_bytes()
     wrong.write_bytes((copy / "val-00000.index.npz").read_bytes())

@@ -134,7 +134,7 @@ def test_every_rank_has_its_part_of_every_dataset(weights, world_size, start):
 
 @settings(deadline=None)
 @given(WEIGHTS, st.integers(0, 60), st.integers(1, 20))
-def test_what_is_fetched_ahead_is_what_is_shown(weights, start, batch_size):
+def test_what_is_prefetched_is_what_is_shown(weights, start, batch_size):
     order, orders = make_order(weights)
     plans = order.plans(start, batch_size, 0, 1, 3)
     for which, own in enumerate(orders):

@@ -74,7 +74,7 @@ def test_a_damaged_download_never_gets_its_name(url: str, tmp_path: Path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_dataset_packed_anew_does_not_meet_its_old_cache(url: str, tmp_path: Path):
+def test_a_dataset_packed_again_does_not_meet_its_old_cache(url: str, tmp_path: Path):
     open_dataset(url, cache_dir=tmp_path).read([0], levels=(4,))
     system = fsspec.filesystem("memory")
     manifest = system.cat_file("/bucket/faces/manifest.json")

@@ -1,4 +1,4 @@
-"""The cache of remote shards: its limit, who may be evicted, and what is fetched ahead of need."""
+"""The cache of remote shards: its limit, who may be evicted, and what is prefetched."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Served:
 
 @pytest.fixture(params=["http", "s3"])
 def served(request, packed: Path, monkeypatch) -> Iterator[Served]:
-    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 0.001)
     serve = http_server if request.param == "http" else s3_server
     with serve(packed) as server:
         for name, value in s3_environment(server.url).items():
@@ -51,7 +51,7 @@ def served(request, packed: Path, monkeypatch) -> Iterator[Served]:
 @pytest.fixture
 def web(packed: Path, monkeypatch) -> Iterator[Served]:
     """The same by HTTP alone, for what does not depend on the protocol."""
-    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("shards.remote.download.FIRST_WAIT_S", 0.001)
     with http_server(packed) as server:
         yield Served(server, server.url)
 
@@ -192,7 +192,7 @@ def test_a_missing_driver_is_named(url, module, driver, tmp_path, monkeypatch):
         open_dataset(url, cache_dir=tmp_path)
 
 
-def test_no_credentials_are_told_at_once(tmp_path, monkeypatch):
+def test_missing_credentials_are_an_error_at_once(tmp_path, monkeypatch):
     for name in list(os.environ):
         if name.startswith("AWS_"):
             monkeypatch.delenv(name)

@@ -1,4 +1,4 @@
-"""What is damaged is mended as far as it can be, and plain tars become a dataset."""
+"""What is damaged is repaired as far as it can be, and plain tars become a dataset."""
 
 from __future__ import annotations
 

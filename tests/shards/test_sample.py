@@ -30,7 +30,7 @@ def test_members_survive_the_round_trip():
             np.testing.assert_array_equal(back.levels[name], values)
 
 
-def test_json_is_the_same_whatever_the_order_of_its_keys():
+def test_json_is_the_same_in_any_order_of_its_keys():
     one = Sample("a", b"", "png", {"x": 1, "y": {"b": 1, "a": 2}})
     two = Sample("a", b"", "png", {"y": {"a": 2, "b": 1}, "x": 1})
     assert encode(one)["json"] == encode(two)["json"]

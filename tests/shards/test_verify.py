@@ -187,8 +187,8 @@ def test_command_verify(copy: Path, flip: Flip):
     refused = run(app, ["repair", str(copy)], input="n\n")
     assert refused.exit_code == 1
     assert run(app, ["verify", str(copy)]).exit_code == 1
-    mended = run(app, ["repair", str(copy), "--yes"])
-    assert "7 samples, 1 lost" in mended.output
+    repaired = run(app, ["repair", str(copy), "--yes"])
+    assert "7 samples, 1 lost" in repaired.output
     assert run(app, ["verify", str(copy)]).exit_code == 0
 
 

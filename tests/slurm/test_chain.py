@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.families.tiny import pack_discs
 from tests.slurm.helpers import ROOT
 
 NOBODY = 65534
@@ -26,11 +27,15 @@ def test_sbatch_accepts_the_plan_up_to_256_on_four_nodes(cluster, write_config, 
     plan = yaml.safe_load(path.read_text())
     plan["stages"] = [{"resolution": size, "kimg": 100} for size in sizes]
     plan["cluster"] = {"cpus_per_process": 1}
+    pack_discs(tmp_path / "large", size=256, val_fraction=0)
+    plan["data"]["path"] = str(tmp_path / "large")
     path.write_text(yaml.safe_dump(plan))
     flags = ("--on", "slurm", "--nodes", 4, "--gpus-per-node", 8, "--time", "12:00:00")
     printed = dinogen("launch", path, *flags, "--dry-run")
     assert not (tmp_path / "run").exists()
-    lines = [line for line in printed.splitlines() if "=$(sbatch " in line]
+    assert "commands: run-launch.sh" in printed
+    script = (tmp_path / "run-launch.sh").read_text()
+    lines = [line for line in script.splitlines() if "=$(sbatch " in line]
     assert len(lines) == len(sizes)
     asked = []
     for number, line in enumerate(lines):

@@ -72,7 +72,8 @@ def test_every_command_runs_in_its_order(cluster, workplace):
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
         if not numbers:
             numbers = wait_for_chain(cluster, workplace)
-            assert "train_8=$(sbatch --parsable --dependency=afterok:$train_4" in done.stdout
+            script = (workplace / "first-launch.sh").read_text()
+            assert "train_8=$(sbatch --parsable --dependency=afterok:$train_4" in script
         elif "launch status" in block:
             assert done.stdout.count("COMPLETED") >= len(STEPS)
         elif "--photos" in block:

@@ -11,7 +11,7 @@ from tests.training.benchmarks import FOLDER, benchmark  # noqa: F401
 
 
 @pytest.mark.timeout(3600)
-def test_every_kind_of_trouble_eight_times(benchmark):  # noqa: F811
+def test_every_kind_of_problem_eight_times(benchmark):  # noqa: F811
     printed = benchmark("fuzz", "--cases", "96")
     assert "96 cases, 0 wrong" in printed
 

@@ -1,4 +1,4 @@
-"""A tiny packed dataset of drawn images, a tiny random DINOv2, and runs that train on it."""
+"""A tiny packed dataset of drawn images, a tiny random DINOv2, and configs that train on them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,8 @@ from dinogen.config import Config, GuideConfig, parse_config
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid, pooled_pyramid
-from dinogen.training.checkpointing.snapshot import load_snapshot
-from dinogen.training.run import train
-from dinogen.visualize.scene import Scene
 from shards.format.sample import Sample
 from shards.write.pack import pack
-from tests.families.tiny import pack_discs, tiny_config
 
 NUM_SAMPLES = 40
 GRIDS = (4, 8, 16)
@@ -79,6 +75,7 @@ def make_config(tmp_path, data_folder, guide_folder):
                 "channel_base": 64,
                 "channel_max": 16,
                 "probe_samples": 8,
+                "objectives": [{"name": "mse"}],
             },
             "stages": [
                 {"resolution": 4, "kimg": 0.08, "batch": 8, "lr": 0.01},
@@ -94,42 +91,5 @@ def make_config(tmp_path, data_folder, guide_folder):
             },
         }
         return parse_config(base, overrides)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folder of a run of four steps of a family, all of whose checkpoints were kept."""
-    folder = tmp_path_factory.mktemp("visualizations")
-    pack_discs(folder / "data")
-    more = {
-        "stylegan2_ada": ["augment.flip=0.5"],
-        "ddpm": ["checkpoint.keep_last=1"],
-    }
-    done = {}
-
-    def run_of(family):
-        if family not in done:
-            keep = ["checkpoint.every_kimg=0.008", "checkpoint.keep_last=9"]
-            config = tiny_config(
-                family, folder / "data", folder / family, *keep, *more.get(family, [])
-            )
-            train(config)
-            done[family] = config.run
-        return done[family]
-
-    return run_of
-
-
-@pytest.fixture(scope="module")
-def scene_of(runs):
-    """The newest checkpoint of a family's run under seed 5."""
-    scenes = {}
-
-    def make(family):
-        if family not in scenes:
-            scenes[family] = Scene(load_snapshot(runs(family)), 5)
-        return scenes[family]
 
     return make

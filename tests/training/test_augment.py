@@ -79,7 +79,7 @@ def test_what_is_drawn_depends_on_the_position_alone():
 
 def test_a_run_that_mirrors_everything_equals_a_run_on_mirror_images(tmp_path, monkeypatch):
     pack_discs(tmp_path / "plain")
-    monkeypatch.setattr("tests.families.tiny.discs", lambda num: [d[:, ::-1] for d in discs(num)])
+    monkeypatch.setattr("tests.families.tiny.discs", lambda *of: [d[:, ::-1] for d in discs(*of)])
     pack_discs(tmp_path / "mirrored")
     one = tiny_config("dcgan", tmp_path / "plain", tmp_path / "one", "augment.flip=1")
     two = tiny_config("dcgan", tmp_path / "mirrored", tmp_path / "two")

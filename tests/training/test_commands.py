@@ -61,5 +61,5 @@ def test_wrong_input_is_one_line_without_a_traceback(make_config, tmp_path, dino
     ]
     for args, message in cases:
         code, _, err = dinogen(*args)
-        assert code == 1, (args, err)
+        assert code == 2, (args, err)
         assert message in err and "Traceback" not in err, (args, err)

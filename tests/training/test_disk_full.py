@@ -40,7 +40,7 @@ def test_the_run_says_so_and_goes_on_from_the_last_good_checkpoint(make_config, 
     )
     process.start()
     process.join(240)
-    assert process.exitcode == 1
+    assert process.exitcode == 2
     assert "8x8/checkpoints: the checkpoint could not be written" in log.read_text()
     assert "free space there" in log.read_text()
     assert list((stage(config, 8) / "checkpoints").iterdir()) == []
@@ -56,7 +56,7 @@ def fail() -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_failed_save_is_told_at_the_next_look(tmp_path):
+def test_a_failed_save_is_an_error_at_the_next_check(tmp_path):
     saver, done = Saver(), []
     saver.submit(tmp_path, lambda: done.append(1))
     saver.wait()

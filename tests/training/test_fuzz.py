@@ -9,7 +9,7 @@ import pytest
 from tests.training.benchmarks import FOLDER, benchmark  # noqa: F401
 
 
-def test_every_trouble_ends_with_the_right_result_or_the_right_error(benchmark):  # noqa: F811
+def test_every_problem_ends_with_the_right_result_or_the_right_error(benchmark):  # noqa: F811
     printed = benchmark("fuzz", "--cases", "6")  # tests/stress has eight of all twelve kinds
     assert "6 cases, 0 wrong" in printed
 

@@ -8,8 +8,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dinogen.config import ConfigError, dump_config, load_config
+from dinogen.config import ConfigError, dump_config, load_config, parse_config
 from dinogen.evaluation.evaluate import evaluate
+from dinogen.families.registry import resolve
+from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import load_checkpoint
 from dinogen.training.checkpointing.export import export
 from dinogen.training.checkpointing.snapshot import load_snapshot
@@ -237,3 +239,21 @@ def half_trained(make_config, trained_once):
     shutil.copytree(trained_once, config.run)
     files = [path for path in config.run.rglob("*") if path.is_file() and path.name != ".lock"]
     return make_config, {path: path.read_bytes() for path in files}
+
+
+def test_a_run_that_spells_no_objective_was_trained_with_mse_and_goes_on_with_it(make_config):
+    """The default of family guided was ``mse`` before it was ``drift``."""
+    config = make_config("stages.0.kimg=0.04")
+    train(config, 4)
+    edit(config, without("family.objectives"))
+    beside = load_config(config.run / "config.yaml", ["stages.0.kimg=0.08"])
+    assert beside.family.options["objectives"] == [{"name": "mse"}]
+    assert Run(config.run).config.family.options["objectives"] == [{"name": "mse"}]
+    checkpoint = load_checkpoint(stage(config, 4) / "checkpoints" / "000000040")
+    assert checkpoint.config.family.options["objectives"][0]["name"] == "mse"
+    (result,) = train(beside, 4)
+    assert result["nimg"] == 80 and result["floor"] is not None
+    today = resolve(parse_config({"family": {"name": "guided"}}))
+    assert today.family.options["objectives"][0]["name"] == "drift"
+    with pytest.raises(ConfigError, match=r"family\.objectives: .*'mse'.*'drift'"):
+        train(make_config("family.objectives=[{name: drift}]"), 4)

@@ -13,13 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinogen.config import ConfigError
 from dinogen.networks.progressive import ProgressiveGenerator
+from dinogen.report.progress import duration
 from dinogen.runs.lock import run_lock
 from dinogen.training.checkpointing.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
 )
-from dinogen.training.logging.logger import Logger, duration
+from dinogen.training.logging.logger import Logger
 from dinogen.training.preflight import check_run
 from dinogen.training.run import train
 from dinogen.training.trainer import TrainingError

@@ -28,7 +28,7 @@ def test_a_stage_without_fade_in_never_fades():
     assert plan.alpha(0) == 1 and not plan.fading(0)
 
 
-def test_due_counts_multiples_whatever_the_batch():
+def test_due_counts_multiples_regardless_of_the_batch():
     for batch in (1, 7, 64, 300):
         clock = range(0, 10_000, batch)
         passed = sum(due(n, n + batch, 0.5) for n in clock)

@@ -94,7 +94,7 @@ def hyperparameters(events):
     return {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
 
 
-def test_hparams_stand_with_the_final_figures(config):
+def test_hparams_stand_with_the_final_values(config):
     folder = stage(config, 8)
     events = board(folder, "final")
     values = hyperparameters(events)

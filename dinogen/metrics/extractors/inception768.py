@@ -54,7 +54,7 @@ class Inception768Extractor:
 
 
 def load(path: str | None, device: torch.device) -> FeatureExtractor:
-    """Load the folded weights from one safetensors file.
+    """Load the weights from the file that an Inception guide reads.
 
     Args:
         path: as ``guide.path`` of an Inception guide.
@@ -65,8 +65,8 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
     """
     if path is None:
         raise NotAvailable(
-            "metrics.inception768: no path is given: name the safetensors file of the FID "
-            "InceptionV3 with batch norm folded into X.conv.weight and X.conv.bias"
+            "metrics.inception768: no path is given: name torch-fidelity's "
+            "weights-inception-2015-12-05-6726825d.pth (docs/metrics.md, Weights)"
         )
     try:
         guide = load_guide(GuideConfig(name="inception", path=path), torch.device("cpu"))

@@ -1,8 +1,8 @@
 """The extractor of faces: the last network of the MTCNN face detector, with weights in its wheel.
 
 Zhang et al. 2016, "Joint Face Detection and Alignment Using Multitask Cascaded Convolutional
-Networks" (O-Net, figure 2). No guide and no objective sees it, it is on every machine, and it looks
-for nothing but faces: of other images its metric values say little.
+Networks" (O-Net, figure 2). It is on every machine, and it looks for nothing but faces: of other
+images its metric values say little. The guide ``onet`` is the same network.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinogen._torchvision import ensure_torchvision
 from dinogen.features.checkpoint import weights_sha256
+from dinogen.features.onet import LAST, load_network, maps
 from dinogen.metrics.extractors.base import (
     ExtractorInfo,
     FeatureExtractor,
@@ -49,10 +49,7 @@ class ONetExtractor:
         net = self.net
         with exactly(self.device):
             x = (resized(images, SIDE, "bilinear", self.device) - 127.5) / 128
-            for i in (1, 2, 3):
-                pool, act, conv = (getattr(net, f"{kind}{i}") for kind in ("pool", "prelu", "conv"))
-                x = pool(act(conv(x)))
-            x = net.prelu4(net.conv4(x))
+            x = maps(net, x)[LAST]
             # Its weights come from another framework, which counts columns first.
             features = net.prelu5(net.dense5(x.permute(0, 3, 2, 1).flatten(1)))
             logits = net.dense6_1(features)
@@ -69,18 +66,12 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
     Raises:
         NotAvailable: no such file, or it holds something else.
     """
-    ensure_torchvision()
-    from facenet_pytorch.models import mtcnn
-
-    wheel = Path(mtcnn.__file__).parents[1] / "data" / "onet.pt"
-    file = wheel if path is None else Path(path).expanduser()
-    net = mtcnn.ONet(pretrained=False)
+    file = None if path is None else Path(path).expanduser()
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        net.load_state_dict(state)
+        net = load_network(file)
     except Exception as error:
         raise NotAvailable(
-            f"metrics.onet: {file} does not hold the weights of MTCNN's O-Net "
+            f"metrics.onet: {file or 'facenet-pytorch'} does not hold the weights of MTCNN's O-Net "
             f"({' '.join(str(error).split())[:120]}): leave it out for those of facenet-pytorch"
         ) from error
-    return ONetExtractor(net, weights_sha256(state), device)
+    return ONetExtractor(net, weights_sha256(net.state_dict()), device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinogen.networks.ada.rng import TransformDraws
-from dinogen.networks.resample import upfirdn
+from dinogen.networks.resample import sample_at, upfirdn
 
 # The low-pass filter of the wavelet sym6 (Daubechies 1992, "Ten Lectures on Wavelets", table 6.3)
 SYM6 = (
@@ -178,7 +178,7 @@ def _warp(images: Tensor, matrices: Tensor, margin: int) -> Tensor:
     theta = (_linear(4 / end, offset) @ _to_sources(matrices, size))[:, :2].to(images)
     num = _num_places(size)
     grid = F.affine_grid(theta, [len(x), 1, num, num], align_corners=True)
-    return upfirdn(F.grid_sample(x, grid, align_corners=True), taps, down=2)
+    return upfirdn(sample_at(x, grid), taps, down=2)
 
 
 def _linear(factor: float, offset: float) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinogen.config import Config, ConfigError, parse_config
+from dinogen.config import Config, ConfigError, parse_config, with_earlier_defaults
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.families.registry import resolve
@@ -234,22 +235,26 @@ def _marks_of_files(parent: Path) -> _Marks:
     return marks
 
 
-def past_config(then: dict[str, Any], source: Path | str, version: str) -> Config:
+def past_config(
+    then: dict[str, Any], source: Path | str, version: str, overrides: Sequence[str] = ()
+) -> Config:
     """The config in a checkpoint or an export, maybe of another dinogen, by today's schema.
 
     Keys that it lacks get today's defaults, for a new key's default has to leave what a run
-    computes as it was.
+    computes as it was; where a default has changed, they get that of the time.
 
     Args:
         then: the config as it was saved.
         source: what holds it, named in errors.
         version: the dinogen that wrote it.
+        overrides: ``KEY=VALUE`` changes to it.
 
     Raises:
         ConfigError: naming a key that today's schema does not know, or a value that it refuses.
     """
     try:
-        return resolve(parse_config(then))
+        earlier = with_earlier_defaults(copy.deepcopy(then))
+        return resolve(parse_config(earlier, list(overrides)))
     except ConfigError as error:
         raise ConfigError(
             f"{source}: {error}\nit was written by dinogen {version}, this is {__version__}: "
@@ -279,7 +284,13 @@ def check_same_data(
     Raises:
         ConfigError: naming ``data.path``.
     """
-    if checkpoint.state["data"] != fingerprint:
+    if checkpoint.state["data"] is None:
+        log.warning(
+            "%s does not say which data it was trained on: NOT checked that %s holds them",
+            checkpoint.folder,
+            config.data.location,
+        )
+    elif checkpoint.state["data"] != fingerprint:
         raise ConfigError(
             f"data.path: {config.data.location} holds other shards than the checkpoint "
             f"{checkpoint.folder} was trained on: {remedy or or_a_new_run(config)}"

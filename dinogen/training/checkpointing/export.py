@@ -9,26 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from dinogen.config import ConfigError
-from dinogen.distributed import process_group
-from dinogen.families.abilities import fade
 from dinogen.families.base import Family, sample_in_parts
-from dinogen.families.registry import family_class
 from dinogen.files import write_bytes
-from dinogen.training.checkpointing.checkpoint import on_host, past_config
+from dinogen.training.checkpointing.checkpoint import on_host
+from dinogen.training.checkpointing.exported import INFO, SUFFIX, ExportedFile, is_exported
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
-from dinogen.training.stages import find_stage
 
 log = logging.getLogger(__name__)
 
-SUFFIX = ".safetensors"
-# The one key of the file's metadata: several would lie in another order each time, and the same
-# checkpoint would give other bytes.
-INFO = "dinogen"
+# For exports without options of their own.
+NO_LICENCE = "not stated: ask those who trained it, and see the terms of the data"
+INTENDED_USE = "research; not to pass for a person, to identify one, or to deceive"
 
 
 @dataclass(frozen=True)
@@ -47,27 +42,41 @@ class Exported:
 
 
 def export(
-    run: Path, path: Path, resolution: int | None = None, nimg: int | None = None
+    run: Path,
+    path: Path,
+    resolution: int | None = None,
+    nimg: int | None = None,
+    licence: str = NO_LICENCE,
+    intended_use: str = INTENDED_USE,
 ) -> Exported:
     """Write the moving average of a checkpoint's generator: the tensors of its state dict.
 
     The metadata's key ``dinogen`` is JSON: ``random_guide`` first, ``network`` (its class, and the
     arguments to call it with), ``resolution``, ``alpha`` and ``fading`` (how far the stage was
-    faded in), ``nimg``, ``family``, ``guide_label`` and ``guide``, the whole ``config``, and the
-    ``versions`` that trained it. The same checkpoint gives the same bytes.
+    faded in), ``nimg``, ``family``, ``guide_label`` and ``guide``, ``data`` (their fingerprint) and
+    ``loss``, the whole ``config``, the ``versions`` that trained it, and ``card``: ``data``,
+    ``guide``, ``metrics`` as far as this checkpoint was measured, ``licence`` and
+    ``intended_use``. The same checkpoint, with the same measurements, gives the same bytes.
 
     Args:
         run: folder of the run.
         path: the file, ``*.safetensors``; one that is there is replaced.
         resolution: which stage; the largest that has a checkpoint unless given.
         nimg: which checkpoint; the newest unless given.
+        licence: of the weights, for the card.
+        intended_use: for the card.
 
     Raises:
-        ConfigError: no such checkpoint, or ``path`` is no name for such a file.
+        ConfigError: no such checkpoint, ``run`` is an exported file already, or ``path`` is no
+            name for such a file.
     """
     _check_name(path)
-    generator = _generator_of(load_snapshot(run, resolution, nimg))
-    network, info = generator.network, generator.info
+    if is_exported(run):
+        raise ConfigError(f"{run}: give the folder of a run: a file is exported already")
+    snapshot = load_snapshot(run, resolution, nimg)
+    generator = _generator_of(snapshot)
+    card = _card(snapshot) | {"licence": licence, "intended_use": intended_use}
+    network, info = generator.network, generator.info | {"card": card}
     (tensors,) = on_host({"G": network.state_dict()}).values()
     write_bytes(path, save(tensors, {INFO: json.dumps(info, allow_nan=False)}))
     if info["random_guide"]:
@@ -75,11 +84,30 @@ def export(
     return Exported(path, info, sum(p.numel() for p in network.parameters()))
 
 
+def _card(snapshot: Snapshot) -> dict[str, Any]:
+    """What the file says of data, guide and quality, for people."""
+    data = snapshot.family.config.data
+    found = snapshot.place.evaluation or {}
+    ours = found.get("nimg") == snapshot.nimg
+    kept = ("value", "spread", "num_samples", "num_reference", "fingerprint")
+    return {
+        "data": data.location,
+        "guide": snapshot.checkpoint.state["facts"].get("guide_label", "none"),
+        "metrics": {
+            name: {key: one.get(key) for key in kept}
+            for name, one in (found.get("measured") or {}).items()
+            if ours and one["value"] is not None
+        },
+    }
+
+
 def _generator_of(snapshot: Snapshot) -> Generator:
     """The averaged generator of a checkpoint."""
     family, state = snapshot.family, snapshot.checkpoint.state
     name = family.ema_networks[0]
     network = snapshot.ema.networks[name]
+    if isinstance(snapshot.checkpoint, ExportedFile):
+        return Generator(network, snapshot.checkpoint.info, family)
     facts = state["facts"]
     info = {
         "random_guide": bool(facts.get("random_guide")),
@@ -89,11 +117,13 @@ def _generator_of(snapshot: Snapshot) -> Generator:
             "arguments": family.arguments(name),
         },
         "resolution": snapshot.resolution,
-        "alpha": snapshot.plan.alpha(snapshot.nimg),
-        "fading": snapshot.plan.fading(snapshot.nimg),
+        "alpha": snapshot.alpha,
+        "fading": snapshot.fading,
         "nimg": snapshot.nimg,
         "family": family.config.family.name,
         **facts,
+        "data": state["data"],
+        "loss": state["progress"].get("loss"),
         "config": state["config"],
         "versions": state["versions"],
     }
@@ -147,31 +177,7 @@ def load_generator(path: Path | str) -> Generator:
         ConfigError: no such run or file, a run without a checkpoint, a file that ``dinogen export``
             did not write, or one of a version of dinogen with other config keys.
     """
-    path = Path(path)
-    if path.is_dir():
-        return _generator_of(load_snapshot(path))
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        info: dict[str, Any] = json.loads(metadata[INFO])
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: cannot be read as safetensors: {error}") from None
-    except (KeyError, ValueError):
-        raise ConfigError(
-            f"{path}: no generator of dinogen (its metadata lacks {INFO!r}): give a file that "
-            "`dinogen export` wrote"
-        ) from None
-    config = past_config(info["config"], path, info["versions"]["dinogen"])
-    stage = config.stages[find_stage(config, info["resolution"])]
-    family = family_class(config.family)(config, stage, process_group.device())
-    network = family.networks[info["network"]["name"]]
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ConfigError(f"{path}: its tensors do not fit the network it names: {error}") from None
-    fade(family, {info["network"]["name"]: network}, info["alpha"], info["fading"])
-    return Generator(network.eval().requires_grad_(False), info, family)
+    return _generator_of(load_snapshot(Path(path)))
 
 
 def _check_name(path: Path) -> None:

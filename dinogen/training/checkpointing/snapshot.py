@@ -1,4 +1,4 @@
-"""Reads what a run has learnt: the averaged networks of one checkpoint."""
+"""Reads what a run has learnt: the averaged networks of one checkpoint, or of an exported file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dinogen.config import Config, ConfigError, StageConfig
@@ -21,6 +22,12 @@ from dinogen.training.checkpointing.checkpoint import (
     NewestCheckpoints,
     load_checkpoint,
 )
+from dinogen.training.checkpointing.exported import (
+    ExportedFile,
+    exported_config,
+    is_exported,
+    open_exported,
+)
 from dinogen.training.ema import Ema
 from dinogen.training.stages import StagePlan, find_stage
 
@@ -35,7 +42,8 @@ class Snapshot:
         family: knows how to sample.
         ema: the averaged networks.
         mark: ``.random-guide`` if the guide was random, else empty; part of file names.
-        plan: how far the stage is faded in, and when.
+        alpha: how far the stage is faded in, 0 to 1.
+        fading: whether it still is.
         checkpoint: what it was read from.
     """
 
@@ -44,7 +52,8 @@ class Snapshot:
     family: Family
     ema: Ema
     mark: str
-    plan: StagePlan
+    alpha: float
+    fading: bool
     checkpoint: Checkpoint
 
     @property
@@ -63,6 +72,22 @@ class Snapshot:
             condition: what they are drawn for, see :meth:`condition`.
         """
         return sample_in_parts(self.family, self.ema.networks, num, seed, 1, condition)
+
+    @torch.no_grad()
+    def sample_numbers(self, numbers: Tensor, seed: int, psi: float) -> Tensor:
+        """Images (N, 3, R, R) in [-1, 1] on the CPU of any sample numbers (N,), truncated.
+
+        Args:
+            numbers: int64; each image depends on its number alone.
+            seed: of the draws.
+            psi: how far from the mean, 1 for images as :meth:`sample` draws them.
+        """
+        family, networks = self.family, self.ema.networks
+        images = [
+            family.decode(networks, family.latents(one, seed), one, seed, psi).float().cpu()
+            for one in numbers.split(1)
+        ]
+        return torch.cat(images)
 
     def condition(self, texts: Sequence[str], guidance: float = 1.0) -> Condition:
         """What :meth:`sample` takes to draw what prompts describe, in turn.
@@ -83,12 +108,12 @@ def load_snapshot(
     nimg: int | None = None,
     places: Sequence[str] = (),
 ) -> Snapshot:
-    """A checkpoint of a run: by default the newest of the largest stage that has one.
+    """A checkpoint of a run, by default the newest of the largest stage that has one; or a file.
 
     Every rank has to call it, and gets the same one.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or a file that ``dinogen export`` wrote.
         resolution: which stage.
         nimg: which checkpoint, by the images that the run had been shown.
         places: ``KEY=VALUE`` changes of where data and guides lie now.
@@ -97,6 +122,8 @@ def load_snapshot(
         ConfigError: ``run`` is no run, there is no such checkpoint, or it is of a dinogen whose
             config this one does not know.
     """
+    if is_exported(run):
+        return _of_file(open_exported(run), resolution, nimg, places)
     today = run_config(run, places)
     if resolution is None:
         stages = today.stages[::-1]
@@ -124,23 +151,57 @@ def load_snapshot(
         network.load_state_dict(checkpoint.tensors(f"{name}.ema"))
     progress = checkpoint.state["progress"]
     plan = StagePlan(stage, checkpoint.state["start"])
-    fade(family, ema.networks, plan.alpha(progress["nimg"]), plan.fading(progress["nimg"]))
+    seen = progress["nimg"]
+    return _snapshot(family, ema, seen, plan.alpha(seen), plan.fading(seen), checkpoint)
+
+
+def _of_file(
+    file: ExportedFile, resolution: int | None, nimg: int | None, places: Sequence[str]
+) -> Snapshot:
+    """What an exported file holds; another stage or checkpoint is not in it."""
+    info = file.info
+    for option, asked in {"resolution": resolution, "nimg": nimg}.items():
+        if asked not in (None, info[option]):
+            raise ConfigError(
+                f"{file.folder}: holds one network alone, of stage {stage_name(info['resolution'])}"
+                f" at {info['nimg']} images: leave out --stage and --nimg, or give the run"
+            )
+    config = exported_config(file, places)
+    process_group.use_device(config.device)
+    stage = config.stages[find_stage(config, info["resolution"])]
+    family = family_class(config.family)(config, stage, process_group.device())
+    ema = Ema({file.network: family.networks[file.network]}, config.ema)
+    try:
+        ema.networks[file.network].load_state_dict(file.tensors(f"{file.network}.ema"))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{file.folder}: its tensors do not fit the network it names: {error}"
+        ) from None
+    return _snapshot(family, ema, info["nimg"], info["alpha"], info["fading"], file)
+
+
+def _snapshot(
+    family: Family, ema: Ema, nimg: int, alpha: float, fading: bool, checkpoint: Checkpoint
+) -> Snapshot:
+    fade(family, ema.networks, alpha, fading)
     mark = file_mark(checkpoint.state["facts"])
-    return Snapshot(stage.resolution, progress["nimg"], family, ema, mark, plan, checkpoint)
+    size = family.stage.resolution
+    return Snapshot(size, nimg, family, ema, mark, alpha, fading, checkpoint)
 
 
 def run_config(run: Path, places: Sequence[str] = ()) -> Config:
     """The config of a run; chooses its device, so it comes before ranks join each other.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or an exported file.
         places: ``KEY=VALUE`` changes of where data and guides lie now.
 
     Raises:
-        ConfigError: ``run`` is no run.
+        ConfigError: ``run`` is no run, and no exported file.
         DistError: this machine does not have the device.
     """
-    config = Run(run, places).config
+    exported = is_exported(run)
+    config = exported_config(open_exported(run), places) if exported else Run(run, places).config
     process_group.use_device(config.device)
     return config
 

@@ -39,8 +39,10 @@ class DdpEngine(SingleEngine):
         for name, network in self.family.networks.items():
             self._train_only(name)
             wrapped = self.wrapped[name] = DistributedDataParallel(
-                _PhaseLosses(network), forward_sync_buffers=False, gradient_as_bucket_view=True
+                _PhaseLosses(network), gradient_as_bucket_view=True
             )
+            # Not as an argument: torch 2.13 has another name for it.
+            wrapped.broadcast_buffers = False
             # DDP would put the buckets into another order after the first step of each start, and
             # with three ranks or more sums are rounded as they lie: this order is there at once.
             wrapped.reducer._push_all_rebuilt_params()

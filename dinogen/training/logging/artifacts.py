@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
@@ -24,11 +25,10 @@ from dinogen.training.state import StageState
 log = logging.getLogger(__name__)
 
 
-def save_samples(state: StageState, path: Path) -> np.ndarray:
-    """Write a grid of the moving average's samples; returns it as (H, W, 3) uint8."""
-    images = state.sample(state.config.log.num_samples).numpy()
+def save_samples(images: Tensor, path: Path) -> np.ndarray:
+    """Write a grid of samples (N, 3, R, R) in [-1, 1]; returns it as (H, W, 3) uint8."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(images, path)
+    save_grid(images.numpy(), path)
     return np.asarray(Image.open(path).convert("RGB"))
 
 
@@ -50,7 +50,7 @@ def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]
         "real": f"real_{place.name}.png",
         "loss_curve": f"loss_curve_{name}.png",
     }
-    save_samples(state, folder / files["final"])
+    save_samples(state.sample(state.config.log.num_samples), folder / files["final"])
     save_grid(_real_images(state), folder / files["real"])
     title = f"{place.name}, {facts.get('guide_label', state.config.family.name)}"
     try:

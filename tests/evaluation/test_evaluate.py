@@ -19,8 +19,7 @@ from launch.cli.main import app
 from shards import open_dataset, pack
 from shards.errors import CorruptSample
 from tests.forked import torchrun
-
-from .helpers import stage
+from tests.training.helpers import stage
 
 EVALUATE = ("-m", "launch.cli", "evaluate")
 
@@ -71,7 +70,7 @@ def by_hand(config, data, split, numbers, tmp_path, guide_folder):
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
-def test_the_figure_is_the_mean_over_every_sample(
+def test_the_value_is_the_mean_over_every_sample(
     config, split_data, split, tmp_path, guide_folder, monkeypatch
 ):
     monkeypatch.setattr(module, "BATCH", 5)  # the last batch is smaller
@@ -213,13 +212,13 @@ def test_damaged_samples_are_left_out_or_stop_it(
     assert result["metrics"]["held_out/mse"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_figures_that_are_not_finite_are_null(config, monkeypatch):
+def test_values_that_are_not_finite_are_null(config, monkeypatch):
     monkeypatch.setattr(Guided, "held_out", lambda *_: {"mse": torch.tensor(float("nan"))})
     evaluate(config.run)
     assert written(config)["metrics"]["held_out/mse"] is None
 
 
-def test_a_family_without_held_out_figures_still_has_its_probe(config, monkeypatch, tmp_path):
+def test_a_family_without_held_out_values_still_has_its_probe(config, monkeypatch, tmp_path):
     # not by removing the method: what a class can do is remembered once it was asked
     monkeypatch.setattr("dinogen.evaluation.evaluate.MeasuresHeldOut", type("Nobody", (), {}))
     metrics = evaluate(config.run, out=tmp_path)["metrics"]

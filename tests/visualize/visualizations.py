@@ -1,4 +1,4 @@
-"""Images of a look, and when two of them are alike."""
+"""The images of a visualization, and when two of them are alike."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import numpy as np
 from dinogen.report.images import to_uint8
 
 
-def images_of(look):
-    """Images of a look, (N, R, R, 3) uint8."""
-    (sheet,) = look.sheets
+def images_of(drawing):
+    """Images of a drawing with one sheet, (N, R, R, 3) uint8."""
+    (sheet,) = drawing.sheets
     return to_uint8(np.asarray(sheet.images)).astype(int)
 
 

@@ -16,14 +16,13 @@ from dinogen.report.images import to_uint8
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
 from dinogen.visualize import drawings
-from dinogen.visualize import drawings as looks_latents
 from dinogen.visualize.drawings import History
 from dinogen.visualize.look import write_visualizations
 from dinogen.visualize.scene import LeftOut, Scene
 from launch.cli.main import app
 from tests.families.tiny import RESOLUTION
 
-from .looks import alike, images_of
+from .visualizations import alike, images_of
 
 ALL = {
     "grid16",
@@ -57,27 +56,27 @@ def sampled(scene_of):
 
 def test_the_great_circle():
     a, b = torch.eye(6)[None, 0], torch.eye(6)[None, 3]
-    half = looks_latents.spherical(a, b, 0.5)
+    half = drawings.spherical(a, b, 0.5)
     torch.testing.assert_close(half, (a + b) / 2**0.5)
-    third = looks_latents.spherical(a, b, 1 / 3)
+    third = drawings.spherical(a, b, 1 / 3)
     torch.testing.assert_close(third, a * 0.75**0.5 + b * 0.5)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 5, 3, 4, 4, generator=generator)
-    torch.testing.assert_close(looks_latents.spherical(x, y, 0.0), x)
-    torch.testing.assert_close(looks_latents.spherical(x, y, 1.0), y)
+    torch.testing.assert_close(drawings.spherical(x, y, 0.0), x)
+    torch.testing.assert_close(drawings.spherical(x, y, 1.0), y)
     y = y * (x.flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).view(5, 1, 1, 1)
     for t in (0.2, 0.5, 0.9):
-        moved = looks_latents.spherical(x, y, t)
+        moved = drawings.spherical(x, y, t)
         torch.testing.assert_close(moved.flatten(1).norm(dim=1), x.flatten(1).norm(dim=1))
-        alone = looks_latents.spherical(x[2:3], y[2:3], t)
+        alone = drawings.spherical(x[2:3], y[2:3], t)
         torch.testing.assert_close(alone[0], moved[2])
-    torch.testing.assert_close(looks_latents.spherical(x, x, 0.3), x)
+    torch.testing.assert_close(drawings.spherical(x, x, 0.3), x)
 
 
 def test_main_directions_are_the_eigenvectors_of_the_gram_matrix():
     matrix = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
     values, vectors = np.linalg.eigh((matrix.T @ matrix).numpy().astype(np.float64))
-    found = looks_latents.main_directions(matrix, 3).numpy()
+    found = drawings.main_directions(matrix, 3).numpy()
     for number in range(3):
         expected = vectors[:, -1 - number]
         assert abs(found[number] @ expected) == pytest.approx(1, abs=1e-5)
@@ -89,13 +88,13 @@ def test_main_directions_are_the_eigenvectors_of_the_gram_matrix():
 def test_grids_and_the_ends_of_interpolations_are_samples(family, scene_of, sampled):
     scene = scene_of(family)
     samples = sampled(family, 16)
-    alike(images_of(looks_latents.grid16(scene)), samples)
-    grid = images_of(looks_latents.grid64(scene))
+    alike(images_of(drawings.grid16(scene)), samples)
+    grid = images_of(drawings.grid64(scene))
     assert len(grid) == 64
     alike(grid[:16], samples)
-    for maker in (looks_latents.interpolation_linear, looks_latents.interpolation_spherical):
-        look = maker(scene)
-        strips = images_of(look).reshape(4, look.sheets[0].columns, RESOLUTION, RESOLUTION, 3)
+    for maker in (drawings.interpolation_linear, drawings.interpolation_spherical):
+        drawing = maker(scene)
+        strips = images_of(drawing).reshape(4, drawing.sheets[0].columns, RESOLUTION, RESOLUTION, 3)
         alike(strips[:, 0], samples[0:8:2])
         alike(strips[:, -1], samples[1:8:2])
         middle = strips[:, 4]
@@ -103,23 +102,23 @@ def test_grids_and_the_ends_of_interpolations_are_samples(family, scene_of, samp
             assert np.abs(middle - end).max() > 1
     latents = scene.latents(torch.arange(2))
     between = scene.decode(latents.mean(0, keepdim=True), torch.zeros(1, dtype=torch.int64))
-    linear = images_of(looks_latents.interpolation_linear(scene))[4:5]
+    linear = images_of(drawings.interpolation_linear(scene))[4:5]
     alike(linear, to_uint8(between.numpy()).astype(int))
 
 
 def test_psi_goes_from_the_mean_to_the_samples(scene_of, sampled):
     scene = scene_of("stylegan2_ada")
-    look = looks_latents.psi(scene)
-    table = images_of(look).reshape(4, -1, RESOLUTION, RESOLUTION, 3)
-    assert look.sheets[0].labels[0] == "psi 0" and look.sheets[0].labels[-1] == "psi 1"
+    drawing = drawings.psi(scene)
+    table = images_of(drawing).reshape(4, -1, RESOLUTION, RESOLUTION, 3)
+    assert drawing.sheets[0].labels[0] == "psi 0" and drawing.sheets[0].labels[-1] == "psi 1"
     alike(table[:, 0], np.broadcast_to(table[:1, 0], table[:, 0].shape))
     alike(table[:, -1], sampled("stylegan2_ada", 4))
 
 
 def test_styles_stand_below_and_beside_what_they_come_from(scene_of, sampled):
     scene = scene_of("stylegan2_ada")
-    look = looks_latents.styles(scene)
-    table = images_of(look).reshape(5, 7, RESOLUTION, RESOLUTION, 3)
+    drawing = drawings.styles(scene)
+    table = images_of(drawing).reshape(5, 7, RESOLUTION, RESOLUTION, 3)
     samples = sampled("stylegan2_ada", 10)
     assert (table[0, 0] == 255).all()
     alike(table[1:, 0], samples[:4])
@@ -131,21 +130,21 @@ def test_styles_stand_below_and_beside_what_they_come_from(scene_of, sampled):
 
 
 def test_directions_pass_through_the_samples(scene_of, sampled):
-    look = looks_latents.directions(scene_of("vae"))
-    table = images_of(look).reshape(4, 2, 9, RESOLUTION, RESOLUTION, 3)
+    drawing = drawings.directions(scene_of("vae"))
+    table = images_of(drawing).reshape(4, 2, 9, RESOLUTION, RESOLUTION, 3)
     samples = sampled("vae", 2)
     for row in table:
         alike(row[:, 4], samples)
-    assert look.sheets[0].labels == ["-4", "-3", "-2", "-1", "0", "+1", "+2", "+3", "+4"]
-    assert list(look.sheets[0].left)[:3] == ["1 a", "1 b", "2 a"]
+    assert drawing.sheets[0].labels == ["-4", "-3", "-2", "-1", "0", "+1", "+2", "+3", "+4"]
+    assert list(drawing.sheets[0].left)[:3] == ["1 a", "1 b", "2 a"]
 
 
 def test_what_a_family_does_not_have_is_left_out(scene_of):
-    for maker in (looks_latents.psi, looks_latents.styles):
+    for maker in (drawings.psi, drawings.styles):
         with pytest.raises(LeftOut):
             maker(scene_of("vae"))
     with pytest.raises(LeftOut, match="not a vector"):
-        looks_latents.directions(scene_of("ddpm"))
+        drawings.directions(scene_of("ddpm"))
     with pytest.raises(LeftOut, match="encodes no"):
         drawings.reconstructions(scene_of("ddpm"))
 
@@ -153,12 +152,12 @@ def test_what_a_family_does_not_have_is_left_out(scene_of):
 def test_progression_shows_the_same_latents_at_each_checkpoint(scene_of, runs, sampled):
     scene = scene_of("stylegan2_ada")
     history = History(scene)
-    look = history.progression(scene)
+    drawing = history.progression(scene)
     assert list(history.images) == [8, 16, 24, 32]
     num_train = scene.data.num_samples()
     expected = [f"{nimg / num_train:.1f} epochs" for nimg in (8, 16, 24, 32)]
-    assert list(look.sheets[0].labels) == expected
-    table = images_of(look).reshape(6, 4, RESOLUTION, RESOLUTION, 3)
+    assert list(drawing.sheets[0].labels) == expected
+    table = images_of(drawing).reshape(6, 4, RESOLUTION, RESOLUTION, 3)
     alike(table[:, 3], sampled("stylegan2_ada", 6))
     then = load_snapshot(runs("stylegan2_ada"), nimg=16).sample(6, 5)
     alike(table[:, 1], to_uint8(then.numpy()).astype(int))

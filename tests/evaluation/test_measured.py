@@ -19,10 +19,10 @@ from launch.cli.results import closing_lines
 from shards import open_dataset
 from tests.families.tiny import discs
 from tests.metrics.small import save_images
+from tests.training.helpers import train_here
+from tests.training.on_ranks import evaluate_here, on_ranks
 
-from .helpers import train_here
 from .measured import in_training, lay_out, make, settings, stats
-from .on_ranks import evaluate_here, on_ranks
 
 OF_EXTRACTOR = [name for name in NAMES if name.endswith("dinov2")]
 
@@ -157,7 +157,7 @@ def test_who_measures_otherwise_is_told(run, caplog, other, phrase):
     assert list(after["fingerprints"]) == [metric_value["fingerprint"]]
 
 
-def test_what_cannot_be_measured_again_is_said_beside_the_kept_figure(run, tmp_path):
+def test_what_cannot_be_measured_again_is_said_beside_the_kept_value(run, tmp_path):
     before = evaluate(run.run, num_samples=40, names=["fd_dinov2"])["measured"]["fd_dinov2"]
     gone = [f"data.path={tmp_path}/gone"]
     after = evaluate(run.run, num_samples=40, names=["fd_dinov2"], changes=gone)
@@ -202,7 +202,7 @@ def test_a_checkpoint_by_its_folder_and_one_that_is_not_there(run):
         (["metrics.dinov=x"], "unknown key 'metrics.dinov': did you mean 'dinov2'?"),
     ],
 )
-def test_wishes_that_cannot_be_met(run, words, message):
+def test_requests_that_cannot_be_met(run, words, message):
     done = command(run.run, *words)
     assert isinstance(done.exception, UserError) and message in str(done.exception)
 

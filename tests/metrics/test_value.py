@@ -25,7 +25,7 @@ def test_what_is_not_finite_is_no_value(value):
     assert MetricValue("kid", 1.0, value, "lower", 5000, 700, None).spread is None
 
 
-def test_a_missing_figure_says_why():
+def test_a_missing_value_says_why():
     metric_value = MetricValue.missing("fid", "lower", "metrics.inception: no file")
     assert (metric_value.value, metric_value.reason) == (None, "metrics.inception: no file")
     with pytest.raises(ValueError, match="fid has no value and no reason"):

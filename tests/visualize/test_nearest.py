@@ -1,4 +1,4 @@
-"""Looks beside real images: what is rebuilt, worst and nearest is found again by brute force."""
+"""Visualizations that show real images: what they find is found again by brute force."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from dinogen.config.metrics import MetricsConfig
 from dinogen.metrics.extractors.base import ExtractorInfo
 from dinogen.report.images import to_uint8
 from dinogen.training.checkpointing.snapshot import load_snapshot
-from dinogen.visualize import drawings as looks_real
-from dinogen.visualize import nearest as looks_nearest
+from dinogen.visualize import drawings, nearest
 from dinogen.visualize.scene import LeftOut, Scene
 from tests.families.tiny import RESOLUTION
 
-from .looks import alike, images_of
+from .visualizations import alike, images_of
 
 
-def test_reconstructions_stand_below_held_out_pictures(scene_of):
+def test_reconstructions_stand_below_held_out_images(scene_of):
     scene = scene_of("vae")
-    both = images_of(looks_real.reconstructions(scene)).reshape(2, -1, RESOLUTION, RESOLUTION, 3)
+    both = images_of(drawings.reconstructions(scene)).reshape(2, -1, RESOLUTION, RESOLUTION, 3)
     numbers = np.linspace(0, scene.data.num_samples("val") - 1, both.shape[1]).astype(int)
     for column, number in enumerate(numbers):
         file = io.BytesIO(scene.data.sample(int(number), "val").image)
@@ -43,9 +42,9 @@ def test_the_worst_are_those_that_the_discriminator_finds_least_real(scene_of):
     with torch.no_grad():
         logits = torch.cat([D.eval()(image[None]) for image in scene.drawn])
     order = logits.argsort()[:16]
-    look = looks_real.worst(scene)
-    assert np.array_equal(images_of(look), to_uint8(scene.drawn[order].numpy()))
-    assert look.sheets[0].labels[0] == f"D {logits.min():+.2f}"
+    drawing = drawings.worst(scene)
+    assert np.array_equal(images_of(drawing), to_uint8(scene.drawn[order].numpy()))
+    assert drawing.sheets[0].labels[0] == f"D {logits.min():+.2f}"
 
 
 def brute_force(scene, images, flip):
@@ -87,15 +86,15 @@ def test_a_copy_is_found_out_mirrored_or_not(scene_of, runs):
     assert found.numbers[[40, 77], 0].tolist() == [3, 11]
     assert found.mirrored[77, 0] and not found.mirrored[40, 0]
     assert found.distances[[40, 77], 0].max() < 0.01
-    look = looks_real.neighbours(scene)
-    table = images_of(look).reshape(4, -1, RESOLUTION, RESOLUTION, 3)
+    drawing = drawings.neighbours(scene)
+    table = images_of(drawing).reshape(4, -1, RESOLUTION, RESOLUTION, 3)
     alike(table[0, :2], table[1, :2])
-    assert look.sheets[0].labels[table.shape[1] :][:2] == ["rms 0.00", "rms 0.00"]
-    assert "of held-out images" in look.caption
+    assert drawing.sheets[0].labels[table.shape[1] :][:2] == ["rms 0.00", "rms 0.00"]
+    assert "of held-out images" in drawing.caption
 
 
 class Colours:
-    """A judge that sees an image's mean colour alone."""
+    """A feature extractor that only sees the mean colour of an image."""
 
     info = ExtractorInfo("inception768", "0" * 64, "none", 3, 0, random=True)
 
@@ -104,23 +103,23 @@ class Colours:
         return {"features": images.float().mean((2, 3))}
 
 
-def test_a_judge_whose_weights_are_named_says_what_is_near(scene_of, monkeypatch):
+def test_an_extractor_with_named_weights_finds_the_nearest(scene_of, monkeypatch):
     scene = Scene(scene_of("vae").snapshot, 5)
-    monkeypatch.setattr(looks_nearest, "load_extractor", lambda name, config, device: Colours())
+    monkeypatch.setattr(nearest, "load_extractor", lambda name, config, device: Colours())
     config = MetricsConfig(inception768="there.safetensors")
-    scene.ruler = looks_nearest.choose_ruler(config, RESOLUTION, torch.device("cpu"))
+    scene.ruler = nearest.choose_ruler(config, RESOLUTION, torch.device("cpu"))
     found, _ = scene.nearest
     real = scene.data.read(range(scene.data.num_samples()), image_size=RESOLUTION)["image"]
     colours = [to_uint8(x.numpy()).mean((1, 2)) for x in (scene.drawn, real)]
     table = np.linalg.norm(colours[0][:, None] - colours[1][None], axis=2)
     assert np.array_equal(found.numbers[:, 0], table.argmin(1))
     np.testing.assert_allclose(found.distances[:, 0], table.min(1), rtol=1e-3, atol=1e-3)
-    assert "RANDOM" in looks_real.neighbours(scene).caption
+    assert "RANDOM" in drawings.neighbours(scene).caption
 
 
-def test_a_judge_that_cannot_be_had_is_said_and_pixels_are_compared(tmp_path, caplog):
+def test_without_the_extractor_pixels_are_compared_with_a_warning(tmp_path, caplog):
     config = MetricsConfig(inception768=str(tmp_path / "gone.safetensors"))
-    ruler = looks_nearest.choose_ruler(config, 64, torch.device("cpu"))
+    ruler = nearest.choose_ruler(config, 64, torch.device("cpu"))
     assert (ruler.label, ruler.side) == ("rms", 32)
     assert "gone.safetensors" in caplog.text
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -131,13 +130,13 @@ def test_a_judge_that_cannot_be_had_is_said_and_pixels_are_compared(tmp_path, ca
 
 def test_without_a_discriminator_the_worst_lie_farthest_from_training(scene_of):
     scene = scene_of("vae")
-    nearest = brute_force(scene, scene.drawn, flip=False).min(1)
-    look = looks_real.worst(scene)
-    order = np.argsort(-nearest)[:16]
-    shown = images_of(look)
+    distances = brute_force(scene, scene.drawn, flip=False).min(1)
+    drawing = drawings.worst(scene)
+    order = np.argsort(-distances)[:16]
+    shown = images_of(drawing)
     alike(shown[0], to_uint8(scene.drawn.numpy())[order[0]].astype(int))
-    assert look.sheets[0].labels[0] == f"rms {nearest.max():.2f}"
-    assert "farthest" in look.caption
+    assert drawing.sheets[0].labels[0] == f"rms {distances.max():.2f}"
+    assert "farthest" in drawing.caption
 
 
 def test_other_data_than_it_was_trained_on_are_not_taken_for_its_own(runs, tmp_path):
@@ -150,4 +149,4 @@ def test_other_data_than_it_was_trained_on_are_not_taken_for_its_own(runs, tmp_p
     (run / "config.yaml").write_text(text.replace(f"{runs('vae').parent}/data", str(other)))
     scene = Scene(load_snapshot(run), 0)
     with pytest.raises(LeftOut, match="holds other shards than the checkpoint"):
-        looks_real.neighbours(scene)
+        drawings.neighbours(scene)

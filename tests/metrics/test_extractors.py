@@ -188,7 +188,7 @@ def test_dinov2_that_is_not_available_is_said(tmp_path, monkeypatch):
         extractor_of("dinov2", tmp_path)
 
 
-def test_folded_weights_that_cannot_be_had_are_said(tmp_path):
+def test_folded_weights_that_are_missing_are_said(tmp_path):
     with pytest.raises(NotAvailable, match=r"metrics\.inception768: no path is given"):
         extractor_of("inception768")
     with pytest.raises(NotAvailable, match=r"metrics\.inception768: .* is not a file"):

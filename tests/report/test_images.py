@@ -13,7 +13,7 @@ def read(path):
         return np.asarray(image.convert("RGB"))
 
 
-def test_a_4x4_picture_is_enlarged_to_visible_square_pixels(tmp_path):
+def test_a_4x4_image_is_enlarged_to_visible_square_pixels(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
     sheet = read(save_grid(images, tmp_path / "grid.png", columns=3))
     assert sheet.shape == (2 * 64 + GAP, 3 * 64 + 2 * GAP, 3)
@@ -25,7 +25,7 @@ def test_a_4x4_picture_is_enlarged_to_visible_square_pixels(tmp_path):
                 assert (block == images[number, y, x]).all()
 
 
-def test_large_pictures_keep_their_size(tmp_path):
+def test_large_images_keep_their_size(tmp_path):
     images = np.zeros((4, 128, 128, 3), np.uint8)
     assert read(save_grid(images, tmp_path / "grid.png")).shape[:2] == (256 + GAP, 256 + GAP)
 
@@ -43,7 +43,7 @@ def test_channels_of_floats_are_red_green_blue(tmp_path):
     assert read(save_grid(image, tmp_path / "grid.png"))[0, 0].tolist() == [255, 0, 0]
 
 
-def test_a_pixel_that_is_not_finite_cannot_pass_for_a_picture(tmp_path):
+def test_a_pixel_that_is_not_finite_cannot_pass_for_an_image(tmp_path):
     image = np.zeros((1, 3, 64, 64), np.float32)
     image[0, 1, 5, 7] = np.nan
     sheet = read(save_grid(image, tmp_path / "grid.png"))

@@ -14,7 +14,7 @@ import torch
 
 from dinogen.distributed import process_group
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 
 RANKS = """
 import json, os, sys

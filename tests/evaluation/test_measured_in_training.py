@@ -29,7 +29,7 @@ def test_what_cannot_be_measured_is_said_once_and_ends_nothing(place, caplog):
     assert "metrics/fid" not in stats(config)[32]
 
 
-def test_without_a_figure_nobody_loses_patience(place):
+def test_without_a_value_nobody_loses_patience(place):
     settings = ["eval.generated=[fid]", "eval.patience=1", "eval.every_kimg=0.008"]
     (result,) = train(make(place, "patient", *settings))
     assert (result["nimg"], result["ended_early"], result["best"]) == (32, False, None)

@@ -115,7 +115,7 @@ def test_a_place_that_cannot_be_written_is_known_before_the_work(run, tmp_path, 
     assert "cannot be written" in str(done.exception)
 
 
-def test_figures_are_printed_whatever_comes_after(run, monkeypatch):
+def test_values_are_printed_even_if_a_later_step_fails(run, monkeypatch):
     gan = run("dcgan")
 
     def full(*_):
@@ -127,7 +127,7 @@ def test_figures_are_printed_whatever_comes_after(run, monkeypatch):
     assert "No space left on device" in str(done.exception)
 
 
-def test_old_figures_are_marked_and_nothing_false_is_said_of_them(run, caplog, disc_data):  # noqa: F811
+def test_old_values_are_marked_and_nothing_false_is_said_of_them(run, caplog, disc_data):  # noqa: F811
     gan = run("dcgan", data="data/nowhere")
     first = evaluate(gan, num_samples=20, names=["faces", "fd_onet"])
     assert first["measured"]["fd_onet"]["value"] is None and first["measured_before"] == []
@@ -141,7 +141,7 @@ def test_old_figures_are_marked_and_nothing_false_is_said_of_them(run, caplog, d
     assert "measured before: dinogen evaluate" in line
 
 
-def test_figures_of_another_run_are_not_taken_for_those_of_this_one(run, tmp_path, disc_data):  # noqa: F811
+def test_values_of_another_run_are_not_used(run, tmp_path, disc_data):  # noqa: F811
     out = tmp_path / "out.json"
     evaluate(run("dcgan"), num_samples=20, names=["faces"], out=out)
     train(tiny_config("dcgan", disc_data, tmp_path / "other", *SHORT, "seed=7"))
@@ -149,7 +149,7 @@ def test_figures_of_another_run_are_not_taken_for_those_of_this_one(run, tmp_pat
     assert list(other["measured"]) == ["spectrum"] and other["measured_before"] == []
 
 
-def test_a_probe_for_one_figure_keeps_the_held_out_ones(run):
+def test_a_probe_for_one_metric_keeps_the_held_out_ones(run):
     guided = run("guided")
     first = evaluate(guided, num_samples=20, names=["held_out"], split="train")
     held_out = {k: v for k, v in first["metrics"].items() if k.startswith("held_out/")}
@@ -179,7 +179,7 @@ def test_a_failure_to_read_held_out_samples_is_met_by_all_ranks(monkeypatch):
     assert met == [True, True]
 
 
-def test_a_pipe_that_nobody_reads_costs_no_figure(run):
+def test_a_pipe_that_nobody_reads_costs_no_value(run):
     gan = run("dcgan")
     words = [sys.executable, "-m", "launch.cli", "evaluate", str(gan), "--metrics", "faces"]
     done = subprocess.run(
@@ -190,7 +190,7 @@ def test_a_pipe_that_nobody_reads_costs_no_figure(run):
     assert written(gan)["measured"]["faces"]["value"] is not None
 
 
-def test_cautions_stand_beside_figures_of_few_images(run):
+def test_cautions_stand_beside_values_of_few_images(run):
     found = evaluate(run("dcgan"), num_samples=20, names=["faces", "fd_onet", "kd_onet"])
     cautions = {name: one["caution"] for name, one in found["measured"].items()}
     assert cautions["faces"] == "from only 20 generated images (fewer than 1,000)"

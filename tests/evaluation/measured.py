@@ -1,4 +1,4 @@
-"""Tiny runs that are measured as they train, and what they write of it; a random tiny judge."""
+"""Tiny runs measured as they train, what they write, and a tiny random feature extractor."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tests.metrics.small import pack_images
 
 
 def lay_out(folder):
-    """Discs with val and test, and the judge beside them."""
+    """Discs with val and test, and a feature extractor beside them."""
     pack_images(folder / "data", discs(48))
-    make_random_dinov2(folder / "judge", seed=1, hidden_size=16, num_layers=1, num_heads=2)
+    make_random_dinov2(folder / "extractor", seed=1, hidden_size=16, num_layers=1, num_heads=2)
     return folder
 
 
 def settings(place):
-    return [f"metrics.dinov2={place / 'judge'}", f"metrics.cache={place / 'cache'}"]
+    return [f"metrics.dinov2={place / 'extractor'}", f"metrics.cache={place / 'cache'}"]
 
 
 def make(place, name, *overrides, family="dcgan"):

@@ -1,0 +1,107 @@
+"""Reads a file of ``dinogen export`` as the checkpoint of a run that it stands for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dinogen.config import Config, ConfigError
+from dinogen.training.checkpointing.checkpoint import Checkpoint, past_config
+from shards.files import sha256_file
+
+SUFFIX = ".safetensors"
+# The one key of the file's metadata: several would lie in another order each time, and the same
+# checkpoint would give other bytes.
+INFO = "dinogen"
+# Keys of the info that are not facts of the family.
+_OWN = {
+    *("network", "resolution", "alpha", "fading", "nimg", "family", "data", "loss", "config"),
+    *("versions", "card"),
+}
+
+
+@dataclass(frozen=True)
+class ExportedFile(Checkpoint):
+    """An exported file in place of a checkpoint's folder; it holds one moving average alone.
+
+    Attributes:
+        info: what the file's metadata hold.
+    """
+
+    info: dict[str, Any]
+
+    @property
+    def network(self) -> str:
+        """Name of the network that it holds."""
+        name: str = self.info["network"]["name"]
+        return name
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Those of the moving average, ``G.ema``."""
+        if not self.holds(name):
+            raise ConfigError(f"{self.folder}: an exported file holds {self.network}.ema alone")
+        return load_file(self.folder)
+
+    def holds(self, name: str) -> bool:
+        """Whether ``name`` is the moving average that was exported."""
+        return name == f"{self.network}.ema"
+
+
+def is_exported(place: Path) -> bool:
+    """Whether a place is a file, as those of ``dinogen export``, and not the folder of a run."""
+    return place.is_file() or (place.suffix == SUFFIX and not place.is_dir())
+
+
+def results_folder(file: Path) -> Path:
+    """Where samples and results of an exported file go: ``first-exported`` beside it."""
+    return file.with_name(f"{file.stem}-exported")
+
+
+def open_exported(file: Path) -> ExportedFile:
+    """Read the metadata of an exported file; files of every version have what is needed.
+
+    Raises:
+        ConfigError: no such file, or ``dinogen export`` did not write it.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        info: dict[str, Any] = json.loads(metadata[INFO])
+        state = {
+            "config": info["config"],
+            "versions": info["versions"],
+            "facts": {name: value for name, value in info.items() if name not in _OWN},
+            "progress": {"nimg": info["nimg"], "loss": info.get("loss")},
+            "data": info.get("data"),
+            "files": {f"{info['network']['name']}.ema{SUFFIX}": sha256_file(file)},
+        }
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{file}: cannot be read as safetensors: {error}") from None
+    except (KeyError, ValueError, TypeError):
+        raise ConfigError(
+            f"{file}: no generator of dinogen (its metadata lacks {INFO!r}): give a file that "
+            "`dinogen export` wrote"
+        ) from None
+    return ExportedFile(file, state, info)
+
+
+def exported_config(checkpoint: ExportedFile, places: Sequence[str] = ()) -> Config:
+    """The config of an exported file, whose ``run`` is :func:`results_folder`.
+
+    Args:
+        checkpoint: the file.
+        places: ``KEY=VALUE`` changes of where data and guides lie now.
+
+    Raises:
+        ConfigError: it is of a version of dinogen with other config keys.
+    """
+    version = checkpoint.state["versions"]["dinogen"]
+    config = past_config(checkpoint.state["config"], checkpoint.folder, version, places)
+    return config.model_copy(update={"run": results_folder(checkpoint.folder), "device": "auto"})
