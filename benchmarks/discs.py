@@ -12,7 +12,7 @@ from PIL import Image
 
 from dinogen.config import GuideConfig
 from shards.format.sample import Sample
-from shards.write.pack import pack
+from shards.write.shard_writer import pack
 
 if TYPE_CHECKING:
     from dinogen.features.base import Guide

@@ -33,7 +33,7 @@ from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid
 from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from shards.format.sample import Sample
-from shards.write.pack import pack
+from shards.write.shard_writer import pack
 
 REPO = Path(__file__).parents[1]
 GRIDS = (4, 8)

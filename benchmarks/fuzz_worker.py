@@ -19,7 +19,7 @@ from dinogen.distributed import process_group
 from dinogen.evaluation import evaluate as evaluation
 from dinogen.families.guided import Guided
 from dinogen.training import run, state, trainer
-from dinogen.training.ema import Ema
+from dinogen.training.checkpointing.snapshot import Ema
 from dinogen.training.engines.base import SingleEngine
 from dinogen.training.state import StageState
 from shards.read.stream import Stream

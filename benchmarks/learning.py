@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from dinogen.config import load_config
-from dinogen.config.metrics import MetricsConfig
+from dinogen.config.training import MetricsConfig
 from dinogen.metrics.collect import Moments
-from dinogen.metrics.extractors import FeatureExtractor, load_extractor
+from dinogen.metrics.extractors.base import FeatureExtractor
 from dinogen.metrics.frechet import frechet_of
 from dinogen.metrics.sources import as_pixels
+from dinogen.metrics.suite import load_extractor
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.data import open_data
 

@@ -28,11 +28,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinogen.config.metrics import MetricsConfig
+from dinogen.config.training import MetricsConfig
 from dinogen.distributed import process_group, rng
 from dinogen.metrics.collect import Seen, collect
-from dinogen.metrics.extractors import ExtractorInfo, FeatureExtractor, load_extractor
+from dinogen.metrics.extractors.base import ExtractorInfo, FeatureExtractor
 from dinogen.metrics.registry import OF_FEATURES, Sets
+from dinogen.metrics.suite import load_extractor
 
 SIDE = 128
 BATCH = 50

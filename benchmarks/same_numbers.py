@@ -212,13 +212,13 @@ def make_data() -> None:
     from PIL import Image
 
     from dinogen.config import GuideConfig
-    from dinogen.config.metrics import ClipConfig
+    from dinogen.config.training import ClipConfig
     from dinogen.features.clip import load_clip
     from dinogen.features.dinov2 import make_random_dinov2
     from dinogen.features.load import load_guide
     from dinogen.features.pyramid import native_pyramid
     from shards.format.sample import Sample
-    from shards.write.pack import pack
+    from shards.write.shard_writer import pack
     from tests.tiny_clip import random_clip
 
     folder = Path(sys.argv[1])

@@ -31,7 +31,7 @@ from dinogen.features.load import load_guide
 from dinogen.training.run import train
 from dinogen.training.state import StageState
 from shards.format.sample import Sample
-from shards.write.pack import pack
+from shards.write.shard_writer import pack
 
 EVERY = 50
 

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from dinogen.config import GuideConfig, parse_config
-from dinogen.config.metrics import ClipConfig
+from dinogen.config.training import ClipConfig
 from dinogen.families.base import sample_in_parts
 from dinogen.features.clip import Clip, load_clip
 from dinogen.features.load import load_guide
@@ -33,7 +33,7 @@ from dinogen.report.images import save_grid
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
 from shards.format.sample import Sample
-from shards.write.pack import pack
+from shards.write.shard_writer import pack
 from tests import drawn, tiny_clip
 from tests.drawn_extractor import accuracy, train_extractor
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shards.read import types as shards
+from shards.read import batch as shards
 
 # Losses, or values that are only reported, by name.
 Scalars = dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: temporary name, fsync, rename.
+"""Files that appear whole or not at all: temporary name, fsync, rename; and the hash of weights.
 
 A job may be killed at any moment, and the next one takes the presence of a file as a sign that it
 is complete.
@@ -6,13 +6,19 @@ is complete.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shards.files import atomic_write
+
+# torch takes seconds to import, and most of those who write files do without it.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -76,3 +82,22 @@ def next_free(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash over the sorted tensors: names, dtypes, shapes and bytes.
+
+    Args:
+        tensors: a state dict, on any device.
+
+    Returns:
+        64 hex digits, independent of the mapping's order and of the device.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

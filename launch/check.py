@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dinogen.config import Config, ConfigError
+from dinogen.config import Config, ConfigError, find_stage, with_lengths
 from dinogen.errors import UserError
 from dinogen.evaluation.subject import chosen_samples
 from dinogen.evaluation.validate import Measurable
@@ -17,7 +17,6 @@ from dinogen.features.clip import load_clip
 from dinogen.features.load import load_guide
 from dinogen.training.data import makes_pyramids, open_data
 from dinogen.training.preflight import check_config, check_run
-from dinogen.training.stages import find_stage, with_lengths
 from shards.errors import ShardsError
 from shards.read.dataset import Dataset
 

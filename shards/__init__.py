@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shards.errors import CorruptSample, FetchError, FinishedError, ShardsError
     from shards.format.sample import Sample
-    from shards.read.dataset import Dataset
-    from shards.read.packed import open_dataset
-    from shards.write.pack import pack
-    from shards.write.shard_writer import ShardWriter
+    from shards.read.dataset import Dataset, open_dataset
+    from shards.write.shard_writer import ShardWriter, pack
 
     ShardSink = ShardWriter
 
@@ -37,8 +35,8 @@ _PLACES = {
     "Sample": "shards.format.sample",
     "ShardWriter": "shards.write.shard_writer",
     "ShardsError": "shards.errors",
-    "open_dataset": "shards.read.packed",
-    "pack": "shards.write.pack",
+    "open_dataset": "shards.read.dataset",
+    "pack": "shards.write.shard_writer",
     "ShardSink": "shards.write.shard_writer",
 }
 _OLD_NAMES = {"ShardSink": "ShardWriter"}

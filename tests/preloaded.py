@@ -16,7 +16,7 @@ import torch.utils.tensorboard  # noqa: E402, F401
 import transformers.models.dinov2.modeling_dinov2  # noqa: E402, F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
-import launch.study.status  # noqa: E402, F401
+import launch.study.state  # noqa: E402, F401
 from dinogen.families.registry import family_names  # noqa: E402
 
 for name in family_names():

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "dinogen.metrics": {
         "dinogen.distributed",
         "dinogen.features",
-        "dinogen.report.cautions",
+        "dinogen.runs.values",
         "dinogen.report.images",
         "dinogen.report.progress",
     },
@@ -97,8 +97,6 @@ MAY_IMPORT = {
         "dinogen.visualize.drawings",
     },
 }
-# Files under 40 lines that only one other imports, and why they are files nevertheless.
-SHORT = {"dinogen.metrics.spectrum"}  # a metric is one file
 # Only dinogen/runs spells out names in the folder of a run, see tests/runs/spelled_out.py: others
 # ask `Run` and `Stage`, or take the constants of dinogen/runs/layout.py.
 NOT_OF_A_RUN = {
@@ -238,7 +236,7 @@ def test_only_dist_reads_where_this_process_stands(path):
 @pytest.mark.parametrize("path", under("dinogen/training", "launch"), ids=name_of)
 def test_trainer_and_launcher_name_no_family(path):
     folder = ROOT / "dinogen" / "families"
-    shared = {"__init__", "abilities", "base", "earlier", "gan", "registry"}
+    shared = {"__init__", "abilities", "base", "gan", "registry"}
     families = {file.stem for file in folder.glob("*.py")} - shared
     assert families
     strings = {
@@ -290,7 +288,7 @@ def test_what_is_short_and_needed_once_is_part_of_what_needs_it():
         and users[module(path)] == 1
         and len(path.read_text(encoding="utf-8").splitlines()) < 40
     }
-    assert short == SHORT
+    assert short == set()
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -16,7 +16,6 @@ from dinogen.config import ConfigError, MetricsConfig
 from dinogen.distributed import process_group
 from dinogen.distributed.failure import failure_propagation
 from dinogen.errors import UserError
-from dinogen.evaluation.held_out import held_out_means
 from dinogen.evaluation.record import (
     EvaluationRequest,
     Tell,
@@ -27,20 +26,20 @@ from dinogen.evaluation.record import (
 from dinogen.evaluation.subject import (
     chosen_samples,
     guide_diversity,
+    held_out_means,
     real_images,
     reference_at,
     subject_of,
 )
 from dinogen.families.abilities import MeasuresHeldOut, Probes, constants_of
 from dinogen.families.base import Family, Health
-from dinogen.metrics.extractors import Extractors
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.registry import GUIDE_DIVERSITY, OF_FEATURES, better
 from dinogen.metrics.sources import Folder, Generated, Reference, image_files
-from dinogen.metrics.suite import Measurement, Subject, measure
+from dinogen.metrics.suite import Extractors, Measurement, Subject, measure
 from dinogen.metrics.value import MetricValue
-from dinogen.runs.earlier import with_new_keys
 from dinogen.runs.run import Run
+from dinogen.runs.values import with_new_keys
 from dinogen.training.checkpointing.checkpoint import check_same_data, versions
 from dinogen.training.checkpointing.exported import is_exported
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config

@@ -12,20 +12,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dinogen.config import ConfigError
+from dinogen.config import ConfigError, due
 from dinogen.distributed import process_group
 from dinogen.evaluation.health import SampleDiversity
-from dinogen.evaluation.held_out import held_out_means
-from dinogen.evaluation.subject import chosen_samples, guide_diversity, real_images, subject_of
+from dinogen.evaluation.subject import (
+    chosen_samples,
+    guide_diversity,
+    held_out_means,
+    real_images,
+    subject_of,
+)
 from dinogen.families.abilities import MeasuresHeldOut, Probes, facts_of
 from dinogen.families.base import Family, Health
-from dinogen.metrics.extractors import Extractors
 from dinogen.metrics.registry import GUIDE_DIVERSITY, better, chosen_names
-from dinogen.metrics.suite import Subject, measure, why_not
+from dinogen.metrics.suite import Extractors, Subject, measure, why_not
 from dinogen.metrics.value import MetricValue
 from dinogen.training.data import class_shares
 from dinogen.training.logging.logger import append_line, cut_lines
-from dinogen.training.stages import due
 from dinogen.training.state import StageState
 from shards.read.dataset import Dataset
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from dinogen.batch import Batch, Losses, Scalars
 from dinogen.config import Config, ConfigError, Section, StageConfig, describe_errors
-from dinogen.diffusion.sampler import sample
-from dinogen.diffusion.schedule import Schedule
+from dinogen.diffusion.process import Schedule, sample
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Inputs, Networks, Phase, classes_of

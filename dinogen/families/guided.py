@@ -29,8 +29,7 @@ from dinogen.guidance.objectives import MAIN
 from dinogen.guidance.options import GuidedOptions, check_distributions
 from dinogen.guidance.weighted import WeightedObjectives
 from dinogen.losses.features import mean_pairwise_distance
-from dinogen.networks.conditional import ConditionalGenerator
-from dinogen.networks.progressive import ProgressiveGenerator
+from dinogen.networks.progressive import ConditionalGenerator, ProgressiveGenerator
 from shards.read.dataset import Dataset
 
 COLLAPSED_NEAR_FLOOR = 1.02

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dinogen.features.base import GuideError
+from dinogen.files import weights_sha256
 
 
 @contextmanager
@@ -227,20 +227,3 @@ def _not_available(path: str, revision: str | None, reason: str, key: str) -> st
         f"the hub ({reason}): set {key} to a checkpoint's folder, or on a machine with network run "
         f"`hf download {path} --local-dir {Path(path).name}` and copy that folder here"
     )
-
-
-def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Hash over the sorted tensors: names, dtypes, shapes and bytes.
-
-    Args:
-        tensors: a state dict, on any device.
-
-    Returns:
-        64 hex digits, independent of the mapping's order and of the device.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dinogen._torchvision import ensure_torchvision
-from dinogen.config.metrics import ClipConfig
+from dinogen.config.training import ClipConfig
 from dinogen.features.base import GuideError, guide_dtype
 from dinogen.features.checkpoint import (
     Wanted,

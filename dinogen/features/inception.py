@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import GuideConfig
 from dinogen.features.base import GuideError, GuideInfo, guide_dtype
-from dinogen.features.checkpoint import weights_sha256
+from dinogen.files import weights_sha256
 
 # In the network's order, with their channels; -1 means the last.
 LAYERS = {"pool1": 64, "pool2": 192, "mixed_5d": 288, "mixed_6e": 768}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import GuideConfig
 from dinogen.features.base import GuideError, GuideInfo, guide_dtype
-from dinogen.features.checkpoint import weights_sha256
+from dinogen.files import weights_sha256
 
 # In the network's order, with their channels; -1 means the last.
 LAYERS = {"conv1": 32, "conv2": 64, "conv3": 64, "pool3": 64, "conv4": 128}

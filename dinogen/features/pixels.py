@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dinogen.config import GuideConfig
 from dinogen.features.base import GuideError, GuideInfo
-from dinogen.features.checkpoint import weights_sha256
+from dinogen.files import weights_sha256
 
 NUM_CHANNELS = 3
 

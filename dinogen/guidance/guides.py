@@ -23,7 +23,7 @@ from dinogen.features.pyramid import (
 from dinogen.guidance.objectives import MAIN
 from dinogen.losses.features import mean_pairwise_distance
 from shards.format.sample import VECTORS, level_grid, level_guide
-from shards.read import types as shards
+from shards.read import batch as shards
 from shards.read.dataset import Dataset
 
 # A channel that hardly varies is scaled as if it had this share of the other channels' deviation.

@@ -1,17 +1,27 @@
-"""The weighted sum of a config's objectives: its losses, its floor, its held-out values."""
+"""The weighted sum of a config's objectives, also of those over the whole global batch.
+
+The latter are cached gradients (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size
+under Memory Limited Setup", section 3.2): the loss is first differentiated with respect to the
+features of all samples; then each microbatch goes through the generator with its part of that
+gradient. So thousands of samples are compared in the memory of one microbatch, and the gradient is
+that of the whole batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dinogen.batch import Batch, Features, Losses, Scalars
-from dinogen.guidance.gradient_cache import GlobalBatchObjective
-from dinogen.guidance.guides import GuideSet
+from dinogen.batch import Batch, Features, GradientCache, Losses, Scalars
+from dinogen.distributed import process_group, rng
+from dinogen.distributed.process_group import gather_counts, gather_rows
+from dinogen.guidance.guides import GuideSet, stored_features
 from dinogen.guidance.objectives import (
     AnyObjective,
+    Conditions,
+    Directions,
     DistributionObjective,
     Energy,
     Mse,
@@ -19,8 +29,163 @@ from dinogen.guidance.objectives import (
     PairObjective,
     is_of,
     titles,
+    with_gradients,
 )
 from dinogen.losses.features import collapse_floor
+
+
+class GlobalBatchObjective:
+    """The weighted sum of objectives between distributions, over all ranks and microbatches.
+
+    Args:
+        objectives: by their titles.
+        scales: per level, factors (C,) of the channels.
+        seed: of directions.
+        batch: size of the global batch.
+        features: returns the features of a microbatch's generated images.
+        conditions: returns the embeddings (B, E) that the samples of a microbatch or of a reference
+            batch are conditioned on, in standard deviations of all dimensions together; view
+            ``global`` then compares joint distributions of features and embeddings.
+    """
+
+    def __init__(
+        self,
+        objectives: Mapping[str, DistributionObjective],
+        scales: Features,
+        seed: int,
+        batch: int,
+        features: Callable[[Batch], Features],
+        conditions: Callable[[Batch], Tensor] | None = None,
+    ) -> None:
+        self.objectives = objectives
+        self.scales = scales
+        self.seed = seed
+        self.batch = batch
+        self.features = features
+        self.conditions = conditions
+
+    def before(self, micros: Sequence[tuple[Batch, int]]) -> None:
+        """Compute the gradients of all features first, if there are several microbatches.
+
+        It is the ``before`` of a :class:`dinogen.families.base.Phase`. The generator then runs
+        twice, so nothing in it may depend on how often it ran.
+        """
+        if len(micros) == 1:
+            return
+        parts = [
+            {level: values[:num] for level, values in self.features(micro).items()}
+            for micro, num in micros
+        ]
+        own = {level: torch.cat([part[level] for part in parts]) for level in parts[0]}
+        del parts  # the largest thing here, in a batch of thousands
+        counted: list[Batch] = [{**micro, **_cut(micro, num)} for micro, num in micros]
+        found = self._find(own, counted)
+        first = 0
+        for micro, num in micros:
+            # A part that repeats a sample counts 0, but has to have a gradient.
+            end = max(first + num, 1)
+            micro["gradient_cache"] = found.rows(end - max(num, 1), end)
+            first += num
+
+    def losses(self, batch: Batch, features: Features) -> Losses:
+        """Losses of the whole batch, with the gradient of this microbatch.
+
+        Args:
+            batch: the microbatch.
+            features: of its generated images, with gradients.
+        """
+        found = batch.get("gradient_cache") or self._find(
+            {level: values.detach() for level, values in features.items()}, [batch]
+        )
+        # The engine weighs a microbatch's loss, a mean over its n samples, by n over B.
+        share = self.batch / len(batch["key"])
+        losses = dict(found.losses)
+        first = next(iter(losses))
+        losses[first] = with_gradients(losses[first], features, found.gradients, share)
+        return losses, found.report
+
+    def compare(
+        self,
+        generated: Features,
+        real: Features,
+        directions: Directions,
+        conditions: Conditions | None = None,
+    ) -> GradientCache:
+        """Losses and gradients for two sets of samples on one rank, without gathering.
+
+        Args:
+            generated: (N, locations, C) by level.
+            real: (M, locations, C) by level.
+            directions: see :class:`SlicedWasserstein`.
+            conditions: embeddings that both are conditioned on, (N, E) and (M, E).
+        """
+        gradients = {level: torch.zeros_like(values) for level, values in generated.items()}
+        losses: Scalars = {}
+        report: Scalars = {}
+        for title, objective in self.objectives.items():
+            losses[title], values = objective.add_gradients(
+                gradients, generated, real, directions, self.scales, conditions
+            )
+            report |= {f"{title}.{name}": value for name, value in values.items()}
+        return GradientCache(gradients, losses, report)
+
+    def floors(self, real: Features) -> dict[str, float]:
+        """The losses that a perfect generator reaches, by title, where they are known.
+
+        Args:
+            real: (M, locations, C) by level, of real samples.
+        """
+        found = {name: one.floor(real, self.scales) for name, one in self.objectives.items()}
+        return {title: floor for title, floor in found.items() if floor is not None}
+
+    def _find(self, own: Features, micros: Sequence[Batch]) -> GradientCache:
+        """Gather the features of all ranks, compare, and return the rows of this rank."""
+        positions = torch.cat([micro["position"] for micro in micros])
+        num, reference = len(positions), micros[0].get("reference_batch")
+        counts = gather_counts(num)
+        generated = {level: gather_rows(values, counts) for level, values in own.items()}
+        theirs = counts if reference is None else gather_counts(len(reference["position"]))
+        real = {level: gather_rows(_real(micros, level), theirs).float() for level in own}
+        conditions = None
+        if self.conditions is not None:
+            mine = torch.cat([self.conditions(micro) for micro in micros])
+            ours = conditioned = gather_rows(mine, counts)
+            if reference is not None:
+                conditioned = gather_rows(self.conditions(reference), theirs)
+            conditions = (ours, conditioned)
+        first = gather_rows(positions, counts).min().reshape(1)
+
+        def directions(size: int, number: int) -> Tensor:
+            device = next(iter(own.values())).device
+            return rng.normal(self.seed, "slices", first, (size, number), device)[0]
+
+        offset = sum(counts[: process_group.rank()])
+        return self.compare(generated, real, directions, conditions).rows(offset, offset + num)
+
+
+def _real(micros: Sequence[Batch], level: str) -> Tensor:
+    """Real features of this rank: of its reference batch or, without one, of its microbatches."""
+    if "reference_batch" in micros[0]:
+        return stored_features(micros[0]["reference_batch"], level)
+    return torch.cat([stored_features(micro, level) for micro in micros])
+
+
+def _cut(batch: Batch, num: int) -> Batch:
+    """The first samples of a batch, with the fields that are compared."""
+    cut: Batch = {"position": batch["position"][:num]}
+    if "clip" in batch:
+        cut["clip"] = batch["clip"][:num]
+    if "text" in batch:
+        cut["text"] = batch["text"][:num]
+    if "pyramid" in batch:
+        cut["pyramid"] = {grid: values[:num] for grid, values in batch["pyramid"].items()}
+    if "guides" in batch:
+        cut["guides"] = {
+            name: {grid: values[:num] for grid, values in pyramid.items()}
+            for name, pyramid in batch["guides"].items()
+        }
+    return cut
+
 
 # Real images from which the floors of objectives between distributions are estimated.
 _NUM_REALS = 512

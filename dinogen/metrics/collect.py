@@ -24,8 +24,7 @@ from torch import Tensor
 from dinogen.distributed import process_group
 from dinogen.distributed.process_group import gather_counts, gather_rows
 from dinogen.errors import UserError
-from dinogen.features.checkpoint import weights_sha256
-from dinogen.files import write_bytes, write_json
+from dinogen.files import weights_sha256, write_bytes, write_json
 from dinogen.metrics.extractors.base import ExtractorInfo, FeatureExtractor
 from dinogen.metrics.sources import Reference
 from dinogen.metrics.value import Facts, fingerprint, fingerprint_id

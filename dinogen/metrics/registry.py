@@ -12,6 +12,7 @@ from torch import Tensor
 from dinogen.errors import ConfigError
 from dinogen.metrics.collect import Seen
 from dinogen.metrics.extractors.onet import FACE
+from dinogen.metrics.extractors.spectrum import sharpness, spectrum_distance
 from dinogen.metrics.frechet import frechet_of, frechet_spread
 from dinogen.metrics.inception_score import inception_score
 from dinogen.metrics.kernel import kernel_distance
@@ -19,7 +20,6 @@ from dinogen.metrics.manifold import Manifold, manifold
 from dinogen.metrics.memorisation import memorisation
 from dinogen.metrics.prompted import BETTER as PROMPTED
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
-from dinogen.metrics.spectrum import sharpness, spectrum_distance
 from dinogen.metrics.value import Better, Estimate, halves, standard_deviation
 
 

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dinogen.networks.ada.rng import TransformDraws
 from dinogen.networks.ada.transforms import (
+    TransformDraws,
     blit,
     brightness,
     color,

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from dinogen.config.prepare import PackConfig
+from dinogen.config import PackConfig
 from dinogen.features.base import guide_identity
 from dinogen.prepare.faces.crop import Crop, Rejection
 from dinogen.prepare.faces.folder import REJECTED, FaceFolder, read_rejected
@@ -35,11 +35,10 @@ from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.photos.summary import SUMMARY, FacesSummary, summary_of
 from shards import open_dataset
 from shards.errors import PackError
-from shards.files import sum64
+from shards.files import is_locked, sum64
 from shards.format.index import ShardIndex, index_name
 from shards.format.index import load as load_index
 from shards.format.manifest import MANIFEST, PACKING, Manifest
-from shards.lock import is_locked
 
 _logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from shards import open_dataset
 from shards.errors import CorruptSample
 from shards.format.sample import decode_meta
 from shards.image.kinds import is_hidden
-from shards.read.packed import PackedDataset
+from shards.read.dataset import PackedDataset
 
 GRIDS = (4, 8, 16)
 _GUIDE = "guide.json"

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from dinogen.config import GuideConfig
-from dinogen.config.prepare import PackConfig
+from dinogen.config import GuideConfig, PackConfig
 from dinogen.features import load_guide
 from dinogen.prepare.earlier import check_faces, finished_dataset
 from dinogen.prepare.export_pt import BadPyramid, PtFiles, pt_paths
@@ -20,15 +19,15 @@ from dinogen.prepare.faces.folder import REJECTED, FaceFolder, read_rejected, wr
 from dinogen.prepare.faces.settings import read_settings
 from dinogen.prepare.parts import PartFiles
 from dinogen.prepare.photos.find import counted, face_number, named
-from dinogen.prepare.photos.labels import (
+from dinogen.prepare.photos.read import (
     BAD_CAPTION,
     NO_CLASS,
     NO_CLASS_REMEDY,
+    PrepareError,
     class_names,
     has_class,
     label_of,
 )
-from dinogen.prepare.photos.read import PrepareError
 from dinogen.prepare.pyramid import Levels
 from shards import Sample, pack
 from shards.format.manifest import Manifest

@@ -24,8 +24,7 @@ from dinogen.prepare.faces.folder import FaceFolder
 from dinogen.prepare.faces.settings import exclusive_in
 from dinogen.prepare.photos.changed import looks_like_an_accident
 from dinogen.prepare.photos.find import counted
-from dinogen.prepare.photos.labels import BAD_CAPTION
-from dinogen.prepare.photos.read import PrepareError
+from dinogen.prepare.photos.read import BAD_CAPTION, PrepareError
 from dinogen.prepare.pyramid import Levels, PyramidMaker
 
 _FORMAT = "dinogen-pyramids"

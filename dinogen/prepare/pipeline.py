@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from dinogen.config.prepare import FacesConfig, PrepareConfig
+from dinogen.config import FacesConfig, PrepareConfig
 from dinogen.distributed import process_group
 from dinogen.features.pyramid import resized_with_antialias
 from dinogen.files import write_json
@@ -19,8 +19,7 @@ from dinogen.prepare.faces.stream import iter_faces
 from dinogen.prepare.join import sample_of, settings_of
 from dinogen.prepare.photos.changed import PHOTOS, gone, same_file, write_photos
 from dinogen.prepare.photos.find import Photos, counted, find_photos, named
-from dinogen.prepare.photos.labels import class_names
-from dinogen.prepare.photos.read import PrepareError
+from dinogen.prepare.photos.read import PrepareError, class_names
 from dinogen.prepare.photos.summary import SUMMARY, FacesSummary, summary_of
 from dinogen.prepare.pyramid import PyramidMaker
 from shards import ShardWriter

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinogen.config.prepare import PyramidsConfig
+from dinogen.config import PyramidsConfig
 from dinogen.features import Guide, native_pyramid, pooled_pyramid
 from dinogen.features.pyramid import BASE_GRID, RESIZE
 from dinogen.prepare.faces.crop import Crop

@@ -9,14 +9,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinogen.config.prepare import FacesConfig
+from dinogen.config import FacesConfig
 from dinogen.files import write_bytes, write_json, write_text
 from dinogen.prepare.faces.crop import Crop, Rejection, still_matches
 from dinogen.prepare.faces.settings import SETTINGS
 from dinogen.prepare.photos.changed import NO_FILE, record_of, same_file
 from dinogen.prepare.photos.find import Photo, face_key, face_number
-from dinogen.prepare.photos.labels import caption_path, try_caption
-from dinogen.prepare.photos.read import Unusable, read_photo
+from dinogen.prepare.photos.read import Unusable, caption_path, read_photo, try_caption
 from dinogen.prepare.photos.summary import SUMMARY
 
 # In a crop's JSON, but not in a dataset.

@@ -18,7 +18,6 @@ from typing import Any, Generic, TypeVar
 
 from dinogen.config.base import read_mapping
 from dinogen.errors import UserError
-from dinogen.runs.earlier import with_new_keys
 from dinogen.runs.layout import STUDY, stage_resolution
 from dinogen.runs.values import (
     MAX_VALUES,
@@ -39,6 +38,7 @@ from dinogen.runs.values import (
     section,
     short,
     text_of,
+    with_new_keys,
     word,
 )
 

@@ -14,7 +14,7 @@ from dinogen.config import ConfigError
 from dinogen.distributed import process_group
 from dinogen.runs.layout import CONFIG, LOCK
 from dinogen.runs.run import Run
-from shards.lock import Locked, lock
+from shards.files import Locked, lock
 
 
 @contextmanager

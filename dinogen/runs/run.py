@@ -12,7 +12,6 @@ from typing import Any
 
 from dinogen.config import Config, ConfigError, StageConfig, load_config
 from dinogen.files import named_folder
-from dinogen.runs.earlier import existing
 from dinogen.runs.files import (
     Found,
     Line,
@@ -43,7 +42,7 @@ from dinogen.runs.layout import (
     checkpoint_nimg,
     stage_name,
 )
-from dinogen.runs.values import Kind
+from dinogen.runs.values import Kind, existing
 
 
 class Run:

@@ -1,8 +1,9 @@
-"""Kinds of values in the files of a run, and how they are checked.
+"""Kinds of values in the files of a run: how they are checked, named before, and when uncertain.
 
 A kind is a function: it returns the value, or raises a ValueError that says what is wrong with it.
 JSON is read as dinogen writes it: numbers that are not finite become None, and so do whole numbers
-of absurd length.
+of absurd length. A run that an earlier version began keeps its old file names; its keys are renamed
+as they are read.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 Kind = Callable[[Any], Any]
@@ -273,3 +275,67 @@ def short(value: object) -> str:
     except (ValueError, RecursionError):  # a whole number of more digits than Python writes
         text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# Names in the folder of a run that earlier versions wrote, and what they are called now.
+RENAMED = {
+    # a folder of a stage, and the file in it that lists the images
+    "looks": "visualizations",
+    "looks.json": "visualizations.json",
+    # a key of result.json, of evaluation.json, and of `progress` in a checkpoint's state.json
+    "verdict": "health",
+    # a key of evaluation.json of a folder: which images were measured
+    "pictures": "images",
+}
+
+
+def with_new_keys(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a file under the names of today, those of its section ``progress`` too.
+
+    A value that has its new name already wins.
+    """
+    found: dict[str, Any] = {}
+    for key, one in value.items():
+        new = RENAMED.get(key, key)
+        if new != key and new in value:
+            continue
+        is_progress = key == "progress" and isinstance(one, Mapping)
+        found[new] = with_new_keys(one) if is_progress else one
+    return found
+
+
+def existing(folder: Path, name: str) -> Path:
+    """``folder/name``, or what an earlier version called it if only that is there."""
+    path = folder / name
+    for old, new in RENAMED.items():
+        if new == name and not path.exists() and (folder / old).exists():
+            return folder / old
+    return path
+
+
+FEW = 1000
+
+
+def caution_of(
+    num_samples: int | None, num_reference: int | None, num_dims: int | None = None
+) -> str | None:
+    """Why a metric value is uncertain; None if it is not.
+
+    Args:
+        num_samples: number of generated images; None if unknown.
+        num_reference: number of real images; None if the metric needs none.
+        num_dims: dimensions of the features whose covariance is used; None for other metrics.
+    """
+    known = ((num_samples, "generated"), (num_reference, "real"))
+    counts = [(num, what) for num, what in known if num is not None]
+    few = [f"{num:,} {what}" for num, what in counts if num < FEW]
+    said = []
+    if few:
+        said.append(f"from only {' and '.join(few)} images (fewer than {FEW:,})")
+    short = [f"{num:,} {what}" for num, what in counts if num_dims is not None and num < num_dims]
+    if short:
+        said.append(
+            f"from fewer images ({' and '.join(short)}) than its features have dimensions "
+            f"({num_dims:,}): it is too high"
+        )
+    return "; ".join(said) or None

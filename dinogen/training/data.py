@@ -21,10 +21,9 @@ from dinogen.families.base import Family
 from dinogen.families.registry import family_class
 from shards.errors import ShardsError
 from shards.format.sample import VECTORS
-from shards.read.dataset import Dataset
+from shards.read.batch import PackedSource
+from shards.read.dataset import Dataset, open_dataset
 from shards.read.mixture import MixedDataset
-from shards.read.packed import open_dataset
-from shards.read.types import PackedSource
 
 
 def open_data(config: Config) -> Dataset:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dinogen.config import AugmentConfig, Config, ConfigError, StageConfig
+from dinogen.config import AugmentConfig, Config, ConfigError, StageConfig, find_stage
 from dinogen.distributed import process_group
 from dinogen.families.abilities import MeasuresHeldOut
 from dinogen.families.base import Family
@@ -21,7 +21,6 @@ from dinogen.training.checkpointing.checkpoint import (
     or_a_new_run,
 )
 from dinogen.training.data import check_classes, data_fingerprint
-from dinogen.training.stages import find_stage
 from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dinogen.config import Config, dump_config
+from dinogen.config import Config, StagePlan, dump_config, find_stage, with_lengths
 from dinogen.distributed import process_group
 from dinogen.distributed.failure import failure_propagation
 from dinogen.errors import UserError
@@ -21,7 +21,6 @@ from dinogen.training.logging.artifacts import finish_stage
 from dinogen.training.logging.begin import say_what_begins
 from dinogen.training.logging.logger import cut_lines
 from dinogen.training.preflight import check_run
-from dinogen.training.stages import StagePlan, find_stage, with_lengths
 from dinogen.training.state import StageState, is_finished
 from dinogen.training.stop import StopFlag
 from dinogen.training.trainer import Trainer

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dinogen.config import Config, ConfigError, StageConfig
+from dinogen.config import Config, ConfigError, StageConfig, StagePlan, due
 from dinogen.distributed import process_group, rng
 from dinogen.families.abilities import Probes, facts_of, fade, new_parameters_of
 from dinogen.families.base import Family, Health, sample_in_parts
@@ -25,12 +25,11 @@ from dinogen.training.checkpointing.checkpoint import (
     save_checkpoint,
     versions,
 )
-from dinogen.training.checkpointing.transfer import init_from
+from dinogen.training.checkpointing.snapshot import Ema
+from dinogen.training.checkpointing.transfer import grow, init_from
 from dinogen.training.data import data_fingerprint, open_data
-from dinogen.training.ema import Ema
 from dinogen.training.engines import make_engine
 from dinogen.training.engines.base import SingleEngine
-from dinogen.training.stages import StagePlan, due, grow
 from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dinogen.batch import Batch, Scalars
-from dinogen.config import Config
+from dinogen.config import Config, due
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.evaluation.validate import Validator
@@ -21,12 +21,11 @@ from dinogen.runs.layout import checkpoint_name
 from dinogen.training.checkpointing.checkpoint import Saver
 from dinogen.training.data import check_labels
 from dinogen.training.dataloading import Dataloader, augment
-from dinogen.training.engines.microbatches import num_micros, split
+from dinogen.training.engines.base import num_micros, split
 from dinogen.training.logging.artifacts import save_samples
 from dinogen.training.logging.begin import ProgressLine
 from dinogen.training.logging.logger import Logger
 from dinogen.training.logging.tensorboard import chart_layout
-from dinogen.training.stages import due
 from dinogen.training.state import StageState
 from dinogen.training.stop import StopFlag
 

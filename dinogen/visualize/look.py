@@ -12,8 +12,8 @@ from dinogen.errors import UserError
 from dinogen.evaluation.record import check_changes
 from dinogen.files import why_not_writable, write_json
 from dinogen.report.images import save_animation, save_sheet
-from dinogen.runs.earlier import existing
 from dinogen.runs.layout import VISUALIZATIONS_INDEX
+from dinogen.runs.values import existing
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.logging.tensorboard import write_summary
 from dinogen.visualize import drawings

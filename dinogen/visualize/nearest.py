@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinogen.config.metrics import MetricsConfig
-from dinogen.metrics.extractors import load_extractor
+from dinogen.config.training import MetricsConfig
 from dinogen.metrics.extractors.base import NotAvailable
 from dinogen.metrics.sources import as_pixels
+from dinogen.metrics.suite import load_extractor
 from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)

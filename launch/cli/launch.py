@@ -12,9 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launch.request import Request
-    from launch.study.plan import Study
+    from launch.study.plan import Choice, Study
     from launch.study.run import Outcome
-    from launch.study.selection import Choice
     from launch.study.status import State
 
 # Where runs can be started, and the options that belong to one of them only.
@@ -197,7 +196,7 @@ def _launcher(on: str, given: dict[str, Any]) -> Callable[[Request], object]:
 
 def _as_overrides(given: dict[str, Any], engine: str | None) -> list[str]:
     """The overrides that options stand for."""
-    from dinogen.config.cluster import ClusterConfig
+    from dinogen.config.training import ClusterConfig
 
     changes = [f"engine.name={engine}"] if engine is not None else []
     keys = ClusterConfig.model_fields

@@ -299,7 +299,7 @@ def _title(result: dict[str, Any]) -> str:
 
 def _own(result: dict[str, Any]) -> Iterator[str]:
     """Lines for what the family itself measures."""
-    from dinogen.report.cautions import FEW
+    from dinogen.runs.values import FEW
 
     num = result.get("num_samples") or 0
     for name, value in (result.get("metrics") or {}).items():

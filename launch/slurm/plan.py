@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinogen.config import Config, StageConfig
-from dinogen.config.cluster import ClusterConfig, JobConfig
+from dinogen.config.training import ClusterConfig, JobConfig
 from dinogen.errors import UserError
 from dinogen.runs.run import Run
 from launch.request import choose_stages

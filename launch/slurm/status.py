@@ -8,10 +8,8 @@ from pathlib import Path
 from dinogen.config import Config, load_config
 from dinogen.errors import UserError
 from dinogen.runs.run import Run
-from launch.slurm import queue
-from launch.slurm.jobs import Job, Jobs, read_jobs
+from launch.slurm.jobs import Job, Jobs, JobState, has_slurm, read_jobs
 from launch.slurm.plan import lacking_data
-from launch.slurm.queue import JobState
 from launch.slurm.submit import ask_states
 
 
@@ -48,7 +46,7 @@ def job_rows(run: Path) -> list[Row]:
             f"{run}: no jobs were submitted for this run, there is no {jobs.path}: "
             "dinogen launch CONFIG --on slurm"
         )
-    if not queue.has_slurm():
+    if not has_slurm():
         raise UserError("no SLURM here (no sbatch on the PATH): use a login node")
     states = ask_states(jobs)
     newest = [job for job in jobs.jobs if jobs.newest(job.step) is job]

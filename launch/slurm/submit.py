@@ -16,10 +16,19 @@ from dinogen.errors import UserError
 from dinogen.files import write_text
 from dinogen.runs.run import Run
 from launch.request import Request
-from launch.slurm import queue
-from launch.slurm.jobs import Job, Jobs, launch_folder, launch_lock, read_jobs
+from launch.slurm.jobs import (
+    Job,
+    Jobs,
+    JobState,
+    cancel,
+    has_slurm,
+    job_state,
+    launch_folder,
+    launch_lock,
+    read_jobs,
+    sbatch,
+)
 from launch.slurm.plan import SCRIPTS, Step, lacking_data, plan_steps
-from launch.slurm.queue import JobState
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +71,7 @@ def launch_slurm(request: Request) -> int:
     steps = plan_steps(config, request.stages, request.photos, copies.config, metric=request.metric)
     if request.dry_run:
         jobs = read_jobs(config.run)
-        states = ask_states(jobs) if queue.has_slurm() else {}
+        states = ask_states(jobs) if has_slurm() else {}
         planned = plan(config, steps, jobs, states)
         _show(config, copies, planned)
         if not request.unchecked:
@@ -121,7 +130,7 @@ def ask_states(jobs: Jobs) -> dict[str, JobState | None]:
     for step in {job.step for job in jobs.jobs}:
         job = jobs.newest(step)
         assert job is not None
-        state = queue.job_state(job.id)
+        state = job_state(job.id)
         if state is not None and not state.active:
             job.state, job.exit_code = state.state, state.exit_code
         elif state is None and job.state is not None:
@@ -255,11 +264,11 @@ def _submit(config: Config, copies: Copies, planned: list[Planned], jobs: Jobs) 
             continue
         if one.cancel is not None:
             log.info("%-10s job %s waits for a missing job: cancelled", name, one.cancel)
-            queue.cancel(one.cancel)
+            cancel(one.cancel)
         after = one.after.id if one.after else None
         command = sbatch_command(config, copies, one.step, after)
         try:
-            one.id = queue.submit(command)
+            one.id = sbatch(command)
         except UserError as error:
             raise UserError(
                 f"{name}: {error}\nJobs that were submitted before stay queued (dinogen launch "

@@ -144,8 +144,8 @@ def with_known_lengths(config: Config) -> Config | None:
     paths = [one.path for one in config.data.mix] or [config.data.path]
     if any("://" in path for path in paths):
         return None  # reading it would download it
+    from dinogen.config import with_lengths
     from dinogen.training.data import open_data
-    from dinogen.training.stages import with_lengths
 
     try:
         return with_lengths(config, open_data(config).num_samples(config.data.split))

@@ -28,10 +28,9 @@ from launch.slurm.jobs import launch_folder, read_jobs
 from launch.slurm.plan import lacking_data, metric_changes
 from launch.slurm.status import Row, job_rows
 from launch.slurm.submit import ask_states, launch_slurm
-from launch.study.plan import STEPS, Study, StudyRun, is_trained, lacking, steps_left
-from launch.study.selection import present_runs
+from launch.study.plan import STEPS, Study, StudyRun, is_trained, lacking, present_runs, steps_left
 from launch.study.state import JOBS, Attempt, Record, read_record, study_lock
-from shards.lock import Locked, lock
+from shards.files import Locked, lock
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from dinogen.files import next_free, write_json
 from dinogen.runs.files import read_attempts, read_object
 from dinogen.runs.layout import STUDY
 from launch.study.plan import Study, StudyRun
-from shards.lock import Locked, lock
-from shards.lock import is_locked as is_file_locked
+from shards.files import Locked, lock
+from shards.files import is_locked as is_file_locked
 
 log = logging.getLogger(__name__)
 

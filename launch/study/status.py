@@ -9,12 +9,19 @@ from dinogen.errors import UserError
 from dinogen.files import write_text
 from dinogen.report.compare import write_comparison
 from dinogen.report.compare.read import is_run
-from launch.slurm import queue
-from launch.slurm.jobs import read_jobs
+from launch.slurm.jobs import ACTIVE, has_slurm, read_jobs
 from launch.slurm.status import Row, job_rows
-from launch.study.plan import Study, StudyRun, changed, is_trained, lacking, steps_left
+from launch.study.plan import (
+    Choice,
+    Study,
+    StudyRun,
+    changed,
+    is_trained,
+    lacking,
+    present_runs,
+    steps_left,
+)
 from launch.study.run import is_done, jobless
-from launch.study.selection import Choice, present_runs
 from launch.study.state import JOBS, Record, is_locked, read_record
 
 
@@ -70,7 +77,7 @@ def _state(study: Study, record: Record, busy: bool, run: StudyRun) -> State:
         rows = [] if by_files else _job_rows(run)
     except UserError as error:
         return state("unknown", str(error), good=False)
-    if active := [row for row in rows if row.state.split()[0] in queue.ACTIVE]:
+    if active := [row for row in rows if row.state.split()[0] in ACTIVE]:
         running = next((row for row in active if row.state.startswith("RUNNING")), None)
         row = running or active[0]
         word = "running" if running else "queued"
@@ -98,7 +105,7 @@ def _state(study: Study, record: Record, busy: bool, run: StudyRun) -> State:
 
 def _job_rows(run: StudyRun) -> list[Row]:
     """The state of a run's jobs; none if it has none, or SLURM is not here."""
-    if not queue.has_slurm() or not read_jobs(run.folder).jobs:
+    if not has_slurm() or not read_jobs(run.folder).jobs:
         return []
     return job_rows(run.folder)
 

@@ -26,7 +26,7 @@ from shards.format.manifest import (
 )
 from shards.format.sample import encode_npy
 from shards.format.scan import listed, scan, survey
-from shards.read.packed import Folder
+from shards.read.dataset import Folder
 from shards.read.reader import read_member
 from shards.write.shard_writer import write_shard
 

@@ -28,7 +28,7 @@ from shards.format.sample import (
 from shards.format.scan import FIX_ACCESS, RESTORE, Survey, survey
 from shards.format.table import Source
 from shards.image.decode import decode_image
-from shards.read.packed import PackedDataset
+from shards.read.dataset import PackedDataset
 from shards.read.reader import read_member
 
 FIX_INDEX = "run `dinogen shards index`"

@@ -13,8 +13,7 @@ import numpy.typing as npt
 from shards.errors import ManifestError
 from shards.format.manifest import LevelInfo, Manifest, SplitInfo
 from shards.format.sample import Sample
-from shards.read.dataset import Dataset
-from shards.read.packed import PackedDataset
+from shards.read.dataset import Dataset, PackedDataset
 
 # Guides that agree in these give the same features, wherever they were loaded from.
 _GUIDE = ("name", "weights_sha256", "layer")

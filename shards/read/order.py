@@ -261,7 +261,8 @@ class Alone:
 
 # So that no product below leaves 64 bits.
 _FINEST = 10**12
-_NO_PLACES = Place(*(np.zeros(0, np.int64) for _ in range(4)))
+_NONE = np.zeros(0, np.int64)
+_NO_PLACES = Place(_NONE, _NONE, _NONE, _NONE)
 
 
 class MixOrder:

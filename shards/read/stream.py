@@ -12,9 +12,16 @@ from types import TracebackType
 from typing import Literal
 
 from shards.errors import CorruptSample
-from shards.read.batch import BatchMaker, SplitReader, along, check_on_error, name_skipped
+from shards.read.batch import (
+    Batch,
+    BatchMaker,
+    SplitReader,
+    WeightedSources,
+    along,
+    check_on_error,
+    name_skipped,
+)
 from shards.read.order import Order, Plan, Planner, planner_of, seed_of
-from shards.read.types import Batch, WeightedSources
 from shards.remote.download import stop_at
 from shards.remote.prefetch import Prefetcher, Share
 from shards.remote.storage import RemoteFolder

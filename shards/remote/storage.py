@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import IO
 
 from shards.errors import FetchError, IndexFileError, ManifestError
-from shards.files import atomic_write, sha256_file, sync_folder
+from shards.files import Locked, atomic_write, lock, sha256_file, sync_folder
 from shards.format import index as index_files
 from shards.format.manifest import MANIFEST, Manifest, ShardInfo, parse_manifest
 from shards.format.table import FILES_OPEN, OpenFile
-from shards.lock import Locked, lock
 from shards.remote.download import Damaged, Remote, nap
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Writes samples one by one into a dataset, and resumes after an interruption."""
+"""Writes samples into a dataset; resumes after an interruption, always with the same bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from shards.check.adopt import levels_of
 from shards.errors import FinishedError, IndexFileError, PackError, show_name
-from shards.files import TEMPORARY, AtomicFile, atomic_write, sha256_file
+from shards.files import TEMPORARY, AtomicFile, Locked, atomic_write, lock, sha256_file
 from shards.format import index as index_files
 from shards.format.index import ShardIndex, index_name, load
 from shards.format.manifest import (
@@ -32,7 +32,6 @@ from shards.format.sample import Sample, encode, to_float16
 from shards.format.scan import scan
 from shards.format.statistics import Moments, Statistics, save_statistics, shard_moments
 from shards.image.decode import check_image
-from shards.lock import Locked, lock
 
 log = logging.getLogger(__name__)
 _LOCK = ".packing.lock"
@@ -429,3 +428,60 @@ def write_shard(
     except BaseException:
         writer.abandon()
         raise
+
+
+def pack(
+    samples: Iterable[Sample],
+    out: Path,
+    *,
+    shard_size: int = 1000,
+    val_fraction: float = 0.0,
+    test_fraction: float = 0.0,
+    guide: dict[str, Any] | None = None,
+    prepare: dict[str, Any] | None = None,
+    classes: Sequence[str] = (),
+    guides: Mapping[str, dict[str, Any]] | None = None,
+    clip: dict[str, Any] | None = None,
+) -> Manifest:
+    """Write samples as a dataset into the folder `out`.
+
+    An interrupted packing resumes after its last whole shard, if the settings are the same; the
+    result has the same bytes as an uninterrupted one.
+
+    Args:
+        samples: in the order in which they are written.
+        out: folder, created if missing.
+        shard_size: samples per tar.
+        val_fraction: fraction of the keys, chosen by their hash, that goes to the split `val`.
+        test_fraction: the same for `test`.
+        guide: identity of the feature network, for the manifest.
+        prepare: settings of the preparation, for the manifest.
+        classes: names of the classes that labels 0, 1, ... mean; then every sample has one.
+        guides: identities of further feature networks, by the names that their levels begin with.
+        clip: identity of the network that made the levels "clip" and "text".
+
+    Raises:
+        FinishedError: if `out` holds a finished dataset.
+        PackError: naming the key or folder and what is wrong with it.
+    """
+    writer = ShardWriter(
+        out,
+        shard_size=shard_size,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        guide=guide,
+        prepare=prepare,
+        classes=classes,
+        guides=guides,
+        clip=clip,
+    )
+    with writer:
+        for sample in samples:
+            writer.add(sample)
+        lost = writer.completed_keys() - writer.seen
+        if lost:
+            raise PackError(
+                f"{out}: key '{show_name(min(lost))}' of the interrupted packing is no longer in "
+                f"the input; delete the folder and pack again"
+            )
+        return writer.finish()

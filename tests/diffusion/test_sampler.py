@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from dinogen._torchvision import ensure_torchvision
-from dinogen.diffusion.sampler import sample, step, time_steps
-from dinogen.diffusion.schedule import Schedule
+from dinogen.diffusion.process import Schedule, sample, step, time_steps
 
 ensure_torchvision()
 from diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402 - torchvision comes first

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinogen._torchvision import ensure_torchvision
-from dinogen.diffusion.schedule import Schedule
+from dinogen.diffusion.process import Schedule
 
 ensure_torchvision()
 from diffusers import DDPMScheduler  # noqa: E402 - torchvision has to be there first

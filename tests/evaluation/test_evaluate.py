@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from dinogen.config import ConfigError, GuideConfig, dump_config
 from dinogen.distributed import rng
-from dinogen.evaluation import held_out as module
+from dinogen.evaluation import subject as module
 from dinogen.evaluation.evaluate import evaluate
 from dinogen.families.guided import Guided
 from dinogen.features.load import load_guide

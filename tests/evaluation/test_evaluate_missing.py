@@ -10,8 +10,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from dinogen.evaluation import held_out as heldout
 from dinogen.evaluation import record
+from dinogen.evaluation import subject as heldout
 from dinogen.evaluation.evaluate import evaluate
 from dinogen.training.run import train
 from launch.cli.main import app

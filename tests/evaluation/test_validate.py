@@ -34,7 +34,7 @@ def script(monkeypatch, values):
     left = list(values)
     monkeypatch.setattr(Vae, "held_out", lambda *_: {"loss": torch.tensor(left.pop(0))})
     # one batch per measurement
-    monkeypatch.setattr("dinogen.evaluation.held_out.BATCH", 100)
+    monkeypatch.setattr("dinogen.evaluation.subject.BATCH", 100)
 
 
 def test_it_measures_what_evaluate_measures(data, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from dinogen.config import parse_config
 from dinogen.families.abilities import FollowsSteps
 from dinogen.families.registry import family_class, resolve
-from dinogen.training.ema import Ema
+from dinogen.training.checkpointing.snapshot import Ema
 from dinogen.training.engines import make_engine
 
 CPU = torch.device("cpu")

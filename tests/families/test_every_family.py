@@ -10,7 +10,7 @@ import torch
 from dinogen.distributed import rng
 from dinogen.families.registry import family_class, family_names
 from dinogen.training.checkpointing.checkpoint import newest_checkpoint
-from dinogen.training.ema import ema_decay
+from dinogen.training.checkpointing.snapshot import ema_decay
 from dinogen.training.run import train
 from dinogen.training.state import StageState
 from dinogen.training.trainer import Trainer

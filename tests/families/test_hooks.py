@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinogen.diffusion.sampler import sample as walk
+from dinogen.diffusion.process import sample as walk
 from dinogen.distributed import rng
 from dinogen.families.abilities import (
     FollowsSteps,

@@ -9,7 +9,7 @@ import torch
 from dinogen.evaluation.evaluate import evaluate
 from dinogen.families.base import classes_of
 from dinogen.families.registry import family_class
-from dinogen.metrics.extractors import ExtractorInfo
+from dinogen.metrics.extractors.base import ExtractorInfo
 from dinogen.metrics.value import fingerprint, fingerprint_id
 from dinogen.training.data import class_shares
 from dinogen.training.run import train

@@ -16,7 +16,7 @@ from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from dinogen.training.checkpointing.export import export, load_exported
 from dinogen.training.run import train
 from shards.format.sample import Sample
-from shards.write.pack import pack
+from shards.write.shard_writer import pack
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FIVE_STEPS = [

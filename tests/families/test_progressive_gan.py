@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from dinogen.config import ConfigError
 from dinogen.training.checkpointing.checkpoint import newest_checkpoint
+from dinogen.training.checkpointing.transfer import grow
 from dinogen.training.run import train
-from dinogen.training.stages import grow
 from tests.families.gans import (
     Training,
     assert_any_cut_gives_the_same_gradient,

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dinogen.config import Config, parse_config
 from shards.format.sample import Sample
-from shards.write.pack import pack
+from shards.write.shard_writer import pack
 
 RESOLUTION = 16
 BATCH = 8

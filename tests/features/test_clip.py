@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dinogen.config.metrics import ClipConfig
+from dinogen.config.training import ClipConfig
 from dinogen.features import GuideError, clip
 from dinogen.features.clip import load_clip, same_clip
 from tests import drawn, tiny_clip

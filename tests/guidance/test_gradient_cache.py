@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dinogen.guidance import objectives
-from dinogen.guidance.gradient_cache import GlobalBatchObjective
 from dinogen.guidance.objectives import Drift, Energy, Mmd, SlicedWasserstein, titles
+from dinogen.guidance.weighted import GlobalBatchObjective
 from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from tests.guidance.runs import OBJECTIVES, train_all
 from tests.training.on_ranks import on_ranks

@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dinogen.config import ConfigError, GuideConfig
-from dinogen.config.metrics import ClipConfig
+from dinogen.config.training import ClipConfig
 from dinogen.evaluation.evaluate import evaluate
 from dinogen.features.clip import load_clip
 from dinogen.features.load import load_guide
@@ -24,7 +24,7 @@ from dinogen.training.run import train
 from dinogen.training.state import StageState
 from launch.cli.main import app
 from shards.format.sample import Sample
-from shards.write.pack import pack
+from shards.write.shard_writer import pack
 from tests import drawn
 from tests.families.tiny import tiny_config
 from tests.tiny_clip import EMBED_DIM, random_clip

@@ -97,8 +97,9 @@ def test_a_chain_of_jobs_is_planned_from_the_wheel(dinogen, site, tmp_path):
     done = dinogen(*words)
     assert done.returncode == 0, done.stderr
     scripts = site / "launch" / "slurm" / "scripts"
-    assert f"DINOGEN_SLURM={scripts}," in done.stdout
-    assert f" {scripts / 'train.sbatch'} " in done.stdout
+    commands = (tmp_path / "guided_64-launch.sh").read_text()
+    assert f"DINOGEN_SLURM={scripts}," in commands
+    assert f" {scripts / 'train.sbatch'} " in commands
 
 
 def test_a_study_is_planned_from_the_wheel(dinogen):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dinogen.distributed import process_group, rng
 from dinogen.metrics.collect import Collected, Moments, collect
-from dinogen.metrics.extractors import load_extractor
 from dinogen.metrics.extractors.base import ExtractorInfo, NotAvailable
 from dinogen.metrics.frechet import frechet_of
+from dinogen.metrics.suite import load_extractor
 from tests import forked
 
 NUM, BATCH = 10, 3
@@ -104,7 +104,7 @@ def refused(rank: int) -> bool:
         return Linear("inception768", 4, 0)
 
     inception768.load = load  # type: ignore[assignment]
-    from dinogen.config.metrics import MetricsConfig
+    from dinogen.config.training import MetricsConfig
 
     try:
         load_extractor("inception768", MetricsConfig(), torch.device("cpu"))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dinogen.metrics.extractors.base import ExtractorInfo, NotAvailable
 from shards.format.sample import Sample
-from shards.read.packed import PackedDataset, open_dataset
-from shards.write.pack import pack
+from shards.read.dataset import PackedDataset, open_dataset
+from shards.write.shard_writer import pack
 from tests.families.tiny import discs
 
 NUM = 48
@@ -66,5 +66,5 @@ def only(monkeypatch, extractor: Means) -> Means:
             raise NotAvailable(f"metrics.{name}: no path is given")
         return extractor
 
-    monkeypatch.setattr("dinogen.metrics.extractors.load_extractor", load)
+    monkeypatch.setattr("dinogen.metrics.suite.load_extractor", load)
     return extractor

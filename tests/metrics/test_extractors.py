@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dinogen.config.metrics import MetricsConfig
+from dinogen.config.training import MetricsConfig
 from dinogen.features.dinov2 import make_random_dinov2
-from dinogen.metrics.extractors import FeatureExtractor, NotAvailable, load_extractor
 from dinogen.metrics.extractors import inception as inception_file
-from dinogen.metrics.extractors.base import resized
+from dinogen.metrics.extractors.base import FeatureExtractor, NotAvailable, resized
+from dinogen.metrics.suite import load_extractor
 
 CPU = torch.device("cpu")
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"

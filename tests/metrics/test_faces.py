@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinogen.config.metrics import MetricsConfig
+from dinogen.config.training import MetricsConfig
 from dinogen.metrics.collect import collect
-from dinogen.metrics.extractors import load_extractor
 from dinogen.metrics.frechet import frechet_of
 from dinogen.metrics.kernel import kernel_distance
+from dinogen.metrics.suite import load_extractor
 
 NUM, SIDE = 20, 64
 

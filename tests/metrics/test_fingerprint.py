@@ -10,8 +10,8 @@ import pytest
 from dinogen.metrics.extractors.base import ExtractorInfo
 from dinogen.metrics.sources import data_sha256, files_sha256
 from dinogen.metrics.value import differences, fingerprint, fingerprint_id
+from shards.read.dataset import open_dataset
 from shards.read.mixture import MixedDataset
-from shards.read.packed import open_dataset
 from tests.families.tiny import discs
 from tests.metrics.small import pack_images, small_data
 

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from dinogen.metrics.collect import Moments, Seen
-from dinogen.metrics.extractors.spectrum import NUM_BANDS, SpectrumExtractor
+from dinogen.metrics.extractors.spectrum import (
+    NUM_BANDS,
+    SpectrumExtractor,
+    sharpness,
+    spectrum_distance,
+)
 from dinogen.metrics.registry import OF_FEATURES, Sets
-from dinogen.metrics.spectrum import sharpness, spectrum_distance
 from dinogen.metrics.value import halves
 
 EXTRACTOR = SpectrumExtractor(torch.device("cpu"))

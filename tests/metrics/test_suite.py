@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from dinogen.config.metrics import MetricsConfig
+from dinogen.config.training import MetricsConfig
 from dinogen.errors import ConfigError, UserError
-from dinogen.metrics.extractors import Extractors
 from dinogen.metrics.registry import GUIDE_DIVERSITY, NAMES, better, chosen_names
 from dinogen.metrics.sources import Folder, Generated, Images, Reconstructed
-from dinogen.metrics.suite import Subject, measure
+from dinogen.metrics.suite import Extractors, Subject, measure
 from dinogen.metrics.value import differences
 from tests.metrics.small import Means, only, pack_images, save_images, small_data
 

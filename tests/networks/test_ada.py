@@ -9,8 +9,13 @@ from scipy import stats
 
 from dinogen.distributed import rng
 from dinogen.networks.ada.pipeline import INTERVAL, AugmentProbability, Strengths, augment
-from dinogen.networks.ada.rng import TRANSFORMS, TransformDraws
-from dinogen.networks.ada.transforms import blit_matrices, color_matrices, geometry_matrices
+from dinogen.networks.ada.transforms import (
+    TRANSFORMS,
+    TransformDraws,
+    blit_matrices,
+    color_matrices,
+    geometry_matrices,
+)
 
 ALL = Strengths(1, 1, 1, 1, 1)
 GROUPS = ("blit", "geometry", "color", "filter", "corruption")

@@ -7,10 +7,10 @@ import pytest
 import pywt
 import torch
 
-from dinogen.networks.ada.rng import TransformDraws
 from dinogen.networks.ada.transforms import (
     POWER,
     SYM2,
+    TransformDraws,
     add_noise,
     amplify,
     band_gains,

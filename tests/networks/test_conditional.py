@@ -7,9 +7,12 @@ import torch
 from torch.nn import functional as F
 
 from dinogen.config import ConfigError
-from dinogen.networks.conditional import ConditionalGenerator, ConditionalMapping
-from dinogen.networks.progressive import ProgressiveGenerator
-from dinogen.training.stages import grow
+from dinogen.networks.progressive import (
+    ConditionalGenerator,
+    ConditionalMapping,
+    ProgressiveGenerator,
+)
+from dinogen.training.checkpointing.transfer import grow
 
 Z, E = 12, 7
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dinogen.distributed import rng
-from dinogen.networks.ada.rng import TRANSFORMS
+from dinogen.networks.ada.transforms import TRANSFORMS
 from dinogen.networks.diffaugment import diff_augment
 
 SIZE = 16

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from dinogen.config import ConfigError
 from dinogen.networks.progressive import ProgressiveDiscriminator, ProgressiveGenerator
-from dinogen.training.stages import grow
+from dinogen.training.checkpointing.transfer import grow
 
 
 @pytest.fixture(autouse=True)

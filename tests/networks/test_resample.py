@@ -6,7 +6,7 @@ import torch
 from scipy import signal
 from torch.nn import functional as F
 
-from dinogen.networks.resample import binomial, conv_down, conv_up, upfirdn, upsample
+from dinogen.networks.layers import binomial, conv_down, conv_up, upfirdn, upsample
 
 
 def reference(x, taps, up, down):

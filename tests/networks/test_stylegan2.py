@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dinogen.networks.resample import binomial, upsample
+from dinogen.networks.layers import binomial, upsample
 from dinogen.networks.stylegan2.generator import ModulatedConv
 from dinogen.networks.stylegan2.layers import Conv, Dense, Mapping, activate, follows_autocast
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dinogen.networks.resample import binomial, conv_down
+from dinogen.networks.layers import binomial, conv_down
 from dinogen.networks.stylegan2.discriminator import DiscriminatorBlock, StyleGAN2Discriminator
 
 

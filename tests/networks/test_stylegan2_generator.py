@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinogen.networks.resample import binomial, upsample
+from dinogen.networks.layers import binomial, upsample
 from dinogen.networks.stylegan2.generator import StyleGAN2Generator
 
 

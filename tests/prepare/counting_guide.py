@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from dinogen.config.prepare import PyramidsConfig
+from dinogen.config import PyramidsConfig
 from dinogen.prepare.parts import PartFiles
 
 CPU = torch.device("cpu")

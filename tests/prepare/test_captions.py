@@ -7,8 +7,7 @@ import pytest
 from dinogen.prepare import join, pipeline
 from dinogen.prepare.faces.folder import read_faces, write_faces
 from dinogen.prepare.parts import write_pyramids
-from dinogen.prepare.photos.labels import read_caption
-from dinogen.prepare.photos.read import PrepareError
+from dinogen.prepare.photos.read import PrepareError, read_caption
 from shards import open_dataset
 from tests.prepare.face_folders import rejected
 from tests.prepare.several_guides import (

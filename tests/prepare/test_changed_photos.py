@@ -12,8 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dinogen.config import GuideConfig
-from dinogen.config.prepare import FacesConfig, PackConfig
+from dinogen.config import FacesConfig, GuideConfig, PackConfig
 from dinogen.features import load_guide
 from dinogen.prepare import join, pipeline
 from dinogen.prepare.faces.folder import write_faces

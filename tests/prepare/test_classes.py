@@ -19,8 +19,7 @@ from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.prepare import join, pipeline
 from dinogen.prepare.faces.folder import read_rejected, write_faces
 from dinogen.prepare.parts import write_pyramids
-from dinogen.prepare.photos.labels import class_names, label_of
-from dinogen.prepare.photos.read import PrepareError
+from dinogen.prepare.photos.read import PrepareError, class_names, label_of
 from dinogen.prepare.photos.summary import account
 from dinogen.prepare.pyramid import PyramidMaker
 from launch.cli import prepare as commands

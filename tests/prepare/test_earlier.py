@@ -15,8 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinogen.config import GuideConfig
-from dinogen.config.prepare import FacesConfig
+from dinogen.config import FacesConfig, GuideConfig
 from dinogen.features import load_guide, native_pyramid
 from dinogen.guidance.guides import GuideSet, load_guides
 from dinogen.prepare import join

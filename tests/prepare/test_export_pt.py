@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from dinogen.config.prepare import FacesConfig
+from dinogen.config import FacesConfig
 from dinogen.features.inception import InceptionTrunk
 from dinogen.prepare import export_pt as export_module
 from dinogen.prepare.export_pt import PtFiles, export_pt, file_names
@@ -26,7 +26,7 @@ from dinogen.prepare.photos.find import photo_key
 from dinogen.prepare.photos.read import PrepareError
 from launch.cli import prepare as commands
 from shards import Sample, open_dataset, pack
-from shards.read.packed import PackedDataset
+from shards.read.dataset import PackedDataset
 from tests.prepare.face_folders import rejected
 
 NUM_CHANNELS = 5

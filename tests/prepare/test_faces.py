@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinogen.config.prepare import FacesConfig
+from dinogen.config import FacesConfig
 from dinogen.prepare.faces import detect, stream
 from dinogen.prepare.faces.crop import Duplicates
 from dinogen.prepare.faces.detect import FaceDetector

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinogen.config.prepare import FacesConfig
+from dinogen.config import FacesConfig
 from dinogen.prepare.faces import stream
 from dinogen.prepare.faces.folder import Crop, PrepareError, iter_faces, read_faces, write_faces
 from dinogen.prepare.photos.find import find_photos, photo_key
@@ -73,7 +73,7 @@ def test_a_killed_run_is_completed_by_the_same_call(tmp_path, noise):
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from dinogen.config.prepare import FacesConfig\n"
+        "from dinogen.config import FacesConfig\n"
         "from dinogen.prepare.faces.folder import write_faces\n"
         "print('start', flush=True)\n"
         # it waits there for its end, so that it cannot finish before

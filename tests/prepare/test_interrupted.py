@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from dinogen.config.prepare import FacesConfig
+from dinogen.config import FacesConfig
 from dinogen.prepare import earlier as repack_module
 from dinogen.prepare import written
 from dinogen.prepare.faces.folder import write_faces

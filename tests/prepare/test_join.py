@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from dinogen.config import GuideConfig
-from dinogen.config.prepare import PackConfig
+from dinogen.config import GuideConfig, PackConfig
 from dinogen.features import load_guide
 from dinogen.prepare import join
 from dinogen.prepare.faces.folder import write_faces

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dinogen.config.prepare import FacesConfig
+from dinogen.config import FacesConfig
 from dinogen.prepare.faces.folder import read_metas, write_faces
 from dinogen.prepare.photos.find import photo_key
 from dinogen.prepare.photos.read import PrepareError

@@ -78,7 +78,7 @@ def test_what_is_stored_is_what_every_program_shows(tmp_path):
 
 
 def test_own_crops_hold_neither_profile_nor_orientation(tmp_path):
-    from dinogen.config.prepare import FacesConfig
+    from dinogen.config import FacesConfig
     from dinogen.prepare.faces.folder import write_faces
 
     for image_format in ("jpg", "png"):

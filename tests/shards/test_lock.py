@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from shards import lock as module
+from shards import files as module
 from shards.errors import PackError
-from shards.lock import NO_LOCKS, Locked, is_locked, lock
+from shards.files import NO_LOCKS, Locked, is_locked, lock
 from shards.remote.storage import Cache, lock_of
 from shards.write.shard_writer import ShardWriter
 

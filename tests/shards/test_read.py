@@ -13,7 +13,7 @@ import torch
 import webdataset
 from PIL import Image
 
-import shards.read.packed
+import shards.read.dataset
 from shards import CorruptSample, open_dataset
 from shards.check.repair import rebuild_indexes
 from shards.check.verify import verify
@@ -102,13 +102,13 @@ def test_a_sample_with_two_images_is_checked_by_the_one_that_is_read(tmp_path: P
 
 def test_a_file_is_not_closed_while_a_sample_is_read_from_it(packed, monkeypatch):
     data = open_dataset(packed)
-    original = shards.read.packed.read_sample
+    original = shards.read.dataset.read_sample
 
     def evicted_meanwhile(*args):
         data.table("train")._files.clear()
         return original(*args)
 
-    monkeypatch.setattr(shards.read.packed, "read_sample", evicted_meanwhile)
+    monkeypatch.setattr(shards.read.dataset, "read_sample", evicted_meanwhile)
     assert data.sample(0).key == data.keys()[0]
 
 

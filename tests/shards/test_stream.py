@@ -274,7 +274,7 @@ def test_a_missing_shard_and_a_cut_off_tar_are_named_or_skipped(copy):
 
 
 def test_a_shard_lost_in_the_middle_of_a_run_is_named(copy, monkeypatch):
-    monkeypatch.setattr("shards.read.packed.Folder.num_open", 1)
+    monkeypatch.setattr("shards.read.dataset.Folder.num_open", 1)
     data = open_dataset(copy)
     data.read([0], levels=(4,))
     data.read([16], levels=(4,))  # which closes the first tar

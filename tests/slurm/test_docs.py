@@ -103,7 +103,7 @@ def test_what_installs_is_run_by_ci():
 
 def test_what_it_names_is_there():
     text = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
-    from dinogen.config.cluster import ClusterConfig
+    from dinogen.config.training import ClusterConfig
 
     for key in ("qos", "constraint", "gpu_type", "mem", "signal_seconds", "max_restarts"):
         assert f"`{key}" in text and key in ClusterConfig.model_fields

@@ -70,7 +70,7 @@ def test_a_failing_stage_cancels_those_after_it_and_status_says_why(
     config = write_config("data.path=gone")
     Path(config.parent / "gone").mkdir()
     (config.parent / "gone" / "manifest.json").write_text("{}")
-    dinogen("launch", config, "--on", "slurm")
+    dinogen("launch", config, "--on", "slurm", "--unchecked")
     jobs = jobs_of(config)
     cluster.wait(jobs["train-4"], "FAILED", 60)
     cluster.wait(jobs["train-8"], "CANCELLED", 20)

@@ -15,7 +15,7 @@ from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import native_pyramid, pooled_pyramid
 from shards.format.sample import Sample
-from shards.write.pack import pack
+from shards.write.shard_writer import pack
 
 NUM_SAMPLES = 40
 GRIDS = (4, 8, 16)

@@ -6,11 +6,11 @@ import logging
 
 import pytest
 
+from dinogen.config import with_lengths
 from dinogen.training.data import open_data
 from dinogen.training.logging.begin import say_what_begins
 from dinogen.training.preflight import check_run
 from dinogen.training.run import train
-from dinogen.training.stages import with_lengths
 from tests.families.tiny import pack_discs, tiny_config
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dinogen.config import EmaConfig
-from dinogen.training.ema import Ema, ema_decay
+from dinogen.training.checkpointing.snapshot import Ema, ema_decay
 
 
 def test_after_a_half_life_half_of_the_old_weight_is_left():

@@ -17,7 +17,7 @@ from dinogen.config import ConfigError
 from dinogen.features.load import load_guide as real_load_guide
 from dinogen.guidance import guides
 from dinogen.networks.progressive import ProgressiveGenerator
-from dinogen.training import ema as ema_module
+from dinogen.training.checkpointing import snapshot
 from dinogen.training.checkpointing.export import export, load_exported
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
@@ -44,14 +44,14 @@ print(json.dumps([digest.hexdigest(), metadata, ours]))
 def held(monkeypatch):
     """What training holds in memory: {images of the stage: {name: tensor}} after each step."""
     steps = {}
-    update = ema_module.Ema.update
+    update = snapshot.Ema.update
 
     def recorded(self, batch, nimg):
         update(self, batch, nimg)
         (network,) = self.networks.values()
         steps[network.resolution, nimg] = {k: v.clone() for k, v in network.state_dict().items()}
 
-    monkeypatch.setattr(ema_module.Ema, "update", recorded)
+    monkeypatch.setattr(snapshot.Ema, "update", recorded)
     return steps
 
 

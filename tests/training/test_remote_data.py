@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from dinogen.training.engines.microbatches import split
+from dinogen.training.engines.base import split
 from dinogen.training.run import train
 from shards import FetchError
 from tests.servers import s3_environment, s3_server

@@ -17,8 +17,7 @@ from dinogen.report.images import to_uint8, with_watermark
 from dinogen.serve.gallery import Gallery, Query
 from dinogen.training.checkpointing.checkpoint import Checkpoint
 from dinogen.training.checkpointing.export import INTENDED_USE, export, load_generator
-from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
-from dinogen.training.ema import Ema
+from dinogen.training.checkpointing.snapshot import Ema, Snapshot, load_snapshot
 from dinogen.training.run import train
 from dinogen.visualize import samples
 from launch.cli.main import app

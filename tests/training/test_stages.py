@@ -2,8 +2,15 @@
 
 import pytest
 
-from dinogen.config import ConfigError, StageConfig, parse_config
-from dinogen.training.stages import StagePlan, due, find_stage, with_lengths
+from dinogen.config import (
+    ConfigError,
+    StageConfig,
+    StagePlan,
+    due,
+    find_stage,
+    parse_config,
+    with_lengths,
+)
 
 
 def test_alpha_rises_in_a_line_and_then_everything_trains():

@@ -21,7 +21,7 @@ from dinogen.config import parse_config
 from dinogen.distributed import process_group, rng
 from dinogen.families.base import Phase
 from dinogen.training.engines import make_engine
-from dinogen.training.engines.microbatches import num_micros, split
+from dinogen.training.engines.base import num_micros, split
 
 BATCH = 9
 NUM_STEPS = 10

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinogen.config.metrics import MetricsConfig
+from dinogen.config.training import MetricsConfig
 from dinogen.metrics.extractors.base import ExtractorInfo
 from dinogen.report.images import to_uint8
 from dinogen.training.checkpointing.snapshot import load_snapshot

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinogen.config.metrics import ClipConfig
+from dinogen.config.training import ClipConfig
 from dinogen.features.base import GuideError
 from dinogen.features.checkpoint import weights_reachable
 from dinogen.features.clip import Clip, load_clip

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dinogen._torchvision import ensure_torchvision
-from dinogen.features.checkpoint import weights_sha256
+from dinogen.files import weights_sha256
 from dinogen.metrics.extractors.base import (
     ExtractorInfo,
     FeatureExtractor,

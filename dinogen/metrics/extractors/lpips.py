@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dinogen._torchvision import ensure_torchvision
 from dinogen.distributed import process_group
-from dinogen.features.checkpoint import weights_sha256
+from dinogen.files import weights_sha256
 from dinogen.metrics.extractors.base import ExtractorInfo, NotAvailable, exactly, resized
 
 KEY = "metrics.lpips_backbone"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinogen.features.checkpoint import weights_sha256
 from dinogen.features.onet import LAST, load_network, maps
+from dinogen.files import weights_sha256
 from dinogen.metrics.extractors.base import (
     ExtractorInfo,
     FeatureExtractor,

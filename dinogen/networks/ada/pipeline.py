@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dinogen.networks.ada.rng import TransformDraws
 from dinogen.networks.ada.transforms import (
+    TransformDraws,
     add_noise,
     amplify,
     band_gains,

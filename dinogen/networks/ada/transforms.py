@@ -1,17 +1,78 @@
-"""Transforms of the augmentation pipeline: geometry, colour, and corruption."""
+"""Transforms of the augmentation pipeline, and the random numbers that decide on them."""
 
 from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinogen.networks.ada.rng import TransformDraws
-from dinogen.networks.resample import sample_at, upfirdn
+from dinogen.distributed import rng
+from dinogen.networks.layers import upfirdn
+
+TRANSFORMS = (
+    "flip",
+    "rotate_90",
+    "translate_whole",
+    "scale",
+    "rotate_before",
+    "stretch",
+    "rotate_after",
+    "translate",
+    "brightness",
+    "contrast",
+    "luma_flip",
+    "hue",
+    "saturation",
+    "band_0",
+    "band_1",
+    "band_2",
+    "band_3",
+    "noise",
+    "cutout",
+)
+
+
+class TransformDraws:
+    """Per sample and transform, one number that decides whether it happens and two parameters.
+
+    On the CPU, as positions are: the matrices made of them are tiny, and their extent decides how
+    much has to be padded.
+
+    Args:
+        seed: the run's seed.
+        purpose: what the images are for.
+        positions: (B,) int64 on the CPU.
+    """
+
+    def __init__(self, seed: int, purpose: str, positions: Tensor) -> None:
+        self.seed = seed
+        self.purpose = purpose
+        self.positions = positions
+        self.table = rng.uniform(seed, purpose, positions, (len(TRANSFORMS), 3)).double()
+
+    def happens(self, name: str, p: float) -> Tensor:
+        """(B,) bool, each true with probability p."""
+        return self.table[:, TRANSFORMS.index(name), 0] < p
+
+    def uniform(self, name: str, which: int = 0) -> Tensor:
+        """(B,) float64 in (0, 1); ``which`` 0 or 1."""
+        return self.table[:, TRANSFORMS.index(name), 1 + which]
+
+    def normal(self, name: str, which: int = 0) -> Tensor:
+        """(B,) float64, standard normal, from the same numbers as :meth:`uniform`."""
+        numbers: Tensor = torch.special.ndtri(self.uniform(name, which))
+        return numbers
+
+    def pixels(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """(B, *shape) float32 standard normal on the device."""
+        purpose = f"{self.purpose}/pixels"
+        return rng.normal(self.seed, purpose, self.positions, shape, device)
+
 
 # The low-pass filter of the wavelet sym6 (Daubechies 1992, "Ten Lectures on Wavelets", table 6.3)
 SYM6 = (
@@ -325,3 +386,59 @@ def cut_out(images: Tensor, draws: TransformDraws, p: float) -> Tensor:
     )
     cut = happens[:, None, None] & y[:, :, None] & x[:, None, :]
     return images * ~cut[:, None].to(images.device)
+
+
+def sample_at(images: Tensor, grid: Tensor) -> Tensor:
+    """Bilinear samples of images; twice differentiable to the images on any torch, not to the grid.
+
+    torch's own ``grid_sample`` has no second derivative before 2.13, and R1 needs one. Sampling is
+    linear, so the derivative of its transpose is sampling again.
+
+    Args:
+        images: (B, C, H, W).
+        grid: (B, h, w, 2) of x and y, -1 and 1 at the centres of the outermost pixels.
+
+    Returns:
+        (B, C, h, w); 0 beyond the images.
+    """
+    found: Tensor = _SampleAt.apply(images, grid)
+    return found
+
+
+class _SampleAt(torch.autograd.Function):
+    """Samples of images at the places of a grid."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, grid: Tensor) -> Tensor:
+        ctx.save_for_backward(grid)
+        ctx.shape = images.shape
+        return F.grid_sample(images, grid.to(images), align_corners=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (grid,) = ctx.saved_tensors
+        return _Spread.apply(gradient, grid, ctx.shape), None
+
+
+class _Spread(torch.autograd.Function):
+    """The transpose of :class:`_SampleAt`."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
+        ctx.save_for_backward(grid)
+        bilinear, zeros, align_corners = 0, 0, True
+        images: Tensor = torch.ops.aten.grid_sampler_2d_backward(
+            gradient.contiguous(),
+            gradient.new_zeros(shape),
+            grid.to(gradient),
+            bilinear,
+            zeros,
+            align_corners,
+            (True, False),
+        )[0]
+        return images
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (grid,) = ctx.saved_tensors
+        return _SampleAt.apply(gradient, grid), None, None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinogen.networks.resample import binomial, conv_up, upsample
+from dinogen.networks.layers import binomial, conv_up, upsample
 from dinogen.networks.stylegan2.layers import (
     CLAMP,
     Dense,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinogen.networks.resample import binomial, conv_down
+from dinogen.networks.layers import binomial, conv_down
 
 LEAK = 0.2
 # keeps float16 in range: Karras et al. 2020, "Training GANs with Limited Data", appendix D

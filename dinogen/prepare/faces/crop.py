@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import laplace
 
-from dinogen.config.prepare import FacesConfig
+from dinogen.config import FacesConfig
 from dinogen.prepare.faces import align
 from dinogen.prepare.photos.changed import FileRecord, record_of
 from dinogen.prepare.photos.find import Photo
-from dinogen.prepare.photos.labels import NO_CLASS, NO_CLASS_REMEDY, has_class
-from dinogen.prepare.photos.read import Unusable, read_photo
+from dinogen.prepare.photos.read import NO_CLASS, NO_CLASS_REMEDY, Unusable, has_class, read_photo
 from shards.image.decode import decode_image
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from dinogen.config.prepare import FacesConfig
+from dinogen.config import FacesConfig
 from dinogen.files import write_json, write_text
 from dinogen.prepare.faces.crop import Crop, Duplicates, Rejection
 from dinogen.prepare.faces.settings import (
@@ -28,8 +28,15 @@ from dinogen.prepare.faces.settings import (
 from dinogen.prepare.faces.stream import Progress, iter_faces
 from dinogen.prepare.photos.changed import emptied, gone, looks_like_an_accident
 from dinogen.prepare.photos.find import Photo, Photos, counted, find_photos, kept_apart, named
-from dinogen.prepare.photos.labels import BAD_CAPTION, class_names, try_caption
-from dinogen.prepare.photos.read import PrepareError, Unusable, decode_photo, probe_photo
+from dinogen.prepare.photos.read import (
+    BAD_CAPTION,
+    PrepareError,
+    Unusable,
+    class_names,
+    decode_photo,
+    probe_photo,
+    try_caption,
+)
 from dinogen.prepare.photos.summary import (
     SUMMARY,
     FacesSummary,

@@ -14,10 +14,10 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
-from dinogen.config.prepare import FacesConfig
+from dinogen.config import FacesConfig
 from dinogen.prepare.photos.read import PrepareError
+from shards.files import Locked, lock
 from shards.image.kinds import is_hidden
-from shards.lock import Locked, lock
 
 SETTINGS = "settings.json"
 # How far too far right and down landmarks were put, pixels. Absent in settings of versions that

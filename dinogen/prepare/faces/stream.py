@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dinogen.config.prepare import FacesConfig
+from dinogen.config import FacesConfig
 from dinogen.prepare.faces.crop import (
     Candidate,
     Crop,
@@ -20,8 +20,7 @@ from dinogen.prepare.faces.crop import (
     read_and_cut,
 )
 from dinogen.prepare.photos.find import Photo, Photos, face_key
-from dinogen.prepare.photos.labels import BAD_CAPTION, try_caption
-from dinogen.prepare.photos.read import Unusable, probe_photo
+from dinogen.prepare.photos.read import BAD_CAPTION, Unusable, probe_photo, try_caption
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from typing import Any
 
 from dinogen.files import write_text
 from dinogen.prepare.photos.find import Photo, Photos, named
-from dinogen.prepare.photos.labels import try_caption
+from dinogen.prepare.photos.read import try_caption
 
 PHOTOS = "photos.csv"
 _COLUMNS = ("source", "crops", "bytes", "mtime_ns", "sha256", "caption_sha256")

@@ -12,8 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dinogen.prepare.photos.labels import caption_files
-from dinogen.prepare.photos.read import IMAGE_SUFFIXES, UNREAD, PrepareError, kind_of
+from dinogen.prepare.photos.read import IMAGE_SUFFIXES, UNREAD, PrepareError, caption_files, kind_of
 from shards.image.kinds import is_hidden
 
 MAX_KEY = 80

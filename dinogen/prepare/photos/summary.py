@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from dinogen.prepare.photos.find import Photos, counted, left_out_words
-from dinogen.prepare.photos.labels import NO_CLASS
+from dinogen.prepare.photos.read import NO_CLASS
 
 SUMMARY = "summary.json"
 

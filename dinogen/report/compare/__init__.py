@@ -8,10 +8,9 @@ from pathlib import Path
 
 from dinogen.errors import UserError
 from dinogen.files import write_json, write_text
-from dinogen.report.compare.comparison import Comparison
+from dinogen.report.compare.comparison import Comparison, render_text
 from dinogen.report.compare.page import render_page
 from dinogen.report.compare.read import read_runs
-from dinogen.report.compare.text import render_text
 
 PAGE, DATA, TEXT = "index.html", "comparison.json", "comparison.md"
 

@@ -1,8 +1,8 @@
-"""A comparison of runs: what its page, JSON and Markdown have in common."""
+"""A comparison of runs: what its page and its text show, and the text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -11,6 +11,7 @@ from dinogen.report.compare.model import ComparedRun
 from dinogen.report.compare.table import (
     Column,
     Seeds,
+    all_digits,
     label_of,
     main_column,
     make_columns,
@@ -18,8 +19,121 @@ from dinogen.report.compare.table import (
     over_seeds,
     sort_runs,
     unavailable,
+    values_of,
 )
-from dinogen.report.compare.warnings import warnings_of
+
+# of more runs only the number is shown
+MAX_NAMES = 4
+DIGITS = 12
+
+
+def warnings_of(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[str]:
+    """One sentence for each thing that could mislead a reader of the table."""
+    return [
+        *_differing(runs, columns),
+        *_random(runs),
+        *_different_data(runs),
+        *_different_seeds(runs),
+    ]
+
+
+def _differing(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[str]:
+    """Columns measured in different ways; one sentence for all with the same difference."""
+    found: dict[str, list[Column]] = {}
+    for column in columns:
+        if not column.comparable:
+            found.setdefault(_why(runs, column), []).append(column)
+    sentences = []
+    for why, some in found.items():
+        names = ", ".join(column.full_label for column in some)
+        sentences.append(f"{names}: measured in different ways, so none is marked as best. {why}")
+    return sentences
+
+
+def _why(runs: Sequence[ComparedRun], column: Column) -> str:
+    """What differs within a column, and for which runs."""
+    numbers = values_of(runs, column.name)
+    by_name = {run.name: run for run in runs}
+    facts: dict[str, dict[str, Any]] = {}
+    for name, number in numbers.items():
+        run = by_name[name]
+        if column.group == "Cost":
+            source = run.sources.get(number.source)
+            facts[name] = {"device": source.device if source else None}
+            continue
+        known = run.fingerprints.get(number.fingerprint or "", {})
+        facts[name] = {
+            "num_samples": number.num_samples,
+            "num_reference": number.num_reference,
+            **known,
+        }
+        if not known:
+            facts[name]["fingerprint"] = number.fingerprint
+    keys = list(dict.fromkeys(key for one in facts.values() for key in one))
+    parts = []
+    for key in keys:
+        groups: dict[str, list[str]] = {}
+        for name, one in facts.items():
+            groups.setdefault(_short(one.get(key, "unknown")), []).append(name)
+        if len(groups) > 1:
+            said = "; ".join(f"{value} ({_names(some)})" for value, some in groups.items())
+            parts.append(f"{key}: {said}.")
+    return " ".join(parts)
+
+
+def _random(runs: Sequence[ComparedRun]) -> list[str]:
+    """Feature extractors and guides with random weights: such values say nothing about quality."""
+    sentences = []
+    extractors = {
+        str(facts.get("judge"))
+        for run in runs
+        for facts in run.fingerprints.values()
+        if facts.get("random")
+    }
+    if extractors:
+        sentences.append(
+            f"RANDOM EXTRACTOR: {', '.join(sorted(extractors))} has random weights, so its values "
+            "say nothing about quality."
+        )
+    guided = [run.name for run in runs if run.facts.get("random_guide")]
+    if guided:
+        sentences.append(f"RANDOM GUIDE: {_names(guided)} were trained with random weights.")
+    return sentences
+
+
+def _different_data(runs: Sequence[ComparedRun]) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for run in runs:
+        if run.data_sha256:
+            groups.setdefault(run.data_sha256, []).append(run.name)
+    if len(groups) < 2:
+        return []
+    said = "; ".join(f"{_short(value)} ({_names(some)})" for value, some in groups.items())
+    return [f"Trained on different data: {said}."]
+
+
+def _different_seeds(runs: Sequence[ComparedRun]) -> list[str]:
+    """The page says that grids are drawn with the same seed, so check it."""
+    groups: dict[int, list[str]] = {}
+    for run in runs:
+        for visual in run.visualizations:
+            if visual.section == "samples" and visual.path and visual.seed is not None:
+                groups.setdefault(visual.seed, []).append(run.name)
+                break
+    if len(groups) < 2:
+        return []
+    said = "; ".join(f"seed {seed} ({_names(some)})" for seed, some in groups.items())
+    return [f"Grids were drawn with different seeds: {said}."]
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= MAX_NAMES else f"{len(names)} runs"
+
+
+def _short(value: object) -> str:
+    """A value for people; only the first digits of a hash."""
+    text = str(value)
+    return text[:DIGITS] if len(text) == 64 and " " not in text else text
 
 
 class Comparison:
@@ -129,3 +243,129 @@ def _run_dict(run: ComparedRun) -> dict[str, Any]:
             for visual in run.visualizations
         ],
     }
+
+
+def render_text(comparison: Comparison) -> str:
+    """A comparison without images and curves, as Markdown."""
+    lines = [f"# {_cell(comparison.title)}", ""]
+    lines += [f"> **Warning.** {_cell(text)}\n>" for text in comparison.warnings]
+    lines += ["", f"## Metrics ({comparison.order})", ""]
+    columns = comparison.columns
+    heads = [f"{column.full_label} {column.arrow}".strip() for column in columns]
+    lines += _table(
+        ["run", "family", *heads],
+        (
+            [run.name, run.family, *(_value(run, column) for column in columns)]
+            for run in comparison.runs
+        ),
+    )
+    lines += [
+        "",
+        "Bold: best of its column; ≈: within two spreads of the best; ± spread; "
+        "n: generated images / real ones; few images: fewer than 1,000 of either, or fewer "
+        "than the features have dimensions.",
+        "",
+    ]
+    for metrics, reason, runs in comparison.unavailable:
+        lines.append(f"- Not available: {_cell(metrics)} ({', '.join(runs)}): {_cell(reason)}")
+    lines += _seeds(comparison) + _failures(comparison)
+    lines += _provenance(comparison)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _value(run: ComparedRun, column: Column) -> str:
+    """A cell of the table: value, spread, counts."""
+    number = run.numbers.get(column.name)
+    if number is None or number.value is None:
+        return "–"
+    text = column.text(number.value)
+    if number.spread is not None:
+        text += f" ± {column.text(number.spread)}"
+    if run.name in column.best:
+        text = f"**{text}**"
+    elif run.name in column.near:
+        text = f"≈ {text}"
+    if number.num_samples is not None:
+        real = "" if number.num_reference is None else f" / {number.num_reference:,}"
+        text += f" (n {number.num_samples:,}{real})"
+    if not column.comparable and number.fingerprint:
+        text += f" `{number.fingerprint}`"
+    return text + (" (few images)" if number.caution else "")
+
+
+def _seeds(comparison: Comparison) -> list[str]:
+    if not comparison.seeds:
+        return []
+    columns = [
+        column
+        for column in comparison.columns
+        if any(column.name in one.values for one in comparison.seeds)
+    ]
+    rows = []
+    for one in comparison.seeds:
+        row = [one.name, str(len(one.runs))]
+        for column in columns:
+            found = one.values.get(column.name)
+            row.append(f"{column.text(found[0])} ± {column.text(found[1])}" if found else "–")
+        rows.append(row)
+    heads = [column.full_label for column in columns]
+    return ["", "## Over seeds", "", *_table(["experiment", "runs", *heads], rows)]
+
+
+def _failures(comparison: Comparison) -> list[str]:
+    lines = ["", "## Failures", ""]
+    for run in (*comparison.failed, *comparison.with_problems):
+        lines.append(f"- **{_cell(run.name)}** ({run.status}): {_cell('; '.join(run.problems))}")
+    if len(lines) == 3:
+        lines.append("None: every run has a result and no problems.")
+    return lines
+
+
+def _provenance(comparison: Comparison) -> list[str]:
+    lines = ["", "## Where every number comes from"]
+    for run in comparison.all_runs:
+        lines += ["", f"### {_cell(run.name)}", ""]
+        lines.append(f"- folder `{run.folder}`, config.yaml sha256 `{run.config_sha256}`")
+        lines.append(f"- data `{run.data}`, fingerprint `{run.data_sha256}`")
+        lines += [f"- {key}: {_cell(text)}" for key, text in run.notes.items()]
+        for key, source in run.sources.items():
+            versions = ", ".join(f"{name} {text}" for name, text in source.versions.items())
+            lines.append(
+                f"- {key}: `{source.command}` wrote `{source.file}` at {source.nimg} images "
+                f"({versions}; {source.device})"
+            )
+        rows = [row for row in number_rows(run) if row["value"] is not None]
+        if rows:
+            keys = ("value", "spread", "num_samples", "num_reference", "fingerprint", "source")
+            lines.append("")
+            lines += _table(
+                ["number", *(key.removeprefix("num_") for key in keys)],
+                ([row["name"], *(_origin(row[key]) for key in keys)] for row in rows),
+            )
+    if comparison.fingerprints:
+        lines += ["", "### Fingerprints", ""]
+        for key, facts in comparison.fingerprints.items():
+            said = ", ".join(f"{name} {value}" for name, value in facts.items()) or "not recorded"
+            lines.append(f"- `{key}`: {_cell(said)}")
+    return lines
+
+
+def _origin(value: object) -> str:
+    if value is None:
+        return ""
+    return all_digits(value) if isinstance(value, float) else str(value)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(_cell(head) for head in heads) + " |",
+        "|" + " --- |" * len(heads),
+        *("| " + " | ".join(_cell(text) for text in row) + " |" for row in rows),
+    ]
+
+
+def _cell(text: str) -> str:
+    """Text that cannot end a cell or a line, or become HTML."""
+    for sign, harmless in (("|", "\\|"), ("<", "&lt;"), ("\r", " "), ("\n", " ")):
+        text = text.replace(sign, harmless)
+    return text

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from dinogen.errors import UserError
-from dinogen.report.cautions import caution_of
 from dinogen.report.compare.model import (
     ComparedRun,
     Number,
@@ -24,7 +23,7 @@ from dinogen.report.compare.table import MEASURED
 from dinogen.runs.files import read_config, read_raw, read_text, series, study_runs
 from dinogen.runs.layout import CONFIG, EVALUATION, METRICS, RESULT, stage_name
 from dinogen.runs.run import Run, Stage
-from dinogen.runs.values import finite
+from dinogen.runs.values import caution_of, finite
 
 log = logging.getLogger(__name__)
 

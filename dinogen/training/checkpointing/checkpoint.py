@@ -25,10 +25,10 @@ from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.families.registry import resolve
 from dinogen.files import write_json
-from dinogen.runs.earlier import with_new_keys
 from dinogen.runs.files import read_object, read_raw, state_problem
 from dinogen.runs.layout import STATE, checkpoint_name
 from dinogen.runs.run import Checkpoints, Run
+from dinogen.runs.values import with_new_keys
 from dinogen.version import __version__
 from shards.files import sha256_file, sync_folder
 

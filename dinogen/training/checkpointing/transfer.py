@@ -1,8 +1,9 @@
-"""Starts a new run from weights that another one has learnt: whatever fits is taken over."""
+"""Weights learnt before: those of another run, and those of the stage before a grown one."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,7 +15,7 @@ from dinogen.distributed import process_group
 from dinogen.families.base import Family
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import Checkpoint, NewestCheckpoints
-from dinogen.training.ema import Ema
+from dinogen.training.checkpointing.snapshot import Ema
 
 log = logging.getLogger(__name__)
 _NUM_NAMED = 20
@@ -94,3 +95,27 @@ def _load(network: nn.Module, tensors: dict[str, Tensor], title: str | None) -> 
         if len(missing + unused) > _NUM_NAMED:
             log.warning("init_from: ... and %d more", len(missing + unused) - _NUM_NAMED)
     return len(fits)
+
+
+def grow(
+    network: nn.Module,
+    state: dict[str, Tensor],
+    new: set[str],
+    fail: Callable[[str], Exception],
+) -> None:
+    """Load the stage before into a grown network; what is new keeps its initialisation.
+
+    Args:
+        network: the grown network, changed in place.
+        state: state dict of the stage before; what the grown network dropped is ignored.
+        new: names of the parameters that it did not have.
+        fail: makes the error of a message.
+    """
+    own = network.state_dict()
+    kept = {name: value for name, value in state.items() if name in own}
+    missing = set(own) - set(kept) - new
+    wrong = [name for name, value in kept.items() if value.shape != own[name].shape]
+    if missing or wrong:
+        names = ", ".join(sorted(missing | set(wrong))[:4])
+        raise fail(f"the network of the stage before does not fit ({names}): same family options?")
+    network.load_state_dict(kept, strict=False)

@@ -18,9 +18,9 @@ from dinogen.training.engines.base import (
     Update,
     build_optimizer,
     load_optimizer_state,
+    num_micros,
     optimizer_state,
 )
-from dinogen.training.engines.microbatches import num_micros
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from dinogen.runs.earlier import RENAMED, with_new_keys
 from dinogen.runs.files import read_evaluation, read_result, read_state
+from dinogen.runs.values import RENAMED, with_new_keys
 
 
 def test_no_name_of_today_is_renamed_again():
