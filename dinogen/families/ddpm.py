@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from dinogen.diffusion.process import Schedule, sample
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Inputs, Networks, Phase, classes_of
-from dinogen.networks.unet import UNet
+from dinogen.networks.unet import Drop, UNet
 
 # Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", section 4.2 tries 0.1 to 0.5
 DROP_LABEL = 0.1
@@ -50,6 +51,13 @@ class Ddpm(Family):
             (16, 8), description="sides at which blocks have self-attention"
         )
         head_channels: int = Field(64, ge=1, description="width of an attention head")
+        dropout: float = Field(
+            0.0,
+            ge=0,
+            lt=1,
+            description="share of a residual block's activations that a step leaves out; Ho et al. "
+            "take 0.1 for small data sets",
+        )
         sampler: Literal["ddim", "ddpm"] = Field(
             "ddim", description="ddim adds no noise on the way; ddpm is ancestral"
         )
@@ -178,15 +186,24 @@ class Ddpm(Family):
         """The loss on images that were not trained on, with random numbers of its own."""
         return self._mse(networks["G"], batch, "/held-out")
 
+    def _drop(self, h: Tensor, block: int, position: Tensor) -> Tensor:
+        """Inverted dropout (Srivastava et al. 2014) of a block's activations, by position."""
+        shape, rate = tuple(h.shape[1:]), self.options.dropout
+        drawn = rng.uniform(self.config.seed, f"dropout/{block}", position, shape, h.device)
+        return h * ((drawn >= rate) / (1 - rate)).to(h.dtype)
+
     @property
     def _shape(self) -> tuple[int, int, int]:
         """Of an image."""
         return 3, self.stage.resolution, self.stage.resolution
 
     def _losses(self, batch: Batch) -> Losses:
-        return self._mse(self.G, batch, ""), {}
+        drop = None
+        if self.options.dropout:
+            drop = functools.partial(self._drop, position=batch["position"].to(self.device))
+        return self._mse(self.G, batch, "", drop), {}
 
-    def _mse(self, G: nn.Module, batch: Batch, kind: str) -> Scalars:
+    def _mse(self, G: nn.Module, batch: Batch, kind: str, drop: Drop | None = None) -> Scalars:
         """Mean squared error of the prediction at one time step drawn per sample."""
         seed, position, x0 = self.config.seed, batch["position"], batch["image"]
         num_classes, prediction = self.options.num_classes, self.options.prediction
@@ -196,7 +213,7 @@ class Ddpm(Family):
         if num_classes:
             dropped = rng.uniform(seed, f"label{kind}", position) < DROP_LABEL
             label = torch.where(dropped.to(self.device), num_classes, batch["label"])
-        output = G(self.schedule.q_sample(x0, eps, t), t.to(self.device), label)
+        output = G(self.schedule.q_sample(x0, eps, t), t.to(self.device), label, drop)
         target = self.schedule.target(prediction, x0, eps, t)
         return {prediction: (output.float() - target).square().mean()}
 

@@ -30,9 +30,10 @@ class ResnetGenerator(nn.Module):
         z_dim: size of the latent.
         channels: channels at the full resolution, doubled at each halving ...
         channel_max: ... and at most this.
-        norm: batch norm (WGAN-GP), or group norm over 16 neighbouring channels, with which a
+        norm: batch norm (WGAN-GP), or group norm over 16 neighbouring channels, with which an
             image does not depend on the others of its batch.
         attention: sizes of the maps that go through self-attention.
+        spectral: spectral norm of all weights too (SAGAN, section 4.1).
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class ResnetGenerator(nn.Module):
         channel_max: int = 512,
         norm: GeneratorNorm = "batch",
         attention: tuple[int, ...] = (),
+        spectral: bool = False,
     ) -> None:
         super().__init__()
         widths = _widths(resolution, channels, channel_max, attention)
@@ -57,6 +59,8 @@ class ResnetGenerator(nn.Module):
         self.norm = _norm(norm, widths[resolution])
         self.to_rgb = nn.Conv2d(widths[resolution], 3, 3, padding=1)
         _initialise(self)
+        if spectral:
+            _normalise(self.dense, *self.layers.modules(), self.to_rgb)
 
     def forward(self, z: Tensor) -> Tensor:
         """Latents (B, z_dim) -> images (B, 3, R, R) in [-1, 1]."""
@@ -67,9 +71,10 @@ class ResnetGenerator(nn.Module):
 class ResnetCritic(nn.Module):
     """3x3 from RGB -> residual blocks, each halving, down to 4x4 -> one linear map of it all.
 
-    The last map has no bias: a Wasserstein loss cancels it. It has no spectral norm either: the
-    gradient penalty requires a slope of 1, and a chain of layers of norm 1 with LeakyReLU between
-    them is always flatter, so one free factor has to make up for it.
+    For a Wasserstein loss the last map has no bias, which the loss would cancel, and no spectral
+    norm: the gradient penalty requires a slope of 1, and a chain of layers of norm 1 with LeakyReLU
+    between them is always flatter, so one free factor has to make up for it. For a hinge loss,
+    whose margins are absolute, it has both.
 
     Args:
         resolution: side of the images, a power of two from 8.
@@ -78,6 +83,7 @@ class ResnetCritic(nn.Module):
         norm: instance norm, which mixes no samples as the gradient penalty demands (section 4 of
             WGAN-GP, which took layer norm), or spectral norm of all weights but the last.
         attention: sizes of the maps that go through self-attention.
+        hinge: the last map has a bias, and spectral norm where the others have it.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class ResnetCritic(nn.Module):
         channel_max: int = 512,
         norm: CriticNorm = "instance",
         attention: tuple[int, ...] = (),
+        hinge: bool = False,
     ) -> None:
         super().__init__()
         widths = _widths(resolution, channels, channel_max, attention)
@@ -98,14 +105,12 @@ class ResnetCritic(nn.Module):
             if size > 4:
                 layers.append(DownBlock(width, widths[size // 2], norm))
         self.layers = nn.Sequential(*layers)
-        self.linear = nn.Linear(16 * widths[4], 1, bias=False)
+        self.linear = nn.Linear(16 * widths[4], 1, bias=hinge)
         _initialise(self)
         if norm == "spectral":
-            for module in [self.from_rgb, *self.layers.modules()]:
-                if isinstance(module, nn.Conv2d):
-                    # all singular values begin as 1, so no signal is lost on the way
-                    nn.init.orthogonal_(module.weight)
-                    spectral_norm(module)
+            _normalise(self.from_rgb, *self.layers.modules())
+            if hinge:
+                _normalise(self.linear)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, R, R) -> scores (B,)."""
@@ -192,3 +197,12 @@ def _initialise(network: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
         if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _normalise(*modules: nn.Module) -> None:
+    """Spectral norm of the weights of convolutions and linear maps among the modules."""
+    for module in modules:
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            # all singular values begin as 1, so no signal is lost on the way
+            nn.init.orthogonal_(module.weight)
+            spectral_norm(module)

@@ -3,18 +3,23 @@
 The shape is that of Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (appendix B), with
 scales and shifts from the time embedding as in Nichol and Dhariwal 2021, "Improved Denoising
 Diffusion Probabilistic Models" (section 2.2), and heads of a fixed width as in Dhariwal and Nichol
-2021, "Diffusion Models Beat GANs on Image Synthesis" (section 3). No dropout: it would draw from a
-random state that a resumed run does not have.
+2021, "Diffusion Models Beat GANs on Image Synthesis" (section 3). Dropout stands where Ho et al.
+have it; the caller says what is dropped, for a random state of the module's own would be lost when
+a run resumes.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# Drops some of the activations (B, C, H, W) of a block, given the block's number.
+Drop = Callable[[Tensor, int], Tensor]
 
 LONGEST_PERIOD = 10_000
 MAX_GROUPS = 32
@@ -115,11 +120,14 @@ class ResBlock(nn.Module):
             nn.Identity() if head_channels is None else SelfAttention(out_channels, head_channels)
         )
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """(B, I, H, W) and (B, E) -> (B, O, H, W)."""
+    def forward(
+        self, x: Tensor, embedding: Tensor, drop: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """(B, I, H, W) and (B, E) -> (B, O, H, W); ``drop`` comes before the second convolution."""
         h = self.conv0(F.silu(self.norm0(x)))
         scale, shift = self.affine(F.silu(embedding))[:, :, None, None].chunk(2, 1)
-        h = self.conv1(F.silu(self.norm1(h) * (1 + scale) + shift))
+        h = F.silu(self.norm1(h) * (1 + scale) + shift)
+        h = self.conv1(h if drop is None else drop(h))
         out: Tensor = self.attention(self.skip(x) + h)
         return out
 
@@ -203,13 +211,16 @@ class UNet(nn.Module):
         self.norm_out = Norm(channels)
         self.conv_out = zeroed(nn.Conv2d(channels, 3, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, label: Tensor | None = None, drop: Drop | None = None
+    ) -> Tensor:
         """Predict.
 
         Args:
             x: (B, 3, R, R).
             t: (B,) time steps.
             label: (B,) int64 classes; needed if, and only if, the network knows classes.
+            drop: dropout of the residual blocks, which are numbered from 0 in their order.
 
         Returns:
             (B, 3, R, R) float32.
@@ -217,16 +228,23 @@ class UNet(nn.Module):
         embedding = self.time(time_embedding(t, self.base_channels))
         if self.label is not None:
             embedding = embedding + self.label(label)
+        numbers = itertools.count()
+
+        def block(module: nn.Module, x: Tensor) -> Tensor:
+            number = next(numbers)
+            out: Tensor = module(x, embedding, drop and (lambda h: drop(h, number)))
+            return out
+
         x = self.conv_in(x)
         skips = [x]
         for module in self.down:
-            x = module(x, embedding) if isinstance(module, ResBlock) else module(x)
+            x = block(module, x) if isinstance(module, ResBlock) else module(x)
             skips.append(x)
         for module in self.middle:
-            x = module(x, embedding)
+            x = block(module, x)
         for module in self.up:
             if isinstance(module, ResBlock):
-                x = module(torch.cat([x, skips.pop()], 1), embedding)
+                x = block(module, torch.cat([x, skips.pop()], 1))
             else:
                 x = module(x)
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))

@@ -60,7 +60,7 @@ class Constant(torch.nn.Module):
         super().__init__()
         self.labels = []
 
-    def forward(self, x, t, label=None):
+    def forward(self, x, t, label=None, drop=None):
         self.labels.append(label)
         value = 0.1 if label is None else 0.1 * (label + 1)[:, None, None, None]
         return torch.zeros_like(x) + value
@@ -98,6 +98,39 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_cut():
     parts = [{key: value[i : i + 2] for key, value in whole.items()} for i in range(0, 8, 2)]
     means = [family.phases[0].losses(part)[0]["v"] for part in parts]
     torch.testing.assert_close(torch.stack(means).mean(), family.phases[0].losses(whole)[0]["v"])
+
+
+def test_dropout_goes_by_position_and_leaves_out_its_share():
+    family = make(dropout=0.25)
+    with torch.no_grad():
+        for parameter in family.G.parameters():
+            parameter.copy_(torch.randn_like(parameter) / 8)
+    images = random_images(6)
+    (phase,) = family.phases
+    whole, _ = phase.losses(batch_of(images))
+    parts = [phase.losses(batch_of(images[a : a + 2], first=a))[0]["v"] for a in (0, 2, 4)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole["v"])
+    family.options.dropout = 0.0
+    assert not torch.allclose(phase.losses(batch_of(images))[0]["v"], whole["v"])
+
+    family.options.dropout = 0.25
+    ones = torch.ones(64, 8, 16, 16)
+    dropped = family._drop(ones, 3, torch.arange(64))
+    assert dropped.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    # of 131,072 draws: four standard deviations
+    assert dropped.eq(0).float().mean() == pytest.approx(0.25, abs=0.005)
+    assert not dropped.equal(family._drop(ones, 4, torch.arange(64)))
+
+
+def test_nothing_is_dropped_where_it_is_measured_or_sampled():
+    plain, family = make(), make(dropout=0.5)
+    family.G.load_state_dict(plain.G.state_dict())
+    batch, numbers = batch_of(random_images()), torch.arange(2)
+    one, other = (f.held_out({"G": f.G}, batch)["v"] for f in (plain, family))
+    assert one.equal(other)
+    assert plain.sample({"G": plain.G}, numbers, 0).equal(
+        family.sample({"G": family.G}, numbers, 0)
+    )
 
 
 def test_held_out_measures_the_averages_with_draws_of_its_own():

@@ -1,11 +1,14 @@
 """SAGAN as a family: what it changes in WGAN-GP, and that it learns eight images."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from dinogen.config import ConfigError
+from dinogen.distributed import rng
 from dinogen.networks.layers import SelfAttention
 from tests.families.gans import (
     Training,
@@ -59,9 +62,56 @@ def test_attention_at_a_size_that_is_not_there_is_a_clear_error():
         make_family("sagan", 16, "family.attention=[8, 32]")
 
 
-def test_it_learns_eight_images():
+def test_the_hinge_loss_is_that_of_the_paper():
+    family = make_family("sagan", 16, *SMALL, "family.loss=hinge", "family.n_critic=1")
+    assert all(phase.every == 1 and not phase.second_order for phase in family.phases)
+    for network in family.networks.values():
+        for module in network.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and "attention" not in str(type(module)):
+                assert parametrize.is_parametrized(module), module
+    batch = make_batch(drawn_images(4, 16))
+    d_phase, g_phase = family.phases
+    losses, seen = d_phase.losses(batch)
+    generated = family.G(rng.normal(family.config.seed, "z/D", batch["position"], (8,)))
+    real, fake = family.D(torch.cat([batch["image"], generated])).chunk(2)
+    by_hand = (1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()
+    torch.testing.assert_close(losses["hinge"], by_hand)
+    torch.testing.assert_close(seen["real"], real.mean())
+    losses, _ = g_phase.losses(batch)
+    generated = family.G(rng.normal(family.config.seed, "z/G", batch["position"], (8,)))
+    torch.testing.assert_close(losses["hinge"], -family.D(generated).mean())
+
+
+def test_the_hinge_loss_has_no_weight_of_a_gradient_penalty():
+    with pytest.raises(ConfigError, match="gp_weight: loss hinge has no gradient penalty"):
+        make_family("sagan", 16, "family.loss=hinge", "family.gp_weight=1")
+
+
+@pytest.mark.parametrize("loss", ["hinge", "wasserstein"])
+def test_a_step_iterates_every_spectral_norm(loss):
+    family = make_family("sagan", 16, *SMALL, f"family.loss={loss}")
+    normalised = {
+        name
+        for name, network in family.networks.items()
+        if any(parametrize.is_parametrized(module) for module in network.modules())
+    }
+    assert normalised == ({"G", "D"} if loss == "hinge" else {"D"})
+    before = copy.deepcopy({name: net.state_dict() for name, net in family.networks.items()})
+    with torch.no_grad():
+        for network in family.networks.values():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter))
+    family.after_step(8)
+    for name in normalised:
+        state = family.networks[name].state_dict()
+        vectors = [key for key, value in state.items() if key.endswith(".u") and len(value) > 1]
+        assert vectors and not any(state[key].equal(before[name][key]) for key in vectors)
+
+
+@pytest.mark.parametrize("loss", ["hinge", "wasserstein"])
+def test_it_learns_eight_images(loss):
     images = drawn_images(8, 16)
-    family = make_family("sagan", 16, *LEARNS)
+    family = make_family("sagan", 16, *LEARNS, f"family.loss={loss}")
     training = Training(family)
     before = energy_distance(training.samples(64), images)
     training.run(images, 150)
