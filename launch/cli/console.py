@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 from rich.console import Console
@@ -33,6 +35,43 @@ def say(text: str, *, err: bool = False) -> None:
     """Print a line; a closed terminal or pipe is no error."""
     with suppress(OSError):
         print(text, file=sys.stderr if err else sys.stdout, flush=True)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table of runs or jobs.
+
+    Attributes:
+        cells: under the heads.
+        why: reasons and remedies; they stand below the line.
+        good: False if the user has to act.
+    """
+
+    cells: Sequence[str]
+    why: str = ""
+    good: bool = True
+
+
+def print_lines(title: str, heads: Sequence[str], lines: Iterable[Line]) -> None:
+    """Print a table on stdout that loses nothing in a narrow terminal.
+
+    A reason is a sentence, often with a command to paste: in a column it would be cut in pieces.
+    """
+    lines = list(lines)
+    columns = zip(heads, *(line.cells for line in lines), strict=True)
+    widths = [max(map(len, column)) for column in columns]
+
+    def aligned(cells: Sequence[str]) -> str:
+        return "  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True))
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(title, style="italic")
+    console.print(aligned(heads).rstrip(), style="bold")
+    for line in lines:
+        style = None if line.good else "red"
+        console.print(aligned(line.cells).rstrip(), style=style)
+        if line.why:
+            console.print(textwrap.indent(line.why, "    "), style=style)
 
 
 class Move(Protocol):

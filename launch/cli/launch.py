@@ -261,10 +261,8 @@ def _request(
 
 def _status(arguments: list[str]) -> None:
     """Print the table; exits 1 if a job did not end well."""
-    from rich.console import Console
-    from rich.table import Table
-
     from dinogen.errors import UserError
+    from launch.cli.console import Line, print_lines
     from launch.slurm.status import job_rows
     from launch.study.plan import is_config_folder
 
@@ -275,11 +273,11 @@ def _status(arguments: list[str]) -> None:
         status(folder)
         return
     rows = job_rows(folder)
-    table = Table("step", "job", "state", "progress", "why", title=arguments[0])
-    for row in rows:
-        cells = (row.step, row.id, row.state, row.progress, row.why)
-        table.add_row(*cells, style=None if row.good else "red")
-    Console(highlight=False).print(table)
+    print_lines(
+        arguments[0],
+        ("step", "job", "state", "progress"),
+        (Line((row.step, row.id, row.state, row.progress), row.why, row.good) for row in rows),
+    )
     if not all(row.good for row in rows):
         raise typer.Exit(1)
 
@@ -294,10 +292,8 @@ def plan(file: Plan) -> None:
 
     [bold]Example[/bold]  dinogen study plan configs/study.yaml
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from launch.check import why_refused
+    from launch.cli.console import Line, print_lines
     from launch.study.cost import cost_of, duration, speed_words
     from launch.study.plan import check_study, is_trained, lacking
     from launch.study.status import study_states
@@ -306,8 +302,7 @@ def plan(file: Plan) -> None:
     check_study(study)
     states, choices = study_states(study)
     runs = [one.run for one in states]
-    table = Table("run", "state", "images left", "time", "measured", "why", title=str(file))
-    costs = []
+    lines, costs = [], []
     for one in states:
         cost = cost_of(one.run, runs)
         costs.append(cost)
@@ -317,10 +312,9 @@ def plan(file: Plan) -> None:
         sizes = [stage.resolution for stage in one.run.stages]
         refused = why_refused(one.run.config, sizes) if left_to_train else None
         why = "; ".join(word for word in (one.why, refused, cost.why) if word)
-        style = "red" if refused or not one.good else None
-        table.add_row(one.run.id, one.state, left, time, speed_words(cost.speeds), why, style=style)
-    console = Console(highlight=False)
-    console.print(table)
+        cells = (one.run.id, one.state, left, time, speed_words(cost.speeds))
+        lines.append(Line(cells, why, good=one.good and not refused))
+    print_lines(str(file), ("run", "state", "images left", "time", "measured"), lines)
     known = [cost for cost in costs if cost.seconds is not None]
     total = sum(cost.seconds or 0.0 for cost in known)
     shared = [cost.processor_s for cost in known if cost.seconds]
@@ -329,7 +323,7 @@ def plan(file: Plan) -> None:
         line += f", {sum(one or 0.0 for one in shared) / 3600:,.2f} hours of one process"
     if len(known) < len(costs):
         line += f"; unknown for {len(costs) - len(known)} runs"
-    console.print(f"{line}; time for measuring is not included")
+    typer.echo(f"{line}; time for measuring is not included")
     _tell_choices(study, choices, states)
 
 
@@ -383,19 +377,16 @@ def status(file: Plan) -> None:
 
     [bold]Example[/bold]  dinogen study status configs/study.yaml
     """
-    from rich.console import Console
-    from rich.table import Table
-
+    from launch.cli.console import Line, print_lines
     from launch.study.status import study_states
 
     study = _open(file)
     states, choices = study_states(study)
-    table = Table("run", "state", "progress", study.metric or "", "why", title=str(file))
+    lines = []
     for one in states:
         value = "" if one.value is None else f"{one.value:.4g}"
-        style = None if one.good else "red"
-        table.add_row(one.run.id, one.state, one.progress, value, one.why, style=style)
-    Console(highlight=False).print(table)
+        lines.append(Line((one.run.id, one.state, one.progress, value), one.why, one.good))
+    print_lines(str(file), ("run", "state", "progress", study.metric or ""), lines)
     _tell_choices(study, choices, states)
     if not all(one.good for one in states):
         raise typer.Exit(1)
@@ -426,17 +417,13 @@ def _report(study: Study) -> None:
 
 def _finish(study: Study, outcomes: list[Outcome], report: bool = True) -> None:
     """Print what became of each run; write the report if that is wanted and a run has begun."""
-    from rich.console import Console
-    from rich.table import Table
-
     from dinogen.errors import EXIT_STOPPED
     from dinogen.runs.run import Run
+    from launch.cli.console import Line, print_lines
     from launch.study.run import exit_code
 
-    table = Table("run", "outcome", title=str(study.path))
-    for one in outcomes:
-        table.add_row(one.run.id, one.what, style=None if one.good else "red")
-    Console(highlight=False).print(table)
+    lines = (Line((one.run.id, one.what), good=one.good) for one in outcomes)
+    print_lines(str(study.path), ("run", "outcome"), lines)
     code = exit_code(outcomes)
     if report and code != EXIT_STOPPED and any(Run(one.run.folder).has_config for one in outcomes):
         _report(study)

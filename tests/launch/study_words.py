@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from typer.testing import CliRunner
 
 from dinogen.report.compare import Written
@@ -20,6 +22,18 @@ def study(command, path, *words):
 
 
 def rows(result):
-    """Cells of a printed table by the first of them."""
-    lines = [line.split("│")[1:-1] for line in result.output.splitlines() if line.startswith("│")]
-    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+    """Cells of a printed table by the first of them, and after them the reason below, if any."""
+    lines = iter(result.output.splitlines())
+    head = next(line for line in lines if re.match(r"(run|step)  ", line))
+    starts = [match.start() for match in re.finditer(r"\S+( \S+)*", head)]
+    ends = [*starts[1:], None]
+    table, name = {}, ""
+    for line in lines:
+        if line.startswith("    "):
+            table[name].append(line.strip())
+            continue
+        if line[starts[1] - 2 : starts[1]].strip():
+            break  # what is said below the table
+        name, *cells = (line[a:b].strip() for a, b in zip(starts, ends, strict=True))
+        table[name] = cells
+    return table

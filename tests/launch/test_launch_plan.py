@@ -14,6 +14,7 @@ from launch.cli.main import app
 from launch.slurm.jobs import read_jobs
 from tests.families.tiny import pack_discs
 from tests.launch.played_slurm import set_state, submitted
+from tests.launch.study_words import rows
 
 
 def launch(folder, *words):
@@ -23,8 +24,7 @@ def launch(folder, *words):
 
 def status(folder):
     result = CliRunner().invoke(app, ["launch", "status", str(folder / "run")])
-    lines = result.output.splitlines()
-    return result, {line.split("│")[1].strip(): line for line in lines if line.startswith("│")}
+    return result, {step: " ".join(cells) for step, cells in rows(result).items()}
 
 
 def record(folder):

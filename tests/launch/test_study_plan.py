@@ -16,6 +16,7 @@ from launch.study.cost import cost_of, duration
 from launch.study.plan import open_study, steps_left
 from tests.families.tiny import pack_discs
 from tests.launch.studies import Player, write, write_study
+from tests.launch.study_words import rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -209,8 +210,8 @@ def test_the_plan_in_words(tmp_path):
     assert "left to train: 0 s; unknown for 6 runs" in result.output
     assert "the final waits for 4 runs of gan" in result.output
     change(tmp_path / "c.yaml", data={"path": "gone"})
-    rows = [line for line in study("plan", path).output.splitlines() if "vae/c-seed0" in line]
-    assert "no data" in rows[0] and f"dinogen prepare PHOTOS gone -c {tmp_path}/c.yaml" in rows[0]
+    state, *_, why = rows(study("plan", path))["vae/c-seed0"]
+    assert state == "no data" and f"dinogen prepare PHOTOS gone -c {tmp_path}/c.yaml" in why
     assert [duration(s) for s in (3, 300, 7200, 3e5)] == ["3 s", "5 min", "2 h", "3.47 days"]
 
 
@@ -238,12 +239,12 @@ def test_the_study_of_the_repository_is_whole(monkeypatch):
 
 
 def test_plan_names_the_run_that_cannot_work(tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "80")
     path = write_study(tmp_path / "place")
     config = yaml.safe_load((path.parent / "a.yaml").read_text())
     config["stages"] = [{"resolution": 32, "kimg": 2}]  # the data are 16x16
     (path.parent / "a.yaml").write_text(yaml.safe_dump(config))
     result = CliRunner().invoke(app, ["study", "plan", str(path)])
-    lines = {line.split("│")[1].strip(): line for line in result.output.splitlines() if "│" in line}
-    assert "cannot work here: stages: stage 32 is larger" in lines["gan/a-seed0"]
-    assert "cannot work" not in lines["gan/b-seed0"]
+    lines = rows(result)
+    assert "cannot work here: stages: stage 32 is larger" in lines["gan/a-seed0"][-1]
+    assert "cannot work" not in lines["gan/b-seed0"][-1]

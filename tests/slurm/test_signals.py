@@ -74,9 +74,12 @@ def test_a_failing_stage_cancels_those_after_it_and_status_says_why(
     jobs = jobs_of(config)
     cluster.wait(jobs["train-4"], "FAILED", 60)
     cluster.wait(jobs["train-8"], "CANCELLED", 20)
-    table = dinogen("launch", "status", load_config(config).run, code=1)
+    lines = dinogen("launch", "status", load_config(config).run, code=1).splitlines()
     failed, cancelled = (
-        next(line for line in table.splitlines() if step in line) for step in ("train-4", "train-8")
+        "".join(lines[number : number + 2])  # the reason stands below
+        for step in ("train-4", "train-8")
+        for number, line in enumerate(lines)
+        if line.startswith(step)
     )
     assert "FAILED" in failed and str(log_of(config, jobs["train-4"])) in failed
     assert f"needs train-4 (job {jobs['train-4']}), which ended as FAILED" in cancelled
