@@ -195,8 +195,8 @@ class Chaos:
         """Where to kill next, so that all kills fit into the steps that are left."""
         moments = ["step", "step", "save", "save", "start"]
         moment = self.rng.choice(moments[:4] if self.options.torchrun else moments)
-        ahead = self.rng.uniform(0, 2) * (self.end - now) / (num_left + 1)
-        nimg = min(now + round(ahead), self.end - 5 * BATCH)
+        later = self.rng.uniform(0, 2) * (self.end - now) / (num_left + 1)
+        nimg = min(now + round(later), self.end - 5 * BATCH)
         victims = [self.rng.randrange(size)]
         delay = {
             "step": self.rng.uniform(0, 0.05),

@@ -91,7 +91,7 @@ class Fuzz:
             return self.check_error(ranks, case, alone)
         _finish(ranks, 0)
         _same_values(_evaluation(alone), expected)
-        return "same figures"
+        return "same values"
 
     def check_training(self, place: Path, case: Case) -> str:
         """Train on several ranks; compare with one process, or look at the error."""
@@ -151,7 +151,7 @@ class Fuzz:
         return f"right error ({self.seconds:.1f} s)" if self.seconds else "right error"
 
     def train_alone(self, place: Path, case: Case) -> str | None:
-        """Train in one process; returns its error, if so much is damaged that it cannot."""
+        """Train in one process; returns its error, if too much is damaged."""
         arguments = (self.config(place, "alone", case, 1), place / "records-alone")
         logs = place / "log-alone"
         ranks = ForkedRanks(fuzz_worker.train, (*arguments, None, case.number), 1, logs)

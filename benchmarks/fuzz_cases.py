@@ -157,7 +157,7 @@ def _corrupt(rng: random.Random, common: dict[str, Any]) -> dict[str, Any]:
         num = sum(shards)
     damaged = sorted(rng.sample(range(sum(shards)), num))
     config = common["config"] | {"data.on_error": "skip" if skip else "stop"}
-    # so much is read that each sample comes by
+    # as much is read as it takes for each sample to come by
     config |= {"batch": max(common["size"], 5), "steps": sum(shards) // 5 + 2}
     return {
         "train": shards,

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--inception", type=Path, required=True)
     parser.add_argument("--num", type=int, default=256, help="samples of each checkpoint")
     parser.add_argument("--points", type=int, default=3, help="checkpoints of each run")
-    parser.add_argument("--out", type=Path, help="JSON with the figures")
+    parser.add_argument("--out", type=Path, help="JSON with the values")
     options = parser.parse_args()
     metrics = MetricsConfig(inception768=str(options.inception))
     extractor = load_extractor("inception768", metrics, torch.device("cpu"))
@@ -92,7 +92,7 @@ def spread(items: list[int], num: int) -> list[int]:
 
 
 def seen(extractor: FeatureExtractor, images: Tensor) -> Moments:
-    """What the judge sees of images (N, 3, R, R) in [-1, 1]."""
+    """Moments of the features of images (N, 3, R, R) in [-1, 1]."""
     moments = Moments.empty(extractor.info.num_channels)
     for part in as_pixels(images).split(32):
         moments.add(extractor(part)["features"])

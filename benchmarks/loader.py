@@ -147,7 +147,7 @@ def cold(data: Dataset, tars: list[Path], levels: tuple[int, ...], image: bool) 
     everything = range(len(table.shards))
     needed = sum(int(table.column(suffix, everything).sizes.sum()) for suffix in suffixes)
     forget(tars)
-    # A whole epoch: what the stream reads ahead of it is in the page cache by then.
+    # A whole epoch: what the stream has prefetched is in the page cache by then.
     batches = -(-data.num_samples() // BATCH)
     before, start = bytes_from_disk(), time.perf_counter()
     for _ in itertools.islice(ours(data, levels, image, 2), batches):

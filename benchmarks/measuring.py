@@ -7,9 +7,9 @@
 and of cats. Every second photo is one half; the middle square, 128 pixels by area; sigma is of
 pixels in [-1, 1].
 
-``cost``: all metrics of a judge with FID's 2048 features and 1008 logits, with spreads over 10
-halves. The judge is a random projection, so that the clock shows what metrics cost; the network of
-FID-768 is timed beside it if its weights are given.
+``cost``: all metrics of a feature extractor with FID's 2048 features and 1008 logits, with spreads
+over 10 halves. The extractor is a random projection, so that the clock shows what metrics cost; the
+network of FID-768 is timed beside it if its weights are given.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Noise:
 
 
 class Projection:
-    """A judge as wide as FID's that costs next to nothing."""
+    """A feature extractor as wide as FID's that costs next to nothing."""
 
     def __init__(self) -> None:
         self.info = ExtractorInfo("inception", "", "area 8", 2048, 1008, random=True)
@@ -103,7 +103,7 @@ class Projection:
 
 
 def order(options: argparse.Namespace) -> None:
-    """Print what the metrics of FID-768's judge say of sets that get worse."""
+    """Print what the metrics of FID-768's extractor say of sets that get worse."""
     extractor = inception768(options.inception)
     faces, cats = squares(options.faces), squares(options.cats)
     ours, others = faces[0::2], faces[1::2]
@@ -134,15 +134,15 @@ def cost(options: argparse.Namespace) -> None:
     extractors: list[FeatureExtractor] = [Projection()]
     if options.inception:
         extractors.append(inception768(options.inception))
-    told("judges loaded", lambda: None)
+    told("extractors loaded", lambda: None)
     keep = [extractor.info.name for extractor in extractors]
 
     def look(num: int, purpose: str, contrast: float) -> dict[str, Seen]:
         return collect(Noise(num, purpose, contrast), extractors, keep, BATCH).seen
 
-    made = told(f"{options.num} samples judged", lambda: look(options.num, "made", 50))
-    real = told(f"{options.real} real judged", lambda: look(options.real, "real", 60))
-    train = told(f"{options.real} learnt from judged", lambda: look(options.real, "train", 60))
+    made = told(f"{options.num} samples seen", lambda: look(options.num, "made", 50))
+    real = told(f"{options.real} real seen", lambda: look(options.real, "real", 60))
+    train = told(f"{options.real} learnt from, seen", lambda: look(options.real, "train", 60))
     kept = [
         rows for one in made.values() for rows in (one.features, one.logits) if rows is not None
     ]
@@ -173,14 +173,14 @@ def memory() -> float:
 
 
 def inception768(path: Path) -> FeatureExtractor:
-    """The judge of FID-768."""
+    """The feature extractor of FID-768."""
     return load_extractor(
         "inception768", MetricsConfig(inception768=str(path)), process_group.device()
     )
 
 
 def seen(source: Given, extractor: FeatureExtractor) -> Seen:
-    """All that a judge says."""
+    """All that a feature extractor says."""
     return collect(source, [extractor], [extractor.info.name], BATCH).seen[extractor.info.name]
 
 

@@ -4,8 +4,8 @@
 
 64 shards of noise behind an HTTP server on this machine, 64 lanes, batches of 64. Each node is a
 stream with a cache of its own, one after the other; all that is counted was really fetched. The
-order tells which shards an epoch needs; a node has a few more by its end, fetched ahead for the
-next one. Speeds are medians of the rounds, cold and warm cache and local disk in turn.
+order tells which shards an epoch needs; a node has a few more by its end, prefetched for
+the next one. Speeds are medians of the rounds, cold and warm cache and local disk in turn.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def export(
     typer.echo(
         f"{done.path}: {info['network']['class'].rpartition('.')[2]} of stage "
         f"{stage_name(info['resolution'])} at {info['nimg']} images, "
-        f"{done.num_parameters:,} parameters, taught by {info.get('guide_label', 'no guide')}"
+        f"{done.num_parameters:,} parameters, guide: {info.get('guide_label', 'none')}"
     )
 
 

@@ -80,7 +80,7 @@ def export(
     (tensors,) = on_host({"G": network.state_dict()}).values()
     write_bytes(path, save(tensors, {INFO: json.dumps(info, allow_nan=False)}))
     if info["random_guide"]:
-        log.warning("RANDOM GUIDE: what %s holds was taught by random weights: a test only", path)
+        log.warning("RANDOM GUIDE: %s was trained on random features: for tests only", path)
     return Exported(path, info, sum(p.numel() for p in network.parameters()))
 
 
