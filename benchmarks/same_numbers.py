@@ -7,8 +7,8 @@
 ``--code`` is a checkout (a git worktree of any commit) whose ``dinogen`` command is run; everything
 else is this file's. The runs are all families, the guided one with each objective, with each kind
 of discriminator, with text, a reference batch and microbatches, and two families with two stages
-and a fade-in. All of them read the one dataset in ``--data``, which the first call makes with the code
-that this file belongs to. So a version before a change of the format has to read it as well.
+and a fade-in. All of them read the one dataset in ``--data``, which the first call makes with the
+code that this file belongs to. So a version before a change of the format has to read it as well.
 
 ``--out`` is JSON: per run and stage the SHA-256 of the weights, moving averages and optimizer state
 (``files``), of the lines of stats.jsonl without what a clock measured (``stats``), of the sample
