@@ -43,7 +43,7 @@ def opening_lines(config: Config, families: list[Family], data: Dataset) -> list
     precision = resolve_precision(config.engine.precision, device)
     guide = "no guide"
     if any(family.inputs.levels for family in families):
-        path = f" {config.guide.path}" if config.guide.name != "pixels" else ""
+        path = f" {config.guide.path}" if config.guide.name in ("dinov2", "inception") else ""
         guide = f"guide {config.guide.name}{path}"
     last = families[-1]
     sizes = ", ".join(
