@@ -38,10 +38,10 @@ from dinogen.metrics.registry import GUIDE_DIVERSITY, OF_FEATURES, better
 from dinogen.metrics.sources import Folder, Generated, Reference, image_files
 from dinogen.metrics.suite import Extractors, Measurement, Subject, measure
 from dinogen.metrics.value import MetricValue
+from dinogen.runs.layout import is_exported
 from dinogen.runs.run import Run
 from dinogen.runs.values import with_new_keys
 from dinogen.training.checkpointing.checkpoint import check_same_data, versions
-from dinogen.training.checkpointing.exported import is_exported
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.training.data import class_shares, data_fingerprint, data_or_reason
 from dinogen.training.logging.tensorboard import write_summary

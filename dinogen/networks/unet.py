@@ -10,16 +10,23 @@ a run resumes.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Drops some of the activations (B, C, H, W) of a block, given the block's number.
-Drop = Callable[[Tensor, int], Tensor]
+
+class Drop(Protocol):
+    """Dropout of the activations (B, C, H, W) of residual blocks."""
+
+    def __call__(self, h: Tensor, block: int) -> Tensor:
+        """Drop some of those of the block with this number."""
+
 
 LONGEST_PERIOD = 10_000
 MAX_GROUPS = 32
@@ -232,7 +239,8 @@ class UNet(nn.Module):
 
         def block(module: nn.Module, x: Tensor) -> Tensor:
             number = next(numbers)
-            out: Tensor = module(x, embedding, drop and (lambda h: drop(h, number)))
+            of_this = None if drop is None else functools.partial(drop, block=number)
+            out: Tensor = module(x, embedding, of_this)
             return out
 
         x = self.conv_in(x)

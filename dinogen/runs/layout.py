@@ -22,6 +22,8 @@ VISUALIZATIONS, VISUALIZATIONS_INDEX = "visualizations", "visualizations.json"
 TENSORBOARD = "tb"
 # in RUN, what `dinogen sample` draws; in RUN/RxR, what is drawn while the stage trains
 SAMPLES = "samples"
+# of the files of `dinogen export`, wherever they are
+EXPORTED_SUFFIX = ".safetensors"
 # in the folder of a study, two levels above its runs
 STUDY = "study.json"
 
@@ -79,3 +81,8 @@ def parse_checkpoint(path: Path) -> tuple[Path, int, int] | None:
 def file_mark(facts: Mapping[str, Any]) -> str:
     """Part of file names that says loudly when a random guide, which teaches nothing, was used."""
     return ".random-guide" if facts.get("random_guide") else ""
+
+
+def is_exported(place: Path) -> bool:
+    """Whether a place is a file, as those of ``dinogen export``, and not the folder of a run."""
+    return place.is_file() or (place.suffix == EXPORTED_SUFFIX and not place.is_dir())

@@ -16,9 +16,9 @@ from dinogen.config import Config, ConfigError, Section
 from dinogen.errors import UserError
 from dinogen.families.abilities import truncates
 from dinogen.report.images import png_bytes, to_uint8
-from dinogen.runs.layout import stage_name
+from dinogen.runs.layout import is_exported, stage_name
 from dinogen.training.checkpointing.checkpoint import Checkpoint, NewestCheckpoints
-from dinogen.training.checkpointing.exported import is_exported, open_exported
+from dinogen.training.checkpointing.exported import open_exported
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.visualize.drawings import spherical
 

@@ -162,9 +162,9 @@ def evaluate(
     from dinogen.evaluation.evaluate import evaluate_folder, is_folder_of_images
     from dinogen.evaluation.record import find_path
     from dinogen.files import named_folder
-    from dinogen.runs.layout import parse_checkpoint
+    from dinogen.runs.layout import is_exported, parse_checkpoint
     from dinogen.runs.run import Run
-    from dinogen.training.checkpointing.exported import is_exported, results_folder
+    from dinogen.training.checkpointing.exported import results_folder
     from launch.cli.console import say, setup_logging
 
     setup_logging(quiet=not process_group.is_main())

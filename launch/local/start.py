@@ -84,5 +84,6 @@ def count_processes(wanted: int | None) -> int:
         if wanted is not None and wanted > num_gpus:
             raise UserError(f"--gpus {wanted}: this machine has {num_gpus} (see dinogen doctor)")
         return wanted or num_gpus
-    log.info("no GPU here: %d process(es) on the CPU", wanted or 1)
+    plural = "es" if (wanted or 1) > 1 else ""
+    log.info("no GPU here: %d process%s on the CPU", wanted or 1, plural)
     return wanted or 1

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 from PIL import features
 
-
-def _register_heif() -> bool:
-    """Teach Pillow to read HEIC; False where pillow-heif is not installed."""
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        return False
+try:
+    from pillow_heif import register_heif_opener
+except ImportError:
+    _READS_HEIC = False
+else:
     register_heif_opener()
-    return True
+    _READS_HEIC = True
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ WEBP = Kind("WebP", (".webp",), "WEBP")
 HEIC = Kind(
     "HEIC",
     (".heic", ".heif", ".hif"),
-    "HEIF" if _register_heif() else "",
+    "HEIF" if _READS_HEIC else "",
     "install pillow-heif (`pip install pillow-heif`), or convert to JPEG",
 )
 AVIF = Kind(

@@ -265,7 +265,7 @@ def test_without_gpus_it_says_so(config):
         pytest.skip("this machine has GPUs")
     command = [sys.executable, "-m", "launch.cli", "launch", config, "--gpus", "2", "--dry-run"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert "no GPU here: 2 process(es) on the CPU" in done.stderr
+    assert "no GPU here: 2 processes on the CPU" in done.stderr
 
 
 @pytest.mark.parametrize(

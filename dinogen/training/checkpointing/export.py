@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from dinogen.config import ConfigError
 from dinogen.families.base import Family, sample_in_parts
 from dinogen.files import write_bytes
+from dinogen.runs.layout import EXPORTED_SUFFIX, is_exported
 from dinogen.training.checkpointing.checkpoint import on_host
-from dinogen.training.checkpointing.exported import INFO, SUFFIX, ExportedFile, is_exported
+from dinogen.training.checkpointing.exported import INFO, ExportedFile
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
 
 log = logging.getLogger(__name__)
@@ -187,6 +188,8 @@ def _check_name(path: Path) -> None:
         ConfigError: naming a path that can be.
     """
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder: name a file, such as {path / 'G'}{SUFFIX}")
-    if path.suffix != SUFFIX:
-        raise ConfigError(f"{path} does not end in {SUFFIX}: name it {path}{SUFFIX}")
+        raise ConfigError(f"{path} is a folder: name a file, such as {path / 'G'}{EXPORTED_SUFFIX}")
+    if path.suffix != EXPORTED_SUFFIX:
+        raise ConfigError(
+            f"{path} does not end in {EXPORTED_SUFFIX}: name it {path}{EXPORTED_SUFFIX}"
+        )

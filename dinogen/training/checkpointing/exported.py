@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dinogen.config import Config, ConfigError
+from dinogen.runs.layout import EXPORTED_SUFFIX
 from dinogen.training.checkpointing.checkpoint import Checkpoint, past_config
 from shards.files import sha256_file
 
-SUFFIX = ".safetensors"
 # The one key of the file's metadata: several would lie in another order each time, and the same
 # checkpoint would give other bytes.
 INFO = "dinogen"
@@ -54,11 +54,6 @@ class ExportedFile(Checkpoint):
         return name == f"{self.network}.ema"
 
 
-def is_exported(place: Path) -> bool:
-    """Whether a place is a file, as those of ``dinogen export``, and not the folder of a run."""
-    return place.is_file() or (place.suffix == SUFFIX and not place.is_dir())
-
-
 def results_folder(file: Path) -> Path:
     """Where samples and results of an exported file go: ``first-exported`` beside it."""
     return file.with_name(f"{file.stem}-exported")
@@ -80,7 +75,7 @@ def open_exported(file: Path) -> ExportedFile:
             "facts": {name: value for name, value in info.items() if name not in _OWN},
             "progress": {"nimg": info["nimg"], "loss": info.get("loss")},
             "data": info.get("data"),
-            "files": {f"{info['network']['name']}.ema{SUFFIX}": sha256_file(file)},
+            "files": {f"{info['network']['name']}.ema{EXPORTED_SUFFIX}": sha256_file(file)},
         }
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{file}: cannot be read as safetensors: {error}") from None

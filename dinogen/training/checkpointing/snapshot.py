@@ -19,7 +19,7 @@ from dinogen.families.abilities import condition_for, fade
 from dinogen.families.base import Condition, Family, sample_in_parts
 from dinogen.families.registry import family_class
 from dinogen.runs.files import state_problem
-from dinogen.runs.layout import STATE, file_mark, stage_name
+from dinogen.runs.layout import STATE, file_mark, is_exported, stage_name
 from dinogen.runs.run import Run, Stage
 from dinogen.training.checkpointing.checkpoint import (
     Checkpoint,
@@ -29,7 +29,6 @@ from dinogen.training.checkpointing.checkpoint import (
 from dinogen.training.checkpointing.exported import (
     ExportedFile,
     exported_config,
-    is_exported,
     open_exported,
 )
 
