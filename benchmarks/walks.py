@@ -97,9 +97,9 @@ def _in_child(root: str, kind: str, *words: str) -> None:
 
     def note(frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
-        # A module's or a class's body runs when it is imported, with the comprehensions in it; those
-        # in functions are passed with their functions. All groups of commands enter themselves into
-        # the command line, whichever is given.
+        # A module's or a class's body runs when it is imported, with the comprehensions in it, and
+        # those in a function are passed with it. All groups of commands enter themselves into the
+        # command line, whichever is given.
         if code.co_name in ("<genexpr>", "<listcomp>", "<setcomp>", "<dictcomp>"):
             return
         if event != "call" or not code.co_flags & 0x2 or not code.co_filename.startswith(parts):

@@ -166,7 +166,7 @@ def test_all_its_commands_run_in_their_order(workplace, urls, monkeypatch):
     exec(compile(exported, "README.md", "exec"), {})
     assert "torch.Size([4, 3, 32, 32]) 64" in shown.getvalue()
     exec(compile(code.replace("batch_size=8", "batch_size=2"), "data-format.md", "exec"), {})
-    assert "torch.Size([2, 3, 64, 64]) torch.Size([2, 256, 32])" in shown.getvalue()
+    assert "torch.Size([2, 3, 64, 64]) torch.Size([2, 256, 352])" in shown.getvalue()
     assert "{'position': 2}" in shown.getvalue()
 
 
