@@ -1,6 +1,10 @@
 """The comparison in a real browser: nothing is loaded, nothing sticks out, dark is dark."""
 
+import io
+
+import numpy as np
 import pytest
+from PIL import Image
 
 from dinogen.report.compare import write_comparison
 from tests.browser import open_browser
@@ -49,6 +53,22 @@ def test_the_page_fits_and_loads_nothing(browser, page_file, width):
     assert abs(after["x"] - before["x"]) < 2
     shown = page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
     assert shown
+    page.close()
+
+
+def test_a_shade_says_that_a_table_goes_on(browser, page_file):
+    page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="light")
+    page.goto(page_file.as_uri())
+    box = page.locator(".scroll").first
+
+    def brightness_at_the_right():
+        image = Image.open(io.BytesIO(box.screenshot())).convert("L")
+        edge = np.asarray(image)[:, -8:-2]
+        return float(np.median(edge))  # of the ground, between the letters
+
+    goes_on = brightness_at_the_right()
+    box.evaluate("box => box.scrollLeft = box.scrollWidth")
+    assert goes_on < brightness_at_the_right() - 10
     page.close()
 
 

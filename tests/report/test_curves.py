@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from dinogen.errors import UserError
+from dinogen.report import curves
 from dinogen.report.curves import ORANGE, RED, _running_mean, plot_loss_curve
 from dinogen.runs.files import read_stats, series
 
@@ -51,6 +52,30 @@ def test_diversity_gets_a_panel_of_its_own(tmp_path):
     more = plot_loss_curve(write(tmp_path / "b", lines), tmp_path / "b.png", title="4x4")
     assert pixels(more, ORANGE).sum() > 50
     assert Image.open(more).height > Image.open(plain).height
+
+
+@pytest.mark.parametrize("num", [4, 60])
+def test_the_legend_lies_above_the_curves(tmp_path, monkeypatch, num):
+    drawn = []
+
+    class Kept(curves.Figure):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            drawn.append(self)
+
+    monkeypatch.setattr(curves, "Figure", Kept)
+    lines = [
+        {"nimg": 100 * n, "loss": 5.0 + (-1) ** n, "floor": 1.0, "alpha": min(1, n / 2)}
+        for n in range(1, num)
+    ]
+    lines[1] |= {"loss": None, "diversity": 0.9}
+    plot_loss_curve(write(tmp_path / "s", lines), tmp_path / "c.png", title="a title")
+    (figure,) = drawn
+    inside, *_ = figure.axes
+    legend = inside.get_legend().get_window_extent()
+    assert legend.y0 >= inside.get_window_extent().y1 - 1
+    assert legend.y1 <= figure._suptitle.get_window_extent().y0 + 1
+    assert legend.x0 >= 0 and len(inside.get_legend().get_texts()) >= 3
 
 
 def test_updates_that_were_not_finite_are_marked(tmp_path):
