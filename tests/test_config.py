@@ -145,6 +145,17 @@ def test_a_file_that_is_no_config_is_named(tmp_path, content, text):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_folder_is_no_config_and_hides_none_that_is_shipped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "other"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=r"^demo: it is a folder: .*, or demo\.yaml for"):
+        load_config("demo")
+    with pytest.raises(ConfigError, match=r"^other: it is a folder: give a YAML file$"):
+        load_config("other")
+    assert load_config("demo.yaml").guide.name == "onet"
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nope\.yaml: no such config file"):
         load_config(tmp_path / "nope.yaml")

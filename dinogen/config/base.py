@@ -122,7 +122,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds; an empty file is an empty mapping.
 
     Raises:
-        ConfigError: no such file, no text, no YAML, a key that occurs twice, or no mapping.
+        ConfigError: no such file, a folder, no text, no YAML, a key that occurs twice, no mapping.
     """
     if path.is_fifo() and path.parts[:2] not in (("/", "dev"), ("/", "proc")):
         # opening a named pipe would block; a shell's <(command) is allowed
@@ -131,6 +131,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
         data = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeyLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
+    except IsADirectoryError:
+        shipped = path.name == str(path) and path.name in shipped_configs()
+        other = f", or {path}.yaml for the config that dinogen brings" if shipped else ""
+        raise ConfigError(f"{path}: it is a folder: give a YAML file{other}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
     except yaml.MarkedYAMLError as error:
