@@ -1,0 +1,83 @@
+"""Copies between host and device that neither of the two waits for.
+
+A copy to a GPU is asynchronous only from pinned memory, and reading a number back waits until all
+that was queued before it is done. Between two log lines a training step does neither: what the
+device needs goes through :func:`to_device`, what the host needs of a step arrives by
+:class:`Arrivals` while the next one is already queued.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a copy from the host is queued, and nothing waits for it.
+
+    torch's allocator of pinned memory keeps the host's side until the copy is done.
+    """
+    if device.type != "cuda" or tensor.device.type == "cuda":
+        return tensor.to(device)
+    if not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+@dataclass
+class _Sent(Generic[T]):
+    """Numbers on their way to the host, and what they belong to."""
+
+    note: T
+    names: tuple[str, ...]
+    numbers: Tensor
+    event: Any = field(default=None)
+
+
+class Arrivals(Generic[T]):
+    """Numbers that the device computes and the host reads later, in the order they were sent.
+
+    Args:
+        device: where the numbers are computed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sent: deque[_Sent[T]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._sent)
+
+    def send(self, note: T, numbers: Mapping[str, Tensor]) -> None:
+        """Queue the copy of scalars to the host.
+
+        Args:
+            note: what they belong to; :meth:`receive` returns it with them.
+            numbers: scalars of any type, on the device.
+        """
+        joined = torch.stack([number.detach().double() for number in numbers.values()])
+        sent = _Sent(note, tuple(numbers), joined)
+        if self._device.type == "cuda":
+            sent.numbers = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
+            sent.numbers.copy_(joined, non_blocking=True)
+            sent.event = torch.cuda.Event()
+            sent.event.record()
+        self._sent.append(sent)
+
+    def receive(self) -> tuple[T, dict[str, float]]:
+        """What was sent first of all that was not received yet; waits until it is here.
+
+        Raises:
+            IndexError: nothing is on its way.
+        """
+        sent = self._sent.popleft()
+        if sent.event is not None:
+            sent.event.synchronize()
+        return sent.note, dict(zip(sent.names, sent.numbers.tolist(), strict=True))
