@@ -4,6 +4,9 @@ Nothing in a run keeps a random state: latent noise and augmentations belong to 
 global order of samples, so a resumed run, or one on other ranks, draws the same numbers.
 Philox 4x32-10 is counter-based (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3",
 section 4.3): the position is part of its counter, the seed and purpose are its key.
+
+A draw is some eighty small operations, however few numbers it has. :class:`Together` makes the
+draws of a training step at once.
 """
 
 from __future__ import annotations
@@ -11,19 +14,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from functools import cache
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinogen.transfer import to_device
+
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _NUM_ROUNDS = 10
+# the largest words round to 1.0, which is not below 1
+_BELOW_ONE = 1 - 2**-24
+
+Key = tuple[int, int]
 
 
-def derive(seed: int, purpose: str) -> tuple[int, int]:
+def derive(seed: int, purpose: str) -> Key:
     """Philox key, two words of 32 bits, of a seed and a purpose such as ``"z/G"``."""
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     first, second = np.frombuffer(digest, dtype="<u4").tolist()
@@ -49,11 +61,7 @@ def normal(
     Returns:
         (B, *shape) float32.
     """
-    words = _words(seed, purpose, positions, math.prod(shape), device)
-    radius = torch.sqrt(-2 * torch.log(_open_unit(words[:, :, 0::2])))
-    angle = 2 * math.pi * _open_unit(words[:, :, 1::2])
-    pairs = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], 2)
-    return _shaped(pairs, shape)
+    return _draw(Draw("normal", seed, purpose, shape, device or positions.device), positions)
 
 
 def uniform(
@@ -64,10 +72,7 @@ def uniform(
     device: torch.device | None = None,
 ) -> Tensor:
     """Uniform numbers in (0, 1) of each position, (B, *shape) float32; as :func:`normal`."""
-    words = _words(seed, purpose, positions, math.prod(shape), device)
-    # the largest words round to 1.0, which is not below 1
-    below = 1 - 2**-24
-    return _shaped(_open_unit(words).clamp(max=below), shape)
+    return _draw(Draw("uniform", seed, purpose, shape, device or positions.device), positions)
 
 
 def integers(
@@ -84,8 +89,8 @@ def integers(
     Args:
         high: 1 to 2**31.
     """
-    words = _words(seed, purpose, positions, math.prod(shape), device)
-    return _shaped((words * high) >> 32, shape)
+    where = device or positions.device
+    return _draw(Draw("integers", seed, purpose, shape, where, high), positions)
 
 
 @contextlib.contextmanager
@@ -97,7 +102,169 @@ def torch_seed(seed: int, purpose: str) -> Iterator[None]:
         yield
 
 
-def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+class Draw(NamedTuple):
+    """What is drawn for each position of a batch; see :func:`normal` for the fields."""
+
+    kind: Literal["normal", "uniform", "integers"]
+    seed: int
+    purpose: str
+    shape: tuple[int, ...]
+    device: torch.device
+    high: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of four words that a position takes."""
+        return math.ceil(math.prod(self.shape) / 4)
+
+
+# Numbers per position that are worth keeping for a step. A draw of more takes long enough by
+# itself that it is made when it is needed, and freed after.
+_MOST_KEPT = 2**15
+# Steps of a kind after which a draw that none of them made is not made in advance any more.
+_FORGOTTEN_AFTER = 64
+
+
+class Together:
+    """Makes the draws of a training step at once: those that steps of its kind made before.
+
+    It is a matter of speed alone: a number is the same, whoever computes it. What a step draws for
+    other positions than those it began with, or for the first time, is drawn by itself.
+    """
+
+    def __init__(self) -> None:
+        self._plans: dict[Hashable, _Plan] = {}
+
+    @contextlib.contextmanager
+    def step(self, kind: Hashable, batches: Sequence[Tensor]) -> Iterator[None]:
+        """Context of one step.
+
+        Args:
+            kind: steps of one kind draw for the same purposes.
+            batches: the positions (B,) of each microbatch; only draws for these very tensors are
+                made in advance.
+        """
+        plan = self._plans.setdefault(kind, _Plan())
+        plan.begin()
+        token = _advance.set({id(positions): _Advance(positions, plan) for positions in batches})
+        try:
+            yield
+        finally:
+            _advance.reset(token)
+
+
+class _Plan:
+    """The draws that steps of one kind make, and when one last made each of them."""
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._last: dict[Draw, int] = {}
+        self._tables: dict[torch.device, _Tables] = {}
+
+    def begin(self) -> None:
+        """Get ready for what is drawn again and again; what has not been for long is left out."""
+        self._step += 1
+        recent = [d for d, last in self._last.items() if self._step - last <= _FORGOTTEN_AFTER]
+        for device in {draw.device for draw in self._last}:
+            own = [draw for draw in recent if draw.device == device]
+            if not own:
+                self._tables.pop(device, None)
+            elif device not in self._tables or self._tables[device].draws != own:
+                self._tables[device] = _Tables(own, device)
+        self._last = {draw: self._last[draw] for draw in recent}
+
+    def note(self, draw: Draw) -> None:
+        """A draw was made."""
+        self._last[draw] = self._step
+
+    def make(self, device: torch.device, positions: Tensor) -> Mapping[Draw, Tensor]:
+        """The draws of a device that a step is expected to make."""
+        tables = self._tables.get(device)
+        return {} if tables is None else tables.draw(positions)
+
+
+class _Advance:
+    """The draws of one microbatch that are made in advance, at the first of each device."""
+
+    def __init__(self, positions: Tensor, plan: _Plan) -> None:
+        self._positions = positions
+        self._plan = plan
+        self._made: dict[torch.device, Mapping[Draw, Tensor]] = {}
+
+    def take(self, draw: Draw) -> Tensor | None:
+        """The numbers of a draw; None if they were not made in advance."""
+        if math.prod(draw.shape) > _MOST_KEPT:
+            return None
+        if draw.device not in self._made:
+            self._made[draw.device] = self._plan.make(draw.device, self._positions)
+        self._plan.note(draw)
+        return self._made[draw.device].get(draw)
+
+
+_advance: ContextVar[dict[int, _Advance] | None] = ContextVar("advance", default=None)
+
+
+def _draw(draw: Draw, positions: Tensor) -> Tensor:
+    advance = (_advance.get() or {}).get(id(positions))
+    made = advance.take(draw) if advance is not None else None
+    if made is not None:
+        return made
+    return _Tables([draw], draw.device).draw(positions)[draw]
+
+
+class _Tables:
+    """What draws that are made together have in common, whatever the positions.
+
+    Args:
+        draws: all on one device.
+        device: which.
+    """
+
+    def __init__(self, draws: Sequence[Draw], device: torch.device) -> None:
+        self.draws = draws
+        self._parts: dict[str, tuple[list[Draw], slice]] = {}
+        highs = [draw for draw in draws if draw.kind == "integers"]
+        ordered: list[Draw] = []
+        for kind in ("normal", "uniform", "integers"):
+            own = [draw for draw in draws if draw.kind == kind]
+            first = sum(draw.num_blocks for draw in ordered)
+            ordered += own
+            if own:
+                end = first + sum(draw.num_blocks for draw in own)
+                self._parts[kind] = own, slice(first, end)
+        counts = torch.tensor([draw.num_blocks for draw in ordered])
+        blocks = torch.cat([torch.arange(draw.num_blocks) for draw in ordered])
+        keys = torch.tensor([derive(draw.seed, draw.purpose) for draw in ordered])
+        # one key, or one per block
+        keys = keys if len(ordered) == 1 else keys.repeat_interleave(counts, 0)
+        self._blocks = to_device(blocks, device)
+        self._round_keys = to_device(_round_keys(keys), device)
+        bounds = [torch.tensor([draw.high]).expand(draw.num_blocks) for draw in highs]
+        self._highs = to_device(torch.cat(bounds), device) if bounds else blocks[:0]
+
+    def draw(self, positions: Tensor) -> dict[Draw, Tensor]:
+        """The numbers of each draw, (B, *shape), for positions (B,)."""
+        rows = to_device(positions, self._blocks.device)[:, None]
+        zero = torch.zeros_like(rows)
+        even, odd = _philox(
+            self._blocks, zero, rows & _WORD, (rows >> 32) & _WORD, self._round_keys
+        )
+        found: dict[Draw, Tensor] = {}
+        for kind, (draws, where) in self._parts.items():
+            words = even[:, :, where], odd[:, :, where]
+            if kind == "normal":
+                numbers = _normal(*words)
+            elif kind == "uniform":
+                numbers = _uniform(*words)
+            else:
+                numbers = _integers(*words, self._highs)
+            sizes = [4 * draw.num_blocks for draw in draws]
+            for draw, part in zip(draws, numbers.split(sizes, 1), strict=True):
+                found[draw] = part[:, : math.prod(draw.shape)].reshape(len(part), *draw.shape)
+        return found
+
+
+def philox(counter: tuple[Tensor, ...], key: Key) -> tuple[Tensor, ...]:
     """Philox 4x32-10: four words of each counter.
 
     Args:
@@ -107,36 +274,81 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, .
     Returns:
         Four int64 tensors of words from 0 to 2**32 - 1.
     """
-    a, b, c, d = counter
-    first, second = key
-    for _ in range(_NUM_ROUNDS):
+    counter = torch.broadcast_tensors(*counter)
+    rows = [words.reshape(1, -1) for words in counter]
+    keys = to_device(_round_keys(torch.tensor([key])), rows[0].device)
+    first, second, third, fourth = rows
+    (a, c), (b, d) = _philox(first, second, third, fourth, keys)
+    return tuple(words.view(counter[0].shape) for words in (a, b, c, d))
+
+
+def _round_keys(keys: Tensor) -> Tensor:
+    """Of keys (N, 2): (rounds, 2, 1, N), in the order in which :func:`_philox` needs them."""
+    weyl = torch.tensor(_WEYL) * torch.arange(_NUM_ROUNDS)[:, None]
+    found = (keys.T[None] + weyl[:, :, None]) & _WORD  # (rounds, 2, N)
+    found[0::2] = found[0::2].flip(1)
+    return found[:, :, None]
+
+
+@cache
+def _multipliers(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both, (2, 1, 1), in the order of even and of odd rounds."""
+    even = torch.tensor(_MULTIPLIERS)[:, None, None]
+    return to_device(even, device), to_device(even.flip(0), device)
+
+
+def _philox(
+    a: Tensor, b: Tensor, c: Tensor, d: Tensor, round_keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The words of counters: (the first and third, the second and fourth), each (2, B, T).
+
+    Both multiplications of a round are one operation on two rows. A round exchanges the rows, so
+    that they are back in their order after an even number of rounds.
+    """
+    x = torch.stack(torch.broadcast_tensors(a, c))
+    products, before = torch.empty_like(x), torch.empty_like(x)
+    low = d, b  # what each row is combined with
+    multipliers = _multipliers(x.device)
+    for number in range(_NUM_ROUNDS):
         # The product wraps around in int64, yet each of its 64 bits is right.
-        low, high = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
-        a, b, c, d = (
-            ((high >> 32) & _WORD) ^ b ^ first,
-            high & _WORD,
-            ((low >> 32) & _WORD) ^ d ^ second,
-            low & _WORD,
-        )
-        first, second = (first + _WEYL[0]) & _WORD, (second + _WEYL[1]) & _WORD
-    return a, b, c, d
+        torch.mul(x, multipliers[number % 2], out=products)
+        torch.bitwise_right_shift(products, 32, out=x)
+        x ^= round_keys[number]
+        x[0] ^= low[0]
+        x[1] ^= low[1]
+        x &= _WORD
+        low = products[1], products[0]
+        products, before = before, products
+    before &= _WORD
+    return x, before
 
 
-def _words(
-    seed: int, purpose: str, positions: Tensor, num: int, device: torch.device | None
-) -> Tensor:
-    """At least ``num`` words of each position, (B, ceil(num / 4), 4) int64."""
-    rows = positions.to(device or positions.device)[:, None]
-    blocks = torch.arange(math.ceil(num / 4), device=rows.device)[None, :]
-    counter = (blocks, torch.zeros_like(blocks), rows & _WORD, (rows >> 32) & _WORD)
-    return torch.stack(philox(counter, derive(seed, purpose)), 2)
+def _normal(even: Tensor, odd: Tensor) -> Tensor:
+    """Words (2, B, T) to standard normal numbers (B, 4 T)."""
+    radius = even.float().add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+    angle = odd.float().add_(0.5).mul_(2.0**-32 * (2 * math.pi))
+    found = _empty_blocks(radius)
+    torch.mul(radius, torch.cos(angle), out=found[:, :, 0].permute(2, 0, 1))
+    torch.mul(radius, angle.sin_(), out=found[:, :, 1].permute(2, 0, 1))
+    return found.flatten(1)
 
 
-def _open_unit(words: Tensor) -> Tensor:
-    """Words to (0, 1], float32."""
-    return (words.float() + 0.5) * 2.0**-32
+def _uniform(even: Tensor, odd: Tensor) -> Tensor:
+    """Words (2, B, T) to numbers in (0, 1), (B, 4 T) float32."""
+    found = _empty_blocks(even, torch.float32)
+    found[:, :, :, 0] = even.permute(1, 2, 0)
+    found[:, :, :, 1] = odd.permute(1, 2, 0)
+    return found.add_(0.5).mul_(2.0**-32).clamp_(max=_BELOW_ONE).flatten(1)
 
 
-def _shaped(numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(B, blocks, 4) cut to (B, *shape)."""
-    return numbers.flatten(1)[:, : math.prod(shape)].reshape(len(numbers), *shape)
+def _integers(even: Tensor, odd: Tensor, highs: Tensor) -> Tensor:
+    """Words (2, B, T) to numbers from 0 to highs (T,) less 1, (B, 4 T) int64."""
+    found = _empty_blocks(even)
+    for i, words in enumerate((even, odd)):
+        torch.bitwise_right_shift(words * highs, 32, out=found[:, :, :, i].permute(2, 0, 1))
+    return found.flatten(1)
+
+
+def _empty_blocks(words: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised (B, T, 2, 2) for words (2, B, T)."""
+    return words.new_empty((*words.shape[1:], 2, 2), dtype=dtype)

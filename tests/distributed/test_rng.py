@@ -90,3 +90,79 @@ def test_torch_seed_leaves_the_callers_generator_alone():
     assert torch.equal(torch.rand(3), expected)
     with rng.torch_seed(5, "init"):
         assert torch.equal(torch.rand(3), inside)
+
+
+def draw_all(positions, high=9):
+    """As a step does: some draws, in any order, of all kinds."""
+    return [
+        rng.normal(1, "z", positions, (6,)),
+        rng.integers(1, "cut", positions, (2,), high=high),
+        rng.uniform(1, "mix", positions),
+        rng.normal(1, "noise", positions, (3, 5)),
+        rng.integers(2, "cut", positions, high=1000),
+        rng.uniform(1, "table", positions, (19, 3)),
+    ]
+
+
+def test_draws_made_together_are_those_made_one_by_one(monkeypatch):
+    alone = draw_all(torch.arange(8) + 2**34)
+    together, batches = rng.Together(), [torch.arange(8) + 2**34, torch.arange(3)]
+    num = []
+    core = rng._philox
+    monkeypatch.setattr(rng, "_philox", lambda *args: num.append(1) or core(*args))
+    for expected in (12, 2, 2):
+        num.clear()
+        with together.step("kind", batches):
+            first, second = draw_all(batches[0]), draw_all(batches[1])
+        assert len(num) == expected
+        for mine, his in zip(first, alone, strict=True):
+            assert torch.equal(mine, his)
+            assert mine.dtype == his.dtype
+        for mine, his in zip(second, draw_all(torch.arange(3)), strict=True):
+            assert torch.equal(mine, his)
+
+
+def test_what_was_not_foreseen_is_drawn_by_itself():
+    together, positions = rng.Together(), torch.arange(4)
+    with together.step("kind", [positions]):
+        draw_all(positions)
+    with together.step("kind", [positions]):
+        new = rng.normal(1, "another", positions, (6,))
+        other_high = draw_all(positions, high=5)[1]
+        half = rng.normal(1, "z", positions[::2], (6,))
+    assert torch.equal(new, rng.normal(1, "another", positions, (6,)))
+    assert torch.equal(other_high, rng.integers(1, "cut", positions, (2,), high=5))
+    assert torch.equal(half, rng.normal(1, "z", torch.tensor([0, 2]), (6,)))
+
+
+def test_large_draws_are_made_when_they_are_needed(monkeypatch):
+    together, positions = rng.Together(), torch.arange(2)
+    sizes = []
+    core = rng._philox
+    monkeypatch.setattr(
+        rng, "_philox", lambda a, *rest: sizes.append(a.shape[-1]) or core(a, *rest)
+    )
+    for _ in range(2):
+        sizes.clear()
+        with together.step("kind", [positions]):
+            rng.normal(1, "z", positions, (8,))
+            large = rng.normal(1, "eps", positions, (2**16,))
+    assert sizes == [2, 2**14]
+    assert torch.equal(large, rng.normal(1, "eps", positions, (2**16,)))
+
+
+def test_what_is_no_longer_drawn_is_no_longer_made(monkeypatch):
+    together, positions = rng.Together(), torch.arange(2)
+    monkeypatch.setattr(rng, "_FORGOTTEN_AFTER", 3)
+    with together.step("kind", [positions]):
+        rng.normal(1, "rare", positions, (4000,))
+        rng.normal(1, "z", positions, (4,))
+    sizes = []
+    core = rng._philox
+    monkeypatch.setattr(
+        rng, "_philox", lambda a, *rest: sizes.append(a.shape[-1]) or core(a, *rest)
+    )
+    for _ in range(6):
+        with together.step("kind", [positions]):
+            rng.normal(1, "z", positions, (4,))
+    assert sizes == [1001, 1001, 1001, 1, 1, 1]
