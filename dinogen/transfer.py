@@ -9,12 +9,13 @@ device needs goes through :func:`to_device`, what the host needs of a step arriv
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -60,9 +61,9 @@ class Arrivals(Generic[T]):
 
         Args:
             note: what they belong to; :meth:`receive` returns it with them.
-            numbers: scalars of any type, on the device.
+            numbers: scalars on the device; they arrive as float32.
         """
-        joined = torch.stack([number.detach().double() for number in numbers.values()])
+        joined = torch.stack([number.detach().float() for number in numbers.values()])
         sent = _Sent(note, tuple(numbers), joined)
         if self._device.type == "cuda":
             sent.numbers = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
@@ -81,3 +82,30 @@ class Arrivals(Generic[T]):
         if sent.event is not None:
             sent.event.synchronize()
         return sent.note, dict(zip(sent.names, sent.numbers.tolist(), strict=True))
+
+
+class Kept:
+    """Buffers of networks, which a change can be taken back from without asking the device.
+
+    Args:
+        networks: by name; their buffers stay the same tensors.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+        self._buffers = [b for network in networks.values() for b in network.buffers()]
+        self._before = [torch.empty_like(buffer) for buffer in self._buffers]
+
+    @contextmanager
+    @torch.no_grad()
+    def unless(self, kept: Tensor) -> Iterator[None]:
+        """Context whose changes of buffers are undone at its end, if ``kept`` is False there.
+
+        Args:
+            kept: a bool scalar on the device.
+        """
+        torch._foreach_copy_(self._before, self._buffers)
+        versions = [buffer._version for buffer in self._buffers]
+        yield
+        for buffer, before, version in zip(self._buffers, self._before, versions, strict=True):
+            if buffer._version != version:
+                buffer.copy_(torch.where(kept, buffer, before))

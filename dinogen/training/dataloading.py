@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,8 +15,23 @@ from torch.nn import functional as F
 from dinogen.batch import Batch
 from dinogen.config import AugmentConfig
 from dinogen.distributed import process_group, rng
+from dinogen.training.data import check_labels
 from dinogen.training.state import StageState
+from dinogen.transfer import to_device
 from shards.read.stream import Stream
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A batch, and what reading it has met.
+
+    Attributes:
+        batch: on the device, but for positions and keys.
+        num_skipped: damaged samples that were replaced, up to this batch.
+    """
+
+    batch: Batch
+    num_skipped: int
 
 
 class Dataloader:
@@ -40,20 +56,19 @@ class Dataloader:
             seed, start = first << 32 | second, num_steps * inputs.reference_batch
             self._streams.append(_stream(state, inputs.reference_batch, seed, start, None))
         self._stack = ExitStack()
+        self._family = state.family
+        self._ahead = _Ahead(state.device)
 
-    @property
-    def num_skipped(self) -> int:
-        """Damaged samples that were replaced so far."""
-        return sum(stream.num_skipped for stream in self._streams)
-
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Loaded]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Loaded:
         batch = cast(Batch, next(self._streams[0]))
         for stream in self._streams[1:]:
             batch["reference_batch"] = cast(Batch, next(stream))
-        return batch
+        check_labels(self._family, batch)
+        num_skipped = sum(stream.num_skipped for stream in self._streams)
+        return Loaded(self._ahead.send(batch), num_skipped)
 
     def __enter__(self) -> Dataloader:
         for stream in self._streams:
@@ -62,6 +77,40 @@ class Dataloader:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+
+
+class _Ahead:
+    """Sends batches to a GPU on a stream of their own, beside the steps that are queued there.
+
+    Args:
+        device: of the run; on others than GPUs batches stay where they are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def send(self, batch: Batch) -> Batch:
+        """The batch with its tensors on the device, but for the positions."""
+        if self._stream is None:
+            return batch
+        with torch.cuda.stream(self._stream):
+            sent = cast(Batch, self._sent(batch))
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return sent
+
+    def _sent(self, batch: Mapping[Any, Any]) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        for name, value in batch.items():
+            if isinstance(value, Mapping):
+                found[name] = self._sent(value)
+            elif isinstance(value, Tensor) and name != "position":
+                found[name] = to_device(value, self._device)
+                # or its memory would be given to the next batch while a step still reads it
+                found[name].record_stream(torch.cuda.current_stream(self._device))
+            else:
+                found[name] = value
+        return found
 
 
 def _stream(state: StageState, batch: int, seed: int, start: int, image_size: int | None) -> Stream:

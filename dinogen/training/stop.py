@@ -1,15 +1,18 @@
-"""Signals that stop a run: a handler sets a flag, the loop saves and leaves."""
+"""Signals that stop a run: a handler sets a flag, ranks agree on a last step, the loop saves."""
 
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import signal
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from dinogen.distributed import process_group
 from dinogen.errors import EXIT_STOPPED, UserError
@@ -77,24 +80,8 @@ class StopFlag:
             signal.signal(number, handler)  # type: ignore[arg-type]
         hurry(False)
 
-    def next(self, batches: Iterator[T]) -> T | None:
-        """The next batch; None if this rank has to stop: then no shard is worth waiting for.
-
-        Raises:
-            FetchError: a shard is not available, and no stop was requested.
-        """
-        if self.name is not None:
-            return None
-        try:
-            return next(batches)
-        except FetchError as error:
-            if self.name is None:
-                raise
-            log.warning("%s", error)
-            return None
-
     def agreed(self) -> bool:
-        """Whether any rank has to stop; every rank has to call it."""
+        """Whether any rank has to stop; every rank has to call it, between two stages."""
         return process_group.any_rank(self.name is not None)
 
     def error(self, where: str) -> Stopped:
@@ -115,3 +102,121 @@ class StopFlag:
             raise KeyboardInterrupt
         # A shard that does not come must not keep this rank from stopping.
         hurry()
+
+
+# Steps by which one rank can be further than another. A rank that has begun step n has read what
+# the device computed in step n - 2, to which every rank has contributed.
+_MOST_APART = 2
+_EVERY = 0.2  # seconds between two polls of the store
+_episodes = itertools.count()
+
+
+class Steps(Generic[T]):
+    """The batches of a stage, until its ranks stop, all of them after the same step; a context.
+
+    A rank alone stops at once. Several ask each other through the store, in a thread, so that a
+    step costs nothing for it: each says which step it has begun, and begins no other until rank 0
+    has named the last one, which is the furthest that any rank has begun. A rank holds the batches
+    that it may still need then, for its shards may be out of reach.
+
+    Args:
+        stop: set by signals.
+        batches: of this rank.
+        num: of the stage's steps that are left; no batch beyond them is read.
+    """
+
+    def __init__(self, stop: StopFlag, batches: Iterator[T], num: int) -> None:
+        self._stop = stop
+        self._batches = batches
+        self._num_left = num
+        self._ahead: deque[T] = deque()
+        self._begun = 0
+        self._asked = False
+        self._last: int | None = None
+        self._changed = threading.Condition()
+        self._store = process_group.control_store()
+        self._prefix = f"stop/{next(_episodes)}"
+        self._left = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="stop", daemon=True)
+
+    def __enter__(self) -> Steps[T]:
+        if self._store is not None:
+            self._watcher.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._left.set()
+        if self._store is not None:
+            self._watcher.join()
+
+    def next(self) -> T | None:
+        """The next step's batch; None if this rank has to stop before it.
+
+        Raises:
+            FetchError: a shard is not available, and this rank was not asked to stop.
+        """
+        if self._store is None and self._stop.name is not None:
+            return None
+        error = self._fill()
+        if error is not None:
+            if not self._asked and self._stop.name is None:
+                raise error
+            log.warning("%s", error)
+        if self._store is not None and not self._may_begin(error is not None):
+            return None
+        return self._ahead.popleft() if self._ahead else None
+
+    def _fill(self) -> FetchError | None:
+        """Read the next batch, and those that another rank may make necessary.
+
+        Returns:
+            Why they are not all there.
+        """
+        wanted = 1 if self._store is None else 1 + _MOST_APART
+        while len(self._ahead) < wanted and self._num_left and not self._asked:
+            try:
+                self._ahead.append(next(self._batches))
+            except FetchError as error:
+                return error
+            self._num_left -= 1
+        return None
+
+    def _may_begin(self, must_stop: bool) -> bool:
+        """Whether this rank takes part in the next step; waits until the last one is known."""
+        with self._changed:
+            if must_stop or self._stop.name is not None:
+                self._answer()
+            while self._asked and self._last is None:
+                self._changed.wait()
+            if self._last is not None and self._begun >= self._last:
+                return False
+            self._begun += 1
+            return True
+
+    def _answer(self) -> None:
+        """Say once how many steps this rank has begun, which is a request for the others."""
+        if not self._asked and self._store is not None:
+            self._store.set(f"{self._prefix}/{process_group.rank()}", str(self._begun))
+            self._store.set(self._prefix, "")
+            self._asked = True
+
+    def _watch(self) -> None:
+        """Thread: answer for this rank, whatever it waits for, and find out the last step."""
+        assert self._store is not None
+        ranks = [f"{self._prefix}/{rank}" for rank in range(process_group.world_size())]
+        last = f"{self._prefix}/last"
+        with suppress(RuntimeError):  # the store went down with its rank: others end this one
+            while not self._left.wait(_EVERY):
+                if not self._asked:
+                    if self._stop.name is None and not self._store.check([self._prefix]):
+                        continue
+                    with self._changed:
+                        self._answer()
+                    hurry()  # a shard that does not come must not keep the others waiting
+                if process_group.is_main() and self._store.check(ranks):
+                    self._store.set(last, str(max(int(self._store.get(rank)) for rank in ranks)))
+                if self._store.check([last]):
+                    with self._changed:
+                        self._last = int(self._store.get(last))
+                        self._changed.notify_all()
+                    return

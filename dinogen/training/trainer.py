@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,22 +13,22 @@ from torch import Tensor
 
 from dinogen.batch import Batch, Scalars
 from dinogen.config import Config, due
-from dinogen.distributed import process_group
+from dinogen.distributed import process_group, rng
 from dinogen.errors import UserError
 from dinogen.evaluation.validate import Validator
 from dinogen.families.abilities import FollowsSteps, Probes, Remembers, constants_of
-from dinogen.families.base import Health
+from dinogen.families.base import Health, Phase
 from dinogen.runs.layout import checkpoint_name
 from dinogen.training.checkpointing.checkpoint import Saver
-from dinogen.training.data import check_labels
 from dinogen.training.dataloading import Dataloader, augment
-from dinogen.training.engines.base import num_micros, split
+from dinogen.training.engines.base import Update, num_micros, split
 from dinogen.training.logging.artifacts import save_samples
 from dinogen.training.logging.begin import ProgressLine
 from dinogen.training.logging.logger import Logger
 from dinogen.training.logging.tensorboard import chart_layout
 from dinogen.training.state import StageState
-from dinogen.training.stop import StopFlag
+from dinogen.training.stop import Steps, StopFlag
+from dinogen.transfer import Arrivals, Kept
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,11 @@ class Trainer:
         self.stop = stop
         self.later = later
         self.num_nonfinite: dict[str, int] = {}
+        self.together = rng.Together()
+        self.arrivals: Arrivals[int] = Arrivals(self.engine.device)
+        # A GPU has the next step queued while the host learns what became of this one.
+        self.lag = 1 if self.engine.device.type == "cuda" else 0
+        self.kept = Kept(self.family.networks) if isinstance(self.family, Remembers) else None
         self.fading: bool | None = None
         self.num_skipped_before = state.progress.num_skipped
         self.num_skipped_here = 0
@@ -101,20 +107,20 @@ class Trainer:
             process_group.is_main(),
             self.later,
         )
-        self.dataloader = Dataloader(self.state)
+        num_steps = math.ceil((self.plan.end - progress.nimg) / self.stage.batch)
+        dataloader = Dataloader(self.state)
         try:
-            with self.dataloader:
+            with dataloader, Steps(self.stop, dataloader, num_steps) as steps:
                 self.window = Window(time.monotonic())
                 self.counted_until = self.window.began
-                batches = iter(self.dataloader)
                 began = progress.nimg
                 line.begin(began)
                 while not self.state.finished:
                     before = time.monotonic()
-                    batch = self.stop.next(batches)
+                    loaded = steps.next()
                     self.window.waited += time.monotonic() - before
-                    # Agreed on here, where a rank that cannot have its batch can still say so.
-                    if self.stop.agreed() or batch is None:
+                    if loaded is None:
+                        self._settle()
                         if self._unsound:
                             raise self._blown_up("stopped while updates were not finite,")
                         if self.now > began:
@@ -122,10 +128,9 @@ class Trainer:
                                 self.save()
                                 self._saved()
                         raise self.stop.error(f"at {self.now} images")
-                    check_labels(self.family, batch)
-                    self.num_skipped_here = self.dataloader.num_skipped
+                    self.num_skipped_here = loaded.num_skipped
                     self._prepare_engine()
-                    self.train_step(batch)
+                    self.train_step(loaded.batch)
                     line.step(self.now)
                     self._after_step(line)
                     self.saver.check()
@@ -141,37 +146,23 @@ class Trainer:
         return self.progress.nimg
 
     def train_step(self, batch: Batch) -> None:
-        """All due phases on one global batch, of which this rank holds its part."""
+        """All due phases on one global batch, of which this rank holds its part.
+
+        Between two log lines nothing here waits for the device; what became of a step's updates is
+        read when the next one is queued.
+        """
         micros = split(batch, self.num_micros, self.engine.device)
-        for micro, _ in micros:
-            if "image" in micro:
-                micro["image"] = augment(
-                    micro["image"], micro["position"], self.config.seed, self.config.augment
-                )
-        for phase in self.family.phases:
-            if not phase.due(self.progress.step):
-                continue
-            remembered: Scalars = {}
-            self.engine.before(phase, micros)
-            for i, (micro, num_samples) in enumerate(micros):
-                losses, report = self.engine.losses(phase, micro, last=i == len(micros) - 1)
-                weight = num_samples / self.stage.batch
-                self.engine.backward(phase, losses, weight)
-                scalars = {k: v for k, v in (losses | report).items() if not v.ndim}
-                self.logger.add(scalars, weight, f"{phase.name}/")
-                for name in phase.remembered:
-                    part = report[name].detach().float() * weight
-                    remembered[name] = remembered[name] + part if i else part
-                if phase.name == self.main_loss:
-                    self.logger.add({"loss": torch.stack(list(losses.values())).sum()}, weight)
-            update = self.engine.step(phase)
-            # Every rank has the same: a step weighs as much on any number of ranks.
-            norm = {f"{phase.name}/grad_norm": torch.tensor(update.grad_norm)}
-            self.logger.add(norm, 1.0 / process_group.world_size())
-            self._guard(update.applied, phase.name)
-            if isinstance(self.family, Remembers) and remembered and update.applied:
-                means = {k: process_group.all_reduce_sum(v) for k, v in sorted(remembered.items())}
-                self.family.remember(phase.name, means)
+        due = [phase for phase in self.family.phases if phase.due(self.progress.step)]
+        kind = tuple(phase.name for phase in due)
+        with self.together.step(kind, [micro["position"] for micro, _ in micros]):
+            for micro, _ in micros:
+                if "image" in micro:
+                    micro["image"] = augment(
+                        micro["image"], micro["position"], self.config.seed, self.config.augment
+                    )
+            norms = {phase.name: self._update(phase, micros).grad_norm for phase in due}
+        self.arrivals.send(self.now, norms)
+        self._settle(self.lag)
         self.progress.step += 1
         self.progress.nimg += self.stage.batch
         self.window.images += self.stage.batch
@@ -181,11 +172,44 @@ class Trainer:
             self.family.after_step(self.progress.nimg)
         self.state.ema.update(self.stage.batch, self.progress.nimg - self.plan.start)
 
+    def _update(self, phase: Phase, micros: Sequence[tuple[Batch, int]]) -> Update:
+        """One phase: losses and gradients of all microbatches, then the optimizer step."""
+        remembered: Scalars = {}
+        self.engine.before(phase, micros)
+        for i, (micro, num_samples) in enumerate(micros):
+            losses, report = self.engine.losses(phase, micro, last=i == len(micros) - 1)
+            weight = num_samples / self.stage.batch
+            total = self.engine.backward(phase, losses, weight)
+            scalars = {f"{phase.name}/{k}": v for k, v in (losses | report).items() if not v.ndim}
+            if phase.name == self.main_loss:
+                scalars["loss"] = total
+            self.logger.add(phase.name, scalars, weight)
+            for name in phase.remembered:
+                part = report[name].detach().float() * weight
+                remembered[name] = remembered[name] + part if i else part
+        update = self.engine.step(phase)
+        if isinstance(self.family, Remembers) and self.kept is not None and remembered:
+            means = {k: process_group.all_reduce_sum(v) for k, v in sorted(remembered.items())}
+            with self.kept.unless(update.applied):
+                self.family.remember(phase.name, means)
+        return update
+
+    def _settle(self, lag: int = 0) -> None:
+        """Take in what became of the updates of all steps but the last ``lag``."""
+        while len(self.arrivals) > lag:
+            nimg, norms = self.arrivals.receive()
+            for phase, norm in norms.items():
+                # Every rank has the same: a step weighs as much on any number of ranks.
+                share = 1.0 / process_group.world_size()
+                self.logger.add_number(f"{phase}/grad_norm", norm, share)
+                self._guard(math.isfinite(norm), phase, nimg)
+
     def save(self) -> None:
         """Begin a checkpoint, unless the weights have blown up; every rank has to call it.
 
         Training goes on while a thread of rank 0 writes it.
         """
+        self._settle()
         if self._unsound:
             log.warning("at %d images: not saved, for the updates are not finite", self.now)
             return
@@ -219,7 +243,7 @@ class Trainer:
             self.engine.prepare()
         self.engine.set_lr(self.plan.lr_factor(self.now))
 
-    def _guard(self, applied: bool, phase: str) -> None:
+    def _guard(self, applied: bool, phase: str, nimg: int) -> None:
         """Count updates in a row that were not finite, and end the run after too many."""
         num = self.num_nonfinite[phase] = 0 if applied else self.num_nonfinite.get(phase, 0) + 1
         if not num:
@@ -229,7 +253,7 @@ class Trainer:
             "phase %s at %d images: loss or gradient is not finite, the update is left out (%d in "
             "a row, %d end the run)",
             phase,
-            self.now,
+            nimg,
             num,
             limit,
         )
@@ -250,6 +274,8 @@ class Trainer:
         measure = self.validator.due(passed, now)
         metric_values = self.validator.measure() if measure else {}
         last = self.state.finished
+        if last:
+            self._settle()
         if last and self._unsound:
             raise self._blown_up("the stage's last updates were not finite")
         every = self.config.log
@@ -278,6 +304,7 @@ class Trainer:
         metric_values: dict[str, float],
     ) -> None:
         """One line of numbers, with held-out values; rank 0 probes samples."""
+        self._settle()
         means = self.logger.flush()
         window, elapsed = self.window, max(time.monotonic() - self.window.began, 1e-9)
         self._count()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dinogen.batch import Batch, Losses, Scalars
@@ -47,9 +47,9 @@ class DdpEngine(SingleEngine):
             # with three ranks or more sums are rounded as they lie: this order is there at once.
             wrapped.reducer._push_all_rebuilt_params()
 
-    def backward(self, phase: Phase, losses: Scalars, weight: float) -> None:
+    def backward(self, phase: Phase, losses: Scalars, weight: float) -> Tensor:
         """DDP divides by the number of ranks; the weight already is a share of the global batch."""
-        super().backward(phase, losses, weight * process_group.world_size())
+        return super().backward(phase, losses, weight * process_group.world_size())
 
     def _forward(self, phase: Phase, batch: Batch, last: bool) -> Losses:
         wrapped = self.wrapped[phase.network]

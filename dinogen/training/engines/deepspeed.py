@@ -112,21 +112,23 @@ class DeepSpeedEngine(SingleEngine):
             engine.optimizer.clear_backward_seen_flag()
         return super().losses(phase, batch, last)
 
-    def backward(self, phase: Phase, losses: Scalars, weight: float) -> None:
+    def backward(self, phase: Phase, losses: Scalars, weight: float) -> Tensor:
         """DeepSpeed divides by the number of ranks; the weight is a share of the global batch."""
-        engine, scaler = self.engines[phase.network], self.scalers[phase.network]
-        total = torch.stack([loss.float() for loss in losses.values()]).sum()
-        self.finite = self.finite & torch.isfinite(total.detach())
+        engine = self.engines[phase.network]
+        total, scaled = self._scaled(phase, losses, weight * process_group.world_size())
         if self.config.zero:
             engine.optimizer.override_loss_scale(1.0)  # ours scales the loss, once
-        total = scaler.scale(total * (weight * process_group.world_size()))
-        engine.backward(total, scale_wrt_gas=False)
+        engine.backward(scaled, scale_wrt_gas=False)
+        return total
 
     def step(self, phase: Phase) -> Update:
-        """One optimizer step, unless a gradient or loss is not finite on any rank."""
+        """One optimizer step, unless a gradient or loss is not finite on any rank.
+
+        DeepSpeed itself reads from the device here.
+        """
         engine, scaler = self.engines[phase.network], self.scalers[phase.network]
-        norm = self._norm(phase.network)
-        applied = self._agree(bool(self.finite & torch.isfinite(norm)))
+        update = Update(self._norm(phase.network))
+        applied = not process_group.any_rank(not update.applied)
         if self.config.zero:
             engine.optimizer.override_loss_scale(scaler.get_scale())  # the step divides by it
             engine.optimizer.check_grad_overflow = True
@@ -135,8 +137,7 @@ class DeepSpeedEngine(SingleEngine):
             engine.step()
         engine.zero_grad()
         scaler.update()
-        self.finite = torch.ones_like(self.finite)
-        return Update(applied, float(norm))
+        return update if applied else Update(torch.full_like(update.grad_norm, math.nan))
 
     def _norm(self, network: str) -> Tensor:
         """Total norm of the gradient, unscaled; infinite or NaN if it cannot be used."""

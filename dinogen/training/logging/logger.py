@@ -6,12 +6,12 @@ import json
 import logging
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from dinogen.batch import Scalars
@@ -21,6 +21,7 @@ from dinogen.files import next_free, write_bytes
 from dinogen.runs.files import line_nimg, read_raw
 from dinogen.runs.layout import STATS, TENSORBOARD
 from dinogen.training.logging.tensorboard import Layout
+from dinogen.transfer import to_device
 
 
 class Logger:
@@ -41,8 +42,10 @@ class Logger:
         self.device = device
         # Apple's GPUs know no double precision
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.sums: dict[str, Tensor] = {}
+        self.groups: dict[str, _Group] = {}
+        self.numbers: dict[str, float] = {}
         self.weights: dict[str, float] = {}
+        self.resumed: dict[str, float] = {}
         self.writer: SummaryWriter | None = None
 
     def start(self, nimg: int, state: dict[str, Any] | None, layout: Layout) -> None:
@@ -56,11 +59,8 @@ class Logger:
         if state is not None:
             # Every rank has every name, as all of them are summed; the values count once.
             main = process_group.is_main()
-            self.sums = {
-                name: torch.tensor(
-                    _number(value) if main else 0.0, dtype=self.dtype, device=self.device
-                )
-                for name, value in state["sums"].items()
+            self.resumed = {
+                name: _number(value) if main else 0.0 for name, value in state["sums"].items()
             }
             self.weights = {name: main * value for name, value in state["weights"].items()}
         if self.folder is None:
@@ -69,50 +69,63 @@ class Logger:
         self.writer = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=nimg + 1)
         self.writer.add_custom_scalars(layout)
 
-    def add(self, losses: Scalars, weight: float, prefix: str = "") -> None:
-        """Add a microbatch's means.
+    def add(self, group: str, values: Scalars, weight: float) -> None:
+        """Add a microbatch's means, all of them in one go.
 
         Args:
-            losses: scalar tensors.
+            group: a name is always added in the same one.
+            values: scalar tensors, by the names they are logged under.
             weight: the microbatch's share of the global batch.
-            prefix: put before each name.
         """
-        for name, value in losses.items():
-            key = prefix + name
-            item = self._scalar(value) * weight
-            self.sums[key] = self.sums[key] + item if key in self.sums else item
-            self.weights[key] = self.weights.get(key, 0.0) + weight
+        if not values:
+            return
+        if group not in self.groups:
+            self.groups[group] = _Group(self.device, self.dtype)
+        self.groups[group].add(values, weight, self.resumed)
+        self._weigh(values, weight)
+
+    def add_number(self, name: str, value: float, weight: float) -> None:
+        """Add a number that the host knows, as :meth:`add` does."""
+        before = self.numbers[name] if name in self.numbers else self.resumed.pop(name, 0.0)
+        self.numbers[name] = before + value * weight
+        self._weigh((name,), weight)
 
     def flush(self) -> dict[str, float]:
         """Means over all ranks since the last flush; every rank has to call it."""
-        names = sorted(self.sums)
-        if not names:
-            return {}
-        sums = torch.stack([self.sums[name] for name in names])
-        weights = torch.tensor([self.weights[name] for name in names], dtype=torch.float64)
-        total, weight = (
-            process_group.all_reduce_sum(sums).cpu(),
-            process_group.all_reduce_sum(weights),
-        )
-        self.sums.clear()
+        sums, weights = self._totals()
+        self.groups.clear()
+        self.numbers.clear()
         self.weights.clear()
-        return dict(zip(names, (total / weight).tolist(), strict=True))
+        self.resumed.clear()
+        return {name: value / weights[name] for name, value in sums.items()}
 
     def state(self) -> dict[str, Any]:
         """Unwritten sums over all ranks, JSON-ready; every rank has to call it."""
-        names = sorted(self.sums)
-        if not names:
-            return {"sums": {}, "weights": {}}
-        sums = process_group.all_reduce_sum(
-            torch.stack([self.sums[name] for name in names])
-        ).tolist()
-        weights = process_group.all_reduce_sum(
-            torch.tensor([self.weights[name] for name in names], dtype=torch.float64)
-        ).tolist()
+        sums, weights = self._totals()
         return {
-            "sums": {name: _json_number(value) for name, value in zip(names, sums, strict=True)},
-            "weights": dict(zip(names, weights, strict=True)),
+            "sums": {name: _json_number(value) for name, value in sums.items()},
+            "weights": weights,
         }
+
+    def _weigh(self, names: Iterable[str], weight: float) -> None:
+        for name in names:
+            self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def _totals(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Sums and weights over all ranks, by name."""
+        host = self.resumed | self.numbers
+        groups = list(self.groups.values())
+        found = [name for group in groups for name in group.names] + list(host)
+        if not found:
+            return {}, {}
+        numbers = torch.tensor(list(host.values()), dtype=self.dtype)
+        sums = torch.cat([*(group.sums for group in groups), to_device(numbers, self.device)])
+        order = sorted(range(len(found)), key=found.__getitem__)
+        names = [found[i] for i in order]
+        weights = torch.tensor([self.weights[name] for name in names], dtype=torch.float64)
+        totals = process_group.all_reduce_sum(sums).cpu()[order].tolist()
+        shares = process_group.all_reduce_sum(weights).tolist()
+        return dict(zip(names, totals, strict=True)), dict(zip(names, shares, strict=True))
 
     def write(self, nimg: int, values: dict[str, float | None]) -> None:
         """One line to stats.jsonl and the same numbers to TensorBoard; rank 0 only writes."""
@@ -152,8 +165,34 @@ class Logger:
         if self.writer is not None:
             self.writer.close()
 
-    def _scalar(self, value: Tensor) -> Tensor:
-        return value.detach().to(self.device, self.dtype)
+
+class _Group:
+    """Sums of values that are added together, as one tensor.
+
+    Args:
+        device: where it is.
+        dtype: its type.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.names: list[str] = []
+        self.sums = torch.zeros(0, dtype=dtype, device=device)
+
+    def add(self, values: Scalars, weight: float, resumed: dict[str, float]) -> None:
+        """Add weighted values; a new name begins with what it had when the run was interrupted."""
+        if new := [name for name in values if name not in self.names]:
+            begin = torch.tensor([resumed.pop(name, 0.0) for name in new], dtype=self.sums.dtype)
+            self.names += new
+            self.sums = torch.cat([self.sums, to_device(begin, self.sums.device)])
+        scalars = [to_device(value.detach(), self.sums.device) for value in values.values()]
+        if len({scalar.dtype for scalar in scalars}) > 1:
+            scalars = [scalar.to(self.sums.dtype) for scalar in scalars]
+        terms = torch.stack(scalars).to(self.sums.dtype) * weight
+        if self.names == list(values):
+            self.sums += terms
+            return
+        for name, term in zip(values, terms, strict=True):
+            self.sums[self.names.index(name)] += term
 
 
 def _number(value: float | None) -> float:
