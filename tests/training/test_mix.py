@@ -13,7 +13,7 @@ from dinogen.config import ConfigError, dump_config, parse_config
 from dinogen.training.data import data_fingerprint, open_data
 from dinogen.training.preflight import check_run
 from dinogen.training.run import train
-from dinogen.training.stop import Stopped
+from dinogen.training.stop import Steps, Stopped
 from shards import open_dataset, pack
 from shards.read.mixture import MixedDataset
 from tests.training.helpers import curve, weights
@@ -84,11 +84,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(mixed_config, monkeypatch, 
 
     steps = []
 
-    def agreed(self):
-        steps.append(1)
-        return len(steps) in (7, 20)
+    following = Steps.next
 
-    monkeypatch.setattr("dinogen.training.stop.StopFlag.agreed", agreed)
+    def next_or_stop(self):
+        steps.append(1)
+        return None if len(steps) in (7, 20) else following(self)
+
+    monkeypatch.setattr(Steps, "next", next_or_stop)
     for _ in range(2):
         with pytest.raises(Stopped):
             train(config)

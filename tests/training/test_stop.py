@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -133,11 +134,12 @@ def test_all_ranks_stop_with_the_one_that_cannot_have_its_shard(make_config, tmp
     done = torchrun(2, script, path, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
-    assert [text.partition(" at 24 images")[0] for text in said] == [
-        "75 stopped by another rank",
-        "75 stopped by SIGTERM",
-    ]
-    assert checkpoints(config) == ["000000024"]
+    # One may have been a step ahead of the other: then the other still has the batches for it.
+    found = [re.fullmatch(r"75 stopped by (.*) at (\d+) images, .*", text) for text in said]
+    assert [match and match[1] for match in found] == ["another rank", "SIGTERM"]
+    first, second = (int(match[2]) for match in found if match)
+    assert first == second <= 24
+    assert checkpoints(config) == [f"{first:09d}"]
 
 
 def test_what_comes_after_the_end_kills_no_finished_run():
