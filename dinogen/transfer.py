@@ -9,7 +9,7 @@ device needs goes through :func:`to_device`, what the host needs of a step arriv
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -30,6 +30,18 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source to its target on the same device, those of one type in one operation."""
+    by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        mine, theirs = by_type.setdefault(target.dtype, ([], []))
+        mine.append(target)
+        theirs.append(source)
+    for mine, theirs in by_type.values():
+        torch._foreach_copy_(mine, theirs)
 
 
 @dataclass
@@ -103,7 +115,7 @@ class Kept:
         Args:
             kept: a bool scalar on the device.
         """
-        torch._foreach_copy_(self._before, self._buffers)
+        copy_all(self._before, self._buffers)
         versions = [buffer._version for buffer in self._buffers]
         yield
         for buffer, before, version in zip(self._buffers, self._before, versions, strict=True):

@@ -146,7 +146,25 @@ class EngineConfig(Section):
         None, ge=1, description="samples per forward and rank; the rest is accumulated"
     )
     clip_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm")
-    compile: bool = Field(False, description="torch.compile the trained networks")
+    compile: bool = Field(
+        False,
+        description="torch.compile the trained networks and the frozen ones, such as guides; "
+        "phases with second derivatives stay as they are",
+    )
+    tf32: bool = Field(
+        True, description="on GPUs, float32 products with the 10-bit mantissa of TensorFloat-32"
+    )
+    cudnn_benchmark: bool = Field(
+        True, description="on GPUs, try cuDNN's convolutions out and take the fastest"
+    )
+    channels_last: bool = Field(
+        True, description="on GPUs, convolutions with the channels of a pixel side by side"
+    )
+    deterministic: bool = Field(
+        False,
+        description="on GPUs, algorithms that give the same bits in every run, which are slower; "
+        "without cudnn_benchmark",
+    )
     max_nonfinite: int = Field(
         20, ge=1, description="number of non-finite updates in a row that ends the run"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinogen.batch import Batch, Scalars
 from dinogen.errors import UserError
@@ -65,6 +65,15 @@ class FollowsSteps(Protocol):
 
     def after_step(self, nimg: int) -> None:
         """Called after each step's updates, with the images shown so far."""
+
+
+@runtime_checkable
+class RunsFrozen(Protocol):
+    """Its losses run through networks that are not trained, such as guides."""
+
+    @property
+    def frozen(self) -> Sequence[nn.Module]:
+        """The networks, complete after ``Family.begin``; ``engine.compile`` compiles them too."""
 
 
 @runtime_checkable

@@ -100,6 +100,11 @@ class Vae(Family):
             return None
         return load_vgg(self.options.perceptual_weights, self.device, "family.perceptual_weights")
 
+    @property
+    def frozen(self) -> tuple[nn.Module, ...]:
+        """VGG-16, if the loss uses it."""
+        return () if self.vgg is None else (self.vgg,)
+
     def begin(self, data: Dataset) -> None:
         """Load VGG-16 before the first step, if the loss uses it."""
         _ = self.vgg

@@ -29,7 +29,7 @@ from dinogen.training.checkpointing.snapshot import Ema
 from dinogen.training.checkpointing.transfer import grow, init_from
 from dinogen.training.data import data_fingerprint, open_data
 from dinogen.training.engines import make_engine
-from dinogen.training.engines.base import SingleEngine
+from dinogen.training.engines.base import SingleEngine, set_fast_paths, set_memory_format
 from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
@@ -141,12 +141,15 @@ class StageState:
         self.place = Run.of(config).stage(self.stage.resolution)
         self.folder = self.place.folder
         self.device = process_group.device()
+        set_fast_paths(config.engine, self.device)
         checkpoints = checkpoints or NewestCheckpoints(config.run)
         self.plan, previous = stage_plan(config, index, checkpoints)
         with rng.torch_seed(config.seed, f"init/{self.stage.resolution}"):
             cls = family_class(config.family)
             self.family: Family = cls(config, self.stage, self.device)
         self.family.start = self.plan.start
+        for network in self.family.networks.values():
+            set_memory_format(network, config.engine, self.device)
         if previous is not None:
             for name, network in self.family.networks.items():
                 new = new_parameters_of(self.family, name)

@@ -31,6 +31,7 @@ from dinogen.training.checkpointing.exported import (
     exported_config,
     open_exported,
 )
+from dinogen.transfer import copy_all
 
 
 def ema_decay(batch: int, nimg: float, config: EmaConfig) -> float:
@@ -72,8 +73,7 @@ class Ema:
             source = self.sources[name]
             targets: list[Tensor] = list(average.parameters())
             torch._foreach_lerp_(targets, [p.detach() for p in source.parameters()], 1 - decay)
-            for a, b in zip(average.buffers(), source.buffers(), strict=True):
-                a.copy_(b)
+            copy_all(list(average.buffers()), list(source.buffers()))
 
 
 @dataclass(frozen=True)

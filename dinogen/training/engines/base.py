@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dinogen.batch import Batch, Losses, Scalars
-from dinogen.config import Config, ConfigError, OptimConfig
+from dinogen.config import Config, ConfigError, EngineConfig, OptimConfig
 from dinogen.distributed import process_group
-from dinogen.families.abilities import ScalesOptimizer
+from dinogen.families.abilities import RunsFrozen, ScalesOptimizer
 from dinogen.families.base import Family, Phase
 from dinogen.transfer import to_device
 
@@ -75,7 +76,8 @@ class SingleEngine:
         self.trained: dict[str, list[nn.Parameter]] = {}
         self.live: str | None = None
         if self.config.compile:
-            for network in family.networks.values():
+            frozen = family.frozen if isinstance(family, RunsFrozen) else ()
+            for network in (*family.networks.values(), *frozen):
                 network.compile(backend=COMPILER)
 
     def prepare(self) -> None:
@@ -233,6 +235,31 @@ def resolve_precision(precision: str, device: torch.device) -> str:
             f"engine.precision: fp16 needs a GPU, this run is on {device.type}: use fp32 or auto"
         )
     return precision
+
+
+def set_fast_paths(config: EngineConfig, device: torch.device) -> None:
+    """Tell torch which of a GPU's faster ways to take; other devices have none of them.
+
+    Has to come before the first product on the GPU: cuBLAS reads its setting once.
+    """
+    if device.type != "cuda":
+        return
+    exact = config.deterministic
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark and not exact
+    torch.backends.cudnn.deterministic = exact
+    if exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # torch warns, with its name, of an operation that has no deterministic algorithm
+    torch.use_deterministic_algorithms(exact, warn_only=True)
+
+
+def set_memory_format(network: nn.Module, config: EngineConfig, device: torch.device) -> None:
+    """Lay the weights of convolutions out as a GPU reads them fastest; their values stay."""
+    # ZeRO joins all weights into one flat tensor, in which they have another layout again
+    if device.type == "cuda" and config.channels_last and config.name != "deepspeed":
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def build_optimizer(
