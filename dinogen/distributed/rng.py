@@ -314,8 +314,8 @@ def _philox(
         torch.mul(x, multipliers[number % 2], out=products)
         torch.bitwise_right_shift(products, 32, out=x)
         x ^= round_keys[number]
-        x[0] ^= low[0]
-        x[1] ^= low[1]
+        for row, words in zip(x, low, strict=True):
+            row ^= words
         x &= _WORD
         low = products[1], products[0]
         products, before = before, products

@@ -120,11 +120,12 @@ class SingleEngine:
         """One optimizer step, unless a gradient or loss is not finite; the host does not wait."""
         optimizer, scaler = self.optimizers[phase.network], self.scalers[phase.network]
         scaler.unscale_(optimizer)
-        parameters = self.trained[phase.network]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        update = Update(norm)
+        gradients = [p.grad for p in self.trained[phase.network] if p.grad is not None]
+        update = Update(total_norm(gradients))
         if self.config.clip_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad_norm, norm)
+            # as torch.nn.utils.clip_grad_norm_ does
+            factor = self.config.clip_grad_norm / (update.grad_norm + 1e-6)
+            torch._foreach_mul_(gradients, factor.clamp(max=1))
         if self.fused:
             # The kernel itself does nothing where this is 1; made for GradScaler, which reads it.
             optimizer.found_inf = (~update.applied).float()  # type: ignore[attr-defined]
@@ -220,6 +221,12 @@ class SingleEngine:
         return torch.autocast(self.device.type, dtypes[self.precision])
 
 
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """Euclidean norm of all of them together, a scalar."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return norm
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
     """``auto`` as bf16 where the GPU computes it, fp16 on older GPUs, fp32 on CPU.
 
@@ -259,7 +266,9 @@ def set_memory_format(network: nn.Module, config: EngineConfig, device: torch.de
     """Lay the weights of convolutions out as a GPU reads them fastest; their values stay."""
     # ZeRO joins all weights into one flat tensor, in which they have another layout again
     if device.type == "cuda" and config.channels_last and config.name != "deepspeed":
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for parameter in network.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def build_optimizer(

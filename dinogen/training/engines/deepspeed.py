@@ -20,6 +20,7 @@ from dinogen.training.engines.base import (
     load_optimizer_state,
     num_micros,
     optimizer_state,
+    total_norm,
 )
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class DeepSpeedEngine(SingleEngine):
         if not self.config.zero:
             scaler.unscale_(self.optimizers[network])
             gradients = [p.grad for p in self.trained[network] if p.grad is not None]
-            return torch.nn.utils.get_total_norm(gradients)
+            return total_norm(gradients)
         norm = self.engines[network].optimizer.scaled_global_norm().to(self.device)
         # ZeRO says -1 of what is not finite
         self.norm.grad = torch.where(norm < 0, torch.inf, norm).float().reshape(())
