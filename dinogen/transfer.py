@@ -100,12 +100,12 @@ class Kept:
     """Buffers of networks, which a change can be taken back from without asking the device.
 
     Args:
-        networks: by name; their buffers stay the same tensors.
+        networks: by name.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
-        self._buffers = [b for network in networks.values() for b in network.buffers()]
-        self._before = [torch.empty_like(buffer) for buffer in self._buffers]
+        self._networks = networks
+        self._before = [torch.empty_like(buffer) for buffer in self._buffers()]
 
     @contextmanager
     @torch.no_grad()
@@ -115,9 +115,15 @@ class Kept:
         Args:
             kept: a bool scalar on the device.
         """
-        copy_all(self._before, self._buffers)
-        versions = [buffer._version for buffer in self._buffers]
+        buffers = self._buffers()
+        versions = [buffer._version for buffer in buffers]
+        copy_all(self._before, buffers)
         yield
-        for buffer, before, version in zip(self._buffers, self._before, versions, strict=True):
-            if buffer._version != version:
-                buffer.copy_(torch.where(kept, buffer, before))
+        for now, then, version, before in zip(
+            self._buffers(), buffers, versions, self._before, strict=True
+        ):
+            if now is not then or now._version != version:
+                now.copy_(torch.where(kept, now, before))
+
+    def _buffers(self) -> list[Tensor]:
+        return [b for network in self._networks.values() for b in network.buffers()]

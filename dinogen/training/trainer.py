@@ -82,7 +82,10 @@ class Trainer:
         self.arrivals: Arrivals[int] = Arrivals(self.engine.device)
         # A GPU has the next step queued while the host learns what became of this one.
         self.lag = 1 if self.engine.device.type == "cuda" else 0
-        self.kept = Kept(self.family.networks) if isinstance(self.family, Remembers) else None
+        # Asked once: isinstance compares with every member of the protocol.
+        self.remembers = self.family if isinstance(self.family, Remembers) else None
+        self.follows = self.family if isinstance(self.family, FollowsSteps) else None
+        self.kept = Kept(self.family.networks)
         self.fading: bool | None = None
         self.num_skipped_before = state.progress.num_skipped
         self.num_skipped_here = 0
@@ -168,8 +171,8 @@ class Trainer:
         self.window.images += self.stage.batch
         # What is sampled, measured and saved now is the network at this point of the clock.
         self.state.set_fade()
-        if isinstance(self.family, FollowsSteps):
-            self.family.after_step(self.progress.nimg)
+        if self.follows is not None:
+            self.follows.after_step(self.progress.nimg)
         self.state.ema.update(self.stage.batch, self.progress.nimg - self.plan.start)
 
     def _update(self, phase: Phase, micros: Sequence[tuple[Batch, int]]) -> Update:
@@ -188,10 +191,10 @@ class Trainer:
                 part = report[name].detach().float() * weight
                 remembered[name] = remembered[name] + part if i else part
         update = self.engine.step(phase)
-        if isinstance(self.family, Remembers) and self.kept is not None and remembered:
+        if self.remembers is not None and remembered:
             means = {k: process_group.all_reduce_sum(v) for k, v in sorted(remembered.items())}
             with self.kept.unless(update.applied):
-                self.family.remember(phase.name, means)
+                self.remembers.remember(phase.name, means)
         return update
 
     def _settle(self, lag: int = 0) -> None:

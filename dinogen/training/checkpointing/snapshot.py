@@ -54,11 +54,16 @@ class Ema:
 
     def __init__(self, networks: Mapping[str, nn.Module], config: EmaConfig) -> None:
         self.config = config
-        self.sources = dict(networks)
         self.networks: dict[str, nn.Module] = {
             name: copy.deepcopy(network).eval().requires_grad_(False)
             for name, network in networks.items()
         }
+        # Listed once: to walk through the modules again takes longer than to average them.
+        self._weights: list[Tensor] = [p for net in networks.values() for p in net.parameters()]
+        self._averages: list[Tensor] = [
+            p for net in self.networks.values() for p in net.parameters()
+        ]
+        self._sources = dict(networks)
 
     @torch.no_grad()
     def update(self, batch: int, nimg: float) -> None:
@@ -68,12 +73,10 @@ class Ema:
             batch: images of the step, over all ranks.
             nimg: images seen since the average began, this step's included.
         """
-        decay = ema_decay(batch, nimg, self.config)
+        rate = 1 - ema_decay(batch, nimg, self.config)
+        torch._foreach_lerp_(self._averages, self._weights, rate)
         for name, average in self.networks.items():
-            source = self.sources[name]
-            targets: list[Tensor] = list(average.parameters())
-            torch._foreach_lerp_(targets, [p.detach() for p in source.parameters()], 1 - decay)
-            copy_all(list(average.buffers()), list(source.buffers()))
+            copy_all(list(average.buffers()), list(self._sources[name].buffers()))
 
 
 @dataclass(frozen=True)
