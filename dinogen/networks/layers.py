@@ -6,6 +6,8 @@ why to filter at all: Zhang 2019, "Making Convolutional Networks Shift-Invariant
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -125,41 +127,105 @@ def _std(x: Tensor, group_size: int) -> Tensor:
 
 
 def binomial() -> Tensor:
-    """The taps [1, 3, 3, 1] / 8 of one axis, (4,) float32."""
-    return torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    """The filter [1, 3, 3, 1] / 8 along both axes, (4, 4) float32 of sum 1."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    return torch.outer(taps, taps)
 
 
-def upfirdn(
-    x: Tensor, taps: Tensor, up: int = 1, down: int = 1, padding: tuple[int, int] = (0, 0)
-) -> Tensor:
-    """Upsample by zeros, pad, convolve with the taps along both axes, keep each ``down``-th pixel.
+def filter_down(x: Tensor, kernel: Tensor, down: int = 1, padding: int = 0) -> Tensor:
+    """Correlate each channel with the kernel, and keep each ``down``-th pixel.
+
+    A linear map whose derivative is its transpose, :func:`filter_up`, and the other way round: the
+    second derivative that torch knows of a grouped convolution is one convolution per channel.
 
     Args:
         x: (B, C, H, W).
-        taps: (T,), of a true convolution: the first tap meets the last pixel of its window.
-        up: each pixel is followed by ``up - 1`` zeros.
+        kernel: (T, T), the same for all channels; no gradient flows to it.
         down: every ``down``-th pixel is kept, beginning with the first.
-        padding: zeros before and after, in upsampled pixels.
+        padding: zeros around the image.
 
     Returns:
-        (B, C, H', W') with H' = (H * up + sum(padding) - T) // down + 1.
+        (B, C, H', W') of the type of x, with H' = (H + 2 * padding - T) // down + 1.
     """
-    batch, channels, height, width = x.shape
-    if up > 1:
-        x = F.pad(x[:, :, :, None, :, None], (0, up - 1, 0, 0, 0, up - 1))
-        x = x.reshape(batch, channels, height * up, width * up)
-    # conv2d correlates; both axes at once are four times faster than one after the other on a CPU
-    row = taps.flip(0).to(x.dtype)
-    kernel = torch.outer(row, row).expand(channels, 1, -1, -1)
-    return F.conv2d(F.pad(x, padding * 2), kernel, stride=down, groups=channels)
+    found: Tensor = _FilterDown.apply(x, kernel, down, padding)
+    return found
 
 
-def upsample(x: Tensor, taps: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, 2H, 2W) by four taps of sum 1; brightness stays."""
-    return upfirdn(x, 2 * taps, up=2, padding=(2, 1))
+def filter_up(x: Tensor, kernel: Tensor, up: int, padding: int, size: tuple[int, int]) -> Tensor:
+    """Put ``up - 1`` zeros after each pixel, convolve each channel with the kernel, crop.
+
+    The transpose of :func:`filter_down`, and twice differentiable as that is.
+
+    Args:
+        x: (B, C, H, W).
+        kernel: (T, T), the same for all channels; no gradient flows to it.
+        up: distance of the pixels afterwards.
+        padding: rows and columns cropped before the first pixel.
+        size: what is left behind that, such that ``filter_down`` of it has the size of x.
+
+    Returns:
+        (B, C, *size) of the type of x.
+    """
+    found: Tensor = _FilterUp.apply(x, kernel, up, padding, size)
+    return found
 
 
-def conv_up(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
+class _FilterDown(torch.autograd.Function):
+    """See :func:`filter_down`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor, down: int, padding: int) -> Tensor:
+        weight = kernel.to(x.dtype)
+        ctx.weight, ctx.down, ctx.padding, ctx.size = weight, down, padding, x.shape[2:]
+        with torch.autocast(x.device.type, enabled=False):
+            channels = x.shape[1]
+            weight = weight.expand(channels, 1, -1, -1)
+            return F.conv2d(x, weight, stride=down, padding=padding, groups=channels)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        back = _FilterUp.apply(gradient, ctx.weight, ctx.down, ctx.padding, ctx.size)
+        return back, None, None, None
+
+
+class _FilterUp(torch.autograd.Function):
+    """See :func:`filter_up`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, kernel: Tensor, up: int, padding: int, size: tuple[int, int]
+    ) -> Tensor:
+        weight = kernel.to(x.dtype)
+        ctx.weight, ctx.up, ctx.padding = weight, up, padding
+        batch, channels = x.shape[:2]
+        # not conv_transpose2d, for which GPUs have no kernel of one filter per channel
+        found: Tensor = torch.ops.aten.convolution_backward(
+            x,
+            x.new_empty(batch, channels, *size),
+            weight.expand(channels, 1, -1, -1),
+            None,
+            [up, up],
+            [padding, padding],
+            [1, 1],
+            False,
+            [0, 0],
+            channels,
+            (True, False, False),
+        )[0]
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        back = _FilterDown.apply(gradient, ctx.weight, ctx.up, ctx.padding)
+        return back, None, None, None, None
+
+
+def upsample(x: Tensor, kernel: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, 2H, 2W) by four taps; brightness stays if the kernel's sum is 4."""
+    return filter_up(x, kernel, 2, 1, (2 * x.shape[2], 2 * x.shape[3]))
+
+
+def conv_up(x: Tensor, weight: Tensor, kernel: Tensor) -> Tensor:
     """Upsample by 2, then convolve 3x3: in one transposed convolution, then the filter.
 
     The two are linear, so their order matters at the border only; this one multiplies no zeros.
@@ -167,27 +233,27 @@ def conv_up(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
     Args:
         x: (B, I, H, W).
         weight: (O, I, 3, 3).
-        taps: four of sum 1.
+        kernel: (4, 4), symmetric, of sum 4.
 
     Returns:
         (B, O, 2H, 2W).
     """
     y = F.conv_transpose2d(x, weight.flip(2, 3).transpose(0, 1), stride=2)
-    return upfirdn(y, 2 * taps, padding=(1, 1))
+    return filter_down(y, kernel, padding=1)
 
 
-def conv_down(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
+def conv_down(x: Tensor, weight: Tensor, kernel: Tensor) -> Tensor:
     """Filter, then convolve 1x1 or 3x3 with stride 2.
 
     Args:
         x: (B, I, H, W), H and W even.
         weight: (O, I, K, K), K 1 or 3.
-        taps: four of sum 1.
+        kernel: (4, 4) of sum 1.
 
     Returns:
         (B, O, H / 2, W / 2).
     """
     if weight.shape[2] == 1:
         # filtering only where a pixel is kept
-        return F.conv2d(upfirdn(x, taps, down=2, padding=(1, 1)), weight)
-    return F.conv2d(upfirdn(x, taps, padding=(2, 2)), weight, stride=2)
+        return F.conv2d(filter_down(x, kernel, down=2, padding=1), weight)
+    return F.conv2d(filter_down(x, kernel, padding=2), weight, stride=2)

@@ -42,7 +42,7 @@ class ModulatedConv(nn.Module):
         demodulate: False for ToRGB.
     """
 
-    taps: Tensor
+    kernel: Tensor
 
     def __init__(
         self,
@@ -58,7 +58,8 @@ class ModulatedConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, size, size))
         self.up = up
         self.demodulate = demodulate
-        self.register_buffer("taps", binomial(), persistent=False)
+        # of sum 4, as three of four pixels are zeros before the filter
+        self.register_buffer("kernel", 4 * binomial(), persistent=False)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """x (B, I, H, W) and w (B, w_dim) -> (B, O, H, W), twice as large if ``up``."""
@@ -75,7 +76,7 @@ class ModulatedConv(nn.Module):
                 scale = (squares + 1e-8).rsqrt()
         x = x * per_channel(styles, x)
         if self.up:
-            x = conv_up(x, weight, self.taps)
+            x = conv_up(x, weight, self.kernel)
         else:
             x = F.conv2d(x, weight, padding=weight.shape[2] // 2)
         return x if scale is None else x * per_channel(scale, x)
@@ -123,7 +124,7 @@ class SynthesisBlock(nn.Module):
         half: whether its convolutions follow autocast.
     """
 
-    taps: Tensor
+    kernel: Tensor
     const: nn.Parameter
 
     def __init__(
@@ -140,7 +141,8 @@ class SynthesisBlock(nn.Module):
         self.to_rgb = ModulatedConv(out_channels, 3, 1, w_dim, demodulate=False)
         self.rgb_bias = nn.Parameter(torch.zeros(3))
         self.num_noise = len(self.layers) * resolution**2
-        self.register_buffer("taps", binomial(), persistent=False)
+        # of sum 4, as three of four pixels are zeros before the filter
+        self.register_buffer("kernel", 4 * binomial(), persistent=False)
 
     def forward(
         self, x: Tensor | None, image: Tensor | None, ws: Tensor, noise: Tensor | None
@@ -166,7 +168,7 @@ class SynthesisBlock(nn.Module):
         rgb = (rgb.float() + self.rgb_bias[:, None, None]).clamp(-CLAMP, CLAMP)
         if image is not None:
             with autocast_if(False, ws.device):
-                rgb = rgb + upsample(image, self.taps)
+                rgb = rgb + upsample(image, self.kernel)
         return x, rgb
 
 

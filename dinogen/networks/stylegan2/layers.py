@@ -110,7 +110,7 @@ class Conv(nn.Module):
         active: whether bias, LeakyReLU and gain follow; else there is no bias.
     """
 
-    taps: Tensor
+    kernel: Tensor
 
     def __init__(
         self, in_channels: int, out_channels: int, size: int, down: int = 1, active: bool = True
@@ -119,13 +119,13 @@ class Conv(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, size, size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if active else None
         self.down = down
-        self.register_buffer("taps", binomial(), persistent=False)
+        self.register_buffer("kernel", binomial(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, H, W) -> (B, O, H / down, W / down)."""
         weight = self.weight / math.sqrt(self.weight[0].numel())
         if self.down == 2:
-            x = conv_down(x, weight, self.taps)
+            x = conv_down(x, weight, self.kernel)
         else:
             x = F.conv2d(x, weight, padding=weight.shape[2] // 2)
         return x if self.bias is None else activate(x, self.bias)
