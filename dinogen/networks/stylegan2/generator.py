@@ -64,13 +64,16 @@ class ModulatedConv(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """x (B, I, H, W) and w (B, w_dim) -> (B, O, H, W), twice as large if ``up``."""
         styles = self.affine(w)
-        weight = self.weight / math.sqrt(self.weight[0].numel())
+        factor = 1 / math.sqrt(self.weight[0].numel())
         scale = None
-        if self.demodulate:
+        if not self.demodulate:
+            weight = self.weight * factor
+        else:
             # Largest entries of known size, so that no sum leaves float16 (appendix D of the ADA
             # paper). The factors cancel in the demodulation, hence need no gradient.
-            styles = styles / styles.detach().abs().amax(1, keepdim=True).clamp(min=1e-8)
-            weight = weight / self.weight.detach().abs().amax((1, 2, 3), keepdim=True)
+            largest = _largest(styles).clamp_(min=1e-8), _largest(self.weight)
+            styles = styles / largest[0]
+            weight = self.weight * (factor / largest[1])
             with autocast_if(False, x.device):
                 squares = styles.square() @ weight.square().sum((2, 3)).T
                 scale = (squares + 1e-8).rsqrt()
@@ -80,6 +83,12 @@ class ModulatedConv(nn.Module):
         else:
             x = F.conv2d(x, weight, padding=weight.shape[2] // 2)
         return x if scale is None else x * per_channel(scale, x)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude in each row of x (N, ...), (N, 1, ...) without a gradient."""
+    dims = tuple(range(1, x.dim()))
+    return torch.linalg.vector_norm(x.detach(), math.inf, dims, keepdim=True)
 
 
 class SynthesisLayer(nn.Module):
@@ -165,7 +174,8 @@ class SynthesisBlock(nn.Module):
             for layer, w, own in zip(self.layers, ws.unbind(1), noises, strict=False):
                 x = layer(x, w, own)
             rgb = self.to_rgb(x, ws[:, -1])
-        rgb = (rgb.float() + self.rgb_bias[:, None, None]).clamp(-CLAMP, CLAMP)
+        # hardtanh is clamp with a derivative in one launch
+        rgb = F.hardtanh(rgb + self.rgb_bias[:, None, None], -CLAMP, CLAMP)
         if image is not None:
             with autocast_if(False, ws.device):
                 rgb = rgb + upsample(image, self.kernel)
