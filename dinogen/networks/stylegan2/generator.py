@@ -21,6 +21,7 @@ from dinogen.networks.stylegan2.layers import (
     autocast_if,
     channels_at,
     follows_autocast,
+    in_float16,
     per_channel,
     sizes_up_to,
 )
@@ -54,7 +55,9 @@ class ModulatedConv(nn.Module):
         demodulate: bool = True,
     ) -> None:
         super().__init__()
-        self.affine = Dense(w_dim, in_channels, bias=1.0)
+        # without demodulation the styles carry the scale of equalised learning rate
+        gain = 1.0 if demodulate else 1 / math.sqrt(in_channels * size**2)
+        self.affine = Dense(w_dim, in_channels, bias=1.0, gain=gain)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, size, size))
         self.up = up
         self.demodulate = demodulate
@@ -63,26 +66,29 @@ class ModulatedConv(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """x (B, I, H, W) and w (B, w_dim) -> (B, O, H, W), twice as large if ``up``."""
-        styles = self.affine(w)
-        factor = 1 / math.sqrt(self.weight[0].numel())
-        scale = None
-        if not self.demodulate:
-            weight = self.weight * factor
-        else:
-            # Largest entries of known size, so that no sum leaves float16 (appendix D of the ADA
-            # paper). The factors cancel in the demodulation, hence need no gradient.
-            largest = _largest(styles).clamp_(min=1e-8), _largest(self.weight)
-            styles = styles / largest[0]
-            weight = self.weight * (factor / largest[1])
-            with autocast_if(False, x.device):
-                squares = styles.square() @ weight.square().sum((2, 3)).T
-                scale = (squares + 1e-8).rsqrt()
+        styles, weight, scale = self.affine(w), self.weight, None
+        if self.demodulate:
+            # what equalised learning rate divides the weights by cancels too, but for the eps
+            size = self.weight[0].numel()
+            if in_float16(x.device):
+                # Largest entries of known size, so that no sum leaves float16 (appendix D of the
+                # ADA paper). The factors cancel in the demodulation, hence need no gradient.
+                styles = styles / _largest(styles).clamp_(min=1e-8)
+                weight, size = weight / (_largest(weight) * math.sqrt(size)), 1
+            scale = _demodulation(styles, weight, 1e-8 * size)
         x = x * per_channel(styles, x)
         if self.up:
             x = conv_up(x, weight, self.kernel)
         else:
             x = F.conv2d(x, weight, padding=weight.shape[2] // 2)
         return x if scale is None else x * per_channel(scale, x)
+
+
+def _demodulation(styles: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """1 / |w'_j| of each sample and output channel j, (B, O) float32."""
+    with autocast_if(False, styles.device):
+        squares = styles.square() @ weight.square().sum((2, 3)).T
+        return (squares + eps).rsqrt()
 
 
 def _largest(x: Tensor) -> Tensor:

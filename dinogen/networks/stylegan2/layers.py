@@ -55,6 +55,12 @@ def autocast_if(allowed: bool, device: torch.device) -> contextlib.AbstractConte
     return torch.autocast(device.type, enabled=False)
 
 
+def in_float16(device: torch.device) -> bool:
+    """Whether convolutions here compute in float16, whose range is small."""
+    kind = device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+
+
 def activate(x: Tensor, bias: Tensor, gain: float = math.sqrt(2)) -> Tensor:
     """LeakyReLU of x + bias per channel, times a gain, clamped in proportion to it; x's dtype.
 
@@ -122,6 +128,7 @@ class Dense(nn.Module):
         bias: what the bias starts at.
         lr_scale: how much slower than others the layer learns.
         active: whether LeakyReLU and the gain of sqrt 2 follow.
+        gain: of what comes out.
     """
 
     def __init__(
@@ -131,20 +138,20 @@ class Dense(nn.Module):
         bias: float = 0.0,
         lr_scale: float = 1.0,
         active: bool = False,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_scale)
         self.bias = nn.Parameter(torch.full((out_features,), bias / lr_scale))
-        self.lr_scale = lr_scale
+        # LeakyReLU is linear in positive factors, so the gain may come first
+        self.gain = lr_scale * gain * (math.sqrt(2) if active else 1.0)
         self.active = active
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I) -> (B, O) float32."""
         with autocast_if(False, x.device):
-            # LeakyReLU is linear in positive factors
-            gain = self.lr_scale * (math.sqrt(2) if self.active else 1.0)
-            alpha = gain / math.sqrt(self.weight.shape[1])
-            x = torch.addmm(self.bias, x.float(), self.weight.T, beta=gain, alpha=alpha)
+            alpha = self.gain / math.sqrt(self.weight.shape[1])
+            x = torch.addmm(self.bias, x.float(), self.weight.T, beta=self.gain, alpha=alpha)
         return F.leaky_relu(x, LEAK) if self.active else x
 
 
