@@ -187,16 +187,25 @@ def modulations(
 
 
 class Up(nn.Module):
-    """Nearest upsample, then a 3x3 convolution."""
+    """Nearest upsample, then a 3x3 convolution, in one transposed convolution.
+
+    Along an axis an even place sees w0 of the pixel before and w1 + w2 of its own, an odd one
+    w0 + w1 of its own and w2 of the pixel after: four ninths of the products.
+    """
+
+    sums: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        sums = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+        self.register_buffer("sums", sums, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W)."""
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        return out
+        with torch.autocast(x.device.type, enabled=False):
+            weight = (self.sums @ self.conv.weight @ self.sums.T).transpose(0, 1)
+        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
 
 
 class UNet(nn.Module):

@@ -12,6 +12,7 @@ from dinogen.networks.unet import (
     ResBlock,
     SelfAttention,
     UNet,
+    Up,
     modulations,
     time_embedding,
 )
@@ -115,6 +116,13 @@ def test_modulations_are_each_block_s_norm_scaled_and_shifted_by_the_embedding()
         expected = block.norm1(h) * (1 + scale) + shift
         own = (one[..., None, None] for one in pair)
         torch.testing.assert_close(block.norm1.modulated(h, *own), expected)
+
+
+def test_up_is_a_convolution_of_the_nearest_upsample():
+    up = disturbed(Up(6))
+    x = torch.randn(2, 6, 3, 5)
+    expected = up.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    torch.testing.assert_close(up(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_norms_keep_the_type_under_autocast():
