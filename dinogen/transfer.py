@@ -8,7 +8,6 @@ device needs goes through :func:`to_device`, what the host needs of a step arriv
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,19 +44,36 @@ def to_device_together(
     """
     if device.type != "cuda" or not tensors:
         return [one if choice is None else one[choice] for one in tensors]
-    rows = [one[None] if choice is None else one for one in tensors]
-    sizes = [row[0].numel() * row.element_size() for row in rows]
-    # each begins where any type may
-    starts = [0, *itertools.accumulate(-(-size // _ALIGNED) * _ALIGNED for size in sizes)]
-    joined = torch.empty(len(rows[0]), starts[-1], dtype=torch.uint8, pin_memory=True)
-    for row, start, size in zip(rows, starts, sizes, strict=False):
-        joined[:, start : start + size] = row.reshape(len(row), -1).view(torch.uint8)
-    moved = joined.to(device, non_blocking=True)
-    moved = moved[0] if choice is None else moved.index_select(0, choice[None])[0]
-    return [
-        moved[start : start + size].view(row.dtype).view(row.shape[1:])
-        for row, start, size in zip(rows, starts, sizes, strict=False)
-    ]
+    rows = [(one[None] if choice is None else one).contiguous() for one in tensors]
+    moved = _joined(rows, pin_memory=True).to(device, non_blocking=True)
+    return _parted(moved[0] if choice is None else moved.index_select(0, choice[None])[0], rows)
+
+
+def _joined(rows: Sequence[Tensor], pin_memory: bool) -> Tensor:
+    """(K, bytes) of contiguous tensors (K, ...)."""
+    spans = _spans(rows)
+    size = (len(rows[0]), spans[-1].stop)
+    joined = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
+    for row, span in zip(rows, spans, strict=True):
+        num = row[0].numel()
+        joined[:, span] = row.view(len(row), num).view(torch.uint8)
+    return joined
+
+
+def _parted(joined: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+    """A row of :func:`_joined` as the tensors that it was made of."""
+    spans = zip(rows, _spans(rows), strict=True)
+    return [joined[span].view(row.dtype).view(row.shape[1:]) for row, span in spans]
+
+
+def _spans(rows: Sequence[Tensor]) -> list[slice]:
+    """The bytes of each; they begin where any type may."""
+    spans, end = [], 0
+    for row in rows:
+        start = -(-end // _ALIGNED) * _ALIGNED
+        end = start + row[0].numel() * row.element_size()
+        spans.append(slice(start, end))
+    return spans
 
 
 @dataclass

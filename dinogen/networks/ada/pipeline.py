@@ -114,6 +114,11 @@ class AugmentProbability(nn.Module):
         self._candidates: tuple[tuple[float, ...], Tensor | None] | None = None
         self.register_load_state_dict_post_hook(_read_now)
 
+    @property
+    def on_host(self) -> bool:
+        """Whether reading p waits for nothing."""
+        return self.p.device.type == "cpu"
+
     @torch.no_grad()
     def update(self, sign: Tensor, batch: int, target: float, kimg: float) -> None:
         """Take in one step, and move p after every :data:`INTERVAL` of them.
@@ -139,7 +144,7 @@ class AugmentProbability(nn.Module):
         Args:
             begins: whether a step begins here, which is when p as of the last one is here.
         """
-        if self.p.device.type == "cpu":
+        if self.on_host:
             return (float(self.p),), None
         if begins and self._pending is not None:
             self._receive()
