@@ -222,9 +222,7 @@ def test_updates_move_p_as_python_would():
 @pytest.mark.parametrize("chosen", range(3))
 def test_of_several_probabilities_the_device_takes_the_one_that_holds(chosen):
     images, several = random_images(24), (0.1, 0.4, 0.9)
-    found = augment(
-        images, several, 0, "ada", torch.arange(24), ALL, choice=torch.tensor(chosen)
-    )
+    found = augment(images, several, 0, "ada", torch.arange(24), ALL, choice=torch.tensor(chosen))
     torch.testing.assert_close(found, run(images, several[chosen]), rtol=1e-5, atol=1e-5)
 
 

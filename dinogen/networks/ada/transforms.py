@@ -105,7 +105,9 @@ def apply(images: Tensor, steps: Sequence[Step | None], choice: Tensor | None = 
     """
     taken = [step for step in steps if step is not None]
     numbers = [number for step in taken for number in step.numbers]
-    if choice is None or all(torch.equal(number, number[:1].expand_as(number)) for number in numbers):
+    if choice is None or all(
+        torch.equal(number, number[:1].expand_as(number)) for number in numbers
+    ):
         numbers, choice = [number[0] for number in numbers], None
     moved = iter(to_device_together(numbers, images.device, choice))
     for step in taken:
