@@ -289,7 +289,8 @@ def random_crops(images: Tensor, size: int, seed: int, purpose: str, positions: 
     y, x = (corners[:, :, None] + torch.arange(size)).unbind(1)
     y, x = to_device_together([y * images.shape[-1], x], images.device)
     index = (y[:, :, None] + x[:, None]).flatten(1)[:, None].expand(-1, images.shape[1], -1)
-    return images.flatten(2).gather(2, index).unflatten(2, (size, size))
+    crops: Tensor = images.flatten(2).gather(2, index).unflatten(2, (size, size))
+    return crops
 
 
 def tiles(image: Tensor, size: int) -> Tensor:

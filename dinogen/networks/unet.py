@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinogen.networks.layers import GroupNorm, nearest_conv
+
 
 class Drop(Protocol):
     """Dropout of the activations (B, C, H, W) of residual blocks."""
@@ -47,31 +49,20 @@ def time_embedding(t: Tensor, size: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-class Norm(nn.GroupNorm):
+class Norm(GroupNorm):
     """Group norm in as many groups as there can be: at most 32, of at least 4 channels each.
 
     A group of one channel would remove what the convolution's bias adds, whose gradient
     then is rounding noise that Adam takes for a direction.
-
-    It is computed in the type of x, whatever autocast says: that would cast x to float32 and leave
-    it there. A GPU's own kernel sums in float32 for half precision too.
     """
 
     def __init__(self, channels: int) -> None:
         most = max(1, min(MAX_GROUPS, channels // MIN_PER_GROUP))
         super().__init__(max(n for n in range(1, most + 1) if channels % n == 0), channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same shape and type."""
-        return self._normalized(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """With a scale and a shift (B, C, 1, 1) of each sample instead of its own."""
-        return torch.addcmul(shift, self._normalized(x, None, None), scale)
-
-    def _normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        return torch.addcmul(shift, self.normalized(x, None, None), scale)
 
 
 def zeroed(conv: nn.Conv2d) -> nn.Conv2d:
@@ -187,25 +178,15 @@ def modulations(
 
 
 class Up(nn.Module):
-    """Nearest upsample, then a 3x3 convolution, in one transposed convolution.
-
-    Along an axis an even place sees w0 of the pixel before and w1 + w2 of its own, an odd one
-    w0 + w1 of its own and w2 of the pixel after: four ninths of the products.
-    """
-
-    sums: Tensor
+    """Nearest upsample, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        sums = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-        self.register_buffer("sums", sums, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W)."""
-        with torch.autocast(x.device.type, enabled=False):
-            weight = (self.sums @ self.conv.weight @ self.sums.T).transpose(0, 1)
-        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
+        return nearest_conv(x, self.conv.weight, self.conv.bias)
 
 
 class UNet(nn.Module):

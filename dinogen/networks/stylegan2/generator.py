@@ -66,7 +66,9 @@ class ModulatedConv(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """x (B, I, H, W) and w (B, w_dim) -> (B, O, H, W), twice as large if ``up``."""
-        styles, weight, scale = self.affine(w), self.weight, None
+        styles: Tensor = self.affine(w)
+        weight: Tensor = self.weight
+        scale: Tensor | None = None
         if self.demodulate:
             # what equalised learning rate divides the weights by cancels too, but for the eps
             size = self.weight[0].numel()
@@ -88,7 +90,8 @@ def _demodulation(styles: Tensor, weight: Tensor, eps: float) -> Tensor:
     """1 / |w'_j| of each sample and output channel j, (B, O) float32."""
     with autocast_if(False, styles.device):
         squares = styles.square() @ weight.square().sum((2, 3)).T
-        return (squares + eps).rsqrt()
+        scale: Tensor = (squares + eps).rsqrt()
+        return scale
 
 
 def _largest(x: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class _Slope(torch.autograd.Function):
         ctx.gain = gain
         ctx.save_for_backward(y)
         limit = _limit(gain)
-        found = torch.ops.aten.leaky_relu_backward(gradient, y, LEAK, True)
+        found: Tensor = torch.ops.aten.leaky_relu_backward(gradient, y, LEAK, True)
         found = torch.ops.aten.hardtanh_backward(found, y, -limit, limit)
         return found if gain == 1 else found.mul_(gain)
 
