@@ -97,7 +97,8 @@ def _demodulation(styles: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _largest(x: Tensor) -> Tensor:
     """The largest magnitude in each row of x (N, ...), (N, 1, ...) without a gradient."""
     dims = tuple(range(1, x.dim()))
-    return torch.linalg.vector_norm(x.detach(), math.inf, dims, keepdim=True)
+    largest: Tensor = torch.linalg.vector_norm(x.detach(), math.inf, dims, keepdim=True)
+    return largest
 
 
 class SynthesisLayer(nn.Module):
