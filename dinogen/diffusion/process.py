@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dinogen.transfer import to_device_together
+
 Name = Literal["linear", "cosine"]
 Prediction = Literal["epsilon", "v", "x0"]
 
@@ -49,7 +51,7 @@ class Schedule:
     """The noise of every time step, and what follows from it.
 
     The tables are float64 on the CPU, where 1 - alpha_bar loses nothing; what is handed out has the
-    type and device of the images. Time steps are (B,) int64 from 0 to T - 1.
+    type of the images. Time steps are (B,) int64 from 0 to T - 1.
 
     Args:
         name: ``linear`` or ``cosine``.
@@ -71,45 +73,56 @@ class Schedule:
         return self.alpha_bar / (1 - self.alpha_bar)
 
     def signal_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each (B, 1, ...) to multiply ``like`` by."""
-        alpha_bar = self.alpha_bar[t.cpu()].reshape(-1, *[1] * (like.dim() - 1))
-        return alpha_bar.sqrt().to(like), (1 - alpha_bar).sqrt().to(like)
-
-    def q_sample(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Images with the noise of their time steps, of the shape of ``x0`` (B, ...)."""
-        signal, noise = self.signal_noise(t, x0)
-        return signal * x0 + noise * eps
-
-    def target(self, prediction: Prediction, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What a network that predicts ``prediction`` should say, of the shape of ``x0``.
-
-        v is signal eps - noise x0 (Salimans and Ho 2022, "Progressive Distillation for Fast
-        Sampling of Diffusion Models", appendix D).
-        """
-        if prediction == "epsilon":
-            return eps
-        if prediction == "x0":
-            return x0
-        signal, noise = self.signal_noise(t, x0)
-        return signal * eps - noise * x0
-
-    def denoise(
-        self, prediction: Prediction, output: Tensor, x_t: Tensor, t: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The (x0, eps) that an output means: the inverse of :meth:`target`.
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), each (B, 1, ...) to multiply ``like`` by.
 
         Args:
-            prediction: what the network predicts.
-            output: what it said, of the shape of ``x_t``.
-            x_t: images with noise, (B, ...).
-            t: their time steps.
+            t: (B,) int64 on the CPU, where the answer stays too.
+            like: (B, ...).
         """
-        signal, noise = self.signal_noise(t, x_t)
-        if prediction == "epsilon":
-            return (x_t - noise * output) / signal, output
-        if prediction == "x0":
-            return output, (x_t - signal * output) / noise
-        return signal * x_t - noise * output, noise * x_t + signal * output
+        alpha_bar = self.alpha_bar[t].reshape(-1, *[1] * (like.dim() - 1))
+        return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
+
+
+def q_sample(x0: Tensor, eps: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+    """Images with the noise of their time steps, of the shape of ``x0`` (B, ...).
+
+    ``signal`` and ``noise`` are those of :meth:`Schedule.signal_noise`, on the images' device.
+    """
+    return signal * x0 + noise * eps
+
+
+def target(
+    prediction: Prediction, x0: Tensor, eps: Tensor, signal: Tensor, noise: Tensor
+) -> Tensor:
+    """What a network that predicts ``prediction`` should say, of the shape of ``x0``.
+
+    v is signal eps - noise x0 (Salimans and Ho 2022, "Progressive Distillation for Fast Sampling of
+    Diffusion Models", appendix D).
+    """
+    if prediction == "epsilon":
+        return eps
+    if prediction == "x0":
+        return x0
+    return signal * eps - noise * x0
+
+
+def denoise(
+    prediction: Prediction, output: Tensor, x_t: Tensor, signal: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The (x0, eps) that an output means: the inverse of :func:`target`.
+
+    Args:
+        prediction: what the network predicts.
+        output: what it said, of the shape of ``x_t``.
+        x_t: images with noise, (B, ...).
+        signal: of their time steps, as is ``noise``.
+        noise: see ``signal``.
+    """
+    if prediction == "epsilon":
+        return (x_t - noise * output) / signal, output
+    if prediction == "x0":
+        return output, (x_t - signal * output) / noise
+    return signal * x_t - noise * output, noise * x_t + signal * output
 
 
 def time_steps(num_steps: int, sample_steps: int) -> list[int]:
@@ -183,9 +196,10 @@ def sample(
     """
     for now, before in itertools.pairwise([*time_steps(schedule.num_steps, sample_steps), -1]):
         t = torch.full((len(x),), now)
-        x0, eps = schedule.denoise(prediction, predict(x, t), x, t)
+        level = to_device_together(schedule.signal_noise(t, x), x.device)
+        x0, eps = denoise(prediction, predict(x, t), x, *level)
         if clip:
-            x0, eps = schedule.denoise("x0", x0.clamp(-1, 1), x, t)
+            x0, eps = denoise("x0", x0.clamp(-1, 1), x, *level)
         z = noise(now) if noise is not None and eta > 0 and before >= 0 else None
         x = step(schedule, x0, eps, now, before, eta, z)
     return x

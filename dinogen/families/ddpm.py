@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from dinogen.batch import Batch, Losses, Scalars
 from dinogen.config import Config, ConfigError, Section, StageConfig, describe_errors
-from dinogen.diffusion.process import Schedule, sample
+from dinogen.diffusion.process import Schedule, q_sample, sample, target
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Inputs, Networks, Phase, classes_of
 from dinogen.networks.unet import Drop, UNet
+from dinogen.transfer import to_device, to_device_together
 
 # Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", section 4.2 tries 0.1 to 0.5
 DROP_LABEL = 0.1
@@ -200,7 +201,7 @@ class Ddpm(Family):
     def _losses(self, batch: Batch) -> Losses:
         drop = None
         if self.options.dropout:
-            drop = functools.partial(self._drop, position=batch["position"].to(self.device))
+            drop = functools.partial(self._drop, position=to_device(batch["position"], self.device))
         return self._mse(self.G, batch, "", drop), {}
 
     def _mse(self, G: nn.Module, batch: Batch, kind: str, drop: Drop | None = None) -> Scalars:
@@ -209,13 +210,14 @@ class Ddpm(Family):
         num_classes, prediction = self.options.num_classes, self.options.prediction
         t = rng.integers(seed, f"t{kind}", position, high=self.schedule.num_steps)
         eps = rng.normal(seed, f"eps{kind}", position, tuple(x0.shape[1:]), device=x0.device)
-        label = None
+        small = [t, *self.schedule.signal_noise(t, x0)]
         if num_classes:
-            dropped = rng.uniform(seed, f"label{kind}", position) < DROP_LABEL
-            label = torch.where(dropped.to(self.device), num_classes, batch["label"])
-        output = G(self.schedule.q_sample(x0, eps, t), t.to(self.device), label, drop)
-        target = self.schedule.target(prediction, x0, eps, t)
-        return {prediction: (output.float() - target).square().mean()}
+            small.append(rng.uniform(seed, f"label{kind}", position) < DROP_LABEL)
+        t, signal, noise, *dropped = to_device_together(small, self.device)
+        label = torch.where(dropped[0], num_classes, batch["label"]) if dropped else None
+        output = G(q_sample(x0, eps, signal, noise), t, label, drop)
+        wanted = target(prediction, x0, eps, signal, noise)
+        return {prediction: (output.float() - wanted).square().mean()}
 
     def _guided(self, G: nn.Module, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
         """What G says of x, drawn towards or beyond the class."""

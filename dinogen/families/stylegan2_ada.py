@@ -19,6 +19,7 @@ from dinogen.networks.ada.pipeline import Strengths, augment
 from dinogen.networks.stylegan2.discriminator import StyleGAN2Discriminator
 from dinogen.networks.stylegan2.generator import StyleGAN2Generator
 from dinogen.networks.stylegan2.layers import Dense
+from dinogen.transfer import to_device, to_device_together
 
 # Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", appendix B
 PATH_DECAY = 0.01
@@ -248,8 +249,9 @@ class StyleGAN2Ada(Gan):
         even = batch["position"] % 2 == 0
         chosen = even.nonzero().flatten() if even.any() else torch.zeros(1, dtype=torch.int64)
         positions = batch["position"][chosen]
-        label = batch["label"][chosen.to(self.device)] if self.options.num_classes else None
-        share = (2 * even[chosen] / len(even)).to(self.device)
+        share = 2 * even[chosen] / len(even)
+        chosen, share = to_device_together([chosen, share], self.device)
+        label = batch["label"].index_select(0, chosen) if self.options.num_classes else None
         with torch.autocast(self.device.type, enabled=False):
             _, ws = self._styles("G_reg", positions, label)
             images = self._images("G_reg", positions, ws)
@@ -274,7 +276,7 @@ class StyleGAN2Ada(Gan):
             mixed = rng.uniform(seed, f"mix/{purpose}", positions) < self.options.style_mixing
             cut = 1 + rng.integers(seed, f"cut/{purpose}", positions, high=num_ws - 1)
             changed = mixed[:, None] & (torch.arange(num_ws) >= cut[:, None])
-            ws = torch.where(changed[:, :, None].to(self.device), other, ws)
+            ws = torch.where(to_device(changed, self.device)[:, :, None], other, ws)
         return w, ws
 
     def _images(self, purpose: str, positions: Tensor, ws: Tensor) -> Tensor:
@@ -286,8 +288,9 @@ class StyleGAN2Ada(Gan):
         self, purpose: str, images: Tensor, positions: Tensor, label: Tensor | None
     ) -> Tensor:
         """D's logits (B,) of augmented images."""
-        p = float(self.D.ada.p)
-        x = augment(images, p, self.config.seed, f"ada/{purpose}", positions, self.strengths)
+        p, choice = self.D.ada.candidates(begins=purpose.startswith("D/"))
+        seed, strengths = self.config.seed, self.strengths
+        x = augment(images, p, seed, f"ada/{purpose}", positions, strengths, choice)
         logits: Tensor = self.D(x, label)
         return logits
 

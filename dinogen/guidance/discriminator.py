@@ -20,6 +20,7 @@ from dinogen.networks.diffaugment import diff_augment
 from dinogen.networks.layers import update_spectral_norms
 from dinogen.networks.patchgan import MultiScalePatchDiscriminator, num_patches
 from dinogen.networks.projected import ProjectedHeads
+from dinogen.transfer import to_device_together
 
 
 class Adversary:
@@ -284,11 +285,12 @@ def random_crops(images: Tensor, size: int, seed: int, purpose: str, positions: 
     room = images.shape[-1] - size
     if not room:
         return images
-    corners = rng.integers(seed, f"{purpose}/crop", positions, (2,), high=room + 1).tolist()
-    parts = [
-        image[:, y : y + size, x : x + size] for image, (y, x) in zip(images, corners, strict=True)
-    ]
-    return torch.stack(parts)
+    corners = rng.integers(seed, f"{purpose}/crop", positions, (2,), high=room + 1)
+    y, x = (corners[:, :, None] + torch.arange(size)).unbind(1)
+    y, x = to_device_together([y * images.shape[-1], x], images.device)
+    index = (y[:, :, None] + x[:, None]).flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    crops: Tensor = images.flatten(2).gather(2, index).unflatten(2, (size, size))
+    return crops
 
 
 def tiles(image: Tensor, size: int) -> Tensor:

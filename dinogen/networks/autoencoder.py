@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinogen.networks.layers import GroupNorm, nearest_conv
+
 LEAK = 0.2
 SMALLEST = 4  # side of the map between convolutions and latent
 WIDEST = 8  # most channels, in base channels
@@ -32,7 +34,7 @@ class ConvNorm(nn.Sequential):
     def __init__(self, num_in: int, num_out: int, kernel: int, stride: int = 1) -> None:
         super().__init__(
             nn.Conv2d(num_in, num_out, kernel, stride, padding=(kernel - 1) // 2),
-            nn.GroupNorm(min(MAX_GROUPS, num_out // CHANNELS_PER_GROUP), num_out),
+            GroupNorm(min(MAX_GROUPS, num_out // CHANNELS_PER_GROUP), num_out),
             nn.LeakyReLU(LEAK),
         )
 
@@ -47,8 +49,12 @@ class UpConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, R, R) -> (B, O, 2R, 2R)."""
-        out: Tensor = self.conv1(self.conv0(F.interpolate(x, scale_factor=2, mode="nearest")))
-        return out
+        conv, *after = self.conv0
+        assert isinstance(conv, nn.Conv2d)
+        x = nearest_conv(x, conv.weight, conv.bias)
+        for layer in (*after, self.conv1):
+            x = layer(x)
+        return x
 
 
 class Autoencoder(nn.Module):

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from dinogen.networks.ada.transforms import (
+    Step,
     TransformDraws,
+    apply,
     blit,
     brightness,
     color,
@@ -53,14 +55,15 @@ def diff_augment(
     draws = TransformDraws(seed, purpose, positions)
     with torch.autocast(images.device.type, enabled=False):
         x = images.float()
+        steps: list[Step | None] = []
         if "color" in transforms:
             matrices = brightness(draws.uniform("brightness") - 0.5)
             matrices = saturation(2 * draws.uniform("saturation")) @ matrices
-            x = color(x, contrast(0.5 + draws.uniform("contrast")) @ matrices)
+            steps.append(color(x, (contrast(0.5 + draws.uniform("contrast")) @ matrices)[None]))
         if "translation" in transforms:
             most = MOST_SHIFT * x.shape[-1]
             shift = ((2 * draws.uniform("translate_whole", i) - 1) * most for i in range(2))
-            x = blit(x, translation(*(pixels.round() for pixels in shift)))
+            steps.append(blit(x, translation(*(pixels.round() for pixels in shift))[None]))
         if "cutout" in transforms:
-            x = cut_out(x, draws, 1.0)
-        return x
+            steps.append(cut_out(x, draws, torch.ones(1, 1)))
+        return apply(x, steps)

@@ -6,6 +6,9 @@ why to filter at all: Zhang 2019, "Making Convolutional Networks Shift-Invariant
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,14 +65,7 @@ class SpectralNorm(nn.Module):
         self.register_buffer("v", torch.zeros_like(matrix[0]))
         # On meta there is nothing to iterate on, and torch would take 5 ms each to find that out.
         for _ in range(0 if weight.is_meta else NUM_FIRST_ITERATIONS):
-            self.iterate(weight)
-
-    @torch.no_grad()
-    def iterate(self, weight: Tensor) -> None:
-        """One power iteration on the weight before division."""
-        matrix = weight.flatten(1)
-        self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
-        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
+            iterate([(self, weight)])
 
     def forward(self, weight: Tensor) -> Tensor:
         """W -> W / sigma, in float32 under autocast too."""
@@ -86,11 +82,157 @@ def spectral_norm(layer: nn.Module) -> nn.Module:
 
 def update_spectral_norms(network: nn.Module) -> None:
     """One power iteration for every spectrally normalised weight, to be called once per step."""
-    for module in network.modules():
-        if isinstance(module, parametrize.ParametrizationList):
-            for parametrization in module:
-                if isinstance(parametrization, SpectralNorm):
-                    parametrization.iterate(module.original)
+    iterate(
+        [
+            (parametrization, module.original)
+            for module in network.modules()
+            if isinstance(module, parametrize.ParametrizationList)
+            for parametrization in module
+            if isinstance(parametrization, SpectralNorm)
+        ]
+    )
+
+
+@torch.no_grad()
+def iterate(weights: Sequence[tuple[SpectralNorm, Tensor]]) -> None:
+    """One power iteration on each weight before division."""
+    if not weights:
+        return
+    us, vs = [norm.u for norm, _ in weights], [norm.v for norm, _ in weights]
+    matrices = [weight.flatten(1) for _, weight in weights]
+    found = [matrix.T @ u for matrix, u in zip(matrices, us, strict=True)]
+    torch._foreach_copy_(vs, _normalized(found))
+    found = [matrix @ v for matrix, v in zip(matrices, vs, strict=True)]
+    torch._foreach_copy_(us, _normalized(found))
+
+
+def _normalized(vectors: list[Tensor]) -> list[Tensor]:
+    """As ``F.normalize``, all in a few launches."""
+    norms = torch._foreach_clamp_min(torch._foreach_norm(vectors), 1e-12)
+    return list(torch._foreach_div(vectors, norms))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm in the type of x, whatever autocast says.
+
+    Autocast would cast x to float32, and leave it so for what follows up to the next convolution.
+    A GPU's kernel sums in float32 for half precision too.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape and type."""
+        return self.normalized(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    def normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """With another weight and bias (C,) of the type of x, or without."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+class InstanceNorm(nn.InstanceNorm2d):
+    """Instance norm with weights, whose second derivative is a few products.
+
+    torch differentiates its own twice in some fifty steps, and gradient penalties need that.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape and type."""
+        x = x.contiguous()
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        normalized: Tensor = _InstanceNorm.apply(x, weight, bias, self.eps)
+        return normalized
+
+
+class _InstanceNorm(torch.autograd.Function):
+    """y = weight * (x - mean) * rstd + bias over each map."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        batch, channels = x.shape[:2]
+        size = (batch, channels, x[0, 0].numel(), channels)
+        with torch.autocast(x.device.type, enabled=False):
+            y, mean, rstd = torch.native_group_norm(x, weight, bias, *size, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        normalized: Tensor = y
+        return normalized
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        return *_InstanceNormBackward.apply(gradient, *ctx.saved_tensors), None
+
+
+class _InstanceNormBackward(torch.autograd.Function):
+    """Gradients of x, weight and bias; that of x can be differentiated once more.
+
+    With P(u) = u - mean(u) - x' mean(u x') for the normalised x', it is weight rstd P(gradient).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gradient, x, weight, mean, rstd)
+        return _instance_norm_backward(gradient, x, weight, mean, rstd, (True, True, True))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, of_x: Tensor, of_weight: Tensor | None, of_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        assert of_weight is None and of_bias is None, "weights' gradients have no derivative"
+        gradient, x, weight, mean, rstd = ctx.saved_tensors
+        only_x = (True, False, False)
+        first = _instance_norm_backward(gradient, x, None, mean, rstd, only_x)[0]
+        second = _instance_norm_backward(of_x, x, None, mean, rstd, only_x)[0]
+        scale, dims = rstd.to(x.dtype)[..., None, None], (2, 3)
+        x = (x - mean.to(x.dtype)[..., None, None]) * scale
+        overlap = (of_x * first).mean(dims, keepdim=True)
+        bent = x * overlap
+        bent.addcmul_(second, (gradient * x).mean(dims, keepdim=True))
+        bent.addcmul_(first, (of_x * x).mean(dims, keepdim=True))
+        weights = weight[:, None, None]
+        of_weights = overlap.sum((0, 2, 3)) * first[0, 0].numel()
+        return weights * second, bent.mul_(-weights * scale), of_weights, None, None
+
+
+def _instance_norm_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels = x.shape[:2]
+    size = (batch, channels, x[0, 0].numel(), channels)
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_group_norm_backward(
+        gradient.contiguous(), x, mean, rstd, weight, *size, wanted
+    )
+    return found
+
+
+def nearest_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Nearest upsample by 2, then convolve 3x3, in one transposed convolution.
+
+    Along an axis an even place sees w0 of the pixel before and w1 + w2 of its own, an odd one
+    w0 + w1 of its own and w2 of the pixel after: four ninths of the products.
+
+    Args:
+        x: (B, I, H, W).
+        weight: (O, I, 3, 3).
+        bias: (O,).
+
+    Returns:
+        (B, O, 2H, 2W).
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        # sums of neighbours: w2, w2 + w1, w1 + w0, w0
+        sums = F.avg_pool2d(weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
+    return F.conv_transpose2d(x, sums.transpose(0, 1), bias, stride=2, padding=1)
 
 
 def minibatch_std(x: Tensor, group_size: int) -> Tensor:
@@ -125,41 +267,105 @@ def _std(x: Tensor, group_size: int) -> Tensor:
 
 
 def binomial() -> Tensor:
-    """The taps [1, 3, 3, 1] / 8 of one axis, (4,) float32."""
-    return torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    """The filter [1, 3, 3, 1] / 8 along both axes, (4, 4) float32 of sum 1."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    return torch.outer(taps, taps)
 
 
-def upfirdn(
-    x: Tensor, taps: Tensor, up: int = 1, down: int = 1, padding: tuple[int, int] = (0, 0)
-) -> Tensor:
-    """Upsample by zeros, pad, convolve with the taps along both axes, keep each ``down``-th pixel.
+def filter_down(x: Tensor, kernel: Tensor, down: int = 1, padding: int = 0) -> Tensor:
+    """Correlate each channel with the kernel, and keep each ``down``-th pixel.
+
+    A linear map whose derivative is its transpose, :func:`filter_up`, and the other way round: the
+    second derivative that torch knows of a grouped convolution is one convolution per channel.
 
     Args:
         x: (B, C, H, W).
-        taps: (T,), of a true convolution: the first tap meets the last pixel of its window.
-        up: each pixel is followed by ``up - 1`` zeros.
+        kernel: (T, T), the same for all channels; no gradient flows to it.
         down: every ``down``-th pixel is kept, beginning with the first.
-        padding: zeros before and after, in upsampled pixels.
+        padding: zeros around the image.
 
     Returns:
-        (B, C, H', W') with H' = (H * up + sum(padding) - T) // down + 1.
+        (B, C, H', W') of the type of x, with H' = (H + 2 * padding - T) // down + 1.
     """
-    batch, channels, height, width = x.shape
-    if up > 1:
-        x = F.pad(x[:, :, :, None, :, None], (0, up - 1, 0, 0, 0, up - 1))
-        x = x.reshape(batch, channels, height * up, width * up)
-    # conv2d correlates; both axes at once are four times faster than one after the other on a CPU
-    row = taps.flip(0).to(x.dtype)
-    kernel = torch.outer(row, row).expand(channels, 1, -1, -1)
-    return F.conv2d(F.pad(x, padding * 2), kernel, stride=down, groups=channels)
+    found: Tensor = _FilterDown.apply(x, kernel, down, padding)
+    return found
 
 
-def upsample(x: Tensor, taps: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, 2H, 2W) by four taps of sum 1; brightness stays."""
-    return upfirdn(x, 2 * taps, up=2, padding=(2, 1))
+def filter_up(x: Tensor, kernel: Tensor, up: int, padding: int, size: tuple[int, int]) -> Tensor:
+    """Put ``up - 1`` zeros after each pixel, convolve each channel with the kernel, crop.
+
+    The transpose of :func:`filter_down`, and twice differentiable as that is.
+
+    Args:
+        x: (B, C, H, W).
+        kernel: (T, T), the same for all channels; no gradient flows to it.
+        up: distance of the pixels afterwards.
+        padding: rows and columns cropped before the first pixel.
+        size: what is left behind that, such that ``filter_down`` of it has the size of x.
+
+    Returns:
+        (B, C, *size) of the type of x.
+    """
+    found: Tensor = _FilterUp.apply(x, kernel, up, padding, size)
+    return found
 
 
-def conv_up(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
+class _FilterDown(torch.autograd.Function):
+    """See :func:`filter_down`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor, down: int, padding: int) -> Tensor:
+        weight = kernel.to(x.dtype)
+        ctx.weight, ctx.down, ctx.padding, ctx.size = weight, down, padding, x.shape[2:]
+        with torch.autocast(x.device.type, enabled=False):
+            channels = x.shape[1]
+            weight = weight.expand(channels, 1, -1, -1)
+            return F.conv2d(x, weight, stride=down, padding=padding, groups=channels)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        back = _FilterUp.apply(gradient, ctx.weight, ctx.down, ctx.padding, ctx.size)
+        return back, None, None, None
+
+
+class _FilterUp(torch.autograd.Function):
+    """See :func:`filter_up`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, kernel: Tensor, up: int, padding: int, size: tuple[int, int]
+    ) -> Tensor:
+        weight = kernel.to(x.dtype)
+        ctx.weight, ctx.up, ctx.padding = weight, up, padding
+        batch, channels = x.shape[:2]
+        # not conv_transpose2d, for which GPUs have no kernel of one filter per channel
+        found: Tensor = torch.ops.aten.convolution_backward(
+            x,
+            x.new_empty(batch, channels, *size),
+            weight.expand(channels, 1, -1, -1),
+            None,
+            [up, up],
+            [padding, padding],
+            [1, 1],
+            False,
+            [0, 0],
+            channels,
+            (True, False, False),
+        )[0]
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        back = _FilterDown.apply(gradient, ctx.weight, ctx.up, ctx.padding)
+        return back, None, None, None, None
+
+
+def upsample(x: Tensor, kernel: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, 2H, 2W) by four taps; brightness stays if the kernel's sum is 4."""
+    return filter_up(x, kernel, 2, 1, (2 * x.shape[2], 2 * x.shape[3]))
+
+
+def conv_up(x: Tensor, weight: Tensor, kernel: Tensor) -> Tensor:
     """Upsample by 2, then convolve 3x3: in one transposed convolution, then the filter.
 
     The two are linear, so their order matters at the border only; this one multiplies no zeros.
@@ -167,27 +373,27 @@ def conv_up(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
     Args:
         x: (B, I, H, W).
         weight: (O, I, 3, 3).
-        taps: four of sum 1.
+        kernel: (4, 4), symmetric, of sum 4.
 
     Returns:
         (B, O, 2H, 2W).
     """
     y = F.conv_transpose2d(x, weight.flip(2, 3).transpose(0, 1), stride=2)
-    return upfirdn(y, 2 * taps, padding=(1, 1))
+    return filter_down(y, kernel, padding=1)
 
 
-def conv_down(x: Tensor, weight: Tensor, taps: Tensor) -> Tensor:
+def conv_down(x: Tensor, weight: Tensor, kernel: Tensor) -> Tensor:
     """Filter, then convolve 1x1 or 3x3 with stride 2.
 
     Args:
         x: (B, I, H, W), H and W even.
         weight: (O, I, K, K), K 1 or 3.
-        taps: four of sum 1.
+        kernel: (4, 4) of sum 1.
 
     Returns:
         (B, O, H / 2, W / 2).
     """
     if weight.shape[2] == 1:
         # filtering only where a pixel is kept
-        return F.conv2d(upfirdn(x, taps, down=2, padding=(1, 1)), weight)
-    return F.conv2d(upfirdn(x, taps, padding=(2, 2)), weight, stride=2)
+        return F.conv2d(filter_down(x, kernel, down=2, padding=1), weight)
+    return F.conv2d(filter_down(x, kernel, padding=2), weight, stride=2)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinogen.networks.layers import GroupNorm
+
 LEAK = 0.2
 WIDEST = 8  # most channels, in base channels
 CHANNELS_PER_GROUP = 8
@@ -40,7 +42,7 @@ class PatchDiscriminator(nn.Module):
             num_out = base_channels * min(WIDEST, 1 << i)
             layers += [
                 nn.Conv2d(num_in, num_out, 4, 2 if i < num_layers else 1, 1),
-                nn.GroupNorm(num_out // CHANNELS_PER_GROUP, num_out),
+                GroupNorm(num_out // CHANNELS_PER_GROUP, num_out),
                 nn.LeakyReLU(LEAK),
             ]
             num_in = num_out

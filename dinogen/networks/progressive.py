@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinogen.networks.layers import minibatch_std
+from dinogen.networks.layers import minibatch_std, nearest_conv
 from dinogen.networks.stylegan2.layers import Dense, normalize
 
 LEAK = 0.2
@@ -24,8 +24,7 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, R, R) -> (B, O, 2R, 2R)."""
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
-        x = F.leaky_relu(self.conv0(x), LEAK)
+        x = F.leaky_relu(nearest_conv(x, self.conv0.weight, self.conv0.bias), LEAK)
         return F.leaky_relu(self.conv1(x), LEAK)
 
 

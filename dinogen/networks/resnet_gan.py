@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinogen.networks.layers import SelfAttention, spectral_norm
+from dinogen.networks.layers import (
+    GroupNorm,
+    InstanceNorm,
+    SelfAttention,
+    nearest_conv,
+    spectral_norm,
+)
 
 GeneratorNorm = Literal["batch", "group"]
 CriticNorm = Literal["instance", "spectral"]
@@ -132,8 +138,8 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, R, R) -> (B, O, 2R, 2R)."""
-        y: Tensor = F.interpolate(F.relu(self.norm0(x)), scale_factor=2, mode="nearest")
-        y = self.conv1(F.relu(self.norm1(self.conv0(y))))
+        y: Tensor = nearest_conv(F.relu(self.norm0(x)), self.conv0.weight)
+        y = self.conv1(F.relu(self.norm1(y)))
         # 1x1 and nearest upsampling commute; in this order it is a quarter of the work
         return y + F.interpolate(self.shortcut(x), scale_factor=2, mode="nearest")
 
@@ -174,10 +180,10 @@ def _norm(norm: GeneratorNorm | CriticNorm, channels: int) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     if norm == "instance":
-        return nn.InstanceNorm2d(channels, affine=True)
+        return InstanceNorm(channels)
     if norm == "group":
         # 16, or as many as divide an odd width
-        return nn.GroupNorm(channels // math.gcd(channels, CHANNELS_PER_GROUP), channels)
+        return GroupNorm(channels // math.gcd(channels, CHANNELS_PER_GROUP), channels)
     return nn.Identity()  # spectral norm is one of weights
 
 

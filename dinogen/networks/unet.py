@@ -11,14 +11,15 @@ a run resumes.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dinogen.networks.layers import GroupNorm, nearest_conv
 
 
 class Drop(Protocol):
@@ -48,23 +49,20 @@ def time_embedding(t: Tensor, size: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-class Norm(nn.GroupNorm):
+class Norm(GroupNorm):
     """Group norm in as many groups as there can be: at most 32, of at least 4 channels each.
 
     A group of one channel would remove what the convolution's bias adds, whose gradient
     then is rounding noise that Adam takes for a direction.
-
-    Autocast computes it in float32 and leaves it there; what follows up to the next convolution
-    would take twice the memory and time, so the type of x is put back.
     """
 
     def __init__(self, channels: int) -> None:
         most = max(1, min(MAX_GROUPS, channels // MIN_PER_GROUP))
         super().__init__(max(n for n in range(1, most + 1) if channels % n == 0), channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same shape and type."""
-        return super().forward(x).to(x.dtype)
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """With a scale and a shift (B, C, 1, 1) of each sample instead of its own."""
+        return torch.addcmul(shift, self.normalized(x, None, None), scale)
 
 
 def zeroed(conv: nn.Conv2d) -> nn.Conv2d:
@@ -95,10 +93,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
-        qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.num_heads, -1))
-        q, k, v = qkv.transpose(3, 4).unbind(1)  # each (B, heads, H*W, head channels)
-        out = F.scaled_dot_product_attention(q, k, v)
-        projected: Tensor = self.proj(out.transpose(2, 3).reshape(x.shape))
+        # The fused kernels want the numbers of a head side by side; in channels_last they are.
+        qkv = self.qkv(self.norm(x)).flatten(2).mT.contiguous()
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H*W, head channels)
+        out = out.transpose(1, 2).flatten(2).mT.unflatten(2, x.shape[2:])
+        projected: Tensor = self.proj(out)
         return x + projected
 
 
@@ -128,15 +128,53 @@ class ResBlock(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, embedding: Tensor, drop: Callable[[Tensor], Tensor] | None = None
+        self,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        drop: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """(B, I, H, W) and (B, E) -> (B, O, H, W); ``drop`` comes before the second convolution."""
+        """x (B, I, H, W) -> (B, O, H, W).
+
+        Args:
+            x: what comes in.
+            scale: (B, O) of :func:`modulations`, as is ``shift``.
+            shift: (B, O).
+            drop: comes before the second convolution.
+        """
         h = self.conv0(F.silu(self.norm0(x)))
-        scale, shift = self.affine(F.silu(embedding))[:, :, None, None].chunk(2, 1)
-        h = F.silu(self.norm1(h) * (1 + scale) + shift)
+        h = F.silu(self.norm1.modulated(h, scale[..., None, None], shift[..., None, None]))
         h = self.conv1(h if drop is None else drop(h))
         out: Tensor = self.attention(self.skip(x) + h)
         return out
+
+
+def modulations(
+    blocks: Sequence[ResBlock], embedding: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What each block's second norm is scaled and shifted by, its own weights included.
+
+    Of all blocks in one product: single ones are small, and a GPU would wait for their launches.
+
+    Args:
+        blocks: in their order.
+        embedding: (B, E).
+        dtype: of what comes out.
+
+    Returns:
+        For each block a scale and a shift, (B, O) each.
+    """
+    widths = [block.norm1.num_channels for block in blocks]
+    weight = torch.cat([block.affine.weight for block in blocks])
+    bias = torch.cat([block.affine.bias for block in blocks])
+    affine = F.linear(F.silu(embedding), weight, bias).float()
+    # each block's scales come before its shifts
+    pairs = [one.chunk(2, 1) for one in affine.split([2 * width for width in widths], 1)]
+    scale, shift = (torch.cat(list(ones), 1) for ones in zip(*pairs, strict=True))
+    factor = 1 + scale
+    scale = factor * torch.cat([block.norm1.weight for block in blocks])
+    shift = torch.addcmul(shift, factor, torch.cat([block.norm1.bias for block in blocks]))
+    return zip(scale.to(dtype).split(widths, 1), shift.to(dtype).split(widths, 1), strict=True)
 
 
 class Up(nn.Module):
@@ -148,8 +186,7 @@ class Up(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W)."""
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        return out
+        return nearest_conv(x, self.conv.weight, self.conv.bias)
 
 
 class UNet(nn.Module):
@@ -235,15 +272,19 @@ class UNet(nn.Module):
         embedding = self.time(time_embedding(t, self.base_channels))
         if self.label is not None:
             embedding = embedding + self.label(label)
-        numbers = itertools.count()
+        if x.device.type == "cpu":
+            # its convolutions are a sixth faster so; group norm on a GPU copies to the other format
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.conv_in(x)
+        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        numbered = enumerate(modulations(blocks, embedding, x.dtype))
 
         def block(module: nn.Module, x: Tensor) -> Tensor:
-            number = next(numbers)
+            number, (scale, shift) = next(numbered)
             of_this = None if drop is None else functools.partial(drop, block=number)
-            out: Tensor = module(x, embedding, of_this)
+            out: Tensor = module(x, scale, shift, of_this)
             return out
 
-        x = self.conv_in(x)
         skips = [x]
         for module in self.down:
             x = block(module, x) if isinstance(module, ResBlock) else module(x)

@@ -201,3 +201,69 @@ def test_it_goes_on_from_its_buffers_in_mid_interval():
         second.update(torch.tensor(sign), 32, 0.6, 10)
     assert whole.p > 0
     assert torch.equal(second.p, whole.p)
+
+
+def test_updates_move_p_as_python_would():
+    state, p, signs = AugmentProbability(), 0.0, []
+    generator = torch.Generator().manual_seed(0)
+    for sign in (2 * torch.rand(40, generator=generator) - 0.4).tolist():
+        state.update(torch.tensor(sign), 32, target=0.6, kimg=10)
+        signs.append(sign)
+        if len(signs) == INTERVAL:
+            excess = sum(signs) / INTERVAL - 0.6
+            p = min(1.0, max(0.0, p + math.copysign(32 * INTERVAL / 10_000, excess)))
+            signs = []
+        assert state.p.item() == pytest.approx(p, abs=1e-6)
+        assert state.num_steps == len(signs)
+        assert state.sign_sum.item() == pytest.approx(sum(signs), abs=1e-6)
+    assert 0 < p < 1
+
+
+@pytest.mark.parametrize("chosen", range(3))
+def test_of_several_probabilities_the_device_takes_the_one_that_holds(chosen):
+    images, several = random_images(24), (0.1, 0.4, 0.9)
+    found = augment(images, several, 0, "ada", torch.arange(24), ALL, choice=torch.tensor(chosen))
+    torch.testing.assert_close(found, run(images, several[chosen]), rtol=1e-5, atol=1e-5)
+
+
+class Remote(AugmentProbability):
+    """As on a device: the host does not look at p where it is."""
+
+    on_host = False
+
+
+@pytest.mark.parametrize("undone", [(), (3, 4, 9)])
+def test_the_host_follows_p_without_reading_it(monkeypatch, undone):
+    """Before D's update it knows p, after it the few values that p can have."""
+    ada = Remote()
+    reads = []
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda self: reads.append(self) or self.item())
+    generator, several = torch.Generator().manual_seed(1), 0
+    for step in range(60):
+        for _ in range(2):  # microbatches
+            assert ada.candidates(begins=True) == ((ada.p.item(),), None)
+        before = {name: value.clone() for name, value in ada.state_dict().items()}
+        ada.update(torch.rand((), generator=generator) + 0.1, 32, target=0.6, kimg=3)
+        if step in undone:
+            for name, value in before.items():
+                getattr(ada, name).copy_(value)
+        for _ in range(3):  # phases
+            values, choice = ada.candidates(begins=False)
+            assert values[0 if choice is None else int(choice)] == ada.p.item()
+            several += choice is not None
+    assert several >= 30
+    assert not reads
+
+
+def test_what_is_loaded_is_known_at_once():
+    ada, other = Remote(), Remote()
+    other.p.fill_(0.25)
+    other.num_steps.fill_(INTERVAL - 1)
+    ada.update(torch.tensor(1.0), 32, 0.6, 10)
+    ada.candidates(begins=False)
+    ada.load_state_dict(other.state_dict())
+    assert ada.candidates(begins=True) == ((0.25,), None)
+    ada.update(torch.tensor(1.0), 32, 0.6, 10)
+    values, choice = ada.candidates(begins=False)
+    assert len(values) == 3
+    assert values[int(choice)] == ada.p.item() != 0.25

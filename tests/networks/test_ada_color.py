@@ -6,7 +6,12 @@ import math
 import pytest
 import torch
 
-from dinogen.networks.ada.transforms import brightness, color, contrast, hue, luma_flip, saturation
+from dinogen.networks.ada import transforms
+from dinogen.networks.ada.transforms import apply, brightness, contrast, hue, luma_flip, saturation
+
+
+def color(images, matrices):
+    return apply(images, [transforms.color(images, matrices[None])])
 
 
 def random_images():

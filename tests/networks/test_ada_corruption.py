@@ -7,16 +7,27 @@ import pytest
 import pywt
 import torch
 
+from dinogen.networks.ada import transforms
 from dinogen.networks.ada.transforms import (
     POWER,
     SYM2,
     TransformDraws,
-    add_noise,
-    amplify,
+    apply,
     band_gains,
     bands,
-    cut_out,
 )
+
+
+def amplify(images, gains):
+    return apply(images, [transforms.amplify(images, gains[None])])
+
+
+def add_noise(images, draws, p):
+    return apply(images, [transforms.add_noise(images, draws, torch.tensor([[p]]))])
+
+
+def cut_out(images, draws, p):
+    return apply(images, [transforms.cut_out(images, draws, torch.tensor([[p]]))])
 
 
 def drawn(num, first=0):

@@ -8,17 +8,18 @@ import pywt
 import torch
 from scipy import ndimage
 
-from dinogen.networks.ada.transforms import (
-    SYM6,
-    blit,
-    mirrored,
-    rotation,
-    scaling,
-    translation,
-    warp,
-)
+from dinogen.networks.ada import transforms
+from dinogen.networks.ada.transforms import SYM6, apply, mirrored, rotation, scaling, translation
 
 SIZE = 32
+
+
+def blit(images, matrices):
+    return apply(images, [transforms.blit(images, matrices[None])])
+
+
+def warp(images, matrices):
+    return apply(images, [transforms.warp(images, matrices[None])])
 
 
 def one(*values):

@@ -1,4 +1,5 @@
-"""Attention against torch's own, spectral norm against an SVD, minibatch std against numpy."""
+"""Attention and norms against torch's own, spectral norm against an SVD, minibatch std against
+numpy."""
 
 import copy
 
@@ -8,10 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dinogen.networks import layers
 from dinogen.networks.layers import (
+    GroupNorm,
+    InstanceNorm,
     SelfAttention,
     SpectralNorm,
     minibatch_std,
+    nearest_conv,
     spectral_norm,
     update_spectral_norms,
 )
@@ -91,7 +96,7 @@ def test_at_the_start_it_is_15_iterations_near():
 
 
 def test_on_meta_nothing_is_iterated(monkeypatch):
-    monkeypatch.setattr(SpectralNorm, "iterate", None)
+    monkeypatch.setattr(layers, "iterate", None)
     layer = spectral_norm(nn.Conv2d(3, 8, 3, device="meta"))
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     assert shapes == {
@@ -176,3 +181,67 @@ def test_alike_samples_have_finite_gradients():
     x = torch.ones(4, 2, 4, 4, requires_grad=True)
     minibatch_std(x, 4).sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+def test_all_weights_are_iterated_as_each_alone():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(5, 7))
+    expected = []
+    for layer in network:
+        spectral_norm(layer)
+        (norm,) = layer.parametrizations.weight
+        norm.u.copy_(F.normalize(torch.randn_like(norm.u), dim=0))
+        matrix = layer.parametrizations.weight.original.detach().flatten(1)
+        v = F.normalize(matrix.T @ norm.u, dim=0)
+        expected.append((F.normalize(matrix @ v, dim=0), v))
+    update_spectral_norms(network)
+    for layer, pair in zip(network, expected, strict=True):
+        (norm,) = layer.parametrizations.weight
+        torch.testing.assert_close((norm.u, norm.v), pair)
+
+
+def test_group_norm_keeps_the_type_under_autocast():
+    norm, x = GroupNorm(2, 8), torch.randn(2, 8, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), F.group_norm(x, 2), rtol=0.02, atol=0.02)
+    assert torch.equal(norm(x), F.group_norm(x, 2, norm.weight, norm.bias))
+
+
+def disturbed_instance_norm():
+    torch.manual_seed(0)
+    norm = InstanceNorm(3).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm, torch.randn(2, 3, 3, 4).double().requires_grad_()
+
+
+def test_instance_norm_is_twice_differentiable():
+    norm, x = disturbed_instance_norm()
+    assert torch.autograd.gradcheck(norm, (x,))
+    assert torch.autograd.gradgradcheck(norm, (x,), check_undefined_grad=False)
+
+
+def test_instance_norm_and_its_derivatives_are_torch_s():
+    ours, x = disturbed_instance_norm()
+    theirs = nn.InstanceNorm2d(3, affine=True).double()
+    theirs.load_state_dict(ours.state_dict())
+    found = []
+    for norm in (ours, theirs):
+        own = x.detach().requires_grad_()
+        y = norm(own)
+        (first,) = torch.autograd.grad(y.pow(3).sum(), own, create_graph=True)
+        (first.square().sum() + y.sum()).backward()
+        found.append((y.detach(), first.detach(), own.grad, norm.weight.grad, norm.bias.grad))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(5).double()])
+def test_nearest_conv_is_a_convolution_of_the_nearest_upsample(bias):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 3, 4).double().requires_grad_()
+    weight = torch.randn(5, 3, 3, 3).double().requires_grad_()
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
+    torch.testing.assert_close(nearest_conv(x, weight, bias), expected)
+    assert torch.autograd.gradgradcheck(nearest_conv, (x[:1, :, :2, :2], weight[:2]))

@@ -79,7 +79,7 @@ def modulated_by_loop(layer, x, w):
         kernel = layer.weight / math.sqrt(layer.weight[0].numel()) * style[None, :, None, None]
         if layer.demodulate:
             kernel = kernel / kernel.square().sum((1, 2, 3), keepdim=True).sqrt()
-        sample = upsample(sample[None], binomial()) if layer.up else sample[None]
+        sample = upsample(sample[None], 4 * binomial()) if layer.up else sample[None]
         outputs.append(F.conv2d(sample, kernel, padding=kernel.shape[2] // 2))
     return torch.cat(outputs)
 

@@ -88,7 +88,7 @@ def test_the_image_is_the_sum_of_all_resolutions():
     image = G(torch.randn(2, 8))
     expected = seen[0]
     for rgb in seen[1:]:
-        expected = upsample(expected, binomial()) + rgb
+        expected = upsample(expected, 4 * binomial()) + rgb
     torch.testing.assert_close(image, expected)
 
 

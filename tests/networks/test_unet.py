@@ -7,7 +7,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dinogen.networks.unet import Norm, ResBlock, SelfAttention, UNet, time_embedding
+from dinogen.networks.unet import (
+    Norm,
+    ResBlock,
+    SelfAttention,
+    UNet,
+    Up,
+    modulations,
+    time_embedding,
+)
 
 
 def small(resolution=16, **more):
@@ -94,7 +102,27 @@ def test_at_the_start_the_output_is_0_and_every_branch_is_absent():
     assert torch.equal(network(x, t), torch.zeros_like(x))
     block = ResBlock(8, 8, 32, 8)
     h = torch.randn(2, 8, 4, 4)
-    assert torch.equal(block(h, torch.randn(2, 32)), h)
+    ((scale, shift),) = modulations([block], torch.randn(2, 32), h.dtype)
+    assert torch.equal(block(h, scale, shift), h)
+
+
+def test_modulations_are_each_block_s_norm_scaled_and_shifted_by_the_embedding():
+    blocks = [disturbed(ResBlock(8, width, 32, None)) for width in (8, 12)]
+    embedding = torch.randn(2, 32)
+    found = list(modulations(blocks, embedding, torch.float32))
+    for block, pair in zip(blocks, found, strict=True):
+        h = torch.randn(2, block.norm1.num_channels, 4, 4)
+        scale, shift = block.affine(F.silu(embedding))[..., None, None].chunk(2, 1)
+        expected = block.norm1(h) * (1 + scale) + shift
+        own = (one[..., None, None] for one in pair)
+        torch.testing.assert_close(block.norm1.modulated(h, *own), expected)
+
+
+def test_up_is_a_convolution_of_the_nearest_upsample():
+    up = disturbed(Up(6))
+    x = torch.randn(2, 6, 3, 5)
+    expected = up.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    torch.testing.assert_close(up(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

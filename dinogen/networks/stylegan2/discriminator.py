@@ -38,16 +38,16 @@ class DiscriminatorBlock(nn.Module):
         super().__init__()
         self.half_allowed = half
         self.conv0 = Conv(in_channels, in_channels, 3)
-        self.conv1 = Conv(in_channels, out_channels, 3, down=2)
-        self.skip = Conv(in_channels, out_channels, 1, down=2, active=False)
+        # each is brought to half the variance before they are added, to stay in float16
+        half_variance = math.sqrt(0.5)
+        self.conv1 = Conv(in_channels, out_channels, 3, down=2, gain=half_variance)
+        self.skip = Conv(in_channels, out_channels, 1, 2, active=False, gain=half_variance)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, R, R) -> (B, O, R / 2, R / 2)."""
         with autocast_if(self.half_allowed, x.device):
             x = x if self.half_allowed else x.float()
-            # each is brought to half the variance before they are added, to stay in float16
-            skip = self.skip(x) * math.sqrt(0.5)
-            y: Tensor = self.conv1(self.conv0(x)) * math.sqrt(0.5) + skip
+            y: Tensor = self.conv1(self.conv0(x)) + self.skip(x)
             return y
 
 

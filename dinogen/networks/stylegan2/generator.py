@@ -21,6 +21,7 @@ from dinogen.networks.stylegan2.layers import (
     autocast_if,
     channels_at,
     follows_autocast,
+    in_float16,
     per_channel,
     sizes_up_to,
 )
@@ -42,7 +43,7 @@ class ModulatedConv(nn.Module):
         demodulate: False for ToRGB.
     """
 
-    taps: Tensor
+    kernel: Tensor
 
     def __init__(
         self,
@@ -54,31 +55,50 @@ class ModulatedConv(nn.Module):
         demodulate: bool = True,
     ) -> None:
         super().__init__()
-        self.affine = Dense(w_dim, in_channels, bias=1.0)
+        # without demodulation the styles carry the scale of equalised learning rate
+        gain = 1.0 if demodulate else 1 / math.sqrt(in_channels * size**2)
+        self.affine = Dense(w_dim, in_channels, bias=1.0, gain=gain)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, size, size))
         self.up = up
         self.demodulate = demodulate
-        self.register_buffer("taps", binomial(), persistent=False)
+        # of sum 4, as three of four pixels are zeros before the filter
+        self.register_buffer("kernel", 4 * binomial(), persistent=False)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """x (B, I, H, W) and w (B, w_dim) -> (B, O, H, W), twice as large if ``up``."""
-        styles = self.affine(w)
-        weight = self.weight / math.sqrt(self.weight[0].numel())
-        scale = None
+        styles: Tensor = self.affine(w)
+        weight: Tensor = self.weight
+        scale: Tensor | None = None
         if self.demodulate:
-            # Largest entries of known size, so that no sum leaves float16 (appendix D of the ADA
-            # paper). The factors cancel in the demodulation, hence need no gradient.
-            styles = styles / styles.detach().abs().amax(1, keepdim=True).clamp(min=1e-8)
-            weight = weight / self.weight.detach().abs().amax((1, 2, 3), keepdim=True)
-            with autocast_if(False, x.device):
-                squares = styles.square() @ weight.square().sum((2, 3)).T
-                scale = (squares + 1e-8).rsqrt()
+            # what equalised learning rate divides the weights by cancels too, but for the eps
+            size = self.weight[0].numel()
+            if in_float16(x.device):
+                # Largest entries of known size, so that no sum leaves float16 (appendix D of the
+                # ADA paper). The factors cancel in the demodulation, hence need no gradient.
+                styles = styles / _largest(styles).clamp_(min=1e-8)
+                weight, size = weight / (_largest(weight) * math.sqrt(size)), 1
+            scale = _demodulation(styles, weight, 1e-8 * size)
         x = x * per_channel(styles, x)
         if self.up:
-            x = conv_up(x, weight, self.taps)
+            x = conv_up(x, weight, self.kernel)
         else:
             x = F.conv2d(x, weight, padding=weight.shape[2] // 2)
         return x if scale is None else x * per_channel(scale, x)
+
+
+def _demodulation(styles: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """1 / |w'_j| of each sample and output channel j, (B, O) float32."""
+    with autocast_if(False, styles.device):
+        squares = styles.square() @ weight.square().sum((2, 3)).T
+        scale: Tensor = (squares + eps).rsqrt()
+        return scale
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude in each row of x (N, ...), (N, 1, ...) without a gradient."""
+    dims = tuple(range(1, x.dim()))
+    largest: Tensor = torch.linalg.vector_norm(x.detach(), math.inf, dims, keepdim=True)
+    return largest
 
 
 class SynthesisLayer(nn.Module):
@@ -123,7 +143,7 @@ class SynthesisBlock(nn.Module):
         half: whether its convolutions follow autocast.
     """
 
-    taps: Tensor
+    kernel: Tensor
     const: nn.Parameter
 
     def __init__(
@@ -140,7 +160,8 @@ class SynthesisBlock(nn.Module):
         self.to_rgb = ModulatedConv(out_channels, 3, 1, w_dim, demodulate=False)
         self.rgb_bias = nn.Parameter(torch.zeros(3))
         self.num_noise = len(self.layers) * resolution**2
-        self.register_buffer("taps", binomial(), persistent=False)
+        # of sum 4, as three of four pixels are zeros before the filter
+        self.register_buffer("kernel", 4 * binomial(), persistent=False)
 
     def forward(
         self, x: Tensor | None, image: Tensor | None, ws: Tensor, noise: Tensor | None
@@ -163,10 +184,11 @@ class SynthesisBlock(nn.Module):
             for layer, w, own in zip(self.layers, ws.unbind(1), noises, strict=False):
                 x = layer(x, w, own)
             rgb = self.to_rgb(x, ws[:, -1])
-        rgb = (rgb.float() + self.rgb_bias[:, None, None]).clamp(-CLAMP, CLAMP)
+        # hardtanh is clamp with a derivative in one launch
+        rgb = F.hardtanh(rgb + self.rgb_bias[:, None, None], -CLAMP, CLAMP)
         if image is not None:
             with autocast_if(False, ws.device):
-                rgb = rgb + upsample(image, self.taps)
+                rgb = rgb + upsample(image, self.kernel)
         return x, rgb
 
 
