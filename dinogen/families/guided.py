@@ -263,6 +263,8 @@ class GuidedTraining:
             split,
             self._features,
             conditions,
+            options.reference_batch,
+            family.start,
         )
         if self.adversary is not None:
             self.adversary.begin(self.guides.guides.get(MAIN))

@@ -13,8 +13,11 @@ ones wherever distributions are compared. Add objectives with ``+``, or use
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,7 +26,9 @@ from torch import Tensor
 
 from dinogen.batch import Features, Scalars
 from dinogen.config import Section
+from dinogen.distributed.process_group import Ranks
 from dinogen.losses.distributions import (
+    Coordinates,
     drift,
     energy,
     energy_floor,
@@ -31,6 +36,7 @@ from dinogen.losses.distributions import (
     mmd_floor,
     moments,
     sliced_wasserstein,
+    with_known_gradients,
 )
 from dinogen.losses.features import pyramid_mse
 from shards.format.sample import level_guide
@@ -56,8 +62,47 @@ Directions = Callable[[int, int], Tensor]
 Conditions = tuple[Tensor, Tensor]
 Positive = Annotated[float, Field(gt=0)]
 
-# Pairs of samples that are compared at once: some hundred megabytes of distances.
-_MOST_PAIRS = 2**24
+# Pairs of samples that are compared at once: 256 MB of distances.
+_MOST_PAIRS = 2**26
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a comparison is spread over ranks: each has all samples, at its share of the locations.
+
+    Attributes:
+        ranks: over which it is spread.
+        num_locations: of each level, on all ranks together.
+        num_conditions: dimensions of the embeddings, also spread; 0 if there are none.
+    """
+
+    ranks: Ranks
+    num_locations: Mapping[str, int]
+    num_conditions: int = 0
+
+    def coordinates(self, level: str, num_channels: int) -> Coordinates:
+        """This rank's coordinates of view ``global``: of its locations, then of the conditions."""
+        ranks, num = self.ranks, self.num_locations[level]
+        own, total = ranks.share(num), num * num_channels
+        held = [slice(own.start * num_channels, own.stop * num_channels)]
+        if self.num_conditions:
+            more = ranks.share(self.num_conditions)
+            held.append(slice(total + more.start, total + more.stop))
+        total += self.num_conditions
+        return Coordinates(total, tuple(held), ranks.rank, ranks.num, ranks.sum)
+
+    def whole(
+        self, level: str, sides: tuple[Tensor, Tensor], conditions: Conditions | None
+    ) -> tuple[tuple[Tensor, Tensor], Conditions | None]:
+        """Generated and real samples, and their conditions, gathered from all ranks."""
+        num, ranks = self.num_locations[level], self.ranks
+        sides = (ranks.whole(sides[0], num), ranks.whole(sides[1], num))
+        if conditions is not None:
+            ours, theirs = (
+                ranks.whole(given[:, :, None], self.num_conditions)[..., 0] for given in conditions
+            )
+            conditions = (ours, theirs)
+        return sides, conditions
 
 
 class Objective(Section):
@@ -208,7 +253,7 @@ class DistributionObjective(Objective):
             None if it is not known for this objective.
         """
         floors = [
-            self._floor(problems(_scaled(real, level, scales), view))
+            self._floor(problems(real[level] * scales[level] if scales else real[level], view))
             for level in self.levels(real)
             for view in self.views
         ]
@@ -221,8 +266,8 @@ class DistributionObjective(Objective):
         generated: Features,
         real: Features,
         directions: Directions,
-        scales: Features | None = None,
         conditions: Conditions | None = None,
+        spread: Spread | None = None,
     ) -> tuple[Tensor, Scalars]:
         """Compute the loss, and add its gradient with respect to the generated features.
 
@@ -231,74 +276,156 @@ class DistributionObjective(Objective):
             generated: (N, locations, C) by level.
             real: (M, locations, C) by level.
             directions: see :class:`SlicedWasserstein`.
-            scales: per level, factors (C,) of the channels.
             conditions: embeddings that both are conditioned on, (N, E) and (M, E), appended to the
                 features of view ``global``: it then compares joint distributions.
+            spread: over ranks. Features and gradients are those at this rank's locations, and
+                conditions this rank's share of E. All ranks have to call it.
 
         Returns:
-            (the weighted loss; losses and other values of each level and view, unweighted).
+            (the weighted loss; losses and other values of each level and view, unweighted). Where
+            they are spread, each is this rank's part, and the sum over ranks is the value.
         """
         levels = self.levels(generated)
         share = self.weight / (len(levels) * len(self.views))
-        total = torch.zeros((), device=next(iter(generated.values())).device)
+        losses: list[Tensor] = []
         report: Scalars = {}
         for level in levels:
-            theirs, scale = _scaled(real, level, scales), scales[level] if scales else None
             for view in self.views:
-                loss, gradient, more = self._compare(
-                    view, generated[level], theirs, directions, scale, conditions
-                )
-                gradients[level] += share * gradient
-                total = total + share * loss
+                if view == "location":
+                    num = spread.num_locations[level] if spread else generated[level].shape[1]
+                    loss, more = self._compare_locations(
+                        gradients[level], generated[level], real[level], directions, num, share
+                    )
+                else:
+                    loss, more = self._compare_whole(
+                        level, gradients, generated, real, directions, conditions, spread, share
+                    )
+                losses.append(loss)
                 report[f"{level}.{view}"] = loss
                 report |= {f"{level}.{view}.{name}": value for name, value in more.items()}
-        return total, report
+        return torch.stack(losses).sum() * share, report
 
     def compare_sets(
-        self, generated: Tensor, real: Tensor, directions: Directions
+        self,
+        generated: Tensor,
+        real: Tensor,
+        directions: Directions,
+        coordinates: Coordinates | None = None,
     ) -> tuple[Tensor, Scalars]:
-        """(loss, other values to plot) of sets (K, N, D) and (K, M, D): the mean of K problems."""
+        """(loss, other values to plot) of sets (K, N, D) and (K, M, D): the mean of K problems.
+
+        Args:
+            generated: (K, N, D).
+            real: (K, M, D).
+            directions: see :class:`SlicedWasserstein`.
+            coordinates: given where D is spread over ranks; values are then this rank's part. An
+                objective without this argument has all coordinates gathered for it.
+        """
         raise NotImplementedError
 
     def floor_of_sets(self, real: Tensor) -> Tensor | None:
         """The loss that a perfect generator reaches, from real sets (K, M, D); None if unknown."""
         return None
 
-    @torch.enable_grad()
-    def _compare(
+    def _compare_locations(
         self,
-        view: View,
+        gradient: Tensor,
         generated: Tensor,
         real: Tensor,
         directions: Directions,
-        scale: Tensor | None,
-        conditions: Conditions | None,
-    ) -> tuple[Tensor, Tensor, Scalars]:
-        """One view of one level: loss, its gradient to ``generated``, and other values.
+        num_locations: int,
+        share: float,
+    ) -> tuple[Tensor, Scalars]:
+        """View ``location`` of one level: its loss and other values, each this rank's part.
 
-        Locations are compared in blocks that fit into memory; ``real`` is scaled already.
+        Locations are compared in blocks that fit into memory.
+
+        Args:
+            gradient: changed in place.
+            generated: (N, locations, C), at this rank's locations.
+            real: (M, locations, C).
+            directions: see :class:`SlicedWasserstein`.
+            num_locations: on all ranks.
+            share: of this level and view in the weighted loss.
         """
-        theirs = problems(real, view)
-        if view == "global" and conditions is not None:
-            theirs = _append(theirs, conditions[1])
-        gradient, total, more = torch.zeros_like(generated), real.new_zeros(()), Scalars()
-        pairs = len(generated) * (len(generated) + len(real))
-        block = max(1, _MOST_PAIRS // pairs) if view == "location" else 1
-        for first in range(0, len(theirs), block):
-            chosen = slice(first, first + block) if view == "location" else slice(None)
-            leaf = generated[:, chosen].detach().requires_grad_()
-            ours = problems(leaf if scale is None else leaf * scale, view)
-            if view == "global" and conditions is not None:
-                ours = _append(ours, conditions[0])
-            # Differences of distances are small next to them: half precision would lose them.
-            with torch.autocast(leaf.device.type, enabled=False):
-                loss, others = self.compare_sets(ours, theirs[first : first + block], directions)
-            part = len(ours) / len(theirs)
-            gradient[:, chosen] = part * torch.autograd.grad(loss, leaf)[0]
-            total = total + part * loss.detach()
-            for name, value in others.items():
-                more[name] = more.get(name, 0.0) + part * value.detach()
-        return total, gradient, more
+        own = generated.shape[1]
+        if not own:  # only the names count, which are the same on all ranks
+            shape = (1, generated.shape[2])
+            zeros = [side.new_zeros(len(side), *shape) for side in (generated, real)]
+            loss, _, more = self._differentiate(*problem_pairs(*zeros), directions)
+            return torch.zeros_like(loss), {n: torch.zeros_like(v) for n, v in more.items()}
+        num_blocks = math.ceil(own * len(generated) * (len(generated) + len(real)) / _MOST_PAIRS)
+        num_blocks = min(num_blocks, own)
+        total: Scalars = {}
+        for block in range(num_blocks):
+            chosen = slice(own * block // num_blocks, own * (block + 1) // num_blocks)
+            sets = problem_pairs(generated[:, chosen], real[:, chosen])
+            loss, found, more = self._differentiate(*sets, directions)
+            part = (chosen.stop - chosen.start) / num_locations
+            gradient[:, chosen].add_(found.transpose(0, 1), alpha=share * part)
+            for name, value in {"": loss, **more}.items():
+                total[name] = total[name].add(value, alpha=part) if block else value * part
+        return total.pop(""), total
+
+    def _compare_whole(
+        self,
+        level: str,
+        gradients: Features,
+        generated: Features,
+        real: Features,
+        directions: Directions,
+        conditions: Conditions | None,
+        spread: Spread | None,
+        share: float,
+    ) -> tuple[Tensor, Scalars]:
+        """View ``global`` of one level: its loss and other values, each this rank's part."""
+        sides = (generated[level], real[level])
+        coordinates = None
+        gathered = spread is not None and not self._spreads
+        if spread is not None and gathered:
+            sides, conditions = spread.whole(level, sides, conditions)
+        elif spread is not None:
+            coordinates = spread.coordinates(level, sides[0].shape[2])
+        ours, theirs = (side.flatten(1)[None] for side in sides)
+        num, factor = ours.shape[2], 1.0
+        if conditions is not None:
+            num_more = conditions[0].shape[1]
+            if spread is not None and coordinates is not None:
+                num_more = spread.num_conditions
+            num_features = (coordinates.total if coordinates else num + num_more) - num_more
+            factor = math.sqrt(1 + num_more / num_features)
+            ours = _append(ours, conditions[0], num_features, factor)
+            theirs = _append(theirs, conditions[1], num_features, factor)
+        loss, found, more = self._differentiate(ours, theirs, directions, coordinates)
+        found = found[0, :, :num].reshape(sides[0].shape)
+        if spread is not None and gathered:
+            found = found[:, spread.ranks.share(found.shape[1])]
+            loss = loss / spread.ranks.num
+            more = {name: value / spread.ranks.num for name, value in more.items()}
+        gradients[level].add_(found, alpha=share * factor)
+        return loss, more
+
+    @torch.enable_grad()
+    def _differentiate(
+        self,
+        generated: Tensor,
+        real: Tensor,
+        directions: Directions,
+        coordinates: Coordinates | None = None,
+    ) -> tuple[Tensor, Tensor, Scalars]:
+        """Loss of sets, its gradient to ``generated``, and other values, as ``compare_sets``."""
+        leaf = generated.detach().requires_grad_()
+        more = {} if coordinates is None else {"coordinates": coordinates}
+        # Differences of distances are small next to them: half precision would lose them.
+        with torch.autocast(leaf.device.type, enabled=False), _full_precision():
+            loss, others = self.compare_sets(leaf, real, directions, **more)
+            gradient = torch.autograd.grad(loss, leaf)[0]
+        return loss.detach(), gradient, {name: value.detach() for name, value in others.items()}
+
+    @property
+    def _spreads(self) -> bool:
+        """Whether ``compare_sets`` can do with this rank's coordinates."""
+        return "coordinates" in inspect.signature(self.compare_sets).parameters
 
     def _floor(self, sets: Tensor) -> float | None:
         """The mean floor over sets (K, M, D), computed in blocks that fit into memory."""
@@ -321,10 +448,14 @@ class Energy(DistributionObjective):
     name: Literal["energy"] = "energy"
 
     def compare_sets(
-        self, generated: Tensor, real: Tensor, directions: Directions
+        self,
+        generated: Tensor,
+        real: Tensor,
+        directions: Directions,
+        coordinates: Coordinates | None = None,
     ) -> tuple[Tensor, Scalars]:
         """See :func:`dinogen.losses.distributions.energy`."""
-        return energy(generated, real), {}
+        return energy(generated, real, coordinates), {}
 
     def floor_of_sets(self, real: Tensor) -> Tensor:
         """E|r - r'|."""
@@ -350,13 +481,17 @@ class Mmd(DistributionObjective):
     )
 
     def compare_sets(
-        self, generated: Tensor, real: Tensor, directions: Directions
+        self,
+        generated: Tensor,
+        real: Tensor,
+        directions: Directions,
+        coordinates: Coordinates | None = None,
     ) -> tuple[Tensor, Scalars]:
         """See :func:`dinogen.losses.distributions.mmd`, and ``moments`` there."""
-        loss = mmd(generated, real, self.bandwidths)
+        loss = mmd(generated, real, self.bandwidths, coordinates)
         if not self.moments:
             return loss, {}
-        apart = moments(generated, real)
+        apart = moments(generated, real, coordinates)
         return loss + self.moments * apart, {"moments": apart}
 
     def floor_of_sets(self, real: Tensor) -> Tensor:
@@ -376,11 +511,16 @@ class SlicedWasserstein(DistributionObjective):
     num_slices: int = Field(128, ge=1, description="number of random directions per step")
 
     def compare_sets(
-        self, generated: Tensor, real: Tensor, directions: Directions
+        self,
+        generated: Tensor,
+        real: Tensor,
+        directions: Directions,
+        coordinates: Coordinates | None = None,
     ) -> tuple[Tensor, Scalars]:
         """See :func:`dinogen.losses.distributions.sliced_wasserstein`."""
-        chosen = directions(generated.shape[2], self.num_slices)
-        return sliced_wasserstein(generated, real, chosen), {}
+        size = coordinates.total if coordinates else generated.shape[2]
+        chosen = directions(size, self.num_slices)
+        return sliced_wasserstein(generated, real, chosen, coordinates), {}
 
 
 class Drift(DistributionObjective):
@@ -402,10 +542,14 @@ class Drift(DistributionObjective):
     )
 
     def compare_sets(
-        self, generated: Tensor, real: Tensor, directions: Directions
+        self,
+        generated: Tensor,
+        real: Tensor,
+        directions: Directions,
+        coordinates: Coordinates | None = None,
     ) -> tuple[Tensor, Scalars]:
         """See :func:`dinogen.losses.distributions.drift`."""
-        loss, length = drift(generated, real, self.widths)
+        loss, length = drift(generated, real, self.widths, coordinates)
         return loss, {"length": length}
 
 
@@ -444,23 +588,40 @@ def with_gradients(
         gradients: by level, of the same shapes.
         factor: of the gradients.
     """
-    products = [(features[level] * gradients[level]).sum() for level in gradients]
-    surrogate = factor * torch.stack(products).sum()
-    return loss + (surrogate - surrogate.detach())
+    levels = list(gradients)
+    scaled = [gradients[level] if factor == 1 else gradients[level] * factor for level in levels]
+    return with_known_gradients(loss, [features[level] for level in levels], scaled)
 
 
-def _scaled(features: Features, level: str, scales: Features | None) -> Tensor:
-    return features[level] * scales[level] if scales else features[level]
+def problem_pairs(generated: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Generated and real samples of the problems of view ``location``."""
+    return problems(generated, "location"), problems(real, "location")
 
 
-def _append(features: Tensor, conditions: Tensor) -> Tensor:
+def _append(features: Tensor, conditions: Tensor, num: int, factor: float) -> Tensor:
     """(1, N, D) features with (N, E) conditions, which weigh as many dimensions as the features.
 
     Distances are divided by the root of all dimensions, so both keep their weights.
+
+    Args:
+        features: or this rank's share of them.
+        conditions: or this rank's share of them.
+        num: D, of all ranks.
+        factor: sqrt((D + E) / D).
     """
-    num, more = features.shape[2], conditions.shape[1]
-    joined = torch.cat([features, conditions[None] * math.sqrt(num)], 2)
-    return joined * math.sqrt((num + more) / num)
+    return torch.cat([features, conditions[None] * math.sqrt(num)], 2).mul_(factor)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Context in which GPUs multiply float32 as such, also where TF32 is chosen for networks."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def _random_directions(device: torch.device) -> Directions:

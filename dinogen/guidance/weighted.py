@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dinogen.batch import Batch, Features, GradientCache, Losses, Scalars
-from dinogen.distributed import process_group, rng
-from dinogen.distributed.process_group import gather_counts, gather_rows
+from dinogen.distributed import rng
+from dinogen.distributed.process_group import Ranks
 from dinogen.guidance.guides import GuideSet, stored_features
 from dinogen.guidance.objectives import (
     AnyObjective,
@@ -27,11 +27,13 @@ from dinogen.guidance.objectives import (
     Mse,
     Paired,
     PairObjective,
+    Spread,
     is_of,
     titles,
     with_gradients,
 )
 from dinogen.losses.features import collapse_floor
+from shards.read.order import share_sizes
 
 
 class GlobalBatchObjective:
@@ -46,6 +48,8 @@ class GlobalBatchObjective:
         conditions: returns the embeddings (B, E) that the samples of a microbatch or of a reference
             batch are conditioned on, in standard deviations of all dimensions together; view
             ``global`` then compares joint distributions of features and embeddings.
+        reference_batch: number of samples of the reference batches of all ranks; 0: there are none.
+        start: position of the first sample of the stage.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class GlobalBatchObjective:
         batch: int,
         features: Callable[[Batch], Features],
         conditions: Callable[[Batch], Tensor] | None = None,
+        reference_batch: int = 0,
+        start: int = 0,
     ) -> None:
         self.objectives = objectives
         self.scales = scales
@@ -63,6 +69,9 @@ class GlobalBatchObjective:
         self.batch = batch
         self.features = features
         self.conditions = conditions
+        self.reference_batch = reference_batch
+        self.start = start
+        self.ranks = Ranks()
 
     def before(self, micros: Sequence[tuple[Batch, int]]) -> None:
         """Compute the gradients of all features first, if there are several microbatches.
@@ -90,6 +99,9 @@ class GlobalBatchObjective:
     def losses(self, batch: Batch, features: Features) -> Losses:
         """Losses of the whole batch, with the gradient of this microbatch.
 
+        On several ranks, each computes a part of the losses and other values. It returns its part
+        times the inverse of its share of the batch, so that means weighed by shares are right.
+
         Args:
             batch: the microbatch.
             features: of its generated images, with gradients.
@@ -110,23 +122,30 @@ class GlobalBatchObjective:
         real: Features,
         directions: Directions,
         conditions: Conditions | None = None,
+        spread: Spread | None = None,
     ) -> GradientCache:
-        """Losses and gradients for two sets of samples on one rank, without gathering.
+        """Losses and gradients for two sets of samples.
 
         Args:
             generated: (N, locations, C) by level.
             real: (M, locations, C) by level.
             directions: see :class:`SlicedWasserstein`.
             conditions: embeddings that both are conditioned on, (N, E) and (M, E).
+            spread: over ranks, see :meth:`DistributionObjective.add_gradients`.
         """
+        scales = self.scales
+        generated = {level: values * scales[level] for level, values in generated.items()}
+        real = {level: real[level] * scales[level] for level in generated}
         gradients = {level: torch.zeros_like(values) for level, values in generated.items()}
         losses: Scalars = {}
         report: Scalars = {}
         for title, objective in self.objectives.items():
             losses[title], values = objective.add_gradients(
-                gradients, generated, real, directions, self.scales, conditions
+                gradients, generated, real, directions, conditions, spread
             )
             report |= {f"{title}.{name}": value for name, value in values.items()}
+        for level, gradient in gradients.items():
+            gradient.mul_(scales[level])
         return GradientCache(gradients, losses, report)
 
     def floors(self, real: Features) -> dict[str, float]:
@@ -139,28 +158,61 @@ class GlobalBatchObjective:
         return {title: floor for title, floor in found.items() if floor is not None}
 
     def _find(self, own: Features, micros: Sequence[Batch]) -> GradientCache:
-        """Gather the features of all ranks, compare, and return the rows of this rank."""
-        positions = torch.cat([micro["position"] for micro in micros])
-        num, reference = len(positions), micros[0].get("reference_batch")
-        counts = gather_counts(num)
-        generated = {level: gather_rows(values, counts) for level, values in own.items()}
-        theirs = counts if reference is None else gather_counts(len(reference["position"]))
-        real = {level: gather_rows(_real(micros, level), theirs).float() for level in own}
-        conditions = None
-        if self.conditions is not None:
-            mine = torch.cat([self.conditions(micro) for micro in micros])
-            ours = conditioned = gather_rows(mine, counts)
-            if reference is not None:
-                conditioned = gather_rows(self.conditions(reference), theirs)
-            conditions = (ours, conditioned)
-        first = gather_rows(positions, counts).min().reshape(1)
+        """Compare the samples of all ranks, and return the gradients of this rank's.
+
+        Each rank compares all samples at its share of the locations. So ranks exchange features
+        once in each direction, and what a rank computes and holds is 1/W of the whole.
+        """
+        ranks, position = self.ranks, int(torch.cat([one["position"] for one in micros])[0])
+        first = self.start + (position - self.start) // self.batch * self.batch
+        device = next(iter(own.values())).device
+        drawn: dict[tuple[int, int], Tensor] = {}
 
         def directions(size: int, number: int) -> Tensor:
-            device = next(iter(own.values())).device
-            return rng.normal(self.seed, "slices", first, (size, number), device)[0]
+            if (size, number) not in drawn:
+                at = torch.tensor([first])
+                shape = (size, number)
+                drawn[shape] = rng.normal(self.seed, "slices", at, shape, device)[0]
+            return drawn[size, number]
 
-        offset = sum(counts[: process_group.rank()])
-        return self.compare(generated, real, directions, conditions).rows(offset, offset + num)
+        reference = micros[0].get("reference_batch")
+        conditions = None
+        if self.conditions is not None:
+            ours = theirs = torch.cat([self.conditions(micro) for micro in micros])
+            if reference is not None:
+                theirs = self.conditions(reference)
+            conditions = (ours, theirs)
+        real = {level: _real(micros, level) for level in own}
+        if ranks.num == 1:
+            real = {level: values.float() for level, values in real.items()}
+            return self.compare(own, real, directions, conditions)
+        counts = real_counts = share_sizes(self.batch, ranks.num)
+        if reference is not None:
+            real_counts = share_sizes(self.reference_batch, ranks.num)
+        sizes = {level: values.shape[1] for level, values in own.items()}
+        num_conditions = 0
+        if conditions is not None:
+            num_conditions = conditions[0].shape[1]
+            ours, theirs = (
+                ranks.to_locations(given[:, :, None], each)[..., 0]
+                for given, each in zip(conditions, (counts, real_counts), strict=True)
+            )
+            conditions = (ours, theirs)
+        found = self.compare(
+            {level: ranks.to_locations(values, counts) for level, values in own.items()},
+            {level: ranks.to_locations(real[level], real_counts).float() for level in own},
+            directions,
+            conditions,
+            Spread(ranks, sizes, num_conditions),
+        )
+        gradients = {
+            level: ranks.to_samples(values, counts, sizes[level])
+            for level, values in found.gradients.items()
+        }
+        share = counts[ranks.rank] / self.batch
+        losses = {name: value / share for name, value in found.losses.items()}
+        report = {name: value / share for name, value in found.report.items()}
+        return GradientCache(gradients, losses, report)
 
 
 def _real(micros: Sequence[Batch], level: str) -> Tensor:
@@ -203,6 +255,8 @@ class WeightedObjectives:
         split: of the real images that the floors are estimated from.
         features: returns the features of a microbatch's generated images.
         conditions: see :class:`GlobalBatchObjective`.
+        reference_batch: see there.
+        start: see there.
     """
 
     def __init__(
@@ -214,6 +268,8 @@ class WeightedObjectives:
         split: str,
         features: Callable[[Batch], Features],
         conditions: Callable[[Batch], Tensor] | None = None,
+        reference_batch: int = 0,
+        start: int = 0,
     ) -> None:
         named = dict(zip(titles(objectives), objectives, strict=True))
         self.pairs = {name: one for name, one in named.items() if isinstance(one, PairObjective)}
@@ -222,7 +278,14 @@ class WeightedObjectives:
         }
         self.guides = guides
         self.global_batch = GlobalBatchObjective(
-            self.distributions, guides.scales, seed, batch, features, conditions
+            self.distributions,
+            guides.scales,
+            seed,
+            batch,
+            features,
+            conditions,
+            reference_batch,
+            start,
         )
         # The same measure for every run, so that runs with different objectives can be compared.
         self.energy = GlobalBatchObjective(
