@@ -483,16 +483,14 @@ class Ranks:
             return samples
         num, width = samples.shape[1:]
         own, sizes = counts[self.rank], share_sizes(num, self.num)
+        sent = [size * own * width for size in sizes]
+        packed = samples.new_empty(sum(sent))
+        parts = samples.detach().split(sizes, 1)
+        for part, run in zip(parts, packed.split(sent), strict=True):
+            run.view_as(part).copy_(part)
         mine = sizes[self.rank]
-        parts = self._exchange(
-            samples.transpose(0, 1),
-            [size * own * width for size in sizes],
-            [mine * count * width for count in counts],
-        )
-        shaped = [
-            part.view(mine, count, width) for part, count in zip(parts, counts, strict=True)
-        ]
-        return torch.cat(shaped, 1).transpose(0, 1)
+        found = self._exchange(packed, sent, [mine * count * width for count in counts])
+        return found.view(sum(counts), mine, width)
 
     def to_samples(self, locations: Tensor, counts: Sequence[int], num: int) -> Tensor:
         """This rank's samples at all locations (n, L, C), from all samples at its own (N, l, C).
@@ -506,12 +504,9 @@ class Ranks:
             return locations
         mine, width = locations.shape[1:]
         own, sizes = counts[self.rank], share_sizes(num, self.num)
-        parts = self._exchange(
-            locations,
-            [count * mine * width for count in counts],
-            [own * size * width for size in sizes],
-        )
-        shaped = [part.view(own, size, width) for part, size in zip(parts, sizes, strict=True)]
+        sent, received = ([n * mine * width for n in counts], [own * n * width for n in sizes])
+        parts = self._exchange(locations.reshape(-1), sent, received).split(received)
+        shaped = [part.view(own, n, width) for part, n in zip(parts, sizes, strict=True)]
         return torch.cat(shaped, 1)
 
     def whole(self, locations: Tensor, num: int) -> Tensor:
@@ -520,8 +515,8 @@ class Ranks:
             return locations
         return gather_rows(locations.transpose(0, 1), share_sizes(num, self.num)).transpose(0, 1)
 
-    def _exchange(self, tensor: Tensor, sent: list[int], received: list[int]) -> Sequence[Tensor]:
-        """Runs of a tensor's numbers, one to each rank, against one from each."""
-        out = tensor.new_empty(sum(received))
-        td.all_to_all_single(out, tensor.detach().reshape(-1), received, sent)
-        return out.split(received)
+    def _exchange(self, numbers: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Runs of (n,) numbers, one to each rank, against one from each, joined in rank order."""
+        out = numbers.new_empty(sum(received))
+        td.all_to_all_single(out, numbers, received, sent)
+        return out

@@ -148,6 +148,27 @@ class GlobalBatchObjective:
             gradient.mul_(scales[level])
         return GradientCache(gradients, losses, report)
 
+    def directions(self, micros: Sequence[Batch], device: torch.device) -> Directions:
+        """The random directions of a step, the same on all ranks.
+
+        Args:
+            micros: this rank's microbatches.
+            device: where they are drawn.
+        """
+        drawn: dict[tuple[int, int], Tensor] = {}
+
+        def draw(size: int, number: int) -> Tensor:
+            shape = (size, number)
+            if shape not in drawn:
+                position = int(torch.cat([micro["position"] for micro in micros])[0])
+                # the first of the global batch, of which this rank has a part
+                first = self.start + (position - self.start) // self.batch * self.batch
+                at = torch.tensor([first])
+                drawn[shape] = rng.normal(self.seed, "slices", at, shape, device)[0]
+            return drawn[shape]
+
+        return draw
+
     def floors(self, real: Features) -> dict[str, float]:
         """The losses that a perfect generator reaches, by title, where they are known.
 
@@ -163,18 +184,8 @@ class GlobalBatchObjective:
         Each rank compares all samples at its share of the locations. So ranks exchange features
         once in each direction, and what a rank computes and holds is 1/W of the whole.
         """
-        ranks, position = self.ranks, int(torch.cat([one["position"] for one in micros])[0])
-        first = self.start + (position - self.start) // self.batch * self.batch
-        device = next(iter(own.values())).device
-        drawn: dict[tuple[int, int], Tensor] = {}
-
-        def directions(size: int, number: int) -> Tensor:
-            if (size, number) not in drawn:
-                at = torch.tensor([first])
-                shape = (size, number)
-                drawn[shape] = rng.normal(self.seed, "slices", at, shape, device)[0]
-            return drawn[size, number]
-
+        ranks = self.ranks
+        directions = self.directions(micros, next(iter(own.values())).device)
         reference = micros[0].get("reference_batch")
         conditions = None
         if self.conditions is not None:

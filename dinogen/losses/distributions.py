@@ -164,6 +164,8 @@ def moments(generated: Tensor, real: Tensor, coordinates: Coordinates | None = N
     Returns:
         Scalar; it has a bias of the order of 1/N + 1/M.
     """
+    if not generated.shape[2]:  # there are more ranks than locations
+        return with_known_gradients(generated.new_zeros(()), [generated], [generated.detach()])
     num_values = len(generated) * (coordinates.total if coordinates else generated.shape[2])
     wanted = _wants_gradient(generated)
     with torch.no_grad():
@@ -403,7 +405,7 @@ class _Pairs:
         to_real.mul_(real_factor / (self._num_to_real * self.total))
         to_own.mul_(own_factor / (self._num_to_own * self.total))
         found = self._own * weights.sum(2, keepdim=True)
-        return found.baddbmm_(weights, self.both, alpha=-1)
+        return torch.baddbmm(found, weights, self.both, alpha=-1, out=found)
 
 
 def _squared_lengths(samples: Tensor) -> Tensor:
@@ -417,7 +419,8 @@ def _squares(
 ) -> Tensor:
     """|a|^2 + |b|^2 - 2 a b per dimension, (K, N, M)."""
     squares = a_squares[:, :, None] + b_squares[:, None, :]
-    return squares.baddbmm_(a, b.mT, beta=1 / num_dimensions, alpha=-2 / num_dimensions)
+    beta, alpha = 1 / num_dimensions, -2 / num_dimensions
+    return torch.baddbmm(squares, a, b.mT, beta=beta, alpha=alpha, out=squares)
 
 
 def _kernel(
