@@ -34,8 +34,8 @@ from dinogen.guidance.objectives import (
     Energy,
     Mmd,
     SlicedWasserstein,
-    View,
 )
+from dinogen.guidance.sets import View
 from dinogen.guidance.weighted import GlobalBatchObjective
 from shards.read.order import share_sizes
 

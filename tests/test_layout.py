@@ -26,6 +26,7 @@ BASICS = {
     "dinogen.files",
     "dinogen.distributed.rng",
     "dinogen.runs.layout",
+    "dinogen.transfer",
     "dinogen.version",
     "dinogen._torchvision",
 }

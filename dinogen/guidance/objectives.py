@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -26,7 +24,14 @@ from torch import Tensor
 
 from dinogen.batch import Features, Scalars
 from dinogen.config import Section
-from dinogen.distributed.process_group import Ranks
+from dinogen.guidance.sets import (
+    Conditions,
+    Spread,
+    View,
+    append_conditions,
+    full_precision,
+    problems,
+)
 from dinogen.losses.distributions import (
     Coordinates,
     drift,
@@ -53,56 +58,14 @@ __all__ = [
 ]
 
 MAIN = "main"
-View = Literal["location", "global"]
 # What 0.1 called them; configs of its runs still do.
 _EARLIER_VIEWS = {"place": "location", "map": "global"}
 # (dimension, number) -> (dimension, number) standard normal, the same on all ranks.
 Directions = Callable[[int, int], Tensor]
-# Embeddings that generated and real samples are conditioned on: (N, E) and (M, E).
-Conditions = tuple[Tensor, Tensor]
 Positive = Annotated[float, Field(gt=0)]
 
 # Pairs of samples that are compared at once: 256 MB of distances.
 _MOST_PAIRS = 2**26
-
-
-@dataclass(frozen=True)
-class Spread:
-    """How a comparison is spread over ranks: each has all samples, at its share of the locations.
-
-    Attributes:
-        ranks: over which it is spread.
-        num_locations: of each level, on all ranks together.
-        num_conditions: dimensions of the embeddings, also spread; 0 if there are none.
-    """
-
-    ranks: Ranks
-    num_locations: Mapping[str, int]
-    num_conditions: int = 0
-
-    def coordinates(self, level: str, num_channels: int) -> Coordinates:
-        """This rank's coordinates of view ``global``: of its locations, then of the conditions."""
-        ranks, num = self.ranks, self.num_locations[level]
-        own, total = ranks.share(num), num * num_channels
-        held = [slice(own.start * num_channels, own.stop * num_channels)]
-        if self.num_conditions:
-            more = ranks.share(self.num_conditions)
-            held.append(slice(total + more.start, total + more.stop))
-        total += self.num_conditions
-        return Coordinates(total, tuple(held), ranks.rank, ranks.num, ranks.sum)
-
-    def whole(
-        self, level: str, sides: tuple[Tensor, Tensor], conditions: Conditions | None
-    ) -> tuple[tuple[Tensor, Tensor], Conditions | None]:
-        """Generated and real samples, and their conditions, gathered from all ranks."""
-        num, ranks = self.num_locations[level], self.ranks
-        sides = (ranks.whole(sides[0], num), ranks.whole(sides[1], num))
-        if conditions is not None:
-            ours, theirs = (
-                ranks.whole(given[:, :, None], self.num_conditions)[..., 0] for given in conditions
-            )
-            conditions = (ours, theirs)
-        return sides, conditions
 
 
 class Objective(Section):
@@ -238,8 +201,7 @@ class DistributionObjective(Objective):
         if directions is None:
             directions = _random_directions(generated[levels[0]].device)
         detached = {level: generated[level].detach() for level in levels}
-        gradients = {level: torch.zeros_like(values) for level, values in detached.items()}
-        loss, _ = self.add_gradients(gradients, detached, real, directions)
+        loss, gradients, _ = self.loss_and_gradients(detached, real, directions)
         return with_gradients(loss, generated, gradients)
 
     def floor(self, real: Features, scales: Features | None = None) -> float | None:
@@ -260,19 +222,17 @@ class DistributionObjective(Objective):
         known = [floor for floor in floors if floor is not None]
         return self.weight * sum(known) / len(known) if len(known) == len(floors) else None
 
-    def add_gradients(
+    def loss_and_gradients(
         self,
-        gradients: Features,
         generated: Features,
         real: Features,
         directions: Directions,
         conditions: Conditions | None = None,
         spread: Spread | None = None,
-    ) -> tuple[Tensor, Scalars]:
-        """Compute the loss, and add its gradient with respect to the generated features.
+    ) -> tuple[Tensor, Features, Scalars]:
+        """Compute the loss and its gradient with respect to the generated features.
 
         Args:
-            gradients: by level, of the shapes of ``generated``; changed in place.
             generated: (N, locations, C) by level.
             real: (M, locations, C) by level.
             directions: see :class:`SlicedWasserstein`.
@@ -282,28 +242,30 @@ class DistributionObjective(Objective):
                 conditions this rank's share of E. All ranks have to call it.
 
         Returns:
-            (the weighted loss; losses and other values of each level and view, unweighted). Where
-            they are spread, each is this rank's part, and the sum over ranks is the value.
+            (the weighted loss; gradients of the levels that are compared; losses and other values
+            of each level and view, unweighted). Where they are spread, each value is this rank's
+            part, and the sum over ranks is the value.
         """
         levels = self.levels(generated)
         share = self.weight / (len(levels) * len(self.views))
+        gradients: Features = {}
         losses: list[Tensor] = []
         report: Scalars = {}
         for level in levels:
+            sides = (generated[level], real[level])
             for view in self.views:
                 if view == "location":
-                    num = spread.num_locations[level] if spread else generated[level].shape[1]
-                    loss, more = self._compare_locations(
-                        gradients[level], generated[level], real[level], directions, num, share
-                    )
+                    num = spread.num_locations[level] if spread else sides[0].shape[1]
+                    loss, found, more = self._compare_locations(*sides, directions, num, share)
                 else:
-                    loss, more = self._compare_whole(
-                        level, gradients, generated, real, directions, conditions, spread, share
+                    loss, found, more = self._compare_whole(
+                        *sides, directions, conditions, spread, level, share
                     )
+                gradients[level] = gradients[level] + found if level in gradients else found
                 losses.append(loss)
                 report[f"{level}.{view}"] = loss
                 report |= {f"{level}.{view}.{name}": value for name, value in more.items()}
-        return torch.stack(losses).sum() * share, report
+        return torch.stack(losses).sum() * share, gradients, report
 
     def compare_sets(
         self,
@@ -329,81 +291,82 @@ class DistributionObjective(Objective):
 
     def _compare_locations(
         self,
-        gradient: Tensor,
         generated: Tensor,
         real: Tensor,
         directions: Directions,
         num_locations: int,
         share: float,
-    ) -> tuple[Tensor, Scalars]:
-        """View ``location`` of one level: its loss and other values, each this rank's part.
-
-        Locations are compared in blocks that fit into memory.
+    ) -> tuple[Tensor, Tensor, Scalars]:
+        """View ``location`` of one level, in blocks of locations that fit into memory.
 
         Args:
-            gradient: changed in place.
             generated: (N, locations, C), at this rank's locations.
             real: (M, locations, C).
             directions: see :class:`SlicedWasserstein`.
             num_locations: on all ranks.
-            share: of this level and view in the weighted loss.
+            share: factor of the gradient.
+
+        Returns:
+            Loss, gradient and other values, each this rank's part.
         """
         own = generated.shape[1]
         if not own:  # only the names count, which are the same on all ranks
-            shape = (1, generated.shape[2])
-            zeros = [side.new_zeros(len(side), *shape) for side in (generated, real)]
-            loss, _, more = self._differentiate(*problem_pairs(*zeros), directions)
-            return torch.zeros_like(loss), {n: torch.zeros_like(v) for n, v in more.items()}
+            ours, theirs = (x.new_zeros(1, len(x), x.shape[2]) for x in (generated, real))
+            loss, _, more = self._differentiate(ours, theirs, directions, share)
+            empty = {name: torch.zeros_like(value) for name, value in more.items()}
+            return torch.zeros_like(loss), torch.zeros_like(generated), empty
         num_blocks = math.ceil(own * len(generated) * (len(generated) + len(real)) / _MOST_PAIRS)
         num_blocks = min(num_blocks, own)
-        total: Scalars = {}
+        gradient, total = torch.empty_like(generated) if num_blocks > 1 else generated, Scalars()
         for block in range(num_blocks):
             chosen = slice(own * block // num_blocks, own * (block + 1) // num_blocks)
-            sets = problem_pairs(generated[:, chosen], real[:, chosen])
-            loss, found, more = self._differentiate(*sets, directions)
+            ours, theirs = (problems(x[:, chosen], "location") for x in (generated, real))
             part = (chosen.stop - chosen.start) / num_locations
-            gradient[:, chosen].add_(found.transpose(0, 1), alpha=share * part)
+            loss, found, more = self._differentiate(ours, theirs, directions, share * part)
+            if num_blocks == 1:
+                gradient = found.transpose(0, 1)
+            else:
+                gradient[:, chosen] = found.transpose(0, 1)
             for name, value in {"": loss, **more}.items():
                 total[name] = total[name].add(value, alpha=part) if block else value * part
-        return total.pop(""), total
+        return total.pop(""), gradient, total
 
     def _compare_whole(
         self,
-        level: str,
-        gradients: Features,
-        generated: Features,
-        real: Features,
+        generated: Tensor,
+        real: Tensor,
         directions: Directions,
         conditions: Conditions | None,
         spread: Spread | None,
+        level: str,
         share: float,
-    ) -> tuple[Tensor, Scalars]:
-        """View ``global`` of one level: its loss and other values, each this rank's part."""
-        sides = (generated[level], real[level])
-        coordinates = None
-        gathered = spread is not None and not self._spreads
-        if spread is not None and gathered:
-            sides, conditions = spread.whole(level, sides, conditions)
+    ) -> tuple[Tensor, Tensor, Scalars]:
+        """View ``global`` of one level: loss, gradient and other values, each this rank's part."""
+        sides, coordinates = (generated, real), None
+        gathered = None if self._spreads else spread
+        if gathered is not None:
+            sides, conditions = gathered.whole(level, sides, conditions)
         elif spread is not None:
-            coordinates = spread.coordinates(level, sides[0].shape[2])
+            coordinates = spread.coordinates(level, generated.shape[2])
         ours, theirs = (side.flatten(1)[None] for side in sides)
         num, factor = ours.shape[2], 1.0
         if conditions is not None:
-            num_more = conditions[0].shape[1]
+            num_features, num_more = num, conditions[0].shape[1]
             if spread is not None and coordinates is not None:
                 num_more = spread.num_conditions
-            num_features = (coordinates.total if coordinates else num + num_more) - num_more
+                num_features = coordinates.total - num_more
             factor = math.sqrt(1 + num_more / num_features)
-            ours = _append(ours, conditions[0], num_features, factor)
-            theirs = _append(theirs, conditions[1], num_features, factor)
-        loss, found, more = self._differentiate(ours, theirs, directions, coordinates)
+            ours = append_conditions(ours, conditions[0], num_features, factor)
+            theirs = append_conditions(theirs, conditions[1], num_features, factor)
+        loss, found, more = self._differentiate(
+            ours, theirs, directions, share * factor, coordinates
+        )
         found = found[0, :, :num].reshape(sides[0].shape)
-        if spread is not None and gathered:
-            found = found[:, spread.ranks.share(found.shape[1])]
-            loss = loss / spread.ranks.num
-            more = {name: value / spread.ranks.num for name, value in more.items()}
-        gradients[level].add_(found, alpha=share * factor)
-        return loss, more
+        if gathered is not None:
+            ranks = gathered.ranks
+            found = found[:, ranks.share(found.shape[1])]
+            loss, more = loss / ranks.num, {name: value / ranks.num for name, value in more.items()}
+        return loss, found, more
 
     @torch.enable_grad()
     def _differentiate(
@@ -411,15 +374,18 @@ class DistributionObjective(Objective):
         generated: Tensor,
         real: Tensor,
         directions: Directions,
+        factor: float,
         coordinates: Coordinates | None = None,
     ) -> tuple[Tensor, Tensor, Scalars]:
-        """Loss of sets, its gradient to ``generated``, and other values, as ``compare_sets``."""
+        """Loss of sets, its gradient to ``generated`` times a factor, and other values."""
         leaf = generated.detach().requires_grad_()
-        more = {} if coordinates is None else {"coordinates": coordinates}
         # Differences of distances are small next to them: half precision would lose them.
-        with torch.autocast(leaf.device.type, enabled=False), _full_precision():
-            loss, others = self.compare_sets(leaf, real, directions, **more)
-            gradient = torch.autograd.grad(loss, leaf)[0]
+        with torch.autocast(leaf.device.type, enabled=False), full_precision():
+            if coordinates is None:
+                loss, others = self.compare_sets(leaf, real, directions)
+            else:
+                loss, others = self.compare_sets(leaf, real, directions, coordinates)
+            (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, factor))
         return loss.detach(), gradient, {name: value.detach() for name, value in others.items()}
 
     @property
@@ -572,11 +538,6 @@ def is_of(level: str, guides: Sequence[str]) -> bool:
     return not guides or (level_guide(level) or MAIN) in guides
 
 
-def problems(features: Tensor, view: View) -> Tensor:
-    """Features (N, locations, C) as sets: (locations, N, C), or one of (1, N, locations * C)."""
-    return features.transpose(0, 1) if view == "location" else features.flatten(1)[None]
-
-
 def with_gradients(
     loss: Tensor, features: Features, gradients: Features, factor: float = 1.0
 ) -> Tensor:
@@ -591,37 +552,6 @@ def with_gradients(
     levels = list(gradients)
     scaled = [gradients[level] if factor == 1 else gradients[level] * factor for level in levels]
     return with_known_gradients(loss, [features[level] for level in levels], scaled)
-
-
-def problem_pairs(generated: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Generated and real samples of the problems of view ``location``."""
-    return problems(generated, "location"), problems(real, "location")
-
-
-def _append(features: Tensor, conditions: Tensor, num: int, factor: float) -> Tensor:
-    """(1, N, D) features with (N, E) conditions, which weigh as many dimensions as the features.
-
-    Distances are divided by the root of all dimensions, so both keep their weights.
-
-    Args:
-        features: or this rank's share of them.
-        conditions: or this rank's share of them.
-        num: D, of all ranks.
-        factor: sqrt((D + E) / D).
-    """
-    return torch.cat([features, conditions[None] * math.sqrt(num)], 2).mul_(factor)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Context in which GPUs multiply float32 as such, also where TF32 is chosen for networks."""
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 def _random_directions(device: torch.device) -> Directions:

@@ -20,18 +20,17 @@ from dinogen.distributed.process_group import Ranks
 from dinogen.guidance.guides import GuideSet, stored_features
 from dinogen.guidance.objectives import (
     AnyObjective,
-    Conditions,
     Directions,
     DistributionObjective,
     Energy,
     Mse,
     Paired,
     PairObjective,
-    Spread,
     is_of,
     titles,
     with_gradients,
 )
+from dinogen.guidance.sets import Conditions, Spread
 from dinogen.losses.features import collapse_floor
 from shards.read.order import share_sizes
 
@@ -131,21 +130,24 @@ class GlobalBatchObjective:
             real: (M, locations, C) by level.
             directions: see :class:`SlicedWasserstein`.
             conditions: embeddings that both are conditioned on, (N, E) and (M, E).
-            spread: over ranks, see :meth:`DistributionObjective.add_gradients`.
+            spread: over ranks, see :meth:`DistributionObjective.loss_and_gradients`.
         """
         scales = self.scales
+        # a product with float32 scales is float32, of stored features as well
         generated = {level: values * scales[level] for level, values in generated.items()}
         real = {level: real[level] * scales[level] for level in generated}
-        gradients = {level: torch.zeros_like(values) for level, values in generated.items()}
+        gradients: Features = {}
         losses: Scalars = {}
         report: Scalars = {}
         for title, objective in self.objectives.items():
-            losses[title], values = objective.add_gradients(
-                gradients, generated, real, directions, conditions, spread
+            losses[title], found, values = objective.loss_and_gradients(
+                generated, real, directions, conditions, spread
             )
+            for level, gradient in found.items():
+                known = gradients.get(level)
+                gradients[level] = gradient if known is None else known + gradient
             report |= {f"{title}.{name}": value for name, value in values.items()}
-        for level, gradient in gradients.items():
-            gradient.mul_(scales[level])
+        gradients = {level: gradient * scales[level] for level, gradient in gradients.items()}
         return GradientCache(gradients, losses, report)
 
     def directions(self, micros: Sequence[Batch], device: torch.device) -> Directions:
@@ -195,7 +197,6 @@ class GlobalBatchObjective:
             conditions = (ours, theirs)
         real = {level: _real(micros, level) for level in own}
         if ranks.num == 1:
-            real = {level: values.float() for level, values in real.items()}
             return self.compare(own, real, directions, conditions)
         counts = real_counts = share_sizes(self.batch, ranks.num)
         if reference is not None:
@@ -211,7 +212,7 @@ class GlobalBatchObjective:
             conditions = (ours, theirs)
         found = self.compare(
             {level: ranks.to_locations(values, counts) for level, values in own.items()},
-            {level: ranks.to_locations(real[level], real_counts).float() for level in own},
+            {level: ranks.to_locations(real[level], real_counts) for level in own},
             directions,
             conditions,
             Spread(ranks, sizes, num_conditions),

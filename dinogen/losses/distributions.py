@@ -50,7 +50,7 @@ class Coordinates:
 def distances(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distances per square root of the dimension: near 1.4 for unit normal features.
 
-    They have no gradient: the losses know theirs in closed form.
+    Where two samples are the same the gradient is 0.
 
     Args:
         a: (K, N, D): N samples of each of K problems.
@@ -59,15 +59,16 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (K, N, M).
     """
-    return squared_distances(a, b).clamp_(min=_SAME).sqrt_()
+    return squared_distances(a, b).clamp(min=_SAME).sqrt()
 
 
-@torch.no_grad()
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared Euclidean distances over the dimension: as :func:`distances`, squared."""
-    middle = b.mean(1, keepdim=True)
-    a, b = a - middle, b - middle
-    return _squares(a, b, _squared_lengths(a), _squared_lengths(b), a.shape[2]).clamp_(min=0)
+    # Differences are small compared with the common mean, and matrix products would lose them.
+    middle = b.detach().mean(1, keepdim=True)
+    a, b = (a - middle) / math.sqrt(a.shape[-1]), (b - middle) / math.sqrt(b.shape[-1])
+    squares = a.square().sum(2)[:, :, None] + b.square().sum(2)[:, None, :]
+    return torch.baddbmm(squares, a, b.transpose(1, 2), alpha=-2).clamp(min=0)
 
 
 def mean_of_pairs(values: Tensor) -> Tensor:
@@ -220,7 +221,7 @@ def sliced_wasserstein(
         ours, ranking = ours.sort(1)
         apart = ours - _quantiles(theirs.sort(1).values, generated.shape[1])
         num_values = len(generated) * generated.shape[1] * num_slices
-        loss = apart.square().sum() / num_values
+        loss: Tensor = apart.square().sum() / num_values
         if not wanted:
             return loss
         along = torch.empty_like(apart).scatter_(1, ranking, apart.mul_(2 / num_values))
@@ -364,9 +365,12 @@ class _Pairs:
         self._own = self.both[:, self.num_real :]
         self._num_to_real = len(generated) * self.num * self.num_real
         self._num_to_own = len(generated) * self.num * (self.num - 1)
-        lengths = _squared_lengths(self.both)
-        own_lengths = lengths[:, self.num_real :]
-        self.squares = self.sum(_squares(self._own, self.both, own_lengths, lengths, self.total))
+        lengths: Tensor = torch.linalg.vector_norm(self.both, dim=2)
+        lengths.square_()
+        squares = lengths[:, self.num_real :, None] + lengths[:, None, :]
+        factors = {"beta": 1 / self.total, "alpha": -2 / self.total}
+        torch.baddbmm(squares, self._own, self.both.mT, out=squares, **factors)
+        self.squares = self.sum(squares)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the ranks that hold coordinates; it may change its argument."""
@@ -406,21 +410,6 @@ class _Pairs:
         to_own.mul_(own_factor / (self._num_to_own * self.total))
         found = self._own * weights.sum(2, keepdim=True)
         return torch.baddbmm(found, weights, self.both, alpha=-1, out=found)
-
-
-def _squared_lengths(samples: Tensor) -> Tensor:
-    """(K, N) of (K, N, D), without a second copy of the samples."""
-    lengths: Tensor = torch.linalg.vector_norm(samples, dim=2)
-    return lengths.square_()
-
-
-def _squares(
-    a: Tensor, b: Tensor, a_squares: Tensor, b_squares: Tensor, num_dimensions: int
-) -> Tensor:
-    """|a|^2 + |b|^2 - 2 a b per dimension, (K, N, M)."""
-    squares = a_squares[:, :, None] + b_squares[:, None, :]
-    beta, alpha = 1 / num_dimensions, -2 / num_dimensions
-    return torch.baddbmm(squares, a, b.mT, beta=beta, alpha=alpha, out=squares)
 
 
 def _kernel(
