@@ -165,7 +165,7 @@ class GlobalBatchObjective:
                 position = int(torch.cat([micro["position"] for micro in micros])[0])
                 # the first of the global batch, of which this rank has a part
                 first = self.start + (position - self.start) // self.batch * self.batch
-                at = torch.tensor([first])
+                at = torch.full((1,), first, device=device)  # filled there: nothing is copied
                 drawn[shape] = rng.normal(self.seed, "slices", at, shape, device)[0]
             return drawn[shape]
 
