@@ -278,24 +278,28 @@ def drift(
     pairs = _Pairs(generated, real, coordinates)
     with torch.no_grad():
         apart = pairs.squares.clamp_(min=_SAME).sqrt_()
-        own = pairs.split(apart)[1].diagonal(dim1=1, dim2=2)
-        own.fill_(0)
         num_pairs = pairs.num * (pairs.num_real + pairs.num - 1)
-        scale = (apart.sum((1, 2), keepdim=True) / num_pairs).clamp_(min=_SHORTEST)
-        own.fill_(torch.inf)  # a sample does not repel itself
-        fields = torch.bmm(_drift_weights(apart.div_(scale), widths, pairs), pairs.both)
-        fields = fields.unflatten(1, (len(widths), pairs.num))
-        squares = torch.linalg.vector_norm(fields, dim=(2, 3)).square()
-        lengths = (pairs.sum(squares) / (pairs.num * pairs.total)).sqrt_()
-        # (K, widths) in units of the features; to a mean square of 1, and added up
-        factors = lengths.clamp(min=_SHORTEST * scale[:, 0]).reciprocal_()
+        # the mean distance, times the number of pairs
+        span = apart.sum((1, 2), keepdim=True).clamp_(min=_SHORTEST * num_pairs)
+        # a sample does not repel itself
+        pairs.split(apart)[1].diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        weights = _drift_weights(apart.div_(span), [width / num_pairs for width in widths], pairs)
+        fields = torch.bmm(weights, pairs.both).unflatten(1, (len(widths), pairs.num))
+        norms: Tensor = torch.linalg.vector_norm(fields, dim=(2, 3))
+        if coordinates is not None:
+            norms = pairs.sum(norms.square_()).sqrt_()
+        # (K, widths); a field's length is its norm per root of its coordinates and mean distance
+        root = math.sqrt(pairs.num * pairs.total)
+        norms = norms.div_(span[:, 0]).clamp_(min=_SHORTEST * root / num_pairs)
+        length = norms.mean() * (num_pairs / (root * pairs.num_ranks))
+        # each field to a norm of 1, and added up
+        factors = (norms * span[:, 0]).reciprocal_()
         step = torch.bmm(factors[:, None], fields.flatten(2)).view_as(generated)
-        num_values = len(generated) * pairs.num * pairs.total
-        loss = torch.linalg.vector_norm(step).square() / num_values
-        length = (lengths / scale[:, 0]).mean() / pairs.num_ranks
+        loss = torch.linalg.vector_norm(step).square_() / len(generated)
         if not wanted:
             return loss, length
-        gradient = step.mul_(-2 / num_values).div_(scale)
+        # d (scaled step)^2 / d features, the scaled step being the root times this one
+        gradient = step.mul_(-2 * num_pairs / (len(generated) * root)).div_(span)
     return with_known_gradients(loss, [generated], [gradient]), length
 
 
