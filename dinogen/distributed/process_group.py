@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -21,6 +21,7 @@ import torch.distributed as td
 from torch import Tensor
 
 from dinogen.errors import UserError
+from shards.read.order import share_of, share_sizes
 
 log = logging.getLogger(__name__)
 
@@ -423,7 +424,7 @@ def gather_counts(num: int) -> list[int]:
     return counts
 
 
-def gather_rows(tensor: Tensor, counts: list[int]) -> Tensor:
+def gather_rows(tensor: Tensor, counts: Sequence[int]) -> Tensor:
     """Tensors (n, ...) of all ranks, alike but for n, joined in rank order.
 
     Args:
@@ -444,3 +445,78 @@ def gather_text(text: str) -> list[str]:
     data = torch.tensor(list(text.encode()), dtype=torch.uint8)
     counts = gather_counts(len(data))
     return [bytes(part.tolist()).decode() for part in gather_rows(data, counts).split(counts)]
+
+
+class Ranks:
+    """The ranks of this run, and how they exchange samples of which each has a share.
+
+    Tensors (n, L, C) of this rank's n samples at all L locations become (N, l, C) of all N samples
+    at this rank's l locations, and back: each rank sends and holds 1/W of the whole. Nothing here
+    has a gradient.
+
+    Attributes:
+        rank: of this process.
+        num: W.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.num = rank(), world_size()
+
+    def share(self, num: int) -> slice:
+        """Which of ``num`` samples, locations or others this rank has; maybe none."""
+        return share_of(num, self.rank, self.num)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks; it may change its argument."""
+        if self.num > 1:
+            td.all_reduce(tensor)
+        return tensor
+
+    def to_locations(self, samples: Tensor, counts: Sequence[int]) -> Tensor:
+        """All samples at this rank's locations (N, l, C), from its own samples (n, L, C).
+
+        Args:
+            samples: of this rank.
+            counts: n of every rank.
+        """
+        if self.num == 1:
+            return samples
+        num, width = samples.shape[1:]
+        own, sizes = counts[self.rank], share_sizes(num, self.num)
+        sent = [size * own * width for size in sizes]
+        packed = samples.new_empty(sum(sent))
+        parts = samples.detach().split(sizes, 1)
+        for part, run in zip(parts, packed.split(sent), strict=True):
+            run.view_as(part).copy_(part)
+        mine = sizes[self.rank]
+        found = self._exchange(packed, sent, [mine * count * width for count in counts])
+        return found.view(sum(counts), mine, width)
+
+    def to_samples(self, locations: Tensor, counts: Sequence[int], num: int) -> Tensor:
+        """This rank's samples at all locations (n, L, C), from all samples at its own (N, l, C).
+
+        Args:
+            locations: all samples at those of this rank.
+            counts: n of every rank.
+            num: L.
+        """
+        if self.num == 1:
+            return locations
+        mine, width = locations.shape[1:]
+        own, sizes = counts[self.rank], share_sizes(num, self.num)
+        sent, received = ([n * mine * width for n in counts], [own * n * width for n in sizes])
+        parts = self._exchange(locations.reshape(-1), sent, received).split(received)
+        shaped = [part.view(own, n, width) for part, n in zip(parts, sizes, strict=True)]
+        return torch.cat(shaped, 1)
+
+    def whole(self, locations: Tensor, num: int) -> Tensor:
+        """All samples at all locations (N, L, C), from all samples at this rank's (N, l, C)."""
+        if self.num == 1:
+            return locations
+        return gather_rows(locations.transpose(0, 1), share_sizes(num, self.num)).transpose(0, 1)
+
+    def _exchange(self, numbers: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Runs of (n,) numbers, one to each rank, against one from each, joined in rank order."""
+        out = numbers.new_empty(sum(received))
+        td.all_to_all_single(out, numbers, received, sent)
+        return out

@@ -30,6 +30,7 @@ from dinogen.guidance.options import GuidedOptions, check_distributions
 from dinogen.guidance.weighted import WeightedObjectives
 from dinogen.losses.features import mean_pairwise_distance
 from dinogen.networks.progressive import ConditionalGenerator, ProgressiveGenerator
+from dinogen.transfer import to_device
 from shards.read.dataset import Dataset
 
 COLLAPSED_NEAR_FLOOR = 1.02
@@ -263,6 +264,8 @@ class GuidedTraining:
             split,
             self._features,
             conditions,
+            options.reference_batch,
+            family.start,
         )
         if self.adversary is not None:
             self.adversary.begin(self.guides.guides.get(MAIN))
@@ -340,7 +343,7 @@ class GuidedTraining:
         positions = batch["position"]
         G = self.family.G
         if paired and self.rows is not None and G.table is not None:
-            learnt: Tensor = G.table(self.rows(batch["key"]).to(self.device))
+            learnt: Tensor = G.table(to_device(self.rows(batch["key"]), self.device))
             return learnt
         if paired:
             purpose, positions = "paired", key_numbers(batch["key"])

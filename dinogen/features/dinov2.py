@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import GuideConfig
@@ -107,6 +108,57 @@ class Dinov2Guide(nn.Module):
         return torch.cat([found[number] for number in self.blocks], 2)
 
 
+class _Attention(nn.Module):
+    """Attention of a frozen block, with one product for queries, keys and values.
+
+    Args:
+        attention: that of transformers, which has a product for each.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.num_heads: int = attention.num_attention_heads
+        self.scaling: float = attention.scaling
+        self.widths: list[int] = [part.out_features for part in parts]
+        has_bias = parts[0].bias is not None
+        self.qkv = nn.Linear(parts[0].in_features, sum(self.widths), has_bias)
+        self.o_proj: nn.Linear = attention.o_proj
+        with torch.no_grad():
+            self.qkv.weight.copy_(torch.cat([part.weight for part in parts]))
+            if has_bias:
+                self.qkv.bias.copy_(torch.cat([part.bias for part in parts]))
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """(B, T, C) -> (B, T, C) and no weights, as transformers calls it."""
+        q, k, v = (
+            part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.qkv(hidden_states).split(self.widths, 2)
+        )
+        found = F.scaled_dot_product_attention(q, k, v, scale=self.scaling)
+        projected: Tensor = self.o_proj(found.transpose(1, 2).flatten(2))
+        return projected, None
+
+
+@torch.no_grad()
+def fuse(model: Any) -> None:
+    """Make a frozen network of transformers compute the same in fewer steps.
+
+    Queries, keys and values come from one product, and the scales of a block's two branches are
+    part of the weights before them. To be called while the weights are float32.
+    """
+    for block in model.encoder.layer:
+        block.attention = _Attention(block.attention)
+        last = block.mlp.fc2 if hasattr(block.mlp, "fc2") else block.mlp.down_proj
+        for linear, scale in (
+            (block.attention.o_proj, block.layer_scale1),
+            (last, block.layer_scale2),
+        ):
+            linear.weight.mul_(scale.lambda1[:, None])
+            linear.bias.mul_(scale.lambda1)
+        block.layer_scale1, block.layer_scale2 = nn.Identity(), nn.Identity()
+
+
 def load(config: GuideConfig, device: torch.device) -> Dinov2Guide:
     """Load DINOv2 by hub name or from a local checkpoint folder; safetensors only.
 
@@ -142,6 +194,7 @@ def load(config: GuideConfig, device: torch.device) -> Dinov2Guide:
         random=random,
     )
     several = blocks if len(blocks) > 1 else ()
+    fuse(model)
     return Dinov2Guide(model.to(guide_dtype(device)), info, several).to(device)
 
 

@@ -142,7 +142,7 @@ def resized_with_antialias(prepare: Mapping[str, Any]) -> bool:
 def pool2x2(features: Tensor) -> Tensor:
     """Mean of each 2x2 block: (B, C, 2g, 2g) -> (B, C, g, g).
 
-    Adds four slices: an order of magnitude faster on CPUs than a mean over a reshaped view.
+    On CPUs it adds four slices, which is several times as fast as torch's pooling.
 
     Raises:
         ValueError: an odd side.
@@ -150,6 +150,8 @@ def pool2x2(features: Tensor) -> Tensor:
     height, width = features.shape[-2:]
     if height % 2 or width % 2:
         raise ValueError(f"a {height}x{width} map has no 2x2 blocks")
+    if features.is_cuda:  # slices take 3 launches, and 11 backward
+        return F.avg_pool2d(features, 2)
     rows = features[..., 0::2, :] + features[..., 1::2, :]
     return (rows[..., 0::2] + rows[..., 1::2]) * 0.25
 

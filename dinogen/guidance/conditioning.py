@@ -17,6 +17,7 @@ from dinogen.distributed import rng
 from dinogen.features.clip import Clip, load_clip, same_clip
 from dinogen.guidance.options import TextOptions
 from dinogen.losses.features import clip_loss, pseudo_text
+from dinogen.transfer import to_device
 from shards.read.dataset import Dataset
 
 
@@ -71,11 +72,11 @@ class Text:
         """
         positions = batch["position"]
         if self.options.condition == "captions":
-            embedding = batch["text"].to(self.device).float()
+            embedding = to_device(batch["text"], self.device).float()
             there = embedding.square().sum(1) > 0
             embedding = F.normalize(embedding, dim=1)
         else:
-            embedding = F.normalize(batch["clip"].to(self.device).float(), dim=1)
+            embedding = F.normalize(to_device(batch["clip"], self.device).float(), dim=1)
             there = torch.ones(len(embedding), dtype=torch.bool, device=self.device)
             if self.options.noise:
                 shape = (embedding.shape[1],)

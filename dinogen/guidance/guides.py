@@ -22,6 +22,7 @@ from dinogen.features.pyramid import (
 )
 from dinogen.guidance.objectives import MAIN
 from dinogen.losses.features import mean_pairwise_distance
+from dinogen.transfer import to_device
 from shards.format.sample import VECTORS, level_grid, level_guide
 from shards.read import batch as shards
 from shards.read.dataset import Dataset
@@ -142,13 +143,15 @@ class GuideSet:
             ValueError: the batch was read without one of the levels.
         """
         try:
-            stored = {level: stored_features(batch, level).float() for level in self.levels}
+            stored = {level: stored_features(batch, level) for level in self.levels}
         except KeyError:
             raise ValueError(
                 f"the batch lacks some of the levels {', '.join(self.levels)}: read it with "
                 "levels=guides.levels"
             ) from None
-        return self._scaled({level: values.to(self.device) for level, values in stored.items()})
+        return self._scaled(
+            {level: to_device(values, self.device).float() for level, values in stored.items()}
+        )
 
     def read_real(self, num: int, split: str = "train") -> Features:
         """Features of up to ``num`` real images, spread over a split.

@@ -13,6 +13,7 @@ ones wherever distributions are compared. Add objectives with ``+``, or use
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -23,7 +24,16 @@ from torch import Tensor
 
 from dinogen.batch import Features, Scalars
 from dinogen.config import Section
+from dinogen.guidance.sets import (
+    Conditions,
+    Spread,
+    View,
+    append_conditions,
+    full_precision,
+    problems,
+)
 from dinogen.losses.distributions import (
+    Coordinates,
     drift,
     energy,
     energy_floor,
@@ -31,6 +41,7 @@ from dinogen.losses.distributions import (
     mmd_floor,
     moments,
     sliced_wasserstein,
+    with_known_gradients,
 )
 from dinogen.losses.features import pyramid_mse
 from shards.format.sample import level_guide
@@ -47,17 +58,14 @@ __all__ = [
 ]
 
 MAIN = "main"
-View = Literal["location", "global"]
 # What 0.1 called them; configs of its runs still do.
 _EARLIER_VIEWS = {"place": "location", "map": "global"}
 # (dimension, number) -> (dimension, number) standard normal, the same on all ranks.
 Directions = Callable[[int, int], Tensor]
-# Embeddings that generated and real samples are conditioned on: (N, E) and (M, E).
-Conditions = tuple[Tensor, Tensor]
 Positive = Annotated[float, Field(gt=0)]
 
-# Pairs of samples that are compared at once: some hundred megabytes of distances.
-_MOST_PAIRS = 2**24
+# Pairs of samples that are compared at once: 256 MB of distances.
+_MOST_PAIRS = 2**26
 
 
 class Objective(Section):
@@ -193,8 +201,7 @@ class DistributionObjective(Objective):
         if directions is None:
             directions = _random_directions(generated[levels[0]].device)
         detached = {level: generated[level].detach() for level in levels}
-        gradients = {level: torch.zeros_like(values) for level, values in detached.items()}
-        loss, _ = self.add_gradients(gradients, detached, real, directions)
+        loss, gradients, _ = self.loss_and_gradients(detached, real, directions)
         return with_gradients(loss, generated, gradients)
 
     def floor(self, real: Features, scales: Features | None = None) -> float | None:
@@ -208,97 +215,183 @@ class DistributionObjective(Objective):
             None if it is not known for this objective.
         """
         floors = [
-            self._floor(problems(_scaled(real, level, scales), view))
+            self._floor(problems(real[level] * scales[level] if scales else real[level], view))
             for level in self.levels(real)
             for view in self.views
         ]
         known = [floor for floor in floors if floor is not None]
         return self.weight * sum(known) / len(known) if len(known) == len(floors) else None
 
-    def add_gradients(
+    def loss_and_gradients(
         self,
-        gradients: Features,
         generated: Features,
         real: Features,
         directions: Directions,
-        scales: Features | None = None,
         conditions: Conditions | None = None,
-    ) -> tuple[Tensor, Scalars]:
-        """Compute the loss, and add its gradient with respect to the generated features.
+        spread: Spread | None = None,
+    ) -> tuple[Tensor, Features, Scalars]:
+        """Compute the loss and its gradient with respect to the generated features.
 
         Args:
-            gradients: by level, of the shapes of ``generated``; changed in place.
             generated: (N, locations, C) by level.
             real: (M, locations, C) by level.
             directions: see :class:`SlicedWasserstein`.
-            scales: per level, factors (C,) of the channels.
             conditions: embeddings that both are conditioned on, (N, E) and (M, E), appended to the
                 features of view ``global``: it then compares joint distributions.
+            spread: over ranks. Features and gradients are those at this rank's locations, and
+                conditions this rank's share of E. All ranks have to call it.
 
         Returns:
-            (the weighted loss; losses and other values of each level and view, unweighted).
+            (the weighted loss; gradients of the levels that are compared; losses and other values
+            of each level and view, unweighted). Where they are spread, each value is this rank's
+            part, and the sum over ranks is the value.
         """
         levels = self.levels(generated)
         share = self.weight / (len(levels) * len(self.views))
-        total = torch.zeros((), device=next(iter(generated.values())).device)
+        gradients: Features = {}
+        losses: list[Tensor] = []
         report: Scalars = {}
         for level in levels:
-            theirs, scale = _scaled(real, level, scales), scales[level] if scales else None
+            sides = (generated[level], real[level])
             for view in self.views:
-                loss, gradient, more = self._compare(
-                    view, generated[level], theirs, directions, scale, conditions
-                )
-                gradients[level] += share * gradient
-                total = total + share * loss
+                if view == "location":
+                    num = spread.num_locations[level] if spread else sides[0].shape[1]
+                    loss, found, more = self._compare_locations(*sides, directions, num, share)
+                else:
+                    loss, found, more = self._compare_whole(
+                        *sides, directions, conditions, spread, level, share
+                    )
+                gradients[level] = gradients[level] + found if level in gradients else found
+                losses.append(loss)
                 report[f"{level}.{view}"] = loss
                 report |= {f"{level}.{view}.{name}": value for name, value in more.items()}
-        return total, report
+        return torch.stack(losses).sum() * share, gradients, report
 
     def compare_sets(
-        self, generated: Tensor, real: Tensor, directions: Directions
+        self,
+        generated: Tensor,
+        real: Tensor,
+        directions: Directions,
+        coordinates: Coordinates | None = None,
     ) -> tuple[Tensor, Scalars]:
-        """(loss, other values to plot) of sets (K, N, D) and (K, M, D): the mean of K problems."""
+        """(loss, other values to plot) of sets (K, N, D) and (K, M, D): the mean of K problems.
+
+        Args:
+            generated: (K, N, D).
+            real: (K, M, D).
+            directions: see :class:`SlicedWasserstein`.
+            coordinates: given where D is spread over ranks; values are then this rank's part. An
+                objective without this argument has all coordinates gathered for it.
+        """
         raise NotImplementedError
 
     def floor_of_sets(self, real: Tensor) -> Tensor | None:
         """The loss that a perfect generator reaches, from real sets (K, M, D); None if unknown."""
         return None
 
-    @torch.enable_grad()
-    def _compare(
+    def _compare_locations(
         self,
-        view: View,
         generated: Tensor,
         real: Tensor,
         directions: Directions,
-        scale: Tensor | None,
-        conditions: Conditions | None,
+        num_locations: int,
+        share: float,
     ) -> tuple[Tensor, Tensor, Scalars]:
-        """One view of one level: loss, its gradient to ``generated``, and other values.
+        """View ``location`` of one level, in blocks of locations that fit into memory.
 
-        Locations are compared in blocks that fit into memory; ``real`` is scaled already.
+        Args:
+            generated: (N, locations, C), at this rank's locations.
+            real: (M, locations, C).
+            directions: see :class:`SlicedWasserstein`.
+            num_locations: on all ranks.
+            share: factor of the gradient.
+
+        Returns:
+            Loss, gradient and other values, each this rank's part.
         """
-        theirs = problems(real, view)
-        if view == "global" and conditions is not None:
-            theirs = _append(theirs, conditions[1])
-        gradient, total, more = torch.zeros_like(generated), real.new_zeros(()), Scalars()
-        pairs = len(generated) * (len(generated) + len(real))
-        block = max(1, _MOST_PAIRS // pairs) if view == "location" else 1
-        for first in range(0, len(theirs), block):
-            chosen = slice(first, first + block) if view == "location" else slice(None)
-            leaf = generated[:, chosen].detach().requires_grad_()
-            ours = problems(leaf if scale is None else leaf * scale, view)
-            if view == "global" and conditions is not None:
-                ours = _append(ours, conditions[0])
-            # Differences of distances are small next to them: half precision would lose them.
-            with torch.autocast(leaf.device.type, enabled=False):
-                loss, others = self.compare_sets(ours, theirs[first : first + block], directions)
-            part = len(ours) / len(theirs)
-            gradient[:, chosen] = part * torch.autograd.grad(loss, leaf)[0]
-            total = total + part * loss.detach()
-            for name, value in others.items():
-                more[name] = more.get(name, 0.0) + part * value.detach()
-        return total, gradient, more
+        own = generated.shape[1]
+        if not own:  # only the names count, which are the same on all ranks
+            ours, theirs = (x.new_zeros(1, len(x), x.shape[2]) for x in (generated, real))
+            loss, _, more = self._differentiate(ours, theirs, directions, share)
+            empty = {name: torch.zeros_like(value) for name, value in more.items()}
+            return torch.zeros_like(loss), torch.zeros_like(generated), empty
+        num_blocks = math.ceil(own * len(generated) * (len(generated) + len(real)) / _MOST_PAIRS)
+        num_blocks = min(num_blocks, own)
+        gradient, total = torch.empty_like(generated) if num_blocks > 1 else generated, Scalars()
+        for block in range(num_blocks):
+            chosen = slice(own * block // num_blocks, own * (block + 1) // num_blocks)
+            ours, theirs = (problems(x[:, chosen], "location") for x in (generated, real))
+            part = (chosen.stop - chosen.start) / num_locations
+            loss, found, more = self._differentiate(ours, theirs, directions, share * part)
+            if num_blocks == 1:
+                gradient = found.transpose(0, 1)
+            else:
+                gradient[:, chosen] = found.transpose(0, 1)
+            for name, value in {"": loss, **more}.items():
+                total[name] = total[name].add(value, alpha=part) if block else value * part
+        return total.pop(""), gradient, total
+
+    def _compare_whole(
+        self,
+        generated: Tensor,
+        real: Tensor,
+        directions: Directions,
+        conditions: Conditions | None,
+        spread: Spread | None,
+        level: str,
+        share: float,
+    ) -> tuple[Tensor, Tensor, Scalars]:
+        """View ``global`` of one level: loss, gradient and other values, each this rank's part."""
+        sides, coordinates = (generated, real), None
+        gathered = None if self._spreads else spread
+        if gathered is not None:
+            sides, conditions = gathered.whole(level, sides, conditions)
+        elif spread is not None:
+            coordinates = spread.coordinates(level, generated.shape[2])
+        ours, theirs = (side.flatten(1)[None] for side in sides)
+        num, factor = ours.shape[2], 1.0
+        if conditions is not None:
+            num_features, num_more = num, conditions[0].shape[1]
+            if spread is not None and coordinates is not None:
+                num_more = spread.num_conditions
+                num_features = coordinates.total - num_more
+            factor = math.sqrt(1 + num_more / num_features)
+            ours = append_conditions(ours, conditions[0], num_features, factor)
+            theirs = append_conditions(theirs, conditions[1], num_features, factor)
+        loss, found, more = self._differentiate(
+            ours, theirs, directions, share * factor, coordinates
+        )
+        found = found[0, :, :num].reshape(sides[0].shape)
+        if gathered is not None:
+            ranks = gathered.ranks
+            found = found[:, ranks.share(found.shape[1])]
+            loss, more = loss / ranks.num, {name: value / ranks.num for name, value in more.items()}
+        return loss, found, more
+
+    @torch.enable_grad()
+    def _differentiate(
+        self,
+        generated: Tensor,
+        real: Tensor,
+        directions: Directions,
+        factor: float,
+        coordinates: Coordinates | None = None,
+    ) -> tuple[Tensor, Tensor, Scalars]:
+        """Loss of sets, its gradient to ``generated`` times a factor, and other values."""
+        leaf = generated.detach().requires_grad_()
+        # Differences of distances are small next to them: half precision would lose them.
+        with torch.autocast(leaf.device.type, enabled=False), full_precision():
+            if coordinates is None:
+                loss, others = self.compare_sets(leaf, real, directions)
+            else:
+                loss, others = self.compare_sets(leaf, real, directions, coordinates)
+            (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, factor))
+        return loss.detach(), gradient, {name: value.detach() for name, value in others.items()}
+
+    @property
+    def _spreads(self) -> bool:
+        """Whether ``compare_sets`` can do with this rank's coordinates."""
+        return "coordinates" in inspect.signature(self.compare_sets).parameters
 
     def _floor(self, sets: Tensor) -> float | None:
         """The mean floor over sets (K, M, D), computed in blocks that fit into memory."""
@@ -321,10 +414,14 @@ class Energy(DistributionObjective):
     name: Literal["energy"] = "energy"
 
     def compare_sets(
-        self, generated: Tensor, real: Tensor, directions: Directions
+        self,
+        generated: Tensor,
+        real: Tensor,
+        directions: Directions,
+        coordinates: Coordinates | None = None,
     ) -> tuple[Tensor, Scalars]:
         """See :func:`dinogen.losses.distributions.energy`."""
-        return energy(generated, real), {}
+        return energy(generated, real, coordinates), {}
 
     def floor_of_sets(self, real: Tensor) -> Tensor:
         """E|r - r'|."""
@@ -350,13 +447,17 @@ class Mmd(DistributionObjective):
     )
 
     def compare_sets(
-        self, generated: Tensor, real: Tensor, directions: Directions
+        self,
+        generated: Tensor,
+        real: Tensor,
+        directions: Directions,
+        coordinates: Coordinates | None = None,
     ) -> tuple[Tensor, Scalars]:
         """See :func:`dinogen.losses.distributions.mmd`, and ``moments`` there."""
-        loss = mmd(generated, real, self.bandwidths)
+        loss = mmd(generated, real, self.bandwidths, coordinates)
         if not self.moments:
             return loss, {}
-        apart = moments(generated, real)
+        apart = moments(generated, real, coordinates)
         return loss + self.moments * apart, {"moments": apart}
 
     def floor_of_sets(self, real: Tensor) -> Tensor:
@@ -376,11 +477,16 @@ class SlicedWasserstein(DistributionObjective):
     num_slices: int = Field(128, ge=1, description="number of random directions per step")
 
     def compare_sets(
-        self, generated: Tensor, real: Tensor, directions: Directions
+        self,
+        generated: Tensor,
+        real: Tensor,
+        directions: Directions,
+        coordinates: Coordinates | None = None,
     ) -> tuple[Tensor, Scalars]:
         """See :func:`dinogen.losses.distributions.sliced_wasserstein`."""
-        chosen = directions(generated.shape[2], self.num_slices)
-        return sliced_wasserstein(generated, real, chosen), {}
+        size = coordinates.total if coordinates else generated.shape[2]
+        chosen = directions(size, self.num_slices)
+        return sliced_wasserstein(generated, real, chosen, coordinates), {}
 
 
 class Drift(DistributionObjective):
@@ -402,10 +508,14 @@ class Drift(DistributionObjective):
     )
 
     def compare_sets(
-        self, generated: Tensor, real: Tensor, directions: Directions
+        self,
+        generated: Tensor,
+        real: Tensor,
+        directions: Directions,
+        coordinates: Coordinates | None = None,
     ) -> tuple[Tensor, Scalars]:
         """See :func:`dinogen.losses.distributions.drift`."""
-        loss, length = drift(generated, real, self.widths)
+        loss, length = drift(generated, real, self.widths, coordinates)
         return loss, {"length": length}
 
 
@@ -428,11 +538,6 @@ def is_of(level: str, guides: Sequence[str]) -> bool:
     return not guides or (level_guide(level) or MAIN) in guides
 
 
-def problems(features: Tensor, view: View) -> Tensor:
-    """Features (N, locations, C) as sets: (locations, N, C), or one of (1, N, locations * C)."""
-    return features.transpose(0, 1) if view == "location" else features.flatten(1)[None]
-
-
 def with_gradients(
     loss: Tensor, features: Features, gradients: Features, factor: float = 1.0
 ) -> Tensor:
@@ -444,23 +549,9 @@ def with_gradients(
         gradients: by level, of the same shapes.
         factor: of the gradients.
     """
-    products = [(features[level] * gradients[level]).sum() for level in gradients]
-    surrogate = factor * torch.stack(products).sum()
-    return loss + (surrogate - surrogate.detach())
-
-
-def _scaled(features: Features, level: str, scales: Features | None) -> Tensor:
-    return features[level] * scales[level] if scales else features[level]
-
-
-def _append(features: Tensor, conditions: Tensor) -> Tensor:
-    """(1, N, D) features with (N, E) conditions, which weigh as many dimensions as the features.
-
-    Distances are divided by the root of all dimensions, so both keep their weights.
-    """
-    num, more = features.shape[2], conditions.shape[1]
-    joined = torch.cat([features, conditions[None] * math.sqrt(num)], 2)
-    return joined * math.sqrt((num + more) / num)
+    levels = list(gradients)
+    scaled = [gradients[level] if factor == 1 else gradients[level] * factor for level in levels]
+    return with_known_gradients(loss, [features[level] for level in levels], scaled)
 
 
 def _random_directions(device: torch.device) -> Directions:

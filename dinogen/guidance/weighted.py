@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from dinogen.batch import Batch, Features, GradientCache, Losses, Scalars
-from dinogen.distributed import process_group, rng
-from dinogen.distributed.process_group import gather_counts, gather_rows
+from dinogen.distributed import rng
+from dinogen.distributed.process_group import Ranks
 from dinogen.guidance.guides import GuideSet, stored_features
 from dinogen.guidance.objectives import (
     AnyObjective,
-    Conditions,
     Directions,
     DistributionObjective,
     Energy,
@@ -31,7 +30,9 @@ from dinogen.guidance.objectives import (
     titles,
     with_gradients,
 )
+from dinogen.guidance.sets import Conditions, Spread
 from dinogen.losses.features import collapse_floor
+from shards.read.order import share_sizes
 
 
 class GlobalBatchObjective:
@@ -46,6 +47,8 @@ class GlobalBatchObjective:
         conditions: returns the embeddings (B, E) that the samples of a microbatch or of a reference
             batch are conditioned on, in standard deviations of all dimensions together; view
             ``global`` then compares joint distributions of features and embeddings.
+        reference_batch: number of samples of the reference batches of all ranks; 0: there are none.
+        start: position of the first sample of the stage.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class GlobalBatchObjective:
         batch: int,
         features: Callable[[Batch], Features],
         conditions: Callable[[Batch], Tensor] | None = None,
+        reference_batch: int = 0,
+        start: int = 0,
     ) -> None:
         self.objectives = objectives
         self.scales = scales
@@ -63,6 +68,9 @@ class GlobalBatchObjective:
         self.batch = batch
         self.features = features
         self.conditions = conditions
+        self.reference_batch = reference_batch
+        self.start = start
+        self.ranks = Ranks()
 
     def before(self, micros: Sequence[tuple[Batch, int]]) -> None:
         """Compute the gradients of all features first, if there are several microbatches.
@@ -90,6 +98,9 @@ class GlobalBatchObjective:
     def losses(self, batch: Batch, features: Features) -> Losses:
         """Losses of the whole batch, with the gradient of this microbatch.
 
+        On several ranks, each computes a part of the losses and other values. It returns its part
+        times the inverse of its share of the batch, so that means weighed by shares are right.
+
         Args:
             batch: the microbatch.
             features: of its generated images, with gradients.
@@ -110,24 +121,55 @@ class GlobalBatchObjective:
         real: Features,
         directions: Directions,
         conditions: Conditions | None = None,
+        spread: Spread | None = None,
     ) -> GradientCache:
-        """Losses and gradients for two sets of samples on one rank, without gathering.
+        """Losses and gradients for two sets of samples.
 
         Args:
             generated: (N, locations, C) by level.
             real: (M, locations, C) by level.
             directions: see :class:`SlicedWasserstein`.
             conditions: embeddings that both are conditioned on, (N, E) and (M, E).
+            spread: over ranks, see :meth:`DistributionObjective.loss_and_gradients`.
         """
-        gradients = {level: torch.zeros_like(values) for level, values in generated.items()}
+        scales = self.scales
+        # a product with float32 scales is float32, of stored features as well
+        generated = {level: values * scales[level] for level, values in generated.items()}
+        real = {level: real[level] * scales[level] for level in generated}
+        gradients: Features = {}
         losses: Scalars = {}
         report: Scalars = {}
         for title, objective in self.objectives.items():
-            losses[title], values = objective.add_gradients(
-                gradients, generated, real, directions, self.scales, conditions
+            losses[title], found, values = objective.loss_and_gradients(
+                generated, real, directions, conditions, spread
             )
+            for level, gradient in found.items():
+                known = gradients.get(level)
+                gradients[level] = gradient if known is None else known + gradient
             report |= {f"{title}.{name}": value for name, value in values.items()}
+        gradients = {level: gradient * scales[level] for level, gradient in gradients.items()}
         return GradientCache(gradients, losses, report)
+
+    def directions(self, micros: Sequence[Batch], device: torch.device) -> Directions:
+        """The random directions of a step, the same on all ranks.
+
+        Args:
+            micros: this rank's microbatches.
+            device: where they are drawn.
+        """
+        drawn: dict[tuple[int, int], Tensor] = {}
+
+        def draw(size: int, number: int) -> Tensor:
+            shape = (size, number)
+            if shape not in drawn:
+                position = int(torch.cat([micro["position"] for micro in micros])[0])
+                # the first of the global batch, of which this rank has a part
+                first = self.start + (position - self.start) // self.batch * self.batch
+                at = torch.full((1,), first, device=device)  # filled there: nothing is copied
+                drawn[shape] = rng.normal(self.seed, "slices", at, shape, device)[0]
+            return drawn[shape]
+
+        return draw
 
     def floors(self, real: Features) -> dict[str, float]:
         """The losses that a perfect generator reaches, by title, where they are known.
@@ -139,28 +181,50 @@ class GlobalBatchObjective:
         return {title: floor for title, floor in found.items() if floor is not None}
 
     def _find(self, own: Features, micros: Sequence[Batch]) -> GradientCache:
-        """Gather the features of all ranks, compare, and return the rows of this rank."""
-        positions = torch.cat([micro["position"] for micro in micros])
-        num, reference = len(positions), micros[0].get("reference_batch")
-        counts = gather_counts(num)
-        generated = {level: gather_rows(values, counts) for level, values in own.items()}
-        theirs = counts if reference is None else gather_counts(len(reference["position"]))
-        real = {level: gather_rows(_real(micros, level), theirs).float() for level in own}
+        """Compare the samples of all ranks, and return the gradients of this rank's.
+
+        Each rank compares all samples at its share of the locations. So ranks exchange features
+        once in each direction, and what a rank computes and holds is 1/W of the whole.
+        """
+        ranks = self.ranks
+        directions = self.directions(micros, next(iter(own.values())).device)
+        reference = micros[0].get("reference_batch")
         conditions = None
         if self.conditions is not None:
-            mine = torch.cat([self.conditions(micro) for micro in micros])
-            ours = conditioned = gather_rows(mine, counts)
+            ours = theirs = torch.cat([self.conditions(micro) for micro in micros])
             if reference is not None:
-                conditioned = gather_rows(self.conditions(reference), theirs)
-            conditions = (ours, conditioned)
-        first = gather_rows(positions, counts).min().reshape(1)
-
-        def directions(size: int, number: int) -> Tensor:
-            device = next(iter(own.values())).device
-            return rng.normal(self.seed, "slices", first, (size, number), device)[0]
-
-        offset = sum(counts[: process_group.rank()])
-        return self.compare(generated, real, directions, conditions).rows(offset, offset + num)
+                theirs = self.conditions(reference)
+            conditions = (ours, theirs)
+        real = {level: _real(micros, level) for level in own}
+        if ranks.num == 1:
+            return self.compare(own, real, directions, conditions)
+        counts = real_counts = share_sizes(self.batch, ranks.num)
+        if reference is not None:
+            real_counts = share_sizes(self.reference_batch, ranks.num)
+        sizes = {level: values.shape[1] for level, values in own.items()}
+        num_conditions = 0
+        if conditions is not None:
+            num_conditions = conditions[0].shape[1]
+            ours, theirs = (
+                ranks.to_locations(given[:, :, None], each)[..., 0]
+                for given, each in zip(conditions, (counts, real_counts), strict=True)
+            )
+            conditions = (ours, theirs)
+        found = self.compare(
+            {level: ranks.to_locations(values, counts) for level, values in own.items()},
+            {level: ranks.to_locations(real[level], real_counts) for level in own},
+            directions,
+            conditions,
+            Spread(ranks, sizes, num_conditions),
+        )
+        gradients = {
+            level: ranks.to_samples(values, counts, sizes[level])
+            for level, values in found.gradients.items()
+        }
+        share = counts[ranks.rank] / self.batch
+        losses = {name: value / share for name, value in found.losses.items()}
+        report = {name: value / share for name, value in found.report.items()}
+        return GradientCache(gradients, losses, report)
 
 
 def _real(micros: Sequence[Batch], level: str) -> Tensor:
@@ -203,6 +267,8 @@ class WeightedObjectives:
         split: of the real images that the floors are estimated from.
         features: returns the features of a microbatch's generated images.
         conditions: see :class:`GlobalBatchObjective`.
+        reference_batch: see there.
+        start: see there.
     """
 
     def __init__(
@@ -214,6 +280,8 @@ class WeightedObjectives:
         split: str,
         features: Callable[[Batch], Features],
         conditions: Callable[[Batch], Tensor] | None = None,
+        reference_batch: int = 0,
+        start: int = 0,
     ) -> None:
         named = dict(zip(titles(objectives), objectives, strict=True))
         self.pairs = {name: one for name, one in named.items() if isinstance(one, PairObjective)}
@@ -222,7 +290,14 @@ class WeightedObjectives:
         }
         self.guides = guides
         self.global_batch = GlobalBatchObjective(
-            self.distributions, guides.scales, seed, batch, features, conditions
+            self.distributions,
+            guides.scales,
+            seed,
+            batch,
+            features,
+            conditions,
+            reference_batch,
+            start,
         )
         # The same measure for every run, so that runs with different objectives can be compared.
         self.energy = GlobalBatchObjective(

@@ -18,6 +18,19 @@ Ints = npt.NDArray[np.int64]
 _WINDOWS_KEPT = 4
 
 
+def share_sizes(num: int, world_size: int) -> list[int]:
+    """How many of ``num`` things each rank has: as equal as possible, the larger shares first."""
+    each, longer = divmod(num, world_size)
+    return [each + (rank < longer) for rank in range(world_size)]
+
+
+def share_of(num: int, rank: int, world_size: int) -> slice:
+    """Which of ``num`` things a rank has, see :func:`share_sizes`; its share may be empty."""
+    each, longer = divmod(num, world_size)
+    first = rank * each + min(rank, longer)
+    return slice(first, first + each + (rank < longer))
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a run of positions is; all arrays have the shape of the requested positions.
@@ -105,9 +118,7 @@ class Order:
         """
         whole = self.places(start, batch_size * num_batches)
         lane = (whole.position % self.num_samples % self.num_lanes).reshape(-1, batch_size)
-        each, longer = divmod(batch_size, world_size)
-        first = rank * each + min(rank, longer)
-        mine = np.argsort(lane, axis=1, kind="stable")[:, first : first + each + (rank < longer)]
+        mine = np.argsort(lane, axis=1, kind="stable")[:, share_of(batch_size, rank, world_size)]
         mine += np.arange(0, batch_size * num_batches, batch_size)[:, None]
         arrays = (whole.position, whole.shard, whole.sample, whole.index)
         return [Place(*rows) for rows in zip(*(array[mine] for array in arrays), strict=True)]
@@ -333,13 +344,12 @@ class MixOrder:
             places.append(located)
             lane = located.position % order.num_samples % order.num_lanes
             keys[rows] = _even(batch[rows], lane)
-        each, longer = divmod(batch_size, world_size)
-        first = rank * each + min(rank, longer)
+        share = share_of(batch_size, rank, world_size)
         plans = []
         for begin in range(0, batch_size * num_batches, batch_size):
             here = slice(begin, begin + batch_size)
             dealt = np.lexsort((number[here], keys[here])) + begin
-            mine = dealt[first : first + each + (rank < longer)]
+            mine = dealt[share]
             portions = []
             for which, located in enumerate(places):
                 rows = np.flatnonzero(number[mine] == which)

@@ -78,7 +78,7 @@ def set_up(batch=SIZE):
         return {"p2": flat[:, :12].reshape(-1, 4, 3), "pixels.p1": flat[:, 12:, None].mT}
 
     scales = {"p2": torch.tensor([1.0, 2.0, 0.5]), "pixels.p1": torch.ones(3)}
-    objective = GlobalBatchObjective(TERMS, scales, 0, batch, features)
+    objective = GlobalBatchObjective(TERMS, scales, 0, batch, features, start=40)
     micro = {
         "z": z,
         "key": [str(i) for i in range(batch)],

@@ -195,6 +195,82 @@ def test_drift_is_none_between_equal_sets_and_points_from_one_to_the_other():
     assert float(here) < 0.3 * float(away)
 
 
+def naive_distances(a, b):
+    """(K, N, M) of all differences, safe to differentiate where samples are the same."""
+    squares = (a[:, :, None] - b[:, None]).square().mean(3)
+    same = squares == 0
+    return squares.masked_fill(same, 1).sqrt().masked_fill(same, 0)
+
+
+def naive_energy(generated, real):
+    return 2 * naive_distances(generated, real).mean() - mean_of_pairs(
+        naive_distances(generated, generated)
+    )
+
+
+def naive_mmd(generated, real):
+    def kernel(a, b):
+        squares = naive_distances(a, b).square()
+        return sum(torch.exp(-squares / (2 * width**2)) for width in (0.3, 1.0)) / 2
+
+    own = mean_of_pairs(kernel(generated, generated))
+    return own - 2 * kernel(generated, real).mean()
+
+
+def naive_moments(generated, real):
+    means = (generated.mean(1) - real.mean(1)).square().mean()
+    deviations = [(side.var(1) + 1e-8).sqrt() for side in (generated, real)]
+    return means + (deviations[0] - deviations[1]).square().mean()
+
+
+AXES = torch.eye(5, dtype=torch.float64)
+
+
+def naive_sliced(generated, real):
+    return (generated.sort(1).values - real.sort(1).values).square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("loss", "naive", "num_real"),
+    [
+        (energy, naive_energy, 9),
+        (lambda a, b: mmd(a, b, (0.3, 1.0)), naive_mmd, 9),
+        (moments, naive_moments, 9),
+        (lambda a, b: sliced_wasserstein(a, b, 3 * AXES.to(a.dtype)), naive_sliced, 7),
+    ],
+    ids=["energy", "mmd", "moments", "sliced_wasserstein"],
+)
+def test_gradients_are_those_of_autograd(loss, naive, num_real, dtype):
+    generated, real = sets(num_real=num_real)
+    with torch.no_grad():  # equal samples in one set, and in both
+        generated[0, 1] = generated[0, 0]
+        generated[1, 2] = real[1, 3]
+    leaf = generated.clone().requires_grad_()
+    value = naive(leaf, real)
+    (want,) = torch.autograd.grad(2 * value, leaf)
+    ours = generated.to(dtype).requires_grad_()
+    found = loss(ours, real.to(dtype))
+    (2 * found).backward()
+    # the distance of equal samples is at least 1e-6, and rounding of float32 moves them apart
+    tolerance = {"rtol": 1e-7, "atol": 1e-6} if dtype == torch.float64 else {"rtol": 1, "atol": 0.1}
+    torch.testing.assert_close(ours.grad.double(), want, **tolerance)
+    apart = ~((generated[:, :, None] == torch.cat([generated, real], 1)[:, None]).all(3).sum(2) > 1)
+    tight = {"rtol": 1e-7, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(ours.grad.double()[apart], want[apart], **tight)
+    assert float(found.detach()) == pytest.approx(float(value.detach()), rel=1e-3)
+    with torch.no_grad():
+        assert not loss(generated, real).requires_grad
+
+
+def test_distances_have_a_gradient_for_objectives_of_ones_own():
+    generated, real = sets()
+    leaf = generated.clone().requires_grad_()
+    (found,) = torch.autograd.grad(distances(leaf, real).mean(), leaf)
+    (want,) = torch.autograd.grad(naive_distances(leaf, real).mean(), leaf)
+    torch.testing.assert_close(found, want)
+
+
 def test_pairs_leave_out_the_diagonal():
     values = torch.tensor([[[100.0, 1.0], [3.0, 100.0]]])
     assert float(mean_of_pairs(values)) == 2.0
