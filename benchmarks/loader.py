@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shards import Dataset, Sample, open_dataset, pack
-from shards.image.decode import scale_into
+from shards.image.decode import write_into
 
 BATCH = 64
 CHANNELS = 768
@@ -96,7 +96,7 @@ def webdataset_pipeline(
         if image:
             pixels = np.empty((len(rows), 3, SIZE, SIZE), np.float32)
             for i, row in enumerate(rows):
-                scale_into(simplejpeg.decode_jpeg(row["jpg"], "RGBX"), pixels[i])
+                write_into(simplejpeg.decode_jpeg(row["jpg"], "RGBX"), pixels[i])
             batch["image"] = torch.from_numpy(pixels)
         return batch
 

@@ -66,8 +66,9 @@ def pack_many(num_samples: int, shard_size: int, folder: Path) -> None:
         keys = number * shard_size + np.arange(shard_size)
         blocks[headers] = renamed(blocks[headers], keys.repeat(len(headers) // shard_size))
         name = f"train-{number:05d}.tar"
-        (folder / name).write_bytes(blocks)
-        digest = hashlib.sha256(blocks).hexdigest()
+        data = blocks.tobytes()
+        (folder / name).write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
         shards.append(first.model_copy(update={"name": name, "sha256": digest}))
         text = np.array([f"{key:0{DIGITS}d}".encode() for key in keys.tolist()])
         index_files.save(replace(index, keys=text), folder / index_files.index_name(name))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, compress, pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +28,12 @@ from shards.format.sample import (
     level_suffix,
 )
 from shards.format.table import OpenFile, SampleTable
-from shards.image.decode import decode_rgbx, scale_into, shrink
+from shards.image.decode import decode_rgbx, shrink, write_into
 from shards.read.order import Place
 
 Arrays = dict[str, npt.NDArray[Any]]
 Failures = dict[int, CorruptSample]
+ImageDtype = Literal["float32", "uint8"]
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,20 @@ class BatchReader:
         table: the split.
         levels: shape by level name.
         image_size: side of the requested images, or None for no images.
+        image_dtype: of the images; see `Dataset.stream`.
     """
 
     def __init__(
-        self, table: SampleTable, levels: dict[str, LevelShape], image_size: int | None
+        self,
+        table: SampleTable,
+        levels: dict[str, LevelShape],
+        image_size: int | None,
+        image_dtype: ImageDtype = "float32",
     ) -> None:
         self._table = table
         self._levels = levels
         self._image_size = image_size
+        self._image_dtype = np.dtype(image_dtype)
 
     def shapes(self, count: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape and dtype of the arrays that a batch of `count` samples needs, by name."""
@@ -87,7 +94,7 @@ class BatchReader:
             for name, level in self._levels.items()
         }
         if (size := self._image_size) is not None:
-            wanted["image"] = ((count, 3, size, size), np.dtype(np.float32))
+            wanted["image"] = ((count, 3, size, size), self._image_dtype)
         return wanted
 
     def read(self, places: Place, rows: list[int], out: Arrays) -> Failures:
@@ -115,7 +122,7 @@ class BatchReader:
                     continue
                 try:
                     pixels = decode_rgbx(data, IMAGE_SUFFIXES[suffix])
-                    scale_into(shrink(pixels, out["image"].shape[-1]), out["image"][rows[item]])
+                    write_into(shrink(pixels, out["image"].shape[-1]), out["image"][rows[item]])
                 except ValueError as error:
                     batch.fail(item, suffix, str(error))
         return batch.failures
