@@ -138,8 +138,9 @@ class SampleTable:
         with self._lock:
             if suffix not in self._columns:
                 n = self.num_samples
+                # Zeros take memory only where they are written: for the shards that are loaded.
                 table = ColumnTable(
-                    np.full(n, -1, np.int64), np.zeros(n, np.int64), np.zeros(n, np.uint64),
+                    np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, np.uint64),
                     np.zeros(n, np.bool_),
                 )  # fmt: skip
                 self._columns[suffix] = (table, set())
@@ -152,9 +153,10 @@ class SampleTable:
 
     def _fill(self, table: ColumnTable, suffix: str, shard: int, index: ShardIndex) -> None:
         number = index.column(suffix)
-        if number is None:
-            return
         rows = slice(int(self.starts[shard]), int(self.starts[shard + 1]))
+        if number is None:
+            table.offsets[rows] = -1
+            return
         table.offsets[rows] = index.offsets[:, number]
         table.sizes[rows] = index.sizes[:, number]
         if index.sums is not None:
