@@ -144,7 +144,7 @@ def cold(data: Dataset, tars: list[Path], levels: tuple[int, ...], image: bool) 
     """One epoch out of a cold cache: samples/s, and bytes read from disk over bytes needed."""
     table = data.table("train")
     suffixes = [f"p{grid}.npy" for grid in levels] + (["jpg"] if image else [])
-    everything = range(len(table.shards))
+    everything = set(range(len(table.shards)))
     needed = sum(int(table.column(suffix, everything).sizes.sum()) for suffix in suffixes)
     forget(tars)
     # A whole epoch: what the stream has prefetched is in the page cache by then.

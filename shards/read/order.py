@@ -155,7 +155,8 @@ class Order:
         # Nearly always they are all in one window, for which a set is faster than np.unique.
         for number in set(which.ravel().tolist()):
             rows = which == number
-            shard[rows], sample[rows] = self._locate(*divmod(number, num_windows), inside[rows])
+            epoch, window = divmod(number, num_windows)
+            shard[rows], sample[rows] = self._locate(epoch, window, inside[rows])
         return Place(positions, shard, sample, self._starts[shard] + sample)
 
     def shares(

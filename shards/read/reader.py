@@ -143,7 +143,8 @@ class _Batch:
         self.failures: Failures = {}
         # Held until the batch is read: a file is closed when its last holder releases it.
         self._files = {shard: self._open(shard) for shard in dict.fromkeys(self._shards)}
-        self._sound = [shard for shard, file in self._files.items() if file is not None]
+        self._sound = {shard for shard, file in self._files.items() if file is not None}
+        self._rows = table.rows(self._sound, places.shard, places.sample)
         numbers = {shard: file.descriptor if file else -1 for shard, file in self._files.items()}
         self._descriptors = [numbers[shard] for shard in self._shards]
 
@@ -173,19 +174,17 @@ class _Batch:
     def queue_level(self, suffix: str, out: npt.NDArray[Any], rows: list[int]) -> None:
         """Plan to read one level of every item straight into its row of `out`."""
         column = self._table.column(suffix, self._sound)
-        offsets = column.offsets[self._places.index].tolist()
+        offsets = column.offsets[self._rows].tolist()
         size = out[0].nbytes
         target = out.reshape(-1).view(np.uint8).data
         targets = [(target[row * size : row * size + size],) for row in rows]
         items = list(range(len(rows)))
         reads = _Reads(suffix, items, self._descriptors, targets, offsets)
-        for item in np.flatnonzero(column.offsets[self._places.index] < -1).tolist():
+        for item in np.flatnonzero(column.offsets[self._rows] < -1).tolist():
             values = self._converted(item, suffix)
             if values is not None:
                 out[rows[item]] = values
-        wrong = (column.sizes[self._places.index] != size) | (
-            column.offsets[self._places.index] < 0
-        )
+        wrong = (column.sizes[self._rows] != size) | (column.offsets[self._rows] < 0)
         if len(self._sound) < len(self._files):
             wrong |= np.array(self._descriptors) < 0
         if wrong.any():
@@ -224,8 +223,8 @@ class _Batch:
             if all(self._table.index(shard).column(suffix) is None for shard in self._sound):
                 continue
             column = self._table.column(suffix, self._sound)
-            offsets = column.offsets[self._places.index].tolist()
-            sizes = column.sizes[self._places.index].tolist()
+            offsets = column.offsets[self._rows].tolist()
+            sizes = column.sizes[self._rows].tolist()
             space = memoryview(bytearray(sum(sizes)))
             ends = list(accumulate(sizes, initial=0))
             targets = [(space[start:end],) for start, end in pairwise(ends)]
@@ -242,7 +241,7 @@ class _Batch:
                 item: target for item, (target,) in zip(reads.items, reads.targets, strict=True)
             }
             self._queue.append(reads)
-            for item in np.flatnonzero(column.offsets[self._places.index] < -1).tolist():
+            for item in np.flatnonzero(column.offsets[self._rows] < -1).tolist():
                 if item not in found and (data := self._converted(item, suffix)) is not None:
                     images[suffix][item] = memoryview(data)
                     found.add(item)
@@ -292,14 +291,14 @@ class _Batch:
             payloads: bytes by item; None where another member was read instead.
         """
         column = self._table.column(suffix, self._sound)
-        for item in np.flatnonzero(column.unchecked[self._places.index]).tolist():
+        for item in np.flatnonzero(column.unchecked[self._rows]).tolist():
             payload = payloads(item)
             if payload is None or item in self.failures:
                 continue
-            index = self._places.index[item]
-            if sum64(payload) == int(column.sums[index]):
+            row = self._rows[item]
+            if sum64(payload) == int(column.sums[row]):
                 # Once per process is enough: it guards against decay on disk.
-                column.unchecked[index] = False
+                column.unchecked[row] = False
             else:
                 self.fail(item, suffix, "its bytes differ from its checksum")
 

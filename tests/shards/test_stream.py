@@ -325,3 +325,20 @@ def test_wrong_questions_get_clear_answers(packed):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="pin_memory needs a GPU"):
             data.stream(4, pin_memory=True)
+
+
+def test_a_reader_holds_rows_of_the_shards_it_has_read(packed, samples):
+    data = open_dataset(packed)
+    table = data.table("train")
+    assert len(table.shards) > 2
+    last = data.num_samples() - 1
+    for number in (last, 0, last, 1):
+        batch = data.read([number], levels=(4,), image_size=32)
+        (wanted,) = (sample for sample in samples if sample.key == batch["key"][0])
+        np.testing.assert_array_equal(batch["pyramid"][4][0], wanted.levels["p4"])
+        np.testing.assert_array_equal(batch["image"][0], expected_image(wanted, 32))
+    sizes = [shard.num_samples for shard in table.shards]
+    column = table.column("p4.npy", {0, len(sizes) - 1})
+    assert len(column.offsets) <= 2 * (sizes[0] + sizes[-1]) < data.num_samples()
+    data.read(range(last + 1), levels=(4,))
+    assert len(table.column("p4.npy", set(range(len(sizes)))).offsets) == data.num_samples()
