@@ -143,8 +143,8 @@ def flat_files(
             out = buffers.take((len(numbers), grid * grid, CHANNELS), np.dtype(np.float16))
             rows = out.numpy().reshape(len(numbers), -1).view(np.uint8)
             for number, row in zip(numbers, rows, strict=True):
-                with open(folder / f"{number}.p{grid}", "rb", buffering=0) as file:
-                    file.readinto(row)
+                with (folder / f"{number}.p{grid}").open("rb", buffering=0) as file:
+                    file.readinto(row.data)
             batch["pyramid"][grid] = out
         if image:
             pixels = buffers.take((len(numbers), 3, SIZE, SIZE), np.dtype(np.float32))
@@ -232,8 +232,9 @@ def measure(data: PackedDataset, folder: Path, rounds: int, seconds: float) -> d
             for n in (0, 1, 2):
                 readers[f"dinogen, {n} threads"] = partial(ours, data, levels, image, n)
             for n in (0, 1, 2):
-                start = partial(webdataset_pipeline, names, levels, image, n)
-                readers[f"webdataset, {n} workers"] = start
+                readers[f"webdataset, {n} workers"] = partial(
+                    webdataset_pipeline, names, levels, image, n
+                )
             for n in (1, 2):
                 readers[f"flat files, {n} threads"] = partial(
                     flat_files, flat, count, levels, image, n
