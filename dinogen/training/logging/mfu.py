@@ -37,7 +37,7 @@ class Mfu:
         self.phases = phases
         self.peak: float | None = None
         if device.type == "cuda" and not compiled:
-            tf32 = torch.get_float32_matmul_precision() != "highest"
+            tf32 = torch.backends.cuda.matmul.allow_tf32
             self.peak = peak_flops(torch.cuda.get_device_name(device), precision, tf32)
         self._flops: dict[tuple[str, ...], int] = {}
         self._ran: Counter[tuple[str, ...]] = Counter()
