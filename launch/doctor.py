@@ -106,6 +106,110 @@ def check_gpus() -> Finding:
     )
 
 
+def check_attention() -> Finding:
+    """Which kernels torch may take for attention."""
+    import torch
+    from torch.backends import cuda
+
+    kernels = {"flash": cuda.flash_sdp_enabled(), "math": cuda.math_sdp_enabled()}
+    if torch.cuda.is_available():
+        kernels["memory-efficient"] = cuda.mem_efficient_sdp_enabled()
+        kernels["cuDNN"] = cuda.cudnn_sdp_enabled()
+    on = [name for name, enabled in kernels.items() if enabled]
+    found = f"kernels: {', '.join(on) or 'none'}"
+    if not {"flash", "memory-efficient"}.intersection(on):
+        remedy = "fused kernels are faster: find what calls torch.backends.cuda.enable_flash_sdp"
+        return Finding("attention", "warn", found, remedy)
+    return Finding("attention", "ok", found)
+
+
+def check_arithmetic() -> Finding:
+    """Which short formats a GPU multiplies fast, or which instructions a CPU has; libraries."""
+    import torch
+
+    if torch.cuda.is_available():
+        # of Ampere and later; before, bfloat16 is emulated, and slow
+        tf32 = torch.cuda.get_device_capability()[0] >= 8
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        words = f"TF32 {_yes(tf32)}, bf16 {_yes(bf16)}, cuDNN {_cudnn_version()}"
+        if tf32 and bf16:
+            return Finding("arithmetic", "ok", words)
+        remedy = "engine.precision=auto takes fp16 here, which is the fastest"
+        return Finding("arithmetic", "note", words, remedy)
+    level = torch.backends.cpu.get_cpu_capability()
+    mkldnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    words = f"{level}, oneDNN {'on' if mkldnn else 'off'}"
+    if mkldnn and level not in ("DEFAULT", "NO AVX"):
+        return Finding("arithmetic", "ok", words)
+    return Finding(
+        "products", "warn", words, "convolutions are slow: install another build of torch"
+    )
+
+
+def check_optimizer() -> Finding:
+    """Whether Adam updates all weights in one kernel."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        weights = torch.nn.Parameter(torch.zeros(4, device=device))
+        weights.grad = torch.ones_like(weights)
+        torch.optim.Adam([weights], fused=True).step()
+    except RuntimeError as error:
+        return Finding("fused Adam", "warn", f"no: {error}", "updates take more kernels: no harm")
+    return Finding("fused Adam", "ok", f"yes, on {device}")
+
+
+def check_compiler() -> Finding:
+    """What engine.compile needs: Triton on a GPU, a C++ compiler on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        version = _version("triton")
+        if version:
+            return Finding("compiler", "ok", f"Triton {version}, for engine.compile")
+        remedy = "only for engine.compile: pip install triton"
+        return Finding("compiler", "note", "no Triton", remedy)
+    name = os.environ.get("CXX") or "g++"
+    path = shutil.which(name) or shutil.which("clang++")
+    if path:
+        return Finding("compiler", "ok", f"{path}, for engine.compile")
+    remedy = "only for engine.compile: install g++, or set CXX"
+    return Finding("compiler", "note", f"no {name}", remedy)
+
+
+def check_pinned_memory() -> Finding:
+    """Whether batches can be copied to a GPU while it computes."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("pinned memory", "note", "not used", "only copies to a GPU need it")
+    try:
+        pinned = torch.empty(1 << 20, dtype=torch.uint8, pin_memory=True).is_pinned()
+        found = "" if pinned else "the memory is not pinned"
+    except RuntimeError as error:
+        found = str(error)
+    if found:
+        remedy = "copies to the GPU wait: raise the limit of locked memory (ulimit -l)"
+        return Finding("pinned memory", "warn", found, remedy)
+    return Finding("pinned memory", "ok", "yes")
+
+
+def _cudnn_version() -> str:
+    import torch
+
+    version = torch.backends.cudnn.version()
+    if version is None:
+        return "none"
+    # 90100 since version 9, 8902 before
+    major, minor = divmod(version, 10000) if version >= 90000 else divmod(version, 1000)
+    return f"{major}.{minor // 100}.{minor % 100}"
+
+
+def _yes(here: bool) -> str:
+    return "yes" if here else "no"
+
+
 def check_collectives() -> Finding:
     """Backends for training in several processes."""
     import torch
@@ -254,6 +358,11 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "torch": check_torch,
     "torchvision": check_torchvision,
     "GPUs": check_gpus,
+    "attention": check_attention,
+    "arithmetic": check_arithmetic,
+    "fused Adam": check_optimizer,
+    "compiler": check_compiler,
+    "pinned memory": check_pinned_memory,
     "collectives": check_collectives,
     "DeepSpeed": check_deepspeed,
     "TurboJPEG": check_turbojpeg,

@@ -38,6 +38,7 @@ from dinogen.config.training import EvalConfig as EvalConfig
 from dinogen.config.training import LogConfig as LogConfig
 from dinogen.config.training import MetricsConfig as MetricsConfig
 from dinogen.config.training import OptimConfig as OptimConfig
+from dinogen.config.training import ProfileConfig as ProfileConfig
 from dinogen.config.training import StageConfig as StageConfig
 from dinogen.config.training import StagePlan as StagePlan
 from dinogen.config.training import due as due

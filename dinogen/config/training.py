@@ -244,6 +244,15 @@ class CheckpointConfig(Section):
     )
 
 
+class ProfileConfig(Section):
+    """A trace of a few steps of a run, for TensorBoard, chrome://tracing and Perfetto."""
+
+    at_kimg: float = Field(
+        ..., ge=0, description="thousands of images of the run after which it begins"
+    )
+    steps: int = Field(5, ge=1, le=100, description="number of steps that are traced")
+
+
 class LogConfig(Section):
     """What is written to TensorBoard, stats.jsonl and the page."""
 
@@ -251,6 +260,9 @@ class LogConfig(Section):
     probe_kimg: float = Field(5.0, gt=0, description="between probes of the family (diversity)")
     samples_kimg: float = Field(10.0, gt=0, description="between sample grids")
     num_samples: int = Field(64, ge=1, le=1024, description="images in a sample grid")
+    profile: ProfileConfig | None = Field(
+        None, description="a trace of a few steps; default: none is made"
+    )
 
 
 class MixConfig(Section):

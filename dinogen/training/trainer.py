@@ -25,6 +25,8 @@ from dinogen.training.engines.base import Update, num_micros, split
 from dinogen.training.logging.artifacts import save_samples
 from dinogen.training.logging.begin import ProgressLine
 from dinogen.training.logging.logger import Logger
+from dinogen.training.logging.mfu import Mfu
+from dinogen.training.logging.profile import Profile
 from dinogen.training.logging.tensorboard import chart_layout
 from dinogen.training.state import StageState
 from dinogen.training.stop import Steps, StopFlag
@@ -73,6 +75,9 @@ class Trainer:
             self.stage.resolution,
             self.engine.device,
         )
+        self.profile = Profile(self.config.log.profile, self.logger.folder)
+        compiled = self.config.engine.compile
+        self.mfu = Mfu(self.family.phases, self.engine.device, self.engine.precision, compiled)
         self.saver = Saver()
         self.validator = Validator(state)
         self.stop = stop
@@ -133,13 +138,15 @@ class Trainer:
                         raise self.stop.error(f"at {self.now} images")
                     self.num_skipped_here = loaded.num_skipped
                     self._prepare_engine()
-                    self.train_step(loaded.batch)
+                    with self.profile.step(self.now), self.mfu.step(progress.step):
+                        self.train_step(loaded.batch)
                     line.step(self.now)
                     self._after_step(line)
                     self.saver.check()
                 self._saved()
         finally:
             line.close()
+            self.profile.close()
             self.saver.close()
             self.logger.close()
 
@@ -177,6 +184,7 @@ class Trainer:
 
     def _update(self, phase: Phase, micros: Sequence[tuple[Batch, int]]) -> Update:
         """One phase: losses and gradients of all microbatches, then the optimizer step."""
+        self.profile.phase(phase.name)
         remembered: Scalars = {}
         self.engine.before(phase, micros)
         for i, (micro, num_samples) in enumerate(micros):
@@ -319,6 +327,7 @@ class Trainer:
             "alpha": self.plan.alpha(self.progress.nimg - self.stage.batch),
             "lr": self.stage.lr * self.plan.lr_factor(self.progress.nimg - self.stage.batch),
             "images_per_s": window.images / elapsed,
+            **self.mfu.since_last_line(elapsed),
             "data_wait": window.waited / elapsed,
             "save_share": window.saving / elapsed,
             "num_skipped": self.progress.num_skipped,

@@ -6,8 +6,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Protocol
 
@@ -66,14 +65,46 @@ class OpenFile:
         os.close(descriptor)
 
 
-@dataclass
 class ColumnTable:
-    """One kind of member of all samples; rows of shards not yet loaded are undefined."""
+    """One kind of member of the samples of the shards that were loaded; see `SampleTable.rows`.
 
-    offsets: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-    sums: npt.NDArray[np.uint64]
-    unchecked: npt.NDArray[np.bool_]
+    It grows with what is loaded: a rank of many reads a small part of a large dataset.
+
+    Attributes:
+        offsets: as in an index.
+        sizes: as in an index.
+        sums: as in an index, 0 where it has none.
+        unchecked: whether the payload has a sum that it was not compared with yet.
+        loaded: the shards whose samples it holds; all other rows are undefined.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.loaded: set[int] = set()
+        self.offsets = np.zeros(num_rows, np.int64)
+        self.sizes = np.zeros(num_rows, np.int64)
+        self.sums = np.zeros(num_rows, np.uint64)
+        self.unchecked = np.zeros(num_rows, np.bool_)
+
+    def grow(self, num_rows: int) -> None:
+        """Make space; readers that hold the arrays from before have all that these held."""
+        more = (0, num_rows - len(self.offsets))
+        self.offsets = np.pad(self.offsets, more)
+        self.sizes = np.pad(self.sizes, more)
+        self.sums = np.pad(self.sums, more)
+        self.unchecked = np.pad(self.unchecked, more)
+
+    def fill(self, suffix: str, rows: slice, index: ShardIndex) -> None:
+        """Take over what the index of a shard says."""
+        number = index.column(suffix)
+        if number is None:
+            self.offsets[rows] = -1
+            return
+        self.offsets[rows] = index.offsets[:, number]
+        self.sizes[rows] = index.sizes[:, number]
+        if index.sums is not None:
+            self.sums[rows] = index.sums[:, number]
+            # What is converted on reading is checked each time.
+            self.unchecked[rows] = index.offsets[:, number] >= 0
 
 
 class SampleTable:
@@ -93,7 +124,12 @@ class SampleTable:
         self._source = source
         self._indexes = [(indexes or {}).get(shard.name) for shard in shards]
         self._broken: dict[int, ShardsError] = {}
-        self._columns: dict[str, tuple[ColumnTable, set[int]]] = {}
+        self._columns: dict[str, ColumnTable] = {}
+        # In the order in which shards are first read, for all columns alike.
+        self._first_rows = np.full(len(shards), -1)
+        self._with_rows: set[int] = set()
+        self._num_rows = 0
+        self._longest = max(shard.num_samples for shard in shards)
         self._files: dict[int, OpenFile] = {}
         self._lock = threading.Lock()
         # One per shard: fetching one shard must not stall readers of others.
@@ -125,42 +161,46 @@ class SampleTable:
             self._indexes[shard] = found
             return found
 
-    def column(self, suffix: str, shards: Iterable[int]) -> ColumnTable:
+    def rows(
+        self, shards: Set[int], shard: npt.NDArray[np.int64], sample: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Rows of samples in every column; those of shards not in `shards` are undefined."""
+        if not self._with_rows >= shards:
+            with self._lock:
+                self._give_rows(shards)
+        return self._first_rows[shard] + sample
+
+    def _give_rows(self, shards: Set[int]) -> None:
+        for shard in shards - self._with_rows:
+            self._first_rows[shard] = self._num_rows
+            self._num_rows += self.shards[shard].num_samples
+            self._with_rows.add(shard)
+
+    def column(self, suffix: str, shards: Set[int]) -> ColumnTable:
         """Places of a kind of member, valid for the samples of `shards`.
 
         Raises:
             IndexFileError: as `index`.
         """
-        entry = self._columns.get(suffix)
-        if entry is not None and entry[1].issuperset(shards):
-            return entry[0]
+        table = self._columns.get(suffix)
+        if table is not None and table.loaded >= shards:
+            return table
         indexes = {shard: self.index(shard) for shard in shards}
         with self._lock:
             if suffix not in self._columns:
-                n = self.num_samples
-                table = ColumnTable(
-                    np.full(n, -1, np.int64), np.zeros(n, np.int64), np.zeros(n, np.uint64),
-                    np.zeros(n, np.bool_),
-                )  # fmt: skip
-                self._columns[suffix] = (table, set())
-            table, loaded = self._columns[suffix]
+                # Undefined rows lie within the longest shard.
+                self._columns[suffix] = ColumnTable(self._longest)
+            table = self._columns[suffix]
+            self._give_rows(shards)
+            if len(table.offsets) < self._num_rows:
+                # Doubling copies each row few times.
+                table.grow(min(2 * self._num_rows, self.num_samples))
             for shard, index in indexes.items():
-                if shard not in loaded:
-                    self._fill(table, suffix, shard, index)
-                    loaded.add(shard)
+                if shard not in table.loaded:
+                    first = int(self._first_rows[shard])
+                    table.fill(suffix, slice(first, first + len(index)), index)
+                    table.loaded.add(shard)
             return table
-
-    def _fill(self, table: ColumnTable, suffix: str, shard: int, index: ShardIndex) -> None:
-        number = index.column(suffix)
-        if number is None:
-            return
-        rows = slice(int(self.starts[shard]), int(self.starts[shard + 1]))
-        table.offsets[rows] = index.offsets[:, number]
-        table.sizes[rows] = index.sizes[:, number]
-        if index.sums is not None:
-            table.sums[rows] = index.sums[:, number]
-            # What is converted on reading is checked each time.
-            table.unchecked[rows] = index.offsets[:, number] >= 0
 
     def key(self, shard: int, sample: int) -> str:
         """Key of a sample, or `sample N` if the shard's index is not available."""

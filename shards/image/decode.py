@@ -520,8 +520,16 @@ def shrink(image: Pixels, size: int) -> Pixels:
     return np.asarray(pil.resize((size, size), Image.Resampling.BOX))
 
 
-def scale_into(image: Pixels, out: npt.NDArray[Any]) -> None:
-    """Write uint8 (H, W, 3 or 4) as (x - 127.5) / 127.5 into float32 `out` (3, H, W)."""
+def write_into(image: Pixels, out: npt.NDArray[Any]) -> None:
+    """Write uint8 (H, W, 3 or 4) into `out` (3, H, W): as it is, or as (x - 127.5) / 127.5.
+
+    Args:
+        image: pixels of three channels; a fourth means nothing.
+        out: uint8 for the bytes, float32 for values in [-1, 1].
+    """
+    if out.dtype == np.uint8:
+        out[...] = image[:, :, :3].transpose(2, 0, 1)
+        return
     for channel in range(3):
         plane = out[channel]
         np.subtract(image[:, :, channel], _HALF, out=plane, dtype=np.float32)

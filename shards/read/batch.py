@@ -19,7 +19,7 @@ from shards.format.manifest import Manifest
 from shards.format.sample import level_grid, level_guide
 from shards.format.table import SampleTable, Source
 from shards.read.order import Order, Place, Plan, Portion
-from shards.read.reader import Arrays, BatchReader, Failures, LevelShape
+from shards.read.reader import Arrays, BatchReader, Failures, ImageDtype, LevelShape
 
 # torch takes seconds to import: it is loaded with the first batch.
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Batch(TypedDict, total=False):
     Attributes:
         key: of each sample.
         position: int64 (B,), global positions of a stream, or the numbers that were read.
-        image: float32 (B, 3, R, R) in [-1, 1].
+        image: (B, 3, R, R), float32 in [-1, 1] or uint8, as was asked.
         pyramid: levels of the main guide by their grid, (B, grid * grid, C) as stored.
         guides: the same of further guides, by their names.
         clip: (B, E) embeddings of the images.
@@ -115,6 +115,7 @@ class SplitReader:
         successor: in the dataset's own order; None stops at a damaged sample.
         among: whether there are other datasets, so that a message has to name the dataset.
         need_labels: a sample whose label is unknown counts as damaged.
+        image_dtype: as `Dataset.stream`.
 
     Raises:
         ManifestError: if the dataset lacks the split or a level.
@@ -131,12 +132,14 @@ class SplitReader:
         successor: Successor | None,
         among: bool = False,
         need_labels: bool = False,
+        image_dtype: ImageDtype = "float32",
     ) -> None:
         size = dataset.manifest.image_size
         if image_size is not None and (image_size < 1 or (size is not None and image_size > size)):
             raise ValueError(f"image_size {image_size} is not between 1 and the stored {size}")
         self.table: SampleTable = dataset.table(split)
-        self._reader = BatchReader(self.table, dataset.level_shapes(levels), image_size)
+        shapes = dataset.level_shapes(levels)
+        self._reader = BatchReader(self.table, shapes, image_size, image_dtype)
         self._successor = successor
         self._prefix = f"{dataset.location}/" if among else ""
         self._need_labels = need_labels

@@ -28,7 +28,7 @@ from shards.format.sample import (
 from shards.format.scan import image_sizes
 from shards.format.table import FILES_OPEN, OpenFile, SampleTable, Source
 from shards.read.batch import Batch, PackedSource, read_batch
-from shards.read.reader import LevelShape, read_sample
+from shards.read.reader import ImageDtype, LevelShape, read_sample
 from shards.read.stream import Stream
 
 
@@ -176,6 +176,7 @@ class Dataset(ABC):
         on_error: Literal["stop", "skip"] = "stop",
         pin_memory: bool = False,
         need_labels: bool = False,
+        image_dtype: ImageDtype = "float32",
     ) -> Stream:
         """Endless batches of a split in an order that depends only on seed and position.
 
@@ -198,6 +199,9 @@ class Dataset(ABC):
             pin_memory: batches in pinned memory, for asynchronous copies to a GPU.
             need_labels: a sample whose label is unknown, because its metadata are faulty, counts
                 as damaged; otherwise its label in a batch is -1.
+            image_dtype: "float32" for images in [-1, 1]; "uint8" for the bytes that these
+                are made of. On any device float32 (x - 127.5) / 127.5 gives the same values to the
+                bit, as long as it divides: many GPU kernels multiply by the reciprocal of a number.
 
         Raises:
             ManifestError: if the dataset lacks the split, a level or labels.
@@ -219,6 +223,7 @@ class Dataset(ABC):
             on_error=on_error,
             pin_memory=pin_memory,
             need_labels=need_labels,
+            image_dtype=image_dtype,
         )
 
 

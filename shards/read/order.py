@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from itertools import pairwise
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ Ints = npt.NDArray[np.int64]
 # Two windows are in use where one ends and the next begins; two more are for a batch that is
 # read again, or that crosses into the next epoch.
 _WINDOWS_KEPT = 4
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 def share_sizes(num: int, world_size: int) -> list[int]:
@@ -46,6 +49,68 @@ class Place:
     shard: Ints
     sample: Ints
     index: Ints
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The ring of samples of one epoch.
+
+    Attributes:
+        shards: in their order on the ring before it is turned.
+        begins: first sample of each of them on that ring.
+        ends: the same of the sample behind its last one.
+        turn: by how many samples the ring is turned.
+        lane_starts: where each lane begins on the turned ring.
+    """
+
+    shards: Ints
+    begins: Ints
+    ends: Ints
+    turn: int
+    lane_starts: Ints
+
+
+class _Window:
+    """In which order one window shows the entries of each lane.
+
+    A lane is sorted when it is first asked for: a rank of many needs a few of them, so its time and
+    memory do not grow with the window.
+
+    Args:
+        words: gives the random words by which the entries are sorted, (entries, lanes).
+        counts: entries of each lane.
+
+    Attributes:
+        entry: (lanes, entries); rows of lanes that were not asked for are undefined.
+    """
+
+    def __init__(self, words: Callable[[], npt.NDArray[np.uint64]], counts: Ints) -> None:
+        self._words, self._counts = words, counts
+        self._sorted = np.zeros(len(counts), np.bool_)
+        self.entry = np.empty((len(counts), int(counts.max())), np.int32)
+
+    def sort(self, lanes: Ints) -> None:
+        """Make the rows of these lanes valid."""
+        if self._sorted[lanes].all():
+            return
+        missing = np.unique(lanes[~self._sorted[lanes]])
+        words = np.ascontiguousarray(self._words()[:, missing].T)
+        for count in np.unique(self._counts[missing]).tolist():
+            rows = self._counts[missing] == count
+            found = np.argsort(words[rows, :count], axis=1, kind="stable")
+            self.entry[missing[rows], :count] = found
+        self._sorted[missing] = True
+
+
+def _kept(cache: OrderedDict[Key, Value], key: Key, make: Callable[[], Value]) -> Value:
+    """The value of a key, made if it is not among the newest ones."""
+    if key in cache:
+        cache.move_to_end(key)
+    else:
+        cache[key] = make()
+        if len(cache) > _WINDOWS_KEPT:
+            cache.popitem(last=False)
+    return cache[key]
 
 
 class Order:
@@ -79,7 +144,8 @@ class Order:
         self.num_samples = int(self._starts[-1])
         self.num_lanes = min(num_lanes, self.num_samples)
         self._window = window_shards * -(-self.num_samples // len(shard_sizes))
-        self._blocks: OrderedDict[tuple[int, int], tuple[Ints, Ints, Ints]] = OrderedDict()
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
 
     @property
     def window_span(self) -> int:
@@ -90,23 +156,21 @@ class Order:
         """Places of the `count` global positions that follow `start`, in ascending order."""
         if start < 0 or count < 0:
             raise ValueError(f"positions begin at 0; requested: {count} from {start}")
-        parts: list[tuple[Ints, Ints, Ints]] = []
-        position, end = start, start + count
-        span = self._window * self.num_lanes
-        while position < end:
-            epoch, place = divmod(position, self.num_samples)
-            window, inside = divmod(place, span)
-            block = self._block(epoch, window)
-            take = min(end - position, len(block[0]) - inside)
-            parts.append(
-                (block[0][inside:][:take], block[1][inside:][:take], block[2][inside:][:take])
-            )
-            position += take
-        if len(parts) == 1:
-            shard, sample, index = (array.copy() for array in parts[0])
-        else:
-            shard, sample, index = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return Place(np.arange(start, end), shard, sample, index)
+        return self.at(np.arange(start, start + count))
+
+    def at(self, positions: Ints) -> Place:
+        """Places of these global positions, 0 or above, of any shape and in any order."""
+        epochs, places = np.divmod(positions, self.num_samples)
+        windows, inside = np.divmod(places, self.window_span)
+        num_windows = self.num_samples // self.window_span + 1
+        which = epochs * num_windows + windows
+        shard, sample = np.empty_like(positions), np.empty_like(positions)
+        # Nearly always they are all in one window, for which a set is faster than np.unique.
+        for number in set(which.ravel().tolist()):
+            rows = which == number
+            epoch, window = divmod(number, num_windows)
+            shard[rows], sample[rows] = self._locate(epoch, window, inside[rows])
+        return Place(positions, shard, sample, self._starts[shard] + sample)
 
     def shares(
         self, start: int, batch_size: int, rank: int, world_size: int, num_batches: int
@@ -116,62 +180,49 @@ class Order:
         Each batch is sorted by lane and cut into contiguous runs, as equal as possible, the longer
         ones first: a rank stays with its own lanes, and so with their shards.
         """
-        whole = self.places(start, batch_size * num_batches)
-        lane = (whole.position % self.num_samples % self.num_lanes).reshape(-1, batch_size)
-        mine = np.argsort(lane, axis=1, kind="stable")[:, share_of(batch_size, rank, world_size)]
-        mine += np.arange(0, batch_size * num_batches, batch_size)[:, None]
-        arrays = (whole.position, whole.shard, whole.sample, whole.index)
-        return [Place(*rows) for rows in zip(*(array[mine] for array in arrays), strict=True)]
+        positions = np.arange(start, start + batch_size * num_batches).reshape(-1, batch_size)
+        lanes = positions % self.num_samples % self.num_lanes
+        mine = np.argsort(lanes, axis=1, kind="stable")[:, share_of(batch_size, rank, world_size)]
+        mine += positions[:, :1]
+        found = self.at(mine)
+        arrays = (found.position, found.shard, found.sample, found.index)
+        return [Place(*rows) for rows in zip(*arrays, strict=True)]
 
-    def _block(self, epoch: int, window: int) -> tuple[Ints, Ints, Ints]:
-        """(shard, sample, index) of all positions in one window of all lanes of an epoch."""
-        found = self._blocks.get((epoch, window))
-        if found is None:
-            found = self._locate(epoch, self._shuffled(epoch, window))
-            self._blocks[epoch, window] = found
-            if len(self._blocks) > _WINDOWS_KEPT:
-                self._blocks.popitem(last=False)
-        else:
-            self._blocks.move_to_end((epoch, window))
-        return found
+    def _locate(self, epoch: int, window: int, inside: Ints) -> tuple[Ints, Ints]:
+        """(shard, sample) of some places, counted from the beginning of a window of all lanes."""
+        entry, lane = np.divmod(inside, self.num_lanes)
+        order = _kept(self._epochs, epoch, lambda: self._shuffled(epoch))
+        entries = _kept(self._windows, (epoch, window), lambda: self._window_of(epoch, window))
+        entries.sort(lane)
+        ring = entries.entry[lane, entry] + (window * self._window) + order.lane_starts[lane]
+        place = (ring + order.turn) % self.num_samples
+        slot = np.searchsorted(order.ends, place, side="right")
+        return order.shards[slot], place - order.begins[slot]
 
-    def _shuffled(self, epoch: int, window: int) -> Ints:
-        """Places on the ring of the epoch, in the order in which one window shows them."""
-        length, num_longer = divmod(self.num_samples, self.num_lanes)
-        first = window * self._window
-        # All lanes have `full` entries here; the longer ones may have one more.
-        full = min(self._window, length - first)
-        extra = num_longer if full < self._window else 0
-        lane_starts = self._lane_starts(epoch, length, num_longer) + first
-        words = self._words(f"window {window}", epoch, (full + 1) * self.num_lanes)
-        sort_keys = words.reshape(full + 1, self.num_lanes)
-        entries = np.empty((full + 1, self.num_lanes), np.int64)
-        entries[:, :extra] = np.argsort(sort_keys[:, :extra], axis=0, kind="stable")
-        entries[:full, extra:] = np.argsort(sort_keys[:full, extra:], axis=0, kind="stable")
-        return (entries + lane_starts).ravel()[: full * self.num_lanes + extra]
-
-    def _lane_starts(self, epoch: int, length: int, num_longer: int) -> Ints:
-        """Where each lane begins on the ring.
-
-        The lanes are on it in random order: a batch smaller than L takes neighbouring lanes, which
-        must not be neighbours in the data as well.
-        """
+    def _shuffled(self, epoch: int) -> _Epoch:
+        words = self._words("shards", epoch, len(self._sizes) + 1)
+        shards = np.argsort(words[1:], kind="stable")
+        ends = np.cumsum(self._sizes[shards])
+        turn = int(words[0] % np.uint64(self.num_samples))
+        # The lanes are on the ring in random order: a batch smaller than L takes neighbouring
+        # lanes, which must not be neighbours in the data as well.
         along_ring = np.argsort(self._words("lanes", epoch, self.num_lanes), kind="stable")
+        length, num_longer = divmod(self.num_samples, self.num_lanes)
         lengths = length + (along_ring < num_longer)
         starts = np.empty(self.num_lanes, np.int64)
         starts[along_ring] = np.cumsum(lengths) - lengths
-        return starts
+        return _Epoch(shards, ends - self._sizes[shards], ends, turn, starts)
 
-    def _locate(self, epoch: int, ring: Ints) -> tuple[Ints, Ints, Ints]:
-        words = self._words("shards", epoch, len(self._sizes) + 1)
-        shards = np.argsort(words[1:], kind="stable")
-        turn = int(words[0] % np.uint64(self.num_samples))
-        ends = np.cumsum(self._sizes[shards])
-        place = (ring + turn) % self.num_samples
-        slot = np.searchsorted(ends, place, side="right")
-        shard = shards[slot]
-        sample = place - (ends[slot] - self._sizes[shard])
-        return shard, sample, self._starts[shard] + sample
+    def _window_of(self, epoch: int, window: int) -> _Window:
+        length, num_longer = divmod(self.num_samples, self.num_lanes)
+        # All lanes have `full` entries here; the longer ones may have one more.
+        full = min(self._window, length - window * self._window)
+        extra = num_longer if full < self._window else 0
+        count = (full + 1) * self.num_lanes
+        return _Window(
+            lambda: self._words(f"window {window}", epoch, count).reshape(full + 1, -1),
+            np.where(np.arange(self.num_lanes) < extra, full + 1, full),
+        )
 
     def _words(self, purpose: str, epoch: int, count: int) -> npt.NDArray[np.uint64]:
         """`count` random words; sorting by raw Philox output is the same in every numpy."""
@@ -336,28 +387,23 @@ class MixOrder:
         part of every dataset, and stays with its own lanes there.
         """
         number, own = self.owners(start, batch_size * num_batches)
-        places, keys = [], np.empty(len(number))
+        keys = np.empty(len(number))
         batch = np.arange(len(number)) // batch_size
         for which, order in enumerate(self._orders):
             rows = np.flatnonzero(number == which)
-            located = order.places(int(own[rows[0]]), len(rows)) if len(rows) else _NO_PLACES
-            places.append(located)
-            lane = located.position % order.num_samples % order.num_lanes
-            keys[rows] = _even(batch[rows], lane)
-        share = share_of(batch_size, rank, world_size)
-        plans = []
-        for begin in range(0, batch_size * num_batches, batch_size):
-            here = slice(begin, begin + batch_size)
-            dealt = np.lexsort((number[here], keys[here])) + begin
-            mine = dealt[share]
-            portions = []
-            for which, located in enumerate(places):
-                rows = np.flatnonzero(number[mine] == which)
-                if len(rows):
-                    at = own[mine[rows]] - located.position[0]
-                    portions.append(Portion(which, _take(located, at), rows.tolist()))
-            plans.append(Plan(mine + start, portions))
-        return plans
+            keys[rows] = _even(batch[rows], own[rows] % order.num_samples % order.num_lanes)
+        dealt = np.lexsort((number, keys, batch)).reshape(-1, batch_size)
+        mine = dealt[:, share_of(batch_size, rank, world_size)]
+        found: list[list[Portion]] = [[] for _ in mine]
+        for which, order in enumerate(self._orders):
+            of_batch, rows = np.nonzero(number[mine] == which)
+            places = order.at(own[mine[of_batch, rows]])
+            ends = np.searchsorted(of_batch, np.arange(num_batches + 1))
+            for portions, (begin, end) in zip(found, pairwise(ends.tolist()), strict=True):
+                if begin < end:
+                    part = slice(begin, end)
+                    portions.append(Portion(which, _take(places, part), rows[part].tolist()))
+        return [Plan(rows + start, portions) for rows, portions in zip(mine, found, strict=True)]
 
     def only(self, number: int) -> Shares:
         """What the mix shows of one of its datasets."""
@@ -420,5 +466,5 @@ def _even(batch: Ints, lane: Ints) -> npt.NDArray[np.float64]:
     return key
 
 
-def _take(places: Place, at: Ints) -> Place:
-    return Place(places.position[at], places.shard[at], places.sample[at], places.index[at])
+def _take(places: Place, part: slice) -> Place:
+    return Place(*(a[part] for a in (places.position, places.shard, places.sample, places.index)))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, compress, pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +28,12 @@ from shards.format.sample import (
     level_suffix,
 )
 from shards.format.table import OpenFile, SampleTable
-from shards.image.decode import decode_rgbx, scale_into, shrink
+from shards.image.decode import decode_rgbx, shrink, write_into
 from shards.read.order import Place
 
 Arrays = dict[str, npt.NDArray[Any]]
 Failures = dict[int, CorruptSample]
+ImageDtype = Literal["float32", "uint8"]
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,20 @@ class BatchReader:
         table: the split.
         levels: shape by level name.
         image_size: side of the requested images, or None for no images.
+        image_dtype: of the images; see `Dataset.stream`.
     """
 
     def __init__(
-        self, table: SampleTable, levels: dict[str, LevelShape], image_size: int | None
+        self,
+        table: SampleTable,
+        levels: dict[str, LevelShape],
+        image_size: int | None,
+        image_dtype: ImageDtype = "float32",
     ) -> None:
         self._table = table
         self._levels = levels
         self._image_size = image_size
+        self._image_dtype = np.dtype(image_dtype)
 
     def shapes(self, count: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape and dtype of the arrays that a batch of `count` samples needs, by name."""
@@ -87,7 +94,7 @@ class BatchReader:
             for name, level in self._levels.items()
         }
         if (size := self._image_size) is not None:
-            wanted["image"] = ((count, 3, size, size), np.dtype(np.float32))
+            wanted["image"] = ((count, 3, size, size), self._image_dtype)
         return wanted
 
     def read(self, places: Place, rows: list[int], out: Arrays) -> Failures:
@@ -115,7 +122,7 @@ class BatchReader:
                     continue
                 try:
                     pixels = decode_rgbx(data, IMAGE_SUFFIXES[suffix])
-                    scale_into(shrink(pixels, out["image"].shape[-1]), out["image"][rows[item]])
+                    write_into(shrink(pixels, out["image"].shape[-1]), out["image"][rows[item]])
                 except ValueError as error:
                     batch.fail(item, suffix, str(error))
         return batch.failures
@@ -136,7 +143,8 @@ class _Batch:
         self.failures: Failures = {}
         # Held until the batch is read: a file is closed when its last holder releases it.
         self._files = {shard: self._open(shard) for shard in dict.fromkeys(self._shards)}
-        self._sound = [shard for shard, file in self._files.items() if file is not None]
+        self._sound = {shard for shard, file in self._files.items() if file is not None}
+        self._rows = table.rows(self._sound, places.shard, places.sample)
         numbers = {shard: file.descriptor if file else -1 for shard, file in self._files.items()}
         self._descriptors = [numbers[shard] for shard in self._shards]
 
@@ -166,19 +174,17 @@ class _Batch:
     def queue_level(self, suffix: str, out: npt.NDArray[Any], rows: list[int]) -> None:
         """Plan to read one level of every item straight into its row of `out`."""
         column = self._table.column(suffix, self._sound)
-        offsets = column.offsets[self._places.index].tolist()
+        offsets = column.offsets[self._rows].tolist()
         size = out[0].nbytes
         target = out.reshape(-1).view(np.uint8).data
         targets = [(target[row * size : row * size + size],) for row in rows]
         items = list(range(len(rows)))
         reads = _Reads(suffix, items, self._descriptors, targets, offsets)
-        for item in np.flatnonzero(column.offsets[self._places.index] < -1).tolist():
+        for item in np.flatnonzero(column.offsets[self._rows] < -1).tolist():
             values = self._converted(item, suffix)
             if values is not None:
                 out[rows[item]] = values
-        wrong = (column.sizes[self._places.index] != size) | (
-            column.offsets[self._places.index] < 0
-        )
+        wrong = (column.sizes[self._rows] != size) | (column.offsets[self._rows] < 0)
         if len(self._sound) < len(self._files):
             wrong |= np.array(self._descriptors) < 0
         if wrong.any():
@@ -217,8 +223,8 @@ class _Batch:
             if all(self._table.index(shard).column(suffix) is None for shard in self._sound):
                 continue
             column = self._table.column(suffix, self._sound)
-            offsets = column.offsets[self._places.index].tolist()
-            sizes = column.sizes[self._places.index].tolist()
+            offsets = column.offsets[self._rows].tolist()
+            sizes = column.sizes[self._rows].tolist()
             space = memoryview(bytearray(sum(sizes)))
             ends = list(accumulate(sizes, initial=0))
             targets = [(space[start:end],) for start, end in pairwise(ends)]
@@ -235,7 +241,7 @@ class _Batch:
                 item: target for item, (target,) in zip(reads.items, reads.targets, strict=True)
             }
             self._queue.append(reads)
-            for item in np.flatnonzero(column.offsets[self._places.index] < -1).tolist():
+            for item in np.flatnonzero(column.offsets[self._rows] < -1).tolist():
                 if item not in found and (data := self._converted(item, suffix)) is not None:
                     images[suffix][item] = memoryview(data)
                     found.add(item)
@@ -285,14 +291,14 @@ class _Batch:
             payloads: bytes by item; None where another member was read instead.
         """
         column = self._table.column(suffix, self._sound)
-        for item in np.flatnonzero(column.unchecked[self._places.index]).tolist():
+        for item in np.flatnonzero(column.unchecked[self._rows]).tolist():
             payload = payloads(item)
             if payload is None or item in self.failures:
                 continue
-            index = self._places.index[item]
-            if sum64(payload) == int(column.sums[index]):
+            row = self._rows[item]
+            if sum64(payload) == int(column.sums[row]):
                 # Once per process is enough: it guards against decay on disk.
-                column.unchecked[index] = False
+                column.unchecked[row] = False
             else:
                 self.fail(item, suffix, "its bytes differ from its checksum")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
-from typing import Literal
+from typing import Literal, get_args
 
 from shards.errors import CorruptSample
 from shards.read.batch import (
@@ -22,6 +22,7 @@ from shards.read.batch import (
     name_skipped,
 )
 from shards.read.order import Order, Plan, Planner, planner_of, seed_of
+from shards.read.reader import ImageDtype
 from shards.remote.download import stop_at
 from shards.remote.prefetch import Prefetcher, Share
 from shards.remote.storage import RemoteFolder
@@ -35,11 +36,11 @@ _BATCHES_PLANNED = 8
 class Stream:
     """Endless iterator over one rank's share of each batch; made by `Dataset.stream`.
 
-    A batch is a dict: `image` float32 (B, 3, R, R) in [-1, 1]; `pyramid` {grid: (B, grid * grid,
-    C)} as stored; `guides` {name: {grid: (B, grid * grid, C)}} if levels of further guides are
-    requested; `clip` and `text` (B, E) if they are; `key` list of str; `position` int64 (B,),
-    global positions; `label` int64 (B,) if all samples have one. Its tensors are not reused as
-    long as the caller holds them.
+    A batch is a dict: `image` (B, 3, R, R), float32 in [-1, 1] or uint8; `pyramid` {grid: (B,
+    grid * grid, C)} as stored; `guides` {name: {grid: (B, grid * grid, C)}} if levels of further
+    guides are requested; `clip` and `text` (B, E) if they are; `key` list of str; `position` int64
+    (B,), global positions; `label` int64 (B,) if all samples have one. Its tensors are not reused
+    as long as the caller holds them.
 
     Attributes:
         num_skipped: damaged samples that were replaced in the batches yielded so far.
@@ -64,6 +65,7 @@ class Stream:
         on_error: Literal["stop", "skip"],
         pin_memory: bool,
         need_labels: bool = False,
+        image_dtype: ImageDtype = "float32",
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size} ranks")
@@ -74,6 +76,8 @@ class Stream:
         if start < 0 or num_threads < 0:
             raise ValueError("start and num_threads must not be negative")
         check_on_error(on_error)
+        if image_dtype not in get_args(ImageDtype):
+            raise ValueError(f"image_dtype must be 'float32' or 'uint8', not {image_dtype!r}")
         if pin_memory:
             import torch
 
@@ -104,6 +108,7 @@ class Stream:
                 along(order()) if on_error == "skip" else None,
                 among=num_sets > 1,
                 need_labels=need_labels,
+                image_dtype=image_dtype,
             )
             for one, order in zip(dataset.sets, orders, strict=True)
         ]

@@ -93,3 +93,76 @@ def test_weights_out_of_reach_are_a_warning(monkeypatch, place, status):
     found = doctor.check_weights()
     assert found.status == status
     assert "facebook/dinov2-small" in found.found
+
+
+def test_attention_without_fused_kernels_is_a_warning(monkeypatch):
+    assert doctor.check_attention().found == "kernels: flash, math"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.backends.cuda.cudnn_sdp_enabled", lambda: False)
+    assert doctor.check_attention().found == "kernels: flash, math, memory-efficient"
+    monkeypatch.setattr("torch.backends.cuda.flash_sdp_enabled", lambda: False)
+    assert doctor.check_attention().status == "ok"
+    monkeypatch.setattr("torch.backends.cuda.mem_efficient_sdp_enabled", lambda: False)
+    found = doctor.check_attention()
+    assert (found.status, found.found) == ("warn", "kernels: math")
+
+
+@pytest.mark.parametrize(
+    ("capability", "bf16", "version", "found", "status"),
+    [
+        ((9, 0), True, 91002, "TF32 yes, bf16 yes, cuDNN 9.10.2", "ok"),
+        ((8, 6), True, 8902, "TF32 yes, bf16 yes, cuDNN 8.9.2", "ok"),
+        ((7, 5), False, None, "TF32 no, bf16 no, cuDNN none", "note"),
+    ],
+)
+def test_what_a_gpu_multiplies_fast(monkeypatch, capability, bf16, version, found, status):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: version)
+    made = doctor.check_arithmetic()
+    assert (made.found, made.status) == (found, status)
+
+
+@pytest.mark.parametrize(
+    ("level", "mkldnn", "status"), [("AVX512", True, "ok"), ("AVX2", False, "warn")]
+)
+def test_what_a_cpu_multiplies_fast(monkeypatch, level, mkldnn, status):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: level)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: mkldnn)
+    made = doctor.check_arithmetic()
+    assert made.found == f"{level}, oneDNN {'on' if mkldnn else 'off'}"
+    assert made.status == status
+
+
+def test_fused_adam_is_tried(monkeypatch):
+    assert doctor.check_optimizer().found == "yes, on cpu"
+
+    def refuse(*given, **options):
+        raise RuntimeError("`fused=True` requires all the params to be floating point Tensors")
+
+    monkeypatch.setattr("torch.optim.Adam", refuse)
+    assert doctor.check_optimizer().status == "warn"
+
+
+def test_the_compiler_that_compile_needs(tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.check_compiler().status == "note"
+    put_on_path(tmp_path, monkeypatch, "clang++", "true")
+    assert doctor.check_compiler().found.startswith(str(tmp_path / "clang++"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    assert doctor.check_compiler().found == "no Triton"
+
+
+def test_memory_that_cannot_be_pinned_is_a_warning(monkeypatch):
+    assert doctor.check_pinned_memory().status == "note"
+
+    def refuse(*given, **options):
+        raise RuntimeError("cannot allocate locked memory")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.empty", refuse)
+    found = doctor.check_pinned_memory()
+    assert (found.status, found.found) == ("warn", "cannot allocate locked memory")

@@ -18,8 +18,8 @@ from shards.image.decode import (
     decode_image,
     decode_rgbx,
     image_header,
-    scale_into,
     shrink,
+    write_into,
 )
 
 from .conftest import jpeg
@@ -78,7 +78,7 @@ def test_scale_covers_exactly_minus_one_to_one():
     image = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
     image[:, :, 1] = 255 - image[:, :, 0]
     out = np.empty((3, 16, 16), np.float32)
-    scale_into(image, out)
+    write_into(image, out)
     expected = (image.astype(np.float64) - 127.5) / 127.5
     np.testing.assert_array_equal(out, expected.transpose(2, 0, 1).astype(np.float32))
     assert (out.min(), out.max()) == (-1.0, 1.0)

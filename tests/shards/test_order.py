@@ -156,7 +156,20 @@ def test_resuming_late_in_a_large_dataset_needs_no_walk():
     order = Order([1000] * 5000, 0)
     late = order.places(4_700_000, 64)
     assert len(set(late.shard.tolist())) > 30
-    assert len(order._blocks) == 1
+    assert len(order._windows) == 1
+
+
+def test_a_rank_of_many_sorts_its_own_lanes_alone():
+    order = Order([1000] * 1000, 0)
+    parts = order.shares(0, 4096, 700, 1024, num_batches=8)
+    whole = order.places(0, 8 * 4096)
+    for part in parts:
+        np.testing.assert_array_equal(part.index, whole.index[part.position])
+    alone = Order([1000] * 1000, 0)
+    alone.shares(0, 4096, 700, 1024, num_batches=8)
+    (window,) = alone._windows.values()
+    lanes = {int(p) % 64 for part in parts for p in part.position}
+    assert set(np.flatnonzero(window._sorted).tolist()) == lanes == {43}
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [3, 0]])

@@ -51,6 +51,21 @@ def test_batches_hold_what_was_packed(packed, samples, num_threads, size):
                 assert batch["label"][row] == sample.label
 
 
+@pytest.mark.parametrize("num_threads", [0, 1])
+@pytest.mark.parametrize("size", [32, 8])
+def test_bytes_give_the_float_images_bit_for_bit(packed, num_threads, size):
+    data = open_dataset(packed)
+    asked = {"seed": 3, "image_size": size, "num_threads": num_threads}
+    with data.stream(10, **asked) as floats, data.stream(10, **asked, image_dtype="uint8") as raw:
+        for wanted, batch in itertools.islice(zip(floats, raw, strict=True), 6):
+            assert batch["key"] == wanted["key"]
+            assert batch["image"].dtype == torch.uint8
+            assert batch["image"].shape == wanted["image"].shape
+            assert batch["image"].is_contiguous()
+            made = batch["image"].to(torch.float32).sub_(127.5).div_(127.5)
+            assert torch.equal(made, wanted["image"])
+
+
 def test_read_gives_samples_by_number(packed, samples):
     data = open_dataset(packed)
     keys = data.keys("val")
@@ -305,6 +320,25 @@ def test_wrong_questions_get_clear_answers(packed):
         data.stream(4, world_size=8)
     with pytest.raises(ValueError, match="rank 2 is not one of 2"):
         data.stream(4, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="image_dtype must be 'float32' or 'uint8', not 'int8'"):
+        data.stream(4, image_dtype="int8")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="pin_memory needs a GPU"):
             data.stream(4, pin_memory=True)
+
+
+def test_a_reader_holds_rows_of_the_shards_it_has_read(packed, samples):
+    data = open_dataset(packed)
+    table = data.table("train")
+    assert len(table.shards) > 2
+    last = data.num_samples() - 1
+    for number in (last, 0, last, 1):
+        batch = data.read([number], levels=(4,), image_size=32)
+        (wanted,) = (sample for sample in samples if sample.key == batch["key"][0])
+        np.testing.assert_array_equal(batch["pyramid"][4][0], wanted.levels["p4"])
+        np.testing.assert_array_equal(batch["image"][0], expected_image(wanted, 32))
+    sizes = [shard.num_samples for shard in table.shards]
+    column = table.column("p4.npy", {0, len(sizes) - 1})
+    assert len(column.offsets) <= 2 * (sizes[0] + sizes[-1]) < data.num_samples()
+    data.read(range(last + 1), levels=(4,))
+    assert len(table.column("p4.npy", set(range(len(sizes)))).offsets) == data.num_samples()

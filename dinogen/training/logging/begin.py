@@ -128,6 +128,8 @@ class ProgressLine:
                 # Later stages are larger, and slower.
                 parts.append(f"run > {duration((left + self.later) / speed)}")
             parts.append(f"{speed:.1f} images/s")
+        if (mfu := self.values.get("mfu")) is not None:
+            parts.append(f"mfu {mfu:.0%}")
         for name in ("loss", "diversity", "floor"):
             value = self.values.get(name)
             if value is not None:

@@ -64,6 +64,7 @@ def chart_layout(family: Family, config: Config) -> Layout:
     }
     if family.device.type == "cuda":
         machine["peak memory, MiB"] = ["peak_memory_mb$"]
+        machine["share of peak FLOP/s"] = ["mfu$"]
     categories = {
         "At a glance": first,
         "Losses by phase": phases,
