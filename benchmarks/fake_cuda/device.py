@@ -22,6 +22,7 @@ def install() -> None:
     _replace_methods()
     F.scaled_dot_product_attention = _attention
     torch.load = _load
+    torch.utils.swap_tensors = _exchange
     # Adam takes many tensors at once where their types are known to it.
     optimizer._foreach_supported_types.append(FakeTensor)
     FakeTensorMode.avoid_device_init = property(lambda self: True)
@@ -96,6 +97,11 @@ def _load(*args: Any, **more: Any) -> Any:
     """Values of files; torch would leave them out where tensors without values are in use."""
     with unset_fake_temporarily():
         return _load_as_it_is(*args, **more)
+
+
+def _exchange(old: Tensor, new: Tensor) -> None:
+    """What modules do to parameters that are moved: swapping refuses those that a mode knows."""
+    old.data = new.data
 
 
 _composite_attention = F.scaled_dot_product_attention

@@ -47,6 +47,15 @@ struct CUDAHooks : CUDAHooksInterface {
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex current_device() const override { return 0; }
   DeviceIndex getCurrentDevice() const override { return 0; }
+  // Convolutions keep the memory format of channels last only where there is cuDNN.
+  bool hasCuDNN() const override { return true; }
+  bool compiledWithCuDNN() const override { return true; }
+  bool supportsDilatedConvolutionWithCuDNN() const override { return true; }
+  bool supportsDepthwiseConvolutionWithCuDNN() const override { return true; }
+  bool supportsBFloat16ConvolutionWithCuDNNv8() const override { return true; }
+  double batchnormMinEpsilonCuDNN() const override { return 0.0; }
+  long versionCuDNN() const override { return 90000; }
+  long versionRuntimeCuDNN() const override { return 90000; }
 };
 
 REGISTER_CUDA_HOOKS(CUDAHooks)

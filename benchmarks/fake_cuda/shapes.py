@@ -66,11 +66,21 @@ def _like(x: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-# Batch norm over several ranks, which only GPUs have.
+def _sampled(x: Tensor, grid: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], *grid.shape[1:3])
+
+
+def _two_like(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(y)
+
+
+# cuDNN's, and batch norm over several ranks, which only GPUs have.
 RESULTS: dict[str, Callable[..., Any]] = {
     "aten::batch_norm_stats": _two,
     "aten::batch_norm_gather_stats_with_counts": _two,
     "aten::batch_norm_elemt": _like,
     "aten::batch_norm_backward_reduce": _four,
     "aten::batch_norm_backward_elemt": _like,
+    "aten::cudnn_grid_sampler": _sampled,
+    "aten::cudnn_grid_sampler_backward": _two_like,
 }

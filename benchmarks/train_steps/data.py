@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dinogen._torchvision import ensure_torchvision
 from dinogen.config import Config, load_config
 from dinogen.config.base import SHIPPED
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class, resolve
+from dinogen.features.checkpoint import quiet_transformers
 from dinogen.features.clip import load_clip
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.features.load import load_guide
@@ -48,6 +50,9 @@ def config_with_data(
     if config.family.name == "guided" and config.guide.name == "dinov2":
         make_random_dinov2(folder / "guide", seed=0, **guide)
         own += [f"guide.path={folder}/guide", "guide.revision=null"]
+    if config.clip is not None:
+        _make_random_clip(folder / "clip", config.family.options["text"]["embed_dim"])
+        own += [f"clip.path={folder}/clip", "clip.revision=null"]
     if config.family.options.get("lambda_perceptual"):
         own.append("family.perceptual_weights=random")
     config = resolve(load_config(file, [*own, *overrides]))
@@ -87,6 +92,26 @@ def _pack(config: Config, out: Path) -> None:
     facts: dict[str, Any] = {"guide": identities.pop("", None), "guides": identities}
     facts["classes"] = [f"class {number}" for number in range(num_classes)]
     pack(samples, out, shard_size=8, clip=clip.info if clip else None, **facts)
+
+
+def _make_random_clip(folder: Path, embed_dim: int) -> None:
+    """A checkpoint whose image tower has CLIP ViT-B/32's shape, with few words and a small one for
+    them, which no step runs.
+    """
+    ensure_torchvision()
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    letters = [letter + after for letter in "abcdefghijklmnopqrstuvwxyz" for after in ("", "</w>")]
+    words = {token: number for number, token in enumerate([*letters, start, end])}
+    tokenizer = CLIPTokenizer(vocab=words, merges=[], model_max_length=77)
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "vocab_size": len(words), "eos_token_id": words[end]}
+    text |= {"bos_token_id": words[start], "pad_token_id": words[end]}
+    settings = CLIPConfig(text_config=text, vision_config={}, projection_dim=embed_dim)
+    with quiet_transformers():
+        CLIPModel(settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _on_meta(config: Config, number: int) -> Family:

@@ -165,6 +165,19 @@ def a_stream_waits(x):
 
 
 @program
+def what_the_trainer_sends_arrives_a_step_late(x):
+    from dinogen.transfer import Arrivals, to_device
+
+    to_device(torch.ones(3), x.device)  # copies
+    arrivals = Arrivals(x.device)
+    arrivals.send("first", {"norm": x.sum(), "finite": x.isfinite().all()})  # copies
+    yield
+    note, numbers = arrivals.receive()  # waits
+    assert note == "first"
+    assert all(0 < number < 1 for number in numbers.values())
+
+
+@program
 def numbers_of_the_host_are_arguments(x):
     x * torch.tensor(2.0) + 1.0
     torch.full((), 3.0, device="cuda")
@@ -184,6 +197,22 @@ def a_backward_reads(x):
             return gradient
 
     Reading.apply(x.requires_grad_()).sum().backward()
+
+
+@program
+def flags_of_the_device_change_nothing(x):
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    torch.use_deterministic_algorithms(True)
+    with torch.device("cuda"):
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ConvTranspose2d(4, 3, 3))
+    network.to(memory_format=torch.channels_last)
+    image = torch.ones(2, 3, 8, 8, device="cuda").contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cuda", torch.bfloat16):
+        out = network(image)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    out.sum().backward()
+    torch.use_deterministic_algorithms(False)
 
 
 @program

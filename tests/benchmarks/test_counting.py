@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.programs import PROGRAMS
+from tests.benchmarks.without_gpu import needs_fake_cuda
 
 FILE = Path(__file__).with_name("programs.py")
 KINDS = {"sync": "syncs", "waits": "waits", "blocking": "blocking", "copies": "copies"}
 LAUNCH = 2e-6
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="fake CUDA tensors need g++ once"
-)
+
+pytestmark = needs_fake_cuda
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,6 @@ def marked(name):
     return found
 
 
-@needs_compiler
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_each_marked_line_is_counted_once_and_no_other(counted, name):
     for kind, lines in marked(name).items():
@@ -56,7 +54,6 @@ def test_each_marked_line_is_counted_once_and_no_other(counted, name):
         }, kind
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ("name", "launches"),
     [
@@ -73,13 +70,11 @@ def test_launches(counted, name, launches):
     assert counted[name]["launches"] == launches
 
 
-@needs_compiler
 @pytest.mark.parametrize("name", ["attention by operators", "attention of columns"])
 def test_attention_is_one_launch_only_where_a_gpu_makes_it_one(counted, name):
     assert counted[name]["launches"] > 3
 
 
-@needs_compiler
 def test_flops_and_bytes_follow_from_the_shapes(counted):
     matrices = counted["a matrix product"]
     assert matrices["flops"] == 2 * 32 * 64 * 16
@@ -89,7 +84,6 @@ def test_flops_and_bytes_follow_from_the_shapes(counted):
     assert counted["attention by operators"]["flops"] == counted["attention"]["flops"]
 
 
-@needs_compiler
 def test_time_is_the_longest_of_flops_bytes_and_a_launch(counted):
     """At 1e12 FLOP/s and 1e9 bytes/s."""
     matrices = counted["a matrix product"]
@@ -98,7 +92,6 @@ def test_time_is_the_longest_of_flops_bytes_and_a_launch(counted):
     assert counted["many tensors at once"]["seconds"] == pytest.approx(3 * LAUNCH)
 
 
-@needs_compiler
 def test_memory_rises_and_falls_with_the_tensors(counted):
     megabytes = 4 * 1000 * 1000
     assert megabytes <= counted["memory"]["peak"] < megabytes + 100_000
