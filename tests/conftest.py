@@ -68,6 +68,7 @@ SLOW = (
 FIRST = (
     "slurm/*",
     "test_readme.py",
+    "benchmarks/*",
     "training/*",
     "evaluation/*",
     "visualize/*",
