@@ -66,7 +66,9 @@ class Runner:
     def step(self, number: int) -> None:
         """Train one step as if ``number`` steps had been made before."""
         self.state.progress.step = number
-        self.trainer.train_step(next(self._batches))
+        loaded = next(self._batches)
+        # earlier versions yield the batch itself
+        self.trainer.train_step(getattr(loaded, "batch", loaded))
 
     def _marked(self, method: Callable[..., Any], part: str) -> Callable[..., Any]:
         """A method of the engine, during which its phase's part runs."""
