@@ -208,3 +208,31 @@ def test_trained_weights_are_not_called_random(checkpoint, caplog):
     assert not guide.info.random
     assert guide.info.label == f"dinov2 ({Path(checkpoint).name})"
     assert not caplog.records
+
+
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False}, {"use_swiglu_ffn": True}], ids=str)
+def test_a_fused_network_computes_the_same(registers, changes):
+    """Also with scales of the branches that differ by channel, as trained ones do."""
+    import transformers
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if registers:
+            config = transformers.Dinov2WithRegistersConfig(**shape, **changes)
+            model = transformers.Dinov2WithRegistersModel(config).eval()
+        else:
+            model = transformers.Dinov2Model(transformers.Dinov2Config(**shape, **changes)).eval()
+        for name, parameter in model.named_parameters():
+            if "lambda1" in name or "bias" in name:
+                torch.nn.init.normal_(parameter)
+        pixels = torch.randn(2, 3, 56, 56, requires_grad=True)
+
+    def run():
+        output = model(pixel_values=pixels).last_hidden_state
+        return output, *torch.autograd.grad(output[:, :, 0].sum(), pixels)
+
+    want = run()
+    dinov2.fuse(model)
+    torch.testing.assert_close(run(), want, rtol=1e-4, atol=1e-5)

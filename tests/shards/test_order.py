@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.read.order import Order, Place
+from shards.read.order import Order, Place, share_of, share_sizes
 
 
 def share(order: Order, start: int, batch_size: int, rank: int, world_size: int) -> Place:
@@ -176,3 +176,15 @@ def test_a_rank_of_many_sorts_its_own_lanes_alone():
 def test_empty_shards_are_refused(sizes):
     with pytest.raises(ValueError, match="at least one sample"):
         Order(sizes, 0)
+
+
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_shares_are_numpys_and_those_of_batches(num, world_size):
+    want = np.array_split(np.arange(num), world_size)
+    slices = [share_of(num, rank, world_size) for rank in range(world_size)]
+    assert [np.arange(num)[one].tolist() for one in slices] == [part.tolist() for part in want]
+    assert share_sizes(num, world_size) == [len(part) for part in want]
+    if num:
+        order = Order([50], 0)
+        parts = [share(order, 0, num, rank, world_size) for rank in range(world_size)]
+        assert [len(part.position) for part in parts] == share_sizes(num, world_size)
