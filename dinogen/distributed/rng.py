@@ -121,6 +121,9 @@ class Draw(NamedTuple):
 # Numbers per position that are worth keeping for a step. A draw of more takes long enough by
 # itself that it is made when it is needed, and freed after.
 _MOST_KEPT = 2**15
+# Blocks of four words that a CPU makes in less time than it takes to launch a GPU's kernels for
+# them, which then have only a copy to wait for.
+_MOST_ON_HOST = 2**14
 # Steps of a kind after which a draw that none of them made is not made in advance any more.
 _FORGOTTEN_AFTER = 64
 
@@ -216,14 +219,14 @@ class _Tables:
     """What draws that are made together have in common, whatever the positions.
 
     Args:
-        draws: all on one device.
+        draws: all for one device.
         device: which.
     """
 
     def __init__(self, draws: Sequence[Draw], device: torch.device) -> None:
         self.draws = draws
+        self._device = device
         self._parts: dict[str, tuple[list[Draw], slice]] = {}
-        highs = [draw for draw in draws if draw.kind == "integers"]
         ordered: list[Draw] = []
         for kind in ("normal", "uniform", "integers"):
             own = [draw for draw in draws if draw.kind == kind]
@@ -233,33 +236,43 @@ class _Tables:
                 end = first + sum(draw.num_blocks for draw in own)
                 self._parts[kind] = own, slice(first, end)
         counts = torch.tensor([draw.num_blocks for draw in ordered])
-        blocks = torch.cat([torch.arange(draw.num_blocks) for draw in ordered])
         keys = torch.tensor([derive(draw.seed, draw.purpose) for draw in ordered])
         # one key, or one per block
         keys = keys if len(ordered) == 1 else keys.repeat_interleave(counts, 0)
-        self._blocks = to_device(blocks, device)
-        self._round_keys = to_device(_round_keys(keys), device)
-        bounds = [torch.tensor([draw.high]).expand(draw.num_blocks) for draw in highs]
-        self._highs = to_device(torch.cat(bounds), device) if bounds else blocks[:0]
+        self._num_blocks = int(counts.sum())
+        self._numbers = {
+            torch.device("cpu"): (
+                torch.cat([torch.arange(draw.num_blocks) for draw in ordered]),
+                _round_keys(keys),
+                torch.tensor([draw.high for draw in ordered]).repeat_interleave(counts),
+            )
+        }
 
     def draw(self, positions: Tensor) -> dict[Draw, Tensor]:
-        """The numbers of each draw, (B, *shape), for positions (B,)."""
-        rows = to_device(positions, self._blocks.device)[:, None]
-        zero = torch.zeros_like(rows)
-        even, odd = _philox(
-            self._blocks, zero, rows & _WORD, (rows >> 32) & _WORD, self._round_keys
+        """The numbers of each draw, (B, *shape) on the device, for positions (B,)."""
+        few = positions.device.type == "cpu" and (
+            len(positions) * self._num_blocks <= _MOST_ON_HOST
         )
+        where = positions.device if few else self._device
+        if where not in self._numbers:
+            host = self._numbers[torch.device("cpu")]
+            self._numbers[where] = tuple(to_device(numbers, where) for numbers in host)  # type: ignore[assignment]
+        blocks, round_keys, highs = self._numbers[where]
+        rows = to_device(positions, where)[:, None]
+        zero = torch.zeros_like(rows)
+        even, odd = _philox(blocks, zero, rows & _WORD, (rows >> 32) & _WORD, round_keys)
         found: dict[Draw, Tensor] = {}
-        for kind, (draws, where) in self._parts.items():
-            words = even[:, :, where], odd[:, :, where]
+        for kind, (draws, columns) in self._parts.items():
+            words = even[:, :, columns], odd[:, :, columns]
             if kind == "normal":
                 numbers = _normal(*words)
             elif kind == "uniform":
                 numbers = _uniform(*words)
             else:
-                numbers = _integers(*words, self._highs)
+                numbers = _integers(*words, highs[columns])
             sizes = [4 * draw.num_blocks for draw in draws]
-            for draw, part in zip(draws, numbers.split(sizes, 1), strict=True):
+            parts = to_device(numbers, self._device).split(sizes, 1)
+            for draw, part in zip(draws, parts, strict=True):
                 found[draw] = part[:, : math.prod(draw.shape)].reshape(len(part), *draw.shape)
         return found
 
