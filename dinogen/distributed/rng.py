@@ -123,7 +123,7 @@ class Draw(NamedTuple):
 _MOST_KEPT = 2**15
 # Blocks of four words that a CPU makes in less time than it takes to launch a GPU's kernels for
 # them, which then have only a copy to wait for.
-_MOST_ON_HOST = 2**14
+_MOST_ON_HOST = 2**15
 # Steps of a kind after which a draw that none of them made is not made in advance any more.
 _FORGOTTEN_AFTER = 64
 

@@ -114,6 +114,16 @@ class Guided(Family):
             )
         return self._training
 
+    @property
+    def frozen(self) -> tuple[nn.Module, ...]:
+        """The guides, and the discriminator's own one."""
+        found: list[Any] = []  # a guide need not be a module
+        if self._training is not None:
+            found += self._training.guides.guides.values()
+        if self.adversary is not None:
+            found.append(self.adversary.guide)
+        return tuple({id(one): one for one in found if isinstance(one, nn.Module)}.values())
+
     def latents(self, indices: Tensor, seed: int) -> Tensor:
         """z (N, z_dim)."""
         return rng.normal(seed, "sample", indices, (self.options.z_dim,), self.device)

@@ -9,6 +9,7 @@ import torch
 
 from dinogen.config import ConfigError
 from dinogen.families.wgan_gp import WganGp
+from dinogen.features.dinov2 import Dinov2Guide
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.engines import base
 from dinogen.training.run import train
@@ -46,6 +47,36 @@ def test_it_trains_as_without_it(tiny, family):
     train(compiled)
     assert_same(compiled, plain)
     assert load_snapshot(compiled.run).sample(2, seed=0).shape == (2, 3, 16, 16)
+
+
+def test_guides_are_compiled_and_penalties_go_through_them(make_config, monkeypatch):
+    monkeypatch.setattr(base, "COMPILER", "aot_eager")
+    torch.compiler.reset()
+    projected = "{kind: projected, from_resolution: 4, r1: 1.0, every: 2, penalty_on: pixels}"
+    same = [
+        "stages.0.kimg=0.016",
+        "stages.1.kimg=0.016",
+        "stages.1.fade_kimg=0.008",
+        f"family.discriminator={projected}",
+    ]
+    plain = make_config(*same, run="plain")
+    compiled = make_config(*same, "engine.compile=true", run="compiled")
+    seen = []
+    compiling = Dinov2Guide.compile
+
+    def noted(self, **how):
+        seen.append(how)
+        compiling(self, **how)
+
+    monkeypatch.setattr(Dinov2Guide, "compile", noted)
+    train(plain)
+    assert not seen
+    train(compiled)
+    assert len(seen) == 2  # once a stage, though G's objective and D share it
+    for resolution in (4, 8):
+        left, right = weights(compiled, resolution), weights(plain, resolution)
+        for name, value in right.items():
+            torch.testing.assert_close(left[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_a_family_that_does_not_say_so_is_one_line(tiny, monkeypatch):
