@@ -189,7 +189,7 @@ class Adversary:
             found = [hinge_g(one) for one in fakes]
         weight = self.weight(nimg_in_stage)
         report = {
-            "adversarial_weight": torch.tensor(weight),
+            "adversarial_weight": torch.full((), weight, device=fake.device),
             "adversarial_fake": _mean([one.detach().mean() for one in fakes]),
         }
         return {"adversarial": weight * _mean(found)}, report

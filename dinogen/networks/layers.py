@@ -69,15 +69,36 @@ class SpectralNorm(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """W -> W / sigma, in float32 under autocast too."""
-        # u' W v as a sum of products: autocast would make matrix products half precision
-        sigma = (weight.flatten(1) * (self.u[:, None] * self.v)).sum()
-        return weight / sigma
+        divided: Tensor = _DividedBySigma.apply(weight, self.u, self.v)
+        return divided
+
+
+class _DividedBySigma(torch.autograd.Function):
+    """W / (u' W v), whose gradient is (G - sum(G W / sigma) u v') / sigma (equation 12)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            sigma = torch.dot(u, weight.flatten(1) @ v)
+        divided = weight / sigma
+        ctx.save_for_backward(divided, sigma, u, v)
+        return divided
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        divided, sigma, u, v = ctx.saved_tensors
+        share = torch.dot(gradient.flatten(), divided.flatten())
+        of_weight = torch.addr(gradient.flatten(1), u, share * v, alpha=-1).div_(sigma)
+        return of_weight.view_as(divided), None, None
 
 
 def spectral_norm(layer: nn.Module) -> nn.Module:
     """Divide the layer's weight by its largest singular value from now on; initialise it before."""
     assert isinstance(layer.weight, Tensor)
-    return parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
+    norm = SpectralNorm(layer.weight)
+    # unsafe: not tried at once, for a weight may be on meta, which knows no autocast
+    return parametrize.register_parametrization(layer, "weight", norm, unsafe=True)
 
 
 def update_spectral_norms(network: nn.Module) -> None:
@@ -113,7 +134,7 @@ def _normalized(vectors: list[Tensor]) -> list[Tensor]:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm in the type of x, whatever autocast says.
+    """Group norm in the type of x, also under autocast.
 
     Autocast would cast x to float32, and leave it so for what follows up to the next convolution.
     A GPU's kernel sums in float32 for half precision too.

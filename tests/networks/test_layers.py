@@ -245,3 +245,15 @@ def test_nearest_conv_is_a_convolution_of_the_nearest_upsample(bias):
     expected = F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
     torch.testing.assert_close(nearest_conv(x, weight, bias), expected)
     assert torch.autograd.gradgradcheck(nearest_conv, (x[:1, :, :2, :2], weight[:2]))
+
+
+def test_the_gradient_through_a_spectral_norm_is_that_of_its_formula():
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 2, 2).double().requires_grad_()
+    norm = SpectralNorm(weight)
+    expected = weight / torch.einsum("i,ij,j->", norm.u, weight.flatten(1), norm.v)
+    found = norm(weight)
+    torch.testing.assert_close(found, expected)
+    other = torch.randn(4, 3, 2, 2).double()
+    first, second = (torch.autograd.grad((y * other).sum(), weight) for y in (found, expected))
+    torch.testing.assert_close(first, second)

@@ -7,8 +7,16 @@ import torch
 from torch.nn import functional as F
 
 from dinogen.networks.layers import binomial, upsample
+from dinogen.networks.stylegan2 import generator
 from dinogen.networks.stylegan2.generator import ModulatedConv
-from dinogen.networks.stylegan2.layers import Conv, Dense, Mapping, activate, follows_autocast
+from dinogen.networks.stylegan2.layers import (
+    CLAMP,
+    Conv,
+    Dense,
+    Mapping,
+    activate,
+    follows_autocast,
+)
 
 
 def test_a_dense_layer_by_hand():
@@ -129,3 +137,33 @@ def test_which_resolutions_follow_autocast():
         4: [32, 64, 128, 256],
         9: [8, 16, 32, 64, 128, 256],
     }
+
+
+@pytest.mark.parametrize("gain", [1.0, math.sqrt(2)])
+def test_the_activation_and_its_derivatives_are_those_of_single_operations(gain):
+    torch.manual_seed(0)
+    x, bias = 200 * torch.randn(2, 3, 4, 4).double(), 100 * torch.randn(3).double()
+    limit = CLAMP * gain / math.sqrt(2)
+
+    def single(x, bias):
+        return (F.leaky_relu(x + bias[:, None, None], 0.2) * gain).clamp(-limit, limit)
+
+    found = []
+    for function in (lambda x, bias: activate(x, bias, gain), single):
+        own = [x.detach().requires_grad_(), bias.detach().requires_grad_()]
+        y = function(*own)
+        first = torch.autograd.grad(y.pow(3).sum(), own, create_graph=True)
+        second = torch.autograd.grad(sum(one.pow(2).sum() for one in first), own)
+        found.append((y.detach(), *(one.detach() for one in first), *second))
+    torch.testing.assert_close(*found)
+    assert 0 < (found[0][0].abs() == limit).double().mean() < 1
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_what_keeps_float16_in_range_cancels(monkeypatch, up):
+    torch.manual_seed(0)
+    conv = ModulatedConv(5, 6, 3, 4, up)
+    x, w = torch.randn(2, 5, 4, 4), torch.randn(2, 4)
+    plain = conv(x, w)
+    monkeypatch.setattr(generator, "in_float16", lambda device: True)
+    torch.testing.assert_close(conv(x, w), plain, rtol=1e-4, atol=1e-5)

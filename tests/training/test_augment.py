@@ -1,12 +1,22 @@
 """Augmentations against torchvision's, and drawn by position alone."""
 
+import numpy as np
 import pytest
 import torch
 
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import AugmentConfig
-from dinogen.training.dataloading import augment, brightness, contrast, flip, rotate, saturation
+from dinogen.training.dataloading import (
+    augment,
+    brightness,
+    contrast,
+    flip,
+    in_unit_range,
+    rotate,
+    saturation,
+)
 from dinogen.training.run import train
+from shards.image.decode import write_into
 from tests.families.tiny import discs, pack_discs, tiny_config
 from tests.training.helpers import weights
 
@@ -89,3 +99,11 @@ def test_a_run_that_mirrors_everything_equals_a_run_on_mirror_images(tmp_path, m
     a, b, c = (weights(config, 16) for config in (one, two, none))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+def test_images_sent_as_bytes_are_what_the_reader_makes_of_them():
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    read, sent = np.empty((3, 16, 16), np.float32), np.empty((3, 16, 16), np.uint8)
+    write_into(pixels, read)
+    write_into(pixels, sent)
+    assert np.array_equal(in_unit_range(torch.from_numpy(sent)).numpy(), read)
