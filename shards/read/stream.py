@@ -30,7 +30,7 @@ from shards.remote.storage import RemoteFolder
 # One spare batch hides the jitter of a slow read; more only costs memory.
 _SPARE_BATCHES = 1
 # Planning several batches costs about as much as planning one.
-_BATCHES_PLANNED = 8
+_BATCHES_PLANNED = 16
 
 
 class Stream:
