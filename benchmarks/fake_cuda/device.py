@@ -14,6 +14,10 @@ from torch.optim import optimizer
 from fake_cuda import streams
 from fake_cuda.storages import PINNED
 
+# Where a device has no kernel for these, torch composes them of smaller ones; a GPU has.
+_WHOLE_ON_A_GPU = ("silu_backward", "mish_backward")
+_library = torch.library.Library("aten", "IMPL")
+
 
 def install() -> None:
     """Replace what asks for a GPU in ``torch.cuda`` and elsewhere; the guard has to be loaded."""
@@ -21,11 +25,18 @@ def install() -> None:
     streams.install()
     _replace_methods()
     F.scaled_dot_product_attention = _attention
+    for name in _WHOLE_ON_A_GPU:
+        _library.impl(name, _never, "CUDA")
     torch.load = _load
     torch.utils.swap_tensors = _exchange
     # Adam takes many tensors at once where their types are known to it.
     optimizer._foreach_supported_types.append(FakeTensor)
     FakeTensorMode.avoid_device_init = property(lambda self: True)
+
+
+def _never(*args: Any) -> Tensor:
+    """A kernel that tensors without values do not get to."""
+    raise AssertionError("there is no GPU")
 
 
 def _replace_queries() -> None:
