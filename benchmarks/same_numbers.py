@@ -1,4 +1,4 @@
-"""Trains tiny runs with two versions of dinogen and compares them bit for bit.
+"""Trains tiny runs with two versions of dinogen and compares them bit for bit, or nearly.
 
     python benchmarks/same_numbers.py --code ../before --data /tmp/same --out before.json
     python benchmarks/same_numbers.py --code . --data /tmp/same --out after.json
@@ -14,6 +14,16 @@ code that this file belongs to. So a version before a change of the format has t
 (``files``), of the lines of stats.jsonl without what a clock measured (``stats``), of the sample
 grid, of ``dinogen sample`` and, for some, the metric values of ``dinogen evaluate``. ``--compare``
 names what differs and ends with 1 if anything does. About two minutes a version on one core.
+
+Where a change is one of floating-point order alone, the numbers themselves are compared:
+
+    python benchmarks/same_numbers.py --code ../before --data /tmp/same --steps 20 --keep /tmp/one
+    python benchmarks/same_numbers.py --code . --data /tmp/same --steps 20 --keep /tmp/two
+    python benchmarks/same_numbers.py --apart /tmp/one /tmp/two
+
+``--keep`` keeps the weights, averages and optimizer state of each run. ``--apart`` prints how far
+those of two versions are apart: the largest difference of any two numbers of a file over the
+largest number in it. It ends with 1 where that is more than ``--tolerance``.
 """
 
 from __future__ import annotations
@@ -23,6 +33,7 @@ import hashlib
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -173,21 +184,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--only", default="", help="runs whose name holds this")
     parser.add_argument("--compare", type=Path, nargs=2, metavar="JSON")
+    parser.add_argument("--steps", type=int, default=4, help="of each stage")
+    parser.add_argument("--keep", type=Path, help="folder for what the runs end with")
+    parser.add_argument("--apart", type=Path, nargs=2, metavar="FOLDER")
+    parser.add_argument("--tolerance", type=float, default=1e-3)
     parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)  # where the child works
     options = parser.parse_args()
     if options.compare:
         sys.exit(compare(*(json.loads(path.read_text()) for path in options.compare)))
+    if options.apart:
+        sys.exit(apart(*options.apart, options.tolerance))
     if options.here:
-        train_all(options.here, options.data, options.out, options.only)
+        train_all(options)
         return
-    if not (options.code and options.data and options.out):
-        parser.error("give --code, --data and --out, or --compare")
+    if not (options.code and options.data and (options.out or options.keep)):
+        parser.error("give --code, --data, and --out or --keep; or --compare; or --apart")
     data = options.data.absolute()
     if not (data / "packed" / "manifest.json").is_file():
         run_python(ROOT, "from benchmarks.same_numbers import make_data; make_data()", data)
     with tempfile.TemporaryDirectory() as work:
         command = [str(Path(__file__).resolve()), "--here", work, "--data", str(data)]
-        command += ["--out", str(options.out.absolute()), "--only", options.only]
+        command += ["--only", options.only, "--steps", str(options.steps)]
+        for name in ("out", "keep"):
+            if path := getattr(options, name):
+                command += [f"--{name}", str(path.absolute())]
         done = subprocess.run([sys.executable, *command], env=environment(options.code), cwd=work)
     sys.exit(done.returncode)
 
@@ -267,13 +287,15 @@ def make_data() -> None:
     )
 
 
-def train_all(work: Path, data: Path, out: Path, only: str) -> None:
+def train_all(options: argparse.Namespace) -> None:
     """In the child: train, sample and evaluate every run, and write what each came to."""
     import yaml
 
+    work, data = options.here, options.data
+    kimg = options.steps * BATCH / 1000
     found: dict[str, Any] = {}
     for name, own in cases().items():
-        if only not in name:
+        if options.only not in name:
             continue
         run = work / name
         config = {
@@ -287,6 +309,8 @@ def train_all(work: Path, data: Path, out: Path, only: str) -> None:
             "device": "cpu",
             **own,
         }
+        for stage in config["stages"] if options.steps != 4 else ():
+            stage["kimg"] = kimg
         if own["family"]["name"] != "guided":
             config["augment"] = {"flip": 0.5, "rotate": 5}
         if "text" in own["family"]:
@@ -294,6 +318,11 @@ def train_all(work: Path, data: Path, out: Path, only: str) -> None:
         path = work / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))
         dinogen("train", str(path))
+        if options.keep:
+            keep(run, options.keep / name)
+        if not options.out:
+            print(name, flush=True)
+            continue
         found[name] = {
             folder.name: stage_of(folder) for folder in sorted(run.glob("*x*")) if folder.is_dir()
         }
@@ -304,7 +333,8 @@ def train_all(work: Path, data: Path, out: Path, only: str) -> None:
         if name in EVALUATED:
             found[name]["evaluate"] = metric_values(run, data, work, EVALUATED[name])
         print(name, flush=True)
-    out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 def dinogen(*words: str) -> None:
@@ -317,9 +347,40 @@ def dinogen(*words: str) -> None:
             raise RuntimeError(f"dinogen {' '.join(words)} ended with {error.code}") from error
 
 
+def newest_of(folder: Path) -> Path:
+    """The newest checkpoint of a stage."""
+    return max(p for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def keep(run: Path, folder: Path) -> None:
+    """Copy what the stages of a run ended with."""
+    for stage in (path.parent for path in run.glob("*/checkpoints")):
+        for path in newest_of(stage).glob("*.safetensors"):
+            target = folder / stage.name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+
+
+def apart(before: Path, after: Path, tolerance: float) -> int:
+    """Print how far what two versions ended with is apart; 1 if it is more than allowed."""
+    from safetensors.torch import load_file
+
+    wrong = 0
+    for path in sorted(before.rglob("*.safetensors")):
+        name = path.relative_to(before)
+        one, two = load_file(path), load_file(after / name)
+        differs = max(float((one[key].double() - two[key]).abs().max()) for key in one)
+        share = differs / max(float(value.double().abs().max()) for value in one.values())
+        worse = one.keys() != two.keys() or not share <= tolerance
+        wrong += worse
+        print(f"{name!s:<48}{share:10.1e}{'  APART' if worse else ''}")
+    print(f"{wrong} files further apart than {tolerance:g}")
+    return int(bool(wrong))
+
+
 def stage_of(folder: Path) -> dict[str, Any]:
     """Hashes of what a stage of a run left."""
-    newest = max(p for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+    newest = newest_of(folder)
     return {
         "nimg": int(newest.name),
         "files": {path.name: tensors(path) for path in sorted(newest.glob("*.safetensors"))},

@@ -60,7 +60,7 @@ class SingleEngine:
         self.device = device
         if process_group.world_size() > 1:
             for network in family.networks.values():
-                sync_batch_norms(network, device)
+                sync_batch_norms(network)
         self.precision = resolve_precision(self.config.precision, device)
         # Of torch's ways to take a step, the fastest, and the only one that a GPU can leave out.
         self.fused = device.type in ("cuda", "cpu")
@@ -336,51 +336,57 @@ def load_optimizer_state(
         optimizer.state[parameter][key] = value.to(parameter.device if on_device else value.device)
 
 
-def sync_batch_norms(network: nn.Module, device: torch.device) -> None:
-    """Turn the batch norms inside ``network`` into ones that see all ranks; names stay.
+def sync_batch_norms(network: nn.Module) -> None:
+    """Turn the batch norms inside ``network`` into ones that see all ranks; names stay."""
+    for child in network.modules():
+        if isinstance(child, _BatchNorm):
+            child.__class__ = SyncBatchNorm
 
-    On GPUs torch's own ``nn.SyncBatchNorm``, which knows no CPU.
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm whose mean and variance are those of all ranks' samples (B, C, ...).
+
+    On any device, and differentiable to any order. torch's own, for GPUs alone, reads from the
+    device in each forward, in case a rank has no samples.
     """
-    for module in network.modules():
-        for name, child in module.named_children():
-            if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm):
-                if device.type == "cuda":
-                    setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
-                else:
-                    child.__class__ = CpuSyncBatchNorm
-
-
-class CpuSyncBatchNorm(_BatchNorm):
-    """Batch norm whose mean and variance are those of all ranks' samples (B, C, ...)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, ...) -> the same shape."""
+        """(B, C, ...) -> the same shape and type."""
         if not self.training:
             return super().forward(x)
         dims = [0, *range(2, x.dim())]
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        count = process_group.all_reduce_sum(torch.tensor(x.numel() / x.shape[1]))
-        mean = process_group.all_reduce_sum_with_gradient(x.sum(dims)) / count
-        # a second pass: the mean of squares less the square of the mean loses its digits
-        x = x - mean.view(shape)
-        variance = process_group.all_reduce_sum_with_gradient(x.square().sum(dims)) / count
+        count = x.numel() // x.shape[1]
+        variance, mean = torch.var_mean(x.float(), dims, correction=0)
+        own = torch.cat([mean, variance, mean.new_full((1,), count)])
+        # Each rank adds a row, and all have all of them: (ranks, 2 C + 1).
+        rank = torch.arange(process_group.world_size(), device=x.device) == process_group.rank()
+        rows = process_group.all_reduce_sum_with_gradient(rank[:, None] * own)
+        means, variances = rows[:, :-1].chunk(2, 1)
+        total = rows[:, -1].detach().sum()
+        shares = (rows[:, -1:].detach() / total).expand_as(means)
+        # not the mean of squares less the square of the mean, which would lose its digits
+        mean = (shares * means).sum(0)
+        variance = (shares * (variances + (means - mean).square())).sum(0)
         if self.track_running_stats:
-            self._remember(mean.detach(), (variance * count / (count - 1)).detach())
-        x = x * torch.rsqrt(variance.view(shape) + self.eps)
-        if self.affine:
-            x = x * self.weight.view(shape) + self.bias.view(shape)
-        return x
+            self._remember(mean.detach(), (variance * total / (total - 1)).detach())
+        scale = torch.rsqrt(variance + self.eps)
+        scale = scale if self.weight is None else scale * self.weight
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
         assert self.num_batches_tracked is not None and self.running_mean is not None
         assert self.running_var is not None
         self.num_batches_tracked += 1
-        share = self.momentum
-        if share is None:
-            share = 1.0 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(variance, share)
+        if self.momentum is not None:
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance, self.momentum)
+            return
+        share = 1 / self.num_batches_tracked
+        self.running_mean += (mean - self.running_mean) * share
+        self.running_var += (variance - self.running_var) * share
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Any number of dimensions from two."""
