@@ -210,7 +210,7 @@ def compare_loops(options: argparse.Namespace) -> None:
         }
         least: dict[str, float] = {}
         for number in range(options.rounds):
-            # whoever comes second finds warmer caches
+            # the second one finds warmer caches
             for name in sorted(loops, reverse=bool(number % 2)):
                 began = time.process_time()
                 for _ in range(options.steps):

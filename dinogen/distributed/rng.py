@@ -131,7 +131,7 @@ _FORGOTTEN_AFTER = 64
 class Together:
     """Makes the draws of a training step at once: those that steps of its kind made before.
 
-    It is a matter of speed alone: a number is the same, whoever computes it. What a step draws for
+    Only the speed depends on it; the numbers do not. What a step draws for
     other positions than those it began with, or for the first time, is drawn by itself.
     """
 
@@ -216,7 +216,7 @@ def _draw(draw: Draw, positions: Tensor) -> Tensor:
 
 
 class _Tables:
-    """What draws that are made together have in common, whatever the positions.
+    """What draws that are made together have in common at all positions.
 
     Args:
         draws: all for one device.

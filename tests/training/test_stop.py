@@ -134,7 +134,7 @@ def test_all_ranks_stop_with_the_one_that_cannot_have_its_shard(make_config, tmp
     done = torchrun(2, script, path, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
-    # One may have been a step ahead of the other: then the other still has the batches for it.
+    # One may have begun a step more than the other, which still has the batches for it.
     found = [re.fullmatch(r"75 stopped by (.*) at (\d+) images, .*", text) for text in said]
     assert [match and match[1] for match in found] == ["another rank", "SIGTERM"]
     first, second = (int(match[2]) for match in found if match)

@@ -12,13 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from dinogen.batch import Batch, Losses, Scalars
 from dinogen.config import Config, ConfigError, EngineConfig, OptimConfig
 from dinogen.distributed import process_group
 from dinogen.families.abilities import RunsFrozen, ScalesOptimizer
 from dinogen.families.base import Family, Phase
-from dinogen.networks.layers import SpectralNorm
 from dinogen.transfer import to_device
 
 COMPILER = "inductor"  # torch.compile's backend
@@ -267,13 +267,14 @@ def set_memory_format(network: nn.Module, config: EngineConfig, device: torch.de
     """Lay the weights of convolutions out as a GPU reads them fastest; their values stay.
 
     Not where a layer would lay them out again: CUDA's group norm takes contiguous maps alone, and
-    a spectral norm takes a weight for a matrix.
+    parametrizations, such as spectral norm, take a weight for a matrix.
     """
     # ZeRO joins all weights into one flat tensor, in which they have another layout again
     if device.type != "cuda" or not config.channels_last or config.name == "deepspeed":
         return
-    if any(isinstance(module, nn.GroupNorm | SpectralNorm) for module in network.modules()):
-        return
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm) or parametrize.is_parametrized(module):
+            return
     for parameter in network.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
