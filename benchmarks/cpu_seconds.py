@@ -1,11 +1,11 @@
 """CPU seconds of training steps: of two checkouts in turn, and of the loop over a bare one.
 
     python benchmarks/cpu_seconds.py pair --before CHECKOUT [CONFIG...] [--set KEY=VALUE ...]
-    python benchmarks/cpu_seconds.py loop [--steps 40]
+    python benchmarks/cpu_seconds.py loop
 
 ``pair`` runs steps of shipped configs in two processes, one of each checkout, that take turns, so
-that whatever else the machine does slows both down. It prints the least CPU seconds of each phase
-over all rounds, and their ratio. Samples are random; a step costs the same whatever they show.
+that whatever else the machine does slows both down. It prints the median CPU seconds of each phase
+and the median ratio of a round. Samples are random; a step costs the same whatever they show.
 
 ``loop`` runs dcgan_fast by the trainer, and by as few lines of torch as compute the same: same
 networks, losses, flips, average and optimizer, latents from torch's own generator.
@@ -24,6 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,8 @@ def main() -> None:
     pair.add_argument("--set", nargs="*", default=[], dest="changes")
     pair.add_argument("--rounds", type=int, default=12)
     loop = commands.add_parser("loop")
-    loop.add_argument("--rounds", type=int, default=30)
-    loop.add_argument("--steps", type=int, default=20, help="per round and loop")
+    loop.add_argument("--rounds", type=int, default=60)
+    loop.add_argument("--steps", type=int, default=5, help="per round and loop")
     worker = commands.add_parser("worker")
     worker.add_argument("config")
     worker.add_argument("data", type=Path)
@@ -76,20 +77,24 @@ def compare_checkouts(options: argparse.Namespace) -> None:
             changes = [*CONFIGS.get(name, []), *options.changes]
             trees = [options.before.resolve(), REPO]
             workers = [start(tree, name, Path(folder) / "data", changes) for tree in trees]
-            least: list[dict[str, float]] = [{}, {}]
+            rounds: list[list[dict[str, float]]] = [[], []]
             for number in range(options.rounds):
                 for which in (0, 1) if number % 2 else (1, 0):
-                    for phase, value in ask(workers[which]).items():
-                        least[which][phase] = min(value, least[which].get(phase, value))
+                    rounds[which].append(ask(workers[which]))
             for worker in workers:
                 worker.communicate()
-        for phase, before in least[0].items():
-            after = least[1][phase]
+        for phase in rounds[0][0]:
+            before, after = ([found[phase] for found in side] for side in rounds)
             print(
-                f"{name:<22}{phase:<8}{before * 1e3:>12.1f}{after * 1e3:>12.1f}"
-                f"{after / before:>16.3f}",
+                f"{name:<22}{phase:<8}{median(before) * 1e3:>12.1f}{median(after) * 1e3:>12.1f}"
+                f"{ratio(after, before):>16.3f}",
                 flush=True,
             )
+
+
+def ratio(one: list[float], other: list[float]) -> float:
+    """Median over rounds, in each of which both took their turn."""
+    return median(a / b for a, b in zip(one, other, strict=True))
 
 
 def start(tree: Path, name: str, data: Path, changes: list[str]) -> subprocess.Popen[str]:
@@ -208,18 +213,17 @@ def compare_loops(options: argparse.Namespace) -> None:
             "trainer": lambda: trainer.train_step(dict(batch)),
             "bare loop": bare_loop(state, batch["image"]),
         }
-        least: dict[str, float] = {}
+        found: dict[str, list[float]] = {name: [] for name in loops}
         for number in range(options.rounds):
             # the second one finds warmer caches
             for name in sorted(loops, reverse=bool(number % 2)):
                 began = time.process_time()
                 for _ in range(options.steps):
                     loops[name]()
-                seconds = (time.process_time() - began) / options.steps
-                least[name] = min(seconds, least.get(name, seconds))
-    for name, seconds in least.items():
-        print(f"{name:<12}{seconds * 1e3:8.2f} ms of CPU per step")
-    print(f"{'ratio':<12}{least['trainer'] / least['bare loop']:8.3f}")
+                found[name].append((time.process_time() - began) / options.steps)
+    for name, seconds in found.items():
+        print(f"{name:<12}{median(seconds) * 1e3:8.2f} ms of CPU per step")
+    print(f"{'ratio':<12}{ratio(found['trainer'], found['bare loop']):8.3f}")
 
 
 def bare_loop(state: Any, images: torch.Tensor) -> Callable[[], None]:

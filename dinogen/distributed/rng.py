@@ -149,7 +149,9 @@ class Together:
         """
         plan = self._plans.setdefault(kind, _Plan())
         plan.begin()
-        token = _advance.set({id(positions): _Advance(positions, plan) for positions in batches})
+        token = _advance.set(
+            {id(positions): _MadeInAdvance(positions, plan) for positions in batches}
+        )
         try:
             yield
         finally:
@@ -186,7 +188,7 @@ class _Plan:
         return {} if tables is None else tables.draw(positions)
 
 
-class _Advance:
+class _MadeInAdvance:
     """The draws of one microbatch that are made in advance, at the first of each device."""
 
     def __init__(self, positions: Tensor, plan: _Plan) -> None:
@@ -204,7 +206,7 @@ class _Advance:
         return self._made[draw.device].get(draw)
 
 
-_advance: ContextVar[dict[int, _Advance] | None] = ContextVar("advance", default=None)
+_advance: ContextVar[dict[int, _MadeInAdvance] | None] = ContextVar("advance", default=None)
 
 
 def _draw(draw: Draw, positions: Tensor) -> Tensor:
