@@ -170,7 +170,7 @@ def timed(state: Any, spent: dict[str, float]) -> Any:
         spent[phase.name] = time.process_time() - began.pop(phase.name)
         return found
 
-    engine.losses, engine.step = begin, end
+    engine.losses, engine.step = begin, end  # type: ignore[method-assign]
     return trainer
 
 

@@ -74,6 +74,8 @@ class SingleEngine:
             name: torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
             for name in family.networks
         }
+        # Listed once: to walk through the modules takes longer than to set a flag.
+        self.parameters = {name: list(net.parameters()) for name, net in family.networks.items()}
         self.trained: dict[str, list[nn.Parameter]] = {}
         self.live: str | None = None
         if self.config.compile:
@@ -187,7 +189,7 @@ class SingleEngine:
             return
         self.live = network
         for name, parameters in self.trained.items():
-            for parameter in self.family.networks[name].parameters():
+            for parameter in self.parameters[name]:
                 parameter.requires_grad_(False)
             if name == network:
                 for parameter in parameters:

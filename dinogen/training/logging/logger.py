@@ -184,7 +184,11 @@ class _Group:
             begin = torch.tensor([resumed.pop(name, 0.0) for name in new], dtype=self.sums.dtype)
             self.names += new
             self.sums = torch.cat([self.sums, to_device(begin, self.sums.device)])
-        scalars = [to_device(value.detach(), self.sums.device) for value in values.values()]
+        device = self.sums.device
+        scalars = [
+            value.detach() if value.device == device else to_device(value.detach(), device)
+            for value in values.values()
+        ]
         if len({scalar.dtype for scalar in scalars}) > 1:
             scalars = [scalar.to(self.sums.dtype) for scalar in scalars]
         terms = torch.stack(scalars).to(self.sums.dtype) * weight
