@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from dinogen.networks.casts import cast_together, conv
+
 NUM_FIRST_ITERATIONS = 15
 
 
@@ -37,10 +39,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
-        query, key, value = (f(x).flatten(2) for f in (self.query, self.key, self.value))
+        own = cast_together(self.query, self.key, self.value, self.out)
+        query, key, value = (F.conv2d(x, *weights).flatten(2) for weights in own[:3])
         weights = torch.softmax(query.transpose(1, 2) @ key, dim=-1)
         attended = (value @ weights.transpose(1, 2)).unflatten(2, x.shape[2:])
-        changed: Tensor = self.gamma * self.out(attended)
+        changed: Tensor = self.gamma * conv(self.out, attended, own[3])
         return x + changed
 
 
@@ -142,10 +145,12 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape and type."""
-        return self.normalized(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return self.normalized(x, self.weight, self.bias)
 
     def normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """With another weight and bias (C,) of the type of x, or without."""
+        """With another weight and bias (C,), or without."""
+        if weight is not None and bias is not None:
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
@@ -161,8 +166,12 @@ class InstanceNorm(nn.InstanceNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape and type."""
+        return self.normalized(x, self.weight, self.bias)
+
+    def normalized(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """With another weight and bias (C,)."""
         x = x.contiguous()
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         normalized: Tensor = _InstanceNorm.apply(x, weight, bias, self.eps)
         return normalized
 

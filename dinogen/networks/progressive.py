@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinogen.networks.casts import cast_together, conv
 from dinogen.networks.layers import minibatch_std, nearest_conv
 from dinogen.networks.stylegan2.layers import Dense, normalize
 
@@ -165,8 +166,10 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, R, R) -> (B, O, R/2, R/2)."""
-        x = F.leaky_relu(self.conv0(x), LEAK)
-        return F.avg_pool2d(F.leaky_relu(self.conv1(x), LEAK), 2)
+        own = cast_together(self.conv0, self.conv1)
+        for layer, weights in zip((self.conv0, self.conv1), own, strict=True):
+            x = F.leaky_relu(conv(layer, x, weights), LEAK)
+        return F.avg_pool2d(x, 2)
 
 
 class ProgressiveDiscriminator(nn.Module):

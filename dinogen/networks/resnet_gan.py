@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinogen.networks.casts import cast_together, conv
 from dinogen.networks.layers import (
     GroupNorm,
     InstanceNorm,
@@ -138,10 +139,13 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, R, R) -> (B, O, 2R, 2R)."""
+        own = cast_together(self.conv1, self.shortcut)
         y: Tensor = nearest_conv(F.relu(self.norm0(x)), self.conv0.weight)
-        y = self.conv1(F.relu(self.norm1(y)))
+        y = conv(self.conv1, F.relu(self.norm1(y)), own[0])
         # 1x1 and nearest upsampling commute; in this order it is a quarter of the work
-        return y + F.interpolate(self.shortcut(x), scale_factor=2, mode="nearest")
+        if isinstance(self.shortcut, nn.Conv2d):
+            x = conv(self.shortcut, x, own[1])
+        return y + F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 class DownBlock(nn.Module):
@@ -158,10 +162,16 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, R, R) -> (B, O, R/2, R/2)."""
-        y: Tensor = self.conv0(F.leaky_relu(self.norm0(x), LEAK))
-        y = self.conv1(F.leaky_relu(self.norm1(y), LEAK))
-        shortcut: Tensor = self.shortcut(F.avg_pool2d(x, 2))
-        return shortcut + F.avg_pool2d(y, 2)
+        own = iter(cast_together(self.norm0, self.conv0, self.norm1, self.conv1, self.shortcut))
+        y = x
+        for norm, layer in ((self.norm0, self.conv0), (self.norm1, self.conv1)):
+            if isinstance(norm, InstanceNorm):
+                y = norm.normalized(y, *next(own))
+            y = conv(layer, F.leaky_relu(y, LEAK), next(own))
+        x = F.avg_pool2d(x, 2)
+        if isinstance(self.shortcut, nn.Conv2d):
+            x = conv(self.shortcut, x, next(own))
+        return x + F.avg_pool2d(y, 2)
 
 
 def _widths(
