@@ -13,7 +13,7 @@ from dinogen.batch import Batch, Losses
 from dinogen.config import Config, StageConfig
 from dinogen.families.base import Networks, Phase
 from dinogen.families.gan import Gan
-from dinogen.losses.adversarial import r1_penalty
+from dinogen.losses.adversarial import bce_d, r1_penalty
 from dinogen.networks.progressive import ProgressiveDiscriminator, ProgressiveGenerator
 
 
@@ -89,6 +89,11 @@ class ProgressiveGan(Gan):
         for network in networks.values():
             if isinstance(network, (ProgressiveGenerator, ProgressiveDiscriminator)):
                 network.set_fade(alpha, fading)
+
+    def _d_losses(self, batch: Batch) -> Losses:
+        images = torch.cat([self._real(batch), self._generate(batch, "z/D")])
+        real, fake = self.D(images, num_batches=2).chunk(2)
+        return {"bce": bce_d(real, fake)}, {"real": real.mean(), "fake": fake.mean()}
 
     def _r1(self, batch: Batch) -> Losses:
         penalty = r1_penalty(self.D, self._real(batch))

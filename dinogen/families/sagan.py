@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch.nn.utils import parametrize
 
 from dinogen.batch import Batch, Losses
 from dinogen.config import Config, ConfigError, StageConfig
@@ -75,6 +76,11 @@ class Sagan(WganGp):
             }
             return arguments | own[network]
         return arguments | {"norm": "group" if network == "G" else "spectral"}
+
+    def _d_losses(self, batch: Batch) -> Losses:
+        # The penalty sees the same weights as the scores: each is divided by its norm once.
+        with parametrize.cached():
+            return super()._d_losses(batch)
 
     def after_step(self, nimg: int) -> None:
         """One power iteration of every spectral norm, however many forwards the step had."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinogen.networks.casts import cast_together, conv
 from dinogen.networks.layers import GroupNorm, nearest_conv
 
 LEAK = 0.2
@@ -38,6 +39,14 @@ class ConvNorm(nn.Sequential):
             nn.LeakyReLU(LEAK),
         )
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, I, H, W) -> (B, O, H / stride, W / stride)."""
+        layer, norm, leak = self
+        assert isinstance(layer, nn.Conv2d) and isinstance(norm, GroupNorm)
+        own = cast_together(layer, norm)
+        y: Tensor = leak(norm.normalized(conv(layer, x, own[0]), *own[1]))
+        return y
+
 
 class UpConv(nn.Module):
     """Nearest upsample, then two 3x3 convolutions."""
@@ -49,12 +58,15 @@ class UpConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, R, R) -> (B, O, 2R, 2R)."""
-        conv, *after = self.conv0
-        assert isinstance(conv, nn.Conv2d)
-        x = nearest_conv(x, conv.weight, conv.bias)
-        for layer in (*after, self.conv1):
-            x = layer(x)
-        return x
+        up, norm0, leak = self.conv0
+        conv1, norm1, _ = self.conv1
+        assert isinstance(up, nn.Conv2d) and isinstance(conv1, nn.Conv2d)
+        assert isinstance(norm0, GroupNorm) and isinstance(norm1, GroupNorm)
+        own = cast_together(norm0, conv1, norm1)
+        x = leak(norm0.normalized(nearest_conv(x, up.weight, up.bias), *own[0]))
+        x = norm1.normalized(conv(conv1, x, own[1]), *own[2])
+        y: Tensor = leak(x)
+        return y
 
 
 class Autoencoder(nn.Module):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from dinogen.networks.casts import cast_together, conv
+
 NUM_FIRST_ITERATIONS = 15
 
 
@@ -37,11 +39,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
-        query, key, value = (f(x).flatten(2) for f in (self.query, self.key, self.value))
+        own = cast_together(self.query, self.key, self.value, self.out)
+        query, key, value = (F.conv2d(x, *weights).flatten(2) for weights in own[:3])
         weights = torch.softmax(query.transpose(1, 2) @ key, dim=-1)
         attended = (value @ weights.transpose(1, 2)).unflatten(2, x.shape[2:])
-        changed: Tensor = self.gamma * self.out(attended)
-        return x + changed
+        changed = conv(self.out, attended, own[3])
+        # gamma's own type would be that of all that follows
+        return x + self.gamma.to(changed.dtype) * changed
 
 
 class SpectralNorm(nn.Module):
@@ -142,10 +146,12 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape and type."""
-        return self.normalized(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return self.normalized(x, self.weight, self.bias)
 
     def normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """With another weight and bias (C,) of the type of x, or without."""
+        """With another weight and bias (C,), or without."""
+        if weight is not None and bias is not None:
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
@@ -161,9 +167,13 @@ class InstanceNorm(nn.InstanceNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape and type."""
-        x = x.contiguous()
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        normalized: Tensor = _InstanceNorm.apply(x, weight, bias, self.eps)
+        return self.normalized(x, self.weight, self.bias)
+
+    def normalized(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """With another weight and bias (C,)."""
+        assert bias is not None
+        x, parameters = x.contiguous(), (weight.to(x.dtype), bias.to(x.dtype))
+        normalized: Tensor = _InstanceNorm.apply(x, *parameters, self.eps)
         return normalized
 
 
@@ -236,6 +246,45 @@ def _instance_norm_backward(
     return found
 
 
+def leaky_relu(x: Tensor, slope: float) -> Tensor:
+    """As torch's, for discriminators under a gradient penalty.
+
+    Its second derivative is none, where torch's is a map of zeros that flows on from there.
+    """
+    y: Tensor = _LeakyRelu.apply(x, slope)
+    return y
+
+
+class _LeakyRelu(torch.autograd.Function):
+    """See :func:`leaky_relu`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
+        y = F.leaky_relu(x, slope)
+        ctx.slope = slope
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _LeakyReluBackward.apply(gradient, ctx.saved_tensors[0].detach(), ctx.slope), None
+
+
+class _LeakyReluBackward(torch.autograd.Function):
+    """A gradient times 1 or the slope, as y is positive or not."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, y: Tensor, slope: float) -> Tensor:
+        ctx.slope = slope
+        ctx.save_for_backward(y)
+        found: Tensor = torch.ops.aten.leaky_relu_backward(gradient, y, slope, True)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _LeakyReluBackward.apply(gradient, *ctx.saved_tensors, ctx.slope), None, None
+
+
 def nearest_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Nearest upsample by 2, then convolve 3x3, in one transposed convolution.
 
@@ -256,26 +305,35 @@ def nearest_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return F.conv_transpose2d(x, sums.transpose(0, 1), bias, stride=2, padding=1)
 
 
-def minibatch_std(x: Tensor, group_size: int) -> Tensor:
+def minibatch_std(x: Tensor, group_size: int, num_batches: int = 1) -> Tensor:
     """Append one channel: how much the samples of a group differ.
 
     Karras et al. 2018, "Progressive Growing of GANs", section 3: the standard deviation over the
     group of each feature at each location, averaged to one number. A group is a contiguous run of
-    samples (the last may be shorter), so it does not depend on ranks whose share of the batch is a
-    multiple of it.
+    samples of one batch (the last may be shorter), so it does not depend on ranks whose share of
+    the batch is a multiple of it.
 
     Args:
         x: (B, C, H, W).
         group_size: samples per group.
+        num_batches: batches of equal size that x holds.
 
     Returns:
         (B, C + 1, H, W).
     """
-    whole = len(x) // group_size * group_size
-    parts = [part for part in (x[:whole], x[whole:]) if len(part)]
+    size = len(x) // num_batches
+    # batches of whole groups are one batch of whole groups
+    batches = (x,) if size % group_size == 0 else x.split(size)
+    parts = [part for batch in batches for part in _whole_and_rest(batch, group_size) if len(part)]
     stds = [_std(part.float(), min(group_size, len(part))) for part in parts]
-    channel = torch.cat(stds).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
+    std = stds[0] if len(stds) == 1 else torch.cat(stds)
+    channel = std.view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
     return torch.cat([x, channel.to(x.dtype)], dim=1)
+
+
+def _whole_and_rest(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    whole = len(x) // group_size * group_size
+    return x[:whole], x[whole:]
 
 
 def _std(x: Tensor, group_size: int) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinogen.networks.casts import cast_together, conv
 from dinogen.networks.layers import GroupNorm
 
 LEAK = 0.2
@@ -56,8 +57,16 @@ class PatchDiscriminator(nn.Module):
 
         Positive means real.
         """
-        logits: Tensor = self.layers(images)
-        return logits.squeeze(1).float()
+        own = iter(cast_together(*self.layers))
+        x = images
+        for layer in self.layers:
+            if isinstance(layer, nn.Conv2d):
+                x = conv(layer, x, next(own))
+            elif isinstance(layer, GroupNorm):
+                x = layer.normalized(x, *next(own))
+            else:
+                x = layer(x)
+        return x.squeeze(1).float()
 
 
 class MultiScalePatchDiscriminator(nn.Module):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinogen.networks.layers import minibatch_std, nearest_conv
+from dinogen.networks.casts import cast_together, conv
+from dinogen.networks.layers import leaky_relu, minibatch_std, nearest_conv
 from dinogen.networks.stylegan2.layers import Dense, normalize
 
 LEAK = 0.2
@@ -98,13 +99,14 @@ class ProgressiveGenerator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Latents (B, z_dim) -> images (B, 3, R, R) in [-1, 1]."""
-        x = F.leaky_relu(self.dense(z).unflatten(1, (-1, 4, 4)), LEAK)
+        x = F.linear(z, *cast_together(self.dense)[0]).unflatten(1, (-1, 4, 4))
+        x = F.leaky_relu(x, LEAK)
         before = x
         for block in self.blocks.values():
             before, x = x, block(x)
-        rgb = self.to_rgb[str(self.resolution)](x).float()
+        rgb = _convolved(self.to_rgb[str(self.resolution)], x).float()
         if self.fading:
-            old = self.to_rgb[str(self.resolution // 2)](before)
+            old = _convolved(self.to_rgb[str(self.resolution // 2)], before)
             # float32 by hand: CUDA's autocast upsamples in float32, and lerp takes no two types.
             old = F.interpolate(old.float(), scale_factor=2, mode="nearest")
             # Blended before tanh: while alpha is small the new block overshoots, and an image of
@@ -165,8 +167,10 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, R, R) -> (B, O, R/2, R/2)."""
-        x = F.leaky_relu(self.conv0(x), LEAK)
-        return F.avg_pool2d(F.leaky_relu(self.conv1(x), LEAK), 2)
+        own = cast_together(self.conv0, self.conv1)
+        for layer, weights in zip((self.conv0, self.conv1), own, strict=True):
+            x = leaky_relu(conv(layer, x, weights), LEAK)
+        return F.avg_pool2d(x, 2)
 
 
 class ProgressiveDiscriminator(nn.Module):
@@ -232,8 +236,13 @@ class ProgressiveDiscriminator(nn.Module):
         self.fading = fading
         self.alpha.fill_(alpha)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, R, R) -> logits (B,)."""
+    def forward(self, images: Tensor, num_batches: int = 1) -> Tensor:
+        """Images (B, 3, R, R) -> logits (B,).
+
+        Args:
+            images: one batch, or several of equal size; no group has samples of two.
+            num_batches: how many.
+        """
         x = self._features(images, self.resolution)
         for size, block in self.blocks.items():
             x = block(x)
@@ -241,14 +250,19 @@ class ProgressiveDiscriminator(nn.Module):
                 old = self._features(F.avg_pool2d(images, 2), self.resolution // 2)
                 # float32 by hand: lerp takes no two types, and alpha is float32
                 x = torch.lerp(old.float(), x.float(), self.alpha).to(x.dtype)
-        x = F.leaky_relu(self.conv(minibatch_std(x, self.group_size)), LEAK)
-        x = F.leaky_relu(self.dense(x.flatten(1)), LEAK)
-        logits: Tensor = self.logit(x).flatten()
-        return logits
+        own = cast_together(self.conv, self.dense, self.logit)
+        x = conv(self.conv, minibatch_std(x, self.group_size, num_batches), own[0])
+        x = F.linear(leaky_relu(x, LEAK).flatten(1), *own[1])
+        return F.linear(leaky_relu(x, LEAK), *own[2]).flatten()
 
     def _features(self, images: Tensor, size: int) -> Tensor:
         """Images of side ``size`` as the features that its block takes."""
-        return F.leaky_relu(self.from_rgb[str(size)](images), LEAK)
+        return leaky_relu(_convolved(self.from_rgb[str(size)], images), LEAK)
+
+
+def _convolved(layer: nn.Module, x: Tensor) -> Tensor:
+    """The 1x1 convolution, its weight and bias cast together."""
+    return F.conv2d(x, *cast_together(layer)[0])
 
 
 class ConditionalMapping(nn.Module):

@@ -8,16 +8,19 @@ nearest upsampling in the generator and mean pooling in the critic, a shortcut a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinogen.networks.casts import Weights, cast_together, conv
 from dinogen.networks.layers import (
     GroupNorm,
     InstanceNorm,
     SelfAttention,
+    leaky_relu,
     nearest_conv,
     spectral_norm,
 )
@@ -71,7 +74,9 @@ class ResnetGenerator(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Latents (B, z_dim) -> images (B, 3, R, R) in [-1, 1]."""
         x = self.layers(self.dense(z).unflatten(1, (-1, 4, 4)))
-        return torch.tanh(self.to_rgb(F.relu(self.norm(x))).float())
+        own = iter(cast_together(self.norm, self.to_rgb))
+        x = F.relu(_normalised(self.norm, x, own))
+        return torch.tanh(conv(self.to_rgb, x, next(own)).float())
 
 
 class ResnetCritic(nn.Module):
@@ -120,7 +125,8 @@ class ResnetCritic(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, R, R) -> scores (B,)."""
-        x = F.leaky_relu(self.layers(self.from_rgb(images)), LEAK)
+        x = conv(self.from_rgb, images, *cast_together(self.from_rgb))
+        x = leaky_relu(self.layers(x), LEAK)
         scores: Tensor = self.linear(x.flatten(1)).flatten()
         return scores
 
@@ -138,10 +144,16 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, R, R) -> (B, O, 2R, 2R)."""
-        y: Tensor = nearest_conv(F.relu(self.norm0(x)), self.conv0.weight)
-        y = self.conv1(F.relu(self.norm1(y)))
+        own = iter(cast_together(self.norm0, self.norm1, self.conv1, self.shortcut))
+        y = nearest_conv(F.relu(_normalised(self.norm0, x, own)), self.conv0.weight)
+        y = F.relu(_normalised(self.norm1, y, own))
+        y = conv(self.conv1, y, next(own))
         # 1x1 and nearest upsampling commute; in this order it is a quarter of the work
-        return y + F.interpolate(self.shortcut(x), scale_factor=2, mode="nearest")
+        if isinstance(self.shortcut, nn.Conv2d):
+            x = conv(self.shortcut, x, next(own))
+        # CUDA's autocast would upsample in float32, and leave all that follows so
+        with torch.autocast(x.device.type, enabled=False):
+            return y + F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 class DownBlock(nn.Module):
@@ -158,10 +170,15 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, R, R) -> (B, O, R/2, R/2)."""
-        y: Tensor = self.conv0(F.leaky_relu(self.norm0(x), LEAK))
-        y = self.conv1(F.leaky_relu(self.norm1(y), LEAK))
-        shortcut: Tensor = self.shortcut(F.avg_pool2d(x, 2))
-        return shortcut + F.avg_pool2d(y, 2)
+        own = iter(cast_together(self.norm0, self.conv0, self.norm1, self.conv1, self.shortcut))
+        y = x
+        for norm, layer in ((self.norm0, self.conv0), (self.norm1, self.conv1)):
+            y = leaky_relu(_normalised(norm, y, own), LEAK)
+            y = conv(layer, y, next(own))
+        x = F.avg_pool2d(x, 2)
+        if isinstance(self.shortcut, nn.Conv2d):
+            x = conv(self.shortcut, x, next(own))
+        return x + F.avg_pool2d(y, 2)
 
 
 def _widths(
@@ -185,6 +202,14 @@ def _norm(norm: GeneratorNorm | CriticNorm, channels: int) -> nn.Module:
         # 16, or as many as divide an odd width
         return GroupNorm(channels // math.gcd(channels, CHANNELS_PER_GROUP), channels)
     return nn.Identity()  # spectral norm is one of weights
+
+
+def _normalised(norm: nn.Module, x: Tensor, own: Iterator[Weights]) -> Tensor:
+    """The norm of x, with the next of the weights if it has some that are cast."""
+    if isinstance(norm, (GroupNorm, InstanceNorm)):
+        return norm.normalized(x, *next(own))
+    y: Tensor = norm(x)
+    return y
 
 
 def _shortcut(in_channels: int, out_channels: int) -> nn.Module:

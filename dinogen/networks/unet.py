@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinogen.networks.casts import cast_together, conv
 from dinogen.networks.layers import GroupNorm, nearest_conv
 
 
@@ -94,12 +95,12 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
         # The fused kernels want the numbers of a head side by side; in channels_last they are.
-        qkv = self.qkv(self.norm(x)).flatten(2).mT.contiguous()
+        own = cast_together(self.norm, self.qkv, self.proj)
+        qkv = conv(self.qkv, self.norm.normalized(x, *own[0]), own[1]).flatten(2).mT.contiguous()
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H*W, head channels)
         out = out.transpose(1, 2).flatten(2).mT.unflatten(2, x.shape[2:])
-        projected: Tensor = self.proj(out)
-        return x + projected
+        return x + conv(self.proj, out, own[2])
 
 
 class ResBlock(nn.Module):
@@ -142,10 +143,13 @@ class ResBlock(nn.Module):
             shift: (B, O).
             drop: comes before the second convolution.
         """
-        h = self.conv0(F.silu(self.norm0(x)))
+        own = cast_together(self.norm0, self.conv0, self.conv1, self.skip)
+        h = conv(self.conv0, F.silu(self.norm0.normalized(x, *own[0])), own[1])
         h = F.silu(self.norm1.modulated(h, scale[..., None, None], shift[..., None, None]))
-        h = self.conv1(h if drop is None else drop(h))
-        out: Tensor = self.attention(self.skip(x) + h)
+        h = conv(self.conv1, h if drop is None else drop(h), own[2])
+        if isinstance(self.skip, nn.Conv2d):
+            x = conv(self.skip, x, own[3])
+        out: Tensor = self.attention(x + h)
         return out
 
 

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from dinogen.config import ConfigError
 from dinogen.distributed import rng
-from dinogen.networks.layers import SelfAttention
+from dinogen.networks.layers import SelfAttention, SpectralNorm
 from tests.families.gans import (
     Training,
     assert_any_cut_gives_the_same_gradient,
@@ -55,6 +55,16 @@ def test_spectral_norms_iterate_once_per_step_however_many_forwards():
     assert torch.equal(vectors(), start)
     family.after_step(8)
     assert not torch.equal(vectors(), start)
+
+
+def test_the_critic_s_weights_are_divided_once_for_scores_and_penalty():
+    family, calls = make_family("sagan", 16, *SMALL), []
+    norms = [m for m in family.D.modules() if isinstance(m, SpectralNorm)]
+    for norm in norms:
+        norm.register_forward_hook(lambda norm, *_: calls.append(norm))
+    for times in (1, 2):
+        family.phases[0].losses(make_batch(drawn_images(8, 16)))
+        assert len(calls) == times * len(norms) and set(calls) == set(norms)
 
 
 def test_attention_at_a_size_that_is_not_there_is_a_clear_error():

@@ -15,6 +15,7 @@ from dinogen.networks.layers import (
     InstanceNorm,
     SelfAttention,
     SpectralNorm,
+    leaky_relu,
     minibatch_std,
     nearest_conv,
     spectral_norm,
@@ -177,6 +178,13 @@ def test_groups_do_not_depend_on_ranks_with_whole_groups():
     torch.testing.assert_close(shares, minibatch_std(x, 4))
 
 
+@pytest.mark.parametrize("size", [8, 6, 3])
+def test_minibatch_std_mixes_no_two_batches(size):
+    batches = torch.randn(2, size, 3, 4, 4)
+    apart = torch.cat([minibatch_std(batch, 4) for batch in batches])
+    torch.testing.assert_close(minibatch_std(batches.flatten(0, 1), 4, num_batches=2), apart)
+
+
 def test_alike_samples_have_finite_gradients():
     x = torch.ones(4, 2, 4, 4, requires_grad=True)
     minibatch_std(x, 4).sum().backward()
@@ -257,3 +265,26 @@ def test_the_gradient_through_a_spectral_norm_is_that_of_its_formula():
     other = torch.randn(4, 3, 2, 2).double()
     first, second = (torch.autograd.grad((y * other).sum(), weight) for y in (found, expected))
     torch.testing.assert_close(first, second)
+
+
+def test_leaky_relu_and_its_derivatives_are_torch_s():
+    torch.manual_seed(0)
+    assert torch.autograd.gradgradcheck(
+        lambda x: leaky_relu(x, 0.2).square(), torch.randn(5).double().requires_grad_()
+    )
+    found = []
+    for function in (leaky_relu, F.leaky_relu):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 4, 3)
+        x = torch.randn(2, 3, 6, 6, requires_grad=True)
+        y = function(conv(function(x, 0.2)), 0.2)
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        (first.square().sum() + y.square().sum()).backward()
+        found.append((y, first, x.grad, conv.weight.grad, conv.bias.grad))
+    torch.testing.assert_close(*found)
+
+
+def test_attention_keeps_the_type_of_its_input_under_autocast():
+    attention = SelfAttention(16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(torch.randn(2, 16, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
