@@ -180,6 +180,14 @@ def philox(bench: Bench) -> str:
     return f"words equal, uniform {furthest['uniform']:.1e}, normal {furthest['normal']:.1e} apart"
 
 
+def batch_norm(bench: Bench) -> str:
+    """Batch norm over ranks, here one, is torch's own: output, gradients and running statistics."""
+    apart = bench.alone(_batch_norm, bench.device.type)
+    if apart > 1e-4:
+        raise Failed(f"{apart:.1e} apart")
+    return f"{apart:.1e} apart"
+
+
 def attention(bench: Bench) -> str:
     """The kernel that attention of a U-Net and of a guide takes, in half precision."""
     if bench.dry:
@@ -289,6 +297,7 @@ def all_checks(dry: bool) -> dict[str, Callable[[Bench], str]]:
     found: dict[str, Callable[[Bench], str]] = {
         "doctor": doctor,
         "philox": philox,
+        "batch norm": batch_norm,
         "attention": attention,
     }
     found |= {f"train {name}": trains(name) for name in CONFIGS}
@@ -396,6 +405,23 @@ def _philox(device: str) -> dict[str, float]:
         name: float((draw(positions) - draw(positions.to(device)).cpu()).abs().max())
         for name, draw in draws.items()
     }
+
+
+def _batch_norm(device: str) -> float:
+    from dinogen.training.engines.batch_norm import sync_batch_norms
+
+    torch.manual_seed(0)
+    found = []
+    for over_ranks in (False, True):
+        norm = torch.nn.Sequential(torch.nn.BatchNorm2d(7)).to(device)
+        if over_ranks:
+            sync_batch_norms(norm)
+        x = torch.linspace(-1, 3, 5 * 7 * 9, device=device).reshape(5, 7, 3, 3).requires_grad_()
+        y = norm(x)
+        (y * torch.sin(5 * x.detach())).sum().backward()
+        found.append([y, x.grad, *(p.grad for p in norm.parameters()), *norm.buffers()])
+    pairs = zip(*found, strict=True)
+    return max(float((one - other).detach().abs().max()) for one, other in pairs)
 
 
 def _attention() -> dict[str, str]:

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from dinogen.batch import Batch, Losses, Scalars
@@ -19,6 +18,7 @@ from dinogen.config import Config, ConfigError, EngineConfig, OptimConfig
 from dinogen.distributed import process_group
 from dinogen.families.abilities import RunsFrozen, ScalesOptimizer
 from dinogen.families.base import Family, Phase
+from dinogen.training.engines.batch_norm import sync_batch_norms
 from dinogen.transfer import to_device
 
 COMPILER = "inductor"  # torch.compile's backend
@@ -337,62 +337,6 @@ def load_optimizer_state(
         # Adam keeps its step count on the CPU, unless it is fused
         on_device = key != "step" or optimizer.defaults.get("fused")
         optimizer.state[parameter][key] = value.to(parameter.device if on_device else value.device)
-
-
-def sync_batch_norms(network: nn.Module) -> None:
-    """Turn the batch norms inside ``network`` into ones that see all ranks; names stay."""
-    for child in network.modules():
-        if isinstance(child, _BatchNorm):
-            child.__class__ = SyncBatchNorm
-
-
-class SyncBatchNorm(_BatchNorm):
-    """Batch norm whose mean and variance are those of all ranks' samples (B, C, ...).
-
-    On any device, and differentiable to any order. torch's own, for GPUs alone, reads from the
-    device in each forward, in case a rank has no samples.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, ...) -> the same shape and type."""
-        if not self.training:
-            return super().forward(x)
-        dims = [0, *range(2, x.dim())]
-        count = x.numel() // x.shape[1]
-        variance, mean = torch.var_mean(x.float(), dims, correction=0)
-        own = torch.cat([mean, variance, mean.new_full((1,), count)])
-        # Each rank adds a row, and all have all of them: (ranks, 2 C + 1).
-        rank = torch.arange(process_group.world_size(), device=x.device) == process_group.rank()
-        rows = process_group.all_reduce_sum_with_gradient(rank[:, None] * own)
-        means, variances = rows[:, :-1].chunk(2, 1)
-        total = rows[:, -1].detach().sum()
-        shares = (rows[:, -1:].detach() / total).expand_as(means)
-        # not the mean of squares less the square of the mean, which would lose its digits
-        mean = (shares * means).sum(0)
-        variance = (shares * (variances + (means - mean).square())).sum(0)
-        if self.track_running_stats:
-            self._remember(mean.detach(), (variance * total / (total - 1)).detach())
-        scale = torch.rsqrt(variance + self.eps)
-        scale = scale if self.weight is None else scale * self.weight
-        shift = -mean * scale if self.bias is None else self.bias - mean * scale
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
-
-    @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.num_batches_tracked is not None and self.running_mean is not None
-        assert self.running_var is not None
-        self.num_batches_tracked += 1
-        if self.momentum is not None:
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance, self.momentum)
-            return
-        share = 1 / self.num_batches_tracked
-        self.running_mean += (mean - self.running_mean) * share
-        self.running_var += (variance - self.running_var) * share
-
-    def _check_input_dim(self, x: Tensor) -> None:
-        """Any number of dimensions from two."""
 
 
 def num_micros(batch: int, world_size: int, micro_batch: int | None) -> int:
