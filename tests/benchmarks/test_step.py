@@ -18,16 +18,18 @@ ROOT = Path(__file__).parents[2]
 # half of what it was when each draw, mask and matrix of augmentation was a chain of small kernels.
 MOST_LAUNCHES = {
     "dcgan_64": (367, 367),
-    "ddpm_v_64": (1627, 1627),
+    "ddpm_v_64": (1423, 1423),
     "guided_64": (552, 552),
     "guided_energy_64": (818, 818),
-    "guided_energy_d_64": (1348, 1348),
+    "guided_energy_d_64": (1349, 1349),
+    "guided_text_64": (1534, 1534),
     "progressive_gan_64": (685, 532),
     "sagan_hinge_64": (1059, 1059),
+    "sagan_wgan_gp_64": (1160, 816),
     "stylegan2_ada_64": (4999, 1980),
     "vae_64": (359, 359),
     "vae_gan_64": (871, 871),
-    "wgan_gp_64": (1141, 866),
+    "wgan_gp_64": (1145, 870),
 }
 BATCH = "stages.0.batch=64"  # at which that was; parts of a larger one launch as much each
 OTHERS = {

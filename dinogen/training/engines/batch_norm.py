@@ -43,7 +43,8 @@ class SyncBatchNorm(_BatchNorm):
         """What :meth:`forward` does in training, on any device."""
         dims = [0, *range(2, x.dim())]
         count = x.numel() // x.shape[1]
-        variance, mean = torch.var_mean(x.float(), dims, correction=0)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, dims, correction=0)
         own = torch.cat([mean, variance, mean.new_full((1,), count)])
         # Each rank adds a row, and all have all of them: (ranks, 2 C + 1).
         rank = torch.arange(process_group.world_size(), device=x.device) == process_group.rank()
