@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from dinogen.networks.casts import cast_together, conv
+from dinogen.networks.convolution import conv2d, conv_transpose2d
 
 NUM_FIRST_ITERATIONS = 15
 
@@ -457,7 +458,7 @@ def conv_up(x: Tensor, weight: Tensor, kernel: Tensor) -> Tensor:
     Returns:
         (B, O, 2H, 2W).
     """
-    y = F.conv_transpose2d(x, weight.flip(2, 3).transpose(0, 1), stride=2)
+    y = conv_transpose2d(x, weight.flip(2, 3).transpose(0, 1), stride=2)
     return filter_down(y, kernel, padding=1)
 
 
@@ -474,5 +475,5 @@ def conv_down(x: Tensor, weight: Tensor, kernel: Tensor) -> Tensor:
     """
     if weight.shape[2] == 1:
         # filtering only where a pixel is kept
-        return F.conv2d(filter_down(x, kernel, down=2, padding=1), weight)
-    return F.conv2d(filter_down(x, kernel, padding=2), weight, stride=2)
+        return conv2d(filter_down(x, kernel, down=2, padding=1), weight)
+    return conv2d(filter_down(x, kernel, padding=2), weight, stride=2)

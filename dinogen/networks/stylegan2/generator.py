@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinogen.networks.convolution import conv2d
 from dinogen.networks.layers import binomial, conv_up, upsample
 from dinogen.networks.stylegan2.layers import (
     CLAMP,
@@ -82,7 +83,7 @@ class ModulatedConv(nn.Module):
         if self.up:
             x = conv_up(x, weight, self.kernel)
         else:
-            x = F.conv2d(x, weight, padding=weight.shape[2] // 2)
+            x = conv2d(x, weight, padding=weight.shape[2] // 2)
         return x if scale is None else x * per_channel(scale, x)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinogen.networks.convolution import conv2d
 from dinogen.networks.layers import binomial, conv_down
 
 LEAK = 0.2
@@ -192,7 +193,7 @@ class Conv(nn.Module):
         if self.down == 2:
             x = conv_down(x, weight, self.kernel)
         else:
-            x = F.conv2d(x, weight, padding=weight.shape[2] // 2)
+            x = conv2d(x, weight, padding=weight.shape[2] // 2)
         return x if self.bias is None else activate(x, self.bias, self.gain * math.sqrt(2))
 
 
