@@ -162,9 +162,12 @@ class Steps(Generic[T]):
             if not self._asked and self._stop.name is None:
                 raise error
             log.warning("%s", error)
-        if self._store is not None and not self._may_begin(error is not None):
+        if self._store is None:
+            return self._ahead.popleft() if self._ahead else None
+        if not self._may_begin(error is not None):
             return None
-        return self._ahead.popleft() if self._ahead else None
+        # It may have been asked before it had read what others have begun.
+        return self._ahead.popleft() if self._ahead else next(self._batches)
 
     def _fill(self) -> FetchError | None:
         """Read the next batch, and those that another rank may make necessary.

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from dinogen.config import dump_config
+from dinogen.distributed import process_group
 from dinogen.training.run import train
-from dinogen.training.stop import StopFlag, Stopped
+from dinogen.training.stop import Steps, StopFlag, Stopped
 from shards.errors import FetchError
 from shards.read.stream import Stream
 from tests.forked import torchrun
@@ -245,3 +246,26 @@ def stop_at(monkeypatch, nimg):
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Trainer, "train_step", stopping)
+
+
+def test_a_rank_that_is_asked_before_it_has_read_anything_takes_part_to_the_last_step(monkeypatch):
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(process_group, "control_store", lambda: store)
+    monkeypatch.setattr(process_group, "world_size", lambda: 2)
+    read = []
+
+    def batches():
+        for number in range(9):
+            read.append(number)
+            yield number
+
+    with StopFlag() as stop:
+        steps = Steps(stop, batches(), 9)
+        # The other rank has begun two steps, and says so before this one begins its first.
+        store.set(f"{steps._prefix}/1", "2")
+        store.set(steps._prefix, "")
+        with steps:
+            while not steps._asked:
+                time.sleep(0.01)
+            assert [steps.next() for _ in range(3)] == [0, 1, None]
+    assert read == [0, 1]
