@@ -8,7 +8,8 @@ that whatever else the machine does slows both down. It prints the median CPU se
 and the median ratio of a round. Samples are random; a step costs the same whatever they show.
 
 ``loop`` runs dcgan_fast by the trainer, and by as few lines of torch as compute the same: same
-networks, losses, flips, average and optimizer, latents from torch's own generator.
+networks, losses, flips, average and optimizer, latents from torch's own generator; once as it is,
+and once with the allocator set as the trainer sets it. Each runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ CONFIGS = {
     "dcgan_fast": [],
     "guided_drift_fast": [],
 }
+PLAIN = "bare loop"
+NUM_STEPS = 5  # per round of a loop
 NUM_SAMPLES = 256
 SIDE = 32
 
@@ -54,16 +57,18 @@ def main() -> None:
     pair.add_argument("--rounds", type=int, default=12)
     loop = commands.add_parser("loop")
     loop.add_argument("--rounds", type=int, default=60)
-    loop.add_argument("--steps", type=int, default=5, help="per round and loop")
     worker = commands.add_parser("worker")
     worker.add_argument("config")
     worker.add_argument("data", type=Path)
     worker.add_argument("changes", nargs="*")
+    worker.add_argument("--loop")
     options = parser.parse_args()
     if options.command == "pair":
         compare_checkouts(options)
     elif options.command == "loop":
         compare_loops(options)
+    elif options.loop:
+        serve_loop(options)
     else:
         serve(options)
 
@@ -204,26 +209,44 @@ def pack_random(name: str, folder: Path) -> None:
 
 
 def compare_loops(options: argparse.Namespace) -> None:
-    """Let the trainer and a bare loop take turns."""
+    """Let the trainer and the bare loops take turns."""
     with tempfile.TemporaryDirectory() as folder:
         pack_random("dcgan_fast", Path(folder) / "data")
-        state, batch = ready("dcgan_fast", Path(folder) / "data", [])
-        trainer = timed(state, {})
-        loops: dict[str, Callable[[], None]] = {
-            "trainer": lambda: trainer.train_step(dict(batch)),
-            "bare loop": bare_loop(state, batch["image"]),
+        workers = {
+            loop: start(REPO, "dcgan_fast", Path(folder) / "data", ["--loop", loop])
+            for loop in ("trainer", PLAIN, "bare loop, same allocator")
         }
-        found: dict[str, list[float]] = {name: [] for name in loops}
+        found: dict[str, list[float]] = {name: [] for name in workers}
         for number in range(options.rounds):
-            # the second one finds warmer caches
-            for name in sorted(loops, reverse=bool(number % 2)):
-                began = time.process_time()
-                for _ in range(options.steps):
-                    loops[name]()
-                found[name].append((time.process_time() - began) / options.steps)
+            for name in sorted(workers, reverse=bool(number % 2)):
+                found[name].append(ask(workers[name])["step"])
+        for worker in workers.values():
+            worker.communicate()
+    print(f"{'':<28}{'CPU per step, ms':>18}{'trainer / this':>18}")
     for name, seconds in found.items():
-        print(f"{name:<12}{median(seconds) * 1e3:8.2f} ms of CPU per step")
-    print(f"{'ratio':<12}{ratio(found['trainer'], found['bare loop']):8.3f}")
+        share = ratio(found["trainer"], seconds)
+        print(f"{name:<28}{median(seconds) * 1e3:>18.2f}{share:>18.3f}")
+
+
+def serve_loop(options: argparse.Namespace) -> None:
+    """For each line read run five steps of a loop, and print what one cost."""
+    from dinogen.training.engines import base
+
+    if options.loop == PLAIN:
+        base.keep_freed_memory = lambda: False
+    state, batch = ready("dcgan_fast", options.data, [])
+    if options.loop == "trainer":
+        trainer = timed(state, {})
+
+        def step() -> None:
+            trainer.train_step(dict(batch))
+    else:
+        step = bare_loop(state, batch["image"])
+    for _ in sys.stdin:
+        began = time.process_time()
+        for _ in range(NUM_STEPS):
+            step()
+        print(json.dumps({"step": (time.process_time() - began) / NUM_STEPS}), flush=True)
 
 
 def bare_loop(state: Any, images: torch.Tensor) -> Callable[[], None]:

@@ -9,10 +9,10 @@ device needs goes through :func:`to_device`, what the host needs of a step arriv
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +141,26 @@ class Arrivals(Generic[T]):
         return sent.note, dict(zip(sent.names, sent.numbers.tolist(), strict=True))
 
 
+class Buffers:
+    """The buffers of networks as they are now, in their order; all have to be registered already.
+
+    Their places are listed once: to walk through the modules takes longer than to copy them.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        self._places = [
+            (module._buffers, name)
+            for network in networks
+            for module in network.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def now(self) -> list[Tensor]:
+        """Each buffer; a module may have put another in its place since the last call."""
+        return [cast(Tensor, buffers[name]) for buffers, name in self._places]
+
+
 class Kept:
     """Buffers of networks, which a change can be taken back from without asking the device.
 
@@ -149,8 +169,8 @@ class Kept:
     """
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
-        self._networks = networks
-        self._before = [torch.empty_like(buffer) for buffer in self._buffers()]
+        self._buffers = Buffers(networks.values())
+        self._before = [torch.empty_like(buffer) for buffer in self._buffers.now()]
 
     @contextmanager
     @torch.no_grad()
@@ -160,15 +180,12 @@ class Kept:
         Args:
             kept: a bool scalar on the device.
         """
-        buffers = self._buffers()
+        buffers = self._buffers.now()
         versions = [buffer._version for buffer in buffers]
         copy_all(self._before, buffers)
         yield
         for now, then, version, before in zip(
-            self._buffers(), buffers, versions, self._before, strict=True
+            self._buffers.now(), buffers, versions, self._before, strict=True
         ):
             if now is not then or now._version != version:
                 now.copy_(torch.where(kept, now, before))
-
-    def _buffers(self) -> list[Tensor]:
-        return [b for network in self._networks.values() for b in network.buffers()]

@@ -31,7 +31,7 @@ from dinogen.training.checkpointing.exported import (
     exported_config,
     open_exported,
 )
-from dinogen.transfer import copy_all
+from dinogen.transfer import Buffers, copy_all
 
 
 def ema_decay(batch: int, nimg: float, config: EmaConfig) -> float:
@@ -63,7 +63,8 @@ class Ema:
         self._averages: list[Tensor] = [
             p for net in self.networks.values() for p in net.parameters()
         ]
-        self._sources = dict(networks)
+        self._buffers = Buffers(networks.values())
+        self._copies = Buffers(self.networks.values())
 
     @torch.no_grad()
     def update(self, batch: int, nimg: float) -> None:
@@ -75,8 +76,7 @@ class Ema:
         """
         rate = 1 - ema_decay(batch, nimg, self.config)
         torch._foreach_lerp_(self._averages, self._weights, rate)
-        for name, average in self.networks.items():
-            copy_all(list(average.buffers()), list(self._sources[name].buffers()))
+        copy_all(self._copies.now(), self._buffers.now())
 
 
 @dataclass(frozen=True)

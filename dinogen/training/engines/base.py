@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,11 @@ from dinogen.training.engines.batch_norm import sync_batch_norms
 from dinogen.transfer import to_device
 
 COMPILER = "inductor"  # torch.compile's backend
+
+# of glibc's malloc.h, and values for them
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MOST_KEPT = 2**31 - 1  # bytes
+_MOST_ON_HEAP = 2**30  # bytes; a larger block goes back to the system when it is freed
 
 
 @dataclass(frozen=True)
@@ -248,10 +254,12 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def set_fast_paths(config: EngineConfig, device: torch.device) -> None:
-    """Tell torch which of a GPU's faster ways to take; other devices have none of them.
+    """Tell torch which of a GPU's faster ways to take, and a CPU's allocator to keep its memory.
 
     Has to come before the first product on the GPU: cuBLAS reads its setting once.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type != "cuda":
         return
     exact = config.deterministic
@@ -263,6 +271,21 @@ def set_fast_paths(config: EngineConfig, device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # torch warns, with its name, of an operation that has no deterministic algorithm
     torch.use_deterministic_algorithms(exact, warn_only=True)
+
+
+def keep_freed_memory() -> bool:
+    """Keep what a step frees for the next one, where the C library is glibc; True if it is.
+
+    Otherwise glibc returns a step's activations to the system, which has to fill the same pages
+    with zeros again for the next step.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # musl, macOS; Windows
+        return False
+    mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
+    # glibc before 2.35 refuses more than 32 MiB
+    return any(mallopt(_M_MMAP_THRESHOLD, size) for size in (_MOST_ON_HEAP, 2**25))
 
 
 def set_memory_format(network: nn.Module, config: EngineConfig, device: torch.device) -> None:
