@@ -18,14 +18,14 @@ install: $(STAMP)  ## make .venv and install dinogen with the exact versions of 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer on the PATH: install it, \
 	or name it: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "installing into $(VENV) with $(PYTHON) (1.5 GB, some minutes)"
+	@echo "installing into $(VENV) with $(PYTHON) (2 GB, some minutes)"
 	@"$(PYTHON)" -m venv $(VENV)
 	@# pip is silent while it unpacks gigabytes, so the size of .venv shows that work goes on.
 	@( while sleep 8 && kill -0 $$$$ 2>/dev/null; do \
 		echo "  installing: .venv has $$(du -sm $(VENV) | cut -f1) MB"; done ) & progress=$$!; \
 	trap "kill $$progress 2>/dev/null" EXIT INT TERM; \
 	$(VENV)/bin/python -m pip install --progress-bar off --disable-pip-version-check \
-		-c constraints.txt -e '.[dev,deepspeed,remote,serve]'
+		-c constraints.txt -e '.[dev,deepspeed,remote,serve,timm,onnx,video,wandb,mlflow,trackio,optuna]'
 	@touch $@
 
 demo: $(STAMP)  ## photos to a trained generator, offline; own photos: make demo ARGS="--photos DIR"
