@@ -15,7 +15,7 @@ import typer
 from typer.models import CommandInfo
 
 from dinogen.errors import UserError
-from launch.cli import launch, machine, prepare, results, shards, train
+from launch.cli import launch, machine, prepare, results, shards, train, weights
 
 HELP = """Train image generators on one or many GPUs, with or without guidance by frozen features.
 
@@ -78,7 +78,7 @@ def _options(
         os.environ["DINOGEN_DEBUG"] = "1"
 
 
-for group in (prepare, shards, train, launch, results, machine):
+for group in (prepare, shards, train, launch, weights, results, machine):
     group.register(app)
 
 
