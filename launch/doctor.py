@@ -136,14 +136,16 @@ def check_arithmetic() -> Finding:
             return Finding("arithmetic", "ok", words)
         remedy = "engine.precision=auto takes fp16 here, which is the fastest"
         return Finding("arithmetic", "note", words, remedy)
+    from dinogen.training.engines.base import keep_freed_memory
+
     level = torch.backends.cpu.get_cpu_capability()
     mkldnn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     words = f"{level}, oneDNN {'on' if mkldnn else 'off'}"
+    words += f", memory kept between steps: {_yes(keep_freed_memory())}"
     if mkldnn and level not in ("DEFAULT", "NO AVX"):
         return Finding("arithmetic", "ok", words)
-    return Finding(
-        "products", "warn", words, "convolutions are slow: install another build of torch"
-    )
+    remedy = "convolutions are slow: install another build of torch"
+    return Finding("arithmetic", "warn", words, remedy)
 
 
 def check_optimizer() -> Finding:

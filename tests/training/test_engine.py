@@ -1,6 +1,9 @@
 """The single engine: accumulation, clipping and the guard, against plain torch."""
 
 import copy
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -173,3 +176,29 @@ def test_fp16_scales_losses_and_backs_off_where_gradients_overflow(monkeypatch):
     _, other = make("engine.precision=fp16")
     other.load_state({k: v.clone() for k, v in tensors.items()}, rest)
     assert other.scalers["G"].get_scale() == scaler.get_scale()
+
+
+FAULTS = """
+import resource, sys
+import torch
+from dinogen.training.engines.base import keep_freed_memory
+
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+def step():
+    return [torch.ones(2**20) for _ in range(16)]  # 64 MiB
+step(); step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are not told")
+def test_memory_that_a_step_frees_is_there_for_the_next():
+    faults = {
+        how: int(subprocess.check_output([sys.executable, "-c", FAULTS, how], text=True))
+        for how in ("kept", "as usual")
+    }
+    assert faults["kept"] < 1000 < 10000 < faults["as usual"]
