@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from dinogen.families.registry import family_names
 from dinogen.formats.export import FORMATS
 from dinogen.formats.traced import write_onnx
+from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
 from launch.cli.main import app
 from tests.families.conftest import disc_data  # noqa: F401 - a fixture
@@ -68,6 +69,13 @@ def test_a_snippet_draws_images_with_nothing_of_ours(place, name):
     shape, rest = done.stdout.splitlines()
     assert shape.startswith(f"(4, 3, {RESOLUTION}, {RESOLUTION}) ") and shape.endswith("float32")
     assert rest in ("True set()", "tensor(True) set()")
+
+
+def test_the_weights_alone_give_the_images_of_sample(place, monkeypatch):
+    monkeypatch.chdir(place)
+    found = {}
+    exec(compile(python("first.safetensors"), "docs/weights.md", "exec"), found)
+    assert torch.equal(found["images"], load_snapshot(place / "runs/first").sample(4, seed=0))
 
 
 def test_the_walk_of_ddpm_gives_the_images_of_sample(tmp_path, monkeypatch):
