@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launch.cli.results import Nimg, Run, Stage
+from launch.cli.results import Nimg, Source, Stage
 
 
 def register(app: typer.Typer) -> None:
@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    run: Run,
+    run: Source,
     out: Annotated[Path, typer.Argument(help="File to write.", metavar="OUT")],
     kind: Annotated[
         str,
