@@ -56,9 +56,7 @@ def export(
 
 
 def import_weights(
-    kind: Annotated[
-        str, typer.Argument(help="Layout of the weights: stylegan2.", metavar="KIND")
-    ],
+    kind: Annotated[str, typer.Argument(help="Layout of the weights: stylegan2.", metavar="KIND")],
     file: Annotated[Path, typer.Argument(help="File to read.", metavar="FILE")],
     out: Annotated[Path, typer.Argument(help="Folder of the run to write.", metavar="OUT")],
 ) -> None:
