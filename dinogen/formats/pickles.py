@@ -1,7 +1,7 @@
 """Reads pickles of networks without unpickling: a small machine that builds inert values alone.
 
 A pickle is a program: it names functions of any installed module and says what to call them with,
-so Python's own ``pickle`` runs whatever its author chose. Here nothing is imported and nothing that
+so Python's own ``pickle`` runs what its author chose. Here nothing is imported and nothing that
 the file names is called. ``pickletools`` splits the bytes into opcodes, and those that build plain
 values are carried out: numbers, text, bytes, lists, tuples, sets and dicts. A name that a file asks
 for is looked up in :data:`ALLOWED`, which says what *we* make in its place: mostly a
@@ -69,7 +69,7 @@ def read_pickle(path: Path) -> Any:
         path: the file.
 
     Returns:
-        Whatever the file holds, unchecked. Classes of the networks are :class:`Record`, with a dict
+        What the file holds, unchecked. Classes of the networks are :class:`Record`, with a dict
         in ``state``; tensors are on the CPU and may share memory.
 
     Raises:

@@ -79,8 +79,7 @@ def import_weights(
     check_free(out)
     weights = read(file)
     checkpoint = write_run(out, weights)
-    num = sum(one.numel() for one in next(iter(weights.averages.values())).values())
     typer.echo(
-        f"{out}: {weights.family['name']} at {weights.resolution}x{weights.resolution}, "
-        f"{num:,} values in the generator, from {file}; checkpoint {checkpoint.name}"
+        f"{checkpoint}: family {weights.family['name']} at {weights.resolution} pixels, from {file}"
+        f"\ntrain on from it in a new run: init_from={out}"
     )
