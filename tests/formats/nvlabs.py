@@ -1,8 +1,8 @@
 """Pickles in the layout of NVlabs' StyleGAN2, and what their networks compute, the naive way.
 
-The modules here have the names, attributes and tensors of stylegan2-ada-pytorch, and are written by
-Python's own pickle in the form of its ``torch_utils.persistence``. Their forward is written from the
-papers: zeros are inserted, padded, filtered and convolved one after the other, sample by sample.
+The modules here have the names, attributes and tensors of stylegan2-ada-pytorch, and are written
+by Python's own pickle in the form of its ``torch_utils.persistence``. Their forward is written from
+the papers: zeros are inserted, padded, filtered and convolved one by one, sample by sample.
 """
 
 from __future__ import annotations
