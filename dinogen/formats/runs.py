@@ -51,6 +51,8 @@ class Weights:
             initialised.
         averages: state dict of the moving average of each network that has one.
         nimg: training images that the networks had been shown; 0 if the file does not say.
+        stage: keys of the stage to train on with, such as ``batch`` and ``lr``.
+        sections: of the config, to train on with, such as ``optim`` and ``ema``.
         facts: what else is known of the source, JSON-ready.
         notes: sentences for the log on what differs from the source.
     """
@@ -62,6 +64,8 @@ class Weights:
     networks: Mapping[str, Mapping[str, Tensor]]
     averages: Mapping[str, Mapping[str, Tensor]]
     nimg: int = 0
+    stage: Mapping[str, Any] = field(default_factory=dict)
+    sections: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -144,14 +148,15 @@ def check_free(out: Path) -> None:
 
 
 def _config(out: Path, weights: Weights) -> Config:
-    """Of the shape of one that was trained to where the weights are."""
+    """Of a run that was trained to where the weights are."""
     length = max(weights.nimg, 1) / 1000
     return resolve(
         parse_config(
             {
+                **weights.sections,
                 "run": str(out),
                 "family": dict(weights.family),
-                "stages": [{"resolution": weights.resolution, "kimg": length}],
+                "stages": [{**weights.stage, "resolution": weights.resolution, "kimg": length}],
                 "notes": {"change": f"imported from {weights.source.name} ({weights.kind})"},
             },
             source=str(weights.source),

@@ -33,6 +33,8 @@ from dinogen.formats.runs import FormatError, Weights
 
 FAMILY = "stylegan2_ada"
 CLAMP = 256.0
+# what the authors take where training goes on from other weights
+ADA_KIMG = 100.0
 LR_MULTIPLIER = 0.01
 NUM_D_MAPPING_LAYERS = 8
 _BLOCK = re.compile(r"b([1-9][0-9]{0,4})")
@@ -96,11 +98,16 @@ def read(path: Path) -> Weights:
     return Weights(
         source=path,
         kind="stylegan2",
-        family={"name": FAMILY, **options},
+        family={"name": FAMILY, "ada_kimg": ADA_KIMG, **options},
         resolution=shape.resolution,
         networks=networks,
         averages={"G": average},
         nimg=int(found[1]) * 1000 if found else 0,
+        stage={"batch": 64, "lr": 2.5e-3},
+        sections={
+            "optim": {"betas": [0.0, 0.99]},
+            "ema": {"halflife_kimg": 20.0, "rampup": None},
+        },
         facts={"nimg_known": found is not None, "networks": sorted(states)},
         notes=tuple(notes),
     )

@@ -72,6 +72,7 @@ def import_weights(
       dinogen sample runs/ffhq256 --num 64
     """
     from dinogen.formats.runs import check_free, reader_of, write_run
+    from dinogen.runs.run import Run as RunFolder
     from launch.cli.console import setup_logging
 
     setup_logging()
@@ -81,5 +82,6 @@ def import_weights(
     checkpoint = write_run(out, weights)
     typer.echo(
         f"{checkpoint}: family {weights.family['name']} at {weights.resolution} pixels, from {file}"
-        f"\ntrain on from it in a new run: init_from={out}"
+        f"\ntrain on: dinogen train {RunFolder(out).config_file} run=NEW init_from={out} data.path=DATA "
+        "stages.0.kimg=1000"
     )

@@ -1,4 +1,4 @@
-"""Freeze-D: layers of a discriminator keep the weights of init_from, in every family that has one."""
+"""Freeze-D: layers of a discriminator keep the weights of init_from, in every family with one."""
 
 import pytest
 import torch
