@@ -12,7 +12,7 @@ import itertools
 import logging
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -256,6 +256,11 @@ class Config(Section):
         description="a run's folder or an exported file: matching weights of its networks are "
         "loaded when a new run starts",
     )
+    freeze: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        {},
+        description="number of a network's layers, counted from the image, that keep the weights "
+        "of init_from, by its name: {D: 10} (Freeze-D)",
+    )
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
@@ -289,6 +294,22 @@ class Config(Section):
             raise ValueError(
                 f"stages.0: fade_kimg is {self.stages[0].fade_kimg}, but the first stage has no "
                 "stage before it to fade in from: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_were_trained(self) -> Config:
+        if not any(self.freeze.values()):
+            return self
+        if self.init_from is None:
+            raise ValueError(
+                "freeze: without init_from the frozen layers would never be trained: give both, "
+                "or leave it out"
+            )
+        if len(self.stages) > 1:
+            raise ValueError(
+                "freeze: a stage that grows has new layers at the image, which have to train: give "
+                "one stage, or leave it out"
             )
         return self
 

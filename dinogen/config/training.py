@@ -186,8 +186,11 @@ class EmaConfig(Section):
     """Moving average of the generator's weights."""
 
     halflife_kimg: float = Field(10.0, gt=0, description="half-life, thousands of images")
-    rampup: float = Field(
-        0.05, gt=0, description="half-life is at most this fraction of the images seen"
+    rampup: float | None = Field(
+        0.05,
+        gt=0,
+        description="half-life is at most this fraction of the images seen; null: no limit, for "
+        "averages that init_from has loaded",
     )
 
 

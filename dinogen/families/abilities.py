@@ -7,13 +7,13 @@ protocol says where that is allowed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from dinogen.batch import Batch, Scalars
-from dinogen.errors import UserError
+from dinogen.errors import ConfigError, UserError
 from dinogen.families.base import Condition, Family, Graph, Health, Networks
 
 # --- training
@@ -93,6 +93,21 @@ class HasConstants(Protocol):
 
     def constants(self) -> dict[str, float]:
         """Horizontal lines drawn in every loss plot of the stage, such as the collapse floor."""
+
+
+@runtime_checkable
+class OrdersLayers(Protocol):
+    """The layers of a network, such as a discriminator, have an order that begins at the image."""
+
+    def layers(self, network: str) -> Sequence[Set[str]]:
+        """The layers of a network that can be frozen, from the image inwards.
+
+        Freeze-D: Mo et al. 2020, "Freeze the Discriminator: a Simple Baseline for Fine-Tuning
+        GANs".
+
+        Returns:
+            Names of the parameters of each layer; empty for a network without such an order.
+        """
 
 
 # --- measuring
@@ -297,6 +312,32 @@ def facts_of(family: Family) -> dict[str, Any]:
 def new_parameters_of(family: Family, network: str) -> set[str]:
     """What :class:`Grows` adds to a network; empty for other families."""
     return family.new_parameters(network) if isinstance(family, Grows) else set()
+
+
+def trained_parameters(family: Family, network: str) -> set[str]:
+    """Names of the parameters that train now: all that the family trains but those of ``freeze``.
+
+    Raises:
+        ConfigError: ``freeze`` is for a network whose layers have no order, has more layers than
+            the network, or leaves none that trains.
+    """
+    names = family.trainable(network)
+    num = family.config.freeze.get(network, 0)
+    if not num:
+        return names
+    key, name = f"freeze.{network}", family.config.family.name
+    layers = family.layers(network) if isinstance(family, OrdersLayers) else ()
+    if not layers:
+        raise ConfigError(
+            f"{key}: the layers of {network} of family {name} have no order from the image "
+            "inwards: leave it out"
+        )
+    if num > len(layers):
+        raise ConfigError(
+            f"{key}: {num} layers, but {network} of family {name} at {family.stage.resolution} "
+            f"pixels has {len(layers)} that can be frozen: use at most {len(layers)}"
+        )
+    return names.difference(*layers[:num])
 
 
 def constants_of(family: Family) -> dict[str, float]:

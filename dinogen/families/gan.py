@@ -61,6 +61,10 @@ class Gan(Family):
         assert isinstance(dense, nn.Linear)
         return dense.weight.detach()
 
+    def layers(self, network: str) -> list[set[str]]:
+        """D's, up to the one before its logits."""
+        return layers_of(self.D) if network == "D" else []
+
     def _d_losses(self, batch: Batch) -> Losses:
         # Apart: statistics over a batch, or a group of it, are all real or all generated.
         real, fake = self.D(self._real(batch)), self.D(self._generate(batch, "z/D"))
@@ -79,3 +83,24 @@ class Gan(Family):
         z = rng.normal(self.config.seed, purpose, batch["position"], shape, self.device)
         images: Tensor = self.G(z)
         return images
+
+
+def layers_of(discriminator: nn.Module) -> list[set[str]]:
+    """Names of the parameters of each layer but the last, from the image inwards.
+
+    A layer is a convolution or dense layer, with the norms and factors between it and the next.
+
+    Args:
+        discriminator: has made its modules in the order in which images pass through them.
+    """
+    owned: dict[str, dict[str, nn.Parameter]] = {}
+    for name, parameter in discriminator.named_parameters():
+        module = name.partition(".parametrizations.")[0]
+        owner = module if module != name else name.rpartition(".")[0]
+        owned.setdefault(owner, {})[name] = parameter
+    layers: list[set[str]] = []
+    for parameters in owned.values():
+        if not layers or any(one.dim() > 1 for one in parameters.values()):
+            layers.append(set())
+        layers[-1] |= parameters.keys()
+    return layers[:-1]

@@ -84,6 +84,11 @@ class ProgressiveGan(Gan):
             return names if self.G.fading else names - self.G.old_to_rgb()
         return names if self.D.fading else names - self.D.old_from_rgb()
 
+    def layers(self, network: str) -> list[set[str]]:
+        """D's; FromRGB of the stage before is none, as it serves the fade-in alone."""
+        old = self.D.old_from_rgb()
+        return [rest for one in super().layers(network) if (rest := one - old)]
+
     def set_fade(self, networks: Networks, alpha: float, fading: bool) -> None:
         """Set alpha in every copy of G and D."""
         for network in networks.values():

@@ -199,6 +199,11 @@ class StyleGAN2Ada(Gan):
 
         return Graph(_Truncated(G), inputs, facts={"psi": psi})
 
+    def layers(self, network: str) -> list[set[str]]:
+        """D's down to 4x4, as the authors count them: FromRGB, and three in each block."""
+        found = super().layers(network)
+        return [one for one in found if min(one).startswith(("from_rgb.", "blocks."))]
+
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G or D."""
         names = ("num_classes", "channel_base", "channel_max", "num_half")

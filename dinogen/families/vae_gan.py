@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dinogen.batch import Batch, Losses
 from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.families.base import Phase, judged_alone
+from dinogen.families.gan import layers_of
 from dinogen.families.vae import Vae
 from dinogen.losses.adversarial import hinge_d, hinge_g
 from dinogen.networks.patchgan import PatchDiscriminator, num_patches
@@ -75,6 +76,10 @@ class VaeGan(Vae):
     def realism(self, images: Tensor) -> Tensor:
         """D's mean logit over all patches."""
         return judged_alone(self.D, images)
+
+    def layers(self, network: str) -> list[set[str]]:
+        """D's, up to the one before its logits."""
+        return layers_of(self.D) if network == "D" else []
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G or D."""

@@ -10,7 +10,7 @@ import torch
 
 from dinogen.config import AugmentConfig, Config, ConfigError, StageConfig, find_stage
 from dinogen.distributed import process_group
-from dinogen.families.abilities import MeasuresHeldOut
+from dinogen.families.abilities import MeasuresHeldOut, trained_parameters
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class, resolve
 from dinogen.metrics.registry import chosen_names
@@ -100,7 +100,7 @@ def check_config(
     chosen_names(config.metrics.names, "metrics.names")
     chosen_names(config.eval.generated, "eval.generated")
     families = [_on_meta(config, stage) for stage in config.stages]
-    _check_lr_scale(config, families)
+    _check_names(config, families)
     for index in indices:
         size = config.stages[index].resolution
         _check_ranks(families[index], ranks[size] if ranks else process_group.world_size())
@@ -113,14 +113,18 @@ def _on_meta(config: Config, stage: StageConfig) -> Family:
         return family_class(config.family)(config, stage, torch.device("meta"))
 
 
-def _check_lr_scale(config: Config, families: list[Family]) -> None:
-    """Factors are of networks that some stage has: a discriminator may come in late."""
+def _check_names(config: Config, families: list[Family]) -> None:
+    """Keys by network are of those that some stage has: a discriminator may come in late."""
     known = {name: None for family in families for name in family.networks}
-    if unknown := set(config.optim.lr_scale) - set(known):
-        raise ConfigError(
-            f"optim.lr_scale: there is no network {min(unknown)}: the family's are "
-            f"{', '.join(known)}"
-        )
+    keys = {"optim.lr_scale": set(config.optim.lr_scale), "freeze": set(config.freeze)}
+    for key, given in keys.items():
+        if unknown := given - set(known):
+            raise ConfigError(
+                f"{key}: there is no network {min(unknown)}: the family's are {', '.join(known)}"
+            )
+    for family in families:
+        for name in family.networks:
+            trained_parameters(family, name)
 
 
 def _check_stage(config: Config, family: Family, data: Dataset) -> None:

@@ -123,6 +123,9 @@ class Trainer:
                 self.counted_until = self.window.began
                 began = progress.nimg
                 line.begin(began)
+                if self.config.init_from is not None and began == 0:
+                    # what it starts from, to compare with the source and with later grids
+                    self._draw()
                 while not self.state.finished:
                     before = time.monotonic()
                     loaded = steps.next()
@@ -290,14 +293,8 @@ class Trainer:
         if last and self._unsound:
             raise self._blown_up("the stage's last updates were not finite")
         every = self.config.log
-        images: Tensor | None = None
         draw = last or due(passed, now, every.samples_kimg)
-        if draw:
-            with process_group.rank_zero_section() as mine:
-                if mine:
-                    images = self.state.sample(every.num_samples)
-                    path = self.state.place.samples_folder / f"{checkpoint_name(now)}.png"
-                    self.logger.write_image("samples", save_samples(images, path), now)
+        images = self._draw() if draw else None
         # A family without a probe is probed in the samples that are drawn anyway.
         own_probe = isinstance(self.family, Probes)
         probe = last or due(passed, now, every.probe_kimg) or (draw and not own_probe)
@@ -306,6 +303,16 @@ class Trainer:
         best = measure and self.progress.best_nimg == now
         if last or best or due(passed, now, self.config.checkpoint.every_kimg):
             self.save()
+
+    def _draw(self) -> Tensor | None:
+        """A grid of samples; every rank has to call it, and rank 0 gets the images."""
+        images: Tensor | None = None
+        with process_group.rank_zero_section() as mine:
+            if mine:
+                images = self.state.sample(self.config.log.num_samples)
+                path = self.state.place.samples_folder / f"{checkpoint_name(self.now)}.png"
+                self.logger.write_image("samples", save_samples(images, path), self.now)
+        return images
 
     def _log(
         self,

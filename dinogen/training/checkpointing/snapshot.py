@@ -44,7 +44,9 @@ def ema_decay(batch: int, nimg: float, config: EmaConfig) -> float:
         batch: images of the step, over all ranks.
         nimg: images seen since the average began.
     """
-    halflife = min(config.halflife_kimg * 1000, config.rampup * nimg)
+    halflife = config.halflife_kimg * 1000
+    if config.rampup is not None:
+        halflife = min(halflife, config.rampup * nimg)
     decay: float = 0.5 ** (batch / max(halflife, 1e-8))
     return decay
 

@@ -54,7 +54,10 @@ def _from_file(path: Path, family: Family) -> dict[str, dict[str, Tensor]]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"init_from: {path} cannot be read as safetensors: {error}") from None
+        hint = ": turn it into a run by `dinogen import` first" if path.suffix == ".pkl" else ""
+        raise ConfigError(
+            f"init_from: {path} cannot be read as safetensors: {error}{hint}"
+        ) from None
     name = family.ema_networks[0]
     return {name: tensors, f"{name}.ema": tensors}
 

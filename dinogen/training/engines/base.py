@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from dinogen.batch import Batch, Losses, Scalars
 from dinogen.config import Config, ConfigError, EngineConfig, OptimConfig
 from dinogen.distributed import process_group
-from dinogen.families.abilities import RunsFrozen, ScalesOptimizer
+from dinogen.families.abilities import RunsFrozen, ScalesOptimizer, trained_parameters
 from dinogen.families.base import Family, Phase
 from dinogen.training.engines.batch_norm import sync_batch_norms
 from dinogen.transfer import to_device
@@ -92,7 +92,7 @@ class SingleEngine:
     def prepare(self) -> None:
         """Take over which parameters train now; called at the start and where a fade-in ends."""
         for name, network in self.family.networks.items():
-            names = self.family.trainable(name)
+            names = trained_parameters(self.family, name)
             self.trained[name] = [p for n, p in network.named_parameters() if n in names]
         self.live = None
 
