@@ -70,6 +70,12 @@ MAY_IMPORT = {
         # the only way up: what is measured while a stage trains
         "dinogen.evaluation.validate",
     },
+    "dinogen.formats": {
+        "dinogen.families.base",
+        "dinogen.families.registry",
+        "dinogen.runs",
+        "dinogen.training",
+    },
     "dinogen.evaluation": {
         "dinogen.families.abilities",
         "dinogen.families.base",

@@ -1,4 +1,4 @@
-"""Weights in and out: ``dinogen export``."""
+"""Weights in and out: ``dinogen export`` and ``dinogen import``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from launch.cli.results import Nimg, Run, Stage
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(export)
+    app.command("import")(import_weights)
 
 
 def export(
@@ -51,4 +52,37 @@ def export(
         f"{done.path}: {info['network']['class'].rpartition('.')[2]} of stage "
         f"{stage_name(info['resolution'])} at {info['nimg']} images, "
         f"{done.num_parameters:,} parameters, guide: {info.get('guide_label', 'none')}"
+    )
+
+
+def import_weights(
+    kind: Annotated[
+        str, typer.Argument(help="Layout of the weights: stylegan2.", metavar="KIND")
+    ],
+    file: Annotated[Path, typer.Argument(help="File to read.", metavar="FILE")],
+    out: Annotated[Path, typer.Argument(help="Folder of the run to write.", metavar="OUT")],
+) -> None:
+    """Write weights that others have trained as a run, for init_from, sample, evaluate and look.
+
+    [bold]stylegan2[/bold] reads a pickle of stylegan2-ada-pytorch or of a StyleGAN2 in stylegan3:
+    generator, discriminator, averages and ADA's p. Nothing in the pickle is run.
+
+    [bold]Examples[/bold]
+
+      dinogen import stylegan2 ffhq256.pkl runs/ffhq256
+
+      dinogen sample runs/ffhq256 --num 64
+    """
+    from dinogen.formats.runs import check_free, reader_of, write_run
+    from launch.cli.console import setup_logging
+
+    setup_logging()
+    read = reader_of(kind)
+    check_free(out)
+    weights = read(file)
+    checkpoint = write_run(out, weights)
+    num = sum(one.numel() for one in next(iter(weights.averages.values())).values())
+    typer.echo(
+        f"{out}: {weights.family['name']} at {weights.resolution}x{weights.resolution}, "
+        f"{num:,} values in the generator, from {file}; checkpoint {checkpoint.name}"
     )

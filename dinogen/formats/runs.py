@@ -1,0 +1,209 @@
+"""Weights from elsewhere written as the folder of a run, which every command takes like any other.
+
+A reader of a format gives :class:`Weights`; :func:`write_run` checks them against the networks that
+their config builds, and writes config and checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinogen.config import Config, dump_config, parse_config
+from dinogen.errors import UserError
+from dinogen.families.registry import family_class, resolve
+from dinogen.files import write_text
+from dinogen.runs.run import Run
+from dinogen.training.checkpointing.checkpoint import TEMPORARY, save_checkpoint, versions
+from dinogen.training.state import Progress
+from shards.files import sha256_file, sync_folder
+
+log = logging.getLogger(__name__)
+_NUM_NAMED = 4
+# Kinds that `dinogen import` reads, and the module whose `read` does it.
+KINDS = {"stylegan2": "dinogen.formats.stylegan2"}
+
+
+class FormatError(UserError):
+    """A file that cannot be read as the format it was said to be; the message names it."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file in another layout holds, in the names and shapes of our networks.
+
+    Attributes:
+        source: the file or folder that it was read from.
+        kind: of the format, such as ``stylegan2``.
+        family: keys of ``family:``, its ``name`` among them.
+        resolution: side of the images, pixels.
+        networks: state dict of each network of the family, by its name.
+        averages: state dict of the moving average of each network that has one.
+        nimg: training images that the networks had been shown; 0 if the file does not say.
+        facts: what else is known of the source, JSON-ready.
+        notes: sentences for the log on what differs from the source.
+    """
+
+    source: Path
+    kind: str
+    family: Mapping[str, Any]
+    resolution: int
+    networks: Mapping[str, Mapping[str, Tensor]]
+    averages: Mapping[str, Mapping[str, Tensor]]
+    nimg: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def reader_of(kind: str) -> Callable[[Path], Weights]:
+    """The function that reads a kind of file.
+
+    Raises:
+        FormatError: there is no such kind.
+    """
+    if kind not in KINDS:
+        raise FormatError(f"{kind}: no layout of weights: use {', '.join(sorted(KINDS))}")
+    reader: Callable[[Path], Weights] = importlib.import_module(KINDS[kind]).read
+    return reader
+
+
+def write_run(out: Path, weights: Weights) -> Path:
+    """Write weights as a run of one stage with one checkpoint; ``out`` appears whole or not at all.
+
+    The checkpoint's facts hold ``imported``: kind, file, its SHA-256, and the facts of the weights.
+    Its optimizers are empty, and the stage is at its end, so a training run starts from it by
+    ``init_from``.
+
+    Args:
+        out: folder of the run, which must not exist yet, or be empty.
+        weights: of every network of the family; kept in float32.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        FormatError: ``out`` holds something, or the weights are not those of the networks that
+            their config builds, or not finite; names the tensor.
+        ConfigError: the config is not valid.
+        OSError: it cannot be written.
+    """
+    check_free(out)
+    config = _config(out, weights)
+    tensors = _checked(config, weights)
+    for note in weights.notes:
+        log.warning("%s: %s", weights.source, note)
+    state = {
+        "progress": asdict(Progress(nimg=weights.nimg, logged=weights.nimg)),
+        "start": 0,
+        "keep": True,
+        "best": False,
+        "engine": {name: {} for name in weights.networks},
+        "logger": {"sums": {}, "weights": {}},
+        "data": None,
+        "config": config.model_dump(mode="json"),
+        "versions": versions(),
+        "facts": {"imported": _origin(weights)},
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Run(out.parent / f"{TEMPORARY}{out.name}.{os.getpid()}")
+    try:
+        place = temporary.stage(weights.resolution).checkpoints
+        save_checkpoint(place.folder, weights.nimg, tensors | {"optim": {}}, state)
+        write_text(temporary.config_file, dump_config(config))
+        if out.is_dir():
+            out.rmdir()  # it is empty
+        temporary.path.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary.path, ignore_errors=True)
+        raise
+    sync_folder(out.parent)
+    return Run(out).stage(weights.resolution).checkpoints.at(weights.nimg)
+
+
+def check_free(out: Path) -> None:
+    """Refuse a folder that holds something, before a large file is read for it.
+
+    Raises:
+        FormatError: there is a file, or a folder that is not empty.
+    """
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if os.path.lexists(out):
+        raise FormatError(f"{out} exists already: name a new folder for the imported run")
+
+
+def _config(out: Path, weights: Weights) -> Config:
+    """Of the shape of one that was trained to where the weights are."""
+    length = max(weights.nimg, 1) / 1000
+    return resolve(
+        parse_config(
+            {
+                "run": str(out),
+                "family": dict(weights.family),
+                "stages": [{"resolution": weights.resolution, "kimg": length}],
+                "notes": {"change": f"imported from {weights.source.name} ({weights.kind})"},
+            },
+            source=str(weights.source),
+        )
+    )
+
+
+def _checked(config: Config, weights: Weights) -> dict[str, dict[str, Tensor]]:
+    """The tensors of every file of the checkpoint, contiguous and of the dtypes of the networks.
+
+    Raises:
+        FormatError: a tensor is missing, unknown, of another shape, or not finite.
+    """
+    with torch.device("meta"):
+        family = family_class(config.family)(config, config.stages[0], torch.device("meta"))
+    wanted = {name: network.state_dict() for name, network in family.networks.items()}
+    wanted |= {f"{name}.ema": family.networks[name].state_dict() for name in family.ema_networks}
+    given = dict(weights.networks) | {f"{name}.ema": one for name, one in weights.averages.items()}
+    if given.keys() != wanted.keys():
+        raise FormatError(
+            f"{weights.source}: holds {', '.join(sorted(given))}; family "
+            f"{config.family.name} needs {', '.join(sorted(wanted))}"
+        )
+    return {name: _as_wanted(weights.source, name, given[name], wanted[name]) for name in wanted}
+
+
+def _as_wanted(
+    source: Path, title: str, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    problems = [f"{name} is missing" for name in wanted if name not in given]
+    problems += [f"{name} is not known" for name in given if name not in wanted]
+    problems += [
+        f"{name} is {tuple(given[name].shape)}, not {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in given and given[name].shape != wanted[name].shape
+    ]
+    if not problems:
+        problems = [f"{name} is not finite" for name, one in given.items() if not _finite(one)]
+    if problems:
+        more = f" and {len(problems) - _NUM_NAMED} more" if len(problems) > _NUM_NAMED else ""
+        named = "; ".join(problems[:_NUM_NAMED])
+        raise FormatError(f"{source}: {title} does not fit our network: {named}{more}")
+    # copies: safetensors refuses tensors that share memory
+    return {
+        name: given[name].detach().to("cpu", one.dtype, copy=True).contiguous()
+        for name, one in wanted.items()
+    }
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _origin(weights: Weights) -> dict[str, Any]:
+    source = weights.source
+    mark = {"sha256": sha256_file(source)} if source.is_file() else {}
+    return {"kind": weights.kind, "file": source.name, **mark, **weights.facts}
