@@ -24,15 +24,14 @@ from dinogen.networks.casts import cast_together, conv
 from dinogen.networks.layers import GroupNorm, nearest_conv
 
 
-Resample = Literal["up", "down"]
-
-
 class Drop(Protocol):
     """Dropout of the activations (B, C, H, W) of residual blocks."""
 
     def __call__(self, h: Tensor, block: int) -> Tensor:
         """Drop some of those of the block with this number."""
 
+
+Resample = Literal["up", "down"]
 
 LONGEST_PERIOD = 10_000
 MAX_GROUPS = 32
