@@ -19,6 +19,7 @@ from dinogen.formats.unets import (
     NO_CLASS_ADDED,
     VARIANCE_DROPPED,
     Layer,
+    Names,
     drop_variance,
     num_blocks_of,
     num_levels_of,
@@ -35,44 +36,45 @@ NORM_GROUPS = 32
 NUM_STEPS = 1000
 
 
-class OpenAINames:
-    """Modules numbered through each half; a level's last holds what resamples, too."""
+def _place(layer: Layer, network: UNet) -> str:
+    """Modules are numbered through each half; a level's last holds what resamples, too."""
+    attention = layer.kind == "attention"
+    if layer.side == "middle":
+        return f"middle_block.{1 if attention else 2 * layer.number}"
+    per_level = num_blocks_of(network) + 1
+    if layer.side == "down":
+        index = 1 + layer.level * per_level + layer.number
+        return f"input_blocks.{index}.{int(attention)}" + _of_conv(layer, "op")
+    index = (num_levels_of(network) - 1 - layer.level) * per_level + layer.number
+    if not layer.resamples:
+        return f"output_blocks.{index}.{int(attention)}"
+    return f"output_blocks.{index - 1}.{1 + layer.attends}" + _of_conv(layer, "conv")
 
-    outer = {
+
+def _of_conv(layer: Layer, name: str) -> str:
+    return f".{name}" if layer.kind == "resample" else ""
+
+
+NAMES = Names(
+    outer={
         "conv_in": "input_blocks.0.0",
         "time.0": "time_embed.0",
         "time.2": "time_embed.2",
         "label": "label_emb",
         "norm_out": "out.0",
         "conv_out": "out.2",
-    }
-    block = {
+    },
+    block={
         "norm0": "in_layers.0",
         "conv0": "in_layers.2",
         "affine": "emb_layers.1",
         "norm1": "out_layers.0",
         "conv1": "out_layers.3",
         "skip": "skip_connection",
-    }
-    attention = {"norm": "norm", "qkv": "qkv", "proj": "proj_out"}
-
-    def of(self, layer: Layer, network: UNet) -> str:
-        """As in the base."""
-        attention = layer.kind == "attention"
-        if layer.side == "middle":
-            return f"middle_block.{1 if attention else 2 * layer.number}"
-        per_level = num_blocks_of(network) + 1
-        if layer.side == "down":
-            index = 1 + layer.level * per_level + layer.number
-            return f"input_blocks.{index}.{int(attention)}" + _of_conv(layer, "op")
-        index = (num_levels_of(network) - 1 - layer.level) * per_level + layer.number
-        if not layer.resamples:
-            return f"output_blocks.{index}.{int(attention)}"
-        return f"output_blocks.{index - 1}.{1 + layer.attends}" + _of_conv(layer, "conv")
-
-
-def _of_conv(layer: Layer, name: str) -> str:
-    return f".{name}" if layer.kind == "resample" else ""
+    },
+    attention={"norm": "norm", "qkv": "qkv", "proj": "proj_out"},
+    place=_place,
+)
 
 
 def read(
@@ -134,7 +136,7 @@ def read(
         "unet": details | found,
     }
     network = unet_of(file, image_size, family)
-    own = renamed(file, network, OpenAINames(), tensors)
+    own = renamed(file, network, NAMES, tensors)
     for layer in (name for name in own if name.endswith("attention.qkv.weight")):
         stem = layer.removesuffix(".weight")
         attention = network.get_submodule(stem.removesuffix(".qkv"))

@@ -7,10 +7,10 @@ numbers and names the layers in its own way, and stores some tensors in another 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -60,18 +60,21 @@ class Layer:
     attends: bool
 
 
-class Names(Protocol):
-    """How another code names layers."""
+@dataclass(frozen=True)
+class Names:
+    """How another code names layers.
+
+    Attributes:
+        outer: those outside of the blocks, by our names.
+        block: those in a residual block.
+        attention: those in an attention.
+        place: what the names of a layer's tensors begin with.
+    """
 
     outer: Mapping[str, str]
-    """Of layers outside of the blocks, by our names."""
     block: Mapping[str, str]
-    """Of those in a residual block."""
     attention: Mapping[str, str]
-    """Of those in an attention."""
-
-    def of(self, layer: Layer, network: UNet) -> str:
-        """What the names of a layer's tensors begin with."""
+    place: Callable[[Layer, UNet], str]
 
 
 def unet_of(source: Path, resolution: int, family: Mapping[str, Any]) -> UNet:
@@ -146,7 +149,7 @@ def table(network: UNet, names: Names) -> dict[str, str]:
     """Their name of each of our tensors."""
     prefixes = dict(names.outer)
     for layer in layers(network):
-        theirs = names.of(layer, network)
+        theirs = names.place(layer, network)
         inner = {"block": names.block, "attention": names.attention, "resample": None}[layer.kind]
         if inner is None:
             prefixes[layer.ours] = theirs
