@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dinogen.batch import Batch, Scalars
 from dinogen.errors import UserError
-from dinogen.families.base import Condition, Family, Health, Networks
+from dinogen.families.base import Condition, Family, Graph, Health, Networks
 
 # --- training
 
@@ -274,6 +274,18 @@ class Conditional(Protocol):
         """
 
 
+@runtime_checkable
+class HasGraph(Protocol):
+    """What makes its images, or a step towards them, is a graph of tensors but not G(z) alone."""
+
+    def graph(self, networks: Networks) -> Graph | None:
+        """What is exported of the moving averages; it shares their weights.
+
+        Returns:
+            None if G(latents) is all there is to it.
+        """
+
+
 # --- for callers that need an answer from every family
 
 
@@ -306,6 +318,24 @@ def truncates(family: Family) -> bool:
 def num_classes_of(family: Family) -> int:
     """What :class:`HasClasses` says; 0 for other families."""
     return family.num_classes if isinstance(family, HasClasses) else 0
+
+
+def graph_of(family: Family, networks: Networks) -> Graph | None:
+    """What :class:`HasGraph` gives, else ``images = G(z)``.
+
+    Returns:
+        None for a family that decodes in its own way and has no graph.
+    """
+    if isinstance(family, HasGraph):
+        if (found := family.graph(networks)) is not None:
+            return found
+    elif type(family).decode is not Family.decode:
+        return None
+
+    def inputs(indices: Tensor, seed: int) -> dict[str, Tensor]:
+        return {"z": family.latents(indices, seed)}
+
+    return Graph(networks[family.ema_networks[0]], inputs)
 
 
 def condition_for(

@@ -92,6 +92,25 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Graph:
+    """What is exported for runtimes that know nothing of dinogen.
+
+    Attributes:
+        module: called with the inputs in their order; gives one tensor (N, 3, R, R) float32.
+        inputs: (sample numbers (N,) int64, seed) -> examples of the inputs by name, latents as
+            ``Family.sample`` has them. The first dimension of each is N, but for scalars, which
+            all images share.
+        output: its name: ``images`` in [-1, 1], or what a step of a walk predicts.
+        facts: what the inputs mean and how to use the output, JSON-ready.
+    """
+
+    module: nn.Module
+    inputs: Callable[[Tensor, int], dict[str, Tensor]]
+    output: str = "images"
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Health:
     """The result of examining samples.
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from dinogen.batch import Batch, Losses, Scalars
 from dinogen.config import Config, ConfigError, Section, StageConfig, describe_errors
-from dinogen.diffusion.process import Schedule, q_sample, sample, target
+from dinogen.diffusion.process import Schedule, q_sample, sample, target, time_steps
 from dinogen.distributed import rng
 from dinogen.errors import UserError
-from dinogen.families.base import Family, Inputs, Networks, Phase, classes_of
+from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classes_of
 from dinogen.networks.unet import Drop, UNet
 from dinogen.transfer import to_device, to_device_together
 
@@ -217,6 +217,29 @@ class Ddpm(Family):
             eta={"ddim": 0.0, "ddpm": 1.0}[self.options.sampler],
             noise=noise,
         )
+
+    def graph(self, networks: Networks) -> Graph:
+        """One prediction: noisy images x, time steps t, and label if there are classes.
+
+        The walk is a loop around it, with the noise of the time steps in ``facts``.
+        """
+        own = self.options
+        visited = time_steps(self.schedule.num_steps, own.sample_steps)
+
+        def inputs(indices: Tensor, seed: int) -> dict[str, Tensor]:
+            t = torch.tensor(visited)[indices % len(visited)].to(self.device)
+            found = {"x": self.latents(indices, seed), "t": t}
+            if not own.num_classes:
+                return found
+            return found | {"label": (indices % own.num_classes).to(self.device)}
+
+        facts = {
+            "time_steps": visited,
+            "alpha_bar": [float(self.schedule.alpha_bar[t]) for t in visited],
+            "guidance": own.guidance,
+            "num_classes": own.num_classes,
+        }
+        return Graph(networks["G"], inputs, own.prediction, facts)
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
         """The loss on images that were not trained on, with random numbers of its own."""

@@ -15,7 +15,7 @@ from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.abilities import not_trained_with_text
-from dinogen.families.base import Condition, Family, Health, Inputs, Networks, Phase
+from dinogen.families.base import Condition, Family, Graph, Health, Inputs, Networks, Phase
 from dinogen.guidance.conditioning import (
     Conditioning,
     LatentRows,
@@ -150,6 +150,20 @@ class Guided(Family):
         clip = text.clip if text else matching_clip(self.config, facts.get("clip", {}), self.device)
         return Condition(clip.captions(list(texts)), guidance)
 
+    def graph(self, networks: Networks) -> Graph | None:
+        """With text: z, embedding and guidance to images; guidance 0 is no text."""
+        G = networks["G"]
+        if not isinstance(G, ConditionalGenerator):
+            return None
+
+        def inputs(indices: Tensor, seed: int) -> dict[str, Tensor]:
+            z = self.latents(indices, seed)
+            shape = (G.mapping.embed_dim,)
+            embedding = rng.normal(seed, "sample/embedding", indices, shape, self.device)
+            return {"z": z, "embedding": embedding, "guidance": z.new_tensor(1.5)}
+
+        return Graph(_Guided(G), inputs, facts={"guidance": 1.0})
+
     def realism(self, images: Tensor) -> Tensor | None:
         """The discriminator's mean logit, if the stage has one."""
         return self.adversary.realism(images) if self.adversary else None
@@ -228,6 +242,19 @@ class Guided(Family):
             found["frozen"] = {"family.discriminator.guide": sha256}
         text = self._training.text if self._training else None
         return found | ({"clip": text.clip.info} if text else {})
+
+
+class _Guided(nn.Module):
+    """What :meth:`Guided.sample` does with a condition, with guidance as a tensor."""
+
+    def __init__(self, G: ConditionalGenerator) -> None:
+        super().__init__()
+        self.G = G
+
+    def forward(self, z: Tensor, embedding: Tensor, guidance: Tensor) -> Tensor:
+        """z (B, z_dim), embedding (B, E), guidance () -> images (B, 3, R, R) in [-1, 1]."""
+        w = torch.lerp(self.G.mapping(z), self.G.mapping(z, embedding), guidance)
+        return ProgressiveGenerator.forward(self.G, w)
 
 
 class GuidedTraining:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinogen.batch import Batch, Losses, Scalars
 from dinogen.config import Config, StageConfig
 from dinogen.distributed import rng
-from dinogen.families.base import Inputs, Networks, Phase, classes_of, judged_alone
+from dinogen.families.base import Graph, Inputs, Networks, Phase, classes_of, judged_alone
 from dinogen.families.gan import Gan
 from dinogen.losses.adversarial import bce_d, bce_g, path_lengths, r1_penalty
 from dinogen.networks.ada.pipeline import Strengths, augment
@@ -187,6 +187,18 @@ class StyleGAN2Ada(Gan):
         images: Tensor = G.synthesis(torch.cat([low[:, :cut], high[:, cut:]], 1))
         return images.clamp(-1, 1)
 
+    def graph(self, networks: Networks) -> Graph:
+        """z, psi and label, if there are classes, to images with constant noise."""
+        G, psi = networks["G"], self.options.truncation
+        assert isinstance(G, StyleGAN2Generator)
+
+        def inputs(indices: Tensor, seed: int) -> dict[str, Tensor]:
+            found = {"z": self.latents(indices, seed), "psi": torch.tensor(psi)}
+            label = self._label(indices)
+            return found if label is None else found | {"label": label}
+
+        return Graph(_Truncated(G), inputs, facts={"psi": psi})
+
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G or D."""
         names = ("num_classes", "channel_base", "channel_max", "num_half")
@@ -301,3 +313,16 @@ class StyleGAN2Ada(Gan):
 
     def _normal(self, purpose: str, positions: Tensor, *shape: int) -> Tensor:
         return rng.normal(self.config.seed, purpose, positions, shape, self.device)
+
+
+class _Truncated(nn.Module):
+    """What :meth:`StyleGAN2Ada.decode` does, with psi as a tensor."""
+
+    def __init__(self, G: StyleGAN2Generator) -> None:
+        super().__init__()
+        self.G = G
+
+    def forward(self, z: Tensor, psi: Tensor, label: Tensor | None = None) -> Tensor:
+        """z (B, z_dim), psi (), label (B,) int64 -> images (B, 3, R, R) float32 in [-1, 1]."""
+        images: Tensor = self.G(z, label, psi=psi)
+        return images.clamp(-1, 1)

@@ -304,8 +304,8 @@ class ConditionalMapping(nn.Module):
         """
         if embedding is None:
             # Not left out: every parameter must have a gradient, also where all were dropped.
-            embedding = z.new_zeros(len(z), self.embed_dim)
-            keep = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+            embedding = z.new_zeros(z.shape[0], self.embed_dim)
+            keep = torch.zeros(z.shape[0], dtype=torch.bool, device=z.device)
         condition = self.embed(normalize(embedding.float()))
         if keep is not None:
             condition = torch.where(keep[:, None], condition, self.null)

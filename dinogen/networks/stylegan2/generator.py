@@ -178,7 +178,7 @@ class SynthesisBlock(nn.Module):
         Returns:
             (B, O, R, R), and the image (B, 3, R, R) float32.
         """
-        x = self.const.expand(len(ws), -1, -1, -1) if x is None else x
+        x = self.const.expand(ws.shape[0], -1, -1, -1) if x is None else x
         noises = [None] * len(self.layers) if noise is None else noise.chunk(len(self.layers), 1)
         with autocast_if(self.half_allowed, ws.device):
             x = x if self.half_allowed else x.float()
@@ -278,7 +278,7 @@ class StyleGAN2Generator(nn.Module):
         self.register_buffer("w_avg", torch.zeros(w_dim))
         self.register_buffer("path_mean", torch.zeros(()))
 
-    def truncate(self, w: Tensor, psi: float) -> Tensor:
+    def truncate(self, w: Tensor, psi: float | Tensor) -> Tensor:
         """Move w towards its mean, all the way at psi 0 (Karras et al. 2019, section 2.3)."""
         return torch.lerp(self.w_avg, w, psi)
 
@@ -291,7 +291,7 @@ class StyleGAN2Generator(nn.Module):
         z: Tensor,
         label: Tensor | None = None,
         noise: Tensor | None = None,
-        psi: float = 1.0,
+        psi: float | Tensor = 1.0,
     ) -> Tensor:
         """Latents (B, z_dim) -> images (B, 3, R, R) float32, about [-1, 1] but not bounded.
 
