@@ -37,6 +37,7 @@ class UNetOptions(Section):
     num_heads: int | None = Field(
         None, ge=1, description="heads of every attention, in place of head_channels"
     )
+    middle_norm: bool = Field(True, description="the attention in the middle has a norm")
     resampling: Literal["conv", "block"] = Field(
         "conv", description="sides are halved and doubled by a convolution, or a residual block"
     )

@@ -249,14 +249,16 @@ def _structure(
     attending, resampling = _block_types(config, refuse)
     groups = config.get("norm_num_groups", 32)
     scales = config.get("resnet_time_scale_shift", "default") == "scale_shift"
-    if (config.get("attn_norm_num_groups") or (0 if scales else groups)) != groups:
-        refuse("attn_norm_num_groups", f"the middle's attention needs a norm of {groups} groups")
+    middle = config.get("attn_norm_num_groups") or (None if scales else groups)
+    if middle not in (groups, None):
+        refuse("attn_norm_num_groups", f"our U-Net has norm_num_groups, {groups}, there too")
     head = config.get("attention_head_dim", 8)
     details = {
         "norm_groups": groups,
         "norm_eps": config.get("norm_eps", 1e-5),
         "scale": scales,
         "num_heads": 1 if head is None else None,
+        "middle_norm": middle is not None,
         "resampling": resampling,
         "downsample_padding": "all" if config.get("downsample_padding", 1) else "end",
         "last_frequency": "exact" if config.get("freq_shift", 0) else "near",
@@ -332,9 +334,7 @@ def _diffusion(
         kind = config.get("prediction_type", "epsilon")
         by_theirs = {theirs: ours for ours, theirs in PREDICTIONS.items()}
         if kind not in by_theirs:
-            raise FormatError(
-                f"{path}: prediction_type {kind!r}: there are {', '.join(by_theirs)}"
-            )
+            raise FormatError(f"{path}: prediction_type {kind!r}: there are {', '.join(by_theirs)}")
         prediction = by_theirs[kind]
     notes = []
     if config.get("thresholding") or not config.get("clip_sample", True):
@@ -467,8 +467,8 @@ def _say(folder: Path, options: Mapping[str, Any], sampler: str) -> None:
         )  # fmt: skip
     if options["num_classes"]:
         log.warning(
-            "%s: the pipelines of diffusers ask for no class: call unet(..., class_labels=...) in a "
-            "loop of your own; label %d means no class",
+            "%s: the pipelines of diffusers ask for no class: call unet(..., class_labels=...) in "
+            "a loop of your own; label %d means no class",
             folder, options["num_classes"],
         )  # fmt: skip
 
@@ -511,6 +511,10 @@ def unet_config(network: UNet, family: Mapping[str, Any], resolution: int) -> di
             "diffusers cannot scale time steps, or embed them in another size than that of the "
             "first convolution: family.unet.time_scale and family.unet.time_channels"
         )
+    if not (variant.middle_norm or variant.scale):
+        raise FormatError(
+            "diffusers has a norm in the middle unless family.unet.scale: set middle_norm"
+        )
     attentions = [m for m in network.modules() if isinstance(m, SelfAttention)]
     heads = {m.qkv.in_channels // m.num_heads for m in attentions}
     one_each = all(m.num_heads == 1 for m in attentions)
@@ -552,7 +556,8 @@ def unet_config(network: UNet, family: Mapping[str, Any], resolution: int) -> di
         "act_fn": "silu",
         "attention_head_dim": None if one_each else heads.pop(),
         "norm_num_groups": groups[0],
-        "attn_norm_num_groups": groups[0],
+        # of the middle; without, it has a norm where there is no scale alone
+        "attn_norm_num_groups": groups[0] if variant.middle_norm else None,
         "norm_eps": variant.norm_eps,
         "resnet_time_scale_shift": "scale_shift" if variant.scale else "default",
         "add_attention": True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from dinogen.formats.unets import (
     unet_of,
     with_no_class,
 )
-from dinogen.networks.unet import UNet
+from dinogen.networks.unet import SelfAttention, UNet
 
 KIND = "guided-diffusion"
 NORM_GROUPS = 32
@@ -84,10 +84,10 @@ def read(
     num_heads: int | None = None,
     head_channels: int | None = None,
     new_attention_order: bool = False,
-    schedule: Literal["linear", "cosine"] = "linear",
+    schedule: str = "linear",
     num_steps: int = NUM_STEPS,
     rescale_timesteps: bool | None = None,
-    prediction: Literal["epsilon", "x0"] = "epsilon",
+    prediction: str = "epsilon",
 ) -> Weights:
     """Read a file as weights of the family `ddpm`.
 
@@ -100,10 +100,10 @@ def read(
         num_heads: heads of each attention (their ``num_heads``).
         head_channels: or the width of each (their ``num_head_channels``).
         new_attention_order: their ``use_new_attention_order``.
-        schedule: their ``noise_schedule``.
+        schedule: their ``noise_schedule``, linear or cosine.
         num_steps: their ``diffusion_steps``.
         rescale_timesteps: their option of this name; needed unless ``num_steps`` is 1000.
-        prediction: x0 is their ``predict_xstart``.
+        prediction: epsilon, or x0, their ``predict_xstart``.
 
     Raises:
         FormatError: the file cannot be read, is of another network, or an option is missing.
@@ -137,15 +137,12 @@ def read(
     }
     network = unet_of(file, image_size, family)
     own = renamed(file, network, NAMES, tensors)
-    for layer in (name for name in own if name.endswith("attention.qkv.weight")):
-        stem = layer.removesuffix(".weight")
-        attention = network.get_submodule(stem.removesuffix(".qkv"))
-        order = 1 if new_attention_order else int(attention.num_heads)
-        for name in (layer, f"{stem}.bias"):
-            own[name] = _q_k_v(own[name], order)
-        own[layer] = own[layer].reshape(*own[layer].shape[:2], 1, 1)
-        proj = f"{stem.removesuffix('.qkv')}.proj.weight"
-        own[proj] = own[proj].reshape(*own[proj].shape[:2], 1, 1)
+    for name, module in network.named_modules():
+        if isinstance(module, SelfAttention):
+            for one in (f"{name}.qkv.weight", f"{name}.qkv.bias"):
+                own[one] = _q_k_v(own[one], 1 if new_attention_order else module.num_heads)
+            for one in (f"{name}.qkv.weight", f"{name}.proj.weight"):
+                own[one] = own[one].unsqueeze(-1)  # of a 1d convolution
     own["time.0.weight"] = sines_first(own["time.0.weight"])
     notes = [VARIANCE_DROPPED] if learnt_variance else []
     if "label.weight" in own:
@@ -168,7 +165,8 @@ def _q_k_v(rows: Tensor, num_heads: int) -> Tensor:
 
     The new order is that already, which is what one head means.
     """
-    return rows.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+    ordered: Tensor = rows.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+    return ordered
 
 
 def _checked(file: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:

@@ -51,6 +51,7 @@ class Variant:
         scale: the embedding scales a block's second norm and shifts it; without, it is added to
             what comes before that norm (Ho et al. 2020).
         num_heads: heads of every attention, whatever their width; None: see ``head_channels``.
+        middle_norm: the attention in the middle has a group norm, as all others.
         resampling: the side is halved and doubled by a convolution, or by a residual block around
             mean pooling and nearest upsampling (Brock et al. 2019, "Large Scale GAN Training for
             High Fidelity Natural Image Synthesis", appendix B).
@@ -65,6 +66,7 @@ class Variant:
     norm_eps: float = 1e-5
     scale: bool = True
     num_heads: int | None = None
+    middle_norm: bool = True
     resampling: Literal["conv", "block"] = "conv"
     downsample_padding: Literal["all", "end"] = "all"
     last_frequency: Literal["near", "exact"] = "near"
@@ -146,19 +148,20 @@ class SelfAttention(nn.Module):
                 "divisor of base_channels"
             )
         self.num_heads = variant.num_heads or channels // head_channels
-        self.norm = Norm(channels, variant)
+        self.norm: Norm | nn.Identity = Norm(channels, variant)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
         # The fused kernels want the numbers of a head side by side; in channels_last they are.
-        own = cast_together(self.norm, self.qkv, self.proj)
-        qkv = conv(self.qkv, self.norm.normalized(x, *own[0]), own[1]).flatten(2).mT.contiguous()
+        *of_norm, of_qkv, of_proj = cast_together(self.norm, self.qkv, self.proj)
+        h = self.norm.normalized(x, *of_norm[0]) if isinstance(self.norm, Norm) else x
+        qkv = conv(self.qkv, h, of_qkv).flatten(2).mT.contiguous()
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H*W, head channels)
         out = out.transpose(1, 2).flatten(2).mT.unflatten(2, x.shape[2:])
-        return x + conv(self.proj, out, own[2])
+        return x + conv(self.proj, out, of_proj)
 
 
 class ResBlock(nn.Module):
@@ -361,6 +364,8 @@ class UNet(nn.Module):
                 ResBlock(channels, channels, size, None, variant),
             ]
         )
+        if not variant.middle_norm:
+            self.get_submodule("middle.0.attention").norm = nn.Identity()
         self.up = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(num_blocks + 1):
