@@ -10,7 +10,7 @@ import importlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dinogen.config import Config, dump_config, parse_config
+from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.registry import family_class, resolve
 from dinogen.files import write_text
@@ -46,7 +47,8 @@ class Weights:
         kind: of the format, such as ``stylegan2``.
         family: keys of ``family:``, its ``name`` among them.
         resolution: side of the images, pixels.
-        networks: state dict of each network of the family, by its name.
+        networks: state dict of each network of the family, by its name; one that is not there is
+            initialised.
         averages: state dict of the moving average of each network that has one.
         nimg: training images that the networks had been shown; 0 if the file does not say.
         facts: what else is known of the source, JSON-ready.
@@ -106,7 +108,7 @@ def write_run(out: Path, weights: Weights) -> Path:
         "start": 0,
         "keep": True,
         "best": False,
-        "engine": {name: {} for name in weights.networks},
+        "engine": {name: {} for name in tensors if not name.endswith(".ema")},
         "logger": {"sums": {}, "weights": {}},
         "data": None,
         "config": config.model_dump(mode="json"),
@@ -168,12 +170,26 @@ def _checked(config: Config, weights: Weights) -> dict[str, dict[str, Tensor]]:
     wanted = {name: network.state_dict() for name, network in family.networks.items()}
     wanted |= {f"{name}.ema": family.networks[name].state_dict() for name in family.ema_networks}
     given = dict(weights.networks) | {f"{name}.ema": one for name, one in weights.averages.items()}
-    if given.keys() != wanted.keys():
+    fresh = family.networks.keys() - weights.networks.keys()
+    if given.keys() != wanted.keys() - fresh:
         raise FormatError(
             f"{weights.source}: holds {', '.join(sorted(given))}; family "
             f"{config.family.name} needs {', '.join(sorted(wanted))}"
         )
-    return {name: _as_wanted(weights.source, name, given[name], wanted[name]) for name in wanted}
+    found = {name: _as_wanted(weights.source, name, given[name], wanted[name]) for name in given}
+    for name, state in _initialised(config, sorted(fresh)).items():
+        log.warning("%s: holds no %s: it is INITIALISED, not imported", weights.source, name)
+        found[name] = state
+    return found
+
+
+def _initialised(config: Config, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Networks as a new run of the config has them."""
+    if not names:
+        return {}
+    with rng.torch_seed(config.seed, f"init/{config.stages[0].resolution}"):
+        family = family_class(config.family)(config, config.stages[0], torch.device("cpu"))
+    return {name: family.networks[name].state_dict() for name in names}
 
 
 def _as_wanted(
@@ -204,6 +220,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _origin(weights: Weights) -> dict[str, Any]:
+    """What the facts say of where the weights are from."""
     source = weights.source
     mark = {"sha256": sha256_file(source)} if source.is_file() else {}
     return {"kind": weights.kind, "file": source.name, **mark, **weights.facts}
