@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dinogen.errors import UserError
+from dinogen.families.abilities import graph_of
 from dinogen.families.base import Graph
 from dinogen.files import write_bytes
+from dinogen.training.checkpointing.export import Generator
 
 # Of ONNX; runtimes since 2023 have it.
 OPSET = 20
@@ -38,16 +40,19 @@ class ExportError(UserError):
     """A graph that cannot be written, or that does not compute what the network does."""
 
 
-def write_torch_export(graph: Graph, info: Mapping[str, Any], path: Path) -> float:
-    """Write a graph as a program of ``torch.export``, once it was seen to compute the same.
+def takes(generator: Generator) -> bool:
+    """Whether the family says what its graph is."""
+    return _graph(generator) is not None
+
+
+def write_torch_export(generator: Generator, path: Path) -> float:
+    """Write a generator as a program of ``torch.export``, once it was seen to compute the same.
 
     ``torch.export.load`` reads it back, without dinogen; its batch is of any size. ``INFO_FILE``
-    among its extra files holds the info as JSON.
+    among its extra files holds the info as JSON, and with it :func:`described` as ``graph``.
 
     Args:
-        graph: what to write.
-        info: JSON-ready, see :func:`dinogen.training.checkpointing.export.export`; the inputs and
-            the output of the graph go along as ``graph``.
+        generator: its graph is written, see :class:`dinogen.families.abilities.HasGraph`.
         path: the file.
 
     Returns:
@@ -56,10 +61,11 @@ def write_torch_export(graph: Graph, info: Mapping[str, Any], path: Path) -> flo
     Raises:
         ExportError: they differ; nothing is written.
     """
-    held = json.dumps({**info, "graph": described(graph)}, allow_nan=False)
+    graph = _graph(generator)
+    assert graph is not None
     with _quiet():
         file = io.BytesIO()
-        torch.export.save(_program(graph), file, extra_files={INFO_FILE: held})
+        torch.export.save(_program(graph), file, extra_files={INFO_FILE: _info(generator, graph)})
         file.seek(0)
         loaded = torch.export.load(file).module()
         difference = checked(graph, lambda inputs: loaded(*inputs.values()), path)
@@ -67,12 +73,12 @@ def write_torch_export(graph: Graph, info: Mapping[str, Any], path: Path) -> flo
     return difference
 
 
-def write_onnx(graph: Graph, info: Mapping[str, Any], path: Path) -> float:
-    """Write a graph as one ONNX file of opset ``OPSET``, once it was seen to compute the same.
+def write_onnx(generator: Generator, path: Path) -> float:
+    """Write a generator as one ONNX file of opset ``OPSET``, once it was seen to compute the same.
 
     Args:
-        graph: what to write.
-        info: as in :func:`write_torch_export`; ``INFO_KEY`` of the model's metadata holds it.
+        generator: as in :func:`write_torch_export`; ``INFO_KEY`` of the model's metadata holds its
+            info.
         path: the file.
 
     Returns:
@@ -87,20 +93,22 @@ def write_onnx(graph: Graph, info: Mapping[str, Any], path: Path) -> float:
         import onnxscript  # noqa: F401 - torch.onnx writes with it
     except ImportError as error:
         raise ExportError(f"--format onnx: {error}: pip install 'dinogen[onnx]'") from None
-    size = sum(t.numel() * t.element_size() for t in graph.module.state_dict().values())
+    size = sum(t.numel() * t.element_size() for t in generator.network.state_dict().values())
     if size >= ONNX_LIMIT:
         raise ExportError(
-            f"{path}: {size / 2**30:.1f} GiB of weights, and one ONNX file holds less than 2: "
-            "give --format torch-export or safetensors"
+            f"{path}: {size / 2**30:.1f} GiB of weights, and an ONNX file holds less than 2: give "
+            "--format torch-export or safetensors"
         )
-    program, names = _program(graph), list(graph.inputs(torch.arange(2), 0))
+    graph = _graph(generator)
+    assert graph is not None
+    program = _program(graph)
     with _quiet():
         written = torch.onnx.export(
             program,
             program.example_inputs[0],
             dynamo=True,
             verbose=False,
-            input_names=names,
+            input_names=list(graph.inputs(torch.arange(1), 0)),
             output_names=[graph.output],
             opset_version=OPSET,
         )
@@ -111,8 +119,7 @@ def write_onnx(graph: Graph, info: Mapping[str, Any], path: Path) -> float:
             node.ClearField("metadata_props")
             node.ClearField("doc_string")
         entry = model.metadata_props.add()
-        entry.key = INFO_KEY
-        entry.value = json.dumps({**info, "graph": described(graph)}, allow_nan=False)
+        entry.key, entry.value = INFO_KEY, _info(generator, graph)
         data = model.SerializeToString()
         session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
 
@@ -123,6 +130,14 @@ def write_onnx(graph: Graph, info: Mapping[str, Any], path: Path) -> float:
         difference = checked(graph, run, path)
     write_bytes(path, data)
     return difference
+
+
+def _graph(generator: Generator) -> Graph | None:
+    return graph_of(generator.family, {generator.info["network"]["name"]: generator.network})
+
+
+def _info(generator: Generator, graph: Graph) -> str:
+    return json.dumps(generator.info | {"graph": described(graph)}, allow_nan=False)
 
 
 def described(graph: Graph) -> dict[str, Any]:
@@ -178,7 +193,7 @@ def _program(graph: Graph) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} if value.dim() else None for value in examples.values())
     with _quiet():
-        program = torch.export.export(
+        program: torch.export.ExportedProgram = torch.export.export(
             _on_cpu(graph.module), tuple(examples.values()), dynamic_shapes=shapes
         ).run_decompositions(_REWRITTEN)
     for module in program.graph_module.modules():

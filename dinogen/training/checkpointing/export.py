@@ -1,10 +1,10 @@
-"""One plain safetensors file of a run's generator, with all it takes to rebuild it; and back."""
+"""A run's generator with all it takes to rebuild it: as a plain safetensors file, and back."""
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dinogen.config import ConfigError
 from dinogen.families.base import Family, sample_in_parts
 from dinogen.files import write_bytes
-from dinogen.runs.layout import EXPORTED_SUFFIX, is_exported
+from dinogen.runs.layout import EXPORTED_SUFFIX
 from dinogen.training.checkpointing.checkpoint import on_host
 from dinogen.training.checkpointing.exported import INFO, ExportedFile
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
@@ -35,11 +35,14 @@ class Exported:
         path: the file.
         info: what its metadata holds, see :func:`export`.
         num_parameters: of the generator.
+        difference: largest one from the network, for formats that hold a graph in place of the
+            tensors themselves; see :func:`dinogen.formats.traced.checked`.
     """
 
     path: Path
     info: dict[str, Any]
     num_parameters: int
+    difference: float | None = None
 
 
 def export(
@@ -47,8 +50,8 @@ def export(
     path: Path,
     resolution: int | None = None,
     nimg: int | None = None,
-    licence: str = NO_LICENCE,
-    intended_use: str = INTENDED_USE,
+    licence: str | None = None,
+    intended_use: str | None = None,
 ) -> Exported:
     """Write the moving average of a checkpoint's generator: the tensors of its state dict.
 
@@ -60,29 +63,62 @@ def export(
     ``intended_use``. The same checkpoint, with the same measurements, gives the same bytes.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or a file written by this, whose card is taken over.
         path: the file, ``*.safetensors``; one that is there is replaced.
         resolution: which stage; the largest that has a checkpoint unless given.
         nimg: which checkpoint; the newest unless given.
-        licence: of the weights, for the card.
-        intended_use: for the card.
+        licence: of the weights, for the card; ``NO_LICENCE`` unless given.
+        intended_use: for the card; ``INTENDED_USE`` unless given.
 
     Raises:
-        ConfigError: no such checkpoint, ``run`` is an exported file already, or ``path`` is no
-            name for such a file.
+        ConfigError: no such checkpoint, or ``path`` is no name for such a file.
     """
-    _check_name(path)
-    if is_exported(run):
-        raise ConfigError(f"{run}: give the folder of a run: a file is exported already")
+    check_name(path, EXPORTED_SUFFIX)
+    generator = generator_with_card(run, resolution, nimg, licence, intended_use)
+    write_safetensors(generator, path)
+    warn_if_random(generator, path)
+    num_parameters = sum(p.numel() for p in generator.network.parameters())
+    return Exported(path, generator.info, num_parameters)
+
+
+def generator_with_card(
+    run: Path,
+    resolution: int | None = None,
+    nimg: int | None = None,
+    licence: str | None = None,
+    intended_use: str | None = None,
+) -> Generator:
+    """What :func:`export` writes: a generator whose info has a card.
+
+    Args:
+        run: folder of the run, or an exported file, whose card is taken over.
+        resolution: as in :func:`export`, as are ``nimg``, ``licence`` and ``intended_use``.
+        nimg: see ``resolution``.
+        licence: see ``resolution``.
+        intended_use: see ``resolution``.
+
+    Raises:
+        ConfigError: no such checkpoint.
+    """
     snapshot = load_snapshot(run, resolution, nimg)
     generator = _generator_of(snapshot)
-    card = _card(snapshot) | {"licence": licence, "intended_use": intended_use}
-    network, info = generator.network, generator.info | {"card": card}
-    (tensors,) = on_host({"G": network.state_dict()}).values()
-    write_bytes(path, save(tensors, {INFO: json.dumps(info, allow_nan=False)}))
-    if info["random_guide"]:
+    defaults = {"licence": NO_LICENCE, "intended_use": INTENDED_USE}
+    given = {"licence": licence, "intended_use": intended_use}
+    card = generator.info.get("card") or _card(snapshot)
+    card = defaults | card | {name: text for name, text in given.items() if text is not None}
+    return replace(generator, info=generator.info | {"card": card})
+
+
+def write_safetensors(generator: Generator, path: Path) -> None:
+    """Write the tensors of a generator, with its info in the metadata."""
+    (tensors,) = on_host({"G": generator.network.state_dict()}).values()
+    write_bytes(path, save(tensors, {INFO: json.dumps(generator.info, allow_nan=False)}))
+
+
+def warn_if_random(generator: Generator, path: Path) -> None:
+    """Say loudly that what was written learnt from a random guide."""
+    if generator.info["random_guide"]:
         log.warning("RANDOM GUIDE: %s was trained on random features: for tests only", path)
-    return Exported(path, info, sum(p.numel() for p in network.parameters()))
 
 
 def _card(snapshot: Snapshot) -> dict[str, Any]:
@@ -181,15 +217,18 @@ def load_generator(path: Path | str) -> Generator:
     return _generator_of(load_snapshot(Path(path)))
 
 
-def _check_name(path: Path) -> None:
+def check_name(path: Path, suffix: str, hint: str = "") -> None:
     """Refuse what cannot be meant as the file's name.
+
+    Args:
+        path: the file.
+        suffix: that it must end in.
+        hint: what else could be done about a wrong suffix.
 
     Raises:
         ConfigError: naming a path that can be.
     """
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder: name a file, such as {path / 'G'}{EXPORTED_SUFFIX}")
-    if path.suffix != EXPORTED_SUFFIX:
-        raise ConfigError(
-            f"{path} does not end in {EXPORTED_SUFFIX}: name it {path}{EXPORTED_SUFFIX}"
-        )
+        raise ConfigError(f"{path} is a folder: name a file, such as {path / 'G'}{suffix}")
+    if path.suffix != suffix:
+        raise ConfigError(f"{path} does not end in {suffix}: name it {path}{suffix}{hint}")

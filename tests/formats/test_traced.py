@@ -1,0 +1,200 @@
+"""Graphs of torch.export and ONNX, against the images that sample draws, for every family."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from dinogen.families.abilities import fade
+from dinogen.families.base import Condition, sample_in_parts
+from dinogen.families.registry import family_class
+from dinogen.formats import traced
+from dinogen.formats.traced import ExportError, write_onnx, write_torch_export
+from dinogen.training.checkpointing.export import Generator
+from tests.families.tiny import RESOLUTION, TINY, tiny_config
+
+# What adds inputs or branches to a family's graph; without them it is a part of this one.
+MORE = {
+    "stylegan2_ada": ["family.num_classes=3", "family.truncation=0.7"],
+    "ddpm": ["family.num_classes=3", "family.guidance=2.0", "family.sample_steps=3"],
+}
+TEXT = ["family.text={embed_dim: 6}", "clip.path=/none"]
+CASES = {family: (family, MORE.get(family, [])) for family in TINY} | {"text": ("guided", TEXT)}
+SEED = 5
+
+
+def make_generator(family, overrides, tmp_path):
+    """A generator whose every weight matters, faded in by half where it can be."""
+    config = tiny_config(family, tmp_path / "data", tmp_path / "run", *overrides)
+    torch.manual_seed(0)
+    made = family_class(config.family)(config, config.stages[0], torch.device("cpu"))
+    G = made.networks["G"].eval().requires_grad_(False)
+    for value in G.parameters():
+        value.add_(0.1 * torch.randn(value.shape))
+    for name, value in G.named_buffers():
+        if name.endswith(("running_mean", "w_avg")):
+            value.add_(0.1 * torch.randn(value.shape))
+    fade(made, {"G": G}, 0.3, fading=True)
+    info = {"random_guide": False, "network": {"name": "G"}, "family": family}
+    return Generator(G, info, made)
+
+
+class Files:
+    """One case, written in both formats."""
+
+    def __init__(self, case, folder):
+        self.case = case
+        self.generator = make_generator(*CASES[case], folder)
+        self.pt2, self.onnx = folder / "G.pt2", folder / "G.onnx"
+        self.differences = [
+            write_torch_export(self.generator, self.pt2),
+            write_onnx(self.generator, self.onnx),
+        ]
+        extra = {"dinogen.json": ""}
+        self.program = torch.export.load(self.pt2, extra_files=extra).module()
+        self.session = onnxruntime.InferenceSession(self.onnx)
+        self.infos = [
+            json.loads(extra["dinogen.json"]),
+            json.loads(self.session.get_modelmeta().custom_metadata_map["dinogen"]),
+        ]
+
+    def run_pt2(self, **inputs):
+        return self.program(*(torch.as_tensor(value) for value in inputs.values())).numpy()
+
+    def run_onnx(self, **inputs):
+        return self.session.run(None, {k: np.asarray(v) for k, v in inputs.items()})[0]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def files(request, tmp_path_factory):
+    return Files(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def walk(run, facts, predicted, x, label):
+    """DDIM (Song et al. 2021, equation 12) in numpy, with what the file says of its schedule."""
+    after = [*facts["alpha_bar"][1:], 1.0]
+    for t, now, then in zip(facts["time_steps"], facts["alpha_bar"], after, strict=True):
+        given = {"x": x, "t": np.full(len(x), t)}
+        with_class = run(**given, label=label)
+        without = run(**given, label=np.full_like(label, facts["num_classes"]))
+        said = without + facts["guidance"] * (with_class - without)
+        signal, noise = math.sqrt(now), math.sqrt(1 - now)
+        assert predicted == "v"
+        x0 = np.clip(signal * x - noise * said, -1, 1)
+        x = math.sqrt(then) * x0 + math.sqrt(1 - then) * (x - signal * x0) / noise
+    return x
+
+
+@pytest.mark.parametrize("num", [1, 3])
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_a_graph_gives_the_images_of_sample(files, kind, num):
+    run = getattr(files, f"run_{kind}")
+    generator, graph = files.generator, files.infos[0]["graph"]
+    family, networks, indices = generator.family, {"G": generator.network}, torch.arange(num)
+    latents = family.latents(indices, SEED).numpy()
+    label = np.arange(num) % 3
+    expected = sample_in_parts(family, networks, num, SEED)
+    if files.case == "ddpm":
+        found = walk(run, graph, graph["output"], latents, label)
+    elif files.case == "stylegan2_ada":
+        found = run(z=latents, psi=np.float32(graph["psi"]), label=label)
+        assert graph["psi"] == 0.7
+    elif files.case == "text":
+        texts = np.random.default_rng(0).standard_normal((num, 6), np.float32)
+        found = run(z=latents, embedding=texts, guidance=np.float32(0))
+        for guidance in (1.0, 2.5):
+            given = run(z=latents, embedding=texts, guidance=np.float32(guidance))
+            with torch.no_grad():
+                images = family.sample(
+                    networks, indices, SEED, Condition(torch.from_numpy(texts), guidance)
+                )
+            assert np.abs(given - images.numpy()).max() < 1e-5
+            assert np.abs(given - found).max() > 1e-3
+    else:
+        found = run(z=latents)
+    assert found.shape == (num, 3, RESOLUTION, RESOLUTION) and found.dtype == np.float32
+    assert np.abs(found - expected.numpy()).max() < 1e-5
+    assert expected.std() > 1e-3  # not one colour
+
+
+def test_the_same_is_told_in_both(files):
+    first, second = files.infos
+    assert first == second
+    assert first.items() >= files.generator.info.items()
+    names = [value.name for value in files.session.get_inputs()]
+    assert names == list(first["graph"]["inputs"])
+    assert [value.name for value in files.session.get_outputs()] == [first["graph"]["output"]]
+    for given in files.session.get_inputs():
+        kinds = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+        told = first["graph"]["inputs"][given.name]
+        assert kinds[told["type"]] == given.type
+        shape = ["N" if isinstance(size, str) else size for size in given.shape]
+        assert shape == told["shape"]
+    assert max(files.differences) < 1e-5
+
+
+def test_a_file_tells_nothing_of_the_machine(files):
+    onnx.checker.check_model(str(files.onnx))
+    model = onnx.load(files.onnx)
+    assert [(one.domain, one.version) for one in model.opset_import] == [("", traced.OPSET)]
+    for path in (files.onnx, files.pt2):
+        for word in (str(traced.__file__).rpartition("/formats")[0], "site-packages"):
+            assert word.encode() not in path.read_bytes(), path.name
+
+
+def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
+    """torch.onnx ignores the divisor of avg_pool2d, by which nearest upsampling sums weights."""
+    generator = make_generator("progressive_gan", [], tmp_path)
+    out = tmp_path / "G.onnx"
+    out.write_bytes(b"before")
+    known = {op: to for op, to in traced._REWRITTEN.items() if to is not traced._pooled}
+    monkeypatch.setattr(traced, "_REWRITTEN", known)
+    with pytest.raises(ExportError, match=r"G.onnx: not written: .* differs .* by \d"):
+        write_onnx(generator, out)
+    assert out.read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == ["G.onnx"]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, 1e-3])
+def test_the_difference_is_of_the_worst_value(tmp_path, wrong):
+    generator = make_generator("dcgan", [], tmp_path)
+    graph = traced._graph(generator)
+
+    def run(inputs):
+        images = generator.network(*inputs.values())
+        if len(images) > 1:
+            images[-1, 0, 0, 0] += wrong
+        return images
+
+    with pytest.raises(ExportError, match=r"differs"):
+        traced.checked(graph, run, tmp_path / "G.onnx")
+    assert traced.checked(graph, lambda inputs: generator.network(*inputs.values()), tmp_path) == 0
+
+
+def test_the_same_generator_gives_the_same_bytes(tmp_path):
+    generator = make_generator("vae", [], tmp_path)
+    for write in (write_torch_export, write_onnx):
+        both = []
+        for name in ("one", "two"):
+            write(generator, tmp_path / name)
+            both.append((tmp_path / name).read_bytes())
+        assert both[0] == both[1], write
+
+
+def test_what_onnx_needs_is_named(tmp_path, monkeypatch):
+    generator = make_generator("dcgan", [], tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setitem(__import__("sys").modules, "onnxruntime", None)
+        with pytest.raises(ExportError, match=re.escape("pip install 'dinogen[onnx]'")):
+            write_onnx(generator, tmp_path / "G.onnx")
+    monkeypatch.setattr(traced, "ONNX_LIMIT", 1000)
+    with pytest.raises(ExportError, match=r"GiB of weights.*--format torch-export"):
+        write_onnx(generator, tmp_path / "G.onnx")
+    assert list(tmp_path.iterdir()) == []
