@@ -200,12 +200,14 @@ def _structure(
     resample = re.compile(r"output_blocks\.(\d+)\.[12]\.(conv|in_layers\.0)\.weight")
     ups = sorted((int(m[1]), m[2] != "conv") for name in tensors if (m := resample.fullmatch(name)))
     num_levels = len(ups) + 1
-    if num_up % num_levels or [at for at, _ in ups] != [
+    downs = {name.split(".")[1] for name in tensors if name.startswith("input_blocks.")}
+    if len(downs) != num_up or [at for at, _ in ups] != [
         num_up // num_levels * (i + 1) - 1 for i in range(num_levels - 1)
     ]:
         raise FormatError(
-            f"{file}: its {num_up} output blocks are not of {num_levels} levels: a U-Net whose "
-            "resampling has no weights (conv_resample=False) cannot be imported"
+            f"{file}: its {len(downs)} blocks on the way down and {num_up} on the way up are not "
+            f"of {num_levels} levels: is it cut off, or without weights where sides are halved "
+            "(conv_resample=False), which our U-Net cannot be?"
         )
     per_level = num_up // num_levels
     if per_level < 2:

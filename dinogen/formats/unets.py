@@ -6,14 +6,14 @@ numbers and names the layers in its own way, and stores some tensors in another 
 
 from __future__ import annotations
 
-import pickle
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from dinogen.networks.unet import ResBlock, SelfAttention, UNet
 
 IMAGE_CHANNELS = 3
 _NUM_NAMED = 4
+_REFUSED = "Weights only load failed"  # what torch.load says of more than tensors
 # Options of the family that its U-Net is built from.
 _ARGUMENTS = (
     *("base_channels", "channel_multipliers", "num_blocks", "attention_resolutions"),
@@ -214,16 +215,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+        with warnings.catch_warnings(action="ignore"):  # of other pickles; it says so itself
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise many kinds
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if not reason.startswith(_REFUSED):
+            raise FormatError(f"{path}: cannot be read ({reason}): is it cut off?") from None
+        named = re.search(r"GLOBAL (\S+)", str(error))
         raise FormatError(
-            f"{path}: holds more than tensors, or is no file of torch.save: not read, since that "
-            "could run code. Save its state dict alone; a StyleGAN2 pickle goes to `dinogen import "
-            "stylegan2`"
+            f"{path}: holds {named[1] if named else 'other things'} beside tensors, and was not "
+            "read, for that may run code: save the state dict alone (a StyleGAN2 pickle goes to "
+            "`dinogen import stylegan2`)"
         ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise FormatError(f"{path}: cannot be read, is it cut off? ({reason})") from None
     if not isinstance(found, dict) or not found:
         raise FormatError(f"{path}: holds no state dict (names and tensors)")
     if wrong := [name for name, one in found.items() if not isinstance(one, Tensor)]:
