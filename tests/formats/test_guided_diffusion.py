@@ -169,7 +169,7 @@ class Made:
         return x + h
 
     def run_attention(self, name, x):
-        b, c, height, width = x.shape
+        b, c = x.shape[:2]
         flat = x.flatten(2)
         qkv = F.conv1d(self.normed(f"{name}.norm", flat), *self.of(f"{name}.qkv"))
         heads = self.num_heads or c // self.head_channels
