@@ -45,7 +45,7 @@ FORMATS = {
 def export(
     run: Path,
     path: Path,
-    format: str = "safetensors",
+    kind: str = "safetensors",
     resolution: int | None = None,
     nimg: int | None = None,
     licence: str | None = None,
@@ -56,7 +56,7 @@ def export(
     Args:
         run: folder of the run, or a file that ``dinogen export`` wrote as safetensors.
         path: the file or folder; a file that is there is replaced.
-        format: key of ``FORMATS``.
+        kind: of format, a key of ``FORMATS``.
         resolution: which stage; the largest that has a checkpoint unless given.
         nimg: which checkpoint; the newest unless given.
         licence: of the weights, for the card.
@@ -67,15 +67,15 @@ def export(
             such format.
         ExportError: what would be written does not compute what the network does.
     """
-    chosen = FORMATS.get(format)
+    chosen = FORMATS.get(kind)
     if chosen is None:
-        raise ConfigError(f"--format {format}: choose from {', '.join(FORMATS)}")
-    _check_name(path, format)
+        raise ConfigError(f"--format {kind}: choose from {', '.join(FORMATS)}")
+    _check_name(path, kind)
     generator = generator_with_card(run, resolution, nimg, licence, intended_use)
     if not chosen.takes(generator):
         others = [name for name, one in FORMATS.items() if one.takes(generator)]
         raise ConfigError(
-            f"{run}: family {generator.info['family']} cannot be written as {format}: give "
+            f"{run}: family {generator.info['family']} cannot be written as {kind}: give "
             f"--format {' or '.join(others)}"
         )
     difference = chosen.write(generator, path)
@@ -84,16 +84,16 @@ def export(
     return Exported(path, generator.info, num_parameters, difference)
 
 
-def _check_name(path: Path, format: str) -> None:
+def _check_name(path: Path, kind: str) -> None:
     """Refuse a path that does not fit the format.
 
     Raises:
         ConfigError: naming a path or a format that would.
     """
-    suffix = FORMATS[format].suffix
+    suffix = FORMATS[kind].suffix
     fitting = [name for name, one in FORMATS.items() if one.suffix and one.suffix == path.suffix]
     hint = f", or give --format {fitting[0]}" if fitting else ""
     if suffix:
         check_name(path, suffix, hint)
     elif fitting or path.is_file():
-        raise ConfigError(f"{path}: --format {format} writes a folder: name one{hint}")
+        raise ConfigError(f"{path}: --format {kind} writes a folder: name one{hint}")

@@ -114,7 +114,6 @@ def write_onnx(generator: Generator, path: Path) -> float:
         )
         assert written is not None
         model = written.model_proto
-        # The lines of source that each node comes from, with folders of this machine.
         for node in model.graph.node:
             node.ClearField("metadata_props")
             node.ClearField("doc_string")
@@ -196,10 +195,12 @@ def _program(graph: Graph) -> torch.export.ExportedProgram:
         program: torch.export.ExportedProgram = torch.export.export(
             _on_cpu(graph.module), tuple(examples.values()), dynamic_shapes=shapes
         ).run_decompositions(_REWRITTEN)
+    # Lines of source with folders of this machine, and addresses in its memory.
     for module in program.graph_module.modules():
         if isinstance(module, GraphModule):
             for node in module.graph.nodes:
                 node.meta.pop("stack_trace", None)
+                node.meta.pop("from_node", None)
     return program
 
 

@@ -18,12 +18,15 @@ from dinogen.families.registry import family_class
 from dinogen.formats import traced
 from dinogen.formats.traced import ExportError, write_onnx, write_torch_export
 from dinogen.training.checkpointing.export import Generator
-from tests.families.tiny import RESOLUTION, TINY, tiny_config
+from tests.families.tiny import TINY, tiny_config
 
 # What adds inputs or branches to a family's graph; without them it is a part of this one.
 MORE = {
-    "stylegan2_ada": ["family.num_classes=3", "family.truncation=0.7"],
-    "ddpm": ["family.num_classes=3", "family.guidance=2.0", "family.sample_steps=3"],
+    "stylegan2_ada": ["family.num_classes=3", "family.truncation=0.7", "stages.0.resolution=8"],
+    "ddpm": [
+        *("family.num_classes=3", "family.guidance=2.0", "family.sample_steps=3"),
+        *("stages.0.resolution=8", "family.attention_resolutions=[4]"),
+    ],
 }
 TEXT = ["family.text={embed_dim: 6}", "clip.path=/none"]
 CASES = {family: (family, MORE.get(family, [])) for family in TINY} | {"text": ("guided", TEXT)}
@@ -119,7 +122,7 @@ def test_a_graph_gives_the_images_of_sample(files, kind, num):
             assert np.abs(given - found).max() > 1e-3
     else:
         found = run(z=latents)
-    assert found.shape == (num, 3, RESOLUTION, RESOLUTION) and found.dtype == np.float32
+    assert found.shape == expected.shape and found.dtype == np.float32
     assert np.abs(found - expected.numpy()).max() < 1e-5
     assert expected.std() > 1e-3  # not one colour
 
