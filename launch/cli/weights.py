@@ -36,7 +36,8 @@ def export(
         typer.Option(
             "--format",
             help="safetensors (OUT.safetensors): the weights, for dinogen; torch-export (OUT.pt2) "
-            "and onnx (OUT.onnx): a graph that runs without dinogen.",
+            "and onnx (OUT.onnx): a graph that runs without dinogen; diffusers (a folder): a "
+            "pipeline around a U-Net of ddpm.",
         ),
     ] = "safetensors",
     stage: Stage = None,
@@ -53,14 +54,17 @@ def export(
     It is the moving average that sample uses. As safetensors, bit for bit: sample, evaluate, look
     and serve take the file in place of a run. As torch-export or onnx, a graph from latents to
     images, or of one step of a diffusion walk, for any batch size: the file is compared with the
-    network before it is written. The metadata hold a card: data, guide, metrics as far as they
-    were measured, licence and intended use.
+    network before it is written. As diffusers, a folder that its DDIMPipeline or DDPMPipeline
+    loads. The metadata hold a card: data, guide, metrics as far as they were measured, licence and
+    intended use.
 
     [bold]Examples[/bold]
 
       dinogen export runs/first first.safetensors
 
       dinogen export runs/first first.onnx --format onnx
+
+      dinogen export runs/ddpm_64 ddpm_64 --format diffusers
 
       dinogen export runs/first early.safetensors --stage 16 --nimg 180000
     """
@@ -167,9 +171,11 @@ def import_diffusers(
         str | None, typer.Option(help="linear or cosine, for a folder without scheduler.")
     ] = None,
     num_steps: Annotated[
-        int | None, typer.Option(help="Time steps of the schedule, likewise; 1000.")
+        int | None, typer.Option(help="Time steps, for a folder without scheduler; 1000.")
     ] = None,
-    prediction: Annotated[str | None, typer.Option(help="epsilon, v or x0, likewise.")] = None,
+    prediction: Annotated[
+        str | None, typer.Option(help="epsilon, v or x0, for a folder without scheduler.")
+    ] = None,
 ) -> None:
     """Read a UNet2DModel of diffusers, or a pipeline around one, as family ddpm.
 

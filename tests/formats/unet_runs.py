@@ -52,8 +52,9 @@ def inputs(num=3, side=RESOLUTION):
     return torch.randn(num, 3, side, side, generator=generator), torch.tensor([0, 50, 99])[:num]
 
 
-def random_run(out: Path, **more) -> Path:
+def random_run(out: Path, seed: int = 0, **more) -> Path:
     """A run of a U-Net with random weights."""
+    torch.manual_seed(seed)
     family = FAMILY | more
     network = UNet(
         RESOLUTION,
