@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dinogen.files import write_bytes
+from dinogen.files import write_bytes, write_json
 from dinogen.formats.diffusers_config import (
     MODEL,
     VERSION,
