@@ -71,9 +71,11 @@ MAY_IMPORT = {
         "dinogen.evaluation.validate",
     },
     "dinogen.formats": {
+        "dinogen.diffusion",
         "dinogen.families.abilities",
         "dinogen.families.base",
         "dinogen.families.registry",
+        "dinogen.networks",
         "dinogen.runs",
         "dinogen.training",
     },

@@ -24,6 +24,35 @@ from dinogen.transfer import to_device, to_device_together
 DROP_LABEL = 0.1
 
 
+class UNetOptions(Section):
+    """What a U-Net that was trained elsewhere does otherwise; the defaults are what ours do."""
+
+    norm_groups: int | None = Field(
+        None, ge=1, description="groups of every norm; default: at most 32, of at least 4 channels"
+    )
+    norm_eps: float = Field(1e-5, gt=0, description="added to the variance of a group")
+    scale: bool = Field(
+        True, description="the time embedding scales and shifts; false: it is added, no more"
+    )
+    num_heads: int | None = Field(
+        None, ge=1, description="heads of every attention, in place of head_channels"
+    )
+    middle_norm: bool = Field(True, description="the attention in the middle has a norm")
+    resampling: Literal["conv", "block"] = Field(
+        "conv", description="sides are halved and doubled by a convolution, or a residual block"
+    )
+    downsample_padding: Literal["all", "end"] = Field(
+        "all", description="where a halving convolution adds zeros; end: right and bottom alone"
+    )
+    last_frequency: Literal["near", "exact"] = Field(
+        "near", description="the time embedding ends near a frequency of 1/10000, or exactly there"
+    )
+    time_scale: float = Field(1.0, gt=0, description="factor of time steps before the embedding")
+    time_channels: int | None = Field(
+        None, ge=2, description="size of the time embedding; default: base_channels"
+    )
+
+
 class Ddpm(Family):
     """Ho et al. 2020, "Denoising Diffusion Probabilistic Models": a network learns to take noise
     out of images, at every strength of noise; sampling starts from noise alone.
@@ -52,6 +81,11 @@ class Ddpm(Family):
             (16, 8), description="sides at which blocks have self-attention"
         )
         head_channels: int = Field(64, ge=1, description="width of an attention head")
+        unet: UNetOptions | None = Field(
+            None,
+            description="details of a U-Net that was trained elsewhere, as `dinogen import` writes "
+            "them; default: ours",
+        )
         dropout: float = Field(
             0.0,
             ge=0,
@@ -125,7 +159,7 @@ class Ddpm(Family):
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G."""
-        return {"resolution": self.stage.resolution} | self.options.model_dump(
+        arguments = {"resolution": self.stage.resolution} | self.options.model_dump(
             mode="json",
             include={
                 "base_channels",
@@ -136,6 +170,8 @@ class Ddpm(Family):
                 "num_classes",
             },
         )
+        unet = self.options.unet
+        return arguments if unet is None else arguments | {"variant": unet.model_dump(mode="json")}
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
         """The noise that sampling starts from, (N, 3, R, R)."""

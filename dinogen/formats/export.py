@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinogen.config import ConfigError
-from dinogen.formats import traced
+from dinogen.formats import diffusers, traced
 from dinogen.training.checkpointing.export import (
     Exported,
     Generator,
@@ -38,6 +38,7 @@ FORMATS = {
     "safetensors": Format(".safetensors", write_safetensors, lambda generator: True),
     "torch-export": Format(".pt2", traced.write_torch_export, traced.takes),
     "onnx": Format(".onnx", traced.write_onnx, traced.takes),
+    "diffusers": Format("", diffusers.write, diffusers.takes),
 }
 
 

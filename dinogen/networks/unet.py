@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,53 @@ class Drop(Protocol):
         """Drop some of those of the block with this number."""
 
 
+Resample = Literal["up", "down"]
+
 LONGEST_PERIOD = 10_000
 MAX_GROUPS = 32
 MIN_PER_GROUP = 4
 
 
-def time_embedding(t: Tensor, size: int) -> Tensor:
+@dataclass(frozen=True)
+class Variant:
+    """What U-Nets that were trained elsewhere do otherwise; the defaults are what ours do.
+
+    OpenAI's guided-diffusion and improved-diffusion, the TensorFlow code of Ho et al. 2020, and
+    diffusers' UNet2DModel differ in these points alone.
+
+    Attributes:
+        norm_groups: groups of every group norm; None: see :class:`Norm`.
+        norm_eps: added to the variance of a group.
+        scale: the embedding scales a block's second norm and shifts it; without, it is added to
+            what comes before that norm (Ho et al. 2020).
+        num_heads: heads of every attention, whatever their width; None: see ``head_channels``.
+        middle_norm: the attention in the middle has a group norm, as all others.
+        resampling: the side is halved and doubled by a convolution, or by a residual block around
+            mean pooling and nearest upsampling (Brock et al. 2019, "Large Scale GAN Training for
+            High Fidelity Natural Image Synthesis", appendix B).
+        downsample_padding: zeros of the convolution that halves the side: on all sides, or at the
+            right and bottom alone, as in TensorFlow.
+        last_frequency: the time embedding's frequencies end nearly at 1/10000 or exactly there.
+        time_scale: time steps are multiplied by it before they are embedded.
+        time_channels: size of the time embedding; None: ``base_channels``.
+    """
+
+    norm_groups: int | None = None
+    norm_eps: float = 1e-5
+    scale: bool = True
+    num_heads: int | None = None
+    middle_norm: bool = True
+    resampling: Literal["conv", "block"] = "conv"
+    downsample_padding: Literal["all", "end"] = "all"
+    last_frequency: Literal["near", "exact"] = "near"
+    time_scale: float = 1.0
+    time_channels: int | None = None
+
+
+OURS = Variant()
+
+
+def time_embedding(t: Tensor, size: int, variant: Variant = OURS) -> Tensor:
     """Sines and cosines of time steps (B,) -> (B, size) float32.
 
     Frequencies fall from 1 to nearly 1/10000 (Vaswani et al. 2017, "Attention Is All You Need",
@@ -44,9 +86,13 @@ def time_embedding(t: Tensor, size: int) -> Tensor:
     Args:
         t: time steps.
         size: an even number.
+        variant: may scale the time steps, and end at 1/10000.
     """
-    exponents = torch.arange(size // 2, device=t.device) / (size // 2)
-    angles = t.float()[:, None] * torch.exp(-math.log(LONGEST_PERIOD) * exponents)
+    last = size // 2 - (variant.last_frequency == "exact")
+    exponents = torch.arange(size // 2, device=t.device) / last
+    frequencies = torch.exp(-math.log(LONGEST_PERIOD) * exponents)
+    t = t.float() if variant.time_scale == 1 else t.float() * variant.time_scale
+    angles = t[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
@@ -55,11 +101,20 @@ class Norm(GroupNorm):
 
     A group of one channel would remove what the convolution's bias adds, whose gradient
     then is rounding noise that Adam takes for a direction.
+
+    Raises:
+        ValueError: the groups of the variant do not divide the channels.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, variant: Variant = OURS) -> None:
         most = max(1, min(MAX_GROUPS, channels // MIN_PER_GROUP))
-        super().__init__(max(n for n in range(1, most + 1) if channels % n == 0), channels)
+        groups = variant.norm_groups or max(n for n in range(1, most + 1) if channels % n == 0)
+        if channels % groups:
+            raise ValueError(
+                f"unet.norm_groups {groups} do not divide {channels} channels: choose a divisor of "
+                "base_channels, or leave it out"
+            )
+        super().__init__(groups, channels, variant.norm_eps)
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """With a scale and a shift (B, C, 1, 1) of each sample instead of its own."""
@@ -80,27 +135,33 @@ class SelfAttention(nn.Module):
         ValueError: the heads do not divide the channels.
     """
 
-    def __init__(self, channels: int, head_channels: int) -> None:
+    def __init__(self, channels: int, head_channels: int, variant: Variant = OURS) -> None:
         super().__init__()
-        if channels % head_channels:
+        if variant.num_heads is not None and channels % variant.num_heads:
+            raise ValueError(
+                f"unet.num_heads {variant.num_heads} do not divide {channels} channels: choose a "
+                "divisor of base_channels"
+            )
+        if variant.num_heads is None and channels % head_channels:
             raise ValueError(
                 f"head_channels {head_channels} do not divide {channels} channels: choose a "
                 "divisor of base_channels"
             )
-        self.num_heads = channels // head_channels
-        self.norm = Norm(channels)
+        self.num_heads = variant.num_heads or channels // head_channels
+        self.norm: Norm | nn.Identity = Norm(channels, variant)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
         # The fused kernels want the numbers of a head side by side; in channels_last they are.
-        own = cast_together(self.norm, self.qkv, self.proj)
-        qkv = conv(self.qkv, self.norm.normalized(x, *own[0]), own[1]).flatten(2).mT.contiguous()
+        *of_norm, of_qkv, of_proj = cast_together(self.norm, self.qkv, self.proj)
+        h = self.norm.normalized(x, *of_norm[0]) if isinstance(self.norm, Norm) else x
+        qkv = conv(self.qkv, h, of_qkv).flatten(2).mT.contiguous()
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H*W, head channels)
         out = out.transpose(1, 2).flatten(2).mT.unflatten(2, x.shape[2:])
-        return x + conv(self.proj, out, own[2])
+        return x + conv(self.proj, out, of_proj)
 
 
 class ResBlock(nn.Module):
@@ -111,31 +172,43 @@ class ResBlock(nn.Module):
         out_channels: of what comes out.
         embedding: size of the embedding.
         head_channels: width of an attention head; None for no attention.
+        variant: says whether the embedding scales too.
+        resample: halve or double the side, in both branches.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, embedding: int, head_channels: int | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding: int,
+        head_channels: int | None,
+        variant: Variant = OURS,
+        resample: Resample | None = None,
     ) -> None:
         super().__init__()
-        self.norm0 = Norm(in_channels)
+        self.scales = variant.scale
+        self.resample = resample
+        self.norm0 = Norm(in_channels, variant)
         self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.affine = nn.Linear(embedding, 2 * out_channels)
-        self.norm1 = Norm(out_channels)
+        self.affine = nn.Linear(embedding, (1 + self.scales) * out_channels)
+        self.norm1 = Norm(out_channels, variant)
         self.conv1 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
         self.attention = (
-            nn.Identity() if head_channels is None else SelfAttention(out_channels, head_channels)
+            nn.Identity()
+            if head_channels is None
+            else SelfAttention(out_channels, head_channels, variant)
         )
 
     def forward(
         self,
         x: Tensor,
-        scale: Tensor,
+        scale: Tensor | None,
         shift: Tensor,
         drop: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """x (B, I, H, W) -> (B, O, H, W).
+        """x (B, I, H, W) -> (B, O, H, W), or half or twice the side.
 
         Args:
             x: what comes in.
@@ -144,8 +217,17 @@ class ResBlock(nn.Module):
             drop: comes before the second convolution.
         """
         own = cast_together(self.norm0, self.conv0, self.conv1, self.skip)
-        h = conv(self.conv0, F.silu(self.norm0.normalized(x, *own[0])), own[1])
-        h = F.silu(self.norm1.modulated(h, scale[..., None, None], shift[..., None, None]))
+        h = F.silu(self.norm0.normalized(x, *own[0]))
+        if self.resample == "down":
+            x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
+        if self.resample == "up":
+            x, h = F.interpolate(x, scale_factor=2.0), nearest_conv(h, *own[1])
+        else:
+            h = conv(self.conv0, h, own[1])
+        if scale is None:
+            h = F.silu(self.norm1(h + shift[..., None, None]))
+        else:
+            h = F.silu(self.norm1.modulated(h, scale[..., None, None], shift[..., None, None]))
         h = conv(self.conv1, h if drop is None else drop(h), own[2])
         if isinstance(self.skip, nn.Conv2d):
             x = conv(self.skip, x, own[3])
@@ -155,10 +237,11 @@ class ResBlock(nn.Module):
 
 def modulations(
     blocks: Sequence[ResBlock], embedding: Tensor, dtype: torch.dtype
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor | None, Tensor]]:
     """What each block's second norm is scaled and shifted by, its own weights included.
 
     Of all blocks in one product: single ones are small, and a GPU would wait for their launches.
+    Blocks that do not scale get None, and what to add before that norm.
 
     Args:
         blocks: in their order.
@@ -172,6 +255,8 @@ def modulations(
     weight = torch.cat([block.affine.weight for block in blocks])
     bias = torch.cat([block.affine.bias for block in blocks])
     affine = F.linear(F.silu(embedding), weight, bias).float()
+    if not blocks[0].scales:
+        return ((None, shift) for shift in affine.to(dtype).split(widths, 1))
     # each block's scales come before its shifts
     pairs = [one.chunk(2, 1) for one in affine.split([2 * width for width in widths], 1)]
     scale, shift = (torch.cat(list(ones), 1) for ones in zip(*pairs, strict=True))
@@ -193,6 +278,17 @@ class Up(nn.Module):
         return nearest_conv(x, self.conv.weight, self.conv.bias)
 
 
+class DownAtEnd(nn.Conv2d):
+    """A 3x3 convolution of stride 2 that adds zeros at the right and bottom alone."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, 2H, 2W) -> (B, C, H, W)."""
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
 class UNet(nn.Module):
     """(images with noise, time steps) -> what the schedule predicts.
 
@@ -206,6 +302,7 @@ class UNet(nn.Module):
         attention_resolutions: sides at which every block attends; the middle always does.
         head_channels: width of an attention head.
         num_classes: 0 for none. Label ``num_classes`` means no class.
+        variant: of a U-Net that was trained elsewhere, or the attributes of a :class:`Variant`.
 
     Raises:
         ValueError: an argument does not fit the others; it says which, and what would.
@@ -220,17 +317,35 @@ class UNet(nn.Module):
         attention_resolutions: Sequence[int] = (16, 8),
         head_channels: int = 64,
         num_classes: int = 0,
+        variant: Variant | Mapping[str, Any] = OURS,
     ) -> None:
         super().__init__()
         _check(resolution, base_channels, channel_multipliers, attention_resolutions)
-        self.base_channels = base_channels
-        size = 4 * base_channels
-        self.time = nn.Sequential(nn.Linear(base_channels, size), nn.SiLU(), nn.Linear(size, size))
+        self.variant = variant = variant if isinstance(variant, Variant) else Variant(**variant)
+        self.time_channels = variant.time_channels or base_channels
+        if self.time_channels % 2:
+            raise ValueError(f"{self.time_channels} time channels: half are sines, half cosines")
+        size = 4 * self.time_channels
+        self.time = nn.Sequential(
+            nn.Linear(self.time_channels, size), nn.SiLU(), nn.Linear(size, size)
+        )
         self.label = nn.Embedding(num_classes + 1, size) if num_classes else None
 
         def block(in_channels: int, out_channels: int, side: int) -> ResBlock:
             heads = head_channels if side in attention_resolutions else None
-            return ResBlock(in_channels, out_channels, size, heads)
+            return ResBlock(in_channels, out_channels, size, heads, variant)
+
+        def down(width: int) -> nn.Module:
+            if variant.resampling == "block":
+                return ResBlock(width, width, size, None, variant, "down")
+            if variant.downsample_padding == "end":
+                return DownAtEnd(width)
+            return nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+        def up(width: int) -> nn.Module:
+            if variant.resampling == "block":
+                return ResBlock(width, width, size, None, variant, "up")
+            return Up(width)
 
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
         self.conv_in = nn.Conv2d(3, base_channels, 3, padding=1)
@@ -241,22 +356,24 @@ class UNet(nn.Module):
                 self.down.append(block(channels, width, resolution >> level))
                 skips.append(channels := width)
             if level + 1 < len(widths):
-                self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                self.down.append(down(width))
                 skips.append(width)
         self.middle = nn.ModuleList(
             [
-                ResBlock(channels, channels, size, head_channels),
-                ResBlock(channels, channels, size, None),
+                ResBlock(channels, channels, size, head_channels, variant),
+                ResBlock(channels, channels, size, None, variant),
             ]
         )
+        if not variant.middle_norm:
+            self.get_submodule("middle.0.attention").norm = nn.Identity()
         self.up = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(num_blocks + 1):
                 self.up.append(block(channels + skips.pop(), width, resolution >> level))
                 channels = width
             if level:
-                self.up.append(Up(width))
-        self.norm_out = Norm(channels)
+                self.up.append(up(width))
+        self.norm_out = Norm(channels, variant)
         self.conv_out = zeroed(nn.Conv2d(channels, 3, 3, padding=1))
 
     def forward(
@@ -273,7 +390,7 @@ class UNet(nn.Module):
         Returns:
             (B, 3, R, R) float32.
         """
-        embedding = self.time(time_embedding(t, self.base_channels))
+        embedding = self.time(time_embedding(t, self.time_channels, self.variant))
         if self.label is not None:
             embedding = embedding + self.label(label)
         if x.device.type == "cpu":
@@ -296,10 +413,12 @@ class UNet(nn.Module):
         for module in self.middle:
             x = block(module, x)
         for module in self.up:
-            if isinstance(module, ResBlock):
-                x = block(module, torch.cat([x, skips.pop()], 1))
-            else:
+            if not isinstance(module, ResBlock):
                 x = module(x)
+            elif module.resample:
+                x = block(module, x)
+            else:
+                x = block(module, torch.cat([x, skips.pop()], 1))
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
         return out.float()
 

@@ -142,8 +142,14 @@ def _objectives(schema: Schema) -> Iterator[str]:
         is_objective = "weight" in properties(node) and "name" in properties(node)
         if is_objective or name.endswith(shown):
             title = properties(node).get("name", {}).get("const")
-            title = f"family.objectives[], {title}" if title else f"family guided: {name}"
+            title = f"family.objectives[], {title}" if title else f"{_family(name, schema)}: {name}"
             yield f"## {title}\n\n{_table(properties(node), schema)}"
+
+
+def _family(name: str, schema: Schema) -> str:
+    """Title of the family whose keys refer to a definition."""
+    families = properties(schema)["family"]["oneOf"]
+    return next(str(one["title"]) for one in families if f'"#/$defs/{name}"' in json.dumps(one))
 
 
 def _table(keys: Mapping[str, Schema], whole: Schema) -> str:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launch.cli.results import Nimg, Source, Stage
 
+if TYPE_CHECKING:
+    from dinogen.formats.runs import Weights
+
+
+imports = typer.Typer(
+    help="Write weights that others have trained as a run: for init_from, sample, evaluate and "
+    "every other command that takes one.",
+    rich_markup_mode="rich",
+)
+Out = Annotated[Path, typer.Argument(help="Folder of the run to write.", metavar="OUT")]
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(export)
-    app.command("import")(import_weights)
+    app.add_typer(imports, name="import", no_args_is_help=True)
 
 
 def export(
@@ -24,7 +36,8 @@ def export(
         typer.Option(
             "--format",
             help="safetensors (OUT.safetensors): the weights, for dinogen; torch-export (OUT.pt2) "
-            "and onnx (OUT.onnx): a graph that runs without dinogen.",
+            "and onnx (OUT.onnx): a graph that runs without dinogen; diffusers (a folder): a "
+            "pipeline around a U-Net of ddpm.",
         ),
     ] = "safetensors",
     stage: Stage = None,
@@ -41,14 +54,17 @@ def export(
     It is the moving average that sample uses. As safetensors, bit for bit: sample, evaluate, look
     and serve take the file in place of a run. As torch-export or onnx, a graph from latents to
     images, or of one step of a diffusion walk, for any batch size: the file is compared with the
-    network before it is written. The metadata hold a card: data, guide, metrics as far as they
-    were measured, licence and intended use.
+    network before it is written. As diffusers, a folder that its DDIMPipeline or DDPMPipeline
+    loads. The metadata hold a card: data, guide, metrics as far as they were measured, licence and
+    intended use.
 
     [bold]Examples[/bold]
 
       dinogen export runs/first first.safetensors
 
       dinogen export runs/first first.onnx --format onnx
+
+      dinogen export runs/ddpm_64 ddpm_64 --format diffusers
 
       dinogen export runs/first early.safetensors --stage 16 --nimg 180000
     """
@@ -67,15 +83,14 @@ def export(
     )
 
 
-def import_weights(
-    kind: Annotated[str, typer.Argument(help="Layout of the weights: stylegan2.", metavar="KIND")],
-    file: Annotated[Path, typer.Argument(help="File to read.", metavar="FILE")],
-    out: Annotated[Path, typer.Argument(help="Folder of the run to write.", metavar="OUT")],
+@imports.command("stylegan2")
+def import_stylegan2(
+    file: Annotated[Path, typer.Argument(help="Pickle to read.", metavar="FILE.pkl")],
+    out: Out,
 ) -> None:
-    """Write weights that others have trained as a run, for init_from, sample, evaluate and look.
+    """Read a pickle of stylegan2-ada-pytorch or of a StyleGAN2 in stylegan3.
 
-    [bold]stylegan2[/bold] reads a pickle of stylegan2-ada-pytorch or of a StyleGAN2 in stylegan3:
-    generator, discriminator, averages and ADA's p. Nothing in the pickle is run.
+    Generator, discriminator, averages and ADA's p. Nothing in the pickle is run.
 
     [bold]Examples[/bold]
 
@@ -83,17 +98,122 @@ def import_weights(
 
       dinogen sample runs/ffhq256 --num 64
     """
-    from dinogen.formats.runs import check_free, reader_of, write_run
+    from dinogen.formats.runs import reader_of
+
+    _write(out, lambda: reader_of("stylegan2")(file))
+
+
+@imports.command("guided-diffusion")
+def import_guided_diffusion(
+    file: Annotated[Path, typer.Argument(help="State dict to read.", metavar="FILE.pt")],
+    out: Out,
+    image_size: Annotated[int, typer.Option(help="Side of the images, pixels.")],
+    num_heads: Annotated[
+        int | None, typer.Option(help="Heads of each attention; 4 unless it was set in training.")
+    ] = None,
+    head_channels: Annotated[
+        int | None,
+        typer.Option(help="Or the width of each head (num_head_channels); 64 in released models."),
+    ] = None,
+    new_attention_order: Annotated[
+        bool, typer.Option("--new-attention-order", help="Trained with use_new_attention_order.")
+    ] = False,
+    schedule: Annotated[str, typer.Option(help="noise_schedule: linear or cosine.")] = "linear",
+    num_steps: Annotated[int, typer.Option(help="diffusion_steps.")] = 1000,
+    rescale_timesteps: Annotated[
+        bool | None,
+        typer.Option(
+            "--rescale-timesteps/--no-rescale-timesteps",
+            help="rescale_timesteps; to be given unless there are 1000 steps.",
+        ),
+    ] = None,
+    prediction: Annotated[str, typer.Option(help="epsilon, or x0 (predict_xstart).")] = "epsilon",
+) -> None:
+    """Read a U-Net of OpenAI's guided-diffusion or improved-diffusion as family ddpm.
+
+    FILE.pt is a state dict, such as ema_0.9999_250000.pt. Its shapes tell the network; the options
+    tell the rest, by the names of their flags where ours differ. The averages begin where the
+    weights do. Of a learnt variance only the image is kept, which is said. Classifiers and
+    upsamplers are refused.
+
+    [bold]Examples[/bold]
+
+      dinogen import guided-diffusion cats.pt runs/cats --image-size 256 --head-channels 64
+
+      dinogen sample runs/cats --num 16
+    """
+    from dinogen.formats.guided_diffusion import read
+
+    _write(
+        out,
+        lambda: read(
+            file,
+            image_size,
+            num_heads=num_heads,
+            head_channels=head_channels,
+            new_attention_order=new_attention_order,
+            schedule=schedule,
+            num_steps=num_steps,
+            rescale_timesteps=rescale_timesteps,
+            prediction=prediction,
+        ),
+    )
+
+
+@imports.command("diffusers")
+def import_diffusers(
+    folder: Annotated[Path, typer.Argument(help="Folder to read.", metavar="FOLDER")],
+    out: Out,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the images, where the config does not say.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="linear or cosine, for a folder without scheduler.")
+    ] = None,
+    num_steps: Annotated[
+        int | None, typer.Option(help="Time steps, for a folder without scheduler; 1000.")
+    ] = None,
+    prediction: Annotated[
+        str | None, typer.Option(help="epsilon, v or x0, for a folder without scheduler.")
+    ] = None,
+) -> None:
+    """Read a UNet2DModel of diffusers, or a pipeline around one, as family ddpm.
+
+    FOLDER is what save_pretrained wrote, or dinogen export --format diffusers: the second comes
+    back as it was. diffusers need not be installed. Text-to-image models are refused.
+
+    [bold]Examples[/bold]
+
+      dinogen import diffusers ddpm-cat-256 runs/cats
+
+      dinogen export runs/first first --format diffusers
+    """
+    from dinogen.formats.diffusers import read
+
+    _write(
+        out,
+        lambda: read(
+            folder,
+            image_size=image_size,
+            schedule=schedule,
+            num_steps=num_steps,
+            prediction=prediction,
+        ),
+    )
+
+
+def _write(out: Path, read: Callable[[], Weights]) -> None:
+    """Read weights and write them as a run; ``out`` is checked first, for reading takes time."""
+    from dinogen.formats.runs import check_free, write_run
     from dinogen.runs.run import Run as RunFolder
     from launch.cli.console import setup_logging
 
     setup_logging()
-    read = reader_of(kind)
     check_free(out)
-    weights = read(file)
+    weights = read()
     checkpoint = write_run(out, weights)
     typer.echo(
-        f"{checkpoint}: family {weights.family['name']} at {weights.resolution} pixels, from {file}"
-        f"\ntrain on: dinogen train {RunFolder(out).config_file} run=NEW init_from={out} data.path=DATA "
-        "stages.0.kimg=1000"
+        f"{checkpoint}: family {weights.family['name']} at {weights.resolution} pixels, from "
+        f"{weights.source}\ntrain on: dinogen train {RunFolder(out).config_file} run=NEW "
+        f"init_from={out} data.path=DATA stages.0.kimg=1000"
     )
