@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,9 @@ def damage_as_guide_error(key: str, path: str) -> Iterator[None]:
         ) from error
 
 
-def read_model(network: Any, folder: Path, config: Any, key: str, path: str) -> Any:
+def read_model(
+    network: Any, folder: Path, config: Any, key: str, path: str, **arguments: Any
+) -> Any:
     """The network in float32, only from safetensors; no missing weight is initialised randomly.
 
     Args:
@@ -46,6 +48,7 @@ def read_model(network: Any, folder: Path, config: Any, key: str, path: str) -> 
         config: transformers' own, read from the folder.
         key: as in :func:`damage_as_guide_error`.
         path: as in :func:`damage_as_guide_error`.
+        arguments: of the class.
 
     Raises:
         GuideError: weights are missing or of another shape than the config says.
@@ -60,6 +63,7 @@ def read_model(network: Any, folder: Path, config: Any, key: str, path: str) -> 
             attn_implementation="sdpa",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, in one line
+            **arguments,
         )
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
@@ -76,9 +80,15 @@ def read_model(network: Any, folder: Path, config: Any, key: str, path: str) -> 
     return model
 
 
-def hash_folder(folder: Path, pattern: str) -> str:
-    """Hash of the weights as stored on disk, independent of renames by transformers."""
-    tensors: dict[str, Tensor] = {}
+def hash_folder(folder: Path, pattern: str, further: Mapping[str, Tensor] | None = None) -> str:
+    """Hash of the weights as stored on disk, independent of renames by transformers.
+
+    Args:
+        folder: of the checkpoint.
+        pattern: of its files.
+        further: what the features depend on besides the weights.
+    """
+    tensors: dict[str, Tensor] = dict(further or {})
     for file in sorted(folder.glob(pattern)):
         tensors.update(load_file(file))
     return weights_sha256(tensors)
