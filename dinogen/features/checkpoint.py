@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,18 +66,28 @@ def read_model(
             **arguments,
         )
     if report["missing_keys"]:
-        names = sorted(report["missing_keys"])
-        raise GuideError(
-            f"{key}: {path} lacks {len(names)} weights ({', '.join(names[:3])}, ...): download "
-            "the whole checkpoint again"
-        )
+        raise missing_weights(key, path, sorted(report["missing_keys"]))
     if report["mismatched_keys"]:
-        name, stored, wanted = min(report["mismatched_keys"])
-        raise GuideError(
-            f"{key}: {path} is damaged ({name} is {list(stored)}, but config.json says "
-            f"{list(wanted)}): download the whole checkpoint again"
-        )
+        raise wrong_shape(key, path, *min(report["mismatched_keys"]))
     return model
+
+
+def missing_weights(key: str, path: str, names: Sequence[str]) -> GuideError:
+    """The error for a checkpoint that lacks weights of these names."""
+    return GuideError(
+        f"{key}: {path} lacks {len(names)} weights ({', '.join(names[:3])}, ...): download "
+        "the whole checkpoint again"
+    )
+
+
+def wrong_shape(
+    key: str, path: str, name: str, stored: Iterable[int], wanted: Iterable[int]
+) -> GuideError:
+    """The error for a checkpoint with a weight of another shape than its config says."""
+    return GuideError(
+        f"{key}: {path} is damaged ({name} is {list(stored)}, but config.json says "
+        f"{list(wanted)}): download the whole checkpoint again"
+    )
 
 
 def hash_folder(folder: Path, pattern: str, further: Mapping[str, Tensor] | None = None) -> str:

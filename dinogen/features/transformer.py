@@ -201,7 +201,8 @@ def load_transformer(
     model = found.model
     guide.prepare(model)
     blocks, _ = guide.parts(model)
-    numbers = keep_blocks(blocks, layers_of(config))
+    numbers = resolve_layers(len(blocks), layers_of(config))
+    del blocks[max(numbers) :]
     fuse(blocks)
     channels = [int(model.config.hidden_size)] * len(numbers)
     info = describe(config, kind.name, found, weights, numbers, channels)
@@ -362,30 +363,28 @@ def layers_of(config: GuideConfig) -> tuple[int | str, ...]:
     return config.layer if isinstance(config.layer, tuple) else (config.layer,)
 
 
-def keep_blocks(blocks: Any, layers: Sequence[int | str]) -> list[int]:
-    """Remove the blocks after the last of ``layers``; returns their numbers from the front.
+def resolve_layers(num_blocks: int, layers: Sequence[int | str]) -> list[int]:
+    """The numbers of blocks from the front, counted from 1.
 
     Args:
-        blocks: of the network, changed in place.
-        layers: counted from 1, or from the end with -1 for the last.
+        num_blocks: of the network.
+        layers: as a config names them: counted from 1, or from the end with -1 for the last.
 
     Raises:
         GuideError: there is no such block, or one is named twice.
     """
-    num_layers = len(blocks)
     resolved = []
     for layer in layers:
         number = layer if isinstance(layer, int) else 0
-        number = number if number >= 0 else num_layers + 1 + number
-        if not 1 <= number <= num_layers:
+        number = number if number >= 0 else num_blocks + 1 + number
+        if not 1 <= number <= num_blocks:
             raise GuideError(
-                f"guide.layer: {layer} is not one of the network's {num_layers} blocks: "
-                f"use 1 to {num_layers}, or -1 for the last"
+                f"guide.layer: {layer} is not one of the network's {num_blocks} blocks: "
+                f"use 1 to {num_blocks}, or -1 for the last"
             )
         resolved.append(number)
     if len(set(resolved)) < len(resolved):
-        raise GuideError(f"guide.layer: {list(layers)}: -1 is block {num_layers}: list it once")
-    del blocks[max(resolved) :]
+        raise GuideError(f"guide.layer: {list(layers)}: -1 is block {num_blocks}: list it once")
     return resolved
 
 
