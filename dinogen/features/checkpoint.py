@@ -48,7 +48,7 @@ def read_model(
         config: transformers' own, read from the folder.
         key: as in :func:`damage_as_guide_error`.
         path: as in :func:`damage_as_guide_error`.
-        arguments: of the class.
+        arguments: of the class, or others than here of ``from_pretrained``.
 
     Raises:
         GuideError: weights are missing or of another shape than the config says.
@@ -60,10 +60,9 @@ def read_model(
             local_files_only=True,
             use_safetensors=True,
             dtype=torch.float32,
-            attn_implementation="sdpa",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, in one line
-            **arguments,
+            **{"attn_implementation": "sdpa", **arguments},
         )
     if report["missing_keys"]:
         raise missing_weights(key, path, sorted(report["missing_keys"]))

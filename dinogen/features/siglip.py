@@ -17,7 +17,12 @@ from torch.nn import functional as F
 
 from dinogen.config import GuideConfig
 from dinogen.features.base import guide_dtype
-from dinogen.features.transformer import Kind, TransformerGuide, hidden_sizes, load_transformer
+from dinogen.features.transformer import (
+    Kind,
+    TransformerGuide,
+    load_transformer,
+    transformer_channels,
+)
 
 DEFAULT_PATH = "google/siglip2-base-patch16-256"
 
@@ -46,9 +51,10 @@ class SiglipGuide(TransformerGuide):
         """Blocks and final norm of a network."""
         return model.encoder.layers, model.post_layernorm
 
-    @staticmethod
-    def prepare(model: Any) -> None:
+    @classmethod
+    def prepare(cls, model: Any) -> None:
         """Leave out the pooling, and embed whole images."""
+        super().prepare(model)
         model.head = nn.Identity()
         if model.config.model_type == "siglip2_vision_model":
             model.embeddings = _NaflexEmbeddings(model.embeddings)
@@ -102,5 +108,5 @@ def load(config: GuideConfig, device: torch.device) -> SiglipGuide:
 
 
 def layer_channels(config: GuideConfig) -> tuple[int, ...]:
-    """See :func:`dinogen.features.transformer.hidden_sizes`."""
-    return hidden_sizes(config, SiglipGuide.kind)
+    """See :func:`dinogen.features.transformer.transformer_channels`."""
+    return transformer_channels(SiglipGuide, config)

@@ -114,9 +114,22 @@ class TransformerGuide(nn.Module):
         """Blocks and final norm of a network."""
         raise NotImplementedError
 
+    @classmethod
+    def prepare(cls, model: Any) -> None:
+        """Make a network in float32 compute its patch tokens in fewer steps."""
+        blocks, _ = cls.parts(model)
+        fuse(blocks)
+
     @staticmethod
-    def prepare(model: Any) -> None:
-        """Take out of a network in float32 what its patch tokens do not need; default: nothing."""
+    def widths(config: Any) -> list[int]:
+        """C of each block, from the network's config."""
+        return [int(config.hidden_size)] * int(config.num_hidden_layers)
+
+    @staticmethod
+    def pixels_per_location(config: Any, blocks: Sequence[int]) -> int | Sequence[int]:
+        """Side of what a location of the map sees of its own, or height and width."""
+        side: int | Sequence[int] = config.patch_size
+        return side
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Tokens that the first block reads, and further arguments of all blocks.
@@ -200,23 +213,24 @@ def load_transformer(
         weights = hash_with_normalisation(found.folder, config, normalisation)
     model = found.model
     guide.prepare(model)
+    widths = guide.widths(model.config)
+    numbers = resolve_layers(len(widths), layers_of(config))
     blocks, _ = guide.parts(model)
-    numbers = resolve_layers(len(blocks), layers_of(config))
     del blocks[max(numbers) :]
-    fuse(blocks)
-    channels = [int(model.config.hidden_size)] * len(numbers)
+    channels = [widths[number - 1] for number in numbers]
     info = describe(config, kind.name, found, weights, numbers, channels)
-    patch_size = square(model.config.patch_size, config)
-    return guide(model.to(dtype), info, numbers, patch_size, normalisation).to(device)
+    side = _square(guide.pixels_per_location(model.config, numbers), config)
+    return guide(model.to(dtype), info, numbers, side, normalisation).to(device)
 
 
-def hidden_sizes(config: GuideConfig, kind: Kind) -> tuple[int, ...]:
+def transformer_channels(guide: type[TransformerGuide], config: GuideConfig) -> tuple[int, ...]:
     """C of each block that a config names, from config.json alone.
 
     Raises:
-        GuideError: as :func:`read_config`.
+        GuideError: there is no such checkpoint or block, or it belongs to another network.
     """
-    return (int(read_config(config, kind).hidden_size),) * len(layers_of(config))
+    widths = guide.widths(read_config(config, guide.kind))
+    return tuple(widths[number - 1] for number in resolve_layers(len(widths), layers_of(config)))
 
 
 class _Attention(nn.Module):
@@ -294,21 +308,6 @@ def fuse(blocks: Iterable[Any]) -> None:
             if linear.bias is not None:
                 linear.bias.mul_(scale.lambda1)
         block.layer_scale1, block.layer_scale2 = nn.Identity(), nn.Identity()
-
-
-def square(side: Any, config: GuideConfig) -> int:
-    """The side of a network's patches.
-
-    Raises:
-        GuideError: they are not square.
-    """
-    sides = {int(one) for one in (side if isinstance(side, (list, tuple)) else [side])}
-    if len(sides) > 1:
-        raise GuideError(
-            f"guide.path: {config.path} cuts images into patches of {list(side)} pixels: give a "
-            "network of square ones"
-        )
-    return sides.pop()
 
 
 @dataclass(frozen=True)
@@ -511,3 +510,13 @@ def _read_config(folder: Path, path: str, kind: Kind) -> Any:
             f"checkpoint, such as {kind.example}"
         )
     return config
+
+
+def _square(side: int | Sequence[int], config: GuideConfig) -> int:
+    sides = {side} if isinstance(side, int) else set(side)
+    if len(sides) > 1:
+        raise GuideError(
+            f"guide.path: {config.path} cuts images into patches of {side} pixels: give a network "
+            "of square ones"
+        )
+    return sides.pop()

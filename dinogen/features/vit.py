@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from dinogen.config import GuideConfig
 from dinogen.features.base import guide_dtype
-from dinogen.features.transformer import Kind, TransformerGuide, hidden_sizes, load_transformer
+from dinogen.features.transformer import (
+    Kind,
+    TransformerGuide,
+    load_transformer,
+    transformer_channels,
+)
 
 DEFAULT_PATH = "facebook/dino-vits16"
 
@@ -48,5 +53,5 @@ def load(config: GuideConfig, device: torch.device) -> VitGuide:
 
 
 def layer_channels(config: GuideConfig) -> tuple[int, ...]:
-    """See :func:`dinogen.features.transformer.hidden_sizes`."""
-    return hidden_sizes(config, VitGuide.kind)
+    """See :func:`dinogen.features.transformer.transformer_channels`."""
+    return transformer_channels(VitGuide, config)

@@ -15,7 +15,7 @@ from dinogen.config import GuideConfig
 from dinogen.errors import UserError
 from dinogen.features import Guide, GuideError, load_guide, same_guide
 from dinogen.features.load import layer_channels
-from tests.tiny_guides import HIDDEN, KINDS, MEAN, NUM_LAYERS, STD, TIMM, write
+from tests.tiny_guides import HIDDEN, KINDS, MEAN, NUM_LAYERS, STD, TIMM, shaken, write
 
 CPU = torch.device("cpu")
 # CLS, distillation and register tokens
@@ -294,3 +294,49 @@ def test_timm_networks_of_one_image_size_are_refused(checkpoints, tmp_path, monk
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(UserError, match=r"pip install 'dinogen\[timm\]'"):
         guide_of("timm", checkpoints["timm"][0])
+
+
+@pytest.fixture(scope="module")
+def convnext(tmp_path_factory):
+    import transformers
+
+    folder = tmp_path_factory.mktemp("convnext") / "c"
+    shape = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
+    torch.manual_seed(0)
+    model = shaken(transformers.DINOv3ConvNextModel(transformers.DINOv3ConvNextConfig(**shape)))
+    model.save_pretrained(folder)
+    settings = {"image_mean": MEAN, "image_std": STD}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder, model
+
+
+@pytest.mark.parametrize("layers", [(-1,), (1,), (3, 1), (2, 4)])
+def test_stages_of_a_convnext_are_averaged_to_the_last_ones_grid(convnext, layers):
+    folder, model = convnext
+    config = GuideConfig(name="dinov3", path=str(folder), layer=layers)
+    guide = load_guide(config, CPU)
+    counted = [layer if layer > 0 else 4 for layer in layers]
+    stride = {1: 4, 2: 8, 3: 16, 4: 32}[max(counted)]
+    grid = 96 // stride
+    assert guide.input_size(grid) == 96 and layer_channels(config) == tuple(
+        {1: 8, 2: 16, 3: 24, 4: 32}[stage] for stage in counted
+    )
+    images = random_images(96).requires_grad_()
+    output = model(normalized(images), output_hidden_states=True)
+    maps = dict(enumerate(output.hidden_states))
+    maps[4] = output.last_hidden_state[:, 1:].transpose(1, 2)
+    expected = []
+    for stage in counted:
+        if stage == 4:
+            expected.append(maps[4].reshape(2, 32, 3, 3))
+            continue
+        cells = (grid, maps[stage].shape[-1] // grid)
+        expected.append(maps[stage].unflatten(3, cells).unflatten(2, cells).mean((3, 5)))
+    features = guide(images)
+    torch.testing.assert_close(features, torch.cat(expected, 1), rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(features.square().sum(), images)
+    assert gradient.abs().max() > 0 and guide.info.num_channels == features.shape[1]
+    with pytest.raises(ValueError, match=f"multiple of {stride} pixels"):
+        guide(torch.zeros(1, 3, stride + 2, stride + 2))
+    with pytest.raises(GuideError, match=r"guide\.layer: 5 is not one of the network's 4"):
+        load_guide(GuideConfig(name="dinov3", path=str(folder), layer=5), CPU)
