@@ -9,13 +9,14 @@ which is left out.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import GuideConfig
@@ -64,6 +65,31 @@ class TimmGuide(TransformerGuide):
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, 2)
 
 
+class _Rotations(nn.Module):
+    """timm's rotary position embedding, kept for each grid.
+
+    timm makes it on the host and copies it to the device, for which every step would wait.
+
+    Args:
+        rope: timm's own.
+    """
+
+    def __init__(self, rope: Any) -> None:
+        super().__init__()
+        self.rope = rope
+        self._kept: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    def get_embed(self, shape: tuple[int, int]) -> Tensor:
+        """As timm's, for a grid of height x width."""
+        device = next(itertools.chain(self.rope.buffers(), self.rope.parameters())).device
+        key = (*shape, device)
+        if key not in self._kept:
+            # also a forward with gradients uses what one without has made
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept[key] = self.rope.get_embed(shape=shape)
+        return self._kept[key]
+
+
 def load(config: GuideConfig, device: torch.device) -> TimmGuide:
     """Load a network of timm by hub name or from a local folder, as timm writes it for the hub.
 
@@ -89,6 +115,8 @@ def load(config: GuideConfig, device: torch.device) -> TimmGuide:
         _fill(model, folder / _WEIGHTS, config)
     weights = hash_with_normalisation(folder, config, normalisation, _WEIGHTS)
     found = Checkpoint(model, folder, revision, bool(settings.get(RANDOM_KEY, False)))
+    if getattr(model, "rope", None) is not None:
+        model.rope = _Rotations(model.rope)
     channels = [int(model.embed_dim)] * len(layers)
     info = describe(config, "timm", found, weights, layers, channels)
     patch_size = int(model.feature_info[-1]["reduction"])
