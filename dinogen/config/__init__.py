@@ -166,7 +166,7 @@ class GuideConfig(Section):
 
     name: str = Field(
         "dinov2",
-        description="which encoder; onet: the face detector's last network, whose weights are "
+        description="which network, see docs/guided.md; onet: the face detector's last network, whose weights are "
         "installed with dinogen; pixels: the RGB values themselves, without a network",
         json_schema_extra=lambda schema: schema.update(enum=list(known_guides())),
     )

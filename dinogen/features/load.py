@@ -94,7 +94,7 @@ def _module_of_file(path: Path) -> ModuleType:
     module = module_of_file(path, "guide")
     if missing := [name for name in _PARTS if not hasattr(module, name)]:
         raise ConfigError(
-            f"guide.file: {path} has no function {missing[0]}: docs/guided.md shows a guide in one "
-            "file"
+            f"guide.file: {path} has no function {missing[0]}: docs/new-guide.md shows a "
+            "guide in one file"
         )
     return module
