@@ -166,8 +166,9 @@ class GuideConfig(Section):
 
     name: str = Field(
         "dinov2",
-        description="which network, see docs/guided.md; onet: the face detector's last network, whose weights are "
-        "installed with dinogen; pixels: the RGB values themselves, without a network",
+        description="which network, see docs/guided.md; onet: the face detector's last network, "
+        "whose weights are installed with dinogen; pixels: the RGB values themselves, without a "
+        "network",
         json_schema_extra=lambda schema: schema.update(enum=list(known_guides())),
     )
     file: str | None = Field(

@@ -13,10 +13,11 @@ from pydantic import ValidationError
 
 from dinogen.config import ConfigError, GuideConfig
 from dinogen.config.base import describe_errors
+from dinogen.config.guides import default_path
 from dinogen.features.base import Guide
 from dinogen.files import module_of_file
 
-_PARTS = ("load", "layer_channels")
+_PARTS = ("DEFAULT_PATH", "load", "layer_channels")
 
 
 def load_guide(
@@ -94,7 +95,11 @@ def _module_of_file(path: Path) -> ModuleType:
     module = module_of_file(path, "guide")
     if missing := [name for name in _PARTS if not hasattr(module, name)]:
         raise ConfigError(
-            f"guide.file: {path} has no function {missing[0]}: docs/new-guide.md shows a "
-            "guide in one file"
+            f"guide.file: {path} has no {missing[0]}: docs/new-guide.md shows a guide in one file"
+        )
+    if default_path(path.stem, str(path)) != module.DEFAULT_PATH:
+        raise ConfigError(
+            f"guide.file: {path}: DEFAULT_PATH has to be None or a text that is written out: it is "
+            "read without running the file"
         )
     return module

@@ -173,7 +173,7 @@ def _build(config: GuideConfig, settings: dict[str, Any]) -> Any:
         model = None  # its class has no dynamic_img_size
     if not isinstance(model, (VisionTransformer, Eva)):
         raise GuideError(
-            f"guide.path: {config.path}: timm's {architecture} is none of the vision "
+            f"guide.path: {config.path}: timm's {architecture} is not one of the vision "
             f"transformers that take every image size: give a vit_, deit3_ or eva02_, such as "
             f"{DEFAULT_PATH}"
         )

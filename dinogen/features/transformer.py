@@ -54,7 +54,7 @@ class Kind:
         networks: the class in transformers for each ``model_type`` of config.json.
         arguments: of these classes.
         usual: how images are normalized if the checkpoint does not say it.
-        fixed: images are always normalized so, whatever the checkpoint says.
+        fixed: images are always normalized so, also if the checkpoint says another way.
     """
 
     name: str

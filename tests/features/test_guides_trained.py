@@ -19,7 +19,6 @@ from launch.cli import prepare as commands
 from tests.prepare.several_guides import NUM, fill
 from tests.tiny_guides import HIDDEN, KINDS, write
 
-
 EXAMPLE = Path(__file__).parents[2] / "examples" / "edges.py"
 
 

@@ -70,7 +70,12 @@ def test_names_that_are_no_guides_are_refused_with_the_config(given, message):
     [
         (None, r"guide\.file: .*mine\.py is not a Python file: name one that defines a guide"),
         ("x = (", r"guide\.file: .*mine\.py cannot be imported: SyntaxError"),
-        ("x = 1", r"guide\.file: .*mine\.py has no function load: docs/new-guide\.md"),
+        ("x = 1", r"guide\.file: .*mine\.py has no DEFAULT_PATH: docs/new-guide\.md"),
+        ("DEFAULT_PATH = None", r"guide\.file: .*mine\.py has no load: docs/new-guide\.md"),
+        (
+            "DEFAULT_PATH = 'a'.upper()\nload = layer_channels = print",
+            r"guide\.file: .*mine\.py: DEFAULT_PATH has to be None or a text that is written out",
+        ),
     ],
 )
 def test_files_that_are_no_guides_are_refused_when_they_are_loaded(tmp_path, text, message):
