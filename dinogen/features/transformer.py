@@ -503,7 +503,8 @@ def _read_config(folder: Path, path: str, kind: Kind) -> Any:
     ensure_torchvision()
     import transformers
 
-    config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    with quiet_transformers():
+        config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     if config.model_type not in kind.networks:
         raise GuideError(
             f"guide.path: {path} holds a {config.model_type!r} network: give a {kind.title} "
