@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -59,8 +60,7 @@ def build(kind: str, **changes: Any) -> Any:
     patch = KINDS[kind][1]
     shape = {**SHAPE, "patch_size": patch, "image_size": 5 * patch, **changes}
     if kind in TIMM:
-        import timm
-
+        timm = pytest.importorskip("timm")
         architecture, arguments = TIMM[kind]
         return shaken(timm.create_model(architecture, **TIMM_SHAPE, **arguments, **changes))
     if kind == "dinov3":

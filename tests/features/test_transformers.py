@@ -37,11 +37,21 @@ NUM_SPECIAL = {
 PLAIN = [kind for kind in KINDS if kind not in TIMM]
 
 
+class Checkpoints(dict):
+    """By kind: the folder and the network in it, written when they are first needed."""
+
+    def __init__(self, root):
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, kind):
+        self[kind] = (self.root / kind, write(kind, self.root / kind))
+        return self[kind]
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """By kind: the folder and the network in it."""
-    root = tmp_path_factory.mktemp("guides")
-    return {kind: (root / kind, write(kind, root / kind)) for kind in KINDS}
+    return Checkpoints(tmp_path_factory.mktemp("guides"))
 
 
 def guide_of(kind, folder, **changes):
@@ -340,3 +350,20 @@ def test_stages_of_a_convnext_are_averaged_to_the_last_ones_grid(convnext, layer
         guide(torch.zeros(1, 3, stride + 2, stride + 2))
     with pytest.raises(GuideError, match=r"guide\.layer: 5 is not one of the network's 4"):
         load_guide(GuideConfig(name="dinov3", path=str(folder), layer=5), CPU)
+
+
+def test_timm_makes_its_rotations_once_per_grid(checkpoints, monkeypatch):
+    """They are made on the host, and a step on a GPU would wait for their copy."""
+    guide = guide_of("timm_dinov3", checkpoints["timm_dinov3"][0])
+    rope = guide.model.rope.rope
+    made, get_embed = [], rope.get_embed
+    monkeypatch.setattr(rope, "get_embed", lambda shape: made.append(shape) or get_embed(shape))
+    with torch.inference_mode():
+        first = guide(random_images(64))
+    images = random_images(64).requires_grad_()
+    again = guide(images)
+    assert torch.equal(again, first)
+    (gradient,) = torch.autograd.grad(again.square().sum(), images)
+    assert gradient.abs().max() > 0
+    guide(random_images(96))
+    assert made == [(4, 4), (6, 6)]
