@@ -7,13 +7,17 @@ is complete.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from dinogen.errors import ConfigError
 from shards.files import atomic_write
 
 # torch takes seconds to import, and most of those who write files do without it.
@@ -53,6 +57,36 @@ def named_folder(path: Path) -> Path:
     Messages and stored paths have to name the folder wherever they are read.
     """
     return path.resolve() if path.name in ("", "..") else path
+
+
+def module_of_file(path: Path, kind: str) -> ModuleType:
+    """Run a Python file of the user's own.
+
+    Args:
+        path: an absolute path.
+        kind: what it defines, ``family`` or ``guide``; also the section of the config that has
+            the key ``file``.
+
+    Raises:
+        ConfigError: there is no such file, or it fails; names the key.
+    """
+    name = f"dinogen_{kind}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ConfigError(
+            f"{kind}.file: {path} is not a Python file: name one that defines a {kind}"
+        )
+    module = importlib.util.module_from_spec(spec)
+    # by this name its class is found again, as pickling and typing do
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ConfigError(
+            f"{kind}.file: {path} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    return module
 
 
 def why_not_writable(path: Path, make: bool) -> str | None:

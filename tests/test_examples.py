@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dinogen.config import load_config
+import dinogen
+from dinogen.config import GuideConfig, load_config
 from dinogen.training.checkpointing.export import export
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.training.run import train
@@ -89,6 +90,12 @@ def test_the_family_of_ones_own_trains(data_folder, tmp_path, monkeypatch):  # n
     (result,) = train(load_config("tiny_gan.yaml", overrides))
     assert result["family"] == "tiny_gan"
     assert load_snapshot(tmp_path / "run").sample(2, seed=0).shape == (2, 3, 16, 16)
+
+
+def test_the_guide_of_ones_own_is_loaded():
+    """tests/features/test_new_guide.py has the rest: its features, and other files."""
+    guide = dinogen.load_guide(GuideConfig(file=str(EXAMPLES / "edges.py")))
+    assert guide(torch.zeros(1, 3, 16, 16)).shape == (1, 3, 4, 4)
 
 
 def test_each_is_run_above_and_shown_in_the_docs():

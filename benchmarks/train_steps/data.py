@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import Config, load_config
@@ -20,6 +22,7 @@ from dinogen.features.checkpoint import quiet_transformers
 from dinogen.features.clip import load_clip
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.features.load import load_guide
+from dinogen.features.transformer import RANDOM_KEY, write_random
 from shards.format.sample import VECTORS, Sample, level_grid, level_guide
 from shards.write.shard_writer import pack
 
@@ -47,8 +50,9 @@ def config_with_data(
         for number, stage in enumerate(config.stages)
         if (kimg := stage.kimg or 1000)
     ]
-    if config.family.name == "guided" and config.guide.name == "dinov2":
-        make_random_dinov2(folder / "guide", seed=0, **guide)
+    main = load_config(file, [*own, *overrides]).guide
+    if config.family.name == "guided" and main.name in ("dinov2", "dinov3", "siglip", "timm"):
+        make_random_guide(main.name, folder / "guide", guide)
         own += [f"guide.path={folder}/guide", "guide.revision=null"]
     if config.clip is not None:
         _make_random_clip(folder / "clip", config.family.options["text"]["embed_dim"])
@@ -58,6 +62,37 @@ def config_with_data(
     config = resolve(load_config(file, [*own, *overrides]))
     _pack(config, folder / "data")
     return config
+
+
+def make_random_guide(name: str, folder: Path, shape: dict[str, int]) -> None:
+    """A checkpoint of a guide with random weights.
+
+    Args:
+        name: ``dinov2``, ``dinov3`` (ViT-S/16), ``siglip`` (B/16 for 256 pixels) or ``timm`` (its
+            conversion of DINOv3's ViT-S/16).
+        folder: must not exist yet.
+        shape: arguments of ``make_random_dinov2``.
+    """
+    if name == "dinov2":
+        make_random_dinov2(folder, seed=0, **shape)
+    elif name == "timm":
+        ensure_torchvision()
+        from timm import create_model
+
+        settings = {"architecture": "vit_small_patch16_dinov3", RANDOM_KEY: True}
+        model = create_model(settings["architecture"])
+        folder.mkdir()
+        save_file(model.state_dict(), folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(settings))
+    else:
+        classes = {"dinov3": "DINOv3ViT", "siglip": "SiglipVision"}
+        own = {"dinov3": {"num_register_tokens": 4}, "siglip": {"image_size": 256}}[name]
+
+        def build(hf: Any) -> Any:
+            config = getattr(hf, f"{classes[name]}Config")(**own, **{RANDOM_KEY: True})
+            return getattr(hf, f"{classes[name]}Model")(config)
+
+        write_random(folder, 0, build)
 
 
 def _pack(config: Config, out: Path) -> None:

@@ -27,6 +27,7 @@ from pydantic import (
 from dinogen.config.base import Section as Section
 from dinogen.config.base import describe_errors as describe_errors
 from dinogen.config.base import find_config, override, read_mapping
+from dinogen.config.guides import default_path, known_guides
 from dinogen.config.training import AugmentConfig as AugmentConfig
 from dinogen.config.training import CheckpointConfig as CheckpointConfig
 from dinogen.config.training import ClipConfig as ClipConfig
@@ -163,21 +164,48 @@ _GUIDE_NAME = re.compile(r"[a-z][a-z0-9_]*")
 class GuideConfig(Section):
     """The frozen feature network."""
 
-    name: Literal["dinov2", "inception", "onet", "pixels"] = Field(
+    name: str = Field(
         "dinov2",
-        description="which encoder; onet: the face detector's last network, whose weights are "
-        "installed with dinogen; pixels: the RGB values themselves, without a network",
+        description="which network, see docs/guided.md; onet: the face detector's last network, "
+        "whose weights are installed with dinogen; pixels: the RGB values themselves, without a "
+        "network",
+        json_schema_extra=lambda schema: schema.update(enum=list(known_guides())),
+    )
+    file: str | None = Field(
+        None, description="your own Python file that defines the guide, which is named after it"
     )
     path: str = Field(
-        "facebook/dinov2-small", description="hub name, local checkpoint folder or weights file"
+        "facebook/dinov2-small",
+        description="hub name, local checkpoint folder or weights file; each guide has a default "
+        "of its own",
     )
     revision: str | None = Field(None, description="hub revision (commit, tag or branch)")
     layer: int | str | tuple[int, ...] | tuple[str, ...] = Field(
         -1,
         description="which layer, or a list of layers concatenated along the channels; -1 is the "
-        "last; for dinov2 block numbers, for inception pool1, pool2, mixed_5d, mixed_6e, for onet "
-        "conv1, conv2, conv3, pool3, conv4",
+        "last; block numbers of transformers, for inception pool1, pool2, mixed_5d, mixed_6e, for "
+        "onet conv1, conv2, conv3, pool3, conv4",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        """The name of its file, and the default path of its own."""
+        if not isinstance(values, dict):
+            return values
+        name, file = values.get("name", "dinov2"), values.get("file")
+        if isinstance(file, str):
+            name = Path(file).stem
+            if values.get("name", name) != name:
+                raise ValueError(
+                    f"name {values['name']} and file {file} contradict each other: leave out name"
+                )
+            values = {**values, "name": name}
+        elif isinstance(name, str) and name not in known_guides():
+            names = ", ".join(repr(guide) for guide in known_guides())
+            raise ValueError(f"name: there is no guide {name!r}: use {names}, or file: guide.py")
+        own = default_path(str(name), file if isinstance(file, str) else None)
+        return values if own is None else {"path": own, **values}
 
     @field_validator("layer", mode="before")
     @classmethod

@@ -9,9 +9,7 @@ that are conditioned by ``ask``, which switched a mode on and off. Both get here
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -28,6 +26,7 @@ from torch import Tensor
 from dinogen.config import Config, ConfigError, FamilyConfig, Section, describe_errors
 from dinogen.families.abilities import not_trained_with_text
 from dinogen.families.base import Condition, Family, Health, Networks
+from dinogen.files import module_of_file
 
 ENTRY_POINTS = "dinogen.families"
 _NO_FAMILIES = {"abilities", "base", "gan", "registry"}
@@ -95,22 +94,7 @@ def _offered() -> dict[str, EntryPoint]:
 @cache
 def _class_in_file(path: Path) -> type[Family]:
     """The family of a file outside the package, which is run once."""
-    name = f"dinogen_family_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ConfigError(
-            f"family.file: {path} is not a Python file: name one that defines a family"
-        )
-    module = importlib.util.module_from_spec(spec)
-    # by this name its class is found again, as pickling and typing do
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ConfigError(
-            f"family.file: {path} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    module = module_of_file(path, "family")
     return with_earlier_members(_one_family(module, str(path)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,9 @@ def damage_as_guide_error(key: str, path: str) -> Iterator[None]:
         ) from error
 
 
-def read_model(network: Any, folder: Path, config: Any, key: str, path: str) -> Any:
+def read_model(
+    network: Any, folder: Path, config: Any, key: str, path: str, **arguments: Any
+) -> Any:
     """The network in float32, only from safetensors; no missing weight is initialised randomly.
 
     Args:
@@ -46,6 +48,7 @@ def read_model(network: Any, folder: Path, config: Any, key: str, path: str) -> 
         config: transformers' own, read from the folder.
         key: as in :func:`damage_as_guide_error`.
         path: as in :func:`damage_as_guide_error`.
+        arguments: of the class, or others than here of ``from_pretrained``.
 
     Raises:
         GuideError: weights are missing or of another shape than the config says.
@@ -57,28 +60,44 @@ def read_model(network: Any, folder: Path, config: Any, key: str, path: str) -> 
             local_files_only=True,
             use_safetensors=True,
             dtype=torch.float32,
-            attn_implementation="sdpa",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, in one line
+            **{"attn_implementation": "sdpa", **arguments},
         )
     if report["missing_keys"]:
-        names = sorted(report["missing_keys"])
-        raise GuideError(
-            f"{key}: {path} lacks {len(names)} weights ({', '.join(names[:3])}, ...): download "
-            "the whole checkpoint again"
-        )
+        raise missing_weights(key, path, sorted(report["missing_keys"]))
     if report["mismatched_keys"]:
-        name, stored, wanted = min(report["mismatched_keys"])
-        raise GuideError(
-            f"{key}: {path} is damaged ({name} is {list(stored)}, but config.json says "
-            f"{list(wanted)}): download the whole checkpoint again"
-        )
+        raise wrong_shape(key, path, *min(report["mismatched_keys"]))
     return model
 
 
-def hash_folder(folder: Path, pattern: str) -> str:
-    """Hash of the weights as stored on disk, independent of renames by transformers."""
-    tensors: dict[str, Tensor] = {}
+def missing_weights(key: str, path: str, names: Sequence[str]) -> GuideError:
+    """The error for a checkpoint that lacks weights of these names."""
+    return GuideError(
+        f"{key}: {path} lacks {len(names)} weights ({', '.join(names[:3])}, ...): download "
+        "the whole checkpoint again"
+    )
+
+
+def wrong_shape(
+    key: str, path: str, name: str, stored: Iterable[int], wanted: Iterable[int]
+) -> GuideError:
+    """The error for a checkpoint with a weight of another shape than its config says."""
+    return GuideError(
+        f"{key}: {path} is damaged ({name} is {list(stored)}, but config.json says "
+        f"{list(wanted)}): download the whole checkpoint again"
+    )
+
+
+def hash_folder(folder: Path, pattern: str, further: Mapping[str, Tensor] | None = None) -> str:
+    """Hash of the weights as stored on disk, independent of renames by transformers.
+
+    Args:
+        folder: of the checkpoint.
+        pattern: of its files.
+        further: what the features depend on besides the weights.
+    """
+    tensors: dict[str, Tensor] = dict(further or {})
     for file in sorted(folder.glob(pattern)):
         tensors.update(load_file(file))
     return weights_sha256(tensors)

@@ -28,7 +28,7 @@ from dinogen.features.checkpoint import (
     quiet_transformers,
     read_model,
 )
-from dinogen.features.dinov2 import RANDOM_KEY
+from dinogen.features.transformer import RANDOM_KEY
 
 # From CLIP's authors; a checkpoint's preprocessor_config.json may override them.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -20,6 +20,7 @@ from dinogen.config import GuideConfig
 from dinogen.features.base import GuideError, GuideInfo, guide_dtype
 from dinogen.files import weights_sha256
 
+DEFAULT_PATH = "weights-inception-2015-12-05-6726825d.pth"
 # In the network's order, with their channels; -1 means the last.
 LAYERS = {"pool1": 64, "pool2": 192, "mixed_5d": 288, "mixed_6e": 768}
 LAST = "mixed_6e"
@@ -141,6 +142,31 @@ class InceptionGuide(nn.Module):
         return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
+def layer_names(config: GuideConfig) -> list[str]:
+    """The layers that a config names.
+
+    Raises:
+        GuideError: there is no such layer.
+    """
+    requested = config.layer if isinstance(config.layer, tuple) else (config.layer,)
+    layers = [LAST if layer == -1 else str(layer) for layer in requested]
+    if wrong := [layer for layer in layers if layer not in LAYERS]:
+        raise GuideError(
+            f"guide.layer: {wrong[0]}: the Inception guide has the layers {', '.join(LAYERS)}; "
+            "-1 is the last"
+        )
+    return layers
+
+
+def layer_channels(config: GuideConfig) -> tuple[int, ...]:
+    """C of each layer of the config.
+
+    Raises:
+        GuideError: there is no such layer.
+    """
+    return tuple(LAYERS[name] for name in layer_names(config))
+
+
 def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
     """Load the weights from torch-fidelity's file, or from one with batch norm folded.
 
@@ -154,13 +180,7 @@ def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
     Raises:
         GuideError: no such file, other tensors in it, or there is no such layer.
     """
-    requested = config.layer if isinstance(config.layer, tuple) else (config.layer,)
-    layers = [LAST if layer == -1 else str(layer) for layer in requested]
-    if wrong := [layer for layer in layers if layer not in LAYERS]:
-        raise GuideError(
-            f"guide.layer: {wrong[0]}: the Inception guide has the layers {', '.join(LAYERS)}; "
-            "-1 is the last"
-        )
+    layers = layer_names(config)
     file = _weights_file(config.path)
     trunk = InceptionTrunk(max(layers, key=list(LAYERS).index))
     try:

@@ -1,21 +1,23 @@
-"""Loads a guide by its name or its config, and finds how many channels its layers have."""
+"""Finds a guide by the name of its file, or in a file of the user's own, and loads it."""
 
 from __future__ import annotations
 
 import importlib
-import json
-import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from pydantic import ValidationError
 
 from dinogen.config import ConfigError, GuideConfig
 from dinogen.config.base import describe_errors
-from dinogen.features import inception, onet, pixels
-from dinogen.features.base import Guide, GuideError
-from dinogen.features.checkpoint import checkpoint_folder
+from dinogen.config.guides import default_path
+from dinogen.features.base import Guide
+from dinogen.files import module_of_file
+
+_PARTS = ("DEFAULT_PATH", "load", "layer_channels")
 
 
 def load_guide(
@@ -33,21 +35,24 @@ def load_guide(
     dinogen.load_guide("pixels")
     ```
 
-    A new network is one new file ``dinogen/features/NAME.py`` with a function
-    ``load(config, device) -> Guide``, and its name in ``GuideConfig.name``.
+    A new guide is one file, ``dinogen/features/NAME.py`` or one that ``guide.file`` names. It has
+    ``DEFAULT_PATH``, a literal that is the ``guide.path`` of configs that give none (None if it
+    reads no weights), ``load(config, device) -> Guide``, and
+    ``layer_channels(config) -> tuple[int, ...]``, the channels of each layer of the config.
 
     Args:
-        guide: ``dinov2``, ``inception``, ``onet`` or ``pixels``; or the section ``guide`` of
-            a config, which says everything else but the device.
+        guide: ``dinov2``, ``dinov3``, ``siglip``, ``vit``, ``timm``, ``inception``, ``onet`` or
+            ``pixels``; or the section ``guide`` of a config, which says everything else but the
+            device.
         device: where it will run.
-        path: hub name, checkpoint folder or weights file; default: that of ``GuideConfig``.
+        path: hub name, checkpoint folder or weights file; default: the guide's own.
         layer: which layer, or several whose channels are concatenated; default: the last. They are
-            block numbers of ``dinov2``, ``pool1``, ``pool2``, ``mixed_5d`` and ``mixed_6e`` of
+            block numbers of transformers, ``pool1``, ``pool2``, ``mixed_5d`` and ``mixed_6e`` of
             ``inception``, and ``conv1``, ``conv2``, ``conv3``, ``pool3`` and ``conv4`` of ``onet``.
         revision: hub commit, tag or branch.
 
     Raises:
-        ConfigError: no guide has this name, or ``layer`` is none.
+        ConfigError: no guide has this name, ``layer`` is none, or ``guide.file`` defines no guide.
         GuideError: its weights are not available, or are not what they should be; the message
             names ``guide.path`` and the remedy.
     """
@@ -60,14 +65,8 @@ def load_guide(
             raise ConfigError(describe_errors(error, GuideConfig, "guide")) from None
     elif given:
         raise TypeError(f"load_guide: {', '.join(given)}: a config has it already: change it there")
-    module = importlib.import_module(f"dinogen.features.{guide.name}")
-    found: Guide = module.load(guide, torch.device(device))
+    found: Guide = _module(guide).load(guide, torch.device(device))
     return found
-
-
-# Oquab et al. 2023, "DINOv2: Learning Robust Visual Features without Supervision", table 17
-_HIDDEN_SIZES = {"small": 384, "base": 768, "large": 1024, "giant": 1536}
-_PUBLISHED = re.compile(rf"facebook/dinov2-(?:with-registers-)?({'|'.join(_HIDDEN_SIZES)})")
 
 
 def layer_channels(config: GuideConfig) -> tuple[int, ...]:
@@ -77,34 +76,30 @@ def layer_channels(config: GuideConfig) -> tuple[int, ...]:
     size. For DINOv2's own checkpoints the name is enough; for others config.json is read.
 
     Raises:
+        ConfigError: ``guide.file`` defines no guide.
         GuideError: a layer that the guide does not have, or no such checkpoint.
     """
-    layers = config.layer if isinstance(config.layer, tuple) else (config.layer,)
-    if config.name == "pixels":
-        return (pixels.NUM_CHANNELS,)
-    if config.name == "onet":
-        return tuple(onet.LAYERS[name] for name in onet.layer_names(config))
-    if config.name == "inception":
-        names = [inception.LAST if layer == -1 else str(layer) for layer in layers]
-        if wrong := [name for name in names if name not in inception.LAYERS]:
-            raise GuideError(
-                f"guide.layer: {wrong[0]}: the Inception guide has the layers "
-                f"{', '.join(inception.LAYERS)}; -1 is the last"
-            )
-        return tuple(inception.LAYERS[name] for name in names)
-    return (_hidden_size(config),) * len(layers)
+    channels: tuple[int, ...] = _module(config).layer_channels(config)
+    return channels
 
 
-def _hidden_size(config: GuideConfig) -> int:
-    published = _PUBLISHED.fullmatch(config.path)
-    if published and not Path(config.path).exists():
-        return _HIDDEN_SIZES[published[1]]
-    folder, _ = checkpoint_folder(config.path, config.revision)
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return int(settings["hidden_size"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GuideError(
-            f"guide.path: {config.path} is damaged (config.json has no hidden_size): download the "
-            "whole checkpoint again"
-        ) from error
+def _module(config: GuideConfig) -> ModuleType:
+    if config.file is None:
+        return importlib.import_module(f"dinogen.features.{config.name}")
+    return _module_of_file(Path(config.file).absolute())
+
+
+@cache
+def _module_of_file(path: Path) -> ModuleType:
+    """The user's own guide; its file is run once."""
+    module = module_of_file(path, "guide")
+    if missing := [name for name in _PARTS if not hasattr(module, name)]:
+        raise ConfigError(
+            f"guide.file: {path} has no {missing[0]}: docs/new-guide.md shows a guide in one file"
+        )
+    if default_path(path.stem, str(path)) != module.DEFAULT_PATH:
+        raise ConfigError(
+            f"guide.file: {path}: DEFAULT_PATH has to be None or a text that is written out: it is "
+            "read without running the file"
+        )
+    return module

@@ -20,6 +20,7 @@ from dinogen.config import GuideConfig
 from dinogen.features.base import GuideError, GuideInfo, guide_dtype
 from dinogen.files import weights_sha256
 
+DEFAULT_PATH = None  # facenet-pytorch holds the weights
 # In the network's order, with their channels; -1 means the last.
 LAYERS = {"conv1": 32, "conv2": 64, "conv3": 64, "pool3": 64, "conv4": 128}
 LAST = "conv4"
@@ -159,3 +160,12 @@ def load(config: GuideConfig, device: torch.device) -> ONetGuide:
         random=False,
     )
     return ONetGuide(net.to(guide_dtype(device)), info, layers).to(device)
+
+
+def layer_channels(config: GuideConfig) -> tuple[int, ...]:
+    """C of each layer of the config.
+
+    Raises:
+        GuideError: there is no such layer.
+    """
+    return tuple(LAYERS[name] for name in layer_names(config))

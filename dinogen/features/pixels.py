@@ -9,6 +9,7 @@ from dinogen.config import GuideConfig
 from dinogen.features.base import GuideError, GuideInfo
 from dinogen.files import weights_sha256
 
+DEFAULT_PATH = None  # there are no weights
 NUM_CHANNELS = 3
 
 
@@ -43,3 +44,8 @@ def load(config: GuideConfig, device: torch.device) -> PixelsGuide:
     if config.layer != -1:
         raise GuideError(f"guide.layer: {config.layer}: pixels have no layers: leave it out")
     return PixelsGuide().to(device)
+
+
+def layer_channels(config: GuideConfig) -> tuple[int, ...]:
+    """Three."""
+    return (NUM_CHANNELS,)

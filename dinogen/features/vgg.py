@@ -19,7 +19,7 @@ from dinogen._torchvision import ensure_torchvision
 from dinogen.distributed import rng
 from dinogen.errors import ConfigError
 from dinogen.features.base import GuideInfo, guide_dtype
-from dinogen.features.dinov2 import IMAGENET_MEAN, IMAGENET_STD
+from dinogen.features.transformer import IMAGENET_MEAN, IMAGENET_STD
 from dinogen.files import weights_sha256
 
 BY_NAME = "vgg16"

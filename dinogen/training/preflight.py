@@ -38,8 +38,8 @@ MAY_CHANGE: dict[str, Any] = {
     "eval": True,
     "stages": True,  # all but the one at hand, which is compared without its length
     "family": {"file"},
-    "guide": {"path", "revision"},
-    "guides": {"__all__": {"path", "revision"}},
+    "guide": {"file", "path", "revision"},
+    "guides": {"__all__": {"file", "path", "revision"}},
     "clip": {"path", "revision"},
     "data": {"path", "mix", "num_threads", "cache_dir", "cache_gb"},
     "engine": {"name", "zero", "precision", "micro_batch", "compile", "max_nonfinite"},

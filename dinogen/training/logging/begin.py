@@ -6,6 +6,7 @@ import logging
 import time
 
 from dinogen.config import Config
+from dinogen.config.guides import default_path
 from dinogen.distributed import process_group
 from dinogen.families.base import Family
 from dinogen.report.progress import LiveLine, duration
@@ -43,8 +44,8 @@ def opening_lines(config: Config, families: list[Family], data: Dataset) -> list
     precision = resolve_precision(config.engine.precision, device)
     guide = "no guide"
     if any(family.inputs.levels for family in families):
-        path = f" {config.guide.path}" if config.guide.name in ("dinov2", "inception") else ""
-        guide = f"guide {config.guide.name}{path}"
+        has_path = default_path(config.guide.name, config.guide.file) is not None
+        guide = f"guide {config.guide.name}{f' {config.guide.path}' if has_path else ''}"
     last = families[-1]
     sizes = ", ".join(
         f"{name} {sum(p.numel() for p in network.parameters()):,}"
