@@ -15,7 +15,7 @@ import typer
 from typer.models import CommandInfo
 
 from dinogen.errors import UserError
-from launch.cli import launch, machine, prepare, results, shards, train, weights
+from launch.cli import latents, launch, machine, prepare, results, shards, train, weights
 
 HELP = """Train image generators on one or many GPUs, with or without guidance by frozen features.
 
@@ -37,6 +37,7 @@ Every command explains itself: dinogen train --help
 PANELS = {
     "Data": ("prepare", "faces", "pyramids", "pack", "export-pt", "download", "shards"),
     "Train": ("train", "launch", "study", "sample", "evaluate", "export"),
+    "Latents": ("project",),
     "Look": ("look", "compare", "serve", "demo", "config"),
     "Machine": ("doctor",),
 }
@@ -78,7 +79,7 @@ def _options(
         os.environ["DINOGEN_DEBUG"] = "1"
 
 
-for group in (prepare, shards, train, launch, weights, results, machine):
+for group in (prepare, shards, train, launch, weights, latents, results, machine):
     group.register(app)
 
 
