@@ -397,7 +397,7 @@ def num_classes_of(family: Family) -> int:
 
 
 def spaces_of(family: Family) -> dict[str, LatentSpace]:
-    """All latent spaces of a family by name: ``z`` first, then those of :class:`HasLatentSpaces`."""
+    """A family's latent spaces by name: ``z``, then those of :class:`HasLatentSpaces`."""
     shape = tuple(family.latents(torch.zeros(1, dtype=torch.int64), 0).shape[1:])
     further = family.spaces if isinstance(family, HasLatentSpaces) else ()
     return {one.name: one for one in (LatentSpace("z", shape, normal=True), *further)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dinogen.errors import UserError
-from dinogen.families.abilities import LatentSpace, spaces_of
+from dinogen.families.abilities import AdjustsSampling, LatentSpace, decode_in, spaces_of
 from dinogen.files import weights_sha256, write_bytes
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
 
@@ -43,7 +43,13 @@ class Projected:
     @property
     def space(self) -> str:
         """Name of the space."""
-        return str(self.info["space"])
+        return str(self.settings["space"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it was found."""
+        found: dict[str, Any] = self.info["settings"]
+        return found
 
     @property
     def title(self) -> str:
@@ -53,7 +59,7 @@ class Projected:
     @property
     def index(self) -> Tensor:
         """(1,) int64: the sample number whose class the photo was projected with."""
-        return torch.tensor([int(self.info["label"] or 0)])
+        return torch.tensor([int(self.settings["label"] or 0)])
 
 
 def identity_of(snapshot: Snapshot) -> dict[str, Any]:
@@ -72,22 +78,22 @@ def identity_of(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def write_projected(
-    path: Path, space: str, latents: Tensor, noise: Tensor | None, info: Mapping[str, Any]
+    path: Path, latents: Tensor, noise: Tensor | None, info: Mapping[str, Any]
 ) -> None:
     """Write one photo's latents, whole or not at all.
 
     Args:
         path: the file.
-        space: tensors are named by it; the noise is ``noise``.
-        latents: (1, *shape).
-        noise: (1, values) or None.
-        info: JSON-ready: ``name``, ``run``, ``checkpoint`` (:func:`identity_of`), ``photo``,
-            ``label``, ``loss``, ``errors`` per step and so on.
+        latents: (1, *shape); the tensor is named after its space.
+        noise: (1, values) or None; the tensor is named ``noise``.
+        info: JSON-ready: ``name``, ``photo``, ``sha256``, ``run``, ``loss``, the errors ``before``
+            and ``after``, ``errors`` by step, and ``settings``: ``space``, ``checkpoint``
+            (:func:`identity_of`), ``label``, ``sampling`` and so on.
     """
-    tensors = {space: latents.float().cpu().contiguous()}
+    tensors = {str(info["settings"]["space"]): latents.float().cpu().contiguous()}
     if noise is not None:
         tensors[_NOISE] = noise.float().cpu().contiguous()
-    said = json.dumps({**info, "space": space}, allow_nan=False)
+    said = json.dumps(dict(info), allow_nan=False)
     write_bytes(path, save(tensors, {_INFO: said}))
 
 
@@ -107,7 +113,7 @@ def read_projected(places: Sequence[Path]) -> list[Projected]:
     found = [_read(file) for file in files]
     for one in found[1:]:
         for what in ("space", "checkpoint"):
-            if one.info[what] != found[0].info[what]:
+            if one.settings[what] != found[0].settings[what]:
                 raise UserError(
                     f"--latents: {one.path} and {found[0].path} have not the same {what}: project "
                     "all photos alike"
@@ -123,7 +129,8 @@ def _read(file: Path) -> Projected:
         with safe_open(file, "pt") as opened:
             info = json.loads((opened.metadata() or {})[_INFO])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return Projected(file, info, tensors[info["space"]], tensors.get(_NOISE))
+        space = info["settings"]["space"]
+        return Projected(file, info, tensors[space], tensors.get(_NOISE))
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(
             f"--latents: {file}: is no projection ({' '.join(str(error).split())[:80]}): {remedy}"
@@ -145,7 +152,7 @@ def snapshot_of(
         UserError: it is another run.
     """
     first = projected[0]
-    wanted = first.info["checkpoint"]
+    wanted = first.settings["checkpoint"]
     if resolution not in (None, wanted["resolution"]):
         raise UserError(
             f"--stage {resolution}: {first.path} was projected into stage {wanted['resolution']}: "
@@ -157,5 +164,27 @@ def snapshot_of(
             f"{run}: {first.path} was projected into another run ({first.info['run']}), whose "
             f"weights differ: give that one, or project the photo into {run}"
         )
-    space = spaces_of(snapshot.family)[first.space]
-    return snapshot, space
+    family = snapshot.family
+    if first.settings["sampling"] and isinstance(family, AdjustsSampling):
+        family = family.with_sampling(first.settings["sampling"])
+        snapshot = replace(snapshot, family=family)
+    return snapshot, spaces_of(family)[first.space]
+
+
+@torch.no_grad()
+def decode_projected(snapshot: Snapshot, projected: Projected, latents: Tensor) -> Tensor:
+    """Images (N, 3, R, R) in [-1, 1] on the CPU of latents made from a projection's.
+
+    Args:
+        snapshot: from :func:`snapshot_of`.
+        projected: its class and its noise are taken for all of them.
+        latents: (N, *shape), of its space, on any device.
+    """
+    family, device = snapshot.family, snapshot.family.device
+    noise = None if projected.noise is None else projected.noise.to(device)
+    images = []
+    for one in latents.to(device).split(1):
+        name, index = projected.space, projected.index
+        made = decode_in(family, snapshot.ema.networks, name, one, index, noise)
+        images.append(made.float().clamp(-1, 1).cpu())
+    return torch.cat(images)

@@ -19,9 +19,9 @@ from dinogen.metrics.extractors.base import NotAvailable
 from dinogen.metrics.extractors.lpips import load_perceptual
 
 LOSSES = ("auto", "lpips", "guide", "onet", "pixels")
-# Mean squared errors of images in [-1, 1] are times this: at the end of a search both terms are
-# about as large. Without pixels colours drift, and without features edges blur.
-PIXEL_WEIGHT = 2.0
+# Mean squared errors of images in [-1, 1] are times this. LPIPS was fitted to what people see. A
+# search can fool other networks by specks of single pixels, unless pixels weigh more.
+PIXEL_WEIGHTS = {"lpips": 2.0, "guide": 10.0, "onet": 10.0, "pixels": 10.0}
 _ONET_LAYERS = ("conv1", "conv2", "conv3", "conv4")
 # what a guide sees of an image is compared at a grid of this share of its side
 _PIXELS_PER_CELL = 4
@@ -66,7 +66,7 @@ class Loss:
     def between(self, a: Seen, b: Seen) -> Tensor:
         """The loss of each pair (N,)."""
         pixels, features = self.terms(a, b)
-        return PIXEL_WEIGHT * pixels + features
+        return PIXEL_WEIGHTS[self.name] * pixels + features
 
 
 def choose_loss(

@@ -143,9 +143,7 @@ def project(
             counts,
         )
     facts = snapshot.checkpoint.state["facts"]
-    loss = choose_loss(
-        request.loss, family.config, facts, snapshot.resolution, family.device
-    )
+    loss = choose_loss(request.loss, family.config, facts, snapshot.resolution, family.device)
     tell(f"loss: {loss.what}")
     for reason in loss.missing:
         tell(f"  a better loss is not available: {reason}")
@@ -221,7 +219,7 @@ class _Method:
         if not inverts and steps < 1:
             raise UserError(f"--steps 0: {name} has no encoder, so its latents are searched")
         num_classes = num_classes_of(family)
-        if request.label is not None and request.label >= max(num_classes, 1):
+        if request.label is not None and request.label >= num_classes:
             what = f"classes are 0 to {num_classes - 1}" if num_classes else "it has no classes"
             raise UserError(f"--class {request.label}: {name}: {what}")
         space = spaces[chosen]
@@ -250,8 +248,10 @@ class _Work:
         self.networks = snapshot.ema.networks
         self.resolution = snapshot.resolution
         family = snapshot.family
+        sampling: dict[str, Any] = {}
         if isinstance(family, AdjustsSampling) and request.steps:
-            family = family.with_sampling({"steps": request.steps})
+            sampling = {"steps": request.steps}
+            family = family.with_sampling(sampling)
         self.family = family
         self.run = request.run.resolve().name
         self.mark = snapshot.mark
@@ -277,6 +277,7 @@ class _Work:
             "restarts": method.restarts,
             "seed": request.seed,
             "label": method.label if num_classes_of(family) else None,
+            "sampling": sampling,
             "loss": loss.name,
             "cut": cutting.config.model_dump(mode="json", exclude={"batch", "num_threads"}),
         }
@@ -328,7 +329,7 @@ class _Work:
         for n, target in enumerate(targets):
             noise = None if found.noise is None else found.noise[n : n + 1]
             errors = [round(value, 6) for value in found.errors[:, n].tolist()]
-            info = {
+            info: dict[str, Any] = {
                 "name": target.name,
                 "photo": str(target.photo),
                 "sha256": target.sha256,
@@ -356,14 +357,9 @@ class _Work:
                 self.mark,
             )
             info["files"] = write_shown(shown, info["after"]["rms"])
-            about = {name: info[name] for name in _OF_THE_FILE} | {
-                "checkpoint": self.settings["checkpoint"],
-                "label": self.settings["label"],
-                "errors": errors,
-            }
             place = self.folder / target.name
-            space = method.space.name
-            write_projected(place / FILE, space, found.latents[n : n + 1], noise, about)
+            about = {name: info[name] for name in _OF_THE_FILE} | {"errors": errors}
+            write_projected(place / FILE, found.latents[n : n + 1], noise, about)
             info["files"]["latents"] = FILE
             info["command"] = self._command(target)
             # the last file: with it a photo is finished
@@ -415,11 +411,12 @@ class _Work:
         return shlex.join([*words, *request.places])
 
 
-_OF_THE_FILE = ("name", "photo", "sha256", "run", "generated", "loss", "before", "after")
+_OF_THE_FILE = (
+    *("name", "photo", "sha256", "run", "generated"),
+    *("settings", "loss", "before", "after"),
+)
 
 
 def _share(after: dict[str, float], before: dict[str, float]) -> dict[str, float]:
     """What is left of each error; an error that was 0 has no share."""
-    return {
-        name: round(after[name] / value, 4) for name, value in before.items() if value > 0
-    }
+    return {name: round(after[name] / value, 4) for name, value in before.items() if value > 0}

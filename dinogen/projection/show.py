@@ -78,17 +78,19 @@ def write_shown(shown: Shown, rms: float) -> dict[str, str | None]:
 
 
 def _pixels(image: Tensor) -> Pixels:
-    return to_uint8(image[None].cpu().numpy())[0]
+    pixels: Pixels = to_uint8(image[None].cpu().numpy())[0]
+    return pixels
 
 
 def _side(image: Pixels) -> int:
     """The side at which an image is shown: whole times its own, at least 192."""
-    own = image.shape[0]
+    own = int(image.shape[0])
     return own * max(1, -(-SIDE // own))
 
 
 def _large(image: Pixels) -> Pixels:
-    return enlarged(image[None], _side(image))[0]
+    large: Pixels = enlarged(image[None], _side(image))[0]
+    return large
 
 
 def _within_square(photo: Pixels, side: int) -> Pixels:
