@@ -152,7 +152,8 @@ class Searcher:
         ]
         mean = sum(part.sum(0) for part in parts) / NUM_SAMPLES
         assert isinstance(mean, Tensor)
-        squares = sum(float((part - mean).square().sum(-1).mean(-1).sum()) for part in parts)
+        distances = [(part - mean).square().sum(-1).view(len(part), -1) for part in parts]
+        squares = sum(float(one.mean(1).sum()) for one in distances)
         return mean, math.sqrt(squares / NUM_SAMPLES)
 
     def _to_space(self, numbers: Tensor) -> Tensor:
