@@ -383,7 +383,8 @@ class _Work:
     def _errors(self, made: Tensor, images: Tensor) -> list[dict[str, float]]:
         """Of each image: root mean square of 0 to 255, distance of features, and the loss."""
         with torch.no_grad():
-            seen, wanted = self.loss.seen(made), self.loss.seen(images)
+            # as they are written
+            seen, wanted = self.loss.seen(made.clamp(-1, 1)), self.loss.seen(images)
             pixels, features = self.loss.terms(seen, wanted)
             total = self.loss.between(seen, wanted)
         return [

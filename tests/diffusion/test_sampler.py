@@ -212,7 +212,7 @@ def test_ddim_backwards_leads_to_noise_from_which_ddim_leads_back(name, steps):
     images = predict.variance.sqrt() * start()
     noise = invert(predict, schedule, "epsilon", images, steps, rounds=8)
     back = sample(predict, schedule, "epsilon", noise, steps)
-    assert (back - images).abs().mean() < 0.002
+    assert (back - images).abs().mean() < 0.004
     plain = invert(predict, schedule, "epsilon", images, steps, rounds=1)
     worse = sample(predict, schedule, "epsilon", plain, steps)
     assert (worse - images).square().mean() > (back - images).square().mean()
