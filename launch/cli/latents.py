@@ -128,6 +128,8 @@ def project(
     counts += [f"{len(found.skipped)} finished before"] if found.skipped else []
     counts += [f"{len(found.rejected)} left out"] if found.rejected else []
     say(f"{', '.join(counts)}: {found.page}")
+    if not found.done and not found.skipped:
+        raise typer.Exit(2)
 
 
 def video(
