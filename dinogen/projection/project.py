@@ -249,8 +249,9 @@ class _Work:
         self.resolution = snapshot.resolution
         family = snapshot.family
         sampling: dict[str, Any] = {}
-        if isinstance(family, AdjustsSampling) and request.steps:
-            sampling = {"steps": request.steps}
+        if isinstance(family, AdjustsSampling):
+            # with DDIM an image follows from its latent alone
+            sampling = {"sampler": "ddim"} | ({"steps": request.steps} if request.steps else {})
             family = family.with_sampling(sampling)
         self.family = family
         self.run = request.run.resolve().name
@@ -321,8 +322,13 @@ class _Work:
             made = self.searcher.decode(found.latents, found.noise)
             begun = None if start is None else self.searcher.decode(start, None)
             if begun is None and not method.space.normal:
-                mean, _ = self.searcher.statistics()
+                mean, _ = self.searcher.statistics
                 begun = self.searcher.decode(mean.expand(1, *method.space.shape), None)
+        if not bool(made.isfinite().all()):
+            raise UserError(
+                f"{self.request.run}: its images are not finite, so nothing can be projected: give "
+                "an earlier checkpoint by --nimg"
+            )
         before = self._errors(self._mean_image(), images)
         first = None if begun is None else self._errors(begun, images)
         after = self._errors(made, images)
@@ -356,9 +362,11 @@ class _Work:
                 frames,
                 self.mark,
             )
-            info["files"] = write_shown(shown, info["after"]["rms"])
             place = self.folder / target.name
+            (place / RESULTS).unlink(missing_ok=True)  # what follows belongs to new ones
+            info["files"] = write_shown(shown, info["after"]["rms"])
             about = {name: info[name] for name in _OF_THE_FILE} | {"errors": errors}
+            about["photo"] = target.photo.name  # a file that is handed on tells no folders
             write_projected(place / FILE, found.latents[n : n + 1], noise, about)
             info["files"]["latents"] = FILE
             info["command"] = self._command(target)
@@ -409,7 +417,8 @@ class _Work:
         words += [] if own["label"] is None else ["--class", str(own["label"])]
         words += [] if request.align else ["--no-align"]
         words += [] if request.out is None else ["--out", str(request.out)]
-        return shlex.join([*words, *request.places])
+        words += [word for place in request.places for word in ("--set", place)]
+        return shlex.join(words)
 
 
 _OF_THE_FILE = (

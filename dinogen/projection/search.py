@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ class Searcher:
             latents = self._nearest(wanted, restarts)
             spread = SPREAD * math.sqrt(math.prod(self.space.shape))
         else:
-            mean, deviation = self.statistics()
+            mean, deviation = self.statistics
             latents, spread = mean.expand(num, *self.space.shape).clone(), SPREAD * deviation
         with torch.no_grad():
             targets = self.loss.seen(wanted.repeat_interleave(restarts, 0))
@@ -143,6 +144,7 @@ class Searcher:
             progress(step + 1)
         return self._best(num, latents, noise, targets, errors, frames)
 
+    @cached_property
     @torch.no_grad()
     def statistics(self) -> tuple[Tensor, float]:
         """Mean (*shape) of samples of the space, and their root mean square distance from it."""

@@ -24,7 +24,7 @@ def project(
     space: Annotated[
         str | None,
         typer.Option(
-            help="Latents to search: z, or w or w+ of stylegan2_ada; the closest by default.",
+            help="Latents to search: z, or w or w+ of StyleGAN2; the closest by default.",
             metavar="NAME",
         ),
     ] = None,
@@ -185,7 +185,7 @@ def video(
     """Write a walk through the latents of a run as a video.
 
     Each image of the grid walks through latents of the seed and back to its first. MP4 (H.264)
-    takes pip install 'dinogen[video]'; GIF takes nothing.
+    takes pip install 'dinogen\\[video]'; GIF takes nothing.
 
     [bold]Examples[/bold]
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from dinogen.config import FacesConfig, parse_config
 from dinogen.errors import UserError
 from dinogen.families.base import Family
+from dinogen.metrics.extractors.lpips import load_perceptual
 from dinogen.prepare.pipeline import NoFaceError
 from dinogen.prepare.pipeline import prepare as prepare_data
 from dinogen.projection import project as module
@@ -35,6 +36,7 @@ from dinogen.projection.project import RESULTS, ProjectionRequest, project
 from dinogen.training.checkpointing.export import export
 from launch.cli.main import app
 from shards.read.dataset import open_dataset
+from tests.metrics.backbones import save_backbone
 
 CPU = torch.device("cpu")
 
@@ -88,7 +90,7 @@ def test_families_that_invert_do_not_search(projected):
     assert found["files"]["video"] is None and found["errors"] == []
     found = json.loads(next(projected("ddpm").glob(f"*/{RESULTS}")).read_text())
     assert found["settings"]["how"] == "DDIM run backwards in 4 steps"
-    assert found["settings"]["sampling"] == {"steps": 4}
+    assert found["settings"]["sampling"] == {"sampler": "ddim", "steps": 4}
 
 
 def test_the_same_call_skips_what_is_finished(runs, photos, tmp_path):
@@ -162,6 +164,22 @@ def test_the_loss_says_why_no_better_one_was_used(runs, photos, tmp_path):
     said = found.done[0]["loss"]
     assert len(said["better_not_available"]) == 2
     assert "a better loss is not available" in found.page.read_text()
+
+
+def test_lpips_is_the_metrics_own_and_has_a_gradient(tmp_path):
+    file = save_backbone("squeeze", tmp_path / "squeeze.pth")
+    metrics = {"lpips": "squeeze", "lpips_backbone": str(file)}
+    config = parse_config({"stages": [{"resolution": 32, "kimg": 1}], "metrics": metrics})
+    loss = choose_loss("auto", config, {}, 32, CPU)
+    assert (loss.name, loss.what, loss.missing) == ("lpips", "LPIPS (squeeze) and pixels", ())
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    images = (pixels.float() / 127.5 - 1).requires_grad_()
+    _, found = loss.terms(loss.seen(images[:1]), loss.seen(images[1:]))
+    expected = load_perceptual("squeeze", str(file), CPU)
+    bytes_ = pixels.to(torch.uint8)
+    assert torch.allclose(found, expected.distance(bytes_[:1], bytes_[1:]), rtol=1e-3)
+    (gradient,) = torch.autograd.grad(found.sum(), images)
+    assert gradient.abs().sum() > 0
 
 
 def test_a_guide_compares_features_of_unit_length(tmp_path):

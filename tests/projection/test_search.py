@@ -128,7 +128,7 @@ def test_the_mean_and_spread_are_those_of_w(tmp_path):
     z = family.latents(torch.arange(10_000), 0)
     w = networks["G"].mapping(z)
     for space in ("w", "w+"):
-        mean, deviation = searcher(family, networks, space).statistics()
+        mean, deviation = searcher(family, networks, space).statistics
         rows = mean.expand(*spaces_of(family)[space].shape).reshape(-1, w.shape[1])
         assert (rows - w.mean(0)).abs().max() < 1e-5
         expected = ((w - w.mean(0)).square().sum() / len(w)).sqrt()
