@@ -81,6 +81,7 @@ MAY_IMPORT = {
     },
     "dinogen.projection": {
         "dinogen.distributed",
+        "dinogen.evaluation.record",
         "dinogen.families.abilities",
         "dinogen.families.base",
         "dinogen.features",

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dinogen.errors import UserError
+from dinogen.errors import ConfigError, UserError
 from dinogen.families.abilities import AdjustsSampling, LatentSpace, decode_in, spaces_of
 from dinogen.files import weights_sha256, write_bytes
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
@@ -158,7 +158,13 @@ def snapshot_of(
             f"--stage {resolution}: {first.path} was projected into stage {wanted['resolution']}: "
             "leave --stage out"
         )
-    snapshot = load_snapshot(run, wanted["resolution"], wanted["nimg"])
+    try:
+        snapshot = load_snapshot(run, wanted["resolution"], wanted["nimg"])
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} ({first.path} was projected into {first.info['run']} at {wanted['nimg']} "
+            "images)"
+        ) from None
     if identity_of(snapshot) != wanted:
         raise UserError(
             f"{run}: {first.path} was projected into another run ({first.info['run']}), whose "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dinogen.errors import UserError
+from dinogen.evaluation.record import check_changes
 from dinogen.families.abilities import (
     AdjustsSampling,
     HasLatentSpaces,
@@ -120,6 +121,7 @@ def project(
         UserError: the family does not have what an option asks for; names the option.
         NoFaceError: no photo can be used.
     """
+    check_changes(request.places)
     snapshot = load_snapshot(request.run, request.resolution, request.nimg, request.places)
     method = _Method.of(request, snapshot)
     family = snapshot.family
@@ -137,11 +139,8 @@ def project(
         for one in rejected:
             reason = one.reason.partition(":")[0]
             counts[reason] = counts.get(reason, 0) + 1
-        raise NoFaceError(
-            f"none of the photos can be projected ({in_words(counts)}); images that are crops "
-            "already need --no-align",
-            counts,
-        )
+        hint = "; --no-align takes images that are crops already" if counts.keys() & _FACES else ""
+        raise NoFaceError(f"none of the photos can be projected ({in_words(counts)}){hint}", counts)
     facts = snapshot.checkpoint.state["facts"]
     loss = choose_loss(request.loss, family.config, facts, snapshot.resolution, family.device)
     tell(f"loss: {loss.what}")
@@ -421,6 +420,7 @@ class _Work:
         return shlex.join(words)
 
 
+_FACES = {"no_face", "small_face", "low_probability", "bad_landmarks"}
 _OF_THE_FILE = (
     *("name", "photo", "sha256", "run", "generated"),
     *("settings", "loss", "before", "after"),
