@@ -143,6 +143,8 @@ def project(
         raise NoFaceError(f"none of the photos can be projected ({in_words(counts)}){hint}", counts)
     facts = snapshot.checkpoint.state["facts"]
     loss = choose_loss(request.loss, family.config, facts, snapshot.resolution, family.device)
+    if num_classes_of(family) and request.label is None:
+        tell("class 0 is taken for all photos: --class chooses another")
     tell(f"loss: {loss.what}")
     for reason in loss.missing:
         tell(f"  a better loss is not available: {reason}")
