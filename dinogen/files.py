@@ -12,13 +12,14 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dinogen.errors import ConfigError
-from shards.files import atomic_write
+from shards.files import TEMPORARY, atomic_write, sync_folder
 
 # torch takes seconds to import, and most of those who write files do without it.
 if TYPE_CHECKING:
@@ -34,6 +35,25 @@ def write_bytes(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(data)
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, for what is written in pieces or by another program.
+
+    The file has to be there at the end, and is then renamed to ``path``; if an exception is raised
+    it is removed, and ``path`` stays as it was. The folder of ``path`` is created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -203,3 +203,69 @@ def sample(
         z = noise(now) if noise is not None and eta > 0 and before >= 0 else None
         x = step(schedule, x0, eps, now, before, eta, z)
     return x
+
+
+@torch.no_grad()
+def invert(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    prediction: Prediction,
+    images: Tensor,
+    sample_steps: int,
+    rounds: int = 4,
+) -> Tensor:
+    """Walk from images to the noise from which :func:`sample` walks back to them, with eta 0.
+
+    Song et al. 2021, "Denoising Diffusion Implicit Models": the step of equation 12 with sigma 0 is
+    one of Euler's method for the differential equation 14, which can be integrated in both
+    directions. A step back from x at ``before`` to x at ``now`` needs what the network says of the
+    x that is looked for. With one round it is asked of x at ``before``, as the authors do. Each
+    further round asks it again of what the round before found, and so solves the step as
+    :func:`sample` takes it (a fixed point). Of each image the round is kept from which the step
+    leads back most closely.
+
+    Args:
+        predict: as in :func:`sample`.
+        schedule: as in :func:`sample`.
+        prediction: as in :func:`sample`.
+        images: (B, ...) in [-1, 1].
+        sample_steps: how many time steps are visited.
+        rounds: calls of the network per step.
+
+    Returns:
+        Noise of the shape of ``images``.
+    """
+    x = images
+    walk = [*time_steps(schedule.num_steps, sample_steps), -1]
+    for now, before in reversed(list(itertools.pairwise(walk))):
+        wanted, t = x, torch.full((len(x),), now)
+        level = to_device_together(schedule.signal_noise(t, x), x.device)
+        best, least = x, torch.full((len(x), *[1] * (x.dim() - 1)), math.inf, device=x.device)
+        for _ in range(rounds):
+            x0, eps = denoise(prediction, predict(x, t), x, *level)
+            x0, eps = denoise("x0", x0.clamp(-1, 1), x, *level)
+            missed = step(schedule, x0, eps, now, before, 0.0, None) - wanted
+            residual = missed.square().mean(tuple(range(1, x.dim())), keepdim=True)
+            closer = residual < least
+            best, least = torch.where(closer, x, best), torch.where(closer, residual, least)
+            x = _step_back(schedule, x0, eps, wanted, now, before)
+        # the last one is not tried: it is taken where every round came closer
+        x = torch.where(closer, x, best)
+    return x
+
+
+def _step_back(
+    schedule: Schedule, x0: Tensor, eps: Tensor, wanted: Tensor, now: int, before: int
+) -> Tensor:
+    """x at ``now`` from which (x0, eps) lead to ``wanted`` at ``before``.
+
+    Of the two answers the one is kept that the noise of ``before`` hides less; the other follows.
+    """
+    signal = math.sqrt(schedule.alpha_bar[before]) if before >= 0 else 1.0
+    noise = math.sqrt(1 - signal * signal)
+    if noise > signal:
+        eps = (wanted - signal * x0) / noise
+    else:
+        x0 = (wanted - noise * eps) / signal
+    alpha_bar = float(schedule.alpha_bar[now])
+    return math.sqrt(alpha_bar) * x0 + math.sqrt(1 - alpha_bar) * eps

@@ -8,8 +8,10 @@ protocol says where that is allowed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from dinogen.batch import Batch, Scalars
@@ -270,6 +272,92 @@ class MixesStyles(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class LatentSpace:
+    """Latents of one kind that a family makes images from.
+
+    Attributes:
+        name: ``z`` for those of ``Family.latents``; ``w``, ``w+`` and so on for others.
+        shape: of one latent.
+        per_layer: whether the first axis counts layers of the generator, each of which reads a
+            row; such latents can be mixed by ranges of layers.
+        normal: whether samples of it are standard normal.
+        noise_sides: sides of the square maps of noise that the decoder takes with each latent; all
+            their values are one row. Empty if it takes none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    per_layer: bool = False
+    normal: bool = False
+    noise_sides: tuple[int, ...] = ()
+
+
+@runtime_checkable
+class HasLatentSpaces(Protocol):
+    """Images can be made from more than the latents of ``Family.latents``."""
+
+    @property
+    def spaces(self) -> tuple[LatentSpace, ...]:
+        """The further spaces, the one in which a photo is projected best last."""
+
+    def to_space(
+        self, networks: Networks, space: str, latents: Tensor, indices: Tensor, psi: float = 1.0
+    ) -> Tensor:
+        """Latents of a further space that give the images that ``Family.decode`` makes.
+
+        Args:
+            networks: the moving averages.
+            space: name of one of ``spaces``.
+            latents: (N, ...), as ``Family.latents`` draws them.
+            indices: (N,) int64, as in ``Family.decode``.
+            psi: as in ``Family.decode``.
+
+        Returns:
+            (N, *shape) of the space.
+        """
+
+    def decode_in(
+        self, networks: Networks, space: str, latents: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        """Images (N, 3, R, R) float32 of latents (N, *shape), differentiable; about [-1, 1].
+
+        Args:
+            networks: the moving averages.
+            space: name of one of ``spaces``.
+            latents: of that space.
+            noise: (N, values of all maps of ``noise_sides``); None for the noise of samples.
+        """
+
+    def space_matrix(self, networks: Networks, space: str) -> Tensor | None:
+        """What multiplies latents of the space first, (out, last axis of its shape); or None.
+
+        See :class:`HasFirstLayer`, which is the same for ``z``.
+        """
+
+
+@runtime_checkable
+class Inverts(Protocol):
+    """It computes the latents of images, without a search."""
+
+    @property
+    def inverts_by(self) -> str:
+        """How, in a few words for results."""
+
+    @property
+    def refines(self) -> bool:
+        """Whether ``Family.decode`` passes gradients on, so that a search can go on from there."""
+
+    def invert(self, networks: Networks, images: Tensor, indices: Tensor) -> Tensor:
+        """Latents, as ``Family.latents`` draws them, of which ``Family.decode`` makes ``images``.
+
+        Args:
+            networks: the moving averages.
+            images: (N, 3, R, R) in [-1, 1].
+            indices: (N,) int64, as in ``Family.decode``.
+        """
+
+
 @runtime_checkable
 class Conditional(Protocol):
     """Samples can be conditioned on text."""
@@ -377,6 +465,43 @@ def graph_of(family: Family, networks: Networks) -> Graph | None:
         return {"z": family.latents(indices, seed)}
 
     return Graph(networks[family.ema_networks[0]], inputs)
+
+
+def spaces_of(family: Family) -> dict[str, LatentSpace]:
+    """A family's latent spaces by name: ``z``, then those of :class:`HasLatentSpaces`."""
+    shape = tuple(family.latents(torch.zeros(1, dtype=torch.int64), 0).shape[1:])
+    further = family.spaces if isinstance(family, HasLatentSpaces) else ()
+    return {one.name: one for one in (LatentSpace("z", shape, normal=True), *further)}
+
+
+def to_space(
+    family: Family,
+    networks: Networks,
+    space: str,
+    latents: Tensor,
+    indices: Tensor,
+    psi: float = 1.0,
+) -> Tensor:
+    """Latents of ``Family.latents`` in one of :func:`spaces_of`; see :class:`HasLatentSpaces`."""
+    if space == "z":
+        return latents
+    assert isinstance(family, HasLatentSpaces)
+    return family.to_space(networks, space, latents, indices, psi)
+
+
+def decode_in(
+    family: Family,
+    networks: Networks,
+    space: str,
+    latents: Tensor,
+    indices: Tensor,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Images of latents of one of :func:`spaces_of`; see :class:`HasLatentSpaces`."""
+    if space == "z":
+        return family.decode(networks, latents, indices, 0)
+    assert isinstance(family, HasLatentSpaces)
+    return family.decode_in(networks, space, latents, noise)
 
 
 def condition_for(

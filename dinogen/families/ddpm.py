@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dinogen.batch import Batch, Losses, Scalars
 from dinogen.config import Config, ConfigError, Section, StageConfig, describe_errors
-from dinogen.diffusion.process import Schedule, q_sample, sample, target, time_steps
+from dinogen.diffusion.process import Schedule, invert, q_sample, sample, target, time_steps
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classes_of
@@ -196,6 +196,33 @@ class Ddpm(Family):
             return self.sample(networks, indices, seed)
         label = classes_of(indices, shares)
         return self._walk(networks["G"], self.latents(indices, seed), indices, seed, label)
+
+    refines = False  # the walk has too many steps to pass gradients through
+
+    @property
+    def inverts_by(self) -> str:
+        """DDIM from the image to noise."""
+        return f"DDIM run backwards in {self.options.sample_steps} steps"
+
+    def invert(self, networks: Networks, images: Tensor, indices: Tensor) -> Tensor:
+        """The noise from which DDIM walks to the images, in as many steps as samples take.
+
+        Raises:
+            UserError: samples are drawn by DDPM, which adds noise of its own on the way.
+        """
+        if self.options.sampler != "ddim":
+            raise UserError(
+                "family.sampler: ddpm adds noise on the way, so an image has no one latent: sample "
+                "with ddim"
+            )
+        num_classes = self.options.num_classes
+        label = (indices % num_classes).to(self.device) if num_classes else None
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return self._guided(networks["G"], x, t.to(self.device), label)
+
+        steps = self.options.sample_steps
+        return invert(predict, self.schedule, self.options.prediction, images, steps)
 
     def _walk(
         self, G: nn.Module, latents: Tensor, indices: Tensor, seed: int, label: Tensor | None

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from dinogen.batch import Batch, Losses, Scalars
 from dinogen.config import Config, StageConfig
 from dinogen.distributed import rng
+from dinogen.families.abilities import LatentSpace
 from dinogen.families.base import Graph, Inputs, Networks, Phase, classes_of, judged_alone
 from dinogen.families.gan import Gan
 from dinogen.losses.adversarial import bce_d, bce_g, path_lengths, r1_penalty
 from dinogen.networks.ada.pipeline import Strengths, augment
 from dinogen.networks.stylegan2.discriminator import StyleGAN2Discriminator
-from dinogen.networks.stylegan2.generator import StyleGAN2Generator
+from dinogen.networks.stylegan2.generator import ModulatedConv, StyleGAN2Generator
 from dinogen.networks.stylegan2.layers import Dense
 from dinogen.transfer import to_device, to_device_together
 
@@ -203,6 +204,39 @@ class StyleGAN2Ada(Gan):
         """D's down to 4x4, as the authors count them: FromRGB, and three in each block."""
         found = super().layers(network)
         return [one for one in found if min(one).startswith(("from_rgb.", "blocks."))]
+
+    @property
+    def spaces(self) -> tuple[LatentSpace, ...]:
+        """W, and W+ with a w for each layer (Abdal et al. 2019, "Image2StyleGAN")."""
+        synthesis, own = self.G.synthesis, self.options.w_dim
+        sides = synthesis.noise_sides
+        return (
+            LatentSpace("w", (own,), noise_sides=sides),
+            LatentSpace("w+", (synthesis.num_ws, own), per_layer=True, noise_sides=sides),
+        )
+
+    def to_space(
+        self, networks: Networks, space: str, latents: Tensor, indices: Tensor, psi: float = 1.0
+    ) -> Tensor:
+        """What the mapping makes of z, truncated as samples are."""
+        G = networks["G"]
+        assert isinstance(G, StyleGAN2Generator)
+        w = G.truncate(G.mapping(latents, self._label(indices)), psi * self.options.truncation)
+        return w if space == "w" else G.broadcast(w)
+
+    def decode_in(
+        self, networks: Networks, space: str, latents: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        """The synthesis network alone."""
+        G = networks["G"]
+        assert isinstance(G, StyleGAN2Generator)
+        images: Tensor = G.synthesis(G.broadcast(latents) if space == "w" else latents, noise)
+        return images
+
+    def space_matrix(self, networks: Networks, space: str) -> Tensor:
+        """The layers that read w, one below the other."""
+        layers = [one for one in networks["G"].modules() if isinstance(one, ModulatedConv)]
+        return torch.cat([one.affine.weight.detach() for one in layers])
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G or D."""

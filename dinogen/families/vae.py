@@ -120,6 +120,15 @@ class Vae(Family):
         mean, _ = G.encode(batch["image"])
         return G.decode(mean)
 
+    inverts_by = "the mean of the encoder's posterior"
+    refines = True
+
+    def invert(self, networks: Networks, images: Tensor, indices: Tensor) -> Tensor:
+        """The means of the posteriors."""
+        G = networks["G"]
+        assert isinstance(G, Autoencoder)
+        return G.encode(images)[0]
+
     def first_layer(self, networks: Networks) -> Tensor:
         """The decoder's dense layer to 4x4."""
         G = networks["G"]

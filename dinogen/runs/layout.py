@@ -22,6 +22,8 @@ VISUALIZATIONS, VISUALIZATIONS_INDEX = "visualizations", "visualizations.json"
 TENSORBOARD = "tb"
 # in RUN, what `dinogen sample` draws; in RUN/RxR, what is drawn while the stage trains
 SAMPLES = "samples"
+# in RUN: what `dinogen project` finds, and what `dinogen video` draws
+PROJECTIONS, VIDEOS = "projections", "videos"
 # of the files of `dinogen export`, wherever they are
 EXPORTED_SUFFIX = ".safetensors"
 # in the folder of a study, two levels above its runs

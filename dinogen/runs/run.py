@@ -30,12 +30,14 @@ from dinogen.runs.layout import (
     LOCK,
     METRICS,
     PAGE,
+    PROJECTIONS,
     RESULT,
     SAMPLES,
     STATE,
     STATS,
     SWEEP,
     TENSORBOARD,
+    VIDEOS,
     VISUALIZATIONS,
     VISUALIZATIONS_INDEX,
     checkpoint_name,
@@ -127,6 +129,16 @@ class Run:
     def samples_folder(self) -> Path:
         """``RUN/samples``, where ``dinogen sample`` writes by default."""
         return self.path / SAMPLES
+
+    @property
+    def projections_folder(self) -> Path:
+        """``RUN/projections``, where ``dinogen project`` writes by default."""
+        return self.path / PROJECTIONS
+
+    @property
+    def videos_folder(self) -> Path:
+        """``RUN/videos``, where ``dinogen video`` writes by default."""
+        return self.path / VIDEOS
 
     def stage(self, resolution: int) -> Stage:
         """The stage of a resolution, whether or not it has begun, or is in the config."""

@@ -15,7 +15,7 @@ import typer
 from typer.models import CommandInfo
 
 from dinogen.errors import UserError
-from launch.cli import launch, machine, prepare, results, shards, train, weights
+from launch.cli import latents, launch, machine, prepare, results, shards, train, weights
 
 HELP = """Train image generators on one or many GPUs, with or without guidance by frozen features.
 
@@ -36,7 +36,9 @@ Every command explains itself: dinogen train --help
 # The heading of each command, and their order.
 PANELS = {
     "Data": ("prepare", "faces", "pyramids", "pack", "export-pt", "download", "shards"),
-    "Train": ("train", "launch", "study", "sample", "evaluate", "export", "import"),
+    "Train": ("train", "launch", "study", "sample", "evaluate"),
+    "Weights": ("export", "import"),
+    "Latents": ("project", "video"),
     "Look": ("look", "compare", "serve", "demo", "config"),
     "Machine": ("doctor",),
 }
@@ -78,7 +80,7 @@ def _options(
         os.environ["DINOGEN_DEBUG"] = "1"
 
 
-for group in (prepare, shards, train, launch, weights, results, machine):
+for group in (prepare, shards, train, launch, weights, latents, results, machine):
     group.register(app)
 
 

@@ -303,6 +303,14 @@ def look(
     out: Annotated[
         Path | None, typer.Option(help="Folder; RUN/RxR/visualizations by default.", metavar="DIR")
     ] = None,
+    latents: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Draw the directions around projected photos alone, beside each: "
+            "projected.safetensors of dinogen project, or a folder of them.",
+            metavar="FILE",
+        ),
+    ] = None,
 ) -> None:
     """Make images that show what a run has learnt: grids, progress, interpolations, worst samples.
 
@@ -314,13 +322,24 @@ def look(
       dinogen look runs/first
 
       dinogen look runs/first --stage 16 --nimg 180000 --seed 7
+
+      dinogen look runs/first --latents runs/first/projections
     """
     import json
 
+    from dinogen.errors import UserError
     from dinogen.visualize.look import write_visualizations
     from launch.cli.console import setup_logging
 
     setup_logging()
+    if latents:
+        if changes or nimg is not None or seed:
+            raise UserError("--latents: settles what is drawn: leave out KEY=VALUE, --nimg, --seed")
+        from dinogen.visualize.latents import write_directions
+
+        for path in write_directions(run, latents, stage, out):
+            typer.echo(path)
+        return
     index = write_visualizations(run, stage, nimg, seed, out, changes or ())
     entries = json.loads(index.read_text(encoding="utf-8"))
     for name, entry in entries.items():

@@ -113,6 +113,21 @@ def sample(
     watermark: Annotated[
         str | None, typer.Option(help="A text to write into each image, such as generated.")
     ] = None,
+    latents: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Draw projected photos: projected.safetensors of dinogen project, or a folder of "
+            "them.",
+            metavar="FILE",
+        ),
+    ] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --latents: layers that read other latents, as in 4-9=seed:3 or 0-3=FILE.",
+            metavar="LAYERS=SOURCE",
+        ),
+    ] = None,
 ) -> None:
     """Make images from the moving average of a run: PNGs and one grid.
 
@@ -129,6 +144,8 @@ def sample(
       dinogen sample runs/stylegan2_ada_64 --psi 0.7
 
       dinogen sample runs/ddpm_v_64 --steps 25 --sampler ddim
+
+      dinogen sample runs/stylegan2_ada_64 --latents runs/stylegan2_ada_64/projections/me
     """
     from dinogen.errors import UserError
     from dinogen.visualize.samples import SampleRequest, write_samples
@@ -137,6 +154,20 @@ def sample(
     setup_logging()
     given = {"steps": steps, "sampler": sampler, "guidance": guidance}
     sampling = {name: value for name, value in given.items() if value is not None}
+    if latents:
+        if sampling or text or label is not None or psi != 1:
+            raise UserError(
+                "--latents: projected photos are drawn as they were projected: leave out --text, "
+                "--class, --psi, --steps, --sampler and --guidance"
+            )
+        from dinogen.visualize.latents import write_projections
+
+        snapshot, num, grid = write_projections(run, latents, mix or (), stage, watermark, out)
+        size = snapshot.place.name
+        typer.echo(f"{num} projected photos of stage {size} at {snapshot.nimg} images: {grid}")
+        return
+    if mix:
+        raise UserError("--mix: takes the projected photos of --latents: give them as well")
     if text and label is not None:
         raise UserError("--class: leave it out with --text")
     request = SampleRequest(

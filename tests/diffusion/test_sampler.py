@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinogen._torchvision import ensure_torchvision
-from dinogen.diffusion.process import Schedule, denoise, sample, step, time_steps
+from dinogen.diffusion.process import Schedule, denoise, invert, sample, step, time_steps
 
 ensure_torchvision()
 from diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402 - torchvision comes first
@@ -190,3 +190,47 @@ def test_ddim_gives_them_in_100_steps(name):
     few = Gaussian(name, 1000, 100, 0.0)
     assert few.sample_mean == pytest.approx(0.3, abs=0.005)
     assert few.sample_std == pytest.approx(0.2, rel=0.1)
+
+
+class PerChannel:
+    """The best predictor of epsilon where data are normal, with a variance per channel."""
+
+    def __init__(self, schedule):
+        self.schedule = schedule
+        self.variance = torch.tensor([0.04, 0.01, 0.09]).view(1, 3, 1, 1)
+
+    def __call__(self, x, t):
+        signal, noise = self.schedule.signal_noise(t, x)
+        return noise * x / (signal**2 * self.variance + noise**2)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [20, 100])
+def test_ddim_backwards_leads_to_noise_from_which_ddim_leads_back(name, steps):
+    schedule = Schedule(name)
+    predict = PerChannel(schedule)
+    images = predict.variance.sqrt() * start()
+    noise = invert(predict, schedule, "epsilon", images, steps, rounds=8)
+    back = sample(predict, schedule, "epsilon", noise, steps)
+    assert (back - images).abs().mean() < 0.004
+    plain = invert(predict, schedule, "epsilon", images, steps, rounds=1)
+    worse = sample(predict, schedule, "epsilon", plain, steps)
+    assert (worse - images).square().mean() > (back - images).square().mean()
+    if steps == 100:  # the finer the steps, the closer is the noise to that of the equation
+        expected = images / predict.variance.sqrt()
+        assert (noise - expected).abs().mean() < 0.1
+
+
+def test_one_step_back_is_the_equation_run_backwards():
+    """Song et al. 2021, equation 12 with sigma 0, solved for x_t at the noise of x_{t-1}."""
+    schedule = Schedule("linear")
+    predict = PerChannel(schedule)
+    images = 0.1 * start()
+    found = invert(predict, schedule, "epsilon", images, 1, rounds=1)
+    a = schedule.alpha_bar[999].float()
+    eps = predict(images, torch.tensor([999, 999]))
+    # clipping keeps the predicted image in [-1, 1]; the noise follows
+    x0 = ((images - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-1, 1)
+    eps = (images - a.sqrt() * x0) / (1 - a).sqrt()
+    expected = a.sqrt() * images + (1 - a).sqrt() * eps
+    assert torch.allclose(found, expected, atol=1e-4)

@@ -15,7 +15,7 @@ FILES = {
     "study.json",
     "index.html",
 }
-FOLDERS = {"checkpoints", "visualizations", "samples", "tb"}
+FOLDERS = {"checkpoints", "visualizations", "samples", "projections", "videos", "tb"}
 PATH_METHODS = ("joinpath", "glob", "rglob", "with_name")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 

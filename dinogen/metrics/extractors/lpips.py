@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dinogen._torchvision import ensure_torchvision
 from dinogen.distributed import process_group
@@ -59,19 +60,25 @@ class Perceptual:
             (N, D) float32 on the device; D grows with R: 32 thousand for ``alex`` at 64, 640
             thousand at 256, and 7.9 million for ``vgg`` at 256.
         """
+        with exactly(self.device):
+            side = max(SMALLEST, images.shape[-1])
+            return self.rows(resized(images, side, "bilinear", self.device) / 127.5 - 1)
+
+    def rows(self, images: Tensor) -> Tensor:
+        """As :meth:`embed`, but of (N, 3, R, R) float32 in [-1, 1], with a gradient to them."""
         from lpips import normalize_tensor
 
         network: Any = self.network
-        with exactly(self.device):
-            side = max(SMALLEST, images.shape[-1])
-            pixels = resized(images, side, "bilinear", self.device) / 127.5 - 1
-            rows = []
-            for maps, head in zip(
-                network.net(network.scaling_layer(pixels)), network.lins, strict=True
-            ):
-                scale = head.model[-1].weight.sqrt() / math.sqrt(maps.shape[2] * maps.shape[3])
-                rows.append((normalize_tensor(maps) * scale).flatten(1))
-            return torch.cat(rows, 1)
+        if images.shape[-1] < SMALLEST:
+            size = (SMALLEST, SMALLEST)
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        rows = []
+        for maps, head in zip(
+            network.net(network.scaling_layer(images)), network.lins, strict=True
+        ):
+            scale = head.model[-1].weight.sqrt() / math.sqrt(maps.shape[2] * maps.shape[3])
+            rows.append((normalize_tensor(maps) * scale).flatten(1))
+        return torch.cat(rows, 1)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """LPIPS of each image of ``a`` and its counterpart in ``b``, (N,) float32 on the CPU."""

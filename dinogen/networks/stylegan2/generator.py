@@ -220,6 +220,12 @@ class Synthesis(nn.Module):
             self.num_ws += len(block.layers)
             self.num_noise += block.num_noise
 
+    @property
+    def noise_sides(self) -> tuple[int, ...]:
+        """Sides of the maps of noise, in the order in which ``noise`` holds their values."""
+        layers = (one for one in self.modules() if isinstance(one, SynthesisLayer))
+        return tuple(one.noise.shape[0] for one in layers)
+
     def forward(self, ws: Tensor, noise: Tensor | None = None) -> Tensor:
         """ws (B, num_ws, w_dim), noise (B, num_noise) or None for constant noise.
 

@@ -1,0 +1,196 @@
+"""The file of a projection, projected.safetensors: latents, and what they were found in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dinogen.errors import ConfigError, UserError
+from dinogen.families.abilities import AdjustsSampling, LatentSpace, decode_in, spaces_of
+from dinogen.files import weights_sha256, write_bytes
+from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
+
+FILE = "projected.safetensors"
+# One key, so that the same projection gives the same bytes.
+_INFO = "dinogen_projection"
+_NOISE = "noise"
+
+
+@dataclass(frozen=True)
+class Projected:
+    """A photo's latents in one space.
+
+    Attributes:
+        path: the file.
+        info: its metadata, see :func:`write_projected`.
+        latents: (1, *shape) of the space, on the CPU.
+        noise: (1, values) of the decoder's maps of noise, or None.
+    """
+
+    path: Path
+    info: dict[str, Any]
+    latents: Tensor
+    noise: Tensor | None
+
+    @property
+    def space(self) -> str:
+        """Name of the space."""
+        return str(self.settings["space"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it was found."""
+        found: dict[str, Any] = self.info["settings"]
+        return found
+
+    @property
+    def title(self) -> str:
+        """A short name of the photo."""
+        return str(self.info["name"])
+
+    @property
+    def index(self) -> Tensor:
+        """(1,) int64: the sample number whose class the photo was projected with."""
+        return torch.tensor([int(self.settings["label"] or 0)])
+
+
+def identity_of(snapshot: Snapshot) -> dict[str, Any]:
+    """What tells one checkpoint from another, JSON-ready; the same for its exported file."""
+    states = {
+        f"{name}.{key}": value
+        for name, network in snapshot.ema.networks.items()
+        for key, value in network.state_dict().items()
+    }
+    return {
+        "family": snapshot.family.config.family.name,
+        "resolution": snapshot.resolution,
+        "nimg": snapshot.nimg,
+        "weights_sha256": weights_sha256(states),
+    }
+
+
+def write_projected(
+    path: Path, latents: Tensor, noise: Tensor | None, info: Mapping[str, Any]
+) -> None:
+    """Write one photo's latents, whole or not at all.
+
+    Args:
+        path: the file.
+        latents: (1, *shape); the tensor is named after its space.
+        noise: (1, values) or None; the tensor is named ``noise``.
+        info: JSON-ready: ``name``, ``photo``, ``sha256``, ``run``, ``loss``, the errors ``before``
+            and ``after``, ``errors`` by step, and ``settings``: ``space``, ``checkpoint``
+            (:func:`identity_of`), ``label``, ``sampling`` and so on.
+    """
+    tensors = {str(info["settings"]["space"]): latents.float().cpu().contiguous()}
+    if noise is not None:
+        tensors[_NOISE] = noise.float().cpu().contiguous()
+    said = json.dumps(dict(info), allow_nan=False)
+    write_bytes(path, save(tensors, {_INFO: said}))
+
+
+def read_projected(places: Sequence[Path]) -> list[Projected]:
+    """The projections in files, and in folders and below them, in order.
+
+    Raises:
+        UserError: a file is missing, damaged or something else, or a folder holds none; or their
+            spaces or checkpoints differ.
+    """
+    files: list[Path] = []
+    for place in places:
+        below = sorted(place.rglob(FILE)) if place.is_dir() else [place]
+        if not below:
+            raise UserError(f"--latents: {place}: holds no {FILE}: give a folder of projections")
+        files += below
+    found = [_read(file) for file in files]
+    for one in found[1:]:
+        for what in ("space", "checkpoint"):
+            if one.settings[what] != found[0].settings[what]:
+                raise UserError(
+                    f"--latents: {one.path} and {found[0].path} have not the same {what}: project "
+                    "all photos alike"
+                )
+    return found
+
+
+def _read(file: Path) -> Projected:
+    remedy = f"give a {FILE} of `dinogen project`"
+    if not file.is_file():
+        raise UserError(f"--latents: {file}: is not there: {remedy}")
+    try:
+        with safe_open(file, "pt") as opened:
+            info = json.loads((opened.metadata() or {})[_INFO])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        space = info["settings"]["space"]
+        return Projected(file, info, tensors[space], tensors.get(_NOISE))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"--latents: {file}: is no projection ({' '.join(str(error).split())[:80]}): {remedy}"
+        ) from None
+
+
+def snapshot_of(
+    run: Path, projected: Sequence[Projected], resolution: int | None = None
+) -> tuple[Snapshot, LatentSpace]:
+    """The checkpoint that photos were projected into, of a run or an exported file, and the space.
+
+    Args:
+        run: folder of the run, or an exported file.
+        projected: of one checkpoint, see :func:`read_projected`.
+        resolution: what the user asks for, if anything.
+
+    Raises:
+        ConfigError: the run does not have this checkpoint any more.
+        UserError: it is another run.
+    """
+    first = projected[0]
+    wanted = first.settings["checkpoint"]
+    if resolution not in (None, wanted["resolution"]):
+        raise UserError(
+            f"--stage {resolution}: {first.path} was projected into stage {wanted['resolution']}: "
+            "leave --stage out"
+        )
+    try:
+        snapshot = load_snapshot(run, wanted["resolution"], wanted["nimg"])
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} ({first.path} was projected into {first.info['run']} at {wanted['nimg']} "
+            "images)"
+        ) from None
+    if identity_of(snapshot) != wanted:
+        raise UserError(
+            f"{run}: {first.path} was projected into another run ({first.info['run']}), whose "
+            f"weights differ: give that one, or project the photo into {run}"
+        )
+    family = snapshot.family
+    if first.settings["sampling"] and isinstance(family, AdjustsSampling):
+        family = family.with_sampling(first.settings["sampling"])
+        snapshot = replace(snapshot, family=family)
+    return snapshot, spaces_of(family)[first.space]
+
+
+@torch.no_grad()
+def decode_projected(snapshot: Snapshot, projected: Projected, latents: Tensor) -> Tensor:
+    """Images (N, 3, R, R) in [-1, 1] on the CPU of latents made from a projection's.
+
+    Args:
+        snapshot: from :func:`snapshot_of`.
+        projected: its class and its noise are taken for all of them.
+        latents: (N, *shape), of its space, on any device.
+    """
+    family, device = snapshot.family, snapshot.family.device
+    noise = None if projected.noise is None else projected.noise.to(device)
+    images = []
+    for one in latents.to(device).split(1):
+        name, index = projected.space, projected.index
+        made = decode_in(family, snapshot.ema.networks, name, one, index, noise)
+        images.append(made.float().clamp(-1, 1).cpu())
+    return torch.cat(images)
