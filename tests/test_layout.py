@@ -24,6 +24,7 @@ BASICS = {
     "dinogen.config",
     "dinogen.errors",
     "dinogen.files",
+    "dinogen.hub",
     "dinogen.distributed.rng",
     "dinogen.runs.layout",
     "dinogen.transfer",

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dinogen.config import Config, ConfigError
+from dinogen.hub import cached_name
 from dinogen.runs.layout import EXPORTED_SUFFIX
 from dinogen.training.checkpointing.checkpoint import Checkpoint, past_config
 from shards.files import sha256_file
@@ -55,7 +56,12 @@ class ExportedFile(Checkpoint):
 
 
 def results_folder(file: Path) -> Path:
-    """Where samples and results of an exported file go: ``first-exported`` beside it."""
+    """Where samples and results of an exported file go: ``first-exported`` beside it.
+
+    Those of a file of the hub go into the current folder, ``user--name-0123456``.
+    """
+    if (name := cached_name(file)) is not None:
+        return Path(name)
     return file.with_name(f"{file.stem}-exported")
 
 
