@@ -90,6 +90,12 @@ MAY_IMPORT = {
         "dinogen.runs",
         "dinogen.training",
     },
+    "dinogen.publish": {
+        "dinogen.metrics.value",
+        "dinogen.report.images",
+        "dinogen.runs",
+        "dinogen.training",
+    },
     "dinogen.serve": {
         "dinogen.distributed",
         "dinogen.families.abilities",

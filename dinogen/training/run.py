@@ -48,7 +48,7 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
     process_group.use_device(config.device)
     process_group.init()
     process_group.set_cpu_threads()
-    config = process_group.on_rank_zero(lambda: hub.pinned(resolve(config)))
+    config = resolve(config)
     indices = [find_stage(config, size) for size in resolutions] or list(range(len(config.stages)))
     with failure_propagation(), run_lock(config.run), StopFlag() as stop:
         config = _pinned(config)

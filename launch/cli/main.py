@@ -36,7 +36,7 @@ Every command explains itself: dinogen train --help
 # The heading of each command, and their order.
 PANELS = {
     "Data": ("prepare", "faces", "pyramids", "pack", "export-pt", "download", "shards"),
-    "Train": ("train", "launch", "study", "sample", "evaluate", "export"),
+    "Train": ("train", "launch", "study", "sample", "evaluate", "export", "publish"),
     "Look": ("look", "compare", "serve", "demo", "config"),
     "Machine": ("doctor",),
 }
