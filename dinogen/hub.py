@@ -434,8 +434,14 @@ def _explained(address: Address) -> Iterator[None]:
         raise HubError(f"{address}: {reason(error, address)}") from error
 
 
-def reason(error: Exception, address: Address) -> str:
-    """Why a request to the hub failed, and what to do about it, in one line."""
+def reason(error: Exception, address: Address, upload: bool = False) -> str:
+    """Why a request to the hub failed, and what to do about it, in one line.
+
+    Args:
+        error: what its client raised.
+        address: of the request.
+        upload: whether something was to be written there.
+    """
     from huggingface_hub import constants, errors
 
     cached = isinstance(error, errors.LocalEntryNotFoundError)
@@ -455,6 +461,10 @@ def reason(error: Exception, address: Address) -> str:
         )
     if status in (401, 403):
         return f"the hub refuses ({_line(cause)}): {login}, with a token that may do this"
+    if upload:
+        if isinstance(cause, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+            return "HF_HUB_OFFLINE is set: unset it"
+        return f"the hub at {constants.ENDPOINT} failed ({_line(cause)}): try again"
     elsewhere = f"`hf download {address.repo}` on a machine with network, and copy its cache here"
     if isinstance(cause, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return f"not in the cache, and HF_HUB_OFFLINE is set: unset it, or run {elsewhere}"

@@ -98,8 +98,12 @@ class Hub:
 
     def dinogen(self, *words: object, home: Path, cwd: Path, **more: str) -> Any:
         """Run the command line against this hub."""
+        return self.python("-m", "launch.cli", *words, home=home, cwd=cwd, **more)
+
+    def python(self, *words: object, home: Path, cwd: Path, **more: str) -> Any:
+        """Run Python against this hub."""
         return subprocess.run(
-            [sys.executable, "-m", "launch.cli", *map(str, words)],
+            [sys.executable, *map(str, words)],
             env=self.environment(home) | more,
             cwd=cwd,
             capture_output=True,
@@ -211,7 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _mode(self, path: str, files: Files) -> dict[str, Any]:
         mode = "lfs" if path.endswith(LFS) else "regular"
-        oid = _entry(path, files[path])["oid"] if path in files else None
+        entry = _entry(path, files[path]) if path in files else {}
+        oid = entry.get("lfs", entry).get("oid")
         return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
 
     def _batch(self) -> None:

@@ -239,12 +239,14 @@ def _about_metrics(facts: Facts) -> str:
     for one in facts.measured:
         value = f"{one.value:.4g}" + ("" if one.spread is None else f" ± {one.spread:.2g}")
         better = "" if one.better == "none" else one.better
-        rows.append((one.name, value, better, _counts(one), f"`{one.fingerprint}`"))
+        split = _split_of(facts, one)
+        counts = _counts(one) + ("" if split is None else f" of {split}")
+        rows.append((one.name, value, better, counts, f"`{one.fingerprint}`"))
         if facts.is_random(one):
             random = "measured by a RANDOM feature extractor, so it means nothing"
             cautions.setdefault(random, []).append(one.name)
-        elif one.caution:
-            cautions.setdefault(one.caution, []).append(one.name)
+        for caution in filter(None, (one.caution or "").split("; ")):
+            cautions.setdefault(caution, []).append(one.name)
     head = ("metric", "value", "better", "measured on", "fingerprint")
     notes = _bullets(f"Caution, {', '.join(names)}: {why}" for why, names in cautions.items())
     whole = f"By `dinogen evaluate`; the whole result is [{EVALUATION}]({EVALUATION})."

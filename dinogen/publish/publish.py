@@ -102,8 +102,8 @@ def write_publication(what: Publication, folder: Path) -> Facts:
     use = what.intended_use.rstrip(". ")
     done = export(what.run, weights, what.resolution, what.nimg, licence, use)
     config = public_config(parse_config(done.info["config"]), what.address)
-    info = done.info | {"config": config.model_dump(mode="json")}
-    info["card"] = info["card"] | {"data": config.data.location}
+    info: dict[str, Any] = _shortened(done.info | {"config": config.model_dump(mode="json")})
+    info["card"] |= {"data": config.data.location, "licence": licence, "intended_use": use}
     write_bytes(weights, save(load_file(weights), {INFO: json.dumps(info, allow_nan=False)}))
     evaluation = _evaluation(what.run, info)
     facts = Facts(
@@ -155,9 +155,8 @@ def publish(what: Publication, private: bool = False, message: str | None = None
         except hub.HubError:
             raise
         except Exception as error:  # the hub's client raises many types
-            raise hub.HubError(
-                f"{what.address}: nothing was published: {hub.reason(error, what.address)}"
-            ) from error
+            why = hub.reason(error, what.address, upload=True)
+            raise hub.HubError(f"{what.address}: nothing was published: {why}") from error
 
 
 def _upload(address: hub.Address, folder: Path, private: bool, message: str) -> Published:
@@ -166,7 +165,7 @@ def _upload(address: hub.Address, folder: Path, private: bool, message: str) -> 
 
     api = HfApi(library_name="dinogen")
     api.create_repo(address.repo, private=private or None, exist_ok=True)
-    if private and not api.repo_info(address.repo).private:
+    if private and not api.model_info(address.repo).private:
         raise hub.HubError(
             f"{address}: --private, but this repository is public already: make it private in its "
             f"settings ({hub.page_of(address)}/settings), or publish under another name"
@@ -174,10 +173,10 @@ def _upload(address: hub.Address, folder: Path, private: bool, message: str) -> 
     branch = address.revision or "main"
     if address.revision is not None:
         api.create_branch(address.repo, branch=branch, exist_ok=True)
-    found = api.repo_info(address.repo, revision=branch)
+    found = api.model_info(address.repo, revision=branch)
     there = {one.rfilename for one in found.siblings or []}
     operations: list[Any] = [
-        CommitOperationAdd(one.name, one.read_bytes()) for one in sorted(folder.iterdir())
+        CommitOperationAdd(one.name, str(one)) for one in sorted(folder.iterdir())
     ]
     stale = there.intersection(FILES) - {one.path_in_repo for one in operations}
     operations += [CommitOperationDelete(name) for name in sorted(stale)]

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def write_visualizations(
-    run: Path,
+    run: Path | str,
     resolution: int | None = None,
     nimg: int | None = None,
     seed: int = 0,
