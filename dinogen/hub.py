@@ -281,7 +281,7 @@ def cached_name(path: Path) -> str | None:
 
 def shown(path: Path | str) -> str:
     """A path as a command takes it on other machines too: that of the cache as its address."""
-    address = None if is_address(path) else cached_address(Path(path))
+    address = parse(path) if is_address(path) else cached_address(Path(path))
     return str(path) if address is None else str(address)
 
 

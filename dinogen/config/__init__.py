@@ -169,7 +169,9 @@ class GuideConfig(Section):
         "installed with dinogen; pixels: the RGB values themselves, without a network",
     )
     path: str = Field(
-        "facebook/dinov2-small", description="hub name, local checkpoint folder or weights file"
+        "facebook/dinov2-small",
+        description="hub name, hf://user/name[@revision][/path], local checkpoint folder or "
+        "weights file",
     )
     revision: str | None = Field(None, description="hub revision (commit, tag or branch)")
     layer: int | str | tuple[int, ...] | tuple[str, ...] = Field(
@@ -253,8 +255,8 @@ class Config(Section):
     )
     init_from: str | None = Field(
         None,
-        description="a run's folder or an exported file: matching weights of its networks are "
-        "loaded when a new run starts",
+        description="a run's folder, an exported file or hf://user/name: matching weights of its "
+        "networks are loaded when a new run starts",
     )
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()

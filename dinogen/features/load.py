@@ -30,6 +30,7 @@ def load_guide(
 
     ```python
     dinogen.load_guide("dinov2", "cuda", path="facebook/dinov2-small", layer=[6, 12])
+    dinogen.load_guide("dinov2", path="hf://user/name@revision")
     dinogen.load_guide("pixels")
     ```
 
@@ -40,7 +41,8 @@ def load_guide(
         guide: ``dinov2``, ``inception``, ``onet`` or ``pixels``; or the section ``guide`` of
             a config, which says everything else but the device.
         device: where it will run.
-        path: hub name, checkpoint folder or weights file; default: that of ``GuideConfig``.
+        path: hub name, address of the hub, checkpoint folder or weights file; default: that of
+            ``GuideConfig``.
         layer: which layer, or several whose channels are concatenated; default: the last. They are
             block numbers of ``dinov2``, ``pool1``, ``pool2``, ``mixed_5d`` and ``mixed_6e`` of
             ``inception``, and ``conv1``, ``conv2``, ``conv3``, ``pool3`` and ``conv4`` of ``onet``.

@@ -11,9 +11,9 @@ from typing import Any
 from dinogen import hub
 from dinogen.config import Config
 from dinogen.metrics.value import MetricValue
-from dinogen.runs.layout import CONFIG
+from dinogen.runs.layout import CONFIG, EVALUATION, stage_name
 
-SAMPLES, EVALUATION = "samples.png", "evaluation.json"
+SAMPLES = "samples.png"
 TASK = "unconditional-image-generation"
 _DIGITS = 12
 # What the hub has a name for; any other licence is given in the card's text.
@@ -73,7 +73,7 @@ class Facts:
     @property
     def size(self) -> str:
         """``64x64``."""
-        return f"{self.info['resolution']}x{self.info['resolution']}"
+        return stage_name(self.info["resolution"])
 
     @property
     def guides(self) -> dict[str, Mapping[str, Any]]:
@@ -262,7 +262,7 @@ def _counts(value: MetricValue) -> str:
 def _about_training(facts: Facts) -> str:
     config, info = facts.config, facts.info
     stages = [one for one in config.stages if one.resolution <= info["resolution"]]
-    plan = ", ".join(f"{one.resolution}x{one.resolution} with batch {one.batch}" for one in stages)
+    plan = ", ".join(f"{stage_name(one.resolution)} with batch {one.batch}" for one in stages)
     lines = [
         f"{info['nimg']:,} images shown, {plan}, seed {config.seed}",
         ", ".join(f"{name} {value}" for name, value in info["versions"].items()),

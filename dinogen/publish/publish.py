@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save
 from dinogen import hub
 from dinogen.config import Config, ConfigError, dump_config, parse_config
 from dinogen.files import write_bytes, write_json, write_text
-from dinogen.publish.card import EVALUATION, SAMPLES, Facts, write_card
+from dinogen.publish.card import SAMPLES, Facts, write_card
 from dinogen.report.images import save_grid
-from dinogen.runs.layout import CONFIG
+from dinogen.runs.layout import CONFIG, EVALUATION
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.export import INTENDED_USE, NO_LICENCE, export, load_generator
 from dinogen.training.checkpointing.exported import INFO

@@ -59,7 +59,10 @@ def publish(
     run: Run,
     address: Annotated[
         str,
-        typer.Argument(help="Repository on the hub: hf://user/name[@branch].", metavar="ADDRESS"),
+        typer.Argument(
+            help="Repository on the hub, hf://user/name, or a branch of it, hf://user/name@branch.",
+            metavar="ADDRESS",
+        ),
     ],
     stage: Stage = None,
     nimg: Nimg = None,
