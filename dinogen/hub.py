@@ -138,7 +138,7 @@ def fetch(address: Address, files: Sequence[str] | None = None) -> Fetched:
     patterns = [f"{below}{name}" for name in files] if files is not None else None
     if below and files is None:
         patterns = [address.subpath, f"{below}*"]
-    with _explained(address):
+    with _explained(address), quiet("_snapshot_download"):
         snapshot = Path(
             snapshot_download(
                 address.repo,
@@ -426,6 +426,18 @@ def _cached_commit(address: Address) -> str | None:
 
 
 @contextmanager
+def quiet(module: str) -> Iterator[None]:
+    """Leave out what a module of huggingface_hub logs below an error, which we say ourselves."""
+    logger = logging.getLogger(f"huggingface_hub.{module}")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
 def _explained(address: Address) -> Iterator[None]:
     """What huggingface_hub raises, as one line that says what to do."""
     try:
@@ -450,6 +462,11 @@ def reason(error: Exception, address: Address, upload: bool = False) -> str:
     login = "log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(cause, errors.HFValidationError):
         return f"{_line(cause)}: write {_EXAMPLE}"
+    if upload and (isinstance(cause, errors.RepositoryNotFoundError) or status in (401, 403)):
+        return (
+            f"the hub does not let you write to {address.repo}: {login}, with a token that may "
+            "write, and check the name"
+        )
     if isinstance(cause, errors.GatedRepoError):
         return f"access has to be granted: accept its terms on {page_of(address)}, then {login}"
     if isinstance(cause, errors.RepositoryNotFoundError):

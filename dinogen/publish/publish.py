@@ -151,7 +151,8 @@ def publish(what: Publication, private: bool = False, message: str | None = None
         facts = write_publication(what, Path(name))
         said = message or f"{facts.info['family']} {facts.size} at {facts.info['nimg']} images"
         try:
-            return _upload(what.address, Path(name), private, said)
+            with hub.quiet("hf_api"):
+                return _upload(what.address, Path(name), private, said)
         except hub.HubError:
             raise
         except Exception as error:  # the hub's client raises many types

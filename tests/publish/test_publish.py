@@ -194,7 +194,7 @@ def test_each_refusal_of_the_hub_is_one_line(run, server, tmp_path, monkeypatch)
     server.add(NAME, {})
     assert "--private, but this repository is public already" in refused(private=True)
     said = refused(hub.Address("somebody-else/faces"))
-    assert "nothing was published: the hub refuses (403" in said
+    assert "nothing was published: the hub does not let you write to somebody-else/faces" in said
     assert "log in with `hf auth login`, or set HF_TOKEN" in said
     server.fault = lambda request: 500 if "/commit/" in request else None
     assert f"nothing was published: the hub at {server.url} failed (Server error '500" in refused()

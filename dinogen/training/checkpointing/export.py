@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dinogen.config import ConfigError
 from dinogen.families.base import Family, sample_in_parts
 from dinogen.files import write_bytes
-from dinogen.hub import local_weights
+from dinogen.hub import local_weights, shown
 from dinogen.runs.layout import EXPORTED_SUFFIX, is_exported
 from dinogen.training.checkpointing.checkpoint import on_host
 from dinogen.training.checkpointing.exported import INFO, ExportedFile
@@ -75,7 +75,7 @@ def export(
     _check_name(path)
     run = local_weights(run)
     if is_exported(run):
-        raise ConfigError(f"{run}: give the folder of a run: a file is exported already")
+        raise ConfigError(f"{shown(run)}: give the folder of a run: a file is exported already")
     snapshot = load_snapshot(run, resolution, nimg)
     generator = _generator_of(snapshot)
     card = _card(snapshot) | {"licence": licence, "intended_use": intended_use}
