@@ -216,7 +216,8 @@ def _about_guides(facts: Facts) -> str:
     rows = []
     for name, guide in facts.guides.items():
         layers = guide["layer"] if isinstance(guide["layer"], list) else [guide["layer"]]
-        weights = "**RANDOM**" if guide["random"] else f"`{guide['weights_sha256'][:_DIGITS]}`"
+        weights = f"`{guide['weights_sha256'][:_DIGITS]}`"
+        weights += " **RANDOM**" if guide["random"] else ""
         revision = f" at `{guide['revision'][:_DIGITS]}`" if guide["revision"] else ""
         rows.append(
             (

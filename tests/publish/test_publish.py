@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from starlette.testclient import TestClient
 
 import dinogen
 from dinogen import hub
 from dinogen.config import ConfigError, load_config
 from dinogen.publish.publish import FILES, Publication, publish, write_publication
+from dinogen.serve.app import make_app
+from dinogen.serve.gallery import Gallery
 from dinogen.training.checkpointing.exported import open_exported
 from tests.hub_server import hub_server, use_hub
 
@@ -67,6 +71,15 @@ def test_what_is_published_is_the_moving_average_of_the_run(run, evaluation, ser
     assert repository(server).messages[-1] == f"guided 8x8 at {theirs.info['nimg']} images"
 
 
+def test_a_page_that_draws_from_the_hub(run, server):
+    done = publish(Publication(run, ADDRESS))
+    gallery = Gallery(Path("hf://someone/faces"))
+    assert list(gallery.stages) == [8]
+    page = TestClient(make_app(gallery, ["*"])).get("/").text
+    assert f"someone--faces-{done.commit[:7]}" in page
+    assert str(server.url) not in page
+
+
 def test_published_again_it_is_one_commit_that_replaces(run, evaluation, server):
     first = publish(Publication(run, ADDRESS))
     assert first.before is None
@@ -115,6 +128,7 @@ def test_the_card(run, evaluation, tmp_path):
     assert "RANDOM GUIDE" in text
     assert "No licence is stated" in text
     assert str(facts.info["data"])[:12] in text
+    assert f"| `{facts.info['guide']['weights_sha256'][:12]}` **RANDOM** |" in text
     assert 'dinogen.load_generator("hf://someone/faces")' in text
     assert "](samples.png)" in text
 
