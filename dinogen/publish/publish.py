@@ -89,7 +89,8 @@ def write_publication(what: Publication, folder: Path) -> Facts:
         What the card says.
 
     Raises:
-        ConfigError: no such run or checkpoint, or the folder holds something else.
+        ConfigError: no such run or checkpoint, its family is a file of one's own, or the folder
+            holds something else.
     """
     check_address(what.address)
     strange = (
@@ -97,6 +98,12 @@ def write_publication(what: Publication, folder: Path) -> Facts:
     )
     if strange:
         raise ConfigError(f"{folder}: holds {min(strange)} too: give a new or an empty folder")
+    run = Run(what.run)
+    if run.has_config and (file := run.config.family.file) is not None:
+        raise ConfigError(
+            f"family.file: {file} is on this machine alone, so nobody could load the generator: "
+            "give your family as a package with an entry point of dinogen.families"
+        )
     weights = folder / hub.WEIGHTS
     licence = what.licence or NO_LICENCE
     use = what.intended_use.rstrip(". ")
@@ -197,7 +204,7 @@ def public_config(config: Config, address: hub.Address) -> Config:
 
 # Folders of a path that begins at the root, at a home or above the current folder, also inside a
 # command; of a URL nothing.
-_FOLDERS = re.compile(r"(?<![\w:/.])(?:~[\w.-]*|\.\.)?/(?:[^\s'\":;,/]+/)*")
+_FOLDERS = re.compile(r"(?<![\w:/.])(?:~[\w.-]*|\.\.)?/(?=[^\s/])(?:[^\s'\":;,/]+/)*")
 
 
 def _shortened(value: Any) -> Any:

@@ -13,8 +13,14 @@ from starlette.testclient import TestClient
 
 import dinogen
 from dinogen import hub
-from dinogen.config import ConfigError, load_config
-from dinogen.publish.publish import FILES, Publication, publish, write_publication
+from dinogen.config import ConfigError, load_config, parse_config
+from dinogen.publish.publish import (
+    FILES,
+    Publication,
+    public_config,
+    publish,
+    write_publication,
+)
 from dinogen.serve.app import make_app
 from dinogen.serve.gallery import Gallery
 from dinogen.training.checkpointing.exported import open_exported
@@ -161,6 +167,23 @@ def test_nothing_of_this_machine_is_told(run, evaluation, tmp_path):
     assert load_config(folder / "config.yaml").data.path == "discs"
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("/home/me/a.pth", "a.pth"),
+        ("~/a/b", "b"),
+        ("../../data/faces", "faces"),
+        ("--reference=/mnt/x y", "--reference=x y"),
+        ("data/faces", "data/faces"),
+        ("lr / batch, fid/kid, 3/4", "lr / batch, fid/kid, 3/4"),
+        ("https://x.org/y/z hf://datasets/a/b", "https://x.org/y/z hf://datasets/a/b"),
+    ],
+)
+def test_paths_are_shortened(text, told):
+    config = parse_config({"notes": {"next": text}})
+    assert public_config(config, ADDRESS).notes.next == told
+
+
 def test_a_dry_run_asks_nobody(run, server, tmp_path):
     done = server.dinogen(
         *("publish", run, "hf://someone/faces", "--dry-run", "card"),
@@ -219,6 +242,13 @@ def test_each_refusal_of_the_hub_is_one_line(run, server, tmp_path, monkeypatch)
     assert "log in with `hf auth login`" in said
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set: unset it" in refused()
+
+
+def test_a_family_in_a_file_of_ones_own_is_refused(run, tmp_path):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("file: null", "file: /home/me/guided.py", 1))
+    with pytest.raises(ConfigError, match=r"family\.file: /home/me/guided\.py is on this machine"):
+        write_publication(Publication(run, ADDRESS), tmp_path / "card")
 
 
 def test_an_exported_file_is_refused(run, tmp_path):
