@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from dinogen import hub
 from dinogen.config import Config, ConfigError, find_stage, with_lengths
 from dinogen.errors import UserError
 from dinogen.evaluation.subject import chosen_samples
@@ -71,6 +72,7 @@ def why_refused(config: Config, resolutions: Sequence[int]) -> str | None:
 
 
 def _check_with_data(config: Config, indices: Sequence[int], ranks: Mapping[int, int]) -> None:
+    config = hub.pinned(config, resolve=False)  # as the run that has begun
     data = open_data(config)
     config = with_lengths(config, data.num_samples(config.data.split))
     families = check_run(config, list(indices), data, ranks=ranks)

@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from dinogen import hub
 from dinogen.config import Config, load_config, parse_config
 from dinogen.errors import UserError
 from dinogen.files import write_text
@@ -191,7 +192,9 @@ def sort_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     paths, changes = [], []
     for word in words:
         key, found, _ = word.partition("=")
-        if os.path.lexists(word):
+        if hub.is_address(word):
+            paths.append(_run_on_hub(word))
+        elif os.path.lexists(word):
             paths.append(Path(word))
         elif found and _KEY.fullmatch(key) and key.partition(".")[0] in Config.model_fields:
             changes.append(word)
@@ -204,6 +207,21 @@ def sort_words(words: Sequence[str]) -> tuple[list[Path], list[str]]:
             raise UserError(f"{word}: no such folder: give folders of runs, or one that holds some")
     parse_config({}, changes, source="KEY=VALUE")
     return paths, changes
+
+
+def _run_on_hub(word: str) -> Path:
+    """The run that an address stands for, as a folder.
+
+    Raises:
+        UserError: it stands for a file, which has no curves to compare.
+    """
+    found = hub.working_path(word)
+    if found.is_file():
+        raise UserError(
+            f"{word}: holds one exported generator; compare takes runs, with their stages: give "
+            f"the run, or measure it alone: dinogen evaluate {word}"
+        )
+    return found
 
 
 def folders_of(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:

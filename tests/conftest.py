@@ -40,6 +40,7 @@ QUICK = (
     "test_config*.py",
     "distributed/test_rng.py",
     "test_examples.py",
+    "test_hub.py",
     "test_layout.py",
     "training/test_augment.py",
     "training/test_checkpoint.py",

@@ -176,8 +176,8 @@ class GuideConfig(Section):
     )
     path: str = Field(
         "facebook/dinov2-small",
-        description="hub name, local checkpoint folder or weights file; each guide has a default "
-        "of its own",
+        description="hub name, hf://user/name[@revision][/path], local checkpoint folder or "
+        "weights file; each guide has a default of its own",
     )
     revision: str | None = Field(None, description="hub revision (commit, tag or branch)")
     layer: int | str | tuple[int, ...] | tuple[str, ...] = Field(
@@ -281,8 +281,8 @@ class Config(Section):
     )
     init_from: str | None = Field(
         None,
-        description="a run's folder or an exported file: matching weights of its networks are "
-        "loaded when a new run starts",
+        description="a run's folder, an exported file or hf://user/name: matching weights of its "
+        "networks are loaded when a new run starts",
     )
     freeze: dict[str, Annotated[int, Field(ge=0)]] = Field(
         {},

@@ -281,7 +281,9 @@ class DataConfig(Section):
     """Which shards are read, and how."""
 
     path: str = Field(
-        "data/faces", description="folder or fsspec URL of packed shards; empty if mix is given"
+        "data/faces",
+        description="folder or fsspec URL of packed shards, hf://datasets/user/name too; empty if "
+        "mix is given",
     )
     mix: tuple[MixConfig, ...] = Field(
         (), description="several datasets instead of path, mixed by weight"
@@ -370,7 +372,7 @@ class MetricsConfig(Section):
 class ClipConfig(Section):
     """CLIP; if it is set, ``dinogen prepare`` stores its embeddings of every sample."""
 
-    path: str = Field(description="hub name, or local checkpoint folder")
+    path: str = Field(description="hub name, hf://user/name, or local checkpoint folder")
     revision: str | None = Field(None, description="hub revision (commit, tag or branch)")
 
 

@@ -33,6 +33,7 @@ from dinogen.evaluation.subject import (
 )
 from dinogen.families.abilities import MeasuresHeldOut, Probes, constants_of
 from dinogen.families.base import Family, Health
+from dinogen.hub import shown, working_path
 from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.registry import GUIDE_DIVERSITY, OF_FEATURES, better
 from dinogen.metrics.sources import Folder, Generated, Reference, image_files
@@ -58,7 +59,7 @@ OTHER_DATA = (
 
 
 def evaluate(
-    run: Path,
+    run: Path | str,
     resolution: int | None = None,
     split: str | None = None,
     num_samples: int | None = None,
@@ -85,7 +86,8 @@ def evaluate(
 
     Args:
         run: folder of the run, or a file of ``dinogen export``, whose result is written to
-            ``FILE-exported/RxR/evaluation.json``.
+            ``FILE-exported/RxR/evaluation.json``, or an address of the hub, whose result is
+            written to ``user--name-COMMIT/RxR/evaluation.json`` in the current folder.
         resolution: which stage; by default the largest that has a checkpoint.
         split: ``train``, ``val`` or ``test``: of held-out samples and of real images; by default
             ``val`` and ``metrics.reference_split``.
@@ -115,6 +117,7 @@ def evaluate(
         UserError: ``out`` cannot be written.
     """
     request = EvaluationRequest(tuple(names), num_samples, split, reference, tuple(changes))
+    run = working_path(run)
     config = run_config(run, request.places)
     run = run if is_exported(run) else config.run
     process_group.init()
@@ -132,7 +135,7 @@ def evaluate(
             tell(result)
         found, sampling = _measure(needs, settings, request, own.health, tell)
         size = str(snapshot.resolution)
-        words = [str(run), "--stage", size, "--nimg", str(snapshot.nimg), *request.words()]
+        words = [shown(run), "--stage", size, "--nimg", str(snapshot.nimg), *request.words()]
         written = write_result(place, result, found, sampling, words)
         if place.writable and out is None:
             _summarise(snapshot)

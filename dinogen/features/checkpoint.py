@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dinogen import hub
 from dinogen.features.base import GuideError
 from dinogen.files import weights_sha256
 
@@ -131,7 +132,8 @@ def checkpoint_folder(
     """The folder with ``config.json`` and safetensors that a config names.
 
     Args:
-        path: local folder, or hub name (a folder of that name wins).
+        path: local folder, address of the hub (``hf://user/name``, a folder in it too), or hub
+            name (a folder of that name wins).
         revision: hub commit, tag or branch.
         wanted: the key of the config, and the files.
 
@@ -141,6 +143,8 @@ def checkpoint_folder(
     Raises:
         GuideError: it is not available; the message says what to do.
     """
+    if hub.is_address(path):
+        return _of_address(path, revision, wanted)
     folder = Path(path).expanduser()
     if folder.is_file():
         raise GuideError(f"{wanted.key}: {path} is a file: give the folder that contains it")
@@ -169,6 +173,22 @@ def checkpoint_folder(
     return folder, folder.name
 
 
+def _of_address(path: str, revision: str | None, wanted: Wanted) -> tuple[Path, str]:
+    """As :func:`checkpoint_folder`, of ``hf://user/name``."""
+    try:
+        address = hub.parse_section(path, revision, wanted.key)
+        found = hub.fetch(address, wanted.files)
+    except hub.HubError as error:
+        text = str(error).removeprefix(f"{wanted.key}: ")
+        raise GuideError(f"{wanted.key}: {text}") from error
+    if not _is_checkpoint(found.path):
+        raise GuideError(
+            f"{wanted.key}: {path} lacks config.json or *.safetensors (commit {found.commit}): "
+            f"name a whole checkpoint, such as hf://{wanted.example}"
+        )
+    return found.path, found.commit
+
+
 def weights_reachable(path: str, revision: str | None = None) -> str | None:
     """Whether a checkpoint could be loaded, without loading or downloading it.
 
@@ -177,24 +197,33 @@ def weights_reachable(path: str, revision: str | None = None) -> str | None:
     Returns:
         ``"local folder"``, ``"hub cache"`` or ``"hub"``; None if it is not available.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return "local folder" if _is_checkpoint(folder) else None
-    if folder.is_file() or not _HUB_NAME.fullmatch(path):
-        return None
+    if hub.is_address(path):
+        address = hub.parse_section(path, revision, GUIDE.key)
+    else:
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            return "local folder" if _is_checkpoint(folder) else None
+        if folder.is_file() or not _HUB_NAME.fullmatch(path):
+            return None
+        address = hub.Address(path, revision=revision)
     from huggingface_hub import constants, snapshot_download
 
+    below = f"{address.subpath}/" if address.subpath else ""
     try:
         cached = snapshot_download(
-            path, revision=revision, allow_patterns=list(GUIDE.files), local_files_only=True
+            address.repo,
+            repo_type=address.kind,
+            revision=address.revision,
+            allow_patterns=[f"{below}{name}" for name in GUIDE.files],
+            local_files_only=True,
         )
-        if _is_checkpoint(Path(cached)):
+        if _is_checkpoint(Path(cached) / below):
             return "hub cache"
     except (OSError, ValueError):
         pass  # not cached: the network may still have it
     if constants.HF_HUB_OFFLINE:
         return None
-    return "hub" if _hub_answers(path, revision) else None
+    return "hub" if _hub_answers(address) else None
 
 
 @contextmanager
@@ -220,7 +249,7 @@ def _is_checkpoint(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def _hub_answers(path: str, revision: str | None) -> bool:
+def _hub_answers(address: hub.Address) -> bool:
     """One HEAD request; in a thread, because resolving a name can hang beyond any timeout."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -228,7 +257,13 @@ def _hub_answers(path: str, revision: str | None) -> bool:
 
     def ask() -> None:
         try:
-            url = hf_hub_url(path, "config.json", revision=revision)
+            url = hf_hub_url(
+                address.repo,
+                "config.json",
+                subfolder=address.subpath,
+                repo_type=address.kind,
+                revision=address.revision,
+            )
             found.append(get_hf_file_metadata(url, timeout=_PROBE_SECONDS))
         except Exception:  # the hub's client raises many types; all mean that it is not available
             pass

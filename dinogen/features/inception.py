@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dinogen import hub
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import GuideConfig
 from dinogen.features.base import GuideError, GuideInfo, guide_dtype
@@ -181,7 +182,7 @@ def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
         GuideError: no such file, other tensors in it, or there is no such layer.
     """
     layers = layer_names(config)
-    file = _weights_file(config.path)
+    file, revision = _weights_file(config.path, config.revision)
     trunk = InceptionTrunk(max(layers, key=list(LAYERS).index))
     try:
         stored = _read(file)
@@ -195,7 +196,7 @@ def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
     info = GuideInfo(
         name="inception",
         path=config.path,
-        revision=None,
+        revision=revision,
         weights_sha256=weights_sha256(wanted),
         num_channels=sum(LAYERS[layer] for layer in layers),
         layer=-1 if layers == [LAST] else layers[0] if len(layers) == 1 else layers,
@@ -204,8 +205,18 @@ def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
     return InceptionGuide(trunk.to(guide_dtype(device)), info, layers).to(device)
 
 
-def _weights_file(path: str) -> Path:
-    file = Path(path).expanduser()
+def _weights_file(path: str, revision: str | None) -> tuple[Path, str | None]:
+    """The file, and the hub commit (None for one of this machine)."""
+    commit = None
+    if hub.is_address(path):
+        try:
+            fetched = hub.fetch(hub.parse_section(path, revision, "guide.path"))
+        except hub.HubError as error:
+            text = str(error).removeprefix("guide.path: ")
+            raise GuideError(f"guide.path: {text}") from error
+        file, commit = fetched.path, fetched.commit
+    else:
+        file = Path(path).expanduser()
     if file.is_dir():
         found = list(file.glob("*.safetensors"))
         if len(found) != 1:
@@ -213,10 +224,10 @@ def _weights_file(path: str) -> Path:
                 f"guide.path: {path} is a folder: give the file in it (it holds "
                 f"{len(found) or 'no'} .safetensors files)"
             )
-        return found[0]
+        return found[0], commit
     if not file.is_file():
         raise GuideError(f"guide.path: {path} is not a file: {_REMEDY}")
-    return file
+    return file, commit
 
 
 def _read(file: Path) -> dict[str, Tensor]:

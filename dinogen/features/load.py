@@ -32,6 +32,7 @@ def load_guide(
 
     ```python
     dinogen.load_guide("dinov2", "cuda", path="facebook/dinov2-small", layer=[6, 12])
+    dinogen.load_guide("dinov2", path="hf://user/name@revision")
     dinogen.load_guide("pixels")
     ```
 
@@ -45,7 +46,8 @@ def load_guide(
             ``pixels``; or the section ``guide`` of a config, which says everything else but the
             device.
         device: where it will run.
-        path: hub name, checkpoint folder or weights file; default: the guide's own.
+        path: hub name, address of the hub, checkpoint folder or weights file; default: the
+            guide's own.
         layer: which layer, or several whose channels are concatenated; default: the last. They are
             block numbers of transformers, ``pool1``, ``pool2``, ``mixed_5d`` and ``mixed_6e`` of
             ``inception``, and ``conv1``, ``conv2``, ``conv3``, ``pool3`` and ``conv4`` of ``onet``.

@@ -21,6 +21,7 @@ from dinogen.errors import ConfigError
 from dinogen.features.base import GuideInfo, guide_dtype
 from dinogen.features.transformer import IMAGENET_MEAN, IMAGENET_STD
 from dinogen.files import weights_sha256
+from dinogen.hub import local_path
 
 BY_NAME = "vgg16"
 RANDOM = "random"
@@ -131,7 +132,7 @@ def _by_name(key: str) -> Mapping[str, Any]:
 
 
 def _from_file(path: str, key: str) -> Mapping[str, Any]:
-    file = Path(path).expanduser()
+    file = local_path(path, key)
     if not file.is_file():
         raise ConfigError(
             f"{key}: {path} is not a file: give {BY_NAME}, or the path of its weights as "

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dinogen.config import describe_errors
 from dinogen.errors import UserError
+from dinogen.hub import cached_name, shown
 from dinogen.serve.gallery import MAX_SEED, Gallery, Query
 
 log = logging.getLogger(__name__)
@@ -130,9 +131,9 @@ def _render(gallery: Gallery, problem: str | None) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
-        title=gallery.run.resolve().name,
+        title=cached_name(gallery.run) or gallery.run.resolve().name,
         facts={
-            "run": str(gallery.run),
+            "run": shown(gallery.run),
             "family": gallery.family,
             "truncates": gallery.truncates,
             "problem": problem,

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from dinogen.config import Config, ConfigError, Section
 from dinogen.errors import UserError
 from dinogen.families.abilities import truncates
+from dinogen.hub import cached_name, local_weights
 from dinogen.report.images import png_bytes, to_uint8
 from dinogen.runs.layout import is_exported, stage_name
 from dinogen.training.checkpointing.checkpoint import Checkpoint, NewestCheckpoints
@@ -83,7 +84,7 @@ class Gallery:
     """Draws images of a run on demand; not thread-safe.
 
     Args:
-        run: folder of the run, or a file of ``dinogen export``.
+        run: folder of the run, a file of ``dinogen export``, or an address of the hub.
 
     Raises:
         ConfigError: ``run`` is no run, or has no complete checkpoint.
@@ -91,6 +92,7 @@ class Gallery:
     """
 
     def __init__(self, run: Path) -> None:
+        run = local_weights(run)
         config = run_config(run)
         self.run = run = run if is_exported(run) else config.run
         self.family = config.family.name
@@ -162,5 +164,8 @@ class Gallery:
         images = family.decode(snapshot.ema.networks, latents, number, query.seed, query.psi)
         pixels = to_uint8(images.float().cpu().numpy())[0]
         made_by = asdict(stage) | query.model_dump(exclude={"stage"})
-        about = {"run": self.run.resolve().name, "family": self.family} | made_by
+        about = {
+            "run": cached_name(self.run) or self.run.resolve().name,
+            "family": self.family,
+        } | made_by
         return png_bytes(pixels, about)

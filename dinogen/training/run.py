@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from dinogen import hub
 from dinogen.config import Config, StagePlan, dump_config, find_stage, with_lengths
 from dinogen.distributed import process_group
 from dinogen.distributed.failure import failure_propagation
@@ -50,6 +51,7 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
     config = resolve(config)
     indices = [find_stage(config, size) for size in resolutions] or list(range(len(config.stages)))
     with failure_propagation(), run_lock(config.run), StopFlag() as stop:
+        config = _pinned(config)
         data = open_data(config)
         config = with_lengths(config, data.num_samples(config.data.split))
         checkpoints = NewestCheckpoints(config.run)
@@ -68,6 +70,13 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
             if index != indices[-1] and stop.agreed():
                 raise stop.error(f"after stage {config.stages[index].resolution}")
         return results
+
+
+def _pinned(config: Config) -> Config:
+    """The config at one commit of each address of the hub on all ranks: rank 0 asks for it."""
+    with process_group.rank_zero_section() as mine:
+        found = hub.find_pins(config) if mine else {}
+    return hub.with_pins(config, process_group.broadcast_object(found))
 
 
 def _train_stage(

@@ -11,6 +11,7 @@ from typing import Any
 from dinogen.errors import UserError
 from dinogen.evaluation.record import check_changes
 from dinogen.files import why_not_writable, write_json
+from dinogen.hub import shown, working_path
 from dinogen.report.images import save_animation, save_sheet
 from dinogen.runs.layout import VISUALIZATIONS_INDEX
 from dinogen.runs.values import existing
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def write_visualizations(
-    run: Path,
+    run: Path | str,
     resolution: int | None = None,
     nimg: int | None = None,
     seed: int = 0,
@@ -37,7 +38,7 @@ def write_visualizations(
     TensorBoard also shows those in the run's own folder.
 
     Args:
-        run: folder of the run, or a file of ``dinogen export``.
+        run: folder of the run, a file of ``dinogen export``, or an address of the hub.
         resolution: which stage; the largest that has a checkpoint unless given.
         nimg: which checkpoint, by images seen; the newest unless given.
         seed: of all latents; give the same one for runs that are to be compared.
@@ -53,11 +54,12 @@ def write_visualizations(
         UserError: the folder cannot be written; raised before anything is drawn.
     """
     check_changes(tuple(places))
+    run = working_path(run)
     snapshot = load_snapshot(run, resolution, nimg, places)
     scene = Scene(snapshot, seed)
     folder = out or snapshot.place.visualizations_folder
     index = existing(folder, VISUALIZATIONS_INDEX)
-    command = f"dinogen look {shlex.quote(str(run))} --stage {snapshot.resolution}"
+    command = f"dinogen look {shlex.quote(shown(run))} --stage {snapshot.resolution}"
     command += f" --nimg {snapshot.nimg} --seed {seed}"
     if out is not None:
         command += f" --out {shlex.quote(str(out))}"

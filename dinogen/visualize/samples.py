@@ -14,6 +14,7 @@ import torch
 from dinogen.errors import UserError
 from dinogen.families.abilities import AdjustsSampling, Conditional, num_classes_of, truncates
 from dinogen.files import write_bytes, write_text
+from dinogen.hub import cached_name, shown, working_path
 from dinogen.report.images import png_bytes, save_grid, to_uint8, with_watermark
 from dinogen.runs.layout import checkpoint_name
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
@@ -24,7 +25,7 @@ class SampleRequest:
     """What is drawn.
 
     Attributes:
-        source: folder of a run, or an exported file.
+        source: folder of a run, an exported file, or an address of the hub.
         num: images.
         seed: of the draws.
         resolution: the stage; the largest trained unless given.
@@ -72,6 +73,7 @@ def write_samples(request: SampleRequest, out: Path | None = None) -> tuple[Snap
         ConfigError: no such run, file or stage.
         UserError: the family cannot do what an option asks for; names the option.
     """
+    request = replace(request, source=working_path(request.source))
     snapshot = load_snapshot(request.source, request.resolution)
     _check(request, snapshot)
     guidance = request.sampling.get("guidance", 1.0)
@@ -132,13 +134,13 @@ def _adjusts(snapshot: Snapshot) -> bool:
 
 def _about(request: SampleRequest, snapshot: Snapshot) -> dict[str, Any]:
     """Where images come from; JSON-ready."""
-    words = ["dinogen", "sample", str(request.source), "--num", str(request.num)]
+    words = ["dinogen", "sample", shown(request.source), "--num", str(request.num)]
     words += ["--seed", str(request.seed), "--stage", str(snapshot.resolution)]
     words += [word for name, value in request.options for word in (f"--{name}", str(value))]
     facts = snapshot.checkpoint.state["facts"]
     return {
         "generated": True,
-        "run": request.source.resolve().name,
+        "run": cached_name(request.source) or request.source.resolve().name,
         "family": snapshot.family.config.family.name,
         "resolution": snapshot.resolution,
         "nimg": snapshot.nimg,

@@ -37,7 +37,7 @@ Every command explains itself: dinogen train --help
 PANELS = {
     "Data": ("prepare", "faces", "pyramids", "pack", "export-pt", "download", "shards"),
     "Train": ("train", "launch", "study", "sample", "evaluate"),
-    "Weights": ("export", "import"),
+    "Weights": ("export", "import", "publish"),
     "Latents": ("project", "video"),
     "Look": ("look", "compare", "serve", "demo", "config"),
     "Machine": ("doctor",),

@@ -10,7 +10,10 @@ import typer
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]
 Source = Annotated[
-    Path, typer.Argument(help="Folder of a run, or an exported file.", metavar="RUN|FILE")
+    Path,
+    typer.Argument(
+        help="Folder of a run, an exported file, or hf://user/name.", metavar="RUN|FILE"
+    ),
 ]
 Stage = Annotated[
     int | None, typer.Option(help="Resolution; the largest trained by default.", metavar="R")
@@ -32,8 +35,8 @@ def evaluate(
     place: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a run, one of its checkpoints, an exported file, or any folder of "
-            "images.",
+            help="Folder of a run, one of its checkpoints, an exported file, hf://user/name, or "
+            "any folder of images.",
             metavar="RUN|FILE|FOLDER",
         ),
     ],
@@ -123,6 +126,7 @@ def evaluate(
     from dinogen.evaluation.evaluate import evaluate_folder, is_folder_of_images
     from dinogen.evaluation.record import find_path
     from dinogen.files import named_folder
+    from dinogen.hub import working_path
     from dinogen.runs.layout import is_exported, parse_checkpoint
     from dinogen.runs.run import Run
     from dinogen.training.checkpointing.exported import results_folder
@@ -134,7 +138,7 @@ def evaluate(
         for line in lines_of(part):
             say(line)  # at once, also into a pipe: what follows may take long, or fail
 
-    place = named_folder(place)
+    place = named_folder(working_path(place))
     if all_checkpoints:
         if is_exported(place):
             raise UserError(f"--all-checkpoints: {place} is an exported file: give the run")
@@ -321,6 +325,8 @@ def look(
 
       dinogen look runs/first
 
+      dinogen look hf://user/faces
+
       dinogen look runs/first --stage 16 --nimg 180000 --seed 7
 
       dinogen look runs/first --latents runs/first/projections
@@ -365,6 +371,7 @@ def serve(
       ssh -L 8000:localhost:8000 cluster dinogen serve runs/first
     """
     from dinogen.errors import UserError
+    from dinogen.hub import shown
     from launch.cli.console import setup_logging
 
     setup_logging()
@@ -379,7 +386,7 @@ def serve(
     site = open_site(run, host, port)
     if not site.private:
         typer.echo(f"dinogen: everyone who can reach {host} can open this page", err=True)
-    typer.echo(f"{run}: {site.url} (Ctrl-C ends it)")
+    typer.echo(f"{shown(run)}: {site.url} (Ctrl-C ends it)")
     site.run()
 
 
@@ -387,8 +394,8 @@ def compare(
     runs: Annotated[
         list[str],
         typer.Argument(
-            help="Folders of runs, of many runs, of a study, or of configs; KEY=VALUE is passed to "
-            "dinogen evaluate.",
+            help="Folders of runs, of many runs, of a study, or of configs, or hf://user/name of "
+            "whole runs; KEY=VALUE is passed to dinogen evaluate.",
             metavar="RUN...",
         ),
     ],

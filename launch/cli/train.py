@@ -76,7 +76,10 @@ def train(
 
 def sample(
     run: Annotated[
-        Path, typer.Argument(help="Folder of a run, or an exported file.", metavar="RUN|FILE")
+        Path,
+        typer.Argument(
+            help="Folder of a run, an exported file, or hf://user/name.", metavar="RUN|FILE"
+        ),
     ],
     num: Annotated[int, typer.Option(min=1, help="Images to make.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")] = 0,
@@ -138,6 +141,8 @@ def sample(
       dinogen sample runs/first --num 64 --seed 0 --stage 32
 
       dinogen sample first.safetensors --num 16 --watermark generated
+
+      dinogen sample hf://user/faces --num 16
 
       dinogen sample runs/text --text "a smiling woman" --guidance 2
 

@@ -1,4 +1,4 @@
-"""Weights in and out: ``dinogen export`` and ``dinogen import``."""
+"""Weights in and out: ``dinogen export``, ``import`` and ``publish``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(export)
     app.add_typer(imports, name="import", no_args_is_help=True)
+    app.command()(publish)
 
 
 def export(
@@ -217,3 +218,72 @@ def _write(out: Path, read: Callable[[], Weights]) -> None:
         f"{weights.source}\ntrain on: dinogen train {RunFolder(out).config_file} run=NEW "
         f"init_from={out} data.path=DATA stages.0.kimg=1000"
     )
+
+
+def publish(
+    run: Run,
+    address: Annotated[
+        str,
+        typer.Argument(
+            help="Repository on the hub, hf://user/name, or a branch of it, hf://user/name@branch.",
+            metavar="ADDRESS",
+        ),
+    ],
+    stage: Stage = None,
+    nimg: Nimg = None,
+    licence: Annotated[
+        str | None,
+        typer.Option(help="Licence of the weights, such as apache-2.0 or cc-by-nc-4.0."),
+    ] = None,
+    intended_use: Annotated[
+        str | None, typer.Option(help="What the generator may be used for, for its card.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private.")
+    ] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.", metavar="TEXT")] = None,
+    dry_run: Annotated[
+        Path | None,
+        typer.Option(help="Write the files to this folder and upload nothing.", metavar="FOLDER"),
+    ] = None,
+) -> None:
+    """Publish the generator of a run on the hub: weights, config, samples, metrics and a card.
+
+    Log in first: hf auth login, or HF_TOKEN. The repository is made if it is not there. Published
+    again, its files are replaced in one commit. Look at the card first: --dry-run FOLDER.
+
+    Paths of this machine are shortened to their last name, and the section cluster: is left out.
+
+    [bold]Examples[/bold]
+
+      dinogen publish runs/first hf://user/faces --licence cc-by-nc-4.0 --dry-run card
+
+      dinogen publish runs/first hf://user/faces --licence cc-by-nc-4.0 --private
+
+      dinogen sample hf://user/faces
+    """
+    from dinogen import hub
+    from dinogen.publish.publish import Publication, write_publication
+    from dinogen.publish.publish import publish as publish_run
+    from launch.cli.console import setup_logging
+
+    setup_logging()
+    used = {} if intended_use is None else {"intended_use": intended_use}
+    what = Publication(run, hub.parse(address), stage, nimg, licence, **used)
+    if licence is None:
+        typer.echo(
+            "dinogen: NO LICENCE: the card will say that none is stated, so nobody may use the "
+            "weights: give --licence",
+            err=True,
+        )
+    if dry_run is not None:
+        write_publication(what, dry_run)
+        typer.echo(f"{dry_run}: what would be published as {what.address}; nothing was uploaded")
+        return
+    done = publish_run(what, private, message)
+    typer.echo(f"{done.url}: commit {done.commit}")
+    if done.before == done.commit:
+        typer.echo("nothing has changed since that commit")
+    elif done.before is not None:
+        typer.echo(f"it replaces commit {done.before}")
+    typer.echo(f"to draw from it: dinogen sample {what.address}")

@@ -338,7 +338,9 @@ def _status(error: BaseException) -> int | None:
         value = getattr(error, name, None)
         if isinstance(value, int):
             return value
-    return None
+    # of huggingface_hub
+    value = getattr(getattr(error, "response", None), "status_code", None)
+    return value if isinstance(value, int) else None
 
 
 def _delay(error: Exception) -> float | None:
@@ -369,6 +371,6 @@ def _remedy(error: Exception) -> str:
     if denied or "Credential" in type(error).__name__:
         return (
             "give credentials with read access (for s3 AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for hf `hf auth login` or HF_TOKEN)"
         )
     return "check the server and the network, then run the same command again"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dinogen._torchvision import ensure_torchvision
 from dinogen.files import weights_sha256
+from dinogen.hub import local_path
 from dinogen.metrics.extractors.base import (
     ExtractorInfo,
     FeatureExtractor,
@@ -80,7 +81,7 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
     ensure_torchvision()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    file = _cached_weights() if path is None else Path(path).expanduser()
+    file = _cached_weights() if path is None else local_path(path, "metrics.inception")
     if not file.is_file():
         raise NotAvailable(f"metrics.inception: {path} is no file: {_remedy()}")
     try:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from dinogen._torchvision import ensure_torchvision
 from dinogen.distributed import process_group
 from dinogen.files import weights_sha256
+from dinogen.hub import local_path
 from dinogen.metrics.extractors.base import ExtractorInfo, NotAvailable, exactly, resized
 
 KEY = "metrics.lpips_backbone"
@@ -168,7 +169,7 @@ def _backbone_file(net: str, path: str | None) -> Path:
         file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
         remedy = f"fetch {url} on a machine with network, and put it there or set {KEY} to its path"
     else:
-        file = Path(path).expanduser()
+        file = local_path(path, KEY)
         remedy = f"give the path of torchvision's {model} weights as .pth or .safetensors"
     if not file.is_file():
         raise NotAvailable(f"{KEY}: LPIPS ({net}) needs {file}, which is not there: {remedy}")

@@ -7,7 +7,6 @@ images its metric values say little. The guide ``onet`` is the same network.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from dinogen.features.onet import LAST, load_network, maps
 from dinogen.files import weights_sha256
+from dinogen.hub import local_path
 from dinogen.metrics.extractors.base import (
     ExtractorInfo,
     FeatureExtractor,
@@ -66,7 +66,7 @@ def load(path: str | None, device: torch.device) -> FeatureExtractor:
     Raises:
         NotAvailable: no such file, or it holds something else.
     """
-    file = None if path is None else Path(path).expanduser()
+    file = None if path is None else local_path(path, "metrics.onet")
     try:
         net = load_network(file)
     except Exception as error:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dinogen.config import ConfigError
 from dinogen.families.base import Family, sample_in_parts
 from dinogen.files import write_bytes
+from dinogen.hub import local_weights
 from dinogen.runs.layout import EXPORTED_SUFFIX
 from dinogen.training.checkpointing.checkpoint import on_host
 from dinogen.training.checkpointing.exported import INFO, ExportedFile
@@ -100,6 +101,7 @@ def generator_with_card(
     Raises:
         ConfigError: no such checkpoint.
     """
+    run = local_weights(run)
     snapshot = load_snapshot(run, resolution, nimg)
     generator = _generator_of(snapshot)
     defaults = {"licence": NO_LICENCE, "intended_use": INTENDED_USE}
@@ -204,17 +206,23 @@ def load_exported(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def load_generator(path: Path | str) -> Generator:
-    """Load the generator of a run, or of a file that ``dinogen export`` wrote.
+    """Load the generator of a run, of a file that ``dinogen export`` wrote, or from the hub.
+
+    ```python
+    dinogen.load_generator("hf://user/name").sample(16, seed=0)
+    ```
 
     Args:
         path: the folder of a run: the moving average in its newest checkpoint, of the largest stage
-            that has one; or a file, for which no run is needed.
+            that has one; or a file, for which no run is needed; or ``hf://user/name[@revision]``,
+            which `dinogen publish` made.
 
     Raises:
+        HubError: it is not available on the hub.
         ConfigError: no such run or file, a run without a checkpoint, a file that ``dinogen export``
             did not write, or one of a version of dinogen with other config keys.
     """
-    return _generator_of(load_snapshot(Path(path)))
+    return _generator_of(load_snapshot(local_weights(path)))
 
 
 def check_name(path: Path, suffix: str, hint: str = "") -> None:

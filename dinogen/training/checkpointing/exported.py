@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dinogen.config import Config, ConfigError
+from dinogen.hub import cached_name, shown
 from dinogen.runs.layout import EXPORTED_SUFFIX
 from dinogen.training.checkpointing.checkpoint import Checkpoint, past_config
 from shards.files import sha256_file
@@ -55,7 +56,12 @@ class ExportedFile(Checkpoint):
 
 
 def results_folder(file: Path) -> Path:
-    """Where samples and results of an exported file go: ``first-exported`` beside it."""
+    """Where samples and results of an exported file go: ``first-exported`` beside it.
+
+    Those of a file of the hub go into the current folder, ``user--name-0123456``.
+    """
+    if (name := cached_name(file)) is not None:
+        return Path(name)
     return file.with_name(f"{file.stem}-exported")
 
 
@@ -78,11 +84,11 @@ def open_exported(file: Path) -> ExportedFile:
             "files": {f"{info['network']['name']}.ema{EXPORTED_SUFFIX}": sha256_file(file)},
         }
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{file}: cannot be read as safetensors: {error}") from None
+        raise ConfigError(f"{shown(file)}: cannot be read as safetensors: {error}") from None
     except (KeyError, ValueError, TypeError):
         raise ConfigError(
-            f"{file}: no generator of dinogen (its metadata lacks {INFO!r}): give a file that "
-            "`dinogen export` wrote"
+            f"{shown(file)}: no generator of dinogen (its metadata lacks {INFO!r}): give a file "
+            "that `dinogen export` wrote"
         ) from None
     return ExportedFile(file, state, info)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dinogen.config import ConfigError
 from dinogen.distributed import process_group
 from dinogen.families.base import Family
+from dinogen.hub import local_weights
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import Checkpoint, NewestCheckpoints
 from dinogen.training.checkpointing.snapshot import Ema
@@ -29,14 +30,14 @@ def init_from(source: str, family: Family, ema: Ema) -> None:
     match keeps its initialisation, and is listed in the log.
 
     Args:
-        source: a run's folder, or a file of ``dinogen export``.
+        source: a run's folder, a file of ``dinogen export``, or an address of the hub.
         family: of the new run, its networks are changed in place.
         ema: of the new run, changed in place.
 
     Raises:
         ConfigError: there is no such run or file, or nothing in it fits.
     """
-    path = Path(source)
+    path = local_weights(source)
     found = _from_file(path, family) if path.is_file() else _from_run(path, family, ema)
     num_loaded = 0
     for name, network in family.networks.items():

@@ -1,0 +1,1 @@
+"""A run on the hub: its weights, and a card that says where they come from."""

@@ -1,0 +1,227 @@
+"""Publishes a run's generator on the hub, in one commit; or writes the same to a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors.torch import load_file, save
+
+from dinogen import hub
+from dinogen.config import Config, ConfigError, dump_config, parse_config
+from dinogen.files import write_bytes, write_json, write_text
+from dinogen.publish.card import SAMPLES, Facts, write_card
+from dinogen.report.images import save_grid
+from dinogen.runs.layout import CONFIG, EVALUATION
+from dinogen.runs.run import Run
+from dinogen.training.checkpointing.export import INTENDED_USE, NO_LICENCE, export, load_generator
+from dinogen.training.checkpointing.exported import INFO
+
+FILES = (hub.WEIGHTS, CONFIG, hub.CARD, SAMPLES, EVALUATION)
+_GRID_PIXELS = 512
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is published, and in which words.
+
+    Attributes:
+        run: its folder.
+        address: ``hf://user/name``, or ``hf://user/name@branch``.
+        resolution: which stage; the largest that has a checkpoint unless given.
+        nimg: which checkpoint; the newest unless given.
+        licence: of the weights; None if it is not given, which the card says.
+        intended_use: for the card.
+    """
+
+    run: Path
+    address: hub.Address
+    resolution: int | None = None
+    nimg: int | None = None
+    licence: str | None = None
+    intended_use: str = INTENDED_USE
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the hub holds now.
+
+    Attributes:
+        url: of the repository's page.
+        commit: of its files.
+        before: the commit before; None in a new repository or on a new branch.
+    """
+
+    url: str
+    commit: str
+    before: str | None
+
+
+def check_address(address: hub.Address) -> None:
+    """Refuse what cannot be published to.
+
+    Raises:
+        HubError: a dataset, a part of a repository, or a commit.
+    """
+    if address.dataset or address.subpath:
+        raise hub.HubError(f"{address}: a generator gets a repository: write hf://user/name")
+    if address.pinned:
+        raise hub.HubError(f"{address}: a commit cannot change: name a branch, or leave it out")
+
+
+def write_publication(what: Publication, folder: Path) -> Facts:
+    """Write all that is published into a folder: the files of :data:`FILES`.
+
+    ``model.safetensors`` is the file of ``dinogen export``. In its config and in config.yaml, paths
+    of this machine are only names, and the section ``cluster`` is left out. The grid is drawn from
+    the file that is published, so a file that does not load is never published.
+
+    Args:
+        what: of which checkpoint.
+        folder: files of an earlier call in it are replaced.
+
+    Returns:
+        What the card says.
+
+    Raises:
+        ConfigError: no such run or checkpoint, its family is a file of one's own, or the folder
+            holds something else.
+    """
+    check_address(what.address)
+    strange = (
+        [one.name for one in folder.iterdir() if one.name not in FILES] if folder.is_dir() else []
+    )
+    if strange:
+        raise ConfigError(f"{folder}: holds {min(strange)} too: give a new or an empty folder")
+    run = Run(what.run)
+    if run.has_config and (file := run.config.family.file) is not None:
+        raise ConfigError(
+            f"family.file: {file} is on this machine alone, so nobody could load the generator: "
+            "give your family as a package with an entry point of dinogen.families"
+        )
+    weights = folder / hub.WEIGHTS
+    licence = what.licence or NO_LICENCE
+    use = what.intended_use.rstrip(". ")
+    done = export(what.run, weights, what.resolution, what.nimg, licence, use)
+    config = public_config(parse_config(done.info["config"]), what.address)
+    info: dict[str, Any] = _shortened(done.info | {"config": config.model_dump(mode="json")})
+    info["card"] |= {"data": config.data.location, "licence": licence, "intended_use": use}
+    write_bytes(weights, save(load_file(weights), {INFO: json.dumps(info, allow_nan=False)}))
+    evaluation = _evaluation(what.run, info)
+    facts = Facts(
+        name=what.address.repo.partition("/")[2],
+        address=what.address,
+        info=info,
+        config=config,
+        evaluation=evaluation,
+        num_parameters=done.num_parameters,
+        licence=what.licence,
+        intended_use=use,
+    )
+    generator = load_generator(weights)
+    columns = max(4, min(8, _GRID_PIXELS // info["resolution"]))
+    about = {"generator": str(what.address), "nimg": info["nimg"], "seed": 0}
+    images = generator.sample(columns**2, seed=0).numpy()
+    save_grid(images, folder / SAMPLES, columns, about=about)
+    write_text(folder / CONFIG, dump_config(config))
+    if evaluation is None:
+        (folder / EVALUATION).unlink(missing_ok=True)
+    else:
+        write_json(folder / EVALUATION, evaluation)
+    write_text(folder / hub.CARD, write_card(facts))
+    return facts
+
+
+def publish(what: Publication, private: bool = False, message: str | None = None) -> Published:
+    """Upload what :func:`write_publication` writes, in one commit; nothing is asked.
+
+    The repository and the branch are made where they are not there. Published again, our files are
+    replaced, and one that is not written any more is deleted; files of others stay.
+
+    Args:
+        what: of which checkpoint, and where.
+        private: make the repository private.
+        message: of the commit.
+
+    Raises:
+        HubError: the hub cannot be reached, or refuses; or ``private`` is asked of a repository
+            that is public.
+        ConfigError: no such run or checkpoint.
+    """
+    check_address(what.address)
+    with TemporaryDirectory(prefix="dinogen-publish-") as name:
+        facts = write_publication(what, Path(name))
+        said = message or f"{facts.info['family']} {facts.size} at {facts.info['nimg']} images"
+        try:
+            with hub.quiet("hf_api"):
+                return _upload(what.address, Path(name), private, said)
+        except hub.HubError:
+            raise
+        except Exception as error:  # the hub's client raises many types
+            why = hub.reason(error, what.address, upload=True)
+            raise hub.HubError(f"{what.address}: nothing was published: {why}") from error
+
+
+def _upload(address: hub.Address, folder: Path, private: bool, message: str) -> Published:
+    """One commit with all files of a folder."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi(library_name="dinogen")
+    api.create_repo(address.repo, private=private or None, exist_ok=True)
+    if private and not api.model_info(address.repo).private:
+        raise hub.HubError(
+            f"{address}: --private, but this repository is public already: make it private in its "
+            f"settings ({hub.page_of(address)}/settings), or publish under another name"
+        )
+    branch = address.revision or "main"
+    if address.revision is not None:
+        api.create_branch(address.repo, branch=branch, exist_ok=True)
+    found = api.model_info(address.repo, revision=branch)
+    there = {one.rfilename for one in found.siblings or []}
+    operations: list[Any] = [
+        CommitOperationAdd(one.name, str(one)) for one in sorted(folder.iterdir())
+    ]
+    stale = there.intersection(FILES) - {one.path_in_repo for one in operations}
+    operations += [CommitOperationDelete(name) for name in sorted(stale)]
+    done = api.create_commit(
+        address.repo, operations, commit_message=message, revision=branch, parent_commit=found.sha
+    )
+    published_before = hub.WEIGHTS in there
+    return Published(hub.page_of(address), done.oid, found.sha if published_before else None)
+
+
+def public_config(config: Config, address: hub.Address) -> Config:
+    """A config for others: paths of this machine shortened to their names, no cluster."""
+    data = config.model_dump(mode="json", exclude={"cluster"})
+    data["run"] = f"runs/{address.repo.partition('/')[2]}"
+    return parse_config(_shortened(data))
+
+
+# Folders of a path that begins at the root, at a home or above the current folder, also inside a
+# command; of a URL nothing.
+_FOLDERS = re.compile(r"(?<![\w:/.])(?:~[\w.-]*|\.\.)?/(?=[^\s/])(?:[^\s'\":;,/]+/)*")
+
+
+def _shortened(value: Any) -> Any:
+    """JSON in which paths of this machine are only names."""
+    if isinstance(value, Mapping):
+        return {key: _shortened(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_shortened(one) for one in value]
+    return _FOLDERS.sub("", value) if isinstance(value, str) else value
+
+
+def _evaluation(run: Path, info: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What is known of evaluation.json, if it is of the checkpoint that is published."""
+    found = Run(run).stage(info["resolution"]).evaluation
+    if found is None or found.get("nimg") != info["nimg"]:
+        return None
+    measured = found.get("measured") or {}
+    known = {name: one for name, one in measured.items() if one["value"] is not None}
+    shortened: dict[str, Any] = _shortened(found | {"measured": known, "not_measured": {}})
+    return shortened

@@ -1,0 +1,260 @@
+"""Published on a stand-in of the hub, loaded and drawn from; what the card says, and what not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from starlette.testclient import TestClient
+
+import dinogen
+from dinogen import hub
+from dinogen.config import ConfigError, load_config, parse_config
+from dinogen.publish.publish import (
+    FILES,
+    Publication,
+    public_config,
+    publish,
+    write_publication,
+)
+from dinogen.serve.app import make_app
+from dinogen.serve.gallery import Gallery
+from dinogen.training.checkpointing.exported import open_exported
+from tests.hub_server import hub_server, use_hub
+
+NAME = "someone/faces"
+ADDRESS = hub.Address(NAME)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    with hub_server() as found:
+        use_hub(monkeypatch, found, tmp_path / "home")
+        yield found
+
+
+def repository(server, name=NAME):
+    return server.repositories[f"models/{name}"]
+
+
+def test_publish_load_and_sample_in_three_commands(run, server, tmp_path):
+    """On the machine that samples there is nothing but the package."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    there.mkdir()
+    here.mkdir()
+    done = server.dinogen(
+        *("publish", run, "hf://someone/faces", "--licence", "cc-by-nc-4.0", "--private"),
+        home=tmp_path / "a",
+        cwd=there,
+    )
+    assert done.returncode == 0, done.stderr
+    commit = repository(server).branches["main"]
+    assert f"{server.url}/someone/faces: commit {commit}" in done.stdout
+    assert "replaces" not in done.stdout
+    assert repository(server).private
+
+    code = "import dinogen; print(dinogen.load_generator('hf://someone/faces').sample(2).shape)"
+    done = server.python("-c", code, home=tmp_path / "b", cwd=here)
+    assert done.stdout.strip() == "torch.Size([2, 3, 8, 8])", done.stderr
+    done = server.dinogen("sample", "hf://someone/faces", "--num", 4, home=tmp_path / "b", cwd=here)
+    assert done.returncode == 0, done.stderr
+    folder = here / f"someone--faces-{commit[:7]}"
+    assert len(list(folder.rglob("0000?*.png"))) == 4
+
+
+def test_what_is_published_is_the_moving_average_of_the_run(run, evaluation, server):
+    done = publish(Publication(run, ADDRESS, licence="mit"))
+    files = repository(server).commits[done.commit]
+    assert set(files) == {*FILES, ".gitattributes"}
+    ours, theirs = dinogen.load_generator(run), dinogen.load_generator("hf://someone/faces")
+    assert torch.equal(ours.sample(3, seed=5), theirs.sample(3, seed=5))
+    assert theirs.info["card"]["licence"] == "mit"
+    assert len(repository(server).messages) == 2  # the hub's first one, and ours
+    assert repository(server).messages[-1] == f"guided 8x8 at {theirs.info['nimg']} images"
+
+
+def test_a_page_that_draws_from_the_hub(run, server):
+    done = publish(Publication(run, ADDRESS))
+    gallery = Gallery(Path("hf://someone/faces"))
+    assert list(gallery.stages) == [8]
+    page = TestClient(make_app(gallery, ["*"])).get("/").text
+    assert f"someone--faces-{done.commit[:7]}" in page
+    assert str(server.url) not in page
+
+
+def test_published_again_it_is_one_commit_that_replaces(run, evaluation, server):
+    first = publish(Publication(run, ADDRESS))
+    assert first.before is None
+    assert publish(Publication(run, ADDRESS)) == hub_state(first, before=first.commit)
+    notes = {"NOTES.md": b"of somebody else"}
+    old = repository(server).commits[first.commit]
+    changed = repository(server).commit(old | notes)
+    evaluation.unlink()
+    second = publish(Publication(run, ADDRESS), message="again")
+    assert second.before == changed
+    assert second.commit != changed
+    assert len(repository(server).messages) == 4
+    assert repository(server).messages[-1] == "again"
+    files = set(repository(server).commits[second.commit])
+    assert files == {*FILES, ".gitattributes", "NOTES.md"} - {"evaluation.json"}
+    assert hub.fetch(hub.parse(f"hf://someone/faces@{first.commit}")).commit == first.commit
+
+
+def hub_state(published, before):
+    return type(published)(published.url, published.commit, before)
+
+
+def test_on_a_branch_of_its_own(run, server):
+    publish(Publication(run, ADDRESS))
+    main = repository(server).branches["main"]
+    done = publish(Publication(run, hub.parse("hf://someone/faces@try"), resolution=4))
+    assert repository(server).branches == {"main": main, "try": done.commit}
+    assert dinogen.load_generator("hf://someone/faces").info["resolution"] == 8
+    assert dinogen.load_generator("hf://someone/faces@try").info["resolution"] == 4
+
+
+def test_the_card(run, evaluation, tmp_path):
+    facts = write_publication(Publication(run, ADDRESS), tmp_path / "card")
+    text = (tmp_path / "card" / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.library_name == "dinogen"
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    assert card.data.license == "unknown"
+    assert {"dinogen", "guided", "8x8", "random-guide", "dinov2"} <= set(card.data.tags)
+    # Of a random feature extractor no value is given to the hub, and the card says it.
+    assert [one.metric_type for one in card.data.eval_results] == ["spectrum"]
+    assert card.data.eval_results[0].metric_value == 4.5
+    assert "| spectrum | 4.5 ± 0.2 | lower | 60 images against 50 of val | `aaaaaaaaaaaa` |" in text
+    assert "Caution, fid: measured by a RANDOM feature extractor" in text
+    assert "Caution, spectrum: few" in text
+    assert "RANDOM GUIDE" in text
+    assert "No licence is stated" in text
+    assert str(facts.info["data"])[:12] in text
+    assert f"| `{facts.info['guide']['weights_sha256'][:12]}` **RANDOM** |" in text
+    assert 'dinogen.load_generator("hf://someone/faces")' in text
+    assert "](samples.png)" in text
+
+
+@pytest.mark.parametrize(
+    ("licence", "name"), [("MIT", "mit"), ("Only for friends | of mine", "other")]
+)
+def test_licences(run, tmp_path, licence, name):
+    write_publication(Publication(run, ADDRESS, licence=licence), tmp_path / "card")
+    card = ModelCard((tmp_path / "card" / "README.md").read_text())
+    assert card.data.license == name
+    assert f"{licence}, for the weights." in card.text
+    assert "No licence" not in card.text
+
+
+def test_nothing_of_this_machine_is_told(run, evaluation, tmp_path):
+    folder = tmp_path / "card"
+    write_publication(Publication(run, ADDRESS, licence="mit"), folder)
+    info = open_exported(folder / "model.safetensors").info
+    told = [json.dumps(info)]
+    told += [(folder / name).read_text() for name in ("README.md", "config.yaml")]
+    told.append((folder / "evaluation.json").read_text())
+    for text in told:
+        assert str(tmp_path.parent) not in text
+        assert "/tmp" not in text
+        assert "account-of-the-lab" not in text
+    measured = json.loads((folder / "evaluation.json").read_text())["measured"]
+    command = measured["spectrum"]["command"]
+    assert command == "dinogen evaluate run metrics.inception=a.pth https://x.org/y"
+    assert load_config(folder / "config.yaml").data.path == "discs"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("/home/me/a.pth", "a.pth"),
+        ("~/a/b", "b"),
+        ("../../data/faces", "faces"),
+        ("--reference=/mnt/x y", "--reference=x y"),
+        ("data/faces", "data/faces"),
+        ("lr / batch, fid/kid, 3/4", "lr / batch, fid/kid, 3/4"),
+        ("https://x.org/y/z hf://datasets/a/b", "https://x.org/y/z hf://datasets/a/b"),
+    ],
+)
+def test_paths_are_shortened(text, told):
+    config = parse_config({"notes": {"next": text}})
+    assert public_config(config, ADDRESS).notes.next == told
+
+
+def test_a_dry_run_asks_nobody(run, server, tmp_path):
+    done = server.dinogen(
+        *("publish", run, "hf://someone/faces", "--dry-run", "card"),
+        home=tmp_path / "home",
+        cwd=tmp_path,
+        HF_HUB_OFFLINE="1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "NO LICENCE" in done.stderr
+    assert server.requests == []
+    assert {one.name for one in (tmp_path / "card").iterdir()} <= set(FILES)
+    grid = (tmp_path / "card" / "samples.png").read_bytes()
+    assert grid.startswith(b"\x89PNG")
+    metadata = (tmp_path / "card" / "README.md").read_text().split("---")[1]
+    assert yaml.safe_load(metadata)["library_name"] == "dinogen"
+
+
+def test_a_folder_with_other_files_is_left_alone(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match=r"mine: holds thesis\.tex too: give a new or an empty"):
+        write_publication(Publication(run, ADDRESS), tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("hf://datasets/someone/faces", "a generator gets a repository"),
+        ("hf://someone/faces/G.safetensors", "a generator gets a repository"),
+        (f"hf://someone/faces@{'0' * 40}", "a commit cannot change: name a branch"),
+    ],
+)
+def test_where_nothing_can_be_published(run, tmp_path, address, said):
+    with pytest.raises(hub.HubError, match=said):
+        write_publication(Publication(run, hub.parse(address)), tmp_path / "card")
+
+
+def test_each_refusal_of_the_hub_is_one_line(run, server, tmp_path, monkeypatch):
+    def refused(address: hub.Address = ADDRESS, private: bool = False) -> str:
+        with pytest.raises(hub.HubError) as caught:
+            publish(Publication(run, address), private)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    server.add(NAME, {})
+    assert "--private, but this repository is public already" in refused(private=True)
+    said = refused(hub.Address("somebody-else/faces"))
+    assert "nothing was published: the hub does not let you write to somebody-else/faces" in said
+    assert "log in with `hf auth login`, or set HF_TOKEN" in said
+    server.fault = lambda request: 500 if "/commit/" in request else None
+    assert f"nothing was published: the hub at {server.url} failed (Server error '500" in refused()
+    assert len(repository(server).messages) == 1
+    server.fault = lambda request: None
+    use_hub(monkeypatch, server, tmp_path / "stranger", token=None)
+    assert "nothing was published" in (said := refused())
+    assert "log in with `hf auth login`" in said
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set: unset it" in refused()
+
+
+def test_a_family_in_a_file_of_ones_own_is_refused(run, tmp_path):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("file: null", "file: /home/me/guided.py", 1))
+    with pytest.raises(ConfigError, match=r"family\.file: /home/me/guided\.py is on this machine"):
+        write_publication(Publication(run, ADDRESS), tmp_path / "card")
+
+
+def test_an_exported_file_is_refused(run, tmp_path):
+    done = write_publication(Publication(run, ADDRESS), tmp_path / "card")
+    assert done.num_parameters > 0
+    with pytest.raises(ConfigError, match="give the folder of a run"):
+        write_publication(
+            Publication(tmp_path / "card" / "model.safetensors", ADDRESS), tmp_path / "again"
+        )
