@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.cli.results import Nimg, Source, Stage
+from launch.cli.results import Nimg, Run, Source, Stage
 
 if TYPE_CHECKING:
     from dinogen.formats.runs import Weights
