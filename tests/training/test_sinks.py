@@ -11,6 +11,8 @@ import shutil
 import signal
 import sqlite3
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -19,6 +21,7 @@ import yaml
 
 from dinogen.config import ConfigError, dump_config, parse_config
 from dinogen.runs.run import Run
+from dinogen.training.logging.sinks.registry import sink_class, sink_names
 from dinogen.training.logging.sinks.sender import Sender, covered, events_between
 from dinogen.training.logging.sinks.senders import show_results
 from dinogen.training.run import train
@@ -306,6 +309,30 @@ def test_a_torn_offline_file_is_completed_by_the_next(killed, tmp_path):
     assert 0 < len(wandb_history(config)["loss"]) < len(logged(config)["loss"])
     show_results(Run.of(config).stage(8))
     assert curves(wandb_history(config)) == logged(config)
+
+
+def test_the_command_of_the_page_takes_every_offline_folder(killed):
+    page = (Path(__file__).parents[2] / "docs" / "logging.md").read_text()
+    (command,) = re.findall(r"^```bash\n(.*)\n```", page, re.M)
+    command = command.replace("runs/first", str(killed.run))
+    wandb = Path(sys.executable).with_name("wandb")
+    done = subprocess.run(
+        ["bash", "-c", f"{wandb} {command.removeprefix('wandb')} --dry-run"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    files = list(killed.run.glob("logging/wandb/offline-run-*/run-*.wandb"))
+    assert len(files) >= 3
+    assert f"Would sync {len(files)} run(s)" in done.stderr
+
+
+def test_each_sink_and_option_is_on_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "logging.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", page, re.M)
+    found = {name: re.findall(r"`(\w+)`", options) for name, options in rows}
+    assert found == {name: list(sink_class(name).Options.model_fields) for name in found}
+    assert sorted(found) == sink_names()
 
 
 def test_a_server_that_is_away_stops_nothing_and_gets_all_of_it_later(
