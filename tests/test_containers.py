@@ -169,6 +169,19 @@ def test_the_commands_of_the_readme_work_from_what_is_copied(tmp_path):
         assert f"make -C /opt/dinogen {command.split()[1]}" in sections()["help"]
 
 
+def test_the_page_names_what_is_in_the_image():
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    (block,) = re.findall(r"^```shell\n(.*?)^```", page, re.M | re.S)
+    built, *used = [shlex.split(line) for line in block.splitlines()]
+    assert built[:2] == ["apptainer", "build"] and (ROOT / built[-1]).is_file()
+    programs = [words[words.index(built[2]) + 1] for words in used]
+    assert programs == ["dinogen", "make"]  # of the image's PATH, and of its packages
+    python = re.search(r"DINOGEN_PYTHON=(\S+)/python", page)
+    assert python and f'PATH="{python[1]}:' in sections()["environment"]
+    assert f"PATH={python[1]}:" in " ".join(of_kind("ENV"))
+    assert "--build-arg TORCH_INDEX=URL" in page
+
+
 def test_the_pages_are_built_as_the_makefile_builds_them():
     text = (ROOT / ".github" / "workflows" / "pages.yml").read_text()
     workflow = yaml.safe_load(text)
