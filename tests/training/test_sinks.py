@@ -13,6 +13,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -25,6 +26,7 @@ from dinogen.training.logging.sinks.registry import sink_class, sink_names
 from dinogen.training.logging.sinks.sender import Sender, covered, events_between
 from dinogen.training.logging.sinks.senders import show_results
 from dinogen.training.run import train
+from dinogen.training.trainer import Trainer
 from tests import forked
 from tests.training.helpers import WALL_CLOCK, stage, train_and_die
 
@@ -349,6 +351,30 @@ def test_a_server_that_is_away_stops_nothing_and_gets_all_of_it_later(
     train(config, 4)
     os.environ["MLFLOW_TRACKING_URI"] = str(tmp_path / "back")
     assert curves(mlflow_history(config)) == logged(config, (4,))
+
+
+def test_a_lost_sender_is_reported_and_the_next_run_sends_the_rest(
+    make_config, stores, caplog, monkeypatch
+):
+    config = make_config("logging=[trackio]", run="lost")
+    step, ended = Trainer.train_step, []
+
+    def end_senders(self, batch):
+        step(self, batch)
+        if self.progress.step == 4:
+            children = psutil.Process().children()
+            (sender,) = (one for one in children if "sinks.sender" in " ".join(one.cmdline()))
+            ended.append(sender.pid)
+            sender.kill()
+            time.sleep(0.3)
+
+    monkeypatch.setattr(Trainer, "train_step", end_senders)
+    train(config, 4)
+    assert ended and caplog.text.count("trackio: NOTHING MORE IS SENT") == 1
+    assert "NOT EVERYTHING WAS SENT" not in caplog.text
+    monkeypatch.setattr(Trainer, "train_step", step)
+    train(config)
+    assert curves(trackio_history(config)) == logged(config)
 
 
 def test_no_process_outlives_a_killed_run(make_config, stores, place):

@@ -92,15 +92,17 @@ class Sender:
             self.say("warning", f"{self.name}: could not be closed: {_short(error)}")
 
     def _open(self) -> SentSink:
-        self.record = dict(read_object(self.path).value or {})
-        sent = self.record.get("sent", 0)
+        self.record = {"sent": 0} | (read_object(self.path).value or {})
         cls = sink_class(self.name)
         assert issubclass(cls, SentSink)
         options = sink_options(self.name, self.run.config.sinks[self.name])
         sink = cls(options, self.run, self.record)
-        there = sink.open()
-        self.record["sent"] = sent if there is None else there
-        self._save()
+        try:
+            there = sink.open()
+            if there is not None:
+                self.record["sent"] = there
+        finally:
+            self._save()  # with the id, which a server may know already
         self.sink = sink
         self.say("info", f"{self.name}: {sink.address}")
         return sink
@@ -235,7 +237,8 @@ def main(run: Run, name: str, parent: int) -> int:
             signal.alarm(LAST_SECONDS)
             sender.close("stopped")
             return 1
-        sent = sender.send()
+        # Another attempt where all failed would only keep the run waiting.
+        sent = sender.failed_at is None and sender.send()
         if not sent:
             say(
                 "warning",

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 # where dinogen is imported from, also if that is the current folder
 _ROOT = str(Path(__file__).parents[4])
 
+_REMEDY = "the same command, or dinogen evaluate, sends the rest"
+# after which the log says that it waits
+_PATIENCE_SECONDS = 3.0
 # How long a run that has ended waits for what is still to be sent.
 WAIT_SECONDS = {"done": 120.0, "stopped": 30.0, "failed": 30.0}
 
@@ -41,6 +44,8 @@ class Senders:
         self.good_ends = good_ends
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.readers: list[threading.Thread] = []
+        self.lost: set[str] = set()
+        self.ended = False
 
     def start(self, config: Config) -> None:
         """Begin to send a run, whose config.yaml is written."""
@@ -63,7 +68,7 @@ class Senders:
                 continue
             self.processes[name] = process
             assert process.stdout is not None
-            reader = threading.Thread(target=_pass_on, args=(process.stdout,), daemon=True)
+            reader = threading.Thread(target=self._read, args=(name, process.stdout), daemon=True)
             reader.start()
             self.readers.append(reader)
 
@@ -76,6 +81,7 @@ class Senders:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.ended = True
         status = "done"
         if kind is not None:
             status = "stopped" if issubclass(kind, self.good_ends) else "failed"
@@ -87,38 +93,45 @@ class Senders:
             except OSError:
                 pass  # it has ended already, which its exit code tells
         deadline = time.monotonic() + WAIT_SECONDS[status]
+        try:
+            self._wait(time.monotonic() + _PATIENCE_SECONDS)
+            if late := self._running():
+                seconds = WAIT_SECONDS[status]
+                log.info("logging: waiting up to %g s for %s (Ctrl-C: no longer)", seconds, late)
+                self._wait(deadline)
+        except KeyboardInterrupt:
+            pass  # of this wait alone: the run has ended
         for name, process in self.processes.items():
-            self._wait(name, process, deadline)
+            code = process.poll()
+            if code not in (0, 1) and name not in self.lost:  # 1: it has said what is missing
+                log.warning("logging: %s: NOT EVERYTHING WAS SENT: %s", name, _REMEDY)
+            process.kill()
+            process.wait()
         for reader in self.readers:
             reader.join(1.0)
 
-    def _wait(self, name: str, process: subprocess.Popen[bytes], deadline: float) -> None:
-        try:
-            code = process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    def _read(self, name: str, messages: IO[bytes]) -> None:
+        """Log what a sender says, and if it is gone while the run goes on."""
+        for line in messages:
+            try:
+                message = json.loads(line)
+                level, text = message["level"], message["text"]
+            except (ValueError, KeyError, TypeError):
+                level, text = "warning", line.decode(errors="replace").strip()
+            log.log(logging.getLevelNamesMapping()[level.upper()], "logging: %s", text)
+        if not self.ended:
+            self.lost.add(name)
             log.warning(
-                "logging: %s: NOT EVERYTHING WAS SENT in time: the same command, or dinogen "
-                "evaluate, sends the rest",
-                name,
-            )
-            return
-        if code not in (0, 1):  # 1: it has said what is missing
-            log.warning(
-                "logging: %s: its process ended with %d: NOT EVERYTHING WAS SENT", name, code
+                "logging: %s: NOTHING MORE IS SENT: its process was ended: %s", name, _REMEDY
             )
 
+    def _running(self) -> str:
+        """Names of the processes that have not ended."""
+        return ", ".join(name for name, one in self.processes.items() if one.poll() is None)
 
-def _pass_on(messages: IO[bytes]) -> None:
-    """Log what a sender says."""
-    for line in messages:
-        try:
-            message = json.loads(line)
-            level, text = message["level"], message["text"]
-        except (ValueError, KeyError, TypeError):
-            level, text = "warning", line.decode(errors="replace").strip()
-        log.log(logging.getLevelNamesMapping()[level.upper()], "logging: %s", text)
+    def _wait(self, deadline: float) -> None:
+        while self._running() and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def show_results(stage: Stage) -> None:

@@ -72,7 +72,7 @@ class WandbSink(SentSink):
             name=options.name or _unless("WANDB_NAME", self.run.path.name),
             tags=options.tags or None,
             mode=options.mode,
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(silent=True, console="off", **_patience()),
         )
         config = self.run.config.model_dump(mode="json")
         self._run.config.update(config, allow_val_change=True)
@@ -117,6 +117,11 @@ class WandbSink(SentSink):
 def _unless(variable: str, value: str) -> str | None:
     """A default that a variable of the library's own goes before."""
     return None if os.environ.get(variable) else value
+
+
+def _patience() -> dict[str, float]:
+    """A shorter wait for the server than W&B's, for another attempt is made anyway."""
+    return {} if os.environ.get("WANDB_INIT_TIMEOUT") else {"init_timeout": 30.0}
 
 
 def _without_empty(files: list[Path]) -> list[Path]:
