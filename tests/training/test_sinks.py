@@ -341,10 +341,10 @@ def test_a_server_that_is_away_stops_nothing_and_gets_all_of_it_later(
     make_config, stores, tmp_path, caplog
 ):
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-    away = "logging=[{mlflow: {tracking_uri: 'http://127.0.0.1:9'}}]"
+    away = "logging=[{mlflow: {tracking_uri: 'http://me:hidden@127.0.0.1:9'}}]"
     train(make_config(away), 4)
     assert caplog.text.count("mlflow: NOTHING CAN BE SENT") == 1
-    assert "training goes on" in caplog.text
+    assert "training goes on" in caplog.text and "hidden" not in caplog.text
     assert caplog.text.count("NOT SENT: what was logged after 0 images") == 1
 
     config = make_config(f"logging=[{{mlflow: {{tracking_uri: '{tmp_path / 'back'}'}}}}]")

@@ -54,7 +54,9 @@ class MlflowSink(SentSink):
 
         self._metric, self._param = Metric, Param
         uri = self.options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-        uri = uri or self.record.get("tracking_uri") or mlflow.get_tracking_uri()
+        if not uri:
+            # The default depends on the current folder, which the next process may not start in.
+            uri = self.record.setdefault("tracking_uri", mlflow.get_tracking_uri())
         if "://" not in uri and uri != "databricks":
             uri = str(Path(uri.removeprefix("file:")).absolute())
         if uri.startswith(("/", "file:")):
@@ -71,7 +73,7 @@ class MlflowSink(SentSink):
                     raise
                 known = None
         if known is None:
-            known = self._create(uri)
+            known = self._create()
         self._id: str = known
         self.address = f"run {known} at {uri}"
         self._client.update_run(known, status="RUNNING")
@@ -79,7 +81,7 @@ class MlflowSink(SentSink):
         steps = [one.step for one in self._client.get_metric_history(known, MARKER)]
         return max(steps, default=0)
 
-    def _create(self, uri: str) -> str:
+    def _create(self) -> str:
         name = self.options.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
         name = name or group_of(self.run) or "dinogen"
         found = self._client.get_experiment_by_name(name)
@@ -87,7 +89,7 @@ class MlflowSink(SentSink):
         tags = {"dinogen.run": str(self.run.path.absolute())} | self.options.tags
         run_name = self.options.name or self.run.path.name
         known: str = self._client.create_run(experiment, run_name=run_name, tags=tags).info.run_id
-        self.record.update(id=known, tracking_uri=uri)
+        self.record["id"] = known
         return known
 
     def _configure(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -104,7 +105,7 @@ class Sender:
         finally:
             self._save()  # with the id, which a server may know already
         self.sink = sink
-        self.say("info", f"{self.name}: {sink.address}")
+        self.say("info", f"{self.name}: {_without_password(sink.address)}")
         return sink
 
     def _summarize(self, sink: SentSink) -> None:
@@ -176,8 +177,13 @@ def _events(stage: Stage, after: int, last: int) -> list[Event]:
     ]
 
 
+def _without_password(text: str) -> str:
+    """Addresses without what is before an @ in them."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
 def _short(error: Exception) -> str:
-    words = " ".join(str(error).split()) or type(error).__name__
+    words = " ".join(_without_password(str(error)).split()) or type(error).__name__
     return words if len(words) <= 300 else f"{words[:300]} ..."
 
 
