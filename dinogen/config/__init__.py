@@ -31,7 +31,7 @@ from dinogen.config.guides import default_path, known_guides
 from dinogen.config.training import AugmentConfig as AugmentConfig
 from dinogen.config.training import CheckpointConfig as CheckpointConfig
 from dinogen.config.training import ClipConfig as ClipConfig
-from dinogen.config.training import ClusterConfig
+from dinogen.config.training import ClusterConfig, Sinks
 from dinogen.config.training import DataConfig as DataConfig
 from dinogen.config.training import EmaConfig as EmaConfig
 from dinogen.config.training import EngineConfig as EngineConfig
@@ -297,6 +297,11 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    logging: Sinks = Field(
+        ("tensorboard",),
+        description="where curves and samples are shown: tensorboard, csv, wandb, mlflow, trackio; "
+        "each by its name, or with options, as {wandb: {project: faces}}; docs/logging.md",
+    )
     cluster: ClusterConfig = ClusterConfig()
     notes: NotesConfig = NotesConfig()
 
@@ -340,6 +345,14 @@ class Config(Section):
                 "one stage, or leave it out"
             )
         return self
+
+    @property
+    def sinks(self) -> dict[str, dict[str, Any]]:
+        """The options of what ``logging`` names, by name, in its order."""
+        found: dict[str, dict[str, Any]] = {}
+        for item in self.logging:
+            found |= {item: {}} if isinstance(item, str) else item
+        return found
 
 
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:

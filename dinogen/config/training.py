@@ -257,7 +257,7 @@ class ProfileConfig(Section):
 
 
 class LogConfig(Section):
-    """What is written to TensorBoard, stats.jsonl and the page."""
+    """How often a run writes to stats.jsonl, its page and what ``logging`` names."""
 
     every_kimg: float = Field(0.5, gt=0, description="thousands of images between log lines")
     probe_kimg: float = Field(5.0, gt=0, description="between probes of the family (diversity)")
@@ -266,6 +266,39 @@ class LogConfig(Section):
     profile: ProfileConfig | None = Field(
         None, description="a trace of a few steps; default: none is made"
     )
+
+
+def _one_mapping_each(value: Any) -> Any:
+    """``tensorboard``, ``[tensorboard, {wandb: {project: faces}}]`` -> names with their options."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        return value
+    found: dict[str, Any] = {}
+    name: str
+    options: Any
+    for item in value:
+        if isinstance(item, str):
+            name, options = item, None
+        elif isinstance(item, dict) and len(item) == 1:
+            name, options = next(iter(item.items()))
+        else:
+            raise ValueError(
+                f"{item!r}: give a name, or a name with its options, such as "
+                "{wandb: {project: faces}}"
+            )
+        if name in found:
+            raise ValueError(f"{name} occurs twice: keep one")
+        if options is not None and not isinstance(options, dict):
+            raise ValueError(
+                f"{name}: {options!r} are no options: write {{{name}: {{key: value}}}}"
+            )
+        found[str(name)] = options or {}
+    return tuple({name: options} if options else name for name, options in found.items())
+
+
+# Which sinks there are, and what options each has, training/logging/sinks knows.
+Sinks = Annotated[tuple[str | dict[str, dict[str, Any]], ...], BeforeValidator(_one_mapping_each)]
 
 
 class MixConfig(Section):

@@ -45,7 +45,7 @@ from dinogen.runs.values import with_new_keys
 from dinogen.training.checkpointing.checkpoint import check_same_data, versions
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot, run_config
 from dinogen.training.data import class_shares, data_fingerprint, data_or_reason
-from dinogen.training.logging.tensorboard import write_summary
+from dinogen.training.logging.sinks.senders import show_results
 from shards.errors import ShardsError
 from shards.read.dataset import Dataset
 
@@ -372,7 +372,7 @@ def _summarise(snapshot: Snapshot) -> None:
         if not mine:
             return
         try:
-            write_summary(snapshot.place)
+            show_results(snapshot.place)
         except OSError as error:
             log.warning("TensorBoard does not show these metric values: %s", error)
 

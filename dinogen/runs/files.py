@@ -197,6 +197,13 @@ def read_metrics(path: Path) -> Found[list[Line]]:
     return Found(path, lines, found.problems, found.there)
 
 
+def read_health(path: Path) -> Found[list[Line]]:
+    """health.jsonl: each change of the health status; lines without ``status`` are left out."""
+    found = read_lines(path, _HEALTH_LINE)
+    lines = [line for line in found.value if line.get("status") is not None]
+    return Found(path, lines, found.problems, found.there)
+
+
 def read_visualizations(path: Path) -> Found[dict[str, dict[str, Any]]]:
     """visualizations.json: what `dinogen look` has drawn, by name."""
     found = read_object(path)
@@ -405,6 +412,7 @@ _METRICS_LINE: dict[str, Kind] = {
     "metrics": each(_metric_value),
     "fingerprints": each(section),
 }
+_HEALTH_LINE: dict[str, Kind] = {"status": word, "warnings": list_of(word)}
 _VISUALIZATION: dict[str, Kind] = {
     "file": _name,
     "caption": word,

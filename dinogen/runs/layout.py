@@ -13,9 +13,13 @@ from typing import Any
 
 # in RUN
 CONFIG, PAGE, LOCK = "config.yaml", "index.html", ".lock"
+TABLE = "stats.csv"
+# in RUN: what is sent to W&B, MLflow or Trackio, and how far that is
+SENT = "logging"
 # in RUN/RxR: files
 RESULT, STATS, METRICS = "result.json", "stats.jsonl", "metrics.jsonl"
 EVALUATION, SWEEP = "evaluation.json", "checkpoints.jsonl"
+HEALTH = "health.jsonl"
 # in RUN/RxR: folders, and the file that says what lies in them
 CHECKPOINTS, STATE = "checkpoints", "state.json"
 VISUALIZATIONS, VISUALIZATIONS_INDEX = "visualizations", "visualizations.json"

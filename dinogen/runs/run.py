@@ -16,6 +16,7 @@ from dinogen.runs.files import (
     Found,
     Line,
     read_evaluation,
+    read_health,
     read_lines,
     read_metrics,
     read_result,
@@ -27,15 +28,19 @@ from dinogen.runs.layout import (
     CHECKPOINTS,
     CONFIG,
     EVALUATION,
+    HEALTH,
     LOCK,
     METRICS,
     PAGE,
     PROJECTIONS,
     RESULT,
     SAMPLES,
+    SENT,
     STATE,
     STATS,
+    STUDY,
     SWEEP,
+    TABLE,
     TENSORBOARD,
     VIDEOS,
     VISUALIZATIONS,
@@ -139,6 +144,22 @@ class Run:
     def videos_folder(self) -> Path:
         """``RUN/videos``, where ``dinogen video`` writes by default."""
         return self.path / VIDEOS
+
+    @property
+    def table_file(self) -> Path:
+        """``RUN/stats.csv``, of ``logging: [csv]``: the lines of all stages as one table."""
+        return self.path / TABLE
+
+    @property
+    def sent_folder(self) -> Path:
+        """``RUN/logging``: how far the run was sent to W&B, MLflow or Trackio."""
+        return self.path / SENT
+
+    @property
+    def study(self) -> Path | None:
+        """The folder of the study that the run belongs to, two levels above it; None without."""
+        found = self.path.absolute().parent.parent
+        return found if (found / STUDY).is_file() else None
 
     def stage(self, resolution: int) -> Stage:
         """The stage of a resolution, whether or not it has begun, or is in the config."""
@@ -276,6 +297,11 @@ class Stage:
         return self.folder / METRICS
 
     @property
+    def health_file(self) -> Path:
+        """``health.jsonl``: each change of the health status, with its warnings."""
+        return self.folder / HEALTH
+
+    @property
     def evaluation_file(self) -> Path:
         """``evaluation.json``, of ``dinogen evaluate``."""
         return self.folder / EVALUATION
@@ -320,6 +346,11 @@ class Stage:
         :attr:`done`.
         """
         return self.read_result().value
+
+    @property
+    def health(self) -> list[Line]:
+        """Lines of health.jsonl: ``status`` and ``warnings`` from ``nimg`` on."""
+        return read_health(self.health_file).value
 
     @property
     def metrics(self) -> list[Line]:

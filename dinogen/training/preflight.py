@@ -21,6 +21,7 @@ from dinogen.training.checkpointing.checkpoint import (
     or_a_new_run,
 )
 from dinogen.training.data import check_classes, data_fingerprint
+from dinogen.training.logging.sinks.registry import check_sinks
 from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ MAY_CHANGE: dict[str, Any] = {
     "prepare": True,
     "checkpoint": True,
     "log": True,
+    "logging": True,
     "cluster": True,
     "notes": True,
     "metrics": True,
@@ -97,6 +99,7 @@ def check_config(
     Raises:
         ConfigError: naming the key.
     """
+    check_sinks(config)
     chosen_names(config.metrics.names, "metrics.names")
     chosen_names(config.eval.generated, "eval.generated")
     families = [_on_meta(config, stage) for stage in config.stages]

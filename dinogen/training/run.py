@@ -21,9 +21,10 @@ from dinogen.training.data import open_data
 from dinogen.training.logging.artifacts import finish_stage
 from dinogen.training.logging.begin import say_what_begins
 from dinogen.training.logging.logger import cut_lines
+from dinogen.training.logging.sinks.senders import Senders
 from dinogen.training.preflight import check_run
 from dinogen.training.state import StageState, is_finished
-from dinogen.training.stop import StopFlag
+from dinogen.training.stop import StopFlag, Stopped
 from dinogen.training.trainer import Trainer
 from shards.read.dataset import Dataset
 
@@ -50,7 +51,12 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
     process_group.set_cpu_threads()
     config = resolve(config)
     indices = [find_stage(config, size) for size in resolutions] or list(range(len(config.stages)))
-    with failure_propagation(), run_lock(config.run), StopFlag() as stop:
+    with (
+        Senders(Stopped) as senders,  # the first, so that no rank waits for what they still send
+        failure_propagation(),
+        run_lock(config.run),
+        StopFlag() as stop,
+    ):
         config = _pinned(config)
         data = open_data(config)
         config = with_lengths(config, data.num_samples(config.data.split))
@@ -59,6 +65,7 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
         say_what_begins(config, families, data)
         if process_group.is_main():
             write_text(Run.of(config).config_file, dump_config(config))
+            senders.start(config)
         results = []
         for number, index in enumerate(indices):
             later = sum(config.stages[i].num_images for i in indices[number + 1 :])

@@ -27,7 +27,7 @@ from dinogen.training.logging.begin import ProgressLine
 from dinogen.training.logging.logger import Logger
 from dinogen.training.logging.mfu import Mfu
 from dinogen.training.logging.profile import Profile
-from dinogen.training.logging.tensorboard import chart_layout
+from dinogen.training.logging.sinks.tensorboard import chart_layout
 from dinogen.training.state import StageState
 from dinogen.training.stop import Steps, StopFlag
 from dinogen.transfer import Arrivals, Kept
@@ -71,11 +71,13 @@ class Trainer:
             self.stage.batch, process_group.world_size(), self.config.engine.micro_batch
         )
         self.logger = Logger(
-            state.folder if process_group.is_main() else None,
+            state.place if process_group.is_main() else None,
             self.stage.resolution,
             self.engine.device,
         )
-        self.profile = Profile(self.config.log.profile, self.logger.folder)
+        self.profile = Profile(
+            self.config.log.profile, state.folder if process_group.is_main() else None
+        )
         compiled = self.config.engine.compile
         self.mfu = Mfu(self.family.phases, self.engine.device, self.engine.precision, compiled)
         self.saver = Saver()
@@ -104,8 +106,8 @@ class Trainer:
             SaveError: a checkpoint could not be written.
         """
         progress = self.progress
-        layout = chart_layout(self.family, self.config)
-        self.logger.start(progress.nimg, self.state.logger_state, layout)
+        charts = chart_layout(self.family, self.config)
+        self.logger.start(progress.nimg, self.state.logger_state, charts)
         if self.engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.engine.device)
         line = ProgressLine(
@@ -311,7 +313,8 @@ class Trainer:
             if mine:
                 images = self.state.sample(self.config.log.num_samples)
                 path = self.state.place.samples_folder / f"{checkpoint_name(self.now)}.png"
-                self.logger.write_image("samples", save_samples(images, path), self.now)
+                save_samples(images, path)
+                self.logger.write_images(self.now, {"samples": path})
         return images
 
     def _log(
@@ -365,6 +368,6 @@ class Trainer:
         if health.status != self.progress.health:
             for warning in health.warnings:
                 log.warning("at %d images: %s", self.progress.nimg, warning)
-                self.logger.write_text("warnings", warning, self.progress.nimg)
+            self.logger.write_health(self.progress.nimg, health.status, list(health.warnings))
         self.progress.health = health.status
         self.progress.warnings = list(health.warnings)

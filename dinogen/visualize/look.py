@@ -16,7 +16,7 @@ from dinogen.report.images import save_animation, save_sheet
 from dinogen.runs.layout import VISUALIZATIONS_INDEX
 from dinogen.runs.values import existing
 from dinogen.training.checkpointing.snapshot import load_snapshot
-from dinogen.training.logging.tensorboard import write_summary
+from dinogen.training.logging.sinks.senders import show_results
 from dinogen.visualize import drawings
 from dinogen.visualize.drawings import FRAME_SECONDS, History
 from dinogen.visualize.scene import LeftOut, Maker, Scene
@@ -87,7 +87,7 @@ def write_visualizations(
         entries[name] = {"file": path.name, "caption": visual.caption} | entry
     write_json(index, entries)
     if out is None:
-        write_summary(snapshot.place)
+        show_results(snapshot.place)
     return index
 
 

@@ -8,6 +8,8 @@ FILES = {
     "result.json",
     "state.json",
     "stats.jsonl",
+    "stats.csv",
+    "health.jsonl",
     "metrics.jsonl",
     "checkpoints.jsonl",
     "evaluation.json",

@@ -19,7 +19,7 @@ from tensorboard.plugins.hparams import metadata
 from dinogen.metrics.value import MetricValue
 from dinogen.runs.files import read_stats
 from dinogen.runs.run import Run
-from dinogen.training.logging.tensorboard import write_summary
+from dinogen.training.logging.sinks.tensorboard import write_summary
 from dinogen.training.run import train
 from tests.browser import open_browser
 

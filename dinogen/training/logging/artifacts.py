@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dinogen.distributed import process_group
@@ -19,17 +18,16 @@ from dinogen.report.curves import plot_loss_curve
 from dinogen.report.images import save_grid
 from dinogen.runs.layout import file_mark
 from dinogen.training.checkpointing.checkpoint import versions
-from dinogen.training.logging.tensorboard import write_summary
+from dinogen.training.logging.sinks.tensorboard import write_summary
 from dinogen.training.state import StageState
 
 log = logging.getLogger(__name__)
 
 
-def save_samples(images: Tensor, path: Path) -> np.ndarray:
-    """Write a grid of samples (N, 3, R, R) in [-1, 1]; returns it as (H, W, 3) uint8."""
+def save_samples(images: Tensor, path: Path) -> None:
+    """Write a grid of samples (N, 3, R, R) in [-1, 1]."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_grid(images.numpy(), path)
-    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a stage logs: stats.jsonl and TensorBoard, all against nimg."""
+"""What a stage logs: stats.jsonl, health.jsonl and live sinks, all against nimg."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from dinogen.batch import Scalars
 from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.files import next_free, write_bytes
 from dinogen.runs.files import line_nimg, read_raw
-from dinogen.runs.layout import STATS, TENSORBOARD
-from dinogen.training.logging.tensorboard import Layout
+from dinogen.runs.run import Stage
+from dinogen.training.logging.sinks.base import Charts, Event, LiveSink
+from dinogen.training.logging.sinks.registry import live_sinks
 from dinogen.transfer import to_device
 
 
@@ -31,13 +30,13 @@ class Logger:
     a run that was interrupted between two lines writes the same next line.
 
     Args:
-        folder: of the stage; None on ranks that do not write.
+        place: the stage; None on ranks that do not write.
         stage: resolution, part of each line.
         device: where the sums are kept.
     """
 
-    def __init__(self, folder: Path | None, stage: int, device: torch.device) -> None:
-        self.folder = folder
+    def __init__(self, place: Stage | None, stage: int, device: torch.device) -> None:
+        self.place = place
         self.stage = stage
         self.device = device
         # Apple's GPUs know no double precision
@@ -46,15 +45,15 @@ class Logger:
         self.numbers: dict[str, float] = {}
         self.weights: dict[str, float] = {}
         self.resumed: dict[str, float] = {}
-        self.writer: SummaryWriter | None = None
+        self.sinks: dict[str, LiveSink] = {}
 
-    def start(self, nimg: int, state: dict[str, Any] | None, layout: Layout) -> None:
+    def start(self, nimg: int, state: dict[str, Any] | None, charts: Charts) -> None:
         """Open the files at ``nimg``; what was written past it is dropped.
 
         Args:
             nimg: where the run starts or resumes.
             state: what :meth:`state` gave, or None.
-            layout: charts that TensorBoard shows in the tab Custom Scalars.
+            charts: what TensorBoard shows in the tab Custom Scalars.
         """
         if state is not None:
             # Every rank has every name, as all of them are summed; the values count once.
@@ -63,11 +62,14 @@ class Logger:
                 name: _number(value) if main else 0.0 for name, value in state["sums"].items()
             }
             self.weights = {name: main * value for name, value in state["weights"].items()}
-        if self.folder is None:
+        if self.place is None:
             return
-        cut_lines(self.folder / STATS, nimg)
-        self.writer = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=nimg + 1)
-        self.writer.add_custom_scalars(layout)
+        self.place.folder.mkdir(parents=True, exist_ok=True)
+        cut_lines(self.place.stats_file, nimg)
+        cut_lines(self.place.health_file, nimg)
+        place = self.place
+        self.sinks = live_sinks(place.run)
+        self._each(lambda sink: sink.start(place, nimg, charts))
 
     def add(self, group: str, values: Scalars, weight: float) -> None:
         """Add a microbatch's means, all of them in one go.
@@ -128,42 +130,57 @@ class Logger:
         return dict(zip(names, totals, strict=True)), dict(zip(names, shares, strict=True))
 
     def write(self, nimg: int, values: dict[str, float | None]) -> None:
-        """One line to stats.jsonl and the same numbers to TensorBoard; rank 0 only writes."""
-        if self.folder is None or self.writer is None:
+        """One line to stats.jsonl and the same numbers to the sinks; rank 0 only writes."""
+        if self.place is None:
             return
         line = {"nimg": nimg, "stage": self.stage} | {
             name: _json_number(value) for name, value in values.items()
         }
-        with (self.folder / STATS).open("a", encoding="utf-8") as file:
+        with self.place.stats_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        for name, value in values.items():
-            if value is not None:
-                self.writer.add_scalar(name, value, nimg)
+        self._show(Event(nimg, self.stage, values))
 
-    def write_text(self, tag: str, text: str, nimg: int) -> None:
-        """A note, such as a warning, to TensorBoard."""
-        if self.writer is not None:
-            self.writer.add_text(tag, text, nimg)
+    def write_health(self, nimg: int, status: str, warnings: list[str]) -> None:
+        """A change of the health status, with what was found, to health.jsonl and the sinks."""
+        if self.place is None:
+            return
+        line = {"nimg": nimg, "stage": self.stage, "status": status, "warnings": warnings}
+        append_line(self.place.health_file, line)
+        self._show(Event(nimg, self.stage, health=status, warnings=tuple(warnings)))
 
-    def write_image(self, tag: str, image: np.ndarray, nimg: int) -> None:
-        """An image (H, W, 3) uint8 to TensorBoard."""
-        if self.writer is not None:
-            self.writer.add_image(tag, image, nimg, dataformats="HWC")
+    def write_images(self, nimg: int, images: Mapping[str, Path]) -> None:
+        """Images, as PNG files by name, to the sinks."""
+        self._show(Event(nimg, self.stage, images=images))
 
     def sync(self) -> None:
         """Bring what was written to disk; done before each checkpoint."""
-        if self.folder is None or self.writer is None:
+        if self.place is None:
             return
-        self.writer.flush()
-        path = self.folder / STATS
+        self._each(lambda sink: sink.flush())
+        path = self.place.stats_file
         if path.exists():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
         """Close the files."""
-        if self.writer is not None:
-            self.writer.close()
+        self._each(lambda sink: sink.close("done"))
+
+    def _show(self, event: Event) -> None:
+        self._each(lambda sink: sink.write(event))
+
+    def _each(self, act: Callable[[LiveSink], None]) -> None:
+        """Do something with every sink; one that cannot be written is left out from then on."""
+        for name, sink in list(self.sinks.items()):
+            try:
+                act(sink)
+            except OSError as error:
+                del self.sinks[name]
+                log.warning(
+                    "logging: %s CANNOT BE WRITTEN, and lacks what follows: %s; training goes on",
+                    name,
+                    error,
+                )
 
 
 class _Group:

@@ -1,8 +1,7 @@
-"""What TensorBoard shows besides curves: a chart layout, hyperparameters, final values, images."""
+"""TensorBoard: curves, images, a chart layout, and the results of a finished stage."""
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -19,26 +18,44 @@ from dinogen.families.abilities import MeasuresHeldOut, Probes
 from dinogen.families.base import Family
 from dinogen.files import write_bytes
 from dinogen.runs.run import Stage
-from dinogen.runs.values import finite
+from dinogen.training.logging.sinks.base import Charts, Event, LiveSink
+from dinogen.training.logging.sinks.summary import final_values, hyperparameters
 
 log = logging.getLogger(__name__)
 
 # folder of the stage's results within its TensorBoard folder
 FINAL = "final"
-FINAL_VALUES = (
-    "loss",
-    "loss_over_floor",
-    "diversity",
-    "best",
-    "images_per_s",
-    "seconds",
-    "peak_memory_mb",
-    "num_parameters",
-)
-Layout = dict[str, dict[str, list[Any]]]
 
 
-def chart_layout(family: Family, config: Config) -> Layout:
+class TensorboardSink(LiveSink):
+    """Curves, sample grids and warnings in ``RUN/RxR/tb``."""
+
+    def start(self, stage: Stage, nimg: int, charts: Charts) -> None:
+        """See :class:`LiveSink`; ``charts`` are those of the tab Custom Scalars."""
+        self.writer = SummaryWriter(str(stage.tensorboard_folder), purge_step=nimg + 1)
+        self.writer.add_custom_scalars(charts)
+
+    def write(self, event: Event) -> None:
+        """See :class:`Sink`."""
+        for name, value in event.values.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, event.nimg)
+        for name, path in event.images.items():
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            self.writer.add_image(name, pixels, event.nimg, dataformats="HWC")
+        for warning in event.warnings:
+            self.writer.add_text("warnings", warning, event.nimg)
+
+    def flush(self) -> None:
+        """See :class:`LiveSink`."""
+        self.writer.flush()
+
+    def close(self, status: str) -> None:
+        """See :class:`Sink`."""
+        self.writer.close()
+
+
+def chart_layout(family: Family, config: Config) -> Charts:
     """Charts for the tab Custom Scalars, which begins with what tells whether a run is well.
 
     Args:
@@ -83,7 +100,7 @@ def write_summary(stage: Stage) -> None:
     The tab HParams shows hyperparameters and final metric values, which were measured in training
     or by ``dinogen evaluate`` and are also scalars ``final/NAME``. They are a run of their own,
     ``tb/final``, whose scalars are the columns of the table; each call writes it again. Nothing is
-    written for an unfinished stage.
+    written for an unfinished stage, nor where ``logging`` leaves out TensorBoard.
 
     Args:
         stage: where it lies; its run's config says what was chosen.
@@ -92,17 +109,17 @@ def write_summary(stage: Stage) -> None:
         OSError: the file cannot be written.
     """
     result = stage.result
-    if result is None or "nimg" not in result:
+    if result is None or "nimg" not in result or "tensorboard" not in stage.run.config.sinks:
         return
     final = stage.tensorboard_folder / FINAL
     with tempfile.TemporaryDirectory() as place:
         with SummaryWriter(place) as writer:
             # Without the summary of the experiment TensorBoard makes the table's columns of all
             # runs there are; with it, of the first one's alone.
-            _, start, end = hparams(_hyperparameters(stage, result), {})
+            _, start, end = hparams(hyperparameters(stage, result), {})
             writer.file_writer.add_summary(start)
             writer.file_writer.add_summary(end)
-            for name, (value, nimg) in _final_values(stage, result).items():
+            for name, (value, nimg) in final_values(stage, result).items():
                 writer.add_scalar(f"final/{name}", value, nimg)
             for name, path, nimg in _images(stage, result):
                 try:
@@ -117,53 +134,6 @@ def write_summary(stage: Stage) -> None:
     for path in older:
         if path.name != made.name:
             path.unlink()
-
-
-def _hyperparameters(stage: Stage, result: dict[str, Any]) -> dict[str, str | float]:
-    """Hyperparameters by dotted name; those that do not apply are left out."""
-    whole = stage.run.config.model_dump(mode="json")
-    chosen = {name: whole[name] for name in ("seed", "family", "optim", "ema")}
-    chosen |= {
-        "augment": {name: value for name, value in whole["augment"].items() if value},
-        "stage": stage.config.model_dump(mode="json"),
-        "guide": result.get("guide_label"),
-        "precision": result.get("precision"),
-        "world_size": result.get("world_size"),
-    }
-    return dict(_flat("", chosen))
-
-
-def _flat(name: str, value: Any) -> Iterator[tuple[str, str | float]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(f"{name}.{key}" if name else key, inner)
-    elif isinstance(value, (bool, list)):
-        yield name, json.dumps(value)
-    elif value is not None:
-        yield name, value
-
-
-def _final_values(stage: Stage, result: dict[str, Any]) -> dict[str, tuple[float, int]]:
-    """Final metric values, each with the images seen when it was measured; the newest counts.
-
-    Evaluations of earlier checkpoints are left out.
-    """
-    trained = result["nimg"]
-    found: dict[str, tuple[Any, int]] = {name: (result.get(name), trained) for name in FINAL_VALUES}
-    for line in stage.metrics:
-        for name, metric in line["metrics"].items():
-            found[name] = metric["value"], line["nimg"]
-    evaluation = stage.evaluation or {}
-    if evaluation.get("nimg") == trained:
-        values = dict(evaluation.get("metrics") or {})
-        measured = evaluation.get("measured") or {}
-        values |= {name: one["value"] for name, one in measured.items()}
-        found |= {name: (value, trained) for name, value in values.items()}
-    return {
-        name: (value, nimg)
-        for name, (given, nimg) in found.items()
-        if (value := finite(given)) is not None
-    }
 
 
 def _images(stage: Stage, result: dict[str, Any]) -> Iterator[tuple[str, Path, int]]:
