@@ -212,11 +212,11 @@ def load_transformer(
         normalisation = read_normalisation(found.folder, config, kind.usual)
         weights = hash_with_normalisation(found.folder, config, normalisation)
     model = found.model
-    guide.prepare(model)
     widths = guide.widths(model.config)
     numbers = resolve_layers(len(widths), layers_of(config))
     blocks, _ = guide.parts(model)
     del blocks[max(numbers) :]
+    guide.prepare(model)
     channels = [widths[number - 1] for number in numbers]
     info = describe(config, kind.name, found, weights, numbers, channels)
     side = _square(guide.pixels_per_location(model.config, numbers), config)
