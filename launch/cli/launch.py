@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launch.request import Request
+    from launch.study.outcome import Outcome
     from launch.study.plan import Choice, Study
-    from launch.study.run import Outcome
     from launch.study.status import State
 
 # Where runs can be started, and the options that belong to one of them only.
@@ -295,7 +295,8 @@ def plan(file: Plan) -> None:
     from launch.check import why_refused
     from launch.cli.console import Line, print_lines
     from launch.study.cost import cost_of, duration, speed_words
-    from launch.study.plan import check_study, is_trained, lacking
+    from launch.study.plan import check_study
+    from launch.study.runs import is_trained, lacking
     from launch.study.status import study_states
 
     study = _open(file)
@@ -420,7 +421,7 @@ def _finish(study: Study, outcomes: list[Outcome], report: bool = True) -> None:
     from dinogen.errors import EXIT_STOPPED
     from dinogen.runs.run import Run
     from launch.cli.console import Line, print_lines
-    from launch.study.run import exit_code
+    from launch.study.outcome import exit_code
 
     lines = (Line((one.run.id, one.what), good=one.good) for one in outcomes)
     print_lines(str(study.path), ("run", "outcome"), lines)

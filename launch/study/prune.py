@@ -62,9 +62,7 @@ def _median(
 ) -> str | None:
     now = trial.reports[-1]
     done = [one for one in others if one.state == "done"]
-    values = [
-        report.value for one in done for report in one.reports if report.step == now.step
-    ]
+    values = [report.value for one in done for report in one.reports if report.step == now.step]
     if len(done) < prune.min_trials or not values:
         return None
     sign = -1 if better == "higher" else 1

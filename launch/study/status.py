@@ -11,17 +11,9 @@ from dinogen.report.compare import write_comparison
 from dinogen.report.compare.read import is_run
 from launch.slurm.jobs import ACTIVE, has_slurm, read_jobs
 from launch.slurm.status import Row, job_rows
-from launch.study.plan import (
-    Choice,
-    Study,
-    StudyRun,
-    changed,
-    is_trained,
-    lacking,
-    present_runs,
-    steps_left,
-)
-from launch.study.run import is_done, jobless
+from launch.study.outcome import is_done, jobless
+from launch.study.plan import Choice, Study, changed, present_runs
+from launch.study.runs import StudyRun, is_trained, lacking, steps_left
 from launch.study.state import JOBS, Record, is_locked, read_record
 
 

@@ -6,12 +6,16 @@ import hashlib
 import json
 import logging
 import re
+import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dinogen.config.search import ParameterConfig, SearchConfig
 from dinogen.errors import ConfigError, UserError
+from dinogen.files import write_json
+from dinogen.runs.files import read_object
 from launch.study.trials import Report, Trial, Trials, check_same, points
 
 try:
@@ -208,19 +212,21 @@ class StoredTrials(Trials):
 
     Args:
         id, search, metric, better: as :class:`Trials`.
-        folder: names this machine's part: the folder of the study, with the host.
+        mark: file that tells the trials of this study's folder from those of others.
         where: the plan and key, named in errors.
 
     Raises:
         UserError: the storage is not reachable, or is of another search.
     """
 
+    retries = False  # Optuna changes no trial that has ended
+
     def __init__(
-        self, id: str, search: SearchConfig, metric: str, better: str, folder: str, where: str
+        self, id: str, search: SearchConfig, metric: str, better: str, mark: Path, where: str
     ) -> None:
         super().__init__(id, search, metric, better)
         assert search.storage is not None
-        self.folder = folder
+        self._mark = mark
         shown = re.sub(r"//[^/@]*@", "//...@", search.storage)  # no password in a message
         try:
             self._study = optuna.create_study(
@@ -258,7 +264,9 @@ class StoredTrials(Trials):
         if asked.number >= self.search.num:  # another machine was faster
             self._study.tell(asked, state=TrialState.FAIL)
             return None
-        asked.set_user_attr("folder", self.folder)
+        if self._folder is None:
+            write_json(self._mark, {"folder": secrets.token_hex(8)})
+        asked.set_user_attr("folder", self._folder)
         return Trial(asked.number, _chosen(self.search, asked.params))
 
     def report(self, trial: Trial, report: Report, why: str | None) -> None:
@@ -277,9 +285,13 @@ class StoredTrials(Trials):
         known.set_user_attr("why", trial.why)
         known.set_user_attr("fingerprint", trial.fingerprint)
         value = trial.value if trial.state == "done" else None
-        self._study.tell(
-            trial.number, value, state=_STATES[trial.state], skip_if_finished=True
-        )
+        self._study.tell(trial.number, value, state=_STATES[trial.state], skip_if_finished=True)
+
+    @property
+    def _folder(self) -> str | None:
+        """Names the study's folder, wherever it is mounted; None before its first trial."""
+        folder = (read_object(self._mark).value or {}).get("folder")
+        return None if folder is None else str(folder)
 
     def _known(self, trial: Trial) -> optuna.Trial:
         frozen = self._study.get_trials(deepcopy=False)[trial.number]
@@ -287,7 +299,7 @@ class StoredTrials(Trials):
 
     def _trial(self, frozen: FrozenTrial) -> Trial:
         names = {state: name for name, state in _STATES.items()}
-        attributes = frozen.user_attrs
+        attributes, here = frozen.user_attrs, self._folder
         reports = [
             Report(step, attributes.get(f"nimg-{step}", 0), value)
             for step, value in sorted(frozen.intermediate_values.items())
@@ -300,7 +312,7 @@ class StoredTrials(Trials):
             attributes.get("fingerprint"),
             attributes.get("why", ""),
             reports,
-            elsewhere=attributes.get("folder") != self.folder,
+            elsewhere=here is None or attributes.get("folder") != here,
         )
 
 

@@ -142,7 +142,12 @@ class Trials(ABC):
         search: the section of the plan.
         metric: the study's.
         better: which way it is better.
+
+    Attributes:
+        retries: whether a trial that has failed can be tried again.
     """
+
+    retries = True
 
     def __init__(self, id: str, search: SearchConfig, metric: str, better: str) -> None:
         self.id, self.search, self.metric, self.better = id, search, metric, better
@@ -181,9 +186,7 @@ class FolderTrials(Trials):
         UserError: the file cannot be read, or is of another search.
     """
 
-    def __init__(
-        self, id: str, search: SearchConfig, metric: str, better: str, path: Path
-    ) -> None:
+    def __init__(self, id: str, search: SearchConfig, metric: str, better: str, path: Path) -> None:
         super().__init__(id, search, metric, better)
         self.path = path
         self._trials = self._read()

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from dinogen.config import ConfigError
 from launch.cli.main import app
 from launch.study.cost import cost_of, duration
-from launch.study.plan import open_study, steps_left
+from launch.study.plan import open_study
+from launch.study.runs import steps_left
 from tests.families.tiny import pack_discs
 from tests.launch.studies import Player, write, write_study
 from tests.launch.study_words import rows
