@@ -1,4 +1,4 @@
-"""The section ``search:`` of a study: parameters, how values are chosen, what ends a trial early."""
+"""The section ``search:`` of a study: parameters, how values are chosen, which trials end early."""
 
 from __future__ import annotations
 

@@ -55,6 +55,9 @@ class Cost:
     why: str
 
 
+NOTHING_LEFT = Cost(0, 0.0, 0.0, (), "")
+
+
 def cost_of(run: StudyRun, others: Sequence[StudyRun]) -> Cost:
     """The training that is left of a run: the images left of each stage over its measured speed.
 

@@ -54,6 +54,7 @@ class StudyRun:
 
 
 def track_runs(path: Path, plan: StudyConfig, track: str, entry: EntryConfig) -> list[StudyRun]:
+    """The runs of a config of a track, one for each seed."""
     changes = [*plan.overrides, *plan.tracks[track].overrides, *entry.overrides]
     return [
         _run(path, plan, track, f"{entry.label}-seed{seed}", entry, changes, seed)
@@ -71,6 +72,7 @@ def track_run(
 
 
 def final_runs(path: Path, plan: StudyConfig, track: str, entry: EntryConfig) -> list[StudyRun]:
+    """The runs of a config in the final, one for each seed."""
     final = plan.final
     assert final is not None
     changes = [*plan.overrides, *plan.tracks[track].overrides, *entry.overrides]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from dinogen.config import ConfigError
 from dinogen.config.study import EntryConfig, StudyConfig
 from dinogen.errors import UserError
+from dinogen.runs.run import Run
 from launch.study.prune import reports_of, why_pruned
 from launch.study.runs import StudyRun, steps_left, track_run
 from launch.study.trials import FolderTrials, Trial, Trials
@@ -65,7 +67,7 @@ class Search:
         prune, config = self.settings.prune, self.config_run.config
         metric = (prune.metric if prune else None) or self.metric
         better = better_of(metric, f"{self._path}: search.prune.metric")
-        if prune is None or prune.method == "none":
+        if prune is None or not self.prunes:
             return better
         measured = config.eval
         if metric not in measured.generated or not (measured.every_kimg or measured.every_epochs):
@@ -132,10 +134,18 @@ class Search:
         trial = self.trials.ask()
         return None if trial is None else self._run(trial)
 
+    @property
+    def prunes(self) -> bool:
+        """Whether trials may be stopped early."""
+        return self.settings.prune is not None and self.settings.prune.method != "none"
+
     def watch(self, run: StudyRun) -> str | None:
         """Read what was measured while a trial trained; why it is pruned, None if it is not."""
-        prune, trial = self.settings.prune, self.trial_of(run)
-        if prune is None or prune.method == "none" or trial.state == "done":
+        prune = self.settings.prune
+        if prune is None or not self.prunes:
+            return None
+        trial = self.trial_of(run)
+        if trial.state == "done":
             return None
         metric = prune.metric or self.metric
         last = trial.reports[-1].step if trial.reports else 0
@@ -176,6 +186,34 @@ class Search:
         return trial.ended or (trial.state == "failed" and not self.trials.retries)
 
     @property
+    def ranked(self) -> list[Trial]:
+        """The trials, best first; those without a value at the end, by number."""
+        sign = -1 if self.trials.better == "higher" else 1
+
+        def key(trial: Trial) -> tuple[float, int]:
+            return (math.inf if trial.value is None else sign * trial.value, trial.number)
+
+        return sorted(self.trials.all(), key=key)
+
+    def best_runs(self, num: int) -> list[StudyRun]:
+        """The best trials of this machine that have begun."""
+        here = [one for one in self.ranked if not one.elsewhere and self.has_begun(one)]
+        return [self._run(one) for one in here[:num]]
+
+    def has_begun(self, trial: Trial) -> bool:
+        """Whether a trial's run has begun, as far as this machine knows."""
+        return trial.elsewhere or Run(self._run(trial).folder).has_config
+
+    @property
+    def importances(self) -> dict[str, float]:
+        """How much each parameter matters, largest first; nothing without optuna."""
+        try:
+            from launch.study.stored import importances
+        except UserError:
+            return {}
+        return importances(self.settings, self.trials.better, self.trials.all())
+
+    @property
     def known(self) -> bool:
         """Whether there are all trials, and those of other machines have ended."""
         others = [one for one in self.trials.all() if one.elsewhere]
@@ -211,17 +249,17 @@ class Search:
         return ", ".join(words)
 
 
-def _open_trials(path: Path, plan: StudyConfig, id: str) -> Trials:
+def _open_trials(path: Path, plan: StudyConfig, name: str) -> Trials:
     search = plan.search
     assert search is not None
     if search.learns or search.storage is not None:
         from launch.study.stored import StoredTrials  # also tells if optuna is missing
 
-    file, better = plan.folder / f"{id}-trials.json", better_of(plan.metric, f"{path}: metric")
+    file, better = plan.folder / f"{name}-trials.json", better_of(plan.metric, f"{path}: metric")
     if search.storage is None:
-        return FolderTrials(id, search, plan.metric, better, file)
+        return FolderTrials(search, plan.metric, better, file)
     where = f"{path}: search.storage"
-    return StoredTrials(id, search, plan.metric, better, file, where)
+    return StoredTrials(name, search, plan.metric, better, file, where)
 
 
 def better_of(metric: str, where: str) -> str:

@@ -27,6 +27,7 @@ try:
         IntDistribution,
     )
     from optuna.samplers import BaseSampler, GPSampler, TPESampler
+    from optuna.study import StudyDirection
     from optuna.trial import FrozenTrial, TrialState
 except ImportError as error:
     raise UserError(
@@ -157,8 +158,8 @@ def sampler(search: SearchConfig) -> BaseSampler:
     return _Numbered(make)
 
 
-def _direction(better: str) -> str:
-    return "maximize" if better == "higher" else "minimize"
+def _direction(better: str) -> StudyDirection:
+    return StudyDirection.MAXIMIZE if better == "higher" else StudyDirection.MINIMIZE
 
 
 def in_memory(search: SearchConfig, better: str, trials: Sequence[Trial]) -> optuna.Study:
@@ -211,7 +212,8 @@ class StoredTrials(Trials):
     """Trials in a storage of Optuna; machines that share it make the trials together.
 
     Args:
-        id, search, metric, better: as :class:`Trials`.
+        name: of the study in the storage.
+        search, metric, better: as :class:`Trials`.
         mark: file that tells the trials of this study's folder from those of others.
         where: the plan and key, named in errors.
 
@@ -222,16 +224,16 @@ class StoredTrials(Trials):
     retries = False  # Optuna changes no trial that has ended
 
     def __init__(
-        self, id: str, search: SearchConfig, metric: str, better: str, mark: Path, where: str
+        self, name: str, search: SearchConfig, metric: str, better: str, mark: Path, where: str
     ) -> None:
-        super().__init__(id, search, metric, better)
+        super().__init__(search, metric, better)
         assert search.storage is not None
         self._mark = mark
         shown = re.sub(r"//[^/@]*@", "//...@", search.storage)  # no password in a message
         try:
             self._study = optuna.create_study(
                 storage=_storage(search.storage),
-                study_name=id,
+                study_name=name,
                 direction=_direction(better),
                 sampler=sampler(search),
                 load_if_exists=True,

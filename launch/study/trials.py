@@ -1,4 +1,4 @@
-"""The trials of a search: their values, and what became of each, in a file of the study's folder."""
+"""The trials of a search: their values and what became of them, in a file of the study."""
 
 from __future__ import annotations
 
@@ -138,7 +138,6 @@ class Trials(ABC):
     """The trials of one config.
 
     Args:
-        id: of the search, ``TRACK/NAME``.
         search: the section of the plan.
         metric: the study's.
         better: which way it is better.
@@ -149,8 +148,8 @@ class Trials(ABC):
 
     retries = True
 
-    def __init__(self, id: str, search: SearchConfig, metric: str, better: str) -> None:
-        self.id, self.search, self.metric, self.better = id, search, metric, better
+    def __init__(self, search: SearchConfig, metric: str, better: str) -> None:
+        self.search, self.metric, self.better = search, metric, better
 
     @property
     def what(self) -> dict[str, Any]:
@@ -179,15 +178,15 @@ class FolderTrials(Trials):
     """Trials in a JSON file; one process at a time changes it, under the lock of the study.
 
     Args:
-        id, search, metric, better: as :class:`Trials`.
+        search, metric, better: as :class:`Trials`.
         path: the file.
 
     Raises:
         UserError: the file cannot be read, or is of another search.
     """
 
-    def __init__(self, id: str, search: SearchConfig, metric: str, better: str, path: Path) -> None:
-        super().__init__(id, search, metric, better)
+    def __init__(self, search: SearchConfig, metric: str, better: str, path: Path) -> None:
+        super().__init__(search, metric, better)
         self.path = path
         self._trials = self._read()
         if not search.learns:
