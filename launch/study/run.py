@@ -224,7 +224,8 @@ class LocalStudy(StudyRunner):
         assert self._process is not None
         asked = False
         while self._process.poll() is None:
-            if not asked and search.watch(run) is not None:
+            if not asked and (why := search.watch(run)) is not None:
+                log.info("%s: pruned: %s: it saves and stops", run.id, why)
                 asked = True
                 self._process.terminate()
             time.sleep(_POLL)

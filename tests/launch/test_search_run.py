@@ -151,6 +151,38 @@ def test_a_trial_that_is_worse_than_the_median_is_pruned(played_study, tmp_path)
     assert study("run", path).exit_code == 0 and player.done == []
 
 
+def test_a_running_trial_is_asked_to_stop_and_the_study_goes_on(played_study, monkeypatch):
+    prune = {"method": "successive_halving", "min_trials": 1}
+    path, player = played_study(GRID | {"prune": prune}, overrides=MEASURED)
+    player.curves = {TRIALS[0]: [1, 1, 1], TRIALS[1]: [2, 2, 2]}
+    stopped = []
+
+    class Training(Player.Process):
+        """Trial 1 trains until it is asked to stop."""
+
+        def poll(self):
+            return self.code
+
+        def terminate(self):
+            stopped.append(player.done[-1])
+            (player.folder / TRIALS[1] / "16x16" / "result.json").unlink()
+            self.code = 75
+
+    def start(command, env, log):
+        process = player.start(command, env, log)
+        return Training(None) if player.done[-1] == f"{TRIALS[1]} train" else process
+
+    monkeypatch.setattr(study_run, "start", start)
+    monkeypatch.setattr(study_run, "_POLL", 0.01)
+    result = study("run", path)
+    assert result.exit_code == 0, result.output
+    assert stopped == [f"{TRIALS[1]} train"]
+    told = f"pruned: after 0.5 kimg its {METRIC} was 2, not among the best 1 of 2 trials"
+    assert rows(result)[TRIALS[1]] == [told]
+    assert f"{TRIALS[3]} look" in player.done
+    assert rows(study("status", path))[TRIALS[1]][0] == "pruned"
+
+
 def test_the_plan_says_what_the_trials_will_cost(played_study):
     pytest.importorskip("optuna")
     search = {
