@@ -235,7 +235,7 @@ def test_the_study_of_the_repository_is_whole(monkeypatch):
         assert sum(stage.epochs for stage in run.config.stages) == pytest.approx(200)
         assert run.config.stages[-1].resolution == 64
     page = (ROOT / "docs" / "study.md").read_text()
-    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    text = re.findall(r"```yaml\n(.*?)```", page, re.S)[0]
     assert set(yaml.safe_load(text)) == set(type(opened.plan).model_fields)
 
 
