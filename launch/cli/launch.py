@@ -320,11 +320,11 @@ def plan(file: Plan) -> None:
     print_lines(str(file), ("run", "state", "images left", "time", "measured"), lines)
     for search in study.searches:
         # what a trial costs whose values are not known yet
-        if search.num_open:
+        if search.trials.num_left:
             cost = cost_of(search.config_run, runs)
-            costs += [cost] * search.num_open
+            costs += [cost] * search.trials.num_left
             time = "unknown" if cost.seconds is None else duration(cost.seconds)
-            typer.echo(f"{search.id}: {search.num_open} more trials, {time} each")
+            typer.echo(f"{search.id}: {search.trials.num_left} more trials, {time} each")
     known = [cost for cost in costs if cost.seconds is not None]
     total = sum(cost.seconds or 0.0 for cost in known)
     shared = [cost.processor_s for cost in known if cost.seconds]

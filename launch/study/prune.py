@@ -71,8 +71,8 @@ def _median(
     if best <= middle:
         return None
     return (
-        f"after {now.nimg / 1000:.4g} kimg its best {metric} was {sign * best:.4g}, and the median "
-        f"of {len(values)} trials {sign * middle:.4g}"
+        f"after {now.nimg / 1000:.4g} kimg its best {metric} was {sign * best:.5g}, and the median "
+        f"of {len(values)} trials {sign * middle:.5g}"
     )
 
 
@@ -97,7 +97,7 @@ def _halving(
         num_kept = max(1, len(ranked) // prune.factor)
         if sign * now.value > ranked[num_kept - 1]:
             return (
-                f"after {now.nimg / 1000:.4g} kimg its {metric} was {now.value:.4g}, not among the "
+                f"after {now.nimg / 1000:.4g} kimg its {metric} was {now.value:.5g}, not among the "
                 f"best {num_kept} of {len(ranked)} trials"
             )
     return None

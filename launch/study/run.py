@@ -222,12 +222,18 @@ class LocalStudy(StudyRunner):
         if search is None or step != "train":
             return False
         assert self._process is not None
-        asked = False
+        asked, known = False, True
         while self._process.poll() is None:
-            if not asked and (why := search.watch(run)) is not None:
-                log.info("%s: pruned: %s: it saves and stops", run.id, why)
-                asked = True
-                self._process.terminate()
+            try:
+                if not asked and (why := search.watch(run)) is not None:
+                    log.info("%s: pruned: %s: it saves and stops", run.id, why)
+                    asked = True
+                    self._process.terminate()
+                known = True
+            except UserError as error:
+                if known:
+                    log.warning("%s: %s", run.id, error)  # the storage may answer again
+                known = False
             time.sleep(_POLL)
         # it may have trained further than the point that decides
         return search.watch(run) is not None
@@ -381,7 +387,10 @@ class SlurmStudy(StudyRunner):
             if search is not None and self.study.is_pruned(run):
                 self._prune(run, search)
                 continue
-            if search is not None and self._num_queued(search) >= search.settings.most_at_once:
+            if search is not None and (
+                self._is_hopeless(search)
+                or self._num_queued(search) >= search.settings.most_at_once
+            ):
                 continue
             # SLURM measures a run that is only trained, too: launch_slurm knows if that is done
             if self.metric is not None and not steps_left(run, self.metric):

@@ -42,7 +42,7 @@ class Search:
         assert plan.search is not None
         self.settings, self.track, self.metric = plan.search, track, plan.metric
         self._path, self._plan, self._entry = path, plan, entry
-        self._made: dict[str, StudyRun] = {}
+        self._made: dict[int, StudyRun] = {}
         self.id = f"{track}/{entry.label}"
         self.config_run = track_run(path, plan, track, entry, entry.label)
         self._check_parameters()
@@ -102,18 +102,12 @@ class Search:
         """The trials of this machine that are known by now."""
         return tuple(self._run(one) for one in self.trials.all() if not one.elsewhere)
 
-    @property
-    def num_open(self) -> int:
-        """Number of trials whose values are not known yet."""
-        return self.settings.num - len(self.trials.all())
-
     def _run(self, trial: Trial) -> StudyRun:
-        name = trial.name(self._entry.label)
-        if name not in self._made:
-            entry, path = self.entry_of(trial), self._path
-            made = track_run(path, self._plan, self.track, entry, name)
-            self._made[name] = replace(made, trial=trial.number)
-        return self._made[name]
+        if trial.number not in self._made:
+            entry = self.entry_of(trial)
+            made = track_run(self._path, self._plan, self.track, entry, entry.label)
+            self._made[trial.number] = replace(made, trial=trial.number)
+        return self._made[trial.number]
 
     def entry_of(self, trial: Trial) -> EntryConfig:
         """The config with the values of a trial."""
@@ -123,7 +117,7 @@ class Search:
 
     def owns(self, run: StudyRun) -> bool:
         """Whether a run is one of the trials."""
-        return any(one.id == run.id for one in self.runs)
+        return run.trial in self._made and self._made[run.trial].id == run.id
 
     def trial_of(self, run: StudyRun) -> Trial:
         """The trial that a run is of."""
@@ -217,7 +211,9 @@ class Search:
     def known(self) -> bool:
         """Whether there are all trials, and those of other machines have ended."""
         others = [one for one in self.trials.all() if one.elsewhere]
-        return not self.num_open and all(one.ended or one.state == "failed" for one in others)
+        return not self.trials.num_left and all(
+            one.ended or one.state == "failed" for one in others
+        )
 
     @property
     def elsewhere(self) -> list[tuple[str, dict[str, Any]]]:
@@ -238,7 +234,7 @@ class Search:
         trials = self.trials.all()
         words = (
             [f"{len(trials)} of {self.settings.num} trials known"]
-            if self.num_open
+            if self.trials.num_left
             else [f"{self.settings.num} trials"]
         )
         for state in ("done", "pruned", "failed"):

@@ -8,7 +8,8 @@ import logging
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,8 @@ class StoredTrials(Trials):
         assert search.storage is not None
         self._mark = mark
         shown = re.sub(r"//[^/@]*@", "//...@", search.storage)  # no password in a message
-        try:
+        self._where = f"{where}: {shown}"
+        with self._reached():
             self._study = optuna.create_study(
                 storage=_storage(search.storage),
                 study_name=name,
@@ -239,55 +241,72 @@ class StoredTrials(Trials):
                 load_if_exists=True,
             )
             attributes = self._study.user_attrs
-            is_new = not attributes and not self._study.get_trials(deepcopy=False)
-            if is_new:
+            if not attributes and not self._study.get_trials(deepcopy=False):
                 self._study.set_user_attr("search", self.what)
                 attributes = {"search": self.what}
-        except Exception as error:  # each kind of storage has its own
+        check_same(self.what, attributes.get("search"), self._where)
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Tell in one line that the storage does not answer; each kind has errors of its own."""
+        try:
+            yield
+        except Exception as error:
             words = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(
-                f"{where}: {shown} is not reachable: {words[0]}: is the address right, and its "
+                f"{self._where} is not reachable: {words[0]}: is the address right, and its "
                 "folder or server there?"
             ) from None
-        check_same(self.what, attributes.get("search"), f"{where}: {shown}")
 
     def all(self) -> list[Trial]:
         """See :class:`Trials`."""
-        found = self._study.get_trials(deepcopy=False)
-        return [self._trial(one) for one in found if one.number < self.search.num and one.params]
+        with self._reached():
+            found = self._study.get_trials(deepcopy=False)
+        # one that was killed while it was made belongs to none
+        owned = [one for one in found if one.user_attrs.get("folder") is not None]
+        return [self._trial(one) for one in owned if one.number < self.search.num]
+
+    @property
+    def num_left(self) -> int:
+        """See :class:`Trials`."""
+        with self._reached():
+            return max(0, self.search.num - len(self._study.get_trials(deepcopy=False)))
 
     def ask(self) -> Trial | None:
         """See :class:`Trials`."""
-        if len(self._study.get_trials(deepcopy=False)) >= self.search.num:
-            return None
-        asked = self._study.ask(
-            {key: distribution(one) for key, one in self.search.parameters.items()}
-        )
-        if asked.number >= self.search.num:  # another machine was faster
-            self._study.tell(asked, state=TrialState.FAIL)
+        if not self.num_left:
             return None
         if self._folder is None:
             write_json(self._mark, {"folder": secrets.token_hex(8)})
-        asked.set_user_attr("folder", self._folder)
+        with self._reached():
+            asked = self._study.ask(
+                {key: distribution(one) for key, one in self.search.parameters.items()}
+            )
+            if asked.number >= self.search.num:  # another machine was faster
+                self._study.tell(asked, state=TrialState.FAIL)
+                return None
+            asked.set_user_attr("folder", self._folder)
         return Trial(asked.number, _chosen(self.search, asked.params))
 
     def report(self, trial: Trial, report: Report, why: str | None) -> None:
         """See :class:`Trials`."""
         trial.reports.append(report)
-        known = self._known(trial)
-        known.report(report.value, report.step)
-        known.set_user_attr(f"nimg-{report.step}", report.nimg)
+        with self._reached():
+            known = self._known(trial)
+            known.report(report.value, report.step)
+            known.set_user_attr(f"nimg-{report.step}", report.nimg)
         if why is not None:
             trial.state, trial.why = "pruned", why
             self.end(trial)
 
     def end(self, trial: Trial) -> None:
         """See :class:`Trials`; what has ended in a storage stays as it is."""
-        known = self._known(trial)
-        known.set_user_attr("why", trial.why)
-        known.set_user_attr("fingerprint", trial.fingerprint)
-        value = trial.value if trial.state == "done" else None
-        self._study.tell(trial.number, value, state=_STATES[trial.state], skip_if_finished=True)
+        with self._reached():
+            known = self._known(trial)
+            known.set_user_attr("why", trial.why)
+            known.set_user_attr("fingerprint", trial.fingerprint)
+            value = trial.value if trial.state == "done" else None
+            self._study.tell(trial.number, value, state=_STATES[trial.state], skip_if_finished=True)
 
     @property
     def _folder(self) -> str | None:

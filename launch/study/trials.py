@@ -161,6 +161,11 @@ class Trials(ABC):
     def all(self) -> list[Trial]:
         """The trials that are known, by number."""
 
+    @property
+    @abstractmethod
+    def num_left(self) -> int:
+        """Number of trials that are not known yet."""
+
     @abstractmethod
     def ask(self) -> Trial | None:
         """A further trial; None if there are enough."""
@@ -199,9 +204,14 @@ class FolderTrials(Trials):
         """See :class:`Trials`."""
         return self._trials
 
+    @property
+    def num_left(self) -> int:
+        """See :class:`Trials`."""
+        return max(0, self.search.num - len(self._trials))
+
     def ask(self) -> Trial | None:
         """See :class:`Trials`."""
-        if len(self._trials) >= self.search.num:
+        if not self.num_left:
             return None
         from launch.study.stored import suggest
 

@@ -1,4 +1,4 @@
-"""The worked example of docs/study.md: it is the shipped plan, and its commands run in their order."""
+"""The worked example of docs/study.md: it is the shipped plan, and its commands run."""
 
 from __future__ import annotations
 

@@ -67,7 +67,9 @@ def weights(run):
 
     newest = Run(run).stage(16).checkpoints.folders[-1]
     files = sorted(newest.glob("*.safetensors"))
-    return newest.name, {f"{file.name} {k}": v for file in files for k, v in load_file(file).items()}
+    return newest.name, {
+        f"{file.name} {k}": v for file in files for k, v in load_file(file).items()
+    }
 
 
 @pytest.mark.timeout(600)

@@ -103,7 +103,7 @@ def test_two_machines_share_the_trials_of_a_storage(tmp_path, method):
     )
     asked = [trials.ask() for trials in (first, second, second, first, second, first)]
     assert [one.values for one in asked] == list(points(settings))
-    assert first.ask() is None and second.ask() is None
+    assert first.ask() is None and second.ask() is None and first.num_left == 0
     first.report(asked[0], Report(1, 100, 2.0), "worse than the others")
     finish(second, asked[1], 1.5)
     asked[3].state, asked[3].why = "failed", "no memory"
@@ -119,7 +119,7 @@ def test_a_storage_that_is_not_there_or_of_another_search(tmp_path):
         given = search(storage=address, **more)
         return StoredTrials("gan/a", given, "fid", "lower", tmp_path / "m", "plan: search.storage")
 
-    with pytest.raises(UserError, match="search.storage: .*not reachable.*unable to open"):
+    with pytest.raises(UserError, match=r"search.storage: .*not reachable.*unable to open"):
         opened(f"sqlite:///{tmp_path}/no/such/folder/x.db")
     with pytest.raises(UserError, match="not reachable") as error:
         opened("nosuchdatabase://me:secret@host/x")
@@ -135,10 +135,12 @@ def test_trials_of_another_search_in_the_folder(tmp_path):
     path = tmp_path / "trials.json"
     trials = FolderTrials(search(), "fid", "lower", path)
     finish(trials, trials.ask(), 1.0)
-    with pytest.raises(UserError, match=re.escape(f"metric: {path} holds trials of another search")):
+    with pytest.raises(
+        UserError, match=re.escape(f"metric: {path} holds trials of another search")
+    ):
         FolderTrials(search(), "kid", "lower", path)
     path.write_text("{")
-    with pytest.raises(UserError, match="cannot be read.*move it away"):
+    with pytest.raises(UserError, match=r"cannot be read.*move it away"):
         FolderTrials(search(), "fid", "lower", path)
 
 

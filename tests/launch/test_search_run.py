@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import yaml
@@ -259,7 +260,7 @@ def test_a_metric_without_weights_is_said_before_anything_starts(
 
 
 def test_a_search_that_has_changed_is_refused(played_study):
-    path, player = played_study()
+    path, _ = played_study()
     assert study("run", path).exit_code == 0
     plan = yaml.safe_load(path.read_text())
     plan["search"]["parameters"] = {"stages.0.lr": [1e-4, 9e-4]}
@@ -268,3 +269,44 @@ def test_a_search_that_has_changed_is_refused(played_study):
     assert result.exit_code == 1
     assert "search.parameters: " in str(result.exception)
     assert "holds trials of another search" in str(result.exception)
+
+
+def test_without_optuna_one_line_says_what_to_install(played_study, monkeypatch):
+    search = GRID | {"method": "tpe", "num_trials": 3}
+    path, player = played_study(search)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.delitem(sys.modules, "launch.study.stored", raising=False)
+    result = study("run", path)
+    assert result.exit_code == 1 and player.done == []
+    assert "need optuna" in str(result.exception)
+    assert "pip install 'dinogen[optuna]'" in str(result.exception)
+    # grid and random need no package, not even for the report
+    path, player = played_study()
+    assert study("run", path).exit_code == 0 and len(player.done) == 15
+
+
+def test_two_folders_share_a_storage(played_study, tmp_path):
+    pytest.importorskip("optuna")
+    path, player = played_study(GRID | {"storage": f"sqlite:///{tmp_path}/sweep.db"}, final={})
+    other = tmp_path / "other.yaml"
+    plan = yaml.safe_load(path.read_text())
+    other.write_text(yaml.safe_dump(plan | {"folder": str(tmp_path / "other")}))
+    theirs = open_study(other).searches[0]
+    run = theirs.ask()
+    assert run.id == TRIALS[0]
+    result = study("run", path)
+    assert result.exit_code == 0, result.output
+    # the final waits for the trial of the other machine
+    assert player.done[::3] == [f"{one} train" for one in ("gan/b-seed0", *TRIALS[1:])]
+    said = study("status", path).output
+    assert "gan/a: 4 trials, 3 done, 1 on other machines" in said
+    trial = theirs.trial_of(run)
+    trial.state, trial.value, trial.fingerprint = "done", 0.125, "abc"
+    theirs.trials.end(trial)
+    player.done.clear()
+    assert study("run", path).exit_code == 0
+    assert player.done == [
+        f"final/gan-a-000-lr0.0001-seed0 {step}" for step in ("train", "evaluate", "look")
+    ]
+    summary = (tmp_path / "study" / "report" / "study.md").read_text()
+    assert "| 0 | 0.0001 | 0.125 | done on another machine |  |" in summary
