@@ -360,11 +360,16 @@ def run(
     On SLURM each run is a chain of jobs. This command waits for them, because the final depends on
     their results; if you stop it, the jobs stay queued.
 
+    With search: in the plan, trials take the place of a config: grid, random or TPE. Bad ones are
+    stopped early, one that fails stops nothing, and the best can go into the final.
+
     The configs of a folder are only trained, each in the folder that its run: names.
 
     [bold]Examples[/bold]
 
       dinogen study run configs/study.yaml
+
+      dinogen study run configs/search_fast.yaml
 
       dinogen study run configs/study.yaml --on slurm
     """

@@ -248,12 +248,13 @@ class Search:
 def _open_trials(path: Path, plan: StudyConfig, name: str) -> Trials:
     search = plan.search
     assert search is not None
-    if search.learns or search.storage is not None:
-        from launch.study.stored import StoredTrials  # also tells if optuna is missing
-
     file, better = plan.folder / f"{name}-trials.json", better_of(plan.metric, f"{path}: metric")
-    if search.storage is None:
+    if search.storage is None and not search.learns:
         return FolderTrials(search, plan.metric, better, file)
+    from launch.study.stored import StoredTrials, suggest
+
+    if search.storage is None:
+        return FolderTrials(search, plan.metric, better, file, suggest)
     where = f"{path}: search.storage"
     return StoredTrials(name, search, plan.metric, better, file, where)
 

@@ -171,11 +171,11 @@ def trial_table(search: Search) -> list[str]:
     head = ["trial", *keys, search.metric, "state", "why"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for trial in search.ranked:
-        state = "to do" if trial.state == "begun" and not search.has_begun(trial) else trial.state
-        state += " on another machine" if trial.elsewhere else ""
+        word = "to do" if trial.state == "begun" and not search.has_begun(trial) else trial.state
+        word += " on another machine" if trial.elsewhere else ""
         value = "" if trial.value is None else f"{trial.value:.4g}"
         values = [as_yaml(trial.values.get(key)) for key in keys]
-        cells = [str(trial.number), *values, value, state, trial.why]
+        cells = [str(trial.number), *values, value, word, trial.why]
         lines.append("| " + " | ".join(one.replace("|", "\\|") for one in cells) + " |")
     if shares := search.importances:
         told = ", ".join(f"{key} {share:.0%}" for key, share in shares.items())

@@ -6,7 +6,7 @@ import itertools
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -134,6 +134,9 @@ def _all(search: SearchConfig) -> list[Any]:
     return list(search.parameters.values())
 
 
+Suggest = Callable[[SearchConfig, str, Sequence[Trial]], dict[str, Any]]
+
+
 class Trials(ABC):
     """The trials of one config.
 
@@ -185,14 +188,23 @@ class FolderTrials(Trials):
     Args:
         search, metric, better: as :class:`Trials`.
         path: the file.
+        suggest: values of the next trial, where they depend on those before.
 
     Raises:
         UserError: the file cannot be read, or is of another search.
     """
 
-    def __init__(self, search: SearchConfig, metric: str, better: str, path: Path) -> None:
+    def __init__(
+        self,
+        search: SearchConfig,
+        metric: str,
+        better: str,
+        path: Path,
+        suggest: Suggest | None = None,
+    ) -> None:
         super().__init__(search, metric, better)
         self.path = path
+        self._suggest = suggest
         self._trials = self._read()
         if not search.learns:
             known = {trial.number for trial in self._trials}
@@ -211,11 +223,10 @@ class FolderTrials(Trials):
 
     def ask(self) -> Trial | None:
         """See :class:`Trials`."""
-        if not self.num_left:
+        if not self.num_left or self._suggest is None:
             return None
-        from launch.study.stored import suggest
-
-        trial = Trial(len(self._trials), suggest(self.search, self.better, self._trials))
+        values = self._suggest(self.search, self.better, self._trials)
+        trial = Trial(len(self._trials), values)
         self._trials.append(trial)
         self._write()
         return trial

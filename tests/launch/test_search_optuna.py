@@ -18,7 +18,7 @@ optuna = pytest.importorskip("optuna")
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
-from launch.study.stored import StoredTrials, importances, seed_of  # noqa: E402
+from launch.study.stored import StoredTrials, importances, seed_of, suggest  # noqa: E402
 
 PARAMETERS = {
     "stages.0.lr": {"low": 1e-5, "high": 1e-1, "log": True},
@@ -63,11 +63,11 @@ def test_tpe_suggests_what_optuna_suggests_also_after_a_restart(tmp_path):
     settings = search()
     for number in range(30):
         # opened again for each trial, as after a kill
-        trials = FolderTrials(settings, "fid", "lower", tmp_path / "trials.json")
+        trials = FolderTrials(settings, "fid", "lower", tmp_path / "trials.json", suggest)
         trial = trials.ask()
         assert trial.number == number
         finish(trials, trial, objective(trial.values))
-    trials = FolderTrials(settings, "fid", "lower", tmp_path / "trials.json")
+    trials = FolderTrials(settings, "fid", "lower", tmp_path / "trials.json", suggest)
     assert trials.ask() is None
     expected = by_optuna_itself(settings, 30)
     assert [one.values for one in trials.all()] == expected
@@ -133,7 +133,7 @@ def test_a_storage_that_is_not_there_or_of_another_search(tmp_path):
 
 def test_trials_of_another_search_in_the_folder(tmp_path):
     path = tmp_path / "trials.json"
-    trials = FolderTrials(search(), "fid", "lower", path)
+    trials = FolderTrials(search(), "fid", "lower", path, suggest)
     finish(trials, trials.ask(), 1.0)
     with pytest.raises(
         UserError, match=re.escape(f"metric: {path} holds trials of another search")

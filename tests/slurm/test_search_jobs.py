@@ -1,4 +1,4 @@
-"""A search on the real mini Slurm: a trial is cancelled while it trains, the others are finished."""
+"""A search on the real mini Slurm: a trial is cancelled while it trains, and has saved."""
 
 from __future__ import annotations
 
