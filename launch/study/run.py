@@ -52,6 +52,7 @@ class StudyRunner(ABC):
         self.record: Record = read_record(study)
         self.outcomes: dict[str, Outcome] = {}
         self._failed: set[str] = set()
+        self._without_data: set[str] = set()
 
     def run(self) -> list[Outcome]:
         """Run it; returns the outcome of each run that is known by then.
@@ -96,6 +97,11 @@ class StudyRunner(ABC):
         """Whether the first trials have all failed, so that no further one is begun."""
         num = sum(search.owns(one.run) and not one.good for one in self.outcomes.values())
         return num >= min(_GIVE_UP_AFTER, search.settings.num) and not search.has_results
+
+    def _ask(self, search: Search) -> StudyRun | None:
+        """A further trial; None if there are enough, or it could not work either."""
+        stuck = any(run.id in self._without_data for run in search.runs)
+        return None if stuck or self._is_hopeless(search) else search.ask()
 
     def _fail_trial(self, run: StudyRun, why: str) -> None:
         if (search := self.study.search_of(run)) is not None:
@@ -146,7 +152,7 @@ class LocalStudy(StudyRunner):
                 self._failed.add(run.id)
                 self.outcomes[run.id] = Outcome(run, str(error), 1)
             outcome = self.outcomes[run.id]
-            if outcome.code not in (0, EXIT_STOPPED):
+            if outcome.code not in (0, EXIT_STOPPED) and run.id not in self._without_data:
                 self._fail_trial(run, outcome.what)
 
     def _next(self) -> StudyRun | None:
@@ -160,7 +166,7 @@ class LocalStudy(StudyRunner):
         if fresh:
             return fresh[0]
         for search in self.study.searches:
-            if not self._is_hopeless(search) and (run := search.ask()) is not None:
+            if (run := self._ask(search)) is not None:
                 return run
         return left[0] if left else None
 
@@ -168,6 +174,7 @@ class LocalStudy(StudyRunner):
         """Do the steps of a run that are left; a run that is not trained is not measured."""
         if why := lacking(run):
             log.warning("%s: %s", run.id, why)
+            self._without_data.add(run.id)
             return Outcome(run, why, 1)
         try:
             self._write_copy(run)
@@ -400,6 +407,7 @@ class SlurmStudy(StudyRunner):
             why = lacking(run)
             if why and (self.photos is None or run.config.data.mix):
                 log.warning("%s: %s", run.id, why)
+                self._without_data.add(run.id)
                 self.outcomes[run.id] = Outcome(run, why, 1)
                 continue
             self._submit(run)
@@ -414,7 +422,7 @@ class SlurmStudy(StudyRunner):
             left = (run for run in runs if search.owns(run) and run.id not in self.outcomes)
             num = sum(run.id in self._waiting or not self._settled(run) for run in left)
             while num < search.settings.most_at_once and not self._stop.is_set():
-                run = None if self._is_hopeless(search) else search.ask()
+                run = self._ask(search)
                 if run is None:
                     break
                 yield run

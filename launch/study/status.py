@@ -171,7 +171,9 @@ def trial_table(search: Search) -> list[str]:
     head = ["trial", *keys, search.metric, "state", "why"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for trial in search.ranked:
-        word = "to do" if trial.state == "begun" and not search.has_begun(trial) else trial.state
+        word: str = (
+            "to do" if trial.state == "begun" and not search.has_begun(trial) else trial.state
+        )
         word += " on another machine" if trial.elsewhere else ""
         value = "" if trial.value is None else f"{trial.value:.4g}"
         values = [as_yaml(trial.values.get(key)) for key in keys]

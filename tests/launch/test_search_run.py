@@ -310,3 +310,18 @@ def test_two_folders_share_a_storage(played_study, tmp_path):
     ]
     summary = (tmp_path / "study" / "report" / "study.md").read_text()
     assert "| 0 | 0.0001 | 0.125 | done on another machine |  |" in summary
+
+
+def test_without_data_no_trial_is_used_up(played_study, tmp_path):
+    pytest.importorskip("optuna")
+    search = GRID | {"method": "tpe", "num_trials": 8, "storage": str(tmp_path / "journal.log")}
+    path, player = played_study(search)
+    (tmp_path / "data").rename(tmp_path / "away")
+    result = study("run", path)
+    assert result.exit_code == 1
+    assert "holds no packed data: dinogen prepare" in result.output
+    (trial,) = open_study(path).searches[0].trials.all()
+    assert trial.state == "begun" and player.done == []
+    (tmp_path / "away").rename(tmp_path / "data")
+    assert study("run", path).exit_code == 0
+    assert "gan/a: 8 trials, 8 done" in study("status", path).output
