@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from dinogen.config.base import Section, describe_errors, read_mapping
+from dinogen.config.search import OF_THE_STUDY, SearchConfig
 from dinogen.errors import ConfigError
 
 # Folders of a study that are not tracks.
@@ -16,8 +18,6 @@ FINAL = "final"
 OWN_FOLDERS = ("configs", "logs", "report")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# The study decides where each run is, and with which seeds it is repeated.
-_OF_THE_STUDY = ("run", "seed")
 
 
 def _check_overrides(items: tuple[str, ...]) -> tuple[str, ...]:
@@ -25,7 +25,7 @@ def _check_overrides(items: tuple[str, ...]) -> tuple[str, ...]:
         key, found, _ = item.partition("=")
         if not found or not key.strip():
             raise ValueError(f"'{item}': write key=value, as in stages.0.epochs=200")
-        if key.strip() in _OF_THE_STUDY:
+        if key.strip() in OF_THE_STUDY:
             raise ValueError(f"'{item}': the study sets the folder and the seed of each run")
     return items
 
@@ -119,6 +119,9 @@ class StudyConfig(Section):
     tracks: dict[str, TrackConfig] = Field(
         ..., min_length=1, description="tracks by name, such as gan"
     )
+    search: SearchConfig | None = Field(
+        None, description="trials in the place of some configs; none if left out"
+    )
     final: FinalConfig | None = Field(None, description="last comparison; none if left out")
 
     @model_validator(mode="after")
@@ -132,7 +135,33 @@ class StudyConfig(Section):
         for name in self.final.tracks if self.final else ():
             if name not in self.tracks:
                 raise ValueError(f"final.tracks: there is no track '{name}'")
+        for name in self.search.over if self.search else ():
+            self._check_searched(name)
         return self
+
+    def _check_searched(self, name: str) -> None:
+        """A name in ``search.over`` is that of one config, which is trained with one seed."""
+        known = {
+            f"{track}/{entry.label}": track
+            for track, section in self.tracks.items()
+            for entry in section.configs
+        }
+        found = [full for full in known if name in (full, full.partition("/")[2])]
+        if not found:
+            near = difflib.get_close_matches(name, [*known, *(k.split("/")[1] for k in known)], 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"search.over: no track has a config '{name}': {hint}")
+        if len(found) > 1:
+            raise ValueError(f"search.over: '{name}' is ambiguous: write {' or '.join(found)}")
+        if len(self.tracks[known[found[0]]].seeds) > 1:
+            raise ValueError(
+                f"search.over: {found[0]}: a trial is one run, but tracks.{known[found[0]]} has "
+                "several seeds: give it one, and repeat the best in the final"
+            )
+
+    def searched(self, track: str, label: str) -> bool:
+        """Whether trials take the place of a config."""
+        return self.search is not None and bool({label, f"{track}/{label}"} & set(self.search.over))
 
     @property
     def final_tracks(self) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from launch.request import Request
+    from launch.study.outcome import Outcome
     from launch.study.plan import Choice, Study
-    from launch.study.run import Outcome
+    from launch.study.search import Search
     from launch.study.status import State
 
 # Where runs can be started, and the options that belong to one of them only.
@@ -294,8 +295,9 @@ def plan(file: Plan) -> None:
     """
     from launch.check import why_refused
     from launch.cli.console import Line, print_lines
-    from launch.study.cost import cost_of, duration, speed_words
-    from launch.study.plan import check_study, is_trained, lacking
+    from launch.study.cost import NOTHING_LEFT, cost_of, duration, speed_words
+    from launch.study.plan import check_study
+    from launch.study.runs import is_trained, lacking
     from launch.study.status import study_states
 
     study = _open(file)
@@ -304,17 +306,25 @@ def plan(file: Plan) -> None:
     runs = [one.run for one in states]
     lines, costs = [], []
     for one in states:
-        cost = cost_of(one.run, runs)
+        cost = NOTHING_LEFT if one.state == "pruned" else cost_of(one.run, runs)
         costs.append(cost)
         time = "unknown" if cost.seconds is None else duration(cost.seconds)
         left = "unknown" if cost.num_images is None else f"{cost.num_images / 1000:,.4g} k"
-        left_to_train = not is_trained(one.run) and not lacking(one.run)
+        left_to_train = cost is not NOTHING_LEFT
+        left_to_train &= not is_trained(one.run) and not lacking(one.run)
         sizes = [stage.resolution for stage in one.run.stages]
         refused = why_refused(one.run.config, sizes) if left_to_train else None
         why = "; ".join(word for word in (one.why, refused, cost.why) if word)
         cells = (one.run.id, one.state, left, time, speed_words(cost.speeds))
         lines.append(Line(cells, why, good=one.good and not refused))
     print_lines(str(file), ("run", "state", "images left", "time", "measured"), lines)
+    for search in study.searches:
+        # what a trial costs whose values are not known yet
+        if search.trials.num_left:
+            cost = cost_of(search.config_run, runs)
+            costs += [cost] * search.trials.num_left
+            time = "unknown" if cost.seconds is None else duration(cost.seconds)
+            typer.echo(f"{search.id}: {search.trials.num_left} more trials, {time} each")
     known = [cost for cost in costs if cost.seconds is not None]
     total = sum(cost.seconds or 0.0 for cost in known)
     shared = [cost.processor_s for cost in known if cost.seconds]
@@ -323,7 +333,8 @@ def plan(file: Plan) -> None:
         line += f", {sum(one or 0.0 for one in shared) / 3600:,.2f} hours of one process"
     if len(known) < len(costs):
         line += f"; unknown for {len(costs) - len(known)} runs"
-    typer.echo(f"{line}; time for measuring is not included")
+    most = ", at most: trials may be pruned" if any(one.prunes for one in study.searches) else ""
+    typer.echo(f"{line}{most}; time for measuring is not included")
     _tell_choices(study, choices, states)
 
 
@@ -349,11 +360,16 @@ def run(
     On SLURM each run is a chain of jobs. This command waits for them, because the final depends on
     their results; if you stop it, the jobs stay queued.
 
+    With search: in the plan, trials take the place of a config: grid, random or TPE. Bad ones are
+    stopped early, one that fails stops nothing, and the best can go into the final.
+
     The configs of a folder are only trained, each in the folder that its run: names.
 
     [bold]Examples[/bold]
 
       dinogen study run configs/study.yaml
+
+      dinogen study run configs/search_fast.yaml
 
       dinogen study run configs/study.yaml --on slurm
     """
@@ -420,7 +436,7 @@ def _finish(study: Study, outcomes: list[Outcome], report: bool = True) -> None:
     from dinogen.errors import EXIT_STOPPED
     from dinogen.runs.run import Run
     from launch.cli.console import Line, print_lines
-    from launch.study.run import exit_code
+    from launch.study.outcome import exit_code
 
     lines = (Line((one.run.id, one.what), good=one.good) for one in outcomes)
     print_lines(str(study.path), ("run", "outcome"), lines)
@@ -431,10 +447,19 @@ def _finish(study: Study, outcomes: list[Outcome], report: bool = True) -> None:
         raise typer.Exit(code)
 
 
+def _best_trial(search: Search) -> str:
+    best = next((one for one in search.ranked if one.value is not None), None)
+    if best is None:
+        return ""
+    return f"; best: trial {best.number}, {search.metric} {best.value:.4g} with {best.words}"
+
+
 def _tell_choices(study: Study, choices: dict[str, Choice], states: list[State]) -> None:
     """Print the best of each track, and what the final waits for."""
     for name, choice in choices.items():
         typer.echo(f"{name}: {choice.best or 'no best'} ({choice.why})")
+    for search in study.searches:
+        typer.echo(f"{search.id}: {search.summary}{_best_trial(search)}")
     waits = [track for track in study.final_tracks if track not in choices]
     if waits:
         left = sum(one.run.track in waits and one.state != "done" for one in states)

@@ -11,7 +11,7 @@ from dinogen.config import Config
 from dinogen.errors import UserError
 from dinogen.runs.run import Run, Stage
 from dinogen.runs.values import amount
-from launch.study.plan import StudyRun
+from launch.study.runs import StudyRun
 from shards.errors import ShardsError
 
 _RECENT = 20  # log lines whose median stands for a stage that is not done
@@ -53,6 +53,9 @@ class Cost:
     processor_s: float | None
     speeds: tuple[Speed, ...]
     why: str
+
+
+NOTHING_LEFT = Cost(0, 0.0, 0.0, (), "")
 
 
 def cost_of(run: StudyRun, others: Sequence[StudyRun]) -> Cost:

@@ -12,54 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinogen.config import Config, ConfigError, load_config
+from dinogen.config import ConfigError, load_config
 from dinogen.config.base import find_config
-from dinogen.config.study import FINAL, EntryConfig, StudyConfig, TrackConfig, load_study
+from dinogen.config.study import StudyConfig, load_study
 from dinogen.errors import UserError
 from dinogen.runs.layout import CONFIG
-from dinogen.runs.run import Run, Stage
 from launch.request import choose_stages
-from launch.slurm.plan import lacking_data
+from launch.study.runs import StudyRun, final_runs, is_trained, track_runs
+from launch.study.search import Search, better_of
+from launch.study.trials import Trial
 
 log = logging.getLogger(__name__)
-
-# What a study does for each run, in this order.
-STEPS = ("train", "evaluate", "look")
-
-
-@dataclass(frozen=True)
-class StudyRun:
-    """One run of a study.
-
-    Attributes:
-        id: its name in the study: ``gan/dcgan_64-seed0``, which is also its folder in the study's;
-            of a folder of configs the name of the file.
-        track: its track, or ``final``.
-        name: of its config in the track; in the final TRACK-CONFIG.
-        source: the YAML file that it comes from.
-        outside: the folder that this file names, where it may have been trained before.
-        config: as it is trained.
-        only: the stages to train, ``8`` or ``4..64``; None for all.
-    """
-
-    id: str
-    track: str
-    name: str
-    source: Path
-    outside: Path
-    config: Config
-    only: str | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the run."""
-        return self.config.run
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """The stages that are to be trained, as far as they are."""
-        chosen = choose_stages(self.config, self.only)
-        return tuple(one for one in Run.of(self.config).planned if one.resolution in chosen)
 
 
 @dataclass(frozen=True)
@@ -71,7 +34,8 @@ class Study:
         folder: where the study keeps its record, logs, copies of configs, and report.
         title: heading of its report.
         metric: decides which config is the best; None where runs are only trained.
-        tracks: the runs by the names of the tracks, in the order of the plan.
+        entries: by the names of the tracks, in the order of the plan: the runs of each config, or
+            the search over it.
         plan: what the file says; None for a folder of configs.
     """
 
@@ -79,8 +43,40 @@ class Study:
     folder: Path
     title: str
     metric: str | None
-    tracks: Mapping[str, tuple[StudyRun, ...]]
+    entries: Mapping[str, tuple[tuple[StudyRun, ...] | Search, ...]]
     plan: StudyConfig | None = None
+
+    @property
+    def tracks(self) -> dict[str, tuple[StudyRun, ...]]:
+        """The runs by the names of the tracks, with the trials that are known by now."""
+        return {
+            name: tuple(
+                run for one in entries for run in (one.runs if isinstance(one, Search) else one)
+            )
+            for name, entries in self.entries.items()
+        }
+
+    @property
+    def searches(self) -> list[Search]:
+        """The searches over configs of the tracks."""
+        every = (one for entries in self.entries.values() for one in entries)
+        return [one for one in every if isinstance(one, Search)]
+
+    def search_of(self, run: StudyRun) -> Search | None:
+        """The search whose trial a run is; None if it is no trial."""
+        if run.trial is None:
+            return None
+        return next(one for one in self.searches if one.owns(run))
+
+    def trial_of(self, run: StudyRun) -> Trial | None:
+        """The trial that a run is of; None if it is none."""
+        search = self.search_of(run)
+        return None if search is None else search.trial_of(run)
+
+    def is_pruned(self, run: StudyRun) -> bool:
+        """Whether a run is a trial that was stopped early."""
+        trial = self.trial_of(run)
+        return trial is not None and trial.state == "pruned"
 
     @property
     def runs(self) -> list[StudyRun]:
@@ -111,8 +107,13 @@ class Study:
         runs: list[StudyRun] = []
         for track in self.final_tracks:
             for entry in self.plan.tracks[track].configs:
-                if entry.label == best.get(track):
-                    runs += _final_runs(self.path, self.plan, track, entry)
+                if entry.label == best.get(track) and not self.plan.searched(track, entry.label):
+                    runs += final_runs(self.path, self.plan, track, entry)
+            for search in self.searches:
+                for trial in search.trials.all() if search.track == track else ():
+                    entry = search.entry_of(trial)
+                    if entry.label == best.get(track):
+                        runs += final_runs(self.path, self.plan, track, entry)
         return tuple(runs)
 
     def possible_runs(self) -> Iterator[StudyRun]:
@@ -122,8 +123,11 @@ class Study:
             ConfigError: naming the file and key that is wrong.
         """
         yield from self.runs
+        tracks = self.tracks
         for track in self.final_tracks:
-            for name in dict.fromkeys(run.name for run in self.tracks[track]):
+            # a search makes many runs of one config: its first stands for all
+            single = [run for run in tracks[track] if not run.trial]
+            for name in dict.fromkeys(run.name for run in single):
                 yield from self.final_runs({track: name})
 
 
@@ -141,13 +145,16 @@ def open_study(path: Path) -> Study:
     if path.is_dir():
         return open_folder(path)
     plan = load_study(path)
-    tracks = {
+    entries = {
         name: tuple(
-            run for entry in track.configs for run in _track_runs(path, plan, name, track, entry)
+            Search(path, plan, name, entry)
+            if plan.searched(name, entry.label)
+            else tuple(track_runs(path, plan, name, entry))
+            for entry in track.configs
         )
         for name, track in plan.tracks.items()
     }
-    study = Study(path, plan.folder, plan.title, plan.metric, tracks, plan)
+    study = Study(path, plan.folder, plan.title, plan.metric, entries, plan)
     for _ in study.possible_runs():  # a mistake must not show after weeks of training
         pass
     return study
@@ -193,55 +200,20 @@ def open_folder(folder: Path, overrides: Sequence[str] = (), only: str | None = 
                 f"{path}: run: {config.run} is that of {first.source} too: give it another"
             )
     place = Path(os.path.commonpath([path.parent for path in runs]))
-    return Study(folder, place / f"study-{name}", name, None, {name: tuple(runs.values())})
-
-
-def steps_left(run: StudyRun, metric: str | None) -> list[str]:
-    """What has still to be done for a run, of :data:`STEPS`; only training without a metric."""
-    if not all(stage.done for stage in run.stages):
-        return list(STEPS if metric else STEPS[:1])
-    if metric is None:
-        return []
-    last = run.stages[-1]
-    metric_value = last.metric(metric)
-    done = {"evaluate": metric_value is not None and metric_value["value"] is not None}
-    done["look"] = last.visualized
-    return [step for step in STEPS[1:] if not done[step]]
-
-
-def is_trained(run: StudyRun) -> bool:
-    """Whether all stages of a run are done."""
-    return all(stage.done for stage in run.stages)
-
-
-def lacking(run: StudyRun) -> str | None:
-    """The data that a run lacks and how to make them; None if they exist."""
-    paths = lacking_data(run.config)
-    if not paths:
-        return None
-    if run.config.data.mix:
-        return f"data.mix: {paths[0]} holds no packed data: pack each part of the mix first"
-    return (
-        f"data.path: {paths[0]} holds no packed data: "
-        f"dinogen prepare PHOTOS {paths[0]} -c {run.source}"
-    )
+    return Study(folder, place / f"study-{name}", name, None, {name: (tuple(runs.values()),)})
 
 
 def check_study(study: Study) -> None:
     """Find the mistakes in a study that can be known before it runs.
 
     Raises:
-        ConfigError: its metric is not known or has no better or worse, or configs have changed
-            since their runs were trained; names each of them.
+        ConfigError: its metric is not known or has no better or worse, a search lacks the weights
+            for it, or configs have changed since their runs were trained; names each of them.
     """
     if study.metric is not None:
-        from dinogen.metrics.registry import better, chosen_names
-
-        (metric,) = chosen_names([study.metric], f"{study.path}: metric")
-        if better(metric) == "none":
-            raise ConfigError(
-                f"{study.path}: metric: {metric} has no better or worse: choose another"
-            )
+        better_of(study.metric, f"{study.path}: metric")
+    for search in study.searches:
+        search.check_metric()
     found = [why for run in study.possible_runs() if (why := changed(study, run))]
     if found:
         raise ConfigError("\n".join(found))
@@ -291,66 +263,6 @@ def _difference(then: Any, now: Any, key: str = "") -> tuple[str, Any, Any] | No
     return next((one for one in found if one is not None), (key, then, now))
 
 
-def _track_runs(
-    path: Path, plan: StudyConfig, name: str, track: TrackConfig, entry: EntryConfig
-) -> list[StudyRun]:
-    changes = [*plan.overrides, *track.overrides, *entry.overrides]
-    return [_run(path, plan, name, entry.label, entry, changes, seed) for seed in track.seeds]
-
-
-def _final_runs(path: Path, plan: StudyConfig, track: str, entry: EntryConfig) -> list[StudyRun]:
-    final = plan.final
-    assert final is not None
-    changes = [*plan.overrides, *plan.tracks[track].overrides, *entry.overrides]
-    if final.epochs is not None:
-        config = load_config(_source(path, entry), changes)
-        changes += _lengths(config, final.epochs, f"{path}: final.epochs: {entry.config}")
-    changes += final.overrides
-    name = f"{track}-{entry.label}"
-    return [_run(path, plan, FINAL, name, entry, changes, seed) for seed in final.seeds]
-
-
-def _run(
-    path: Path,
-    plan: StudyConfig,
-    track: str,
-    name: str,
-    entry: EntryConfig,
-    changes: Sequence[str],
-    seed: int,
-) -> StudyRun:
-    source = _source(path, entry)
-    config = load_config(source, [*changes, f"seed={seed}"])
-    names = config.metrics.names
-    if names and plan.metric not in names:
-        raise ConfigError(
-            f"{source}: metrics.names: lacks {plan.metric}, which {path} chooses by: add it"
-        )
-    run_id = f"{track}/{name}-seed{seed}"
-    config, outside = config.model_copy(update={"run": plan.folder / run_id}), config.run
-    return StudyRun(run_id, track, name, source, outside, config)
-
-
-def _source(path: Path, entry: EntryConfig) -> Path:
-    """A config of the study; relative paths start at the folder of the study's file."""
-    return path.parent / entry.config
-
-
-def _lengths(config: Config, epochs: float, where: str) -> list[str]:
-    """Changes that give a run this number of epochs, its stages in the same proportions."""
-    if len({stage.kimg is None for stage in config.stages}) > 1:
-        raise ConfigError(
-            f"{where}: some of its stages have kimg and some have epochs: use one of them for "
-            "all, or set the lengths in final.overrides"
-        )
-    sizes = [stage.kimg or stage.epochs or 0.0 for stage in config.stages]
-    changes: list[str] = []
-    for number, size in enumerate(sizes):
-        length = epochs * size / sum(sizes)
-        changes += [f"stages.{number}.epochs={length:.12g}", f"stages.{number}.kimg=null"]
-    return changes
-
-
 @dataclass(frozen=True)
 class Choice:
     """The best of a track.
@@ -368,13 +280,26 @@ class Choice:
     why: str
 
 
-def choose(track: str, runs: Sequence[StudyRun], metric: str) -> Choice:
-    """The best config of a track by the mean over its seeds."""
+def choose(
+    track: str,
+    runs: Sequence[StudyRun],
+    metric: str,
+    elsewhere: Sequence[tuple[str, dict[str, Any]]] = (),
+) -> Choice:
+    """The best config of a track by the mean over its seeds.
+
+    Args:
+        track: its name.
+        runs: of the track.
+        metric: that decides.
+        elsewhere: name and metric value of the trials that other machines have made.
+    """
     found = [
-        (run, metric_value)
+        (run.name, run.id, metric_value)
         for run in runs
         if (metric_value := _metric_value(run, metric)) and _has_value(metric_value)
     ]
+    found += [(name, f"{track}/{name} on another machine", value) for name, value in elsewhere]
     if not found:
         reasons = {
             str(metric_value["reason"])
@@ -384,10 +309,10 @@ def choose(track: str, runs: Sequence[StudyRun], metric: str) -> Choice:
         why = f"no run has {metric}"
         return Choice(track, None, {}, f"{why}: {'; '.join(sorted(reasons))}" if reasons else why)
     values: dict[str, list[float]] = {}
-    for run, metric_value in found:
-        values.setdefault(run.name, []).append(float(metric_value["value"]))
+    for name, _, metric_value in found:
+        values.setdefault(name, []).append(float(metric_value["value"]))
     means = {name: sum(given) / len(given) for name, given in values.items()}
-    kinds = {str(metric_value["fingerprint"]): run.id for run, metric_value in found}
+    kinds = {str(metric_value["fingerprint"]): run for _, run, metric_value in found}
     if len(kinds) > 1:
         told = ", ".join(f"{run} ({kind})" for kind, run in kinds.items())
         return Choice(
@@ -397,7 +322,7 @@ def choose(track: str, runs: Sequence[StudyRun], metric: str) -> Choice:
             f"{metric} was measured in different ways, and cannot be compared: {told} have "
             "different fingerprints: measure them the same way (metrics:, data.path, resolution)",
         )
-    better = found[0][1]["better"]
+    better = found[0][2]["better"]
     if better not in ("lower", "higher"):
         return Choice(track, None, means, f"{metric} has no better or worse: choose another metric")
     best = (min if better == "lower" else max)(means, key=means.__getitem__)
@@ -423,11 +348,14 @@ def present_runs(
     metric = study.metric
     if metric is None:
         return runs, {}
-    choices = {
-        name: choose(name, track, metric)
-        for name, track in study.tracks.items()
-        if all(settled(run) for run in track)
-    }
+    choices = {}
+    for name, track in study.tracks.items():
+        searches = [one for one in study.searches if one.track == name]
+        if not all(settled(run) for run in track) or not all(one.known for one in searches):
+            continue
+        kept = [run for run in track if not study.is_pruned(run)]
+        others = [value for one in searches for value in one.elsewhere]
+        choices[name] = choose(name, kept, metric, others)
     wanted = study.final_tracks
     if wanted and all(track in choices for track in wanted):
         best = {name: one.best for name, one in choices.items() if one.best is not None}

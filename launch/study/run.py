@@ -11,8 +11,8 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -24,42 +24,19 @@ from launch.doctor import usable_cores
 from launch.local.signals import SignalForwarder
 from launch.local.start import build_command, count_processes
 from launch.request import Request
-from launch.slurm.jobs import launch_folder, read_jobs
+from launch.slurm.jobs import ACTIVE, cancel, launch_folder, read_jobs
 from launch.slurm.plan import lacking_data, metric_changes
-from launch.slurm.status import Row, job_rows
+from launch.slurm.status import job_rows
 from launch.slurm.submit import ask_states, launch_slurm
-from launch.study.plan import STEPS, Study, StudyRun, is_trained, lacking, present_runs, steps_left
+from launch.study.outcome import Outcome, complaint, is_done, jobless, unwritable
+from launch.study.plan import Study, present_runs
+from launch.study.runs import STEPS, StudyRun, is_trained, lacking, steps_left
+from launch.study.search import Search
 from launch.study.state import JOBS, Attempt, Record, read_record, study_lock
 from shards.files import Locked, lock
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The outcome of one run of a study.
-
-    Attributes:
-        run: the run.
-        what: the outcome in words.
-        code: 0 if all is well, 75 if it was asked to stop, else the code of what failed.
-    """
-
-    run: StudyRun
-    what: str
-    code: int = 0
-
-    @property
-    def good(self) -> bool:
-        """False if the user has to act."""
-        return self.code == 0
-
-
-def exit_code(outcomes: Sequence[Outcome]) -> int:
-    """0 if all is well, 75 if the study was asked to stop, else 1."""
-    if any(one.code == EXIT_STOPPED for one in outcomes):
-        return EXIT_STOPPED
-    return 0 if all(one.good for one in outcomes) else 1
+_GIVE_UP_AFTER = 5  # trials of a search that have all failed
 
 
 class StudyRunner(ABC):
@@ -75,6 +52,7 @@ class StudyRunner(ABC):
         self.record: Record = read_record(study)
         self.outcomes: dict[str, Outcome] = {}
         self._failed: set[str] = set()
+        self._without_data: set[str] = set()
 
     def run(self) -> list[Outcome]:
         """Run it; returns the outcome of each run that is known by then.
@@ -88,25 +66,60 @@ class StudyRunner(ABC):
             runs, choices = present_runs(self.study, self._settled)
             self.record.best = {n: one.best for n, one in choices.items() if one.best is not None}
             self.record.write()
-        return [self.outcomes.get(run.id) or self._not_tried(run) for run in runs]
+        return [self._outcome(run) for run in runs]
 
     @abstractmethod
     def _work(self) -> None:
         """Try each run once, those of the final as soon as they are known."""
 
+    def _outcome(self, run: StudyRun) -> Outcome:
+        outcome = self.outcomes.get(run.id) or self._not_tried(run)
+        search = self.study.search_of(run)
+        if outcome.good or search is None or not search.has_results:
+            return outcome
+        return replace(outcome, counts=outcome.code == EXIT_STOPPED)
+
     def _not_tried(self, run: StudyRun) -> Outcome:
+        trial = self.study.trial_of(run)
+        if trial is not None and trial.state == "pruned":
+            return Outcome(run, f"pruned: {trial.why}")
         if steps_left(run, self.metric):
             return Outcome(run, "not begun", EXIT_STOPPED)
         return Outcome(run, "done before")
 
     def _settled(self, run: StudyRun) -> bool:
-        return run.id in self._failed or not steps_left(run, self.metric)
+        search = self.study.search_of(run)
+        if run.id in self._failed or (search is not None and search.is_over(run)):
+            return True
+        return not steps_left(run, self.metric)
+
+    def _is_hopeless(self, search: Search) -> bool:
+        """Whether the first trials have all failed, so that no further one is begun."""
+        num = sum(search.owns(one.run) and not one.good for one in self.outcomes.values())
+        return num >= min(_GIVE_UP_AFTER, search.settings.num) and not search.has_results
+
+    def _ask(self, search: Search) -> StudyRun | None:
+        """A further trial; None if there are enough, or it could not work either."""
+        stuck = any(run.id in self._without_data for run in search.runs)
+        return None if stuck or self._is_hopeless(search) else search.ask()
+
+    def _fail_trial(self, run: StudyRun, why: str) -> None:
+        if (search := self.study.search_of(run)) is not None:
+            search.fail(run, why)
+
+    def _settle(self) -> None:
+        """Record the trials that are done, for those that follow depend on them."""
+        for search in self.study.searches:
+            search.settle()
 
     def _write_copy(self, run: StudyRun) -> Path:
         """The config that the run is started with."""
         copy = self.study.copy_of(run)
         write_text(copy, dump_config(run.config))
         return copy
+
+
+_POLL = 0.3  # seconds between two looks at what a trial measures
 
 
 class LocalStudy(StudyRunner):
@@ -138,18 +151,30 @@ class LocalStudy(StudyRunner):
                 log.error("%s: %s", run.id, error)
                 self._failed.add(run.id)
                 self.outcomes[run.id] = Outcome(run, str(error), 1)
+            outcome = self.outcomes[run.id]
+            if outcome.code not in (0, EXIT_STOPPED) and run.id not in self._without_data:
+                self._fail_trial(run, outcome.what)
 
     def _next(self) -> StudyRun | None:
         """The next run that was not tried yet; the final's follow when its tracks have ended."""
+        self._settle()
         runs, _ = present_runs(self.study, self._settled)
-        left = [run for run in runs if run.id not in self.outcomes and steps_left(run, self.metric)]
-        left.sort(key=lambda run: self.record.failed(run) is not None)
+        left = [run for run in runs if run.id not in self.outcomes and not self._settled(run)]
+        for search in filter(self._is_hopeless, self.study.searches):
+            left = [run for run in left if not search.owns(run)]
+        fresh = [run for run in left if self.record.failed(run) is None]
+        if fresh:
+            return fresh[0]
+        for search in self.study.searches:
+            if (run := self._ask(search)) is not None:
+                return run
         return left[0] if left else None
 
     def _try(self, run: StudyRun) -> Outcome:
         """Do the steps of a run that are left; a run that is not trained is not measured."""
         if why := lacking(run):
             log.warning("%s: %s", run.id, why)
+            self._without_data.add(run.id)
             return Outcome(run, why, 1)
         try:
             self._write_copy(run)
@@ -166,6 +191,8 @@ class LocalStudy(StudyRunner):
             if step not in steps_left(run, self.metric):
                 continue
             code, problem = self._step(run, step)
+            if (why := self._pruned(run)) is not None:
+                return Outcome(run, f"pruned: {why}")
             if self._signals.stopping and code:
                 what = "stopped and saved" if code == EXIT_STOPPED else f"stopped in {step}"
                 return Outcome(run, what, EXIT_STOPPED)
@@ -186,14 +213,41 @@ class LocalStudy(StudyRunner):
         attempt = self.record.begin(run, step, command, path)
         began = time.monotonic()
         self._process = start(command, env, path)
+        pruned = self._wait(run, step)
         code = self._process.wait()
-        self._signals.stopping |= code == EXIT_STOPPED
+        self._signals.stopping |= code == EXIT_STOPPED and not pruned
         stopped = self._signals.stopping and code
-        what = None if stopped else complaint(run, step, self.metric, code, path)
+        what = None if stopped or pruned else complaint(run, step, self.metric, code, path)
         self.record.end(attempt, time.monotonic() - began, code, what)
         if what:
             log.error("%s: %s", run.id, what)
         return code, what
+
+    def _wait(self, run: StudyRun, step: str) -> bool:
+        """Wait for the command; whether its trial is pruned, for which training saves and stops."""
+        search = self.study.search_of(run)
+        if search is None or step != "train":
+            return False
+        assert self._process is not None
+        asked, known = False, True
+        while self._process.poll() is None:
+            try:
+                if not asked and (why := search.watch(run)) is not None:
+                    log.info("%s: pruned: %s: it saves and stops", run.id, why)
+                    asked = True
+                    self._process.terminate()
+                known = True
+            except UserError as error:
+                if known:
+                    log.warning("%s: %s", run.id, error)  # the storage may answer again
+                known = False
+            time.sleep(_POLL)
+        # it may have trained further than the point that decides
+        return search.watch(run) is not None
+
+    def _pruned(self, run: StudyRun) -> str | None:
+        trial = self.study.trial_of(run)
+        return trial.why if trial is not None and trial.state == "pruned" else None
 
     def _command(self, run: StudyRun, step: str) -> tuple[dict[str, str], list[str]]:
         """Variables and command of a step; torchrun only where it is needed."""
@@ -330,10 +384,20 @@ class SlurmStudy(StudyRunner):
 
     def _submit_new(self) -> int:
         """Submit every run that can be by now; returns how many runs that was tried for."""
+        self._settle()
         runs, _ = present_runs(self.study, self._settled)
         num = 0
-        for run in runs:
+        for run in [*runs, *self._further_trials(runs)]:
             if run.id in self.outcomes or run.id in self._waiting or self._stop.is_set():
+                continue
+            search = self.study.search_of(run)
+            if search is not None and self.study.is_pruned(run):
+                self._prune(run, search)
+                continue
+            if search is not None and (
+                self._is_hopeless(search)
+                or self._num_queued(search) >= search.settings.most_at_once
+            ):
                 continue
             # SLURM measures a run that is only trained, too: launch_slurm knows if that is done
             if self.metric is not None and not steps_left(run, self.metric):
@@ -343,10 +407,38 @@ class SlurmStudy(StudyRunner):
             why = lacking(run)
             if why and (self.photos is None or run.config.data.mix):
                 log.warning("%s: %s", run.id, why)
+                self._without_data.add(run.id)
                 self.outcomes[run.id] = Outcome(run, why, 1)
                 continue
             self._submit(run)
         return num
+
+    def _num_queued(self, search: Search) -> int:
+        return sum(search.owns(run) for run, _, _ in self._waiting.values())
+
+    def _further_trials(self, runs: Sequence[StudyRun]) -> Iterator[StudyRun]:
+        """As many new trials as may be queued beside the known ones."""
+        for search in self.study.searches:
+            left = (run for run in runs if search.owns(run) and run.id not in self.outcomes)
+            num = sum(run.id in self._waiting or not self._settled(run) for run in left)
+            while num < search.settings.most_at_once and not self._stop.is_set():
+                run = self._ask(search)
+                if run is None:
+                    break
+                yield run
+                num += 1
+
+    def _prune(self, run: StudyRun, search: Search) -> None:
+        """Cancel the jobs of a trial; the one that trains saves first."""
+        for row in job_rows(run.folder) if read_jobs(run.folder).jobs else []:
+            if row.state.split()[0] in ACTIVE:
+                cancel(row.id)
+        what = f"pruned: {search.trial_of(run).why}"
+        log.info("%s: %s", run.id, what)
+        if (waiting := self._waiting.pop(run.id, None)) is not None:
+            _, attempt, began = waiting
+            self.record.end(attempt, time.monotonic() - began, EXIT_STOPPED, None)
+        self.outcomes[run.id] = Outcome(run, what)
 
     def _submit(self, run: StudyRun) -> None:
         copy = self.study.copy_of(run)
@@ -383,7 +475,11 @@ class SlurmStudy(StudyRunner):
         for run, attempt, began in list(self._waiting.values()):
             if self._stop.is_set():
                 break
+            search = self.study.search_of(run)
             try:
+                if search is not None and search.watch(run) is not None:
+                    self._prune(run, search)
+                    continue
                 states = ask_states(read_jobs(run.folder)).values()
                 if any(state is not None and state.active for state in states):
                     self._quiet.discard(run.id)
@@ -412,89 +508,13 @@ class SlurmStudy(StudyRunner):
     def _fail(self, run: StudyRun, attempt: Attempt, seconds: float, what: str) -> None:
         self._waiting.pop(run.id, None)
         self._failed.add(run.id)
+        self._fail_trial(run, what)
         log.error("%s: %s", run.id, what)
         self.record.end(attempt, seconds, 1, what)
         self.outcomes[run.id] = Outcome(run, what, 1)
 
     def _not_tried(self, run: StudyRun) -> Outcome:
-        if not steps_left(run, self.metric):
-            return Outcome(run, "done")
+        if self._settled(run):
+            return super()._not_tried(run)
         what = "its jobs stay queued" if run.id in self._waiting else "not submitted"
         return Outcome(run, what, EXIT_STOPPED)
-
-
-def unwritable(error: OSError) -> str:
-    """The message for a run whose files cannot be written; the others go on."""
-    return f"{error.filename or 'a file of it'} cannot be written ({error.strerror or error})"
-
-
-def complaint(run: StudyRun, step: str, metric: str | None, code: int, log: Path) -> str | None:
-    """What went wrong in a step, and where to look; None if it has made what it should.
-
-    Args:
-        run: the run.
-        step: one of ``STEPS``.
-        metric: decides in the study; None if runs are only trained.
-        code: the command's exit code.
-        log: its output.
-    """
-    if code:
-        return f"{step} failed (exit code {code}): {last_line(log)} (log: {log})"
-    if step not in steps_left(run, metric):
-        return None
-    if step == "evaluate" and (why := _unavailable(run, metric)):
-        return why
-    return f"{step} ended, but did not make what it should (log: {log})"
-
-
-def is_done(run: StudyRun, metric: str | None, rows: Sequence[Row]) -> bool:
-    """Whether nothing is left of a run; SLURM also measures a run that is only trained.
-
-    Args:
-        run: the run.
-        metric: decides in the study; None if runs are only trained.
-        rows: the state of its jobs.
-    """
-    if steps_left(run, metric):
-        return False
-    if metric is not None or run.stages[-1].evaluated:
-        return True
-    return all(row.good for row in rows if row.step == "evaluate")
-
-
-def jobless(run: StudyRun, metric: str | None, rows: Sequence[Row]) -> str:
-    """Why a run is not done although its jobs have ended.
-
-    Args:
-        run: the run.
-        metric: decides in the study; None if runs are only trained.
-        rows: the state of its jobs.
-    """
-    bad = next((row for row in rows if not row.good), None)
-    if bad is not None:
-        return f"{bad.step} (job {bad.id}) ended as {bad.state}: {bad.why}"
-    if metric is not None and not any(row.step == "evaluate" for row in rows):
-        return f"{metric} cannot be measured: no data are held out (prepare.pack.val_fraction)"
-    if why := _unavailable(run, metric):
-        return why
-    left = ", ".join(steps_left(run, metric))
-    return f"its jobs ended, but {left} did not make what it should (dinogen launch status)"
-
-
-def _unavailable(run: StudyRun, metric: str | None) -> str | None:
-    metric_value = run.stages[-1].metric(metric) if metric else None
-    if metric_value is None or metric_value["value"] is not None:
-        return None
-    return f"{metric} is not available: {metric_value['reason']}"
-
-
-_MOST = 300  # characters of a log's last line
-
-
-def last_line(log: Path) -> str:
-    """The last line that is not empty of a text file, cut to a readable length."""
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return "no output"
-    return next((line.strip()[:_MOST] for line in reversed(lines) if line.strip()), "no output")

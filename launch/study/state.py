@@ -17,7 +17,8 @@ from dinogen.errors import UserError
 from dinogen.files import next_free, write_json
 from dinogen.runs.files import read_attempts, read_object
 from dinogen.runs.layout import STUDY
-from launch.study.plan import Study, StudyRun
+from launch.study.plan import Study
+from launch.study.runs import StudyRun
 from shards.files import Locked, lock
 from shards.files import is_locked as is_file_locked
 

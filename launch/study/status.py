@@ -11,18 +11,12 @@ from dinogen.report.compare import write_comparison
 from dinogen.report.compare.read import is_run
 from launch.slurm.jobs import ACTIVE, has_slurm, read_jobs
 from launch.slurm.status import Row, job_rows
-from launch.study.plan import (
-    Choice,
-    Study,
-    StudyRun,
-    changed,
-    is_trained,
-    lacking,
-    present_runs,
-    steps_left,
-)
-from launch.study.run import is_done, jobless
+from launch.study.outcome import is_done, jobless
+from launch.study.plan import Choice, Study, changed, present_runs
+from launch.study.runs import StudyRun, is_trained, lacking, steps_left
+from launch.study.search import Search
 from launch.study.state import JOBS, Record, is_locked, read_record
+from launch.study.trials import as_yaml
 
 
 @dataclass(frozen=True)
@@ -32,7 +26,8 @@ class State:
     Attributes:
         run: the run.
         state: ``done``, ``changed``, ``running``, ``queued``, ``failed``, ``interrupted``,
-            ``begun``, ``no data``, ``to do``, or ``unknown`` where its jobs cannot be read.
+            ``begun``, ``no data``, ``to do``, ``pruned``, or ``unknown`` where its jobs cannot be
+            read.
         progress: of the current stage, in words.
         value: of the study's metric; None if it is not measured.
         why: why it is not done, and where to look.
@@ -60,8 +55,10 @@ def study_states(study: Study) -> tuple[list[State], dict[str, Choice]]:
 
 
 def settled(study: Study, record: Record, run: StudyRun) -> bool:
-    """Whether a run is done, or has failed in its last attempt."""
-    return record.failed(run) is not None or not steps_left(run, study.metric)
+    """Whether a run is done or pruned, or has failed in its last attempt."""
+    if record.failed(run) is not None or study.is_pruned(run):
+        return True
+    return not steps_left(run, study.metric)
 
 
 def _state(study: Study, record: Record, busy: bool, run: StudyRun) -> State:
@@ -72,6 +69,9 @@ def _state(study: Study, record: Record, busy: bool, run: StudyRun) -> State:
     def state(word: str, why: str = "", good: bool = True) -> State:
         return State(run, word, _progress(run), value, why, good)
 
+    trial = study.trial_of(run)
+    if trial is not None and trial.state == "pruned":
+        return state("pruned", trial.why)
     by_files = not steps_left(run, metric) and (metric is not None or run.stages[-1].evaluated)
     try:
         rows = [] if by_files else _job_rows(run)
@@ -120,6 +120,7 @@ def _progress(run: StudyRun) -> str:
 
 
 SUMMARY = "study.md"
+_SHOWN = 8  # trials of a search that are compared side by side
 
 
 def write_report(study: Study) -> Path:
@@ -129,7 +130,10 @@ def write_report(study: Study) -> Path:
         UserError: no run has begun.
     """
     states, choices = study_states(study)
-    begun = [one.run.folder for one in states if is_run(one.run.folder)]
+    poor = {run.id for search in study.searches for run in search.runs} - {
+        run.id for search in study.searches for run in search.best_runs(_SHOWN)
+    }
+    begun = [one.run.folder for one in states if one.run.id not in poor and is_run(one.run.folder)]
     if not begun:
         raise UserError(
             f"{study.folder}: no run has begun: dinogen study run {study.path}; dinogen study "
@@ -151,11 +155,34 @@ def summary(study: Study, states: list[State], choices: dict[str, Choice]) -> st
     if metric is not None:
         lines += ["", f"## The best by {metric}", ""]
         lines += [f"- {track}: {_best(choices.get(track))}" for track in study.tracks]
+    for search in study.searches:
+        lines += ["", f"## Trials of {search.id}", "", f"{search.summary}, best first.", ""]
+        lines += trial_table(search)
     bad = [one for one in states if not one.good]
     if bad:
         lines += ["", "## What failed", ""]
         lines += [f"- {one.run.id}: {one.why}" for one in bad]
     return "\n".join(lines) + "\n"
+
+
+def trial_table(search: Search) -> list[str]:
+    """All trials with their values, best first, and what matters most; Markdown."""
+    keys = list(search.settings.parameters)
+    head = ["trial", *keys, search.metric, "state", "why"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for trial in search.ranked:
+        word: str = (
+            "to do" if trial.state == "begun" and not search.has_begun(trial) else trial.state
+        )
+        word += " on another machine" if trial.elsewhere else ""
+        value = "" if trial.value is None else f"{trial.value:.4g}"
+        values = [as_yaml(trial.values.get(key)) for key in keys]
+        cells = [str(trial.number), *values, value, word, trial.why]
+        lines.append("| " + " | ".join(one.replace("|", "\\|") for one in cells) + " |")
+    if shares := search.importances:
+        told = ", ".join(f"{key} {share:.0%}" for key, share in shares.items())
+        lines += ["", f"Importance for {search.metric} (PED-ANOVA): {told}."]
+    return lines
 
 
 def _best(choice: Choice | None) -> str:

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from dinogen.config import ConfigError
 from launch.cli.main import app
 from launch.study.cost import cost_of, duration
-from launch.study.plan import open_study, steps_left
+from launch.study.plan import open_study
+from launch.study.runs import steps_left
 from tests.families.tiny import pack_discs
 from tests.launch.studies import Player, write, write_study
 from tests.launch.study_words import rows
@@ -234,7 +235,7 @@ def test_the_study_of_the_repository_is_whole(monkeypatch):
         assert sum(stage.epochs for stage in run.config.stages) == pytest.approx(200)
         assert run.config.stages[-1].resolution == 64
     page = (ROOT / "docs" / "study.md").read_text()
-    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    text = re.findall(r"```yaml\n(.*?)```", page, re.S)[0]
     assert set(yaml.safe_load(text)) == set(type(opened.plan).model_fields)
 
 

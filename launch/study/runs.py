@@ -1,0 +1,159 @@
+"""One run of a study: where it is, how it is made from the plan, and what is left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinogen.config import Config, ConfigError, load_config
+from dinogen.config.study import FINAL, EntryConfig, StudyConfig
+from dinogen.runs.run import Run, Stage
+from launch.request import choose_stages
+from launch.slurm.plan import lacking_data
+
+# What a study does for each run, in this order.
+STEPS = ("train", "evaluate", "look")
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study.
+
+    Attributes:
+        id: its name in the study: ``gan/dcgan_64-seed0``, which is also its folder in the study's;
+            of a folder of configs the name of the file.
+        track: its track, or ``final``.
+        name: of its config in the track; in the final TRACK-CONFIG.
+        source: the YAML file that it comes from.
+        outside: the folder that this file names, where it may have been trained before.
+        config: as it is trained.
+        only: the stages to train, ``8`` or ``4..64``; None for all.
+        trial: its number in a search; None if it is no trial.
+    """
+
+    id: str
+    track: str
+    name: str
+    source: Path
+    outside: Path
+    config: Config
+    only: str | None = None
+    trial: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return self.config.run
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that are to be trained, as far as they are."""
+        chosen = choose_stages(self.config, self.only)
+        return tuple(one for one in Run.of(self.config).planned if one.resolution in chosen)
+
+
+def track_runs(path: Path, plan: StudyConfig, track: str, entry: EntryConfig) -> list[StudyRun]:
+    """The runs of a config of a track, one for each seed."""
+    changes = [*plan.overrides, *plan.tracks[track].overrides, *entry.overrides]
+    return [
+        _run(path, plan, track, f"{entry.label}-seed{seed}", entry, changes, seed)
+        for seed in plan.tracks[track].seeds
+    ]
+
+
+def track_run(
+    path: Path, plan: StudyConfig, track: str, entry: EntryConfig, folder: str
+) -> StudyRun:
+    """The one run of a config that is searched over, or of a trial."""
+    (seed,) = plan.tracks[track].seeds
+    changes = [*plan.overrides, *plan.tracks[track].overrides, *entry.overrides]
+    return _run(path, plan, track, folder, entry, changes, seed)
+
+
+def final_runs(path: Path, plan: StudyConfig, track: str, entry: EntryConfig) -> list[StudyRun]:
+    """The runs of a config in the final, one for each seed."""
+    final = plan.final
+    assert final is not None
+    changes = [*plan.overrides, *plan.tracks[track].overrides, *entry.overrides]
+    if final.epochs is not None:
+        config = load_config(_source(path, entry), changes)
+        changes += _lengths(config, final.epochs, f"{path}: final.epochs: {entry.config}")
+    changes += final.overrides
+    entry = entry.model_copy(update={"name": f"{track}-{entry.label}"})
+    return [
+        _run(path, plan, FINAL, f"{entry.label}-seed{seed}", entry, changes, seed)
+        for seed in final.seeds
+    ]
+
+
+def _run(
+    path: Path,
+    plan: StudyConfig,
+    track: str,
+    folder: str,
+    entry: EntryConfig,
+    changes: Sequence[str],
+    seed: int,
+) -> StudyRun:
+    source = _source(path, entry)
+    config = load_config(source, [*changes, f"seed={seed}"])
+    names = config.metrics.names
+    if names and plan.metric not in names:
+        raise ConfigError(
+            f"{source}: metrics.names: lacks {plan.metric}, which {path} chooses by: add it"
+        )
+    run_id = f"{track}/{folder}"
+    config, outside = config.model_copy(update={"run": plan.folder / run_id}), config.run
+    return StudyRun(run_id, track, entry.label, source, outside, config)
+
+
+def _source(path: Path, entry: EntryConfig) -> Path:
+    """A config of the study; relative paths start at the folder of the study's file."""
+    return path.parent / entry.config
+
+
+def _lengths(config: Config, epochs: float, where: str) -> list[str]:
+    """Changes that give a run this number of epochs, its stages in the same proportions."""
+    if len({stage.kimg is None for stage in config.stages}) > 1:
+        raise ConfigError(
+            f"{where}: some of its stages have kimg and some have epochs: use one of them for "
+            "all, or set the lengths in final.overrides"
+        )
+    sizes = [stage.kimg or stage.epochs or 0.0 for stage in config.stages]
+    changes: list[str] = []
+    for number, size in enumerate(sizes):
+        length = epochs * size / sum(sizes)
+        changes += [f"stages.{number}.epochs={length:.12g}", f"stages.{number}.kimg=null"]
+    return changes
+
+
+def steps_left(run: StudyRun, metric: str | None) -> list[str]:
+    """What has still to be done for a run, of :data:`STEPS`; only training without a metric."""
+    if not all(stage.done for stage in run.stages):
+        return list(STEPS if metric else STEPS[:1])
+    if metric is None:
+        return []
+    last = run.stages[-1]
+    metric_value = last.metric(metric)
+    done = {"evaluate": metric_value is not None and metric_value["value"] is not None}
+    done["look"] = last.visualized
+    return [step for step in STEPS[1:] if not done[step]]
+
+
+def is_trained(run: StudyRun) -> bool:
+    """Whether all stages of a run are done."""
+    return all(stage.done for stage in run.stages)
+
+
+def lacking(run: StudyRun) -> str | None:
+    """The data that a run lacks and how to make them; None if they exist."""
+    paths = lacking_data(run.config)
+    if not paths:
+        return None
+    if run.config.data.mix:
+        return f"data.mix: {paths[0]} holds no packed data: pack each part of the mix first"
+    return (
+        f"data.path: {paths[0]} holds no packed data: "
+        f"dinogen prepare PHOTOS {paths[0]} -c {run.source}"
+    )
