@@ -80,8 +80,9 @@ def import_weights(
     check_free(out)
     weights = read(file)
     checkpoint = write_run(out, weights)
+    config = RunFolder(out).config_file
     typer.echo(
         f"{checkpoint}: family {weights.family['name']} at {weights.resolution} pixels, from {file}"
-        f"\ntrain on: dinogen train {RunFolder(out).config_file} run=NEW init_from={out} data.path=DATA "
+        f"\ntrain on: dinogen train {config} run=NEW init_from={out} data.path=DATA "
         "stages.0.kimg=1000"
     )
