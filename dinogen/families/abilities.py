@@ -402,15 +402,20 @@ def new_parameters_of(family: Family, network: str) -> set[str]:
     return family.new_parameters(network) if isinstance(family, Grows) else set()
 
 
-def trained_parameters(family: Family, network: str) -> set[str]:
-    """Names of the parameters that train now: all that the family trains but those of ``freeze``.
+def trained_parameters(family: Family, network: str, freeze: Mapping[str, int]) -> set[str]:
+    """Names of the parameters that train now: all that the family trains, less frozen layers.
+
+    Args:
+        family: with the ability :class:`OrdersLayers`, if a layer is frozen.
+        network: its name.
+        freeze: number of layers that are frozen, by network, as in the config.
 
     Raises:
         ConfigError: ``freeze`` is for a network whose layers have no order, has more layers than
             the network, or leaves none that trains.
     """
     names = family.trainable(network)
-    num = family.config.freeze.get(network, 0)
+    num = freeze.get(network, 0)
     if not num:
         return names
     key, name = f"freeze.{network}", family.config.family.name

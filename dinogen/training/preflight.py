@@ -127,7 +127,7 @@ def _check_names(config: Config, families: list[Family]) -> None:
             )
     for family in families:
         for name in family.networks:
-            trained_parameters(family, name)
+            trained_parameters(family, name, config.freeze)
 
 
 def _check_stage(config: Config, family: Family, data: Dataset) -> None:

@@ -213,10 +213,11 @@ def _write(out: Path, read: Callable[[], Weights]) -> None:
     check_free(out)
     weights = read()
     checkpoint = write_run(out, weights)
+    config = RunFolder(out).config_file
     typer.echo(
         f"{checkpoint}: family {weights.family['name']} at {weights.resolution} pixels, from "
-        f"{weights.source}\ntrain on: dinogen train {RunFolder(out).config_file} run=NEW "
-        f"init_from={out} data.path=DATA stages.0.kimg=1000"
+        f"{weights.source}\ntrain on: dinogen train {config} run=NEW init_from={out} "
+        "data.path=DATA stages.0.kimg=1000"
     )
 
 

@@ -85,7 +85,7 @@ def test_layers_of_stylegan2_are_counted_as_by_its_authors(data, tmp_path):
 def test_without_freeze_all_train(data, tmp_path):
     state = StageState(tiny_config("stylegan2_ada", data, tmp_path / "run"), 0)
     for name in ("G", "D"):
-        assert trained_parameters(state.family, name) == state.family.trainable(name)
+        assert trained_parameters(state.family, name, {}) == state.family.trainable(name)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class SingleEngine:
     """
 
     def __init__(self, config: Config, family: Family, lr: float, device: torch.device) -> None:
-        self.config = config.engine
+        self.config, self.freeze = config.engine, config.freeze
         self.family = family
         self.device = device
         if process_group.world_size() > 1:
@@ -92,7 +92,7 @@ class SingleEngine:
     def prepare(self) -> None:
         """Take over which parameters train now; called at the start and where a fade-in ends."""
         for name, network in self.family.networks.items():
-            names = trained_parameters(self.family, name)
+            names = trained_parameters(self.family, name, self.freeze)
             self.trained[name] = [p for n, p in network.named_parameters() if n in names]
         self.live = None
 
