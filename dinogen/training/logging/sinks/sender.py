@@ -59,12 +59,15 @@ class Sender:
         """Whether there may be something to send, or an attempt that failed can be made again."""
         if self.failed_at is not None:
             return time.monotonic() - self.failed_at > RETRY_SECONDS
-        return covered(self.run) != self.covered
+        try:
+            return covered(self.run) != self.covered
+        except OSError:
+            return True  # which the attempt will report
 
     def send(self) -> bool:
         """Send all there is to send; False, after a warning, if that failed."""
-        now = covered(self.run)
         try:
+            now = covered(self.run)
             sink = self.sink or self._open()
             events = events_between(self.run, self.record["sent"], now)
             for event in events:
