@@ -121,6 +121,8 @@ def read(
         FormatError: a file is missing or cut off, the model is of another class, or it does
             something that our U-Net cannot; names it.
     """
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: is no folder: give the one that save_pretrained wrote")
     model = folder / "unet" if (folder / "unet").is_dir() else folder
     path = model / "config.json"
     config = read_json(path)
