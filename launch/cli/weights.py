@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.cli.results import Nimg, Run, Stage
+from launch.cli.results import Nimg, Source, Stage
 
 if TYPE_CHECKING:
     from dinogen.formats.runs import Weights
@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    run: Run,
+    run: Source,
     out: Annotated[Path, typer.Argument(help="File to write.", metavar="OUT")],
     kind: Annotated[
         str,

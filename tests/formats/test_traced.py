@@ -182,7 +182,7 @@ def test_the_difference_is_of_the_worst_value(tmp_path, wrong):
 
 
 def test_the_same_generator_gives_the_same_bytes(tmp_path):
-    generator = make_generator("vae", [], tmp_path)
+    generator = make_generator("dcgan", [], tmp_path)
     for write in (write_torch_export, write_onnx):
         both = []
         for name in ("one", "two"):
