@@ -33,7 +33,7 @@ from dinogen.formats.diffusers_config import (
     structure_of,
     unet_config,
 )
-from dinogen.formats.runs import FormatError, Weights, check_free
+from dinogen.formats.runs import FormatError, Weights
 from dinogen.formats.unets import (
     NO_CLASS_ADDED,
     VARIANCE_DROPPED,
@@ -121,6 +121,8 @@ def read(
         FormatError: a file is missing or cut off, the model is of another class, or it does
             something that our U-Net cannot; names it.
     """
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: is no folder: give the one that save_pretrained wrote")
     model = folder / "unet" if (folder / "unet").is_dir() else folder
     path = model / "config.json"
     config = read_json(path)
@@ -226,7 +228,8 @@ def write(generator: Generator, folder: Path) -> None:
             f"{folder}: diffusers has no network like that of the family {family.name}: only ddpm "
             "can be written as such a folder"
         )
-    check_free(folder)
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FormatError(f"{folder} exists already: name a new folder")
     options = {"name": family.name, **family.options}
     resolution = int(generator.info["resolution"])
     config = unet_config(network, options, resolution)

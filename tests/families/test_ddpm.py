@@ -199,8 +199,9 @@ def test_labels_are_read_only_where_there_are_classes():
     assert make().inputs.image_size == 16
 
 
-def test_the_network_is_rebuilt_from_its_arguments():
-    family = make(num_classes=2)
+@pytest.mark.parametrize("unet", [None, {"scale": False, "resampling": "block"}])
+def test_the_network_is_rebuilt_from_its_arguments(unet):
+    family = make(num_classes=2, unet=unet)
     again = type(family.G)(**family.arguments("G"))
     again.load_state_dict(family.G.state_dict())
 
@@ -213,6 +214,7 @@ def test_the_network_is_rebuilt_from_its_arguments():
         ({"sample_steps": 2000}, "sample_steps 2000"),
         ({"guidance": 2.0}, "num_classes"),
         ({"base_channels": 0}, "base_channels"),
+        ({"unet": {"norm_eps": 0}}, "unet.norm_eps"),
     ],
 )
 def test_wrong_options_are_refused_by_name(options, named):

@@ -281,6 +281,8 @@ def test_what_cannot_be_read_is_named(file, changes, message, tmp_path):
 def test_folders_that_are_none(tmp_path):
     with pytest.raises(FormatError, match=r"config\.json: there is no such file"):
         read(tmp_path)
+    with pytest.raises(FormatError, match="is no folder"):
+        read(tmp_path / "nowhere")
     saved(tmp_path)
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -16,6 +16,7 @@ from dinogen.config import parse_config
 from dinogen.formats.guided_diffusion import read
 from dinogen.formats.runs import FormatError, write_run
 from dinogen.training.checkpointing.snapshot import load_snapshot
+from dinogen.training.run import train
 from dinogen.training.state import StageState
 from tests.families.tiny import pack_discs
 from tests.formats.unet_runs import inputs, unet_with
@@ -298,7 +299,8 @@ def test_a_new_run_begins_where_the_weights_stood(tmp_path):
             "init_from": str(tmp_path / "read"),
             "data": {"path": str(tmp_path / "data"), "num_threads": 0},
             "family": dict(weights.family) | {"sample_steps": 2},
-            "stages": [{"resolution": 16, "kimg": 1}],
+            "stages": [{"resolution": 16, "kimg": 0.008, "batch": 4}],
+            "log": {"num_samples": 2},
         }
     )
     new = StageState(config, 0)
@@ -308,6 +310,11 @@ def test_a_new_run_begins_where_the_weights_stood(tmp_path):
         images = new.family.sample(networks, indices, config.seed)
         assert torch.equal(images, wanted.sample(first.ema.networks, indices, config.seed))
     assert new.progress.nimg == 0
+    train(config)
+    learnt = load_snapshot(tmp_path / "new")
+    assert learnt.nimg == 8 and torch.isfinite(learnt.sample(1, 0)).all()
+    changed = learnt.checkpoint.tensors("G")
+    assert not any(torch.equal(changed[name], weights.networks["G"][name]) for name in changed)
 
 
 class Runs:

@@ -13,6 +13,7 @@ from dinogen.networks.unet import (
     SelfAttention,
     UNet,
     Up,
+    Variant,
     modulations,
     time_embedding,
 )
@@ -209,3 +210,45 @@ def test_what_does_not_fit_is_refused_by_name(more, named):
     with pytest.raises(ValueError) as error:
         small(**more)
     assert named in str(error.value)
+
+
+VARIANTS = {
+    "blocks": {"resampling": "block", "norm_groups": 4},
+    "no scale": {"scale": False, "norm_eps": 1e-6, "middle_norm": False},
+    "elsewhere": {"downsample_padding": "end", "last_frequency": "exact", "num_heads": 2},
+    "time": {"time_scale": 0.25, "time_channels": 16},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_learns_at_every_weight_and_in_bf16(name):
+    network = disturbed(small(variant=VARIANTS[name]))
+    x, t = inputs()
+    out = network(x, t)
+    assert out.shape == x.shape and out.std() > 0
+    assert not torch.allclose(out, network(x, t + 100))
+    out.square().mean().backward()
+    silent = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (network(x, t) - out).norm() < 0.05 * out.norm()
+
+
+def test_a_variant_may_be_given_as_its_attributes():
+    own = VARIANTS["time"]
+    assert small(variant=own).variant == Variant(**own)
+    assert small(variant=own).time[0].in_features == 16
+    assert small().variant == Variant()
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ({"norm_groups": 3}, "unet.norm_groups 3 do not divide 8 channels"),
+        ({"num_heads": 3}, "unet.num_heads 3 do not divide 32 channels"),
+        ({"time_channels": 15}, "15 time channels"),
+    ],
+)
+def test_a_variant_that_does_not_fit_is_named(variant, message):
+    with pytest.raises(ValueError, match=message):
+        small(variant=variant)
