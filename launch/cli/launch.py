@@ -333,8 +333,9 @@ def plan(file: Plan) -> None:
         line += f", {sum(one or 0.0 for one in shared) / 3600:,.2f} hours of one process"
     if len(known) < len(costs):
         line += f"; unknown for {len(costs) - len(known)} runs"
-    most = ", at most: trials may be pruned" if any(one.prunes for one in study.searches) else ""
-    typer.echo(f"{line}{most}; time for measuring is not included")
+    if any(one.prunes for one in study.searches):
+        line += "; pruned trials take less"
+    typer.echo(f"{line}; time for measuring is not included")
     _tell_choices(study, choices, states)
 
 

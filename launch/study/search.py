@@ -66,7 +66,8 @@ class Search:
         """Which way the metric is better that trials are pruned by."""
         prune, config = self.settings.prune, self.config_run.config
         metric = (prune.metric if prune else None) or self.metric
-        better = better_of(metric, f"{self._path}: search.prune.metric")
+        key = "search.prune.metric" if prune and prune.metric else "metric"
+        better = better_of(metric, f"{self._path}: {key}")
         if prune is None or not self.prunes:
             return better
         measured = config.eval

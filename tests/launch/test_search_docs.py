@@ -55,7 +55,7 @@ def test_its_commands_run(tmp_path, monkeypatch):
 
     before = study("plan", "configs/search_fast.yaml")
     assert before.exit_code == 0, before.output
-    assert "dcgan_fast-002-lr" in before.output and "trials may be pruned" in before.output
+    assert "dcgan_fast-002-lr" in before.output and "pruned trials take less" in before.output
     process = start_study(path, tmp_path / "said")
     process.join(250)
     assert process.exitcode == 0, (tmp_path / "said").read_text()[-3000:]

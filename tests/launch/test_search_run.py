@@ -231,6 +231,7 @@ def test_the_plan_says_what_the_trials_will_cost(played_study):
             "search: parameters.stages.0.lr: a grid needs single values: give a list, or a step",
         ),
         ({"parameters": {"seed": [1, 2]}}, "the study sets the folder and the seed of each run"),
+        ({"prune": {"metric": "memorisation"}}, "memorisation has no better or worse"),
         ({"prune": {"metric": "fdi"}}, "no metric 'fdi': did you mean fid?"),
         ({"prune": {}}, "does not measure fid while it trains: add eval.every_kimg=N and"),
         ({"metod": "grid"}, "unknown key 'search.metod': did you mean 'method'?"),
