@@ -266,6 +266,48 @@ def cached_address(path: Path) -> Address | None:
     return None
 
 
+def code_of(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each key that names a Python file of one's own, with the file.
+
+    Args:
+        config: as it was read, unchecked.
+    """
+    guides = config.get("guides")
+    sections = {name: config.get(name) for name in ("family", "guide")}
+    sections |= {f"guides.{k}": v for k, v in guides.items()} if isinstance(guides, Mapping) else {}
+    for name, section in sections.items():
+        if isinstance(section, Mapping) and section.get("file") is not None:
+            yield f"{name}.file", str(section["file"])
+
+
+def refuse_code(config: Mapping[str, Any], source: Path) -> None:
+    """Refuse a config from the hub that names Python files: to use it would run them.
+
+    Args:
+        config: as it was read, unchecked.
+        source: the file or folder that it was read from; elsewhere than from the hub, configs may.
+
+    Raises:
+        HubError: it names one.
+    """
+    if not any(_in_cache(one) for one in (source.absolute(), source.resolve())):
+        return
+    for key, file in code_of(config):
+        raise HubError(
+            f"{shown(source)}: {key} names Python code, {file}, and nothing was run: read that "
+            "code first; if you trust it, copy the download out of the hub's cache and use the copy"
+        )
+
+
+def _in_cache(path: Path) -> bool:
+    """Whether a path is one of the hub's cache, a snapshot or what its links lead to."""
+    pairs = zip(path.parts, path.parts[1:], strict=False)
+    return any(
+        one.startswith(("models--", "datasets--")) and two in ("snapshots", "blobs")
+        for one, two in pairs
+    )
+
+
 def cached_name(path: Path) -> str | None:
     """``user--name-0123456`` for a path in the hub's cache; None for any other.
 

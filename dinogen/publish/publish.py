@@ -89,7 +89,8 @@ def write_publication(what: Publication, folder: Path) -> Facts:
         What the card says.
 
     Raises:
-        ConfigError: no such run or checkpoint, its family is a file of one's own, or the folder
+        ConfigError: no such run or checkpoint, its family or guide is a file of one's own, or the
+            folder
             holds something else.
     """
     check_address(what.address)
@@ -99,10 +100,10 @@ def write_publication(what: Publication, folder: Path) -> Facts:
     if strange:
         raise ConfigError(f"{folder}: holds {min(strange)} too: give a new or an empty folder")
     run = Run(what.run)
-    if run.has_config and (file := run.config.family.file) is not None:
+    for key, file in hub.code_of(run.config.model_dump()) if run.has_config else ():
         raise ConfigError(
-            f"family.file: {file} is on this machine alone, so nobody could load the generator: "
-            "give your family as a package with an entry point of dinogen.families"
+            f"{key}: {file} is on this machine alone, and code from the hub is never run, so "
+            "nobody could load the generator: hand on a file of `dinogen export`, and that code"
         )
     weights = folder / hub.WEIGHTS
     licence = what.licence or NO_LICENCE

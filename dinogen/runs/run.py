@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dinogen.config import Config, ConfigError, StageConfig, load_config
+from dinogen.config.base import read_mapping
 from dinogen.files import named_folder
+from dinogen.hub import refuse_code
 from dinogen.runs.files import (
     Found,
     Line,
@@ -106,6 +108,7 @@ class Run:
                 raise ConfigError(
                     f"{self.path}: no run here ({CONFIG} is missing): give the folder of a run"
                 )
+            refuse_code(read_mapping(self.config_file), self.config_file)
             config = load_config(self.config_file, self._places)
             self._config = config.model_copy(update={"run": self.path})
         return self._config

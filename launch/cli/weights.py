@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.cli.results import Nimg, Run, Source, Stage
+from launch.cli.results import Nimg, Source, Stage
 
 if TYPE_CHECKING:
     from dinogen.formats.runs import Weights
@@ -222,7 +222,7 @@ def _write(out: Path, read: Callable[[], Weights]) -> None:
 
 
 def publish(
-    run: Run,
+    run: Source,
     address: Annotated[
         str,
         typer.Argument(
@@ -248,7 +248,7 @@ def publish(
         typer.Option(help="Write the files to this folder and upload nothing.", metavar="FOLDER"),
     ] = None,
 ) -> None:
-    """Publish the generator of a run on the hub: weights, config, samples, metrics and a card.
+    """Publish the generator of a run or file on the hub: weights, config, samples, metrics and a card.
 
     Log in first: hf auth login, or HF_TOKEN. The repository is made if it is not there. Published
     again, its files are replaced in one commit. Look at the card first: --dry-run FOLDER.

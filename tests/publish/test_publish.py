@@ -9,6 +9,8 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 
 import dinogen
@@ -244,17 +246,58 @@ def test_each_refusal_of_the_hub_is_one_line(run, server, tmp_path, monkeypatch)
     assert "HF_HUB_OFFLINE is set: unset it" in refused()
 
 
-def test_a_family_in_a_file_of_ones_own_is_refused(run, tmp_path):
+@pytest.mark.parametrize("section", ["guide", "family"])
+def test_code_of_ones_own_is_refused(run, tmp_path, section):
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace("file: null", "file: /home/me/guided.py", 1))
-    with pytest.raises(ConfigError, match=r"family\.file: /home/me/guided\.py is on this machine"):
+    found = yaml.safe_load(config.read_text())
+    found[section] = {"file": "/home/me/mine.py"}
+    config.write_text(yaml.safe_dump(found))
+    with pytest.raises(ConfigError, match=rf"^{section}\.file: /home/me/mine\.py is on this"):
         write_publication(Publication(run, ADDRESS), tmp_path / "card")
 
 
-def test_an_exported_file_is_refused(run, tmp_path):
+@pytest.mark.parametrize("section", ["guide", "family"])
+def test_code_that_a_file_from_the_hub_names_is_not_run(run, server, tmp_path, section):
+    """Neither by the file's address, nor by where it lies in the cache."""
+    code = tmp_path / "mine.py"
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    write_publication(Publication(run, ADDRESS), tmp_path / "card")
+    file = tmp_path / "card" / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        info = json.loads(opened.metadata()["dinogen"])
+    info["config"][section] = {"file": str(code)}
+    save_file(load_file(file), file, {"dinogen": json.dumps(info)})
+    server.add(NAME, {"model.safetensors": file.read_bytes()})
+    for path in ("hf://someone/faces", hub.local_weights("hf://someone/faces")):
+        with pytest.raises(ConfigError, match=rf"{section}\.file names Python code, .*mine\.py"):
+            dinogen.load_generator(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("section", ["guide", "family"])
+def test_code_that_a_run_from_the_hub_names_is_not_run(run, server, tmp_path, section, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for the folder of links
+    code = tmp_path / "mine.py"
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    config = run / "config.yaml"
+    found = yaml.safe_load(config.read_text())
+    found[section] = {"file": str(code)}
+    config.write_text(yaml.safe_dump(found))
+    files = {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    server.add(NAME, files)
+    for path in ("hf://someone/faces", hub.working_path("hf://someone/faces")):
+        with pytest.raises(ConfigError, match=rf"{section}\.file names Python code, .*mine\.py"):
+            dinogen.load_generator(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_exported_file_is_published_as_its_run_is(run, tmp_path):
     done = write_publication(Publication(run, ADDRESS), tmp_path / "card")
     assert done.num_parameters > 0
-    with pytest.raises(ConfigError, match="give the folder of a run"):
-        write_publication(
-            Publication(tmp_path / "card" / "model.safetensors", ADDRESS), tmp_path / "again"
-        )
+    file = tmp_path / "card" / "model.safetensors"
+    write_publication(Publication(file, ADDRESS), tmp_path / "again")
+    one, other = (
+        load_file(folder / "model.safetensors") for folder in (file.parent, tmp_path / "again")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -25,6 +25,7 @@ from dinogen.distributed import process_group
 from dinogen.errors import UserError
 from dinogen.families.registry import resolve
 from dinogen.files import write_json
+from dinogen.hub import refuse_code
 from dinogen.runs.files import read_object, read_raw, state_problem
 from dinogen.runs.layout import STATE, checkpoint_name
 from dinogen.runs.run import Checkpoints, Run
@@ -252,6 +253,7 @@ def past_config(
     Raises:
         ConfigError: naming a key that today's schema does not know, or a value that it refuses.
     """
+    refuse_code(then, Path(source))
     try:
         earlier = with_earlier_defaults(copy.deepcopy(then))
         return resolve(parse_config(earlier, list(overrides)))
