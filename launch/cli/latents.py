@@ -75,7 +75,7 @@ def project(
         ),
     ] = None,
 ) -> None:
-    """Find the latents of which a run's generator makes photos.
+    """Find the latents whose images come closest to photos.
 
     Each photo is cut out as the run's training images were. Its latents are searched by gradient
     descent, encoded (VAEs), or found by DDIM run backwards (diffusion). For each photo the folder
