@@ -23,6 +23,7 @@ from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.registry import family_class, resolve
 from dinogen.files import write_text
+from dinogen.hub import cached_address
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import TEMPORARY, save_checkpoint, versions
 from dinogen.training.state import Progress
@@ -157,7 +158,7 @@ def _config(out: Path, weights: Weights) -> Config:
                 "run": str(out),
                 "family": dict(weights.family),
                 "stages": [{**weights.stage, "resolution": weights.resolution, "kimg": length}],
-                "notes": {"change": f"imported from {weights.source.name} ({weights.kind})"},
+                "notes": {"change": f"imported from {_named(weights.source)} ({weights.kind})"},
             },
             source=str(weights.source),
         )
@@ -228,4 +229,9 @@ def _origin(weights: Weights) -> dict[str, Any]:
     """What the facts say of where the weights are from."""
     source = weights.source
     mark = {"sha256": sha256_file(source)} if source.is_file() else {}
-    return {"kind": weights.kind, "file": source.name, **mark, **weights.facts}
+    return {"kind": weights.kind, "file": _named(source), **mark, **weights.facts}
+
+
+def _named(source: Path) -> str:
+    """The file's or folder's name, or its pinned address if it is from the hub."""
+    return str(cached_address(source) or source.name)

@@ -86,7 +86,10 @@ def export(
 
 @imports.command("stylegan2")
 def import_stylegan2(
-    file: Annotated[Path, typer.Argument(help="Pickle to read.", metavar="FILE.pkl")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="Pickle to read, or its hf://user/name/FILE.pkl.", metavar="FILE.pkl"),
+    ],
     out: Out,
 ) -> None:
     """Read a pickle of stylegan2-ada-pytorch or of a StyleGAN2 in stylegan3.
@@ -101,12 +104,17 @@ def import_stylegan2(
     """
     from dinogen.formats.runs import reader_of
 
-    _write(out, lambda: reader_of("stylegan2")(file))
+    _write(file, out, reader_of("stylegan2"))
 
 
 @imports.command("guided-diffusion")
 def import_guided_diffusion(
-    file: Annotated[Path, typer.Argument(help="State dict to read.", metavar="FILE.pt")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="State dict to read, or its hf://user/name/FILE.pt.", metavar="FILE.pt"
+        ),
+    ],
     out: Out,
     image_size: Annotated[int, typer.Option(help="Side of the images, pixels.")],
     num_heads: Annotated[
@@ -146,9 +154,10 @@ def import_guided_diffusion(
     from dinogen.formats.guided_diffusion import read
 
     _write(
+        file,
         out,
-        lambda: read(
-            file,
+        lambda found: read(
+            found,
             image_size,
             num_heads=num_heads,
             head_channels=head_channels,
@@ -163,7 +172,9 @@ def import_guided_diffusion(
 
 @imports.command("diffusers")
 def import_diffusers(
-    folder: Annotated[Path, typer.Argument(help="Folder to read.", metavar="FOLDER")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder to read, or hf://user/name.", metavar="FOLDER")
+    ],
     out: Out,
     image_size: Annotated[
         int | None, typer.Option(help="Side of the images, where the config does not say.")
@@ -192,9 +203,10 @@ def import_diffusers(
     from dinogen.formats.diffusers import read
 
     _write(
+        folder,
         out,
-        lambda: read(
-            folder,
+        lambda found: read(
+            found,
             image_size=image_size,
             schedule=schedule,
             num_steps=num_steps,
@@ -203,20 +215,26 @@ def import_diffusers(
     )
 
 
-def _write(out: Path, read: Callable[[], Weights]) -> None:
+def _write(source: Path, out: Path, read: Callable[[Path], Weights]) -> None:
     """Read weights and write them as a run; ``out`` is checked first, for reading takes time."""
+    from dinogen import hub
     from dinogen.formats.runs import check_free, write_run
     from dinogen.runs.run import Run as RunFolder
     from launch.cli.console import setup_logging
 
     setup_logging()
     check_free(out)
-    weights = read()
+    if hub.is_address(source):
+        address = hub.parse(source)
+        # of a repository of diffusers, not what only others read: .bin, .onnx, .msgpack
+        files = None if Path(address.subpath).suffix else ["*.json", "*.safetensors"]
+        source = hub.fetch(address, files).path
+    weights = read(source)
     checkpoint = write_run(out, weights)
     config = RunFolder(out).config_file
     typer.echo(
         f"{checkpoint}: family {weights.family['name']} at {weights.resolution} pixels, from "
-        f"{weights.source}\ntrain on: dinogen train {config} run=NEW init_from={out} "
+        f"{hub.shown(weights.source)}\ntrain on: dinogen train {config} run=NEW init_from={out} "
         "data.path=DATA stages.0.kimg=1000"
     )
 
@@ -248,7 +266,7 @@ def publish(
         typer.Option(help="Write the files to this folder and upload nothing.", metavar="FOLDER"),
     ] = None,
 ) -> None:
-    """Publish the generator of a run or file on the hub: weights, config, samples, metrics and a card.
+    """Publish the generator of a run on the hub: weights, config, samples, metrics and a card.
 
     Log in first: hf auth login, or HF_TOKEN. The repository is made if it is not there. Published
     again, its files are replaced in one commit. Look at the card first: --dry-run FOLDER.

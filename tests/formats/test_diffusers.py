@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import ConfigError
@@ -16,7 +17,9 @@ from dinogen.formats.runs import FormatError, write_run
 from dinogen.training.checkpointing.checkpoint import load_checkpoint
 from dinogen.training.checkpointing.export import load_generator
 from dinogen.training.checkpointing.snapshot import load_snapshot
+from launch.cli.main import app
 from tests.formats.unet_runs import RESOLUTION, disturbed, inputs, random_run, unet_with
+from tests.hub_server import hub_server, use_hub
 
 ensure_torchvision()
 import diffusers  # noqa: E402 - torchvision comes first
@@ -339,3 +342,26 @@ def test_what_is_lost_is_said(tmp_path, caplog):
     assert facts["kind"] == "diffusers" and facts["learnt_variance"]
     rows = load_file(folder / "G.safetensors")["label.weight"]
     assert torch.equal(rows[4], rows[:4].mean(0))
+
+
+def test_a_repository_of_the_hub_is_read_as_its_folder(tmp_path, monkeypatch):
+    """Only what is needed is downloaded, and the run says from which commit it is."""
+    saved(tmp_path / "model")
+    files = {
+        str(path.relative_to(tmp_path / "model")): path.read_bytes()
+        for path in (tmp_path / "model").rglob("*")
+        if path.is_file()
+    }
+    runs = [tmp_path / "local", tmp_path / "remote"]
+    with hub_server() as server:
+        use_hub(monkeypatch, server, tmp_path / "home")
+        server.add("someone/cats", files | {"unet/diffusion_pytorch_model.bin": b"pickle"})
+        (repository,) = server.repositories.values()
+        commit = repository.branches["main"]
+        for source, run in zip((str(tmp_path / "model"), "hf://someone/cats"), runs, strict=True):
+            done = CliRunner().invoke(app, ["import", "diffusers", source, str(run)])
+            assert done.exit_code == 0, done.output
+    assert f"hf://someone/cats@{commit}" in done.output
+    assert not list((tmp_path / "home").rglob("*.bin"))
+    one, other = (load_generator(run).network.state_dict() for run in runs)
+    assert all(torch.equal(one[name], other[name]) for name in one)

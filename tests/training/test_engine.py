@@ -201,4 +201,4 @@ def test_memory_that_a_step_frees_is_there_for_the_next():
         how: int(subprocess.check_output([sys.executable, "-c", FAULTS, how], text=True))
         for how in ("kept", "as usual")
     }
-    assert faults["kept"] < 1000 < 10000 < faults["as usual"]
+    assert 10 * faults["kept"] < faults["as usual"]
