@@ -345,7 +345,7 @@ def test_what_is_lost_is_said(tmp_path, caplog):
 
 
 def test_a_repository_of_the_hub_is_read_as_its_folder(tmp_path, monkeypatch):
-    """Only what is needed is downloaded, and the run says from which commit it is."""
+    """Of the weights only safetensors are downloaded, and the run names its commit."""
     saved(tmp_path / "model")
     files = {
         str(path.relative_to(tmp_path / "model")): path.read_bytes()
