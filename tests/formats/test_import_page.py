@@ -51,7 +51,6 @@ def test_the_commands_of_the_page_run_in_their_order(here, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("stylegan3", "x.pkl", "out"), "stylegan3: no layout of weights: use"),
         (("stylegan2", "missing.pkl", "out"), "missing.pkl: there is no such file"),
         (("stylegan2", "page.html", "out"), "page.html: is no pickle"),
         (("stylegan2", "page.html", "full"), "full exists already"),
