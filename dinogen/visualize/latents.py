@@ -24,6 +24,7 @@ from dinogen.families.abilities import (
 from dinogen.files import write_bytes
 from dinogen.projection.latents import (
     Projected,
+    check_fits,
     decode_projected,
     read_projected,
     snapshot_of,
@@ -165,6 +166,7 @@ def mixed(
                 raise UserError(f"--mix {mix.file}: was projected into another checkpoint")
             if source.space == "z":
                 raise UserError(f"--mix {mix.file}: latents in z have no layers: project in w+")
+            check_fits(snapshot, source)
             other = in_layers(source.latents, layers)
         else:
             z = snapshot.family.latents(torch.zeros(1, dtype=torch.int64), mix.seed)

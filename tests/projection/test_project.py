@@ -13,6 +13,7 @@ import skimage
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from dinogen.config import FacesConfig, parse_config
@@ -282,10 +283,43 @@ def test_latents_of_another_run_or_of_nothing_are_refused(projected, runs, tmp_p
     (tmp_path / FILE).write_bytes(b"nothing")
     with pytest.raises(UserError, match="is no projection"):
         read_projected([tmp_path / FILE])
-    info = found[0].info | {"settings": found[0].settings | {"checkpoint": {}}}
+    other = found[0].settings["checkpoint"] | {"nimg": 1}
+    info = found[0].info | {"settings": found[0].settings | {"checkpoint": other}}
     write_projected(tmp_path / FILE, found[0].latents, None, info)
     with pytest.raises(UserError, match="not the same checkpoint"):
         read_projected([found[0].path, tmp_path / FILE])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "/elsewhere/a"}, "is no projection .name"),
+        ({"name": "../a"}, "is no projection .name"),
+        ({"name": ".."}, "is no projection .name"),
+        ({"sha256": None}, "is no projection .sha256"),
+        ({"settings": []}, "is no projection .settings"),
+        ({"checkpoint": ...}, r"is no projection .settings\.checkpoint"),
+        ({"checkpoint": [1]}, r"is no projection .settings\.checkpoint"),
+        ({"checkpoint": {"nimg": 32}}, r"is no projection .settings\.checkpoint\.family"),
+        ({"label": "x"}, r"is no projection .settings\.label"),
+        ({"label": 0}, "is damaged .it is of class 0, and there are 0"),
+        ({"sampling": {"num_classes": 3}}, r"is no projection .settings\.sampling"),
+        ({"space": "w"}, "is no projection .'w'"),
+        ({"latents": torch.zeros(1, 9)}, r"is damaged .z is \(1, 9\)"),
+        ({"noise": torch.zeros(1, 9)}, r"is damaged .noise is \(1, 9\)"),
+    ],
+)
+def test_what_a_file_of_others_says_is_checked(changes, message, projected, runs, tmp_path):
+    (one, *_) = read_projected([projected("dcgan")])
+    settings = {key: changes.get(key, value) for key, value in one.settings.items()}
+    settings = {key: value for key, value in settings.items() if value is not ...}
+    info = {key: changes.get(key, value) for key, value in one.info.items()}
+    info |= {} if "settings" in changes else {"settings": settings}
+    tensors = {"z": changes.get("latents", one.latents)}
+    tensors |= {"noise": changes["noise"]} if "noise" in changes else {}
+    save_file(tensors, tmp_path / FILE, {"dinogen_projection": json.dumps(info)})
+    with pytest.raises(UserError, match=message):
+        snapshot_of(runs("dcgan"), read_projected([tmp_path / FILE]))
 
 
 def test_a_new_family_takes_part_without_being_named(tmp_path):
