@@ -28,6 +28,7 @@ from dinogen.report.images import to_uint8
 from dinogen.report.video import (
     MISSING,
     can_write_mp4,
+    check_frames,
     check_video,
     enlarged,
     tiled,
@@ -189,6 +190,7 @@ def write_walk(
     if problem := why_not_writable(path, make=True):
         raise UserError(f"{path}: cannot be written: {problem}: give --out FILE")
     size = request.size or walk.snapshot.resolution
+    check_frames(path, request.columns, request.rows, size)
 
     def frames() -> Iterator[Pixels]:
         for number, images in enumerate(walk.images(), 1):

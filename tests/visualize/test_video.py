@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import imageio_ffmpeg
 import numpy as np
@@ -80,6 +82,36 @@ def test_a_video_that_fails_leaves_nothing(suffix, tmp_path):
 
     with pytest.raises(RuntimeError, match="no more"):
         write_video(path, broken(), 8)
+    assert list(tmp_path.iterdir()) == []
+
+
+_LIMITED = """
+import resource, sys
+from pathlib import Path
+from dinogen.errors import UserError
+from dinogen.report.video import write_video
+from tests.visualize.test_video import smooth
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+try:
+    write_video(Path(sys.argv[1]), smooth(int(sys.argv[2]), 256), 8)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("num", [20, 400])
+def test_an_mp4_that_ffmpeg_cannot_finish_is_not_there(num, tmp_path):
+    """As on a full disk, at its end and in the middle."""
+    path = tmp_path / "a.mp4"
+    words = [sys.executable, "-c", _LIMITED, str(path), str(num)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert f"{path}: ffmpeg failed (" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_ffmpeg_says_is_in_the_error(tmp_path):
+    with pytest.raises(UserError, match=r"ffmpeg failed \(.*\w.*\)"):
+        write_video(tmp_path / "a.mp4", [np.zeros((2, 2**18, 3), np.uint8)], 8)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -216,6 +248,14 @@ def test_what_a_family_cannot_walk_is_refused(runs, projected, tmp_path):  # noq
     refused("--psi: the projections", latents=(projected("dcgan"),), psi=0.5)
     one = next(path for path in projected("dcgan").iterdir() if path.is_dir())
     refused("two projections or more", latents=(one,))
+    for suffix, grid, size in (
+        (".mp4", (9, 1), 2048),
+        (".gif", (17, 1), 4096),
+        (".gif", (9, 9), 4096),
+    ):
+        large = VideoRequest(runs("dcgan"), tmp_path / f"b{suffix}", size=size, seconds=0.05)
+        with pytest.raises(UserError, match="choose a smaller --grid or --size"):
+            write_walk(dataclasses.replace(large, columns=grid[0], rows=grid[1]))
     with pytest.raises(UserError, match="is a folder: give --out"):
         (tmp_path / "a.gif").mkdir()
         write_walk(VideoRequest(runs("dcgan"), tmp_path / "a.gif", seconds=0.1))
