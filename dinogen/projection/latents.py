@@ -244,11 +244,15 @@ def snapshot_of(
         )
     for one in projected:
         check_fits(snapshot, one)
-    family = snapshot.family
-    if first.settings["sampling"] and isinstance(family, AdjustsSampling):
-        family = family.with_sampling(first.settings["sampling"])
-        snapshot = replace(snapshot, family=family)
-    return snapshot, spaces_of(family)[first.space]
+    return snapshot, spaces_of(snapshot.family)[first.space]
+
+
+def as_projected(snapshot: Snapshot, projected: Projected) -> Snapshot:
+    """A checkpoint that draws as it did when a photo was projected into it."""
+    family, sampling = snapshot.family, projected.settings["sampling"]
+    if not sampling or not isinstance(family, AdjustsSampling):
+        return snapshot
+    return replace(snapshot, family=family.with_sampling(sampling))
 
 
 @torch.no_grad()
@@ -257,10 +261,11 @@ def decode_projected(snapshot: Snapshot, projected: Projected, latents: Tensor) 
 
     Args:
         snapshot: from :func:`snapshot_of`.
-        projected: its class and its noise are taken for all of them.
+        projected: its class, sampling and noise are taken for all of them.
         latents: (N, *shape), of its space, on any device.
     """
-    family, device = snapshot.family, snapshot.family.device
+    family = as_projected(snapshot, projected).family
+    device = family.device
     noise = None if projected.noise is None else projected.noise.to(device)
     images = []
     for one in latents.to(device).split(1):

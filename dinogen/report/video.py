@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
@@ -128,7 +129,9 @@ def _write_mp4(path: Path, frames: Iterable[Frame], fps: int) -> int:
         if encoder.returncode:
             said.seek(0)
             lines = said.read().decode("utf-8", "replace").strip().splitlines()
-            why = lines[-1] if lines else f"exit status {encoder.returncode}"
+            # the first is the cause; before it stand the part that says it, and an address
+            first = re.sub(r"^\[[^]]*\] ", "", lines[0]) if lines else ""
+            why = first or f"exit status {encoder.returncode}"
             raise UserError(
                 f"{path}: ffmpeg failed ({why}): look for a full disk, or choose smaller frames"
             )

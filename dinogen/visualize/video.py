@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from dinogen.families.abilities import (
     truncates,
 )
 from dinogen.files import why_not_writable
-from dinogen.projection.latents import Projected, read_projected, snapshot_of
+from dinogen.projection.latents import Projected, as_projected, read_projected, snapshot_of
 from dinogen.report.images import to_uint8
 from dinogen.report.video import (
     MISSING,
@@ -241,10 +242,13 @@ def _through_projections(request: VideoRequest) -> Walk:
     snapshot, space = snapshot_of(request.run, projected, request.resolution)
     if len(projected) < 2:
         raise UserError("--latents: a walk needs two projections or more")
+    _check_alike(projected, space)
+    snapshot = as_projected(snapshot, projected[0])
     keys = torch.stack([one.latents for one in projected])
     if request.layers:
         space = layers_of(snapshot, space)
         keys = torch.stack([in_layers(one, space) for one in keys])
+    noises = [one.noise for one in projected if one.noise is not None]
     tiles = range(request.columns * request.rows)
 
     def spread(values: Tensor) -> Tensor:
@@ -254,7 +258,7 @@ def _through_projections(request: VideoRequest) -> Walk:
         snapshot,
         space,
         spread(keys),
-        _noise_of(projected, spread),
+        None if not noises else spread(torch.stack(noises)),
         projected[0].index.expand(len(tiles)),
         request.num_frames,
         request.loop,
@@ -262,9 +266,25 @@ def _through_projections(request: VideoRequest) -> Walk:
     )
 
 
-def _noise_of(projected: list[Projected], spread: Callable[[Tensor], Tensor]) -> Tensor | None:
-    noises = [one.noise for one in projected if one.noise is not None]
-    return spread(torch.stack(noises)) if len(noises) == len(projected) else None
+def _check_alike(projected: list[Projected], space: LatentSpace) -> None:
+    """Refuse projections between which there is no way, as their images are made differently.
+
+    Raises:
+        UserError: naming two of them.
+    """
+
+    def made_by(one: Projected) -> dict[str, Any]:
+        own = {"sampling": one.settings["sampling"], "noise": one.noise is not None}
+        return own | ({"label": one.settings["label"]} if space.normal else {})
+
+    first = projected[0]
+    for one in projected[1:]:
+        for what, value in made_by(first).items():
+            if made_by(one)[what] != value:
+                raise UserError(
+                    f"--latents: {one.path} and {first.path} have not the same {what}: project all "
+                    "photos of a video alike"
+                )
 
 
 @torch.no_grad()

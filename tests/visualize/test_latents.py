@@ -11,8 +11,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dinogen.errors import UserError
-from dinogen.projection.latents import decode_projected, read_projected, snapshot_of
+from dinogen.projection.latents import (
+    decode_projected,
+    read_projected,
+    snapshot_of,
+    write_projected,
+)
 from dinogen.report.images import to_uint8
+from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.visualize.latents import Mix, mixed, write_directions, write_projections
 from launch.cli.main import app
 from tests.projection.conftest import photos, projected  # noqa: F401
@@ -43,6 +49,27 @@ def test_sample_draws_what_was_projected(runs, projected, tmp_path):  # noqa: F8
         left = 2 * (192 + 2)
         shown = sheet[16 + 6 : 16 + 192 : 12, left + 6 : left + 192 : 12]
         assert np.abs(shown - pixels(file)).max() <= 1
+
+
+def test_each_photo_is_drawn_as_it_was_projected(runs, projected, tmp_path):  # noqa: F811
+    """Whatever else is drawn with it."""
+    (one, *_) = read_projected([projected("ddpm")])
+    files, images = [], {}
+    for steps in (2, 20):
+        sampling = {"sampler": "ddim", "steps": steps}
+        info = one.info | {"settings": one.settings | {"sampling": sampling}}
+        files.append(tmp_path / f"{steps}.safetensors")
+        write_projected(files[-1], 0.1 * one.latents, None, info)
+        snapshot = load_snapshot(runs("ddpm"))
+        family = snapshot.family.with_sampling(sampling)
+        made = family.decode(snapshot.ema.networks, 0.1 * one.latents, torch.tensor([0]), 0)
+        images[files[-1]] = to_uint8(made.clamp(-1, 1).numpy())[0]
+    assert np.abs(np.diff(np.stack([*images.values()]).astype(int), axis=0)).max() > 1
+    for places in (files, files[::-1]):
+        write_projections(runs("ddpm"), places, out=tmp_path / "out")
+        for n, file in enumerate(places):
+            (drawn,) = (tmp_path / "out").glob(f"{n:05d}_*")
+            assert np.array_equal(pixels(drawn), images[file])
 
 
 def test_all_layers_of_a_seed_are_its_sample(runs, projected):  # noqa: F811

@@ -14,6 +14,8 @@ from PIL import Image
 
 from dinogen.errors import UserError
 from dinogen.families.abilities import to_space
+from dinogen.projection.latents import FILE, read_projected, write_projected
+from dinogen.projection.project import ProjectionRequest, project
 from dinogen.report import video as writer
 from dinogen.report.images import to_uint8
 from dinogen.report.video import enlarged, tiled, write_video
@@ -110,7 +112,7 @@ def test_an_mp4_that_ffmpeg_cannot_finish_is_not_there(num, tmp_path):
 
 
 def test_what_ffmpeg_says_is_in_the_error(tmp_path):
-    with pytest.raises(UserError, match=r"ffmpeg failed \(.*\w.*\)"):
+    with pytest.raises(UserError, match=r"ffmpeg failed \(\w.*\)"):
         write_video(tmp_path / "a.mp4", [np.zeros((2, 2**18, 3), np.uint8)], 8)
     assert list(tmp_path.iterdir()) == []
 
@@ -230,6 +232,35 @@ def test_a_walk_between_projected_photos(runs, projected):  # noqa: F811
     assert torch.equal(latents[1], walk.keys[2][0])
     halves = walk_of(dataclasses.replace(request, layers="fine"))
     assert torch.equal(halves.at(2)[0][:, :3], walk.keys[0][:, :3])
+
+
+def projected_alike(run, photo, out, **more):
+    given = {"steps": 4, "restarts": 1, "loss": "pixels", "align": False} | more
+    project(ProjectionRequest(run, (photo,), out=out, **given))
+    return out
+
+
+def test_a_walk_between_projections_of_other_settings_is_refused(
+    runs,
+    photos,  # noqa: F811
+    projected,  # noqa: F811
+    tmp_path,
+):
+    def refused(message, run, *places):
+        with pytest.raises(UserError, match=message) as error:
+            walk_of(VideoRequest(run, latents=places))
+        assert all(str(place) in str(error.value) for place in places)
+
+    other = projected_alike(runs("ddpm"), photos, tmp_path / "steps", steps=3)
+    refused("not the same sampling", runs("ddpm"), projected("ddpm"), other)
+    first = next(photos.iterdir())
+    classes = [
+        projected_alike(runs("ddpm_classes"), first, tmp_path / str(n), label=n) for n in (0, 1)
+    ]
+    refused("not the same label", runs("ddpm_classes"), *classes)
+    (one, *_) = read_projected([projected("stylegan2_ada")])
+    write_projected(tmp_path / "quiet" / FILE, one.latents, None, one.info)
+    refused("not the same noise", runs("stylegan2_ada"), one.path, tmp_path / "quiet")
 
 
 def test_what_a_family_cannot_walk_is_refused(runs, projected, tmp_path):  # noqa: F811
