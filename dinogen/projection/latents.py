@@ -23,6 +23,7 @@ from dinogen.families.abilities import (
     spaces_of,
 )
 from dinogen.files import weights_sha256, write_bytes
+from dinogen.hub import shown
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
 
 FILE = "projected.safetensors"
@@ -239,8 +240,8 @@ def snapshot_of(
         ) from None
     if identity_of(snapshot) != wanted:
         raise UserError(
-            f"{run}: {first.path} was projected into another run ({first.info['run']}), whose "
-            f"weights differ: give that one, or project the photo into {run}"
+            f"{shown(run)}: {first.path} was projected into another run ({first.info['run']}), "
+            f"whose weights differ: give that one, or project the photo into {shown(run)}"
         )
     for one in projected:
         check_fits(snapshot, one)

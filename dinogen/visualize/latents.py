@@ -22,6 +22,7 @@ from dinogen.families.abilities import (
     to_space,
 )
 from dinogen.files import write_bytes
+from dinogen.hub import cached_name, shown, working_path
 from dinogen.projection.latents import (
     Projected,
     check_fits,
@@ -91,7 +92,7 @@ def write_projections(
     """Draw projected photos, ``NAME.png`` each and a grid; layers may be mixed with others.
 
     Args:
-        run: folder of the run, or an exported file.
+        run: folder of the run, an exported file, or an address of the hub.
         places: files of `dinogen project`, or folders of them.
         mixes: as :meth:`Mix.parse` reads them; later ones are laid over earlier ones.
         resolution: what the user asks for, if anything.
@@ -105,6 +106,7 @@ def write_projections(
         ConfigError: the run does not have the checkpoint of the latents any more.
         UserError: a file is no projection or of another run, or layers do not exist.
     """
+    run = working_path(run)
     projected = read_projected(places)
     chosen = [Mix.parse(text) for text in mixes]
     snapshot, space = snapshot_of(run, projected, resolution)
@@ -116,13 +118,13 @@ def write_projections(
     pixels = to_uint8(torch.cat(images).numpy())
     if watermark:
         pixels = with_watermark(pixels, watermark)
-    words = ["dinogen", "sample", str(run)]
+    words = ["dinogen", "sample", shown(run)]
     words += [word for place in places for word in ("--latents", str(place))]
     words += [word for text in mixes for word in ("--mix", text)]
     words += ["--watermark", watermark] if watermark else []
     about: dict[str, Any] = {
         "generated": True,
-        "run": run.resolve().name,
+        "run": cached_name(run) or run.resolve().name,
         "family": snapshot.family.config.family.name,
         "resolution": snapshot.resolution,
         "nimg": snapshot.nimg,
@@ -212,7 +214,7 @@ def write_directions(
     deviations of samples along the direction.
 
     Args:
-        run: folder of the run, or an exported file.
+        run: folder of the run, an exported file, or an address of the hub.
         places: files of `dinogen project`, or folders of them.
         resolution: what the user asks for, if anything.
         out: folder; beside each projection unless given.
@@ -224,6 +226,7 @@ def write_directions(
         ConfigError: the run does not have the checkpoint of the latents any more.
         UserError: a file is no projection or of another run, or its space has no directions.
     """
+    run = working_path(run)
     projected = read_projected(places)
     snapshot, space = snapshot_of(run, projected, resolution)
     family, networks = snapshot.family, snapshot.ema.networks

@@ -24,6 +24,7 @@ from dinogen.families.abilities import (
     truncates,
 )
 from dinogen.files import why_not_writable
+from dinogen.hub import working_path
 from dinogen.projection.latents import Projected, as_projected, read_projected, snapshot_of
 from dinogen.report.images import to_uint8
 from dinogen.report.video import (
@@ -52,7 +53,7 @@ class VideoRequest:
     """A walk.
 
     Attributes:
-        run: folder of a run, or an exported file.
+        run: folder of a run, an exported file, or an address of the hub.
         out: ``*.mp4`` or ``*.gif``; in ``RUN/videos`` unless given.
         keys: latents that each image of the grid walks through, by the seed.
         seed: of the latents.
@@ -222,6 +223,7 @@ def walk_of(request: VideoRequest) -> Walk:
         ConfigError: no such run, stage or checkpoint.
         UserError: the family cannot do what an option asks for.
     """
+    request = replace(request, run=working_path(request.run))
     if request.layers not in (None, *LAYERS):
         raise UserError(f"--mix {request.layers}: choose coarse or fine")
     return _through_projections(request) if request.latents else _through_samples(request)

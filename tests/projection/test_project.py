@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -37,6 +38,7 @@ from dinogen.projection.project import RESULTS, ProjectionRequest, project
 from dinogen.training.checkpointing.export import export
 from launch.cli.main import app
 from shards.read.dataset import open_dataset
+from tests.hub_server import hub_server, use_hub
 from tests.metrics.backbones import save_backbone
 
 CPU = torch.device("cpu")
@@ -268,6 +270,40 @@ def test_an_exported_file_takes_the_same_latents(projected, runs, tmp_path):
         for place in (runs("dcgan"), tmp_path / "g.safetensors")
     ]
     assert torch.equal(*images)
+
+
+@pytest.mark.parametrize("kind", ["run", "file"])
+def test_a_run_on_the_hub_takes_photos_too(kind, runs, photos, tmp_path, monkeypatch):
+    """Results go into the current folder, and those of a file say where it is from."""
+    run = runs("stylegan2_ada")
+    (tmp_path / "cwd").mkdir()
+    files = {str(one.relative_to(run)): one.read_bytes() for one in run.rglob("*") if one.is_file()}
+    if kind == "file":
+        export(run, tmp_path / "g.safetensors")
+        files = {"model.safetensors": (tmp_path / "g.safetensors").read_bytes()}
+    monkeypatch.chdir(tmp_path / "cwd")
+    with hub_server() as server:
+        use_hub(monkeypatch, server, tmp_path / "home")
+        name = f"someone--run-{server.add('someone/run', files)[:7]}"
+
+        def invoke(*words):
+            done = CliRunner().invoke(app, [*map(str, words)])
+            assert done.exit_code == 0, f"{done.output} {done.exception!r}"
+
+        quick = ["--no-align", "--steps", 1, "--loss", "pixels"]
+        invoke("project", "hf://someone/run", photos, *quick, "--out", "p")
+        said = json.loads(next(Path("p").glob(f"*/{RESULTS}")).read_text())
+        assert said["run"] == name
+        address = name if kind == "run" else "hf://someone/run@"
+        assert f"dinogen project {address}" in said["command"]
+        invoke("sample", "hf://someone/run", "--latents", "p")
+        invoke("look", "hf://someone/run", "--latents", "p")
+        invoke("video", "hf://someone/run", "--seconds", 0.1, "--size", 16)
+        invoke("video", "hf://someone/run", "--latents", "p", "--seconds", 0.1)
+    samples, videos = Path(name).rglob("grid_*.png"), Path(name).rglob("*.mp4")
+    about = json.loads(Image.open(next(samples)).text["dinogen"])
+    assert about["run"] == name and f"dinogen sample {address}" in about["command"]
+    assert len(list(videos)) == 2
 
 
 def test_latents_of_another_run_or_of_nothing_are_refused(projected, runs, tmp_path):
