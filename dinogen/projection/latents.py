@@ -134,8 +134,12 @@ def write_projected(
     write_bytes(path, save(tensors, {_INFO: said}))
 
 
-def read_projected(places: Sequence[Path]) -> list[Projected]:
+def read_projected(places: Sequence[Path], option: str = "--latents") -> list[Projected]:
     """The projections in files, and in folders and below them, in order.
+
+    Args:
+        places: files and folders.
+        option: by which they are given, for errors.
 
     Raises:
         UserError: a file is missing, damaged or something else, or a folder holds none; or their
@@ -145,23 +149,23 @@ def read_projected(places: Sequence[Path]) -> list[Projected]:
     for place in places:
         below = sorted(place.rglob(FILE)) if place.is_dir() else [place]
         if not below:
-            raise UserError(f"--latents: {place}: holds no {FILE}: give a folder of projections")
+            raise UserError(f"{option}: {place}: holds no {FILE}: give a folder of projections")
         files += below
-    found = [_read(file) for file in files]
+    found = [_read(file, option) for file in files]
     for one in found[1:]:
         for what in ("space", "checkpoint"):
             if one.settings[what] != found[0].settings[what]:
                 raise UserError(
-                    f"--latents: {one.path} and {found[0].path} have not the same {what}: project "
+                    f"{option}: {one.path} and {found[0].path} have not the same {what}: project "
                     "all photos alike"
                 )
     return found
 
 
-def _read(file: Path) -> Projected:
+def _read(file: Path, option: str) -> Projected:
     remedy = f"give a {FILE} of `dinogen project`"
     if not file.is_file():
-        raise UserError(f"--latents: {file}: is not there: {remedy}")
+        raise UserError(f"{option}: {file}: is not there: {remedy}")
     try:
         with safe_open(file, "pt") as opened:
             info = json.loads((opened.metadata() or {})[_INFO])
@@ -172,16 +176,16 @@ def _read(file: Path) -> Projected:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"--latents: {file}: is no projection ({where}: {first['msg']}): {remedy}"
+            f"{option}: {file}: is no projection ({where}: {first['msg']}): {remedy}"
         ) from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"--latents: {file}: is no projection ({' '.join(str(error).split())[:80]}): {remedy}"
+            f"{option}: {file}: is no projection ({' '.join(str(error).split())[:80]}): {remedy}"
         ) from None
     return found
 
 
-def check_fits(snapshot: Snapshot, projected: Projected) -> None:
+def check_fits(snapshot: Snapshot, projected: Projected, option: str = "--latents") -> None:
     """Refuse latents that the checkpoint they claim to be of cannot decode.
 
     Raises:
@@ -207,7 +211,7 @@ def check_fits(snapshot: Snapshot, projected: Projected) -> None:
         if not wrong:
             return
         problem = ", ".join(wrong)
-    raise UserError(f"--latents: {projected.path}: is damaged ({problem}): project the photo again")
+    raise UserError(f"{option}: {projected.path}: is damaged ({problem}): project the photo again")
 
 
 def snapshot_of(

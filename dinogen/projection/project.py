@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,7 @@ RESTARTS = 4
 NUM_MEAN, NUM_MEAN_SLOW = 256, 16
 # images that are searched together: restarts count, and those of 64x64 fit into a cache
 PIXELS_AT_ONCE = 40 * 64 * 64
+_CHANGE = re.compile(r"[a-z_]+(\.\w+)+=")
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,16 @@ def project(
 
     Raises:
         ConfigError: no such run, stage or checkpoint.
-        UserError: the family does not have what an option asks for; names the option.
+        UserError: the family does not have what an option asks for; names the option. Or a photo
+            is a change of the config.
         NoFaceError: no photo can be used.
     """
     check_changes(request.places)
+    for photo in request.photos:
+        if _CHANGE.match(str(photo)) and not photo.exists():
+            raise UserError(
+                f"{photo}: is no photo: changes of the config are given by --set {photo}"
+            )
     request = replace(request, run=working_path(request.run))
     snapshot = load_snapshot(request.run, request.resolution, request.nimg, request.places)
     method = _Method.of(request, snapshot)

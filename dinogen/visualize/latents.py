@@ -153,7 +153,7 @@ def mixed(
     Raises:
         UserError: the family has no such space, or not these layers; or it is projected in z.
     """
-    layers = layers_of(snapshot, space)
+    layers = layers_of(snapshot, space, "--mix")
     found = in_layers(projected.latents, layers).clone()
     num = layers.shape[0]
     for mix in mixes:
@@ -163,12 +163,12 @@ def mixed(
             )
         if mix.seed is None:
             assert mix.file is not None
-            (source, *_) = read_projected([mix.file])
+            (source, *_) = read_projected([mix.file], "--mix")
             if source.settings["checkpoint"] != projected.settings["checkpoint"]:
                 raise UserError(f"--mix {mix.file}: was projected into another checkpoint")
             if source.space == "z":
                 raise UserError(f"--mix {mix.file}: latents in z have no layers: project in w+")
-            check_fits(snapshot, source)
+            check_fits(snapshot, source, "--mix")
             other = in_layers(source.latents, layers)
         else:
             z = snapshot.family.latents(torch.zeros(1, dtype=torch.int64), mix.seed)
@@ -181,7 +181,7 @@ def mixed(
     return Projected(projected.path, info, found, projected.noise)
 
 
-def layers_of(snapshot: Snapshot, space: LatentSpace) -> LatentSpace:
+def layers_of(snapshot: Snapshot, space: LatentSpace, option: str) -> LatentSpace:
     """The space of the family that has a row per layer.
 
     Raises:
@@ -191,9 +191,9 @@ def layers_of(snapshot: Snapshot, space: LatentSpace) -> LatentSpace:
     found = next((one for one in every if one.per_layer), None)
     name = snapshot.family.config.family.name
     if found is None:
-        raise UserError(f"--mix: family {name} has no layers that can be mixed: leave it out")
+        raise UserError(f"{option}: family {name} has no layers that can be chosen: leave it out")
     if space.name == "z":
-        raise UserError(f"--mix: latents in z have no layers: project in {found.name}")
+        raise UserError(f"{option}: latents in z have no layers: project in {found.name}")
     return found
 
 

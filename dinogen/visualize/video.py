@@ -225,7 +225,7 @@ def walk_of(request: VideoRequest) -> Walk:
     """
     request = replace(request, run=working_path(request.run))
     if request.layers not in (None, *LAYERS):
-        raise UserError(f"--mix {request.layers}: choose coarse or fine")
+        raise UserError(f"--layers {request.layers}: choose coarse or fine")
     return _through_projections(request) if request.latents else _through_samples(request)
 
 
@@ -237,6 +237,8 @@ def _through_projections(request: VideoRequest) -> Walk:
         "--steps": request.steps is not None,
         "--nimg": request.nimg is not None,
         "--space": request.space is not None,
+        "--seed": request.seed != 0,
+        "--keys": request.keys != VideoRequest.keys,
     }.items():
         if given:
             raise UserError(f"{option}: the projections of --latents settle it: leave it out")
@@ -248,7 +250,7 @@ def _through_projections(request: VideoRequest) -> Walk:
     snapshot = as_projected(snapshot, projected[0])
     keys = torch.stack([one.latents for one in projected])
     if request.layers:
-        space = layers_of(snapshot, space)
+        space = layers_of(snapshot, space, "--layers")
         keys = torch.stack([in_layers(one, space) for one in keys])
     noises = [one.noise for one in projected if one.noise is not None]
     tiles = range(request.columns * request.rows)
@@ -311,14 +313,14 @@ def _through_samples(request: VideoRequest) -> Walk:
     spaces = spaces_of(family)
     layered = next((one for one in spaces.values() if one.per_layer), None)
     if request.layers and layered is None:
-        raise UserError(f"--mix: {name} has no layers that can be mixed: leave it out")
+        raise UserError(f"--layers: {name} has no layers that can be chosen: leave it out")
     default = layered if request.layers and layered else next(iter([*spaces.values()][1:2]), None)
     chosen = request.space or (default.name if default else "z")
     if chosen not in spaces:
         raise UserError(f"--space {chosen}: {name} has {', '.join(spaces)}: choose one of them")
     space = spaces[chosen]
     if request.layers and not space.per_layer:
-        raise UserError(f"--mix: latents in {chosen} have no layers: leave --space out")
+        raise UserError(f"--layers: latents in {chosen} have no layers: leave --space out")
     if request.psi != 1 and space.normal:
         raise UserError("--psi: z is not truncated: leave --space out")
     tiles = request.columns * request.rows

@@ -155,6 +155,8 @@ def test_what_a_family_does_not_have_is_refused(runs, photos, tmp_path):
     refused("dcgan", "--loss nice: choose one of", loss="nice")
     refused("dcgan", "LPIPS", loss="lpips", places=("metrics.lpips_backbone=gone.pth",))
     refused("dcgan", "trained without one", loss="guide")
+    with pytest.raises(UserError, match=r"data\.path=/x: is no photo: .* --set data\.path=/x"):
+        project(tiny(runs("dcgan"), Path("data.path=/x"), tmp_path))
     assert not list(tmp_path.rglob(FILE))
 
 

@@ -97,12 +97,14 @@ def test_mixing_that_is_not_possible_is_refused(runs, projected, tmp_path):  # n
 
     refused("write LAYERS=SOURCE", "stylegan2_ada", "all")
     refused("has the layers 0 to 5", "stylegan2_ada", "4-6=seed:1")
-    refused("has no layers that can be mixed", "dcgan", "0-1=seed:1")
-    refused("is not there", "stylegan2_ada", f"0-1={tmp_path / 'gone'}")
+    refused("has no layers that can be chosen", "dcgan", "0-1=seed:1")
+    refused("^--mix: .*: is not there", "stylegan2_ada", f"0-1={tmp_path / 'gone'}")
     run, place = runs("stylegan2_ada"), projected("stylegan2_ada")
     for words, message in (
         (("--mix", "0=seed:1"), "--mix: takes the projected photos of --latents"),
-        (("--latents", place, "--psi", "0.5"), "leave out --text"),
+        (("--latents", place, "--psi", "0.5"), "leave out --num, --seed, --text"),
+        (("--latents", place, "--num", "3"), "leave out --num, --seed, --text"),
+        (("--latents", place, "--seed", "3"), "leave out --num, --seed, --text"),
     ):
         code, _, error = invoke("sample", run, *words, "--out", tmp_path)
         assert code == 1 and message in str(error)
