@@ -24,7 +24,7 @@ MISSING = "imageio-ffmpeg, which mp4 takes, is not installed: pip install 'dinog
 # GIF counts in hundredths of a second, and players show less than 2 of them as 10.
 _GIF_TICK = 100
 MAX_GIF_FPS = 50
-# Sides: what H.264 has levels for, and GIF two bytes. A frame of so many pixels is 400 MB.
+# Of a side: libx264 takes no more, and GIF has two bytes for it. Of a frame: it is 400 MB then.
 MAX_SIDE = {".mp4": 16384, ".gif": 65535}
 MAX_PIXELS = 2**27
 

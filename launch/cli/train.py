@@ -175,9 +175,8 @@ def sample(
         raise UserError("--mix: takes the projected photos of --latents: give them as well")
     if text and label is not None:
         raise UserError("--class: leave it out with --text")
-    num = num or 64
     request = SampleRequest(
-        run, num, seed, stage, tuple(text or ()), psi, label, sampling, watermark
+        run, num or 64, seed, stage, tuple(text or ()), psi, label, sampling, watermark
     )
     snapshot, grid = write_samples(request, out)
     size = snapshot.place.name
