@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dinogen.families.abilities import (
     spaces_of,
 )
 from dinogen.files import why_not_writable, write_json
+from dinogen.hub import cached_name, shown, working_path
 from dinogen.prepare.pipeline import NoFaceError, in_words
 from dinogen.projection.latents import FILE, identity_of, write_projected
 from dinogen.projection.loss import Loss, choose_loss
@@ -42,6 +44,7 @@ RESTARTS = 4
 NUM_MEAN, NUM_MEAN_SLOW = 256, 16
 # images that are searched together: restarts count, and those of 64x64 fit into a cache
 PIXELS_AT_ONCE = 40 * 64 * 64
+_CHANGE = re.compile(r"[a-z_]+(\.\w+)+=")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class ProjectionRequest:
     """What is projected, and how.
 
     Attributes:
-        run: folder of a run, or an exported file.
+        run: folder of a run, an exported file, or an address of the hub.
         photos: files, and folders of some.
         space: of the latents; the best that the family has unless given.
         steps: of the search, :data:`STEPS` unless given; for a family that inverts images those of
@@ -118,10 +121,17 @@ def project(
 
     Raises:
         ConfigError: no such run, stage or checkpoint.
-        UserError: the family does not have what an option asks for; names the option.
+        UserError: the family does not have what an option asks for; names the option. Or a photo
+            is a change of the config.
         NoFaceError: no photo can be used.
     """
     check_changes(request.places)
+    for photo in request.photos:
+        if _CHANGE.match(str(photo)) and not photo.exists():
+            raise UserError(
+                f"{photo}: is no photo: changes of the config are given by --set {photo}"
+            )
+    request = replace(request, run=working_path(request.run))
     snapshot = load_snapshot(request.run, request.resolution, request.nimg, request.places)
     method = _Method.of(request, snapshot)
     family = snapshot.family
@@ -255,7 +265,7 @@ class _Work:
             sampling = {"sampler": "ddim"} | ({"steps": request.steps} if request.steps else {})
             family = family.with_sampling(sampling)
         self.family = family
-        self.run = request.run.resolve().name
+        self.run = cached_name(request.run) or request.run.resolve().name
         self.mark = snapshot.mark
         self._mean: Tensor | None = None
         self.searcher = Searcher(
@@ -327,8 +337,8 @@ class _Work:
                 begun = self.searcher.decode(mean.expand(1, *method.space.shape), None)
         if not bool(made.isfinite().all()):
             raise UserError(
-                f"{self.request.run}: its images are not finite, so nothing can be projected: give "
-                "an earlier checkpoint by --nimg"
+                f"{shown(self.request.run)}: its images are not finite, so nothing can be "
+                "projected: give an earlier checkpoint by --nimg"
             )
         before = self._errors(self._mean_image(), images)
         first = None if begun is None else self._errors(begun, images)
@@ -355,7 +365,7 @@ class _Work:
             if first is not None:
                 info["before"]["encoded" if method.inverts else "mean_latent"] = first[n]
             frames = [frame[n] for frame in found.frames]
-            shown = Shown(
+            drawn = Shown(
                 self.folder / target.name,
                 target.image,
                 made[n].cpu(),
@@ -365,7 +375,7 @@ class _Work:
             )
             place = self.folder / target.name
             (place / RESULTS).unlink(missing_ok=True)  # what follows belongs to new ones
-            info["files"] = write_shown(shown, info["after"]["rms"])
+            info["files"] = write_shown(drawn, info["after"]["rms"])
             about = {name: info[name] for name in _OF_THE_FILE} | {"errors": errors}
             about["photo"] = target.photo.name  # a file that is handed on tells no folders
             write_projected(place / FILE, found.latents[n : n + 1], noise, about)
@@ -409,7 +419,7 @@ class _Work:
     def _command(self, target: Target) -> str:
         """The command that projects the photo again."""
         own, request = self.settings, self.request
-        words = ["dinogen", "project", str(request.run), str(target.photo)]
+        words = ["dinogen", "project", shown(request.run), str(target.photo)]
         words += ["--space", own["space"], "--seed", str(request.seed), "--loss", own["loss"]]
         words += ["--stage", str(self.resolution), "--nimg", str(own["checkpoint"]["nimg"])]
         if request.steps is not None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +24,9 @@ MISSING = "imageio-ffmpeg, which mp4 takes, is not installed: pip install 'dinog
 # GIF counts in hundredths of a second, and players show less than 2 of them as 10.
 _GIF_TICK = 100
 MAX_GIF_FPS = 50
+# Of a side: libx264 takes no more, and GIF has two bytes for it. Of a frame: it is 400 MB then.
+MAX_SIDE = {".mp4": 16384, ".gif": 65535}
+MAX_PIXELS = 2**27
 
 Frame = NDArray[np.uint8]
 
@@ -44,7 +51,8 @@ def write_video(path: Path, frames: Iterable[Frame], fps: int) -> int:
         The number of frames.
 
     Raises:
-        UserError: another suffix, more than 50 frames per second of a GIF, or no imageio-ffmpeg.
+        UserError: another suffix, more than 50 frames per second of a GIF, no imageio-ffmpeg, or
+            ffmpeg fails.
         OSError: the file cannot be written.
     """
     check_video(path, fps)
@@ -65,6 +73,28 @@ def check_video(path: Path, fps: int) -> None:
         raise UserError(f"--fps {fps}: a GIF has at most {MAX_GIF_FPS} frames per second")
 
 
+def check_frames(path: Path, columns: int, rows: int, size: int) -> None:
+    """Refuse frames that are too large for the format.
+
+    Args:
+        path: of the video.
+        columns: of images in a frame.
+        rows: of images in a frame.
+        size: side of each image, in pixels.
+
+    Raises:
+        UserError: they are.
+    """
+    width, height = columns * size, rows * size
+    most = MAX_SIDE[path.suffix]
+    if max(width, height) > most or width * height > MAX_PIXELS:
+        raise UserError(
+            f"--grid {columns}x{rows}: with images of {size} pixels a frame is {width}x{height}, "
+            f"and a {path.suffix} has sides up to {most} and {MAX_PIXELS:,} pixels in all: choose "
+            "a smaller --grid or --size"
+        )
+
+
 def _even(frame: Frame) -> Frame:
     height, width = frame.shape[:2]
     if height % 2 or width % 2:
@@ -73,41 +103,63 @@ def _even(frame: Frame) -> Frame:
 
 
 def _write_mp4(path: Path, frames: Iterable[Frame], fps: int) -> int:
-    from imageio_ffmpeg import write_frames
-
-    num, writer = 0, None
-    with written_beside(path) as temporary:
+    num, encoder = 0, None
+    with written_beside(path) as temporary, TemporaryFile() as said:
         try:
             for frame in frames:
                 even = _even(frame)
-                if writer is None:
-                    writer = write_frames(
-                        str(temporary),
-                        (even.shape[1], even.shape[0]),
-                        fps=fps,
-                        codec="libx264",
-                        pix_fmt_in="rgb24",
-                        pix_fmt_out="yuv420p",
-                        quality=None,
-                        macro_block_size=2,
-                        ffmpeg_log_level="error",
-                        output_params=_OUTPUT,
-                    )
-                    writer.send(None)
-                writer.send(even)
+                if encoder is None:
+                    encoder = _start_encoder(temporary, even, fps, said)
+                assert encoder.stdin is not None
+                encoder.stdin.write(even.data)
                 num += 1
+            if encoder is None:
+                raise ValueError(f"{path}: a video of no frames")
+            encoder.communicate()  # the rest of what is buffered, and the end of the input
+        except BrokenPipeError:
+            assert encoder is not None
+            encoder.wait()  # it has ended already, and says why
         finally:
-            if writer is not None:
-                writer.close()
-        if not num:
-            raise ValueError(f"{path}: a video of no frames")
+            if encoder is not None:
+                encoder.kill()  # nothing, where it has ended
+                encoder.wait()
+                assert encoder.stdin is not None
+                with suppress(BrokenPipeError):
+                    encoder.stdin.close()
+        if encoder.returncode:
+            said.seek(0)
+            lines = said.read().decode("utf-8", "replace").strip().splitlines()
+            # the first is the cause; before it stand the part that says it, and an address
+            first = re.sub(r"^\[[^]]*\] ", "", lines[0]) if lines else ""
+            why = first or f"exit status {encoder.returncode}"
+            raise UserError(
+                f"{path}: ffmpeg failed ({why}): look for a full disk, or choose smaller frames"
+            )
     return num
+
+
+def _start_encoder(file: Path, frame: Frame, fps: int, said: IO[bytes]) -> subprocess.Popen[bytes]:
+    """ffmpeg, which reads frames from its input and writes what it has to say to ``said``."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    height, width = frame.shape[:2]
+    words = [get_ffmpeg_exe(), "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    words += ["-s", f"{width}x{height}", "-r", str(fps), "-i", "-", "-an", *_OUTPUT, str(file)]
+    # in a session of its own: Ctrl-C reaches this process alone, which then ends it
+    return subprocess.Popen(
+        words,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=said,
+        start_new_session=True,
+    )
 
 
 # The name of a temporary file says nothing of its format. Constant quality; and the index first,
 # so that browsers begin to play before they have all of it. Bit for bit the same each time: no
 # threads. Colours are BT.601's, as ffmpeg converts them, and players are told.
-_OUTPUT = ["-f", "mp4", "-crf", "16", "-preset", "medium", "-movflags", "+faststart"]
+_OUTPUT = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-v", "error"]
+_OUTPUT += ["-f", "mp4", "-crf", "16", "-preset", "medium", "-movflags", "+faststart"]
 _OUTPUT += ["-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact"]
 _OUTPUT += ["-colorspace", "smpte170m", "-color_primaries", "smpte170m", "-color_trc", "smpte170m"]
 

@@ -22,8 +22,10 @@ from dinogen.families.abilities import (
     to_space,
 )
 from dinogen.files import write_bytes
+from dinogen.hub import cached_name, shown, working_path
 from dinogen.projection.latents import (
     Projected,
+    check_fits,
     decode_projected,
     read_projected,
     snapshot_of,
@@ -90,7 +92,7 @@ def write_projections(
     """Draw projected photos, ``NAME.png`` each and a grid; layers may be mixed with others.
 
     Args:
-        run: folder of the run, or an exported file.
+        run: folder of the run, an exported file, or an address of the hub.
         places: files of `dinogen project`, or folders of them.
         mixes: as :meth:`Mix.parse` reads them; later ones are laid over earlier ones.
         resolution: what the user asks for, if anything.
@@ -104,6 +106,7 @@ def write_projections(
         ConfigError: the run does not have the checkpoint of the latents any more.
         UserError: a file is no projection or of another run, or layers do not exist.
     """
+    run = working_path(run)
     projected = read_projected(places)
     chosen = [Mix.parse(text) for text in mixes]
     snapshot, space = snapshot_of(run, projected, resolution)
@@ -115,13 +118,13 @@ def write_projections(
     pixels = to_uint8(torch.cat(images).numpy())
     if watermark:
         pixels = with_watermark(pixels, watermark)
-    words = ["dinogen", "sample", str(run)]
+    words = ["dinogen", "sample", shown(run)]
     words += [word for place in places for word in ("--latents", str(place))]
     words += [word for text in mixes for word in ("--mix", text)]
     words += ["--watermark", watermark] if watermark else []
     about: dict[str, Any] = {
         "generated": True,
-        "run": run.resolve().name,
+        "run": cached_name(run) or run.resolve().name,
         "family": snapshot.family.config.family.name,
         "resolution": snapshot.resolution,
         "nimg": snapshot.nimg,
@@ -150,7 +153,7 @@ def mixed(
     Raises:
         UserError: the family has no such space, or not these layers; or it is projected in z.
     """
-    layers = layers_of(snapshot, space)
+    layers = layers_of(snapshot, space, "--mix")
     found = in_layers(projected.latents, layers).clone()
     num = layers.shape[0]
     for mix in mixes:
@@ -160,11 +163,12 @@ def mixed(
             )
         if mix.seed is None:
             assert mix.file is not None
-            (source, *_) = read_projected([mix.file])
+            (source, *_) = read_projected([mix.file], "--mix")
             if source.settings["checkpoint"] != projected.settings["checkpoint"]:
                 raise UserError(f"--mix {mix.file}: was projected into another checkpoint")
             if source.space == "z":
                 raise UserError(f"--mix {mix.file}: latents in z have no layers: project in w+")
+            check_fits(snapshot, source, "--mix")
             other = in_layers(source.latents, layers)
         else:
             z = snapshot.family.latents(torch.zeros(1, dtype=torch.int64), mix.seed)
@@ -177,7 +181,7 @@ def mixed(
     return Projected(projected.path, info, found, projected.noise)
 
 
-def layers_of(snapshot: Snapshot, space: LatentSpace) -> LatentSpace:
+def layers_of(snapshot: Snapshot, space: LatentSpace, option: str) -> LatentSpace:
     """The space of the family that has a row per layer.
 
     Raises:
@@ -187,9 +191,9 @@ def layers_of(snapshot: Snapshot, space: LatentSpace) -> LatentSpace:
     found = next((one for one in every if one.per_layer), None)
     name = snapshot.family.config.family.name
     if found is None:
-        raise UserError(f"--mix: family {name} has no layers that can be mixed: leave it out")
+        raise UserError(f"{option}: family {name} has no layers that can be chosen: leave it out")
     if space.name == "z":
-        raise UserError(f"--mix: latents in z have no layers: project in {found.name}")
+        raise UserError(f"{option}: latents in z have no layers: project in {found.name}")
     return found
 
 
@@ -210,7 +214,7 @@ def write_directions(
     deviations of samples along the direction.
 
     Args:
-        run: folder of the run, or an exported file.
+        run: folder of the run, an exported file, or an address of the hub.
         places: files of `dinogen project`, or folders of them.
         resolution: what the user asks for, if anything.
         out: folder; beside each projection unless given.
@@ -222,6 +226,7 @@ def write_directions(
         ConfigError: the run does not have the checkpoint of the latents any more.
         UserError: a file is no projection or of another run, or its space has no directions.
     """
+    run = working_path(run)
     projected = read_projected(places)
     snapshot, space = snapshot_of(run, projected, resolution)
     family, networks = snapshot.family, snapshot.ema.networks

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,13 @@ from dinogen.families.abilities import (
     truncates,
 )
 from dinogen.files import why_not_writable
-from dinogen.projection.latents import Projected, read_projected, snapshot_of
+from dinogen.hub import working_path
+from dinogen.projection.latents import Projected, as_projected, read_projected, snapshot_of
 from dinogen.report.images import to_uint8
 from dinogen.report.video import (
     MISSING,
     can_write_mp4,
+    check_frames,
     check_video,
     enlarged,
     tiled,
@@ -50,7 +53,7 @@ class VideoRequest:
     """A walk.
 
     Attributes:
-        run: folder of a run, or an exported file.
+        run: folder of a run, an exported file, or an address of the hub.
         out: ``*.mp4`` or ``*.gif``; in ``RUN/videos`` unless given.
         keys: latents that each image of the grid walks through, by the seed.
         seed: of the latents.
@@ -189,6 +192,7 @@ def write_walk(
     if problem := why_not_writable(path, make=True):
         raise UserError(f"{path}: cannot be written: {problem}: give --out FILE")
     size = request.size or walk.snapshot.resolution
+    check_frames(path, request.columns, request.rows, size)
 
     def frames() -> Iterator[Pixels]:
         for number, images in enumerate(walk.images(), 1):
@@ -219,8 +223,9 @@ def walk_of(request: VideoRequest) -> Walk:
         ConfigError: no such run, stage or checkpoint.
         UserError: the family cannot do what an option asks for.
     """
+    request = replace(request, run=working_path(request.run))
     if request.layers not in (None, *LAYERS):
-        raise UserError(f"--mix {request.layers}: choose coarse or fine")
+        raise UserError(f"--layers {request.layers}: choose coarse or fine")
     return _through_projections(request) if request.latents else _through_samples(request)
 
 
@@ -232,6 +237,8 @@ def _through_projections(request: VideoRequest) -> Walk:
         "--steps": request.steps is not None,
         "--nimg": request.nimg is not None,
         "--space": request.space is not None,
+        "--seed": request.seed != 0,
+        "--keys": request.keys != VideoRequest.keys,
     }.items():
         if given:
             raise UserError(f"{option}: the projections of --latents settle it: leave it out")
@@ -239,10 +246,13 @@ def _through_projections(request: VideoRequest) -> Walk:
     snapshot, space = snapshot_of(request.run, projected, request.resolution)
     if len(projected) < 2:
         raise UserError("--latents: a walk needs two projections or more")
+    _check_alike(projected, space)
+    snapshot = as_projected(snapshot, projected[0])
     keys = torch.stack([one.latents for one in projected])
     if request.layers:
-        space = layers_of(snapshot, space)
+        space = layers_of(snapshot, space, "--layers")
         keys = torch.stack([in_layers(one, space) for one in keys])
+    noises = [one.noise for one in projected if one.noise is not None]
     tiles = range(request.columns * request.rows)
 
     def spread(values: Tensor) -> Tensor:
@@ -252,7 +262,7 @@ def _through_projections(request: VideoRequest) -> Walk:
         snapshot,
         space,
         spread(keys),
-        _noise_of(projected, spread),
+        None if not noises else spread(torch.stack(noises)),
         projected[0].index.expand(len(tiles)),
         request.num_frames,
         request.loop,
@@ -260,9 +270,25 @@ def _through_projections(request: VideoRequest) -> Walk:
     )
 
 
-def _noise_of(projected: list[Projected], spread: Callable[[Tensor], Tensor]) -> Tensor | None:
-    noises = [one.noise for one in projected if one.noise is not None]
-    return spread(torch.stack(noises)) if len(noises) == len(projected) else None
+def _check_alike(projected: list[Projected], space: LatentSpace) -> None:
+    """Refuse projections between which there is no way, as their images are made differently.
+
+    Raises:
+        UserError: naming two of them.
+    """
+
+    def made_by(one: Projected) -> dict[str, Any]:
+        own = {"sampling": one.settings["sampling"], "noise": one.noise is not None}
+        return own | ({"label": one.settings["label"]} if space.normal else {})
+
+    first = projected[0]
+    for one in projected[1:]:
+        for what, value in made_by(first).items():
+            if made_by(one)[what] != value:
+                raise UserError(
+                    f"--latents: {one.path} and {first.path} have not the same {what}: project all "
+                    "photos of a video alike"
+                )
 
 
 @torch.no_grad()
@@ -287,14 +313,14 @@ def _through_samples(request: VideoRequest) -> Walk:
     spaces = spaces_of(family)
     layered = next((one for one in spaces.values() if one.per_layer), None)
     if request.layers and layered is None:
-        raise UserError(f"--mix: {name} has no layers that can be mixed: leave it out")
+        raise UserError(f"--layers: {name} has no layers that can be chosen: leave it out")
     default = layered if request.layers and layered else next(iter([*spaces.values()][1:2]), None)
     chosen = request.space or (default.name if default else "z")
     if chosen not in spaces:
         raise UserError(f"--space {chosen}: {name} has {', '.join(spaces)}: choose one of them")
     space = spaces[chosen]
     if request.layers and not space.per_layer:
-        raise UserError(f"--mix: latents in {chosen} have no layers: leave --space out")
+        raise UserError(f"--layers: latents in {chosen} have no layers: leave --space out")
     if request.psi != 1 and space.normal:
         raise UserError("--psi: z is not truncated: leave --space out")
     tiles = request.columns * request.rows

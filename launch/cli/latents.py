@@ -161,10 +161,10 @@ def video(
         str | None,
         typer.Option(help="z on great circles, or w in straight lines; w if there is one."),
     ] = None,
-    mix: Annotated[
+    layers: Annotated[
         str | None,
         typer.Option(
-            help="coarse or fine: only these layers walk, the others stay.", metavar="LAYERS"
+            help="coarse or fine: only these layers walk, the others stay.", metavar="HALF"
         ),
     ] = None,
     psi: Annotated[
@@ -191,7 +191,7 @@ def video(
 
       dinogen video runs/stylegan2_ada_64 --grid 4x2 --size 128 --psi 0.7
 
-      dinogen video runs/stylegan2_ada_64 --mix fine --out styles.mp4
+      dinogen video runs/stylegan2_ada_64 --layers fine --out styles.mp4
 
       dinogen video runs/dcgan_64 --seconds 4 --fps 15 --out walk.gif
 
@@ -219,7 +219,7 @@ def video(
         seconds,
         fps,
         space,
-        mix,
+        layers,
         psi,
         label,
         steps,

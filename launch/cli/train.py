@@ -81,7 +81,7 @@ def sample(
             help="Folder of a run, an exported file, or hf://user/name.", metavar="RUN|FILE"
         ),
     ],
-    num: Annotated[int, typer.Option(min=1, help="Images to make.")] = 64,
+    num: Annotated[int | None, typer.Option(min=1, help="Images to make; 64 by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")] = 0,
     stage: Annotated[
         int | None, typer.Option(help="Resolution; the largest trained by default.", metavar="R")
@@ -160,23 +160,23 @@ def sample(
     given = {"steps": steps, "sampler": sampler, "guidance": guidance}
     sampling = {name: value for name, value in given.items() if value is not None}
     if latents:
-        if sampling or text or label is not None or psi != 1:
+        if sampling or text or label is not None or psi != 1 or num is not None or seed:
             raise UserError(
-                "--latents: projected photos are drawn as they were projected: leave out --text, "
-                "--class, --psi, --steps, --sampler and --guidance"
+                "--latents: projected photos are drawn as they were projected: leave out --num, "
+                "--seed, --text, --class, --psi, --steps, --sampler and --guidance"
             )
         from dinogen.visualize.latents import write_projections
 
-        snapshot, num, grid = write_projections(run, latents, mix or (), stage, watermark, out)
+        snapshot, drawn, grid = write_projections(run, latents, mix or (), stage, watermark, out)
         size = snapshot.place.name
-        typer.echo(f"{num} projected photos of stage {size} at {snapshot.nimg} images: {grid}")
+        typer.echo(f"{drawn} projected photos of stage {size} at {snapshot.nimg} images: {grid}")
         return
     if mix:
         raise UserError("--mix: takes the projected photos of --latents: give them as well")
     if text and label is not None:
         raise UserError("--class: leave it out with --text")
     request = SampleRequest(
-        run, num, seed, stage, tuple(text or ()), psi, label, sampling, watermark
+        run, num or 64, seed, stage, tuple(text or ()), psi, label, sampling, watermark
     )
     snapshot, grid = write_samples(request, out)
     size = snapshot.place.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -13,6 +14,7 @@ import skimage
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from dinogen.config import FacesConfig, parse_config
@@ -36,6 +38,7 @@ from dinogen.projection.project import RESULTS, ProjectionRequest, project
 from dinogen.training.checkpointing.export import export
 from launch.cli.main import app
 from shards.read.dataset import open_dataset
+from tests.hub_server import hub_server, use_hub
 from tests.metrics.backbones import save_backbone
 
 CPU = torch.device("cpu")
@@ -152,6 +155,8 @@ def test_what_a_family_does_not_have_is_refused(runs, photos, tmp_path):
     refused("dcgan", "--loss nice: choose one of", loss="nice")
     refused("dcgan", "LPIPS", loss="lpips", places=("metrics.lpips_backbone=gone.pth",))
     refused("dcgan", "trained without one", loss="guide")
+    with pytest.raises(UserError, match=r"data\.path=/x: is no photo: .* --set data\.path=/x"):
+        project(tiny(runs("dcgan"), Path("data.path=/x"), tmp_path))
     assert not list(tmp_path.rglob(FILE))
 
 
@@ -269,6 +274,40 @@ def test_an_exported_file_takes_the_same_latents(projected, runs, tmp_path):
     assert torch.equal(*images)
 
 
+@pytest.mark.parametrize("kind", ["run", "file"])
+def test_a_run_on_the_hub_takes_photos_too(kind, runs, photos, tmp_path, monkeypatch):
+    """Results go into the current folder, and those of a file say where it is from."""
+    run = runs("stylegan2_ada")
+    (tmp_path / "cwd").mkdir()
+    files = {str(one.relative_to(run)): one.read_bytes() for one in run.rglob("*") if one.is_file()}
+    if kind == "file":
+        export(run, tmp_path / "g.safetensors")
+        files = {"model.safetensors": (tmp_path / "g.safetensors").read_bytes()}
+    monkeypatch.chdir(tmp_path / "cwd")
+    with hub_server() as server:
+        use_hub(monkeypatch, server, tmp_path / "home")
+        name = f"someone--run-{server.add('someone/run', files)[:7]}"
+
+        def invoke(*words):
+            done = CliRunner().invoke(app, [*map(str, words)])
+            assert done.exit_code == 0, f"{done.output} {done.exception!r}"
+
+        quick = ["--no-align", "--steps", 1, "--loss", "pixels"]
+        invoke("project", "hf://someone/run", photos, *quick, "--out", "p")
+        said = json.loads(next(Path("p").glob(f"*/{RESULTS}")).read_text())
+        assert said["run"] == name
+        address = name if kind == "run" else "hf://someone/run@"
+        assert f"dinogen project {address}" in said["command"]
+        invoke("sample", "hf://someone/run", "--latents", "p")
+        invoke("look", "hf://someone/run", "--latents", "p")
+        invoke("video", "hf://someone/run", "--seconds", 0.1, "--size", 16)
+        invoke("video", "hf://someone/run", "--latents", "p", "--seconds", 0.1)
+    samples, videos = Path(name).rglob("grid_*.png"), Path(name).rglob("*.mp4")
+    about = json.loads(Image.open(next(samples)).text["dinogen"])
+    assert about["run"] == name and f"dinogen sample {address}" in about["command"]
+    assert len(list(videos)) == 2
+
+
 def test_latents_of_another_run_or_of_nothing_are_refused(projected, runs, tmp_path):
     found = read_projected([projected("dcgan")])
     with pytest.raises(UserError, match="projected into another run"):
@@ -282,10 +321,43 @@ def test_latents_of_another_run_or_of_nothing_are_refused(projected, runs, tmp_p
     (tmp_path / FILE).write_bytes(b"nothing")
     with pytest.raises(UserError, match="is no projection"):
         read_projected([tmp_path / FILE])
-    info = found[0].info | {"settings": found[0].settings | {"checkpoint": {}}}
+    other = found[0].settings["checkpoint"] | {"nimg": 1}
+    info = found[0].info | {"settings": found[0].settings | {"checkpoint": other}}
     write_projected(tmp_path / FILE, found[0].latents, None, info)
     with pytest.raises(UserError, match="not the same checkpoint"):
         read_projected([found[0].path, tmp_path / FILE])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "/elsewhere/a"}, "is no projection .name"),
+        ({"name": "../a"}, "is no projection .name"),
+        ({"name": ".."}, "is no projection .name"),
+        ({"sha256": None}, "is no projection .sha256"),
+        ({"settings": []}, "is no projection .settings"),
+        ({"checkpoint": ...}, r"is no projection .settings\.checkpoint"),
+        ({"checkpoint": [1]}, r"is no projection .settings\.checkpoint"),
+        ({"checkpoint": {"nimg": 32}}, r"is no projection .settings\.checkpoint\.family"),
+        ({"label": "x"}, r"is no projection .settings\.label"),
+        ({"label": 0}, "is damaged .it is of class 0, and there are 0"),
+        ({"sampling": {"num_classes": 3}}, r"is no projection .settings\.sampling"),
+        ({"space": "w"}, "is no projection .'w'"),
+        ({"latents": torch.zeros(1, 9)}, r"is damaged .z is \(1, 9\)"),
+        ({"noise": torch.zeros(1, 9)}, r"is damaged .noise is \(1, 9\)"),
+    ],
+)
+def test_what_a_file_of_others_says_is_checked(changes, message, projected, runs, tmp_path):
+    (one, *_) = read_projected([projected("dcgan")])
+    settings = {key: changes.get(key, value) for key, value in one.settings.items()}
+    settings = {key: value for key, value in settings.items() if value is not ...}
+    info = {key: changes.get(key, value) for key, value in one.info.items()}
+    info |= {} if "settings" in changes else {"settings": settings}
+    tensors = {"z": changes.get("latents", one.latents)}
+    tensors |= {"noise": changes["noise"]} if "noise" in changes else {}
+    save_file(tensors, tmp_path / FILE, {"dinogen_projection": json.dumps(info)})
+    with pytest.raises(UserError, match=message):
+        snapshot_of(runs("dcgan"), read_projected([tmp_path / FILE]))
 
 
 def test_a_new_family_takes_part_without_being_named(tmp_path):

@@ -24,6 +24,7 @@ def runs(tmp_path_factory):
     more = {
         "stylegan2_ada": ["augment.flip=0.5"],
         "ddpm": ["checkpoint.keep_last=1"],
+        "ddpm_classes": ["family.num_classes=2"],
     }
     done = {}
 
@@ -31,7 +32,11 @@ def runs(tmp_path_factory):
         if family not in done:
             keep = ["checkpoint.every_kimg=0.008", "checkpoint.keep_last=9"]
             config = tiny_config(
-                family, folder / "data", folder / family, *keep, *more.get(family, [])
+                family.removesuffix("_classes"),
+                folder / "data",
+                folder / family,
+                *keep,
+                *more.get(family, []),
             )
             train(config)
             done[family] = config.run

@@ -11,8 +11,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dinogen.errors import UserError
-from dinogen.projection.latents import decode_projected, read_projected, snapshot_of
+from dinogen.projection.latents import (
+    decode_projected,
+    read_projected,
+    snapshot_of,
+    write_projected,
+)
 from dinogen.report.images import to_uint8
+from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.visualize.latents import Mix, mixed, write_directions, write_projections
 from launch.cli.main import app
 from tests.projection.conftest import photos, projected  # noqa: F401
@@ -45,6 +51,27 @@ def test_sample_draws_what_was_projected(runs, projected, tmp_path):  # noqa: F8
         assert np.abs(shown - pixels(file)).max() <= 1
 
 
+def test_each_photo_is_drawn_as_it_was_projected(runs, projected, tmp_path):  # noqa: F811
+    """Whatever else is drawn with it."""
+    (one, *_) = read_projected([projected("ddpm")])
+    files, images = [], {}
+    for steps in (2, 20):
+        sampling = {"sampler": "ddim", "steps": steps}
+        info = one.info | {"settings": one.settings | {"sampling": sampling}}
+        files.append(tmp_path / f"{steps}.safetensors")
+        write_projected(files[-1], 0.1 * one.latents, None, info)
+        snapshot = load_snapshot(runs("ddpm"))
+        family = snapshot.family.with_sampling(sampling)
+        made = family.decode(snapshot.ema.networks, 0.1 * one.latents, torch.tensor([0]), 0)
+        images[files[-1]] = to_uint8(made.clamp(-1, 1).numpy())[0]
+    assert np.abs(np.diff(np.stack([*images.values()]).astype(int), axis=0)).max() > 1
+    for places in (files, files[::-1]):
+        write_projections(runs("ddpm"), places, out=tmp_path / "out")
+        for n, file in enumerate(places):
+            (drawn,) = (tmp_path / "out").glob(f"{n:05d}_*")
+            assert np.array_equal(pixels(drawn), images[file])
+
+
 def test_all_layers_of_a_seed_are_its_sample(runs, projected):  # noqa: F811
     run = runs("stylegan2_ada")
     (one, other, _) = read_projected([projected("stylegan2_ada")])
@@ -70,12 +97,14 @@ def test_mixing_that_is_not_possible_is_refused(runs, projected, tmp_path):  # n
 
     refused("write LAYERS=SOURCE", "stylegan2_ada", "all")
     refused("has the layers 0 to 5", "stylegan2_ada", "4-6=seed:1")
-    refused("has no layers that can be mixed", "dcgan", "0-1=seed:1")
-    refused("is not there", "stylegan2_ada", f"0-1={tmp_path / 'gone'}")
+    refused("has no layers that can be chosen", "dcgan", "0-1=seed:1")
+    refused("^--mix: .*: is not there", "stylegan2_ada", f"0-1={tmp_path / 'gone'}")
     run, place = runs("stylegan2_ada"), projected("stylegan2_ada")
     for words, message in (
         (("--mix", "0=seed:1"), "--mix: takes the projected photos of --latents"),
-        (("--latents", place, "--psi", "0.5"), "leave out --text"),
+        (("--latents", place, "--psi", "0.5"), "leave out --num, --seed, --text"),
+        (("--latents", place, "--num", "3"), "leave out --num, --seed, --text"),
+        (("--latents", place, "--seed", "3"), "leave out --num, --seed, --text"),
     ):
         code, _, error = invoke("sample", run, *words, "--out", tmp_path)
         assert code == 1 and message in str(error)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import imageio_ffmpeg
 import numpy as np
@@ -12,6 +14,8 @@ from PIL import Image
 
 from dinogen.errors import UserError
 from dinogen.families.abilities import to_space
+from dinogen.projection.latents import FILE, read_projected, write_projected
+from dinogen.projection.project import ProjectionRequest, project
 from dinogen.report import video as writer
 from dinogen.report.images import to_uint8
 from dinogen.report.video import enlarged, tiled, write_video
@@ -80,6 +84,36 @@ def test_a_video_that_fails_leaves_nothing(suffix, tmp_path):
 
     with pytest.raises(RuntimeError, match="no more"):
         write_video(path, broken(), 8)
+    assert list(tmp_path.iterdir()) == []
+
+
+_LIMITED = """
+import resource, sys
+from pathlib import Path
+from dinogen.errors import UserError
+from dinogen.report.video import write_video
+from tests.visualize.test_video import smooth
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+try:
+    write_video(Path(sys.argv[1]), smooth(int(sys.argv[2]), 256), 8)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("num", [20, 400])
+def test_an_mp4_that_ffmpeg_cannot_finish_is_not_there(num, tmp_path):
+    """As on a full disk, at its end and in the middle."""
+    path = tmp_path / "a.mp4"
+    words = [sys.executable, "-c", _LIMITED, str(path), str(num)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert f"{path}: ffmpeg failed (" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_ffmpeg_says_is_in_the_error(tmp_path):
+    with pytest.raises(UserError, match=r"ffmpeg failed \(\w.*\)"):
+        write_video(tmp_path / "a.mp4", [np.zeros((2, 2**18, 3), np.uint8)], 8)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,6 +234,35 @@ def test_a_walk_between_projected_photos(runs, projected):  # noqa: F811
     assert torch.equal(halves.at(2)[0][:, :3], walk.keys[0][:, :3])
 
 
+def projected_alike(run, photo, out, **more):
+    given = {"steps": 4, "restarts": 1, "loss": "pixels", "align": False} | more
+    project(ProjectionRequest(run, (photo,), out=out, **given))
+    return out
+
+
+def test_a_walk_between_projections_of_other_settings_is_refused(
+    runs,
+    photos,  # noqa: F811
+    projected,  # noqa: F811
+    tmp_path,
+):
+    def refused(message, run, *places):
+        with pytest.raises(UserError, match=message) as error:
+            walk_of(VideoRequest(run, latents=places))
+        assert all(str(place) in str(error.value) for place in places)
+
+    other = projected_alike(runs("ddpm"), photos, tmp_path / "steps", steps=3)
+    refused("not the same sampling", runs("ddpm"), projected("ddpm"), other)
+    first = next(photos.iterdir())
+    classes = [
+        projected_alike(runs("ddpm_classes"), first, tmp_path / str(n), label=n) for n in (0, 1)
+    ]
+    refused("not the same label", runs("ddpm_classes"), *classes)
+    (one, *_) = read_projected([projected("stylegan2_ada")])
+    write_projected(tmp_path / "quiet" / FILE, one.latents, None, one.info)
+    refused("not the same noise", runs("stylegan2_ada"), one.path, tmp_path / "quiet")
+
+
 def test_what_a_family_cannot_walk_is_refused(runs, projected, tmp_path):  # noqa: F811
     def refused(message, family="dcgan", **more):
         with pytest.raises(UserError, match=message):
@@ -209,13 +272,24 @@ def test_what_a_family_cannot_walk_is_refused(runs, projected, tmp_path):  # noq
     refused("--class 1: family dcgan: it has no classes", label=1)
     refused("--steps: family dcgan does not sample in steps", steps=5)
     refused("--space w: family dcgan has z", space="w")
-    refused("--mix: family dcgan has no layers", layers="fine")
-    refused("--mix best: choose coarse or fine", layers="best")
+    refused("--layers: family dcgan has no layers", layers="fine")
+    refused("--layers best: choose coarse or fine", layers="best")
     refused("--psi: z is not truncated", "stylegan2_ada", psi=0.5, space="z")
-    refused("--mix: latents in z have no layers", "stylegan2_ada", layers="fine", space="z")
+    refused("--layers: latents in z have no layers", "stylegan2_ada", layers="fine", space="z")
+    refused("--seed: the projections", latents=(projected("dcgan"),), seed=1)
+    refused("--keys: the projections", latents=(projected("dcgan"),), keys=2)
+    refused("--layers: family dcgan has no layers", latents=(projected("dcgan"),), layers="fine")
     refused("--psi: the projections", latents=(projected("dcgan"),), psi=0.5)
     one = next(path for path in projected("dcgan").iterdir() if path.is_dir())
     refused("two projections or more", latents=(one,))
+    for suffix, grid, size in (
+        (".mp4", (9, 1), 2048),
+        (".gif", (17, 1), 4096),
+        (".gif", (9, 9), 4096),
+    ):
+        large = VideoRequest(runs("dcgan"), tmp_path / f"b{suffix}", size=size, seconds=0.05)
+        with pytest.raises(UserError, match="choose a smaller --grid or --size"):
+            write_walk(dataclasses.replace(large, columns=grid[0], rows=grid[1]))
     with pytest.raises(UserError, match="is a folder: give --out"):
         (tmp_path / "a.gif").mkdir()
         write_walk(VideoRequest(runs("dcgan"), tmp_path / "a.gif", seconds=0.1))
