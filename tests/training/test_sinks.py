@@ -13,15 +13,20 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 import yaml
 
 from dinogen.config import ConfigError, dump_config, parse_config
 from dinogen.runs.run import Run
+from dinogen.training.logging.logger import Logger
 from dinogen.training.logging.sinks.registry import sink_class, sink_names
 from dinogen.training.logging.sinks.sender import Sender, covered, events_between
 from dinogen.training.logging.sinks.senders import show_results
@@ -439,3 +444,22 @@ def test_a_table_that_cannot_be_written_costs_no_training(make_config, caplog):
     (result,) = train(config, 4)
     assert result["status"] == "finished"
     assert caplog.text.count("csv CANNOT BE WRITTEN") == 1
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), ValueError("disk full")])
+def test_a_sink_that_fails_in_two_threads_at_once_is_left_out_once(make_config, caplog, error):
+    config = make_config()
+    logger = Logger(Run.of(config).stage(4), 4, torch.device("cpu"))
+    both = threading.Barrier(2)
+
+    def fail(*_):
+        both.wait(10)
+        raise error
+
+    logger.sinks = {"csv": SimpleNamespace(write=fail, flush=fail)}
+    with ThreadPoolExecutor() as pool:
+        synced = pool.submit(logger.sync)
+        logger.write_images(8, {})
+        synced.result()
+    assert logger.sinks == {}
+    assert caplog.text.count("csv CANNOT BE WRITTEN, and lacks what follows: disk full") == 1
