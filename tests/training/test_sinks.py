@@ -23,6 +23,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dinogen.config import ConfigError, dump_config, parse_config
 from dinogen.runs.run import Run
@@ -267,6 +268,37 @@ def test_config_health_results_and_the_study_are_there(killed):
     assert trackio_history(killed)["final/loss"][-1] == (240, result["loss"])
 
 
+def test_the_grid_of_what_a_run_starts_from_is_shown_once(
+    killed, make_config, stores, monkeypatch
+):
+    from mlflow import MlflowClient
+
+    logging = "logging=[tensorboard, wandb, mlflow, trackio]"
+    config = make_config(logging, f"init_from={killed.run}", run="transfer")
+    step, draw = Trainer.train_step, Trainer._draw
+
+    def slow_draw(self):
+        time.sleep(1.0)
+        return draw(self)
+
+    monkeypatch.setattr(Trainer, "train_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # before there is a checkpoint
+        train(config, 4)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(Trainer, "_draw", slow_draw)
+    train(config, 4)
+
+    events = EventAccumulator(str(stage(config, 4) / "tb"), size_guidance={"images": 0})
+    assert [image.step for image in events.Reload().Images("samples")] == [0, 80]
+    assert [step for step, _ in wandb_history(config)["samples/size"]] == [0, 80]
+    files = MlflowClient().list_artifacts(sent(config, "mlflow")["id"], "images")
+    names = {Path(one.path).name.split("+")[2] for one in files}
+    assert names == {"0", "80"}
+    assert [step for step, _ in trackio_history(config)["samples"]] == [0, 80]
+    first = json.loads((stage(config, 4) / "stats.jsonl").read_text().splitlines()[0])
+    assert first["images_per_s"] > first["nimg"] / 1.0  # the time of drawing is not in it
+
+
 def test_nothing_is_sent_twice_and_later_results_are_added(killed):
     before = {name: curves(HISTORY[name](killed)) for name in SENT}
     evaluation = {"nimg": 240, "metrics": {"held_out/mse": 0.25}}
@@ -350,7 +382,7 @@ def test_a_server_that_is_away_stops_nothing_and_gets_all_of_it_later(
     train(make_config(away), 4)
     assert caplog.text.count("mlflow: NOTHING CAN BE SENT") == 1
     assert "training goes on" in caplog.text and "hidden" not in caplog.text
-    assert caplog.text.count("NOT SENT: what was logged after 0 images") == 1
+    assert caplog.text.count("NOT SENT: all that was logged") == 1
 
     config = make_config(f"logging=[{{mlflow: {{tracking_uri: '{tmp_path / 'back'}'}}}}]")
     train(config, 4)

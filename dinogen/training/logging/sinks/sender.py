@@ -96,7 +96,7 @@ class Sender:
             self.say("warning", f"{self.name}: could not be closed: {_short(error)}")
 
     def _open(self) -> SentSink:
-        self.record = {"sent": 0} | (read_object(self.path).value or {})
+        self.record = {"sent": -1} | (read_object(self.path).value or {})
         cls = sink_class(self.name)
         assert issubclass(cls, SentSink)
         options = sink_options(self.name, self.run.config.sinks[self.name])
@@ -249,10 +249,11 @@ def main(run: Run, name: str, parent: int) -> int:
         # Another attempt where all failed would only keep the run waiting.
         sent = sender.failed_at is None and sender.send()
         if not sent:
+            last = sender.record.get("sent", -1)
+            what = "all that was logged" if last < 0 else f"what was logged after {last} images"
             say(
                 "warning",
-                f"{name}: NOT SENT: what was logged after {sender.record.get('sent', 0)} images; "
-                "the same command, or dinogen evaluate, sends it",
+                f"{name}: NOT SENT: {what}; the same command, or dinogen evaluate, sends it",
             )
         sender.close(status)
         return 0 if sent else 1
