@@ -428,6 +428,30 @@ def test_no_process_outlives_a_killed_run(make_config, stores, place):
     assert alive == []
 
 
+def test_results_of_a_run_from_elsewhere_are_sent_nowhere(killed, tmp_path, caplog, monkeypatch):
+    """Its config names the servers; one that sends would find them with this user's logins."""
+    started = []
+    monkeypatch.setattr(senders.Senders, "start", lambda self, config, names: started.append(names))
+    caplog.set_level("INFO")
+    show_results(Run.of(killed).stage(8))
+    assert started.pop() == list(SENT)
+
+    copy = tmp_path / "copy"  # without what is known of the sinks
+    shutil.copytree(killed.run, copy, ignore=shutil.ignore_patterns("logging"))
+    snapshot = tmp_path / "hub" / "models--other--faces" / "snapshots" / ("0" * 40)
+    shutil.copytree(killed.run, snapshot)
+    links = tmp_path / "other--faces-0000000"
+    shutil.copytree(snapshot, links, copy_function=lambda file, link: Path(link).symlink_to(file))
+    inside = tmp_path / "inside"  # whose records alone are its own
+    shutil.copytree(links, inside, symlinks=True)
+    shutil.rmtree(inside / "logging")
+    shutil.copytree(snapshot / "logging", inside / "logging")
+    for folder in (copy, snapshot, links, inside):
+        caplog.clear()
+        show_results(Run(folder).stage(8))
+        assert started.pop() == [] and caplog.text.count("gets nothing") == len(SENT), folder
+
+
 HANGS = """
 import os, time
 open(os.environ["HUNG"], "w").close()

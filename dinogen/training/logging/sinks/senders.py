@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO
 
+from dinogen import hub
 from dinogen.config import Config
 from dinogen.runs.run import Run, Stage
 from dinogen.training.logging.sinks.registry import sent_names
@@ -53,9 +54,14 @@ class Senders:
         self.ended = False
         self.asked = False  # by a signal to wait no longer
 
-    def start(self, config: Config) -> None:
-        """Begin to send a run, whose config.yaml is written."""
-        for name in sent_names(config):
+    def start(self, config: Config, names: Sequence[str] | None = None) -> None:
+        """Begin to send a run, whose config.yaml is written.
+
+        Args:
+            config: of the run.
+            names: of the sinks; None for all that ``logging`` names.
+        """
+        for name in sent_names(config) if names is None else names:
             command = [sys.executable, "-m", "dinogen.training.logging.sinks.sender"]
             command += [str(Run.of(config).path), name, str(os.getpid())]
             path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
@@ -161,10 +167,27 @@ def _signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
 def show_results(stage: Stage) -> None:
     """Show in all sinks what has been measured or drawn of a finished stage since.
 
+    Only training begins to send a run: the config of a run from elsewhere may name any server, and
+    would get there with the logins of the user who measures it.
+
     Raises:
         OSError: the file for TensorBoard cannot be written.
     """
     write_summary(stage)
-    if stage.result is not None and stage.run.has_config:
-        with Senders() as senders:
-            senders.start(stage.run.config)
+    if stage.result is None or not stage.run.has_config:
+        return
+    names = sent_names(stage.run.config)
+    sent = [name for name in names if _sent_by_training(stage.run, name)]
+    for name in names:
+        if name not in sent:
+            log.info("logging: %s: gets nothing: no training of this run has sent to it", name)
+    with Senders() as senders:
+        senders.start(stage.run.config, sent)
+
+
+def _sent_by_training(run: Run, name: str) -> bool:
+    """Whether a run has a record of its own of what was sent, and is none from the hub."""
+    record = run.sent_folder / f"{name}.json"
+    return record.is_file() and not any(
+        hub.in_cache(one) for one in (run.path, run.config_file, record)
+    )
