@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -290,7 +291,7 @@ def refuse_code(config: Mapping[str, Any], source: Path) -> None:
     Raises:
         HubError: it names one.
     """
-    if not any(_in_cache(one) for one in (source.absolute(), source.resolve())):
+    if not in_cache(source):
         return
     for key, file in code_of(config):
         raise HubError(
@@ -299,12 +300,12 @@ def refuse_code(config: Mapping[str, Any], source: Path) -> None:
         )
 
 
-def _in_cache(path: Path) -> bool:
-    """Whether a path is one of the hub's cache, a snapshot or what its links lead to."""
-    pairs = zip(path.parts, path.parts[1:], strict=False)
+def in_cache(path: Path) -> bool:
+    """Whether a path is in the hub's cache, or is a link that leads there."""
     return any(
         one.startswith(("models--", "datasets--")) and two in ("snapshots", "blobs")
-        for one, two in pairs
+        for parts in (path.absolute().parts, path.resolve().parts)
+        for one, two in pairwise(parts)
     )
 
 

@@ -24,7 +24,7 @@ from dinogen.training.logging.logger import cut_lines
 from dinogen.training.logging.sinks.senders import Senders
 from dinogen.training.preflight import check_run
 from dinogen.training.state import StageState, is_finished
-from dinogen.training.stop import StopFlag, Stopped
+from dinogen.training.stop import StopFlag
 from dinogen.training.trainer import Trainer
 from shards.read.dataset import Dataset
 
@@ -52,10 +52,10 @@ def train(config: Config, *resolutions: int) -> list[dict[str, Any]]:
     config = resolve(config)
     indices = [find_stage(config, size) for size in resolutions] or list(range(len(config.stages)))
     with (
-        Senders(Stopped) as senders,  # the first, so that no rank waits for what they still send
+        StopFlag() as stop,  # until the sinks have all, so that no signal changes the exit code
+        Senders(stop) as senders,  # before the others: no rank waits for what is still sent
         failure_propagation(),
         run_lock(config.run),
-        StopFlag() as stop,
     ):
         config = _pinned(config)
         data = open_data(config)

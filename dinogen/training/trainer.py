@@ -121,13 +121,13 @@ class Trainer:
         dataloader = Dataloader(self.state)
         try:
             with dataloader, Steps(self.stop, dataloader, num_steps) as steps:
-                self.window = Window(time.monotonic())
-                self.counted_until = self.window.began
+                self.counted_until = time.monotonic()
                 began = progress.nimg
                 line.begin(began)
                 if self.config.init_from is not None and began == 0:
                     # what it starts from, to compare with the source and with later grids
                     self._draw()
+                self.window = Window(time.monotonic())
                 while not self.state.finished:
                     before = time.monotonic()
                     loaded = steps.next()

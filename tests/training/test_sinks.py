@@ -13,19 +13,27 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dinogen.config import ConfigError, dump_config, parse_config
 from dinogen.runs.run import Run
+from dinogen.training.logging.logger import Logger
+from dinogen.training.logging.sinks import senders
 from dinogen.training.logging.sinks.registry import sink_class, sink_names
-from dinogen.training.logging.sinks.sender import Sender, covered, events_between
+from dinogen.training.logging.sinks.sender import Sender, _locked, covered, events_between
 from dinogen.training.logging.sinks.senders import show_results
 from dinogen.training.run import train
+from dinogen.training.stop import StopFlag, Stopped
 from dinogen.training.trainer import Trainer
 from tests import forked
 from tests.training.helpers import WALL_CLOCK, stage, train_and_die
@@ -262,6 +270,35 @@ def test_config_health_results_and_the_study_are_there(killed):
     assert trackio_history(killed)["final/loss"][-1] == (240, result["loss"])
 
 
+def test_the_grid_of_what_a_run_starts_from_is_shown_once(killed, make_config, stores, monkeypatch):
+    from mlflow import MlflowClient
+
+    logging = "logging=[tensorboard, wandb, mlflow, trackio]"
+    config = make_config(logging, f"init_from={killed.run}", run="transfer")
+    step, draw = Trainer.train_step, Trainer._draw
+
+    def slow_draw(self):
+        time.sleep(1.0)
+        return draw(self)
+
+    monkeypatch.setattr(Trainer, "train_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # before there is a checkpoint
+        train(config, 4)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(Trainer, "_draw", slow_draw)
+    train(config, 4)
+
+    events = EventAccumulator(str(stage(config, 4) / "tb"), size_guidance={"images": 0})
+    assert [image.step for image in events.Reload().Images("samples")] == [0, 80]
+    assert [step for step, _ in wandb_history(config)["samples/size"]] == [0, 80]
+    files = MlflowClient().list_artifacts(sent(config, "mlflow")["id"], "images")
+    names = {Path(one.path).name.split("+")[2] for one in files}
+    assert names == {"0", "80"}
+    assert [step for step, _ in trackio_history(config)["samples"]] == [0, 80]
+    first = json.loads((stage(config, 4) / "stats.jsonl").read_text().splitlines()[0])
+    assert first["images_per_s"] > first["nimg"] / 1.0  # the time of drawing is not in it
+
+
 def test_nothing_is_sent_twice_and_later_results_are_added(killed):
     before = {name: curves(HISTORY[name](killed)) for name in SENT}
     evaluation = {"nimg": 240, "metrics": {"held_out/mse": 0.25}}
@@ -293,7 +330,7 @@ def test_what_a_sender_had_begun_when_it_was_killed_is_completed(killed, place, 
                 [(key, value) for key, value in values if value is not None], events[cut].nimg
             )
         sink.close("stopped")
-        assert json.loads(first.path.read_text())["sent"] == 0
+        assert json.loads(first.path.read_text())["sent"] == -1
         second = Sender(run, name, lambda level, text: None)
         assert second.send()
         second.close("done")
@@ -345,7 +382,7 @@ def test_a_server_that_is_away_stops_nothing_and_gets_all_of_it_later(
     train(make_config(away), 4)
     assert caplog.text.count("mlflow: NOTHING CAN BE SENT") == 1
     assert "training goes on" in caplog.text and "hidden" not in caplog.text
-    assert caplog.text.count("NOT SENT: what was logged after 0 images") == 1
+    assert caplog.text.count("NOT SENT: all that was logged") == 1
 
     config = make_config(f"logging=[{{mlflow: {{tracking_uri: '{tmp_path / 'back'}'}}}}]")
     train(config, 4)
@@ -389,6 +426,167 @@ def test_no_process_outlives_a_killed_run(make_config, stores, place):
     assert len(seen) >= 2
     _, alive = psutil.wait_procs(list(seen.values()), timeout=20)
     assert alive == []
+
+
+def test_results_of_a_run_from_elsewhere_are_sent_nowhere(killed, tmp_path, caplog, monkeypatch):
+    """Its config names the servers; one that sends would find them with this user's logins."""
+    started = []
+    monkeypatch.setattr(senders.Senders, "start", lambda self, config, names: started.append(names))
+    caplog.set_level("INFO")
+    show_results(Run.of(killed).stage(8))
+    assert started.pop() == list(SENT)
+
+    copy = tmp_path / "copy"  # without what is known of the sinks
+    shutil.copytree(killed.run, copy, ignore=shutil.ignore_patterns("logging"))
+    snapshot = tmp_path / "hub" / "models--other--faces" / "snapshots" / ("0" * 40)
+    shutil.copytree(killed.run, snapshot)
+    links = tmp_path / "other--faces-0000000"
+    shutil.copytree(snapshot, links, copy_function=lambda file, link: Path(link).symlink_to(file))
+    inside = tmp_path / "inside"  # whose records alone are its own
+    shutil.copytree(links, inside, symlinks=True)
+    shutil.rmtree(inside / "logging")
+    shutil.copytree(snapshot / "logging", inside / "logging")
+    for folder in (copy, snapshot, links, inside):
+        caplog.clear()
+        show_results(Run(folder).stage(8))
+        assert started.pop() == [] and caplog.text.count("gets nothing") == len(SENT), folder
+
+
+HANGS = """
+import os, time
+open(os.environ["HUNG"], "w").close()
+time.sleep(1000)
+"""
+
+
+@pytest.fixture
+def hung(tmp_path, stores):
+    """Trackio's place is taken by a package that never returns; gives the file that it leaves."""
+    (tmp_path / "lib" / "trackio").mkdir(parents=True)
+    (tmp_path / "lib" / "trackio" / "__init__.py").write_text(HANGS)
+    os.environ |= {"HUNG": str(tmp_path / "hung"), "PYTHONPATH": str(tmp_path / "lib")}
+    return tmp_path / "hung"
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def train_signalled(place, variables, dumped, number, stopped):
+    """Train while Trackio hangs; signals arrive before and in the wait for it."""
+    os.environ |= variables
+    for each in StopFlag.SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
+    senders._PATIENCE_SECONDS = 0.2
+    step, end = Trainer.train_step, senders.Senders.__exit__
+
+    def train_step(self, batch):
+        step(self, batch)
+        if stopped:
+            signal.raise_signal(signal.SIGTERM)
+
+    def end_signalled(self, *error):
+        signal.raise_signal(number)
+        end(self, *error)
+
+    def in_the_wait(record):
+        if "waiting up to" in record.msg:
+            (place / "waiting").write_text(record.getMessage())
+            signal.raise_signal(number)
+        elif "NOT EVERYTHING WAS SENT" in record.msg:
+            (place / "said").touch()
+        return True
+
+    Trainer.train_step, senders.Senders.__exit__ = train_step, end_signalled
+    senders.log.setLevel("INFO")
+    senders.log.addFilter(in_the_wait)
+    try:
+        (result,) = train(parse_config(dumped), 4)
+    except Stopped as error:
+        sys.exit(error.exit_code)
+    assert result["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("number", "stopped", "code"),
+    [(signal.SIGTERM, True, 75), (signal.SIGUSR1, False, 0), (signal.SIGHUP, False, 0)],
+)
+def test_a_signal_ends_the_wait_for_a_sink_and_not_the_run(
+    make_config, hung, tmp_path, number, stopped, code
+):
+    config = make_config("logging=[trackio]", "stages.0.kimg=0.08")
+    variables = {name: os.environ[name] for name in ("HUNG", "PYTHONPATH")}
+    arguments = (tmp_path, variables, config.model_dump(mode="json"), number, stopped)
+    process = forked.context().Process(target=train_signalled, args=arguments)
+    begin = time.monotonic()
+    process.start()
+    process.join(60)
+    assert process.exitcode == code and time.monotonic() - begin < 25
+    assert "up to 30 s for trackio" in (tmp_path / "waiting").read_text()
+    assert (tmp_path / "said").exists()
+
+
+STARTS_SENDER = """
+import os, subprocess, sys, time
+script = (
+    "import sys; from dinogen.training.logging.sinks import sender;"
+    "sender.LAST_SECONDS = sender.POLL_SECONDS = 0.2;"
+    "sys.exit(sender.main(sender.Run(sys.argv[1]), 'trackio', int(sys.argv[2])))"
+)
+command = [sys.executable, "-c", script, sys.argv[1], str(os.getpid())]
+sender = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+if len(sys.argv) > 2:
+    sender.stdin.write(sys.argv[2].encode())
+    sender.stdin.close()
+print(sender.pid, flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("word", [(), ("stopped\n",)])
+def test_a_sender_stuck_in_a_library_ends_with_the_run_and_frees_the_sink(make_config, hung, word):
+    config = make_config("logging=[trackio]")
+    config.run.mkdir()
+    (config.run / "config.yaml").write_text(dump_config(config))
+    run, said = Run.of(config), []
+    os.environ["PYTHONPATH"] += os.pathsep + str(forked.REPO)
+    command = [sys.executable, "-c", STARTS_SENDER, str(config.run), *word]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    stuck = psutil.Process(int(trainer.stdout.readline()))
+
+    def next_run():
+        with _locked(run, "trackio", lambda level, text: said.append(text)):
+            pass
+
+    with ThreadPoolExecutor() as pool:
+        try:
+            wait_for(hung)
+            later = pool.submit(next_run)
+            time.sleep(0.5)
+            assert stuck.is_running() and not later.done()
+            assert said == ["trackio: another process still sends this run: waiting for its end"]
+            trainer.kill()
+            trainer.wait()
+            _, alive = psutil.wait_procs([stuck], timeout=8)
+            assert alive == []
+            later.result(5)
+        finally:
+            trainer.kill()
+            if stuck.is_running():
+                stuck.kill()
+
+
+def test_a_sender_that_crashes_says_why(make_config, stores, caplog):
+    config = make_config("logging=[trackio]")
+    config.run.mkdir()
+    (config.run / "logging").write_text("in the way")
+    train(config, 4)
+    assert caplog.text.count("trackio: NOTHING MORE IS SENT: FileExistsError") == 1
+    assert str(config.run / "logging") in caplog.text
+    assert "was ended" not in caplog.text and "NOT EVERYTHING" not in caplog.text
 
 
 def test_what_is_wrong_is_said_before_training(make_config, monkeypatch):
@@ -439,3 +637,22 @@ def test_a_table_that_cannot_be_written_costs_no_training(make_config, caplog):
     (result,) = train(config, 4)
     assert result["status"] == "finished"
     assert caplog.text.count("csv CANNOT BE WRITTEN") == 1
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), ValueError("disk full")])
+def test_a_sink_that_fails_in_two_threads_at_once_is_left_out_once(make_config, caplog, error):
+    config = make_config()
+    logger = Logger(Run.of(config).stage(4), 4, torch.device("cpu"))
+    both = threading.Barrier(2)
+
+    def fail(*_):
+        both.wait(10)
+        raise error
+
+    logger.sinks = {"csv": SimpleNamespace(write=fail, flush=fail)}
+    with ThreadPoolExecutor() as pool:
+        synced = pool.submit(logger.sync)
+        logger.write_images(8, {})
+        synced.result()
+    assert logger.sinks == {}
+    assert caplog.text.count("csv CANNOT BE WRITTEN, and lacks what follows: disk full") == 1

@@ -174,13 +174,15 @@ class Logger:
         for name, sink in list(self.sinks.items()):
             try:
                 act(sink)
-            except OSError as error:
-                del self.sinks[name]
-                log.warning(
-                    "logging: %s CANNOT BE WRITTEN, and lacks what follows: %s; training goes on",
-                    name,
-                    error,
-                )
+            except Exception as error:  # of a library too; no sink stops training
+                # The saver's thread may have met the same error at the same time.
+                if self.sinks.pop(name, None) is not None:
+                    log.warning(
+                        "logging: %s CANNOT BE WRITTEN, and lacks what follows: %s; training goes "
+                        "on",
+                        name,
+                        str(error) or type(error).__name__,
+                    )
 
 
 class _Group:

@@ -120,7 +120,7 @@ class SentSink(Sink):
         """Begin the run over there, or continue it under the id of the record.
 
         Returns:
-            ``nimg`` of the last event that is there, 0 for none; None if only the record tells.
+            ``nimg`` of the last event that is there, -1 for none; None if only the record tells.
         """
 
     @abstractmethod

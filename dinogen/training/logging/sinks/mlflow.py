@@ -79,7 +79,7 @@ class MlflowSink(SentSink):
         self._client.update_run(known, status="RUNNING")
         self._configure()
         steps = [one.step for one in self._client.get_metric_history(known, MARKER)]
-        return max(steps, default=0)
+        return max(steps, default=-1)
 
     def _create(self) -> str:
         name = self.options.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")

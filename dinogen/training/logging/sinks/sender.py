@@ -2,7 +2,8 @@
 
 It follows the folder of the run, and is told nothing by the process that trains but how that ended.
 What it has sent stands in ``RUN/logging/NAME.json``, and what the library prints in ``NAME.log``
-beside it. It ends with the process PID, and sends nothing more if that was killed.
+beside it. It ends with the process PID, and sends nothing more if that was killed, even where a
+library does not return.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import re
 import select
 import signal
 import sys
+import threading
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,12 +30,14 @@ from dinogen.runs.run import Run, Stage
 from dinogen.training.logging.sinks.base import Event, SentSink
 from dinogen.training.logging.sinks.registry import sink_class, sink_options
 from dinogen.training.logging.sinks.summary import final_values, final_words
-from shards.files import lock
+from shards.files import Locked, lock
 
 POLL_SECONDS = 1.0
 RETRY_SECONDS = 30.0
 # for a library to close its files when the run was killed
 LAST_SECONDS = 10
+# exit code of a sender that has said what is missing
+TOLD = 3
 
 Say = Callable[[str, str], None]
 
@@ -96,7 +101,7 @@ class Sender:
             self.say("warning", f"{self.name}: could not be closed: {_short(error)}")
 
     def _open(self) -> SentSink:
-        self.record = {"sent": 0} | (read_object(self.path).value or {})
+        self.record = {"sent": -1} | (read_object(self.path).value or {})
         cls = sink_class(self.name)
         assert issubclass(cls, SentSink)
         options = sink_options(self.name, self.run.config.sinks[self.name])
@@ -190,22 +195,49 @@ def _short(error: Exception) -> str:
     return words if len(words) <= 300 else f"{words[:300]} ..."
 
 
-def _how_it_ended(parent: int, seconds: float) -> str | None:
-    """Wait for word from the process that trains: ``done`` and so on, ``killed``; None for none."""
-    ready, _, _ = select.select([0], [], [], seconds)
-    if ready:
-        return os.read(0, 64).decode().strip() or "killed"
-    # A process forked from it may still hold the other end.
-    return "killed" if os.getppid() != parent else None
+class _Parent(threading.Thread):
+    """Watches the process that trains; once that is gone, this one ends too, whatever it waits for.
+
+    A library may wait for its server for ever, and the next run of the folder would wait for it.
+
+    Args:
+        pid: of the process that trains.
+
+    Attributes:
+        status: how that ended: ``done`` and so on by its own word, or ``killed``.
+        ended: set when it has.
+    """
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(name="parent", daemon=True)
+        self.pid = pid
+        self.status: str | None = None
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        """Wait for its word on standard input, and then for its end."""
+        # A process forked from it may still hold the other end of standard input.
+        while self.status is None and os.getppid() == self.pid:
+            ready, _, _ = select.select([0], [], [], POLL_SECONDS)
+            if ready:
+                self.status = os.read(0, 64).decode().strip() or "killed"
+        self.status = self.status or "killed"
+        self.ended.set()
+        while self.status != "killed" and os.getppid() == self.pid:
+            time.sleep(POLL_SECONDS)
+        time.sleep(LAST_SECONDS)
+        os._exit(1)
 
 
 @contextmanager
-def _locked(run: Run, name: str) -> Iterator[None]:
-    """Wait until the sender of a run before, which was killed, has gone."""
+def _locked(run: Run, name: str, say: Say) -> Iterator[None]:
+    """Wait until no other process sends: that of a run before, which was killed, soon ends."""
     run.sent_folder.mkdir(parents=True, exist_ok=True)
     path = run.sent_folder / f"{name}.lock"
     with path.open("w") as file:
-        lock(file, path, shared=False, wait=True)
+        if lock(file, path, shared=False, wait=False) is Locked.BUSY:
+            say("info", f"{name}: another process still sends this run: waiting for its end")
+            lock(file, path, shared=False, wait=True)
         yield
 
 
@@ -222,8 +254,8 @@ def _output_to(path: Path) -> Iterator[None]:
     yield
 
 
-def main(run: Run, name: str, parent: int) -> int:
-    """Send until the process ``parent`` has ended, or says that it has trained enough."""
+def main(run: Run, name: str, pid: int) -> int:
+    """Send until the process ``pid`` has ended, or says that it has trained enough."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # meant for the process that trains
     os.nice(10)
@@ -235,27 +267,44 @@ def main(run: Run, name: str, parent: int) -> int:
         except OSError:
             print(text, flush=True)  # nobody reads it any more: to the log
 
+    parent = _Parent(pid)
+    parent.start()
     sender = Sender(run, name, say)
-    with _locked(run, name), _output_to(sender.path.with_suffix(".log")):
-        status = None
-        while status is None:
-            if sender.due:
-                sender.send()
-            status = _how_it_ended(parent, POLL_SECONDS)
-        if status == "killed":
-            signal.alarm(LAST_SECONDS)
-            sender.close("stopped")
-            return 1
-        # Another attempt where all failed would only keep the run waiting.
-        sent = sender.failed_at is None and sender.send()
-        if not sent:
-            say(
-                "warning",
-                f"{name}: NOT SENT: what was logged after {sender.record.get('sent', 0)} images; "
-                "the same command, or dinogen evaluate, sends it",
-            )
-        sender.close(status)
-        return 0 if sent else 1
+    try:
+        with _locked(run, name, say), _output_to(sender.path.with_suffix(".log")):
+            return _follow(sender, parent)
+    except Exception as error:
+        traceback.print_exc()  # into the log, if there is one
+        say(
+            "warning",
+            f"{name}: NOTHING MORE IS SENT: {type(error).__name__}: {_short(error)}; without that, "
+            "the same command sends the rest",
+        )
+        return TOLD
+
+
+def _follow(sender: Sender, parent: _Parent) -> int:
+    """Send until the process that trains has ended; returns the exit code."""
+    while True:
+        if sender.due:
+            sender.send()
+        if parent.ended.wait(POLL_SECONDS):
+            break
+    assert parent.status is not None
+    if parent.status == "killed":
+        sender.close("stopped")
+        return 1
+    # Another attempt where all failed would only keep the run waiting.
+    sent = sender.failed_at is None and sender.send()
+    if not sent:
+        last = sender.record.get("sent", -1)
+        what = "all that was logged" if last < 0 else f"what was logged after {last} images"
+        sender.say(
+            "warning",
+            f"{sender.name}: NOT SENT: {what}; the same command, or dinogen evaluate, sends it",
+        )
+    sender.close(parent.status)
+    return 0 if sent else TOLD
 
 
 if __name__ == "__main__":

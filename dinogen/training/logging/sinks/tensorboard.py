@@ -32,7 +32,9 @@ class TensorboardSink(LiveSink):
 
     def start(self, stage: Stage, nimg: int, charts: Charts) -> None:
         """See :class:`LiveSink`; ``charts`` are those of the tab Custom Scalars."""
-        self.writer = SummaryWriter(str(stage.tensorboard_folder), purge_step=nimg + 1)
+        # At 0 the grid of a run that was killed before its first checkpoint goes too.
+        purge = nimg + 1 if nimg else 0
+        self.writer = SummaryWriter(str(stage.tensorboard_folder), purge_step=purge)
         self.writer.add_custom_scalars(charts)
 
     def write(self, event: Event) -> None:

@@ -60,7 +60,7 @@ class TrackioSink(SentSink):
         # Read from the database as the run begins; there is no public name for it.
         there: int = self._run._next_step - 1
         # A server that does not answer has not said that it has nothing.
-        return max(there, 0) if self._run._is_local or there > 0 else None
+        return there if self._run._is_local or there >= 0 else None
 
     def write(self, event: Event) -> None:
         """See :class:`SentSink`."""

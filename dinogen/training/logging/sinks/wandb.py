@@ -80,12 +80,12 @@ class WandbSink(SentSink):
         self.address = self._run.url or f"offline: wandb sync {offline_to} sends it"
         if not self._run.offline:
             record["segments"] = None
-            return self._run.starting_step - 1 if self._run.resumed else 0
+            return self._run.starting_step - 1 if self._run.resumed else -1
         if expected is None or len(found) < expected:
             record["segments"] = None
             return None
         record["segments"] = len(files) + 1
-        return max((last_step(file) for file in files), default=0)
+        return max((last_step(file) for file in files), default=-1)
 
     def write(self, event: Event) -> None:
         """See :class:`SentSink`."""
@@ -136,12 +136,12 @@ def _without_empty(files: list[Path]) -> list[Path]:
 
 
 def last_step(file: Path) -> int:
-    """Step of the last line in a .wandb file; 0 if there is none."""
+    """Step of the last line in a .wandb file; -1 if there is none."""
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     proto: Any = wandb_internal_pb2
-    last = 0
+    last = -1
     for data in iter_records(file):
         try:
             record = proto.Record.FromString(data)
