@@ -80,9 +80,14 @@ class StudyRunner(ABC):
         return replace(outcome, counts=outcome.code == EXIT_STOPPED)
 
     def _not_tried(self, run: StudyRun) -> Outcome:
-        trial = self.study.trial_of(run)
-        if trial is not None and trial.state == "pruned":
-            return Outcome(run, f"pruned: {trial.why}")
+        search = self.study.search_of(run)
+        if search is not None and search.is_over(run):
+            trial = search.trial_of(run)
+            if trial.state == "pruned":
+                return Outcome(run, f"pruned: {trial.why}")
+            if trial.state == "failed":
+                return Outcome(run, f"failed before: {trial.why}", 1)
+            return Outcome(run, "done before")
         if steps_left(run, self.metric):
             return Outcome(run, "not begun", EXIT_STOPPED)
         return Outcome(run, "done before")
@@ -395,7 +400,8 @@ class SlurmStudy(StudyRunner):
                 self._prune(run, search)
                 continue
             if search is not None and (
-                self._is_hopeless(search)
+                search.is_over(run)
+                or self._is_hopeless(search)
                 or self._num_queued(search) >= search.settings.most_at_once
             ):
                 continue

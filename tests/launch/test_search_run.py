@@ -313,6 +313,23 @@ def test_two_folders_share_a_storage(played_study, tmp_path):
     assert "| 0 | 0.0001 | 0.125 | done on another machine |  |" in summary
 
 
+def test_a_trial_that_failed_in_a_storage_is_not_tried_again_and_said_to_have_failed(
+    played_study, tmp_path
+):
+    pytest.importorskip("optuna")
+    path, player = played_study(GRID | {"storage": str(tmp_path / "journal.log")})
+    for run in TRIALS:
+        player.codes[run, "train"] = 3
+    assert study("run", path).exit_code == 1
+    player.done.clear()
+    player.codes.clear()
+    result = study("run", path)
+    assert result.exit_code == 1 and player.done == []
+    told = "failed before: train failed (exit code 3): what train says"
+    assert rows(result)[TRIALS[0]][0].startswith(told)
+    assert "report: " in result.output
+
+
 def test_without_data_no_trial_is_used_up(played_study, tmp_path):
     pytest.importorskip("optuna")
     search = GRID | {"method": "tpe", "num_trials": 8, "storage": str(tmp_path / "journal.log")}
