@@ -88,6 +88,9 @@ class StudyRunner(ABC):
             if trial.state == "failed":
                 return Outcome(run, f"failed before: {trial.why}", 1)
             return Outcome(run, "done before")
+        if search is not None and self._is_hopeless(search):
+            num = self._num_failed(search)
+            return Outcome(run, f"not begun: the first {num} trials have failed", 1)
         if steps_left(run, self.metric):
             return Outcome(run, "not begun", EXIT_STOPPED)
         return Outcome(run, "done before")
@@ -100,8 +103,13 @@ class StudyRunner(ABC):
 
     def _is_hopeless(self, search: Search) -> bool:
         """Whether the first trials have all failed, so that no further one is begun."""
-        num = sum(search.owns(one.run) and not one.good for one in self.outcomes.values())
-        return num >= min(_GIVE_UP_AFTER, search.settings.num) and not search.has_results
+        num_needed = min(_GIVE_UP_AFTER, search.settings.num)
+        return self._num_failed(search) >= num_needed and not search.has_results
+
+    def _num_failed(self, search: Search) -> int:
+        """How many of its trials have failed in this call."""
+        bad = (one for one in self.outcomes.values() if one.code not in (0, EXIT_STOPPED))
+        return sum(search.owns(one.run) for one in bad)
 
     def _ask(self, search: Search) -> StudyRun | None:
         """A further trial; None if there are enough, or it could not work either."""
@@ -520,7 +528,8 @@ class SlurmStudy(StudyRunner):
         self.outcomes[run.id] = Outcome(run, what, 1)
 
     def _not_tried(self, run: StudyRun) -> Outcome:
-        if self._settled(run):
+        search = self.study.search_of(run)
+        if self._settled(run) or (search is not None and self._is_hopeless(search)):
             return super()._not_tried(run)
         what = "its jobs stay queued" if run.id in self._waiting else "not submitted"
         return Outcome(run, what, EXIT_STOPPED)

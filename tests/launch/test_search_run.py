@@ -117,7 +117,8 @@ def test_where_all_trials_fail_the_study_fails_and_further_ones_are_not_begun(pl
     for run in open_study(path).runs[:9]:
         player.codes[run.id, "train"] = 3
     result = study("run", path)
-    assert result.exit_code != 0
+    assert result.exit_code == 1 and "report: " in result.output
+    assert list(rows(result).values())[8] == ["not begun: the first 5 trials have failed"]
     assert len([one for one in player.done if one.startswith("gan/a")]) == 5
     assert player.done[-1] == "gan/b-seed0 look"
     player.codes.clear()
