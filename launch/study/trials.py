@@ -114,7 +114,10 @@ def points(search: SearchConfig) -> Iterator[dict[str, Any]]:
     """
     keys = list(search.parameters)
     if search.method == "grid":
-        for combination in itertools.product(*(one.values or () for one in _all(search))):
+        every = (
+            [one.value(i) for i in range(one.num_values or 0)] for one in search.parameters.values()
+        )
+        for combination in itertools.product(*every):
             yield dict(zip(keys, combination, strict=True))
         return
     seen: list[dict[str, Any]] = []
@@ -128,10 +131,6 @@ def points(search: SearchConfig) -> Iterator[dict[str, Any]]:
                 break
         seen.append(values)
         yield values
-
-
-def _all(search: SearchConfig) -> list[Any]:
-    return list(search.parameters.values())
 
 
 Suggest = Callable[[SearchConfig, str, Sequence[Trial]], dict[str, Any]]
