@@ -217,6 +217,7 @@ class StoredTrials(Trials):
         search, metric, better: as :class:`Trials`.
         mark: file that tells the trials of this study's folder from those of others.
         where: the plan and key, named in errors.
+        pruned_by: as :class:`Trials`.
 
     Raises:
         UserError: the storage is not reachable, or is of another search.
@@ -225,9 +226,16 @@ class StoredTrials(Trials):
     retries = False  # Optuna changes no trial that has ended
 
     def __init__(
-        self, name: str, search: SearchConfig, metric: str, better: str, mark: Path, where: str
+        self,
+        name: str,
+        search: SearchConfig,
+        metric: str,
+        better: str,
+        mark: Path,
+        where: str,
+        pruned_by: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(search, metric, better)
+        super().__init__(search, metric, better, pruned_by)
         assert search.storage is not None
         self._mark = mark
         shown = re.sub(r"//[^/@]*@", "//...@", search.storage)  # no password in a message
@@ -244,7 +252,10 @@ class StoredTrials(Trials):
             if not attributes and not self._study.get_trials(deepcopy=False):
                 self._study.set_user_attr("search", self.what)
                 attributes = {"search": self.what}
-        check_same(self.what, attributes.get("search"), self._where)
+        kept = check_same(self.what, attributes.get("search"), self._where)
+        if kept != attributes["search"]:
+            with self._reached():
+                self._study.set_user_attr("search", kept)
 
     @contextmanager
     def _reached(self) -> Iterator[None]:

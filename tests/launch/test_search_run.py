@@ -273,6 +273,34 @@ def test_a_search_that_has_changed_is_refused(played_study):
     assert "holds trials of another search" in str(result.exception)
 
 
+@pytest.mark.parametrize("storage", [None, "journal.log"])
+def test_what_trials_are_pruned_by_may_not_change(played_study, tmp_path, storage):
+    if storage is not None:
+        pytest.importorskip("optuna")
+        storage = str(tmp_path / storage)
+    metrics = f"eval.generated=[{METRIC}, kid]"
+    path, _ = played_study(GRID | {"storage": storage}, overrides=["eval.every_kimg=1", metrics])
+    plan = yaml.safe_load(path.read_text())
+
+    def run(prune, every=1):
+        plan["overrides"][0] = f"eval.every_kimg={every}"
+        plan["search"]["prune"] = prune
+        path.write_text(yaml.safe_dump(plan))
+        result = study("run", path)
+        return "" if result.exit_code == 0 else str(result.exception)
+
+    assert run({"min_trials": 2}) == ""
+    assert run({"method": "successive_halving", "min_trials": 4}) == ""
+    for _ in range(2):
+        told = run({"metric": "kid"})
+        assert told.startswith("search.prune.metric: ")
+        assert "(prune.metric: 'fid' there, 'kid' in the plan): restore prune.metric" in told
+        assert run({"at_kimg": [1]}).startswith("search.prune.at_kimg: ")
+        assert run({}, every=0.5).startswith("eval.every_kimg: ")
+        assert run({"method": "none"}, every=0.5) == ""  # it ends
+    assert run({}) == ""
+
+
 def test_without_optuna_one_line_says_what_to_install(played_study, monkeypatch):
     search = GRID | {"method": "tpe", "num_trials": 3}
     path, player = played_study(search)
