@@ -263,9 +263,7 @@ class Search:
         return ", ".join(words)
 
 
-def _open_trials(
-    path: Path, plan: StudyConfig, name: str, pruned_by: Mapping[str, Any]
-) -> Trials:
+def _open_trials(path: Path, plan: StudyConfig, name: str, pruned_by: Mapping[str, Any]) -> Trials:
     search = plan.search
     assert search is not None
     file, better = plan.folder / f"{name}-trials.json", better_of(plan.metric, f"{path}: metric")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from dinogen.config.search import SearchConfig
-from dinogen.errors import UserError
+from dinogen.errors import EXIT_STOPPED, UserError
 from dinogen.files import write_json
 from dinogen.runs.files import read_object
 
@@ -137,6 +137,16 @@ def points(search: SearchConfig) -> Iterator[dict[str, Any]]:
 Suggest = Callable[[SearchConfig, str, Sequence[Trial]], dict[str, Any]]
 
 
+class StorageError(UserError):
+    """The storage of the trials does not answer; the same command goes on when it does."""
+
+    exit_code = EXIT_STOPPED
+
+
+def _never() -> bool:
+    return False
+
+
 class Trials(ABC):
     """The trials of one config.
 
@@ -148,6 +158,7 @@ class Trials(ABC):
 
     Attributes:
         retries: whether a trial that has failed can be tried again.
+        keep_trying: asked whether to wait for a storage that does not answer.
     """
 
     retries = True
@@ -161,6 +172,7 @@ class Trials(ABC):
     ) -> None:
         self.search, self.metric, self.better = search, metric, better
         self._pruned_by = dict(pruned_by or {})
+        self.keep_trying: Callable[[], bool] = _never
 
     @property
     def what(self) -> dict[str, Any]:

@@ -359,6 +359,69 @@ def test_a_trial_that_failed_in_a_storage_is_not_tried_again_and_said_to_have_fa
     assert "report: " in result.output
 
 
+@pytest.fixture
+def flaky(played_study, tmp_path, monkeypatch):
+    """A played study whose storage gives no answer to each ``every``-th question, 0 for none."""
+    optuna = pytest.importorskip("optuna")
+    monkeypatch.setattr("launch.study.stored._PAUSE", 0)
+    storage = {"storage": str(tmp_path / "journal.log"), "prune": {"min_trials": 9}}
+    path, player = played_study(GRID | storage, overrides=MEASURED)
+    player.curves = {run: [3, 2, 1] for run in TRIALS}
+    fails = {"every": 0, "num": 0}
+    read = optuna.Study.get_trials
+
+    def get_trials(self, *args, **kwargs):
+        fails["num"] += 1
+        if fails["every"] and fails["num"] % fails["every"] == 0:
+            raise OSError("no answer")
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(optuna.Study, "get_trials", get_trials)
+    return path, player, fails
+
+
+def test_answers_that_a_storage_misses_fail_no_trial(flaky, monkeypatch):
+    path, player, fails = flaky
+
+    def start(*args):
+        fails["every"] = 2
+        return player.start(*args)
+
+    monkeypatch.setattr(study_run, "start", start)
+    player.codes[TRIALS[3], "train"] = 3
+    result = study("run", path)
+    fails["every"] = 0
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "gan/a: 4 trials, 3 done, 1 failed" in study("status", path).output
+    assert fails["num"] > 20
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_storage_that_stays_away_ends_the_study_and_the_next_call_goes_on(
+    flaky, monkeypatch, code
+):
+    path, player, fails = flaky
+    monkeypatch.setattr("launch.study.stored._PATIENCE", 0)
+    player.codes[TRIALS[1], "train"] = code
+
+    def start(*args):
+        process = player.start(*args)
+        fails["every"] = int(player.done[-1] == f"{TRIALS[1]} train")
+        return process
+
+    monkeypatch.setattr(study_run, "start", start)
+    result = study("run", path)
+    assert "is not reachable: no answer" in str(result.exception)
+    assert result.exception.exit_code == 75
+    assert player.done[-1] == f"{TRIALS[1]} train"
+    fails["every"] = 0
+    assert {one.state for one in open_study(path).searches[0].trials.all()} == {"done", "begun"}
+    monkeypatch.setattr(study_run, "start", player.start)
+    player.codes.clear()
+    assert study("run", path).exit_code == 0
+    assert "gan/a: 4 trials, 4 done" in study("status", path).output
+
+
 def test_without_data_no_trial_is_used_up(played_study, tmp_path):
     pytest.importorskip("optuna")
     search = GRID | {"method": "tpe", "num_trials": 8, "storage": str(tmp_path / "journal.log")}
