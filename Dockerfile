@@ -15,7 +15,8 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ git make \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 dinogen \
-    && install --directory --owner=dinogen --group=dinogen /opt/dinogen /work \
+    && install --directory --owner=dinogen --group=dinogen \
+    /home/dinogen/.cache /home/dinogen/.cache/pip /opt/dinogen /work \
     && git config --system --add safe.directory /opt/dinogen
 
 # dinogen, in numbers that other systems know too

@@ -92,7 +92,7 @@ def test_the_definition_has_known_sections_and_the_same_base():
 @pytest.mark.parametrize("name", ["post", "environment", "runscript", "test"])
 def test_shellcheck_finds_nothing_in_the_definition(name):
     script = sections()[name].replace("{{ TORCH_INDEX }}", "$TORCH_INDEX")
-    declared = "TORCH_INDEX=\n" if name == "post" else ""
+    declared = "TORCH_INDEX=default\n" if name == "post" else ""
     done = subprocess.run(
         [tool("shellcheck"), "--shell=sh", "-"],
         input=declared + script,
@@ -122,6 +122,29 @@ def test_both_install_what_the_makefile_installs():
     assert of_kind("ARG") == ["TORCH_INDEX="] and "TORCH_INDEX=" in sections()["arguments"]
     for text in commands.values():
         assert "PIP_EXTRA_INDEX_URL=" in text
+
+
+@pytest.mark.parametrize(("given", "index"), [(None, ""), ("file:///wheels", "file:///wheels")])
+def test_an_index_that_is_not_given_is_none(given, index):
+    """Some versions of Apptainer skip an argument whose value is empty."""
+    arguments = dict(line.strip().split("=") for line in sections()["arguments"].split())
+    assert list(arguments) == ["TORCH_INDEX"] and all(arguments.values())
+    script = sections()["post"]
+    script = script[script.index("    index=") : script.index("    git config")]
+    script = script.replace("{{ TORCH_INDEX }}", given or arguments["TORCH_INDEX"])
+    make = 'set -eu; make() { echo "$1 from <$PIP_EXTRA_INDEX_URL>"; }\n'
+    done = subprocess.run(["sh", "-c", make + script], capture_output=True, text=True, check=True)
+    assert done.stdout == f"install from <{index}>\n"
+
+
+def test_the_user_owns_the_folders_above_a_cache_of_the_build():
+    """Docker makes folders that are missing above a mount, and root owns them."""
+    targets = re.findall(r"--mount=type=cache,target=(/home/\S+?),", " ".join(of_kind("RUN")))
+    (made,) = re.findall(r"install --directory --owner=dinogen (.*?) &&", of_kind("RUN")[0])
+    for target in map(Path, targets):
+        below_home = [one for one in (target, *target.parents) if len(one.parts) > 3]
+        assert {str(one) for one in below_home} <= set(made.split())
+    assert targets
 
 
 def test_what_the_installation_reads_is_there_before_it():

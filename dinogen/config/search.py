@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from typing import Annotated, Any, Literal
 
@@ -14,6 +13,7 @@ from dinogen.config.base import Section
 # The study decides where each run is, and with which seeds it is repeated.
 OF_THE_STUDY = ("run", "seed")
 _NUM_PARALLEL = 4  # of a method that learns from the trials before
+_MOST_TRIALS = 10_000  # every command of a study makes the list of them
 
 
 class ParameterConfig(Section):
@@ -39,9 +39,8 @@ class ParameterConfig(Section):
                 raise ValueError("give a list of choices or a range, not both")
             if not self.choices:
                 raise ValueError("the list of choices is empty: give it a value")
-            if len({json.dumps(one, sort_keys=True, default=str) for one in self.choices}) < len(
-                self.choices
-            ):
+            # 8 and 8.0 are one choice, also for Optuna
+            if any(one == other for one, other in itertools.combinations(self.choices, 2)):
                 raise ValueError(f"{list(self.choices)}: list each choice once")
             return self
         if self.low is None or self.high is None:
@@ -64,16 +63,26 @@ class ParameterConfig(Section):
         return self
 
     @property
-    def values(self) -> tuple[Any, ...] | None:
-        """All values in order; None if the range is continuous."""
+    def num_values(self) -> int | None:
+        """Number of values; None if the range is continuous."""
         if self.choices is not None:
-            return self.choices
-        step = self.step or (1.0 if self.whole else None)
+            return len(self.choices)
+        step = self._step
         if step is None:
             return None
         assert self.low is not None and self.high is not None
-        num = math.floor((self.high - self.low) / step + 1e-9) + 1
-        return tuple(self._number(self.low + i * step) for i in range(num))
+        return math.floor((self.high - self.low) / step + 1e-9) + 1
+
+    @property
+    def _step(self) -> float | None:
+        return self.step or (1.0 if self.whole else None)
+
+    def value(self, number: int) -> Any:
+        """One of the values, in order and from 0 on; the range is not continuous."""
+        if self.choices is not None:
+            return self.choices[number]
+        assert self.low is not None and self._step is not None
+        return self._number(self.low + number * self._step)
 
     def at(self, share: float) -> Any:
         """The value that this share of the distribution lies below.
@@ -81,9 +90,9 @@ class ParameterConfig(Section):
         Args:
             share: from 0 (inclusive) to 1 (exclusive); uniform shares give the distribution.
         """
-        values = None if self.log else self.values
-        if values is not None:
-            return values[int(share * len(values))]
+        num = None if self.log else self.num_values
+        if num is not None:
+            return self.value(min(int(share * num), num - 1))
         assert self.low is not None and self.high is not None
         half = 0.5 if self.whole else 0.0  # each whole number gets its share of the range
         low, high = self.low - half, self.high + half
@@ -175,7 +184,7 @@ class SearchConfig(Section):
         size = self.num_points
         if self.method == "grid":
             for key, one in self.parameters.items():
-                if one.values is None or one.log:
+                if one.num_values is None or one.log:
                     raise ValueError(
                         f"parameters.{key}: a grid needs single values: give a list"
                         + ("" if one.log else ", or a step")
@@ -191,14 +200,19 @@ class SearchConfig(Section):
                 f"num_trials is {self.num_trials}, but there are only {size} combinations: use "
                 "method: grid"
             )
+        if self.num > _MOST_TRIALS:
+            raise ValueError(
+                f"{self.num} trials are too many: at most {_MOST_TRIALS}: "
+                + ("give fewer values" if self.method == "grid" else "lower num_trials")
+            )
         return self
 
     @property
     def num_points(self) -> int | None:
         """Number of combinations of values; None if a range is continuous."""
-        values = [one.values for one in self.parameters.values()]
-        known = [len(one) for one in values if one is not None]
-        return math.prod(known) if len(known) == len(values) else None
+        nums = [one.num_values for one in self.parameters.values()]
+        known = [one for one in nums if one is not None]
+        return math.prod(known) if len(known) == len(nums) else None
 
     @property
     def num(self) -> int:

@@ -33,6 +33,7 @@ from launch.study.plan import Study, present_runs
 from launch.study.runs import STEPS, StudyRun, is_trained, lacking, steps_left
 from launch.study.search import Search
 from launch.study.state import JOBS, Attempt, Record, read_record, study_lock
+from launch.study.trials import StorageError
 from shards.files import Locked, lock
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class StudyRunner(ABC):
         Raises:
             UserError: another process is running the study.
         """
+        for search in self.study.searches:
+            search.trials.keep_trying = lambda: not self._stopping
         with study_lock(self.study.folder):
             self.record = read_record(self.study)
             self._work()
@@ -67,6 +70,11 @@ class StudyRunner(ABC):
             self.record.best = {n: one.best for n, one in choices.items() if one.best is not None}
             self.record.write()
         return [self._outcome(run) for run in runs]
+
+    @property
+    @abstractmethod
+    def _stopping(self) -> bool:
+        """Whether it was asked to stop."""
 
     @abstractmethod
     def _work(self) -> None:
@@ -80,9 +88,17 @@ class StudyRunner(ABC):
         return replace(outcome, counts=outcome.code == EXIT_STOPPED)
 
     def _not_tried(self, run: StudyRun) -> Outcome:
-        trial = self.study.trial_of(run)
-        if trial is not None and trial.state == "pruned":
-            return Outcome(run, f"pruned: {trial.why}")
+        search = self.study.search_of(run)
+        if search is not None and search.is_over(run):
+            trial = search.trial_of(run)
+            if trial.state == "pruned":
+                return Outcome(run, f"pruned: {trial.why}")
+            if trial.state == "failed":
+                return Outcome(run, f"failed before: {trial.why}", 1)
+            return Outcome(run, "done before")
+        if search is not None and self._is_hopeless(search):
+            num = self._num_failed(search)
+            return Outcome(run, f"not begun: the first {num} trials have failed", 1)
         if steps_left(run, self.metric):
             return Outcome(run, "not begun", EXIT_STOPPED)
         return Outcome(run, "done before")
@@ -95,8 +111,13 @@ class StudyRunner(ABC):
 
     def _is_hopeless(self, search: Search) -> bool:
         """Whether the first trials have all failed, so that no further one is begun."""
-        num = sum(search.owns(one.run) and not one.good for one in self.outcomes.values())
-        return num >= min(_GIVE_UP_AFTER, search.settings.num) and not search.has_results
+        num_needed = min(_GIVE_UP_AFTER, search.settings.num)
+        return self._num_failed(search) >= num_needed and not search.has_results
+
+    def _num_failed(self, search: Search) -> int:
+        """How many of its trials have failed in this call."""
+        bad = (one for one in self.outcomes.values() if one.code not in (0, EXIT_STOPPED))
+        return sum(search.owns(one.run) for one in bad)
 
     def _ask(self, search: Search) -> StudyRun | None:
         """A further trial; None if there are enough, or it could not work either."""
@@ -142,11 +163,17 @@ class LocalStudy(StudyRunner):
         self._process: subprocess.Popen[bytes] | None = None
         self._signals = SignalForwarder(self._workers, self._end)
 
+    @property
+    def _stopping(self) -> bool:
+        return self._signals.stopping
+
     def _work(self) -> None:
         self._signals.install()
         while not self._signals.stopping and (run := self._next()) is not None:
             try:
                 self.outcomes[run.id] = self._try(run)
+            except StorageError:
+                raise  # it says nothing about the run, which the next call goes on with
             except (UserError, OSError) as error:  # of its folder: the other runs go on
                 log.error("%s: %s", run.id, error)
                 self._failed.add(run.id)
@@ -346,6 +373,10 @@ class SlurmStudy(StudyRunner):
         self._quiet: set[str] = set()  # without a queued job at the last look
         self._stop = threading.Event()
 
+    @property
+    def _stopping(self) -> bool:
+        return self._stop.is_set()
+
     def _work(self) -> None:
         self._check_photos()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -395,7 +426,8 @@ class SlurmStudy(StudyRunner):
                 self._prune(run, search)
                 continue
             if search is not None and (
-                self._is_hopeless(search)
+                search.is_over(run)
+                or self._is_hopeless(search)
                 or self._num_queued(search) >= search.settings.most_at_once
             ):
                 continue
@@ -496,7 +528,7 @@ class SlurmStudy(StudyRunner):
                 else:
                     self._fail(run, attempt, took, jobless(run, self.metric, rows))
             except UserError as error:
-                log.warning("%s: %s", run.id, error)  # SLURM may answer again
+                log.warning("%s: %s", run.id, error)  # SLURM or the storage may answer again
         return before - len(self._waiting)
 
     def _done(self, run: StudyRun, attempt: Attempt, seconds: float) -> None:
@@ -506,15 +538,16 @@ class SlurmStudy(StudyRunner):
         self.outcomes[run.id] = Outcome(run, f"done after {seconds:.0f} s")
 
     def _fail(self, run: StudyRun, attempt: Attempt, seconds: float, what: str) -> None:
+        self._fail_trial(run, what)  # first: if the storage does not answer, the run stays waiting
         self._waiting.pop(run.id, None)
         self._failed.add(run.id)
-        self._fail_trial(run, what)
+        self.outcomes[run.id] = Outcome(run, what, 1)
         log.error("%s: %s", run.id, what)
         self.record.end(attempt, seconds, 1, what)
-        self.outcomes[run.id] = Outcome(run, what, 1)
 
     def _not_tried(self, run: StudyRun) -> Outcome:
-        if self._settled(run):
+        search = self.study.search_of(run)
+        if self._settled(run) or (search is not None and self._is_hopeless(search)):
             return super()._not_tried(run)
         what = "its jobs stay queued" if run.id in self._waiting else "not submitted"
         return Outcome(run, what, EXIT_STOPPED)

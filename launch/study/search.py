@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Search:
         self.config_run = track_run(path, plan, track, entry, entry.label)
         self._check_parameters()
         self._prune_better = self._check_prune()
-        self.trials = _open_trials(path, plan, self.id)
+        self.trials = _open_trials(path, plan, self.id, self._pruned_by)
 
     def _check_parameters(self) -> None:
         """The config has every key, and takes the first and last of its values."""
@@ -133,6 +134,22 @@ class Search:
     def prunes(self) -> bool:
         """Whether trials may be stopped early."""
         return self.settings.prune is not None and self.settings.prune.method != "none"
+
+    @property
+    def _pruned_by(self) -> dict[str, Any]:
+        """What the values that decide about pruning depend on, by key; nothing if none is pruned.
+
+        A step is the number of a measurement, so values at other intervals have other steps.
+        """
+        prune, measured = self.settings.prune, self.config_run.config.eval
+        if prune is None or not self.prunes:
+            return {}
+        return {
+            "search.prune.metric": prune.metric or self.metric,
+            "search.prune.at_kimg": list(prune.at_kimg),
+            "eval.every_kimg": measured.every_kimg,
+            "eval.every_epochs": measured.every_epochs,
+        }
 
     def watch(self, run: StudyRun) -> str | None:
         """Read what was measured while a trial trained; why it is pruned, None if it is not."""
@@ -246,18 +263,18 @@ class Search:
         return ", ".join(words)
 
 
-def _open_trials(path: Path, plan: StudyConfig, name: str) -> Trials:
+def _open_trials(path: Path, plan: StudyConfig, name: str, pruned_by: Mapping[str, Any]) -> Trials:
     search = plan.search
     assert search is not None
     file, better = plan.folder / f"{name}-trials.json", better_of(plan.metric, f"{path}: metric")
     if search.storage is None and not search.learns:
-        return FolderTrials(search, plan.metric, better, file)
+        return FolderTrials(search, plan.metric, better, file, pruned_by=pruned_by)
     from launch.study.stored import StoredTrials, suggest
 
     if search.storage is None:
-        return FolderTrials(search, plan.metric, better, file, suggest)
+        return FolderTrials(search, plan.metric, better, file, suggest, pruned_by)
     where = f"{path}: search.storage"
-    return StoredTrials(name, search, plan.metric, better, file, where)
+    return StoredTrials(name, search, plan.metric, better, file, where, pruned_by)
 
 
 def better_of(metric: str, where: str) -> str:

@@ -7,17 +7,17 @@ import json
 import logging
 import re
 import secrets
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dinogen.config.search import ParameterConfig, SearchConfig
 from dinogen.errors import ConfigError, UserError
 from dinogen.files import write_json
 from dinogen.runs.files import read_object
-from launch.study.trials import Report, Trial, Trials, check_same, points
+from launch.study.trials import Report, StorageError, Trial, Trials, check_same, points
 
 try:
     import optuna
@@ -38,6 +38,10 @@ except ImportError as error:
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Seconds that a study waits for its storage, and between two tries.
+_PATIENCE, _PAUSE = 600.0, 1.0
 
 _STATES = {
     "begun": TrialState.RUNNING,
@@ -217,6 +221,7 @@ class StoredTrials(Trials):
         search, metric, better: as :class:`Trials`.
         mark: file that tells the trials of this study's folder from those of others.
         where: the plan and key, named in errors.
+        pruned_by: as :class:`Trials`.
 
     Raises:
         UserError: the storage is not reachable, or is of another search.
@@ -225,43 +230,70 @@ class StoredTrials(Trials):
     retries = False  # Optuna changes no trial that has ended
 
     def __init__(
-        self, name: str, search: SearchConfig, metric: str, better: str, mark: Path, where: str
+        self,
+        name: str,
+        search: SearchConfig,
+        metric: str,
+        better: str,
+        mark: Path,
+        where: str,
+        pruned_by: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(search, metric, better)
+        super().__init__(search, metric, better, pruned_by)
         assert search.storage is not None
         self._mark = mark
         shown = re.sub(r"//[^/@]*@", "//...@", search.storage)  # no password in a message
         self._where = f"{where}: {shown}"
-        with self._reached():
-            self._study = optuna.create_study(
-                storage=_storage(search.storage),
-                study_name=name,
-                direction=_direction(better),
-                sampler=sampler(search),
-                load_if_exists=True,
-            )
-            attributes = self._study.user_attrs
-            if not attributes and not self._study.get_trials(deepcopy=False):
-                self._study.set_user_attr("search", self.what)
-                attributes = {"search": self.what}
-        check_same(self.what, attributes.get("search"), self._where)
-
-    @contextmanager
-    def _reached(self) -> Iterator[None]:
-        """Tell in one line that the storage does not answer; each kind has errors of its own."""
         try:
-            yield
-        except Exception as error:
-            words = str(error).strip().splitlines() or [type(error).__name__]
+            self._reach(lambda: self._open(name))
+        except StorageError as error:
             raise ConfigError(
-                f"{self._where} is not reachable: {words[0]}: is the address right, and its "
-                "folder or server there?"
+                f"{error}: is the address right, and its folder or server there?"
             ) from None
+
+    def _open(self, name: str) -> None:
+        assert self.search.storage is not None
+        self._study = optuna.create_study(
+            storage=_storage(self.search.storage),
+            study_name=name,
+            direction=_direction(self.better),
+            sampler=sampler(self.search),
+            load_if_exists=True,
+        )
+        attributes = self._study.user_attrs
+        if not attributes and not self._study.get_trials(deepcopy=False):
+            self._study.set_user_attr("search", self.what)
+            attributes = {"search": self.what}
+        kept = check_same(self.what, attributes.get("search"), self._where)
+        if kept != attributes["search"]:
+            self._study.set_user_attr("search", kept)
+
+    def _reach(self, access: Callable[[], T], once: bool = False) -> T:
+        """The result of an access, which is tried again while a study waits for the storage.
+
+        Raises:
+            StorageError: it does not answer; in one line, as each kind has errors of its own.
+        """
+        end = time.monotonic() + _PATIENCE
+        told = False
+        while True:
+            try:
+                return access()
+            except UserError:
+                raise
+            except Exception as error:
+                words = str(error).strip().splitlines() or [type(error).__name__]
+                why = f"{self._where} is not reachable: {words[0]}"
+            if once or time.monotonic() > end or not self.keep_trying():
+                raise StorageError(why)
+            if not told:
+                log.warning("%s: waiting for it up to %.0f s", why, _PATIENCE)
+            told = True
+            time.sleep(_PAUSE)
 
     def all(self) -> list[Trial]:
         """See :class:`Trials`."""
-        with self._reached():
-            found = self._study.get_trials(deepcopy=False)
+        found = self._reach(lambda: self._study.get_trials(deepcopy=False))
         # one that was killed while it was made belongs to none
         owned = [one for one in found if one.user_attrs.get("folder") is not None]
         return [self._trial(one) for one in owned if one.number < self.search.num]
@@ -269,8 +301,8 @@ class StoredTrials(Trials):
     @property
     def num_left(self) -> int:
         """See :class:`Trials`."""
-        with self._reached():
-            return max(0, self.search.num - len(self._study.get_trials(deepcopy=False)))
+        found = self._reach(lambda: self._study.get_trials(deepcopy=False))
+        return max(0, self.search.num - len(found))
 
     def ask(self) -> Trial | None:
         """See :class:`Trials`."""
@@ -278,35 +310,43 @@ class StoredTrials(Trials):
             return None
         if self._folder is None:
             write_json(self._mark, {"folder": secrets.token_hex(8)})
-        with self._reached():
-            asked = self._study.ask(
-                {key: distribution(one) for key, one in self.search.parameters.items()}
+        space = {key: distribution(one) for key, one in self.search.parameters.items()}
+        # a second try could make a second trial
+        asked = self._reach(lambda: self._study.ask(space), once=True)
+        if asked.number >= self.search.num:  # another machine was faster
+            self._reach(
+                lambda: self._study.tell(asked, state=TrialState.FAIL, skip_if_finished=True)
             )
-            if asked.number >= self.search.num:  # another machine was faster
-                self._study.tell(asked, state=TrialState.FAIL)
-                return None
-            asked.set_user_attr("folder", self._folder)
+            return None
+        self._reach(lambda: asked.set_user_attr("folder", self._folder))
         return Trial(asked.number, _chosen(self.search, asked.params))
 
     def report(self, trial: Trial, report: Report, why: str | None) -> None:
         """See :class:`Trials`."""
         trial.reports.append(report)
-        with self._reached():
+
+        def write() -> None:
             known = self._known(trial)
-            known.report(report.value, report.step)
             known.set_user_attr(f"nimg-{report.step}", report.nimg)
+            known.report(report.value, report.step)
+
+        self._reach(write)
         if why is not None:
             trial.state, trial.why = "pruned", why
             self.end(trial)
 
     def end(self, trial: Trial) -> None:
         """See :class:`Trials`; what has ended in a storage stays as it is."""
-        with self._reached():
+        value = trial.value if trial.state == "done" else None
+        state = _STATES[trial.state]
+
+        def write() -> None:
             known = self._known(trial)
             known.set_user_attr("why", trial.why)
             known.set_user_attr("fingerprint", trial.fingerprint)
-            value = trial.value if trial.state == "done" else None
-            self._study.tell(trial.number, value, state=_STATES[trial.state], skip_if_finished=True)
+            self._study.tell(trial.number, value, state=state, skip_if_finished=True)
+
+        self._reach(write)
 
     @property
     def _folder(self) -> str | None:

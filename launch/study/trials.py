@@ -6,7 +6,7 @@ import itertools
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +14,13 @@ from typing import Any, Literal
 import yaml
 
 from dinogen.config.search import SearchConfig
-from dinogen.errors import UserError
+from dinogen.errors import EXIT_STOPPED, UserError
 from dinogen.files import write_json
 from dinogen.runs.files import read_object
 
 State = Literal["begun", "done", "pruned", "failed"]
 FORMAT = 1
+_OF_PRUNING = ("search.prune.", "eval.")
 _MOST = 60  # characters of a trial's values in the name of its folder
 
 
@@ -114,7 +115,10 @@ def points(search: SearchConfig) -> Iterator[dict[str, Any]]:
     """
     keys = list(search.parameters)
     if search.method == "grid":
-        for combination in itertools.product(*(one.values or () for one in _all(search))):
+        every = (
+            [one.value(i) for i in range(one.num_values or 0)] for one in search.parameters.values()
+        )
+        for combination in itertools.product(*every):
             yield dict(zip(keys, combination, strict=True))
         return
     seen: list[dict[str, Any]] = []
@@ -130,11 +134,17 @@ def points(search: SearchConfig) -> Iterator[dict[str, Any]]:
         yield values
 
 
-def _all(search: SearchConfig) -> list[Any]:
-    return list(search.parameters.values())
-
-
 Suggest = Callable[[SearchConfig, str, Sequence[Trial]], dict[str, Any]]
+
+
+class StorageError(UserError):
+    """The storage of the trials does not answer; the same command goes on when it does."""
+
+    exit_code = EXIT_STOPPED
+
+
+def _never() -> bool:
+    return False
 
 
 class Trials(ABC):
@@ -144,21 +154,32 @@ class Trials(ABC):
         search: the section of the plan.
         metric: the study's.
         better: which way it is better.
+        pruned_by: what the values that decide about pruning depend on, by key.
 
     Attributes:
         retries: whether a trial that has failed can be tried again.
+        keep_trying: asked whether to wait for a storage that does not answer.
     """
 
     retries = True
 
-    def __init__(self, search: SearchConfig, metric: str, better: str) -> None:
+    def __init__(
+        self,
+        search: SearchConfig,
+        metric: str,
+        better: str,
+        pruned_by: Mapping[str, Any] | None = None,
+    ) -> None:
         self.search, self.metric, self.better = search, metric, better
+        self._pruned_by = dict(pruned_by or {})
+        self.keep_trying: Callable[[], bool] = _never
 
     @property
     def what(self) -> dict[str, Any]:
         """What may not change once there are trials."""
         dumped = self.search.model_dump(mode="json", include={"parameters", "method", "seed"})
-        return dumped | {"metric": self.metric}
+        named = {f"search.{key}": value for key, value in dumped.items()}
+        return named | {"metric": self.metric} | self._pruned_by
 
     @abstractmethod
     def all(self) -> list[Trial]:
@@ -189,6 +210,7 @@ class FolderTrials(Trials):
         search, metric, better: as :class:`Trials`.
         path: the file.
         suggest: values of the next trial, where they depend on those before.
+        pruned_by: as :class:`Trials`.
 
     Raises:
         UserError: the file cannot be read, or is of another search.
@@ -201,9 +223,11 @@ class FolderTrials(Trials):
         better: str,
         path: Path,
         suggest: Suggest | None = None,
+        pruned_by: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(search, metric, better)
+        super().__init__(search, metric, better, pruned_by)
         self.path = path
+        self._kept = self.what
         self._suggest = suggest
         self._trials = self._read()
         if not search.learns:
@@ -253,7 +277,7 @@ class FolderTrials(Trials):
         if found.problems or data.get("format") != FORMAT:
             why = found.problems[0] if found.problems else f": format {data.get('format')!r}"
             raise UserError(f"{self.path}: cannot be read{why}: {remedy}")
-        check_same(self.what, data.get("search"), str(self.path))
+        self._kept = check_same(self.what, data.get("search"), str(self.path))
         try:
             return [
                 Trial(**one | {"reports": [Report(**report) for report in one["reports"]]})
@@ -266,22 +290,29 @@ class FolderTrials(Trials):
         trials = [asdict(one) for one in self._trials if one.reports or one.state != "begun"]
         if self.search.learns:
             trials = [asdict(one) for one in self._trials]
-        facts = {"format": FORMAT, "search": self.what, "trials": trials}
+        facts = {"format": FORMAT, "search": self._kept, "trials": trials}
         write_json(self.path, facts)
 
 
-def check_same(now: dict[str, Any], then: Any, where: str) -> None:
+def check_same(now: dict[str, Any], then: Any, where: str) -> dict[str, Any]:
     """Refuse trials of another search.
+
+    Returns:
+        All that may not change: what held then, and what the plan adds. Pruning may begin and end
+        later, but may not compare other values than before.
 
     Raises:
         UserError: naming what differs.
     """
     before = then if isinstance(then, dict) else {}
     for key, value in now.items():
+        if key not in before and key.startswith(_OF_PRUNING):
+            continue
         if before.get(key) != value:
-            name = key if key == "metric" else f"search.{key}"
+            name = key.removeprefix("search.")
             raise UserError(
-                f"{name}: {where} holds trials of another search ({key}: "
-                f"{before.get(key)!r} there, {value!r} in the plan): restore {key}, or use another "
-                "folder: and storage:"
+                f"{key}: {where} holds trials of another search ({name}: {before.get(key)!r} "
+                f"there, {value!r} in the plan): restore {name}, or use another folder: and "
+                "storage:"
             )
+    return before | now

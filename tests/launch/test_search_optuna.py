@@ -144,6 +144,26 @@ def test_trials_of_another_search_in_the_folder(tmp_path):
         FolderTrials(search(), "fid", "lower", path)
 
 
+@pytest.mark.parametrize("kind", ["folder", "storage"])
+def test_pruning_may_begin_later_and_then_its_values_stay(tmp_path, kind):
+    settings = search(storage=f"{tmp_path}/journal.log")
+
+    def opened(**pruned_by):
+        if kind == "folder":
+            path = tmp_path / "trials.json"
+            return FolderTrials(settings, "fid", "lower", path, suggest, pruned_by)
+        where = "plan: search.storage"
+        return StoredTrials("gan/a", settings, "fid", "lower", tmp_path / "m", where, pruned_by)
+
+    trials = opened()
+    finish(trials, trials.ask(), 1.0)
+    trials = opened(**{"eval.every_kimg": 1.0})
+    trials.report(trials.ask(), Report(1, 1000, 2.0), None)
+    with pytest.raises(UserError, match=r"^eval.every_kimg: .*1.0 there, 0.5 in the plan"):
+        opened(**{"eval.every_kimg": 0.5})
+    opened()
+
+
 def in_optuna(pruner, direction, curves):
     """Which trials Optuna prunes, and after which step; one trial after the other."""
     study = optuna.create_study(direction=direction, pruner=pruner)

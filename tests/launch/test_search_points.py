@@ -89,6 +89,26 @@ def test_whole_numbers_are_equally_likely_and_stay_in_their_range():
         assert abs(drawn.count(k) / 1000 - share) < 0.002
 
 
+@pytest.mark.parametrize("choices", [[8, 8.0], [0, False], [[1, 2], [1.0, 2]], ["a", "b", "a"]])
+def test_choices_that_are_equal_are_refused(choices):
+    with pytest.raises(ValueError, match="list each choice once"):
+        search({"a": choices}, method="random", num_trials=2)
+
+
+def test_a_long_range_takes_neither_time_nor_memory():
+    parameters = {
+        "a": {"low": 1, "high": 10**12, "int": True},
+        "b": {"low": 0, "high": 1, "step": 1e-6},
+    }
+    found = search(parameters, method="random", num_trials=3)
+    assert found.num_points == 10**12 * (10**6 + 1)
+    for values in points(found):
+        assert isinstance(values["a"], int) and 1 <= values["a"] <= 10**12
+        assert 0 <= values["b"] <= 1
+    with pytest.raises(ValueError, match="1000000000000 trials are too many: at most 10000"):
+        search({"a": parameters["a"]}, method="grid")
+
+
 def test_values_reach_the_config_as_they_are(tmp_path):
     (tmp_path / "a.yaml").write_text(yaml.safe_dump({"stages": [{"resolution": 8, "kimg": 1}]}))
     values = {"stages.0.lr": 1e-5, "stages.0.batch": 32, "guide.layer": [1, 2], "data.path": "null"}

@@ -117,7 +117,8 @@ def test_where_all_trials_fail_the_study_fails_and_further_ones_are_not_begun(pl
     for run in open_study(path).runs[:9]:
         player.codes[run.id, "train"] = 3
     result = study("run", path)
-    assert result.exit_code != 0
+    assert result.exit_code == 1 and "report: " in result.output
+    assert list(rows(result).values())[8] == ["not begun: the first 5 trials have failed"]
     assert len([one for one in player.done if one.startswith("gan/a")]) == 5
     assert player.done[-1] == "gan/b-seed0 look"
     player.codes.clear()
@@ -272,6 +273,34 @@ def test_a_search_that_has_changed_is_refused(played_study):
     assert "holds trials of another search" in str(result.exception)
 
 
+@pytest.mark.parametrize("storage", [None, "journal.log"])
+def test_what_trials_are_pruned_by_may_not_change(played_study, tmp_path, storage):
+    if storage is not None:
+        pytest.importorskip("optuna")
+        storage = str(tmp_path / storage)
+    metrics = f"eval.generated=[{METRIC}, kid]"
+    path, _ = played_study(GRID | {"storage": storage}, overrides=["eval.every_kimg=1", metrics])
+    plan = yaml.safe_load(path.read_text())
+
+    def run(prune, every=1):
+        plan["overrides"][0] = f"eval.every_kimg={every}"
+        plan["search"]["prune"] = prune
+        path.write_text(yaml.safe_dump(plan))
+        result = study("run", path)
+        return "" if result.exit_code == 0 else str(result.exception)
+
+    assert run({"min_trials": 2}) == ""
+    assert run({"method": "successive_halving", "min_trials": 4}) == ""
+    for _ in range(2):
+        told = run({"metric": "kid"})
+        assert told.startswith("search.prune.metric: ")
+        assert "(prune.metric: 'fid' there, 'kid' in the plan): restore prune.metric" in told
+        assert run({"at_kimg": [1]}).startswith("search.prune.at_kimg: ")
+        assert run({}, every=0.5).startswith("eval.every_kimg: ")
+        assert run({"method": "none"}, every=0.5) == ""  # it ends
+    assert run({}) == ""
+
+
 def test_without_optuna_one_line_says_what_to_install(played_study, monkeypatch):
     search = GRID | {"method": "tpe", "num_trials": 3}
     path, player = played_study(search)
@@ -311,6 +340,86 @@ def test_two_folders_share_a_storage(played_study, tmp_path):
     ]
     summary = (tmp_path / "study" / "report" / "study.md").read_text()
     assert "| 0 | 0.0001 | 0.125 | done on another machine |  |" in summary
+
+
+def test_a_trial_that_failed_in_a_storage_is_not_tried_again_and_said_to_have_failed(
+    played_study, tmp_path
+):
+    pytest.importorskip("optuna")
+    path, player = played_study(GRID | {"storage": str(tmp_path / "journal.log")})
+    for run in TRIALS:
+        player.codes[run, "train"] = 3
+    assert study("run", path).exit_code == 1
+    player.done.clear()
+    player.codes.clear()
+    result = study("run", path)
+    assert result.exit_code == 1 and player.done == []
+    told = "failed before: train failed (exit code 3): what train says"
+    assert rows(result)[TRIALS[0]][0].startswith(told)
+    assert "report: " in result.output
+
+
+@pytest.fixture
+def flaky(played_study, tmp_path, monkeypatch):
+    """A played study whose storage gives no answer to each ``every``-th question, 0 for none."""
+    optuna = pytest.importorskip("optuna")
+    monkeypatch.setattr("launch.study.stored._PAUSE", 0)
+    storage = {"storage": str(tmp_path / "journal.log"), "prune": {"min_trials": 9}}
+    path, player = played_study(GRID | storage, overrides=MEASURED)
+    player.curves = {run: [3, 2, 1] for run in TRIALS}
+    fails = {"every": 0, "num": 0}
+    read = optuna.Study.get_trials
+
+    def get_trials(self, *args, **kwargs):
+        fails["num"] += 1
+        if fails["every"] and fails["num"] % fails["every"] == 0:
+            raise OSError("no answer")
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(optuna.Study, "get_trials", get_trials)
+    return path, player, fails
+
+
+def test_answers_that_a_storage_misses_fail_no_trial(flaky, monkeypatch):
+    path, player, fails = flaky
+
+    def start(*args):
+        fails["every"] = 2
+        return player.start(*args)
+
+    monkeypatch.setattr(study_run, "start", start)
+    player.codes[TRIALS[3], "train"] = 3
+    result = study("run", path)
+    fails["every"] = 0
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "gan/a: 4 trials, 3 done, 1 failed" in study("status", path).output
+    assert fails["num"] > 20
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_storage_that_stays_away_ends_the_study_and_the_next_call_goes_on(
+    flaky, monkeypatch, code
+):
+    path, player, fails = flaky
+    monkeypatch.setattr("launch.study.stored._PATIENCE", 0)
+    player.codes[TRIALS[1], "train"] = code
+
+    def start(*args):
+        process = player.start(*args)
+        fails["every"] = int(player.done[-1] == f"{TRIALS[1]} train")
+        return process
+
+    monkeypatch.setattr(study_run, "start", start)
+    result = study("run", path)
+    assert "is not reachable: no answer" in str(result.exception)
+    assert result.exception.exit_code == 75
+    assert player.done[-1] == f"{TRIALS[1]} train"
+    fails["every"] = 0
+    assert {one.state for one in open_study(path).searches[0].trials.all()} == {"done", "begun"}
+    monkeypatch.setattr(study_run, "start", player.start)
+    player.codes.clear()
+    assert study("run", path).exit_code == 0
+    assert "gan/a: 4 trials, 4 done" in study("status", path).output
 
 
 def test_without_data_no_trial_is_used_up(played_study, tmp_path):

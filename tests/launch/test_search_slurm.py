@@ -141,6 +141,18 @@ def test_a_failed_trial_is_submitted_again_by_the_next_call(on_slurm, played):
     assert len(submitted(played)) == 8
 
 
+def test_what_failed_in_a_storage_is_not_submitted_again(on_slurm, played, tmp_path):
+    pytest.importorskip("optuna")
+    path, cluster = on_slurm(SEARCH | {"storage": str(tmp_path / "journal.log")})
+    cluster.player.codes[TRIALS[1], "train"] = 9
+    assert study("run", path, "--on", "slurm").exit_code == 0
+    num = len(submitted(played))
+    result = study("run", path, "--on", "slurm")
+    assert result.exit_code == 0 and len(submitted(played)) == num
+    assert rows(result)[TRIALS[1]][0].startswith("failed before: ")
+    assert rows(result)[TRIALS[0]] == ["done before"]
+
+
 def test_trials_that_learn_follow_as_others_end(on_slurm):
     pytest.importorskip("optuna")
     search = {
