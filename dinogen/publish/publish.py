@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -78,8 +80,9 @@ def write_publication(what: Publication, folder: Path) -> Facts:
     """Write all that is published into a folder: the files of :data:`FILES`.
 
     ``model.safetensors`` is the file of ``dinogen export``. In its config and in config.yaml, paths
-    of this machine are only names, and the section ``cluster`` is left out. The grid is drawn from
-    the file that is published, so a file that does not load is never published.
+    of this machine are only names, URLs have no user and no query, and the sections ``cluster`` and
+    ``logging`` are left out. The grid is drawn from the file that is published, so a file that does
+    not load is never published.
 
     Args:
         what: of which checkpoint.
@@ -197,24 +200,68 @@ def _upload(address: hub.Address, folder: Path, private: bool, message: str) -> 
 
 
 def public_config(config: Config, address: hub.Address) -> Config:
-    """A config for others: paths of this machine shortened to their names, no cluster."""
-    data = config.model_dump(mode="json", exclude={"cluster"})
+    """A config for others: paths shortened to their names, no passwords, no cluster."""
+    data = config.model_dump(mode="json", exclude=_PRIVATE)
     data["run"] = f"runs/{address.repo.partition('/')[2]}"
     return parse_config(_shortened(data))
 
 
-# Folders of a path that begins at the root, at a home or above the current folder, also inside a
-# command; of a URL nothing.
-_FOLDERS = re.compile(r"(?<![\w:/.])(?:~[\w.-]*|\.\.)?/(?=[^\s/])(?:[^\s'\":;,/]+/)*")
+# Sections that hold accounts and addresses of servers, with their passwords.
+_PRIVATE = {"cluster", "logging"}
+_ROOT = r"(?:~[\w.-]*|\.\.)?/"
+# A URL, or the folders of a path that begins at the root, at a home or above the current folder.
+_PLACE = re.compile(
+    r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>[^\s'\"]*)|(?P<hub>\bhf:/[^\s'\"]*)"
+    rf"|(?<![\w/.]){_ROOT}(?=[^\s/])(?:[^\s'\":;,/]+/+(?=[^\s'\":;,/]))*"
+)
+_IS_PATH = re.compile(_ROOT)
+# Their paths are of a machine, as those without a scheme are.
+_OF_MACHINES = ("file", "ssh", "sftp", "scp", "rsync")
+# A password may hold slashes, as keys of S3 do; after a port there is none.
+_PASSWORD = re.compile(r"[^/@]*:(?!\d+(?:/|$))[^@]*@")
 
 
-def _shortened(value: Any) -> Any:
-    """JSON in which paths of this machine are only names."""
+def _shortened(value: Any, key: str = "") -> Any:
+    """JSON in which paths of this machine are only names, and URLs hold no user and no query.
+
+    Args:
+        value: the JSON.
+        key: under which it is; what is under ``command`` is read as a shell does.
+    """
     if isinstance(value, Mapping):
-        return {key: _shortened(one) for key, one in value.items()}
+        return {name: _shortened(one, name) for name, one in value.items()}
     if isinstance(value, list):
-        return [_shortened(one) for one in value]
-    return _FOLDERS.sub("", value) if isinstance(value, str) else value
+        return [_shortened(one, key) for one in value]
+    if not isinstance(value, str):
+        return value
+    if key == "command":
+        with suppress(ValueError):  # no closing quotation
+            return shlex.join(_shortened_word(word) for word in shlex.split(value))
+    return _shortened_word(value)
+
+
+def _shortened_word(text: str) -> str:
+    """What is a path as a whole may hold spaces and commas; so may a value after ``=``."""
+    key, equals, value = text.partition("=")
+    if equals and re.fullmatch(r"[\w.-]+", key):
+        return f"{key}={_shortened_word(value)}"
+    if _IS_PATH.match(text) and "://" not in text:
+        return text.rstrip("/").rpartition("/")[2] or text
+    return _PLACE.sub(_shortened_place, text)
+
+
+def _shortened_place(found: re.Match[str]) -> str:
+    if found["hub"] is not None:
+        return found["hub"]
+    if found["scheme"] is None:
+        return ""
+    rest = re.split(r"[?#]", found["rest"], maxsplit=1)[0]
+    if (password := _PASSWORD.match(found["rest"])) is not None:
+        rest = re.split(r"[?#]", found["rest"][password.end() :], maxsplit=1)[0]
+    if found["scheme"].lower() in _OF_MACHINES:
+        return rest.rstrip("/").rpartition("/")[2]
+    host, slash, path = rest.partition("/")
+    return f"{found['scheme']}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _evaluation(run: Path, info: Mapping[str, Any]) -> dict[str, Any] | None:

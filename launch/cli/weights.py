@@ -271,7 +271,8 @@ def publish(
     Log in first: hf auth login, or HF_TOKEN. The repository is made if it is not there. Published
     again, its files are replaced in one commit. Look at the card first: --dry-run FOLDER.
 
-    Paths of this machine are shortened to their last name, and the section cluster: is left out.
+    Paths of this machine are shortened to their last name, URLs lose user, password and query, and
+    the sections cluster: and logging: are left out.
 
     [bold]Examples[/bold]
 

@@ -166,6 +166,7 @@ def test_nothing_of_this_machine_is_told(run, evaluation, tmp_path):
     measured = json.loads((folder / "evaluation.json").read_text())["measured"]
     command = measured["spectrum"]["command"]
     assert command == "dinogen evaluate run metrics.inception=a.pth https://x.org/y"
+    assert measured["fid"]["command"] == "dinogen evaluate run 'data.path=my faces'"
     assert load_config(folder / "config.yaml").data.path == "discs"
 
 
@@ -176,14 +177,45 @@ def test_nothing_of_this_machine_is_told(run, evaluation, tmp_path):
         ("~/a/b", "b"),
         ("../../data/faces", "faces"),
         ("--reference=/mnt/x y", "--reference=x y"),
+        ("--reference=/mnt/x y/z", "--reference=z"),
         ("data/faces", "data/faces"),
         ("lr / batch, fid/kid, 3/4", "lr / batch, fid/kid, 3/4"),
         ("https://x.org/y/z hf://datasets/a/b", "https://x.org/y/z hf://datasets/a/b"),
+        ("hf://a/b@v1/c", "hf://a/b@v1/c"),
+        ("hf:/a/b@v1/c", "hf:/a/b@v1/c"),
+        ("at http://me:pw@mlflow.lab:5000/x", "at http://mlflow.lab:5000/x"),
+        ("s3://KEY:SE/CR+ET@bucket/x", "s3://bucket/x"),
+        ("http://me:p?w@lab/x", "http://lab/x"),
+        ("https://h:80/x@y?token=a#b", "https://h:80/x@y"),
+        ("file:///home/me/x", "x"),
+        ("ssh://me@host/home/me/x/", "x"),
+        ("/home/Doe, Jane/x", "x"),
+        ("--reference='/home/me/x'", "--reference='x'"),
+        ("mount:/home/me/x", "mount:x"),
+        ("/a/b/", "b"),
+        ("see ~/a//b/ too", "see b/ too"),
+        ("/", "/"),
     ],
 )
 def test_paths_are_shortened(text, told):
     config = parse_config({"notes": {"next": text}})
     assert public_config(config, ADDRESS).notes.next == told
+
+
+def test_passwords_stay_here(run, tmp_path):
+    """Neither in the config, nor in the metadata of the weights; commands of a shell are read."""
+    state = next((run / "8x8" / "checkpoints").glob("*/state.json"))
+    found = json.loads(state.read_text())
+    found["config"]["logging"] = [{"mlflow": {"tracking_uri": "http://me:pw@mlflow.lab:5000"}}]
+    found["config"]["data"]["path"] = "/home/Doe, Jane/faces/"
+    found["config"]["init_from"] = "../before/"
+    state.write_text(json.dumps(found))
+    facts = write_publication(Publication(run, ADDRESS), tmp_path / "card")
+    assert facts.config.data.path == "faces"
+    assert facts.config.init_from == "before"
+    for file in ("config.yaml", "model.safetensors", "README.md"):
+        told = (tmp_path / "card" / file).read_bytes()
+        assert not any(word in told for word in (b"mlflow", b"pw@", b"Jane", b"/tmp", b"account-"))
 
 
 def test_a_dry_run_asks_nobody(run, server, tmp_path):
