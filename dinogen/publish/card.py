@@ -44,7 +44,8 @@ class Facts:
         address: where it will be.
         info: the metadata of the exported file, see :func:`export`.
         config: of the run, without what is nobody's business.
-        evaluation: evaluation.json of this checkpoint; None if it was not measured.
+        evaluation: metric values of this checkpoint, as evaluation.json has them.
+        has_file: whether that file is published too.
         num_parameters: of the generator.
         licence: None if none was given.
         intended_use: in the words of those who publish.
@@ -54,7 +55,8 @@ class Facts:
     address: hub.Address
     info: Mapping[str, Any]
     config: Config
-    evaluation: Mapping[str, Any] | None
+    evaluation: Mapping[str, Any]
+    has_file: bool
     num_parameters: int
     licence: str | None
     intended_use: str
@@ -62,13 +64,13 @@ class Facts:
     @property
     def measured(self) -> list[MetricValue]:
         """The metric values of generated images that are known."""
-        found = (self.evaluation or {}).get("measured") or {}
+        found = self.evaluation.get("measured") or {}
         return [MetricValue.from_dict(one) for one in found.values() if one["value"] is not None]
 
-    def is_random(self, value: MetricValue) -> bool:
-        """Whether a metric value comes from a feature extractor with random weights."""
-        prints = (self.evaluation or {}).get("fingerprints") or {}
-        return bool((prints.get(value.fingerprint) or {}).get("random"))
+    def is_random(self, value: MetricValue) -> bool | None:
+        """Whether a metric value is of a feature extractor with random weights; None: unknown."""
+        random = _mark_of(self, value).get("random", False)
+        return None if random is None else bool(random)
 
     @property
     def size(self) -> str:
@@ -124,7 +126,7 @@ def _metadata(facts: Facts) -> str:
             metric_name=f"{one.name}, {_counts(one)}, fingerprint {one.fingerprint}",
         )
         for one in facts.measured
-        if not facts.is_random(one)
+        if facts.is_random(one) is False
     ]
     names = sorted({guide["name"] for guide in facts.guides.values()})
     random = ["random-guide"] if facts.info["random_guide"] else []
@@ -149,9 +151,14 @@ def _licence_name(licence: str | None) -> str:
     return licence.lower() if licence.lower() in LICENCES else "other"
 
 
+def _mark_of(facts: Facts, value: MetricValue) -> Mapping[str, Any]:
+    """What a metric value was measured against."""
+    marks = facts.evaluation.get("fingerprints") or {}
+    return marks.get(value.fingerprint) or {}
+
+
 def _split_of(facts: Facts, value: MetricValue) -> str | None:
-    prints = (facts.evaluation or {}).get("fingerprints") or {}
-    found = (prints.get(value.fingerprint) or {}).get("split")
+    found = _mark_of(facts, value).get("split")
     return None if found is None else str(found)
 
 
@@ -243,14 +250,18 @@ def _about_metrics(facts: Facts) -> str:
         split = _split_of(facts, one)
         counts = _counts(one) + ("" if split is None else f" of {split}")
         rows.append((one.name, value, better, counts, f"`{one.fingerprint}`"))
-        if facts.is_random(one):
-            random = "measured by a RANDOM feature extractor, so it means nothing"
-            cautions.setdefault(random, []).append(one.name)
+        random = facts.is_random(one)
+        if random or random is None:
+            why = "measured by a RANDOM feature extractor, so it means nothing"
+            unknown = "the file does not say whether its feature extractor was random"
+            cautions.setdefault(why if random else unknown, []).append(one.name)
         for caution in filter(None, (one.caution or "").split("; ")):
             cautions.setdefault(caution, []).append(one.name)
     head = ("metric", "value", "better", "measured on", "fingerprint")
     notes = _bullets(f"Caution, {', '.join(names)}: {why}" for why, names in cautions.items())
-    whole = f"By `dinogen evaluate`; the whole result is [{EVALUATION}]({EVALUATION})."
+    whole = "By `dinogen evaluate`."
+    if facts.has_file:
+        whole = f"By `dinogen evaluate`; the whole result is [{EVALUATION}]({EVALUATION})."
     parts = ["## Metrics", _table(head, rows), notes, whole]
     return "\n\n".join(part for part in parts if part)
 

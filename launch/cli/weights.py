@@ -288,14 +288,7 @@ def publish(
     from launch.cli.console import setup_logging
 
     setup_logging()
-    used = {} if intended_use is None else {"intended_use": intended_use}
-    what = Publication(run, hub.parse(address), stage, nimg, licence, **used)
-    if licence is None:
-        typer.echo(
-            "dinogen: NO LICENCE: the card will say that none is stated, so nobody may use the "
-            "weights: give --licence",
-            err=True,
-        )
+    what = Publication(run, hub.parse(address), stage, nimg, licence, intended_use)
     if dry_run is not None:
         write_publication(what, dry_run)
         typer.echo(f"{dry_run}: what would be published as {what.address}; nothing was uploaded")

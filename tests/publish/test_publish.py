@@ -25,6 +25,7 @@ from dinogen.publish.publish import (
 )
 from dinogen.serve.app import make_app
 from dinogen.serve.gallery import Gallery
+from dinogen.training.checkpointing.export import export
 from dinogen.training.checkpointing.exported import open_exported
 from tests.hub_server import hub_server, use_hub
 
@@ -242,6 +243,17 @@ def test_a_folder_with_other_files_is_left_alone(run, tmp_path):
         write_publication(Publication(run, ADDRESS), tmp_path / "mine")
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_ones_own_are_left_alone(run, tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("of mine")
+    with pytest.raises(ConfigError, match=rf"mine: holds {name}, and no model\.safetensors of"):
+        write_publication(Publication(run, ADDRESS), tmp_path / "mine")
+    assert (tmp_path / "mine" / name).read_text() == "of mine"
+    with pytest.raises(ConfigError, match=rf"{name}: is a file: give a new or an empty folder"):
+        write_publication(Publication(run, ADDRESS), tmp_path / "mine" / name)
+
+
 @pytest.mark.parametrize(
     ("address", "said"),
     [
@@ -333,3 +345,55 @@ def test_an_exported_file_is_published_as_its_run_is(run, tmp_path):
     )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_exported_file_brings_its_card(run, evaluation, tmp_path, caplog):
+    file = tmp_path / "first.safetensors"
+    export(run, file, licence="mit", intended_use="art only")
+    assert write_publication(Publication(file, ADDRESS), tmp_path / "card").licence == "mit"
+    text = (tmp_path / "card" / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.license == "mit"
+    assert "Art only." in text
+    assert "No licence" not in text
+    assert "NO LICENCE" not in caplog.text
+    assert [one.metric_type for one in card.data.eval_results] == ["spectrum"]
+    assert "| spectrum | 4.5 ± 0.2 | lower | 60 images against 50 of val | `aaaaaaaaaaaa` |" in text
+    assert "Caution, fid: measured by a RANDOM feature extractor" in text
+    assert "evaluation.json" not in text
+    other = Publication(file, ADDRESS, licence="cc0-1.0", intended_use="All.")
+    write_publication(other, tmp_path / "card")
+    text = (tmp_path / "card" / "README.md").read_text()
+    assert ModelCard(text).data.license == "cc0-1.0"
+    assert "All.\n" in text
+
+    # as it was written before the card said what was random
+    with safe_open(file, "pt") as opened:
+        info = json.loads(opened.metadata()["dinogen"])
+    for one in info["card"]["metrics"].values():
+        del one["random"], one["better"], one["split"]
+    save_file(load_file(file), file, {"dinogen": json.dumps(info)})
+    write_publication(Publication(file, ADDRESS), tmp_path / "card")
+    text = (tmp_path / "card" / "README.md").read_text()
+    assert ModelCard(text).data.eval_results is None
+    assert "Caution, spectrum, fid: the file does not say whether" in text
+
+
+def test_code_of_ones_own_in_the_checkpoint_is_refused(run, tmp_path):
+    """A config.yaml of today does not hide it, and an exported file is refused as its run is."""
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    section = {"file": str(tmp_path / "mine.py")}
+    file = tmp_path / "first.safetensors"
+    export(run, file)
+    with safe_open(file, "pt") as opened:
+        info = json.loads(opened.metadata()["dinogen"])
+    info["config"]["guide"] = section
+    save_file(load_file(file), file, {"dinogen": json.dumps(info)})
+    state = next((run / "8x8" / "checkpoints").glob("*/state.json"))
+    found = json.loads(state.read_text())
+    found["config"]["guide"] = section
+    state.write_text(json.dumps(found))
+    for source in (file, run):
+        with pytest.raises(ConfigError, match=r"guide\.file: .*mine\.py is on this machine alone"):
+            write_publication(Publication(source, ADDRESS), tmp_path / "card")
+        assert not (tmp_path / "card").exists()
