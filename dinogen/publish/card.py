@@ -84,8 +84,15 @@ class Facts:
         return found | dict(self.info.get("guides") or {})
 
     @property
+    def imported(self) -> Mapping[str, Any] | None:
+        """Where the weights are from, if `dinogen import` read them."""
+        return self.info.get("imported")
+
+    @property
     def places(self) -> list[str]:
-        """Paths of the data."""
+        """Paths of the data; none of imported weights, which learnt from other data."""
+        if self.imported is not None:
+            return []
         data = self.config.data
         return [data.path] if data.path else [one.path for one in data.mix]
 
@@ -95,13 +102,13 @@ def write_card(facts: Facts) -> str:
     parts = [
         f"# {facts.name}",
         *_warnings(facts),
-        _what_it_is(facts),
+        _what_it_is(facts) if facts.imported is None else _origin(facts),
         f"![Images of seed 0, row by row]({SAMPLES})",
         _how_to_load(facts),
-        _about_data(facts),
+        _about_data(facts) if facts.imported is None else "",
         _about_guides(facts),
         _about_metrics(facts),
-        _about_training(facts),
+        _about_training(facts) if facts.imported is None else "",
         _about_licence(facts),
         f"## Intended use and limits\n\n{facts.intended_use[:1].upper()}{facts.intended_use[1:]}."
         f"\n\n{_LIMITS}",
@@ -114,23 +121,22 @@ def _metadata(facts: Facts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     addresses = [hub.parse(place) for place in facts.places if hub.is_address(place)]
-    place = facts.places[0]
     results = [
         EvalResult(
             task_type=TASK,
-            dataset_type=addresses[0].repo if addresses else _slug(place),
-            dataset_name=_short(place),
+            dataset_type=addresses[0].repo if addresses else _slug(facts.places[0]),
+            dataset_name=_short(facts.places[0]),
             dataset_split=_split_of(facts, one),
             metric_type=one.name,
             metric_value=one.value,
             metric_name=f"{one.name}, {_counts(one)}, fingerprint {one.fingerprint}",
         )
         for one in facts.measured
-        if facts.is_random(one) is False
+        if facts.is_random(one) is False and facts.places
     ]
     names = sorted({guide["name"] for guide in facts.guides.values()})
     random = ["random-guide"] if facts.info["random_guide"] else []
-    start = facts.config.init_from
+    start = facts.config.init_from if facts.imported is None else facts.imported["file"]
     data = ModelCardData(
         license=_licence_name(facts.licence),
         license_name=_slug(facts.licence) if _licence_name(facts.licence) == "other" else None,
@@ -181,6 +187,20 @@ def _what_it_is(facts: Facts) -> str:
         f"`{facts.info['family']}`{guided}, {facts.num_parameters:,} parameters, "
         f"{facts.info['nimg']:,} training images shown.{fading} The weights are the moving average "
         f"of the training, in `{hub.WEIGHTS}`."
+    )
+
+
+def _origin(facts: Facts) -> str:
+    """Of imported weights, what :func:`_what_it_is` says of trained ones."""
+    imported = facts.imported or {}
+    digest = imported.get("sha256")
+    mark = f", SHA-256 `{digest}`" if digest else ""
+    shown = f", {facts.info['nimg']:,} training images shown" if facts.info["nimg"] else ""
+    return (
+        f"A generator of {facts.size} images, imported from `{imported['file']}` "
+        f"({imported['kind']}{mark}) and not trained with dinogen: family "
+        f"`{facts.info['family']}`, {facts.num_parameters:,} parameters{shown}. The weights are in "
+        f"`{hub.WEIGHTS}`. Data and training are those of the source."
     )
 
 
@@ -292,6 +312,10 @@ def _about_licence(facts: Facts) -> str:
         said = "Not stated: ask those who published it, and see the terms of the data."
     else:
         said = f"{facts.licence}, for the weights. The terms of data and guide apply as well."
+    if facts.imported is not None:
+        said += (
+            f" The weights come from `{facts.imported['file']}`: the licence of their source applies."
+        )
     return f"## Licence\n\n{said}"
 
 

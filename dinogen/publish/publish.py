@@ -117,7 +117,9 @@ def write_publication(what: Publication, folder: Path) -> Facts:
     licence, use = card["licence"], card["intended_use"].rstrip(". ")
     config = public_config(parse_config(generator.info["config"]), what.address)
     info: dict[str, Any] = _shortened(generator.info | {"config": config.model_dump(mode="json")})
-    info["card"] |= {"data": config.data.location, "licence": licence, "intended_use": use}
+    info["card"] |= {"licence": licence, "intended_use": use}
+    if "imported" not in info:
+        info["card"]["data"] = config.data.location
     weights = folder / hub.WEIGHTS
     write_safetensors(replace(generator, info=info), weights)
     warn_if_random(generator, weights)
@@ -125,6 +127,11 @@ def write_publication(what: Publication, folder: Path) -> Facts:
         log.warning(
             "NO LICENCE: the card says that none is stated, so nobody may use the weights: give "
             "--licence"
+        )
+    if "imported" in info:
+        log.warning(
+            "IMPORTED: the licence of %s applies: check that it lets you publish its weights",
+            info["imported"]["file"],
         )
     evaluation = _evaluation(source, info)
     facts = Facts(

@@ -27,6 +27,7 @@ from dinogen.serve.app import make_app
 from dinogen.serve.gallery import Gallery
 from dinogen.training.checkpointing.export import export
 from dinogen.training.checkpointing.exported import open_exported
+from tests.formats.unet_runs import random_run
 from tests.hub_server import hub_server, use_hub
 
 NAME = "someone/faces"
@@ -377,6 +378,31 @@ def test_an_exported_file_brings_its_card(run, evaluation, tmp_path, caplog):
     text = (tmp_path / "card" / "README.md").read_text()
     assert ModelCard(text).data.eval_results is None
     assert "Caution, spectrum, fid: the file does not say whether" in text
+
+
+@pytest.mark.parametrize("file", ["cats.pt", f"hf://other/cats@{'0' * 40}/unet.pt"])
+def test_the_card_of_imported_weights_says_where_they_are_from(tmp_path, file, caplog):
+    run = random_run(tmp_path / "run")
+    state = next((run / "8x8" / "checkpoints").glob("*/state.json"))
+    found = json.loads(state.read_text())
+    found["facts"]["imported"] = {"kind": "diffusers", "file": file, "sha256": "ab" * 32}
+    state.write_text(json.dumps(found))
+    exported = tmp_path / "G.safetensors"
+    export(run, exported)
+    for source in (run, exported):
+        what = Publication(source, ADDRESS, licence="mit")
+        facts = write_publication(what, tmp_path / "card")
+        assert facts.info["card"]["data"] == f"not known: imported from {file}"
+        text = (tmp_path / "card" / "README.md").read_text()
+        said = f"imported from `{file}` (diffusers, SHA-256 `{'ab' * 32}`) and not trained with"
+        assert said in text
+        assert "images shown" not in text
+        assert "## Data" not in text
+        assert "data/faces" not in text
+        assert "## Training" not in text
+        assert "the licence of their source applies" in text
+        assert f"the licence of {file} applies" in caplog.text
+        assert ModelCard(text).data.base_model == ("other/cats" if "/" in file else None)
 
 
 def test_code_of_ones_own_in_the_checkpoint_is_refused(run, tmp_path):

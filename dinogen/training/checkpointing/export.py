@@ -126,13 +126,16 @@ def warn_if_random(generator: Generator, path: Path) -> None:
 
 def _card(snapshot: Snapshot) -> dict[str, Any]:
     """What the file says of data, guide and quality, for people."""
-    data = snapshot.family.config.data
+    imported = snapshot.checkpoint.state["facts"].get("imported")
+    data = snapshot.family.config.data.location
+    if imported is not None:  # the config names what a training on would take
+        data = f"not known: imported from {imported['file']}"
     found = snapshot.place.evaluation or {}
     ours = found.get("nimg") == snapshot.nimg
     kept = ("value", "spread", "num_samples", "num_reference", "fingerprint", "better", "caution")
     marks = found.get("fingerprints") or {}
     return {
-        "data": data.location,
+        "data": data,
         "guide": snapshot.checkpoint.state["facts"].get("guide_label", "none"),
         "metrics": {
             name: {key: one.get(key) for key in kept} | _against(marks.get(one.get("fingerprint")))
