@@ -313,9 +313,8 @@ def _about_licence(facts: Facts) -> str:
     else:
         said = f"{facts.licence}, for the weights. The terms of data and guide apply as well."
     if facts.imported is not None:
-        said += (
-            f" The weights come from `{facts.imported['file']}`: the licence of their source applies."
-        )
+        source = f"`{facts.imported['file']}`"
+        said += f" The weights come from {source}: the licence of their source applies."
     return f"## Licence\n\n{said}"
 
 

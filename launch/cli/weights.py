@@ -12,6 +12,7 @@ from launch.cli.results import Nimg, Source, Stage
 
 if TYPE_CHECKING:
     from dinogen.formats.runs import Weights
+    from dinogen.hub import Address
 
 
 imports = typer.Typer(
@@ -102,9 +103,9 @@ def import_stylegan2(
 
       dinogen sample runs/ffhq256 --num 64
     """
-    from dinogen.formats.runs import reader_of
+    from dinogen.formats.runs import fetch_file, reader_of
 
-    _write(file, out, reader_of("stylegan2"))
+    _write(file, out, reader_of("stylegan2"), fetch_file)
 
 
 @imports.command("guided-diffusion")
@@ -152,6 +153,7 @@ def import_guided_diffusion(
       dinogen sample runs/cats --num 16
     """
     from dinogen.formats.guided_diffusion import read
+    from dinogen.formats.runs import fetch_file
 
     _write(
         file,
@@ -167,6 +169,7 @@ def import_guided_diffusion(
             rescale_timesteps=rescale_timesteps,
             prediction=prediction,
         ),
+        fetch_file,
     )
 
 
@@ -200,7 +203,7 @@ def import_diffusers(
 
       dinogen export runs/first first --format diffusers
     """
-    from dinogen.formats.diffusers import read
+    from dinogen.formats.diffusers import fetch_folder, read
 
     _write(
         folder,
@@ -212,25 +215,32 @@ def import_diffusers(
             num_steps=num_steps,
             prediction=prediction,
         ),
+        fetch_folder,
     )
 
 
-def _write(source: Path, out: Path, read: Callable[[Path], Weights]) -> None:
+def _write(
+    source: Path,
+    out: Path,
+    read: Callable[[Path], Weights],
+    fetch: Callable[[Address], Path],
+) -> None:
     """Read weights and write them as a run; ``out`` is checked first, for reading takes time."""
     from dinogen import hub
-    from dinogen.formats.runs import check_free, write_run
+    from dinogen.formats.runs import FormatError, check_free, write_run
     from dinogen.runs.run import Run as RunFolder
     from launch.cli.console import setup_logging
 
     setup_logging()
     check_free(out)
     if hub.is_address(source):
-        address = hub.parse(source)
-        # of a repository of diffusers, not what only others read: .bin, .onnx, .msgpack
-        files = None if Path(address.subpath).suffix else ["*.json", "*.safetensors"]
-        source = hub.fetch(address, files).path
-    weights = read(source)
-    checkpoint = write_run(out, weights)
+        source = fetch(hub.parse(source))
+    try:
+        weights = read(source)
+        checkpoint = write_run(out, weights)
+    except FormatError as error:
+        # a path of the hub's cache tells nobody what it is
+        raise FormatError(str(error).replace(str(source), hub.shown(source))) from None
     config = RunFolder(out).config_file
     typer.echo(
         f"{checkpoint}: family {weights.family['name']} at {weights.resolution} pixels, from "

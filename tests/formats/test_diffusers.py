@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from dinogen import hub
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import ConfigError
 from dinogen.distributed import rng
-from dinogen.formats.diffusers import read
+from dinogen.formats.diffusers import fetch_folder, read
 from dinogen.formats.export import export
 from dinogen.formats.runs import FormatError, write_run
 from dinogen.training.checkpointing.checkpoint import load_checkpoint
@@ -365,3 +366,31 @@ def test_a_repository_of_the_hub_is_read_as_its_folder(tmp_path, monkeypatch):
     assert not list((tmp_path / "home").rglob("*.bin"))
     one, other = (load_generator(run).network.state_dict() for run in runs)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_repository_of_pickles_alone(tmp_path, monkeypatch):
+    saved(tmp_path / "model")
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    files = {
+        str(path.relative_to(tmp_path / "model")): path.read_bytes()
+        for path in (tmp_path / "model").rglob("*")
+        if path.is_file()
+    }
+    with hub_server() as server:
+        use_hub(monkeypatch, server, tmp_path / "home")
+        commit = server.add("someone/cats", files)
+        folder = fetch_folder(hub.parse("hf://someone/cats"))
+        with pytest.raises(hub.HubError, match=r"hf://someone/cats has no folder nothing"):
+            fetch_folder(hub.parse("hf://someone/cats/nothing"))
+        bad = json.loads(files["unet/config.json"]) | {"sample_size": 0}
+        changed = server.add("someone/cats", files | {"unet/config.json": json.dumps(bad).encode()})
+        out = str(tmp_path / "out")
+        done = CliRunner().invoke(app, ["import", "diffusers", "hf://someone/cats", out])
+    assert f"hf://someone/cats@{changed}/unet/config.json: sample_size" in str(done.exception)
+    assert commit != changed
+    assert all(
+        torch.equal(tensor, read(folder).networks["G"][name])
+        for name, tensor in read(tmp_path / "model").networks["G"].items()
+    )
