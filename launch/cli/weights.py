@@ -117,19 +117,22 @@ def import_guided_diffusion(
         ),
     ],
     out: Out,
-    image_size: Annotated[int, typer.Option(help="Side of the images, pixels.")],
+    image_size: Annotated[int, typer.Option(min=1, help="Side of the images, pixels.")],
     num_heads: Annotated[
-        int | None, typer.Option(help="Heads of each attention; 4 unless it was set in training.")
+        int | None,
+        typer.Option(min=1, help="Heads of each attention; 4 unless it was set in training."),
     ] = None,
     head_channels: Annotated[
         int | None,
-        typer.Option(help="Or the width of each head (num_head_channels); 64 in released models."),
+        typer.Option(
+            min=1, help="Or the width of each head (num_head_channels); 64 in released models."
+        ),
     ] = None,
     new_attention_order: Annotated[
         bool, typer.Option("--new-attention-order", help="Trained with use_new_attention_order.")
     ] = False,
     schedule: Annotated[str, typer.Option(help="noise_schedule: linear or cosine.")] = "linear",
-    num_steps: Annotated[int, typer.Option(help="diffusion_steps.")] = 1000,
+    num_steps: Annotated[int, typer.Option(min=1, help="diffusion_steps.")] = 1000,
     rescale_timesteps: Annotated[
         bool | None,
         typer.Option(
@@ -180,13 +183,13 @@ def import_diffusers(
     ],
     out: Out,
     image_size: Annotated[
-        int | None, typer.Option(help="Side of the images, where the config does not say.")
+        int | None, typer.Option(min=1, help="Side of the images, where the config does not say.")
     ] = None,
     schedule: Annotated[
         str | None, typer.Option(help="linear or cosine, for a folder without scheduler.")
     ] = None,
     num_steps: Annotated[
-        int | None, typer.Option(help="Time steps, for a folder without scheduler; 1000.")
+        int | None, typer.Option(min=1, help="Time steps, for a folder without scheduler; 1000.")
     ] = None,
     prediction: Annotated[
         str | None, typer.Option(help="epsilon, v or x0, for a folder without scheduler.")

@@ -252,6 +252,10 @@ def test_a_model_without_scheduler_needs_to_be_told(tmp_path):
     (tmp_path / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(FormatError, match="--schedule and --prediction"):
         read(tmp_path)
+    with pytest.raises(FormatError, match="--schedule 'foo': give linear or cosine"):
+        read(tmp_path, schedule="foo", prediction="v")
+    with pytest.raises(FormatError, match="--prediction 'sample': give epsilon or v or x0"):
+        read(tmp_path, schedule="linear", prediction="sample")
     found = read(tmp_path, schedule="cosine", prediction="v").family
     assert (found["schedule"], found["prediction"], found["num_steps"]) == ("cosine", "v", 1000)
 
@@ -268,6 +272,35 @@ def test_a_model_without_scheduler_needs_to_be_told(tmp_path):
         ("unet", {"up_block_types": ["UpBlock2D"] * 2}, "both ways or on neither"),
         ("unet", {"attention_head_dim": 6}, "head_channels 6 do not divide"),
         ("unet", {"layers_per_block": 2}, "is missing"),
+        *(
+            ("unet", {key: value}, f"config.json: {key} .*: is not ")
+            for key, value in [
+                ("block_out_channels", []),
+                ("block_out_channels", 16),
+                ("up_block_types", None),
+                ("down_block_types", [1]),
+                ("sample_size", [[8], [8]]),
+                ("layers_per_block", True),
+                ("num_class_embeds", "a"),
+                ("attn_norm_num_groups", "a"),
+                ("downsample_type", ["conv"]),
+                ("norm_eps", "x"),
+                ("dropout", None),
+            ]
+        ),
+        *(
+            ("scheduler", {key: value}, f"scheduler_config.json: {key} .*: is not ")
+            for key, value in [
+                ("num_train_timesteps", None),
+                ("num_train_timesteps", "x"),
+                ("beta_start", "x"),
+                ("trained_betas", "x"),
+                ("trained_betas", [[1]]),
+                ("beta_schedule", ["linear"]),
+                ("prediction_type", ["epsilon"]),
+            ]
+        ),
+        ("unet", {"block_out_channels": [16]}, "there are 2 blocks down and up"),
         ("scheduler", {"beta_start": 2e-4}, "beta_schedule 'linear' of .*not known here"),
         ("scheduler", {"beta_schedule": "scaled_linear"}, "not known here"),
         ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
