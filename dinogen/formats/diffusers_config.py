@@ -245,7 +245,7 @@ def diffusion_of(
         check_choice("--prediction", prediction, tuple(PREDICTIONS))
         config: dict[str, Any] = {}
         num_steps = 1000 if num_steps is None else num_steps
-    elif not (schedule is num_steps is prediction is None):
+    elif not (schedule is None and num_steps is None and prediction is None):
         raise FormatError(
             f"{path}: says schedule, time steps and prediction already: leave out --schedule, "
             "--num-steps and --prediction"

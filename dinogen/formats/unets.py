@@ -79,7 +79,7 @@ class Names:
 
 
 def check_choice(option: str, given: str, known: Sequence[str]) -> None:
-    """Refuse an option of the command line that is none of those known.
+    """Refuse an option of the command line that is not one of those known.
 
     Raises:
         FormatError: it is another; names the option.
