@@ -227,7 +227,8 @@ def local_weights(path: Path | str) -> Path:
             return folder
     raise HubError(
         f"{address}: holds no generator of dinogen, neither {WEIGHTS} nor a run ({CONFIG} beside "
-        f"64x64/checkpoints): name the file or folder, as in {_EXAMPLE}"
+        f"64x64/checkpoints): name the file or folder, as in {_EXAMPLE}; weights of others become "
+        "a run by `dinogen import`"
     )
 
 

@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from dinogen import hub
 from dinogen.files import write_bytes, write_json
 from dinogen.formats.diffusers_config import (
     MODEL,
@@ -97,6 +99,25 @@ _Q_K_V = ("to_q", "to_k", "to_v")
 _EARLIER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+def fetch_folder(address: hub.Address) -> Path:
+    """Download from the hub what :func:`read` reads of a folder.
+
+    Raises:
+        HubError: it is not available, or there is no such folder.
+    """
+    found = hub.fetch(address, ["*.json", f"*{WEIGHTS}.safetensors"])
+    if not found.path.is_dir():
+        whole = replace(address, subpath="")
+        raise hub.HubError(
+            f"{address}: {whole} has no folder {address.subpath} with a config (commit "
+            f"{found.commit}): see what is there: {hub.page_of(address)}/tree/{found.commit}"
+        )
+    if not (_model_of(found.path) / f"{WEIGHTS}.safetensors").is_file():
+        pinned = replace(address, revision=found.commit)
+        hub.fetch(pinned, [f"*{WEIGHTS}.bin", f"*{WEIGHTS}.fp16.safetensors"])
+    return found.path
+
+
 def read(
     folder: Path,
     *,
@@ -123,7 +144,7 @@ def read(
     """
     if not folder.is_dir():
         raise FormatError(f"{folder}: is no folder: give the one that save_pretrained wrote")
-    model = folder / "unet" if (folder / "unet").is_dir() else folder
+    model = _model_of(folder)
     path = model / "config.json"
     config = read_json(path)
     resolution, structure, details = structure_of(path, config, image_size)
@@ -157,6 +178,10 @@ def read(
         facts={"sha256": sha256_file(weights), "learnt_variance": learnt_variance},
         notes=tuple(notes),
     )
+
+
+def _model_of(folder: Path) -> Path:
+    return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
 def _weights_of(model: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
@@ -12,7 +12,13 @@ from torch import Tensor
 
 from dinogen.diffusion.process import MAX_BETA, Name, Schedule
 from dinogen.formats.runs import FormatError
-from dinogen.formats.unets import IMAGE_CHANNELS, layers, num_blocks_of, num_levels_of
+from dinogen.formats.unets import (
+    IMAGE_CHANNELS,
+    check_choice,
+    layers,
+    num_blocks_of,
+    num_levels_of,
+)
 from dinogen.networks.unet import Norm, SelfAttention, UNet
 
 MODEL = "UNet2DModel"
@@ -20,6 +26,7 @@ VERSION = "0.42.1"  # of diffusers, whose layout it is
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 LINEAR = (1e-4, 0.02)
 MAX_ERROR_OF_BETAS = 1e-6
+_Fits = Callable[[Any], bool]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,6 +67,7 @@ def structure_of(
 
     if config.get("_class_name") != MODEL:
         refuse("_class_name", f"only {MODEL} can be imported, a U-Net on pixels without text")
+    _check_types(path, config, _OF_MODEL)
     for key, ours in {
         "in_channels": (IMAGE_CHANNELS,),
         "out_channels": (IMAGE_CHANNELS, 2 * IMAGE_CHANNELS),
@@ -86,24 +94,19 @@ def structure_of(
     if image_size not in (None, resolution):
         refuse("sample_size", f"--image-size {image_size} is another: leave it out")
     widths = config.get("block_out_channels", [224, 448, 672, 896])
-    if not isinstance(widths, list) or not all(map(_is_size, widths)):
-        refuse("block_out_channels", "is no list of numbers of channels")
-    for key, default in (("layers_per_block", 2), ("norm_num_groups", 32)):
-        if not _is_size(config.get(key, default)):
-            refuse(key, "is no whole number above 0")
     if wrong := [width for width in widths if width % widths[0]]:
         refuse("block_out_channels", f"{wrong[0]} is no multiple of the first")
     if config.get("time_embedding_dim") not in (None, 4 * widths[0]):
         refuse("time_embedding_dim", f"our U-Net has {4 * widths[0]} there")
     attending, resampling = _block_types(config, refuse)
+    if len(attending) != len(widths):
+        refuse("block_out_channels", f"there are {len(attending)} blocks down and up")
     groups = config.get("norm_num_groups", 32)
     scales = config.get("resnet_time_scale_shift", "default") == "scale_shift"
     middle = config.get("attn_norm_num_groups") or (None if scales else groups)
     if middle not in (groups, None):
         refuse("attn_norm_num_groups", f"our U-Net has norm_num_groups, {groups}, there too")
     head = config.get("attention_head_dim", 8)
-    if head is not None and not _is_size(head):
-        refuse("attention_head_dim", "is no whole number above 0")
     details = {
         "norm_groups": groups,
         "norm_eps": config.get("norm_eps", 1e-5),
@@ -127,7 +130,67 @@ def structure_of(
 
 
 def _is_size(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _list_of(fits: _Fits) -> _Fits:
+    """Of one item or more."""
+    return lambda value: isinstance(value, list) and bool(value) and all(map(fits, value))
+
+
+def _or_none(fits: _Fits) -> _Fits:
+    return lambda value: value is None or fits(value)
+
+
+# What the keys that are read hold, where they are there; how it is called in an error.
+_SIZE = "a whole number above 0"
+_OF_MODEL: Mapping[str, tuple[_Fits, str]] = {
+    "sample_size": (
+        lambda size: _or_none(_is_size)(size) or _list_of(_is_size)(size),
+        "a side of images above 0",
+    ),
+    "block_out_channels": (_list_of(_is_size), "a list of numbers of channels"),
+    "down_block_types": (_list_of(_is_text), "a list of names"),
+    "up_block_types": (_list_of(_is_text), "a list of names"),
+    "downsample_type": (_or_none(_is_text), "a name"),
+    "upsample_type": (_or_none(_is_text), "a name"),
+    "layers_per_block": (_is_size, _SIZE),
+    "norm_num_groups": (_is_size, _SIZE),
+    "attn_norm_num_groups": (_or_none(_is_size), _SIZE),
+    "attention_head_dim": (_or_none(_is_size), _SIZE),
+    "num_class_embeds": (_or_none(_is_size), _SIZE),
+    "norm_eps": (_is_number, "a number"),
+    "dropout": (_is_number, "a number"),
+}
+_OF_SCHEDULER: Mapping[str, tuple[_Fits, str]] = {
+    "num_train_timesteps": (_is_size, _SIZE),
+    "beta_start": (_is_number, "a number"),
+    "beta_end": (_is_number, "a number"),
+    "beta_schedule": (_or_none(_is_text), "a name"),
+    "trained_betas": (_or_none(_list_of(_is_number)), "a list of numbers"),
+    "prediction_type": (_is_text, "a name"),
+}
+
+
+def _check_types(
+    path: Path, config: Mapping[str, Any], wanted: Mapping[str, tuple[_Fits, str]]
+) -> None:
+    """Refuse values of other types.
+
+    Raises:
+        FormatError: there is one; names the key.
+    """
+    for key, (fits, what) in wanted.items():
+        if key in config and not fits(config[key]):
+            raise FormatError(f"{path}: {key} {config[key]!r}: is not {what}")
 
 
 def _block_types(config: Mapping[str, Any], refuse: Any) -> tuple[list[bool], str]:
@@ -178,16 +241,19 @@ def diffusion_of(
                 "the folder has no scheduler/scheduler_config.json, so it does not say what the "
                 "network was trained with: give --schedule and --prediction (and --num-steps)"
             )
+        check_choice("--schedule", schedule, ("linear", "cosine"))
+        check_choice("--prediction", prediction, tuple(PREDICTIONS))
         config: dict[str, Any] = {}
-        num_steps = num_steps or 1000
-    elif schedule or num_steps or prediction:
+        num_steps = 1000 if num_steps is None else num_steps
+    elif not (schedule is None and num_steps is None and prediction is None):
         raise FormatError(
             f"{path}: says schedule, time steps and prediction already: leave out --schedule, "
             "--num-steps and --prediction"
         )
     else:
         config = read_json(path)
-        num_steps = int(config.get("num_train_timesteps", 1000))
+        _check_types(path, config, _OF_SCHEDULER)
+        num_steps = config.get("num_train_timesteps", 1000)
         schedule = _schedule_of(path, config, num_steps)
         kind = config.get("prediction_type", "epsilon")
         by_theirs = {theirs: ours for ours, theirs in PREDICTIONS.items()}

@@ -20,6 +20,7 @@ from dinogen.formats.unets import (
     VARIANCE_DROPPED,
     Layer,
     Names,
+    check_choice,
     drop_variance,
     num_blocks_of,
     num_levels_of,
@@ -119,6 +120,8 @@ def read(
             "give --rescale-timesteps (improved-diffusion does unless told otherwise) or "
             "--no-rescale-timesteps (guided-diffusion)"
         )
+    check_choice("--schedule", schedule, ("linear", "cosine"))
+    check_choice("--prediction", prediction, ("epsilon", "x0"))
     tensors, learnt_variance = _checked(file, read_tensors(file))
     heads = {} if head_channels is None else {"head_channels": head_channels}
     details: dict[str, Any] = {"norm_groups": NORM_GROUPS, "num_heads": num_heads}

@@ -23,7 +23,7 @@ from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.registry import family_class, resolve
 from dinogen.files import write_text
-from dinogen.hub import cached_address
+from dinogen.hub import Address, HubError, cached_address, fetch, shown
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import TEMPORARY, save_checkpoint, versions
 from dinogen.training.state import Progress
@@ -107,7 +107,7 @@ def write_run(out: Path, weights: Weights) -> Path:
     config = _config(out, weights)
     tensors = _checked(config, weights)
     for note in weights.notes:
-        log.warning("%s: %s", weights.source, note)
+        log.warning("%s: %s", shown(weights.source), note)
     state = {
         "progress": asdict(Progress(nimg=weights.nimg, logged=weights.nimg)),
         "start": 0,
@@ -134,6 +134,21 @@ def write_run(out: Path, weights: Weights) -> Path:
         raise
     sync_folder(out.parent)
     return Run(out).stage(weights.resolution).checkpoints.at(weights.nimg)
+
+
+def fetch_file(address: Address) -> Path:
+    """Download a file of the hub.
+
+    Raises:
+        HubError: it is not available, or the address is of a repository or folder.
+    """
+    example = "name the file of weights, as in hf://user/name/folder/weights.pt"
+    if not Path(address.subpath).suffix:
+        raise HubError(f"{address}: is no file: {example}")
+    found = fetch(address).path
+    if not found.is_file():
+        raise HubError(f"{address}: is a folder: {example}")
+    return found
 
 
 def check_free(out: Path) -> None:
@@ -184,7 +199,8 @@ def _checked(config: Config, weights: Weights) -> dict[str, dict[str, Tensor]]:
         )
     found = {name: _as_wanted(weights.source, name, given[name], wanted[name]) for name in given}
     for name, state in _initialised(config, sorted(fresh)).items():
-        log.warning("%s: holds no %s: it is INITIALISED, not imported", weights.source, name)
+        named = shown(weights.source)
+        log.warning("%s: holds no %s: it is INITIALISED, not imported", named, name)
         found[name] = state
     return found
 

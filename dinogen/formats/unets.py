@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,6 +76,16 @@ class Names:
     block: Mapping[str, str]
     attention: Mapping[str, str]
     place: Callable[[Layer, UNet], str]
+
+
+def check_choice(option: str, given: str, known: Sequence[str]) -> None:
+    """Refuse an option of the command line that is not one of those known.
+
+    Raises:
+        FormatError: it is another; names the option.
+    """
+    if given not in known:
+        raise FormatError(f"{option} {given!r}: give {' or '.join(known)}")
 
 
 def unet_of(source: Path, resolution: int, family: Mapping[str, Any]) -> UNet:

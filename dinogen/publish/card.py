@@ -44,7 +44,8 @@ class Facts:
         address: where it will be.
         info: the metadata of the exported file, see :func:`export`.
         config: of the run, without what is nobody's business.
-        evaluation: evaluation.json of this checkpoint; None if it was not measured.
+        evaluation: metric values of this checkpoint, as evaluation.json has them.
+        has_file: whether that file is published too.
         num_parameters: of the generator.
         licence: None if none was given.
         intended_use: in the words of those who publish.
@@ -54,7 +55,8 @@ class Facts:
     address: hub.Address
     info: Mapping[str, Any]
     config: Config
-    evaluation: Mapping[str, Any] | None
+    evaluation: Mapping[str, Any]
+    has_file: bool
     num_parameters: int
     licence: str | None
     intended_use: str
@@ -62,13 +64,13 @@ class Facts:
     @property
     def measured(self) -> list[MetricValue]:
         """The metric values of generated images that are known."""
-        found = (self.evaluation or {}).get("measured") or {}
+        found = self.evaluation.get("measured") or {}
         return [MetricValue.from_dict(one) for one in found.values() if one["value"] is not None]
 
-    def is_random(self, value: MetricValue) -> bool:
-        """Whether a metric value comes from a feature extractor with random weights."""
-        prints = (self.evaluation or {}).get("fingerprints") or {}
-        return bool((prints.get(value.fingerprint) or {}).get("random"))
+    def is_random(self, value: MetricValue) -> bool | None:
+        """Whether a metric value is of a feature extractor with random weights; None: unknown."""
+        random = _mark_of(self, value).get("random", False)
+        return None if random is None else bool(random)
 
     @property
     def size(self) -> str:
@@ -82,8 +84,15 @@ class Facts:
         return found | dict(self.info.get("guides") or {})
 
     @property
+    def imported(self) -> Mapping[str, Any] | None:
+        """Where the weights are from, if `dinogen import` read them."""
+        return self.info.get("imported")
+
+    @property
     def places(self) -> list[str]:
-        """Paths of the data."""
+        """Paths of the data; none of imported weights, which learnt from other data."""
+        if self.imported is not None:
+            return []
         data = self.config.data
         return [data.path] if data.path else [one.path for one in data.mix]
 
@@ -93,13 +102,13 @@ def write_card(facts: Facts) -> str:
     parts = [
         f"# {facts.name}",
         *_warnings(facts),
-        _what_it_is(facts),
+        _what_it_is(facts) if facts.imported is None else _origin(facts),
         f"![Images of seed 0, row by row]({SAMPLES})",
         _how_to_load(facts),
-        _about_data(facts),
+        _about_data(facts) if facts.imported is None else "",
         _about_guides(facts),
         _about_metrics(facts),
-        _about_training(facts),
+        _about_training(facts) if facts.imported is None else "",
         _about_licence(facts),
         f"## Intended use and limits\n\n{facts.intended_use[:1].upper()}{facts.intended_use[1:]}."
         f"\n\n{_LIMITS}",
@@ -112,23 +121,22 @@ def _metadata(facts: Facts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     addresses = [hub.parse(place) for place in facts.places if hub.is_address(place)]
-    place = facts.places[0]
     results = [
         EvalResult(
             task_type=TASK,
-            dataset_type=addresses[0].repo if addresses else _slug(place),
-            dataset_name=_short(place),
+            dataset_type=addresses[0].repo if addresses else _slug(facts.places[0]),
+            dataset_name=_short(facts.places[0]),
             dataset_split=_split_of(facts, one),
             metric_type=one.name,
             metric_value=one.value,
             metric_name=f"{one.name}, {_counts(one)}, fingerprint {one.fingerprint}",
         )
         for one in facts.measured
-        if not facts.is_random(one)
+        if facts.is_random(one) is False and facts.places
     ]
     names = sorted({guide["name"] for guide in facts.guides.values()})
     random = ["random-guide"] if facts.info["random_guide"] else []
-    start = facts.config.init_from
+    start = facts.config.init_from if facts.imported is None else facts.imported["file"]
     data = ModelCardData(
         license=_licence_name(facts.licence),
         license_name=_slug(facts.licence) if _licence_name(facts.licence) == "other" else None,
@@ -149,9 +157,14 @@ def _licence_name(licence: str | None) -> str:
     return licence.lower() if licence.lower() in LICENCES else "other"
 
 
+def _mark_of(facts: Facts, value: MetricValue) -> Mapping[str, Any]:
+    """What a metric value was measured against."""
+    marks = facts.evaluation.get("fingerprints") or {}
+    return marks.get(value.fingerprint) or {}
+
+
 def _split_of(facts: Facts, value: MetricValue) -> str | None:
-    prints = (facts.evaluation or {}).get("fingerprints") or {}
-    found = (prints.get(value.fingerprint) or {}).get("split")
+    found = _mark_of(facts, value).get("split")
     return None if found is None else str(found)
 
 
@@ -174,6 +187,20 @@ def _what_it_is(facts: Facts) -> str:
         f"`{facts.info['family']}`{guided}, {facts.num_parameters:,} parameters, "
         f"{facts.info['nimg']:,} training images shown.{fading} The weights are the moving average "
         f"of the training, in `{hub.WEIGHTS}`."
+    )
+
+
+def _origin(facts: Facts) -> str:
+    """Of imported weights, what :func:`_what_it_is` says of trained ones."""
+    imported = facts.imported or {}
+    digest = imported.get("sha256")
+    mark = f", SHA-256 `{digest}`" if digest else ""
+    shown = f", {facts.info['nimg']:,} training images shown" if facts.info["nimg"] else ""
+    return (
+        f"A generator of {facts.size} images, imported from `{imported['file']}` "
+        f"({imported['kind']}{mark}) and not trained with dinogen: family "
+        f"`{facts.info['family']}`, {facts.num_parameters:,} parameters{shown}. The weights are in "
+        f"`{hub.WEIGHTS}`. Data and training are those of the source."
     )
 
 
@@ -243,14 +270,18 @@ def _about_metrics(facts: Facts) -> str:
         split = _split_of(facts, one)
         counts = _counts(one) + ("" if split is None else f" of {split}")
         rows.append((one.name, value, better, counts, f"`{one.fingerprint}`"))
-        if facts.is_random(one):
-            random = "measured by a RANDOM feature extractor, so it means nothing"
-            cautions.setdefault(random, []).append(one.name)
+        random = facts.is_random(one)
+        if random or random is None:
+            why = "measured by a RANDOM feature extractor, so it means nothing"
+            unknown = "the file does not say whether its feature extractor was random"
+            cautions.setdefault(why if random else unknown, []).append(one.name)
         for caution in filter(None, (one.caution or "").split("; ")):
             cautions.setdefault(caution, []).append(one.name)
     head = ("metric", "value", "better", "measured on", "fingerprint")
     notes = _bullets(f"Caution, {', '.join(names)}: {why}" for why, names in cautions.items())
-    whole = f"By `dinogen evaluate`; the whole result is [{EVALUATION}]({EVALUATION})."
+    whole = "By `dinogen evaluate`."
+    if facts.has_file:
+        whole = f"By `dinogen evaluate`; the whole result is [{EVALUATION}]({EVALUATION})."
     parts = ["## Metrics", _table(head, rows), notes, whole]
     return "\n\n".join(part for part in parts if part)
 
@@ -281,6 +312,9 @@ def _about_licence(facts: Facts) -> str:
         said = "Not stated: ask those who published it, and see the terms of the data."
     else:
         said = f"{facts.licence}, for the weights. The terms of data and guide apply as well."
+    if facts.imported is not None:
+        source = f"`{facts.imported['file']}`"
+        said += f" The weights come from {source}: the licence of their source applies."
     return f"## Licence\n\n{said}"
 
 

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors.torch import load_file, save
-
 from dinogen import hub
 from dinogen.config import Config, ConfigError, dump_config, parse_config
-from dinogen.files import write_bytes, write_json, write_text
+from dinogen.files import write_json, write_text
 from dinogen.publish.card import SAMPLES, Facts, write_card
 from dinogen.report.images import save_grid
-from dinogen.runs.layout import CONFIG, EVALUATION
+from dinogen.runs.layout import CONFIG, EVALUATION, is_exported
 from dinogen.runs.run import Run
-from dinogen.training.checkpointing.export import INTENDED_USE, NO_LICENCE, export, load_generator
-from dinogen.training.checkpointing.exported import INFO
+from dinogen.training.checkpointing.export import (
+    NO_LICENCE,
+    generator_with_card,
+    load_generator,
+    warn_if_random,
+    write_safetensors,
+)
+from dinogen.training.checkpointing.exported import open_exported, results_folder
+
+log = logging.getLogger(__name__)
 
 FILES = (hub.WEIGHTS, CONFIG, hub.CARD, SAMPLES, EVALUATION)
 _GRID_PIXELS = 512
@@ -31,12 +39,13 @@ class Publication:
     """What is published, and in which words.
 
     Attributes:
-        run: its folder.
+        run: its folder, an exported file, or the address of either.
         address: ``hf://user/name``, or ``hf://user/name@branch``.
         resolution: which stage; the largest that has a checkpoint unless given.
         nimg: which checkpoint; the newest unless given.
-        licence: of the weights; None if it is not given, which the card says.
-        intended_use: for the card.
+        licence: of the weights; unless given, that of an exported file's card. If there is none,
+            the new card says it.
+        intended_use: for the card; unless given, that of the file's card, or ``INTENDED_USE``.
     """
 
     run: Path
@@ -44,7 +53,7 @@ class Publication:
     resolution: int | None = None
     nimg: int | None = None
     licence: str | None = None
-    intended_use: str = INTENDED_USE
+    intended_use: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,56 +87,67 @@ def write_publication(what: Publication, folder: Path) -> Facts:
     """Write all that is published into a folder: the files of :data:`FILES`.
 
     ``model.safetensors`` is the file of ``dinogen export``. In its config and in config.yaml, paths
-    of this machine are only names, and the section ``cluster`` is left out. The grid is drawn from
-    the file that is published, so a file that does not load is never published.
+    of this machine are only names, URLs have no user and no query, and the sections ``cluster`` and
+    ``logging`` are left out. The grid is drawn from the file that is published, so a file that does
+    not load is never published.
 
     Args:
         what: of which checkpoint.
-        folder: files of an earlier call in it are replaced.
+        folder: a new or an empty one, or one of an earlier call, whose files are replaced.
 
     Returns:
         What the card says.
 
     Raises:
         ConfigError: no such run or checkpoint, its family or guide is a file of one's own, or the
-            folder
-            holds something else.
+            folder holds something else.
     """
     check_address(what.address)
-    strange = (
-        [one.name for one in folder.iterdir() if one.name not in FILES] if folder.is_dir() else []
+    _check_folder(folder)
+    source = hub.local_weights(what.run)
+    if is_exported(source):
+        _refuse_own_code(open_exported(source).info["config"])
+    elif Run(source).has_config:
+        _refuse_own_code(Run(source).config.model_dump())
+    generator = generator_with_card(
+        source, what.resolution, what.nimg, what.licence or None, what.intended_use
     )
-    if strange:
-        raise ConfigError(f"{folder}: holds {min(strange)} too: give a new or an empty folder")
-    run = Run(what.run)
-    for key, file in hub.code_of(run.config.model_dump()) if run.has_config else ():
-        raise ConfigError(
-            f"{key}: {file} is on this machine alone, and code from the hub is never run, so "
-            "nobody could load the generator: hand on a file of `dinogen export`, and that code"
-        )
+    _refuse_own_code(generator.info["config"])
+    card = generator.info["card"]
+    licence, use = card["licence"], card["intended_use"].rstrip(". ")
+    config = public_config(parse_config(generator.info["config"]), what.address)
+    info: dict[str, Any] = _shortened(generator.info | {"config": config.model_dump(mode="json")})
+    info["card"] |= {"licence": licence, "intended_use": use}
+    if "imported" not in info:
+        info["card"]["data"] = config.data.location
     weights = folder / hub.WEIGHTS
-    licence = what.licence or NO_LICENCE
-    use = what.intended_use.rstrip(". ")
-    done = export(what.run, weights, what.resolution, what.nimg, licence, use)
-    config = public_config(parse_config(done.info["config"]), what.address)
-    info: dict[str, Any] = _shortened(done.info | {"config": config.model_dump(mode="json")})
-    info["card"] |= {"data": config.data.location, "licence": licence, "intended_use": use}
-    write_bytes(weights, save(load_file(weights), {INFO: json.dumps(info, allow_nan=False)}))
-    evaluation = _evaluation(what.run, info)
+    write_safetensors(replace(generator, info=info), weights)
+    warn_if_random(generator, weights)
+    if licence == NO_LICENCE:
+        log.warning(
+            "NO LICENCE: the card says that none is stated, so nobody may use the weights: give "
+            "--licence"
+        )
+    if "imported" in info:
+        log.warning(
+            "IMPORTED: the licence of %s applies: check that it lets you publish its weights",
+            info["imported"]["file"],
+        )
+    evaluation = _evaluation(source, info)
     facts = Facts(
         name=what.address.repo.partition("/")[2],
         address=what.address,
         info=info,
         config=config,
-        evaluation=evaluation,
-        num_parameters=done.num_parameters,
-        licence=what.licence,
+        evaluation=evaluation or _evaluation_of_card(card),
+        has_file=evaluation is not None,
+        num_parameters=sum(p.numel() for p in generator.network.parameters()),
+        licence=None if licence == NO_LICENCE else licence,
         intended_use=use,
     )
-    generator = load_generator(weights)
     columns = max(4, min(8, _GRID_PIXELS // info["resolution"]))
     about = {"generator": str(what.address), "nimg": info["nimg"], "seed": 0}
-    images = generator.sample(columns**2, seed=0).numpy()
+    images = load_generator(weights).sample(columns**2, seed=0).numpy()
     save_grid(images, folder / SAMPLES, columns, about=about)
     write_text(folder / CONFIG, dump_config(config))
     if evaluation is None:
@@ -197,28 +217,110 @@ def _upload(address: hub.Address, folder: Path, private: bool, message: str) -> 
 
 
 def public_config(config: Config, address: hub.Address) -> Config:
-    """A config for others: paths of this machine shortened to their names, no cluster."""
-    data = config.model_dump(mode="json", exclude={"cluster"})
+    """A config for others: paths shortened to their names, no passwords, no cluster."""
+    data = config.model_dump(mode="json", exclude=_PRIVATE)
     data["run"] = f"runs/{address.repo.partition('/')[2]}"
     return parse_config(_shortened(data))
 
 
-# Folders of a path that begins at the root, at a home or above the current folder, also inside a
-# command; of a URL nothing.
-_FOLDERS = re.compile(r"(?<![\w:/.])(?:~[\w.-]*|\.\.)?/(?=[^\s/])(?:[^\s'\":;,/]+/)*")
+# Sections that hold accounts and addresses of servers, with their passwords.
+_PRIVATE = {"cluster", "logging"}
+_ROOT = r"(?:~[\w.-]*|\.\.)?/"
+# A URL, or the folders of a path that begins at the root, at a home or above the current folder.
+_PLACE = re.compile(
+    r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>[^\s'\"]*)|(?P<hub>\bhf:/[^\s'\"]*)"
+    rf"|(?<![\w/.]){_ROOT}(?=[^\s/])(?:[^\s'\":;,/]+/+(?=[^\s'\":;,/]))*"
+)
+_IS_PATH = re.compile(_ROOT)
+# Their paths are of a machine, as those without a scheme are.
+_OF_MACHINES = ("file", "ssh", "sftp", "scp", "rsync")
+# A password may hold slashes, as keys of S3 do; after a port there is none.
+_PASSWORD = re.compile(r"[^/@]*:(?!\d+(?:/|$))[^@]*@")
 
 
-def _shortened(value: Any) -> Any:
-    """JSON in which paths of this machine are only names."""
+def _shortened(value: Any, key: str = "") -> Any:
+    """JSON in which paths of this machine are only names, and URLs hold no user and no query.
+
+    Args:
+        value: the JSON.
+        key: under which it is; what is under ``command`` is read as a shell does.
+    """
     if isinstance(value, Mapping):
-        return {key: _shortened(one) for key, one in value.items()}
+        return {name: _shortened(one, name) for name, one in value.items()}
     if isinstance(value, list):
-        return [_shortened(one) for one in value]
-    return _FOLDERS.sub("", value) if isinstance(value, str) else value
+        return [_shortened(one, key) for one in value]
+    if not isinstance(value, str):
+        return value
+    if key == "command":
+        with suppress(ValueError):  # no closing quotation
+            return shlex.join(_shortened_word(word) for word in shlex.split(value))
+    return _shortened_word(value)
 
 
-def _evaluation(run: Path, info: Mapping[str, Any]) -> dict[str, Any] | None:
+def _shortened_word(text: str) -> str:
+    """What is a path as a whole may hold spaces and commas; so may a value after ``=``."""
+    key, equals, value = text.partition("=")
+    if equals and re.fullmatch(r"[\w.-]+", key):
+        return f"{key}={_shortened_word(value)}"
+    if _IS_PATH.match(text) and "://" not in text:
+        return text.rstrip("/").rpartition("/")[2] or text
+    return _PLACE.sub(_shortened_place, text)
+
+
+def _shortened_place(found: re.Match[str]) -> str:
+    if found["hub"] is not None:
+        return found["hub"]
+    if found["scheme"] is None:
+        return ""
+    rest = re.split(r"[?#]", found["rest"], maxsplit=1)[0]
+    if (password := _PASSWORD.match(found["rest"])) is not None:
+        rest = re.split(r"[?#]", found["rest"][password.end() :], maxsplit=1)[0]
+    if found["scheme"].lower() in _OF_MACHINES:
+        return rest.rstrip("/").rpartition("/")[2]
+    host, slash, path = rest.partition("/")
+    return f"{found['scheme']}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder with files that no call of ours has written.
+
+    Raises:
+        ConfigError: it holds such a file, or is one.
+    """
+    if not folder.is_dir():
+        if folder.exists():
+            raise ConfigError(f"{folder}: is a file: give a new or an empty folder")
+        return
+    found = {one.name for one in folder.iterdir()}
+    if found - {*FILES}:
+        named = min(found - {*FILES})
+        raise ConfigError(f"{folder}: holds {named} too: give a new or an empty folder")
+    if found:
+        try:
+            open_exported(folder / hub.WEIGHTS)
+        except ConfigError:
+            raise ConfigError(
+                f"{folder}: holds {min(found)}, and no {hub.WEIGHTS} of dinogen, so `dinogen "
+                "publish` did not write it: give a new or an empty folder"
+            ) from None
+
+
+def _refuse_own_code(config: Mapping[str, Any]) -> None:
+    """Refuse a family or guide that nobody else has.
+
+    Raises:
+        ConfigError: the config names a file of one's own.
+    """
+    for key, file in hub.code_of(config):
+        raise ConfigError(
+            f"{key}: {file} is on this machine alone, and code from the hub is never run, so "
+            "nobody could load the generator: hand on a file of `dinogen export`, and that code"
+        )
+
+
+def _evaluation(source: Path, info: Mapping[str, Any]) -> dict[str, Any] | None:
     """What is known of evaluation.json, if it is of the checkpoint that is published."""
+    run = results_folder(source) if is_exported(source) else source
     found = Run(run).stage(info["resolution"]).evaluation
     if found is None or found.get("nimg") != info["nimg"]:
         return None
@@ -226,3 +328,18 @@ def _evaluation(run: Path, info: Mapping[str, Any]) -> dict[str, Any] | None:
     known = {name: one for name, one in measured.items() if one["value"] is not None}
     shortened: dict[str, Any] = _shortened(found | {"measured": known, "not_measured": {}})
     return shortened
+
+
+def _evaluation_of_card(card: Mapping[str, Any]) -> dict[str, Any]:
+    """The metric values in an exported file's card, as evaluation.json has them.
+
+    Files of earlier versions do not say whether a feature extractor was random, which is None then.
+    """
+    measured = {
+        name: {"name": name, "better": "none", **one} for name, one in card["metrics"].items()
+    }
+    marks = {
+        one["fingerprint"]: {"random": one.get("random"), "split": one.get("split")}
+        for one in measured.values()
+    }
+    return {"measured": measured, "fingerprints": marks}

@@ -12,6 +12,7 @@ from launch.cli.results import Nimg, Source, Stage
 
 if TYPE_CHECKING:
     from dinogen.formats.runs import Weights
+    from dinogen.hub import Address
 
 
 imports = typer.Typer(
@@ -102,9 +103,9 @@ def import_stylegan2(
 
       dinogen sample runs/ffhq256 --num 64
     """
-    from dinogen.formats.runs import reader_of
+    from dinogen.formats.runs import fetch_file, reader_of
 
-    _write(file, out, reader_of("stylegan2"))
+    _write(file, out, reader_of("stylegan2"), fetch_file)
 
 
 @imports.command("guided-diffusion")
@@ -116,19 +117,22 @@ def import_guided_diffusion(
         ),
     ],
     out: Out,
-    image_size: Annotated[int, typer.Option(help="Side of the images, pixels.")],
+    image_size: Annotated[int, typer.Option(min=1, help="Side of the images, pixels.")],
     num_heads: Annotated[
-        int | None, typer.Option(help="Heads of each attention; 4 unless it was set in training.")
+        int | None,
+        typer.Option(min=1, help="Heads of each attention; 4 unless it was set in training."),
     ] = None,
     head_channels: Annotated[
         int | None,
-        typer.Option(help="Or the width of each head (num_head_channels); 64 in released models."),
+        typer.Option(
+            min=1, help="Or the width of each head (num_head_channels); 64 in released models."
+        ),
     ] = None,
     new_attention_order: Annotated[
         bool, typer.Option("--new-attention-order", help="Trained with use_new_attention_order.")
     ] = False,
     schedule: Annotated[str, typer.Option(help="noise_schedule: linear or cosine.")] = "linear",
-    num_steps: Annotated[int, typer.Option(help="diffusion_steps.")] = 1000,
+    num_steps: Annotated[int, typer.Option(min=1, help="diffusion_steps.")] = 1000,
     rescale_timesteps: Annotated[
         bool | None,
         typer.Option(
@@ -152,6 +156,7 @@ def import_guided_diffusion(
       dinogen sample runs/cats --num 16
     """
     from dinogen.formats.guided_diffusion import read
+    from dinogen.formats.runs import fetch_file
 
     _write(
         file,
@@ -167,6 +172,7 @@ def import_guided_diffusion(
             rescale_timesteps=rescale_timesteps,
             prediction=prediction,
         ),
+        fetch_file,
     )
 
 
@@ -177,13 +183,13 @@ def import_diffusers(
     ],
     out: Out,
     image_size: Annotated[
-        int | None, typer.Option(help="Side of the images, where the config does not say.")
+        int | None, typer.Option(min=1, help="Side of the images, where the config does not say.")
     ] = None,
     schedule: Annotated[
         str | None, typer.Option(help="linear or cosine, for a folder without scheduler.")
     ] = None,
     num_steps: Annotated[
-        int | None, typer.Option(help="Time steps, for a folder without scheduler; 1000.")
+        int | None, typer.Option(min=1, help="Time steps, for a folder without scheduler; 1000.")
     ] = None,
     prediction: Annotated[
         str | None, typer.Option(help="epsilon, v or x0, for a folder without scheduler.")
@@ -200,7 +206,7 @@ def import_diffusers(
 
       dinogen export runs/first first --format diffusers
     """
-    from dinogen.formats.diffusers import read
+    from dinogen.formats.diffusers import fetch_folder, read
 
     _write(
         folder,
@@ -212,25 +218,32 @@ def import_diffusers(
             num_steps=num_steps,
             prediction=prediction,
         ),
+        fetch_folder,
     )
 
 
-def _write(source: Path, out: Path, read: Callable[[Path], Weights]) -> None:
+def _write(
+    source: Path,
+    out: Path,
+    read: Callable[[Path], Weights],
+    fetch: Callable[[Address], Path],
+) -> None:
     """Read weights and write them as a run; ``out`` is checked first, for reading takes time."""
     from dinogen import hub
-    from dinogen.formats.runs import check_free, write_run
+    from dinogen.formats.runs import FormatError, check_free, write_run
     from dinogen.runs.run import Run as RunFolder
     from launch.cli.console import setup_logging
 
     setup_logging()
     check_free(out)
     if hub.is_address(source):
-        address = hub.parse(source)
-        # of a repository of diffusers, not what only others read: .bin, .onnx, .msgpack
-        files = None if Path(address.subpath).suffix else ["*.json", "*.safetensors"]
-        source = hub.fetch(address, files).path
-    weights = read(source)
-    checkpoint = write_run(out, weights)
+        source = fetch(hub.parse(source))
+    try:
+        weights = read(source)
+        checkpoint = write_run(out, weights)
+    except FormatError as error:
+        # a path of the hub's cache tells nobody what it is
+        raise FormatError(str(error).replace(str(source), hub.shown(source))) from None
     config = RunFolder(out).config_file
     typer.echo(
         f"{checkpoint}: family {weights.family['name']} at {weights.resolution} pixels, from "
@@ -271,7 +284,8 @@ def publish(
     Log in first: hf auth login, or HF_TOKEN. The repository is made if it is not there. Published
     again, its files are replaced in one commit. Look at the card first: --dry-run FOLDER.
 
-    Paths of this machine are shortened to their last name, and the section cluster: is left out.
+    Paths of this machine are shortened to their last name, URLs lose user, password and query, and
+    the sections cluster: and logging: are left out.
 
     [bold]Examples[/bold]
 
@@ -287,14 +301,7 @@ def publish(
     from launch.cli.console import setup_logging
 
     setup_logging()
-    used = {} if intended_use is None else {"intended_use": intended_use}
-    what = Publication(run, hub.parse(address), stage, nimg, licence, **used)
-    if licence is None:
-        typer.echo(
-            "dinogen: NO LICENCE: the card will say that none is stated, so nobody may use the "
-            "weights: give --licence",
-            err=True,
-        )
+    what = Publication(run, hub.parse(address), stage, nimg, licence, intended_use)
     if dry_run is not None:
         write_publication(what, dry_run)
         typer.echo(f"{dry_run}: what would be published as {what.address}; nothing was uploaded")

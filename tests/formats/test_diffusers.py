@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from dinogen import hub
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import ConfigError
 from dinogen.distributed import rng
-from dinogen.formats.diffusers import read
+from dinogen.formats.diffusers import fetch_folder, read
 from dinogen.formats.export import export
 from dinogen.formats.runs import FormatError, write_run
 from dinogen.training.checkpointing.checkpoint import load_checkpoint
@@ -251,6 +252,10 @@ def test_a_model_without_scheduler_needs_to_be_told(tmp_path):
     (tmp_path / "scheduler" / "scheduler_config.json").unlink()
     with pytest.raises(FormatError, match="--schedule and --prediction"):
         read(tmp_path)
+    with pytest.raises(FormatError, match="--schedule 'foo': give linear or cosine"):
+        read(tmp_path, schedule="foo", prediction="v")
+    with pytest.raises(FormatError, match="--prediction 'sample': give epsilon or v or x0"):
+        read(tmp_path, schedule="linear", prediction="sample")
     found = read(tmp_path, schedule="cosine", prediction="v").family
     assert (found["schedule"], found["prediction"], found["num_steps"]) == ("cosine", "v", 1000)
 
@@ -267,6 +272,35 @@ def test_a_model_without_scheduler_needs_to_be_told(tmp_path):
         ("unet", {"up_block_types": ["UpBlock2D"] * 2}, "both ways or on neither"),
         ("unet", {"attention_head_dim": 6}, "head_channels 6 do not divide"),
         ("unet", {"layers_per_block": 2}, "is missing"),
+        *(
+            ("unet", {key: value}, f"config.json: {key} .*: is not ")
+            for key, value in [
+                ("block_out_channels", []),
+                ("block_out_channels", 16),
+                ("up_block_types", None),
+                ("down_block_types", [1]),
+                ("sample_size", [[8], [8]]),
+                ("layers_per_block", True),
+                ("num_class_embeds", "a"),
+                ("attn_norm_num_groups", "a"),
+                ("downsample_type", ["conv"]),
+                ("norm_eps", "x"),
+                ("dropout", None),
+            ]
+        ),
+        *(
+            ("scheduler", {key: value}, f"scheduler_config.json: {key} .*: is not ")
+            for key, value in [
+                ("num_train_timesteps", None),
+                ("num_train_timesteps", "x"),
+                ("beta_start", "x"),
+                ("trained_betas", "x"),
+                ("trained_betas", [[1]]),
+                ("beta_schedule", ["linear"]),
+                ("prediction_type", ["epsilon"]),
+            ]
+        ),
+        ("unet", {"block_out_channels": [16]}, "there are 2 blocks down and up"),
         ("scheduler", {"beta_start": 2e-4}, "beta_schedule 'linear' of .*not known here"),
         ("scheduler", {"beta_schedule": "scaled_linear"}, "not known here"),
         ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
@@ -365,3 +399,31 @@ def test_a_repository_of_the_hub_is_read_as_its_folder(tmp_path, monkeypatch):
     assert not list((tmp_path / "home").rglob("*.bin"))
     one, other = (load_generator(run).network.state_dict() for run in runs)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_repository_of_pickles_alone(tmp_path, monkeypatch):
+    saved(tmp_path / "model")
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    files = {
+        str(path.relative_to(tmp_path / "model")): path.read_bytes()
+        for path in (tmp_path / "model").rglob("*")
+        if path.is_file()
+    }
+    with hub_server() as server:
+        use_hub(monkeypatch, server, tmp_path / "home")
+        commit = server.add("someone/cats", files)
+        folder = fetch_folder(hub.parse("hf://someone/cats"))
+        with pytest.raises(hub.HubError, match=r"hf://someone/cats has no folder nothing"):
+            fetch_folder(hub.parse("hf://someone/cats/nothing"))
+        bad = json.loads(files["unet/config.json"]) | {"sample_size": 0}
+        changed = server.add("someone/cats", files | {"unet/config.json": json.dumps(bad).encode()})
+        out = str(tmp_path / "out")
+        done = CliRunner().invoke(app, ["import", "diffusers", "hf://someone/cats", out])
+    assert f"hf://someone/cats@{changed}/unet/config.json: sample_size" in str(done.exception)
+    assert commit != changed
+    assert all(
+        torch.equal(tensor, read(folder).networks["G"][name])
+        for name, tensor in read(tmp_path / "model").networks["G"].items()
+    )

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from dinogen.hub import HubError
 from launch.cli import main
 from tests.families.tiny import pack_discs
 from tests.formats import nvlabs
+from tests.hub_server import hub_server, use_hub
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "import.md").read_text(encoding="utf-8")
@@ -68,3 +70,17 @@ def test_mistakes_get_one_line(here, capsys, monkeypatch, arguments, message):
     assert line.startswith("dinogen: ")
     assert message in line
     assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["stylegan2", "guided-diffusion"])
+def test_of_a_repository_a_file_is_asked(here, capsys, monkeypatch, kind):
+    more = ["--image-size", "16"] if kind == "guided-diffusion" else []
+    with hub_server() as server:
+        use_hub(monkeypatch, server, here / "home")
+        server.add("user/sg", {"v1.0/page.pkl": b"<html>"})
+        for address, message in [
+            ("hf://user/sg", "hf://user/sg: is no file: name the file of weights"),
+            ("hf://user/sg/v1.0", "hf://user/sg/v1.0: is a folder: name the file of weights"),
+        ]:
+            with pytest.raises(HubError, match=re.escape(message)):
+                dinogen("import", kind, address, "out", *more)

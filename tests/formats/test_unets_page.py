@@ -67,7 +67,11 @@ def test_every_command_and_snippet(place, dinogen):
         ("import guided-diffusion cats.pt out --image-size 16", "--head-channels"),
         (
             "import guided-diffusion cats.pt out --image-size 16 --num-heads 4 --schedule cosin",
-            "'linear' or 'cosine', not 'cosin'",
+            "--schedule 'cosin': give linear or cosine",
+        ),
+        (
+            "import guided-diffusion cats.pt out --image-size 16 --num-heads 4 --prediction v",
+            "--prediction 'v': give epsilon or x0",
         ),
         ("import guided-diffusion ddpm-cats out --image-size 16 --num-heads 4", "no such file"),
         ("import guided-diffusion cats.pt ddpm-cats --image-size 16 --num-heads 4", "exists"),
@@ -81,4 +85,13 @@ def test_a_wrong_line_is_one_clear_error(place, dinogen, line, message):
     code, _, err = dinogen(*shlex.split(line))
     assert code == 2 and message in err
     assert err.count("dinogen: ") == 1 and "Traceback" not in err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("option", ["image-size", "num-heads", "head-channels", "num-steps"])
+@pytest.mark.parametrize("number", ["0", "-4"])
+def test_numbers_are_above_zero(place, dinogen, option, number):
+    line = f"import guided-diffusion cats.pt out --image-size 16 --{option} {number}"
+    code, _, err = dinogen(*shlex.split(line))
+    assert code == 2 and f"--{option}" in err and "Traceback" not in err
     assert not Path("out").exists()

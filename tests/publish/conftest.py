@@ -65,7 +65,11 @@ def evaluation(run) -> Path:
     nimg = json.loads((run / "8x8" / "result.json").read_text())["nimg"]
     measured = {
         "spectrum": value("spectrum", 4.5, spread=0.2, fingerprint="a" * 12, caution="few"),
-        "fid": value("fid", 12.5, fingerprint="b" * 12),
+        "fid": value(
+            *("fid", 12.5),
+            fingerprint="b" * 12,
+            command=f"dinogen evaluate {run} 'data.path=/home/Doe, Jane/my faces'",
+        ),
         "kid": value("kid", None),
     }
     found = {

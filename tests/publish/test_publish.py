@@ -25,7 +25,9 @@ from dinogen.publish.publish import (
 )
 from dinogen.serve.app import make_app
 from dinogen.serve.gallery import Gallery
+from dinogen.training.checkpointing.export import export
 from dinogen.training.checkpointing.exported import open_exported
+from tests.formats.unet_runs import random_run
 from tests.hub_server import hub_server, use_hub
 
 NAME = "someone/faces"
@@ -166,6 +168,7 @@ def test_nothing_of_this_machine_is_told(run, evaluation, tmp_path):
     measured = json.loads((folder / "evaluation.json").read_text())["measured"]
     command = measured["spectrum"]["command"]
     assert command == "dinogen evaluate run metrics.inception=a.pth https://x.org/y"
+    assert measured["fid"]["command"] == "dinogen evaluate run 'data.path=my faces'"
     assert load_config(folder / "config.yaml").data.path == "discs"
 
 
@@ -176,14 +179,45 @@ def test_nothing_of_this_machine_is_told(run, evaluation, tmp_path):
         ("~/a/b", "b"),
         ("../../data/faces", "faces"),
         ("--reference=/mnt/x y", "--reference=x y"),
+        ("--reference=/mnt/x y/z", "--reference=z"),
         ("data/faces", "data/faces"),
         ("lr / batch, fid/kid, 3/4", "lr / batch, fid/kid, 3/4"),
         ("https://x.org/y/z hf://datasets/a/b", "https://x.org/y/z hf://datasets/a/b"),
+        ("hf://a/b@v1/c", "hf://a/b@v1/c"),
+        ("hf:/a/b@v1/c", "hf:/a/b@v1/c"),
+        ("at http://me:pw@mlflow.lab:5000/x", "at http://mlflow.lab:5000/x"),
+        ("s3://KEY:SE/CR+ET@bucket/x", "s3://bucket/x"),
+        ("http://me:p?w@lab/x", "http://lab/x"),
+        ("https://h:80/x@y?token=a#b", "https://h:80/x@y"),
+        ("file:///home/me/x", "x"),
+        ("ssh://me@host/home/me/x/", "x"),
+        ("/home/Doe, Jane/x", "x"),
+        ("--reference='/home/me/x'", "--reference='x'"),
+        ("mount:/home/me/x", "mount:x"),
+        ("/a/b/", "b"),
+        ("see ~/a//b/ too", "see b/ too"),
+        ("/", "/"),
     ],
 )
 def test_paths_are_shortened(text, told):
     config = parse_config({"notes": {"next": text}})
     assert public_config(config, ADDRESS).notes.next == told
+
+
+def test_passwords_stay_here(run, tmp_path):
+    """Neither in the config, nor in the metadata of the weights; commands of a shell are read."""
+    state = next((run / "8x8" / "checkpoints").glob("*/state.json"))
+    found = json.loads(state.read_text())
+    found["config"]["logging"] = [{"mlflow": {"tracking_uri": "http://me:pw@mlflow.lab:5000"}}]
+    found["config"]["data"]["path"] = "/home/Doe, Jane/faces/"
+    found["config"]["init_from"] = "../before/"
+    state.write_text(json.dumps(found))
+    facts = write_publication(Publication(run, ADDRESS), tmp_path / "card")
+    assert facts.config.data.path == "faces"
+    assert facts.config.init_from == "before"
+    for file in ("config.yaml", "model.safetensors", "README.md"):
+        told = (tmp_path / "card" / file).read_bytes()
+        assert not any(word in told for word in (b"mlflow", b"pw@", b"Jane", b"/tmp", b"account-"))
 
 
 def test_a_dry_run_asks_nobody(run, server, tmp_path):
@@ -208,6 +242,17 @@ def test_a_folder_with_other_files_is_left_alone(run, tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(ConfigError, match=r"mine: holds thesis\.tex too: give a new or an empty"):
         write_publication(Publication(run, ADDRESS), tmp_path / "mine")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_ones_own_are_left_alone(run, tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("of mine")
+    with pytest.raises(ConfigError, match=rf"mine: holds {name}, and no model\.safetensors of"):
+        write_publication(Publication(run, ADDRESS), tmp_path / "mine")
+    assert (tmp_path / "mine" / name).read_text() == "of mine"
+    with pytest.raises(ConfigError, match=rf"{name}: is a file: give a new or an empty folder"):
+        write_publication(Publication(run, ADDRESS), tmp_path / "mine" / name)
 
 
 @pytest.mark.parametrize(
@@ -301,3 +346,80 @@ def test_an_exported_file_is_published_as_its_run_is(run, tmp_path):
     )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_exported_file_brings_its_card(run, evaluation, tmp_path, caplog):
+    file = tmp_path / "first.safetensors"
+    export(run, file, licence="mit", intended_use="art only")
+    assert write_publication(Publication(file, ADDRESS), tmp_path / "card").licence == "mit"
+    text = (tmp_path / "card" / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.license == "mit"
+    assert "Art only." in text
+    assert "No licence" not in text
+    assert "NO LICENCE" not in caplog.text
+    assert [one.metric_type for one in card.data.eval_results] == ["spectrum"]
+    assert "| spectrum | 4.5 ± 0.2 | lower | 60 images against 50 of val | `aaaaaaaaaaaa` |" in text
+    assert "Caution, fid: measured by a RANDOM feature extractor" in text
+    assert "evaluation.json" not in text
+    other = Publication(file, ADDRESS, licence="cc0-1.0", intended_use="All.")
+    write_publication(other, tmp_path / "card")
+    text = (tmp_path / "card" / "README.md").read_text()
+    assert ModelCard(text).data.license == "cc0-1.0"
+    assert "All.\n" in text
+
+    # as it was written before the card said what was random
+    with safe_open(file, "pt") as opened:
+        info = json.loads(opened.metadata()["dinogen"])
+    for one in info["card"]["metrics"].values():
+        del one["random"], one["better"], one["split"]
+    save_file(load_file(file), file, {"dinogen": json.dumps(info)})
+    write_publication(Publication(file, ADDRESS), tmp_path / "card")
+    text = (tmp_path / "card" / "README.md").read_text()
+    assert ModelCard(text).data.eval_results is None
+    assert "Caution, spectrum, fid: the file does not say whether" in text
+
+
+@pytest.mark.parametrize("file", ["cats.pt", f"hf://other/cats@{'0' * 40}/unet.pt"])
+def test_the_card_of_imported_weights_says_where_they_are_from(tmp_path, file, caplog):
+    run = random_run(tmp_path / "run")
+    state = next((run / "8x8" / "checkpoints").glob("*/state.json"))
+    found = json.loads(state.read_text())
+    found["facts"]["imported"] = {"kind": "diffusers", "file": file, "sha256": "ab" * 32}
+    state.write_text(json.dumps(found))
+    exported = tmp_path / "G.safetensors"
+    export(run, exported)
+    for source in (run, exported):
+        what = Publication(source, ADDRESS, licence="mit")
+        facts = write_publication(what, tmp_path / "card")
+        assert facts.info["card"]["data"] == f"not known: imported from {file}"
+        text = (tmp_path / "card" / "README.md").read_text()
+        said = f"imported from `{file}` (diffusers, SHA-256 `{'ab' * 32}`) and not trained with"
+        assert said in text
+        assert "images shown" not in text
+        assert "## Data" not in text
+        assert "data/faces" not in text
+        assert "## Training" not in text
+        assert "the licence of their source applies" in text
+        assert f"the licence of {file} applies" in caplog.text
+        assert ModelCard(text).data.base_model == ("other/cats" if "/" in file else None)
+
+
+def test_code_of_ones_own_in_the_checkpoint_is_refused(run, tmp_path):
+    """A config.yaml of today does not hide it, and an exported file is refused as its run is."""
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    section = {"file": str(tmp_path / "mine.py")}
+    file = tmp_path / "first.safetensors"
+    export(run, file)
+    with safe_open(file, "pt") as opened:
+        info = json.loads(opened.metadata()["dinogen"])
+    info["config"]["guide"] = section
+    save_file(load_file(file), file, {"dinogen": json.dumps(info)})
+    state = next((run / "8x8" / "checkpoints").glob("*/state.json"))
+    found = json.loads(state.read_text())
+    found["config"]["guide"] = section
+    state.write_text(json.dumps(found))
+    for source in (file, run):
+        with pytest.raises(ConfigError, match=r"guide\.file: .*mine\.py is on this machine alone"):
+            write_publication(Publication(source, ADDRESS), tmp_path / "card")
+        assert not (tmp_path / "card").exists()

@@ -71,8 +71,8 @@ def test_a_resumed_run_goes_on_from_its_own(data, tmp_path, learnt):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere", "neither a run .* nor a file"),
-        ("data/manifest.json", "cannot be read as safetensors"),
+        ("nowhere", "neither a run .* nor a file.*`dinogen import`"),
+        ("data/manifest.json", "cannot be read as safetensors.*`dinogen import`"),
     ],
 )
 def test_bad_sources_are_said(data, tmp_path, source, message):

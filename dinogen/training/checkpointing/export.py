@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,19 +126,29 @@ def warn_if_random(generator: Generator, path: Path) -> None:
 
 def _card(snapshot: Snapshot) -> dict[str, Any]:
     """What the file says of data, guide and quality, for people."""
-    data = snapshot.family.config.data
+    imported = snapshot.checkpoint.state["facts"].get("imported")
+    data = snapshot.family.config.data.location
+    if imported is not None:  # the config names what a training on would take
+        data = f"not known: imported from {imported['file']}"
     found = snapshot.place.evaluation or {}
     ours = found.get("nimg") == snapshot.nimg
-    kept = ("value", "spread", "num_samples", "num_reference", "fingerprint")
+    kept = ("value", "spread", "num_samples", "num_reference", "fingerprint", "better", "caution")
+    marks = found.get("fingerprints") or {}
     return {
-        "data": data.location,
+        "data": data,
         "guide": snapshot.checkpoint.state["facts"].get("guide_label", "none"),
         "metrics": {
-            name: {key: one.get(key) for key in kept}
+            name: {key: one.get(key) for key in kept} | _against(marks.get(one.get("fingerprint")))
             for name, one in (found.get("measured") or {}).items()
             if ours and one["value"] is not None
         },
     }
+
+
+def _against(mark: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What people need to know of what a metric value was measured against."""
+    mark = mark or {}
+    return {"split": mark.get("split"), "random": bool(mark.get("random"))}
 
 
 def _generator_of(snapshot: Snapshot) -> Generator:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dinogen.config import ConfigError
 from dinogen.distributed import process_group
 from dinogen.families.base import Family
-from dinogen.hub import local_weights
+from dinogen.hub import local_weights, shown
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import Checkpoint, NewestCheckpoints
 from dinogen.training.checkpointing.snapshot import Ema
@@ -55,9 +55,9 @@ def _from_file(path: Path, family: Family) -> dict[str, dict[str, Tensor]]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        hint = ": turn it into a run by `dinogen import` first" if path.suffix == ".pkl" else ""
         raise ConfigError(
-            f"init_from: {path} cannot be read as safetensors: {error}{hint}"
+            f"init_from: {shown(path)} cannot be read as safetensors: {error}: give what `dinogen "
+            f"export` wrote; weights of others become a run by `dinogen import` first"
         ) from None
     name = family.ema_networks[0]
     return {name: tensors, f"{name}.ema": tensors}
@@ -68,7 +68,8 @@ def _from_run(path: Path, family: Family, ema: Ema) -> dict[str, dict[str, Tenso
     if not run.has_config:
         raise ConfigError(
             f"init_from: {path} is neither a run (config.yaml is missing) nor a file: give the "
-            "folder of a run, or what `dinogen export` wrote"
+            "folder of a run, or what `dinogen export` wrote; weights of others, such as a folder "
+            "of diffusers, become a run by `dinogen import` first"
         )
     newest = NewestCheckpoints(path)
     checkpoint: Checkpoint | None = None
