@@ -6,11 +6,10 @@ their config builds, and writes config and checkpoint.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,6 @@ from shards.files import sha256_file, sync_folder
 
 log = logging.getLogger(__name__)
 _NUM_NAMED = 4
-# Kinds that `dinogen import` reads, and the module whose `read` does it.
-KINDS = {"stylegan2": "dinogen.formats.stylegan2"}
 
 
 class FormatError(UserError):
@@ -69,18 +66,6 @@ class Weights:
     sections: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-def reader_of(kind: str) -> Callable[[Path], Weights]:
-    """The function that reads a kind of file.
-
-    Raises:
-        FormatError: there is no such kind.
-    """
-    if kind not in KINDS:
-        raise FormatError(f"{kind}: no layout of weights: use {', '.join(sorted(KINDS))}")
-    reader: Callable[[Path], Weights] = importlib.import_module(KINDS[kind]).read
-    return reader
 
 
 def write_run(out: Path, weights: Weights) -> Path:

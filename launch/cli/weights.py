@@ -103,9 +103,10 @@ def import_stylegan2(
 
       dinogen sample runs/ffhq256 --num 64
     """
-    from dinogen.formats.runs import fetch_file, reader_of
+    from dinogen.formats.runs import fetch_file
+    from dinogen.formats.stylegan2 import read
 
-    _write(file, out, reader_of("stylegan2"), fetch_file)
+    _write(file, out, read, fetch_file)
 
 
 @imports.command("guided-diffusion")
