@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dinogen.config import GuideConfig
 from dinogen.errors import UserError
 
 # Guides that agree in these give the same features. Not the path: weights may be copied.
@@ -92,6 +93,28 @@ def same_guide(made_by: Mapping[str, Any], info: GuideInfo) -> bool:
 def guide_identity(described: Mapping[str, Any]) -> tuple[Any, ...]:
     """The part of ``GuideInfo.to_dict`` that is equal for guides that give the same features."""
     return tuple(described.get(name) for name in _IDENTITY)
+
+
+def named_layers(config: GuideConfig, known: Sequence[str], last: str, title: str) -> list[str]:
+    """The layers that a config names, of a guide whose layers have names.
+
+    Args:
+        config: of the guide.
+        known: names of its layers.
+        last: which of them -1 is.
+        title: of the guide, for the error.
+
+    Raises:
+        GuideError: there is no such layer.
+    """
+    requested = config.layer if isinstance(config.layer, tuple) else (config.layer,)
+    layers = [last if layer == -1 else str(layer) for layer in requested]
+    if wrong := [layer for layer in layers if layer not in known]:
+        raise GuideError(
+            f"guide.layer: {wrong[0]}: the {title} guide has the layers {', '.join(known)}; "
+            "-1 is the last"
+        )
+    return layers
 
 
 def guide_dtype(device: torch.device) -> torch.dtype:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dinogen import hub
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import GuideConfig
-from dinogen.features.base import GuideError, GuideInfo, guide_dtype
+from dinogen.features.base import GuideError, GuideInfo, guide_dtype, named_layers
 from dinogen.files import weights_sha256
 
 DEFAULT_PATH = "weights-inception-2015-12-05-6726825d.pth"
@@ -143,29 +143,13 @@ class InceptionGuide(nn.Module):
         return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
-def layer_names(config: GuideConfig) -> list[str]:
-    """The layers that a config names.
-
-    Raises:
-        GuideError: there is no such layer.
-    """
-    requested = config.layer if isinstance(config.layer, tuple) else (config.layer,)
-    layers = [LAST if layer == -1 else str(layer) for layer in requested]
-    if wrong := [layer for layer in layers if layer not in LAYERS]:
-        raise GuideError(
-            f"guide.layer: {wrong[0]}: the Inception guide has the layers {', '.join(LAYERS)}; "
-            "-1 is the last"
-        )
-    return layers
-
-
 def layer_channels(config: GuideConfig) -> tuple[int, ...]:
     """C of each layer of the config.
 
     Raises:
         GuideError: there is no such layer.
     """
-    return tuple(LAYERS[name] for name in layer_names(config))
+    return tuple(LAYERS[name] for name in named_layers(config, list(LAYERS), LAST, "Inception"))
 
 
 def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
@@ -181,7 +165,7 @@ def load(config: GuideConfig, device: torch.device) -> InceptionGuide:
     Raises:
         GuideError: no such file, other tensors in it, or there is no such layer.
     """
-    layers = layer_names(config)
+    layers = named_layers(config, list(LAYERS), LAST, "Inception")
     file, revision = _weights_file(config.path, config.revision)
     trunk = InceptionTrunk(max(layers, key=list(LAYERS).index))
     try:

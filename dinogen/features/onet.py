@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dinogen._torchvision import ensure_torchvision
 from dinogen.config import GuideConfig
-from dinogen.features.base import GuideError, GuideInfo, guide_dtype
+from dinogen.features.base import GuideError, GuideInfo, guide_dtype, named_layers
 from dinogen.files import weights_sha256
 
 DEFAULT_PATH = None  # facenet-pytorch holds the weights
@@ -116,22 +116,6 @@ def load_network(file: Path | None) -> Any:
     return net
 
 
-def layer_names(config: GuideConfig) -> list[str]:
-    """The layers that a config names.
-
-    Raises:
-        GuideError: there is no such layer.
-    """
-    requested = config.layer if isinstance(config.layer, tuple) else (config.layer,)
-    layers = [LAST if layer == -1 else str(layer) for layer in requested]
-    if wrong := [layer for layer in layers if layer not in LAYERS]:
-        raise GuideError(
-            f"guide.layer: {wrong[0]}: the O-Net guide has the layers {', '.join(LAYERS)}; "
-            "-1 is the last"
-        )
-    return layers
-
-
 def load(config: GuideConfig, device: torch.device) -> ONetGuide:
     """The guide; it ignores ``path`` and ``revision`` of the config.
 
@@ -142,7 +126,7 @@ def load(config: GuideConfig, device: torch.device) -> ONetGuide:
     Raises:
         GuideError: there is no such layer, or facenet-pytorch's weights are damaged.
     """
-    layers = layer_names(config)
+    layers = named_layers(config, list(LAYERS), LAST, "O-Net")
     try:
         net = load_network(None)
     except Exception as error:  # disk and loader raise many types
@@ -168,4 +152,4 @@ def layer_channels(config: GuideConfig) -> tuple[int, ...]:
     Raises:
         GuideError: there is no such layer.
     """
-    return tuple(LAYERS[name] for name in layer_names(config))
+    return tuple(LAYERS[name] for name in named_layers(config, list(LAYERS), LAST, "O-Net"))
