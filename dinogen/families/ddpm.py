@@ -17,7 +17,8 @@ from dinogen.diffusion.process import Schedule, invert, q_sample, sample, target
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classes_of
-from dinogen.networks.unet import Drop, UNet
+from dinogen.networks.denoising import Drop
+from dinogen.networks.unet import UNet
 from dinogen.transfer import to_device, to_device_together
 
 # Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", section 4.2 tries 0.1 to 0.5
