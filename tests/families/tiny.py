@@ -40,7 +40,7 @@ TINY = {
     "ddpm-snr": {**_UNET, "num_steps": 50, "sample_steps": 4, "min_snr": 5},
     "ddpm-dit": {**_DIT, "num_steps": 50, "sample_steps": 4},
     "flow": {**_UNET, "sample_steps": 4},
-    "flow-dit": {**_DIT, "sampler": "midpoint", "sample_steps": 3, "num_classes": 2},
+    "flow-dit": {**_DIT, "sampler": "midpoint", "sample_steps": 3},
     "guided": {
         "z_dim": 8,
         "channel_base": 64,
