@@ -373,9 +373,11 @@ def test_integer_and_float_times_are_the_same():
     assert torch.equal(network(x, torch.tensor([3, 500])), network(x, torch.tensor([3.0, 500.0])))
 
 
-def test_guidance_that_is_missing_is_said():
-    with pytest.raises(ValueError, match="guidance is missing"):
-        small(guidance_input=True)(*inputs())
+@pytest.mark.parametrize("takes", [True, False])
+def test_guidance_is_given_to_networks_that_take_it_and_no_others(takes):
+    given = {} if takes else {"guidance": torch.ones(2)}
+    with pytest.raises(ValueError, match="if, and only if, there is guidance_input"):
+        small(guidance_input=takes)(*inputs(), **given)
 
 
 def test_dropout_comes_in_each_block_by_its_number():
