@@ -39,10 +39,10 @@ OTHERS = {
 }
 
 DENOISERS = {
-    "flow": "{name: flow, base_channels: 32, dropout: 0.1}",
+    "flow": "{name: flow, base_channels: 32, head_channels: 32, dropout: 0.1}",
     "flow, transformer, classes": "{name: flow, network: dit, dit: {patch: 8}, num_classes: 3}",
-    "edm": "{name: ddpm, prediction: edm, base_channels: 32}",
-    "min-SNR": "{name: ddpm, min_snr: 5, base_channels: 32}",
+    "edm": "{name: ddpm, prediction: edm, base_channels: 32, head_channels: 32}",
+    "min-SNR": "{name: ddpm, min_snr: 5, base_channels: 32, head_channels: 32}",
 }
 
 pytestmark = needs_fake_cuda
