@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import Field, field_validator
@@ -19,22 +19,12 @@ from dinogen.config import Config, ConfigError, Section
 from dinogen.features.base import GuideInfo
 from dinogen.guidance.guides import stored_features
 from dinogen.losses.features import alignment
-from dinogen.networks.denoising import Alignment
+from dinogen.networks.denoising import Alignment, DenoisingNetwork
 from dinogen.transfer import to_device
 from shards.format.sample import VECTORS, flipped_level, level_grid, level_guide, level_name
 from shards.read.dataset import Dataset
 
 _logger = logging.getLogger(__name__)
-
-
-class HasGrids(Protocol):
-    """A network with hidden tokens on grids.
-
-    Attributes:
-        grids: side of the token grid after each block.
-    """
-
-    grids: tuple[int, ...]
 
 
 class RepaOptions(Section):
@@ -90,28 +80,22 @@ class Repa:
         level = self.options.level
         return (level, flipped_level(level)) if self.config.augment.flip else (level,)
 
-    def check(self, network: HasGrids) -> None:
+    def check(self, network: DenoisingNetwork) -> None:
         """Make sure that the network's tokens lie on the grid of the features.
 
         Raises:
             ConfigError: they do not; it names the layers and levels that fit.
         """
         own, grids = self.options, network.grids
-        side = level_grid(own.level)
-        if own.layer > len(grids):
-            raise ConfigError(
-                f"family.repa.layer: {own.layer}, but the network has {len(grids)} blocks: use 1 "
-                f"to {len(grids)}"
-            )
-        if grids[own.layer - 1] == side:
+        side, found = level_grid(own.level), network.grid_of(own.layer)
+        if found == side:
             return
         fitting = [number for number, grid in enumerate(grids, 1) if grid == side]
-        found = grids[own.layer - 1]
         raise ConfigError(
             f"family.repa.layer: after block {own.layer} there are {found}x{found} tokens, but "
             f"level {own.level} holds {side}x{side} features: use "
             + (f"block {_listed(fitting)}, or " if fitting else "")
-            + f"a level of {_listed(sorted(set(grids)))}, as {_renamed(own.level, found)}"
+            + f"a level of another grid, as {own.level.removesuffix(str(side))}{found}"
         )
 
     def begin(self, data: Dataset) -> None:
@@ -180,8 +164,3 @@ def _listed(numbers: list[int]) -> str:
     """As 3, 4 or 7."""
     *most, last = map(str, numbers)
     return f"{', '.join(most)} or {last}" if most else last
-
-
-def _renamed(level: str, grid: int) -> str:
-    """The level of another grid."""
-    return level.removesuffix(str(level_grid(level))) + str(grid)
