@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,17 @@ TINY = {
     "ddpm-dit": {**_DIT, "num_steps": 50, "sample_steps": 4},
     "flow": {**_UNET, "sample_steps": 4},
     "flow-dit": {**_DIT, "sampler": "midpoint", "sample_steps": 3},
+    "ddpm-repa": {
+        **_DIT,
+        "num_steps": 50,
+        "sample_steps": 4,
+        "repa": {"layer": 1, "level": "n4", "channels": 32, "hidden": 8},
+    },
+    "flow-repa": {
+        **_UNET,
+        "sample_steps": 4,
+        "repa": {"layer": 1, "level": "n16", "channels": 32, "hidden": 8, "until_kimg": 0.016},
+    },
     "guided": {
         "z_dim": 8,
         "channel_base": 64,
@@ -57,7 +69,7 @@ def tiny_config(family: str, data: Path, run: Path, *overrides: str) -> Config:
         "run": str(run),
         "data": {"path": str(data), "num_threads": 0},
         "guide": {"path": str(data.parent / "guide")},
-        "family": {"name": family.partition("-")[0], **TINY[family]},
+        "family": {"name": family.partition("-")[0], **deepcopy(TINY[family])},
         "stages": [{"resolution": RESOLUTION, "kimg": 0.032, "batch": BATCH, "lr": 1e-3}],
         # Adam would blow up gradients that are zero but for rounding: a hinge critic's last bias
         "optim": {"eps": 1e-5},
