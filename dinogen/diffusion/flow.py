@@ -39,9 +39,7 @@ def target(prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
     return {"v": lambda: eps - x0, "x0": lambda: x0, "epsilon": lambda: eps}[prediction]()
 
 
-def denoise(
-    prediction: Prediction, output: Tensor, x_t: Tensor, t: float
-) -> tuple[Tensor, Tensor]:
+def denoise(prediction: Prediction, output: Tensor, x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
     """The (x0, eps) that an output means, as :func:`dinogen.diffusion.process.denoise`.
 
     Args:

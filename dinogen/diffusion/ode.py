@@ -39,9 +39,7 @@ def step(derivative: Derivative, x: Tensor, now: float, then: float, method: Met
 
 
 @torch.no_grad()
-def integrate(
-    derivative: Derivative, x: Tensor, times: Sequence[float], method: Method
-) -> Tensor:
+def integrate(derivative: Derivative, x: Tensor, times: Sequence[float], method: Method) -> Tensor:
     """x (B, ...) at the last of ``times``, from x at the first."""
     for now, then in itertools.pairwise(times):
         x = step(derivative, x, now, then, method)

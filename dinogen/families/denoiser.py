@@ -22,8 +22,11 @@ from dinogen.config import Config, ConfigError, Section, StageConfig, describe_e
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classes_of
+from dinogen.guidance.representation import Representation, RepresentationOptions
+from dinogen.networks.representation import RepresentationMLP
 from dinogen.networks.unet import Drop, UNet
 from dinogen.transfer import to_device, to_device_together
+from shards.read.dataset import Dataset
 
 # Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", section 4.2 tries 0.1 to 0.5
 DROP_LABEL = 0.1
@@ -96,13 +99,24 @@ class DenoiserOptions(Section):
         description="part of the walk that guidance acts in, as shares: 0 is noise, 1 the image; "
         "default: all of it",
     )
+    representation: RepresentationOptions | None = Field(
+        None,
+        description="generate a global feature first, and the image from it (RCG); default: do not",
+    )
 
     @model_validator(mode="after")
     def _check_guidance(self) -> DenoiserOptions:
-        if self.guidance != 1 and not self.num_classes:
+        features = self.representation
+        conditional = self.num_classes > 0 or features is not None
+        if self.guidance != 1 and not conditional:
             raise ValueError(
-                f"guidance {self.guidance} needs classes to pull to: set num_classes, or leave "
-                "guidance out"
+                f"guidance {self.guidance} needs classes to pull to, or features: set num_classes "
+                "or representation, or leave guidance out"
+            )
+        if self.guidance != 1 and features is not None and not features.dropout:
+            raise ValueError(
+                f"guidance {self.guidance} weighs what is learnt with and without features: set "
+                "representation.dropout above 0, or leave guidance out"
             )
         if self.guidance_interval is None:
             return self
@@ -112,9 +126,10 @@ class DenoiserOptions(Section):
                 f"guidance_interval [{low}, {high}]: give two shares of the walk between 0 and 1, "
                 "the smaller one first, such as [0.2, 0.8]"
             )
-        if not self.num_classes:
+        if not conditional:
             raise ValueError(
-                "guidance_interval needs classes to pull to: set num_classes, or leave it out"
+                "guidance_interval needs classes to pull to, or features: set num_classes or "
+                "representation, or leave it out"
             )
         return self
 
@@ -124,7 +139,8 @@ class Conditions(NamedTuple):
 
     Attributes:
         label: (B,) int64; ``num_classes`` means no class. None if there are no classes.
-        embedding: (B, E) float32; None for the network's null vector, or if it has none.
+        embedding: (B, E) float32, the normalised global feature; None for the network's null
+            vector, or if it has none.
     """
 
     label: Tensor | None = None
@@ -155,6 +171,21 @@ class Noised:
         return (errors.flatten(1).mean(1) * self.weight).mean()
 
 
+class Embedded(nn.Module):
+    """A network G by the inputs that its graph has, in their order."""
+
+    def __init__(self, G: nn.Module) -> None:
+        super().__init__()
+        self.G = G
+
+    def forward(
+        self, x: Tensor, t: Tensor, embedding: Tensor, label: Tensor | None = None
+    ) -> Tensor:
+        """As :meth:`dinogen.networks.denoising.DenoisingNetwork.forward`."""
+        output: Tensor = self.G(x, t, label, None, embedding)
+        return output
+
+
 class Denoiser(Family):
     """A network G that takes noise out of images, at every strength of noise.
 
@@ -163,6 +194,11 @@ class Denoiser(Family):
     within ``guidance_interval`` alone if there is one (Kynkaanniemi et al. 2024, "Applying Guidance
     in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models", equation
     6, by shares of the walk instead of sigma).
+
+    With ``representation`` a second network R generates a global feature of an image first, and G
+    the image from it (Li et al. 2024, "Return of Unconditional Generation: A Self-supervised
+    Representation Generation Method"). G learns without the feature, and without the class, for a
+    share of the images, and ``guidance`` weighs with and without.
 
     A family defines the abstract methods; its loss is named by ``options.prediction``.
     """
@@ -174,6 +210,10 @@ class Denoiser(Family):
     def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
         super().__init__(config, stage, device)
         self.options = self.Options(**config.family.options)
+        self.representation: Representation | None = None
+        if self.options.representation is not None:
+            self.representation = Representation(self.options.representation, config.seed, device)
+            self.R = RepresentationMLP(**self.arguments("R")).to(device)
         try:
             self.G: nn.Module = UNet(**self.arguments("G")).to(device)
         except ValueError as error:
@@ -185,7 +225,7 @@ class Denoiser(Family):
         return self.options.num_classes
 
     def with_sampling(self, changes: Mapping[str, Any]) -> Denoiser:
-        """``steps`` of the walk, ``sampler``, ``guidance`` to the class."""
+        """``steps`` of the walk, ``sampler``, ``guidance`` to class and feature."""
         keys = {"steps": "sample_steps"}
         wanted = {keys.get(name, name): value for name, value in changes.items()}
         try:
@@ -198,21 +238,43 @@ class Denoiser(Family):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The denoising network alone; as G, as what makes images is called everywhere."""
-        return {"G": self.G}
+        """The denoising network G, and R if there is ``representation``."""
+        return {"G": self.G} | ({} if self.representation is None else {"R": self.R})
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """One update of G."""
-        return (Phase("G", "G", self._losses),)
+        """One update of R, if there is one, and one of G."""
+        phases = (Phase("G", "G", self._losses),)
+        if self.representation is None:
+            return phases
+        return (Phase("R", "R", self._losses_of_R), *phases)
+
+    @property
+    def ema_networks(self) -> tuple[str, ...]:
+        """All."""
+        return tuple(self.networks)
 
     @property
     def inputs(self) -> Inputs:
-        """Images, and labels if there are classes."""
-        return Inputs(image_size=self.stage.resolution, labels=self.options.num_classes > 0)
+        """Images, labels if there are classes, and the level of ``representation``."""
+        features = self.options.representation
+        return Inputs(
+            image_size=self.stage.resolution,
+            levels=() if features is None else (features.level,),
+            labels=self.options.num_classes > 0,
+        )
+
+    def begin(self, data: Dataset) -> None:
+        """Measure the feature of ``representation``, if there is one."""
+        if self.representation is not None:
+            where = self.config.data
+            self.representation.begin(self.R, data, where.split, where.on_error)
 
     def arguments(self, network: str) -> dict[str, Any]:
-        """Of G."""
+        """Of G or R."""
+        features = self.representation
+        if network == "R" and features is not None:
+            return features.arguments(self.options.num_classes)
         arguments = {"resolution": self.stage.resolution} | self.options.model_dump(
             mode="json",
             include={
@@ -224,14 +286,23 @@ class Denoiser(Family):
                 "num_classes",
             },
         )
+        if features is not None:
+            arguments["embed_dim"] = features.options.channels
         unet = self.options.unet
         return arguments if unet is None else arguments | {"variant": unet.model_dump(mode="json")}
 
     # --- sampling
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
-        """The noise that sampling starts from, (N, 3, R, R)."""
-        return rng.normal(seed, "sample", indices, self._shape, device=self.device)
+        """The noise that sampling starts from, (N, 3, R, R).
+
+        With ``representation`` it is one vector (N, 3 * R * R + channels): the noise of the image,
+        then that of the feature.
+        """
+        noise = rng.normal(seed, "sample", indices, self._shape, device=self.device)
+        if self.representation is None:
+            return noise
+        return torch.cat([noise.flatten(1), self.representation.noise(indices, seed)], 1)
 
     def decode(
         self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
@@ -240,16 +311,14 @@ class Denoiser(Family):
 
         Noise that is added on the way goes by ``indices``, so it too follows from the arguments.
         """
-        conditions = self._sampled_conditions(networks, indices, seed)
-        return self._walk(networks["G"], latents, conditions, indices, seed)
+        return self._walk(networks, latents, self._classes(indices), indices, seed)
 
     def measured(
         self, networks: Networks, indices: Tensor, seed: int, shares: Sequence[float] | None
     ) -> Tensor:
         """As in the base: with classes, as frequent as in the data."""
-        conditions = self._sampled_conditions(networks, indices, seed, shares)
-        latents = self.latents(indices, seed)
-        return self._walk(networks["G"], latents, conditions, indices, seed)
+        label = self._classes(indices, shares)
+        return self._walk(networks, self.latents(indices, seed), label, indices, seed)
 
     refines = False  # the walk has too many steps to pass gradients through
 
@@ -257,14 +326,19 @@ class Denoiser(Family):
         """The noise from which the sampler walks to the images, in as many steps.
 
         Raises:
-            UserError: the sampler adds noise of its own on the way.
+            UserError: the sampler adds noise of its own on the way, or images are generated from
+                features.
         """
-        conditions = self._sampled_conditions(networks, indices, 0)
-        predict = functools.partial(self._guided, networks["G"], conditions)
+        if self.representation is not None:
+            raise UserError(
+                "family.representation: an image has no latent where it is generated from features "
+                "that are generated themselves: train without it to project photos"
+            )
+        predict = functools.partial(self._guided, networks["G"], Conditions(self._classes(indices)))
         return self._invert(predict, self._encoded(images))
 
     def graph(self, networks: Networks) -> Graph:
-        """One prediction: noisy images x, times t, and label if there are classes.
+        """One prediction: noisy images x, times t, embedding of R, label if there are classes.
 
         The walk is a loop around it; ``facts`` say what is needed to write it.
         """
@@ -273,36 +347,60 @@ class Denoiser(Family):
 
         def inputs(indices: Tensor, seed: int) -> dict[str, Tensor]:
             t = visited[indices % len(visited)].to(self.device)
-            found = {"x": self.latents(indices, seed), "t": t}
-            if not own.num_classes:
-                return found
-            return found | {"label": (indices % own.num_classes).to(self.device)}
+            label = self._classes(indices)
+            x, conditions = self._parted(networks, self.latents(indices, seed), label)
+            found = {"x": x, "t": t}
+            if conditions.embedding is not None:
+                found["embedding"] = conditions.embedding
+            if conditions.label is not None:
+                found["label"] = conditions.label
+            return found
 
         facts |= {"guidance": own.guidance, "num_classes": own.num_classes}
         if own.guidance_interval is not None:
             facts["guidance_interval"] = list(own.guidance_interval)
-        return Graph(networks["G"], inputs, own.prediction, facts)
+        if self.representation is None:
+            return Graph(networks["G"], inputs, own.prediction, facts)
+        facts |= self.representation.facts(self._R(networks))
+        return Graph(Embedded(networks["G"]), inputs, own.prediction, facts)
 
     def _walk(
-        self, G: nn.Module, latents: Tensor, conditions: Conditions, indices: Tensor, seed: int
-    ) -> Tensor:
-        """Images of latents."""
-        predict = functools.partial(self._guided, G, conditions)
-        return self._decoded(self._integrate(predict, latents, indices, seed))
-
-    def _sampled_conditions(
         self,
         networks: Networks,
+        latents: Tensor,
+        label: Tensor | None,
         indices: Tensor,
         seed: int,
-        shares: Sequence[float] | None = None,
-    ) -> Conditions:
-        """What samples are conditioned on; ``shares`` are those of the classes, None cycles."""
+    ) -> Tensor:
+        """Images of latents."""
+        x, conditions = self._parted(networks, latents, label)
+        predict = functools.partial(self._guided, networks["G"], conditions)
+        return self._decoded(self._integrate(predict, x, indices, seed))
+
+    def _classes(self, indices: Tensor, shares: Sequence[float] | None = None) -> Tensor | None:
+        """Of samples (N,); ``shares`` are those of the classes, None cycles. None without any."""
         num_classes = self.options.num_classes
         if not num_classes:
-            return Conditions()
+            return None
         label = indices % num_classes if shares is None else classes_of(indices, shares)
-        return Conditions(label.to(self.device))
+        return label.to(self.device)
+
+    def _parted(
+        self, networks: Networks, latents: Tensor, label: Tensor | None
+    ) -> tuple[Tensor, Conditions]:
+        """The noise of images (N, C, R, R), and what they are conditioned on."""
+        if self.representation is None:
+            return latents, Conditions(label)
+        channels = self.representation.options.channels
+        x, noise = latents.split([latents.shape[1] - channels, channels], 1)
+        embedding = self.representation.generate(self._R(networks), noise, label)
+        return x.unflatten(1, self._shape), Conditions(label, embedding)
+
+    @staticmethod
+    def _R(networks: Networks) -> RepresentationMLP:
+        R = networks["R"]
+        assert isinstance(R, RepresentationMLP)
+        return R
 
     def _guided(
         self, G: nn.Module, conditions: Conditions, x: Tensor, t: Tensor, share: float
@@ -327,11 +425,13 @@ class Denoiser(Family):
     # --- training
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
-        """The loss on images that were not trained on, with random numbers of its own."""
+        """The losses on images that were not trained on, with random numbers of their own."""
         kind = "/held-out"
         noised = self._noised(self._clean(batch, kind), batch["position"], kind)
-        output = self._said(networks["G"], noised.x, noised.t, self._conditions(batch, kind))
-        return {self.options.prediction: noised.loss(output)}
+        conditions = self._conditions(batch, kind, networks)
+        output = self._said(networks["G"], noised.x, noised.t, conditions)
+        losses = {self.options.prediction: noised.loss(output)}
+        return losses | self._representation_loss(batch, kind, networks)
 
     def _losses(self, batch: Batch) -> Losses:
         """The loss of one time drawn per sample."""
@@ -339,12 +439,32 @@ class Denoiser(Family):
         if self.options.dropout:
             drop = functools.partial(self._drop, position=to_device(batch["position"], self.device))
         noised = self._noised(self._clean(batch, ""), batch["position"], "")
-        output = self._said(self.G, noised.x, noised.t, self._conditions(batch, ""), drop)
+        conditions = self._conditions(batch, "", self.networks)
+        output = self._said(self.G, noised.x, noised.t, conditions, drop)
         return {self.options.prediction: noised.loss(output)}, {}
 
-    def _conditions(self, batch: Batch, kind: str) -> Conditions:
+    def _losses_of_R(self, batch: Batch) -> Losses:
+        """The loss of features at one time drawn per sample."""
+        return self._representation_loss(batch, "", self.networks), {}
+
+    def _representation_loss(self, batch: Batch, kind: str, networks: Networks) -> Scalars:
+        """That of R, with the labels of the batch; nothing without ``representation``."""
+        if self.representation is None:
+            return {}
+        label = batch["label"] if self.options.num_classes else None
+        return self.representation.losses(self._R(networks), batch, label, kind)
+
+    def _conditions(self, batch: Batch, kind: str, networks: Networks) -> Conditions:
         """What a batch is conditioned on in training, left out for some of it."""
-        num_classes = self.options.num_classes
+        num_classes, features = self.options.num_classes, self.representation
+        if features is not None:
+            keep = features.keep(batch["position"], kind)
+            null: Tensor = networks["G"].get_parameter("null_embedding")
+            embedding = features.embedding(self._R(networks), batch)
+            return Conditions(
+                torch.where(keep, batch["label"], num_classes) if num_classes else None,
+                torch.where(keep[:, None], embedding, null),
+            )
         if not num_classes:
             return Conditions()
         drawn = rng.uniform(self.config.seed, f"label{kind}", batch["position"]) < DROP_LABEL

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from dinogen.batch import Batch, Scalars
 from dinogen.config import ConfigError, Section
+from dinogen.diffusion.flow import target, walk_times
+from dinogen.diffusion.ode import integrate
+from dinogen.diffusion.process import q_sample
 from dinogen.distributed import rng
 from dinogen.guidance.guides import stored_features
 from dinogen.networks.representation import RepresentationMLP
@@ -58,9 +61,8 @@ class RepresentationOptions(Section):
 class Representation:
     """The global feature of a run's images, and the network R that generates it.
 
-    R learns by flow matching (Lipman et al. 2023, "Flow Matching for Generative Modeling", example
-    II): of x_t = (1 - t) x + t eps, with x a normalised feature and t uniform, it predicts
-    eps - x.
+    R learns the velocity of a rectified flow (:mod:`dinogen.diffusion.flow`) of the normalised
+    feature, at uniform times.
 
     Args:
         options: ``family.representation``.
@@ -143,8 +145,7 @@ class Representation:
     def losses(
         self,
         R: RepresentationMLP,
-        embedding: Tensor,
-        position: Tensor,
+        batch: Batch,
         label: Tensor | None,
         kind: str,
     ) -> Scalars:
@@ -152,44 +153,50 @@ class Representation:
 
         Args:
             R: with or without gradients.
-            embedding: (B, channels), see :meth:`embedding`.
-            position: (B,) of the samples.
+            batch: of images with the level.
             label: (B,) int64 on the device; None without classes.
             kind: ends the purposes of the draws.
         """
+        embedding, position = self.embedding(R, batch), batch["position"]
         t = rng.uniform(self.seed, f"R/t{kind}", position, (), self.device)
         eps = rng.normal(self.seed, f"R/eps{kind}", position, self.shape, self.device)
-        x = torch.lerp(embedding, eps, t[:, None])
-        error = R(x, TIME_SCALE * t, label) - (eps - embedding)
-        return {"representation": error.square().mean()}
+        noise = t[:, None]
+        output = R(q_sample(embedding, eps, 1 - noise, noise), TIME_SCALE * t, label)
+        return {"representation": (output - target("v", embedding, eps)).square().mean()}
 
     @property
     def shape(self) -> tuple[int]:
         """Of one feature, and of the noise that it is generated from."""
         return (self.options.channels,)
 
-    @torch.no_grad()
+    def facts(self, R: RepresentationMLP) -> dict[str, Any]:
+        """What the embedding of an exported G is, JSON-ready: a stored feature, normalised."""
+        return {
+            "embedding": {
+                "level": self.options.level,
+                "mean": R.mean.tolist(),
+                "std": R.std.tolist(),
+            }
+        }
+
+    def noise(self, indices: Tensor, seed: int) -> Tensor:
+        """What features of sample numbers (N,) are generated from, (N, channels) on the device."""
+        return rng.normal(seed, "sample/R", indices, self.shape, self.device)
+
     def generate(self, R: RepresentationMLP, noise: Tensor, label: Tensor | None) -> Tensor:
-        """Normalised features (N, channels) from noise, by Heun's method from t = 1 to 0.
+        """Normalised features (N, channels) from noise.
 
         Args:
             R: the moving average.
             noise: (N, channels) standard normal.
             label: (N,) int64 on the device; None without classes.
         """
-        steps = self.options.steps
-        x = noise
 
-        def velocity(x: Tensor, step: int) -> Tensor:
-            t = torch.full((len(x),), TIME_SCALE * (1 - step / steps), device=x.device)
-            v: Tensor = R(x, t, label)
+        def velocity(x: Tensor, time: float) -> Tensor:
+            v: Tensor = R(x, torch.full((len(x),), TIME_SCALE * time, device=x.device), label)
             return v
 
-        for step in range(steps):
-            now = velocity(x, step)
-            then = velocity(x - now / steps, step + 1)
-            x = x - (now + then) / (2 * steps)
-        return x
+        return integrate(velocity, noise, walk_times(self.options.steps), "heun")
 
     def _stored(self, batch: shards.Batch) -> Tensor:
         """The features as stored, (B, channels)."""

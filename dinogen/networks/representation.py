@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dinogen.networks.unet import time_embedding
+from dinogen.networks.denoising import time_embedding
 
 
 class Block(nn.Module):

@@ -61,11 +61,12 @@ def export(
     and a slash.
 
     The metadata's key ``dinogen`` is JSON: ``random_guide`` first, ``network`` (its class, and the
-    arguments to call it with), ``further`` (the same of other networks, by name), ``resolution``, ``alpha`` and ``fading`` (how far the stage was
-    faded in), ``nimg``, ``family``, ``guide_label`` and ``guide``, ``data`` (their fingerprint) and
-    ``loss``, the whole ``config``, the ``versions`` that trained it, and ``card``: ``data``,
-    ``guide``, ``metrics`` as far as this checkpoint was measured, ``licence`` and
-    ``intended_use``. The same checkpoint, with the same measurements, gives the same bytes.
+    arguments to call it with), ``further`` (the same of other networks, by name), ``resolution``,
+    ``alpha`` and ``fading`` (how far the stage was faded in), ``nimg``, ``family``, ``guide_label``
+    and ``guide``, ``data`` (their fingerprint) and ``loss``, the whole ``config``, the ``versions``
+    that trained it, and ``card``: ``data``, ``guide``, ``metrics`` as far as this checkpoint was
+    measured, ``licence`` and ``intended_use``. The same checkpoint, with the same measurements,
+    gives the same bytes.
 
     Args:
         run: folder of the run, or a file written by this, whose card is taken over.
