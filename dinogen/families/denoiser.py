@@ -23,13 +23,16 @@ from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classes_of
 from dinogen.guidance.representation import Representation, RepresentationOptions
+from dinogen.networks.denoising import DenoisingNetwork, Drop
+from dinogen.networks.dit import SIZES, DiT
 from dinogen.networks.representation import RepresentationMLP
-from dinogen.networks.unet import Drop, UNet
+from dinogen.networks.unet import UNet
 from dinogen.transfer import to_device, to_device_together
 from shards.read.dataset import Dataset
 
 # Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", section 4.2 tries 0.1 to 0.5
 DROP_LABEL = 0.1
+RGB = 3
 
 # (x (N, C, R, R), time of the network (N,), share of the walk that is done) -> what it says
 Predict = Callable[[Tensor, Tensor, float], Tensor]
@@ -64,10 +67,62 @@ class UNetOptions(Section):
     )
 
 
+class DiTOptions(Section):
+    """A diffusion transformer, by the name of its size or by its numbers."""
+
+    size: Literal["S", "B", "L", "XL"] | None = Field(
+        None,
+        description="of Peebles and Xie: S 384 wide and 12 deep, B 768 and 12, L 1024 and 24, XL "
+        "1152 and 28; default: S, or the three numbers",
+    )
+    width: int | None = Field(None, ge=4, description="of the tokens")
+    depth: int | None = Field(None, ge=1, description="number of blocks")
+    num_heads: int | None = Field(None, ge=1, description="of each attention")
+    patch: int = Field(2, ge=1, description="side of the patch of pixels that is one token")
+    num_registers: int = Field(0, ge=0, description="tokens that belong to no patch")
+    qk_norm: bool = Field(True, description="normalise the queries and keys of each head")
+
+    @model_validator(mode="after")
+    def _check(self) -> DiTOptions:
+        given = [name for name in _BY_SIZE if getattr(self, name) is not None]
+        if given and self.size is not None:
+            raise ValueError(f"size {self.size} says {given[0]} already: leave out one of them")
+        if given and len(given) < len(_BY_SIZE):
+            missing = next(name for name in _BY_SIZE if name not in given)
+            raise ValueError(
+                f"{missing} is missing: give width, depth and num_heads together, or a size"
+            )
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        """What a DiT is built with."""
+        own = {name: getattr(self, name) for name in _BY_SIZE}
+        sized = SIZES[self.size or "S"] if self.width is None else own
+        return sized | self.model_dump(include={"patch", "num_registers", "qk_norm"})
+
+
+_BY_SIZE = ("width", "depth", "num_heads")
+# Keys that a U-Net is built with.
+_OF_UNET = (
+    "base_channels",
+    "channel_multipliers",
+    "num_blocks",
+    "attention_resolutions",
+    "head_channels",
+    "unet",
+)
+
+
 class DenoiserOptions(Section):
     """Keys of ``family:`` that `ddpm` and `flow` have."""
 
     prediction: str = Field("v", description="what the network predicts")
+    network: Literal["unet", "dit"] = Field(
+        "unet", description="a convolutional U-Net, or a transformer with the keys of dit:"
+    )
+    dit: DiTOptions | None = Field(
+        None, description="size of the transformer of network: dit; default: S, patches of 2"
+    )
     base_channels: int = Field(128, ge=2, description="channels at full resolution")
     channel_multipliers: tuple[int, ...] = Field(
         (1, 2, 3, 4), description="channels of each level over the base; each halves the side"
@@ -103,6 +158,17 @@ class DenoiserOptions(Section):
         None,
         description="generate a global feature first, and the image from it (RCG); default: do not",
     )
+
+    @model_validator(mode="after")
+    def _check_network(self) -> DenoiserOptions:
+        if self.network == "unet":
+            if self.dit is not None:
+                raise ValueError("dit: belongs to network: dit: set it, or leave dit: out")
+            return self
+        for name in _OF_UNET:
+            if getattr(self, name) != DenoiserOptions.model_fields[name].default:
+                raise ValueError(f"{name} belongs to network: unet: leave it out beside dit")
+        return self
 
     @model_validator(mode="after")
     def _check_guidance(self) -> DenoiserOptions:
@@ -214,10 +280,12 @@ class Denoiser(Family):
         if self.options.representation is not None:
             self.representation = Representation(self.options.representation, config.seed, device)
             self.R = RepresentationMLP(**self.arguments("R")).to(device)
+        build = {"unet": UNet, "dit": DiT}[self.options.network]
         try:
-            self.G: nn.Module = UNet(**self.arguments("G")).to(device)
+            self.G: DenoisingNetwork = build(**self.arguments("G")).to(device)
         except ValueError as error:
-            raise ConfigError(f"family.{error}") from None
+            section = "dit." if self.options.network == "dit" else ""
+            raise ConfigError(f"family.{section}{error}") from None
 
     @property
     def num_classes(self) -> int:
@@ -272,24 +340,23 @@ class Denoiser(Family):
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G or R."""
-        features = self.representation
+        own, features = self.options, self.representation
         if network == "R" and features is not None:
-            return features.arguments(self.options.num_classes)
-        arguments = {"resolution": self.stage.resolution} | self.options.model_dump(
-            mode="json",
-            include={
-                "base_channels",
-                "channel_multipliers",
-                "num_blocks",
-                "attention_resolutions",
-                "head_channels",
-                "num_classes",
-            },
-        )
+            return features.arguments(own.num_classes)
+        channels, side, _ = self._shape
+        arguments: dict[str, Any] = {"resolution": side}
+        if own.network == "dit":
+            arguments |= (own.dit or DiTOptions()).arguments()
+        else:
+            names = set(_OF_UNET) - {"unet"}
+            arguments |= own.model_dump(mode="json", include=names)
+            if own.unet is not None:
+                arguments["variant"] = own.unet.model_dump(mode="json")
+        if channels != RGB:
+            arguments["in_channels"] = channels
         if features is not None:
             arguments["embed_dim"] = features.options.channels
-        unet = self.options.unet
-        return arguments if unet is None else arguments | {"variant": unet.model_dump(mode="json")}
+        return arguments | {"num_classes": own.num_classes}
 
     # --- sampling
 
@@ -475,8 +542,7 @@ class Denoiser(Family):
         self, G: nn.Module, x: Tensor, t: Tensor, conditions: Conditions, drop: Drop | None = None
     ) -> Tensor:
         """What G says, (B, C, R, R) float32."""
-        more = () if conditions.embedding is None else (conditions.embedding,)
-        output: Tensor = G(x, t, conditions.label, drop, *more)
+        output: Tensor = G(x, t, conditions.label, drop, conditions.embedding)
         return output
 
     def _drop(self, h: Tensor, block: int, position: Tensor) -> Tensor:
@@ -490,7 +556,7 @@ class Denoiser(Family):
     @property
     def _shape(self) -> tuple[int, int, int]:
         """Of what noise is added to, (C, R, R)."""
-        return 3, self.stage.resolution, self.stage.resolution
+        return RGB, self.stage.resolution, self.stage.resolution
 
     @property
     def _bounded(self) -> bool:
