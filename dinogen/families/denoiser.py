@@ -25,7 +25,7 @@ from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classe
 from dinogen.guidance.representation import Representation, RepresentationOptions
 from dinogen.networks.denoising import DenoisingNetwork, Drop
 from dinogen.networks.dit import SIZES, DiT
-from dinogen.networks.representation import RepresentationMLP
+from dinogen.networks.representation import Embedded, RepresentationMLP
 from dinogen.networks.unet import UNet
 from dinogen.transfer import to_device, to_device_together
 from shards.read.dataset import Dataset
@@ -237,21 +237,6 @@ class Noised:
         return (errors.flatten(1).mean(1) * self.weight).mean()
 
 
-class Embedded(nn.Module):
-    """A network G by the inputs that its graph has, in their order."""
-
-    def __init__(self, G: nn.Module) -> None:
-        super().__init__()
-        self.G = G
-
-    def forward(
-        self, x: Tensor, t: Tensor, embedding: Tensor, label: Tensor | None = None
-    ) -> Tensor:
-        """As :meth:`dinogen.networks.denoising.DenoisingNetwork.forward`."""
-        output: Tensor = self.G(x, t, label, None, embedding)
-        return output
-
-
 class Denoiser(Family):
     """A network G that takes noise out of images, at every strength of noise.
 
@@ -428,7 +413,7 @@ class Denoiser(Family):
             facts["guidance_interval"] = list(own.guidance_interval)
         if self.representation is None:
             return Graph(networks["G"], inputs, own.prediction, facts)
-        facts |= self.representation.facts(self._R(networks))
+        facts |= self.representation.facts(networks)
         return Graph(Embedded(networks["G"]), inputs, own.prediction, facts)
 
     def _walk(
@@ -460,14 +445,8 @@ class Denoiser(Family):
             return latents, Conditions(label)
         channels = self.representation.options.channels
         x, noise = latents.split([latents.shape[1] - channels, channels], 1)
-        embedding = self.representation.generate(self._R(networks), noise, label)
+        embedding = self.representation.generate(networks, noise, label)
         return x.unflatten(1, self._shape), Conditions(label, embedding)
-
-    @staticmethod
-    def _R(networks: Networks) -> RepresentationMLP:
-        R = networks["R"]
-        assert isinstance(R, RepresentationMLP)
-        return R
 
     def _guided(
         self, G: nn.Module, conditions: Conditions, x: Tensor, t: Tensor, share: float
@@ -519,7 +498,7 @@ class Denoiser(Family):
         if self.representation is None:
             return {}
         label = batch["label"] if self.options.num_classes else None
-        return self.representation.losses(self._R(networks), batch, label, kind)
+        return self.representation.losses(networks, batch, label, kind)
 
     def _conditions(self, batch: Batch, kind: str, networks: Networks) -> Conditions:
         """What a batch is conditioned on in training, left out for some of it."""
@@ -527,7 +506,7 @@ class Denoiser(Family):
         if features is not None:
             keep = features.keep(batch["position"], kind)
             null: Tensor = networks["G"].get_parameter("null_embedding")
-            embedding = features.embedding(self._R(networks), batch)
+            embedding = features.embedding(networks, batch)
             return Conditions(
                 torch.where(keep, batch["label"], num_classes) if num_classes else None,
                 torch.where(keep[:, None], embedding, null),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinogen.batch import Batch, Scalars
 from dinogen.config import ConfigError, Section
@@ -31,6 +32,7 @@ NUM_MEASURED = 1024
 # As networks of diffusion know the time.
 TIME_SCALE = 1000.0
 
+Networks = Mapping[str, nn.Module]
 log = logging.getLogger(__name__)
 
 
@@ -128,9 +130,9 @@ class Representation:
             R.mean.copy_(torch.from_numpy(mean))
             R.std.copy_(torch.from_numpy(deviation).clamp(min=least))
 
-    def embedding(self, R: RepresentationMLP, batch: Batch) -> Tensor:
+    def embedding(self, networks: Networks, batch: Batch) -> Tensor:
         """The normalised features of a batch's images, (B, channels) float32 on the device."""
-        return R.normalized(to_device(self._stored(batch), self.device))
+        return _R(networks).normalized(to_device(self._stored(batch), self.device))
 
     def keep(self, position: Tensor, kind: str) -> Tensor:
         """Which samples (B,) bool keep their feature in a step; the others learn without.
@@ -142,26 +144,21 @@ class Representation:
         drawn = rng.uniform(self.seed, f"embedding{kind}", position, (), self.device)
         return drawn >= self.options.dropout
 
-    def losses(
-        self,
-        R: RepresentationMLP,
-        batch: Batch,
-        label: Tensor | None,
-        kind: str,
-    ) -> Scalars:
+    def losses(self, networks: Networks, batch: Batch, label: Tensor | None, kind: str) -> Scalars:
         """Mean squared error of R's velocity, at a time drawn per sample.
 
         Args:
-            R: with or without gradients.
+            networks: R among them.
             batch: of images with the level.
             label: (B,) int64 on the device; None without classes.
             kind: ends the purposes of the draws.
         """
-        embedding, position = self.embedding(R, batch), batch["position"]
+        embedding, position = self.embedding(networks, batch), batch["position"]
         t = rng.uniform(self.seed, f"R/t{kind}", position, (), self.device)
         eps = rng.normal(self.seed, f"R/eps{kind}", position, self.shape, self.device)
         noise = t[:, None]
-        output = R(q_sample(embedding, eps, 1 - noise, noise), TIME_SCALE * t, label)
+        x = q_sample(embedding, eps, 1 - noise, noise)
+        output = _R(networks)(x, TIME_SCALE * t, label)
         return {"representation": (output - target("v", embedding, eps)).square().mean()}
 
     @property
@@ -169,8 +166,9 @@ class Representation:
         """Of one feature, and of the noise that it is generated from."""
         return (self.options.channels,)
 
-    def facts(self, R: RepresentationMLP) -> dict[str, Any]:
+    def facts(self, networks: Networks) -> dict[str, Any]:
         """What the embedding of an exported G is, JSON-ready: a stored feature, normalised."""
+        R = _R(networks)
         return {
             "embedding": {
                 "level": self.options.level,
@@ -183,14 +181,15 @@ class Representation:
         """What features of sample numbers (N,) are generated from, (N, channels) on the device."""
         return rng.normal(seed, "sample/R", indices, self.shape, self.device)
 
-    def generate(self, R: RepresentationMLP, noise: Tensor, label: Tensor | None) -> Tensor:
+    def generate(self, networks: Networks, noise: Tensor, label: Tensor | None) -> Tensor:
         """Normalised features (N, channels) from noise.
 
         Args:
-            R: the moving average.
+            networks: the moving averages.
             noise: (N, channels) standard normal.
             label: (N,) int64 on the device; None without classes.
         """
+        R = _R(networks)
 
         def velocity(x: Tensor, time: float) -> Tensor:
             v: Tensor = R(x, torch.full((len(x),), TIME_SCALE * time, device=x.device), label)
@@ -214,6 +213,12 @@ class Representation:
         log.info("representation: measuring %s on %d images", level, len(chosen))
         batch = data.read(chosen, split=split, levels=[level], on_error=on_error)
         return self._stored(batch).double().std(0, unbiased=False).float().numpy()
+
+
+def _R(networks: Networks) -> RepresentationMLP:
+    R = networks["R"]
+    assert isinstance(R, RepresentationMLP)
+    return R
 
 
 def _remedy(level: str) -> str:

@@ -95,3 +95,18 @@ class RepresentationMLP(nn.Module):
     def normalized(self, features: Tensor) -> Tensor:
         """Stored features (B, channels) with mean 0 and deviation 1 in every channel, float32."""
         return (features.float() - self.mean) / self.std
+
+
+class Embedded(nn.Module):
+    """A network G by the inputs that its graph has, in their order."""
+
+    def __init__(self, G: nn.Module) -> None:
+        super().__init__()
+        self.G = G
+
+    def forward(
+        self, x: Tensor, t: Tensor, embedding: Tensor, label: Tensor | None = None
+    ) -> Tensor:
+        """As :meth:`dinogen.networks.denoising.DenoisingNetwork.forward`."""
+        output: Tensor = self.G(x, t, label, None, embedding)
+        return output

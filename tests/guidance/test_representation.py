@@ -43,7 +43,7 @@ def trained(num_classes, steps=600, size=256):
         rows = position % len(points)
         label = which[rows] if num_classes else None
         batch = {"clip": points[rows], "position": position}
-        (loss,) = made.losses(R, batch, label, "").values()
+        (loss,) = made.losses({"R": R}, batch, label, "").values()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -53,7 +53,7 @@ def trained(num_classes, steps=600, size=256):
 
 
 def generated(made, R, label=None, num=4000):
-    return made.generate(R, made.noise(torch.arange(num), 1), label) * R.std + R.mean
+    return made.generate({"R": R}, made.noise(torch.arange(num), 1), label) * R.std + R.mean
 
 
 def test_it_learns_a_mixture_with_the_right_shares_and_spread():
@@ -88,7 +88,7 @@ def test_the_loss_by_hand_and_for_any_parts_of_the_batch():
         for x, e, a in zip(embedding, eps, t, strict=True)
     ]
     batch = {"clip": embedding, "position": position}
-    whole = made.losses(R, batch, None, "/x")["representation"]
+    whole = made.losses({"R": R}, batch, None, "/x")["representation"]
     torch.testing.assert_close(whole, torch.stack(errors).square().mean())
 
 
@@ -96,10 +96,10 @@ def test_samples_do_not_depend_on_each_other_and_begin_at_the_noise():
     made = of(channels=5, width=8, depth=1, steps=2)
     R = RepresentationMLP(**made.arguments(0))
     noise = torch.randn(3, 5)
-    assert torch.equal(made.generate(R, noise, None), noise), "a new R moves nothing"
+    assert torch.equal(made.generate({"R": R}, noise, None), noise), "a new R moves nothing"
     torch.nn.init.normal_(R.last.weight)
-    found = made.generate(R, noise, None)
-    torch.testing.assert_close(made.generate(R, noise[1:2], None), found[1:2])
+    found = made.generate({"R": R}, noise, None)
+    torch.testing.assert_close(made.generate({"R": R}, noise[1:2], None), found[1:2])
     assert (found - noise).abs().max() > 0.1
 
 
@@ -132,7 +132,9 @@ def test_over_the_training_images_it_has_mean_0_and_deviation_1(packed, level):
     made = of(level=level, channels=3, width=4, depth=1)
     R = RepresentationMLP(**made.arguments(0))
     made.begin(R, packed, "train", "stop")
-    found = made.embedding(R, packed.read(range(packed.num_samples("train")), levels=[level]))
+    found = made.embedding(
+        {"R": R}, packed.read(range(packed.num_samples("train")), levels=[level])
+    )
     varies = slice(None) if level == "clip" else slice(2)
     torch.testing.assert_close(found.mean(0), torch.zeros(3), atol=3e-3, rtol=0)
     spread = found.std(0, unbiased=False)[varies]
@@ -147,7 +149,8 @@ def test_the_mean_of_a_larger_level_is_p1(packed):
     batch = packed.read(range(6), levels=["p1"]), packed.read(range(6), levels=["p4"])
     R = RepresentationMLP(3, 4, 1)
     one, four = (
-        of(level=n, channels=3).embedding(R, b) for n, b in zip(["p1", "p4"], batch, strict=True)
+        of(level=n, channels=3).embedding({"R": R}, b)
+        for n, b in zip(["p1", "p4"], batch, strict=True)
     )
     torch.testing.assert_close(one, four, atol=5e-3, rtol=1e-3)
 
