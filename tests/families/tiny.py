@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 
@@ -42,8 +43,8 @@ TINY = {
     "ddpm-dit": {**_DIT, "num_steps": 50, "sample_steps": 4},
     "flow": {**_UNET, "sample_steps": 4},
     "flow-dit": {**_DIT, "sampler": "midpoint", "sample_steps": 3},
-    "ddpm-rcg": {**_UNET, "num_steps": 50, "sample_steps": 4, "representation": _RCG},
-    "flow-rcg": {**_DIT, "sample_steps": 2, "representation": _RCG},
+    "ddpm-rcg": {**_DIT, "num_steps": 50, "sample_steps": 4, "representation": _RCG},
+    "flow-rcg": {**_UNET, "sample_steps": 2, "representation": _RCG},
     "guided": {
         "z_dim": 8,
         "channel_base": 64,
@@ -60,7 +61,7 @@ def tiny_config(family: str, data: Path, run: Path, *overrides: str) -> Config:
         "run": str(run),
         "data": {"path": str(data), "num_threads": 0},
         "guide": {"path": str(data.parent / "guide")},
-        "family": {"name": family.partition("-")[0], **TINY[family]},
+        "family": {"name": family.partition("-")[0], **copy.deepcopy(TINY[family])},
         "stages": [{"resolution": RESOLUTION, "kimg": 0.032, "batch": BATCH, "lr": 1e-3}],
         # Adam would blow up gradients that are zero but for rounding: a hinge critic's last bias
         "optim": {"eps": 1e-5},
