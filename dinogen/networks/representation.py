@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from dinogen.networks.casts import cast_together
 from dinogen.networks.denoising import time_embedding
 
 
@@ -28,10 +30,9 @@ class Block(nn.Module):
             x: (B, width).
             embedding: of the time and the class, after its activation, (B, width).
         """
-        silu = nn.functional.silu
-        h = self.linear_1(silu(self.norm_1(x))) + self.embedding(embedding)
-        out: Tensor = x + self.linear_2(silu(self.norm_2(h)))
-        return out
+        of_1, of_embedding, of_2 = cast_together(self.linear_1, self.embedding, self.linear_2)
+        h = F.linear(F.silu(self.norm_1(x)), *of_1) + F.linear(embedding, *of_embedding)
+        return x + F.linear(F.silu(self.norm_2(h)), *of_2)
 
 
 class RepresentationMLP(nn.Module):
@@ -85,11 +86,11 @@ class RepresentationMLP(nn.Module):
         if self.label is not None:
             assert label is not None
             embedding = embedding + self.label(label)
-        embedding = nn.functional.silu(embedding)
+        embedding = F.silu(embedding)
         h = self.first(x)
         for block in self.blocks:
             h = block(h, embedding)
-        out: Tensor = self.last(nn.functional.silu(self.last_norm(h)))
+        out: Tensor = self.last(F.silu(self.last_norm(h)))
         return out.float()
 
     def normalized(self, features: Tensor) -> Tensor:
