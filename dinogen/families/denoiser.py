@@ -22,8 +22,9 @@ from dinogen.config import Config, ConfigError, Section, StageConfig, describe_e
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classes_of
+from dinogen.guidance.alignment import Repa, RepaOptions
 from dinogen.guidance.representation import Representation, RepresentationOptions
-from dinogen.networks.denoising import DenoisingNetwork, Drop
+from dinogen.networks.denoising import DenoisingNetwork, Drop, NoSuchLayer
 from dinogen.networks.dit import SIZES, DiT
 from dinogen.networks.representation import Embedded, RepresentationMLP
 from dinogen.networks.unet import UNet
@@ -154,6 +155,9 @@ class DenoiserOptions(Section):
         description="part of the walk that guidance acts in, as shares: 0 is noise, 1 the image; "
         "default: all of it",
     )
+    repa: RepaOptions | None = Field(
+        None, description="align hidden tokens with stored features; default: do not"
+    )
     representation: RepresentationOptions | None = Field(
         None,
         description="generate a global feature first, and the image from it (RCG); default: do not",
@@ -261,6 +265,8 @@ class Denoiser(Family):
     def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
         super().__init__(config, stage, device)
         self.options = self.Options(**config.family.options)
+        aligned = self.options.repa
+        self.repa = None if aligned is None else Repa(aligned, config)
         self.representation: Representation | None = None
         if self.options.representation is not None:
             self.representation = Representation(self.options.representation, config.seed, device)
@@ -268,9 +274,13 @@ class Denoiser(Family):
         build = {"unet": UNet, "dit": DiT}[self.options.network]
         try:
             self.G: DenoisingNetwork = build(**self.arguments("G")).to(device)
+        except NoSuchLayer as error:
+            raise ConfigError(f"family.repa.{error}") from None
         except ValueError as error:
             section = "dit." if self.options.network == "dit" else ""
             raise ConfigError(f"family.{section}{error}") from None
+        if self.repa is not None:
+            self.repa.check(self.G)
 
     @property
     def num_classes(self) -> int:
@@ -309,19 +319,30 @@ class Denoiser(Family):
 
     @property
     def inputs(self) -> Inputs:
-        """Images, labels if there are classes, and the level of ``representation``."""
+        """Images, labels if there are classes, and levels of ``repa`` and ``representation``."""
         features = self.options.representation
+        aligned = self.repa.levels if self.repa else ()
         return Inputs(
             image_size=self.stage.resolution,
-            levels=() if features is None else (features.level,),
+            levels=tuple(dict.fromkeys([*aligned, *([features.level] if features else [])])),
             labels=self.options.num_classes > 0,
         )
 
     def begin(self, data: Dataset) -> None:
-        """Measure the feature of ``representation``, if there is one."""
+        """Check the features of ``repa``, and measure that of ``representation``."""
+        if self.repa is not None:
+            self.repa.begin(data)
         if self.representation is not None:
             where = self.config.data
             self.representation.begin(self.R, data, where.split, where.on_error)
+
+    def describe(self) -> dict[str, Any]:
+        """The guides of these features."""
+        facts = [one.describe() for one in (self.representation, self.repa) if one is not None]
+        found = {name: value for one in facts for name, value in one.items()}
+        if any(one.get("random_guide") for one in facts):
+            found["random_guide"] = True
+        return found
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G or R."""
@@ -339,6 +360,8 @@ class Denoiser(Family):
                 arguments["variant"] = own.unet.model_dump(mode="json")
         if channels != RGB:
             arguments["in_channels"] = channels
+        if self.repa is not None:
+            arguments["align"] = self.repa.arguments
         if features is not None:
             arguments["embed_dim"] = features.options.channels
         return arguments | {"num_classes": own.num_classes}
@@ -471,23 +494,43 @@ class Denoiser(Family):
     # --- training
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
-        """The losses on images that were not trained on, with random numbers of their own."""
-        kind = "/held-out"
-        noised = self._noised(self._clean(batch, kind), batch["position"], kind)
-        conditions = self._conditions(batch, kind, networks)
-        output = self._said(networks["G"], noised.x, noised.t, conditions)
-        losses = {self.options.prediction: noised.loss(output)}
-        return losses | self._representation_loss(batch, kind, networks)
+        """The losses on images that were not trained on, with random numbers of their own.
+
+        With ``repa``, its negative mean cosine too.
+        """
+        losses, cosine = self._compared(networks, batch, "/held-out")
+        if cosine is not None:
+            losses["repa"] = -cosine
+        return losses | self._representation_loss(batch, "/held-out", networks)
 
     def _losses(self, batch: Batch) -> Losses:
         """The loss of one time drawn per sample."""
         drop = None
         if self.options.dropout:
             drop = functools.partial(self._drop, position=to_device(batch["position"], self.device))
-        noised = self._noised(self._clean(batch, ""), batch["position"], "")
-        conditions = self._conditions(batch, "", self.networks)
-        output = self._said(self.G, noised.x, noised.t, conditions, drop)
-        return {self.options.prediction: noised.loss(output)}, {}
+        losses, cosine = self._compared(self.networks, batch, "", drop)
+        if self.repa is None or cosine is None:
+            return losses, {}
+        # of the step, the same on every rank and in every microbatch
+        nimg = int(batch["position"][0])
+        nimg -= (nimg - self.start) % self.stage.batch
+        return losses | {"repa": -self.repa.weight(nimg) * cosine}, {"cos": cosine.detach()}
+
+    def _compared(
+        self, networks: Networks, batch: Batch, kind: str, drop: Drop | None = None
+    ) -> tuple[Scalars, Tensor | None]:
+        """The loss of what G says; and how its tokens are aligned, where they are."""
+        G = networks["G"]
+        noised = self._noised(self._clean(batch, kind), batch["position"], kind)
+        conditions = self._conditions(batch, kind, networks)
+        if self.repa is None:
+            output = self._said(G, noised.x, noised.t, conditions, drop)
+            return {self.options.prediction: noised.loss(output)}, None
+        assert isinstance(G, DenoisingNetwork)
+        output, tokens = G.with_tokens(
+            noised.x, noised.t, conditions.label, drop, conditions.embedding
+        )
+        return {self.options.prediction: noised.loss(output)}, self.repa.cosine(tokens, batch)
 
     def _losses_of_R(self, batch: Batch) -> Losses:
         """The loss of features at one time drawn per sample."""

@@ -17,11 +17,12 @@ from dinogen.diffusion.flow import target, walk_times
 from dinogen.diffusion.ode import integrate
 from dinogen.diffusion.process import q_sample
 from dinogen.distributed import rng
+from dinogen.features.base import GuideInfo
 from dinogen.guidance.guides import stored_features
 from dinogen.networks.representation import RepresentationMLP
 from dinogen.transfer import to_device
 from shards.errors import ManifestError
-from shards.format.sample import VECTORS, level_grid, level_name
+from shards.format.sample import VECTORS, level_grid, level_guide, level_name
 from shards.read import batch as shards
 from shards.read.dataset import Dataset
 
@@ -76,6 +77,7 @@ class Representation:
         self.options = options
         self.seed = seed
         self.device = device
+        self._guide: dict[str, Any] = {}
 
     def arguments(self, num_classes: int) -> dict[str, Any]:
         """Of R, as ``Family.arguments``."""
@@ -115,6 +117,7 @@ class Representation:
                 f"family.representation.channels: {channels}, but level {level} of "
                 f"{data.location} has {found.channels}: set it to {found.channels}"
             )
+        self._guide = _made_by(data, level)
         mean = data.level_mean(level).mean(0)
         if level_grid(level) == 1:
             deviation = np.sqrt(data.level_variance(level)[0])
@@ -129,6 +132,13 @@ class Representation:
         with torch.no_grad():
             R.mean.copy_(torch.from_numpy(mean))
             R.std.copy_(torch.from_numpy(deviation).clamp(min=least))
+
+    def describe(self) -> dict[str, Any]:
+        """What made the feature, as the shards name it; empty before :meth:`begin`."""
+        if not self._guide or self.options.level in VECTORS:
+            return {"clip": self._guide} if self._guide else {}
+        info = GuideInfo(**self._guide)
+        return {"guide": self._guide, "guide_label": info.label, "random_guide": info.random}
 
     def embedding(self, networks: Networks, batch: Batch) -> Tensor:
         """The normalised features of a batch's images, (B, channels) float32 on the device."""
@@ -213,6 +223,22 @@ class Representation:
         log.info("representation: measuring %s on %d images", level, len(chosen))
         batch = data.read(chosen, split=split, levels=[level], on_error=on_error)
         return self._stored(batch).double().std(0, unbiased=False).float().numpy()
+
+
+def _made_by(data: Dataset, level: str) -> dict[str, Any]:
+    """The guide or CLIP that made a level, as the manifest names it."""
+    manifest, name = data.manifest, level_guide(level)
+    if level in VECTORS:
+        found = manifest.clip
+    else:
+        found = manifest.guides.get(name, {}) if name else manifest.guide
+    if not found:
+        log.warning(
+            "%s: its manifest does not say what made level %s, so neither will the run",
+            data.location,
+            level,
+        )
+    return found
 
 
 def _R(networks: Networks) -> RepresentationMLP:

@@ -20,7 +20,7 @@ from dinogen.errors import UserError
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class
 from shards.errors import ShardsError
-from shards.format.sample import VECTORS
+from shards.format.sample import VECTORS, flipped_guide, level_guide
 from shards.read.batch import PackedSource
 from shards.read.dataset import Dataset, open_dataset
 from shards.read.mixture import MixedDataset
@@ -223,7 +223,8 @@ def makes_pyramids(config: Config) -> bool:
     """Whether data for a run get pyramids, as ``prepare.pyramids.make`` says.
 
     Raises:
-        ConfigError: there is no such family, or an option of it is wrong.
+        ConfigError: there is no such family, or an option of it is wrong; or it reads features of
+            mirrored images, which would not be made.
     """
     make = config.prepare.pyramids.make
     return make == "always" or (make == "auto" and reads_pyramids(config))
@@ -244,9 +245,19 @@ def reads_pyramids(config: Config) -> bool:
     Its networks take no memory on ``meta``.
 
     Raises:
-        ConfigError: there is no such family, or an option of it is wrong.
+        ConfigError: there is no such family, or an option of it is wrong; or it reads features of
+            mirrored images, and the config does not make them.
     """
     cls, nowhere = family_class(config.family), torch.device("meta")
     with nowhere:
-        levels = [cls(config, stage, nowhere).inputs.levels for stage in config.stages]
-    return any(level not in VECTORS for stage in levels for level in stage)
+        stages = [cls(config, stage, nowhere).inputs.levels for stage in config.stages]
+    levels = {level for stage in stages for level in stage}
+    mirrored = {flipped_guide(name) for name in ("", *config.guides)}
+    lacking = sorted(level for level in levels if level_guide(level) in mirrored)
+    if lacking and not config.prepare.pyramids.flips:
+        raise ConfigError(
+            f"prepare.pyramids.flips: false, but family {config.family.name} reads "
+            f"{', '.join(lacking)}, since augment.flip mirrors images: set it to true, or "
+            "augment.flip to 0"
+        )
+    return any(level not in VECTORS for level in levels)

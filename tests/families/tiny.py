@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import io
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,17 @@ TINY = {
     "flow-dit": {**_DIT, "sampler": "midpoint", "sample_steps": 3},
     "ddpm-rcg": {**_DIT, "num_steps": 50, "sample_steps": 4, "representation": _RCG},
     "flow-rcg": {**_UNET, "sample_steps": 2, "representation": _RCG},
+    "ddpm-repa": {
+        **_DIT,
+        "num_steps": 50,
+        "sample_steps": 4,
+        "repa": {"layer": 1, "level": "n4", "channels": 32, "hidden": 8},
+    },
+    "flow-repa": {
+        **_UNET,
+        "sample_steps": 4,
+        "repa": {"layer": 1, "level": "n16", "channels": 32, "hidden": 8, "until_kimg": 0.016},
+    },
     "guided": {
         "z_dim": 8,
         "channel_base": 64,
@@ -61,7 +72,7 @@ def tiny_config(family: str, data: Path, run: Path, *overrides: str) -> Config:
         "run": str(run),
         "data": {"path": str(data), "num_threads": 0},
         "guide": {"path": str(data.parent / "guide")},
-        "family": {"name": family.partition("-")[0], **copy.deepcopy(TINY[family])},
+        "family": {"name": family.partition("-")[0], **deepcopy(TINY[family])},
         "stages": [{"resolution": RESOLUTION, "kimg": 0.032, "batch": BATCH, "lr": 1e-3}],
         # Adam would blow up gradients that are zero but for rounding: a hinge critic's last bias
         "optim": {"eps": 1e-5},
