@@ -48,6 +48,7 @@ MAY_IMPORT = {
         "dinogen.report.progress",
     },
     "dinogen.guidance": {
+        "dinogen.diffusion",
         "dinogen.distributed",
         "dinogen.features",
         "dinogen.losses",

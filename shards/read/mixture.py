@@ -87,6 +87,10 @@ class MixedDataset(Dataset):
         sets = (one for one in self._sets if one.num_samples(split))
         return next((fault for one in sets if (fault := one.label_fault(split))), "")
 
+    def level_mean(self, level: int | str) -> npt.NDArray[np.float32]:
+        """As `Dataset.level_mean`: of the mix, in which each dataset has its weight."""
+        return self._mean(level).astype(np.float32)
+
     def level_variance(self, level: int | str) -> npt.NDArray[np.float32]:
         """As `Dataset.level_variance`: of the mix, in which each dataset has its weight."""
         return self._variance(level).astype(np.float32)
@@ -95,13 +99,21 @@ class MixedDataset(Dataset):
         """As `Dataset.total_variance`: of the mix, in which each dataset has its weight."""
         return float(self._variance(level).mean())
 
+    def _mean(self, level: int | str) -> npt.NDArray[np.float64]:
+        self.level_info(level)
+        parts = [
+            float(weight) * one.level_mean(level).astype(np.float64)
+            for weight, one in zip(self._weights, self._sets, strict=True)
+        ]
+        total: npt.NDArray[np.float64] = np.sum(parts, axis=0)
+        return total
+
     def _variance(self, level: int | str) -> npt.NDArray[np.float64]:
         """Law of total variance: the mean of the variances and the variance of the means."""
-        self.level_info(level)
+        middle = self._mean(level)
         weights = [float(weight) for weight in self._weights]
         means = [one.level_mean(level).astype(np.float64) for one in self._sets]
         within = [one.level_variance(level).astype(np.float64) for one in self._sets]
-        middle = sum(w * m for w, m in zip(weights, means, strict=True))
         total = np.zeros_like(means[0])
         for weight, mean, variance in zip(weights, means, within, strict=True):
             total += weight * (variance + (mean - middle) ** 2)

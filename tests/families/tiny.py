@@ -27,6 +27,7 @@ _DIT = {
     "network": "dit",
     "dit": {"width": 16, "depth": 2, "num_heads": 2, "patch": 4, "num_registers": 1},
 }
+_RCG = {"level": "n16", "channels": 32, "width": 16, "depth": 2, "steps": 2}
 # By family; what follows a hyphen is a variant of it.
 TINY = {
     "dcgan": {"z_dim": 8, "ngf": 4, "ndf": 4},
@@ -42,6 +43,8 @@ TINY = {
     "ddpm-dit": {**_DIT, "num_steps": 50, "sample_steps": 4},
     "flow": {**_UNET, "sample_steps": 4},
     "flow-dit": {**_DIT, "sampler": "midpoint", "sample_steps": 3},
+    "ddpm-rcg": {**_DIT, "num_steps": 50, "sample_steps": 4, "representation": _RCG},
+    "flow-rcg": {**_UNET, "sample_steps": 2, "representation": _RCG},
     "ddpm-repa": {
         **_DIT,
         "num_steps": 50,
