@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from dinogen.config import ConfigError, GuideConfig, Section, StageConfig
-from dinogen.guidance.comparing import MAIN, DistributionObjective, PairObjective
+from dinogen.guidance.comparing import MAIN, DistributionObjective, PairObjective, is_of
 from dinogen.guidance.objectives import AnyObjective, Drift, Paired
+from dinogen.guidance.sets import sets_of
 from dinogen.networks.diffaugment import Transform
+from shards.format.sample import level_grid
 
 NATIVE_UP_TO = 16
 POOLED = (16, 8, 4)
@@ -30,7 +32,27 @@ class GuidedOptions(Section):
         0,
         ge=0,
         description="number of further real samples per step for objectives that compare "
-        "distributions; 0: compare with the real samples of the batch",
+        "distributions; 0: compare with the real samples of the batch. With num_classes: real "
+        "samples of any class, which guidance moves away from",
+    )
+    num_classes: int = Field(0, ge=0, description="labels are 0 to this less 1; 0: no labels")
+    samples_per_class: int = Field(
+        16,
+        ge=2,
+        description="with num_classes: generated samples of one class that a step compares with as "
+        "many real ones of that class; stages.batch is a multiple",
+    )
+    guidance: float = Field(
+        1.0, description="with num_classes: strength of guidance of samples, in guidance_range"
+    )
+    guidance_range: tuple[float, float] = Field(
+        (1.0, 1.0),
+        description="least and greatest strength of guidance to the class that the generator "
+        "learns and is told, such as [1, 4]; 1 is the class as it is, and more moves away from "
+        "what is not",
+    )
+    guidance_power: float = Field(
+        3.0, ge=0, description="strength a is drawn with a density proportional to a^-power"
     )
     discriminator: DiscriminatorOptions | None = Field(
         None, description="trained together with the generator; default: none"
@@ -103,6 +125,11 @@ class GuidedOptions(Section):
         return self
 
     @property
+    def guided(self) -> bool:
+        """Whether the generator is told a strength of guidance."""
+        return self.guidance_range[1] > 1
+
+    @property
     def table(self) -> Paired | None:
         """The objective whose latents are learnt, if there is one."""
         found = (o for o in self.objectives if isinstance(o, Paired) and o.num_latents)
@@ -134,6 +161,83 @@ class GuidedOptions(Section):
                 grids = self.grids.get(name, POOLED)
                 found += [f"{prefix}{'p' if grid in POOLED else 'n'}{grid}" for grid in grids]
         return tuple(found)
+
+
+def check_classes(options: GuidedOptions, batch: int) -> None:
+    """Check what belongs to ``num_classes``.
+
+    Args:
+        options: of the run.
+        batch: size of the global batch.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    (low, high), guided = options.guidance_range, options.guided
+    if not 1 <= low <= high:
+        raise ConfigError(
+            f"family.guidance_range [{low}, {high}]: give two strengths from 1 on, the smaller one "
+            "first, such as [1, 4]"
+        )
+    if not low <= options.guidance <= high:
+        raise ConfigError(
+            f"family.guidance {options.guidance} is not in guidance_range [{low}, {high}], which "
+            "is what the generator learns: change one of them"
+        )
+    if not options.num_classes:
+        if guided:
+            raise ConfigError(
+                "family.guidance_range needs classes to guide to: set num_classes, or leave it out"
+            )
+        return
+    if batch % options.samples_per_class:
+        raise ConfigError(
+            f"stages: batch {batch} is not a multiple of family.samples_per_class "
+            f"{options.samples_per_class}: change one of them"
+        )
+    found = [one for one in options.objectives if isinstance(one, DistributionObjective)]
+    if not found:
+        raise ConfigError(
+            "family.num_classes: none of family.objectives compares distributions, and only they "
+            "compare within classes: add {name: drift}"
+        )
+    if guided and not options.reference_batch:
+        raise ConfigError(
+            "family.reference_batch must be > 0 with guidance_range: samples are moved away from "
+            "these real samples of any class. Try 32"
+        )
+    if options.reference_batch and not guided:
+        raise ConfigError(
+            "family.reference_batch: with num_classes only guidance reads it: set guidance_range, "
+            "such as [1, 4], or leave it out"
+        )
+    fixed = [one.name for one in found if not one.repels]
+    if guided and fixed:
+        raise ConfigError(
+            f"family.guidance_range: {fixed[0]} cannot be guided: use drift alone, or leave "
+            "guidance_range out"
+        )
+
+
+def check_views(options: GuidedOptions, levels: Iterable[str]) -> None:
+    """Check that every view fits the grids that are compared.
+
+    Args:
+        options: of the run.
+        levels: of a stage.
+
+    Raises:
+        ConfigError: naming the level.
+    """
+    for level in levels:
+        for one in options.objectives:
+            if not isinstance(one, DistributionObjective) or not is_of(level, one.guides):
+                continue
+            for view in one.views:
+                try:
+                    sets_of(view, level_grid(level))
+                except ValueError as error:
+                    raise ConfigError(f"family.objectives: {one.name}, {level}: {error}") from None
 
 
 def check_distributions(options: GuidedOptions, batch: int) -> None:
