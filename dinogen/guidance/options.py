@@ -20,6 +20,127 @@ POOLED = (16, 8, 4)
 EARLIER_KEYS = {"bank": "reference_batch"}
 
 
+# Keys that only one kind reads.
+_OF_KIND = {
+    "projected": ("guide", "grid", "head_channels"),
+    "patch": ("patch_scales", "patch_layers", "patch_channels"),
+}
+
+
+class DiscriminatorOptions(Section):
+    """Keys of ``discriminator:``; ``optim.lr_scale: {D: ...}`` sets its learning rate."""
+
+    kind: Literal["projected", "patch"] = Field(
+        "projected",
+        description="projected: heads on the layers of a frozen guide; patch: PatchGAN on pixels",
+    )
+    from_resolution: int = Field(
+        64, ge=4, description="the first resolution whose stage has a discriminator"
+    )
+    weight: float = Field(0.1, gt=0, description="weight of G's adversarial loss")
+    ramp_kimg: float = Field(
+        10.0,
+        ge=0,
+        description="thousands of images from the stage's start over which the weight rises from 0",
+    )
+    loss: Literal["hinge", "relativistic"] = Field(
+        "hinge",
+        description="relativistic: on pairs of a real and a generated image; it needs r1 and r2",
+    )
+    r1: float = Field(
+        0.0, ge=0, description="gamma; D's squared gradient at real images has weight gamma / 2"
+    )
+    r2: float = Field(0.0, ge=0, description="gamma; the same for generated images")
+    penalty_on: Literal["pixels", "features"] = Field(
+        "pixels", description="what r1 and r2 differentiate with respect to; features: the guide's"
+    )
+    every: int = Field(
+        16, ge=1, description="steps between updates with r1 and r2; 1: they are part of D's loss"
+    )
+    augment: tuple[Transform, ...] = Field(
+        ("color", "translation", "cutout"),
+        description="random changes of real and generated images before D sees them",
+    )
+    crop: int | None = Field(
+        None,
+        ge=8,
+        description="side in pixels of random crops that D sees at native size, a size that the "
+        "guide takes (DINOv2: 14 * n); smaller images are not cropped",
+    )
+    guide: GuideConfig | None = Field(
+        None, description="the network that projected heads are attached to; default: guide:"
+    )
+    grid: int = Field(
+        16, ge=1, description="grid at which images that are not cropped go through the guide"
+    )
+    head_channels: int = Field(
+        128, ge=8, multiple_of=8, description="channels inside each projected head"
+    )
+    patch_scales: int = Field(
+        3, ge=1, description="number of PatchGANs, each at half the resolution of the one before"
+    )
+    patch_layers: int = Field(
+        3, ge=1, le=5, description="their strided layers: 1, 2, 3 see patches of 16, 34, 70 pixels"
+    )
+    patch_channels: int = Field(
+        64, ge=8, multiple_of=8, description="their channels after the first layer"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DiscriminatorOptions:
+        if self.kind == "patch" and self.penalty_on == "features":
+            raise ValueError("a patch discriminator has no features: set penalty_on: pixels")
+        for kind, keys in _OF_KIND.items():
+            given = [k for k in keys if getattr(self, k) != type(self).model_fields[k].default]
+            if kind != self.kind and given:
+                raise ValueError(
+                    f"{given[0]} belongs to a {kind} discriminator, and this one is {self.kind}: "
+                    f"leave out {given[0]}, or set kind: {kind}"
+                )
+        return self
+
+    def applies(self, stage: StageConfig) -> bool:
+        """Whether a stage has the discriminator."""
+        return stage.resolution >= self.from_resolution
+
+
+class TextOptions(Section):
+    """Keys of ``text:``; the network is that of ``clip:``, which embedded the data too."""
+
+    embed_dim: int = Field(
+        512, ge=1, description="size of the embeddings of clip:; CLIP ViT-B: 512, ViT-L: 768"
+    )
+    condition: Literal["images", "captions"] = Field(
+        "images",
+        description="what training conditions on: the embedding of the real image (needs no "
+        "captions), or that of its caption",
+    )
+    noise: float = Field(
+        0.75,
+        ge=0,
+        description="length of the noise added to an image embedding, so that it is as far from "
+        "the image as captions are",
+    )
+    dropout: float = Field(0.2, ge=0, lt=1, description="share of samples that are unconditional")
+    clip_weight: float = Field(
+        1.0,
+        ge=0,
+        description="weight of 1 - cos between the embedding of an image and its condition",
+    )
+    joint_weight: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the condition relative to the features in objectives that compare "
+        "distributions: they compare the joint distribution of both; 0: features only",
+    )
+    mapping_layers: int = Field(2, ge=1, description="dense layers that combine z and embedding")
+
+    @property
+    def level(self) -> str:
+        """The level that holds the conditions."""
+        return "text" if self.condition == "captions" else "clip"
+
+
 class GuidedOptions(Section):
     """Keys of ``family:`` for ``name: guided``."""
 
@@ -270,124 +391,3 @@ def check_distributions(options: GuidedOptions, batch: int) -> None:
             f"with {'paired' if paired else 'text'}: otherwise each sample is pulled towards its "
             "own real image. Try 512."
         )
-
-
-# Keys that only one kind reads.
-_OF_KIND = {
-    "projected": ("guide", "grid", "head_channels"),
-    "patch": ("patch_scales", "patch_layers", "patch_channels"),
-}
-
-
-class DiscriminatorOptions(Section):
-    """Keys of ``discriminator:``; ``optim.lr_scale: {D: ...}`` sets its learning rate."""
-
-    kind: Literal["projected", "patch"] = Field(
-        "projected",
-        description="projected: heads on the layers of a frozen guide; patch: PatchGAN on pixels",
-    )
-    from_resolution: int = Field(
-        64, ge=4, description="the first resolution whose stage has a discriminator"
-    )
-    weight: float = Field(0.1, gt=0, description="weight of G's adversarial loss")
-    ramp_kimg: float = Field(
-        10.0,
-        ge=0,
-        description="thousands of images from the stage's start over which the weight rises from 0",
-    )
-    loss: Literal["hinge", "relativistic"] = Field(
-        "hinge",
-        description="relativistic: on pairs of a real and a generated image; it needs r1 and r2",
-    )
-    r1: float = Field(
-        0.0, ge=0, description="gamma; D's squared gradient at real images has weight gamma / 2"
-    )
-    r2: float = Field(0.0, ge=0, description="gamma; the same for generated images")
-    penalty_on: Literal["pixels", "features"] = Field(
-        "pixels", description="what r1 and r2 differentiate with respect to; features: the guide's"
-    )
-    every: int = Field(
-        16, ge=1, description="steps between updates with r1 and r2; 1: they are part of D's loss"
-    )
-    augment: tuple[Transform, ...] = Field(
-        ("color", "translation", "cutout"),
-        description="random changes of real and generated images before D sees them",
-    )
-    crop: int | None = Field(
-        None,
-        ge=8,
-        description="side in pixels of random crops that D sees at native size, a size that the "
-        "guide takes (DINOv2: 14 * n); smaller images are not cropped",
-    )
-    guide: GuideConfig | None = Field(
-        None, description="the network that projected heads are attached to; default: guide:"
-    )
-    grid: int = Field(
-        16, ge=1, description="grid at which images that are not cropped go through the guide"
-    )
-    head_channels: int = Field(
-        128, ge=8, multiple_of=8, description="channels inside each projected head"
-    )
-    patch_scales: int = Field(
-        3, ge=1, description="number of PatchGANs, each at half the resolution of the one before"
-    )
-    patch_layers: int = Field(
-        3, ge=1, le=5, description="their strided layers: 1, 2, 3 see patches of 16, 34, 70 pixels"
-    )
-    patch_channels: int = Field(
-        64, ge=8, multiple_of=8, description="their channels after the first layer"
-    )
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> DiscriminatorOptions:
-        if self.kind == "patch" and self.penalty_on == "features":
-            raise ValueError("a patch discriminator has no features: set penalty_on: pixels")
-        for kind, keys in _OF_KIND.items():
-            given = [k for k in keys if getattr(self, k) != type(self).model_fields[k].default]
-            if kind != self.kind and given:
-                raise ValueError(
-                    f"{given[0]} belongs to a {kind} discriminator, and this one is {self.kind}: "
-                    f"leave out {given[0]}, or set kind: {kind}"
-                )
-        return self
-
-    def applies(self, stage: StageConfig) -> bool:
-        """Whether a stage has the discriminator."""
-        return stage.resolution >= self.from_resolution
-
-
-class TextOptions(Section):
-    """Keys of ``text:``; the network is that of ``clip:``, which embedded the data too."""
-
-    embed_dim: int = Field(
-        512, ge=1, description="size of the embeddings of clip:; CLIP ViT-B: 512, ViT-L: 768"
-    )
-    condition: Literal["images", "captions"] = Field(
-        "images",
-        description="what training conditions on: the embedding of the real image (needs no "
-        "captions), or that of its caption",
-    )
-    noise: float = Field(
-        0.75,
-        ge=0,
-        description="length of the noise added to an image embedding, so that it is as far from "
-        "the image as captions are",
-    )
-    dropout: float = Field(0.2, ge=0, lt=1, description="share of samples that are unconditional")
-    clip_weight: float = Field(
-        1.0,
-        ge=0,
-        description="weight of 1 - cos between the embedding of an image and its condition",
-    )
-    joint_weight: float = Field(
-        1.0,
-        ge=0,
-        description="weight of the condition relative to the features in objectives that compare "
-        "distributions: they compare the joint distribution of both; 0: features only",
-    )
-    mapping_layers: int = Field(2, ge=1, description="dense layers that combine z and embedding")
-
-    @property
-    def level(self) -> str:
-        """The level that holds the conditions."""
-        return "text" if self.condition == "captions" else "clip"

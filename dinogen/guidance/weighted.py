@@ -253,7 +253,10 @@ def _real(micros: Sequence[Batch], level: str, reference: Batch | None) -> Tenso
     """Real features of this rank: of its reference batch or, without one, of its microbatches."""
     if reference is not None:
         return stored_features(reference, level)
-    return torch.cat([stored_features(micro, level) for micro in micros])
+    parts = [stored_features(micro, level) for micro in micros]
+    # they may be stored in a half precision that autocast does not know
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(parts)
 
 
 def _cut(batch: Batch, num: int) -> Batch:
