@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from dinogen.networks.dit import DiT
+
+# Deviation of the pixels of an image at the start.
+CONTRAST = 0.1
 
 
 class OneStepDiT(nn.Module):
     """Noise -> images: a DiT whose time is always 0, as in Deng et al. 2026, "Generative Modeling
     via Drifting", section 4.
 
-    At the start all its images are grey, as in the paper's code. The first update tells them apart:
-    all drift alike, and each moves by how far its tokens agree with the others'.
+    Its images begin near grey, and differ. With the zeros that a DiT otherwise begins with they
+    would be one image, where all samples have one drift: of eight modes on a circle a small one
+    then found a single one in 400 steps.
 
     Args:
         resolution: side of the images.
@@ -54,6 +60,8 @@ class OneStepDiT(nn.Module):
             num_classes=num_classes,
             guidance_input=guidance_input,
         )
+        # the tokens that it multiplies are normalised, so it is the deviation of pixels
+        nn.init.normal_(self.dit.out.weight, std=CONTRAST / math.sqrt(width))
 
     def forward(
         self, z: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
