@@ -124,7 +124,9 @@ def test_interrupted_and_resumed_gives_the_same_bytes(flipped, tmp_path):
     photos, data = fill(tmp_path / "photos"), tmp_path / "data"
     with pytest.raises(Killed):
         pipeline.prepare(photos, data, FLIPS, flipping(), progress=kill)
-    with pytest.raises(PackError, match=r"unfinished packing with other settings \(prepare, guides\)"):
+    with pytest.raises(
+        PackError, match=r"unfinished packing with other settings \(prepare, guides\)"
+    ):
         pipeline.prepare(photos, data, settings(), maker_of())
     pipeline.prepare(photos, data, FLIPS, flipping())
     assert contents(data) == contents(flipped[0])
