@@ -219,6 +219,10 @@ class GuideConfig(Section):
         return value
 
 
+# Options of families that say where a frozen network is, and not what is computed.
+FAMILY_PLACES = {"latent": {"path", "revision"}}
+
+
 class FamilyConfig(BaseModel):
     """Which family; every other key belongs to the family's own Options."""
 
@@ -246,6 +250,15 @@ class FamilyConfig(BaseModel):
     def options(self) -> dict[str, Any]:
         """The family's own keys, unchecked."""
         return dict(self.model_extra or {})
+
+    def at_places_of(self, today: FamilyConfig) -> FamilyConfig:
+        """The same, with :data:`FAMILY_PLACES` as ``today`` has them."""
+        found = {}
+        for name, keys in FAMILY_PLACES.items():
+            mine, its = self.options.get(name), today.options.get(name)
+            if isinstance(mine, dict) and isinstance(its, dict):
+                found[name] = mine | {key: its[key] for key in keys if key in its}
+        return self.model_copy(update=found)
 
 
 class NotesConfig(Section):

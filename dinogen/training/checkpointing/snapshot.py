@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dinogen.config import Config, ConfigError, EmaConfig, StageConfig, StagePlan, find_stage
 from dinogen.distributed import process_group
-from dinogen.families.abilities import condition_for, fade
+from dinogen.families.abilities import Recalls, condition_for, fade
 from dinogen.families.base import Condition, Family, sample_in_parts
 from dinogen.families.registry import family_class
 from dinogen.runs.files import state_problem
@@ -192,6 +192,7 @@ def load_snapshot(
     config = checkpoint.config
     now = {name: getattr(today, name) for name in ("data", "guide", "guides", "clip", "metrics")}
     now["run"] = today.run
+    now["family"] = config.family.at_places_of(today.family)
     config = config.model_copy(update=now)
     stage = config.stages[find_stage(config, stage.resolution)]
     family = family_class(config.family)(config, stage, process_group.device())
@@ -233,7 +234,11 @@ def _snapshot(
     family: Family, ema: Ema, nimg: int, alpha: float, fading: bool, checkpoint: Checkpoint
 ) -> Snapshot:
     fade(family, ema.networks, alpha, fading)
-    mark = file_mark(checkpoint.state["facts"])
+    facts = checkpoint.state["facts"]
+    if isinstance(family, Recalls):
+        is_file = isinstance(checkpoint, ExportedFile)
+        family.recall(facts, checkpoint.folder.parent if is_file else family.config.run)
+    mark = file_mark(facts)
     size = family.stage.resolution
     return Snapshot(size, nimg, family, ema, mark, alpha, fading, checkpoint)
 
