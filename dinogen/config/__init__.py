@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -251,14 +252,23 @@ class FamilyConfig(BaseModel):
         """The family's own keys, unchecked."""
         return dict(self.model_extra or {})
 
-    def at_places_of(self, today: FamilyConfig) -> FamilyConfig:
-        """The same, with :data:`FAMILY_PLACES` as ``today`` has them."""
-        found = {}
-        for name, keys in FAMILY_PLACES.items():
-            mine, its = self.options.get(name), today.options.get(name)
-            if isinstance(mine, dict) and isinstance(its, dict):
-                found[name] = mine | {key: its[key] for key in keys if key in its}
-        return self.model_copy(update=found)
+
+def family_places(then: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a family that was trained before, with :data:`FAMILY_PLACES` as they are today.
+
+    Args:
+        then: its options, in a checkpoint.
+        today: in the config of the run.
+
+    Returns:
+        The options that hold such places; none for most families.
+    """
+    found = {}
+    for name, keys in FAMILY_PLACES.items():
+        mine, its = then.get(name), today.get(name)
+        if isinstance(mine, Mapping) and isinstance(its, Mapping):
+            found[name] = {**mine, **{key: its[key] for key in keys if key in its}}
+    return found
 
 
 class NotesConfig(Section):

@@ -13,7 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dinogen.config import Config, ConfigError, EmaConfig, StageConfig, StagePlan, find_stage
+from dinogen.config import (
+    Config,
+    ConfigError,
+    EmaConfig,
+    StageConfig,
+    StagePlan,
+    family_places,
+    find_stage,
+)
 from dinogen.distributed import process_group
 from dinogen.families.abilities import Recalls, condition_for, fade
 from dinogen.families.base import Condition, Family, sample_in_parts
@@ -192,7 +200,8 @@ def load_snapshot(
     config = checkpoint.config
     now = {name: getattr(today, name) for name in ("data", "guide", "guides", "clip", "metrics")}
     now["run"] = today.run
-    now["family"] = config.family.at_places_of(today.family)
+    places = family_places(config.family.options, today.family.options)
+    now["family"] = config.family.model_copy(update=places)
     config = config.model_copy(update=now)
     stage = config.stages[find_stage(config, stage.resolution)]
     family = family_class(config.family)(config, stage, process_group.device())
