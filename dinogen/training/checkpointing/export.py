@@ -17,9 +17,9 @@ from dinogen.config import ConfigError, family_places
 from dinogen.families.base import Family, sample_in_parts
 from dinogen.files import write_bytes
 from dinogen.hub import local_weights
-from dinogen.runs.layout import EXPORTED_SUFFIX
+from dinogen.runs.layout import EXPORTED_INFO, EXPORTED_SUFFIX
 from dinogen.training.checkpointing.checkpoint import on_host
-from dinogen.training.checkpointing.exported import INFO, ExportedFile
+from dinogen.training.checkpointing.exported import ExportedFile
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def generator_with_card(
 def write_safetensors(generator: Generator, path: Path) -> None:
     """Write the tensors of a generator, with its info in the metadata."""
     (tensors,) = on_host({"G": generator.network.state_dict()}).values()
-    write_bytes(path, save(tensors, {INFO: json.dumps(generator.info, allow_nan=False)}))
+    write_bytes(path, save(tensors, {EXPORTED_INFO: json.dumps(generator.info, allow_nan=False)}))
 
 
 def warn_if_random(generator: Generator, path: Path) -> None:
