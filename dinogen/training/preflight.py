@@ -149,7 +149,8 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
             f"{data.location}: {name} reads the level {', '.join(missing)}, the shards have "
             f"{', '.join(data.manifest.levels) or 'none'}: prepare again with it (p for pooled, n "
             "for native: prepare.pyramids.kinds and prepare.pyramids.grids; NAME.p8 of a guide in "
-            "guides:; clip and text with clip:), or change family:"
+            "guides:; flipped.p8 with prepare.pyramids.flips; clip and text with clip:), or change "
+            "family:"
         )
     if inputs.labels:
         check_classes(config, data)
