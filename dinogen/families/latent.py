@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinogen import hub
 from dinogen.batch import Batch
@@ -306,9 +306,7 @@ class Latents:
             if not num:
                 continue
             chosen = np.linspace(0, num - 1, min(num, _NUM_MEASURED)).astype(int) + first
-            batch = data.read(
-                chosen.tolist(), split=split, levels=(self._level,), on_error=skip
-            )
+            batch = data.read(chosen.tolist(), split=split, levels=(self._level,), on_error=skip)
             log_variance = stored_features(batch, self._level)[:, :, self.options.channels :]
             total += float(weight) * log_variance.double().exp().mean((0, 1)).numpy()
             first += num
