@@ -212,7 +212,9 @@ def invert(
     prediction: Prediction,
     images: Tensor,
     sample_steps: int,
+    *,
     rounds: int = 4,
+    clip: bool = True,
 ) -> Tensor:
     """Walk from images to the noise from which :func:`sample` walks back to them, with eta 0.
 
@@ -231,6 +233,7 @@ def invert(
         images: (B, ...) in [-1, 1].
         sample_steps: how many time steps are visited.
         rounds: calls of the network per step.
+        clip: as in :func:`sample`.
 
     Returns:
         Noise of the shape of ``images``.
@@ -243,7 +246,8 @@ def invert(
         best, least = x, torch.full((len(x), *[1] * (x.dim() - 1)), math.inf, device=x.device)
         for _ in range(rounds):
             x0, eps = denoise(prediction, predict(x, t), x, *level)
-            x0, eps = denoise("x0", x0.clamp(-1, 1), x, *level)
+            if clip:
+                x0, eps = denoise("x0", x0.clamp(-1, 1), x, *level)
             missed = step(schedule, x0, eps, now, before, 0.0, None) - wanted
             residual = missed.square().mean(tuple(range(1, x.dim())), keepdim=True)
             closer = residual < least
