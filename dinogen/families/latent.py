@@ -24,7 +24,7 @@ from dinogen.errors import UserError
 from dinogen.features.autoencoder import FrozenAutoencoder, load_autoencoder
 from dinogen.features.base import GuideError
 from dinogen.guidance.guides import stored_features
-from dinogen.networks.layers import LatentScale
+from dinogen.networks.denoising import LatentScale
 from dinogen.transfer import to_device
 from shards.format.sample import flipped_level, level_grid, level_guide
 from shards.read.dataset import Dataset
@@ -234,7 +234,7 @@ class Latents:
             "latent": {
                 "mean": scale.mean.tolist(),
                 "deviation": scale.deviation.tolist(),
-                "autoencoder": self.autoencoder.info,
+                "autoencoder": dict(self._known or {}),
                 "images": "decode(x * deviation + mean) by the autoencoder",
             }
         }

@@ -477,36 +477,3 @@ def conv_down(x: Tensor, weight: Tensor, kernel: Tensor) -> Tensor:
         # filtering only where a pixel is kept
         return conv2d(filter_down(x, kernel, down=2, padding=1), weight)
     return conv2d(filter_down(x, kernel, padding=2), weight, stride=2)
-
-
-class LatentScale(nn.Module):
-    """Brings each channel of latents to mean 0 and deviation 1, and back.
-
-    Its numbers are buffers of the network that is trained on such latents, so they go with its
-    weights.
-
-    Args:
-        channels: C of the latents.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("deviation", torch.ones(channels))
-
-    @torch.no_grad()
-    def set(self, mean: Tensor, deviation: Tensor) -> None:
-        """Take over the mean and the standard deviation (C,) of the data."""
-        self.mean.copy_(mean)
-        self.deviation.copy_(deviation)
-
-    def normalized(self, z: Tensor) -> Tensor:
-        """Latents (B, C, s, s) of an autoencoder, with mean 0 and deviation 1 over the data."""
-        return (z - self.mean[:, None, None]) / self.deviation[:, None, None]
-
-    def restored(self, x: Tensor) -> Tensor:
-        """The latents (B, C, s, s) of which :meth:`normalized` makes ``x``."""
-        return x * self.deviation[:, None, None] + self.mean[:, None, None]

@@ -9,12 +9,10 @@ import numpy as np
 import torch
 
 from dinogen.features.autoencoder import FrozenAutoencoder, load_autoencoder
-from tests.families.tiny import discs, pack_discs
+from tests.families.tiny import LATENT, RESOLUTION, discs, pack_discs
 from tests.features.autoencoders import write_ours
 
-# Of the autoencoder that `tests.features.autoencoders.write_ours` writes.
-CHANNELS, FACTOR, SIDE = 3, 4, 4
-OPTIONS: dict[str, Any] = {"channels": CHANNELS, "factor": FACTOR}
+CHANNELS, SIDE = LATENT["channels"], RESOLUTION // LATENT["factor"]
 
 
 def posteriors(autoencoder: FrozenAutoencoder, pixels: np.ndarray) -> dict[str, np.ndarray]:

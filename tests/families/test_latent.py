@@ -14,11 +14,11 @@ from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.latent import LatentOptions, Latents
 from dinogen.features.base import GuideError
-from dinogen.networks.layers import LatentScale
+from dinogen.networks.denoising import LatentScale
 from shards import open_dataset
 from shards.read.mixture import MixedDataset
-from tests.families.stored_latents import CHANNELS, OPTIONS, SIDE, pack_latents
-from tests.families.tiny import pack_discs
+from tests.families.stored_latents import CHANNELS, SIDE, pack_latents
+from tests.families.tiny import LATENT, pack_discs
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def latents_of(options=None, resolution=16, **sections):
     config = parse_config(
         {"family": {"name": "flow"}, "stages": [{"resolution": resolution, "kimg": 1}], **sections}
     )
-    return Latents(LatentOptions(**OPTIONS | (options or {})), config, config.stages[0], CPU)
+    return Latents(LatentOptions(**LATENT | (options or {})), config, config.stages[0], CPU)
 
 
 def begun(place, options=None, **sections):

@@ -86,6 +86,10 @@ class Ema:
         """
         rate = 1 - ema_decay(batch, nimg, self.config)
         torch._foreach_lerp_(self._averages, self._weights, rate)
+        self.take_buffers()
+
+    def take_buffers(self) -> None:
+        """Copy the buffers of the networks, as each update does too."""
         copy_all(self._copies.now(), self._buffers.now())
 
 
