@@ -145,6 +145,21 @@ class PyramidsConfig(Section):
         return self
 
 
+class LatentsConfig(Section):
+    """Aligned face -> latents of an autoencoder, which families can be trained on instead."""
+
+    path: str = Field(
+        min_length=1,
+        description="the autoencoder: hub name, hf://user/name[@revision][/path] or folder of an "
+        "AutoencoderKL of diffusers, or file of `dinogen export` of a vae with latent_side",
+    )
+    revision: str | None = Field(None, description="hub revision (commit, tag or branch)")
+    flips: bool = Field(
+        False, description="latents of each mirrored image too, for augment.flip; twice the bytes"
+    )
+    batch: int = Field(8, ge=1, description="images per forward of the autoencoder")
+
+
 class PackConfig(Section):
     """Samples -> tar shards."""
 
@@ -158,6 +173,7 @@ class PrepareConfig(Section):
 
     faces: FacesConfig = FacesConfig()
     pyramids: PyramidsConfig = PyramidsConfig()
+    latents: LatentsConfig | None = None
     pack: PackConfig = PackConfig()
 
 
@@ -337,10 +353,10 @@ class Config(Section):
     @classmethod
     def _named(cls, guides: dict[str, GuideConfig]) -> dict[str, GuideConfig]:
         for name in guides:
-            if not _GUIDE_NAME.fullmatch(name) or name in ("clip", "main", "text"):
+            if not _GUIDE_NAME.fullmatch(name) or name in ("clip", "latents", "main", "text"):
                 raise ValueError(
                     f"'{name}' cannot be the name of a guide: use lower-case letters, digits and "
-                    "_, a letter first, and not clip, main (that is guide:) or text"
+                    "_, a letter first, and not clip, latents, main (that is guide:) or text"
                 )
             if name == "flipped" or name.endswith("_flipped"):
                 raise ValueError(

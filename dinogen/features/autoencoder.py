@@ -73,7 +73,7 @@ class FrozenAutoencoder(nn.Module):
     @property
     def label(self) -> str:
         """Short text for pages and logs; it shows clearly when the weights are random."""
-        return GuideInfo(**{n: self.info[n] for n in GuideInfo.__dataclass_fields__}).label
+        return GuideInfo.of(self.info).label
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The posteriors of images.
