@@ -194,7 +194,7 @@ def test_at_the_start_each_block_is_the_identity_and_the_output_0():
 def test_what_is_not_0_at_the_start_is_drawn_as_the_authors_do():
     network = small(width=128, num_classes=300, num_registers=40)
     for name, parameter in network.named_parameters():
-        if name.endswith("qk_weight"):
+        if "norm_" in name:
             assert torch.equal(parameter, torch.ones_like(parameter))
         elif name.endswith("bias") or "modulation" in name or name == "out.weight":
             assert not parameter.any(), name
@@ -254,24 +254,43 @@ def test_the_same_weights_at_twice_the_resolution_see_the_same_image():
 # --- attention
 
 
+def open_gates(block):
+    """The block with conditions that scale nothing, shift nothing, and let all through."""
+    with torch.no_grad():
+        block.modulation.bias.unflatten(0, (6, -1))[[2, 5]] = 1
+    return block
+
+
 def test_attention_with_normalised_queries_and_keys_is_its_formula():
-    block = disturbed(Block(24, 3, qk_norm=True))
-    qkv = torch.randn(2, 5, 72)
-    q, k, v = (one.unflatten(2, (3, 8)).transpose(1, 2) for one in qkv.chunk(3, 2))
-    q, k = (
-        weight * one / (one.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-        for weight, one in zip(block.qk_weight, (q, k), strict=True)
-    )
+    block = open_gates(disturbed(Block(24, 3, qk_norm=True)))
+    block.modulation.weight.data.zero_()
+    x, conditions = torch.randn(2, 5, 24), torch.randn(2, 24)
+    shift0, scale0, gate0, shift1, scale1, gate1 = block.modulation.bias.chunk(6)
+
+    def normalised(one):
+        one = one - one.mean(-1, keepdim=True)
+        return one / (one.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    h = block.qkv(normalised(x) * (1 + scale0) + shift0)
+    q, k, v = (one.unflatten(2, (3, 8)).transpose(1, 2) for one in h.chunk(3, 2))
+    q, k = block.norm_q.weight * normalised(q), block.norm_k.weight * normalised(k)
     attended = torch.softmax(q @ k.mT / math.sqrt(8), -1) @ v
-    expected = attended.transpose(1, 2).flatten(2)
-    torch.testing.assert_close(block._attended(qkv), expected, rtol=1e-4, atol=1e-5)
+    expected = x + gate0 * block.proj(attended.transpose(1, 2).flatten(2))
+    h = block.fc0(normalised(expected) * (1 + scale1) + shift1)
+    h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    expected = expected + gate1 * block.fc1(h)
+    torch.testing.assert_close(block(x, conditions), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_normalised_logits_do_not_grow_with_the_tokens():
-    block = Block(24, 3, qk_norm=True)
-    qkv = torch.randn(2, 5, 72)
-    larger = torch.cat([100 * qkv[..., :48], qkv[..., 48:]], 2)
-    torch.testing.assert_close(block._attended(larger), block._attended(qkv), rtol=1e-4, atol=1e-4)
+def test_normalised_logits_do_not_grow_with_the_weights():
+    torch.manual_seed(0)
+    x, conditions = torch.randn(2, 5, 24), torch.randn(2, 24)
+    for qk_norm in (True, False):
+        block = open_gates(Block(24, 3, qk_norm))
+        before = block(x, conditions)
+        block.qkv.weight.data[:48] *= 100
+        block.qkv.bias.data[:48] *= 100
+        assert torch.allclose(block(x, conditions), before, atol=1e-3) == qk_norm
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
