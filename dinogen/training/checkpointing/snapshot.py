@@ -204,8 +204,8 @@ def load_snapshot(
     config = checkpoint.config
     now = {name: getattr(today, name) for name in ("data", "guide", "guides", "clip", "metrics")}
     now["run"] = today.run
-    places = family_places(config.family.options, today.family.options)
-    now["family"] = config.family.model_copy(update=places)
+    moved = family_places(config.family.options, today.family.options)
+    now["family"] = config.family.model_copy(update=moved)
     config = config.model_copy(update=now)
     stage = config.stages[find_stage(config, stage.resolution)]
     family = family_class(config.family)(config, stage, process_group.device())
