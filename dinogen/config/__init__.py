@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -240,6 +241,10 @@ class GuideConfig(Section):
         return value
 
 
+# Options of families that say where a frozen network is, and not what is computed.
+FAMILY_PLACES = {"latent": {"path", "revision"}}
+
+
 class FamilyConfig(BaseModel):
     """Which family; every other key belongs to the family's own Options."""
 
@@ -267,6 +272,24 @@ class FamilyConfig(BaseModel):
     def options(self) -> dict[str, Any]:
         """The family's own keys, unchecked."""
         return dict(self.model_extra or {})
+
+
+def family_places(then: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a family that was trained before, with :data:`FAMILY_PLACES` as they are today.
+
+    Args:
+        then: its options, in a checkpoint.
+        today: in the config of the run.
+
+    Returns:
+        The options that hold such places; none for most families.
+    """
+    found = {}
+    for name, keys in FAMILY_PLACES.items():
+        mine, its = then.get(name), today.get(name)
+        if isinstance(mine, Mapping) and isinstance(its, Mapping):
+            found[name] = {**mine, **{key: its[key] for key in keys if key in its}}
+    return found
 
 
 class NotesConfig(Section):

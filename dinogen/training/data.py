@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -245,7 +245,11 @@ def reads_pyramids(config: Config) -> bool:
     Raises:
         ConfigError: there is no such family, or an option of it is wrong.
     """
-    levels = _levels_read(config)
+    return any_of_a_guide(_levels_read(config))
+
+
+def any_of_a_guide(levels: Iterable[str]) -> bool:
+    """Whether a guide makes one of these levels, and not CLIP or an autoencoder."""
     return any(one not in VECTORS and level_guide(one) not in OF_LATENTS for one in levels)
 
 

@@ -170,6 +170,11 @@ def flipped_level(name: str) -> str:
     return f"{flipped_guide(level_guide(name))}.{name.rpartition('.')[2]}"
 
 
+def is_flipped(name: str) -> bool:
+    """Whether a level is that of mirrored images."""
+    return level_guide(name).rpartition("_")[2] == FLIPPED
+
+
 def _is_level(name: str) -> bool:
     found = _LEVEL.fullmatch(name)
     return name in VECTORS or (found is not None and found[1] not in VECTORS)

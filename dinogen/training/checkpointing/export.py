@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dinogen.config import ConfigError
+from dinogen.config import ConfigError, family_places
 from dinogen.families.base import Family, sample_in_parts
 from dinogen.files import write_bytes
 from dinogen.hub import local_weights
@@ -158,7 +158,8 @@ def _generator_of(snapshot: Snapshot) -> Generator:
     network = snapshot.ema.networks[name]
     if isinstance(snapshot.checkpoint, ExportedFile):
         return Generator(network, snapshot.checkpoint.info, family)
-    facts = state["facts"]
+    facts, config = state["facts"], state["config"]
+    places = family_places(config["family"], family.config.family.options)
     info = {
         "random_guide": bool(facts.get("random_guide")),
         "network": {
@@ -174,7 +175,7 @@ def _generator_of(snapshot: Snapshot) -> Generator:
         **facts,
         "data": state["data"],
         "loss": state["progress"].get("loss"),
-        "config": state["config"],
+        "config": config | {"family": config["family"] | places},
         "versions": state["versions"],
     }
     return Generator(network, info, family)
