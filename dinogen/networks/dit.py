@@ -43,8 +43,8 @@ SPAN = 16
 def positions(side: int, width: int) -> Tensor:
     """Sines and cosines of the two coordinates of each token of a grid.
 
-    Coordinates run from 0 up to :data:`SPAN` whatever the side, so that the same place of an image
-    has the same position at every resolution, and a grid of 16, the paper's, has whole numbers.
+    Coordinates run from 0 up to :data:`SPAN` on every grid, so that a location of an image has the
+    same position at every resolution. On a grid of 16, that of the paper, they are whole numbers.
 
     Args:
         side: of the grid.
