@@ -232,7 +232,7 @@ class DiT(DenoisingNetwork):
         x = self.patches(F.pixel_unshuffle(x, self.patch).flatten(2).mT)
         x = x + self._positions(side).to(x.dtype)
         if self.registers is not None:
-            registers = self.registers.to(x.dtype).expand(len(x), -1, -1)
+            registers = self.registers.to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat([x, registers], 1)
         hidden = None
         for number, block in enumerate(self.blocks):
