@@ -157,6 +157,11 @@ class Ddpm(Denoiser):
         return given or (SIGMA_OF_IMAGES if self.latent is None else SIGMA_OF_LATENTS)
 
     @property
+    def without_noise(self) -> dict[str, Any]:
+        """DDIM in place of DDPM; the samplers of EDM add none."""
+        return {"sampler": "ddim"} if self.edm is None else {}
+
+    @property
     def inverts_by(self) -> str:
         """The sampler from the image to noise."""
         name = "DDIM" if self.edm is None else self.options.sampler

@@ -43,8 +43,8 @@ SPAN = 16
 def positions(side: int, width: int) -> Tensor:
     """Sines and cosines of the two coordinates of each token of a grid.
 
-    Coordinates run from 0 up to :data:`SPAN` whatever the side, so that the same place of an image
-    has the same position at every resolution, and a grid of 16, the paper's, has whole numbers.
+    Coordinates run from 0 up to :data:`SPAN` on every grid, so that a location of an image has the
+    same position at every resolution. On a grid of 16, that of the paper, they are whole numbers.
 
     Args:
         side: of the grid.
@@ -232,7 +232,7 @@ class DiT(DenoisingNetwork):
         x = self.patches(F.pixel_unshuffle(x, self.patch).flatten(2).mT)
         x = x + self._positions(side).to(x.dtype)
         if self.registers is not None:
-            registers = self.registers.to(x.dtype).expand(len(x), -1, -1)
+            registers = self.registers.to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat([x, registers], 1)
         hidden = None
         for number, block in enumerate(self.blocks):

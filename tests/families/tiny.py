@@ -43,7 +43,7 @@ TINY = {
     "ddpm-snr": {**_UNET, "num_steps": 50, "sample_steps": 4, "min_snr": 5},
     "ddpm-dit": {**_DIT, "num_steps": 50, "sample_steps": 4},
     "flow": {**_UNET, "sample_steps": 4},
-    "flow-dit": {**_DIT, "sampler": "midpoint", "sample_steps": 3, "num_classes": 2},
+    "flow-dit": {**_DIT, "sampler": "midpoint", "sample_steps": 3},
     "ddpm-repa": {
         **_DIT,
         "num_steps": 50,
@@ -58,14 +58,13 @@ TINY = {
     "ddpm-latent": {
         **_DIT,
         "dit": _DIT["dit"] | {"patch": 2},
-        "num_steps": 50,
+        "prediction": "edm",
         "sample_steps": 4,
         "latent": {**LATENT, "sample": "mean"},
     },
     "flow-latent": {
         **_UNET,
         "attention_resolutions": [2],
-        "num_classes": 2,
         "sample_steps": 4,
         "latent": LATENT,
     },

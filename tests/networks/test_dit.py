@@ -399,11 +399,17 @@ def test_tokens_stay_in_the_type_of_autocast():
     assert types == [torch.bfloat16] * 3
 
 
-def test_it_can_be_exported():
+def test_it_can_be_exported_for_batches_of_any_size():
     network = disturbed(small(num_classes=2, num_registers=2)).eval()
     given = (*inputs(), torch.tensor([0, 2]))
-    exported = torch.export.export(network, given).module()
-    torch.testing.assert_close(exported(*given), network(*given))
+    batch = {0: torch.export.Dim("batch")}
+    # strict=False: as the exporter of runs does
+    program = torch.export.export(
+        network, given, dynamic_shapes=(batch, batch, batch), strict=False
+    )
+    for num in (2, 5):
+        given = (*inputs(num=num), torch.arange(num) % 3)
+        torch.testing.assert_close(program.module()(*given), network(*given))
 
 
 def test_it_can_be_compiled():
