@@ -37,6 +37,7 @@ TINY = {
     "progressive_gan": {"z_dim": 8, "channel_base": 64, "channel_max": 8},
     "stylegan2_ada": {"z_dim": 8, "w_dim": 8, "channel_base": 128, "channel_max": 8},
     "vae": {"latent": 8, "base_channels": 8},
+    "vae-spatial": {"latent": 2, "latent_side": 4, "base_channels": 8, "beta": 1e-3},
     "vae_gan": {"latent": 8, "base_channels": 8, "d_layers": 1, "d_channels": 8},
     "ddpm": {**_UNET, "num_steps": 50, "sample_steps": 4},
     "ddpm-edm": {**_UNET, "prediction": "edm", "sample_steps": 4},
