@@ -38,7 +38,7 @@ from dinogen.metrics.sources import (
 )
 from dinogen.metrics.suite import Subject
 from dinogen.metrics.value import MetricValue
-from dinogen.training.data import check_labels
+from dinogen.training.data import any_of_a_guide, check_labels
 from dinogen.training.engines.base import split as to_device
 from shards.errors import CorruptSample, ShardsError
 from shards.format.manifest import SPLITS
@@ -90,7 +90,8 @@ def subject_of(
     made = Generated(sample, num, resolution, how)
     prompted = prompted_by(family, networks, num, settings, facts)
     config = family.config
-    guides = (config.guide, *config.guides.values()) if family.inputs.levels else ()
+    guided = any_of_a_guide(family.inputs.levels)
+    guides = (config.guide, *config.guides.values()) if guided else ()
     return Subject(made, real, train, pairs, prompted, tuple(guide.name for guide in guides))
 
 

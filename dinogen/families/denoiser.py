@@ -11,6 +11,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,9 +23,10 @@ from dinogen.config import Config, ConfigError, Section, StageConfig, describe_e
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classes_of
+from dinogen.families.latent import LatentOptions, Latents
 from dinogen.guidance.alignment import Repa, RepaOptions
 from dinogen.guidance.representation import Representation, RepresentationOptions
-from dinogen.networks.denoising import DenoisingNetwork, Drop, NoSuchLayer
+from dinogen.networks.denoising import DenoisingNetwork, Drop, LatentScale, NoSuchLayer
 from dinogen.networks.dit import SIZES, DiT
 from dinogen.networks.representation import Embedded, RepresentationMLP
 from dinogen.networks.unet import UNet
@@ -163,6 +165,9 @@ class DenoiserOptions(Section):
         None,
         description="generate a global feature first, and the image from it (RCG); default: do not",
     )
+    latent: LatentOptions | None = Field(
+        None, description="train on latents of an autoencoder in place of pixels; default: pixels"
+    )
 
     @model_validator(mode="after")
     def _check_network(self) -> DenoiserOptions:
@@ -272,6 +277,8 @@ class Denoiser(Family):
         if self.options.representation is not None:
             self.representation = Representation(self.options.representation, config.seed, device)
             self.R = RepresentationMLP(**self.arguments("R")).to(device)
+        chosen = self.options.latent
+        self.latent = None if chosen is None else Latents(chosen, config, stage, device)
         build = {"unet": UNet, "dit": DiT}[self.options.network]
         try:
             self.G: DenoisingNetwork = build(**self.arguments("G")).to(device)
@@ -320,30 +327,43 @@ class Denoiser(Family):
 
     @property
     def inputs(self) -> Inputs:
-        """Images, labels if there are classes, and levels of ``repa`` and ``representation``."""
-        features = self.options.representation
-        aligned = self.repa.levels if self.repa else ()
+        """Images or their latents, labels of classes, and levels of all that reads features."""
+        parts = (self.latent, self.repa, self.representation)
+        levels = [level for one in parts if one is not None for level in one.levels]
         return Inputs(
-            image_size=self.stage.resolution,
-            levels=tuple(dict.fromkeys([*aligned, *([features.level] if features else [])])),
+            image_size=self.stage.resolution if self.latent is None else None,
+            levels=tuple(dict.fromkeys(levels)),
             labels=self.options.num_classes > 0,
         )
 
+    def check_data(self, data: Dataset) -> None:
+        """Refuse shards without the latents."""
+        if self.latent is not None:
+            self.latent.check(data)
+
     def begin(self, data: Dataset) -> None:
-        """Check the features of ``repa``, and measure that of ``representation``."""
+        """Check the features of ``repa``, measure ``representation``, learn the latents' scale."""
         if self.repa is not None:
             self.repa.begin(data)
+        if self.latent is not None:
+            self.latent.begin(data, _scale_of(self.G))
         if self.representation is not None:
             where = self.config.data
             self.representation.begin(self.R, data, where.split, where.on_error)
 
     def describe(self) -> dict[str, Any]:
-        """The guides of these features."""
-        facts = [one.describe() for one in (self.representation, self.repa) if one is not None]
+        """The guides of these features, and the autoencoder of the latents."""
+        parts = (self.representation, self.repa, self.latent)
+        facts = [one.describe() for one in parts if one is not None]
         found = {name: value for one in facts for name, value in one.items()}
         if any(one.get("random_guide") for one in facts):
             found["random_guide"] = True
         return found
+
+    def recall(self, facts: Mapping[str, Any], folder: Path) -> None:
+        """Which autoencoder decodes."""
+        if self.latent is not None:
+            self.latent.recall(facts, folder)
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G or R."""
@@ -365,15 +385,16 @@ class Denoiser(Family):
             arguments["align"] = self.repa.arguments
         if features is not None:
             arguments["embed_dim"] = features.options.channels
+        if self.latent is not None:
+            arguments["scaled_latents"] = True
         return arguments | {"num_classes": own.num_classes}
 
     # --- sampling
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
-        """The noise that sampling starts from, (N, 3, R, R).
+        """The noise that sampling starts from, (N, 3, R, R), or (N, C, s, s) of latents.
 
-        With ``representation`` it is one vector (N, 3 * R * R + channels): the noise of the image,
-        then that of the feature.
+        With ``representation`` it is one vector for each image: this noise, and that of R.
         """
         noise = rng.normal(seed, "sample", indices, self._shape, device=self.device)
         if self.representation is None:
@@ -411,7 +432,7 @@ class Denoiser(Family):
                 "that are generated themselves: train without it to project photos"
             )
         predict = functools.partial(self._guided, networks["G"], Conditions(self._classes(indices)))
-        return self._invert(predict, self._encoded(images))
+        return self._invert(predict, self._encoded(networks["G"], images))
 
     def graph(self, networks: Networks) -> Graph:
         """One prediction: noisy images x, times t, embedding of R, label if there are classes.
@@ -435,6 +456,8 @@ class Denoiser(Family):
         facts |= {"guidance": own.guidance, "num_classes": own.num_classes}
         if own.guidance_interval is not None:
             facts["guidance_interval"] = list(own.guidance_interval)
+        if self.latent is not None:
+            facts |= self.latent.facts(_scale_of(networks["G"]))
         if self.representation is None:
             return Graph(networks["G"], inputs, own.prediction, facts)
         facts |= self.representation.facts(networks)
@@ -451,7 +474,7 @@ class Denoiser(Family):
         """Images of latents."""
         x, conditions = self._parted(networks, latents, label)
         predict = functools.partial(self._guided, networks["G"], conditions)
-        return self._decoded(self._integrate(predict, x, indices, seed))
+        return self._decoded(networks["G"], self._integrate(predict, x, indices, seed))
 
     def _classes(self, indices: Tensor, shares: Sequence[float] | None = None) -> Tensor | None:
         """Of samples (N,); ``shares`` are those of the classes, None cycles. None without any."""
@@ -524,7 +547,7 @@ class Denoiser(Family):
     ) -> tuple[Scalars, Tensor | None]:
         """The loss of what G says; and how its tokens are aligned, where they are."""
         G = networks["G"]
-        noised = self._noised(self._clean(batch, kind), batch["position"], kind)
+        noised = self._noised(self._clean(G, batch, kind), batch["position"], kind)
         conditions = self._conditions(batch, kind, networks)
         if self.repa is None:
             output = self._said(G, noised.x, noised.t, conditions, drop)
@@ -576,28 +599,36 @@ class Denoiser(Family):
         drawn = rng.uniform(self.config.seed, f"dropout/{block}", position, shape, h.device)
         return h * ((drawn >= rate) / (1 - rate)).to(h.dtype)
 
-    # --- what is walked to: here images themselves
+    # --- what is walked to: images, or latents of an autoencoder
 
     @property
     def _shape(self) -> tuple[int, int, int]:
         """Of what noise is added to, (C, R, R)."""
+        if self.latent is not None:
+            return self.latent.shape
         return RGB, self.stage.resolution, self.stage.resolution
 
     @property
     def _bounded(self) -> bool:
-        """Whether its values lie in [-1, 1]."""
-        return True
+        """Whether its values lie in [-1, 1]; latents have deviation 1 and no bound."""
+        return self.latent is None
 
-    def _clean(self, batch: Batch, kind: str) -> Tensor:
+    def _clean(self, G: nn.Module, batch: Batch, kind: str) -> Tensor:
         """What a training step adds noise to, (B, C, R, R) on the device."""
+        if self.latent is not None:
+            return self.latent.drawn(batch, _scale_of(G), kind)
         return batch["image"]
 
-    def _decoded(self, x: Tensor) -> Tensor:
+    def _decoded(self, G: nn.Module, x: Tensor) -> Tensor:
         """Images (N, 3, R, R) in [-1, 1] of the end of a walk."""
+        if self.latent is not None:
+            return self.latent.decoded(x, _scale_of(G))
         return x.clamp(-1, 1)
 
-    def _encoded(self, images: Tensor) -> Tensor:
-        """The inverse of :meth:`_decoded`."""
+    def _encoded(self, G: nn.Module, images: Tensor) -> Tensor:
+        """The inverse of :meth:`_decoded`; of latents the means of the posteriors."""
+        if self.latent is not None:
+            return self.latent.encoded(images, _scale_of(G))
         return images
 
     # --- what a family defines
@@ -623,3 +654,9 @@ class Denoiser(Family):
     @abstractmethod
     def _visited(self) -> tuple[Tensor, dict[str, Any]]:
         """Of each step of the walk: times (S,) as the network takes them, and facts to export."""
+
+
+def _scale_of(G: nn.Module) -> LatentScale:
+    """What brings latents to mean 0 and deviation 1."""
+    assert isinstance(G, DenoisingNetwork) and G.latent_scale is not None
+    return G.latent_scale

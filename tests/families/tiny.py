@@ -28,6 +28,8 @@ _DIT = {
     "dit": {"width": 16, "depth": 2, "num_heads": 2, "patch": 4, "num_registers": 1},
 }
 _RCG = {"level": "n16", "channels": 32, "width": 16, "depth": 2, "steps": 2}
+# Of the autoencoder whose latents the discs have.
+LATENT = {"channels": 3, "factor": 4}
 # By family; what follows a hyphen is a variant of it.
 TINY = {
     "dcgan": {"z_dim": 8, "ngf": 4, "ndf": 4},
@@ -55,6 +57,19 @@ TINY = {
         **_UNET,
         "sample_steps": 4,
         "repa": {"layer": 1, "level": "n16", "channels": 32, "hidden": 8, "until_kimg": 0.016},
+    },
+    "ddpm-latent": {
+        **_DIT,
+        "dit": _DIT["dit"] | {"patch": 2},
+        "prediction": "edm",
+        "sample_steps": 4,
+        "latent": {**LATENT, "sample": "mean"},
+    },
+    "flow-latent": {
+        **_UNET,
+        "attention_resolutions": [2],
+        "sample_steps": 4,
+        "latent": LATENT,
     },
     "guided": {
         "z_dim": 8,

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dinogen.config import ConfigError
+from dinogen.config import ConfigError, family_places
 from dinogen.families.base import Family, Networks, sample_in_parts
 from dinogen.files import write_bytes
 from dinogen.hub import local_weights
-from dinogen.runs.layout import EXPORTED_SUFFIX
+from dinogen.runs.layout import EXPORTED_INFO, EXPORTED_SUFFIX
 from dinogen.training.checkpointing.checkpoint import on_host
-from dinogen.training.checkpointing.exported import BETWEEN, INFO, ExportedFile
+from dinogen.training.checkpointing.exported import BETWEEN, ExportedFile
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def write_safetensors(generator: Generator, path: Path) -> None:
     for name, network in generator.further.items():
         tensors |= {f"{name}{BETWEEN}{key}": v for key, v in network.state_dict().items()}
     (tensors,) = on_host({"all": tensors}).values()
-    write_bytes(path, save(tensors, {INFO: json.dumps(generator.info, allow_nan=False)}))
+    write_bytes(path, save(tensors, {EXPORTED_INFO: json.dumps(generator.info, allow_nan=False)}))
 
 
 def warn_if_random(generator: Generator, path: Path) -> None:
@@ -165,8 +165,9 @@ def _generator_of(snapshot: Snapshot) -> Generator:
     network = further.pop(name)
     if isinstance(snapshot.checkpoint, ExportedFile):
         return Generator(network, snapshot.checkpoint.info, family, further)
-    facts = state["facts"]
+    facts, config = state["facts"], state["config"]
     rebuilt = {n: _rebuilt(family, n, other) for n, other in further.items()}
+    places = family_places(config["family"], family.config.family.options)
     info = {
         "random_guide": bool(facts.get("random_guide")),
         "network": {"name": name, **_rebuilt(family, name, network)},
@@ -179,7 +180,7 @@ def _generator_of(snapshot: Snapshot) -> Generator:
         **facts,
         "data": state["data"],
         "loss": state["progress"].get("loss"),
-        "config": state["config"],
+        "config": config | {"family": config["family"] | places},
         "versions": state["versions"],
     }
     return Generator(network, info, family, further)
