@@ -89,6 +89,11 @@ class Representation:
             "num_classes": num_classes,
         }
 
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """What is read of each sample."""
+        return (self.options.level,)
+
     def begin(
         self, R: RepresentationMLP, data: Dataset, split: str, on_error: Literal["stop", "skip"]
     ) -> None:
