@@ -11,29 +11,20 @@ a run resumes.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinogen.networks.casts import cast_together, conv
+from dinogen.networks.denoising import DenoisingNetwork, Drop, time_embedding
 from dinogen.networks.layers import GroupNorm, nearest_conv
-
-
-class Drop(Protocol):
-    """Dropout of the activations (B, C, H, W) of residual blocks."""
-
-    def __call__(self, h: Tensor, block: int) -> Tensor:
-        """Drop some of those of the block with this number."""
-
 
 Resample = Literal["up", "down"]
 
-LONGEST_PERIOD = 10_000
 MAX_GROUPS = 32
 MIN_PER_GROUP = 4
 
@@ -75,25 +66,6 @@ class Variant:
 
 
 OURS = Variant()
-
-
-def time_embedding(t: Tensor, size: int, variant: Variant = OURS) -> Tensor:
-    """Sines and cosines of time steps (B,) -> (B, size) float32.
-
-    Frequencies fall from 1 to nearly 1/10000 (Vaswani et al. 2017, "Attention Is All You Need",
-    section 3.5), the sines first.
-
-    Args:
-        t: time steps.
-        size: an even number.
-        variant: may scale the time steps, and end at 1/10000.
-    """
-    last = size // 2 - (variant.last_frequency == "exact")
-    exponents = torch.arange(size // 2, device=t.device) / last
-    frequencies = torch.exp(-math.log(LONGEST_PERIOD) * exponents)
-    t = t.float() if variant.time_scale == 1 else t.float() * variant.time_scale
-    angles = t[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 class Norm(GroupNorm):
@@ -289,7 +261,7 @@ class DownAtEnd(nn.Conv2d):
         return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
-class UNet(nn.Module):
+class UNet(DenoisingNetwork):
     """(images with noise, time steps) -> what the schedule predicts.
 
     At the start it says 0 everywhere, for the last convolution of each branch is 0.
@@ -303,6 +275,10 @@ class UNet(nn.Module):
         head_channels: width of an attention head.
         num_classes: 0 for none. Label ``num_classes`` means no class.
         variant: of a U-Net that was trained elsewhere, or the attributes of a :class:`Variant`.
+        in_channels: of what it reads and predicts; 3 for images.
+        embed_dim: size of a global vector that conditions it; 0 for none.
+        align: attributes of an :class:`~dinogen.networks.denoising.Alignment`: which hidden tokens
+            :meth:`with_tokens` gives. A layer is a residual block, with its attention.
 
     Raises:
         ValueError: an argument does not fit the others; it says which, and what would.
@@ -318,6 +294,9 @@ class UNet(nn.Module):
         head_channels: int = 64,
         num_classes: int = 0,
         variant: Variant | Mapping[str, Any] = OURS,
+        in_channels: int = 3,
+        embed_dim: int = 0,
+        align: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         _check(resolution, base_channels, channel_multipliers, attention_resolutions)
@@ -331,9 +310,9 @@ class UNet(nn.Module):
         )
         self.label = nn.Embedding(num_classes + 1, size) if num_classes else None
 
-        def block(in_channels: int, out_channels: int, side: int) -> ResBlock:
+        def block(num_in: int, num_out: int, side: int) -> ResBlock:
             heads = head_channels if side in attention_resolutions else None
-            return ResBlock(in_channels, out_channels, size, heads, variant)
+            return ResBlock(num_in, num_out, size, heads, variant)
 
         def down(width: int) -> nn.Module:
             if variant.resampling == "block":
@@ -348,7 +327,7 @@ class UNet(nn.Module):
             return Up(width)
 
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
-        self.conv_in = nn.Conv2d(3, base_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels, base_channels, 3, padding=1)
         skips = [channels := base_channels]
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
@@ -374,36 +353,45 @@ class UNet(nn.Module):
             if level:
                 self.up.append(up(width))
         self.norm_out = Norm(channels, variant)
-        self.conv_out = zeroed(nn.Conv2d(channels, 3, 3, padding=1))
+        self.conv_out = zeroed(nn.Conv2d(channels, in_channels, 3, padding=1))
+        widths = [one.norm1.num_channels for one in self._blocks()]
+        self._add_conditions(size, widths, list(self._sides(resolution)), embed_dim, align)
 
     def forward(
-        self, x: Tensor, t: Tensor, label: Tensor | None = None, drop: Drop | None = None
-    ) -> Tensor:
-        """Predict.
-
-        Args:
-            x: (B, 3, R, R).
-            t: (B,) time steps.
-            label: (B,) int64 classes; needed if, and only if, the network knows classes.
-            drop: dropout of the residual blocks, which are numbered from 0 in their order.
-
-        Returns:
-            (B, 3, R, R) float32.
-        """
-        embedding = self.time(time_embedding(t, self.time_channels, self.variant))
+        self,
+        x: Tensor,
+        t: Tensor,
+        label: Tensor | None = None,
+        drop: Drop | None = None,
+        embedding: Tensor | None = None,
+        *,
+        tokens: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As in the base."""
+        conditions = self.time(
+            time_embedding(
+                t,
+                self.time_channels,
+                self.variant.last_frequency == "exact",
+                self.variant.time_scale,
+            )
+        )
         if self.label is not None:
-            embedding = embedding + self.label(label)
+            conditions = conditions + self.label(label)
+        conditions = self._conditioned(conditions, embedding)
         if x.device.type == "cpu":
             # its convolutions are a sixth faster so; group norm on a GPU copies to the other format
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv_in(x)
-        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
-        numbered = enumerate(modulations(blocks, embedding, x.dtype))
+        numbered = enumerate(modulations(self._blocks(), conditions, x.dtype))
+        hidden: list[Tensor] = []
 
         def block(module: nn.Module, x: Tensor) -> Tensor:
             number, (scale, shift) = next(numbered)
             of_this = None if drop is None else functools.partial(drop, block=number)
             out: Tensor = module(x, scale, shift, of_this)
+            if tokens and self.align is not None and number + 1 == self.align.layer:
+                hidden.append(out)
             return out
 
         skips = [x]
@@ -420,7 +408,20 @@ class UNet(nn.Module):
             else:
                 x = block(module, torch.cat([x, skips.pop()], 1))
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
-        return out.float()
+        return self._with_projected(out.float(), hidden[0].flatten(2).mT if hidden else None)
+
+    def _blocks(self) -> list[ResBlock]:
+        """The residual blocks, in the order of the forward."""
+        return [module for module in self.modules() if isinstance(module, ResBlock)]
+
+    def _sides(self, side: int) -> Iterator[int]:
+        """The side of what comes out of each residual block."""
+        for module in (*self.down, *self.middle, *self.up):
+            if isinstance(module, ResBlock):
+                side = {None: side, "down": side // 2, "up": 2 * side}[module.resample]
+                yield side
+            else:
+                side = 2 * side if isinstance(module, Up) else side // 2
 
 
 def _check(

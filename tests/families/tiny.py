@@ -15,6 +15,18 @@ from shards.write.shard_writer import pack
 RESOLUTION = 16
 BATCH = 8
 
+_UNET = {
+    "base_channels": 8,
+    "channel_multipliers": [1, 2],
+    "num_blocks": 1,
+    "attention_resolutions": [8],
+    "head_channels": 8,
+}
+_DIT = {
+    "network": "dit",
+    "dit": {"width": 16, "depth": 2, "num_heads": 2, "patch": 4, "num_registers": 1},
+}
+# By family; what follows a hyphen is a variant of it.
 TINY = {
     "dcgan": {"z_dim": 8, "ngf": 4, "ndf": 4},
     "wgan_gp": {"z_dim": 8, "channels": 4, "channel_max": 8},
@@ -23,15 +35,12 @@ TINY = {
     "stylegan2_ada": {"z_dim": 8, "w_dim": 8, "channel_base": 128, "channel_max": 8},
     "vae": {"latent": 8, "base_channels": 8},
     "vae_gan": {"latent": 8, "base_channels": 8, "d_layers": 1, "d_channels": 8},
-    "ddpm": {
-        "base_channels": 8,
-        "channel_multipliers": [1, 2],
-        "num_blocks": 1,
-        "attention_resolutions": [8],
-        "head_channels": 8,
-        "num_steps": 50,
-        "sample_steps": 4,
-    },
+    "ddpm": {**_UNET, "num_steps": 50, "sample_steps": 4},
+    "ddpm-edm": {**_UNET, "prediction": "edm", "sample_steps": 4},
+    "ddpm-snr": {**_UNET, "num_steps": 50, "sample_steps": 4, "min_snr": 5},
+    "ddpm-dit": {**_DIT, "num_steps": 50, "sample_steps": 4},
+    "flow": {**_UNET, "sample_steps": 4},
+    "flow-dit": {**_DIT, "sampler": "midpoint", "sample_steps": 3, "num_classes": 2},
     "guided": {
         "z_dim": 8,
         "channel_base": 64,
@@ -43,12 +52,12 @@ TINY = {
 
 
 def tiny_config(family: str, data: Path, run: Path, *overrides: str) -> Config:
-    """A run of four steps of a family; ``overrides`` as on the command line."""
+    """A run of four steps of a family or a variant; ``overrides`` as on the command line."""
     base = {
         "run": str(run),
         "data": {"path": str(data), "num_threads": 0},
         "guide": {"path": str(data.parent / "guide")},
-        "family": {"name": family, **TINY[family]},
+        "family": {"name": family.partition("-")[0], **TINY[family]},
         "stages": [{"resolution": RESOLUTION, "kimg": 0.032, "batch": BATCH, "lr": 1e-3}],
         # Adam would blow up gradients that are zero but for rounding: a hinge critic's last bias
         "optim": {"eps": 1e-5},

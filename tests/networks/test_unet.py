@@ -7,16 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dinogen.networks.unet import (
-    Norm,
-    ResBlock,
-    SelfAttention,
-    UNet,
-    Up,
-    Variant,
-    modulations,
-    time_embedding,
-)
+from dinogen.networks.denoising import time_embedding
+from dinogen.networks.unet import Norm, ResBlock, SelfAttention, UNet, Up, Variant, modulations
 
 
 def small(resolution=16, **more):

@@ -1,0 +1,481 @@
+"""What `ddpm` and `flow` share: a network that takes noise out of images, and how it is used.
+
+One training step and one walk. A family says how images get their noise (:meth:`Denoiser._noised`)
+and how noise becomes images (:meth:`Denoiser._integrate`); all else is here.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor, nn
+
+from dinogen.batch import Batch, Losses, Scalars
+from dinogen.config import Config, ConfigError, Section, StageConfig, describe_errors
+from dinogen.distributed import rng
+from dinogen.errors import UserError
+from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classes_of
+from dinogen.networks.denoising import DenoisingNetwork, Drop
+from dinogen.networks.dit import SIZES, DiT
+from dinogen.networks.unet import UNet
+from dinogen.transfer import to_device, to_device_together
+
+# Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", section 4.2 tries 0.1 to 0.5
+DROP_LABEL = 0.1
+RGB = 3
+
+# (x (N, C, R, R), time of the network (N,), share of the walk that is done) -> what it says
+Predict = Callable[[Tensor, Tensor, float], Tensor]
+
+
+class UNetOptions(Section):
+    """What a U-Net that was trained elsewhere does otherwise; the defaults are what ours do."""
+
+    norm_groups: int | None = Field(
+        None, ge=1, description="groups of every norm; default: at most 32, of at least 4 channels"
+    )
+    norm_eps: float = Field(1e-5, gt=0, description="added to the variance of a group")
+    scale: bool = Field(
+        True, description="the time embedding scales and shifts; false: it is added, no more"
+    )
+    num_heads: int | None = Field(
+        None, ge=1, description="heads of every attention, in place of head_channels"
+    )
+    middle_norm: bool = Field(True, description="the attention in the middle has a norm")
+    resampling: Literal["conv", "block"] = Field(
+        "conv", description="sides are halved and doubled by a convolution, or a residual block"
+    )
+    downsample_padding: Literal["all", "end"] = Field(
+        "all", description="where a halving convolution adds zeros; end: right and bottom alone"
+    )
+    last_frequency: Literal["near", "exact"] = Field(
+        "near", description="the time embedding ends near a frequency of 1/10000, or exactly there"
+    )
+    time_scale: float = Field(1.0, gt=0, description="factor of time steps before the embedding")
+    time_channels: int | None = Field(
+        None, ge=2, description="size of the time embedding; default: base_channels"
+    )
+
+
+class DiTOptions(Section):
+    """A diffusion transformer, by the name of its size or by its numbers."""
+
+    size: Literal["S", "B", "L", "XL"] | None = Field(
+        None,
+        description="of Peebles and Xie: S 384 wide and 12 deep, B 768 and 12, L 1024 and 24, XL "
+        "1152 and 28; default: S, or the three numbers",
+    )
+    width: int | None = Field(None, ge=4, description="of the tokens")
+    depth: int | None = Field(None, ge=1, description="number of blocks")
+    num_heads: int | None = Field(None, ge=1, description="of each attention")
+    patch: int = Field(2, ge=1, description="side of the patch of pixels that is one token")
+    num_registers: int = Field(0, ge=0, description="tokens that belong to no patch")
+    qk_norm: bool = Field(True, description="normalise the queries and keys of each head")
+
+    @model_validator(mode="after")
+    def _check(self) -> DiTOptions:
+        given = [name for name in _BY_SIZE if getattr(self, name) is not None]
+        if given and self.size is not None:
+            raise ValueError(f"size {self.size} says {given[0]} already: leave out one of them")
+        if given and len(given) < len(_BY_SIZE):
+            missing = next(name for name in _BY_SIZE if name not in given)
+            raise ValueError(
+                f"{missing} is missing: give width, depth and num_heads together, or a size"
+            )
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        """What a DiT is built with."""
+        own = {name: getattr(self, name) for name in _BY_SIZE}
+        sized = SIZES[self.size or "S"] if self.width is None else own
+        return sized | self.model_dump(include={"patch", "num_registers", "qk_norm"})
+
+
+_BY_SIZE = ("width", "depth", "num_heads")
+# Keys that a U-Net is built with.
+_OF_UNET = (
+    "base_channels",
+    "channel_multipliers",
+    "num_blocks",
+    "attention_resolutions",
+    "head_channels",
+    "unet",
+)
+
+
+class DenoiserOptions(Section):
+    """Keys of ``family:`` that `ddpm` and `flow` have."""
+
+    prediction: str = Field("v", description="what the network predicts")
+    network: Literal["unet", "dit"] = Field(
+        "unet", description="a convolutional U-Net, or a transformer with the keys of dit:"
+    )
+    dit: DiTOptions | None = Field(
+        None, description="size of the transformer of network: dit; default: S, patches of 2"
+    )
+    base_channels: int = Field(128, ge=2, description="channels at full resolution")
+    channel_multipliers: tuple[int, ...] = Field(
+        (1, 2, 3, 4), description="channels of each level over the base; each halves the side"
+    )
+    num_blocks: int = Field(2, ge=1, description="residual blocks per level")
+    attention_resolutions: tuple[int, ...] = Field(
+        (16, 8), description="sides at which blocks have self-attention"
+    )
+    head_channels: int = Field(64, ge=1, description="width of an attention head")
+    unet: UNetOptions | None = Field(
+        None,
+        description="details of a U-Net that was trained elsewhere, as `dinogen import` writes "
+        "them; default: ours",
+    )
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of a residual block's activations that a step leaves out; Ho et al. "
+        "take 0.1 for small data sets",
+    )
+    sample_steps: int = Field(100, ge=1, description="steps from noise to an image")
+    num_classes: int = Field(0, ge=0, description="labels are 0 to this less 1; 0: no labels")
+    guidance: float = Field(
+        1.0, ge=0, description="pull towards the class: 0 none, 1 as learnt, more exaggerates"
+    )
+    guidance_interval: tuple[float, float] | None = Field(
+        None,
+        description="part of the walk that guidance acts in, as shares: 0 is noise, 1 the image; "
+        "default: all of it",
+    )
+
+    @model_validator(mode="after")
+    def _check_network(self) -> DenoiserOptions:
+        if self.network == "unet":
+            if self.dit is not None:
+                raise ValueError("dit: belongs to network: dit: set it, or leave dit: out")
+            return self
+        for name in _OF_UNET:
+            if getattr(self, name) != DenoiserOptions.model_fields[name].default:
+                raise ValueError(f"{name} belongs to network: unet: leave it out beside dit")
+        return self
+
+    @model_validator(mode="after")
+    def _check_guidance(self) -> DenoiserOptions:
+        if self.guidance != 1 and not self.num_classes:
+            raise ValueError(
+                f"guidance {self.guidance} needs classes to pull to: set num_classes, or leave "
+                "guidance out"
+            )
+        if self.guidance_interval is None:
+            return self
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"guidance_interval [{low}, {high}]: give two shares of the walk between 0 and 1, "
+                "the smaller one first, such as [0.2, 0.8]"
+            )
+        if not self.num_classes:
+            raise ValueError(
+                "guidance_interval needs classes to pull to: set num_classes, or leave it out"
+            )
+        return self
+
+
+class Conditions(NamedTuple):
+    """What each image of a batch is conditioned on.
+
+    Attributes:
+        label: (B,) int64; ``num_classes`` means no class. None if there are no classes.
+        embedding: (B, E) float32; None for the network's null vector, or if it has none.
+    """
+
+    label: Tensor | None = None
+    embedding: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Noised:
+    """What a training step shows the network, and what it should say.
+
+    Attributes:
+        x: (B, C, R, R), images with noise.
+        t: (B,) time, as the network takes it.
+        target: of the shape of ``x``.
+        weight: (B,) float32 weights of the losses; None: all 1.
+    """
+
+    x: Tensor
+    t: Tensor
+    target: Tensor
+    weight: Tensor | None = None
+
+    def loss(self, output: Tensor) -> Tensor:
+        """The (weighted) mean squared error of what the network said."""
+        errors = (output.float() - self.target).square()
+        if self.weight is None:
+            return errors.mean()
+        return (errors.flatten(1).mean(1) * self.weight).mean()
+
+
+class Denoiser(Family):
+    """A network G that takes noise out of images, at every strength of noise.
+
+    With ``num_classes`` it learns p(x | label) and, where the label is left out, p(x), and
+    ``guidance`` weighs the two (Ho and Salimans 2022, equation 6, whose w is ``guidance`` less 1),
+    within ``guidance_interval`` alone if there is one (Kynkaanniemi et al. 2024, "Applying Guidance
+    in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models", equation
+    6, by shares of the walk instead of sigma).
+
+    A family defines the abstract methods; its loss is named by ``options.prediction``.
+    """
+
+    Options = DenoiserOptions
+
+    options: DenoiserOptions
+
+    def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
+        super().__init__(config, stage, device)
+        self.options = self.Options(**config.family.options)
+        build = {"unet": UNet, "dit": DiT}[self.options.network]
+        try:
+            self.G: DenoisingNetwork = build(**self.arguments("G")).to(device)
+        except ValueError as error:
+            section = "dit." if self.options.network == "dit" else ""
+            raise ConfigError(f"family.{section}{error}") from None
+
+    @property
+    def num_classes(self) -> int:
+        """0 if it was trained without labels."""
+        return self.options.num_classes
+
+    def with_sampling(self, changes: Mapping[str, Any]) -> Denoiser:
+        """``steps`` of the walk, ``sampler``, ``guidance`` to the class."""
+        keys = {"steps": "sample_steps"}
+        wanted = {keys.get(name, name): value for name, value in changes.items()}
+        try:
+            options = self.Options(**self.options.model_dump() | wanted)
+        except ValidationError as error:
+            raise UserError(describe_errors(error, self.Options, "sampling")) from None
+        other = copy.copy(self)
+        other.options = options
+        return other
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The denoising network alone; as G, as what makes images is called everywhere."""
+        return {"G": self.G}
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """One update of G."""
+        return (Phase("G", "G", self._losses),)
+
+    @property
+    def inputs(self) -> Inputs:
+        """Images, and labels if there are classes."""
+        return Inputs(image_size=self.stage.resolution, labels=self.options.num_classes > 0)
+
+    def arguments(self, network: str) -> dict[str, Any]:
+        """Of G."""
+        own = self.options
+        channels, side, _ = self._shape
+        arguments: dict[str, Any] = {"resolution": side}
+        if own.network == "dit":
+            arguments |= (own.dit or DiTOptions()).arguments()
+        else:
+            names = set(_OF_UNET) - {"unet"}
+            arguments |= own.model_dump(mode="json", include=names)
+            if own.unet is not None:
+                arguments["variant"] = own.unet.model_dump(mode="json")
+        if channels != RGB:
+            arguments["in_channels"] = channels
+        return arguments | {"num_classes": own.num_classes}
+
+    # --- sampling
+
+    def latents(self, indices: Tensor, seed: int) -> Tensor:
+        """The noise that sampling starts from, (N, 3, R, R)."""
+        return rng.normal(seed, "sample", indices, self._shape, device=self.device)
+
+    def decode(
+        self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
+    ) -> Tensor:
+        """The walk from noise to images; with classes, number i is of class i % num_classes.
+
+        Noise that is added on the way goes by ``indices``, so it too follows from the arguments.
+        """
+        conditions = self._sampled_conditions(networks, indices, seed)
+        return self._walk(networks["G"], latents, conditions, indices, seed)
+
+    def measured(
+        self, networks: Networks, indices: Tensor, seed: int, shares: Sequence[float] | None
+    ) -> Tensor:
+        """As in the base: with classes, as frequent as in the data."""
+        conditions = self._sampled_conditions(networks, indices, seed, shares)
+        latents = self.latents(indices, seed)
+        return self._walk(networks["G"], latents, conditions, indices, seed)
+
+    refines = False  # the walk has too many steps to pass gradients through
+
+    def invert(self, networks: Networks, images: Tensor, indices: Tensor) -> Tensor:
+        """The noise from which the sampler walks to the images, in as many steps.
+
+        Raises:
+            UserError: the sampler adds noise of its own on the way.
+        """
+        conditions = self._sampled_conditions(networks, indices, 0)
+        predict = functools.partial(self._guided, networks["G"], conditions)
+        return self._invert(predict, self._encoded(images))
+
+    def graph(self, networks: Networks) -> Graph:
+        """One prediction: noisy images x, times t, and label if there are classes.
+
+        The walk is a loop around it; ``facts`` say what is needed to write it.
+        """
+        own = self.options
+        visited, facts = self._visited()
+
+        def inputs(indices: Tensor, seed: int) -> dict[str, Tensor]:
+            t = visited[indices % len(visited)].to(self.device)
+            found = {"x": self.latents(indices, seed), "t": t}
+            if not own.num_classes:
+                return found
+            return found | {"label": (indices % own.num_classes).to(self.device)}
+
+        facts |= {"guidance": own.guidance, "num_classes": own.num_classes}
+        if own.guidance_interval is not None:
+            facts["guidance_interval"] = list(own.guidance_interval)
+        return Graph(networks["G"], inputs, own.prediction, facts)
+
+    def _walk(
+        self, G: nn.Module, latents: Tensor, conditions: Conditions, indices: Tensor, seed: int
+    ) -> Tensor:
+        """Images of latents."""
+        predict = functools.partial(self._guided, G, conditions)
+        return self._decoded(self._integrate(predict, latents, indices, seed))
+
+    def _sampled_conditions(
+        self,
+        networks: Networks,
+        indices: Tensor,
+        seed: int,
+        shares: Sequence[float] | None = None,
+    ) -> Conditions:
+        """What samples are conditioned on; ``shares`` are those of the classes, None cycles."""
+        num_classes = self.options.num_classes
+        if not num_classes:
+            return Conditions()
+        label = indices % num_classes if shares is None else classes_of(indices, shares)
+        return Conditions(label.to(self.device))
+
+    def _guided(
+        self, G: nn.Module, conditions: Conditions, x: Tensor, t: Tensor, share: float
+    ) -> Tensor:
+        """What G says of x, drawn towards or beyond its conditions; a :data:`Predict`."""
+        guidance, interval = self.options.guidance, self.options.guidance_interval
+        outside = interval is not None and not interval[0] <= share <= interval[1]
+        if guidance == 1 or outside or all(one is None for one in conditions):
+            return self._said(G, x, t, conditions)
+        without = self._said(G, x, t, self._unconditional(conditions))
+        if guidance == 0:
+            return without
+        return torch.lerp(without, self._said(G, x, t, conditions), guidance)
+
+    def _unconditional(self, conditions: Conditions) -> Conditions:
+        """No class and no embedding."""
+        label = conditions.label
+        return Conditions(
+            None if label is None else torch.full_like(label, self.options.num_classes)
+        )
+
+    # --- training
+
+    def held_out(self, networks: Networks, batch: Batch) -> Scalars:
+        """The loss on images that were not trained on, with random numbers of its own."""
+        kind = "/held-out"
+        noised = self._noised(self._clean(batch, kind), batch["position"], kind)
+        output = self._said(networks["G"], noised.x, noised.t, self._conditions(batch, kind))
+        return {self.options.prediction: noised.loss(output)}
+
+    def _losses(self, batch: Batch) -> Losses:
+        """The loss of one time drawn per sample."""
+        drop = None
+        if self.options.dropout:
+            drop = functools.partial(self._drop, position=to_device(batch["position"], self.device))
+        noised = self._noised(self._clean(batch, ""), batch["position"], "")
+        output = self._said(self.G, noised.x, noised.t, self._conditions(batch, ""), drop)
+        return {self.options.prediction: noised.loss(output)}, {}
+
+    def _conditions(self, batch: Batch, kind: str) -> Conditions:
+        """What a batch is conditioned on in training, left out for some of it."""
+        num_classes = self.options.num_classes
+        if not num_classes:
+            return Conditions()
+        drawn = rng.uniform(self.config.seed, f"label{kind}", batch["position"]) < DROP_LABEL
+        (dropped,) = to_device_together([drawn], self.device)
+        return Conditions(torch.where(dropped, num_classes, batch["label"]))
+
+    def _said(
+        self, G: nn.Module, x: Tensor, t: Tensor, conditions: Conditions, drop: Drop | None = None
+    ) -> Tensor:
+        """What G says, (B, C, R, R) float32."""
+        output: Tensor = G(x, t, conditions.label, drop, conditions.embedding)
+        return output
+
+    def _drop(self, h: Tensor, block: int, position: Tensor) -> Tensor:
+        """Inverted dropout (Srivastava et al. 2014) of a block's activations, by position."""
+        shape, rate = tuple(h.shape[1:]), self.options.dropout
+        drawn = rng.uniform(self.config.seed, f"dropout/{block}", position, shape, h.device)
+        return h * ((drawn >= rate) / (1 - rate)).to(h.dtype)
+
+    # --- what is walked to: here images themselves
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        """Of what noise is added to, (C, R, R)."""
+        return RGB, self.stage.resolution, self.stage.resolution
+
+    @property
+    def _bounded(self) -> bool:
+        """Whether its values lie in [-1, 1]."""
+        return True
+
+    def _clean(self, batch: Batch, kind: str) -> Tensor:
+        """What a training step adds noise to, (B, C, R, R) on the device."""
+        return batch["image"]
+
+    def _decoded(self, x: Tensor) -> Tensor:
+        """Images (N, 3, R, R) in [-1, 1] of the end of a walk."""
+        return x.clamp(-1, 1)
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        """The inverse of :meth:`_decoded`."""
+        return images
+
+    # --- what a family defines
+
+    @abstractmethod
+    def _noised(self, x0: Tensor, position: Tensor, kind: str) -> Noised:
+        """A noisy version of each sample, at a time drawn by position.
+
+        Args:
+            x0: (B, C, R, R) on the device.
+            position: (B,) int64 on the CPU.
+            kind: end of the purposes of draws; empty in training.
+        """
+
+    @abstractmethod
+    def _integrate(self, predict: Predict, latents: Tensor, indices: Tensor, seed: int) -> Tensor:
+        """Walk from standard normal noise to what :meth:`_decoded` takes."""
+
+    @abstractmethod
+    def _invert(self, predict: Predict, x: Tensor) -> Tensor:
+        """Walk back, from what :meth:`_integrate` returns to the noise it started from."""
+
+    @abstractmethod
+    def _visited(self) -> tuple[Tensor, dict[str, Any]]:
+        """Of each step of the walk: times (S,) as the network takes them, and facts to export."""
