@@ -120,6 +120,11 @@ class PyramidsConfig(Section):
         description="pooled: exact 2x2 means of the base_grid; "
         "native: features of the image shrunk to g x g pixels",
     )
+    flips: bool = Field(
+        False,
+        description="features of each mirrored image too, for families that compare them with "
+        "images that augment.flip mirrors; twice the time and the bytes",
+    )
     batch: int = Field(32, ge=1, description="images per forward of the guide")
     shard_size: int = Field(256, ge=1, description="images per intermediate part")
 
@@ -313,6 +318,11 @@ class Config(Section):
                 raise ValueError(
                     f"'{name}' cannot be the name of a guide: use lower-case letters, digits and "
                     "_, a letter first, and not clip, main (that is guide:) or text"
+                )
+            if name == "flipped" or name.endswith("_flipped"):
+                raise ValueError(
+                    f"'{name}' cannot be the name of a guide: features of mirrored images are "
+                    "stored under it (prepare.pyramids.flips): choose another name"
                 )
         return guides
 

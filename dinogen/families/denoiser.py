@@ -22,10 +22,12 @@ from dinogen.config import Config, ConfigError, Section, StageConfig, describe_e
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classes_of
-from dinogen.networks.denoising import DenoisingNetwork, Drop
+from dinogen.guidance.alignment import Repa, RepaOptions
+from dinogen.networks.denoising import DenoisingNetwork, Drop, NoSuchLayer
 from dinogen.networks.dit import SIZES, DiT
 from dinogen.networks.unet import UNet
 from dinogen.transfer import to_device, to_device_together
+from shards.read.dataset import Dataset
 
 # Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", section 4.2 tries 0.1 to 0.5
 DROP_LABEL = 0.1
@@ -151,6 +153,9 @@ class DenoiserOptions(Section):
         description="part of the walk that guidance acts in, as shares: 0 is noise, 1 the image; "
         "default: all of it",
     )
+    repa: RepaOptions | None = Field(
+        None, description="align hidden tokens with stored features; default: do not"
+    )
 
     @model_validator(mode="after")
     def _check_network(self) -> DenoiserOptions:
@@ -240,12 +245,18 @@ class Denoiser(Family):
     def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
         super().__init__(config, stage, device)
         self.options = self.Options(**config.family.options)
+        aligned = self.options.repa
+        self.repa = None if aligned is None else Repa(aligned, config)
         build = {"unet": UNet, "dit": DiT}[self.options.network]
         try:
             self.G: DenoisingNetwork = build(**self.arguments("G")).to(device)
+        except NoSuchLayer as error:
+            raise ConfigError(f"family.repa.{error}") from None
         except ValueError as error:
             section = "dit." if self.options.network == "dit" else ""
             raise ConfigError(f"family.{section}{error}") from None
+        if self.repa is not None:
+            self.repa.check(self.G)
 
     @property
     def num_classes(self) -> int:
@@ -276,8 +287,21 @@ class Denoiser(Family):
 
     @property
     def inputs(self) -> Inputs:
-        """Images, and labels if there are classes."""
-        return Inputs(image_size=self.stage.resolution, labels=self.options.num_classes > 0)
+        """Images, labels if there are classes, and levels that hidden tokens are aligned with."""
+        return Inputs(
+            image_size=self.stage.resolution,
+            levels=self.repa.levels if self.repa else (),
+            labels=self.options.num_classes > 0,
+        )
+
+    def begin(self, data: Dataset) -> None:
+        """Check the features that hidden tokens are aligned with."""
+        if self.repa is not None:
+            self.repa.begin(data)
+
+    def describe(self) -> dict[str, Any]:
+        """The guide of these features."""
+        return self.repa.describe() if self.repa else {}
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G."""
@@ -293,6 +317,8 @@ class Denoiser(Family):
                 arguments["variant"] = own.unet.model_dump(mode="json")
         if channels != RGB:
             arguments["in_channels"] = channels
+        if self.repa is not None:
+            arguments["align"] = self.repa.arguments
         return arguments | {"num_classes": own.num_classes}
 
     # --- sampling
@@ -395,20 +421,41 @@ class Denoiser(Family):
     # --- training
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
-        """The loss on images that were not trained on, with random numbers of its own."""
-        kind = "/held-out"
-        noised = self._noised(self._clean(batch, kind), batch["position"], kind)
-        output = self._said(networks["G"], noised.x, noised.t, self._conditions(batch, kind))
-        return {self.options.prediction: noised.loss(output)}
+        """The loss on images that were not trained on, with random numbers of its own.
+
+        With ``repa``, its negative mean cosine too.
+        """
+        G = networks["G"]
+        assert isinstance(G, DenoisingNetwork)
+        losses, cosine = self._compared(G, batch, "/held-out")
+        return losses if cosine is None else losses | {"repa": -cosine}
 
     def _losses(self, batch: Batch) -> Losses:
         """The loss of one time drawn per sample."""
         drop = None
         if self.options.dropout:
             drop = functools.partial(self._drop, position=to_device(batch["position"], self.device))
-        noised = self._noised(self._clean(batch, ""), batch["position"], "")
-        output = self._said(self.G, noised.x, noised.t, self._conditions(batch, ""), drop)
-        return {self.options.prediction: noised.loss(output)}, {}
+        losses, cosine = self._compared(self.G, batch, "", drop)
+        if self.repa is None or cosine is None:
+            return losses, {}
+        # of the step, the same on every rank and in every microbatch
+        nimg = int(batch["position"][0])
+        nimg -= (nimg - self.start) % self.stage.batch
+        return losses | {"repa": -self.repa.weight(nimg) * cosine}, {"cos": cosine.detach()}
+
+    def _compared(
+        self, G: DenoisingNetwork, batch: Batch, kind: str, drop: Drop | None = None
+    ) -> tuple[Scalars, Tensor | None]:
+        """The loss of what G says; and how its tokens are aligned, where they are."""
+        noised = self._noised(self._clean(batch, kind), batch["position"], kind)
+        conditions = self._conditions(batch, kind)
+        if self.repa is None:
+            output = self._said(G, noised.x, noised.t, conditions, drop)
+            return {self.options.prediction: noised.loss(output)}, None
+        output, tokens = G.with_tokens(
+            noised.x, noised.t, conditions.label, drop, conditions.embedding
+        )
+        return {self.options.prediction: noised.loss(output)}, self.repa.cosine(tokens, batch)
 
     def _conditions(self, batch: Batch, kind: str) -> Conditions:
         """What a batch is conditioned on in training, left out for some of it."""

@@ -35,6 +35,22 @@ def pyramid_mse(
     return (each if keep is None else each * keep).mean()
 
 
+def alignment(tokens: Tensor, features: Tensor) -> Tensor:
+    """Mean cosine between projected hidden tokens and features at the same places.
+
+    Yu et al. 2024, "Representation Alignment for Generation: Training Diffusion Transformers Is
+    Easier Than You Think", equation 8, whose loss is its negative.
+
+    Args:
+        tokens: (B, g * g, A).
+        features: (B, g * g, A), of any float type; they take no gradient.
+
+    Returns:
+        Scalar float32 in [-1, 1]; a vector of zeros counts 0.
+    """
+    return F.cosine_similarity(tokens.float(), features.float().detach(), dim=-1).mean()
+
+
 def collapse_floor(total_variances: list[float]) -> float:
     """The least :func:`pyramid_mse` that a generator independent of the target can reach.
 

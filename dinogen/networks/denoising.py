@@ -49,6 +49,10 @@ def time_embedding(t: Tensor, size: int, exact_end: bool = False, scale: float =
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
+class NoSuchLayer(ValueError):
+    """The network has no block of this number; the message names those that it has."""
+
+
 @dataclass(frozen=True)
 class Alignment:
     """Which hidden tokens are aligned with features, and how they are projected.
@@ -116,7 +120,7 @@ class DenoisingNetwork(nn.Module):
             align: attributes of an :class:`Alignment`; None for no projector.
 
         Raises:
-            ValueError: there is no such layer.
+            NoSuchLayer: there is no such layer.
         """
         self.grids = tuple(grids)
         self.embed = nn.Linear(embed_dim, size) if embed_dim else None
@@ -135,11 +139,11 @@ class DenoisingNetwork(nn.Module):
             layer: number of the block, counted from 1 in the order of the forward.
 
         Raises:
-            ValueError: there is no such block.
+            NoSuchLayer: there is no such block.
         """
         if not 1 <= layer <= len(self.grids):
             sides = ", ".join(str(grid) for grid in sorted(set(self.grids), reverse=True))
-            raise ValueError(
+            raise NoSuchLayer(
                 f"layer {layer}: there are layers 1 to {len(self.grids)} (grids of side {sides})"
             )
         return self.grids[layer - 1]

@@ -67,8 +67,8 @@ def finished_dataset(
 ) -> Manifest | None:
     """The manifest of the finished dataset in ``out``; None if there is none yet.
 
-    A dataset with pyramids is accepted if none are requested, and one with more guides if fewer
-    are.
+    A dataset with pyramids is accepted if none are requested, one with more guides if fewer are,
+    and one with those of mirrored images if only the others are.
 
     Args:
         out: folder of the dataset.
@@ -90,6 +90,9 @@ def finished_dataset(
     )
     if "pyramids" not in prepare:
         made_with.pop("pyramids", None)
+    elif "flips" not in prepare["pyramids"] and "pyramids" in made_with:
+        own = made_with["pyramids"]
+        made_with["pyramids"] = {key: value for key, value in own.items() if key != "flips"}
     changed = [*_changed("prepare", made_with, requested)]
     if manifest.classes != tuple(classes):
         changed.append(f"classes: {_listed(manifest.classes)}, now {_listed(classes)}")

@@ -19,6 +19,7 @@ from dinogen.features import Guide, native_pyramid, pooled_pyramid
 from dinogen.features.pyramid import BASE_GRID, RESIZE
 from dinogen.prepare.faces.crop import Crop
 from dinogen.prepare.photos.read import PrepareError
+from shards.format.sample import flipped_guide
 from shards.image.decode import decode_image
 
 Levels = dict[str, NDArray[np.float16]]
@@ -54,7 +55,7 @@ class PyramidMaker:
 
     Args:
         guide: the main guide, on ``device``; None makes no pyramids.
-        config: grids, kinds and batch.
+        config: grids, kinds, batch, and whether mirrored images get levels too.
         device: where the networks run.
         guides: further guides by name; all grids and kinds are made for each of them too.
         embedder: makes the level ``clip`` and, from captions, ``text``.
@@ -88,13 +89,17 @@ class PyramidMaker:
             found["base_grid"] = self.config.base_grid
         if self.antialias:
             found["resize"] = RESIZE
+        if self.config.flips:
+            found["flips"] = True
         return found
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """The networks, as named in the manifest: ``guide``, ``guides`` and ``clip``."""
+        infos = {name: guide.info.to_dict() for name, guide in self._by_name().items()}
+        flipped = {flipped_guide(n): info for n, info in infos.items()} if self.config.flips else {}
         return {
-            "guide": self.guide.info.to_dict() if self.guide else {},
-            "guides": {name: guide.info.to_dict() for name, guide in self.guides.items()},
+            "guide": infos.pop("", {}),
+            "guides": infos | flipped,
             # As read back from JSON, so that it can be compared with a manifest.
             "clip": json.loads(json.dumps(self.embedder.info)) if self.embedder else {},
         }
@@ -113,7 +118,7 @@ class PyramidMaker:
     @property
     def label(self) -> str:
         """Names of the networks, for messages."""
-        names = [guide.info.label for guide in self._by_prefix().values()]
+        names = [guide.info.label for guide in self._by_name().values()]
         if self.embedder is not None:
             names.append(f"clip ({self.embedder.info.get('path')})")
         return ", ".join(names)
@@ -139,7 +144,8 @@ class PyramidMaker:
                 ``text``, zeros if it has no caption.
 
         Returns:
-            The crop and ``{"p4": (16, C), "NAME.n4": (16, C), "clip": (1, E), ...}`` float16.
+            The crop and ``{"p4": (16, C), "NAME.n4": (16, C), "clip": (1, E), ...}`` float16;
+            "flipped.p4" and "NAME_flipped.n4" are those of the mirrored crop.
 
         Raises:
             PrepareError: a crop is damaged, not square or of another size than the first, or its
@@ -182,18 +188,29 @@ class PyramidMaker:
         pixels = np.stack(decoded + decoded[-1:] * (self.config.batch - len(decoded)))
         images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
         images = (images.float() - 127.5) / 127.5
-        grids, levels = self.config.grids, {}
-        for prefix, guide in self._by_prefix().items():
-            for kind in self.config.kinds:
-                pyramid = (
-                    pooled_pyramid(guide, images, grids, self.config.base_grid, self.antialias)
-                    if kind == "pooled"
-                    else native_pyramid(guide, images, grids, self.antialias)
-                )
-                for grid, features in pyramid.items():
-                    levels[f"{prefix}{kind[0]}{grid}"] = features.half()
+        levels: dict[str, Tensor] = {}
+        for name, guide in self._by_name().items():
+            levels |= self._pyramids(name, guide, images)
+        if self.config.flips:
+            mirrored = images.flip(3)
+            for name, guide in self._by_name().items():
+                levels |= self._pyramids(flipped_guide(name), guide, mirrored)
         if self.embedder is not None:
             levels["clip"] = self.embedder.images(images)[:, None].half()
+        return levels
+
+    def _pyramids(self, name: str, guide: Guide, images: Tensor) -> dict[str, Tensor]:
+        """All kinds and grids of one guide, whose levels are called after ``name``."""
+        grids, levels = self.config.grids, {}
+        prefix = f"{name}." if name else ""
+        for kind in self.config.kinds:
+            pyramid = (
+                pooled_pyramid(guide, images, grids, self.config.base_grid, self.antialias)
+                if kind == "pooled"
+                else native_pyramid(guide, images, grids, self.antialias)
+            )
+            for grid, features in pyramid.items():
+                levels[f"{prefix}{kind[0]}{grid}"] = features.half()
         return levels
 
     @torch.inference_mode()
@@ -206,10 +223,9 @@ class PyramidMaker:
                 embedded[row] = embedder.captions([crop.caption]).half()
         return embedded
 
-    def _by_prefix(self) -> dict[str, Guide]:
-        """All guides by the prefix of their levels' names."""
-        found = {} if self.guide is None else {"": self.guide}
-        return found | {f"{name}.": guide for name, guide in self.guides.items()}
+    def _by_name(self) -> dict[str, Guide]:
+        """All guides; the main one's name is empty."""
+        return ({} if self.guide is None else {"": self.guide}) | self.guides
 
     def _collect(
         self, crops: list[Crop], levels: dict[str, Tensor]

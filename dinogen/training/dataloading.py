@@ -148,25 +148,34 @@ def _stream(state: StageState, batch: int, seed: int, start: int, image_size: in
 _LUMA = (0.299, 0.587, 0.114)
 
 
-def augment(images: Tensor, positions: Tensor, seed: int, config: AugmentConfig) -> Tensor:
+def augment(batch: Batch, seed: int, config: AugmentConfig, device: torch.device) -> Batch:
     """Flip, rotate and recolour images, in this order; a strength of 0 skips the transform.
 
     Args:
-        images: (B, 3, R, R) in [-1, 1].
-        positions: (B,) int64, indices in the global order: the same image is changed differently
-            in each epoch, and in the same way on any number of ranks.
+        batch: of its samples ``position`` (B,), indices in the global order, which decide: the same
+            image is changed differently in each epoch, and in the same way on any number of ranks;
+            and ``image`` (B, 3, R, R) in [-1, 1], if it is read.
         seed: of the run.
         config: strengths of the transforms.
+        device: of the images.
 
     Returns:
-        (B, 3, R, R) in [-1, 1].
+        What changes: ``image`` (B, 3, R, R) in [-1, 1], and, if some images are mirrored,
+        ``flipped`` (B,) bool, which. Batches without images have it too, as levels may be stored
+        for both orientations.
     """
 
     def drawn(purpose: str) -> Tensor:
-        return rng.uniform(seed, f"augment/{purpose}", positions, device=images.device)
+        return rng.uniform(seed, f"augment/{purpose}", batch["position"], device=device)
 
+    changed: Batch = {}
     if config.flip:
-        images = flip(images, drawn("flip") < config.flip)
+        changed["flipped"] = drawn("flip") < config.flip
+    if "image" not in batch:
+        return changed
+    images = batch["image"]
+    if config.flip:
+        images = flip(images, changed["flipped"])
     if config.rotate:
         images = rotate(images, (2 * drawn("rotate") - 1) * config.rotate)
     if config.brightness:
@@ -175,7 +184,8 @@ def augment(images: Tensor, positions: Tensor, seed: int, config: AugmentConfig)
         images = contrast(images, 1 + (2 * drawn("contrast") - 1) * config.contrast)
     if config.saturation:
         images = saturation(images, 1 + (2 * drawn("saturation") - 1) * config.saturation)
-    return images
+    changed["image"] = images
+    return changed
 
 
 def flip(images: Tensor, chosen: Tensor) -> Tensor:

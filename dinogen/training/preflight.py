@@ -22,6 +22,7 @@ from dinogen.training.checkpointing.checkpoint import (
 )
 from dinogen.training.data import check_classes, data_fingerprint
 from dinogen.training.logging.sinks.registry import check_sinks
+from shards.format.sample import is_flipped
 from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
@@ -138,9 +139,7 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
     if missing:
         raise ConfigError(
             f"{data.location}: {name} reads the level {', '.join(missing)}, the shards have "
-            f"{', '.join(data.manifest.levels) or 'none'}: prepare again with it (p for pooled, n "
-            "for native: prepare.pyramids.kinds and prepare.pyramids.grids; NAME.p8 of a guide in "
-            "guides:; clip and text with clip:), or change family:"
+            f"{', '.join(data.manifest.levels) or 'none'}: {_remedy(missing)}"
         )
     if inputs.labels:
         check_classes(config, data)
@@ -160,6 +159,20 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
             f"stages: {name} is larger than the images of {data.location} ({stored}x{stored}):"
             f" leave it out, or prepare again with prepare.faces.size={stage.resolution} or more"
         )
+
+
+def _remedy(missing: list[str]) -> str:
+    """How data get levels that they lack."""
+    if all(is_flipped(level) for level in missing):
+        return (
+            "they hold no features of mirrored images, which augment.flip needs: prepare again "
+            "with prepare.pyramids.flips=true, or set augment.flip=0"
+        )
+    return (
+        "prepare again with it (p for pooled, n for native: prepare.pyramids.kinds and "
+        "prepare.pyramids.grids; NAME.p8 of a guide in guides:; clip and text with clip:), or "
+        "change family:"
+    )
 
 
 def _check_ranks(family: Family, num: int) -> None:

@@ -173,10 +173,9 @@ class Trainer:
         kind = tuple(phase.name for phase in due)
         with self.together.step(kind, [micro["position"] for micro, _ in micros]):
             for micro, _ in micros:
-                if "image" in micro:
-                    micro["image"] = augment(
-                        micro["image"], micro["position"], self.config.seed, self.config.augment
-                    )
+                micro.update(
+                    augment(micro, self.config.seed, self.config.augment, self.engine.device)
+                )
             norms = {phase.name: self._update(phase, micros).grad_norm for phase in due}
         self.arrivals.send(self.now, norms)
         self._settle(self.lag)

@@ -24,7 +24,7 @@ def disc_data(tmp_path_factory) -> Path:
     for pixels in discs(24):
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
         with torch.no_grad():
-            pyramid = native_pyramid(guide, image, (RESOLUTION,))
+            pyramid = native_pyramid(guide, image, (RESOLUTION, 4))
         levels.append({f"n{grid}": v[0].half().numpy() for grid, v in pyramid.items()})
     pack_discs(folder / "data", levels, guide=guide.info.to_dict())
     return folder / "data"

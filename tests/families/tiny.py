@@ -41,6 +41,17 @@ TINY = {
     "ddpm-dit": {**_DIT, "num_steps": 50, "sample_steps": 4},
     "flow": {**_UNET, "sample_steps": 4},
     "flow-dit": {**_DIT, "sampler": "midpoint", "sample_steps": 3, "num_classes": 2},
+    "ddpm-repa": {
+        **_DIT,
+        "num_steps": 50,
+        "sample_steps": 4,
+        "repa": {"layer": 1, "level": "n4", "channels": 32, "hidden": 8},
+    },
+    "flow-repa": {
+        **_UNET,
+        "sample_steps": 4,
+        "repa": {"layer": 1, "level": "n16", "channels": 32, "hidden": 8, "until_kimg": 0.016},
+    },
     "guided": {
         "z_dim": 8,
         "channel_base": 64,
