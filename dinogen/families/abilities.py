@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from dinogen.batch import Batch, Scalars
 from dinogen.errors import ConfigError, UserError
 from dinogen.families.base import Condition, Family, Graph, Health, Networks
+from shards.read.dataset import Dataset
 
 # --- training
 
@@ -86,6 +88,34 @@ class Describes(Protocol):
         """Facts for results and pages, JSON-ready.
 
         ``frozen``: hashes, by key of the config, of weights that may not change within a run.
+        """
+
+
+@runtime_checkable
+class ChecksData(Protocol):
+    """It reads something of the shards that fits only some configs, such as latents."""
+
+    def check_data(self, data: Dataset) -> None:
+        """Refuse shards that do not fit; called before anything is loaded, in every stage.
+
+        Args:
+            data: its manifest is enough.
+
+        Raises:
+            ConfigError: naming the key and what it has to be.
+        """
+
+
+@runtime_checkable
+class Recalls(Protocol):
+    """What its samples need besides the networks is named in the facts of a checkpoint."""
+
+    def recall(self, facts: Mapping[str, Any], folder: Path) -> None:
+        """Called once after a checkpoint is read to sample from; loads nothing.
+
+        Args:
+            facts: what :class:`Describes` said in training.
+            folder: of the run, or of the exported file; what is needed may lie there.
         """
 
 

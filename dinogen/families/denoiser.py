@@ -11,6 +11,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,8 +23,9 @@ from dinogen.config import Config, ConfigError, Section, StageConfig, describe_e
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classes_of
+from dinogen.families.latent import LatentOptions, Latents
 from dinogen.guidance.alignment import Repa, RepaOptions
-from dinogen.networks.denoising import DenoisingNetwork, Drop, NoSuchLayer
+from dinogen.networks.denoising import DenoisingNetwork, Drop, LatentScale, NoSuchLayer
 from dinogen.networks.dit import SIZES, DiT
 from dinogen.networks.unet import UNet
 from dinogen.transfer import to_device, to_device_together
@@ -157,6 +159,10 @@ class DenoiserOptions(Section):
         None, description="align hidden tokens with stored features; default: do not"
     )
 
+    latent: LatentOptions | None = Field(
+        None, description="train on latents of an autoencoder in place of pixels; default: pixels"
+    )
+
     @model_validator(mode="after")
     def _check_network(self) -> DenoiserOptions:
         if self.network == "unet":
@@ -247,6 +253,8 @@ class Denoiser(Family):
         self.options = self.Options(**config.family.options)
         aligned = self.options.repa
         self.repa = None if aligned is None else Repa(aligned, config)
+        chosen = self.options.latent
+        self.latent = None if chosen is None else Latents(chosen, config, stage, device)
         build = {"unet": UNet, "dit": DiT}[self.options.network]
         try:
             self.G: DenoisingNetwork = build(**self.arguments("G")).to(device)
@@ -287,21 +295,37 @@ class Denoiser(Family):
 
     @property
     def inputs(self) -> Inputs:
-        """Images, labels if there are classes, and levels that hidden tokens are aligned with."""
+        """Images or their latents, labels of classes, levels that tokens are aligned with."""
         return Inputs(
-            image_size=self.stage.resolution,
-            levels=self.repa.levels if self.repa else (),
+            image_size=self.stage.resolution if self.latent is None else None,
+            levels=(
+                *(self.latent.levels if self.latent else ()),
+                *(self.repa.levels if self.repa else ()),
+            ),
             labels=self.options.num_classes > 0,
         )
 
+    def check_data(self, data: Dataset) -> None:
+        """Refuse shards without the latents."""
+        if self.latent is not None:
+            self.latent.check(data)
+
     def begin(self, data: Dataset) -> None:
-        """Check the features that hidden tokens are aligned with."""
+        """Check the features that hidden tokens are aligned with; learn the scale of latents."""
         if self.repa is not None:
             self.repa.begin(data)
+        if self.latent is not None:
+            self.latent.begin(data, _scale_of(self.G))
 
     def describe(self) -> dict[str, Any]:
-        """The guide of these features."""
-        return self.repa.describe() if self.repa else {}
+        """The guide of these features, and the autoencoder of the latents."""
+        found = self.repa.describe() if self.repa else {}
+        return found | (self.latent.describe() if self.latent else {})
+
+    def recall(self, facts: Mapping[str, Any], folder: Path) -> None:
+        """Which autoencoder decodes."""
+        if self.latent is not None:
+            self.latent.recall(facts, folder)
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G."""
@@ -319,12 +343,14 @@ class Denoiser(Family):
             arguments["in_channels"] = channels
         if self.repa is not None:
             arguments["align"] = self.repa.arguments
+        if self.latent is not None:
+            arguments["scaled_latents"] = True
         return arguments | {"num_classes": own.num_classes}
 
     # --- sampling
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
-        """The noise that sampling starts from, (N, 3, R, R)."""
+        """The noise that sampling starts from, (N, 3, R, R), or (N, C, s, s) of latents."""
         return rng.normal(seed, "sample", indices, self._shape, device=self.device)
 
     def decode(
@@ -355,7 +381,7 @@ class Denoiser(Family):
         """
         conditions = self._sampled_conditions(networks, indices, 0)
         predict = functools.partial(self._guided, networks["G"], conditions)
-        return self._invert(predict, self._encoded(images))
+        return self._invert(predict, self._encoded(networks["G"], images))
 
     def graph(self, networks: Networks) -> Graph:
         """One prediction: noisy images x, times t, and label if there are classes.
@@ -375,6 +401,8 @@ class Denoiser(Family):
         facts |= {"guidance": own.guidance, "num_classes": own.num_classes}
         if own.guidance_interval is not None:
             facts["guidance_interval"] = list(own.guidance_interval)
+        if self.latent is not None:
+            facts |= self.latent.facts(_scale_of(networks["G"]))
         return Graph(networks["G"], inputs, own.prediction, facts)
 
     def _walk(
@@ -382,7 +410,7 @@ class Denoiser(Family):
     ) -> Tensor:
         """Images of latents."""
         predict = functools.partial(self._guided, G, conditions)
-        return self._decoded(self._integrate(predict, latents, indices, seed))
+        return self._decoded(G, self._integrate(predict, latents, indices, seed))
 
     def _sampled_conditions(
         self,
@@ -447,7 +475,7 @@ class Denoiser(Family):
         self, G: DenoisingNetwork, batch: Batch, kind: str, drop: Drop | None = None
     ) -> tuple[Scalars, Tensor | None]:
         """The loss of what G says; and how its tokens are aligned, where they are."""
-        noised = self._noised(self._clean(batch, kind), batch["position"], kind)
+        noised = self._noised(self._clean(G, batch, kind), batch["position"], kind)
         conditions = self._conditions(batch, kind)
         if self.repa is None:
             output = self._said(G, noised.x, noised.t, conditions, drop)
@@ -479,28 +507,36 @@ class Denoiser(Family):
         drawn = rng.uniform(self.config.seed, f"dropout/{block}", position, shape, h.device)
         return h * ((drawn >= rate) / (1 - rate)).to(h.dtype)
 
-    # --- what is walked to: here images themselves
+    # --- what is walked to: images, or latents of an autoencoder
 
     @property
     def _shape(self) -> tuple[int, int, int]:
         """Of what noise is added to, (C, R, R)."""
+        if self.latent is not None:
+            return self.latent.shape
         return RGB, self.stage.resolution, self.stage.resolution
 
     @property
     def _bounded(self) -> bool:
-        """Whether its values lie in [-1, 1]."""
-        return True
+        """Whether its values lie in [-1, 1]; latents have deviation 1 and no bound."""
+        return self.latent is None
 
-    def _clean(self, batch: Batch, kind: str) -> Tensor:
+    def _clean(self, G: nn.Module, batch: Batch, kind: str) -> Tensor:
         """What a training step adds noise to, (B, C, R, R) on the device."""
+        if self.latent is not None:
+            return self.latent.drawn(batch, _scale_of(G), kind)
         return batch["image"]
 
-    def _decoded(self, x: Tensor) -> Tensor:
+    def _decoded(self, G: nn.Module, x: Tensor) -> Tensor:
         """Images (N, 3, R, R) in [-1, 1] of the end of a walk."""
+        if self.latent is not None:
+            return self.latent.decoded(x, _scale_of(G))
         return x.clamp(-1, 1)
 
-    def _encoded(self, images: Tensor) -> Tensor:
-        """The inverse of :meth:`_decoded`."""
+    def _encoded(self, G: nn.Module, images: Tensor) -> Tensor:
+        """The inverse of :meth:`_decoded`; of latents the means of the posteriors."""
+        if self.latent is not None:
+            return self.latent.encoded(images, _scale_of(G))
         return images
 
     # --- what a family defines
@@ -526,3 +562,9 @@ class Denoiser(Family):
     @abstractmethod
     def _visited(self) -> tuple[Tensor, dict[str, Any]]:
         """Of each step of the walk: times (S,) as the network takes them, and facts to export."""
+
+
+def _scale_of(G: nn.Module) -> LatentScale:
+    """What brings latents to mean 0 and deviation 1."""
+    assert isinstance(G, DenoisingNetwork) and G.latent_scale is not None
+    return G.latent_scale

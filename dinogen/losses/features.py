@@ -127,27 +127,27 @@ def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
     Kingma and Welling 2014, appendix B.
 
     Args:
-        mean: (B, latent).
-        log_variance: (B, latent).
+        mean: (B, latent) or (B, latent, s, s).
+        log_variance: of the same shape.
 
     Returns:
         (B,) float32, not negative.
     """
     mean, log_variance = mean.float(), log_variance.float()
     # expm1: near the prior exp(v) - 1 - v is a difference of nearly equal numbers
-    return 0.5 * (mean.square() + torch.expm1(log_variance) - log_variance).sum(1)
+    return 0.5 * (mean.square() + torch.expm1(log_variance) - log_variance).flatten(1).sum(1)
 
 
 def reparameterize(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
     """A draw of the posterior that can be differentiated to it (Kingma and Welling 2014, 2.4).
 
     Args:
-        mean: (B, latent).
-        log_variance: (B, latent).
-        noise: (B, latent), standard normal.
+        mean: (B, latent) or (B, latent, s, s).
+        log_variance: of the same shape.
+        noise: of the same shape, standard normal.
 
     Returns:
-        (B, latent).
+        Of the same shape.
     """
     return mean + (0.5 * log_variance).exp() * noise
 

@@ -88,6 +88,39 @@ class Projector(nn.Module):
         return F.linear(h, *own[2]).float()
 
 
+class LatentScale(nn.Module):
+    """Brings each channel of latents to mean 0 and deviation 1, and back.
+
+    Its numbers are buffers of the network that is trained on such latents, so they go with its
+    weights.
+
+    Args:
+        channels: C of the latents.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("deviation", torch.ones(channels))
+
+    @torch.no_grad()
+    def set(self, mean: Tensor, deviation: Tensor) -> None:
+        """Take over the mean and the standard deviation (C,) of the data."""
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation)
+
+    def normalized(self, z: Tensor) -> Tensor:
+        """Latents (B, C, s, s) of an autoencoder, with mean 0 and deviation 1 over the data."""
+        return (z - self.mean[:, None, None]) / self.deviation[:, None, None]
+
+    def restored(self, x: Tensor) -> Tensor:
+        """The latents (B, C, s, s) of which :meth:`normalized` makes ``x``."""
+        return x * self.deviation[:, None, None] + self.mean[:, None, None]
+
+
 class DenoisingNetwork(nn.Module):
     """Predicts from images with noise; the base of the U-Net and of the diffusion transformer.
 
@@ -95,9 +128,11 @@ class DenoisingNetwork(nn.Module):
         grids: side of the map or token grid after each block, in the order of the forward.
         null_embedding: (embed_dim,), learnt: stands for a global vector that is not given. None
             without ``embed_dim``.
+        latent_scale: of the latents that it predicts from; None where it predicts from images.
     """
 
     grids: tuple[int, ...]
+    latent_scale: LatentScale | None
     null_embedding: nn.Parameter | None
 
     def _add_conditions(

@@ -21,7 +21,7 @@ from dinogen.features.base import guide_identity
 from dinogen.prepare.faces.crop import Crop, Rejection
 from dinogen.prepare.faces.folder import REJECTED, FaceFolder, read_rejected
 from dinogen.prepare.faces.settings import current_settings, locked, removed_at_end
-from dinogen.prepare.parts import network_of
+from dinogen.prepare.parts import guide_key, network_of
 from dinogen.prepare.photos.changed import (
     PHOTOS,
     FileRecord,
@@ -266,7 +266,7 @@ def _changed(name: str, old: Any, new: Any) -> list[str]:
 
 def _other_networks(manifest: Manifest, made_by: Mapping[str, dict[str, Any]]) -> list[str]:
     guide, guides, clip = made_by["guide"], made_by["guides"], made_by["clip"]
-    pairs = [(f"guides.{name}", manifest.guides.get(name, {}), guides[name]) for name in guides]
+    pairs = [(guide_key(name), manifest.guides.get(name, {}), guides[name]) for name in guides]
     if guide and manifest.levels:
         pairs.insert(0, ("guide", manifest.guide, guide))
     changed = [

@@ -18,8 +18,9 @@ from dinogen.config import PyramidsConfig
 from dinogen.features import Guide, native_pyramid, pooled_pyramid
 from dinogen.features.pyramid import BASE_GRID, RESIZE
 from dinogen.prepare.faces.crop import Crop
+from dinogen.prepare.latents import LatentMaker
 from dinogen.prepare.photos.read import PrepareError
-from shards.format.sample import flipped_guide
+from shards.format.sample import OF_LATENTS, flipped_guide, level_guide
 from shards.image.decode import decode_image
 
 Levels = dict[str, NDArray[np.float16]]
@@ -59,6 +60,7 @@ class PyramidMaker:
         device: where the networks run.
         guides: further guides by name; all grids and kinds are made for each of them too.
         embedder: makes the level ``clip`` and, from captions, ``text``.
+        latents: makes the levels of an autoencoder.
 
     Attributes:
         antialias: whether images are enlarged for the guides like Pillow does. False continues
@@ -72,12 +74,14 @@ class PyramidMaker:
         device: torch.device,
         guides: Mapping[str, Guide] | None = None,
         embedder: Embedder | None = None,
+        latents: LatentMaker | None = None,
     ) -> None:
         self.guide = guide
         self.config = config
         self.device = device
         self.guides = dict(guides or {})
         self.embedder = embedder
+        self.latents = latents
         self.antialias = True
 
     def settings(self) -> dict[str, Any]:
@@ -97,9 +101,10 @@ class PyramidMaker:
         """The networks, as named in the manifest: ``guide``, ``guides`` and ``clip``."""
         infos = {name: guide.info.to_dict() for name, guide in self._by_name().items()}
         flipped = {flipped_guide(n): info for n, info in infos.items()} if self.config.flips else {}
+        latents = self.latents.identity() if self.latents else {}
         return {
             "guide": infos.pop("", {}),
-            "guides": infos | flipped,
+            "guides": infos | flipped | latents,
             # As read back from JSON, so that it can be compared with a manifest.
             "clip": json.loads(json.dumps(self.embedder.info)) if self.embedder else {},
         }
@@ -121,6 +126,8 @@ class PyramidMaker:
         names = [guide.info.label for guide in self._by_name().values()]
         if self.embedder is not None:
             names.append(f"clip ({self.embedder.info.get('path')})")
+        if self.latents is not None:
+            names.append(self.latents.label)
         return ", ".join(names)
 
     def check_size(self, size: int) -> None:
@@ -131,6 +138,8 @@ class PyramidMaker:
                 f"prepare.faces.size: {size} is not a multiple of the native grid {wrong[0]}: make "
                 "the faces a multiple of it (256), or set prepare.pyramids.kinds to [pooled]"
             )
+        if self.latents is not None:
+            self.latents.check_size(size)
 
     def levels(
         self, crops: Iterable[Crop], with_text: bool = False
@@ -145,7 +154,8 @@ class PyramidMaker:
 
         Returns:
             The crop and ``{"p4": (16, C), "NAME.n4": (16, C), "clip": (1, E), ...}`` float16;
-            "flipped.p4" and "NAME_flipped.n4" are those of the mirrored crop.
+            "flipped.p4" and "NAME_flipped.n4" are those of the mirrored crop, "latents.n32"
+            those of an autoencoder.
 
         Raises:
             PrepareError: a crop is damaged, not square or of another size than the first, or its
@@ -197,6 +207,8 @@ class PyramidMaker:
                 levels |= self._pyramids(flipped_guide(name), guide, mirrored)
         if self.embedder is not None:
             levels["clip"] = self.embedder.images(images)[:, None].half()
+        if self.latents is not None:
+            levels |= self.latents.levels(images[: len(decoded)])
         return levels
 
     def _pyramids(self, name: str, guide: Guide, images: Tensor) -> dict[str, Tensor]:
@@ -235,11 +247,18 @@ class PyramidMaker:
             mine = {name: features[row] for name, features in arrays.items()}
             for name, features in mine.items():
                 if not np.isfinite(features).all():
-                    raise PrepareError(
-                        f"{crop.key}: level {name} is not finite in float16: the features of "
-                        f"{self.label} exceed 65504; choose another layer"
-                    )
+                    raise self._overflow(crop, name)
             yield crop, mine
+
+    def _overflow(self, crop: Crop, level: str) -> PrepareError:
+        """The error for a level that float16 cannot hold."""
+        what, remedy = f"the features of {self.label}", "choose another layer"
+        if self.latents is not None and level_guide(level) in OF_LATENTS:
+            what = f"the latents of {self.latents.label}"
+            remedy = "choose another autoencoder (prepare.latents.path)"
+        return PrepareError(
+            f"{crop.key}: level {level} is not finite in float16: {what} exceed 65504; {remedy}"
+        )
 
 
 def batched(crops: Iterable[Crop], size: int) -> Iterator[list[Crop]]:

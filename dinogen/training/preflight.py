@@ -8,9 +8,16 @@ from typing import Any
 
 import torch
 
-from dinogen.config import AugmentConfig, Config, ConfigError, StageConfig, find_stage
+from dinogen.config import (
+    FAMILY_PLACES,
+    AugmentConfig,
+    Config,
+    ConfigError,
+    StageConfig,
+    find_stage,
+)
 from dinogen.distributed import process_group
-from dinogen.families.abilities import MeasuresHeldOut, trained_parameters
+from dinogen.families.abilities import ChecksData, MeasuresHeldOut, trained_parameters
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class, resolve
 from dinogen.metrics.registry import chosen_names
@@ -40,7 +47,7 @@ MAY_CHANGE: dict[str, Any] = {
     "device": True,
     "eval": True,
     "stages": True,  # all but the one at hand, which is compared without its length
-    "family": {"file"},
+    "family": {"file": True, **FAMILY_PLACES},
     "guide": {"file", "path", "revision"},
     "guides": {"__all__": {"file", "path", "revision"}},
     "clip": {"path", "revision"},
@@ -134,6 +141,8 @@ def _check_names(config: Config, families: list[Family]) -> None:
 def _check_stage(config: Config, family: Family, data: Dataset) -> None:
     """Levels, image size and batch of one stage."""
     stage, inputs = family.stage, family.inputs
+    if isinstance(family, ChecksData):
+        family.check_data(data)
     name, stored = f"stage {stage.resolution}", data.manifest.image_size
     missing = [level for level in inputs.levels if level not in data.manifest.levels]
     if missing:

@@ -170,6 +170,7 @@ class StageState:
                 grow(network, previous.tensors(f"{name}.ema"), new, ConfigError)
         self.data = open_data(config) if data is None else data
         self.family.begin(self.data)
+        self.ema.take_buffers()  # what the networks have just learnt of the data
         self.engine: SingleEngine = make_engine(config, self.family, self.stage.lr, self.device)
         self.progress = Progress(nimg=self.plan.start, logged=self.plan.start)
         if previous is not None:

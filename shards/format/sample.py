@@ -28,6 +28,9 @@ CAPTION_SUFFIX = "txt"
 VECTORS = ("clip", "text")
 # Of the main guide's features of mirrored images; those of NAME are NAME_flipped.
 FLIPPED = "flipped"
+# In a guide's place, an autoencoder: means and log variances of the image, and of its mirror image.
+LATENTS = "latents"
+OF_LATENTS = (LATENTS, f"{LATENTS}_{FLIPPED}")
 _LEVEL = re.compile(r"(?:([a-z][a-z0-9_]*)\.)?[pn]([1-9][0-9]*)")
 # WebDataset's rule: up to the first dot of the last part of the name; what it treats as metadata
 # of the tar itself is skipped.

@@ -73,6 +73,14 @@ class Dataset(ABC):
         """
 
     @abstractmethod
+    def level_mean(self, level: int | str) -> npt.NDArray[np.float32]:
+        """Mean of a level's features over train, float32 (grid * grid, C).
+
+        Raises:
+            ManifestError: if the dataset lacks the level, or has no sound statistics.
+        """
+
+    @abstractmethod
     def level_variance(self, level: int | str) -> npt.NDArray[np.float32]:
         """Population variance of a level's features over train, float32 (grid * grid, C).
 
@@ -384,11 +392,7 @@ class PackedDataset(Dataset):
         return ""
 
     def level_mean(self, level: int | str) -> npt.NDArray[np.float32]:
-        """Mean of a level's features over train, float32 (grid * grid, C).
-
-        Raises:
-            ManifestError: if the dataset lacks the level, or has no sound statistics.
-        """
+        """As `Dataset.level_mean`."""
         return self._measured(level, "mean")
 
     def level_variance(self, level: int | str) -> npt.NDArray[np.float32]:

@@ -26,6 +26,8 @@ _DIT = {
     "network": "dit",
     "dit": {"width": 16, "depth": 2, "num_heads": 2, "patch": 4, "num_registers": 1},
 }
+# Of the autoencoder whose latents the discs have.
+LATENT = {"channels": 3, "factor": 4}
 # By family; what follows a hyphen is a variant of it.
 TINY = {
     "dcgan": {"z_dim": 8, "ngf": 4, "ndf": 4},
@@ -51,6 +53,20 @@ TINY = {
         **_UNET,
         "sample_steps": 4,
         "repa": {"layer": 1, "level": "n16", "channels": 32, "hidden": 8, "until_kimg": 0.016},
+    },
+    "ddpm-latent": {
+        **_DIT,
+        "dit": _DIT["dit"] | {"patch": 2},
+        "num_steps": 50,
+        "sample_steps": 4,
+        "latent": {**LATENT, "sample": "mean"},
+    },
+    "flow-latent": {
+        **_UNET,
+        "attention_resolutions": [2],
+        "num_classes": 2,
+        "sample_steps": 4,
+        "latent": LATENT,
     },
     "guided": {
         "z_dim": 8,

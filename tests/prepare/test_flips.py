@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import numpy as np
 import pytest
 import torch
@@ -19,9 +17,8 @@ from shards import open_dataset
 from shards.check.repair import repair
 from shards.check.verify import verify
 from shards.errors import PackError
-from shards.format.sample import flipped_level, is_flipped, level_grid, level_guide
+from shards.format.sample import flipped_level, level_grid, level_guide
 from shards.image.decode import decode_image
-from shards.read.mixture import MixedDataset
 from tests.prepare.several_guides import all_samples, contents, fill, maker_of, settings
 
 FLIPS = settings(pyramids={"flips": True})
@@ -44,8 +41,6 @@ def test_names_of_mirrored_levels_are_those_of_further_guides():
     assert flipped_level("p16") == "flipped.p16"
     assert flipped_level("pixels.n8") == "pixels_flipped.n8"
     assert level_guide("pixels_flipped.n8") == "pixels_flipped" and level_grid("flipped.p16") == 16
-    assert is_flipped("flipped.p16") and is_flipped("pixels_flipped.n8")
-    assert not any(map(is_flipped, ("p16", "pixels.n8", "clip", "flippeded.p4")))
 
 
 def test_each_sample_has_the_features_of_its_mirror_image_too(flipped):
@@ -129,7 +124,9 @@ def test_interrupted_and_resumed_gives_the_same_bytes(flipped, tmp_path):
     photos, data = fill(tmp_path / "photos"), tmp_path / "data"
     with pytest.raises(Killed):
         pipeline.prepare(photos, data, FLIPS, flipping(), progress=kill)
-    with pytest.raises(PackError, match=r"with other settings \(prepare, guides\)"):
+    with pytest.raises(
+        PackError, match=r"unfinished packing with other settings \(prepare, guides\)"
+    ):
         pipeline.prepare(photos, data, settings(), maker_of())
     pipeline.prepare(photos, data, FLIPS, flipping())
     assert contents(data) == contents(flipped[0])
@@ -150,15 +147,6 @@ def test_repair_keeps_them(flipped, tmp_path):
     repair(data)
     again, before = (open_dataset(folder).manifest for folder in (data, flipped[0]))
     assert again.levels == before.levels and again.guides == before.guides
-
-
-def test_a_mix_has_them_if_all_of_its_datasets_do(flipped, tmp_path):
-    pipeline.prepare(fill(tmp_path / "photos"), tmp_path / "data", settings(), maker_of())
-    plain, both = open_dataset(tmp_path / "data"), open_dataset(flipped[0])
-    halves = [Fraction(1, 2)] * 2
-    mixed = MixedDataset([plain, both], halves).manifest
-    assert not any(map(is_flipped, mixed.levels)) and set(mixed.guides) == {"pixels", "wide"}
-    assert set(MixedDataset([both, both], halves).manifest.levels) == set(both.manifest.levels)
 
 
 @pytest.mark.parametrize("name", ["flipped", "pixels_flipped"])

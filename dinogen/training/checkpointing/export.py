@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dinogen.config import ConfigError
+from dinogen.config import ConfigError, family_places
 from dinogen.families.base import Family, sample_in_parts
 from dinogen.files import write_bytes
 from dinogen.hub import local_weights
-from dinogen.runs.layout import EXPORTED_SUFFIX
+from dinogen.runs.layout import EXPORTED_INFO, EXPORTED_SUFFIX
 from dinogen.training.checkpointing.checkpoint import on_host
-from dinogen.training.checkpointing.exported import INFO, ExportedFile
+from dinogen.training.checkpointing.exported import ExportedFile
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def generator_with_card(
 def write_safetensors(generator: Generator, path: Path) -> None:
     """Write the tensors of a generator, with its info in the metadata."""
     (tensors,) = on_host({"G": generator.network.state_dict()}).values()
-    write_bytes(path, save(tensors, {INFO: json.dumps(generator.info, allow_nan=False)}))
+    write_bytes(path, save(tensors, {EXPORTED_INFO: json.dumps(generator.info, allow_nan=False)}))
 
 
 def warn_if_random(generator: Generator, path: Path) -> None:
@@ -158,7 +158,8 @@ def _generator_of(snapshot: Snapshot) -> Generator:
     network = snapshot.ema.networks[name]
     if isinstance(snapshot.checkpoint, ExportedFile):
         return Generator(network, snapshot.checkpoint.info, family)
-    facts = state["facts"]
+    facts, config = state["facts"], state["config"]
+    places = family_places(config["family"], family.config.family.options)
     info = {
         "random_guide": bool(facts.get("random_guide")),
         "network": {
@@ -174,7 +175,7 @@ def _generator_of(snapshot: Snapshot) -> Generator:
         **facts,
         "data": state["data"],
         "loss": state["progress"].get("loss"),
-        "config": state["config"],
+        "config": config | {"family": config["family"] | places},
         "versions": state["versions"],
     }
     return Generator(network, info, family)

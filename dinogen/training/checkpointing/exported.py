@@ -14,13 +14,10 @@ from torch import Tensor
 
 from dinogen.config import Config, ConfigError
 from dinogen.hub import cached_name, shown
-from dinogen.runs.layout import EXPORTED_SUFFIX
+from dinogen.runs.layout import EXPORTED_INFO, EXPORTED_SUFFIX
 from dinogen.training.checkpointing.checkpoint import Checkpoint, past_config
 from shards.files import sha256_file
 
-# The one key of the file's metadata: several would lie in another order each time, and the same
-# checkpoint would give other bytes.
-INFO = "dinogen"
 # Keys of the info that are not facts of the family.
 _OWN = {
     *("network", "resolution", "alpha", "fading", "nimg", "family", "data", "loss", "config"),
@@ -74,7 +71,7 @@ def open_exported(file: Path) -> ExportedFile:
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
-        info: dict[str, Any] = json.loads(metadata[INFO])
+        info: dict[str, Any] = json.loads(metadata[EXPORTED_INFO])
         state = {
             "config": info["config"],
             "versions": info["versions"],
@@ -87,8 +84,8 @@ def open_exported(file: Path) -> ExportedFile:
         raise ConfigError(f"{shown(file)}: cannot be read as safetensors: {error}") from None
     except (KeyError, ValueError, TypeError):
         raise ConfigError(
-            f"{shown(file)}: no generator of dinogen (its metadata lacks {INFO!r}): give a file "
-            "that `dinogen export` wrote"
+            f"{shown(file)}: no generator of dinogen (its metadata lacks {EXPORTED_INFO!r}): give "
+            "a file that `dinogen export` wrote"
         ) from None
     return ExportedFile(file, state, info)
 
