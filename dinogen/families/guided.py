@@ -16,6 +16,7 @@ from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.abilities import not_trained_with_text
 from dinogen.families.base import Condition, Family, Graph, Health, Inputs, Networks, Phase
+from dinogen.guidance.comparing import MAIN
 from dinogen.guidance.conditioning import (
     Conditioning,
     LatentRows,
@@ -25,7 +26,6 @@ from dinogen.guidance.conditioning import (
 )
 from dinogen.guidance.discriminator import Adversary
 from dinogen.guidance.guides import GuideSet, load_guides
-from dinogen.guidance.objectives import MAIN
 from dinogen.guidance.options import GuidedOptions, check_distributions
 from dinogen.guidance.weighted import WeightedObjectives
 from dinogen.losses.features import mean_pairwise_distance

@@ -8,14 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from dinogen.config import ConfigError, GuideConfig, Section, StageConfig
-from dinogen.guidance.objectives import (
-    MAIN,
-    AnyObjective,
-    DistributionObjective,
-    Drift,
-    Paired,
-    PairObjective,
-)
+from dinogen.guidance.comparing import MAIN, DistributionObjective, PairObjective
+from dinogen.guidance.objectives import AnyObjective, Drift, Paired
 from dinogen.networks.diffaugment import Transform
 
 NATIVE_UP_TO = 16

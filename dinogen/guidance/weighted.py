@@ -17,19 +17,15 @@ from torch import Tensor
 from dinogen.batch import Batch, Features, GradientCache, Losses, Scalars
 from dinogen.distributed import rng
 from dinogen.distributed.process_group import Ranks
-from dinogen.guidance.guides import GuideSet, stored_features
-from dinogen.guidance.objectives import (
-    AnyObjective,
+from dinogen.guidance.comparing import (
     Directions,
     DistributionObjective,
-    Energy,
-    Mse,
-    Paired,
     PairObjective,
     is_of,
-    titles,
     with_gradients,
 )
+from dinogen.guidance.guides import GuideSet, stored_features
+from dinogen.guidance.objectives import AnyObjective, Energy, Mse, Paired, titles
 from dinogen.guidance.sets import Conditions, Spread
 from dinogen.losses.features import collapse_floor
 from shards.read.order import share_sizes
