@@ -19,7 +19,7 @@ from launch.study.runs import StudyRun
 SPEED = "speed"  # folder of the study where these runs are, until they are removed
 # Regularisers come every 16th step at the latest: so long a line holds each of them once.
 _LINE_STEPS = 16
-_NUM_LINES = 7  # of each stage; the first warms up
+_NUM_LINES = 5  # of each stage; the first warms up
 
 
 def short_run(study: Study, run: StudyRun) -> StudyRun:
