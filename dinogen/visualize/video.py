@@ -17,6 +17,7 @@ from dinogen.errors import UserError
 from dinogen.families.abilities import (
     AdjustsSampling,
     LatentSpace,
+    adjustable,
     decode_in,
     num_classes_of,
     spaces_of,
@@ -303,7 +304,7 @@ def _through_samples(request: VideoRequest) -> Walk:
     if request.label is not None and request.label >= num_classes:
         what = f"classes are 0 to {num_classes - 1}" if num_classes else "it has no classes"
         raise UserError(f"--class {request.label}: {name}: {what}")
-    if isinstance(family, AdjustsSampling):
+    if isinstance(family, AdjustsSampling) and "steps" in adjustable(family):
         # DDPM would draw new noise on the way; with DDIM an image follows from its latent alone
         steps = {} if request.steps is None else {"steps": request.steps}
         family = family.with_sampling({"sampler": "ddim", **steps})

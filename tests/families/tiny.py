@@ -75,6 +75,23 @@ TINY = {
         "probe_samples": 4,
         "objectives": [{"name": "mse"}],
     },
+    "guided-dit": {
+        "generator": "dit",
+        "dit": _DIT["dit"],
+        "num_classes": 2,
+        "samples_per_class": 4,
+        "guidance_range": [1, 4],
+        "guidance": 1.5,
+        "reference_batch": 6,
+        "probe_samples": 4,
+        "objectives": [
+            {
+                "name": "drift",
+                "views": ["location", "global", "mean_std", "patches"],
+                "normalize": "together",
+            }
+        ],
+    },
 }
 
 
