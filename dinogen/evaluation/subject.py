@@ -89,10 +89,20 @@ def subject_of(
         how["classes"] = "in turn" if shares is None else [round(one, 6) for one in shares]
     made = Generated(sample, num, resolution, how)
     prompted = prompted_by(family, networks, num, settings, facts)
-    config = family.config
-    guided = any_of_a_guide(family.inputs.levels)
-    guides = (config.guide, *config.guides.values()) if guided else ()
-    return Subject(made, real, train, pairs, prompted, tuple(guide.name for guide in guides))
+    return Subject(made, real, train, pairs, prompted, _trained_with(family, facts))
+
+
+def _trained_with(family: Family, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the guides whose features a family learns from, also where it never loads them.
+
+    A family that reads stored features says by which guide they were made; the config may name
+    another one.
+    """
+    named = [facts.get("guide"), *dict(facts.get("guides") or {}).values()]
+    names = tuple(str(one["name"]) for one in named if isinstance(one, Mapping) and "name" in one)
+    if names or not any_of_a_guide(family.inputs.levels):
+        return names
+    return (family.config.guide.name, *(one.name for one in family.config.guides.values()))
 
 
 def _reconstruction(
