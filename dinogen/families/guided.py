@@ -27,7 +27,7 @@ from dinogen.families.base import (
     Phase,
     classes_of,
 )
-from dinogen.families.denoiser import DiTOptions
+from dinogen.families.denoiser_options import DiTOptions
 from dinogen.guidance.classes import ClassBatches
 from dinogen.guidance.comparing import MAIN
 from dinogen.guidance.conditioning import (
