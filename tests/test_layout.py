@@ -275,7 +275,6 @@ def test_trainer_and_launcher_name_no_family(path):
         "abilities",
         "base",
         "denoiser",
-        "denoiser_options",
         "gan",
         "latent",
         "registry",

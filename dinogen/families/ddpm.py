@@ -25,8 +25,7 @@ from dinogen.diffusion.process import (
 )
 from dinogen.distributed import rng
 from dinogen.errors import UserError
-from dinogen.families.denoiser import Denoiser, Noised, Predict
-from dinogen.families.denoiser_options import DenoiserOptions
+from dinogen.families.denoiser import Denoiser, DenoiserOptions, Noised, Predict
 from dinogen.transfer import to_device_together
 
 # Network calls are 79: what Karras et al. 2022 take for ImageNet at 64x64 (table 3)

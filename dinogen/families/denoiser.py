@@ -12,23 +12,23 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from dinogen.batch import Batch, Losses, Scalars
-from dinogen.config import Config, ConfigError, StageConfig, describe_errors
+from dinogen.config import Config, ConfigError, Section, StageConfig, describe_errors
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classes_of
-from dinogen.families.denoiser_options import OF_UNET, DenoiserOptions, DiTOptions
-from dinogen.families.latent import Latents
-from dinogen.guidance.alignment import Repa
-from dinogen.guidance.representation import Representation
+from dinogen.families.latent import LatentOptions, Latents
+from dinogen.guidance.alignment import Repa, RepaOptions
+from dinogen.guidance.representation import Representation, RepresentationOptions
 from dinogen.networks.denoising import DenoisingNetwork, Drop, LatentScale, NoSuchLayer
 from dinogen.networks.dit import DiT
+from dinogen.networks.options import DiTOptions, UNetOptions
 from dinogen.networks.representation import Embedded, RepresentationMLP
 from dinogen.networks.unet import UNet
 from dinogen.transfer import to_device, to_device_together
@@ -41,6 +41,110 @@ ROUNDING = 1e-6  # of shares of a walk
 
 # (x (N, C, R, R), time of the network (N,), share of the walk that is done) -> what it says
 Predict = Callable[[Tensor, Tensor, float], Tensor]
+
+
+# Keys that a U-Net is built with.
+_OF_UNET = (
+    "base_channels",
+    "channel_multipliers",
+    "num_blocks",
+    "attention_resolutions",
+    "head_channels",
+    "unet",
+)
+
+
+class DenoiserOptions(Section):
+    """Keys of ``family:`` that `ddpm` and `flow` have."""
+
+    prediction: str = Field("v", description="what the network predicts")
+    network: Literal["unet", "dit"] = Field(
+        "unet", description="a convolutional U-Net, or a transformer with the keys of dit:"
+    )
+    dit: DiTOptions | None = Field(
+        None, description="size of the transformer of network: dit; default: S, patches of 2"
+    )
+    base_channels: int = Field(128, ge=2, description="channels at full resolution")
+    channel_multipliers: tuple[int, ...] = Field(
+        (1, 2, 3, 4), description="channels of each level over the base; each halves the side"
+    )
+    num_blocks: int = Field(2, ge=1, description="residual blocks per level")
+    attention_resolutions: tuple[int, ...] = Field(
+        (16, 8), description="sides at which blocks have self-attention"
+    )
+    head_channels: int = Field(64, ge=1, description="width of an attention head")
+    unet: UNetOptions | None = Field(
+        None,
+        description="details of a U-Net that was trained elsewhere, as `dinogen import` writes "
+        "them; default: ours",
+    )
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of a residual block's activations that a step leaves out; Ho et al. "
+        "take 0.1 for small data sets",
+    )
+    sample_steps: int = Field(100, ge=1, description="steps from noise to an image")
+    num_classes: int = Field(0, ge=0, description="labels are 0 to this less 1; 0: no labels")
+    guidance: float = Field(
+        1.0, ge=0, description="pull towards the class: 0 none, 1 as learnt, more exaggerates"
+    )
+    guidance_interval: tuple[float, float] | None = Field(
+        None,
+        description="part of the walk that guidance acts in, as shares: 0 is noise, 1 the image; "
+        "default: all of it",
+    )
+    repa: RepaOptions | None = Field(
+        None, description="align hidden tokens with stored features; default: do not"
+    )
+    representation: RepresentationOptions | None = Field(
+        None,
+        description="generate a global feature first, and the image from it (RCG); default: do not",
+    )
+    latent: LatentOptions | None = Field(
+        None, description="train on latents of an autoencoder in place of pixels; default: pixels"
+    )
+
+    @model_validator(mode="after")
+    def _check_network(self) -> DenoiserOptions:
+        if self.network == "unet":
+            if self.dit is not None:
+                raise ValueError("dit: belongs to network: dit: set it, or leave dit: out")
+            return self
+        for name in _OF_UNET:
+            if getattr(self, name) != DenoiserOptions.model_fields[name].default:
+                raise ValueError(f"{name} belongs to network: unet: leave it out beside dit")
+        return self
+
+    @model_validator(mode="after")
+    def _check_guidance(self) -> DenoiserOptions:
+        features = self.representation
+        conditional = self.num_classes > 0 or features is not None
+        if self.guidance != 1 and not conditional:
+            raise ValueError(
+                f"guidance {self.guidance} needs classes to pull to, or features: set num_classes "
+                "or representation, or leave guidance out"
+            )
+        if self.guidance != 1 and features is not None and not features.dropout:
+            raise ValueError(
+                f"guidance {self.guidance} weighs what is learnt with and without features: set "
+                "representation.dropout above 0, or leave guidance out"
+            )
+        if self.guidance_interval is None:
+            return self
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"guidance_interval [{low}, {high}]: give two shares of the walk between 0 and 1, "
+                "the smaller one first, such as [0.2, 0.8]"
+            )
+        if not conditional:
+            raise ValueError(
+                "guidance_interval needs classes to pull to, or features: set num_classes or "
+                "representation, or leave it out"
+            )
+        return self
 
 
 class Conditions(NamedTuple):
@@ -208,7 +312,7 @@ class Denoiser(Family):
         if own.network == "dit":
             arguments |= (own.dit or DiTOptions()).arguments()
         else:
-            names = set(OF_UNET) - {"unet"}
+            names = set(_OF_UNET) - {"unet"}
             arguments |= own.model_dump(mode="json", include=names)
             if own.unet is not None:
                 arguments["variant"] = own.unet.model_dump(mode="json")

@@ -12,8 +12,7 @@ from dinogen.diffusion.flow import logit_normal, target, velocity, walk_times
 from dinogen.diffusion.ode import Derivative, integrate, integrate_back
 from dinogen.diffusion.process import q_sample
 from dinogen.distributed import rng
-from dinogen.families.denoiser import Denoiser, Noised, Predict
-from dinogen.families.denoiser_options import DenoiserOptions
+from dinogen.families.denoiser import Denoiser, DenoiserOptions, Noised, Predict
 from dinogen.transfer import to_device_together
 
 # Of times in [0, 1], before the network embeds them: as fine as the time steps of `ddpm`.
