@@ -125,6 +125,23 @@ def denoise(
     return signal * x_t - noise * output, noise * x_t + signal * output
 
 
+def min_snr_weight(prediction: Prediction, snr: Tensor, gamma: float) -> Tensor:
+    """Weight of the squared error of what is predicted, of the shape of ``snr``.
+
+    Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy": the squared
+    error of the image has weight min(SNR, gamma) (section 3.3). With x0 = (x_t - noise eps) /
+    signal the error of the image is that of eps over SNR, and with x0 = signal x_t - noise v that
+    of v over SNR + 1, and so are the weights (their equation 7 and below).
+
+    Args:
+        prediction: what the network predicts.
+        snr: of the time steps, as :attr:`Schedule.snr`.
+        gamma: above 0.
+    """
+    of_image = snr.clamp(max=gamma)
+    return of_image / {"epsilon": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[prediction]
+
+
 def time_steps(num_steps: int, sample_steps: int) -> list[int]:
     """Evenly spaced time steps, the noisiest first: T - 1 is always among them.
 

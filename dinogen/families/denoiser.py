@@ -30,6 +30,7 @@ from dinogen.transfer import to_device, to_device_together
 # Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", section 4.2 tries 0.1 to 0.5
 DROP_LABEL = 0.1
 RGB = 3
+ROUNDING = 1e-6  # of shares of a walk
 
 # (x (N, C, R, R), time of the network (N,), share of the walk that is done) -> what it says
 Predict = Callable[[Tensor, Tensor, float], Tensor]
@@ -377,7 +378,9 @@ class Denoiser(Family):
     ) -> Tensor:
         """What G says of x, drawn towards or beyond its conditions; a :data:`Predict`."""
         guidance, interval = self.options.guidance, self.options.guidance_interval
-        outside = interval is not None and not interval[0] <= share <= interval[1]
+        outside = interval is not None and not (
+            interval[0] - ROUNDING <= share <= interval[1] + ROUNDING
+        )
         if guidance == 1 or outside or all(one is None for one in conditions):
             return self._said(G, x, t, conditions)
         without = self._said(G, x, t, self._unconditional(conditions))

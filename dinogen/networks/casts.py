@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Weights = tuple[Tensor, Tensor | None]
-Weighted = nn.Conv2d | nn.Linear | nn.GroupNorm | nn.InstanceNorm2d
+Weighted = nn.Conv2d | nn.Linear | nn.GroupNorm | nn.InstanceNorm2d | nn.LayerNorm
 
 
 def cast_together(*layers: nn.Module) -> list[Weights]:

@@ -1,12 +1,11 @@
 """The diffusion transformer: patches of an image as tokens, conditions by adaptive layer norm.
 
 Peebles and Xie 2023, "Scalable Diffusion Models with Transformers" (section 3.2, the adaLN-Zero
-block). Three things are of later work, and can be left out: query-key normalisation, which keeps
-attention logits bounded in half precision (Henry et al. 2020, "Query-Key Normalization for
-Transformers"; RMS norm as in Esser et al. 2024, "Scaling Rectified Flow Transformers", section
-5.3.2); register tokens, which take up what the network would store in patches of little content
-(Darcet et al. 2024, "Vision Transformers Need Registers"); a guidance strength as an input, for
-generators that make an image in one step.
+block). Three things are of later work, and can be left out: layer norm of queries and keys, which
+keeps attention from saturating (Dehghani et al. 2023, "Scaling Vision Transformers to 22 Billion
+Parameters", section 2); register tokens, which take up what the network would store in patches of
+little content (Darcet et al. 2024, "Vision Transformers Need Registers"); a guidance strength as an
+input, for generators that make an image in one step.
 """
 
 from __future__ import annotations
@@ -35,35 +34,36 @@ STD = 0.02
 SPAN = 16
 
 
-def positions(side: int, width: int) -> Tensor:
+def positions(side: int, width: int, device: torch.device | None = None) -> Tensor:
     """Sines and cosines of the two coordinates of each token of a grid.
 
-    Coordinates run from 0 up to :data:`SPAN` whatever the side, so that the same place of an image
-    has the same position at every resolution, and a grid of 16, the paper's, has whole numbers.
+    Coordinates run from 0 up to :data:`SPAN` on every grid, so that a location of an image has the
+    same position at every resolution. On a grid of 16, that of the paper, they are whole numbers.
 
     Args:
         side: of the grid.
         width: of the tokens, a multiple of 4: a quarter each are sines and cosines of the column,
             then of the row, with frequencies that fall from 1 to nearly 1/10000.
+        device: of what is returned.
 
     Returns:
         (side * side, width) float32, row by row.
     """
-    place = torch.arange(side, dtype=torch.float64) * (SPAN / side)
-    exponents = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
+    place = torch.arange(side, dtype=torch.float64, device=device) * (SPAN / side)
+    exponents = torch.arange(width // 4, dtype=torch.float64, device=device) / (width // 4)
     angles = place[:, None] * LONGEST_PERIOD**-exponents
     one = torch.cat([angles.sin(), angles.cos()], 1)
     columns, rows = one.expand(side, -1, -1), one[:, None].expand(-1, side, -1)
     return torch.cat([columns, rows], 2).flatten(0, 1).float()
 
 
-def layer_norm(x: Tensor) -> Tensor:
-    """Layer norm of the tokens (B, N, W) without weights, in the type of x under autocast too.
+def layer_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Layer norm of the last axis of x (..., W), in the type of x under autocast too.
 
     Autocast would cast x to float32, and what comes out back.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return F.layer_norm(x, x.shape[-1:], eps=EPS)
+        return F.layer_norm(x, x.shape[-1:], weight, eps=EPS)
 
 
 class Block(nn.Module):
@@ -74,8 +74,8 @@ class Block(nn.Module):
     Args:
         width: of the tokens.
         num_heads: of the attention.
-        qk_norm: queries and keys of each head are divided by their root mean square, and multiplied
-            by learnt weights that all heads share.
+        qk_norm: layer norm of the queries and of the keys of each head, whose weights all heads
+            share.
     """
 
     def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
@@ -83,7 +83,11 @@ class Block(nn.Module):
         self.num_heads = num_heads
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
-        self.qk_weight = nn.Parameter(torch.ones(2, width // num_heads)) if qk_norm else None
+
+        def norm() -> nn.Module:
+            return nn.LayerNorm(width // num_heads, bias=False) if qk_norm else nn.Identity()
+
+        self.norm_q, self.norm_k = norm(), norm()
         self.proj = nn.Linear(width, width)
         self.fc0 = nn.Linear(width, 4 * width)
         self.fc1 = nn.Linear(4 * width, width)
@@ -98,31 +102,23 @@ class Block(nn.Module):
             conditions: (B, W), after the nonlinearity.
             drop: comes before the second layer of the MLP.
         """
-        of_modulation, of_qkv, of_proj, of_fc0, of_fc1 = cast_together(
-            self.modulation, self.qkv, self.proj, self.fc0, self.fc1
+        of_modulation, of_qkv, of_proj, of_fc0, of_fc1, *of_norms = cast_together(
+            self.modulation, self.qkv, self.proj, self.fc0, self.fc1, self.norm_q, self.norm_k
         )
         modulation = F.linear(conditions, *of_modulation).unflatten(1, (6, 1, -1))
         shift0, scale0, gate0, shift1, scale1, gate1 = modulation.unbind(1)
         h = torch.addcmul(shift0, layer_norm(x), 1 + scale0)
-        h = F.linear(self._attended(F.linear(h, *of_qkv)), *of_proj)
-        x = torch.addcmul(x, gate0, h)
+        # (3, B, heads, N, head width): the fused kernels want the numbers of a head side by side
+        heads = F.linear(h, *of_qkv).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = heads
+        if of_norms:
+            q, k = (layer_norm(one, norm[0]) for one, norm in zip((q, k), of_norms, strict=True))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = torch.addcmul(x, gate0, F.linear(h, *of_proj))
         h = torch.addcmul(shift1, layer_norm(x), 1 + scale1)
         h = F.gelu(F.linear(h, *of_fc0), approximate="tanh")
         h = F.linear(h if drop is None else drop(h), *of_fc1)
         return torch.addcmul(x, gate1, h)
-
-    def _attended(self, qkv: Tensor) -> Tensor:
-        """(B, N, 3 W) -> (B, N, W)."""
-        # (3, B, heads, N, head width): the fused kernels want the numbers of a head side by side
-        heads = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.qk_weight is None:
-            q, k, v = heads
-        else:
-            qk, (v,) = heads.split([2, 1])
-            with torch.autocast(qkv.device.type, enabled=False):
-                qk = F.rms_norm(qk, qk.shape[-1:], eps=EPS)
-            q, k = qk * self.qk_weight.to(qk.dtype)[:, None, None, None]
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class DiT(DenoisingNetwork):
@@ -228,7 +224,7 @@ class DiT(DenoisingNetwork):
         x = self.patches(F.pixel_unshuffle(x, self.patch).flatten(2).mT)
         x = x + self._positions(side).to(x.dtype)
         if self.registers is not None:
-            registers = self.registers.to(x.dtype).expand(len(x), -1, -1)
+            registers = self.registers.to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat([x, registers], 1)
         hidden = None
         for number, block in enumerate(self.blocks):
@@ -252,16 +248,16 @@ class DiT(DenoisingNetwork):
         conditions = self.time(time_embedding(t, NUM_FREQUENCIES))
         if self.label is not None:
             conditions = conditions + self.label(label)
-        if self.guidance is not None:
-            if guidance is None:
-                raise ValueError("the network was built with guidance_input: guidance is missing")
+        if (guidance is None) != (self.guidance is None):
+            raise ValueError("guidance is given if, and only if, there is guidance_input")
+        if self.guidance is not None and guidance is not None:
             conditions = conditions + self.guidance(time_embedding(guidance, NUM_FREQUENCIES))
         return F.silu(self._conditioned(conditions, embedding))
 
     def _positions(self, side: int) -> Tensor:
         if side == self.side:
             return self.positions
-        return positions(side, self.positions.shape[1]).to(self.positions.device)
+        return positions(side, self.positions.shape[1], self.positions.device)
 
 
 def _embedding(width: int) -> nn.Sequential:

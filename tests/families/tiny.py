@@ -37,9 +37,11 @@ TINY = {
     "vae": {"latent": 8, "base_channels": 8},
     "vae_gan": {"latent": 8, "base_channels": 8, "d_layers": 1, "d_channels": 8},
     "ddpm": {**_UNET, "num_steps": 50, "sample_steps": 4},
+    "ddpm-edm": {**_UNET, "prediction": "edm", "sample_steps": 4},
+    "ddpm-snr": {**_UNET, "num_steps": 50, "sample_steps": 4, "min_snr": 5},
     "ddpm-dit": {**_DIT, "num_steps": 50, "sample_steps": 4},
     "flow": {**_UNET, "sample_steps": 4},
-    "flow-dit": {**_DIT, "sampler": "midpoint", "sample_steps": 3, "num_classes": 2},
+    "flow-dit": {**_DIT, "sampler": "midpoint", "sample_steps": 3},
     "guided": {
         "z_dim": 8,
         "channel_base": 64,
