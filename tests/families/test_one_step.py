@@ -14,7 +14,6 @@ from dinogen.families.abilities import adjustable
 from dinogen.families.guided import Guided
 from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from dinogen.training.dataloading import Dataloader
-from dinogen.training.preflight import check_run
 from dinogen.training.run import train
 from dinogen.training.state import StageState
 from dinogen.visualize.samples import SampleRequest, write_samples
@@ -169,7 +168,7 @@ def test_a_mix_has_no_batches_by_class(disc_data, tmp_path):
     mix = f"{{path: {disc_data}, weight: 1}}, {{path: {disc_data}, weight: 2}}"
     config = tiny_config(NAME, disc_data, tmp_path, f"data={{mix: [{mix}]}}")
     with pytest.raises(ConfigError, match="batches by class are read from one dataset"):
-        check_run(config)
+        train(config)
 
 
 def test_guidance_and_class_of_samples_are_asked_for(disc_data, tmp_path):
