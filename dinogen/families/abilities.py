@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dinogen.batch import Batch, Scalars
 from dinogen.errors import ConfigError, UserError
 from dinogen.families.base import Condition, Family, Graph, Health, Networks
+from shards.read.dataset import Dataset
 
 # --- training
 
@@ -86,6 +87,18 @@ class Describes(Protocol):
         """Facts for results and pages, JSON-ready.
 
         ``frozen``: hashes, by key of the config, of weights that may not change within a run.
+        """
+
+
+@runtime_checkable
+class ChecksData(Protocol):
+    """The manifest tells whether data fit, before a job is queued or anything is loaded."""
+
+    def check_data(self, data: Dataset) -> None:
+        """Compare the options with what the data hold.
+
+        Raises:
+            ConfigError: naming the key that does not fit, and what would.
         """
 
 

@@ -295,8 +295,14 @@ class Denoiser(Family):
             labels=self.options.num_classes > 0,
         )
 
+    def check_data(self, data: Dataset) -> None:
+        """Whether the data hold the features that hidden tokens are aligned with."""
+        if self.repa is not None:
+            self.repa.check_data(data)
+
     def begin(self, data: Dataset) -> None:
-        """Check the features that hidden tokens are aligned with."""
+        """Take note of the guide of these features."""
+        self.check_data(data)
         if self.repa is not None:
             self.repa.begin(data)
 

@@ -10,7 +10,7 @@ import torch
 
 from dinogen.config import AugmentConfig, Config, ConfigError, StageConfig, find_stage
 from dinogen.distributed import process_group
-from dinogen.families.abilities import MeasuresHeldOut, trained_parameters
+from dinogen.families.abilities import ChecksData, MeasuresHeldOut, trained_parameters
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class, resolve
 from dinogen.metrics.registry import chosen_names
@@ -143,6 +143,8 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
         )
     if inputs.labels:
         check_classes(config, data)
+    if isinstance(family, ChecksData):
+        family.check_data(data)
     if inputs.image_size is None and config.augment != AugmentConfig():
         raise ConfigError(
             f"augment: family {config.family.name} reads no images at {name}, but precomputed "
