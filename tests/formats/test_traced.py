@@ -30,6 +30,7 @@ SIDE_4 = "family.attention_resolutions=[4]"
 MORE = {
     "stylegan2_ada": ["family.num_classes=3", "family.truncation=0.7", "stages.0.resolution=8"],
     **dict.fromkeys(("ddpm-dit", "flow-dit"), CLASSES),
+    **dict.fromkeys(("ddpm-repa", "flow-repa"), CLASSES[:-1]),
     **{name: [*CLASSES, SIDE_4] for name in ("ddpm", "ddpm-edm", "ddpm-snr")},
     "flow": [
         *(*CLASSES, SIDE_4),
@@ -161,8 +162,9 @@ def test_a_graph_gives_the_images_of_sample(files, kind, num):
     label = np.arange(num) % 3
     expected = sample_in_parts(family, networks, num, SEED)
     if files.case.startswith(("ddpm", "flow")):
-        by = {"ddpm-edm": walk_edm, "flow": walk_flow, "flow-dit": walk_flow}
-        found = by.get(files.case, walk)(run, graph, graph["output"], latents, label)
+        by = {"ddpm-edm": walk_edm, "flow": walk_flow}
+        kind = files.case if files.case in by else files.case.partition("-")[0]
+        found = by.get(kind, walk)(run, graph, graph["output"], latents, label)
     elif files.case == "stylegan2_ada":
         found = run(z=latents, psi=np.float32(graph["psi"]), label=label)
         assert graph["psi"] == 0.7
