@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,7 @@ TINY = {
         "sample_steps": 4,
         "repa": {"layer": 1, "level": "n16", "channels": 32, "hidden": 8, "until_kimg": 0.016},
     },
+<<<<<<< HEAD
     "ddpm-latent": {
         **_DIT,
         "dit": _DIT["dit"] | {"patch": 2},
@@ -69,6 +71,8 @@ TINY = {
         "sample_steps": 4,
         "latent": LATENT,
     },
+=======
+>>>>>>> w19-repa
     "guided": {
         "z_dim": 8,
         "channel_base": 64,
@@ -85,7 +89,11 @@ def tiny_config(family: str, data: Path, run: Path, *overrides: str) -> Config:
         "run": str(run),
         "data": {"path": str(data), "num_threads": 0},
         "guide": {"path": str(data.parent / "guide")},
+<<<<<<< HEAD
         "family": {"name": family.partition("-")[0], **copy.deepcopy(TINY[family])},
+=======
+        "family": {"name": family.partition("-")[0], **deepcopy(TINY[family])},
+>>>>>>> w19-repa
         "stages": [{"resolution": RESOLUTION, "kimg": 0.032, "batch": BATCH, "lr": 1e-3}],
         # Adam would blow up gradients that are zero but for rounding: a hinge critic's last bias
         "optim": {"eps": 1e-5},
