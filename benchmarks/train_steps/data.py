@@ -56,7 +56,9 @@ def config_with_data(
         if (kimg := stage.kimg or 1000)
     ]
     main = load_config(file, [*own, *overrides]).guide
-    guided = config.family.name == "guided" or config.family.options.get("repa")
+    guided = config.family.name == "guided" or (
+        config.family.options.get("repa") or config.family.options.get("representation")
+    )
     if guided and main.name in ("dinov2", "dinov3", "siglip", "timm"):
         make_random_guide(main.name, folder / "guide", guide)
         own += [f"guide.path={folder}/guide", "guide.revision=null"]

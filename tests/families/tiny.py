@@ -28,6 +28,7 @@ _DIT = {
     "network": "dit",
     "dit": {"width": 16, "depth": 2, "num_heads": 2, "patch": 4, "num_registers": 1},
 }
+_RCG = {"level": "n16", "channels": 32, "width": 16, "depth": 2, "steps": 2}
 # Of the autoencoder whose latents the discs have.
 LATENT = {"channels": 3, "factor": 4}
 # By family; what follows a hyphen is a variant of it.
@@ -46,6 +47,8 @@ TINY = {
     "ddpm-dit": {**_DIT, "num_steps": 50, "sample_steps": 4},
     "flow": {**_UNET, "sample_steps": 4},
     "flow-dit": {**_DIT, "sampler": "midpoint", "sample_steps": 3},
+    "ddpm-rcg": {**_DIT, "num_steps": 50, "sample_steps": 4, "representation": _RCG},
+    "flow-rcg": {**_UNET, "sample_steps": 2, "representation": _RCG},
     "ddpm-repa": {
         **_DIT,
         "num_steps": 50,
@@ -57,7 +60,6 @@ TINY = {
         "sample_steps": 4,
         "repa": {"layer": 1, "level": "n16", "channels": 32, "hidden": 8, "until_kimg": 0.016},
     },
-<<<<<<< HEAD
     "ddpm-latent": {
         **_DIT,
         "dit": _DIT["dit"] | {"patch": 2},
@@ -71,8 +73,6 @@ TINY = {
         "sample_steps": 4,
         "latent": LATENT,
     },
-=======
->>>>>>> w19-repa
     "guided": {
         "z_dim": 8,
         "channel_base": 64,
@@ -89,11 +89,8 @@ def tiny_config(family: str, data: Path, run: Path, *overrides: str) -> Config:
         "run": str(run),
         "data": {"path": str(data), "num_threads": 0},
         "guide": {"path": str(data.parent / "guide")},
-<<<<<<< HEAD
         "family": {"name": family.partition("-")[0], **copy.deepcopy(TINY[family])},
-=======
         "family": {"name": family.partition("-")[0], **deepcopy(TINY[family])},
->>>>>>> w19-repa
         "stages": [{"resolution": RESOLUTION, "kimg": 0.032, "batch": BATCH, "lr": 1e-3}],
         # Adam would blow up gradients that are zero but for rounding: a hinge critic's last bias
         "optim": {"eps": 1e-5},
