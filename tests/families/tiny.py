@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from copy import deepcopy
 from pathlib import Path
@@ -80,6 +79,23 @@ TINY = {
         "probe_samples": 4,
         "objectives": [{"name": "mse"}],
     },
+    "guided-dit": {
+        "generator": "dit",
+        "dit": _DIT["dit"],
+        "num_classes": 2,
+        "samples_per_class": 4,
+        "guidance_range": [1, 4],
+        "guidance": 1.5,
+        "reference_batch": 6,
+        "probe_samples": 4,
+        "objectives": [
+            {
+                "name": "drift",
+                "views": ["location", "global", "mean_std", "patches"],
+                "normalize": "together",
+            }
+        ],
+    },
 }
 
 
@@ -89,7 +105,6 @@ def tiny_config(family: str, data: Path, run: Path, *overrides: str) -> Config:
         "run": str(run),
         "data": {"path": str(data), "num_threads": 0},
         "guide": {"path": str(data.parent / "guide")},
-        "family": {"name": family.partition("-")[0], **copy.deepcopy(TINY[family])},
         "family": {"name": family.partition("-")[0], **deepcopy(TINY[family])},
         "stages": [{"resolution": RESOLUTION, "kimg": 0.032, "batch": BATCH, "lr": 1e-3}],
         # Adam would blow up gradients that are zero but for rounding: a hinge critic's last bias
