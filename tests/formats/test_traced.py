@@ -32,6 +32,7 @@ SIDE_4 = "family.attention_resolutions=[4]"
 MORE = {
     "stylegan2_ada": ["family.num_classes=3", "family.truncation=0.7", "stages.0.resolution=8"],
     **dict.fromkeys(("ddpm-dit", "flow-dit"), CLASSES),
+    **dict.fromkeys(("ddpm-repa", "flow-repa", "ddpm-latent", "flow-latent"), CLASSES[:-1]),
     **{name: [*CLASSES, SIDE_4] for name in ("ddpm", "ddpm-edm", "ddpm-snr")},
     "flow": [
         *(*CLASSES, SIDE_4),
