@@ -20,6 +20,7 @@ from dinogen.families.base import Family
 from dinogen.families.latent import LatentOptions
 from dinogen.families.registry import family_class, resolve
 from dinogen.features.autoencoder import load_autoencoder
+from dinogen.features.base import GuideInfo
 from dinogen.features.checkpoint import quiet_transformers
 from dinogen.features.clip import load_clip
 from dinogen.features.dinov2 import make_random_dinov2
@@ -27,7 +28,7 @@ from dinogen.features.load import load_guide
 from dinogen.features.transformer import RANDOM_KEY, write_random
 from dinogen.networks.autoencoder import Autoencoder
 from dinogen.runs.layout import EXPORTED_INFO
-from shards.format.sample import OF_LATENTS, VECTORS, Sample, level_grid, level_guide
+from shards.format.sample import FLIPPED, OF_LATENTS, VECTORS, Sample, level_grid, level_guide
 from shards.write.shard_writer import pack
 
 NUM_SAMPLES = 24
@@ -55,7 +56,10 @@ def config_with_data(
         if (kimg := stage.kimg or 1000)
     ]
     main = load_config(file, [*own, *overrides]).guide
-    if config.family.name == "guided" and main.name in ("dinov2", "dinov3", "siglip", "timm"):
+    guided = config.family.name == "guided" or (
+        config.family.options.get("repa") or config.family.options.get("representation")
+    )
+    if guided and main.name in ("dinov2", "dinov3", "siglip", "timm"):
         make_random_guide(main.name, folder / "guide", guide)
         own += [f"guide.path={folder}/guide", "guide.revision=null"]
     if config.clip is not None:
@@ -112,9 +116,7 @@ def _pack(config: Config, out: Path) -> None:
     names = {level_guide(level) for level in levels if level not in (*VECTORS, *latents)}
     if config.family.name == "guided":
         names.add("")  # the shards have to be made by its guide, also if no level of it is read
-    guides = {
-        name: load_guide(config.guides[name] if name else config.guide).info for name in names
-    }
+    guides = {name: _identity(config, name) for name in names}
     autoencoder = None
     if latents:
         autoencoder = load_autoencoder(config.family.options["latent"]["path"], torch.device("cpu"))
@@ -144,6 +146,12 @@ def _pack(config: Config, out: Path) -> None:
     facts: dict[str, Any] = {"guide": identities.pop("", None), "guides": identities}
     facts["classes"] = [f"class {number}" for number in range(num_classes)]
     pack(samples, out, shard_size=8, clip=clip.info if clip else None, **facts)
+
+
+def _identity(config: Config, name: str) -> GuideInfo:
+    """Of a guide by the name that shards have for it, also for its features of mirrored images."""
+    own = name.removesuffix(FLIPPED).removesuffix("_")
+    return load_guide(config.guides[own] if own else config.guide).info
 
 
 def _make_random_autoencoder(file: Path, resolution: int, latent: LatentOptions) -> None:

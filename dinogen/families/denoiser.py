@@ -12,21 +12,24 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from dinogen.batch import Batch, Losses, Scalars
-from dinogen.config import Config, ConfigError, Section, StageConfig, describe_errors
+from dinogen.config import Config, ConfigError, StageConfig, describe_errors
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classes_of
 from dinogen.families.latent import LatentOptions, Latents
 from dinogen.guidance.alignment import Repa, RepaOptions
+from dinogen.guidance.representation import Representation, RepresentationOptions
 from dinogen.networks.denoising import DenoisingNetwork, Drop, LatentScale, NoSuchLayer
-from dinogen.networks.dit import SIZES, DiT
+from dinogen.networks.dit import DiT
+from dinogen.networks.options import NetworkOptions
+from dinogen.networks.representation import Embedded, RepresentationMLP
 from dinogen.networks.unet import UNet
 from dinogen.transfer import to_device, to_device_together
 from shards.read.dataset import Dataset
@@ -40,105 +43,10 @@ ROUNDING = 1e-6  # of shares of a walk
 Predict = Callable[[Tensor, Tensor, float], Tensor]
 
 
-class UNetOptions(Section):
-    """What a U-Net that was trained elsewhere does otherwise; the defaults are what ours do."""
-
-    norm_groups: int | None = Field(
-        None, ge=1, description="groups of every norm; default: at most 32, of at least 4 channels"
-    )
-    norm_eps: float = Field(1e-5, gt=0, description="added to the variance of a group")
-    scale: bool = Field(
-        True, description="the time embedding scales and shifts; false: it is added, no more"
-    )
-    num_heads: int | None = Field(
-        None, ge=1, description="heads of every attention, in place of head_channels"
-    )
-    middle_norm: bool = Field(True, description="the attention in the middle has a norm")
-    resampling: Literal["conv", "block"] = Field(
-        "conv", description="sides are halved and doubled by a convolution, or a residual block"
-    )
-    downsample_padding: Literal["all", "end"] = Field(
-        "all", description="where a halving convolution adds zeros; end: right and bottom alone"
-    )
-    last_frequency: Literal["near", "exact"] = Field(
-        "near", description="the time embedding ends near a frequency of 1/10000, or exactly there"
-    )
-    time_scale: float = Field(1.0, gt=0, description="factor of time steps before the embedding")
-    time_channels: int | None = Field(
-        None, ge=2, description="size of the time embedding; default: base_channels"
-    )
-
-
-class DiTOptions(Section):
-    """A diffusion transformer, by the name of its size or by its numbers."""
-
-    size: Literal["S", "B", "L", "XL"] | None = Field(
-        None,
-        description="of Peebles and Xie: S 384 wide and 12 deep, B 768 and 12, L 1024 and 24, XL "
-        "1152 and 28; default: S, or the three numbers",
-    )
-    width: int | None = Field(None, ge=4, description="of the tokens")
-    depth: int | None = Field(None, ge=1, description="number of blocks")
-    num_heads: int | None = Field(None, ge=1, description="of each attention")
-    patch: int = Field(2, ge=1, description="side of the patch of pixels that is one token")
-    num_registers: int = Field(0, ge=0, description="tokens that belong to no patch")
-    qk_norm: bool = Field(True, description="normalise the queries and keys of each head")
-
-    @model_validator(mode="after")
-    def _check(self) -> DiTOptions:
-        given = [name for name in _BY_SIZE if getattr(self, name) is not None]
-        if given and self.size is not None:
-            raise ValueError(f"size {self.size} says {given[0]} already: leave out one of them")
-        if given and len(given) < len(_BY_SIZE):
-            missing = next(name for name in _BY_SIZE if name not in given)
-            raise ValueError(
-                f"{missing} is missing: give width, depth and num_heads together, or a size"
-            )
-        return self
-
-    def arguments(self) -> dict[str, Any]:
-        """What a DiT is built with."""
-        own = {name: getattr(self, name) for name in _BY_SIZE}
-        sized = SIZES[self.size or "S"] if self.width is None else own
-        return sized | self.model_dump(include={"patch", "num_registers", "qk_norm"})
-
-
-_BY_SIZE = ("width", "depth", "num_heads")
-# Keys that a U-Net is built with.
-_OF_UNET = (
-    "base_channels",
-    "channel_multipliers",
-    "num_blocks",
-    "attention_resolutions",
-    "head_channels",
-    "unet",
-)
-
-
-class DenoiserOptions(Section):
+class DenoiserOptions(NetworkOptions):
     """Keys of ``family:`` that `ddpm` and `flow` have."""
 
     prediction: str = Field("v", description="what the network predicts")
-    network: Literal["unet", "dit"] = Field(
-        "unet", description="a convolutional U-Net, or a transformer with the keys of dit:"
-    )
-    dit: DiTOptions | None = Field(
-        None, description="size of the transformer of network: dit; default: S, patches of 2"
-    )
-    base_channels: int = Field(128, ge=2, description="channels at full resolution")
-    channel_multipliers: tuple[int, ...] = Field(
-        (1, 2, 3, 4), description="channels of each level over the base; each halves the side"
-    )
-    num_blocks: int = Field(2, ge=1, description="residual blocks per level")
-    attention_resolutions: tuple[int, ...] = Field(
-        (16, 8), description="sides at which blocks have self-attention"
-    )
-    head_channels: int = Field(64, ge=1, description="width of an attention head")
-    unet: UNetOptions | None = Field(
-        None,
-        description="details of a U-Net that was trained elsewhere, as `dinogen import` writes "
-        "them; default: ours",
-    )
     dropout: float = Field(
         0.0,
         ge=0,
@@ -159,28 +67,27 @@ class DenoiserOptions(Section):
     repa: RepaOptions | None = Field(
         None, description="align hidden tokens with stored features; default: do not"
     )
-
+    representation: RepresentationOptions | None = Field(
+        None,
+        description="generate a global feature first, and the image from it (RCG); default: do not",
+    )
     latent: LatentOptions | None = Field(
         None, description="train on latents of an autoencoder in place of pixels; default: pixels"
     )
 
     @model_validator(mode="after")
-    def _check_network(self) -> DenoiserOptions:
-        if self.network == "unet":
-            if self.dit is not None:
-                raise ValueError("dit: belongs to network: dit: set it, or leave dit: out")
-            return self
-        for name in _OF_UNET:
-            if getattr(self, name) != DenoiserOptions.model_fields[name].default:
-                raise ValueError(f"{name} belongs to network: unet: leave it out beside dit")
-        return self
-
-    @model_validator(mode="after")
     def _check_guidance(self) -> DenoiserOptions:
-        if self.guidance != 1 and not self.num_classes:
+        features = self.representation
+        conditional = self.num_classes > 0 or features is not None
+        if self.guidance != 1 and not conditional:
             raise ValueError(
-                f"guidance {self.guidance} needs classes to pull to: set num_classes, or leave "
-                "guidance out"
+                f"guidance {self.guidance} needs classes to pull to, or features: set num_classes "
+                "or representation, or leave guidance out"
+            )
+        if self.guidance != 1 and features is not None and not features.dropout:
+            raise ValueError(
+                f"guidance {self.guidance} weighs what is learnt with and without features: set "
+                "representation.dropout above 0, or leave guidance out"
             )
         if self.guidance_interval is None:
             return self
@@ -190,9 +97,10 @@ class DenoiserOptions(Section):
                 f"guidance_interval [{low}, {high}]: give two shares of the walk between 0 and 1, "
                 "the smaller one first, such as [0.2, 0.8]"
             )
-        if not self.num_classes:
+        if not conditional:
             raise ValueError(
-                "guidance_interval needs classes to pull to: set num_classes, or leave it out"
+                "guidance_interval needs classes to pull to, or features: set num_classes or "
+                "representation, or leave it out"
             )
         return self
 
@@ -202,7 +110,8 @@ class Conditions(NamedTuple):
 
     Attributes:
         label: (B,) int64; ``num_classes`` means no class. None if there are no classes.
-        embedding: (B, E) float32; None for the network's null vector, or if it has none.
+        embedding: (B, E) float32, the normalised global feature; None for the network's null
+            vector, or if it has none.
     """
 
     label: Tensor | None = None
@@ -242,6 +151,11 @@ class Denoiser(Family):
     in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models", equation
     6, by shares of the walk instead of sigma).
 
+    With ``representation`` a second network R generates a global feature of an image first, and G
+    the image from it (Li et al. 2024, "Return of Unconditional Generation: A Self-supervised
+    Representation Generation Method"). G learns without the feature, and without the class, for a
+    share of the images, and ``guidance`` weighs with and without.
+
     A family defines the abstract methods; its loss is named by ``options.prediction``.
     """
 
@@ -254,6 +168,10 @@ class Denoiser(Family):
         self.options = self.Options(**config.family.options)
         aligned = self.options.repa
         self.repa = None if aligned is None else Repa(aligned, config)
+        self.representation: Representation | None = None
+        if self.options.representation is not None:
+            self.representation = Representation(self.options.representation, config.seed, device)
+            self.R = RepresentationMLP(**self.arguments("R")).to(device)
         chosen = self.options.latent
         self.latent = None if chosen is None else Latents(chosen, config, stage, device)
         build = {"unet": UNet, "dit": DiT}[self.options.network]
@@ -273,7 +191,7 @@ class Denoiser(Family):
         return self.options.num_classes
 
     def with_sampling(self, changes: Mapping[str, Any]) -> Denoiser:
-        """``steps`` of the walk, ``sampler``, ``guidance`` to the class."""
+        """``steps`` of the walk, ``sampler``, ``guidance`` to class and feature."""
         keys = {"steps": "sample_steps"}
         wanted = {keys.get(name, name): value for name, value in changes.items()}
         try:
@@ -286,23 +204,30 @@ class Denoiser(Family):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The denoising network alone; as G, as what makes images is called everywhere."""
-        return {"G": self.G}
+        """The denoising network G, and R if there is ``representation``."""
+        return {"G": self.G} | ({} if self.representation is None else {"R": self.R})
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """One update of G."""
-        return (Phase("G", "G", self._losses),)
+        """One update of R, if there is one, and one of G."""
+        phases = (Phase("G", "G", self._losses),)
+        if self.representation is None:
+            return phases
+        return (Phase("R", "R", self._losses_of_R), *phases)
+
+    @property
+    def ema_networks(self) -> tuple[str, ...]:
+        """All."""
+        return tuple(self.networks)
 
     @property
     def inputs(self) -> Inputs:
-        """Images or their latents, labels of classes, levels that tokens are aligned with."""
+        """Images or their latents, labels of classes, and levels of all that reads features."""
+        parts = (self.latent, self.repa, self.representation)
+        levels = [level for one in parts if one is not None for level in one.levels]
         return Inputs(
             image_size=self.stage.resolution if self.latent is None else None,
-            levels=(
-                *(self.latent.levels if self.latent else ()),
-                *(self.repa.levels if self.repa else ()),
-            ),
+            levels=tuple(dict.fromkeys(levels)),
             labels=self.options.num_classes > 0,
         )
 
@@ -312,16 +237,23 @@ class Denoiser(Family):
             self.latent.check(data)
 
     def begin(self, data: Dataset) -> None:
-        """Check the features that hidden tokens are aligned with; learn the scale of latents."""
+        """Check the features of ``repa``, measure ``representation``, learn the latents' scale."""
         if self.repa is not None:
             self.repa.begin(data)
         if self.latent is not None:
             self.latent.begin(data, _scale_of(self.G))
+        if self.representation is not None:
+            where = self.config.data
+            self.representation.begin(self.R, data, where.split, where.on_error)
 
     def describe(self) -> dict[str, Any]:
-        """The guide of these features, and the autoencoder of the latents."""
-        found = self.repa.describe() if self.repa else {}
-        return found | (self.latent.describe() if self.latent else {})
+        """The guides of these features, and the autoencoder of the latents."""
+        parts = (self.representation, self.repa, self.latent)
+        facts = [one.describe() for one in parts if one is not None]
+        found = {name: value for one in facts for name, value in one.items()}
+        if any(one.get("random_guide") for one in facts):
+            found["random_guide"] = True
+        return found
 
     def recall(self, facts: Mapping[str, Any], folder: Path) -> None:
         """Which autoencoder decodes."""
@@ -329,21 +261,18 @@ class Denoiser(Family):
             self.latent.recall(facts, folder)
 
     def arguments(self, network: str) -> dict[str, Any]:
-        """Of G."""
-        own = self.options
+        """Of G or R."""
+        own, features = self.options, self.representation
+        if network == "R" and features is not None:
+            return features.arguments(own.num_classes)
         channels, side, _ = self._shape
-        arguments: dict[str, Any] = {"resolution": side}
-        if own.network == "dit":
-            arguments |= (own.dit or DiTOptions()).arguments()
-        else:
-            names = set(_OF_UNET) - {"unet"}
-            arguments |= own.model_dump(mode="json", include=names)
-            if own.unet is not None:
-                arguments["variant"] = own.unet.model_dump(mode="json")
+        arguments = {"resolution": side} | own.network_arguments()
         if channels != RGB:
             arguments["in_channels"] = channels
         if self.repa is not None:
             arguments["align"] = self.repa.arguments
+        if features is not None:
+            arguments["embed_dim"] = features.options.channels
         if self.latent is not None:
             arguments["scaled_latents"] = True
         return arguments | {"num_classes": own.num_classes}
@@ -351,8 +280,14 @@ class Denoiser(Family):
     # --- sampling
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
-        """The noise that sampling starts from, (N, 3, R, R), or (N, C, s, s) of latents."""
-        return rng.normal(seed, "sample", indices, self._shape, device=self.device)
+        """The noise that sampling starts from, (N, 3, R, R), or (N, C, s, s) of latents.
+
+        With ``representation`` it is one vector for each image: this noise, and that of R.
+        """
+        noise = rng.normal(seed, "sample", indices, self._shape, device=self.device)
+        if self.representation is None:
+            return noise
+        return torch.cat([noise.flatten(1), self.representation.noise(indices, seed)], 1)
 
     def decode(
         self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
@@ -361,16 +296,14 @@ class Denoiser(Family):
 
         Noise that is added on the way goes by ``indices``, so it too follows from the arguments.
         """
-        conditions = self._sampled_conditions(networks, indices, seed)
-        return self._walk(networks["G"], latents, conditions, indices, seed)
+        return self._walk(networks, latents, self._classes(indices), indices, seed)
 
     def measured(
         self, networks: Networks, indices: Tensor, seed: int, shares: Sequence[float] | None
     ) -> Tensor:
         """As in the base: with classes, as frequent as in the data."""
-        conditions = self._sampled_conditions(networks, indices, seed, shares)
-        latents = self.latents(indices, seed)
-        return self._walk(networks["G"], latents, conditions, indices, seed)
+        label = self._classes(indices, shares)
+        return self._walk(networks, self.latents(indices, seed), label, indices, seed)
 
     refines = False  # the walk has too many steps to pass gradients through
 
@@ -378,14 +311,19 @@ class Denoiser(Family):
         """The noise from which the sampler walks to the images, in as many steps.
 
         Raises:
-            UserError: the sampler adds noise of its own on the way.
+            UserError: the sampler adds noise of its own on the way, or images are generated from
+                features.
         """
-        conditions = self._sampled_conditions(networks, indices, 0)
-        predict = functools.partial(self._guided, networks["G"], conditions)
+        if self.representation is not None:
+            raise UserError(
+                "family.representation: an image has no latent where it is generated from features "
+                "that are generated themselves: train without it to project photos"
+            )
+        predict = functools.partial(self._guided, networks["G"], Conditions(self._classes(indices)))
         return self._invert(predict, self._encoded(networks["G"], images))
 
     def graph(self, networks: Networks) -> Graph:
-        """One prediction: noisy images x, times t, and label if there are classes.
+        """One prediction: noisy images x, times t, embedding of R, label if there are classes.
 
         The walk is a loop around it; ``facts`` say what is needed to write it.
         """
@@ -394,38 +332,56 @@ class Denoiser(Family):
 
         def inputs(indices: Tensor, seed: int) -> dict[str, Tensor]:
             t = visited[indices % len(visited)].to(self.device)
-            found = {"x": self.latents(indices, seed), "t": t}
-            if not own.num_classes:
-                return found
-            return found | {"label": (indices % own.num_classes).to(self.device)}
+            label = self._classes(indices)
+            x, conditions = self._parted(networks, self.latents(indices, seed), label)
+            found = {"x": x, "t": t}
+            if conditions.embedding is not None:
+                found["embedding"] = conditions.embedding
+            if conditions.label is not None:
+                found["label"] = conditions.label
+            return found
 
         facts |= {"guidance": own.guidance, "num_classes": own.num_classes}
         if own.guidance_interval is not None:
             facts["guidance_interval"] = list(own.guidance_interval)
         if self.latent is not None:
             facts |= self.latent.facts(_scale_of(networks["G"]))
-        return Graph(networks["G"], inputs, own.prediction, facts)
+        if self.representation is None:
+            return Graph(networks["G"], inputs, own.prediction, facts)
+        facts |= self.representation.facts(networks)
+        return Graph(Embedded(networks["G"]), inputs, own.prediction, facts)
 
     def _walk(
-        self, G: nn.Module, latents: Tensor, conditions: Conditions, indices: Tensor, seed: int
-    ) -> Tensor:
-        """Images of latents."""
-        predict = functools.partial(self._guided, G, conditions)
-        return self._decoded(G, self._integrate(predict, latents, indices, seed))
-
-    def _sampled_conditions(
         self,
         networks: Networks,
+        latents: Tensor,
+        label: Tensor | None,
         indices: Tensor,
         seed: int,
-        shares: Sequence[float] | None = None,
-    ) -> Conditions:
-        """What samples are conditioned on; ``shares`` are those of the classes, None cycles."""
+    ) -> Tensor:
+        """Images of latents."""
+        x, conditions = self._parted(networks, latents, label)
+        predict = functools.partial(self._guided, networks["G"], conditions)
+        return self._decoded(networks["G"], self._integrate(predict, x, indices, seed))
+
+    def _classes(self, indices: Tensor, shares: Sequence[float] | None = None) -> Tensor | None:
+        """Of samples (N,); ``shares`` are those of the classes, None cycles. None without any."""
         num_classes = self.options.num_classes
         if not num_classes:
-            return Conditions()
+            return None
         label = indices % num_classes if shares is None else classes_of(indices, shares)
-        return Conditions(label.to(self.device))
+        return label.to(self.device)
+
+    def _parted(
+        self, networks: Networks, latents: Tensor, label: Tensor | None
+    ) -> tuple[Tensor, Conditions]:
+        """The noise of images (N, C, R, R), and what they are conditioned on."""
+        if self.representation is None:
+            return latents, Conditions(label)
+        channels = self.representation.options.channels
+        x, noise = latents.split([latents.shape[1] - channels, channels], 1)
+        embedding = self.representation.generate(networks, noise, label)
+        return x.unflatten(1, self._shape), Conditions(label, embedding)
 
     def _guided(
         self, G: nn.Module, conditions: Conditions, x: Tensor, t: Tensor, share: float
@@ -452,21 +408,21 @@ class Denoiser(Family):
     # --- training
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
-        """The loss on images that were not trained on, with random numbers of its own.
+        """The losses on images that were not trained on, with random numbers of their own.
 
         With ``repa``, its negative mean cosine too.
         """
-        G = networks["G"]
-        assert isinstance(G, DenoisingNetwork)
-        losses, cosine = self._compared(G, batch, "/held-out")
-        return losses if cosine is None else losses | {"repa": -cosine}
+        losses, cosine = self._compared(networks, batch, "/held-out")
+        if cosine is not None:
+            losses["repa"] = -cosine
+        return losses | self._representation_loss(batch, "/held-out", networks)
 
     def _losses(self, batch: Batch) -> Losses:
         """The loss of one time drawn per sample."""
         drop = None
         if self.options.dropout:
             drop = functools.partial(self._drop, position=to_device(batch["position"], self.device))
-        losses, cosine = self._compared(self.G, batch, "", drop)
+        losses, cosine = self._compared(self.networks, batch, "", drop)
         if self.repa is None or cosine is None:
             return losses, {}
         # of the step, the same on every rank and in every microbatch
@@ -475,22 +431,43 @@ class Denoiser(Family):
         return losses | {"repa": -self.repa.weight(nimg) * cosine}, {"cos": cosine.detach()}
 
     def _compared(
-        self, G: DenoisingNetwork, batch: Batch, kind: str, drop: Drop | None = None
+        self, networks: Networks, batch: Batch, kind: str, drop: Drop | None = None
     ) -> tuple[Scalars, Tensor | None]:
         """The loss of what G says; and how its tokens are aligned, where they are."""
+        G = networks["G"]
         noised = self._noised(self._clean(G, batch, kind), batch["position"], kind)
-        conditions = self._conditions(batch, kind)
+        conditions = self._conditions(batch, kind, networks)
         if self.repa is None:
             output = self._said(G, noised.x, noised.t, conditions, drop)
             return {self.options.prediction: noised.loss(output)}, None
+        assert isinstance(G, DenoisingNetwork)
         output, tokens = G.with_tokens(
             noised.x, noised.t, conditions.label, drop, conditions.embedding
         )
         return {self.options.prediction: noised.loss(output)}, self.repa.cosine(tokens, batch)
 
-    def _conditions(self, batch: Batch, kind: str) -> Conditions:
+    def _losses_of_R(self, batch: Batch) -> Losses:
+        """The loss of features at one time drawn per sample."""
+        return self._representation_loss(batch, "", self.networks), {}
+
+    def _representation_loss(self, batch: Batch, kind: str, networks: Networks) -> Scalars:
+        """That of R, with the labels of the batch; nothing without ``representation``."""
+        if self.representation is None:
+            return {}
+        label = batch["label"] if self.options.num_classes else None
+        return self.representation.losses(networks, batch, label, kind)
+
+    def _conditions(self, batch: Batch, kind: str, networks: Networks) -> Conditions:
         """What a batch is conditioned on in training, left out for some of it."""
-        num_classes = self.options.num_classes
+        num_classes, features = self.options.num_classes, self.representation
+        if features is not None:
+            keep = features.keep(batch["position"], kind)
+            null: Tensor = networks["G"].get_parameter("null_embedding")
+            embedding = features.embedding(networks, batch)
+            return Conditions(
+                torch.where(keep, batch["label"], num_classes) if num_classes else None,
+                torch.where(keep[:, None], embedding, null),
+            )
         if not num_classes:
             return Conditions()
         drawn = rng.uniform(self.config.seed, f"label{kind}", batch["position"]) < DROP_LABEL

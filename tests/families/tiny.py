@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ _DIT = {
     "network": "dit",
     "dit": {"width": 16, "depth": 2, "num_heads": 2, "patch": 4, "num_registers": 1},
 }
+_RCG = {"level": "n16", "channels": 32, "width": 16, "depth": 2, "steps": 2}
 # Of the autoencoder whose latents the discs have.
 LATENT = {"channels": 3, "factor": 4}
 # By family; what follows a hyphen is a variant of it.
@@ -44,6 +46,8 @@ TINY = {
     "ddpm-dit": {**_DIT, "num_steps": 50, "sample_steps": 4},
     "flow": {**_UNET, "sample_steps": 4},
     "flow-dit": {**_DIT, "sampler": "midpoint", "sample_steps": 3},
+    "ddpm-rcg": {**_DIT, "num_steps": 50, "sample_steps": 4, "representation": _RCG},
+    "flow-rcg": {**_UNET, "sample_steps": 2, "representation": _RCG},
     "ddpm-repa": {
         **_DIT,
         "num_steps": 50,
@@ -75,6 +79,23 @@ TINY = {
         "probe_samples": 4,
         "objectives": [{"name": "mse"}],
     },
+    "guided-dit": {
+        "generator": "dit",
+        "dit": _DIT["dit"],
+        "num_classes": 2,
+        "samples_per_class": 4,
+        "guidance_range": [1, 4],
+        "guidance": 1.5,
+        "reference_batch": 6,
+        "probe_samples": 4,
+        "objectives": [
+            {
+                "name": "drift",
+                "views": ["location", "global", "mean_std", "patches"],
+                "normalize": "together",
+            }
+        ],
+    },
 }
 
 
@@ -84,7 +105,7 @@ def tiny_config(family: str, data: Path, run: Path, *overrides: str) -> Config:
         "run": str(run),
         "data": {"path": str(data), "num_threads": 0},
         "guide": {"path": str(data.parent / "guide")},
-        "family": {"name": family.partition("-")[0], **TINY[family]},
+        "family": {"name": family.partition("-")[0], **deepcopy(TINY[family])},
         "stages": [{"resolution": RESOLUTION, "kimg": 0.032, "batch": BATCH, "lr": 1e-3}],
         # Adam would blow up gradients that are zero but for rounding: a hinge critic's last bias
         "optim": {"eps": 1e-5},
