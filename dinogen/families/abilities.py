@@ -244,6 +244,15 @@ class AdjustsSampling(Protocol):
 
 
 @runtime_checkable
+class LimitsSampling(Protocol):
+    """Of the changes of :class:`AdjustsSampling`, only some mean something to it."""
+
+    @property
+    def adjustable(self) -> frozenset[str]:
+        """Which of ``steps``, ``sampler`` and ``guidance``, as the family is configured."""
+
+
+@runtime_checkable
 class AddsNoise(Protocol):
     """Noise may be added on the way to a sample, so that its latent does not tell it alone."""
 
@@ -507,6 +516,14 @@ def fade(family: Family, networks: Networks, alpha: float, fading: bool) -> None
 def truncates(family: Family) -> bool:
     """Whether a family uses ``psi``."""
     return isinstance(family, Truncates) and family.truncates
+
+
+def adjustable(family: Family) -> frozenset[str]:
+    """What can be changed of how a family samples: of ``steps``, ``sampler`` and ``guidance``."""
+    if isinstance(family, LimitsSampling):
+        return family.adjustable
+    every = ("steps", "sampler", "guidance") if isinstance(family, AdjustsSampling) else ()
+    return frozenset(every)
 
 
 def num_classes_of(family: Family) -> int:

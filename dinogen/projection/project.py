@@ -21,6 +21,7 @@ from dinogen.families.abilities import (
     HasLatentSpaces,
     Inverts,
     LatentSpace,
+    adjustable,
     num_classes_of,
     spaces_of,
     without_noise,
@@ -261,7 +262,7 @@ class _Work:
         self.resolution = snapshot.resolution
         family = snapshot.family
         sampling: dict[str, Any] = {}
-        if isinstance(family, AdjustsSampling):
+        if isinstance(family, AdjustsSampling) and "steps" in adjustable(family):
             sampling = without_noise(family) | ({"steps": request.steps} if request.steps else {})
             family = family.with_sampling(sampling)
         self.family = family

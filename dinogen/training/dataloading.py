@@ -47,7 +47,14 @@ class Dataloader:
     def __init__(self, state: StageState) -> None:
         inputs, stage, progress = state.family.inputs, state.stage, state.progress
         self._streams = [
-            _stream(state, stage.batch, state.config.seed, progress.nimg, inputs.image_size)
+            _stream(
+                state,
+                stage.batch,
+                state.config.seed,
+                progress.nimg,
+                inputs.image_size,
+                inputs.per_class,
+            )
         ]
         if inputs.reference_batch:
             num_steps = (progress.nimg - state.plan.start) // stage.batch
@@ -122,7 +129,14 @@ def in_unit_range(images: Tensor) -> Tensor:
     return (images - half) / half
 
 
-def _stream(state: StageState, batch: int, seed: int, start: int, image_size: int | None) -> Stream:
+def _stream(
+    state: StageState,
+    batch: int,
+    seed: int,
+    start: int,
+    image_size: int | None,
+    per_class: int = 0,
+) -> Stream:
     config = state.config.data
     return state.data.stream(
         batch_size=batch,
@@ -141,6 +155,8 @@ def _stream(state: StageState, batch: int, seed: int, start: int, image_size: in
         # a quarter of the bytes to send
         image_dtype="uint8" if state.device.type == "cuda" else "float32",
         need_labels=state.family.inputs.labels,
+        per_class=per_class,
+        first=state.plan.start,
     )
 
 

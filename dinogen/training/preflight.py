@@ -152,6 +152,11 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
         )
     if inputs.labels:
         check_classes(config, data)
+    if inputs.per_class and len(data.sets) > 1:
+        raise ConfigError(
+            "data.mix: batches by class are read from one dataset: pack the photos together and "
+            "give data.path"
+        )
     if inputs.image_size is None:
         _check_augment_of_levels(config, inputs.levels, name)
     own = isinstance(family, MeasuresHeldOut)

@@ -17,6 +17,7 @@ from dinogen.errors import UserError
 from dinogen.families.abilities import (
     AdjustsSampling,
     LatentSpace,
+    adjustable,
     decode_in,
     num_classes_of,
     spaces_of,
@@ -304,7 +305,7 @@ def _through_samples(request: VideoRequest) -> Walk:
     if request.label is not None and request.label >= num_classes:
         what = f"classes are 0 to {num_classes - 1}" if num_classes else "it has no classes"
         raise UserError(f"--class {request.label}: {name}: {what}")
-    if isinstance(family, AdjustsSampling):
+    if isinstance(family, AdjustsSampling) and "steps" in adjustable(family):
         steps = {} if request.steps is None else {"steps": request.steps}
         family = family.with_sampling({**without_noise(family), **steps})
         snapshot = replace(snapshot, family=family)

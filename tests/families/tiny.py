@@ -38,6 +38,7 @@ TINY = {
     "progressive_gan": {"z_dim": 8, "channel_base": 64, "channel_max": 8},
     "stylegan2_ada": {"z_dim": 8, "w_dim": 8, "channel_base": 128, "channel_max": 8},
     "vae": {"latent": 8, "base_channels": 8},
+    "vae-spatial": {"latent": 2, "latent_side": 4, "base_channels": 8, "beta": 1e-3},
     "vae_gan": {"latent": 8, "base_channels": 8, "d_layers": 1, "d_channels": 8},
     "ddpm": {**_UNET, "num_steps": 50, "sample_steps": 4},
     "ddpm-edm": {**_UNET, "prediction": "edm", "sample_steps": 4},
@@ -77,6 +78,23 @@ TINY = {
         "channel_max": 16,
         "probe_samples": 4,
         "objectives": [{"name": "mse"}],
+    },
+    "guided-dit": {
+        "generator": "dit",
+        "dit": _DIT["dit"],
+        "num_classes": 2,
+        "samples_per_class": 4,
+        "guidance_range": [1, 4],
+        "guidance": 1.5,
+        "reference_batch": 6,
+        "probe_samples": 4,
+        "objectives": [
+            {
+                "name": "drift",
+                "views": ["location", "global", "mean_std", "patches"],
+                "normalize": "together",
+            }
+        ],
     },
 }
 
