@@ -313,6 +313,10 @@ def test_the_graph_takes_the_embedding(kind, trained, tmp_path):
     torch.testing.assert_close(x.clamp(-1, 1), expected, rtol=1e-4, atol=1e-4)
     facts = graph.facts["embedding"]
     assert facts["level"] == "n16" and len(facts["mean"]) == len(facts["std"]) == 32
+    null = torch.tensor([facts["null"]] * 2)
+    times = torch.full((2,), 1000.0)
+    expected = generator.network(given["x"], times)
+    torch.testing.assert_close(program(given["x"], times, null), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_clip_is_a_level_too(tmp_path):
