@@ -93,16 +93,13 @@ class Describes(Protocol):
 
 @runtime_checkable
 class ChecksData(Protocol):
-    """It reads something of the shards that fits only some configs, such as latents."""
+    """The manifest tells whether data fit, before a job is queued or anything is loaded."""
 
     def check_data(self, data: Dataset) -> None:
-        """Refuse shards that do not fit; called before anything is loaded, in every stage.
-
-        Args:
-            data: its manifest is enough.
+        """Compare the options with what the data hold.
 
         Raises:
-            ConfigError: naming the key and what it has to be.
+            ConfigError: naming the key that does not fit, and what would.
         """
 
 

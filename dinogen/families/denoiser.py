@@ -232,12 +232,14 @@ class Denoiser(Family):
         )
 
     def check_data(self, data: Dataset) -> None:
-        """Refuse shards without the latents."""
-        if self.latent is not None:
-            self.latent.check(data)
+        """Whether the data hold the latents, and the features that tokens are aligned with."""
+        for part in (self.latent, self.repa):
+            if part is not None:
+                part.check_data(data)
 
     def begin(self, data: Dataset) -> None:
-        """Check the features of ``repa``, measure ``representation``, learn the latents' scale."""
+        """Name the guide of ``repa``, measure ``representation``, learn the latents' scale."""
+        self.check_data(data)
         if self.repa is not None:
             self.repa.begin(data)
         if self.latent is not None:

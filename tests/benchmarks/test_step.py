@@ -38,6 +38,13 @@ OTHERS = {
     "two ranks": ("vae_64 wgan_gp_64 guided_energy_64", "engine.precision=bf16", "--ranks", "2"),
 }
 
+DENOISERS = {
+    "flow": "{name: flow, base_channels: 32, head_channels: 32, dropout: 0.1}",
+    "flow, transformer, classes": "{name: flow, network: dit, dit: {patch: 8}, num_classes: 3}",
+    "edm": "{name: ddpm, prediction: edm, base_channels: 32, head_channels: 32}",
+    "min-SNR": "{name: ddpm, min_snr: 5, base_channels: 32, head_channels: 32}",
+}
+
 pytestmark = needs_fake_cuda
 
 
@@ -77,6 +84,18 @@ def test_a_step_launches_few_kernels(found, name):
     assert all(num <= most for num, most in zip(launched, MOST_LAUNCHES[name], strict=True)), (
         f"{launched} of {MOST_LAUNCHES[name]}"
     )
+
+
+def test_a_step_of_flow_or_edm_waits_for_nothing(tmp_path):
+    files = {}
+    for number, (kind, family) in enumerate(DENOISERS.items()):
+        files[kind] = tmp_path / f"{number}.yaml"
+        files[kind].write_text(f"family: {family}\nstages: [{{resolution: 64, kimg: 100}}]\n")
+    names = [str(file) for file in files.values()]
+    found = counted(tmp_path / "json", names, "engine.precision=bf16", "--steps", "1")
+    assert {kind: waits(found[str(file)]["steps"]["1"]) for kind, file in files.items()} == {
+        kind: {} for kind in DENOISERS
+    }
 
 
 @pytest.mark.parametrize("kind", OTHERS)

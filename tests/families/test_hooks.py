@@ -21,6 +21,7 @@ from dinogen.families.abilities import (
 from dinogen.families.denoiser import Denoiser
 from dinogen.families.registry import family_class, resolve
 from tests.families.gans import Training, drawn_images
+from tests.families.stored_latents import make_autoencoder
 from tests.families.tiny import RESOLUTION, TINY, tiny_config
 
 CPU = torch.device("cpu")
@@ -36,6 +37,8 @@ def build(name, *overrides):
     config = resolve(tiny_config(name, Path("no_data"), Path("no_run"), *overrides))
     with rng.torch_seed(0, "init"):
         family = family_class(config.family)(config, config.stages[0], CPU)
+    if isinstance(family, Denoiser) and family.latent is not None:
+        family.latent._autoencoder = make_autoencoder()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for network in family.networks.values():
