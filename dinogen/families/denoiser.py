@@ -307,6 +307,17 @@ class Denoiser(Family):
         label = self._classes(indices, shares)
         return self._walk(networks, self.latents(indices, seed), label, indices, seed)
 
+    def variations(
+        self, networks: Networks, batch: Batch, indices: Tensor, seed: int
+    ) -> Tensor | None:
+        """Other images with the features of some; None without ``representation``."""
+        if self.representation is None:
+            return None
+        embedding = self.representation.embedding(networks, batch)
+        label = to_device(batch["label"], self.device) if self.options.num_classes else None
+        x = rng.normal(seed, "sample", indices, self._shape, device=self.device)
+        return self._walk_from(networks["G"], x, Conditions(label, embedding), indices, seed)
+
     refines = False  # the walk has too many steps to pass gradients through
 
     def invert(self, networks: Networks, images: Tensor, indices: Tensor) -> Tensor:
@@ -363,8 +374,14 @@ class Denoiser(Family):
     ) -> Tensor:
         """Images of latents."""
         x, conditions = self._parted(networks, latents, label)
-        predict = functools.partial(self._guided, networks["G"], conditions)
-        return self._decoded(networks["G"], self._integrate(predict, x, indices, seed))
+        return self._walk_from(networks["G"], x, conditions, indices, seed)
+
+    def _walk_from(
+        self, G: nn.Module, x: Tensor, conditions: Conditions, indices: Tensor, seed: int
+    ) -> Tensor:
+        """Images of noise (N, C, R, R) and of what they are conditioned on."""
+        predict = functools.partial(self._guided, G, conditions)
+        return self._decoded(G, self._integrate(predict, x, indices, seed))
 
     def _classes(self, indices: Tensor, shares: Sequence[float] | None = None) -> Tensor | None:
         """Of samples (N,); ``shares`` are those of the classes, None cycles. None without any."""
