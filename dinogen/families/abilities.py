@@ -271,6 +271,27 @@ class Reconstructs(Protocol):
 
 
 @runtime_checkable
+class Varies(Protocol):
+    """It generates images from features, and so others with the features of a photo."""
+
+    def variations(
+        self, networks: Networks, batch: Batch, indices: Tensor, seed: int
+    ) -> Tensor | None:
+        """Images with the features of those of a batch.
+
+        Args:
+            networks: the moving averages.
+            batch: of N samples, with what ``inputs`` says but images.
+            indices: (N,) int64 sample numbers: all but the features goes by them.
+            seed: as in ``Family.sample``.
+
+        Returns:
+            (N, 3, R, R) float32 in [-1, 1]; None if the family, as configured, generates images
+            from noise alone.
+        """
+
+
+@runtime_checkable
 class HasCritic(Protocol):
     """A discriminator of its own says how real an image is."""
 

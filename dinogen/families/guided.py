@@ -27,7 +27,6 @@ from dinogen.families.base import (
     Phase,
     classes_of,
 )
-from dinogen.families.denoiser import DiTOptions
 from dinogen.guidance.classes import ClassBatches
 from dinogen.guidance.comparing import MAIN
 from dinogen.guidance.conditioning import (
@@ -48,6 +47,7 @@ from dinogen.guidance.options import (
 from dinogen.guidance.weighted import WeightedObjectives
 from dinogen.losses.features import mean_pairwise_distance
 from dinogen.networks.one_step import OneStepDiT, OneStepImages
+from dinogen.networks.options import DiTOptions
 from dinogen.networks.progressive import ConditionalGenerator, ProgressiveGenerator
 from dinogen.transfer import to_device, to_device_together
 from shards.read.dataset import Dataset

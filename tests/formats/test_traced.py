@@ -15,10 +15,12 @@ import torch
 
 from dinogen.families.abilities import fade
 from dinogen.families.base import Condition, sample_in_parts
+from dinogen.families.denoiser import Denoiser
 from dinogen.families.registry import family_class
 from dinogen.formats import traced
 from dinogen.formats.traced import ExportError, write_onnx, write_torch_export
 from dinogen.training.checkpointing.export import Generator
+from tests.families.stored_latents import make_autoencoder
 from tests.families.tiny import TINY, tiny_config
 
 # What adds inputs or branches to a family's graph; without them it is a part of this one.
@@ -30,7 +32,7 @@ SIDE_4 = "family.attention_resolutions=[4]"
 MORE = {
     "stylegan2_ada": ["family.num_classes=3", "family.truncation=0.7", "stages.0.resolution=8"],
     **dict.fromkeys(("ddpm-dit", "flow-dit"), CLASSES),
-    **dict.fromkeys(("ddpm-repa", "flow-repa"), CLASSES[:-1]),
+    **dict.fromkeys(("ddpm-repa", "flow-repa", "ddpm-latent", "flow-latent"), CLASSES[:-1]),
     **{name: [*CLASSES, SIDE_4] for name in ("ddpm", "ddpm-edm", "ddpm-snr")},
     "flow": [
         *(*CLASSES, SIDE_4),
@@ -51,8 +53,10 @@ def make_generator(family, overrides, tmp_path):
     for value in G.parameters():
         value.add_(0.1 * torch.randn(value.shape))
     for name, value in G.named_buffers():
-        if name.endswith(("running_mean", "w_avg")):
+        if name.endswith(("running_mean", "w_avg", "latent_scale.mean", "latent_scale.deviation")):
             value.add_(0.1 * torch.randn(value.shape))
+    if isinstance(made, Denoiser) and made.latent is not None:
+        made.latent._autoencoder = make_autoencoder()
     fade(made, {"G": G}, 0.3, fading=True)
     info = {"random_guide": False, "network": {"name": "G"}, "family": family}
     return Generator(G, info, made)
@@ -97,6 +101,18 @@ def guided(run, facts, x, t, label):
     return without + facts["guidance"] * (with_class - without)
 
 
+def bounded(facts, x):
+    """Images in [-1, 1]; latents as they are."""
+    return x if "latent" in facts else np.clip(x, -1, 1)
+
+
+def decoded(facts, x, family):
+    """Images of normalised latents, with what the file says of their scale."""
+    mean, deviation = (np.float32(facts["latent"][name]) for name in ("mean", "deviation"))
+    z = x * deviation[:, None, None] + mean[:, None, None]
+    return family.latent.autoencoder.decode(torch.from_numpy(z)).numpy()
+
+
 def walk_flow(run, facts, predicted, x, label):
     """Heun, or the midpoint, in numpy, with what the file says of its times."""
     assert predicted == "v"
@@ -115,7 +131,7 @@ def walk_flow(run, facts, predicted, x, label):
         assert facts["sampler"] == "heun"
         reached = x + (then - now) * first
         x = reached if then == 0 else x + (then - now) / 2 * (first + v(reached, then))
-    return np.clip(x, -1, 1)
+    return bounded(facts, x)
 
 
 def walk_edm(run, facts, predicted, x, label):
@@ -137,7 +153,7 @@ def walk_edm(run, facts, predicted, x, label):
         x = reached
         if then:
             x = reached + (then - now) / 2 * (slope(reached, number + 1) - first)
-    return np.clip(x, -1, 1)
+    return bounded(facts, x)
 
 
 def walk(run, facts, predicted, x, label):
@@ -162,9 +178,10 @@ def test_a_graph_gives_the_images_of_sample(files, kind, num):
     label = np.arange(num) % 3
     expected = sample_in_parts(family, networks, num, SEED)
     if files.case.startswith(("ddpm", "flow")):
-        by = {"ddpm-edm": walk_edm, "flow": walk_flow}
-        kind = files.case if files.case in by else files.case.partition("-")[0]
-        found = by.get(kind, walk)(run, graph, graph["output"], latents, label)
+        by = {"edm": walk_edm, "v": walk_flow if "times" in graph else walk}
+        found = by[graph["output"]](run, graph, graph["output"], latents, label)
+        if "latent" in graph:
+            found = decoded(graph, found, family)
     elif files.case == "stylegan2_ada":
         found = run(z=latents, psi=np.float32(graph["psi"]), label=label)
         assert graph["psi"] == 0.7
@@ -183,7 +200,7 @@ def test_a_graph_gives_the_images_of_sample(files, kind, num):
         found = run(z=latents)
     assert found.shape == expected.shape and found.dtype == np.float32
     # the walk of edm begins at 80 times the noise, which float32 knows to 1e-5
-    within = 2e-4 if files.case == "ddpm-edm" else 1e-5
+    within = 2e-4 if graph["output"] == "edm" else 1e-5
     assert np.abs(found - expected.numpy()).max() < within
     assert expected.std() > 1e-3  # not one colour
 
