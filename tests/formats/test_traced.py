@@ -33,6 +33,7 @@ MORE = {
     "stylegan2_ada": ["family.num_classes=3", "family.truncation=0.7", "stages.0.resolution=8"],
     **dict.fromkeys(("ddpm-dit", "flow-dit"), CLASSES),
     **dict.fromkeys(("ddpm-repa", "flow-repa", "ddpm-latent", "flow-latent"), CLASSES[:-1]),
+    **dict.fromkeys(("ddpm-rcg", "flow-rcg"), CLASSES[:-1]),
     **{name: [*CLASSES, SIDE_4] for name in ("ddpm", "ddpm-edm", "ddpm-snr")},
     "flow": [
         *(*CLASSES, SIDE_4),
@@ -49,9 +50,11 @@ def make_generator(family, overrides, tmp_path):
     config = tiny_config(family, tmp_path / "data", tmp_path / "run", *overrides)
     torch.manual_seed(0)
     made = family_class(config.family)(config, config.stages[0], torch.device("cpu"))
-    G = made.networks["G"].eval().requires_grad_(False)
-    for value in G.parameters():
-        value.add_(0.1 * torch.randn(value.shape))
+    further = {name: made.networks[name] for name in made.ema_networks}
+    for network in further.values():
+        for value in network.eval().requires_grad_(False).parameters():
+            value.add_(0.1 * torch.randn(value.shape))
+    G = further.pop("G")
     for name, value in G.named_buffers():
         if name.endswith(("running_mean", "w_avg", "latent_scale.mean", "latent_scale.deviation")):
             value.add_(0.1 * torch.randn(value.shape))
@@ -59,7 +62,7 @@ def make_generator(family, overrides, tmp_path):
         made.latent._autoencoder = make_autoencoder()
     fade(made, {"G": G}, 0.3, fading=True)
     info = {"random_guide": False, "network": {"name": "G"}, "family": family}
-    return Generator(G, info, made)
+    return Generator(G, info, made, further)
 
 
 class Files:
@@ -99,6 +102,17 @@ def guided(run, facts, x, t, label):
     with_class = run(**given, label=label)
     without = run(**given, label=np.full_like(label, facts["num_classes"]))
     return without + facts["guidance"] * (with_class - without)
+
+
+def with_embedding(run, facts, embedding):
+    """The same without the input ``embedding``; where there is no class, there is none either."""
+
+    def of(x, t, label):
+        null = np.float32(facts["embedding"]["null"])
+        without = label[:, None] == facts["num_classes"]
+        return run(x=x, t=t, embedding=np.where(without, null, embedding), label=label)
+
+    return of
 
 
 def bounded(facts, x):
@@ -173,10 +187,17 @@ def walk(run, facts, predicted, x, label):
 def test_a_graph_gives_the_images_of_sample(files, kind, num):
     run = getattr(files, f"run_{kind}")
     generator, graph = files.generator, files.infos[0]["graph"]
-    family, networks, indices = generator.family, {"G": generator.network}, torch.arange(num)
+    family, networks, indices = generator.family, generator.networks, torch.arange(num)
     latents = family.latents(indices, SEED).numpy()
     label = np.arange(num) % 3
     expected = sample_in_parts(family, networks, num, SEED)
+    if "embedding" in graph:
+        latents, noise = np.split(latents, [-len(graph["embedding"]["mean"])], 1)
+        latents = latents.reshape(num, *graph["inputs"]["x"]["shape"][1:])
+        given = family.representation.generate(
+            networks, torch.from_numpy(noise), torch.from_numpy(label)
+        )
+        run = with_embedding(run, graph, given.numpy())
     if files.case.startswith(("ddpm", "flow")):
         by = {"edm": walk_edm, "v": walk_flow if "times" in graph else walk}
         found = by[graph["output"]](run, graph, graph["output"], latents, label)
