@@ -49,6 +49,7 @@ MAY_IMPORT = {
         "dinogen.report.progress",
     },
     "dinogen.guidance": {
+        "dinogen.diffusion",
         "dinogen.distributed",
         "dinogen.features",
         "dinogen.losses",

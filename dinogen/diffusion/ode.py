@@ -52,9 +52,10 @@ def integrate_back(
 ) -> Tensor:
     """x at the first of ``times``, from which :func:`integrate` leads to x (B, ...) at the last.
 
-    Each step is solved as :func:`integrate` takes it, by a fixed point: what a step misses is taken
-    from where it began. Of each sample the round is kept from which the step leads back most
-    closely.
+    Each step is solved as :func:`integrate` takes it, by a fixed point: a multiple of what a step
+    misses is taken from where it began. The multiple follows from the last two rounds (Barzilai and
+    Borwein 1988, "Two-Point Step Size Gradient Methods", equation 5). Of each sample the round is
+    kept from which the step leads back most closely.
 
     Args:
         derivative: as in :func:`integrate`.
@@ -66,16 +67,26 @@ def integrate_back(
     for now, then in reversed(list(itertools.pairwise(times))):
         wanted = x
         best, least = x, torch.full((len(x), *[1] * (x.dim() - 1)), math.inf, device=x.device)
-        # A step leaves then / now of the noise and all of what is certain about the image, so x
-        # has moved by a factor between these two: Richardson's best pace. In a step to 0 all noise
-        # is lost.
-        pace = 2 / (1 + then / now) if then else 1.0
+        # A step leaves then / now of the noise, and all that is certain about the image; in a step
+        # to 0 all noise is lost.
+        pace = torch.full_like(least, 2 / (1 + then / now) if then else 1.0)
+        before: tuple[Tensor, Tensor] | None = None
         for _ in range(rounds):
             missed = step(derivative, x, now, then, method) - wanted
-            residual = missed.square().mean(tuple(range(1, x.dim())), keepdim=True)
+            residual = _dot(missed, missed)
             closer = residual < least
             best, least = torch.where(closer, x, best), torch.where(closer, residual, least)
+            if before is not None:
+                moved, changed = x - before[0], missed - before[1]
+                along = _dot(moved, changed)
+                pace = torch.where(along > 0, _dot(moved, moved) / along, pace)
+            before = x, missed
             x = x - pace * missed
         # the last one is not tried: it is taken where every round came closer
         x = torch.where(closer, x, best)
     return x
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Of each sample, (B, 1, ...)."""
+    return (a * b).sum(tuple(range(1, a.dim())), keepdim=True)

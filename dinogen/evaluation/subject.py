@@ -38,7 +38,7 @@ from dinogen.metrics.sources import (
 )
 from dinogen.metrics.suite import Subject
 from dinogen.metrics.value import MetricValue
-from dinogen.training.data import check_labels
+from dinogen.training.data import any_of_a_guide, check_labels
 from dinogen.training.engines.base import split as to_device
 from shards.errors import CorruptSample, ShardsError
 from shards.format.manifest import SPLITS
@@ -100,7 +100,7 @@ def _trained_with(family: Family, facts: Mapping[str, Any]) -> tuple[str, ...]:
     """
     named = [facts.get("guide"), *dict(facts.get("guides") or {}).values()]
     names = tuple(str(one["name"]) for one in named if isinstance(one, Mapping) and "name" in one)
-    if names or not family.inputs.levels:
+    if names or not any_of_a_guide(family.inputs.levels):
         return names
     return (family.config.guide.name, *(one.name for one in family.config.guides.values()))
 

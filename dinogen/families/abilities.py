@@ -253,6 +253,15 @@ class LimitsSampling(Protocol):
 
 
 @runtime_checkable
+class AddsNoise(Protocol):
+    """Noise may be added on the way to a sample, so that its latent does not tell it alone."""
+
+    @property
+    def without_noise(self) -> Mapping[str, Any]:
+        """What ``with_sampling`` takes so that an image follows from its latent alone."""
+
+
+@runtime_checkable
 class Reconstructs(Protocol):
     """It encodes images, and decodes what it encoded."""
 
@@ -517,6 +526,11 @@ def graph_of(family: Family, networks: Networks) -> Graph | None:
         return {"z": family.latents(indices, seed)}
 
     return Graph(networks[family.ema_networks[0]], inputs)
+
+
+def without_noise(family: Family) -> dict[str, Any]:
+    """What :class:`AddsNoise` says; empty for other families."""
+    return dict(family.without_noise) if isinstance(family, AddsNoise) else {}
 
 
 def spaces_of(family: Family) -> dict[str, LatentSpace]:

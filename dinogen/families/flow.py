@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dinogen.diffusion.flow import logit_normal, target, velocity, walk_times
@@ -45,6 +45,14 @@ class Flow(Denoiser):
             "heun", description="heun and midpoint call the network twice a step, and err less"
         )
         sample_steps: int = Field(25, ge=1, description="steps from noise to an image")
+
+        @model_validator(mode="after")
+        def _check(self) -> Flow.Options:
+            for name in ("times_mean", "times_std"):
+                value, default = getattr(self, name), type(self).model_fields[name].default
+                if self.times == "uniform" and value != default:
+                    raise ValueError(f"{name} {value} is of logit_normal times: leave it out")
+            return self
 
     options: Options
 

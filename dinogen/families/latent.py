@@ -26,11 +26,9 @@ from dinogen.features.base import GuideError
 from dinogen.guidance.guides import stored_features
 from dinogen.networks.denoising import LatentScale
 from dinogen.transfer import to_device
-from shards.format.sample import flipped_level, level_grid, level_guide
+from shards.format.sample import LATENTS, flipped_level, level_grid, level_guide
 from shards.read.dataset import Dataset
 
-# The name under which shards hold latents, as if a guide had made them.
-LATENTS = "latents"
 _KEY = "family.latent.path"
 # Pixels that are encoded or decoded at once: 4 images of 256x256, 64 of 64x64.
 _PIXELS_AT_ONCE = 1 << 18

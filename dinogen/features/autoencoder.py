@@ -51,11 +51,12 @@ class FrozenAutoencoder(nn.Module):
     Args:
         model: the network in float32.
         info: its identity, JSON-ready: all of :class:`GuideInfo`, where ``name`` is its kind and
-            ``num_channels`` is C, and ``factor``.
+            ``num_channels`` is C, ``factor``, and ``resolution`` where it is known.
 
     Attributes:
         channels: C of the latents.
         factor: pixels along each side of a location of the latents.
+        resolution: side of the images that it was trained on; None if that is not known.
     """
 
     def __init__(self, model: Any, info: dict[str, Any]) -> None:
@@ -65,6 +66,7 @@ class FrozenAutoencoder(nn.Module):
         self.training = False
         self.channels: int = info["num_channels"]
         self.factor: int = info["factor"]
+        self.resolution: int | None = info.get("resolution")
 
     def train(self, mode: bool = True) -> FrozenAutoencoder:
         """Does nothing: it is frozen in eval mode."""
@@ -200,9 +202,8 @@ def _ours(file: Path, path: str, commit: str | None, key: str) -> FrozenAutoenco
         layer=_LAYER,
         random=bool(told.get("random_guide")),
     )
-    return FrozenAutoencoder(
-        model, info.to_dict() | {"factor": model.resolution // model.latent_side}
-    )
+    sizes = {"factor": model.resolution // model.latent_side, "resolution": model.resolution}
+    return FrozenAutoencoder(model, info.to_dict() | sizes)
 
 
 def _kl(path: str, revision: str | None, key: str) -> FrozenAutoencoder:

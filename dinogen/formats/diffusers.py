@@ -25,9 +25,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dinogen import hub
+from dinogen.families.registry import family_options
 from dinogen.files import write_bytes, write_json
 from dinogen.formats.diffusers_config import (
     MODEL,
+    PREDICTIONS,
     VERSION,
     diffusion_of,
     read_json,
@@ -248,11 +250,13 @@ def write(generator: Generator, folder: Path) -> None:
         OSError: it cannot be written.
     """
     network, family = generator.network, generator.family.config.family
-    if not isinstance(network, UNet):
+    if not takes(generator):
         raise FormatError(
-            f"{folder}: diffusers has no network like that of the family {family.name}: only ddpm "
-            "can be written as such a folder"
+            f"{folder}: diffusers has no pipeline for such a network of the family {family.name}: "
+            "only a U-Net of ddpm that predicts epsilon, v or x0 of images can be written as such "
+            "a folder"
         )
+    assert isinstance(network, UNet)
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise FormatError(f"{folder} exists already: name a new folder")
     options = {"name": family.name, **family.options}
@@ -286,8 +290,20 @@ def write(generator: Generator, folder: Path) -> None:
 
 
 def takes(generator: Generator) -> bool:
-    """Whether it is one that can be written so: a U-Net of the family `ddpm`."""
-    return isinstance(generator.network, UNet)
+    """Whether it is one that can be written so: a U-Net of the family `ddpm` with time steps.
+
+    Latents, alignment and embeddings are unknown to the pipelines.
+    """
+    network = generator.network
+    options = family_options(generator.family.config).model_dump()
+    return (
+        isinstance(network, UNet)
+        and network.projector is None
+        and network.embed is None
+        and network.latent_scale is None
+        and "schedule" in options
+        and options["prediction"] in PREDICTIONS
+    )
 
 
 @contextmanager

@@ -40,22 +40,23 @@ STD = 0.02
 SPAN = 16
 
 
-def positions(side: int, width: int) -> Tensor:
+def positions(side: int, width: int, device: torch.device | None = None) -> Tensor:
     """Sines and cosines of the two coordinates of each token of a grid.
 
-    Coordinates run from 0 up to :data:`SPAN` whatever the side, so that the same place of an image
-    has the same position at every resolution, and a grid of 16, the paper's, has whole numbers.
+    Coordinates run from 0 up to :data:`SPAN` on every grid, so that a location of an image has the
+    same position at every resolution. On a grid of 16, that of the paper, they are whole numbers.
 
     Args:
         side: of the grid.
         width: of the tokens, a multiple of 4: a quarter each are sines and cosines of the column,
             then of the row, with frequencies that fall from 1 to nearly 1/10000.
+        device: of what is returned.
 
     Returns:
         (side * side, width) float32, row by row.
     """
-    place = torch.arange(side, dtype=torch.float64) * (SPAN / side)
-    exponents = torch.arange(width // 4, dtype=torch.float64) / (width // 4)
+    place = torch.arange(side, dtype=torch.float64, device=device) * (SPAN / side)
+    exponents = torch.arange(width // 4, dtype=torch.float64, device=device) / (width // 4)
     angles = place[:, None] * LONGEST_PERIOD**-exponents
     one = torch.cat([angles.sin(), angles.cos()], 1)
     columns, rows = one.expand(side, -1, -1), one[:, None].expand(-1, side, -1)
@@ -232,7 +233,7 @@ class DiT(DenoisingNetwork):
         x = self.patches(F.pixel_unshuffle(x, self.patch).flatten(2).mT)
         x = x + self._positions(side).to(x.dtype)
         if self.registers is not None:
-            registers = self.registers.to(x.dtype).expand(len(x), -1, -1)
+            registers = self.registers.to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat([x, registers], 1)
         hidden = None
         for number, block in enumerate(self.blocks):
@@ -256,16 +257,16 @@ class DiT(DenoisingNetwork):
         conditions = self.time(time_embedding(t, NUM_FREQUENCIES))
         if self.label is not None:
             conditions = conditions + self.label(label)
-        if self.guidance is not None:
-            if guidance is None:
-                raise ValueError("the network was built with guidance_input: guidance is missing")
+        if (guidance is None) != (self.guidance is None):
+            raise ValueError("guidance is given if, and only if, there is guidance_input")
+        if self.guidance is not None and guidance is not None:
             conditions = conditions + self.guidance(time_embedding(guidance, NUM_FREQUENCIES))
         return F.silu(self._conditioned(conditions, embedding))
 
     def _positions(self, side: int) -> Tensor:
         if side == self.side:
             return self.positions
-        return positions(side, self.positions.shape[1]).to(self.positions.device)
+        return positions(side, self.positions.shape[1], self.positions.device)
 
 
 def _embedding(width: int) -> nn.Sequential:

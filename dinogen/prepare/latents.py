@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from dinogen.features.autoencoder import FrozenAutoencoder, load_autoencoder
 from dinogen.features.pyramid import tokens
 from dinogen.prepare.photos.read import PrepareError
 from shards.format.sample import OF_LATENTS
+
+_logger = logging.getLogger(__name__)
 
 
 class LatentMaker:
@@ -54,6 +57,16 @@ class LatentMaker:
                 f"pixels of a location of {self.label}'s latents: make the faces a multiple of it "
                 "(256), or leave out prepare.latents"
             )
+
+    def warn_of_size(self, size: int) -> None:
+        """Warn if images of ``size`` pixels are others than the autoencoder was trained on."""
+        trained = self.autoencoder.resolution
+        if trained is not None and size != trained:
+            _logger.warning(
+                "prepare.faces.size: %d, but the autoencoder %s was trained on images of %d "
+                "pixels: it may reconstruct others badly",
+                size, self.label, trained,
+            )  # fmt: skip
 
     def level_names(self, size: int) -> list[str]:
         """The levels that images of ``size`` pixels get."""

@@ -182,6 +182,8 @@ class PyramidMaker:
         if side is None:
             side = decoded[0].shape[0]
             self.check_size(side)
+            if self.latents is not None:
+                self.latents.warn_of_size(side)
         for crop, image in zip(crops, decoded, strict=True):
             height, width = image.shape[:2]
             if (height, width) != (side, side):

@@ -24,6 +24,7 @@ from dinogen.families.abilities import (
     adjustable,
     num_classes_of,
     spaces_of,
+    without_noise,
 )
 from dinogen.files import why_not_writable, write_json
 from dinogen.hub import cached_name, shown, working_path
@@ -262,8 +263,7 @@ class _Work:
         family = snapshot.family
         sampling: dict[str, Any] = {}
         if isinstance(family, AdjustsSampling) and "steps" in adjustable(family):
-            # with DDIM an image follows from its latent alone
-            sampling = {"sampler": "ddim"} | ({"steps": request.steps} if request.steps else {})
+            sampling = without_noise(family) | ({"steps": request.steps} if request.steps else {})
             family = family.with_sampling(sampling)
         self.family = family
         self.run = cached_name(request.run) or request.run.resolve().name

@@ -142,7 +142,7 @@ def write_publication(what: Publication, folder: Path) -> Facts:
         config=config,
         evaluation=evaluation or _evaluation_of_card(card),
         has_file=evaluation is not None,
-        num_parameters=sum(p.numel() for p in generator.network.parameters()),
+        num_parameters=generator.num_parameters,
         licence=None if licence == NO_LICENCE else licence,
         intended_use=use,
     )

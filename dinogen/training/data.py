@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from dinogen.errors import UserError
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class
 from shards.errors import ShardsError
-from shards.format.sample import LATENTS, OF_LATENTS, VECTORS, level_guide
+from shards.format.sample import LATENTS, OF_LATENTS, VECTORS, flipped_guide, level_guide
 from shards.read.batch import PackedSource
 from shards.read.dataset import Dataset, open_dataset
 from shards.read.mixture import MixedDataset
@@ -223,7 +223,8 @@ def makes_pyramids(config: Config) -> bool:
     """Whether data for a run get pyramids, as ``prepare.pyramids.make`` says.
 
     Raises:
-        ConfigError: there is no such family, or an option of it is wrong.
+        ConfigError: there is no such family, or an option of it is wrong; or it reads features of
+            mirrored images, which would not be made.
     """
     make = config.prepare.pyramids.make
     return make == "always" or (make == "auto" and reads_pyramids(config))
@@ -243,9 +244,23 @@ def reads_pyramids(config: Config) -> bool:
     """Whether the family reads a level of a guide in any stage.
 
     Raises:
-        ConfigError: there is no such family, or an option of it is wrong.
+        ConfigError: there is no such family, or an option of it is wrong; or it reads features of
+            mirrored images, and the config does not make them.
     """
     levels = _levels_read(config)
+    mirrored = {flipped_guide(name) for name in ("", *config.guides)}
+    lacking = sorted({level for level in levels if level_guide(level) in mirrored})
+    if lacking and not config.prepare.pyramids.flips:
+        raise ConfigError(
+            f"prepare.pyramids.flips: false, but family {config.family.name} reads "
+            f"{', '.join(lacking)}, since augment.flip mirrors images: set it to true, or "
+            "augment.flip to 0"
+        )
+    return any_of_a_guide(levels)
+
+
+def any_of_a_guide(levels: Iterable[str]) -> bool:
+    """Whether a guide makes one of these levels, and not CLIP or an autoencoder."""
     return any(one not in VECTORS and level_guide(one) not in OF_LATENTS for one in levels)
 
 

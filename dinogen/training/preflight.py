@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -157,11 +157,8 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
             "data.mix: batches by class are read from one dataset: pack the photos together and "
             "give data.path"
         )
-    if inputs.image_size is None and config.augment != AugmentConfig():
-        raise ConfigError(
-            f"augment: family {config.family.name} reads no images at {name}, but precomputed "
-            "features: leave it out"
-        )
+    if inputs.image_size is None:
+        _check_augment_of_levels(config, inputs.levels, name)
     own = isinstance(family, MeasuresHeldOut)
     if config.eval.every_kimg is not None and not own and not config.eval.generated:
         raise ConfigError(
@@ -172,6 +169,17 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
         raise ConfigError(
             f"stages: {name} is larger than the images of {data.location} ({stored}x{stored}):"
             f" leave it out, or prepare again with prepare.faces.size={stage.resolution} or more"
+        )
+
+
+def _check_augment_of_levels(config: Config, levels: Sequence[str], name: str) -> None:
+    """Without images nothing can be augmented, but levels of mirrored images can be chosen."""
+    mirrors = any(is_flipped(level) for level in levels)
+    rest = config.augment.model_copy(update={"flip": 0.0}) if mirrors else config.augment
+    if rest != AugmentConfig():
+        raise ConfigError(
+            f"augment: family {config.family.name} reads no images at {name}, but precomputed "
+            f"features: leave it out{', but for flip' if mirrors else ''}"
         )
 
 

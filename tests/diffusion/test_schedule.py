@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from dinogen._torchvision import ensure_torchvision
-from dinogen.diffusion.process import Schedule, denoise, q_sample, target
+from dinogen.diffusion.process import Schedule, denoise, min_snr_weight, q_sample, target
 
 ensure_torchvision()
 from diffusers import DDPMScheduler  # noqa: E402 - torchvision has to be there first
+from diffusers.training_utils import compute_snr  # noqa: E402
 
 THEIRS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 NAMES = list(THEIRS)
@@ -102,3 +103,37 @@ def test_any_answer_survives_a_round_trip_through_another(start, to):
     again = denoise(to, target(to, x0, eps, *level), x_t, *level)
     torch.testing.assert_close(again, (x0, eps), rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(target(start, *again, *level), output, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_min_snr_weights_every_prediction_by_what_its_image_is_off(name, gamma):
+    """The weighted error of any output is min(SNR, gamma) times that of the image it means."""
+    schedule, t = Schedule(name), torch.tensor([0, 40, 400, 800, 990])
+    x0, eps, off = (
+        torch.randn(5, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed in range(3)
+    )
+    level = schedule.signal_noise(t, x0)
+    x_t, snr = q_sample(x0, eps, *level), schedule.snr[t]
+    for prediction in ("epsilon", "v", "x0"):
+        wanted = target(prediction, x0, eps, *level)
+        image, _ = denoise(prediction, wanted + off, x_t, *level)
+        weight = min_snr_weight(prediction, snr, gamma)
+        torch.testing.assert_close(
+            weight * off.square().mean(1),
+            snr.clamp(max=gamma) * (image - x0).square().mean(1),
+            rtol=1e-6,
+            atol=1e-9,
+        )
+
+
+def test_min_snr_weights_are_those_that_diffusers_trains_with():
+    scheduler, t = DDPMScheduler(beta_schedule="linear"), torch.arange(0, 1000, 7)
+    snr = compute_snr(scheduler, t)
+    own = Schedule("linear").snr[t]
+    # examples/text_to_image/train_text_to_image.py
+    least = torch.stack([snr, 5 * torch.ones_like(t)], 1).min(1)[0]
+    for prediction, expected in (("epsilon", least / snr), ("v", least / (snr + 1))):
+        found = min_snr_weight(prediction, own, 5.0).float()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)

@@ -18,14 +18,16 @@ from dinogen.families.abilities import (
     Reconstructs,
     truncates,
 )
-from dinogen.families.registry import family_class, family_names, resolve
+from dinogen.families.denoiser import Denoiser
+from dinogen.families.registry import family_class, resolve
 from tests.families.gans import Training, drawn_images
 from tests.families.tiny import RESOLUTION, TINY, tiny_config
 
 CPU = torch.device("cpu")
 NUMBERS = torch.tensor([0, 1, 7, 2**33])
 SEED = 3
-every_family = pytest.mark.parametrize("name", family_names())
+every_family = pytest.mark.parametrize("name", TINY)
+EARLIER = {name for name in TINY if "-" not in name} - {"flow"}
 WITH_D = ["dcgan", "progressive_gan", "sagan", "stylegan2_ada", "vae_gan", "wgan_gp"]
 
 
@@ -65,7 +67,7 @@ def as_it_was(family):
     return G(z)
 
 
-CASES = [(name, ()) for name in family_names()]
+CASES = [(name, ()) for name in TINY]
 CASES += [("ddpm", ("family.sampler=ddpm",)), ("stylegan2_ada", ("family.truncation=0.6",))]
 
 
@@ -73,13 +75,14 @@ CASES += [("ddpm", ("family.sampler=ddpm",)), ("stylegan2_ada", ("family.truncat
 @torch.no_grad()
 def test_samples_are_decoded_latents_and_bitwise_what_they_were(name, overrides):
     family = build(name, *overrides)
-    networks = {"G": family.networks["G"]}
+    networks = {name: family.networks[name] for name in family.ema_networks}
     found = family.sample(networks, NUMBERS, SEED)
     assert found.dtype == torch.float32 and found.shape == (4, 3, RESOLUTION, RESOLUTION)
     latents = family.latents(NUMBERS, SEED)
     assert torch.equal(family.decode(networks, latents, NUMBERS, SEED), found)
     assert torch.equal(family.decode(networks, latents, NUMBERS, SEED, psi=1.0), found)
-    assert torch.equal(found, as_it_was(family))
+    if name in EARLIER:
+        assert torch.equal(found, as_it_was(family))
     assert not torch.equal(family.latents(NUMBERS, SEED + 1), latents)
 
 
@@ -136,7 +139,7 @@ def test_autoencoders_decode_the_mean_of_the_posterior(name):
         torch.testing.assert_close(found[0], found[1])
 
 
-@pytest.mark.parametrize("name", sorted(set(family_names()) - set(WITH_D)))
+@pytest.mark.parametrize("name", sorted(set(TINY) - set(WITH_D)))
 def test_without_a_discriminator_there_is_no_opinion(name):
     family = build(name)
     if isinstance(family, HasCritic):  # some stages of this family have one, this one has not
@@ -187,7 +190,7 @@ def test_a_discriminator_of_classes_takes_the_one_that_fits_best():
 @torch.no_grad()
 def test_what_the_first_layer_cannot_see_changes_no_image(name):
     family = build(name)
-    assert isinstance(family, HasFirstLayer) == (name != "ddpm")
+    assert isinstance(family, HasFirstLayer) == (not isinstance(family, Denoiser))
     if not isinstance(family, HasFirstLayer):
         return
     matrix = family.first_layer(family.networks)

@@ -63,7 +63,7 @@ def test_the_shares_are_counted_in_what_is_trained_on(uneven, tmp_path):
     assert class_shares(family, open_dataset(uneven)) == pytest.approx((0.8, 0.2))
 
 
-@pytest.mark.parametrize("name", ["ddpm", "stylegan2_ada"])
+@pytest.mark.parametrize("name", ["ddpm", "ddpm-edm", "flow", "flow-dit", "stylegan2_ada"])
 def test_classes_go_by_their_shares(name, uneven, tmp_path):
     family, networks = build(name, uneven, tmp_path, "family.num_classes=2")
     numbers = torch.arange(6)

@@ -90,6 +90,7 @@ def test_ours_from_an_exported_file(tmp_path, images):
     assert (found.channels, found.factor, found.info["name"]) == (3, 4, "vae")
     assert found.info["weights_sha256"] == weights_sha256(G.state_dict())
     assert found.label == "vae (vae.safetensors)"
+    assert (found.resolution, found.info["resolution"]) == (16, 16)
 
 
 def test_ours_from_a_published_folder(tmp_path):

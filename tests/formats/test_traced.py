@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -21,11 +22,18 @@ from dinogen.training.checkpointing.export import Generator
 from tests.families.tiny import TINY, tiny_config
 
 # What adds inputs or branches to a family's graph; without them it is a part of this one.
+CLASSES = [
+    *("family.num_classes=3", "family.guidance=2.0", "family.sample_steps=3"),
+    "stages.0.resolution=8",
+]
+SIDE_4 = "family.attention_resolutions=[4]"
 MORE = {
     "stylegan2_ada": ["family.num_classes=3", "family.truncation=0.7", "stages.0.resolution=8"],
-    "ddpm": [
-        *("family.num_classes=3", "family.guidance=2.0", "family.sample_steps=3"),
-        *("stages.0.resolution=8", "family.attention_resolutions=[4]"),
+    **dict.fromkeys(("ddpm-dit", "flow-dit"), CLASSES),
+    **{name: [*CLASSES, SIDE_4] for name in ("ddpm", "ddpm-edm", "ddpm-snr")},
+    "flow": [
+        *(*CLASSES, SIDE_4),
+        "family.guidance_interval=[0.3, 0.9]",
     ],
 }
 TEXT = ["family.text={embed_dim: 6}", "clip.path=/none"]
@@ -80,14 +88,62 @@ def files(request, tmp_path_factory):
     return Files(request.param, tmp_path_factory.mktemp(request.param))
 
 
+def guided(run, facts, x, t, label):
+    """What is predicted at one time, drawn to the class."""
+    given = {"x": np.asarray(x, np.float32), "t": np.full(len(x), t)}
+    with_class = run(**given, label=label)
+    without = run(**given, label=np.full_like(label, facts["num_classes"]))
+    return without + facts["guidance"] * (with_class - without)
+
+
+def walk_flow(run, facts, predicted, x, label):
+    """Heun, or the midpoint, in numpy, with what the file says of its times."""
+    assert predicted == "v"
+    low, high = facts.get("guidance_interval", [0, 1])
+
+    def v(x, time):
+        inside = low <= 1 - time <= high
+        own = facts if inside else facts | {"guidance": 1}
+        return guided(run, own, x, np.float32(facts["time_scale"] * time), label)
+
+    for now, then in itertools.pairwise(facts["times"]):
+        first = v(x, now)
+        if facts["sampler"] == "midpoint":
+            x = x + (then - now) * v(x + (then - now) / 2 * first, (now + then) / 2)
+            continue
+        assert facts["sampler"] == "heun"
+        reached = x + (then - now) * first
+        x = reached if then == 0 else x + (then - now) / 2 * (first + v(reached, then))
+    return np.clip(x, -1, 1)
+
+
+def walk_edm(run, facts, predicted, x, label):
+    """Karras et al. 2022, algorithm 1 without noise, in numpy, with the factors of the file."""
+    assert predicted == "edm" and facts["sampler"] == "heun"
+    sigmas = facts["sigmas"]
+
+    def slope(x, number):
+        c_in, c_noise, c_skip, c_out = (
+            facts[name][number] for name in ("c_in", "c_noise", "c_skip", "c_out")
+        )
+        said = guided(run, facts, c_in * x, np.float32(c_noise), label)
+        return (x - (c_skip * x + c_out * said)) / sigmas[number]
+
+    x = sigmas[0] * x
+    for number, (now, then) in enumerate(itertools.pairwise(sigmas)):
+        first = slope(x, number)
+        reached = x + (then - now) * first
+        x = reached
+        if then:
+            x = reached + (then - now) / 2 * (slope(reached, number + 1) - first)
+    return np.clip(x, -1, 1)
+
+
 def walk(run, facts, predicted, x, label):
     """DDIM (Song et al. 2021, equation 12) in numpy, with what the file says of its schedule."""
     after = [*facts["alpha_bar"][1:], 1.0]
     for t, now, then in zip(facts["time_steps"], facts["alpha_bar"], after, strict=True):
-        given = {"x": x, "t": np.full(len(x), t)}
-        with_class = run(**given, label=label)
-        without = run(**given, label=np.full_like(label, facts["num_classes"]))
-        said = without + facts["guidance"] * (with_class - without)
+        said = guided(run, facts, x, t, label)
         signal, noise = math.sqrt(now), math.sqrt(1 - now)
         assert predicted == "v"
         x0 = np.clip(signal * x - noise * said, -1, 1)
@@ -104,8 +160,9 @@ def test_a_graph_gives_the_images_of_sample(files, kind, num):
     latents = family.latents(indices, SEED).numpy()
     label = np.arange(num) % 3
     expected = sample_in_parts(family, networks, num, SEED)
-    if files.case == "ddpm":
-        found = walk(run, graph, graph["output"], latents, label)
+    if files.case.startswith(("ddpm", "flow")):
+        by = {"ddpm-edm": walk_edm, "flow": walk_flow, "flow-dit": walk_flow}
+        found = by.get(files.case, walk)(run, graph, graph["output"], latents, label)
     elif files.case == "stylegan2_ada":
         found = run(z=latents, psi=np.float32(graph["psi"]), label=label)
         assert graph["psi"] == 0.7
@@ -123,7 +180,9 @@ def test_a_graph_gives_the_images_of_sample(files, kind, num):
     else:
         found = run(z=latents)
     assert found.shape == expected.shape and found.dtype == np.float32
-    assert np.abs(found - expected.numpy()).max() < 1e-5
+    # the walk of edm begins at 80 times the noise, which float32 knows to 1e-5
+    within = 2e-4 if files.case == "ddpm-edm" else 1e-5
+    assert np.abs(found - expected.numpy()).max() < within
     assert expected.std() > 1e-3  # not one colour
 
 

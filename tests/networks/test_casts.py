@@ -47,6 +47,13 @@ def test_outside_of_autocast_they_are_the_layers_own():
     assert own[2][0] is second.weight and own[2][1] is None
 
 
+def test_layer_norms_without_a_bias_are_cast_too():
+    norm = nn.LayerNorm(4, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        ((weight, bias),) = cast_together(norm)
+    assert weight.dtype == torch.bfloat16 and bias is None
+
+
 def test_all_are_cast_in_one_operator():
     network = layers()
     with torch.profiler.profile() as profile, torch.autocast("cpu", torch.bfloat16):

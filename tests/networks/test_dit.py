@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from dinogen._torchvision import ensure_torchvision
 from dinogen.networks import dit
@@ -80,6 +82,17 @@ def test_parameters_are_as_many_as_by_hand(name):
     assert found == depth * block + ends + time + label
     more = num_parameters(**arguments | {"qk_norm": True, "num_registers": 4}) - found
     assert more == depth * 2 * w // SIZES[name]["num_heads"] + 4 * w
+
+
+@pytest.mark.parametrize(("patch", "paper"), [(8, 0.36), (4, 1.41), (2, 6.06)])
+def test_s_takes_as_many_multiplications_as_in_the_paper(patch, paper):
+    """Table 4 counts a multiplication and an addition as one, in 1e9."""
+    network = DiT(32, patch, **SIZES["S"], in_channels=4, num_classes=1000)
+    given = inputs(32, 1, 4)
+    # the counter knows no fused attention on a CPU
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        network(*given, torch.tensor([0]))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(paper, abs=0.01)
 
 
 # --- an implementation by others
@@ -341,15 +354,30 @@ def test_time_label_and_guidance_change_their_own_sample_only():
         assert (changed[1] - before[1]).abs().max() > 1e-3
 
 
+def test_the_last_row_of_labels_is_that_of_no_class():
+    network = disturbed(small(num_classes=2))
+    assert network.label.weight.shape == (3, 32)
+    x, t = inputs()
+    label = torch.tensor([1, 2])
+    before = network(x, t, label)
+    with torch.no_grad():
+        network.label.weight[2] += 1
+    changed = network(x, t, label)
+    torch.testing.assert_close(changed[0], before[0])
+    assert (changed[1] - before[1]).abs().max() > 1e-3
+
+
 def test_integer_and_float_times_are_the_same():
     network = disturbed(small())
     x, _ = inputs()
     assert torch.equal(network(x, torch.tensor([3, 500])), network(x, torch.tensor([3.0, 500.0])))
 
 
-def test_guidance_that_is_missing_is_said():
-    with pytest.raises(ValueError, match="guidance is missing"):
-        small(guidance_input=True)(*inputs())
+@pytest.mark.parametrize("takes", [True, False])
+def test_guidance_is_given_to_networks_that_take_it_and_no_others(takes):
+    given = {} if takes else {"guidance": torch.ones(2)}
+    with pytest.raises(ValueError, match="if, and only if, there is guidance_input"):
+        small(guidance_input=takes)(*inputs(), **given)
 
 
 def test_dropout_comes_in_each_block_by_its_number():
@@ -399,11 +427,17 @@ def test_tokens_stay_in_the_type_of_autocast():
     assert types == [torch.bfloat16] * 3
 
 
-def test_it_can_be_exported():
+def test_it_can_be_exported_for_batches_of_any_size():
     network = disturbed(small(num_classes=2, num_registers=2)).eval()
     given = (*inputs(), torch.tensor([0, 2]))
-    exported = torch.export.export(network, given).module()
-    torch.testing.assert_close(exported(*given), network(*given))
+    batch = {0: torch.export.Dim("batch")}
+    # strict=False: as the exporter of runs does
+    program = torch.export.export(
+        network, given, dynamic_shapes=(batch, batch, batch), strict=False
+    )
+    for num in (2, 5):
+        given = (*inputs(num=num), torch.arange(num) % 3)
+        torch.testing.assert_close(program.module()(*given), network(*given))
 
 
 def test_it_can_be_compiled():

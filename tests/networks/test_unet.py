@@ -1,13 +1,10 @@
-"""The U-Net: shapes, embeddings, what it is at the start, attention by hand."""
-
-import math
+"""The U-Net: shapes, what it is at the start, attention by hand."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dinogen.networks.denoising import time_embedding
 from dinogen.networks.unet import Norm, ResBlock, SelfAttention, UNet, Up, Variant, modulations
 
 
@@ -73,20 +70,6 @@ def test_blocks_attend_where_they_are_told_to_and_in_the_middle():
         "up.3.attention",
         "up.4.attention",
     ]
-
-
-def test_time_embedding_is_its_formula():
-    found = time_embedding(torch.tensor([0, 1, 250, 999]), 8)
-    for row, t in zip(found, (0, 1, 250, 999), strict=True):
-        angles = [t / 10_000 ** (i / 4) for i in range(4)]
-        expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-        torch.testing.assert_close(row, torch.tensor(expected), rtol=0, atol=1e-4)
-    assert found.dtype == torch.float32
-
-
-def test_all_time_steps_look_different():
-    distances = torch.pdist(time_embedding(torch.arange(1000), 32))
-    assert distances.min() > 0.1
 
 
 def test_at_the_start_the_output_is_0_and_every_branch_is_absent():

@@ -240,6 +240,15 @@ def test_a_size_that_the_factor_does_not_divide_is_refused(kl, tmp_path):
         write_pyramids(tmp_path / "faces", tmp_path / "parts", maker)
 
 
+def test_another_size_than_it_was_trained_on_is_warned_of(tmp_path, caplog):
+    file, _ = write_ours(tmp_path / "vae.safetensors", resolution=16)
+    maker = maker_of(**NOTHING, latents=latents_of(file))
+    pipeline.prepare(fill(tmp_path / "photos"), tmp_path / "data", settings(), maker)
+    (line,) = [record.message for record in caplog.records if "trained on" in record.message]
+    assert line.startswith("prepare.faces.size: 32, but the autoencoder vae (vae.safetensors)")
+    assert list(open_dataset(tmp_path / "data").manifest.levels) == ["latents.n8"]
+
+
 def test_latents_beyond_float16_name_the_autoencoder(kl, tmp_path):
     maker = maker_of(latents=latents_of(kl))
     encode = maker.latents.autoencoder.encode

@@ -18,10 +18,11 @@ from dinogen.projection.search import Searcher, correlation, normalize_noise, ra
 from tests.families.tiny import tiny_config
 
 PIXELS = Loss("pixels", "pixels alone", None)
+DENOISERS = ["ddpm", "ddpm-edm", "ddpm-dit", "flow", "flow-dit"]
 SPACES = [
     (name, space)
     for name in family_names()
-    if name != "ddpm"
+    if name not in ("ddpm", "flow")
     for space in (("z", "w", "w+") if name == "stylegan2_ada" else ("z",))
 ]
 
@@ -63,14 +64,15 @@ def test_a_known_latent_is_found_again(name, space, tmp_path):
     assert found.latents.shape == (1, *spaces_of(family)[space].shape)
 
 
-def test_a_diffusion_model_cannot_be_searched(tmp_path):
-    family, networks = built("ddpm", tmp_path)
+@pytest.mark.parametrize("name", DENOISERS)
+def test_a_diffusion_model_cannot_be_searched(name, tmp_path):
+    family, networks = built(name, tmp_path)
     image = torch.zeros(1, 3, 16, 16)
     with pytest.raises(UserError, match="no gradient reaches its latents"):
         searcher(family, networks, "z", 2, 1).search(image, torch.tensor([0]))
 
 
-@pytest.mark.parametrize("name", ["vae", "vae_gan", "ddpm"])
+@pytest.mark.parametrize("name", ["vae", "vae-spatial", "vae_gan", *DENOISERS])
 def test_who_inverts(name, tmp_path):
     family, networks = built(name, tmp_path)
     assert isinstance(family, Inverts)
@@ -78,13 +80,17 @@ def test_who_inverts(name, tmp_path):
     images = family.sample(networks, index, 0)
     z = family.invert(networks, images, index)
     assert z.shape == family.latents(index, 0).shape
+    if name in DENOISERS:
+        steps = family.options.sample_steps
+        assert not family.refines and f"backwards in {steps} steps" in family.inverts_by
+        again = family.decode(networks, z, index, 0)
+        torch.testing.assert_close(again, images, rtol=0, atol=2e-2)
     if name == "ddpm":
-        assert not family.refines and "backwards in 4 steps" in family.inverts_by
         options = family.options.model_copy(update={"sampler": "ddpm"})
         family.options = options
         with pytest.raises(UserError, match="sample with ddim"):
             family.invert(networks, images, index)
-    else:
+    if name not in DENOISERS:
         assert torch.equal(z, networks["G"].encode(images)[0])
 
 

@@ -164,7 +164,11 @@ def test_a_class_alone(disc_data, tmp_path, monkeypatch):  # noqa: F811
         ("stylegan2_ada", ("--sampler", "ddim"), "--sampler: family stylegan2_ada does not"),
         ("stylegan2_ada", ("--guidance", 2), "--guidance: family stylegan2_ada has neither"),
         ("ddpm", ("--guidance", 2), "guidance 2.0 needs classes"),
-        ("ddpm", ("--sampler", "euler"), "sampler: .*'ddim' or 'ddpm'"),
+        (
+            "ddpm",
+            ("--sampler", "euler"),
+            "sampler euler belongs to prediction: edm",
+        ),
         ("ddpm", ("--steps", 51), "sample_steps 51 are more than num_steps 50"),
         ("dcgan", ("--watermark", "generated"), "cannot be read on 16x16 pixels"),
     ],

@@ -204,8 +204,8 @@ def load_snapshot(
     config = checkpoint.config
     now = {name: getattr(today, name) for name in ("data", "guide", "guides", "clip", "metrics")}
     now["run"] = today.run
-    places = family_places(config.family.options, today.family.options)
-    now["family"] = config.family.model_copy(update=places)
+    moved = family_places(config.family.options, today.family.options)
+    now["family"] = config.family.model_copy(update=moved)
     config = config.model_copy(update=now)
     stage = config.stages[find_stage(config, stage.resolution)]
     family = family_class(config.family)(config, stage, process_group.device())
@@ -233,9 +233,10 @@ def _of_file(
     process_group.use_device(config.device)
     stage = config.stages[find_stage(config, info["resolution"])]
     family = family_class(config.family)(config, stage, process_group.device())
-    ema = Ema({file.network: family.networks[file.network]}, config.ema)
+    ema = Ema({name: family.networks[name] for name in file.networks}, config.ema)
     try:
-        ema.networks[file.network].load_state_dict(file.tensors(f"{file.network}.ema"))
+        for name, network in ema.networks.items():
+            network.load_state_dict(file.tensors(f"{name}.ema"))
     except RuntimeError as error:
         raise ConfigError(
             f"{file.folder}: its tensors do not fit the network it names: {error}"
