@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dinogen.batch import Batch, Scalars
 from dinogen.errors import ConfigError, UserError
-from dinogen.families.base import Condition, Family, Graph, Health, Networks
+from dinogen.families.base import Condition, Family, Graph, Health, Networks, not_trained_with_text
 from shards.read.dataset import Dataset
 
 # --- training
@@ -519,8 +519,7 @@ def adjustable(family: Family) -> frozenset[str]:
     """What can be changed of how a family samples: of ``steps``, ``sampler`` and ``guidance``."""
     if isinstance(family, LimitsSampling):
         return family.adjustable
-    every = ("steps", "sampler", "guidance") if isinstance(family, AdjustsSampling) else ()
-    return frozenset(every)
+    return frozenset(["steps", "sampler", "guidance"] * isinstance(family, AdjustsSampling))
 
 
 def num_classes_of(family: Family) -> int:
@@ -599,11 +598,3 @@ def condition_for(
     if not isinstance(family, Conditional):
         raise not_trained_with_text(family)
     return family.condition(texts, guidance, facts)
-
-
-def not_trained_with_text(family: Family) -> UserError:
-    """The error of a run that cannot be conditioned."""
-    return UserError(
-        f"family {family.config.family.name}: this run was not trained with text: leave out "
-        "--text, or train guided with family.text"
-    )
