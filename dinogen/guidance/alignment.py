@@ -128,6 +128,11 @@ class Repa:
                 data.location,
                 self.options.level,
             )
+        if self.config.augment.rotate:
+            _logger.warning(
+                "augment.rotate: %g turns images, but not the features that they are aligned with",
+                self.config.augment.rotate,
+            )
 
     def describe(self) -> dict[str, Any]:
         """The guide that made the features, as the shards name it; empty before :meth:`begin`."""

@@ -35,6 +35,7 @@ BATCH = "stages.0.batch=64"  # at which that was; parts of a larger one launch a
 OTHERS = {
     "fp16": ("dcgan_64 progressive_gan_64 guided_text_64", "engine.precision=fp16"),
     "fp32": ("dcgan_64", "engine.precision=fp32"),
+    "latents": ("flow_latent_fast", "engine.precision=bf16"),
     "two ranks": ("vae_64 wgan_gp_64 guided_energy_64", "engine.precision=bf16", "--ranks", "2"),
 }
 

@@ -129,7 +129,7 @@ def test_autoencoders_decode_the_mean_of_the_posterior(name):
     family = build(name)
     images = drawn_images(5, RESOLUTION)
     batch = {"image": images, "position": torch.arange(5), "key": list("abcde")}
-    assert isinstance(family, Reconstructs) == (name in ("vae", "vae_gan"))
+    assert isinstance(family, Reconstructs) == name.startswith("vae")
     if not isinstance(family, Reconstructs):
         return
     found = family.reconstruct(family.networks, batch)
@@ -197,6 +197,9 @@ def test_what_the_first_layer_cannot_see_changes_no_image(name):
     if not isinstance(family, HasFirstLayer):
         return
     matrix = family.first_layer(family.networks)
+    if name == "vae-spatial":
+        assert matrix is None
+        return
     latents = family.latents(NUMBERS, SEED)
     assert matrix.ndim == 2 and matrix.shape[1] == latents.shape[1] == 8
     u = torch.nn.functional.normalize(torch.arange(1.0, 9.0), dim=0)

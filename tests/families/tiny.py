@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import io
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +105,7 @@ def tiny_config(family: str, data: Path, run: Path, *overrides: str) -> Config:
         "run": str(run),
         "data": {"path": str(data), "num_threads": 0},
         "guide": {"path": str(data.parent / "guide")},
-        "family": {"name": family.partition("-")[0], **deepcopy(TINY[family])},
+        "family": {"name": family.partition("-")[0], **copy.deepcopy(TINY[family])},
         "stages": [{"resolution": RESOLUTION, "kimg": 0.032, "batch": BATCH, "lr": 1e-3}],
         # Adam would blow up gradients that are zero but for rounding: a hinge critic's last bias
         "optim": {"eps": 1e-5},
