@@ -96,11 +96,7 @@ class ChecksData(Protocol):
     """The manifest tells whether data fit, before a job is queued or anything is loaded."""
 
     def check_data(self, data: Dataset) -> None:
-        """Compare the options with what the data hold.
-
-        Raises:
-            ConfigError: naming the key that does not fit, and what would.
-        """
+        """Raise a ConfigError that names the key that does not fit the data, and what would."""
 
 
 @runtime_checkable
@@ -108,12 +104,7 @@ class Recalls(Protocol):
     """What its samples need besides the networks is named in the facts of a checkpoint."""
 
     def recall(self, facts: Mapping[str, Any], folder: Path) -> None:
-        """Called once after a checkpoint is read to sample from; loads nothing.
-
-        Args:
-            facts: what :class:`Describes` said in training.
-            folder: of the run, or of the exported file; what is needed may lie there.
-        """
+        """Take what :class:`Describes` said in training; ``folder`` is that of the run or file."""
 
 
 @runtime_checkable
@@ -251,11 +242,11 @@ class LimitsSampling(Protocol):
 
 @runtime_checkable
 class AddsNoise(Protocol):
-    """Noise may be added on the way to a sample, so that its latent does not tell it alone."""
+    """Noise may be added on the way, so that an image does not follow from its latent alone."""
 
     @property
     def without_noise(self) -> Mapping[str, Any]:
-        """What ``with_sampling`` takes so that an image follows from its latent alone."""
+        """What ``with_sampling`` takes to add none."""
 
 
 @runtime_checkable
@@ -543,11 +534,6 @@ def graph_of(family: Family, networks: Networks) -> Graph | None:
         return {"z": family.latents(indices, seed)}
 
     return Graph(networks[family.ema_networks[0]], inputs)
-
-
-def without_noise(family: Family) -> dict[str, Any]:
-    """What :class:`AddsNoise` says; empty for other families."""
-    return dict(family.without_noise) if isinstance(family, AddsNoise) else {}
 
 
 def spaces_of(family: Family) -> dict[str, LatentSpace]:
