@@ -37,7 +37,7 @@ def test_the_fast_study_fits_the_data_that_its_page_prepares(tmp_path, monkeypat
     monkeypatch.setenv("COLUMNS", "240")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "photos").mkdir()
-    for number in range(5):
+    for number in range(12):
         photo(number).save(tmp_path / "photos" / f"{number}.jpg", quality=90)
     monkeypatch.setattr(studies, "METRIC", "spectrum")
     monkeypatch.setattr("launch.study.status.write_comparison", compared)
