@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dinogen.batch import Batch, Scalars
-from dinogen.errors import ConfigError, UserError
+from dinogen.errors import ConfigError
 from dinogen.families.base import Condition, Family, Graph, Health, Networks, not_trained_with_text
 from shards.read.dataset import Dataset
 
