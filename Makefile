@@ -25,7 +25,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 		echo "  installing: .venv has $$(du -sm $(VENV) | cut -f1) MB"; done ) & progress=$$!; \
 	trap "kill $$progress 2>/dev/null" EXIT INT TERM; \
 	$(VENV)/bin/python -m pip install --progress-bar off --disable-pip-version-check \
-		-c constraints.txt -e '.[dev,deepspeed,remote,serve,timm,onnx,video,wandb,mlflow,trackio,optuna]'
+		-c constraints.txt -e '.[dev,deepspeed,remote,serve,timm,latents,onnx,video,wandb,mlflow,trackio,optuna]'
 	@touch $@
 
 demo: $(STAMP)  ## photos to a trained generator, offline; own photos: make demo ARGS="--photos DIR"

@@ -13,7 +13,7 @@ import torch
 from dinogen.training.checkpointing.checkpoint import Checkpoint, load_checkpoint
 
 # what a clock measures; all else is a function of config and seed
-WALL_CLOCK = {"images_per_s", "data_wait", "save_share"}
+WALL_CLOCK = {"images_per_s", "training_s", "data_wait", "save_share"}
 FILES = ("G", "G.ema", "optim")
 RESOLUTIONS = (4, 8)
 FLOAT32 = 2e-7  # TensorBoard rounds to it

@@ -44,7 +44,7 @@ from typing import Any
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-CLOCK = ("images_per_s", "data_wait", "save_share", "seconds", "peak_memory_mb")
+CLOCK = ("images_per_s", "training_s", "data_wait", "save_share", "seconds", "peak_memory_mb")
 # Measured beside training: by O-Net for families other than guided, since 0.2.
 BESIDE = ("diversity",)
 # Parts of the names of curves that 0.1 called otherwise.

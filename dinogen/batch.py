@@ -22,12 +22,15 @@ class Batch(shards.Batch, total=False):
     Images are augmented. On the device, all but ``position``, which stays on the CPU.
 
     Attributes:
+        flipped: (B,) bool, which images are mirrored; absent if ``augment.flip`` is 0. Levels are
+            of the images as they are stored.
         reference_batch: further samples that a step reads, their levels only; see
             ``Inputs.reference_batch``.
         gradient_cache: of a microbatch whose losses are computed over the whole global batch; see
             :class:`GradientCache`.
     """
 
+    flipped: Tensor
     reference_batch: Batch
     gradient_cache: GradientCache
 

@@ -16,6 +16,7 @@ from dinogen.evaluation.validate import Measurable
 from dinogen.families.registry import resolve
 from dinogen.features.clip import load_clip
 from dinogen.features.load import load_guide
+from dinogen.prepare.latents import LatentMaker
 from dinogen.training.data import makes_pyramids, open_data
 from dinogen.training.preflight import check_config, check_run
 from shards.errors import ShardsError
@@ -123,3 +124,5 @@ def _check_makers(config: Config) -> None:
             load_guide(guide)
     if config.clip is not None:
         load_clip(config.clip, _CPU)
+    if config.prepare.latents is not None:
+        LatentMaker.load(config.prepare.latents, _CPU).check_size(config.prepare.faces.size)

@@ -17,13 +17,18 @@ from dinogen._torchvision import ensure_torchvision
 from dinogen.config import Config, load_config
 from dinogen.config.base import SHIPPED
 from dinogen.families.base import Family
+from dinogen.families.latent import LatentOptions
 from dinogen.families.registry import family_class, resolve
+from dinogen.features.autoencoder import load_autoencoder
+from dinogen.features.base import GuideInfo
 from dinogen.features.checkpoint import quiet_transformers
 from dinogen.features.clip import load_clip
 from dinogen.features.dinov2 import make_random_dinov2
 from dinogen.features.load import load_guide
 from dinogen.features.transformer import RANDOM_KEY, write_random
-from shards.format.sample import VECTORS, Sample, level_grid, level_guide
+from dinogen.networks.autoencoder import Autoencoder
+from dinogen.runs.layout import EXPORTED_INFO
+from shards.format.sample import FLIPPED, OF_LATENTS, VECTORS, Sample, level_grid, level_guide
 from shards.write.shard_writer import pack
 
 NUM_SAMPLES = 24
@@ -51,7 +56,10 @@ def config_with_data(
         if (kimg := stage.kimg or 1000)
     ]
     main = load_config(file, [*own, *overrides]).guide
-    if config.family.name == "guided" and main.name in ("dinov2", "dinov3", "siglip", "timm"):
+    guided = config.family.name == "guided" or (
+        config.family.options.get("repa") or config.family.options.get("representation")
+    )
+    if guided and main.name in ("dinov2", "dinov3", "siglip", "timm"):
         make_random_guide(main.name, folder / "guide", guide)
         own += [f"guide.path={folder}/guide", "guide.revision=null"]
     if config.clip is not None:
@@ -59,6 +67,10 @@ def config_with_data(
         own += [f"clip.path={folder}/clip", "clip.revision=null"]
     if config.family.options.get("lambda_perceptual"):
         own.append("family.perceptual_weights=random")
+    if (latent := config.family.options.get("latent")) is not None:
+        size = max(stage.resolution for stage in config.stages)
+        _make_random_autoencoder(folder / "vae.safetensors", size, LatentOptions(**latent))
+        own += [f"family.latent.path={folder}/vae.safetensors", "family.latent.revision=null"]
     config = resolve(load_config(file, [*own, *overrides]))
     _pack(config, folder / "data")
     return config
@@ -100,12 +112,14 @@ def _pack(config: Config, out: Path) -> None:
     families = [_on_meta(config, number) for number in range(len(config.stages))]
     levels = sorted({level for family in families for level in family.inputs.levels})
     vectors = [level for level in levels if level in VECTORS]
-    names = {level_guide(level) for level in levels if level not in VECTORS}
+    latents = [level for level in levels if level_guide(level) in OF_LATENTS]
+    names = {level_guide(level) for level in levels if level not in (*VECTORS, *latents)}
     if config.family.name == "guided":
         names.add("")  # the shards have to be made by its guide, also if no level of it is read
-    guides = {
-        name: load_guide(config.guides[name] if name else config.guide).info for name in names
-    }
+    guides = {name: _identity(config, name) for name in names}
+    autoencoder = None
+    if latents:
+        autoencoder = load_autoencoder(config.family.options["latent"]["path"], torch.device("cpu"))
     clip = load_clip(config.clip, torch.device("cpu")) if vectors and config.clip else None
     num_classes = int(config.family.options.get("num_classes") or 0)
     size = max(stage.resolution for stage in config.stages)
@@ -118,15 +132,36 @@ def _pack(config: Config, out: Path) -> None:
         arrays = {name: rng.normal(size=(1, clip.embed_dim)) for name in vectors if clip}
         for level in levels:
             if level not in VECTORS:
-                channels = guides[level_guide(level)].num_channels
+                if level in latents and autoencoder is not None:
+                    channels = 2 * autoencoder.channels
+                else:
+                    channels = guides[level_guide(level)].num_channels
                 arrays[level] = rng.uniform(-1, 1, (level_grid(level) ** 2, channels))
         arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
         label = number % num_classes if num_classes else None
         samples.append(Sample(f"s{number:03d}", file.getvalue(), "png", {}, arrays, label=label))
     identities = {name: info.to_dict() for name, info in guides.items()}
+    if autoencoder is not None:
+        identities |= {level_guide(level): autoencoder.info for level in latents}
     facts: dict[str, Any] = {"guide": identities.pop("", None), "guides": identities}
     facts["classes"] = [f"class {number}" for number in range(num_classes)]
     pack(samples, out, shard_size=8, clip=clip.info if clip else None, **facts)
+
+
+def _identity(config: Config, name: str) -> GuideInfo:
+    """Of a guide by the name that shards have for it, also for its features of mirrored images."""
+    own = name.removesuffix(FLIPPED).removesuffix("_")
+    return load_guide(config.guides[own] if own else config.guide).info
+
+
+def _make_random_autoencoder(file: Path, resolution: int, latent: LatentOptions) -> None:
+    """A file of `dinogen export` of a small vae, with latents of the shape that a config reads."""
+    arguments = {"resolution": resolution, "latent": latent.channels, "base_channels": 8}
+    arguments["latent_side"] = resolution // latent.factor
+    network = Autoencoder(**arguments)
+    of_class = f"{Autoencoder.__module__}.{Autoencoder.__qualname__}"
+    info = {"random_guide": True, "network": {"class": of_class, "arguments": arguments}}
+    save_file(network.state_dict(), file, {EXPORTED_INFO: json.dumps(info)})
 
 
 def _make_random_clip(folder: Path, embed_dim: int) -> None:

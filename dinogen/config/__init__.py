@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -120,6 +121,11 @@ class PyramidsConfig(Section):
         description="pooled: exact 2x2 means of the base_grid; "
         "native: features of the image shrunk to g x g pixels",
     )
+    flips: bool = Field(
+        False,
+        description="features of each mirrored image too, for families that compare them with "
+        "images that augment.flip mirrors; twice the time and the bytes",
+    )
     batch: int = Field(32, ge=1, description="images per forward of the guide")
     shard_size: int = Field(256, ge=1, description="images per intermediate part")
 
@@ -139,6 +145,21 @@ class PyramidsConfig(Section):
         return self
 
 
+class LatentsConfig(Section):
+    """Aligned face -> latents of an autoencoder, which families can be trained on instead."""
+
+    path: str = Field(
+        min_length=1,
+        description="the autoencoder: hub name, hf://user/name[@revision][/path] or folder of an "
+        "AutoencoderKL of diffusers, or file of `dinogen export` of a vae with latent_side",
+    )
+    revision: str | None = Field(None, description="hub revision (commit, tag or branch)")
+    flips: bool = Field(
+        False, description="latents of each mirrored image too, for augment.flip; twice the bytes"
+    )
+    batch: int = Field(8, ge=1, description="images per forward of the autoencoder")
+
+
 class PackConfig(Section):
     """Samples -> tar shards."""
 
@@ -152,6 +173,7 @@ class PrepareConfig(Section):
 
     faces: FacesConfig = FacesConfig()
     pyramids: PyramidsConfig = PyramidsConfig()
+    latents: LatentsConfig | None = None
     pack: PackConfig = PackConfig()
 
 
@@ -219,6 +241,10 @@ class GuideConfig(Section):
         return value
 
 
+# Options of families that say where a frozen network is, and not what is computed.
+FAMILY_PLACES = {"latent": {"path", "revision"}}
+
+
 class FamilyConfig(BaseModel):
     """Which family; every other key belongs to the family's own Options."""
 
@@ -246,6 +272,24 @@ class FamilyConfig(BaseModel):
     def options(self) -> dict[str, Any]:
         """The family's own keys, unchecked."""
         return dict(self.model_extra or {})
+
+
+def family_places(then: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a family that was trained before, with :data:`FAMILY_PLACES` as they are today.
+
+    Args:
+        then: its options, in a checkpoint.
+        today: in the config of the run.
+
+    Returns:
+        The options that hold such places; none for most families.
+    """
+    found = {}
+    for name, keys in FAMILY_PLACES.items():
+        mine, its = then.get(name), today.get(name)
+        if isinstance(mine, Mapping) and isinstance(its, Mapping):
+            found[name] = {**mine, **{key: its[key] for key in keys if key in its}}
+    return found
 
 
 class NotesConfig(Section):
@@ -309,10 +353,15 @@ class Config(Section):
     @classmethod
     def _named(cls, guides: dict[str, GuideConfig]) -> dict[str, GuideConfig]:
         for name in guides:
-            if not _GUIDE_NAME.fullmatch(name) or name in ("clip", "main", "text"):
+            if not _GUIDE_NAME.fullmatch(name) or name in ("clip", "latents", "main", "text"):
                 raise ValueError(
                     f"'{name}' cannot be the name of a guide: use lower-case letters, digits and "
-                    "_, a letter first, and not clip, main (that is guide:) or text"
+                    "_, a letter first, and not clip, latents, main (that is guide:) or text"
+                )
+            if name == "flipped" or name.endswith("_flipped"):
+                raise ValueError(
+                    f"'{name}' cannot be the name of a guide: features of mirrored images are "
+                    "stored under it (prepare.pyramids.flips): choose another name"
                 )
         return guides
 

@@ -15,8 +15,9 @@ from dinogen.errors import ConfigError
 
 # Folders of a study that are not tracks.
 FINAL = "final"
-OWN_FOLDERS = ("configs", "logs", "report")
+OWN_FOLDERS = ("configs", "logs", "report", "speed")
 
+_LENGTH = r"stages\.\d+\.(kimg|epochs)"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -78,7 +79,42 @@ class EntryConfig(Section):
         return self
 
 
-class TrackConfig(Section):
+class Length(Section):
+    """How long the runs of a track or of the final train; as in their configs if none is given."""
+
+    kimg: float | None = Field(
+        None,
+        gt=0,
+        description="length of each run in thousands of images, divided among its stages in "
+        "proportion to their length",
+    )
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        description="the same as time: each config trains for as many images as this machine "
+        "shows in these minutes; measured once, and kept in the study's budget.json",
+    )
+    measurements: int | None = Field(
+        None,
+        ge=1,
+        description="eval.generated is measured this often in each run, at equal distances; "
+        "default: as in the configs",
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Length:
+        given = [name for name in ("kimg", "minutes", "epochs") if getattr(self, name, None)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say how long a run is: give one of them")
+        if self.measurements is not None and not {"kimg", "minutes"} & set(given):
+            raise ValueError(
+                "measurements divides a length in images: give kimg or minutes too, or set "
+                "eval.every_kimg in overrides"
+            )
+        return self
+
+
+class TrackConfig(Length):
     """Configs that are compared with each other."""
 
     configs: tuple[Annotated[EntryConfig, BeforeValidator(_as_entry)], ...] = Field(
@@ -95,15 +131,14 @@ class TrackConfig(Section):
         return self
 
 
-class FinalConfig(Section):
+class FinalConfig(Length):
     """The best of each track, trained again under equal conditions."""
 
     tracks: tuple[str, ...] = Field((), description="tracks whose best take part; all if empty")
     epochs: float | None = Field(
         None,
         gt=0,
-        description="length of each run, divided among its stages in proportion to their length; "
-        "default: as in its config",
+        description="the same in epochs of the data; default of all three: as in its track",
     )
     overrides: Overrides = Field((), description="changes to all of them, applied last")
     seeds: Seeds = Field((0,), description="each config is trained once with each seed")
@@ -137,7 +172,30 @@ class StudyConfig(Section):
                 raise ValueError(f"final.tracks: there is no track '{name}'")
         for name in self.search.over if self.search else ():
             self._check_searched(name)
+        if self.search is not None:
+            self._check_lengths(self.search)
         return self
+
+    def _check_lengths(self, search: SearchConfig) -> None:
+        """The length of trials is not measured, and is said once."""
+        sections: dict[str, Length] = {f"tracks.{name}": one for name, one in self.tracks.items()}
+        if self.final is not None:
+            sections["final"] = self.final
+        for key, section in sections.items():
+            tracks = self.final_tracks if key == "final" else (key.partition(".")[2],)
+            labels = [(name, one.label) for name in tracks for one in self.tracks[name].configs]
+            if not any(self.searched(*one) for one in labels):
+                continue
+            if section.minutes is not None:
+                raise ValueError(
+                    f"{key}.minutes: the speed of a trial depends on its values, and the trials of "
+                    "search are as many images long as each other: give kimg"
+                )
+            lengths = [one for one in search.parameters if re.fullmatch(_LENGTH, one)]
+            if section.kimg is not None and lengths and key != "final":
+                raise ValueError(
+                    f"{key}.kimg: search.parameters.{lengths[0]} is a length too: leave one out"
+                )
 
     def _check_searched(self, name: str) -> None:
         """A name in ``search.over`` is that of one config, which is trained with one seed."""

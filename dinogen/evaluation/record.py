@@ -215,7 +215,7 @@ HELD_OUT = "held_out"
 # Locations, which may have changed since: contents are compared by hashes.
 PLACES = re.compile(
     r"data\.(path|mix|cache_dir|cache_gb|num_threads)(?=[.=])"
-    r"|(guide|clip|guides\.\w+)\.(path|revision)(?==)"
+    r"|(guide|clip|guides\.\w+|family\.latent)\.(path|revision)(?==)"
 )
 
 

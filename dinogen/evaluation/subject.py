@@ -38,7 +38,7 @@ from dinogen.metrics.sources import (
 )
 from dinogen.metrics.suite import Subject
 from dinogen.metrics.value import MetricValue
-from dinogen.training.data import check_labels
+from dinogen.training.data import any_of_a_guide, check_labels
 from dinogen.training.engines.base import split as to_device
 from shards.errors import CorruptSample, ShardsError
 from shards.format.manifest import SPLITS
@@ -89,9 +89,20 @@ def subject_of(
         how["classes"] = "in turn" if shares is None else [round(one, 6) for one in shares]
     made = Generated(sample, num, resolution, how)
     prompted = prompted_by(family, networks, num, settings, facts)
-    config = family.config
-    guides = (config.guide, *config.guides.values()) if family.inputs.levels else ()
-    return Subject(made, real, train, pairs, prompted, tuple(guide.name for guide in guides))
+    return Subject(made, real, train, pairs, prompted, _trained_with(family, facts))
+
+
+def _trained_with(family: Family, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the guides whose features a family learns from, also where it never loads them.
+
+    A family that reads stored features says by which guide they were made; the config may name
+    another one.
+    """
+    named = [facts.get("guide"), *dict(facts.get("guides") or {}).values()]
+    names = tuple(str(one["name"]) for one in named if isinstance(one, Mapping) and "name" in one)
+    if names or not any_of_a_guide(family.inputs.levels):
+        return names
+    return (family.config.guide.name, *(one.name for one in family.config.guides.values()))
 
 
 def _reconstruction(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from dinogen.batch import Batch, Scalars
 from dinogen.errors import ConfigError, UserError
 from dinogen.families.base import Condition, Family, Graph, Health, Networks
+from shards.read.dataset import Dataset
 
 # --- training
 
@@ -86,6 +88,34 @@ class Describes(Protocol):
         """Facts for results and pages, JSON-ready.
 
         ``frozen``: hashes, by key of the config, of weights that may not change within a run.
+        """
+
+
+@runtime_checkable
+class ChecksData(Protocol):
+    """It reads something of the shards that fits only some configs, such as latents."""
+
+    def check_data(self, data: Dataset) -> None:
+        """Refuse shards that do not fit; called before anything is loaded, in every stage.
+
+        Args:
+            data: its manifest is enough.
+
+        Raises:
+            ConfigError: naming the key and what it has to be.
+        """
+
+
+@runtime_checkable
+class Recalls(Protocol):
+    """What its samples need besides the networks is named in the facts of a checkpoint."""
+
+    def recall(self, facts: Mapping[str, Any], folder: Path) -> None:
+        """Called once after a checkpoint is read to sample from; loads nothing.
+
+        Args:
+            facts: what :class:`Describes` said in training.
+            folder: of the run, or of the exported file; what is needed may lie there.
         """
 
 
@@ -211,6 +241,24 @@ class AdjustsSampling(Protocol):
         Raises:
             UserError: a value is out of range, or means nothing to the family as configured.
         """
+
+
+@runtime_checkable
+class LimitsSampling(Protocol):
+    """Of the changes of :class:`AdjustsSampling`, only some mean something to it."""
+
+    @property
+    def adjustable(self) -> frozenset[str]:
+        """Which of ``steps``, ``sampler`` and ``guidance``, as the family is configured."""
+
+
+@runtime_checkable
+class AddsNoise(Protocol):
+    """Noise may be added on the way to a sample, so that its latent does not tell it alone."""
+
+    @property
+    def without_noise(self) -> Mapping[str, Any]:
+        """What ``with_sampling`` takes so that an image follows from its latent alone."""
 
 
 @runtime_checkable
@@ -449,6 +497,14 @@ def truncates(family: Family) -> bool:
     return isinstance(family, Truncates) and family.truncates
 
 
+def adjustable(family: Family) -> frozenset[str]:
+    """What can be changed of how a family samples: of ``steps``, ``sampler`` and ``guidance``."""
+    if isinstance(family, LimitsSampling):
+        return family.adjustable
+    every = ("steps", "sampler", "guidance") if isinstance(family, AdjustsSampling) else ()
+    return frozenset(every)
+
+
 def num_classes_of(family: Family) -> int:
     """What :class:`HasClasses` says; 0 for other families."""
     return family.num_classes if isinstance(family, HasClasses) else 0
@@ -470,6 +526,11 @@ def graph_of(family: Family, networks: Networks) -> Graph | None:
         return {"z": family.latents(indices, seed)}
 
     return Graph(networks[family.ema_networks[0]], inputs)
+
+
+def without_noise(family: Family) -> dict[str, Any]:
+    """What :class:`AddsNoise` says; empty for other families."""
+    return dict(family.without_noise) if isinstance(family, AddsNoise) else {}
 
 
 def spaces_of(family: Family) -> dict[str, LatentSpace]:

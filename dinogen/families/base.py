@@ -70,12 +70,15 @@ class Inputs:
         labels: whether samples must have labels.
         reference_batch: number of further samples, over all ranks, whose levels (no images) each
             step reads into ``batch["reference_batch"]``; 0 for none.
+        per_class: samples of one class in a row in training batches, beginning with the stage; 0:
+            samples of any class.
     """
 
     image_size: int | None
     levels: tuple[str, ...] = ()
     labels: bool = False
     reference_batch: int = 0
+    per_class: int = 0
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,17 @@ from dinogen.transfer import to_device_together
 
 # Network calls are 79: what Karras et al. 2022 take for ImageNet at 64x64 (table 3)
 EDM_STEPS = 40
+SIGMA_OF_IMAGES, SIGMA_OF_LATENTS = 0.5, 1.0
 
 
 class EdmOptions(Section):
     """Noise of prediction: edm; the defaults are those of Karras et al. 2022 (table 1)."""
 
-    sigma_data: float = Field(
-        0.5, gt=0, description="standard deviation of the images' values in [-1, 1]"
+    sigma_data: float | None = Field(
+        None,
+        gt=0,
+        description="standard deviation of what gets noise; default: 0.5 for images, whose values "
+        "are in [-1, 1], and 1 for latents, which are normalised",
     )
     sigma_min: float = Field(0.002, gt=0, description="least noise that sampling visits")
     sigma_max: float = Field(80.0, gt=0, description="noise that sampling starts from")
@@ -129,8 +133,8 @@ class Ddpm(Denoiser):
                     )
             if "sampler" in given and self.sampler not in ("heun", "euler"):
                 raise ValueError(
-                    f"sampler {self.sampler} walks through time steps, which prediction edm has "
-                    "not: take heun or euler"
+                    f"sampler {self.sampler} walks through time steps, and prediction edm has "
+                    "none: take heun or euler"
                 )
             if "sampler" not in given:
                 self.sampler = "heun"
@@ -145,6 +149,17 @@ class Ddpm(Denoiser):
         self.schedule = Schedule(self.options.schedule, self.options.num_steps)
         own = self.options
         self.edm = (own.edm or EdmOptions()) if own.prediction == "edm" else None
+
+    @property
+    def _sigma_data(self) -> float:
+        """Standard deviation of what gets noise in ``edm``."""
+        given = None if self.edm is None else self.edm.sigma_data
+        return given or (SIGMA_OF_IMAGES if self.latent is None else SIGMA_OF_LATENTS)
+
+    @property
+    def without_noise(self) -> dict[str, Any]:
+        """DDIM in place of DDPM; the samplers of EDM add none."""
+        return {"sampler": "ddim"} if self.edm is None else {}
 
     @property
     def inverts_by(self) -> str:
@@ -187,7 +202,7 @@ class Ddpm(Denoiser):
         seed = self.config.seed
         sigma = drawn_sigma(rng.normal(seed, f"t{kind}", position, ()), edm.mean, edm.std)
         eps = rng.normal(seed, f"eps{kind}", position, tuple(x0.shape[1:]), device=x0.device)
-        c_in, c_noise, c_skip, c_out = factors(sigma, edm.sigma_data)
+        c_in, c_noise, c_skip, c_out = factors(sigma, self._sigma_data)
         wide = [one.reshape(-1, *[1] * (x0.dim() - 1)) for one in (sigma, c_in, c_skip, c_out)]
         t, sigma, c_in, c_skip, c_out = to_device_together([c_noise, *wide], self.device)
         x = x0 + sigma * eps
@@ -220,7 +235,7 @@ class Ddpm(Denoiser):
 
         def of(x: Tensor, time: float) -> Tensor:
             sigma = torch.full((len(x), *[1] * (x.dim() - 1)), time, device=x.device)
-            c_in, c_noise, c_skip, c_out = factors(sigma, edm.sigma_data)
+            c_in, c_noise, c_skip, c_out = factors(sigma, self._sigma_data)
             share = share_done(time, *edm.walk)
             said = predict(c_in * x, c_noise.flatten(), share)
             return (x - (c_skip * x + c_out * said)) / sigma
@@ -245,7 +260,7 @@ class Ddpm(Denoiser):
     def _visited(self) -> tuple[Tensor, dict[str, Any]]:
         if self.edm is not None:
             sigmas = walk_sigmas(self.options.sample_steps, *self.edm.walk)
-            found = factors(torch.tensor(sigmas[:-1], dtype=torch.float64), self.edm.sigma_data)
+            found = factors(torch.tensor(sigmas[:-1], dtype=torch.float64), self._sigma_data)
             each = {name: values.tolist() for name, values in found._asdict().items()}
             return found.c_noise.float(), {"sigmas": sigmas, "sampler": self.options.sampler} | each
         visited = time_steps(self.schedule.num_steps, self.options.sample_steps)

@@ -11,6 +11,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,10 +23,15 @@ from dinogen.config import Config, ConfigError, Section, StageConfig, describe_e
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classes_of
-from dinogen.networks.denoising import DenoisingNetwork, Drop
+from dinogen.families.latent import LatentOptions, Latents
+from dinogen.guidance.alignment import Repa, RepaOptions
+from dinogen.guidance.representation import Representation, RepresentationOptions
+from dinogen.networks.denoising import DenoisingNetwork, Drop, LatentScale, NoSuchLayer
 from dinogen.networks.dit import SIZES, DiT
+from dinogen.networks.representation import Embedded, RepresentationMLP
 from dinogen.networks.unet import UNet
 from dinogen.transfer import to_device, to_device_together
+from shards.read.dataset import Dataset
 
 # Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", section 4.2 tries 0.1 to 0.5
 DROP_LABEL = 0.1
@@ -152,6 +158,16 @@ class DenoiserOptions(Section):
         description="part of the walk that guidance acts in, as shares: 0 is noise, 1 the image; "
         "default: all of it",
     )
+    repa: RepaOptions | None = Field(
+        None, description="align hidden tokens with stored features; default: do not"
+    )
+    representation: RepresentationOptions | None = Field(
+        None,
+        description="generate a global feature first, and the image from it (RCG); default: do not",
+    )
+    latent: LatentOptions | None = Field(
+        None, description="train on latents of an autoencoder in place of pixels; default: pixels"
+    )
 
     @model_validator(mode="after")
     def _check_network(self) -> DenoiserOptions:
@@ -166,10 +182,17 @@ class DenoiserOptions(Section):
 
     @model_validator(mode="after")
     def _check_guidance(self) -> DenoiserOptions:
-        if self.guidance != 1 and not self.num_classes:
+        features = self.representation
+        conditional = self.num_classes > 0 or features is not None
+        if self.guidance != 1 and not conditional:
             raise ValueError(
-                f"guidance {self.guidance} needs classes to pull to: set num_classes, or leave "
-                "guidance out"
+                f"guidance {self.guidance} needs classes to pull to, or features: set num_classes "
+                "or representation, or leave guidance out"
+            )
+        if self.guidance != 1 and features is not None and not features.dropout:
+            raise ValueError(
+                f"guidance {self.guidance} weighs what is learnt with and without features: set "
+                "representation.dropout above 0, or leave guidance out"
             )
         if self.guidance_interval is None:
             return self
@@ -179,9 +202,10 @@ class DenoiserOptions(Section):
                 f"guidance_interval [{low}, {high}]: give two shares of the walk between 0 and 1, "
                 "the smaller one first, such as [0.2, 0.8]"
             )
-        if not self.num_classes:
+        if not conditional:
             raise ValueError(
-                "guidance_interval needs classes to pull to: set num_classes, or leave it out"
+                "guidance_interval needs classes to pull to, or features: set num_classes or "
+                "representation, or leave it out"
             )
         return self
 
@@ -191,7 +215,8 @@ class Conditions(NamedTuple):
 
     Attributes:
         label: (B,) int64; ``num_classes`` means no class. None if there are no classes.
-        embedding: (B, E) float32; None for the network's null vector, or if it has none.
+        embedding: (B, E) float32, the normalised global feature; None for the network's null
+            vector, or if it has none.
     """
 
     label: Tensor | None = None
@@ -231,6 +256,11 @@ class Denoiser(Family):
     in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models", equation
     6, by shares of the walk instead of sigma).
 
+    With ``representation`` a second network R generates a global feature of an image first, and G
+    the image from it (Li et al. 2024, "Return of Unconditional Generation: A Self-supervised
+    Representation Generation Method"). G learns without the feature, and without the class, for a
+    share of the images, and ``guidance`` weighs with and without.
+
     A family defines the abstract methods; its loss is named by ``options.prediction``.
     """
 
@@ -241,12 +271,24 @@ class Denoiser(Family):
     def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
         super().__init__(config, stage, device)
         self.options = self.Options(**config.family.options)
+        aligned = self.options.repa
+        self.repa = None if aligned is None else Repa(aligned, config)
+        self.representation: Representation | None = None
+        if self.options.representation is not None:
+            self.representation = Representation(self.options.representation, config.seed, device)
+            self.R = RepresentationMLP(**self.arguments("R")).to(device)
+        chosen = self.options.latent
+        self.latent = None if chosen is None else Latents(chosen, config, stage, device)
         build = {"unet": UNet, "dit": DiT}[self.options.network]
         try:
             self.G: DenoisingNetwork = build(**self.arguments("G")).to(device)
+        except NoSuchLayer as error:
+            raise ConfigError(f"family.repa.{error}") from None
         except ValueError as error:
             section = "dit." if self.options.network == "dit" else ""
             raise ConfigError(f"family.{section}{error}") from None
+        if self.repa is not None:
+            self.repa.check(self.G)
 
     @property
     def num_classes(self) -> int:
@@ -254,7 +296,7 @@ class Denoiser(Family):
         return self.options.num_classes
 
     def with_sampling(self, changes: Mapping[str, Any]) -> Denoiser:
-        """``steps`` of the walk, ``sampler``, ``guidance`` to the class."""
+        """``steps`` of the walk, ``sampler``, ``guidance`` to class and feature."""
         keys = {"steps": "sample_steps"}
         wanted = {keys.get(name, name): value for name, value in changes.items()}
         try:
@@ -267,22 +309,67 @@ class Denoiser(Family):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The denoising network alone; as G, as what makes images is called everywhere."""
-        return {"G": self.G}
+        """The denoising network G, and R if there is ``representation``."""
+        return {"G": self.G} | ({} if self.representation is None else {"R": self.R})
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """One update of G."""
-        return (Phase("G", "G", self._losses),)
+        """One update of R, if there is one, and one of G."""
+        phases = (Phase("G", "G", self._losses),)
+        if self.representation is None:
+            return phases
+        return (Phase("R", "R", self._losses_of_R), *phases)
+
+    @property
+    def ema_networks(self) -> tuple[str, ...]:
+        """All."""
+        return tuple(self.networks)
 
     @property
     def inputs(self) -> Inputs:
-        """Images, and labels if there are classes."""
-        return Inputs(image_size=self.stage.resolution, labels=self.options.num_classes > 0)
+        """Images or their latents, labels of classes, and levels of all that reads features."""
+        parts = (self.latent, self.repa, self.representation)
+        levels = [level for one in parts if one is not None for level in one.levels]
+        return Inputs(
+            image_size=self.stage.resolution if self.latent is None else None,
+            levels=tuple(dict.fromkeys(levels)),
+            labels=self.options.num_classes > 0,
+        )
+
+    def check_data(self, data: Dataset) -> None:
+        """Refuse shards without the latents."""
+        if self.latent is not None:
+            self.latent.check(data)
+
+    def begin(self, data: Dataset) -> None:
+        """Check the features of ``repa``, measure ``representation``, learn the latents' scale."""
+        if self.repa is not None:
+            self.repa.begin(data)
+        if self.latent is not None:
+            self.latent.begin(data, _scale_of(self.G))
+        if self.representation is not None:
+            where = self.config.data
+            self.representation.begin(self.R, data, where.split, where.on_error)
+
+    def describe(self) -> dict[str, Any]:
+        """The guides of these features, and the autoencoder of the latents."""
+        parts = (self.representation, self.repa, self.latent)
+        facts = [one.describe() for one in parts if one is not None]
+        found = {name: value for one in facts for name, value in one.items()}
+        if any(one.get("random_guide") for one in facts):
+            found["random_guide"] = True
+        return found
+
+    def recall(self, facts: Mapping[str, Any], folder: Path) -> None:
+        """Which autoencoder decodes."""
+        if self.latent is not None:
+            self.latent.recall(facts, folder)
 
     def arguments(self, network: str) -> dict[str, Any]:
-        """Of G."""
-        own = self.options
+        """Of G or R."""
+        own, features = self.options, self.representation
+        if network == "R" and features is not None:
+            return features.arguments(own.num_classes)
         channels, side, _ = self._shape
         arguments: dict[str, Any] = {"resolution": side}
         if own.network == "dit":
@@ -294,13 +381,25 @@ class Denoiser(Family):
                 arguments["variant"] = own.unet.model_dump(mode="json")
         if channels != RGB:
             arguments["in_channels"] = channels
+        if self.repa is not None:
+            arguments["align"] = self.repa.arguments
+        if features is not None:
+            arguments["embed_dim"] = features.options.channels
+        if self.latent is not None:
+            arguments["scaled_latents"] = True
         return arguments | {"num_classes": own.num_classes}
 
     # --- sampling
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
-        """The noise that sampling starts from, (N, 3, R, R)."""
-        return rng.normal(seed, "sample", indices, self._shape, device=self.device)
+        """The noise that sampling starts from, (N, 3, R, R), or (N, C, s, s) of latents.
+
+        With ``representation`` it is one vector for each image: this noise, and that of R.
+        """
+        noise = rng.normal(seed, "sample", indices, self._shape, device=self.device)
+        if self.representation is None:
+            return noise
+        return torch.cat([noise.flatten(1), self.representation.noise(indices, seed)], 1)
 
     def decode(
         self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
@@ -309,16 +408,14 @@ class Denoiser(Family):
 
         Noise that is added on the way goes by ``indices``, so it too follows from the arguments.
         """
-        conditions = self._sampled_conditions(networks, indices, seed)
-        return self._walk(networks["G"], latents, conditions, indices, seed)
+        return self._walk(networks, latents, self._classes(indices), indices, seed)
 
     def measured(
         self, networks: Networks, indices: Tensor, seed: int, shares: Sequence[float] | None
     ) -> Tensor:
         """As in the base: with classes, as frequent as in the data."""
-        conditions = self._sampled_conditions(networks, indices, seed, shares)
-        latents = self.latents(indices, seed)
-        return self._walk(networks["G"], latents, conditions, indices, seed)
+        label = self._classes(indices, shares)
+        return self._walk(networks, self.latents(indices, seed), label, indices, seed)
 
     refines = False  # the walk has too many steps to pass gradients through
 
@@ -326,14 +423,19 @@ class Denoiser(Family):
         """The noise from which the sampler walks to the images, in as many steps.
 
         Raises:
-            UserError: the sampler adds noise of its own on the way.
+            UserError: the sampler adds noise of its own on the way, or images are generated from
+                features.
         """
-        conditions = self._sampled_conditions(networks, indices, 0)
-        predict = functools.partial(self._guided, networks["G"], conditions)
-        return self._invert(predict, self._encoded(images))
+        if self.representation is not None:
+            raise UserError(
+                "family.representation: an image has no latent where it is generated from features "
+                "that are generated themselves: train without it to project photos"
+            )
+        predict = functools.partial(self._guided, networks["G"], Conditions(self._classes(indices)))
+        return self._invert(predict, self._encoded(networks["G"], images))
 
     def graph(self, networks: Networks) -> Graph:
-        """One prediction: noisy images x, times t, and label if there are classes.
+        """One prediction: noisy images x, times t, embedding of R, label if there are classes.
 
         The walk is a loop around it; ``facts`` say what is needed to write it.
         """
@@ -342,36 +444,56 @@ class Denoiser(Family):
 
         def inputs(indices: Tensor, seed: int) -> dict[str, Tensor]:
             t = visited[indices % len(visited)].to(self.device)
-            found = {"x": self.latents(indices, seed), "t": t}
-            if not own.num_classes:
-                return found
-            return found | {"label": (indices % own.num_classes).to(self.device)}
+            label = self._classes(indices)
+            x, conditions = self._parted(networks, self.latents(indices, seed), label)
+            found = {"x": x, "t": t}
+            if conditions.embedding is not None:
+                found["embedding"] = conditions.embedding
+            if conditions.label is not None:
+                found["label"] = conditions.label
+            return found
 
         facts |= {"guidance": own.guidance, "num_classes": own.num_classes}
         if own.guidance_interval is not None:
             facts["guidance_interval"] = list(own.guidance_interval)
-        return Graph(networks["G"], inputs, own.prediction, facts)
+        if self.latent is not None:
+            facts |= self.latent.facts(_scale_of(networks["G"]))
+        if self.representation is None:
+            return Graph(networks["G"], inputs, own.prediction, facts)
+        facts |= self.representation.facts(networks)
+        return Graph(Embedded(networks["G"]), inputs, own.prediction, facts)
 
     def _walk(
-        self, G: nn.Module, latents: Tensor, conditions: Conditions, indices: Tensor, seed: int
-    ) -> Tensor:
-        """Images of latents."""
-        predict = functools.partial(self._guided, G, conditions)
-        return self._decoded(self._integrate(predict, latents, indices, seed))
-
-    def _sampled_conditions(
         self,
         networks: Networks,
+        latents: Tensor,
+        label: Tensor | None,
         indices: Tensor,
         seed: int,
-        shares: Sequence[float] | None = None,
-    ) -> Conditions:
-        """What samples are conditioned on; ``shares`` are those of the classes, None cycles."""
+    ) -> Tensor:
+        """Images of latents."""
+        x, conditions = self._parted(networks, latents, label)
+        predict = functools.partial(self._guided, networks["G"], conditions)
+        return self._decoded(networks["G"], self._integrate(predict, x, indices, seed))
+
+    def _classes(self, indices: Tensor, shares: Sequence[float] | None = None) -> Tensor | None:
+        """Of samples (N,); ``shares`` are those of the classes, None cycles. None without any."""
         num_classes = self.options.num_classes
         if not num_classes:
-            return Conditions()
+            return None
         label = indices % num_classes if shares is None else classes_of(indices, shares)
-        return Conditions(label.to(self.device))
+        return label.to(self.device)
+
+    def _parted(
+        self, networks: Networks, latents: Tensor, label: Tensor | None
+    ) -> tuple[Tensor, Conditions]:
+        """The noise of images (N, C, R, R), and what they are conditioned on."""
+        if self.representation is None:
+            return latents, Conditions(label)
+        channels = self.representation.options.channels
+        x, noise = latents.split([latents.shape[1] - channels, channels], 1)
+        embedding = self.representation.generate(networks, noise, label)
+        return x.unflatten(1, self._shape), Conditions(label, embedding)
 
     def _guided(
         self, G: nn.Module, conditions: Conditions, x: Tensor, t: Tensor, share: float
@@ -398,24 +520,66 @@ class Denoiser(Family):
     # --- training
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
-        """The loss on images that were not trained on, with random numbers of its own."""
-        kind = "/held-out"
-        noised = self._noised(self._clean(batch, kind), batch["position"], kind)
-        output = self._said(networks["G"], noised.x, noised.t, self._conditions(batch, kind))
-        return {self.options.prediction: noised.loss(output)}
+        """The losses on images that were not trained on, with random numbers of their own.
+
+        With ``repa``, its negative mean cosine too.
+        """
+        losses, cosine = self._compared(networks, batch, "/held-out")
+        if cosine is not None:
+            losses["repa"] = -cosine
+        return losses | self._representation_loss(batch, "/held-out", networks)
 
     def _losses(self, batch: Batch) -> Losses:
         """The loss of one time drawn per sample."""
         drop = None
         if self.options.dropout:
             drop = functools.partial(self._drop, position=to_device(batch["position"], self.device))
-        noised = self._noised(self._clean(batch, ""), batch["position"], "")
-        output = self._said(self.G, noised.x, noised.t, self._conditions(batch, ""), drop)
-        return {self.options.prediction: noised.loss(output)}, {}
+        losses, cosine = self._compared(self.networks, batch, "", drop)
+        if self.repa is None or cosine is None:
+            return losses, {}
+        # of the step, the same on every rank and in every microbatch
+        nimg = int(batch["position"][0])
+        nimg -= (nimg - self.start) % self.stage.batch
+        return losses | {"repa": -self.repa.weight(nimg) * cosine}, {"cos": cosine.detach()}
 
-    def _conditions(self, batch: Batch, kind: str) -> Conditions:
+    def _compared(
+        self, networks: Networks, batch: Batch, kind: str, drop: Drop | None = None
+    ) -> tuple[Scalars, Tensor | None]:
+        """The loss of what G says; and how its tokens are aligned, where they are."""
+        G = networks["G"]
+        noised = self._noised(self._clean(G, batch, kind), batch["position"], kind)
+        conditions = self._conditions(batch, kind, networks)
+        if self.repa is None:
+            output = self._said(G, noised.x, noised.t, conditions, drop)
+            return {self.options.prediction: noised.loss(output)}, None
+        assert isinstance(G, DenoisingNetwork)
+        output, tokens = G.with_tokens(
+            noised.x, noised.t, conditions.label, drop, conditions.embedding
+        )
+        return {self.options.prediction: noised.loss(output)}, self.repa.cosine(tokens, batch)
+
+    def _losses_of_R(self, batch: Batch) -> Losses:
+        """The loss of features at one time drawn per sample."""
+        return self._representation_loss(batch, "", self.networks), {}
+
+    def _representation_loss(self, batch: Batch, kind: str, networks: Networks) -> Scalars:
+        """That of R, with the labels of the batch; nothing without ``representation``."""
+        if self.representation is None:
+            return {}
+        label = batch["label"] if self.options.num_classes else None
+        return self.representation.losses(networks, batch, label, kind)
+
+    def _conditions(self, batch: Batch, kind: str, networks: Networks) -> Conditions:
         """What a batch is conditioned on in training, left out for some of it."""
-        num_classes = self.options.num_classes
+        num_classes, features = self.options.num_classes, self.representation
+        if features is not None:
+            keep = features.keep(batch["position"], kind)
+            null: Tensor = networks["G"].get_parameter("null_embedding")
+            embedding = features.embedding(networks, batch)
+            return Conditions(
+                torch.where(keep, batch["label"], num_classes) if num_classes else None,
+                torch.where(keep[:, None], embedding, null),
+            )
         if not num_classes:
             return Conditions()
         drawn = rng.uniform(self.config.seed, f"label{kind}", batch["position"]) < DROP_LABEL
@@ -435,28 +599,36 @@ class Denoiser(Family):
         drawn = rng.uniform(self.config.seed, f"dropout/{block}", position, shape, h.device)
         return h * ((drawn >= rate) / (1 - rate)).to(h.dtype)
 
-    # --- what is walked to: here images themselves
+    # --- what is walked to: images, or latents of an autoencoder
 
     @property
     def _shape(self) -> tuple[int, int, int]:
         """Of what noise is added to, (C, R, R)."""
+        if self.latent is not None:
+            return self.latent.shape
         return RGB, self.stage.resolution, self.stage.resolution
 
     @property
     def _bounded(self) -> bool:
-        """Whether its values lie in [-1, 1]."""
-        return True
+        """Whether its values lie in [-1, 1]; latents have deviation 1 and no bound."""
+        return self.latent is None
 
-    def _clean(self, batch: Batch, kind: str) -> Tensor:
+    def _clean(self, G: nn.Module, batch: Batch, kind: str) -> Tensor:
         """What a training step adds noise to, (B, C, R, R) on the device."""
+        if self.latent is not None:
+            return self.latent.drawn(batch, _scale_of(G), kind)
         return batch["image"]
 
-    def _decoded(self, x: Tensor) -> Tensor:
+    def _decoded(self, G: nn.Module, x: Tensor) -> Tensor:
         """Images (N, 3, R, R) in [-1, 1] of the end of a walk."""
+        if self.latent is not None:
+            return self.latent.decoded(x, _scale_of(G))
         return x.clamp(-1, 1)
 
-    def _encoded(self, images: Tensor) -> Tensor:
-        """The inverse of :meth:`_decoded`."""
+    def _encoded(self, G: nn.Module, images: Tensor) -> Tensor:
+        """The inverse of :meth:`_decoded`; of latents the means of the posteriors."""
+        if self.latent is not None:
+            return self.latent.encoded(images, _scale_of(G))
         return images
 
     # --- what a family defines
@@ -482,3 +654,9 @@ class Denoiser(Family):
     @abstractmethod
     def _visited(self) -> tuple[Tensor, dict[str, Any]]:
         """Of each step of the walk: times (S,) as the network takes them, and facts to export."""
+
+
+def _scale_of(G: nn.Module) -> LatentScale:
+    """What brings latents to mean 0 and deviation 1."""
+    assert isinstance(G, DenoisingNetwork) and G.latent_scale is not None
+    return G.latent_scale

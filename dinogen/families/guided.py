@@ -1,13 +1,15 @@
-"""Family `guided`: a progressive generator trained on features of frozen networks."""
+"""Family `guided`: a generator trained on features of frozen networks, in one step from noise."""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dinogen.batch import Batch, Features, Losses, Scalars
@@ -15,7 +17,19 @@ from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.abilities import not_trained_with_text
-from dinogen.families.base import Condition, Family, Graph, Health, Inputs, Networks, Phase
+from dinogen.families.base import (
+    Condition,
+    Family,
+    Graph,
+    Health,
+    Inputs,
+    Networks,
+    Phase,
+    classes_of,
+)
+from dinogen.families.denoiser import DiTOptions
+from dinogen.guidance.classes import ClassBatches
+from dinogen.guidance.comparing import MAIN
 from dinogen.guidance.conditioning import (
     Conditioning,
     LatentRows,
@@ -23,14 +37,19 @@ from dinogen.guidance.conditioning import (
     key_numbers,
     matching_clip,
 )
-from dinogen.guidance.discriminator import Adversary
+from dinogen.guidance.discriminator import Adversary, AdversaryUpdates
 from dinogen.guidance.guides import GuideSet, load_guides
-from dinogen.guidance.objectives import MAIN
-from dinogen.guidance.options import GuidedOptions, check_distributions
+from dinogen.guidance.options import (
+    GuidedOptions,
+    check_classes,
+    check_distributions,
+    check_views,
+)
 from dinogen.guidance.weighted import WeightedObjectives
 from dinogen.losses.features import mean_pairwise_distance
+from dinogen.networks.one_step import OneStepDiT, OneStepImages
 from dinogen.networks.progressive import ConditionalGenerator, ProgressiveGenerator
-from dinogen.transfer import to_device
+from dinogen.transfer import to_device, to_device_together
 from shards.read.dataset import Dataset
 
 COLLAPSED_NEAR_FLOOR = 1.02
@@ -49,17 +68,55 @@ class Guided(Family):
     floor, and each probe measures the remaining diversity. Objectives that compare distributions
     reach their minimum where generated images are distributed as real ones. A discriminator can be
     added.
+
+    The generator is a progressive one of convolutions, or a transformer, which can have classes and
+    a strength of guidance as an input (Deng et al. 2026, "Generative Modeling via Drifting").
     """
 
-    Options = GuidedOptions
+    class Options(GuidedOptions):
+        """Keys of ``family:`` for ``name: guided``."""
+
+        generator: Literal["progressive", "dit"] = Field(
+            "progressive",
+            description="convolutions that grow with the resolution, or a transformer with the "
+            "keys of dit:, which makes an image of noise in one pass",
+        )
+        dit: DiTOptions | None = Field(
+            None, description="size of the transformer of generator: dit; default: S, patches of 2"
+        )
+
+        @model_validator(mode="after")
+        def _check_generator(self) -> Guided.Options:
+            if self.generator == "dit":
+                if self.text is not None or self.table is not None:
+                    what = "text" if self.text is not None else "learnt latents (num_latents)"
+                    raise ValueError(f"generator: dit takes no {what}: leave one of them out")
+            elif self.dit is not None:
+                raise ValueError("dit: belongs to generator: dit: set it, or leave dit: out")
+            elif self.num_classes:
+                raise ValueError("num_classes: only generator: dit has classes: set it, or use 0")
+            return self
 
     def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
         super().__init__(config, stage, device)
         self.options = self.Options(**config.family.options)
-        kind = ConditionalGenerator if self.options.text else ProgressiveGenerator
-        self.G = kind(**self.arguments("G")).to(device)
         self.levels = self.options.levels(stage, config.guides)
         check_distributions(self.options, stage.batch)
+        check_classes(self.options, stage.batch)
+        check_views(self.options, self.levels)
+        if self.options.generator == "dit" and stage.fade_kimg:
+            raise ConfigError(
+                f"stages: fade_kimg {stage.fade_kimg}: generator: dit has no new block to fade in: "
+                "leave it out"
+            )
+        kind = ConditionalGenerator if self.options.text else ProgressiveGenerator
+        build = OneStepDiT if self.options.generator == "dit" else kind
+        try:
+            self.G: nn.Module = build(**self.arguments("G")).to(device)
+        except ValueError as error:
+            if self.options.generator == "dit":
+                raise ConfigError(f"family.dit.{error}") from None
+            raise
         self.adversary: Adversary | None = None
         chosen = self.options.discriminator
         if chosen is not None and not any(chosen.applies(s) for s in config.stages):
@@ -93,7 +150,9 @@ class Guided(Family):
         return Inputs(
             image_size=self.stage.resolution if self.adversary else None,
             levels=(*self.levels, *conditions),
+            labels=self.num_classes > 0,
             reference_batch=self.options.reference_batch,
+            per_class=self.options.samples_per_class if self.num_classes else 0,
         )
 
     def begin(self, data: Dataset) -> None:
@@ -124,9 +183,67 @@ class Guided(Family):
             found.append(self.adversary.guide)
         return tuple({id(one): one for one in found if isinstance(one, nn.Module)}.values())
 
+    @property
+    def num_classes(self) -> int:
+        """0 if it was trained without labels."""
+        return self.options.num_classes
+
+    @property
+    def adjustable(self) -> frozenset[str]:
+        """Guidance, if the generator was told a strength."""
+        return frozenset({"guidance"} if self.options.guided else ())
+
+    def with_sampling(self, changes: Mapping[str, Any]) -> Guided:
+        """``guidance`` to the class, within the strengths that were trained."""
+        for name, value in changes.items():
+            if name not in self.adjustable:
+                raise UserError(
+                    f"sampling: {name} means nothing to family guided as it was trained"
+                )
+            low, high = self.options.guidance_range
+            if not low <= value <= high:
+                raise UserError(
+                    f"guidance {value:g}: this generator learnt strengths from {low:g} to {high:g}"
+                )
+        other = copy.copy(self)
+        other.options = self.options.model_copy(update=dict(changes))
+        return other
+
+    @property
+    def z_shape(self) -> tuple[int, ...]:
+        """Of a latent."""
+        if self.options.generator == "dit":
+            return 3, self.stage.resolution, self.stage.resolution
+        return (self.options.z_dim,)
+
     def latents(self, indices: Tensor, seed: int) -> Tensor:
-        """z (N, z_dim)."""
-        return rng.normal(seed, "sample", indices, (self.options.z_dim,), self.device)
+        """z (N, z_dim), or noise (N, 3, R, R) of a transformer."""
+        return rng.normal(seed, "sample", indices, self.z_shape, self.device)
+
+    def decode(
+        self, networks: Networks, latents: Tensor, indices: Tensor, seed: int, psi: float = 1.0
+    ) -> Tensor:
+        """See the base; with classes, number i is of class i % num_classes."""
+        if self.options.generator != "dit":
+            return super().decode(networks, latents, indices, seed)
+        label = indices % self.num_classes if self.num_classes else None
+        return self._made(networks, latents, label)
+
+    def measured(
+        self, networks: Networks, indices: Tensor, seed: int, shares: Sequence[float] | None
+    ) -> Tensor:
+        """Samples; with classes, as frequent as in the data."""
+        if not self.num_classes or shares is None:
+            return self.sample(networks, indices, seed)
+        return self._made(networks, self.latents(indices, seed), classes_of(indices, shares))
+
+    def _made(self, networks: Networks, latents: Tensor, label: Tensor | None) -> Tensor:
+        """Images of a transformer, which are not bounded in training."""
+        more = {} if label is None else {"label": label.to(self.device)}
+        if self.options.guided:
+            more["guidance"] = torch.full_like(latents[:, 0, 0, 0], self.options.guidance)
+        images: Tensor = networks["G"](latents, **more)
+        return images.clamp(-1, 1)
 
     def sample(
         self, networks: Networks, indices: Tensor, seed: int, condition: Condition | None = None
@@ -151,8 +268,13 @@ class Guided(Family):
         return Condition(clip.captions(list(texts)), guidance)
 
     def graph(self, networks: Networks) -> Graph | None:
-        """With text: z, embedding and guidance to images; guidance 0 is no text."""
+        """With text: z, embedding and guidance to images; guidance 0 is no text.
+
+        Of a transformer: z, and label and guidance if it has them.
+        """
         G = networks["G"]
+        if isinstance(G, OneStepDiT):
+            return self._one_step(G)
         if not isinstance(G, ConditionalGenerator):
             return None
 
@@ -164,14 +286,31 @@ class Guided(Family):
 
         return Graph(_Guided(G), inputs, facts={"guidance": 1.0})
 
+    def _one_step(self, G: OneStepDiT) -> Graph:
+        own = self.options
+
+        def inputs(indices: Tensor, seed: int) -> dict[str, Tensor]:
+            z = self.latents(indices, seed)
+            found = {"z": z}
+            if own.num_classes:
+                found["label"] = (indices % own.num_classes).to(self.device)
+            if own.guided:
+                found["guidance"] = z.new_tensor(own.guidance)
+            return found
+
+        facts: dict[str, Any] = {"num_classes": own.num_classes}
+        if own.guided:
+            facts |= {"guidance": own.guidance, "guidance_range": list(own.guidance_range)}
+        return Graph(OneStepImages(G), inputs, facts=facts)
+
     def realism(self, images: Tensor) -> Tensor | None:
         """The discriminator's mean logit, if the stage has one."""
         return self.adversary.realism(images) if self.adversary else None
 
     def first_layer(self, networks: Networks) -> Tensor | None:
-        """The dense layer to 4x4; None after a mapping network, which is not linear."""
+        """The dense layer to 4x4; None after a mapping network or in a transformer."""
         G = networks["G"]
-        if isinstance(G, ConditionalGenerator):
+        if isinstance(G, ConditionalGenerator | OneStepDiT):
             return None
         assert isinstance(G, ProgressiveGenerator)
         return G.dense.weight.detach()
@@ -180,6 +319,13 @@ class Guided(Family):
         """Arguments of the class of G or D."""
         if network == "D" and self.adversary is not None:
             return self.adversary.arguments()
+        if self.options.generator == "dit":
+            return {
+                "resolution": self.stage.resolution,
+                **(self.options.dit or DiTOptions()).arguments(),
+                "num_classes": self.num_classes,
+                "guidance_input": self.options.guided,
+            }
         found: dict[str, Any] = {
             "resolution": self.stage.resolution,
             "z_dim": self.options.z_dim,
@@ -194,14 +340,17 @@ class Guided(Family):
         return found
 
     def new_parameters(self, network: str) -> set[str]:
-        """The block and ToRGB of the stage's resolution; all of D, which is new in each stage."""
+        """The block and ToRGB of the stage's resolution; all of D, which is new in each stage.
+
+        None of a transformer: its patches have the same size at every resolution.
+        """
         if network == "D":
             return set(self.networks["D"].state_dict())
-        return self.G.new_parameters()
+        return self.G.new_parameters() if isinstance(self.G, ProgressiveGenerator) else set()
 
     def trainable(self, network: str) -> set[str]:
         """During the fade-in only the new parameters, then all that are in use."""
-        if network == "D":
+        if network == "D" or not isinstance(self.G, ProgressiveGenerator):
             return super().trainable(network)
         if self.G.fading:
             return self.G.new_parameters()
@@ -293,6 +442,9 @@ class GuidedTraining:
         conditions = None
         if self.text is not None and self.text.options.joint_weight:
             conditions = partial(_conditions, self.text, options.reference_batch > 0)
+        self.classes: ClassBatches | None = None
+        if options.num_classes:
+            self.classes = ClassBatches(options, self.seed, stage.batch, family.start)
         self.objectives = WeightedObjectives(
             options.objectives,
             self.guides,
@@ -303,6 +455,7 @@ class GuidedTraining:
             conditions,
             options.reference_batch,
             family.start,
+            self.classes,
         )
         if self.adversary is not None:
             self.adversary.begin(self.guides.guides.get(MAIN))
@@ -312,7 +465,7 @@ class GuidedTraining:
         before = self.objectives.global_batch.before if self.objectives.distributions else None
         phases = [Phase("G", "G", self._g_losses, before=before)]
         if self.adversary is not None:
-            adversarial = _Adversarial(self.adversary, self._images)
+            adversarial = AdversaryUpdates(self.adversary, self._images)
             own = self.adversary.options
             if self.adversary.lazy:
                 lazy = Phase("D_reg", "D", adversarial.penalties, own.every, second_order=True)
@@ -368,35 +521,54 @@ class GuidedTraining:
             condition = None
             if self.text is not None:
                 condition = self.text.conditioning(batch, f"{_CONDITION}/held-out", drop=False)
-            features = self.guides(_generate(networks["G"], z, condition))
+            features = self.guides(self._generate(networks["G"], z, batch, condition))
             found |= self.objectives.held_out_pairs(features, batch)
         # The same latents for every batch, so that the mean does not depend on the batches.
-        z = self.family.latents(torch.arange(_HELD_OUT), self.seed)
-        features = self.guides(networks["G"](z))
+        images = self.family.sample(networks, torch.arange(_HELD_OUT), self.seed)
+        features = self.guides(images)
         return found | self.objectives.held_out_distributions(features, batch)
 
     def _z(self, batch: Batch, purpose: str, paired: bool = False) -> Tensor:
-        """Latents (B, z_dim): random ones by position or, if ``paired``, each sample's own."""
+        """Latents (B, ...): random ones by position or, if ``paired``, each sample's own."""
         positions = batch["position"]
         G = self.family.G
-        if paired and self.rows is not None and G.table is not None:
+        if paired and self.rows is not None and isinstance(G.table, nn.Module):
             learnt: Tensor = G.table(to_device(self.rows(batch["key"]), self.device))
             return learnt
         if paired:
             purpose, positions = "paired", key_numbers(batch["key"])
-        return rng.normal(self.seed, purpose, positions, (self.options.z_dim,), self.device)
+        return rng.normal(self.seed, purpose, positions, self.family.z_shape, self.device)
+
+    def _generate(
+        self, G: nn.Module, z: Tensor, batch: Batch, condition: Conditioning | None
+    ) -> Tensor:
+        """An image for each sample of a microbatch, by its text, or its class and guidance."""
+        images: Tensor
+        if condition is not None:
+            images = G(z, condition.embedding, condition.keep)
+        elif self.classes is not None:
+            guidance = None
+            if self.options.guided:
+                drawn = self.classes.guidance(batch["position"])
+                (guidance,) = to_device_together([drawn], self.device)
+            images = G(z, batch["label"], guidance)
+        else:
+            images = G(z)
+        return images
 
     def _images(self, batch: Batch, purpose: str) -> Tensor:
         """An image for each sample of a microbatch, conditioned as in training."""
         condition = self.text.conditioning(batch, _CONDITION) if self.text else None
-        return _generate(self.family.G, self._z(batch, purpose, self.objectives.paired), condition)
+        z = self._z(batch, purpose, self.objectives.paired)
+        return self._generate(self.family.G, z, batch, condition)
 
     def _features(self, batch: Batch) -> Features:
         return self.guides(self._images(batch, "z"))
 
     def _g_losses(self, batch: Batch) -> Losses:
         condition = self.text.conditioning(batch, _CONDITION) if self.text else None
-        images = _generate(self.family.G, self._z(batch, "z", self.objectives.paired), condition)
+        z = self._z(batch, "z", self.objectives.paired)
+        images = self._generate(self.family.G, z, batch, condition)
         losses, report = self.objectives.losses(
             batch, self.guides(images), condition.keep if condition else None
         )
@@ -410,29 +582,6 @@ class GuidedTraining:
         return losses, report
 
 
-class _Adversarial:
-    """Losses of a stage's discriminator, over real and generated images of the same positions.
-
-    Args:
-        adversary: the discriminator.
-        images: generates the images of a microbatch, from latents of a purpose.
-    """
-
-    def __init__(self, adversary: Adversary, images: Callable[[Batch, str], Tensor]) -> None:
-        self.adversary = adversary
-        self.images = images
-
-    def losses(self, batch: Batch) -> Losses:
-        """Losses of D."""
-        images = self.images(batch, "z/D")
-        return self.adversary.d_losses(batch["image"], images, batch["position"])
-
-    def penalties(self, batch: Batch) -> Losses:
-        """Penalties on D's gradients."""
-        images = self.images(batch, "z/D")
-        return self.adversary.penalty_losses(batch["image"], images, batch["position"])
-
-
 def _conditions(text: Text, has_reference: bool, batch: Batch) -> Tensor:
     """Embeddings that the samples of a microbatch, or of its reference batch, are conditioned on.
 
@@ -443,8 +592,3 @@ def _conditions(text: Text, has_reference: bool, batch: Batch) -> Tensor:
     """
     is_reference = has_reference and "reference_batch" not in batch
     return text.scaled(batch, f"{_CONDITION}/bank" if is_reference else _CONDITION)
-
-
-def _generate(G: nn.Module, z: Tensor, condition: Conditioning | None) -> Tensor:
-    images: Tensor = G(z, condition.embedding, condition.keep) if condition else G(z)
-    return images

@@ -29,7 +29,7 @@ from dinogen.families.base import Condition, Family, Health, Networks
 from dinogen.files import module_of_file
 
 ENTRY_POINTS = "dinogen.families"
-_NO_FAMILIES = {"abilities", "base", "denoiser", "gan", "registry"}
+_NO_FAMILIES = {"abilities", "base", "denoiser", "gan", "latent", "registry"}
 
 
 def family_names() -> list[str]:

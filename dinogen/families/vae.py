@@ -21,7 +21,7 @@ from dinogen.losses.features import (
     reparameterize,
     squared_error,
 )
-from dinogen.networks.autoencoder import Autoencoder
+from dinogen.networks.autoencoder import Autoencoder, latent_sides
 from shards.read.dataset import Dataset
 
 
@@ -37,17 +37,33 @@ class Vae(Family):
     of images in [-1, 1]), at every resolution, and any other beta that of Higgins et al. 2017.
     The perceptual distance (:func:`dinogen.losses.features.perceptual_distance`) is a mean
     per feature map, summed over three. All terms are averaged over the batch.
+
+    With ``latent_side`` s the latent is a map (latent, s, s), for `prepare.latents`, and its KL is
+    summed over all its values. Beta is then small: the family that is trained on the latents learns
+    their distribution, so the prior only has to keep their scale. Rombach et al. 2022 weigh the KL
+    by 1e-6, relative to a sum of absolute errors, which is about a beta of 1e-6 here. At 1e-3 a
+    posterior is still a twentieth as wide as the latents are spread, and images of drawn latents
+    lose 0.1 dB (vae_latent_fast).
     """
 
     class Options(Section):
         """Keys of ``family:`` for ``name: vae``."""
 
-        latent: int = Field(256, ge=1, description="size of the latent")
+        latent: int = Field(
+            256, ge=1, description="size of the latent; with latent_side, its channels"
+        )
+        latent_side: int = Field(
+            0,
+            ge=0,
+            description="side of a spatial latent for prepare.latents, a power of two from 4 to "
+            "half the resolution; 0: the latent is a vector",
+        )
         base_channels: int = Field(
             64,
             ge=8,
             multiple_of=8,
-            description="channels at half the resolution; doubled down to 4x4, to 8 times",
+            description="channels at half the resolution; doubled down to 4x4 or latent_side, "
+            "to 8 times",
         )
         beta: float = Field(
             1.0, ge=0, description="weight of the KL; 1 is the ELBO of a unit-variance decoder"
@@ -69,6 +85,12 @@ class Vae(Family):
         if not 16 <= stage.resolution <= 256:
             raise ConfigError(
                 f"stages: a VAE has no resolution {stage.resolution}: use 16, 32, 64, 128 or 256"
+            )
+        sides = latent_sides(stage.resolution)
+        if self.options.latent_side not in (0, *sides):
+            raise ConfigError(
+                f"family.latent_side: {self.options.latent_side}: at resolution "
+                f"{stage.resolution} it can be {', '.join(map(str, sides))}, or 0 for a vector"
             )
         self.G = Autoencoder(**self.arguments("G")).to(device)
         num_values = 3 * stage.resolution**2
@@ -110,7 +132,7 @@ class Vae(Family):
         _ = self.vgg
 
     def latents(self, indices: Tensor, seed: int) -> Tensor:
-        """Samples of the prior (N, latent)."""
+        """Samples of the prior (N, latent), or (N, latent, s, s)."""
         return self._noise("sample", indices, seed)
 
     def reconstruct(self, networks: Networks, batch: Batch) -> Tensor:
@@ -129,19 +151,22 @@ class Vae(Family):
         assert isinstance(G, Autoencoder)
         return G.encode(images)[0]
 
-    def first_layer(self, networks: Networks) -> Tensor:
-        """The decoder's dense layer to 4x4."""
+    def first_layer(self, networks: Networks) -> Tensor | None:
+        """The decoder's dense layer to 4x4; a spatial latent has none."""
         G = networks["G"]
         assert isinstance(G, Autoencoder)
-        return G.from_latent.weight.detach()
+        return None if G.latent_side else G.from_latent.weight.detach()
 
     def arguments(self, network: str) -> dict[str, Any]:
         """Of G."""
-        return {
+        found = {
             "resolution": self.stage.resolution,
             "latent": self.options.latent,
             "base_channels": self.options.base_channels,
         }
+        if self.options.latent_side:  # absent in exports of earlier versions
+            found["latent_side"] = self.options.latent_side
+        return found
 
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
         """The loss on images that were not trained on, its terms, and the PSNR in dB."""
@@ -157,7 +182,7 @@ class Vae(Family):
         return {"guide": info.to_dict(), "guide_label": info.label, "random_guide": info.random}
 
     def _noise(self, purpose: str, positions: Tensor, seed: int) -> Tensor:
-        return rng.normal(seed, purpose, positions, (self.options.latent,), self.device)
+        return rng.normal(seed, purpose, positions, self.G.shape, self.device)
 
     def _losses(self, batch: Batch) -> Losses:
         return self._logits(*self._reconstruct(self.G, batch, "z"), batch["image"])

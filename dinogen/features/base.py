@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -56,6 +56,11 @@ class GuideInfo:
     def to_dict(self) -> dict[str, Any]:
         """As a JSON-ready mapping."""
         return asdict(self)
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> GuideInfo:
+        """From :meth:`to_dict`; what it says besides, as autoencoders do, is left out."""
+        return cls(**{one.name: described[one.name] for one in fields(cls)})
 
 
 @runtime_checkable

@@ -298,9 +298,9 @@ def takes(generator: Generator) -> bool:
     options = family_options(generator.family.config).model_dump()
     return (
         isinstance(network, UNet)
-        and network.conv_in.in_channels == 3
         and network.projector is None
         and network.embed is None
+        and network.latent_scale is None
         and "schedule" in options
         and options["prediction"] in PREDICTIONS
     )

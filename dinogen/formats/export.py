@@ -80,8 +80,7 @@ def export(
         )
     difference = chosen.write(generator, path)
     warn_if_random(generator, path)
-    num_parameters = sum(p.numel() for p in generator.network.parameters())
-    return Exported(path, generator.info, num_parameters, difference)
+    return Exported(path, generator.info, generator.num_parameters, difference)
 
 
 def _check_name(path: Path, kind: str) -> None:

@@ -132,7 +132,7 @@ def write_onnx(generator: Generator, path: Path) -> float:
 
 
 def _graph(generator: Generator) -> Graph | None:
-    return graph_of(generator.family, {generator.info["network"]["name"]: generator.network})
+    return graph_of(generator.family, generator.networks)
 
 
 def _info(generator: Generator, graph: Graph) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dinogen.batch import Losses, Scalars
+from dinogen.batch import Batch, Losses, Scalars
 from dinogen.config import ConfigError, GuideConfig, StageConfig
 from dinogen.distributed import rng
 from dinogen.features.base import Guide
@@ -298,3 +299,26 @@ def tiles(image: Tensor, size: int) -> Tensor:
     side = image.shape[-1]
     starts = torch.linspace(0, side - size, math.ceil(side / size)).round().long().tolist()
     return torch.stack([image[:, y : y + size, x : x + size] for y in starts for x in starts])
+
+
+class AdversaryUpdates:
+    """Losses of a stage's discriminator, over real and generated images of the same positions.
+
+    Args:
+        adversary: the discriminator.
+        images: generates the images of a microbatch, from latents of a purpose.
+    """
+
+    def __init__(self, adversary: Adversary, images: Callable[[Batch, str], Tensor]) -> None:
+        self.adversary = adversary
+        self.images = images
+
+    def losses(self, batch: Batch) -> Losses:
+        """Losses of D."""
+        images = self.images(batch, "z/D")
+        return self.adversary.d_losses(batch["image"], images, batch["position"])
+
+    def penalties(self, batch: Batch) -> Losses:
+        """Penalties on D's gradients."""
+        images = self.images(batch, "z/D")
+        return self.adversary.penalty_losses(batch["image"], images, batch["position"])

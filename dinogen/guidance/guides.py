@@ -20,7 +20,7 @@ from dinogen.features.pyramid import (
     pooled_pyramid,
     resized_with_antialias,
 )
-from dinogen.guidance.objectives import MAIN
+from dinogen.guidance.comparing import MAIN
 from dinogen.losses.features import mean_pairwise_distance
 from dinogen.transfer import to_device
 from shards.format.sample import VECTORS, level_grid, level_guide

@@ -13,25 +13,19 @@ ones wherever distributions are compared. Add objectives with ``+``, or use
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
 
-import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from dinogen.batch import Features, Scalars
-from dinogen.config import Section
-from dinogen.guidance.sets import (
-    Conditions,
-    Spread,
-    View,
-    append_conditions,
-    full_precision,
-    problems,
+from dinogen.batch import Scalars
+from dinogen.guidance.comparing import (
+    Directions,
+    DistributionObjective,
+    PairObjective,
 )
+from dinogen.guidance.sets import View
 from dinogen.losses.distributions import (
     Coordinates,
     drift,
@@ -41,10 +35,8 @@ from dinogen.losses.distributions import (
     mmd_floor,
     moments,
     sliced_wasserstein,
-    with_known_gradients,
 )
-from dinogen.losses.features import pyramid_mse
-from shards.format.sample import level_guide
+from dinogen.losses.drifting import Negatives, grouped_drift
 
 __all__ = [
     "DistributionObjective",
@@ -57,75 +49,7 @@ __all__ = [
     "SlicedWasserstein",
 ]
 
-MAIN = "main"
-# What 0.1 called them; configs of its runs still do.
-_EARLIER_VIEWS = {"place": "location", "map": "global"}
-# (dimension, number) -> (dimension, number) standard normal, the same on all ranks.
-Directions = Callable[[int, int], Tensor]
 Positive = Annotated[float, Field(gt=0)]
-
-# Pairs of samples that are compared at once: 256 MB of distances.
-_MOST_PAIRS = 2**26
-
-
-class Objective(Section):
-    """What all objectives have."""
-
-    weight: float = Field(1.0, gt=0, description="factor in the sum")
-    guides: tuple[str, ...] = Field(
-        (), description="whose features: main and names of guides:; default: all"
-    )
-
-    def levels(self, features: Mapping[str, Tensor]) -> list[str]:
-        """The levels that this objective compares."""
-        return [level for level in features if is_of(level, self.guides)]
-
-
-class PairObjective(Objective):
-    """Compares each generated image with the real one of its own sample."""
-
-    normalize: bool = Field(
-        False,
-        description="divide each channel by its standard deviation over the data; default: "
-        "features as the guide returns them",
-    )
-
-    def __call__(self, generated: Features, real: Features) -> Tensor:
-        """The weighted mean squared error, a scalar.
-
-        Args:
-            generated: (B, locations, C) by level, with gradients.
-            real: the same levels and shapes. ``normalize`` has no effect here: a
-                :class:`dinogen.GuideSet` normalizes both.
-
-        Raises:
-            ValueError: none of the levels belongs to ``guides``.
-        """
-        _check_levels(self, generated, real)
-        return self.weight * self.error(generated, real)
-
-    def error(
-        self,
-        generated: Features,
-        real: Features,
-        scales: Features | None = None,
-        keep: Tensor | None = None,
-    ) -> Tensor:
-        """The mean squared error without the weight, see :func:`pyramid_mse`.
-
-        Args:
-            generated: (B, locations, C) by level.
-            real: the same levels and shapes.
-            scales: per level, factors (C,) of the channels, applied if ``normalize`` is set.
-            keep: (B,) bool, the samples that count; default: all.
-        """
-        sides: list[Features] = []
-        for features in (generated, real):
-            own = {level: features[level] for level in self.levels(features)}
-            if self.normalize and scales is not None:
-                own = {level: values * scales[level] for level, values in own.items()}
-            sides.append(own)
-        return pyramid_mse(sides[0], sides[1], keep)
 
 
 class Mse(PairObjective):
@@ -155,254 +79,6 @@ class Paired(PairObjective):
     latent_rate: float = Field(
         10.0, gt=0, description="learning rate of the latents, as a multiple of the generator's"
     )
-
-
-class DistributionObjective(Objective):
-    """Compares the distribution of generated features with that of real ones."""
-
-    views: tuple[View, ...] = Field(
-        ("location", "global"),
-        min_length=1,
-        description="location: the features at each location, compared separately; global: the "
-        "features of all locations of a level as one vector",
-    )
-
-    @field_validator("views", mode="before")
-    @classmethod
-    def _earlier_views(cls, value: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            return value
-        return [_EARLIER_VIEWS.get(v, v) if isinstance(v, str) else v for v in value]
-
-    def __call__(
-        self, generated: Features, real: Features, directions: Directions | None = None
-    ) -> Tensor:
-        """The weighted loss, a scalar: the mean over levels and views.
-
-        It is differentiable once, to ``generated``. Memory is bounded: locations are compared in
-        blocks, and each block's gradient is computed at once.
-
-        Args:
-            generated: (N, locations, C) by level, N at least 2, with gradients.
-            real: (M, locations, C), the same levels; M may differ from N.
-            directions: for :class:`SlicedWasserstein`, see there; default: from torch's own random
-                generator.
-
-        Raises:
-            ValueError: levels differ, none of them belongs to ``guides``, or there are fewer than
-                two samples.
-        """
-        levels = _check_levels(self, generated, real)
-        for name, features in (("generated", generated), ("real", real)):
-            if len(features[levels[0]]) < 2:
-                raise ValueError(
-                    f"{type(self).__name__}: needs at least 2 {name} samples: use larger batches"
-                )
-        if directions is None:
-            directions = _random_directions(generated[levels[0]].device)
-        detached = {level: generated[level].detach() for level in levels}
-        loss, gradients, _ = self.loss_and_gradients(detached, real, directions)
-        return with_gradients(loss, generated, gradients)
-
-    def floor(self, real: Features, scales: Features | None = None) -> float | None:
-        """The weighted loss that a perfect generator reaches, estimated from real samples.
-
-        Args:
-            real: (M, locations, C) by level, M at least 2.
-            scales: per level, factors (C,) of the channels.
-
-        Returns:
-            None if it is not known for this objective.
-        """
-        floors = [
-            self._floor(problems(real[level] * scales[level] if scales else real[level], view))
-            for level in self.levels(real)
-            for view in self.views
-        ]
-        known = [floor for floor in floors if floor is not None]
-        return self.weight * sum(known) / len(known) if len(known) == len(floors) else None
-
-    def loss_and_gradients(
-        self,
-        generated: Features,
-        real: Features,
-        directions: Directions,
-        conditions: Conditions | None = None,
-        spread: Spread | None = None,
-    ) -> tuple[Tensor, Features, Scalars]:
-        """Compute the loss and its gradient with respect to the generated features.
-
-        Args:
-            generated: (N, locations, C) by level.
-            real: (M, locations, C) by level.
-            directions: see :class:`SlicedWasserstein`.
-            conditions: embeddings that both are conditioned on, (N, E) and (M, E), appended to the
-                features of view ``global``: it then compares joint distributions.
-            spread: over ranks. Features and gradients are those at this rank's locations, and
-                conditions this rank's share of E. All ranks have to call it.
-
-        Returns:
-            (the weighted loss; gradients of the levels that are compared; losses and other values
-            of each level and view, unweighted). Where they are spread, each value is this rank's
-            part, and the sum over ranks is the value.
-        """
-        levels = self.levels(generated)
-        share = self.weight / (len(levels) * len(self.views))
-        gradients: Features = {}
-        losses: list[Tensor] = []
-        report: Scalars = {}
-        for level in levels:
-            sides = (generated[level], real[level])
-            for view in self.views:
-                if view == "location":
-                    num = spread.num_locations[level] if spread else sides[0].shape[1]
-                    loss, found, more = self._compare_locations(*sides, directions, num, share)
-                else:
-                    loss, found, more = self._compare_whole(
-                        *sides, directions, conditions, spread, level, share
-                    )
-                gradients[level] = gradients[level] + found if level in gradients else found
-                losses.append(loss)
-                report[f"{level}.{view}"] = loss
-                report |= {f"{level}.{view}.{name}": value for name, value in more.items()}
-        return torch.stack(losses).sum() * share, gradients, report
-
-    def compare_sets(
-        self,
-        generated: Tensor,
-        real: Tensor,
-        directions: Directions,
-        coordinates: Coordinates | None = None,
-    ) -> tuple[Tensor, Scalars]:
-        """(loss, other values to plot) of sets (K, N, D) and (K, M, D): the mean of K problems.
-
-        Args:
-            generated: (K, N, D).
-            real: (K, M, D).
-            directions: see :class:`SlicedWasserstein`.
-            coordinates: given where D is spread over ranks; values are then this rank's part. An
-                objective without this argument has all coordinates gathered for it.
-        """
-        raise NotImplementedError
-
-    def floor_of_sets(self, real: Tensor) -> Tensor | None:
-        """The loss that a perfect generator reaches, from real sets (K, M, D); None if unknown."""
-        return None
-
-    def _compare_locations(
-        self,
-        generated: Tensor,
-        real: Tensor,
-        directions: Directions,
-        num_locations: int,
-        share: float,
-    ) -> tuple[Tensor, Tensor, Scalars]:
-        """View ``location`` of one level, in blocks of locations that fit into memory.
-
-        Args:
-            generated: (N, locations, C), at this rank's locations.
-            real: (M, locations, C).
-            directions: see :class:`SlicedWasserstein`.
-            num_locations: on all ranks.
-            share: factor of the gradient.
-
-        Returns:
-            Loss, gradient and other values, each this rank's part.
-        """
-        own = generated.shape[1]
-        if not own:  # only the names count, which are the same on all ranks
-            ours, theirs = (x.new_zeros(1, len(x), x.shape[2]) for x in (generated, real))
-            loss, _, more = self._differentiate(ours, theirs, directions, share)
-            empty = {name: torch.zeros_like(value) for name, value in more.items()}
-            return torch.zeros_like(loss), torch.zeros_like(generated), empty
-        num_blocks = math.ceil(own * len(generated) * (len(generated) + len(real)) / _MOST_PAIRS)
-        num_blocks = min(num_blocks, own)
-        gradient, total = torch.empty_like(generated) if num_blocks > 1 else generated, Scalars()
-        for block in range(num_blocks):
-            chosen = slice(own * block // num_blocks, own * (block + 1) // num_blocks)
-            ours, theirs = (problems(x[:, chosen], "location") for x in (generated, real))
-            part = (chosen.stop - chosen.start) / num_locations
-            loss, found, more = self._differentiate(ours, theirs, directions, share * part)
-            if num_blocks == 1:
-                gradient = found.transpose(0, 1)
-            else:
-                gradient[:, chosen] = found.transpose(0, 1)
-            for name, value in {"": loss, **more}.items():
-                total[name] = total[name].add(value, alpha=part) if block else value * part
-        return total.pop(""), gradient, total
-
-    def _compare_whole(
-        self,
-        generated: Tensor,
-        real: Tensor,
-        directions: Directions,
-        conditions: Conditions | None,
-        spread: Spread | None,
-        level: str,
-        share: float,
-    ) -> tuple[Tensor, Tensor, Scalars]:
-        """View ``global`` of one level: loss, gradient and other values, each this rank's part."""
-        sides, coordinates = (generated, real), None
-        gathered = None if self._spreads else spread
-        if gathered is not None:
-            sides, conditions = gathered.whole(level, sides, conditions)
-        elif spread is not None:
-            coordinates = spread.coordinates(level, generated.shape[2])
-        ours, theirs = (side.flatten(1)[None] for side in sides)
-        num, factor = ours.shape[2], 1.0
-        if conditions is not None:
-            num_features, num_more = num, conditions[0].shape[1]
-            if spread is not None and coordinates is not None:
-                num_more = spread.num_conditions
-                num_features = coordinates.total - num_more
-            factor = math.sqrt(1 + num_more / num_features)
-            ours = append_conditions(ours, conditions[0], num_features, factor)
-            theirs = append_conditions(theirs, conditions[1], num_features, factor)
-        loss, found, more = self._differentiate(
-            ours, theirs, directions, share * factor, coordinates
-        )
-        found = found[0, :, :num].reshape(sides[0].shape)
-        if gathered is not None:
-            ranks = gathered.ranks
-            found = found[:, ranks.share(found.shape[1])]
-            loss, more = loss / ranks.num, {name: value / ranks.num for name, value in more.items()}
-        return loss, found, more
-
-    @torch.enable_grad()
-    def _differentiate(
-        self,
-        generated: Tensor,
-        real: Tensor,
-        directions: Directions,
-        factor: float,
-        coordinates: Coordinates | None = None,
-    ) -> tuple[Tensor, Tensor, Scalars]:
-        """Loss of sets, its gradient to ``generated`` times a factor, and other values."""
-        leaf = generated.detach().requires_grad_()
-        # Differences of distances are small next to them: half precision would lose them.
-        with torch.autocast(leaf.device.type, enabled=False), full_precision():
-            if coordinates is None:
-                loss, others = self.compare_sets(leaf, real, directions)
-            else:
-                loss, others = self.compare_sets(leaf, real, directions, coordinates)
-            (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, factor))
-        return loss.detach(), gradient, {name: value.detach() for name, value in others.items()}
-
-    @property
-    def _spreads(self) -> bool:
-        """Whether ``compare_sets`` can do with this rank's coordinates."""
-        return "coordinates" in inspect.signature(self.compare_sets).parameters
-
-    def _floor(self, sets: Tensor) -> float | None:
-        """The mean floor over sets (K, M, D), computed in blocks that fit into memory."""
-        block = max(1, _MOST_PAIRS // sets.shape[1] ** 2)
-        total = 0.0
-        for part in sets.split(block):
-            floor = self.floor_of_sets(part)
-            if floor is None:
-                return None
-            total += float(floor) * len(part)
-        return total / len(sets)
 
 
 class Energy(DistributionObjective):
@@ -504,7 +180,14 @@ class Drift(DistributionObjective):
         description="widths of the kernels, in mean distances between samples",
     )
     views: tuple[View, ...] = Field(
-        ("global",), min_length=1, description="location, global: see the other objectives"
+        ("global",),
+        min_length=1,
+        description="location, global, mean_std, patches: see the other objectives",
+    )
+    normalize: Literal["each", "together"] = Field(
+        "each",
+        description="distances and drifts are scaled for each location and class by itself, or for "
+        "all of a view together",
     )
 
     def compare_sets(
@@ -513,10 +196,28 @@ class Drift(DistributionObjective):
         real: Tensor,
         directions: Directions,
         coordinates: Coordinates | None = None,
+        negatives: Negatives | None = None,
+        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Scalars]:
-        """See :func:`dinogen.losses.distributions.drift`."""
-        loss, length = drift(generated, real, self.widths, coordinates)
+        """See :func:`dinogen.losses.distributions.drift` and ``grouped_drift``."""
+        if negatives is None and not self._together:
+            loss, length = drift(generated, real, self.widths, coordinates)
+        else:
+            loss, length = grouped_drift(
+                generated,
+                real,
+                self.widths,
+                negatives,
+                self._together,
+                coordinates,
+                sum_over_ranks,
+            )
         return loss, {"length": length}
+
+    @property
+    def _together(self) -> bool:
+        """See ``normalize``."""
+        return self.normalize == "together"
 
 
 AnyObjective = Annotated[
@@ -531,43 +232,3 @@ def titles(objectives: Sequence[AnyObjective]) -> list[str]:
         number = sum(before.name == objective.name for before in objectives[:i])
         found.append(f"{objective.name}_{number + 1}" if number else objective.name)
     return found
-
-
-def is_of(level: str, guides: Sequence[str]) -> bool:
-    """Whether a level's guide is among those named; every guide is if none is named."""
-    return not guides or (level_guide(level) or MAIN) in guides
-
-
-def with_gradients(
-    loss: Tensor, features: Features, gradients: Features, factor: float = 1.0
-) -> Tensor:
-    """A loss of this value whose gradients with respect to the features are those given.
-
-    Args:
-        loss: scalar; it has no gradient itself.
-        features: by level, with gradients.
-        gradients: by level, of the same shapes.
-        factor: of the gradients.
-    """
-    levels = list(gradients)
-    scaled = [gradients[level] if factor == 1 else gradients[level] * factor for level in levels]
-    return with_known_gradients(loss, [features[level] for level in levels], scaled)
-
-
-def _random_directions(device: torch.device) -> Directions:
-    def draw(size: int, number: int) -> Tensor:
-        return torch.randn(size, number, device=device)
-
-    return draw
-
-
-def _check_levels(objective: Objective, generated: Features, real: Features) -> list[str]:
-    """The levels that an objective compares, which both sides have to have."""
-    levels = objective.levels(generated)
-    if not levels or levels != [level for level in levels if level in real]:
-        raise ValueError(
-            f"{type(objective).__name__}: no features to compare: generated ones have the levels "
-            f"{', '.join(generated) or 'none'}, real ones {', '.join(real) or 'none'}, and guides "
-            f"are {', '.join(objective.guides) or 'all'}"
-        )
-    return levels

@@ -8,170 +8,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from dinogen.config import ConfigError, GuideConfig, Section, StageConfig
-from dinogen.guidance.objectives import (
-    MAIN,
-    AnyObjective,
-    DistributionObjective,
-    Drift,
-    Paired,
-    PairObjective,
-)
+from dinogen.guidance.comparing import MAIN, DistributionObjective, PairObjective, is_of
+from dinogen.guidance.objectives import AnyObjective, Drift, Paired
+from dinogen.guidance.sets import sets_of
 from dinogen.networks.diffaugment import Transform
+from shards.format.sample import level_grid
 
 NATIVE_UP_TO = 16
 POOLED = (16, 8, 4)
 # Keys of ``family:`` in configs of earlier versions, and their names today.
 EARLIER_KEYS = {"bank": "reference_batch"}
-
-
-class GuidedOptions(Section):
-    """Keys of ``family:`` for ``name: guided``."""
-
-    objectives: tuple[AnyObjective, ...] = Field(
-        (Drift(),),
-        min_length=1,
-        description="the losses that are summed, each with its options; default: drift",
-    )
-    reference_batch: int = Field(
-        0,
-        ge=0,
-        description="number of further real samples per step for objectives that compare "
-        "distributions; 0: compare with the real samples of the batch",
-    )
-    discriminator: DiscriminatorOptions | None = Field(
-        None, description="trained together with the generator; default: none"
-    )
-    text: TextOptions | None = Field(
-        None, description="condition the generator on CLIP embeddings; default: do not"
-    )
-    pyramid: Literal["native", "pooled"] = Field(
-        "native",
-        description="features up to 16x16: native, of the image shrunk to the grid, or pooled, of "
-        "the full image; above 16x16 always pooled",
-    )
-    grids: dict[str, Annotated[tuple[PositiveInt, ...], Field(min_length=1)]] = Field(
-        {},
-        description="grids above 16x16, for main and each of guides:; default: 16, 8 and 4. Other "
-        "grids, such as 32 of pixels, are native",
-    )
-    z_dim: int = Field(512, ge=1, description="size of the latent")
-    channel_base: int = Field(16384, ge=4, description="channels at resolution R: base / R ...")
-    channel_max: int = Field(512, ge=1, description="... and at most this")
-    probe_samples: int = Field(64, ge=2, description="images per diversity probe")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _earlier_keys(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        values = dict(values)
-        # One objective, by its name alone.
-        if "objective" in values and "objectives" not in values:
-            values["objectives"] = [{"name": values.pop("objective")}]
-        for key, today in EARLIER_KEYS.items():
-            if key in values and today not in values:
-                values[today] = values.pop(key)
-        return values
-
-    @model_validator(mode="after")
-    def _one_table(self) -> GuidedOptions:
-        if sum(isinstance(one, Paired) for one in self.objectives) > 1:
-            raise ValueError("objectives: name paired at most once: it decides what z is")
-        table = self.table
-        if table and self.text is not None:
-            raise ValueError(
-                "objectives: learnt latents (num_latents) cannot be combined with text: leave out "
-                "one of them"
-            )
-        if table and table.num_latents <= self.z_dim:
-            raise ValueError(
-                f"objectives: num_latents {table.num_latents} must be > z_dim {self.z_dim}: "
-                "a Gaussian is fitted to the latents: use a smaller z_dim"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _text_is_trained(self) -> GuidedOptions:
-        text = self.text
-        if text is None or text.clip_weight:
-            return self
-        joint = text.joint_weight > 0
-        # The real image of a pair is the one that the generated image is conditioned on.
-        if not any(
-            isinstance(one, PairObjective)
-            or (isinstance(one, DistributionObjective) and "global" in one.views and joint)
-            for one in self.objectives
-        ):
-            raise ValueError(
-                "text: no loss depends on it, so the generator would learn to ignore it: set "
-                "clip_weight, or joint_weight with an objective that has the view global"
-            )
-        return self
-
-    @property
-    def table(self) -> Paired | None:
-        """The objective whose latents are learnt, if there is one."""
-        found = (o for o in self.objectives if isinstance(o, Paired) and o.num_latents)
-        return next(found, None)
-
-    def levels(self, stage: StageConfig, further: Iterable[str]) -> tuple[str, ...]:
-        """The levels that a stage compares: ``p8`` of the main guide, ``NAME.p8`` of others.
-
-        Args:
-            stage: its resolution decides.
-            further: names of the other guides.
-
-        Raises:
-            ConfigError: an option names a guide that does not exist.
-        """
-        guides = (MAIN, *further)
-        for name in (*self.grids, *(guide for one in self.objectives for guide in one.guides)):
-            if name not in guides:
-                raise ConfigError(
-                    f"family: there is no guide {name}: use one of {', '.join(guides)}, or add it "
-                    "to guides:"
-                )
-        found = []
-        for name in guides:
-            prefix = "" if name == MAIN else f"{name}."
-            if stage.resolution <= NATIVE_UP_TO:
-                found.append(f"{prefix}{self.pyramid[0]}{stage.resolution}")
-            else:
-                grids = self.grids.get(name, POOLED)
-                found += [f"{prefix}{'p' if grid in POOLED else 'n'}{grid}" for grid in grids]
-        return tuple(found)
-
-
-def check_distributions(options: GuidedOptions, batch: int) -> None:
-    """Check what objectives that compare distributions need.
-
-    Args:
-        options: of the run.
-        batch: size of the global batch.
-
-    Raises:
-        ConfigError: naming the key.
-    """
-    found = [one.name for one in options.objectives if isinstance(one, DistributionObjective)]
-    if not found:
-        if options.reference_batch:
-            raise ConfigError(
-                "family.reference_batch: none of family.objectives compares distributions, so it "
-                "has no effect: leave it out"
-            )
-        return
-    if min(batch, options.reference_batch or batch) < 2:
-        raise ConfigError(
-            f"family.objectives: {found[0]} compares distributions: stages.batch and "
-            "family.reference_batch must be >= 2"
-        )
-    paired = any(isinstance(one, Paired) for one in options.objectives)
-    if not options.reference_batch and (paired or options.text is not None):
-        raise ConfigError(
-            f"family.reference_batch must be > 0 when a distribution loss ({found[0]}) is combined "
-            f"with {'paired' if paired else 'text'}: otherwise each sample is pulled towards its "
-            "own real image. Try 512."
-        )
 
 
 # Keys that only one kind reads.
@@ -293,3 +139,255 @@ class TextOptions(Section):
     def level(self) -> str:
         """The level that holds the conditions."""
         return "text" if self.condition == "captions" else "clip"
+
+
+class GuidedOptions(Section):
+    """Keys of ``family:`` for ``name: guided``."""
+
+    objectives: tuple[AnyObjective, ...] = Field(
+        (Drift(),),
+        min_length=1,
+        description="the losses that are summed, each with its options; default: drift",
+    )
+    reference_batch: int = Field(
+        0,
+        ge=0,
+        description="number of further real samples per step for objectives that compare "
+        "distributions; 0: compare with the real samples of the batch. With num_classes: real "
+        "samples of any class, which guidance moves away from",
+    )
+    num_classes: int = Field(0, ge=0, description="labels are 0 to this less 1; 0: no labels")
+    samples_per_class: int = Field(
+        16,
+        ge=2,
+        description="with num_classes: generated samples of one class that a step compares with as "
+        "many real ones of that class; stages.batch is a multiple",
+    )
+    guidance: float = Field(
+        1.0, description="with num_classes: strength of guidance of samples, in guidance_range"
+    )
+    guidance_range: tuple[float, float] = Field(
+        (1.0, 1.0),
+        description="least and greatest strength of guidance to the class that the generator "
+        "learns and is told, such as [1, 4]; 1 is the class as it is, and more moves away from "
+        "what is not",
+    )
+    guidance_power: float = Field(
+        3.0, ge=0, description="strength a is drawn with a density proportional to a^-power"
+    )
+    discriminator: DiscriminatorOptions | None = Field(
+        None, description="trained together with the generator; default: none"
+    )
+    text: TextOptions | None = Field(
+        None, description="condition the generator on CLIP embeddings; default: do not"
+    )
+    pyramid: Literal["native", "pooled"] = Field(
+        "native",
+        description="features up to 16x16: native, of the image shrunk to the grid, or pooled, of "
+        "the full image; above 16x16 always pooled",
+    )
+    grids: dict[str, Annotated[tuple[PositiveInt, ...], Field(min_length=1)]] = Field(
+        {},
+        description="grids above 16x16, for main and each of guides:; default: 16, 8 and 4. Other "
+        "grids, such as 32 of pixels, are native",
+    )
+    z_dim: int = Field(512, ge=1, description="size of the latent")
+    channel_base: int = Field(16384, ge=4, description="channels at resolution R: base / R ...")
+    channel_max: int = Field(512, ge=1, description="... and at most this")
+    probe_samples: int = Field(64, ge=2, description="images per diversity probe")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        # One objective, by its name alone.
+        if "objective" in values and "objectives" not in values:
+            values["objectives"] = [{"name": values.pop("objective")}]
+        for key, today in EARLIER_KEYS.items():
+            if key in values and today not in values:
+                values[today] = values.pop(key)
+        return values
+
+    @model_validator(mode="after")
+    def _one_table(self) -> GuidedOptions:
+        if sum(isinstance(one, Paired) for one in self.objectives) > 1:
+            raise ValueError("objectives: name paired at most once: it decides what z is")
+        table = self.table
+        if table and self.text is not None:
+            raise ValueError(
+                "objectives: learnt latents (num_latents) cannot be combined with text: leave out "
+                "one of them"
+            )
+        if table and table.num_latents <= self.z_dim:
+            raise ValueError(
+                f"objectives: num_latents {table.num_latents} must be > z_dim {self.z_dim}: "
+                "a Gaussian is fitted to the latents: use a smaller z_dim"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _text_is_trained(self) -> GuidedOptions:
+        text = self.text
+        if text is None or text.clip_weight:
+            return self
+        joint = text.joint_weight > 0
+        # The real image of a pair is the one that the generated image is conditioned on.
+        if not any(
+            isinstance(one, PairObjective)
+            or (isinstance(one, DistributionObjective) and "global" in one.views and joint)
+            for one in self.objectives
+        ):
+            raise ValueError(
+                "text: no loss depends on it, so the generator would learn to ignore it: set "
+                "clip_weight, or joint_weight with an objective that has the view global"
+            )
+        return self
+
+    @property
+    def guided(self) -> bool:
+        """Whether the generator is told a strength of guidance."""
+        return self.guidance_range[1] > 1
+
+    @property
+    def table(self) -> Paired | None:
+        """The objective whose latents are learnt, if there is one."""
+        found = (o for o in self.objectives if isinstance(o, Paired) and o.num_latents)
+        return next(found, None)
+
+    def levels(self, stage: StageConfig, further: Iterable[str]) -> tuple[str, ...]:
+        """The levels that a stage compares: ``p8`` of the main guide, ``NAME.p8`` of others.
+
+        Args:
+            stage: its resolution decides.
+            further: names of the other guides.
+
+        Raises:
+            ConfigError: an option names a guide that does not exist.
+        """
+        guides = (MAIN, *further)
+        for name in (*self.grids, *(guide for one in self.objectives for guide in one.guides)):
+            if name not in guides:
+                raise ConfigError(
+                    f"family: there is no guide {name}: use one of {', '.join(guides)}, or add it "
+                    "to guides:"
+                )
+        found = []
+        for name in guides:
+            prefix = "" if name == MAIN else f"{name}."
+            if stage.resolution <= NATIVE_UP_TO:
+                found.append(f"{prefix}{self.pyramid[0]}{stage.resolution}")
+            else:
+                grids = self.grids.get(name, POOLED)
+                found += [f"{prefix}{'p' if grid in POOLED else 'n'}{grid}" for grid in grids]
+        return tuple(found)
+
+
+def check_classes(options: GuidedOptions, batch: int) -> None:
+    """Check what belongs to ``num_classes``.
+
+    Args:
+        options: of the run.
+        batch: size of the global batch.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    (low, high), guided = options.guidance_range, options.guided
+    if not 1 <= low <= high:
+        raise ConfigError(
+            f"family.guidance_range [{low}, {high}]: give two strengths from 1 on, the smaller one "
+            "first, such as [1, 4]"
+        )
+    if not low <= options.guidance <= high:
+        raise ConfigError(
+            f"family.guidance {options.guidance} is not in guidance_range [{low}, {high}], which "
+            "is what the generator learns: change one of them"
+        )
+    if not options.num_classes:
+        if guided:
+            raise ConfigError(
+                "family.guidance_range needs classes to guide to: set num_classes, or leave it out"
+            )
+        return
+    if batch % options.samples_per_class:
+        raise ConfigError(
+            f"stages: batch {batch} is not a multiple of family.samples_per_class "
+            f"{options.samples_per_class}: change one of them"
+        )
+    found = [one for one in options.objectives if isinstance(one, DistributionObjective)]
+    if not found:
+        raise ConfigError(
+            "family.num_classes: none of family.objectives compares distributions, and only they "
+            "compare within classes: add {name: drift}"
+        )
+    if guided and not options.reference_batch:
+        raise ConfigError(
+            "family.reference_batch must be > 0 with guidance_range: samples are moved away from "
+            "these real samples of any class. Try 32"
+        )
+    if options.reference_batch and not guided:
+        raise ConfigError(
+            "family.reference_batch: with num_classes only guidance reads it: set guidance_range, "
+            "such as [1, 4], or leave it out"
+        )
+    fixed = [one.name for one in found if not one.repels]
+    if guided and fixed:
+        raise ConfigError(
+            f"family.guidance_range: {fixed[0]} cannot be guided: use drift alone, or leave "
+            "guidance_range out"
+        )
+
+
+def check_views(options: GuidedOptions, levels: Iterable[str]) -> None:
+    """Check that every view fits the grids that are compared.
+
+    Args:
+        options: of the run.
+        levels: of a stage.
+
+    Raises:
+        ConfigError: naming the level.
+    """
+    for level in levels:
+        for one in options.objectives:
+            if not isinstance(one, DistributionObjective) or not is_of(level, one.guides):
+                continue
+            for view in one.views:
+                try:
+                    sets_of(view, level_grid(level))
+                except ValueError as error:
+                    raise ConfigError(f"family.objectives: {one.name}, {level}: {error}") from None
+
+
+def check_distributions(options: GuidedOptions, batch: int) -> None:
+    """Check what objectives that compare distributions need.
+
+    Args:
+        options: of the run.
+        batch: size of the global batch.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    found = [one.name for one in options.objectives if isinstance(one, DistributionObjective)]
+    if not found:
+        if options.reference_batch:
+            raise ConfigError(
+                "family.reference_batch: none of family.objectives compares distributions, so it "
+                "has no effect: leave it out"
+            )
+        return
+    if min(batch, options.reference_batch or batch) < 2:
+        raise ConfigError(
+            f"family.objectives: {found[0]} compares distributions: stages.batch and "
+            "family.reference_batch must be >= 2"
+        )
+    paired = any(isinstance(one, Paired) for one in options.objectives)
+    if not options.reference_batch and (paired or options.text is not None):
+        raise ConfigError(
+            f"family.reference_batch must be > 0 when a distribution loss ({found[0]}) is combined "
+            f"with {'paired' if paired else 'text'}: otherwise each sample is pulled towards its "
+            "own real image. Try 512."
+        )

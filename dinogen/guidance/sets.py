@@ -11,10 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dinogen.batch import Features
 from dinogen.distributed.process_group import Ranks
 from dinogen.losses.distributions import Coordinates
 
-View = Literal["location", "global"]
+View = Literal["location", "global", "mean_std", "patches"]
+PATCHES = (2, 4)
+# Added to variances, whose root has no gradient at 0.
+_LEAST_VARIANCE = 1e-6
 # Embeddings that generated and real samples are conditioned on: (N, E) and (M, E).
 Conditions = tuple[Tensor, Tensor]
 
@@ -61,6 +65,90 @@ class Spread:
 def problems(features: Tensor, view: View) -> Tensor:
     """Features (N, locations, C) as sets: (locations, N, C), or one of (1, N, locations * C)."""
     return features.transpose(0, 1) if view == "location" else features.flatten(1)[None]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Samples that are compared with those of their own group alone, such as those of a class.
+
+    Group i is the i-th run of equal length of the generated samples, and of the real ones.
+
+    Attributes:
+        num: how many there are.
+        negatives: real samples that belong to no group and repel the generated ones of all, (L,
+            locations, C) by level; None if there are none.
+        weights: of one of them in each group, (num,); a generated sample has weight 1.
+    """
+
+    num: int
+    negatives: Features | None = None
+    weights: Tensor | None = None
+
+
+def regrouped(values: Tensor, num: int) -> Tensor:
+    """Samples of groups at several places (N, P, D) as problems (num * P, N / num, D), or back.
+
+    Args:
+        values: samples, group by group; or what this function made of them.
+        num: groups.
+    """
+    split: Tensor = values.unflatten(0, (num, len(values) // num))
+    return split.transpose(1, 2).flatten(0, 1)
+
+
+def sets_of(view: View, grid: int) -> tuple[str, ...]:
+    """Names of the sets that a view makes of a level, which count alike in the loss.
+
+    Args:
+        view: of an objective.
+        grid: side of the level's grid.
+
+    Raises:
+        ValueError: no patch fits the grid.
+    """
+    if view == "mean_std":
+        return ("mean", "std")
+    if view != "patches":
+        return (view,)
+    sizes = [size for size in PATCHES if size < grid and grid % size == 0]
+    if not sizes:
+        raise ValueError(
+            f"view patches: a grid of {grid}x{grid} is not cut into patches of 2x2 or 4x4: leave "
+            "the view out, or compare a grid such as 4, 8 or 16"
+        )
+    return tuple(f"{what}_{size}" for size in sizes for what in ("mean", "std"))
+
+
+def places_of(features: Tensor, view: View) -> dict[str, Tensor]:
+    """Features of a grid (N, locations, C) as the sets of a view, each at one place or several.
+
+    ``mean_std`` are mean and standard deviation over the grid, ``patches`` those of its patches of
+    2x2 and 4x4 locations that are smaller than it (Deng et al. 2026, "Generative Modeling via
+    Drifting", appendix A). Deviations are the population's, with 1e-6 added to the variance.
+
+    Returns:
+        (N, places, D) by the names of :func:`sets_of`.
+
+    Raises:
+        ValueError: no patch fits the grid.
+    """
+    if view == "location":
+        return {view: features}
+    if view == "global":
+        return {view: features.flatten(1)[:, None]}
+    grid = math.isqrt(features.shape[1])
+    maps = features.mT.unflatten(2, (grid, grid))
+    found = {}
+    for name in sets_of(view, grid):
+        what, _, size = name.partition("_")
+        side = int(size or grid)
+        parts = maps.unflatten(3, (-1, side)).unflatten(2, (-1, side))
+        if what == "mean":
+            values = parts.mean((3, 5))
+        else:
+            values = (parts.var((3, 5), correction=0) + _LEAST_VARIANCE).sqrt()
+        found[name] = values.flatten(2).mT
+    return found
 
 
 def append_conditions(features: Tensor, conditions: Tensor, num: int, factor: float) -> Tensor:

@@ -10,6 +10,7 @@ that of the whole batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,20 +18,17 @@ from torch import Tensor
 from dinogen.batch import Batch, Features, GradientCache, Losses, Scalars
 from dinogen.distributed import rng
 from dinogen.distributed.process_group import Ranks
-from dinogen.guidance.guides import GuideSet, stored_features
-from dinogen.guidance.objectives import (
-    AnyObjective,
+from dinogen.guidance.classes import ClassBatches
+from dinogen.guidance.comparing import (
     Directions,
     DistributionObjective,
-    Energy,
-    Mse,
-    Paired,
     PairObjective,
     is_of,
-    titles,
     with_gradients,
 )
-from dinogen.guidance.sets import Conditions, Spread
+from dinogen.guidance.guides import GuideSet, stored_features
+from dinogen.guidance.objectives import AnyObjective, Energy, Mse, Paired, titles
+from dinogen.guidance.sets import Conditions, Groups, Spread
 from dinogen.losses.features import collapse_floor
 from shards.read.order import share_sizes
 
@@ -49,6 +47,8 @@ class GlobalBatchObjective:
             ``global`` then compares joint distributions of features and embeddings.
         reference_batch: number of samples of the reference batches of all ranks; 0: there are none.
         start: position of the first sample of the stage.
+        classes: how a batch is cut into classes, which are compared separately; the reference
+            batch then holds samples to move away from.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class GlobalBatchObjective:
         conditions: Callable[[Batch], Tensor] | None = None,
         reference_batch: int = 0,
         start: int = 0,
+        classes: ClassBatches | None = None,
     ) -> None:
         self.objectives = objectives
         self.scales = scales
@@ -70,6 +71,7 @@ class GlobalBatchObjective:
         self.conditions = conditions
         self.reference_batch = reference_batch
         self.start = start
+        self.classes = classes
         self.ranks = Ranks()
 
     def before(self, micros: Sequence[tuple[Batch, int]]) -> None:
@@ -122,6 +124,7 @@ class GlobalBatchObjective:
         directions: Directions,
         conditions: Conditions | None = None,
         spread: Spread | None = None,
+        groups: Groups | None = None,
     ) -> GradientCache:
         """Losses and gradients for two sets of samples.
 
@@ -131,17 +134,21 @@ class GlobalBatchObjective:
             directions: see :class:`SlicedWasserstein`.
             conditions: embeddings that both are conditioned on, (N, E) and (M, E).
             spread: over ranks, see :meth:`DistributionObjective.loss_and_gradients`.
+            groups: see there.
         """
         scales = self.scales
         # a product with float32 scales is float32, of stored features as well
         generated = {level: values * scales[level] for level, values in generated.items()}
         real = {level: real[level] * scales[level] for level in generated}
+        if groups is not None and groups.negatives is not None:
+            negatives = {level: groups.negatives[level] * scales[level] for level in generated}
+            groups = replace(groups, negatives=negatives)
         gradients: Features = {}
         losses: Scalars = {}
         report: Scalars = {}
         for title, objective in self.objectives.items():
             losses[title], found, values = objective.loss_and_gradients(
-                generated, real, directions, conditions, spread
+                generated, real, directions, conditions, spread, groups
             )
             for level, gradient in found.items():
                 known = gradients.get(level)
@@ -162,10 +169,8 @@ class GlobalBatchObjective:
         def draw(size: int, number: int) -> Tensor:
             shape = (size, number)
             if shape not in drawn:
-                position = int(torch.cat([micro["position"] for micro in micros])[0])
-                # the first of the global batch, of which this rank has a part
-                first = self.start + (position - self.start) // self.batch * self.batch
-                at = torch.full((1,), first, device=device)  # filled there: nothing is copied
+                # filled there: nothing is copied
+                at = torch.full((1,), self._first(micros), device=device)
                 drawn[shape] = rng.normal(self.seed, "slices", at, shape, device)[0]
             return drawn[shape]
 
@@ -180,6 +185,11 @@ class GlobalBatchObjective:
         found = {name: one.floor(real, self.scales) for name, one in self.objectives.items()}
         return {title: floor for title, floor in found.items() if floor is not None}
 
+    def _first(self, micros: Sequence[Batch]) -> int:
+        """Position of the first sample of the global batch, of which this rank has a part."""
+        position = int(torch.cat([micro["position"] for micro in micros])[0])
+        return self.start + (position - self.start) // self.batch * self.batch
+
     def _find(self, own: Features, micros: Sequence[Batch]) -> GradientCache:
         """Compare the samples of all ranks, and return the gradients of this rank's.
 
@@ -187,17 +197,28 @@ class GlobalBatchObjective:
         once in each direction, and what a rank computes and holds is 1/W of the whole.
         """
         ranks = self.ranks
-        directions = self.directions(micros, next(iter(own.values())).device)
+        device = next(iter(own.values())).device
+        directions = self.directions(micros, device)
         reference = micros[0].get("reference_batch")
+        groups, negatives = None, None
+        if self.classes is not None:
+            if reference is not None:
+                counts = share_sizes(self.reference_batch, ranks.num)
+                negatives = {
+                    level: ranks.to_locations(stored_features(reference, level), counts)
+                    for level in own
+                }
+            groups = self.classes.groups(self._first(micros), negatives, device)
+            reference = None
         conditions = None
         if self.conditions is not None:
             ours = theirs = torch.cat([self.conditions(micro) for micro in micros])
             if reference is not None:
                 theirs = self.conditions(reference)
             conditions = (ours, theirs)
-        real = {level: _real(micros, level) for level in own}
+        real = {level: _real(micros, level, reference) for level in own}
         if ranks.num == 1:
-            return self.compare(own, real, directions, conditions)
+            return self.compare(own, real, directions, conditions, groups=groups)
         counts = real_counts = share_sizes(self.batch, ranks.num)
         if reference is not None:
             real_counts = share_sizes(self.reference_batch, ranks.num)
@@ -216,6 +237,7 @@ class GlobalBatchObjective:
             directions,
             conditions,
             Spread(ranks, sizes, num_conditions),
+            groups,
         )
         gradients = {
             level: ranks.to_samples(values, counts, sizes[level])
@@ -227,11 +249,14 @@ class GlobalBatchObjective:
         return GradientCache(gradients, losses, report)
 
 
-def _real(micros: Sequence[Batch], level: str) -> Tensor:
+def _real(micros: Sequence[Batch], level: str, reference: Batch | None) -> Tensor:
     """Real features of this rank: of its reference batch or, without one, of its microbatches."""
-    if "reference_batch" in micros[0]:
-        return stored_features(micros[0]["reference_batch"], level)
-    return torch.cat([stored_features(micro, level) for micro in micros])
+    if reference is not None:
+        return stored_features(reference, level)
+    parts = [stored_features(micro, level) for micro in micros]
+    # they may be stored in a half precision that autocast does not know
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(parts)
 
 
 def _cut(batch: Batch, num: int) -> Batch:
@@ -269,6 +294,7 @@ class WeightedObjectives:
         conditions: see :class:`GlobalBatchObjective`.
         reference_batch: see there.
         start: see there.
+        classes: see there.
     """
 
     def __init__(
@@ -282,6 +308,7 @@ class WeightedObjectives:
         conditions: Callable[[Batch], Tensor] | None = None,
         reference_batch: int = 0,
         start: int = 0,
+        classes: ClassBatches | None = None,
     ) -> None:
         named = dict(zip(titles(objectives), objectives, strict=True))
         self.pairs = {name: one for name, one in named.items() if isinstance(one, PairObjective)}
@@ -298,6 +325,7 @@ class WeightedObjectives:
             conditions,
             reference_batch,
             start,
+            classes,
         )
         # The same measure for every run, so that runs with different objectives can be compared.
         self.energy = GlobalBatchObjective(
@@ -308,7 +336,7 @@ class WeightedObjectives:
             for name, one in self.pairs.items()
             if isinstance(one, Mse)
         }
-        if self.distributions and conditions is None:
+        if self.distributions and conditions is None and classes is None:
             self.floors |= self.global_batch.floors(guides.read_real(_NUM_REALS, split))
 
     @property

@@ -35,6 +35,22 @@ def pyramid_mse(
     return (each if keep is None else each * keep).mean()
 
 
+def alignment(tokens: Tensor, features: Tensor) -> Tensor:
+    """Mean cosine between projected hidden tokens and features at the same places.
+
+    Yu et al. 2024, "Representation Alignment for Generation: Training Diffusion Transformers Is
+    Easier Than You Think", equation 8, whose loss is its negative.
+
+    Args:
+        tokens: (B, g * g, A).
+        features: (B, g * g, A), of any float type; they take no gradient.
+
+    Returns:
+        Scalar float32 in [-1, 1]; a vector of zeros counts 0.
+    """
+    return F.cosine_similarity(tokens.float(), features.float().detach(), dim=-1).mean()
+
+
 def collapse_floor(total_variances: list[float]) -> float:
     """The least :func:`pyramid_mse` that a generator independent of the target can reach.
 
@@ -111,27 +127,27 @@ def kl_to_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
     Kingma and Welling 2014, appendix B.
 
     Args:
-        mean: (B, latent).
-        log_variance: (B, latent).
+        mean: (B, latent) or (B, latent, s, s).
+        log_variance: of the same shape.
 
     Returns:
         (B,) float32, not negative.
     """
     mean, log_variance = mean.float(), log_variance.float()
     # expm1: near the prior exp(v) - 1 - v is a difference of nearly equal numbers
-    return 0.5 * (mean.square() + torch.expm1(log_variance) - log_variance).sum(1)
+    return 0.5 * (mean.square() + torch.expm1(log_variance) - log_variance).flatten(1).sum(1)
 
 
 def reparameterize(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
     """A draw of the posterior that can be differentiated to it (Kingma and Welling 2014, 2.4).
 
     Args:
-        mean: (B, latent).
-        log_variance: (B, latent).
-        noise: (B, latent), standard normal.
+        mean: (B, latent) or (B, latent, s, s).
+        log_variance: of the same shape.
+        noise: of the same shape, standard normal.
 
     Returns:
-        (B, latent).
+        Of the same shape.
     """
     return mean + (0.5 * log_variance).exp() * noise
 

@@ -25,7 +25,7 @@ from dinogen.metrics.reconstruction import reconstruction
 from dinogen.metrics.registry import LPIPS_DIVERSITY, OF_FEATURES, Metric, Sets, better
 from dinogen.metrics.sources import Generated, Reconstructed, Reference
 from dinogen.metrics.value import Facts, MetricValue, fingerprint, fingerprint_id
-from dinogen.runs.values import caution_of
+from dinogen.runs.values import caution_of, trained_with
 
 BATCH = 50  # images made and seen by the extractors at a time
 _SEED = 0  # of the halves that spreads are taken over: no metric value may depend on a run's seed
@@ -174,7 +174,7 @@ class Measurement:
             said = [caution_of(metric_value.num_samples, num_real, num_dims)]
             metric = OF_FEATURES.get(metric_value.name)
             if metric is not None and metric.extractor.startswith(self.guides):
-                said.append(f"{metric.extractor} guided the training: it favours this run")
+                said.append(trained_with(metric.extractor))
             caution = "; ".join(filter(None, said)) or None
             metric_value = replace(metric_value, caution=caution)
         self.metric_values[metric_value.name] = metric_value

@@ -49,6 +49,10 @@ def time_embedding(t: Tensor, size: int, exact_end: bool = False, scale: float =
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
+class NoSuchLayer(ValueError):
+    """The network has no block of this number; the message names those that it has."""
+
+
 @dataclass(frozen=True)
 class Alignment:
     """Which hidden tokens are aligned with features, and how they are projected.
@@ -84,6 +88,39 @@ class Projector(nn.Module):
         return F.linear(h, *own[2]).float()
 
 
+class LatentScale(nn.Module):
+    """Brings each channel of latents to mean 0 and deviation 1, and back.
+
+    Its numbers are buffers of the network that is trained on such latents, so they go with its
+    weights.
+
+    Args:
+        channels: C of the latents.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("deviation", torch.ones(channels))
+
+    @torch.no_grad()
+    def set(self, mean: Tensor, deviation: Tensor) -> None:
+        """Take over the mean and the standard deviation (C,) of the data."""
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation)
+
+    def normalized(self, z: Tensor) -> Tensor:
+        """Latents (B, C, s, s) of an autoencoder, with mean 0 and deviation 1 over the data."""
+        return (z - self.mean[:, None, None]) / self.deviation[:, None, None]
+
+    def restored(self, x: Tensor) -> Tensor:
+        """The latents (B, C, s, s) of which :meth:`normalized` makes ``x``."""
+        return x * self.deviation[:, None, None] + self.mean[:, None, None]
+
+
 class DenoisingNetwork(nn.Module):
     """Predicts from images with noise; the base of the U-Net and of the diffusion transformer.
 
@@ -91,9 +128,11 @@ class DenoisingNetwork(nn.Module):
         grids: side of the map or token grid after each block, in the order of the forward.
         null_embedding: (embed_dim,), learnt: stands for a global vector that is not given. None
             without ``embed_dim``.
+        latent_scale: of the latents that it predicts from; None where it predicts from images.
     """
 
     grids: tuple[int, ...]
+    latent_scale: LatentScale | None
     null_embedding: nn.Parameter | None
 
     def _add_conditions(
@@ -116,7 +155,7 @@ class DenoisingNetwork(nn.Module):
             align: attributes of an :class:`Alignment`; None for no projector.
 
         Raises:
-            ValueError: there is no such layer.
+            NoSuchLayer: there is no such layer.
         """
         self.grids = tuple(grids)
         self.embed = nn.Linear(embed_dim, size) if embed_dim else None
@@ -135,11 +174,11 @@ class DenoisingNetwork(nn.Module):
             layer: number of the block, counted from 1 in the order of the forward.
 
         Raises:
-            ValueError: there is no such block.
+            NoSuchLayer: there is no such block.
         """
         if not 1 <= layer <= len(self.grids):
             sides = ", ".join(str(grid) for grid in sorted(set(self.grids), reverse=True))
-            raise ValueError(
+            raise NoSuchLayer(
                 f"layer {layer}: there are layers 1 to {len(self.grids)} (grids of side {sides})"
             )
         return self.grids[layer - 1]

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinogen.networks.casts import cast_together
-from dinogen.networks.denoising import LONGEST_PERIOD, DenoisingNetwork, Drop, time_embedding
+from dinogen.networks.denoising import (
+    LONGEST_PERIOD,
+    DenoisingNetwork,
+    Drop,
+    LatentScale,
+    time_embedding,
+)
 
 # Table 1 of Peebles and Xie 2023; their names go on with the side of a patch, as in XL/2.
 SIZES = {
@@ -142,6 +148,7 @@ class DiT(DenoisingNetwork):
             :meth:`with_tokens` gives. A layer is a block.
         guidance_input: it is told a guidance strength, embedded as the time is.
         out_activation: of the output; tanh for one that makes images itself.
+        scaled_latents: it predicts from normalised latents, and keeps their scale.
 
     Raises:
         ValueError: an argument does not fit the others; it says which, and what would.
@@ -164,6 +171,7 @@ class DiT(DenoisingNetwork):
         align: Mapping[str, int] | None = None,
         guidance_input: bool = False,
         out_activation: Literal["tanh"] | None = None,
+        scaled_latents: bool = False,
     ) -> None:
         super().__init__()
         _check(resolution, patch, width, num_heads)
@@ -181,6 +189,7 @@ class DiT(DenoisingNetwork):
         self.out = nn.Linear(width, numbers)
         self._initialise()
         self._add_conditions(width, [width] * depth, [self.side] * depth, embed_dim, align)
+        self.latent_scale = LatentScale(in_channels) if scaled_latents else None
         # in no checkpoint: it follows from the arguments
         self.register_buffer("positions", positions(self.side, width), persistent=False)
 

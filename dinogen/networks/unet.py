@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinogen.networks.casts import cast_together, conv
-from dinogen.networks.denoising import DenoisingNetwork, Drop, time_embedding
+from dinogen.networks.denoising import DenoisingNetwork, Drop, LatentScale, time_embedding
 from dinogen.networks.layers import GroupNorm, nearest_conv
 
 Resample = Literal["up", "down"]
@@ -279,6 +279,7 @@ class UNet(DenoisingNetwork):
         embed_dim: size of a global vector that conditions it; 0 for none.
         align: attributes of an :class:`~dinogen.networks.denoising.Alignment`: which hidden tokens
             :meth:`with_tokens` gives. A layer is a residual block, with its attention.
+        scaled_latents: it predicts from normalised latents, and keeps their scale.
 
     Raises:
         ValueError: an argument does not fit the others; it says which, and what would.
@@ -297,6 +298,7 @@ class UNet(DenoisingNetwork):
         in_channels: int = 3,
         embed_dim: int = 0,
         align: Mapping[str, int] | None = None,
+        scaled_latents: bool = False,
     ) -> None:
         super().__init__()
         _check(resolution, base_channels, channel_multipliers, attention_resolutions)
@@ -356,6 +358,7 @@ class UNet(DenoisingNetwork):
         self.conv_out = zeroed(nn.Conv2d(channels, in_channels, 3, padding=1))
         widths = [one.norm1.num_channels for one in self._blocks()]
         self._add_conditions(size, widths, list(self._sides(resolution)), embed_dim, align)
+        self.latent_scale = LatentScale(in_channels) if scaled_latents else None
 
     def forward(
         self,

@@ -21,7 +21,7 @@ from dinogen.features.base import guide_identity
 from dinogen.prepare.faces.crop import Crop, Rejection
 from dinogen.prepare.faces.folder import REJECTED, FaceFolder, read_rejected
 from dinogen.prepare.faces.settings import current_settings, locked, removed_at_end
-from dinogen.prepare.parts import network_of
+from dinogen.prepare.parts import guide_key, network_of
 from dinogen.prepare.photos.changed import (
     PHOTOS,
     FileRecord,
@@ -67,8 +67,8 @@ def finished_dataset(
 ) -> Manifest | None:
     """The manifest of the finished dataset in ``out``; None if there is none yet.
 
-    A dataset with pyramids is accepted if none are requested, and one with more guides if fewer
-    are.
+    A dataset with pyramids is accepted if none are requested, one with more guides if fewer are,
+    and one with those of mirrored images if only the others are.
 
     Args:
         out: folder of the dataset.
@@ -90,6 +90,9 @@ def finished_dataset(
     )
     if "pyramids" not in prepare:
         made_with.pop("pyramids", None)
+    elif "flips" not in prepare["pyramids"] and "pyramids" in made_with:
+        own = made_with["pyramids"]
+        made_with["pyramids"] = {key: value for key, value in own.items() if key != "flips"}
     changed = [*_changed("prepare", made_with, requested)]
     if manifest.classes != tuple(classes):
         changed.append(f"classes: {_listed(manifest.classes)}, now {_listed(classes)}")
@@ -263,7 +266,7 @@ def _changed(name: str, old: Any, new: Any) -> list[str]:
 
 def _other_networks(manifest: Manifest, made_by: Mapping[str, dict[str, Any]]) -> list[str]:
     guide, guides, clip = made_by["guide"], made_by["guides"], made_by["clip"]
-    pairs = [(f"guides.{name}", manifest.guides.get(name, {}), guides[name]) for name in guides]
+    pairs = [(guide_key(name), manifest.guides.get(name, {}), guides[name]) for name in guides]
     if guide and manifest.levels:
         pairs.insert(0, ("guide", manifest.guide, guide))
     changed = [

@@ -260,7 +260,7 @@ def settings_of(faces: dict[str, Any], pyramids: dict[str, Any] | None) -> dict[
     """What the manifest says about the preparation; the same for both ways to prepare."""
     if not pyramids or "grids" not in pyramids:
         return {"faces": faces}
-    decisive = ("grids", "kinds", "base_grid", "resize")
+    decisive = ("grids", "kinds", "base_grid", "resize", "flips")
     return {"faces": faces, "pyramids": {n: pyramids[n] for n in decisive if n in pyramids}}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from dinogen.prepare.photos.changed import looks_like_an_accident
 from dinogen.prepare.photos.find import counted
 from dinogen.prepare.photos.read import BAD_CAPTION, PrepareError
 from dinogen.prepare.pyramid import Levels, PyramidMaker
+from shards.format.sample import LATENTS, OF_LATENTS, level_guide
 
 _FORMAT = "dinogen-pyramids"
 _VERSION = 1
@@ -143,6 +144,8 @@ def _write(
                 tensors[crop.key] = levels
                 if progress is not None:
                     progress(num_seen + num_made, total)
+            if latents := _latents_in(tensors.values()):
+                written["latents"] = latents
             flat = {f"{key}/{name}": array for key in sums for name, array in tensors[key].items()}
             write_bytes(path, save(flat, {_HEADER: json.dumps(written)}))
             num_done += 1
@@ -158,6 +161,12 @@ def _write(
     if num_reused:
         _logger.info("%s: %s of earlier parts reused", out, counted(num_reused, "pyramid"))
     return PartsSummary(num_parts, num_done, len(mine) - num_done)
+
+
+def _latents_in(found: Iterable[Levels]) -> list[str]:
+    """The levels of an autoencoder: their names depend on the size of the faces."""
+    levels: Levels = next(iter(found), {})
+    return [name for name in levels if level_guide(name) in OF_LATENTS]
 
 
 class _Known:
@@ -360,7 +369,9 @@ def _level_names(header: dict[str, Any]) -> list[str]:
     """Names of the levels that every face of a part has."""
     settings = header["settings"]
     pyramid = [f"{k[0]}{g}" for k in settings.get("kinds", ()) for g in settings.get("grids", ())]
-    further = [f"{name}.{level}" for name in header.get("guides", {}) for level in pyramid]
+    guides = [name for name in header.get("guides", {}) if name not in OF_LATENTS]
+    further = [f"{name}.{level}" for name in guides for level in pyramid]
+    further += header.get("latents", [])
     return pyramid + further + [name for name in ("clip", "text") if header.get(name)]
 
 
@@ -375,7 +386,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     for name in {"": None} | old.get("guides", {}) | new.get("guides", {}):
         pair = [h.get("guides", {}).get(name, {}) if name else h["guide"] for h in (old, new)]
         if guide_identity(pair[0]) != guide_identity(pair[1]):
-            key = f"guides.{name}" if name else "guide"
+            key = guide_key(name) if name else "guide"
             changed.append(f"{key}: {_label(pair[0])}, now {_label(pair[1])}")
     clips = [network_of(header.get("clip", {})) for header in (old, new)]
     if clips[0] != clips[1]:
@@ -388,13 +399,20 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "; ".join(changed)
 
 
+def guide_key(name: str) -> str:
+    """The key of a config that names a guide, or the autoencoder in the place of one."""
+    if name in OF_LATENTS:
+        return "prepare.latents.path" if name == LATENTS else "prepare.latents.flips"
+    return f"guides.{name}"
+
+
 def network_of(clip: Mapping[str, Any]) -> dict[str, Any]:
     """What is equal for embedders that give the same embeddings: all but where they came from."""
     return {name: value for name, value in clip.items() if name not in ("path", "revision")}
 
 
 def _label(guide: dict[str, Any]) -> str:
-    return f"{(info := GuideInfo(**guide)).label} layer {info.layer}" if guide else "none"
+    return f"{(info := GuideInfo.of(guide)).label} layer {info.layer}" if guide else "none"
 
 
 def _sum(crop: Crop, with_text: bool) -> str:

@@ -18,7 +18,9 @@ from dinogen.config import PyramidsConfig
 from dinogen.features import Guide, native_pyramid, pooled_pyramid
 from dinogen.features.pyramid import BASE_GRID, RESIZE
 from dinogen.prepare.faces.crop import Crop
+from dinogen.prepare.latents import LatentMaker
 from dinogen.prepare.photos.read import PrepareError
+from shards.format.sample import OF_LATENTS, flipped_guide, level_guide
 from shards.image.decode import decode_image
 
 Levels = dict[str, NDArray[np.float16]]
@@ -54,10 +56,11 @@ class PyramidMaker:
 
     Args:
         guide: the main guide, on ``device``; None makes no pyramids.
-        config: grids, kinds and batch.
+        config: grids, kinds, batch, and whether mirrored images get levels too.
         device: where the networks run.
         guides: further guides by name; all grids and kinds are made for each of them too.
         embedder: makes the level ``clip`` and, from captions, ``text``.
+        latents: makes the levels of an autoencoder.
 
     Attributes:
         antialias: whether images are enlarged for the guides like Pillow does. False continues
@@ -71,12 +74,14 @@ class PyramidMaker:
         device: torch.device,
         guides: Mapping[str, Guide] | None = None,
         embedder: Embedder | None = None,
+        latents: LatentMaker | None = None,
     ) -> None:
         self.guide = guide
         self.config = config
         self.device = device
         self.guides = dict(guides or {})
         self.embedder = embedder
+        self.latents = latents
         self.antialias = True
 
     def settings(self) -> dict[str, Any]:
@@ -88,13 +93,18 @@ class PyramidMaker:
             found["base_grid"] = self.config.base_grid
         if self.antialias:
             found["resize"] = RESIZE
+        if self.config.flips:
+            found["flips"] = True
         return found
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """The networks, as named in the manifest: ``guide``, ``guides`` and ``clip``."""
+        infos = {name: guide.info.to_dict() for name, guide in self._by_name().items()}
+        flipped = {flipped_guide(n): info for n, info in infos.items()} if self.config.flips else {}
+        latents = self.latents.identity() if self.latents else {}
         return {
-            "guide": self.guide.info.to_dict() if self.guide else {},
-            "guides": {name: guide.info.to_dict() for name, guide in self.guides.items()},
+            "guide": infos.pop("", {}),
+            "guides": infos | flipped | latents,
             # As read back from JSON, so that it can be compared with a manifest.
             "clip": json.loads(json.dumps(self.embedder.info)) if self.embedder else {},
         }
@@ -113,9 +123,11 @@ class PyramidMaker:
     @property
     def label(self) -> str:
         """Names of the networks, for messages."""
-        names = [guide.info.label for guide in self._by_prefix().values()]
+        names = [guide.info.label for guide in self._by_name().values()]
         if self.embedder is not None:
             names.append(f"clip ({self.embedder.info.get('path')})")
+        if self.latents is not None:
+            names.append(self.latents.label)
         return ", ".join(names)
 
     def check_size(self, size: int) -> None:
@@ -126,6 +138,8 @@ class PyramidMaker:
                 f"prepare.faces.size: {size} is not a multiple of the native grid {wrong[0]}: make "
                 "the faces a multiple of it (256), or set prepare.pyramids.kinds to [pooled]"
             )
+        if self.latents is not None:
+            self.latents.check_size(size)
 
     def levels(
         self, crops: Iterable[Crop], with_text: bool = False
@@ -139,7 +153,9 @@ class PyramidMaker:
                 ``text``, zeros if it has no caption.
 
         Returns:
-            The crop and ``{"p4": (16, C), "NAME.n4": (16, C), "clip": (1, E), ...}`` float16.
+            The crop and ``{"p4": (16, C), "NAME.n4": (16, C), "clip": (1, E), ...}`` float16;
+            "flipped.p4" and "NAME_flipped.n4" are those of the mirrored crop, "latents.n32"
+            those of an autoencoder.
 
         Raises:
             PrepareError: a crop is damaged, not square or of another size than the first, or its
@@ -166,6 +182,8 @@ class PyramidMaker:
         if side is None:
             side = decoded[0].shape[0]
             self.check_size(side)
+            if self.latents is not None:
+                self.latents.warn_of_size(side)
         for crop, image in zip(crops, decoded, strict=True):
             height, width = image.shape[:2]
             if (height, width) != (side, side):
@@ -182,18 +200,31 @@ class PyramidMaker:
         pixels = np.stack(decoded + decoded[-1:] * (self.config.batch - len(decoded)))
         images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
         images = (images.float() - 127.5) / 127.5
-        grids, levels = self.config.grids, {}
-        for prefix, guide in self._by_prefix().items():
-            for kind in self.config.kinds:
-                pyramid = (
-                    pooled_pyramid(guide, images, grids, self.config.base_grid, self.antialias)
-                    if kind == "pooled"
-                    else native_pyramid(guide, images, grids, self.antialias)
-                )
-                for grid, features in pyramid.items():
-                    levels[f"{prefix}{kind[0]}{grid}"] = features.half()
+        levels: dict[str, Tensor] = {}
+        for name, guide in self._by_name().items():
+            levels |= self._pyramids(name, guide, images)
+        if self.config.flips:
+            mirrored = images.flip(3)
+            for name, guide in self._by_name().items():
+                levels |= self._pyramids(flipped_guide(name), guide, mirrored)
         if self.embedder is not None:
             levels["clip"] = self.embedder.images(images)[:, None].half()
+        if self.latents is not None:
+            levels |= self.latents.levels(images[: len(decoded)])
+        return levels
+
+    def _pyramids(self, name: str, guide: Guide, images: Tensor) -> dict[str, Tensor]:
+        """All kinds and grids of one guide, whose levels are called after ``name``."""
+        grids, levels = self.config.grids, {}
+        prefix = f"{name}." if name else ""
+        for kind in self.config.kinds:
+            pyramid = (
+                pooled_pyramid(guide, images, grids, self.config.base_grid, self.antialias)
+                if kind == "pooled"
+                else native_pyramid(guide, images, grids, self.antialias)
+            )
+            for grid, features in pyramid.items():
+                levels[f"{prefix}{kind[0]}{grid}"] = features.half()
         return levels
 
     @torch.inference_mode()
@@ -206,10 +237,9 @@ class PyramidMaker:
                 embedded[row] = embedder.captions([crop.caption]).half()
         return embedded
 
-    def _by_prefix(self) -> dict[str, Guide]:
-        """All guides by the prefix of their levels' names."""
-        found = {} if self.guide is None else {"": self.guide}
-        return found | {f"{name}.": guide for name, guide in self.guides.items()}
+    def _by_name(self) -> dict[str, Guide]:
+        """All guides; the main one's name is empty."""
+        return ({} if self.guide is None else {"": self.guide}) | self.guides
 
     def _collect(
         self, crops: list[Crop], levels: dict[str, Tensor]
@@ -219,11 +249,18 @@ class PyramidMaker:
             mine = {name: features[row] for name, features in arrays.items()}
             for name, features in mine.items():
                 if not np.isfinite(features).all():
-                    raise PrepareError(
-                        f"{crop.key}: level {name} is not finite in float16: the features of "
-                        f"{self.label} exceed 65504; choose another layer"
-                    )
+                    raise self._overflow(crop, name)
             yield crop, mine
+
+    def _overflow(self, crop: Crop, level: str) -> PrepareError:
+        """The error for a level that float16 cannot hold."""
+        what, remedy = f"the features of {self.label}", "choose another layer"
+        if self.latents is not None and level_guide(level) in OF_LATENTS:
+            what = f"the latents of {self.latents.label}"
+            remedy = "choose another autoencoder (prepare.latents.path)"
+        return PrepareError(
+            f"{crop.key}: level {level} is not finite in float16: {what} exceed 65504; {remedy}"
+        )
 
 
 def batched(crops: Iterable[Crop], size: int) -> Iterator[list[Crop]]:

@@ -21,8 +21,10 @@ from dinogen.families.abilities import (
     HasLatentSpaces,
     Inverts,
     LatentSpace,
+    adjustable,
     num_classes_of,
     spaces_of,
+    without_noise,
 )
 from dinogen.files import why_not_writable, write_json
 from dinogen.hub import cached_name, shown, working_path
@@ -260,9 +262,8 @@ class _Work:
         self.resolution = snapshot.resolution
         family = snapshot.family
         sampling: dict[str, Any] = {}
-        if isinstance(family, AdjustsSampling):
-            # with DDIM an image follows from its latent alone
-            sampling = {"sampler": "ddim"} | ({"steps": request.steps} if request.steps else {})
+        if isinstance(family, AdjustsSampling) and "steps" in adjustable(family):
+            sampling = without_noise(family) | ({"steps": request.steps} if request.steps else {})
             family = family.with_sampling(sampling)
         self.family = family
         self.run = cached_name(request.run) or request.run.resolve().name

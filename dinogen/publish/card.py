@@ -107,6 +107,7 @@ def write_card(facts: Facts) -> str:
         _how_to_load(facts),
         _about_data(facts) if facts.imported is None else "",
         _about_guides(facts),
+        _about_autoencoder(facts),
         _about_metrics(facts),
         _about_training(facts) if facts.imported is None else "",
         _about_licence(facts),
@@ -257,6 +258,22 @@ def _about_guides(facts: Facts) -> str:
         )
     head = ("", "network", "weights from", "layer", "hash of weights")
     return f"## Guide\n\n{_table(head, rows)}"
+
+
+def _about_autoencoder(facts: Facts) -> str:
+    """What decodes a generator's latents; empty for one that makes images itself."""
+    known = facts.info.get("autoencoder")
+    if known is None:
+        return ""
+    place = (facts.config.family.options.get("latent") or {}).get("path") or known["path"]
+    revision = f" at `{known['revision'][:_DIGITS]}`" if known["revision"] else ""
+    lines = [
+        f"the generator makes latents of {known['num_channels']} channels, 1/{known['factor']} of "
+        f"the side of an image, which `{_short(place)}`{revision} decodes; dinogen loads it when "
+        "the first image is made",
+        f"its weights have the hash `{known['weights_sha256'][:_DIGITS]}`, and their own licence",
+    ]
+    return f"## Autoencoder\n\n{_bullets(lines)}"
 
 
 def _about_metrics(facts: Facts) -> str:

@@ -17,7 +17,7 @@ from dinogen.config import Config, ConfigError, dump_config, parse_config
 from dinogen.files import write_json, write_text
 from dinogen.publish.card import SAMPLES, Facts, write_card
 from dinogen.report.images import save_grid
-from dinogen.runs.layout import CONFIG, EVALUATION, is_exported
+from dinogen.runs.layout import CONFIG, EVALUATION, EXPORTED_SUFFIX, is_exported
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.export import (
     NO_LICENCE,
@@ -100,7 +100,7 @@ def write_publication(what: Publication, folder: Path) -> Facts:
 
     Raises:
         ConfigError: no such run or checkpoint, its family or guide is a file of one's own, or the
-            folder holds something else.
+            folder holds something else. Or its autoencoder is on this machine alone.
     """
     check_address(what.address)
     _check_folder(folder)
@@ -113,6 +113,7 @@ def write_publication(what: Publication, folder: Path) -> Facts:
         source, what.resolution, what.nimg, what.licence or None, what.intended_use
     )
     _refuse_own_code(generator.info["config"])
+    _refuse_own_autoencoder(generator.info)
     card = generator.info["card"]
     licence, use = card["licence"], card["intended_use"].rstrip(". ")
     config = public_config(parse_config(generator.info["config"]), what.address)
@@ -141,7 +142,7 @@ def write_publication(what: Publication, folder: Path) -> Facts:
         config=config,
         evaluation=evaluation or _evaluation_of_card(card),
         has_file=evaluation is not None,
-        num_parameters=sum(p.numel() for p in generator.network.parameters()),
+        num_parameters=generator.num_parameters,
         licence=None if licence == NO_LICENCE else licence,
         intended_use=use,
     )
@@ -315,6 +316,26 @@ def _refuse_own_code(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"{key}: {file} is on this machine alone, and code from the hub is never run, so "
             "nobody could load the generator: hand on a file of `dinogen export`, and that code"
+        )
+
+
+def _refuse_own_autoencoder(info: Mapping[str, Any]) -> None:
+    """Refuse a generator of latents that nobody else could decode.
+
+    Raises:
+        ConfigError: its autoencoder is on this machine alone.
+    """
+    known = info.get("autoencoder")
+    if known is None:
+        return
+    path = str((info["config"]["family"].get("latent") or {}).get("path") or known["path"])
+    here = path.startswith(("/", "~", ".")) or Path(path).exists()
+    if not hub.is_address(path) and (here or path.endswith(EXPORTED_SUFFIX)):
+        raise ConfigError(
+            f"family.latent.path: {path} is on this machine alone, so nobody could decode the "
+            "samples: publish the autoencoder first, one of ours by `dinogen publish`, a folder of "
+            "diffusers by `hf upload`; then set family.latent.path=hf://USER/NAME in the run's "
+            "config.yaml, and publish the run, or export it again"
         )
 
 

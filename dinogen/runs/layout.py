@@ -28,8 +28,9 @@ TENSORBOARD = "tb"
 SAMPLES = "samples"
 # in RUN: what `dinogen project` finds, and what `dinogen video` draws
 PROJECTIONS, VIDEOS = "projections", "videos"
-# of the files of `dinogen export`, wherever they are
-EXPORTED_SUFFIX = ".safetensors"
+# of the files of `dinogen export`, wherever they are; and the one key of their metadata: several
+# would lie in another order each time, and the same checkpoint would give other bytes
+EXPORTED_SUFFIX, EXPORTED_INFO = ".safetensors", "dinogen"
 # in the folder of a study, two levels above its runs
 STUDY = "study.json"
 

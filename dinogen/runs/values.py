@@ -339,3 +339,16 @@ def caution_of(
             f"({num_dims:,}): it is too high"
         )
     return "; ".join(said) or None
+
+
+_FAVOURS = "it favours this run"
+
+
+def trained_with(extractor: str) -> str:
+    """The caution of a metric value whose feature extractor the run was trained with."""
+    return f"{extractor} guided the training: {_FAVOURS}"
+
+
+def favours(caution: str | None) -> bool:
+    """Whether one of the cautions of a metric value is :func:`trained_with`."""
+    return _FAVOURS in (caution or "")

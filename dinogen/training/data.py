@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from dinogen.errors import UserError
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class
 from shards.errors import ShardsError
-from shards.format.sample import VECTORS
+from shards.format.sample import LATENTS, OF_LATENTS, VECTORS, flipped_guide, level_guide
 from shards.read.batch import PackedSource
 from shards.read.dataset import Dataset, open_dataset
 from shards.read.mixture import MixedDataset
@@ -223,30 +223,83 @@ def makes_pyramids(config: Config) -> bool:
     """Whether data for a run get pyramids, as ``prepare.pyramids.make`` says.
 
     Raises:
-        ConfigError: there is no such family, or an option of it is wrong.
+        ConfigError: there is no such family, or an option of it is wrong; or it reads features of
+            mirrored images, which would not be made.
     """
     make = config.prepare.pyramids.make
     return make == "always" or (make == "auto" and reads_pyramids(config))
 
 
 def makes_features(config: Config) -> bool:
-    """Whether data for a run get any levels: pyramids, or embeddings because of ``clip:``.
+    """Whether data for a run get any levels: pyramids, embeddings (``clip:``) or latents.
 
     Raises:
         ConfigError: there is no such family, or an option of it is wrong.
     """
-    return config.clip is not None or makes_pyramids(config)
+    others = (config.clip, config.prepare.latents)
+    return any(one is not None for one in others) or makes_pyramids(config)
 
 
 def reads_pyramids(config: Config) -> bool:
     """Whether the family reads a level of a guide in any stage.
 
-    Its networks take no memory on ``meta``.
+    Raises:
+        ConfigError: there is no such family, or an option of it is wrong; or it reads features of
+            mirrored images, and the config does not make them.
+    """
+    levels = _levels_read(config)
+    mirrored = {flipped_guide(name) for name in ("", *config.guides)}
+    lacking = sorted({level for level in levels if level_guide(level) in mirrored})
+    if lacking and not config.prepare.pyramids.flips:
+        raise ConfigError(
+            f"prepare.pyramids.flips: false, but family {config.family.name} reads "
+            f"{', '.join(lacking)}, since augment.flip mirrors images: set it to true, or "
+            "augment.flip to 0"
+        )
+    return any_of_a_guide(levels)
+
+
+def any_of_a_guide(levels: Iterable[str]) -> bool:
+    """Whether a guide makes one of these levels, and not CLIP or an autoencoder."""
+    return any(one not in VECTORS and level_guide(one) not in OF_LATENTS for one in levels)
+
+
+def check_latents(config: Config, made: Collection[str]) -> None:
+    """Refuse to prepare data without the latents that the family of the config reads.
+
+    Args:
+        config: of the run.
+        made: levels that an autoencoder makes of the images; none without ``prepare.latents``.
 
     Raises:
-        ConfigError: there is no such family, or an option of it is wrong.
+        ConfigError: naming the key and the remedy.
     """
+    lacking = [one for one in _levels_read(config) if level_guide(one) in OF_LATENTS]
+    lacking = [one for one in lacking if one not in made]
+    if not lacking:
+        return
+    name = config.family.name
+    if not made:
+        raise ConfigError(
+            f"prepare.latents: family {name} reads latents ({lacking[0]}): name the autoencoder "
+            "that makes them, prepare.latents.path=..."
+        )
+    if all(level_guide(one) != LATENTS for one in lacking):
+        raise ConfigError(
+            f"prepare.latents.flips: family {name} reads latents of mirrored images "
+            f"({lacking[0]}), as augment.flip is {config.augment.flip:g}: set it to true, or "
+            "augment.flip to 0"
+        )
+    raise ConfigError(
+        f"prepare.latents.path: family {name} reads {lacking[0]}, and this autoencoder makes "
+        f"{', '.join(made)} of images of {config.prepare.faces.size} pixels: prepare.faces.size "
+        "has to be the resolution of the stage, and family.latent.factor that of the autoencoder"
+    )
+
+
+def _levels_read(config: Config) -> list[str]:
+    """The levels that the family reads in any stage; its networks take no memory on ``meta``."""
     cls, nowhere = family_class(config.family), torch.device("meta")
     with nowhere:
         levels = [cls(config, stage, nowhere).inputs.levels for stage in config.stages]
-    return any(level not in VECTORS for stage in levels for level in stage)
+    return [level for stage in levels for level in stage]

@@ -47,7 +47,14 @@ class Dataloader:
     def __init__(self, state: StageState) -> None:
         inputs, stage, progress = state.family.inputs, state.stage, state.progress
         self._streams = [
-            _stream(state, stage.batch, state.config.seed, progress.nimg, inputs.image_size)
+            _stream(
+                state,
+                stage.batch,
+                state.config.seed,
+                progress.nimg,
+                inputs.image_size,
+                inputs.per_class,
+            )
         ]
         if inputs.reference_batch:
             num_steps = (progress.nimg - state.plan.start) // stage.batch
@@ -122,7 +129,14 @@ def in_unit_range(images: Tensor) -> Tensor:
     return (images - half) / half
 
 
-def _stream(state: StageState, batch: int, seed: int, start: int, image_size: int | None) -> Stream:
+def _stream(
+    state: StageState,
+    batch: int,
+    seed: int,
+    start: int,
+    image_size: int | None,
+    per_class: int = 0,
+) -> Stream:
     config = state.config.data
     return state.data.stream(
         batch_size=batch,
@@ -141,6 +155,8 @@ def _stream(state: StageState, batch: int, seed: int, start: int, image_size: in
         # a quarter of the bytes to send
         image_dtype="uint8" if state.device.type == "cuda" else "float32",
         need_labels=state.family.inputs.labels,
+        per_class=per_class,
+        first=state.plan.start,
     )
 
 
@@ -148,25 +164,34 @@ def _stream(state: StageState, batch: int, seed: int, start: int, image_size: in
 _LUMA = (0.299, 0.587, 0.114)
 
 
-def augment(images: Tensor, positions: Tensor, seed: int, config: AugmentConfig) -> Tensor:
+def augment(batch: Batch, seed: int, config: AugmentConfig, device: torch.device) -> Batch:
     """Flip, rotate and recolour images, in this order; a strength of 0 skips the transform.
 
     Args:
-        images: (B, 3, R, R) in [-1, 1].
-        positions: (B,) int64, indices in the global order: the same image is changed differently
-            in each epoch, and in the same way on any number of ranks.
+        batch: of its samples ``position`` (B,), indices in the global order, which decide: the same
+            image is changed differently in each epoch, and in the same way on any number of ranks;
+            and ``image`` (B, 3, R, R) in [-1, 1], if it is read.
         seed: of the run.
         config: strengths of the transforms.
+        device: of the images.
 
     Returns:
-        (B, 3, R, R) in [-1, 1].
+        What changes: ``image`` (B, 3, R, R) in [-1, 1], and, if some images are mirrored,
+        ``flipped`` (B,) bool, which. Batches without images have it too, as levels may be stored
+        for both orientations.
     """
 
     def drawn(purpose: str) -> Tensor:
-        return rng.uniform(seed, f"augment/{purpose}", positions, device=images.device)
+        return rng.uniform(seed, f"augment/{purpose}", batch["position"], device=device)
 
+    changed: Batch = {}
     if config.flip:
-        images = flip(images, drawn("flip") < config.flip)
+        changed["flipped"] = drawn("flip") < config.flip
+    if "image" not in batch:
+        return changed
+    images = batch["image"]
+    if config.flip:
+        images = flip(images, changed["flipped"])
     if config.rotate:
         images = rotate(images, (2 * drawn("rotate") - 1) * config.rotate)
     if config.brightness:
@@ -175,7 +200,8 @@ def augment(images: Tensor, positions: Tensor, seed: int, config: AugmentConfig)
         images = contrast(images, 1 + (2 * drawn("contrast") - 1) * config.contrast)
     if config.saturation:
         images = saturation(images, 1 + (2 * drawn("saturation") - 1) * config.saturation)
-    return images
+    changed["image"] = images
+    return changed
 
 
 def flip(images: Tensor, chosen: Tensor) -> Tensor:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from dinogen.config import AugmentConfig, Config, ConfigError, StageConfig, find_stage
+from dinogen.config import (
+    FAMILY_PLACES,
+    AugmentConfig,
+    Config,
+    ConfigError,
+    StageConfig,
+    find_stage,
+)
 from dinogen.distributed import process_group
-from dinogen.families.abilities import MeasuresHeldOut, trained_parameters
+from dinogen.families.abilities import ChecksData, MeasuresHeldOut, trained_parameters
 from dinogen.families.base import Family
 from dinogen.families.registry import family_class, resolve
 from dinogen.metrics.registry import chosen_names
@@ -22,6 +29,7 @@ from dinogen.training.checkpointing.checkpoint import (
 )
 from dinogen.training.data import check_classes, data_fingerprint
 from dinogen.training.logging.sinks.registry import check_sinks
+from shards.format.sample import is_flipped
 from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
@@ -39,7 +47,7 @@ MAY_CHANGE: dict[str, Any] = {
     "device": True,
     "eval": True,
     "stages": True,  # all but the one at hand, which is compared without its length
-    "family": {"file"},
+    "family": {"file": True, **FAMILY_PLACES},
     "guide": {"file", "path", "revision"},
     "guides": {"__all__": {"file", "path", "revision"}},
     "clip": {"path", "revision"},
@@ -133,22 +141,24 @@ def _check_names(config: Config, families: list[Family]) -> None:
 def _check_stage(config: Config, family: Family, data: Dataset) -> None:
     """Levels, image size and batch of one stage."""
     stage, inputs = family.stage, family.inputs
+    if isinstance(family, ChecksData):
+        family.check_data(data)
     name, stored = f"stage {stage.resolution}", data.manifest.image_size
     missing = [level for level in inputs.levels if level not in data.manifest.levels]
     if missing:
         raise ConfigError(
             f"{data.location}: {name} reads the level {', '.join(missing)}, the shards have "
-            f"{', '.join(data.manifest.levels) or 'none'}: prepare again with it (p for pooled, n "
-            "for native: prepare.pyramids.kinds and prepare.pyramids.grids; NAME.p8 of a guide in "
-            "guides:; clip and text with clip:), or change family:"
+            f"{', '.join(data.manifest.levels) or 'none'}: {_remedy(missing)}"
         )
     if inputs.labels:
         check_classes(config, data)
-    if inputs.image_size is None and config.augment != AugmentConfig():
+    if inputs.per_class and len(data.sets) > 1:
         raise ConfigError(
-            f"augment: family {config.family.name} reads no images at {name}, but precomputed "
-            "features: leave it out"
+            "data.mix: batches by class are read from one dataset: pack the photos together and "
+            "give data.path"
         )
+    if inputs.image_size is None:
+        _check_augment_of_levels(config, inputs.levels, name)
     own = isinstance(family, MeasuresHeldOut)
     if config.eval.every_kimg is not None and not own and not config.eval.generated:
         raise ConfigError(
@@ -160,6 +170,31 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
             f"stages: {name} is larger than the images of {data.location} ({stored}x{stored}):"
             f" leave it out, or prepare again with prepare.faces.size={stage.resolution} or more"
         )
+
+
+def _check_augment_of_levels(config: Config, levels: Sequence[str], name: str) -> None:
+    """Without images nothing can be augmented, but levels of mirrored images can be chosen."""
+    mirrors = any(is_flipped(level) for level in levels)
+    rest = config.augment.model_copy(update={"flip": 0.0}) if mirrors else config.augment
+    if rest != AugmentConfig():
+        raise ConfigError(
+            f"augment: family {config.family.name} reads no images at {name}, but precomputed "
+            f"features: leave it out{', but for flip' if mirrors else ''}"
+        )
+
+
+def _remedy(missing: list[str]) -> str:
+    """How data get levels that they lack."""
+    if all(is_flipped(level) for level in missing):
+        return (
+            "they hold no features of mirrored images, which augment.flip needs: prepare again "
+            "with prepare.pyramids.flips=true, or set augment.flip=0"
+        )
+    return (
+        "prepare again with it (p for pooled, n for native: prepare.pyramids.kinds and "
+        "prepare.pyramids.grids; NAME.p8 of a guide in guides:; clip and text with clip:), or "
+        "change family:"
+    )
 
 
 def _check_ranks(family: Family, num: int) -> None:

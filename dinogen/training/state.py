@@ -43,7 +43,8 @@ class Progress:
         nimg: images shown since the first stage began, over all ranks.
         step: optimizer steps since the first stage began.
         num_skipped: damaged samples that were replaced, in this stage, on all ranks.
-        seconds: training time of this stage so far.
+        seconds: wall-clock time of this stage so far.
+        measuring_s: those of ``seconds`` that went into metrics, probes and grids of samples.
         loss: main loss of the newest log lines, see :meth:`add_loss`.
         logged: nimg of the newest log line.
         health: what the newest probe found.
@@ -57,6 +58,7 @@ class Progress:
     step: int = 0
     num_skipped: int = 0
     seconds: float = 0.0
+    measuring_s: float = 0.0
     loss: float | None = None
     logged: int = 0
     health: str = "ok"
@@ -64,6 +66,11 @@ class Progress:
     best: float | None = None
     best_nimg: int = 0
     num_worse: int = 0
+
+    @property
+    def training_s(self) -> float:
+        """Seconds spent on steps alone: how long a model trains, however often it is measured."""
+        return self.seconds - self.measuring_s
 
     def add_loss(self, loss: float, every: float) -> None:
         """Take over the mean loss of a log line at ``nimg``.
@@ -163,6 +170,7 @@ class StageState:
                 grow(network, previous.tensors(f"{name}.ema"), new, ConfigError)
         self.data = open_data(config) if data is None else data
         self.family.begin(self.data)
+        self.ema.take_buffers()  # what the networks have just learnt of the data
         self.engine: SingleEngine = make_engine(config, self.family, self.stage.lr, self.device)
         self.progress = Progress(nimg=self.plan.start, logged=self.plan.start)
         if previous is not None:

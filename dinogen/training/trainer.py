@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -126,7 +127,8 @@ class Trainer:
                 line.begin(began)
                 if self.config.init_from is not None and began == 0:
                     # what it starts from, to compare with the source and with later grids
-                    self._draw()
+                    with self._measuring():
+                        self._draw()
                 self.window = Window(time.monotonic())
                 while not self.state.finished:
                     before = time.monotonic()
@@ -171,10 +173,9 @@ class Trainer:
         kind = tuple(phase.name for phase in due)
         with self.together.step(kind, [micro["position"] for micro, _ in micros]):
             for micro, _ in micros:
-                if "image" in micro:
-                    micro["image"] = augment(
-                        micro["image"], micro["position"], self.config.seed, self.config.augment
-                    )
+                micro.update(
+                    augment(micro, self.config.seed, self.config.augment, self.engine.device)
+                )
             norms = {phase.name: self._update(phase, micros).grad_norm for phase in due}
         self.arrivals.send(self.now, norms)
         self._settle(self.lag)
@@ -288,7 +289,11 @@ class Trainer:
         now = self.now
         passed = now - self.stage.batch
         measure = self.validator.due(passed, now)
-        metric_values = self.validator.measure() if measure else {}
+        metric_values = {}
+        if measure:
+            self._count()
+            with self._measuring():
+                metric_values = self.validator.measure()
         last = self.state.finished
         if last:
             self._settle()
@@ -296,7 +301,10 @@ class Trainer:
             raise self._blown_up("the stage's last updates were not finite")
         every = self.config.log
         draw = last or due(passed, now, every.samples_kimg)
-        images = self._draw() if draw else None
+        images: Tensor | None = None
+        if draw:
+            with self._measuring():
+                images = self._draw()
         # A family without a probe is probed in the samples that are drawn anyway.
         own_probe = isinstance(self.family, Probes)
         probe = last or due(passed, now, every.probe_kimg) or (draw and not own_probe)
@@ -337,6 +345,7 @@ class Trainer:
             "alpha": self.plan.alpha(self.progress.nimg - self.stage.batch),
             "lr": self.stage.lr * self.plan.lr_factor(self.progress.nimg - self.stage.batch),
             "images_per_s": window.images / elapsed,
+            "training_s": self.progress.training_s,
             **self.mfu.since_last_line(elapsed),
             "data_wait": window.waited / elapsed,
             "save_share": window.saving / elapsed,
@@ -345,7 +354,7 @@ class Trainer:
         if self.engine.device.type == "cuda":
             values["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
         if probe:
-            with process_group.rank_zero_section() as mine:
+            with self._measuring(), process_group.rank_zero_section() as mine:
                 if mine:
                     health = self.validator.probe(images)
                     if health is not None:
@@ -354,6 +363,13 @@ class Trainer:
         self.logger.write(self.progress.nimg, values)
         line.update(self.progress.nimg, values)
         self.window = Window(time.monotonic())
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Counts the time inside as measuring: the steps of a run are compared without it."""
+        began = time.monotonic()
+        yield
+        self.progress.measuring_s += time.monotonic() - began
 
     def _count(self) -> None:
         """Bring time and skipped samples up to now; every rank has to call it."""

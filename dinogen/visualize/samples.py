@@ -12,7 +12,13 @@ from typing import Any
 import torch
 
 from dinogen.errors import UserError
-from dinogen.families.abilities import AdjustsSampling, Conditional, num_classes_of, truncates
+from dinogen.families.abilities import (
+    AdjustsSampling,
+    Conditional,
+    adjustable,
+    num_classes_of,
+    truncates,
+)
 from dinogen.files import write_bytes, write_text
 from dinogen.hub import cached_name, shown, working_path
 from dinogen.report.images import png_bytes, save_grid, to_uint8, with_watermark
@@ -118,18 +124,16 @@ def _check(request: SampleRequest, snapshot: Snapshot) -> None:
     if request.label is not None and request.label >= num_classes:
         raise UserError(f"--class {request.label}: classes are 0 to {num_classes - 1}")
     for option in ("steps", "sampler"):
-        if option in request.sampling and (request.texts or not _adjusts(snapshot)):
+        if option in request.sampling and (request.texts or option not in adjustable(family)):
             raise UserError(f"--{option}: {name} does not sample in steps: leave it out")
-    if "guidance" in request.sampling and not (request.texts or _adjusts(snapshot)):
-        if isinstance(family, Conditional):
+    if "guidance" in request.sampling and not (request.texts or "guidance" in adjustable(family)):
+        if isinstance(family, Conditional) and not num_classes:
             raise UserError("--guidance exaggerates what --text asks for: say that as well")
+        if num_classes:
+            raise UserError(f"--guidance: {name} was trained with one strength: leave it out")
         raise UserError(
             f"--guidance: {name} has neither --text nor classes to be guided by: leave it out"
         )
-
-
-def _adjusts(snapshot: Snapshot) -> bool:
-    return isinstance(snapshot.family, AdjustsSampling)
 
 
 def _about(request: SampleRequest, snapshot: Snapshot) -> dict[str, Any]:

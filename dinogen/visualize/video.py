@@ -17,11 +17,13 @@ from dinogen.errors import UserError
 from dinogen.families.abilities import (
     AdjustsSampling,
     LatentSpace,
+    adjustable,
     decode_in,
     num_classes_of,
     spaces_of,
     to_space,
     truncates,
+    without_noise,
 )
 from dinogen.files import why_not_writable
 from dinogen.hub import working_path
@@ -303,10 +305,9 @@ def _through_samples(request: VideoRequest) -> Walk:
     if request.label is not None and request.label >= num_classes:
         what = f"classes are 0 to {num_classes - 1}" if num_classes else "it has no classes"
         raise UserError(f"--class {request.label}: {name}: {what}")
-    if isinstance(family, AdjustsSampling):
-        # DDPM would draw new noise on the way; with DDIM an image follows from its latent alone
+    if isinstance(family, AdjustsSampling) and "steps" in adjustable(family):
         steps = {} if request.steps is None else {"steps": request.steps}
-        family = family.with_sampling({"sampler": "ddim", **steps})
+        family = family.with_sampling({**without_noise(family), **steps})
         snapshot = replace(snapshot, family=family)
     elif request.steps is not None:
         raise UserError(f"--steps: {name} does not sample in steps: leave it out")

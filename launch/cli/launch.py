@@ -220,7 +220,8 @@ def _launch_folder(
     """Run a folder of configs as a study, without waiting for SLURM."""
     from launch.local.start import launch_local
     from launch.study.plan import check_study, open_folder
-    from launch.study.run import LocalStudy, SlurmStudy
+    from launch.study.run import LocalStudy
+    from launch.study.slurm import SlurmStudy
 
     study = open_folder(folder, changes, stages)
     if dry_run:
@@ -289,7 +290,8 @@ def plan(file: Plan) -> None:
 
     A speed comes from the run itself, or from one of the same config, or from one of the same
     family and resolution. Without any, the time is unknown. A run that cannot work on this machine
-    is red, with the reason.
+    is red, with the reason. Below the table are the lengths that the plan gives its tracks; how
+    many images a length in minutes is, it says once the speeds are measured.
 
     [bold]Example[/bold]  dinogen study plan configs/study.yaml
     """
@@ -298,7 +300,7 @@ def plan(file: Plan) -> None:
     from launch.study.cost import NOTHING_LEFT, cost_of, duration, speed_words
     from launch.study.plan import check_study
     from launch.study.runs import is_trained, lacking
-    from launch.study.status import study_states
+    from launch.study.status import budget_words, study_states
 
     study = _open(file)
     check_study(study)
@@ -318,6 +320,8 @@ def plan(file: Plan) -> None:
         cells = (one.run.id, one.state, left, time, speed_words(cost.speeds))
         lines.append(Line(cells, why, good=one.good and not refused))
     print_lines(str(file), ("run", "state", "images left", "time", "measured"), lines)
+    for words in budget_words(study):
+        typer.echo(words)
     for search in study.searches:
         # what a trial costs whose values are not known yet
         if search.trials.num_left:
@@ -361,6 +365,8 @@ def run(
     On SLURM each run is a chain of jobs. This command waits for them, because the final depends on
     their results; if you stop it, the jobs stay queued.
 
+    Where the plan gives a track minutes, the speed of each config is measured first, once.
+
     With search: in the plan, trials take the place of a config: grid, random or TPE. Bad ones are
     stopped early, one that fails stops nothing, and the best can go into the final.
 
@@ -376,7 +382,8 @@ def run(
     """
     from dinogen.errors import UserError
     from launch.study.plan import check_study
-    from launch.study.run import LocalStudy, SlurmStudy
+    from launch.study.run import LocalStudy
+    from launch.study.slurm import SlurmStudy
 
     study = _open(file)
     if on not in ("local", "slurm"):
@@ -385,7 +392,39 @@ def run(
         raise UserError("--gpus is for --on local; on SLURM set cluster: in the configs")
     check_study(study)
     runner = LocalStudy(study, gpus) if on == "local" else SlurmStudy(study, wait=wait)
-    _finish(study, runner.run(), report=wait)
+    outcomes = runner.run()
+    _finish(runner.study, outcomes, report=wait)
+
+
+@study_app.command()
+def measure(
+    file: Plan,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="On this machine; default: all. Without a GPU: processes on the CPU."
+        ),
+    ] = None,
+) -> None:
+    """Measure the speed of each config whose length is in minutes, and train nothing.
+
+    `dinogen study run` does it too, before anything else. On SLURM it does not, for the machine of
+    the command is not the one that trains: run this in a job of that kind.
+
+    [bold]Example[/bold]  srun --gpus 1 dinogen study measure configs/today.yaml
+    """
+    from launch.study.plan import check_study
+    from launch.study.run import LocalStudy
+    from launch.study.status import budget_words
+
+    study = _open(file)
+    check_study(study)
+    runner = LocalStudy(study, gpus)
+    if outcomes := runner.measure():
+        _finish(runner.study, outcomes, report=False)
+        return
+    for words in budget_words(runner.study) or ["no track has minutes: nothing to measure"]:
+        typer.echo(words)
 
 
 @study_app.command()

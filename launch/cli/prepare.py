@@ -67,7 +67,8 @@ def prepare(
     makes each folder below SRC a class.
 
     If the config has guides:, the features of each of them are computed as well; with clip: also
-    its embeddings of images and captions. The caption of a photo NAME.jpg is NAME.txt beside it.
+    its embeddings of images and captions, and with prepare.latents: the latents of an autoencoder.
+    The caption of a photo NAME.jpg is NAME.txt beside it.
 
     If photos were removed, replaced or added since DATA was finished, the command says so;
     --repack makes the dataset again.
@@ -85,10 +86,16 @@ def prepare(
     from dinogen.prepare import pipeline
     from dinogen.prepare.photos.find import counted, find_photos
     from dinogen.prepare.photos.summary import account
+    from dinogen.training.data import check_latents
 
     settings = _settings(config, overrides)
     photos = find_photos(src)  # a mistyped folder is reported before the guide is loaded
     maker = _maker(settings, _wants_pyramids(settings))
+    made: list[str] = []
+    if maker is not None and maker.latents is not None:
+        maker.check_size(size := settings.prepare.faces.size)
+        made = maker.latents.level_names(size)
+    check_latents(settings, made)
     finished = _is_finished(data) and not repack
 
     def work(folder: Path) -> tuple[FacesSummary, Manifest]:
@@ -138,8 +145,9 @@ def pyramids(
     process_group.init()
     bar = _bar("faces" if process_group.world_size() == 1 else "faces of rank 0")
     with failure_propagation(), bar as progress:
-        # The user asked for pyramids, unless it is only for the embeddings.
-        maker = _maker(settings, settings.clip is None or _wants_pyramids(settings))
+        # The user asked for pyramids, unless it is only for embeddings or latents.
+        plain = settings.clip is None and settings.prepare.latents is None
+        maker = _maker(settings, plain or _wants_pyramids(settings))
         assert maker is not None
         summary = write_pyramids(faces, out, maker, progress=progress)
     if process_group.is_main():
@@ -192,6 +200,11 @@ def pack(
         raise UserError(
             "the config has clip, whose embeddings dinogen pyramids computes: write dinogen pack "
             "FACES PYRAMIDS DATA, or add clip=null"
+        )
+    if pyramids is None and settings.prepare.latents is not None:
+        raise UserError(
+            "the config has prepare.latents, which dinogen pyramids computes: write dinogen pack "
+            "FACES PYRAMIDS DATA, or add prepare.latents=null"
         )
     source = join.open_pyramids(pyramids) if pyramids is not None else None
     named = config is not None or any(item.startswith("guide.") for item in overrides)
@@ -281,7 +294,8 @@ def _maker(settings: Config, pyramids: bool) -> PyramidMaker | None:
     from dinogen.distributed import process_group
     from dinogen.prepare.pyramid import PyramidMaker
 
-    if not pyramids and settings.clip is None:
+    wanted = settings.prepare.latents
+    if not pyramids and settings.clip is None and wanted is None:
         return None
     process_group.set_cpu_threads()
     device = process_group.device()
@@ -295,7 +309,12 @@ def _maker(settings: Config, pyramids: bool) -> PyramidMaker | None:
         from dinogen.features.clip import load_clip
 
         embedder = load_clip(settings.clip, device)
-    return PyramidMaker(guide, settings.prepare.pyramids, device, guides, embedder)
+    latents = None
+    if wanted is not None:
+        from dinogen.prepare.latents import LatentMaker
+
+        latents = LatentMaker.load(wanted, device)
+    return PyramidMaker(guide, settings.prepare.pyramids, device, guides, embedder, latents)
 
 
 def _guide(key: str, config: GuideConfig, device: torch.device) -> Guide:

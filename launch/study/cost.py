@@ -23,7 +23,7 @@ class Speed:
 
     Attributes:
         images_per_s: over all processes.
-        where: folder of the stage.
+        where: folder of the stage, or budget.json.
         device: such as ``NVIDIA H100``; None if the stage is not done.
         num_processes: number of processes that shared the work; None if the stage is not done.
         same: whether it is from the same config, and not only the same family and resolution.
@@ -61,13 +61,17 @@ NOTHING_LEFT = Cost(0, 0.0, 0.0, (), "")
 def cost_of(run: StudyRun, others: Sequence[StudyRun]) -> Cost:
     """The training that is left of a run: the images left of each stage over its measured speed.
 
-    A speed is taken from the run itself, or from one of the same config (another seed, or trained
-    outside the study), or from one of the same family and resolution.
+    A speed is the one that its length in minutes follows from. Of other runs it is taken from the
+    run itself, or from one of the same config (another seed, or trained outside the study), or from
+    one of the same family and resolution.
 
     Args:
         run: the run.
         others: runs whose speeds may be used.
     """
+    if run.unmeasured and run.budget is not None:
+        why = "its speed is not measured yet, so its time is the minutes that it is given"
+        return Cost(None, run.budget.minutes * 60, None, (), why)
     config = with_known_lengths(run.config)
     if config is None:
         why = "its length is in epochs, and its data are not here"
@@ -85,7 +89,7 @@ def cost_of(run: StudyRun, others: Sequence[StudyRun]) -> Cost:
         num_left += left
         if not left:
             continue
-        speed = find_speed(run, stage.resolution, others)
+        speed = _budget_speed(run, stage.name) or find_speed(run, stage.resolution, others)
         if speed is None:
             unknown.append(stage.name)
             continue
@@ -100,6 +104,14 @@ def cost_of(run: StudyRun, others: Sequence[StudyRun]) -> Cost:
         why = f"no {config.family.name} was trained at {', '.join(unknown)} yet"
         return Cost(num_left, None, None, tuple(speeds), why)
     return Cost(num_left, seconds, processor_s, tuple(speeds), "")
+
+
+def _budget_speed(run: StudyRun, stage: str) -> Speed | None:
+    if run.budget is None or run.budget.measured is None:
+        return None
+    known = run.budget.measured
+    speed = known.images_per_s[stage]
+    return Speed(speed, run.budget.file, known.device, known.num_processes, True)
 
 
 def find_speed(run: StudyRun, resolution: int, others: Sequence[StudyRun]) -> Speed | None:

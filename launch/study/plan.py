@@ -18,6 +18,7 @@ from dinogen.config.study import StudyConfig, load_study
 from dinogen.errors import UserError
 from dinogen.runs.layout import CONFIG
 from launch.request import choose_stages
+from launch.study.budget import BUDGET
 from launch.study.runs import StudyRun, final_runs, is_trained, track_runs
 from launch.study.search import Search, better_of
 from launch.study.trials import Trial
@@ -214,9 +215,37 @@ def check_study(study: Study) -> None:
         better_of(study.metric, f"{study.path}: metric")
     for search in study.searches:
         search.check_metric()
-    found = [why for run in study.possible_runs() if (why := changed(study, run))]
+    found = [
+        why
+        for run in study.possible_runs()
+        if (why := lost_budget(study, run) or changed(study, run))
+    ]
     if found:
         raise ConfigError("\n".join(found))
+
+
+def lost_budget(study: Study, run: StudyRun) -> str | None:
+    """Why a run that has begun has no measured length any more; None if it has one."""
+    copy = study.copy_of(run)
+    if run.budget is None or run.budget.measured is not None or not copy.is_file():
+        return None
+    return (
+        f"{study.folder / BUDGET}: holds no speed of {run.budget.key} for {run.budget.minutes:g} "
+        f"minutes with this config, but {run.id} has begun: restore the file, and the plan and "
+        f"config as they were; or move {run.folder} and {copy} away, and it is measured again"
+    )
+
+
+def unmeasured_runs(study: Study) -> list[StudyRun]:
+    """One run of each config whose length is in minutes and whose speed is not known yet.
+
+    Those of the final are among them, for each config that may become the best.
+    """
+    found: dict[str, StudyRun] = {}
+    for run in study.possible_runs():
+        if run.budget is not None and run.unmeasured:
+            found.setdefault(run.budget.key, run)
+    return list(found.values())
 
 
 def changed(study: Study, run: StudyRun) -> str | None:
@@ -225,7 +254,7 @@ def changed(study: Study, run: StudyRun) -> str | None:
     For a run that is not done the trainer itself reports it.
     """
     copy = study.copy_of(run)
-    if not copy.is_file() or not is_trained(run):
+    if run.unmeasured or not copy.is_file() or not is_trained(run):
         return None
     from dinogen.families.registry import resolve
     from dinogen.training.preflight import MAY_CHANGE

@@ -1,20 +1,18 @@
-"""Runs what is left of a study, on this machine or by SLURM; if killed, the next call continues."""
+"""Runs what is left of a study on this machine; if it is killed, the next call continues."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 from dinogen.config import dump_config
 from dinogen.errors import EXIT_STOPPED, UserError
@@ -24,15 +22,13 @@ from launch.doctor import usable_cores
 from launch.local.signals import SignalForwarder
 from launch.local.start import build_command, count_processes
 from launch.request import Request
-from launch.slurm.jobs import ACTIVE, cancel, launch_folder, read_jobs
-from launch.slurm.plan import lacking_data, metric_changes
-from launch.slurm.status import job_rows
-from launch.slurm.submit import ask_states, launch_slurm
-from launch.study.outcome import Outcome, complaint, is_done, jobless, unwritable
-from launch.study.plan import Study, present_runs
+from launch.slurm.plan import metric_changes
+from launch.study.outcome import Outcome, complaint, unwritable
+from launch.study.plan import Study, open_study, present_runs, unmeasured_runs
 from launch.study.runs import STEPS, StudyRun, is_trained, lacking, steps_left
 from launch.study.search import Search
-from launch.study.state import JOBS, Attempt, Record, read_record, study_lock
+from launch.study.speed import add_speed, short_run
+from launch.study.state import Record, read_record, study_lock
 from launch.study.trials import StorageError
 from shards.files import Locked, lock
 
@@ -61,15 +57,20 @@ class StudyRunner(ABC):
         Raises:
             UserError: another process is running the study.
         """
-        for search in self.study.searches:
-            search.trials.keep_trying = lambda: not self._stopping
         with study_lock(self.study.folder):
             self.record = read_record(self.study)
+            self._use(self.study)
             self._work()
             runs, choices = present_runs(self.study, self._settled)
             self.record.best = {n: one.best for n, one in choices.items() if one.best is not None}
             self.record.write()
         return [self._outcome(run) for run in runs]
+
+    def _use(self, study: Study) -> None:
+        """Go on with a study as its files say it now."""
+        self.study = self.record.study = study
+        for search in study.searches:
+            search.trials.keep_trying = lambda: not self._stopping
 
     @property
     @abstractmethod
@@ -128,6 +129,15 @@ class StudyRunner(ABC):
         if (search := self.study.search_of(run)) is not None:
             search.fail(run, why)
 
+    def _no_length(self, run: StudyRun) -> str | None:
+        """Why it is not known for how many images a run trains; None if it is."""
+        if run.budget is None or not run.unmeasured:
+            return None
+        return (
+            f"it is not measured yet how many images {run.budget.minutes:g} minutes are: dinogen "
+            f"study measure {self.study.path}, on a machine of the kind that it trains on"
+        )
+
     def _settle(self) -> None:
         """Record the trials that are done, for those that follow depend on them."""
         for search in self.study.searches:
@@ -161,14 +171,70 @@ class LocalStudy(StudyRunner):
         self.num_processes = count_processes(num_processes)
         self.max_restarts = max_restarts
         self._process: subprocess.Popen[bytes] | None = None
+        self._speedless: dict[str, str] = {}  # why a speed could not be measured, by budget
         self._signals = SignalForwarder(self._workers, self._end)
 
     @property
     def _stopping(self) -> bool:
         return self._signals.stopping
 
+    def measure(self) -> list[Outcome]:
+        """Measure the speed of each config whose length is in minutes, and train nothing.
+
+        Returns:
+            The outcome of each config that was not measured before.
+
+        Raises:
+            UserError: another process is running the study.
+        """
+        with study_lock(self.study.folder):
+            self.record = read_record(self.study)
+            self._signals.install()
+            return self._measure_speeds()
+
+    def _measure_speeds(self) -> list[Outcome]:
+        found = []
+        for run in unmeasured_runs(self.study):
+            run = replace(run, id=run.budget_key)  # it stands for all runs of its config
+            if self._signals.stopping:
+                found.append(Outcome(run, "stopped", EXIT_STOPPED))
+                continue
+            why = lacking(run)
+            try:
+                outcome = Outcome(run, why, 1) if why else self._measure_speed(run)
+            except (UserError, OSError) as error:
+                outcome = Outcome(run, str(error), 1)
+            if not outcome.good:
+                log.error("%s: its speed is not measured: %s", run.id, outcome.what)
+                self._speedless[run.budget_key] = f"its speed is not measured: {outcome.what}"
+            found.append(outcome)
+        if found:
+            self._use(open_study(self.study.path))  # with the lengths that are known now
+        return found
+
+    def _measure_speed(self, run: StudyRun) -> Outcome:
+        """Measure one config by a short run that is thrown away, and write it down."""
+        short = short_run(self.study, run)
+        shutil.rmtree(short.folder, ignore_errors=True)  # of a study that was killed
+        self._write_copy(short)
+        code, problem = self._step(short, "train")
+        if self._signals.stopping and code:
+            return Outcome(run, "stopped", EXIT_STOPPED)
+        if problem:
+            return Outcome(run, problem, 1)
+        words = add_speed(self.study, short, run)
+        shutil.rmtree(short.folder)
+        self.study.copy_of(short).unlink()
+        log.info("%s: %s", run.id, words)
+        return Outcome(run, words)
+
+    def _no_length(self, run: StudyRun) -> str | None:
+        why = super()._no_length(run)
+        return why and self._speedless.get(run.budget_key, why)
+
     def _work(self) -> None:
         self._signals.install()
+        self._measure_speeds()
         while not self._signals.stopping and (run := self._next()) is not None:
             try:
                 self.outcomes[run.id] = self._try(run)
@@ -202,6 +268,9 @@ class LocalStudy(StudyRunner):
         if why := lacking(run):
             log.warning("%s: %s", run.id, why)
             self._without_data.add(run.id)
+            return Outcome(run, why, 1)
+        if why := self._no_length(run):
+            self._failed.add(run.id)
             return Outcome(run, why, 1)
         try:
             self._write_copy(run)
@@ -339,215 +408,3 @@ def start(command: list[str], env: dict[str, str], path: Path) -> subprocess.Pop
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-
-
-# Seconds between two looks at the jobs; the longer nothing happens, the less often.
-_FIRST_PAUSE, _LAST_PAUSE = 1.0, 60.0
-
-
-class SlurmStudy(StudyRunner):
-    """A study on SLURM: each run is a chain of jobs; the final's follow when its tracks have ended.
-
-    Each run is submitted once; the next call submits what failed in the meantime. Asked to stop, it
-    leaves the jobs queued.
-
-    Args:
-        study: the study.
-        photos: folder to make missing data from; None if they are packed.
-        wait: whether to wait until all jobs have ended, or only to submit what can be submitted.
-        unchecked: submit without looking at data, weights and ranks first.
-    """
-
-    def __init__(
-        self,
-        study: Study,
-        photos: Path | None = None,
-        wait: bool = True,
-        unchecked: bool = False,
-    ) -> None:
-        super().__init__(study)
-        self.unchecked = unchecked
-        self.photos = photos
-        self.wait = wait
-        self._waiting: dict[str, tuple[StudyRun, Attempt, float]] = {}
-        self._quiet: set[str] = set()  # without a queued job at the last look
-        self._stop = threading.Event()
-
-    @property
-    def _stopping(self) -> bool:
-        return self._stop.is_set()
-
-    def _work(self) -> None:
-        self._check_photos()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._handle)
-        pause = _FIRST_PAUSE
-        while not self._stop.is_set():
-            news = self._submit_new()
-            if not self.wait:
-                self.outcomes |= {
-                    run.id: Outcome(run, "submitted") for run, _, _ in self._waiting.values()
-                }
-                break
-            news += self._look()
-            if not self._waiting and not news:
-                break
-            pause = _FIRST_PAUSE if news else min(1.2 * pause, _LAST_PAUSE)
-            if self._waiting:
-                self._stop.wait(pause)
-
-    def _check_photos(self) -> None:
-        """No two runs may make the same data at once."""
-        makers: dict[str, StudyRun] = {}
-        for run in self.study.runs if self.photos else ():
-            if run.config.data.mix:
-                continue
-            for path in lacking_data(run.config):
-                first = makers.setdefault(path, run)
-                if first is not run:
-                    raise UserError(
-                        f"{first.source} and {run.source} would both make {path} at once: pack it "
-                        "first (dinogen prepare), or give each a data.path of its own"
-                    )
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._stop.set()
-
-    def _submit_new(self) -> int:
-        """Submit every run that can be by now; returns how many runs that was tried for."""
-        self._settle()
-        runs, _ = present_runs(self.study, self._settled)
-        num = 0
-        for run in [*runs, *self._further_trials(runs)]:
-            if run.id in self.outcomes or run.id in self._waiting or self._stop.is_set():
-                continue
-            search = self.study.search_of(run)
-            if search is not None and self.study.is_pruned(run):
-                self._prune(run, search)
-                continue
-            if search is not None and (
-                search.is_over(run)
-                or self._is_hopeless(search)
-                or self._num_queued(search) >= search.settings.most_at_once
-            ):
-                continue
-            # SLURM measures a run that is only trained, too: launch_slurm knows if that is done
-            if self.metric is not None and not steps_left(run, self.metric):
-                self.outcomes[run.id] = Outcome(run, "done before")
-                continue
-            num += 1
-            why = lacking(run)
-            if why and (self.photos is None or run.config.data.mix):
-                log.warning("%s: %s", run.id, why)
-                self._without_data.add(run.id)
-                self.outcomes[run.id] = Outcome(run, why, 1)
-                continue
-            self._submit(run)
-        return num
-
-    def _num_queued(self, search: Search) -> int:
-        return sum(search.owns(run) for run, _, _ in self._waiting.values())
-
-    def _further_trials(self, runs: Sequence[StudyRun]) -> Iterator[StudyRun]:
-        """As many new trials as may be queued beside the known ones."""
-        for search in self.study.searches:
-            left = (run for run in runs if search.owns(run) and run.id not in self.outcomes)
-            num = sum(run.id in self._waiting or not self._settled(run) for run in left)
-            while num < search.settings.most_at_once and not self._stop.is_set():
-                run = self._ask(search)
-                if run is None:
-                    break
-                yield run
-                num += 1
-
-    def _prune(self, run: StudyRun, search: Search) -> None:
-        """Cancel the jobs of a trial; the one that trains saves first."""
-        for row in job_rows(run.folder) if read_jobs(run.folder).jobs else []:
-            if row.state.split()[0] in ACTIVE:
-                cancel(row.id)
-        what = f"pruned: {search.trial_of(run).why}"
-        log.info("%s: %s", run.id, what)
-        if (waiting := self._waiting.pop(run.id, None)) is not None:
-            _, attempt, began = waiting
-            self.record.end(attempt, time.monotonic() - began, EXIT_STOPPED, None)
-        self.outcomes[run.id] = Outcome(run, what)
-
-    def _submit(self, run: StudyRun) -> None:
-        copy = self.study.copy_of(run)
-        log.info("%s:", run.id)
-        request = Request(
-            copy,
-            (),
-            run.config,
-            run.only,
-            photos=self.photos,
-            unchecked=self.unchecked,
-            metric=self.metric,
-        )
-        command = ["dinogen", "launch", str(copy), "--on", "slurm"]
-        attempt = self.record.open(run)
-        if attempt is None or attempt.step != JOBS:
-            attempt = self.record.begin(run, JOBS, command, launch_folder(run.folder))
-        try:
-            self._write_copy(run)
-            num_jobs = launch_slurm(request)
-        except (UserError, OSError) as error:
-            what = str(error) if isinstance(error, UserError) else unwritable(error)
-            self._fail(run, attempt, 0.0, what)
-            return
-        if num_jobs or steps_left(run, self.metric):
-            self._waiting[run.id] = (run, attempt, time.monotonic())
-            return
-        self.record.end(attempt, 0.0, 0, None)
-        self.outcomes[run.id] = Outcome(run, "done before")
-
-    def _look(self) -> int:
-        """Find the runs whose jobs have ended; returns their number."""
-        before = len(self._waiting)
-        for run, attempt, began in list(self._waiting.values()):
-            if self._stop.is_set():
-                break
-            search = self.study.search_of(run)
-            try:
-                if search is not None and search.watch(run) is not None:
-                    self._prune(run, search)
-                    continue
-                states = ask_states(read_jobs(run.folder)).values()
-                if any(state is not None and state.active for state in states):
-                    self._quiet.discard(run.id)
-                    continue
-                rows = job_rows(run.folder)
-                done = is_done(run, self.metric, rows)
-                if not done and run.id not in self._quiet:
-                    # A file system of several nodes may show a job's files late.
-                    self._quiet.add(run.id)
-                    continue
-                took = time.monotonic() - began
-                if done:
-                    self._done(run, attempt, took)
-                else:
-                    self._fail(run, attempt, took, jobless(run, self.metric, rows))
-            except UserError as error:
-                log.warning("%s: %s", run.id, error)  # SLURM or the storage may answer again
-        return before - len(self._waiting)
-
-    def _done(self, run: StudyRun, attempt: Attempt, seconds: float) -> None:
-        self._waiting.pop(run.id)
-        log.info("%s: done", run.id)
-        self.record.end(attempt, seconds, 0, None)
-        self.outcomes[run.id] = Outcome(run, f"done after {seconds:.0f} s")
-
-    def _fail(self, run: StudyRun, attempt: Attempt, seconds: float, what: str) -> None:
-        self._fail_trial(run, what)  # first: if the storage does not answer, the run stays waiting
-        self._waiting.pop(run.id, None)
-        self._failed.add(run.id)
-        self.outcomes[run.id] = Outcome(run, what, 1)
-        log.error("%s: %s", run.id, what)
-        self.record.end(attempt, seconds, 1, what)
-
-    def _not_tried(self, run: StudyRun) -> Outcome:
-        search = self.study.search_of(run)
-        if self._settled(run) or (search is not None and self._is_hopeless(search)):
-            return super()._not_tried(run)
-        what = "its jobs stay queued" if run.id in self._waiting else "not submitted"
-        return Outcome(run, what, EXIT_STOPPED)

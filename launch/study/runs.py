@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinogen.config import Config, ConfigError, load_config
-from dinogen.config.study import FINAL, EntryConfig, StudyConfig
+from dinogen.config.study import FINAL, EntryConfig, Length, StudyConfig
 from dinogen.runs.run import Run, Stage
 from launch.request import choose_stages
 from launch.slurm.plan import lacking_data
+from launch.study.budget import Budget, find_budget, length_changes, stage_shares
 
 # What a study does for each run, in this order.
 STEPS = ("train", "evaluate", "look")
@@ -30,6 +31,8 @@ class StudyRun:
         config: as it is trained.
         only: the stages to train, ``8`` or ``4..64``; None for all.
         trial: its number in a search; None if it is no trial.
+        budget: the minutes that it is given; None if its length is not in minutes. Until they are
+            measured, the lengths in ``config`` are not those that it is trained with.
     """
 
     id: str
@@ -40,6 +43,17 @@ class StudyRun:
     config: Config
     only: str | None = None
     trial: int | None = None
+    budget: Budget | None = None
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether its length is in minutes, and the speed of its config is not known yet."""
+        return self.budget is not None and self.budget.measured is None
+
+    @property
+    def budget_key(self) -> str:
+        """Its name in budget.json, where its length is in minutes; else empty."""
+        return self.budget.key if self.budget is not None else ""
 
     @property
     def folder(self) -> Path:
@@ -55,9 +69,9 @@ class StudyRun:
 
 def track_runs(path: Path, plan: StudyConfig, track: str, entry: EntryConfig) -> list[StudyRun]:
     """The runs of a config of a track, one for each seed."""
-    changes = [*plan.overrides, *plan.tracks[track].overrides, *entry.overrides]
+    changes, budget = _track_changes(path, plan, track, entry)
     return [
-        _run(path, plan, track, f"{entry.label}-seed{seed}", entry, changes, seed)
+        _run(path, plan, track, f"{entry.label}-seed{seed}", entry, changes, seed, budget)
         for seed in plan.tracks[track].seeds
     ]
 
@@ -67,24 +81,65 @@ def track_run(
 ) -> StudyRun:
     """The one run of a config that is searched over, or of a trial."""
     (seed,) = plan.tracks[track].seeds
-    changes = [*plan.overrides, *plan.tracks[track].overrides, *entry.overrides]
-    return _run(path, plan, track, folder, entry, changes, seed)
+    changes, budget = _track_changes(path, plan, track, entry)
+    return _run(path, plan, track, folder, entry, changes, seed, budget)
 
 
 def final_runs(path: Path, plan: StudyConfig, track: str, entry: EntryConfig) -> list[StudyRun]:
     """The runs of a config in the final, one for each seed."""
     final = plan.final
     assert final is not None
-    changes = [*plan.overrides, *plan.tracks[track].overrides, *entry.overrides]
+    changes, budget = _track_changes(path, plan, track, entry)
+    label = f"{track}-{entry.label}"
     if final.epochs is not None:
         config = load_config(_source(path, entry), changes)
-        changes += _lengths(config, final.epochs, f"{path}: final.epochs: {entry.config}")
+        changes += _epochs(config, final.epochs, f"{path}: final.epochs: {entry.config}")
+        budget = None
     changes += final.overrides
-    entry = entry.model_copy(update={"name": f"{track}-{entry.label}"})
+    if final.kimg is not None or final.minutes is not None:
+        more, budget = _budgeted(path, plan, FINAL, final, entry, label, changes)
+        changes += more
+    entry = entry.model_copy(update={"name": label})
     return [
-        _run(path, plan, FINAL, f"{entry.label}-seed{seed}", entry, changes, seed)
+        _run(path, plan, FINAL, f"{entry.label}-seed{seed}", entry, changes, seed, budget)
         for seed in final.seeds
     ]
+
+
+def _track_changes(
+    path: Path, plan: StudyConfig, track: str, entry: EntryConfig
+) -> tuple[list[str], Budget | None]:
+    """The changes to a config of a track, with those of its length; and its minutes, if any."""
+    section = plan.tracks[track]
+    changes = [*plan.overrides, *section.overrides, *entry.overrides]
+    more, budget = _budgeted(path, plan, track, section, entry, entry.label, changes)
+    return changes + more, budget
+
+
+def _budgeted(
+    path: Path,
+    plan: StudyConfig,
+    track: str,
+    section: Length,
+    entry: EntryConfig,
+    label: str,
+    changes: list[str],
+) -> tuple[list[str], Budget | None]:
+    """Changes for the length that a section gives; and the minutes, if it gives those."""
+    if section.kimg is None and section.minutes is None:
+        return [], None
+    key = f"tracks.{track}" if track != FINAL else FINAL
+    unit = "kimg" if section.minutes is None else "minutes"
+    where = f"{path}: {key}.{unit}: {entry.config}"
+    config = load_config(_source(path, entry), changes)
+    stage_shares(config, where)  # a mistake must not wait for a measurement
+    budget = find_budget(plan.folder, f"{track}/{label}", section, config)
+    kimg = section.kimg
+    if budget is not None and budget.measured is not None:
+        kimg = budget.measured.kimg
+    if kimg is None:
+        return [], budget
+    return length_changes(config, kimg, section.measurements, where), budget
 
 
 def _run(
@@ -95,6 +150,7 @@ def _run(
     entry: EntryConfig,
     changes: Sequence[str],
     seed: int,
+    budget: Budget | None,
 ) -> StudyRun:
     source = _source(path, entry)
     config = load_config(source, [*changes, f"seed={seed}"])
@@ -105,7 +161,7 @@ def _run(
         )
     run_id = f"{track}/{folder}"
     config, outside = config.model_copy(update={"run": plan.folder / run_id}), config.run
-    return StudyRun(run_id, track, entry.label, source, outside, config)
+    return StudyRun(run_id, track, entry.label, source, outside, config, budget=budget)
 
 
 def _source(path: Path, entry: EntryConfig) -> Path:
@@ -113,18 +169,11 @@ def _source(path: Path, entry: EntryConfig) -> Path:
     return path.parent / entry.config
 
 
-def _lengths(config: Config, epochs: float, where: str) -> list[str]:
+def _epochs(config: Config, epochs: float, where: str) -> list[str]:
     """Changes that give a run this number of epochs, its stages in the same proportions."""
-    if len({stage.kimg is None for stage in config.stages}) > 1:
-        raise ConfigError(
-            f"{where}: some of its stages have kimg and some have epochs: use one of them for "
-            "all, or set the lengths in final.overrides"
-        )
-    sizes = [stage.kimg or stage.epochs or 0.0 for stage in config.stages]
     changes: list[str] = []
-    for number, size in enumerate(sizes):
-        length = epochs * size / sum(sizes)
-        changes += [f"stages.{number}.epochs={length:.12g}", f"stages.{number}.kimg=null"]
+    for number, share in enumerate(stage_shares(config, where)):
+        changes += [f"stages.{number}.epochs={epochs * share:.12g}", f"stages.{number}.kimg=null"]
     return changes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dinogen.config.study import FINAL, Length
 from dinogen.errors import UserError
 from dinogen.files import write_text
 from dinogen.report.compare import write_comparison
@@ -119,6 +120,29 @@ def _progress(run: StudyRun) -> str:
     return words
 
 
+def budget_words(study: Study) -> list[str]:
+    """The length of the runs of each track and of the final that the plan gives, a line each."""
+    if study.plan is None:
+        return []
+    sections: list[tuple[str, Length]] = [*study.plan.tracks.items()]
+    if study.plan.final is not None:
+        sections.append((FINAL, study.plan.final))
+    runs = list(study.possible_runs())
+    lines = []
+    for name, section in sections:
+        if section.kimg is not None:
+            lines.append(f"{name}: {section.kimg:,.6g} k images each")
+        if section.minutes is not None:
+            budgets = {run.name: run.budget for run in runs if run.track == name}
+            parts = [
+                f"{label} {one.measured.words if one.measured else 'not measured yet'}"
+                for label, one in budgets.items()
+                if one is not None
+            ]
+            lines.append(f"{name}: {section.minutes:g} minutes each: {'; '.join(parts)}")
+    return lines
+
+
 SUMMARY = "study.md"
 _SHOWN = 8  # trials of a search that are compared side by side
 
@@ -141,13 +165,15 @@ def write_report(study: Study) -> Path:
         )
     out = study.folder / "report"
     write_text(out / SUMMARY, summary(study, states, choices))
-    return write_comparison(begun, out, study.title).page
+    return write_comparison(begun, out, study.title, budget_words(study)).page
 
 
 def summary(study: Study, states: list[State], choices: dict[str, Choice]) -> str:
     """All runs of the study in a table, the best of each track, and what failed; Markdown."""
     metric = study.metric
     lines = [f"# {study.title}", "", f"`dinogen study run {study.path}`", ""]
+    if budgets := budget_words(study):
+        lines += [*(f"- {line}" for line in budgets), ""]
     lines += [f"| run | state | {metric or ''} | progress |", "|---|---|---|---|"]
     for one in states:
         value = "" if one.value is None else f"{one.value:.4g}"

@@ -26,6 +26,11 @@ LABEL_SUFFIXES = (META_SUFFIX, LABEL_SUFFIX)
 CAPTION_SUFFIX = "txt"
 # Levels that hold one vector of a sample: the embeddings of its image and of its caption.
 VECTORS = ("clip", "text")
+# Of the main guide's features of mirrored images; those of NAME are NAME_flipped.
+FLIPPED = "flipped"
+# In a guide's place, an autoencoder: means and log variances of the image, and of its mirror image.
+LATENTS = "latents"
+OF_LATENTS = (LATENTS, f"{LATENTS}_{FLIPPED}")
 _LEVEL = re.compile(r"(?:([a-z][a-z0-9_]*)\.)?[pn]([1-9][0-9]*)")
 # WebDataset's rule: up to the first dot of the last part of the name; what it treats as metadata
 # of the tar itself is skipped.
@@ -150,6 +155,24 @@ def level_guide(name: str) -> str:
     """
     found = _LEVEL.fullmatch(level_name(name))
     return (found[1] or "") if found else VECTORS[0]
+
+
+def flipped_guide(name: str) -> str:
+    """The name under which shards hold a guide's features of mirrored images; "" is the main one.
+
+    It is a guide's name like others, so that readers of any version read these levels.
+    """
+    return f"{name}_{FLIPPED}" if name else FLIPPED
+
+
+def flipped_level(name: str) -> str:
+    """The same level of the mirrored image: "flipped.p4" for "p4", "pixels_flipped.p4"."""
+    return f"{flipped_guide(level_guide(name))}.{name.rpartition('.')[2]}"
+
+
+def is_flipped(name: str) -> bool:
+    """Whether a level is that of mirrored images."""
+    return level_guide(name).rpartition("_")[2] == FLIPPED
 
 
 def _is_level(name: str) -> bool:

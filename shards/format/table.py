@@ -231,6 +231,17 @@ class SampleTable:
             found[i] = labels[sample]
         return found
 
+    def all_labels(self) -> npt.NDArray[np.int64]:
+        """Labels of all samples in packed order; this reads the index of every shard.
+
+        Raises:
+            IndexFileError: as :meth:`labels`.
+        """
+        for shard in range(len(self.shards)):
+            self.labels([(shard, 0)])  # whether there are any
+        found = [self.index(shard).labels for shard in range(len(self.shards))]
+        return np.concatenate([labels for labels in found if labels is not None])
+
     def no_label(self, shard: int, sample: int) -> CorruptSample:
         """Why the label of a sample is not known."""
         index = self.index(shard)

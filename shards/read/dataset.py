@@ -73,6 +73,14 @@ class Dataset(ABC):
         """
 
     @abstractmethod
+    def level_mean(self, level: int | str) -> npt.NDArray[np.float32]:
+        """Mean of a level's features over train, float32 (grid * grid, C).
+
+        Raises:
+            ManifestError: if the dataset lacks the level, or has no sound statistics.
+        """
+
+    @abstractmethod
     def level_variance(self, level: int | str) -> npt.NDArray[np.float32]:
         """Population variance of a level's features over train, float32 (grid * grid, C).
 
@@ -177,6 +185,8 @@ class Dataset(ABC):
         pin_memory: bool = False,
         need_labels: bool = False,
         image_dtype: ImageDtype = "float32",
+        per_class: int = 0,
+        first: int = 0,
     ) -> Stream:
         """Endless batches of a split in an order that depends only on seed and position.
 
@@ -202,6 +212,9 @@ class Dataset(ABC):
             image_dtype: "float32" for images in [-1, 1]; "uint8" for the bytes that these
                 are made of. On any device float32 (x - 127.5) / 127.5 gives the same values to the
                 bit, as long as it divides: many GPU kernels multiply by the reciprocal of a number.
+            per_class: samples of one class in a row, of which ``batch_size`` is a multiple; the
+                classes take turns. 0: samples of any class. It needs one dataset with labels.
+            first: with ``per_class``, the position at which the first of these runs begins.
 
         Raises:
             ManifestError: if the dataset lacks the split, a level or labels.
@@ -224,6 +237,8 @@ class Dataset(ABC):
             pin_memory=pin_memory,
             need_labels=need_labels,
             image_dtype=image_dtype,
+            per_class=per_class,
+            first=first,
         )
 
 
@@ -384,11 +399,7 @@ class PackedDataset(Dataset):
         return ""
 
     def level_mean(self, level: int | str) -> npt.NDArray[np.float32]:
-        """Mean of a level's features over train, float32 (grid * grid, C).
-
-        Raises:
-            ManifestError: if the dataset lacks the level, or has no sound statistics.
-        """
+        """As `Dataset.level_mean`."""
         return self._measured(level, "mean")
 
     def level_variance(self, level: int | str) -> npt.NDArray[np.float32]:

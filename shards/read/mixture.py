@@ -87,6 +87,10 @@ class MixedDataset(Dataset):
         sets = (one for one in self._sets if one.num_samples(split))
         return next((fault for one in sets if (fault := one.label_fault(split))), "")
 
+    def level_mean(self, level: int | str) -> npt.NDArray[np.float32]:
+        """As `Dataset.level_mean`: of the mix, in which each dataset has its weight."""
+        return self._means(level)[1].astype(np.float32)
+
     def level_variance(self, level: int | str) -> npt.NDArray[np.float32]:
         """As `Dataset.level_variance`: of the mix, in which each dataset has its weight."""
         return self._variance(level).astype(np.float32)
@@ -97,15 +101,23 @@ class MixedDataset(Dataset):
 
     def _variance(self, level: int | str) -> npt.NDArray[np.float64]:
         """Law of total variance: the mean of the variances and the variance of the means."""
-        self.level_info(level)
-        weights = [float(weight) for weight in self._weights]
-        means = [one.level_mean(level).astype(np.float64) for one in self._sets]
+        means, middle = self._means(level)
         within = [one.level_variance(level).astype(np.float64) for one in self._sets]
-        middle = sum(w * m for w, m in zip(weights, means, strict=True))
-        total = np.zeros_like(means[0])
-        for weight, mean, variance in zip(weights, means, within, strict=True):
-            total += weight * (variance + (mean - middle) ** 2)
+        total = np.zeros_like(middle)
+        for weight, mean, variance in zip(self._weights, means, within, strict=True):
+            total += float(weight) * (variance + (mean - middle) ** 2)
         return total
+
+    def _means(
+        self, level: int | str
+    ) -> tuple[list[npt.NDArray[np.float64]], npt.NDArray[np.float64]]:
+        """The mean of each dataset, and that of the mix."""
+        self.level_info(level)
+        means = [one.level_mean(level).astype(np.float64) for one in self._sets]
+        middle = np.zeros_like(means[0])
+        for weight, mean in zip(self._weights, means, strict=True):
+            middle += float(weight) * mean
+        return means, middle
 
 
 def _common(sets: Sequence[PackedDataset]) -> Manifest:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
 from typing import Literal, get_args
 
-from shards.errors import CorruptSample
+from shards.errors import CorruptSample, ManifestError
 from shards.read.batch import (
     Batch,
     BatchMaker,
     SplitReader,
+    Successor,
     WeightedSources,
     along,
     check_on_error,
     name_skipped,
 )
+from shards.read.classes import ClassOrder, within_class
 from shards.read.order import Order, Plan, Planner, planner_of, seed_of
 from shards.read.reader import ImageDtype
 from shards.remote.download import stop_at
@@ -31,6 +33,25 @@ from shards.remote.storage import RemoteFolder
 _SPARE_BATCHES = 1
 # Planning several batches costs about as much as planning one.
 _BATCHES_PLANNED = 16
+
+
+def _class_order(
+    dataset: WeightedSources, split: str, seed: int, run: int, first: int
+) -> Callable[[], ClassOrder]:
+    """Makes the order of a dataset in runs of one class.
+
+    Raises:
+        ManifestError: its samples have no labels.
+        ValueError: it is a mix.
+    """
+    if len(dataset.sets) > 1:
+        raise ValueError("per_class needs one dataset: a mix has no order by class")
+    if not dataset.manifest.has_labels:
+        raise ManifestError(f"{dataset.location}: its samples have no labels to be ordered by")
+    table = dataset.sets[0].table(split)
+    labels = table.all_labels()
+    sizes = [shard.num_samples for shard in table.shards]
+    return partial(ClassOrder, labels, sizes, seed, run, first)
 
 
 class Stream:
@@ -66,6 +87,8 @@ class Stream:
         pin_memory: bool,
         need_labels: bool = False,
         image_dtype: ImageDtype = "float32",
+        per_class: int = 0,
+        first: int = 0,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size} ranks")
@@ -75,6 +98,8 @@ class Stream:
             )
         if start < 0 or num_threads < 0:
             raise ValueError("start and num_threads must not be negative")
+        if per_class and batch_size % per_class:
+            raise ValueError(f"batch_size {batch_size} must be a multiple of per_class {per_class}")
         check_on_error(on_error)
         if image_dtype not in get_args(ImageDtype):
             raise ValueError(f"image_dtype must be 'float32' or 'uint8', not {image_dtype!r}")
@@ -96,8 +121,15 @@ class Stream:
             for number, one in enumerate(dataset.sets)
         ]
 
+        by_class = _class_order(dataset, split, seed, per_class, first) if per_class else None
+
         def planner() -> Planner:
+            if by_class is not None:
+                return by_class()
             return planner_of([order() for order in orders], dataset.weights)
+
+        def successor(order: Callable[[], Order]) -> Successor:
+            return along(order()) if by_class is None else within_class(by_class())
 
         readers = [
             SplitReader(
@@ -105,7 +137,7 @@ class Stream:
                 split,
                 image_size,
                 levels,
-                along(order()) if on_error == "skip" else None,
+                successor(order) if on_error == "skip" else None,
                 among=num_sets > 1,
                 need_labels=need_labels,
                 image_dtype=image_dtype,

@@ -104,3 +104,23 @@ def test_a_step_waits_for_nothing_in_any_precision_or_on_two_ranks(tmp_path, kin
     configs = counted(tmp_path / "json", names.split(), *options, "--steps", "1")
     found = {name: waits(config["steps"]["1"]) for name, config in configs.items()}
     assert found == {name: {} for name in names.split()}
+
+
+# hidden tokens of a small transformer, aligned with features of both orientations
+REPA = """
+guide: {name: dinov2, path: facebook/dinov2-small}
+augment: {flip: 0.5}
+family:
+  name: flow
+  network: dit
+  dit: {width: 64, depth: 2, num_heads: 2, patch: 4}
+  repa: {layer: 1, until_kimg: 1}
+stages: [{resolution: 64, kimg: 100, lr: 1.0e-4}]
+"""
+
+
+def test_alignment_waits_for_nothing(tmp_path):
+    (tmp_path / "repa.yaml").write_text(REPA)
+    name = str(tmp_path / "repa.yaml")
+    found = counted(tmp_path / "json", [name], "engine.precision=bf16", "--steps", "1")
+    assert waits(found[name]["steps"]["1"]) == {}

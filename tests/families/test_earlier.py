@@ -145,9 +145,13 @@ def test_every_member_of_0_1_may_call_super_and_keeps_its_meaning(old):
         abilities.OrdersLayers,
         abilities.HasClasses,
         abilities.AdjustsSampling,
+        abilities.LimitsSampling,
         abilities.HasGraph,
         abilities.HasLatentSpaces,
         abilities.Inverts,
+        abilities.ChecksData,
+        abilities.Recalls,
+        abilities.AddsNoise,
     }
     assert {item for item in ABILITIES if not isinstance(family, item)} == newer
     assert not abilities.truncates(family)

@@ -1,4 +1,4 @@
-"""What docs/flow.md shows of configs and commands, as it stands there."""
+"""What docs/flow.md shows of rectified flow, EDM and min-SNR, as it stands there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from dinogen.training.run import train
 from launch.cli.main import app
 from tests.families.tiny import tiny_config
 
-TEXT = (Path(__file__).parents[2] / "docs" / "flow.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "flow.md").read_text(encoding="utf-8")
+TEXT, _ = PAGE.split("## The diffusion transformer")
 CONFIGS = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.M | re.S)
 COMMANDS = "".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S)).splitlines()
 

@@ -75,7 +75,7 @@ CASES += [("ddpm", ("family.sampler=ddpm",)), ("stylegan2_ada", ("family.truncat
 @torch.no_grad()
 def test_samples_are_decoded_latents_and_bitwise_what_they_were(name, overrides):
     family = build(name, *overrides)
-    networks = {"G": family.networks["G"]}
+    networks = {name: family.networks[name] for name in family.ema_networks}
     found = family.sample(networks, NUMBERS, SEED)
     assert found.dtype == torch.float32 and found.shape == (4, 3, RESOLUTION, RESOLUTION)
     latents = family.latents(NUMBERS, SEED)

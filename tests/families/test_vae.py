@@ -14,20 +14,26 @@ from tests.families.vae_helpers import batch_of, build, drawn_images, means, tra
 NUM_VALUES = 3 * 16 * 16
 
 
+SPATIAL = "family.latent_side=4"
+both = pytest.mark.parametrize("shape", [(), (SPATIAL,)], ids=["vector", "spatial"])
+
+
 def by_hand(family, batch, purpose):
     """Reconstructions, log p(x | z) and KL of each sample, by torch.distributions."""
     G = family.G
     mean, log_variance = G.encode(batch["image"])
-    noise = rng.normal(family.config.seed, purpose, batch["position"], (8,))
+    size = (8, 4, 4) if family.options.latent_side else (8,)
+    noise = rng.normal(family.config.seed, purpose, batch["position"], size)
     q = Normal(mean, torch.exp(log_variance / 2))
     x = G.decode(q.loc + q.scale * noise)
     likelihood = Normal(x, 1.0).log_prob(batch["image"]).sum((1, 2, 3))
-    kl = kl_divergence(q, Normal(torch.zeros(8), torch.ones(8))).sum(1)
+    kl = kl_divergence(q, Normal(torch.zeros(size), torch.ones(size))).flatten(1).sum(1)
     return x, likelihood, kl
 
 
-def test_at_beta_1_the_loss_is_the_negative_elbo_per_value_up_to_the_gaussian_s_constant():
-    family = build("vae")
+@both
+def test_at_beta_1_the_loss_is_the_negative_elbo_per_value_up_to_the_gaussian_s_constant(shape):
+    family = build("vae", *shape)
     batch = batch_of(drawn_images(4), start=100)
     (phase,) = family.phases
     losses, report = phase.losses(batch)
@@ -54,8 +60,9 @@ def test_beta_weighs_the_kl_alone():
     assert second["reconstruction"] == first["reconstruction"]
 
 
-def test_the_loss_does_not_depend_on_how_a_batch_is_cut():
-    family = build("vae")
+@both
+def test_the_loss_does_not_depend_on_how_a_batch_is_cut(shape):
+    family = build("vae", *shape)
     images = drawn_images(6)
     (phase,) = family.phases
     whole = means(phase.losses(batch_of(images))[0])
@@ -64,9 +71,10 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_cut():
         assert sum(part[name] for part in parts) / 3 == pytest.approx(value, rel=1e-5)
 
 
-def test_it_overfits_eight_images():
+@both
+def test_it_overfits_eight_images(shape):
     """The squared error falls below an eighth of that of the mean image."""
-    family = build("vae", "family.beta=0.01")
+    family = build("vae", "family.beta=0.01", *shape)
     images = drawn_images()
     spread = (images - images.mean(0)).square().mean().item()
     train(family, images, num_steps=75)
@@ -86,6 +94,30 @@ def test_a_sample_depends_on_its_index_and_the_seed_alone():
     assert not torch.allclose(other, images, atol=1e-3)
     z = rng.normal(3, "sample", torch.arange(6), (8,))
     torch.testing.assert_close(images, family.G.decode(z))
+
+
+def test_a_spatial_latent_is_that_of_its_image():
+    """Sampled, inverted and decoded; and it is exported with its side."""
+    family = build("vae", SPATIAL)
+    assert family.arguments("G")["latent_side"] == 4
+    assert "latent_side" not in build("vae").arguments("G")
+    indices = torch.tensor([5, 1])
+    with torch.no_grad():
+        z = family.latents(indices, seed=3)
+        assert torch.equal(z, rng.normal(3, "sample", indices, (8, 4, 4)))
+        images = family.sample(family.networks, indices, seed=3)
+        torch.testing.assert_close(images, family.G.decode(z))
+        mean = family.invert(family.networks, images, indices)
+        assert torch.equal(mean, family.G.encode(images)[0]) and mean.shape == z.shape
+        found = family.reconstruct(family.networks, batch_of(images))
+        torch.testing.assert_close(found, family.G.decode(mean))
+    assert family.first_layer(family.networks) is None
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 16])
+def test_a_side_that_the_resolution_does_not_have_is_refused(side):
+    with pytest.raises(ConfigError, match=rf"family\.latent_side: {side}: .* it can be 4, 8, or 0"):
+        build("vae", f"family.latent_side={side}")
 
 
 def test_held_out_is_the_loss_of_the_given_networks_under_noise_of_its_own():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 
@@ -26,6 +27,9 @@ _DIT = {
     "network": "dit",
     "dit": {"width": 16, "depth": 2, "num_heads": 2, "patch": 4, "num_registers": 1},
 }
+_RCG = {"level": "n16", "channels": 32, "width": 16, "depth": 2, "steps": 2}
+# Of the autoencoder whose latents the discs have.
+LATENT = {"channels": 3, "factor": 4}
 # By family; what follows a hyphen is a variant of it.
 TINY = {
     "dcgan": {"z_dim": 8, "ngf": 4, "ndf": 4},
@@ -34,6 +38,7 @@ TINY = {
     "progressive_gan": {"z_dim": 8, "channel_base": 64, "channel_max": 8},
     "stylegan2_ada": {"z_dim": 8, "w_dim": 8, "channel_base": 128, "channel_max": 8},
     "vae": {"latent": 8, "base_channels": 8},
+    "vae-spatial": {"latent": 2, "latent_side": 4, "base_channels": 8, "beta": 1e-3},
     "vae_gan": {"latent": 8, "base_channels": 8, "d_layers": 1, "d_channels": 8},
     "ddpm": {**_UNET, "num_steps": 50, "sample_steps": 4},
     "ddpm-edm": {**_UNET, "prediction": "edm", "sample_steps": 4},
@@ -41,12 +46,55 @@ TINY = {
     "ddpm-dit": {**_DIT, "num_steps": 50, "sample_steps": 4},
     "flow": {**_UNET, "sample_steps": 4},
     "flow-dit": {**_DIT, "sampler": "midpoint", "sample_steps": 3},
+    "ddpm-rcg": {**_DIT, "num_steps": 50, "sample_steps": 4, "representation": _RCG},
+    "flow-rcg": {**_UNET, "sample_steps": 2, "representation": _RCG},
+    "ddpm-repa": {
+        **_DIT,
+        "num_steps": 50,
+        "sample_steps": 4,
+        "repa": {"layer": 1, "level": "n4", "channels": 32, "hidden": 8},
+    },
+    "flow-repa": {
+        **_UNET,
+        "sample_steps": 4,
+        "repa": {"layer": 1, "level": "n16", "channels": 32, "hidden": 8, "until_kimg": 0.016},
+    },
+    "ddpm-latent": {
+        **_DIT,
+        "dit": _DIT["dit"] | {"patch": 2},
+        "prediction": "edm",
+        "sample_steps": 4,
+        "latent": {**LATENT, "sample": "mean"},
+    },
+    "flow-latent": {
+        **_UNET,
+        "attention_resolutions": [2],
+        "sample_steps": 4,
+        "latent": LATENT,
+    },
     "guided": {
         "z_dim": 8,
         "channel_base": 64,
         "channel_max": 16,
         "probe_samples": 4,
         "objectives": [{"name": "mse"}],
+    },
+    "guided-dit": {
+        "generator": "dit",
+        "dit": _DIT["dit"],
+        "num_classes": 2,
+        "samples_per_class": 4,
+        "guidance_range": [1, 4],
+        "guidance": 1.5,
+        "reference_batch": 6,
+        "probe_samples": 4,
+        "objectives": [
+            {
+                "name": "drift",
+                "views": ["location", "global", "mean_std", "patches"],
+                "normalize": "together",
+            }
+        ],
     },
 }
 
@@ -57,7 +105,7 @@ def tiny_config(family: str, data: Path, run: Path, *overrides: str) -> Config:
         "run": str(run),
         "data": {"path": str(data), "num_threads": 0},
         "guide": {"path": str(data.parent / "guide")},
-        "family": {"name": family.partition("-")[0], **TINY[family]},
+        "family": {"name": family.partition("-")[0], **copy.deepcopy(TINY[family])},
         "stages": [{"resolution": RESOLUTION, "kimg": 0.032, "batch": BATCH, "lr": 1e-3}],
         # Adam would blow up gradients that are zero but for rounding: a hinge critic's last bias
         "optim": {"eps": 1e-5},

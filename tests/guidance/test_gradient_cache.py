@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinogen.guidance import objectives
+from dinogen.guidance import comparing
 from dinogen.guidance.objectives import Drift, Energy, Mmd, SlicedWasserstein, titles
 from dinogen.guidance.weighted import GlobalBatchObjective
 from dinogen.training.checkpointing.checkpoint import newest_checkpoint
@@ -155,7 +155,7 @@ def test_the_cached_gradient_is_the_uncached_one(sizes):
 def test_places_are_compared_in_blocks_of_bounded_size(monkeypatch):
     objective, features, weight, micro, *_ = set_up()
     (want,) = torch.autograd.grad(sum(objective.losses(micro, features(micro))[0].values()), weight)
-    monkeypatch.setattr("dinogen.guidance.objectives._MOST_PAIRS", 1)
+    monkeypatch.setattr("dinogen.guidance.comparing._MOST_PAIRS", 1)
     (found,) = torch.autograd.grad(
         sum(objective.losses(micro, features(micro))[0].values()), weight
     )
@@ -172,7 +172,7 @@ def test_the_floor_is_what_reals_reach(at_once, monkeypatch):
     sets = [{"p2": torch.randn(700, 4, 3)} for _ in range(2)]
     found = objective.compare(*sets, lambda size, number: torch.randn(size, number))
     whole = objective.floors(sets[1])
-    monkeypatch.setattr(objectives, "_MOST_PAIRS", at_once * 700**2)
+    monkeypatch.setattr(comparing, "_MOST_PAIRS", at_once * 700**2)
     floors = objective.floors(sets[1])
     assert floors == pytest.approx(whole, rel=1e-5)
     assert set(floors) == {"energy", "mmd"}, "that of drift is not known"

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from dinogen.config import Config, load_config
+from dinogen.config import Config, StageConfig, load_config
 from dinogen.features.dinov2 import make_random_dinov2
 from tests import forked
 from tests.families.tiny import TINY, pack_discs
@@ -56,6 +56,7 @@ class Player:
         codes: what (run, step) ends with; 0 unless given.
         metric values: of a run, by its id; 1 unless given, and a text is why there is none.
         fingerprints: of a run's metric value.
+        speeds: images per second of a short run that is timed, by its id; 50 unless given.
         done: what was done, in order: ``gan/a-seed0 train``.
     """
 
@@ -64,6 +65,7 @@ class Player:
         self.codes: dict[tuple[str, str], int] = {}
         self.metric_values: dict[str, float | str] = {}
         self.fingerprints: dict[str, str] = {}
+        self.speeds: dict[str, float] = {}
         self.done: list[str] = []
 
     def start(self, command: list[str], env: dict[str, str], log: Path) -> Player.Process:
@@ -96,7 +98,18 @@ class Player:
                 "device": "cpu",
             }
             write(self._stage(run, stage.resolution) / "result.json", result)
+            if run.startswith("speed/"):
+                self._log_steps(run, config, stage, nimg - stage.num_images)
         (self.folder / run / "config.yaml").write_text("{}")
+
+    def _log_steps(self, run: str, config: Config, stage: StageConfig, start: int) -> None:
+        """Log lines as training writes them at its speed; the first, that warms up, is slow."""
+        every = round(config.log.every_kimg * 1000)
+        speed, lines = self.speeds.get(run, 50.0), []
+        for nimg in range(every, stage.num_images + 1, every):
+            seconds = 60 + (nimg - every) / speed
+            lines.append(json.dumps({"nimg": start + nimg, "training_s": seconds}) + "\n")
+        (self._stage(run, stage.resolution) / "stats.jsonl").write_text("".join(lines))
 
     def _evaluate(self, run: str, config: Config) -> None:
         given = self.metric_values.get(run, 1.0)

@@ -10,10 +10,11 @@ from dinogen.report.compare import Written
 from launch.cli.main import app
 
 
-def compared(runs, out, title):
+def compared(runs, out, title, notes=()):
     """In the place of the comparison: notes what it was asked for."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "runs").write_text("\n".join(map(str, runs)))
+    (out / "notes").write_text("\n".join(notes))
     return Written(out / "runs", {}, len(runs))
 
 

@@ -72,7 +72,7 @@ def test_a_diffusion_model_cannot_be_searched(name, tmp_path):
         searcher(family, networks, "z", 2, 1).search(image, torch.tensor([0]))
 
 
-@pytest.mark.parametrize("name", ["vae", "vae_gan", *DENOISERS])
+@pytest.mark.parametrize("name", ["vae", "vae-spatial", "vae_gan", *DENOISERS])
 def test_who_inverts(name, tmp_path):
     family, networks = built(name, tmp_path)
     assert isinstance(family, Inverts)

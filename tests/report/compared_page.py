@@ -20,7 +20,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         given = dict(attrs)
-        if tag not in ("meta", "img", "br", "wbr"):
+        if tag not in ("meta", "img", "br", "wbr", "input"):
             self.open.append(tag)
         self.sources += [given[key] for key in ("src", "srcset", "data", "poster") if key in given]
         self.sources += [given["href"]] if tag in ("link", "image") else []
@@ -33,7 +33,7 @@ class Page(HTMLParser):
 
     def handle_startendtag(self, tag, attrs):
         self.handle_starttag(tag, attrs)
-        if tag not in ("meta", "img", "br", "wbr"):
+        if tag not in ("meta", "img", "br", "wbr", "input"):
             self.handle_endtag(tag)
 
     def handle_endtag(self, tag):

@@ -193,6 +193,7 @@ def test_the_variance_is_that_of_the_mix(packed, others):
         weights += [weight / n] * n
     mean = np.average(values, axis=0, weights=weights)
     variance = np.average((np.array(values) - mean) ** 2, axis=0, weights=weights)
+    np.testing.assert_allclose(data.level_mean("p4"), mean, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(data.level_variance("p4"), variance, rtol=1e-4)
     assert data.total_variance(4) == pytest.approx(variance.mean(), rel=1e-4)
 

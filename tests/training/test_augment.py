@@ -34,6 +34,11 @@ def random_images(num: int = 4) -> torch.Tensor:
     return torch.nn.functional.avg_pool2d(images, 5, 1, 2, count_include_pad=False)
 
 
+def augmented(images: torch.Tensor, positions: torch.Tensor, seed: int, config: AugmentConfig):
+    batch = {"image": images, "position": positions}
+    return augment(batch, seed, config, images.device)["image"]
+
+
 @pytest.mark.parametrize(
     ("mine", "theirs"),
     [
@@ -77,14 +82,25 @@ def test_a_mirror_image_is_one():
 def test_what_is_drawn_depends_on_the_position_alone():
     images = random_images(1).expand(64, -1, -1, -1)
     positions = torch.arange(64) + 1000
-    whole = augment(images, positions, 5, ALL)
-    parts = [augment(images[i::3], positions[i::3], 5, ALL) for i in range(3)]
+    whole = augmented(images, positions, 5, ALL)
+    parts = [augmented(images[i::3], positions[i::3], 5, ALL) for i in range(3)]
     for i, part in enumerate(parts):
         torch.testing.assert_close(whole[i::3], part)
     assert (whole[0] - whole[1]).abs().max() > 1e-3
-    assert (whole - augment(images, positions, 6, ALL)).abs().max() > 1e-3
+    assert (whole - augmented(images, positions, 6, ALL)).abs().max() > 1e-3
     assert whole.abs().max() <= 1
-    assert torch.equal(augment(images, positions, 5, AugmentConfig()), images)
+    assert torch.equal(augmented(images, positions, 5, AugmentConfig()), images)
+
+
+def test_the_batch_says_which_images_are_mirrored():
+    images, positions = random_images(1).expand(64, -1, -1, -1), torch.arange(64) + 1000
+    batch = {"image": images, "position": positions}
+    changed = augment(batch, 5, AugmentConfig(flip=0.3), images.device)
+    mirrored = [not torch.equal(one, images[0]) for one in changed["image"]]
+    assert changed["flipped"].tolist() == mirrored and 10 < sum(mirrored) < 30
+    bare = augment({"position": positions}, 5, AugmentConfig(flip=0.3), images.device)
+    assert list(bare) == ["flipped"] and torch.equal(bare["flipped"], changed["flipped"])
+    assert "flipped" not in augment(batch, 5, AugmentConfig(rotate=5), images.device)
 
 
 def test_a_run_that_mirrors_everything_equals_a_run_on_mirror_images(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +21,11 @@ from tests.training.helpers import weights
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """Runs of two steps; everything of torch.compile but the generated code."""
-    pack_discs(tmp_path / "discs")
+    # of no guide: what those compare that run none
+    draw = np.random.default_rng(0).standard_normal
+    shapes = {"n4": (16, 32), "n16": (256, 32)}
+    levels = [{name: draw(shape) for name, shape in shapes.items()} for _ in range(24)]
+    pack_discs(tmp_path / "discs", levels)
     monkeypatch.setattr(base, "COMPILER", "aot_eager")
     torch.compiler.reset()
 

@@ -30,13 +30,16 @@ class Written:
     num_sound: int
 
 
-def write_comparison(runs: Sequence[Path], out: Path, title: str) -> Written:
+def write_comparison(
+    runs: Sequence[Path], out: Path, title: str, notes: Sequence[str] = ()
+) -> Written:
     """Write ``index.html``, ``comparison.json`` and ``comparison.md`` into a folder.
 
     Args:
         runs: folders of runs; failed ones and those that never began are listed as such.
         out: the folder; created if needed.
         title: heading of the page.
+        notes: sentences below it.
 
     Returns:
         The page, which needs no other file and no network, and the damaged runs. The page lists
@@ -47,7 +50,7 @@ def write_comparison(runs: Sequence[Path], out: Path, title: str) -> Written:
     """
     if not runs:
         raise UserError("no run to compare: give folders of runs")
-    comparison = Comparison(read_runs(runs), title)
+    comparison = Comparison(read_runs(runs), title, notes)
     write_json(out / DATA, comparison.to_dict())
     write_text(out / TEXT, render_text(comparison))
     write_text(out / PAGE, render_page(comparison))

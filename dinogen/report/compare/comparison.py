@@ -10,17 +10,22 @@ from typing import Any
 from dinogen.report.compare.model import ComparedRun
 from dinogen.report.compare.table import (
     Column,
+    Equal,
     Seeds,
     all_digits,
+    at_equal,
+    few_images,
     label_of,
     main_column,
     make_columns,
     number_rows,
     over_seeds,
+    own_network,
     sort_runs,
     unavailable,
     values_of,
 )
+from dinogen.runs.values import favours
 
 # of more runs only the number is shown
 MAX_NAMES = 4
@@ -31,6 +36,7 @@ def warnings_of(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[
     """One sentence for each thing that could mislead a reader of the table."""
     return [
         *_differing(runs, columns),
+        *_trained_with(runs, columns),
         *_random(runs),
         *_different_data(runs),
         *_different_seeds(runs),
@@ -79,6 +85,23 @@ def _why(runs: Sequence[ComparedRun], column: Column) -> str:
             said = "; ".join(f"{value} ({_names(some)})" for value, some in groups.items())
             parts.append(f"{key}: {said}.")
     return " ".join(parts)
+
+
+def _trained_with(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[str]:
+    """Metrics by a network that some of the runs were trained with; one sentence for each group."""
+    found: dict[tuple[str, ...], list[Column]] = {}
+    for column in columns:
+        numbers = values_of(runs, column.name)
+        if names := tuple(name for name, one in numbers.items() if favours(one.caution)):
+            found.setdefault(names, []).append(column)
+    sentences = []
+    for names, some in found.items():
+        labels = ", ".join(column.full_label for column in some)
+        sentences.append(
+            f"{labels}: {_names(names)} learnt from the network that measures, which favours them: "
+            "compare by metrics whose network no run was trained with."
+        )
+    return sentences
 
 
 def _random(runs: Sequence[ComparedRun]) -> list[str]:
@@ -142,10 +165,11 @@ class Comparison:
     Args:
         runs: as read from their folders.
         title: heading.
+        notes: sentences below it, such as how long a study lets its runs train.
     """
 
-    def __init__(self, runs: Sequence[ComparedRun], title: str) -> None:
-        self.title = title
+    def __init__(self, runs: Sequence[ComparedRun], title: str, notes: Sequence[str] = ()) -> None:
+        self.title, self.notes = title, list(notes)
         self.version = version("dinogen")
         begun = [run for run in runs if run.numbers]
         self.columns: list[Column] = make_columns(begun)
@@ -157,6 +181,7 @@ class Comparison:
         self.warnings = [*_damaged(self.damaged, runs), *warnings_of(begun, self.columns)]
         self.unavailable = unavailable(begun, label_of)
         self.seeds: list[Seeds] = over_seeds(begun, self.columns)
+        self.equal: list[Equal] = at_equal(begun, self.seeds)
         self.all_runs = [*self.runs, *(run for run in runs if not run.numbers)]
 
     @property
@@ -181,6 +206,7 @@ class Comparison:
         """The comparison, JSON-ready."""
         return {
             "title": self.title,
+            "notes": self.notes,
             "dinogen": self.version,
             "order": self.order,
             "main_metric": self.main_column.name if self.main_column else None,
@@ -192,6 +218,7 @@ class Comparison:
                 for metrics, reason, runs in self.unavailable
             ],
             "seeds": [asdict(one) for one in self.seeds],
+            "equal": [asdict(one) for one in self.equal],
             "failures": {
                 run.name: {"status": run.status, "what": run.problems}
                 for run in (*self.failed, *self.with_problems)
@@ -228,6 +255,7 @@ def _run_dict(run: ComparedRun) -> dict[str, Any]:
         "numbers": {row.pop("name"): row for row in number_rows(run)},
         "curves": {
             "measured": run.measured,
+            "training_s": {"kimg": run.times[0], "values": run.times[1]},
             "loss": {"kimg": run.loss[0], "values": run.loss[1]},
         },
         "visualizations": [
@@ -248,6 +276,7 @@ def _run_dict(run: ComparedRun) -> dict[str, Any]:
 def render_text(comparison: Comparison) -> str:
     """A comparison without images and curves, as Markdown."""
     lines = [f"# {_cell(comparison.title)}", ""]
+    lines += [f"{_cell(text)}\n" for text in comparison.notes]
     lines += [f"> **Warning.** {_cell(text)}\n>" for text in comparison.warnings]
     lines += ["", f"## Metrics ({comparison.order})", ""]
     columns = comparison.columns
@@ -263,12 +292,13 @@ def render_text(comparison: Comparison) -> str:
         "",
         "Bold: best of its column; ≈: within two spreads of the best; ± spread; "
         "n: generated images / real ones; few images: fewer than 1,000 of either, or fewer "
-        "than the features have dimensions.",
+        "than the features have dimensions; own network: the run was trained with the network that "
+        "measures.",
         "",
     ]
     for metrics, reason, runs in comparison.unavailable:
         lines.append(f"- Not available: {_cell(metrics)} ({', '.join(runs)}): {_cell(reason)}")
-    lines += _seeds(comparison) + _failures(comparison)
+    lines += _seeds(comparison) + _equal(comparison) + _failures(comparison)
     lines += _provenance(comparison)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -290,7 +320,8 @@ def _value(run: ComparedRun, column: Column) -> str:
         text += f" (n {number.num_samples:,}{real})"
     if not column.comparable and number.fingerprint:
         text += f" `{number.fingerprint}`"
-    return text + (" (few images)" if number.caution else "")
+    words = [word for word in (few_images(number), own_network(number)) if word]
+    return text + (f" ({', '.join(words)})" if words else "")
 
 
 def _seeds(comparison: Comparison) -> list[str]:
@@ -310,6 +341,24 @@ def _seeds(comparison: Comparison) -> list[str]:
         rows.append(row)
     heads = [column.full_label for column in columns]
     return ["", "## Over seeds", "", *_table(["experiment", "runs", *heads], rows)]
+
+
+def _equal(comparison: Comparison) -> list[str]:
+    lines: list[str] = []
+    for one in comparison.equal:
+        lines += ["", f"## After {one.words}, in {_cell(one.folder)}", ""]
+        rows = []
+        for name, runs, values in one.rows:
+            cells = [name, str(len(runs))]
+            for metric in one.names:
+                value, spread = values.get(metric, (None, None))
+                text = "–" if value is None else f"{value:.4g}"
+                cells.append(text if spread is None else f"{text} ± {spread:.2g}")
+            rows.append(cells)
+        lines += _table(["experiment", "runs", *map(label_of, one.names)], rows)
+        if one.left_out:
+            lines += ["", f"Without a record of their time: {', '.join(one.left_out)}."]
+    return lines
 
 
 def _failures(comparison: Comparison) -> list[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from dinogen.files import named_folder
 from dinogen.runs.files import Found, Line, read_raw
@@ -62,11 +64,21 @@ class Source:
     device: str | None
 
 
+class Point(NamedTuple):
+    """A metric value that was measured during training, and after how many thousand images."""
+
+    kimg: float
+    value: float
+    fingerprint: str | None
+
+
 @dataclass
 class ComparedRun:
     """Everything that a comparison shows of one run.
 
     Attributes (those that need an explanation):
+        times: thousands of images, and the seconds of training that they took, over all stages;
+            empty for a run of an earlier version.
         problems: damage, collapse, where it stopped.
         damage: those of them that are damaged files.
     """
@@ -90,6 +102,7 @@ class ComparedRun:
     fingerprints: dict[str, dict[str, Any]] = field(default_factory=dict)
     measured: list[Line] = field(default_factory=list)
     loss: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    times: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
     visualizations: list[Visualization] = field(default_factory=list)
     real: Visualization | None = None
     problems: list[str] = field(default_factory=list)
@@ -99,6 +112,21 @@ class ComparedRun:
     def finished(self) -> bool:
         """Whether the last stage of its config has a result."""
         return self.status == "finished"
+
+    def seconds_at(self, kimg: float) -> float | None:
+        """Seconds of training until then, without measuring; None if its files do not say."""
+        images, seconds = self.times
+        if not images or kimg > images[-1]:
+            return None
+        return float(np.interp(kimg, [0.0, *images], [0.0, *seconds]))
+
+    def curve(self, name: str) -> list[Point]:
+        """Values of a metric over training, those that are not available left out."""
+        return [
+            Point(line["nimg"] / 1000, one["value"], one.get("fingerprint"))
+            for line in self.measured
+            if (one := line["metrics"].get(name)) is not None and one.get("value") is not None
+        ]
 
 
 def take(run: ComparedRun, found: Found[T]) -> T:

@@ -20,7 +20,15 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from dinogen.report.compare.comparison import Comparison
 from dinogen.report.compare.model import ComparedRun, Visualization
-from dinogen.report.compare.table import Column, all_digits, label_of, number_rows, show_counts
+from dinogen.report.compare.table import (
+    Column,
+    all_digits,
+    few_images,
+    label_of,
+    number_rows,
+    own_network,
+    show_counts,
+)
 
 TEMPLATE = Path(__file__).with_name("page.html")
 ID_DIGITS = 6
@@ -64,13 +72,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot, drawn for wide and for narrow screens."""
+    """A plot over images and over time, each drawn for wide and for narrow screens.
+
+    Attributes:
+        by_images: wide and narrow.
+        by_time: the same; None if no run says how long it took.
+        untimed: names of runs that are missing from the plot over time.
+    """
 
     title: str
     warning: str
-    wide: Markup
-    narrow: Markup
+    by_images: tuple[Markup, Markup]
+    by_time: tuple[Markup, Markup] | None
     runs: tuple[ComparedRun, ...]
+    untimed: tuple[str, ...]
 
 
 def render_page(comparison: Comparison) -> str:
@@ -97,6 +112,7 @@ def render_page(comparison: Comparison) -> str:
             if any(column.name in one.values for one in comparison.seeds)
         ],
         plots=_plots(comparison.runs, numbers),
+        timed=any(run.times[0] for run in runs),
         losses=_losses(runs, numbers),
         sections=_sections(comparison),
         more={run.name: _more(run) for run in runs},
@@ -126,8 +142,7 @@ def _cell(run: ComparedRun, column: Column, place: int) -> Cell:
     if number is None or number.value is None:
         return Cell("–")
     notes = [] if column.counts else [show_counts(number)]
-    if number.caution:
-        notes.append("few images")
+    notes += [few_images(number), own_network(number)]
     if not column.comparable and number.fingerprint:
         notes.append(number.fingerprint[:ID_DIGITS])
     return Cell(
@@ -144,31 +159,39 @@ def _plots(runs: Sequence[ComparedRun], numbers: dict[str, int]) -> list[Plot]:
     names = dict.fromkeys(name for run in runs for line in run.measured for name in line["metrics"])
     plots = []
     for name in names:
-        lines, shown, prints = [], [], set()
-        for run in runs:
-            points = [
-                (line["nimg"] / 1000, value, one.get("fingerprint"))
-                for line in run.measured
-                if (one := line["metrics"].get(name)) is not None
-                and (value := one.get("value")) is not None
-            ]
-            if points:
-                prints |= {point[2] for point in points}
-                kimg, values = [p[0] for p in points], [p[1] for p in points]
-                lines.append(Series(numbers[run.name], kimg, values))
-                shown.append(run)
-        if not any(len(line.values) > 1 for line in lines):
+        curves = [(run, points) for run in runs if (points := run.curve(name))]
+        if not any(len(points) > 1 for _, points in curves):
             continue
         label = label_of(name)
+        prints = {point.fingerprint for _, points in curves for point in points}
         warning = (
             f"Measured in {len(prints)} different ways (fingerprints differ): the curves cannot "
             "be compared."
             if len(prints) > 1
             else ""
         )
-        wide, narrow = (Markup(curves_svg(lines, label, size)) for size in (WIDE, NARROW))
-        plots.append(Plot(label, warning, wide, narrow, tuple(shown)))
+        by_images, by_time, untimed = [], [], []
+        for run, points in curves:
+            kimg, values = [point.kimg for point in points], [point.value for point in points]
+            by_images.append(Series(numbers[run.name], kimg, values))
+            times = [run.seconds_at(one) for one in kimg]
+            minutes = [one / 60 for one in times if one is not None]
+            if len(minutes) == len(kimg):
+                by_time.append(Series(numbers[run.name], minutes, values))
+            else:
+                untimed.append(run.name)
+        shown = tuple(run for run, _ in curves)
+        timed = _drawn(by_time, label, MINUTES) if by_time else None
+        images = _drawn(by_images, label, KIMG)
+        plots.append(Plot(label, warning, images, timed, shown, tuple(untimed)))
     return plots
+
+
+def _drawn(lines: Sequence[Series], label: str, xlabel: str) -> tuple[Markup, Markup]:
+    wide, narrow = (
+        Markup(curves_svg(lines, label, size, xlabel=xlabel)) for size in (WIDE, NARROW)
+    )
+    return wide, narrow
 
 
 def _losses(
@@ -234,6 +257,7 @@ DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("-", (0, (5, 2)), (0, (
 MAX_POINTS = 160
 # Placeholders for the colours of the page, light or dark; no other text contains them.
 INK, SERIES = "#0abcde", "#0abc{:02d}"
+KIMG, MINUTES = "images seen, thousands", "training, minutes"
 WIDE, NARROW, SMALL = (9.2, 3.9), (4.3, 3.7), (3.5, 1.75)
 
 
@@ -243,24 +267,30 @@ class Series:
 
     Attributes:
         number: of the run; determines colour and dashes.
-        kimg: thousands of images seen.
+        x: thousands of images seen, or minutes of training.
         values: one for each.
     """
 
     number: int
-    kimg: Sequence[float]
+    x: Sequence[float]
     values: Sequence[float]
 
 
 def curves_svg(
-    lines: Sequence[Series], ylabel: str, size: tuple[float, float] = WIDE, *, smooth: bool = False
+    lines: Sequence[Series],
+    ylabel: str,
+    size: tuple[float, float] = WIDE,
+    *,
+    xlabel: str = KIMG,
+    smooth: bool = False,
 ) -> str:
-    """An ``<svg>`` element with curves over thousands of images, without a legend.
+    """An ``<svg>`` element with curves over training, without a legend.
 
     Args:
         lines: at least one, each with at least one point.
         ylabel: label of the y axis.
         size: inches.
+        xlabel: what ``x`` of the lines is.
         smooth: average neighbouring points.
     """
     canvas = Figure(figsize=size, layout="constrained")
@@ -268,9 +298,9 @@ def curves_svg(
     axes = canvas.subplots()
     style(axes)
     for line in lines:
-        kimg, values = _fewer(line.kimg, line.values) if smooth else (line.kimg, line.values)
+        x, values = _fewer(line.x, line.values) if smooth else (line.x, line.values)
         axes.plot(
-            kimg,
+            x,
             values,
             color=SERIES.format(line.number % NUM_COLOURS),
             linestyle=DASHES[line.number // NUM_COLOURS % len(DASHES)],
@@ -285,10 +315,10 @@ def curves_svg(
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("images seen, thousands", parse_math=False)
+    axes.set_xlabel(xlabel, parse_math=False)
     if ylabel:
         axes.set_ylabel(ylabel, parse_math=False)
-    return _svg(canvas, f"{ylabel}{size}{[line.number for line in lines]}")
+    return _svg(canvas, f"{ylabel}{xlabel}{size}{[line.number for line in lines]}")
 
 
 def style(axes: Axes) -> None:
@@ -305,12 +335,12 @@ def style(axes: Axes) -> None:
     axes.patch.set_visible(False)
 
 
-def _fewer(kimg: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+def _fewer(x: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
     """A curve averaged to at most :data:`MAX_POINTS` points."""
     if len(values) <= MAX_POINTS:
-        return list(kimg), list(values)
+        return list(x), list(values)
     return (
-        [float(part.mean()) for part in np.array_split(np.asarray(kimg), MAX_POINTS)],
+        [float(part.mean()) for part in np.array_split(np.asarray(x), MAX_POINTS)],
         [float(part.mean()) for part in np.array_split(np.asarray(values), MAX_POINTS)],
     )
 

@@ -206,7 +206,8 @@ def _read_attempts(run: ComparedRun) -> None:
 
 
 def _read_losses(run: ComparedRun, stages: list[Stage]) -> None:
-    """The loss over all stages, which continue the count of images."""
+    """The loss and the time over all stages, which continue the count of images."""
+    timed = True
     for stage in stages:
         found = stage.read_stats()
         lines = take(run, found)
@@ -215,6 +216,13 @@ def _read_losses(run: ComparedRun, stages: list[Stage]) -> None:
             run.problems.append(run.damage[-1])
         kimg, loss = series(lines, "loss")
         run.loss = (run.loss[0] + kimg, run.loss[1] + loss)
+        before = run.times[1][-1] if run.times[1] else 0.0
+        kimg, seconds = series(lines, "training_s")
+        if not kimg:
+            timed = False
+        run.times = (run.times[0] + kimg, run.times[1] + [before + one for one in seconds])
+    if not timed:
+        run.times = ([], [])
 
 
 def _say_how_far(run: ComparedRun, stage: Stage) -> None:
@@ -269,10 +277,12 @@ def read_costs(run: ComparedRun, results: dict[int, dict[str, Any]]) -> None:
     ]
     memory = [m for part in parts if (m := finite(part.get("peak_memory_mb"))) is not None]
     kind = "cpu_hours" if last.get("device") == "cpu" else "gpu_hours"
+    steps = [finite(one.get("training_s")) for one in parts]
     costs: dict[str, float | None] = {
         "num_parameters": finite(last.get("num_parameters")),
         "nimg": finite(last.get("nimg")),
         "seconds": None if None in seconds else sum(one or 0.0 for one in seconds),
+        "training_s": None if None in steps else sum(one or 0.0 for one in steps),
         kind: None if None in seconds else sum(hours),
         "peak_memory_mb": max(memory, default=None),
         "training_images_per_s": finite(last.get("images_per_s")),

@@ -9,7 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dinogen.report.compare.model import ComparedRun, Number
+import numpy as np
+
+from dinogen.report.compare.model import ComparedRun, Number, Point
+from dinogen.runs.values import favours
 
 # (heading, ((name, label), ...)) in the order of the table; metrics that are not listed come last.
 MEASURED: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
@@ -82,6 +85,7 @@ COSTS: tuple[tuple[str, str], ...] = (
     ("num_parameters", "parameters, M"),
     ("nimg", "images seen, k"),
     ("seconds", "training, h:m:s"),
+    ("training_s", "of it steps, h:m:s"),
     ("gpu_hours", "GPU hours"),
     ("cpu_hours", "CPU hours"),
     ("peak_memory_mb", "peak memory, MiB"),
@@ -143,7 +147,7 @@ class Column:
             return f"{value / 1e6:,.2f}"
         if self.name == "nimg":
             return f"{value / 1e3:,.1f}"
-        if self.name == "seconds":
+        if self.name in ("seconds", "training_s"):
             minutes, rest = divmod(round(value), 60)
             return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
         return f"{value:,.{self.decimals}f}".replace("-", "−")
@@ -167,6 +171,17 @@ def show_counts(number: Number) -> str:
     return f"n {number.num_samples:,} / {number.num_reference:,}"
 
 
+def few_images(number: Number) -> str:
+    """``few images`` if a value is uncertain because of their number, else empty."""
+    parts = (number.caution or "").split("; ")
+    return "few images" if any(part and not favours(part) for part in parts) else ""
+
+
+def own_network(number: Number) -> str:
+    """``own network`` if the run was trained with the network that measures, else empty."""
+    return "own network" if favours(number.caution) else ""
+
+
 def all_digits(value: float) -> str:
     """A number with all its digits; whole numbers without a decimal point."""
     return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
@@ -174,7 +189,7 @@ def all_digits(value: float) -> str:
 
 # The rows are sorted by the metric that most runs have; of several, by the first one here.
 MAIN_METRICS = ("fid", "fd_dinov2", "fid768", "kid", "kid768", "kd_dinov2")
-BY_DEVICE = {"seconds", "training_images_per_s", "sampling_images_per_s"}
+BY_DEVICE = {"seconds", "training_s", "training_images_per_s", "sampling_images_per_s"}
 DIGITS = 3
 
 
@@ -324,6 +339,114 @@ def number_rows(run: ComparedRun) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+@dataclass(frozen=True)
+class Equal:
+    """Metric values of runs after equally much training.
+
+    Attributes:
+        folder: that holds the runs.
+        unit: ``images`` or ``seconds``.
+        amount: how much: what the shortest of the runs had.
+        names: metrics.
+        rows: name of a run, or of an experiment with several seeds; its runs; and the value of each
+            metric, over the seeds their mean and standard deviation.
+        left_out: runs whose files do not say how long they took.
+    """
+
+    folder: str
+    unit: str
+    amount: float
+    names: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...], dict[str, tuple[float, float | None]]], ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def words(self) -> str:
+        """How much training, in words."""
+        if self.unit == "images":
+            return f"{self.amount:,.4g} thousand images"
+        return f"{self.amount / 60:,.3g} minutes of training"
+
+
+def at_equal(runs: Sequence[ComparedRun], seeds: Sequence[Seeds]) -> list[Equal]:
+    """What the runs of a folder had reached after the same images and after the same time.
+
+    Between two measurements a curve is a straight line. Only metrics that were measured in the same
+    way in all the runs of a folder are compared.
+    """
+    groups: dict[str, list[ComparedRun]] = {}
+    for run in runs:
+        if run.finished and run.measured:
+            groups.setdefault(str(run.folder.parent), []).append(run)
+    tables = []
+    for folder, some in groups.items():
+        for unit in ("images", "seconds"):
+            found = _equal(folder, unit, some, seeds)
+            if found is not None:
+                tables.append(found)
+    return tables
+
+
+def _equal(
+    folder: str, unit: str, runs: Sequence[ComparedRun], seeds: Sequence[Seeds]
+) -> Equal | None:
+    names = list(
+        dict.fromkeys(name for run in runs for line in run.measured for name in line["metrics"])
+    )
+    ends = {run.name: _x(run, run.measured[-1]["nimg"] / 1000, unit) for run in runs}
+    timed = [run for run in runs if ends[run.name] is not None]
+    if len(timed) < 2:
+        return None
+    amount = min(end for end in ends.values() if end is not None)
+    values: dict[str, dict[str, float]] = {}
+    for name in names:
+        curves = {run.name: run.curve(name) for run in timed}
+        if len({point.fingerprint for curve in curves.values() for point in curve}) != 1:
+            continue
+        found = {
+            run.name: value
+            for run in timed
+            if (value := _value_at(run, curves[run.name], amount, unit)) is not None
+        }
+        if len(found) > 1:
+            values[name] = found
+    if not values:
+        return None
+    rows = []
+    for title, some in _experiments(timed, seeds):
+        cells = {}
+        for name, found in values.items():
+            known = [found[one] for one in some if one in found]
+            if len(known) == len(some):
+                spread = statistics.stdev(known) if len(known) > 1 else None
+                cells[name] = (statistics.fmean(known), spread)
+        rows.append((title, some, cells))
+    left_out = tuple(run.name for run in runs if run not in timed)
+    return Equal(folder, unit, amount, tuple(values), tuple(rows), left_out)
+
+
+def _x(run: ComparedRun, kimg: float, unit: str) -> float | None:
+    return kimg if unit == "images" else run.seconds_at(kimg)
+
+
+def _value_at(run: ComparedRun, curve: Sequence[Point], amount: float, unit: str) -> float | None:
+    """The curve's value there; None before its first point."""
+    points = [(x, one.value) for one in curve if (x := _x(run, one.kimg, unit)) is not None]
+    if not points or not points[0][0] <= amount <= points[-1][0]:
+        return None
+    return float(np.interp(amount, [x for x, _ in points], [value for _, value in points]))
+
+
+def _experiments(
+    runs: Sequence[ComparedRun], seeds: Sequence[Seeds]
+) -> list[tuple[str, tuple[str, ...]]]:
+    """Runs that differ only in the seed together, the others alone."""
+    names = [run.name for run in runs]
+    groups = [(one.name, one.runs) for one in seeds if set(one.runs) <= set(names)]
+    grouped = {name for _, some in groups for name in some}
+    return [*groups, *((name, (name,)) for name in names if name not in grouped)]
 
 
 # Config keys that do not make it a different experiment.

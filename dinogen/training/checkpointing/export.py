@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dinogen.config import ConfigError
-from dinogen.families.base import Family, sample_in_parts
+from dinogen.config import ConfigError, family_places
+from dinogen.families.base import Family, Networks, sample_in_parts
 from dinogen.files import write_bytes
 from dinogen.hub import local_weights
-from dinogen.runs.layout import EXPORTED_SUFFIX
+from dinogen.runs.layout import EXPORTED_INFO, EXPORTED_SUFFIX
 from dinogen.training.checkpointing.checkpoint import on_host
-from dinogen.training.checkpointing.exported import INFO, ExportedFile
+from dinogen.training.checkpointing.exported import BETWEEN, ExportedFile
 from dinogen.training.checkpointing.snapshot import Snapshot, load_snapshot
 
 log = logging.getLogger(__name__)
@@ -57,12 +57,16 @@ def export(
 ) -> Exported:
     """Write the moving average of a checkpoint's generator: the tensors of its state dict.
 
+    If sampling takes other networks too, their tensors follow, each name after that of its network
+    and a slash.
+
     The metadata's key ``dinogen`` is JSON: ``random_guide`` first, ``network`` (its class, and the
-    arguments to call it with), ``resolution``, ``alpha`` and ``fading`` (how far the stage was
-    faded in), ``nimg``, ``family``, ``guide_label`` and ``guide``, ``data`` (their fingerprint) and
-    ``loss``, the whole ``config``, the ``versions`` that trained it, and ``card``: ``data``,
-    ``guide``, ``metrics`` as far as this checkpoint was measured, ``licence`` and
-    ``intended_use``. The same checkpoint, with the same measurements, gives the same bytes.
+    arguments to call it with), ``further`` (the same of other networks, by name), ``resolution``,
+    ``alpha`` and ``fading`` (how far the stage was faded in), ``nimg``, ``family``, ``guide_label``
+    and ``guide``, ``data`` (their fingerprint) and ``loss``, the whole ``config``, the ``versions``
+    that trained it, and ``card``: ``data``, ``guide``, ``metrics`` as far as this checkpoint was
+    measured, ``licence`` and ``intended_use``. The same checkpoint, with the same measurements,
+    gives the same bytes.
 
     Args:
         run: folder of the run, or a file written by this, whose card is taken over.
@@ -79,8 +83,7 @@ def export(
     generator = generator_with_card(run, resolution, nimg, licence, intended_use)
     write_safetensors(generator, path)
     warn_if_random(generator, path)
-    num_parameters = sum(p.numel() for p in generator.network.parameters())
-    return Exported(path, generator.info, num_parameters)
+    return Exported(path, generator.info, generator.num_parameters)
 
 
 def generator_with_card(
@@ -114,8 +117,11 @@ def generator_with_card(
 
 def write_safetensors(generator: Generator, path: Path) -> None:
     """Write the tensors of a generator, with its info in the metadata."""
-    (tensors,) = on_host({"G": generator.network.state_dict()}).values()
-    write_bytes(path, save(tensors, {INFO: json.dumps(generator.info, allow_nan=False)}))
+    tensors = generator.network.state_dict()
+    for name, network in generator.further.items():
+        tensors |= {f"{name}{BETWEEN}{key}": v for key, v in network.state_dict().items()}
+    (tensors,) = on_host({"all": tensors}).values()
+    write_bytes(path, save(tensors, {EXPORTED_INFO: json.dumps(generator.info, allow_nan=False)}))
 
 
 def warn_if_random(generator: Generator, path: Path) -> None:
@@ -155,17 +161,17 @@ def _generator_of(snapshot: Snapshot) -> Generator:
     """The averaged generator of a checkpoint."""
     family, state = snapshot.family, snapshot.checkpoint.state
     name = family.ema_networks[0]
-    network = snapshot.ema.networks[name]
+    further = dict(snapshot.ema.networks)
+    network = further.pop(name)
     if isinstance(snapshot.checkpoint, ExportedFile):
-        return Generator(network, snapshot.checkpoint.info, family)
-    facts = state["facts"]
+        return Generator(network, snapshot.checkpoint.info, family, further)
+    facts, config = state["facts"], state["config"]
+    rebuilt = {n: _rebuilt(family, n, other) for n, other in further.items()}
+    places = family_places(config["family"], family.config.family.options)
     info = {
         "random_guide": bool(facts.get("random_guide")),
-        "network": {
-            "name": name,
-            "class": f"{type(network).__module__}.{type(network).__qualname__}",
-            "arguments": family.arguments(name),
-        },
+        "network": {"name": name, **_rebuilt(family, name, network)},
+        **({"further": rebuilt} if rebuilt else {}),
         "resolution": snapshot.resolution,
         "alpha": snapshot.alpha,
         "fading": snapshot.fading,
@@ -174,10 +180,18 @@ def _generator_of(snapshot: Snapshot) -> Generator:
         **facts,
         "data": state["data"],
         "loss": state["progress"].get("loss"),
-        "config": state["config"],
+        "config": config | {"family": config["family"] | places},
         "versions": state["versions"],
     }
-    return Generator(network, info, family)
+    return Generator(network, info, family, further)
+
+
+def _rebuilt(family: Family, name: str, network: nn.Module) -> dict[str, Any]:
+    """What it takes to build a network again."""
+    return {
+        "class": f"{type(network).__module__}.{type(network).__qualname__}",
+        "arguments": family.arguments(name),
+    }
 
 
 @dataclass(frozen=True)
@@ -188,11 +202,23 @@ class Generator:
         network: in eval mode and without gradients, on this process's device.
         info: see :func:`export`.
         family: knows how to draw from it.
+        further: other networks that sampling takes, by name.
     """
 
     network: nn.Module
     info: dict[str, Any]
     family: Family
+    further: Networks = field(default_factory=dict)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """All of them by name."""
+        return {self.info["network"]["name"]: self.network, **self.further}
+
+    @property
+    def num_parameters(self) -> int:
+        """Of all networks."""
+        return sum(p.numel() for net in self.networks.values() for p in net.parameters())
 
     @torch.no_grad()
     def sample(self, num: int, seed: int = 0) -> Tensor:
@@ -205,9 +231,7 @@ class Generator:
         Returns:
             (num, 3, R, R) float32 in [-1, 1] on the CPU.
         """
-        return sample_in_parts(
-            self.family, {self.info["network"]["name"]: self.network}, num, seed, part=1
-        )
+        return sample_in_parts(self.family, self.networks, num, seed, part=1)
 
 
 def load_exported(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:

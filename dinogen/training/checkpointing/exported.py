@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,22 @@ from torch import Tensor
 
 from dinogen.config import Config, ConfigError
 from dinogen.hub import cached_name, shown
-from dinogen.runs.layout import EXPORTED_SUFFIX
+from dinogen.runs.layout import EXPORTED_INFO, EXPORTED_SUFFIX
 from dinogen.training.checkpointing.checkpoint import Checkpoint, past_config
 from shards.files import sha256_file
 
-# The one key of the file's metadata: several would lie in another order each time, and the same
-# checkpoint would give other bytes.
-INFO = "dinogen"
+# Between the name of a network but the first and those of its tensors.
+BETWEEN = "/"
 # Keys of the info that are not facts of the family.
 _OWN = {
-    *("network", "resolution", "alpha", "fading", "nimg", "family", "data", "loss", "config"),
-    *("versions", "card"),
+    *("network", "further", "resolution", "alpha", "fading", "nimg", "family", "data", "loss"),
+    *("config", "versions", "card"),
 }
 
 
 @dataclass(frozen=True)
 class ExportedFile(Checkpoint):
-    """An exported file in place of a checkpoint's folder; it holds one moving average alone.
+    """An exported file in place of a checkpoint's folder; it holds moving averages alone.
 
     Attributes:
         info: what the file's metadata hold.
@@ -40,19 +39,38 @@ class ExportedFile(Checkpoint):
 
     @property
     def network(self) -> str:
-        """Name of the network that it holds."""
+        """Name of the network that makes images."""
         name: str = self.info["network"]["name"]
         return name
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Names of all networks that it holds, the one that makes images first."""
+        return (self.network, *self.info.get("further", {}))
+
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Those of the moving average, ``G.ema``."""
+        """Those of a moving average, such as ``G.ema``."""
         if not self.holds(name):
-            raise ConfigError(f"{self.folder}: an exported file holds {self.network}.ema alone")
-        return load_file(self.folder)
+            own = " and ".join(f"{one}.ema" for one in self.networks)
+            raise ConfigError(f"{self.folder}: an exported file holds {own} alone")
+        return by_network(load_file(self.folder), self.network)[name.removesuffix(".ema")]
 
     def holds(self, name: str) -> bool:
-        """Whether ``name`` is the moving average that was exported."""
-        return name == f"{self.network}.ema"
+        """Whether ``name`` is a moving average that was exported."""
+        return name in {f"{one}.ema" for one in self.networks}
+
+
+def by_network(tensors: Mapping[str, Tensor], first: str) -> dict[str, dict[str, Tensor]]:
+    """The tensors of an exported file by network and name.
+
+    Those of the first network have their own names in the file; before those of others stands the
+    name of their network and ``BETWEEN``.
+    """
+    found: dict[str, dict[str, Tensor]] = {first: {}}
+    for key, tensor in tensors.items():
+        network, _, name = key.rpartition(BETWEEN)
+        found.setdefault(network or first, {})[name] = tensor
+    return found
 
 
 def results_folder(file: Path) -> Path:
@@ -74,7 +92,7 @@ def open_exported(file: Path) -> ExportedFile:
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
-        info: dict[str, Any] = json.loads(metadata[INFO])
+        info: dict[str, Any] = json.loads(metadata[EXPORTED_INFO])
         state = {
             "config": info["config"],
             "versions": info["versions"],
@@ -87,8 +105,8 @@ def open_exported(file: Path) -> ExportedFile:
         raise ConfigError(f"{shown(file)}: cannot be read as safetensors: {error}") from None
     except (KeyError, ValueError, TypeError):
         raise ConfigError(
-            f"{shown(file)}: no generator of dinogen (its metadata lacks {INFO!r}): give a file "
-            "that `dinogen export` wrote"
+            f"{shown(file)}: no generator of dinogen (its metadata lacks {EXPORTED_INFO!r}): give "
+            "a file that `dinogen export` wrote"
         ) from None
     return ExportedFile(file, state, info)
 

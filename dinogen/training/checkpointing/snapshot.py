@@ -13,9 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dinogen.config import Config, ConfigError, EmaConfig, StageConfig, StagePlan, find_stage
+from dinogen.config import (
+    Config,
+    ConfigError,
+    EmaConfig,
+    StageConfig,
+    StagePlan,
+    family_places,
+    find_stage,
+)
 from dinogen.distributed import process_group
-from dinogen.families.abilities import condition_for, fade
+from dinogen.families.abilities import Recalls, condition_for, fade
 from dinogen.families.base import Condition, Family, sample_in_parts
 from dinogen.families.registry import family_class
 from dinogen.runs.files import state_problem
@@ -78,6 +86,10 @@ class Ema:
         """
         rate = 1 - ema_decay(batch, nimg, self.config)
         torch._foreach_lerp_(self._averages, self._weights, rate)
+        self.take_buffers()
+
+    def take_buffers(self) -> None:
+        """Copy the buffers of the networks, as each update does too."""
         copy_all(self._copies.now(), self._buffers.now())
 
 
@@ -192,6 +204,8 @@ def load_snapshot(
     config = checkpoint.config
     now = {name: getattr(today, name) for name in ("data", "guide", "guides", "clip", "metrics")}
     now["run"] = today.run
+    moved = family_places(config.family.options, today.family.options)
+    now["family"] = config.family.model_copy(update=moved)
     config = config.model_copy(update=now)
     stage = config.stages[find_stage(config, stage.resolution)]
     family = family_class(config.family)(config, stage, process_group.device())
@@ -219,9 +233,10 @@ def _of_file(
     process_group.use_device(config.device)
     stage = config.stages[find_stage(config, info["resolution"])]
     family = family_class(config.family)(config, stage, process_group.device())
-    ema = Ema({file.network: family.networks[file.network]}, config.ema)
+    ema = Ema({name: family.networks[name] for name in file.networks}, config.ema)
     try:
-        ema.networks[file.network].load_state_dict(file.tensors(f"{file.network}.ema"))
+        for name, network in ema.networks.items():
+            network.load_state_dict(file.tensors(f"{name}.ema"))
     except RuntimeError as error:
         raise ConfigError(
             f"{file.folder}: its tensors do not fit the network it names: {error}"
@@ -233,7 +248,11 @@ def _snapshot(
     family: Family, ema: Ema, nimg: int, alpha: float, fading: bool, checkpoint: Checkpoint
 ) -> Snapshot:
     fade(family, ema.networks, alpha, fading)
-    mark = file_mark(checkpoint.state["facts"])
+    facts = checkpoint.state["facts"]
+    if isinstance(family, Recalls):
+        is_file = isinstance(checkpoint, ExportedFile)
+        family.recall(facts, checkpoint.folder.parent if is_file else family.config.run)
+    mark = file_mark(facts)
     size = family.stage.resolution
     return Snapshot(size, nimg, family, ema, mark, alpha, fading, checkpoint)
 

@@ -16,6 +16,7 @@ from dinogen.families.base import Family
 from dinogen.hub import local_weights, shown
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import Checkpoint, NewestCheckpoints
+from dinogen.training.checkpointing.exported import by_network
 from dinogen.training.checkpointing.snapshot import Ema
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,9 @@ def init_from(source: str, family: Family, ema: Ema) -> None:
     """Load what fits by name and shape into a new run's networks and moving averages.
 
     Of a run, each network of its newest checkpoint (of its largest stage) goes to the network of
-    the same name. An exported file goes to the network that the family exports. What does not
-    match keeps its initialisation, and is listed in the log.
+    the same name. The first network of an exported file goes to the one that the family exports,
+    others to those of the same name. What does not match keeps its initialisation, and is listed
+    in the log.
 
     Args:
         source: a run's folder, a file of ``dinogen export``, or an address of the hub.
@@ -59,8 +61,8 @@ def _from_file(path: Path, family: Family) -> dict[str, dict[str, Tensor]]:
             f"init_from: {shown(path)} cannot be read as safetensors: {error}: give what `dinogen "
             f"export` wrote; weights of others become a run by `dinogen import` first"
         ) from None
-    name = family.ema_networks[0]
-    return {name: tensors, f"{name}.ema": tensors}
+    found = by_network(tensors, family.ema_networks[0])
+    return found | {f"{name}.ema": own for name, own in found.items()}
 
 
 def _from_run(path: Path, family: Family, ema: Ema) -> dict[str, dict[str, Tensor]]:

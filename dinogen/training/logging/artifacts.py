@@ -78,6 +78,7 @@ def finish_stage(state: StageState, last_line: dict[str, Any]) -> dict[str, Any]
         "data_wait": last_line.get("data_wait"),
         "num_skipped": progress.num_skipped,
         "seconds": progress.seconds,
+        "training_s": progress.training_s,
         "peak_memory_mb": last_line.get("peak_memory_mb"),
         "num_parameters": sum(p.numel() for p in network.parameters()),
         "device": _device_name(state.device),

@@ -11,6 +11,7 @@ from dinogen.distributed import process_group
 from dinogen.families.base import Family
 from dinogen.report.progress import LiveLine, duration
 from dinogen.runs.layout import stage_name
+from dinogen.training.data import any_of_a_guide
 from dinogen.training.engines.base import resolve_precision
 from shards.read.dataset import Dataset
 
@@ -43,7 +44,7 @@ def opening_lines(config: Config, families: list[Family], data: Dataset) -> list
     device, ranks = process_group.device(), process_group.world_size()
     precision = resolve_precision(config.engine.precision, device)
     guide = "no guide"
-    if any(family.inputs.levels for family in families):
+    if any(any_of_a_guide(family.inputs.levels) for family in families):
         has_path = default_path(config.guide.name, config.guide.file) is not None
         guide = f"guide {config.guide.name}{f' {config.guide.path}' if has_path else ''}"
     last = families[-1]
