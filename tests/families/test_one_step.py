@@ -14,6 +14,7 @@ from dinogen.families.abilities import adjustable
 from dinogen.families.guided import Guided
 from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from dinogen.training.dataloading import Dataloader
+from dinogen.training.engines import base
 from dinogen.training.run import train
 from dinogen.training.state import StageState
 from dinogen.visualize.samples import SampleRequest, write_samples
@@ -181,3 +182,15 @@ def test_guidance_and_class_of_samples_are_asked_for(disc_data, tmp_path):
         write_samples(dataclasses.replace(request, sampling={"steps": 4}), tmp_path / "no")
     with pytest.raises(UserError, match=re.escape("from 1 to 4")):
         write_samples(dataclasses.replace(request, sampling={"guidance": 9.0}), tmp_path / "no")
+
+
+def test_it_trains_compiled_as_without(disc_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "COMPILER", "aot_eager")
+    torch.compiler.reset()
+    runs = tmp_path / "plain", tmp_path / "compiled"
+    for run, compiled in zip(runs, ("false", "true"), strict=True):
+        train(tiny_config(NAME, disc_data, run, f"engine.compile={compiled}"))
+    plain, compiled = (
+        newest_checkpoint(run / "16x16" / "checkpoints").tensors("G") for run in runs
+    )
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
