@@ -12,14 +12,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from dinogen.batch import Batch, Losses, Scalars
-from dinogen.config import Config, ConfigError, Section, StageConfig, describe_errors
+from dinogen.config import Config, ConfigError, StageConfig, describe_errors
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classes_of
@@ -28,7 +28,7 @@ from dinogen.guidance.alignment import Repa, RepaOptions
 from dinogen.guidance.representation import Representation, RepresentationOptions
 from dinogen.networks.denoising import DenoisingNetwork, Drop, LatentScale, NoSuchLayer
 from dinogen.networks.dit import DiT
-from dinogen.networks.options import DiTOptions, UNetOptions
+from dinogen.networks.options import NetworkOptions
 from dinogen.networks.representation import Embedded, RepresentationMLP
 from dinogen.networks.unet import UNet
 from dinogen.transfer import to_device, to_device_together
@@ -43,41 +43,10 @@ ROUNDING = 1e-6  # of shares of a walk
 Predict = Callable[[Tensor, Tensor, float], Tensor]
 
 
-# Keys that a U-Net is built with.
-_OF_UNET = (
-    "base_channels",
-    "channel_multipliers",
-    "num_blocks",
-    "attention_resolutions",
-    "head_channels",
-    "unet",
-)
-
-
-class DenoiserOptions(Section):
+class DenoiserOptions(NetworkOptions):
     """Keys of ``family:`` that `ddpm` and `flow` have."""
 
     prediction: str = Field("v", description="what the network predicts")
-    network: Literal["unet", "dit"] = Field(
-        "unet", description="a convolutional U-Net, or a transformer with the keys of dit:"
-    )
-    dit: DiTOptions | None = Field(
-        None, description="size of the transformer of network: dit; default: S, patches of 2"
-    )
-    base_channels: int = Field(128, ge=2, description="channels at full resolution")
-    channel_multipliers: tuple[int, ...] = Field(
-        (1, 2, 3, 4), description="channels of each level over the base; each halves the side"
-    )
-    num_blocks: int = Field(2, ge=1, description="residual blocks per level")
-    attention_resolutions: tuple[int, ...] = Field(
-        (16, 8), description="sides at which blocks have self-attention"
-    )
-    head_channels: int = Field(64, ge=1, description="width of an attention head")
-    unet: UNetOptions | None = Field(
-        None,
-        description="details of a U-Net that was trained elsewhere, as `dinogen import` writes "
-        "them; default: ours",
-    )
     dropout: float = Field(
         0.0,
         ge=0,
@@ -105,17 +74,6 @@ class DenoiserOptions(Section):
     latent: LatentOptions | None = Field(
         None, description="train on latents of an autoencoder in place of pixels; default: pixels"
     )
-
-    @model_validator(mode="after")
-    def _check_network(self) -> DenoiserOptions:
-        if self.network == "unet":
-            if self.dit is not None:
-                raise ValueError("dit: belongs to network: dit: set it, or leave dit: out")
-            return self
-        for name in _OF_UNET:
-            if getattr(self, name) != DenoiserOptions.model_fields[name].default:
-                raise ValueError(f"{name} belongs to network: unet: leave it out beside dit")
-        return self
 
     @model_validator(mode="after")
     def _check_guidance(self) -> DenoiserOptions:
@@ -274,12 +232,14 @@ class Denoiser(Family):
         )
 
     def check_data(self, data: Dataset) -> None:
-        """Refuse shards without the latents."""
-        if self.latent is not None:
-            self.latent.check(data)
+        """Whether the data hold the latents, and the features that tokens are aligned with."""
+        for part in (self.latent, self.repa):
+            if part is not None:
+                part.check_data(data)
 
     def begin(self, data: Dataset) -> None:
-        """Check the features of ``repa``, measure ``representation``, learn the latents' scale."""
+        """Name the guide of ``repa``, measure ``representation``, learn the latents' scale."""
+        self.check_data(data)
         if self.repa is not None:
             self.repa.begin(data)
         if self.latent is not None:
@@ -308,14 +268,7 @@ class Denoiser(Family):
         if network == "R" and features is not None:
             return features.arguments(own.num_classes)
         channels, side, _ = self._shape
-        arguments: dict[str, Any] = {"resolution": side}
-        if own.network == "dit":
-            arguments |= (own.dit or DiTOptions()).arguments()
-        else:
-            names = set(_OF_UNET) - {"unet"}
-            arguments |= own.model_dump(mode="json", include=names)
-            if own.unet is not None:
-                arguments["variant"] = own.unet.model_dump(mode="json")
+        arguments = {"resolution": side} | own.network_arguments()
         if channels != RGB:
             arguments["in_channels"] = channels
         if self.repa is not None:
@@ -353,6 +306,17 @@ class Denoiser(Family):
         """As in the base: with classes, as frequent as in the data."""
         label = self._classes(indices, shares)
         return self._walk(networks, self.latents(indices, seed), label, indices, seed)
+
+    def variations(
+        self, networks: Networks, batch: Batch, indices: Tensor, seed: int
+    ) -> Tensor | None:
+        """Other images with the features of some; None without ``representation``."""
+        if self.representation is None:
+            return None
+        embedding = self.representation.embedding(networks, batch)
+        label = to_device(batch["label"], self.device) if self.options.num_classes else None
+        x = rng.normal(seed, "sample", indices, self._shape, device=self.device)
+        return self._walk_from(networks["G"], x, Conditions(label, embedding), indices, seed)
 
     refines = False  # the walk has too many steps to pass gradients through
 
@@ -410,8 +374,14 @@ class Denoiser(Family):
     ) -> Tensor:
         """Images of latents."""
         x, conditions = self._parted(networks, latents, label)
-        predict = functools.partial(self._guided, networks["G"], conditions)
-        return self._decoded(networks["G"], self._integrate(predict, x, indices, seed))
+        return self._walk_from(networks["G"], x, conditions, indices, seed)
+
+    def _walk_from(
+        self, G: nn.Module, x: Tensor, conditions: Conditions, indices: Tensor, seed: int
+    ) -> Tensor:
+        """Images of noise (N, C, R, R) and of what they are conditioned on."""
+        predict = functools.partial(self._guided, G, conditions)
+        return self._decoded(G, self._integrate(predict, x, indices, seed))
 
     def _classes(self, indices: Tensor, shares: Sequence[float] | None = None) -> Tensor | None:
         """Of samples (N,); ``shares`` are those of the classes, None cycles. None without any."""

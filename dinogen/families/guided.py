@@ -16,7 +16,6 @@ from dinogen.batch import Batch, Features, Losses, Scalars
 from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import rng
 from dinogen.errors import UserError
-from dinogen.families.abilities import not_trained_with_text
 from dinogen.families.base import (
     Condition,
     Family,
@@ -26,6 +25,7 @@ from dinogen.families.base import (
     Networks,
     Phase,
     classes_of,
+    not_trained_with_text,
 )
 from dinogen.guidance.classes import ClassBatches
 from dinogen.guidance.comparing import MAIN

@@ -1,4 +1,4 @@
-"""Sections of a config that say how a denoising network is built."""
+"""Keys of ``family:`` that choose a denoising network: a U-Net or a transformer, and its size."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pydantic import Field, model_validator
 
 from dinogen.config import Section
 from dinogen.networks.dit import SIZES
-
-_BY_SIZE = ("width", "depth", "num_heads")
 
 
 class UNetOptions(Section):
@@ -73,3 +71,60 @@ class DiTOptions(Section):
         own = {name: getattr(self, name) for name in _BY_SIZE}
         sized = SIZES[self.size or "S"] if self.width is None else own
         return sized | self.model_dump(include={"patch", "num_registers", "qk_norm"})
+
+
+_BY_SIZE = ("width", "depth", "num_heads")
+# Keys that a U-Net is built with.
+_OF_UNET = (
+    "base_channels",
+    "channel_multipliers",
+    "num_blocks",
+    "attention_resolutions",
+    "head_channels",
+    "unet",
+)
+
+
+class NetworkOptions(Section):
+    """Which network takes noise out of images."""
+
+    network: Literal["unet", "dit"] = Field(
+        "unet", description="a convolutional U-Net, or a transformer with the keys of dit:"
+    )
+    dit: DiTOptions | None = Field(
+        None, description="size of the transformer of network: dit; default: S, patches of 2"
+    )
+    base_channels: int = Field(128, ge=2, description="channels at full resolution")
+    channel_multipliers: tuple[int, ...] = Field(
+        (1, 2, 3, 4), description="channels of each level over the base; each halves the side"
+    )
+    num_blocks: int = Field(2, ge=1, description="residual blocks per level")
+    attention_resolutions: tuple[int, ...] = Field(
+        (16, 8), description="sides at which blocks have self-attention"
+    )
+    head_channels: int = Field(64, ge=1, description="width of an attention head")
+    unet: UNetOptions | None = Field(
+        None,
+        description="details of a U-Net that was trained elsewhere, as `dinogen import` writes "
+        "them; default: ours",
+    )
+
+    @model_validator(mode="after")
+    def _check_network(self) -> NetworkOptions:
+        if self.network == "unet":
+            if self.dit is not None:
+                raise ValueError("dit: belongs to network: dit: set it, or leave dit: out")
+            return self
+        for name in _OF_UNET:
+            if getattr(self, name) != NetworkOptions.model_fields[name].default:
+                raise ValueError(f"{name} belongs to network: unet: leave it out beside dit")
+        return self
+
+    def network_arguments(self) -> dict[str, Any]:
+        """What the network is built with, as far as these keys say."""
+        if self.network == "dit":
+            return (self.dit or DiTOptions()).arguments()
+        arguments = self.model_dump(mode="json", include=set(_OF_UNET) - {"unet"})
+        if self.unet is not None:
+            arguments["variant"] = self.unet.model_dump(mode="json")
+        return arguments

@@ -110,8 +110,8 @@ def read_budgets(folder: Path) -> Budgets:
     """What was measured for the study in a folder; nothing if there is no file.
 
     Raises:
-        UserError: it is damaged, or a later version of dinogen wrote it. Measured again, the runs
-            would be others, so it is not passed over.
+        UserError: it is damaged, or a later version of dinogen wrote it. It is not ignored: with
+            speeds measured again the runs would be others.
     """
     path = folder / BUDGET
     found = read_object(path)

@@ -27,7 +27,7 @@ from launch.study.outcome import Outcome, complaint, unwritable
 from launch.study.plan import Study, open_study, present_runs, unmeasured_runs
 from launch.study.runs import STEPS, StudyRun, is_trained, lacking, steps_left
 from launch.study.search import Search
-from launch.study.speed import add_speed, short_run
+from launch.study.speed import add_speed, lines_wanted, short_run
 from launch.study.state import Record, read_record, study_lock
 from launch.study.trials import StorageError
 from shards.files import Locked, lock
@@ -215,18 +215,26 @@ class LocalStudy(StudyRunner):
     def _measure_speed(self, run: StudyRun) -> Outcome:
         """Measure one config by a short run that is thrown away, and write it down."""
         short = short_run(self.study, run)
-        shutil.rmtree(short.folder, ignore_errors=True)  # of a study that was killed
-        self._write_copy(short)
-        code, problem = self._step(short, "train")
-        if self._signals.stopping and code:
-            return Outcome(run, "stopped", EXIT_STOPPED)
-        if problem:
-            return Outcome(run, problem, 1)
+        if (failed := self._train_short(run, short)) is not None:
+            return failed
+        if (num_lines := lines_wanted(short)) is not None:
+            short = short_run(self.study, run, num_lines)
+            if (failed := self._train_short(run, short)) is not None:
+                return failed
         words = add_speed(self.study, short, run)
         shutil.rmtree(short.folder)
         self.study.copy_of(short).unlink()
         log.info("%s: %s", run.id, words)
         return Outcome(run, words)
+
+    def _train_short(self, run: StudyRun, short: StudyRun) -> Outcome | None:
+        """Train a short run from its beginning; the outcome of ``run`` if that did not work."""
+        shutil.rmtree(short.folder, ignore_errors=True)
+        self._write_copy(short)
+        code, problem = self._step(short, "train")
+        if self._signals.stopping and code:
+            return Outcome(run, "stopped", EXIT_STOPPED)
+        return Outcome(run, problem, 1) if problem else None
 
     def _no_length(self, run: StudyRun) -> str | None:
         why = super()._no_length(run)

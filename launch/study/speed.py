@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import replace
@@ -19,21 +20,25 @@ from launch.study.runs import StudyRun
 SPEED = "speed"  # folder of the study where these runs are, until they are removed
 # Regularisers come every 16th step at the latest: so long a line holds each of them once.
 _LINE_STEPS = 16
-_NUM_LINES = 5  # of each stage; the first warms up
+_FEWEST_LINES = 3  # of each stage; the first warms up
+_MOST_LINES = 200
+# Seconds of steps that a speed is taken from: with fewer it is measured again, over more steps.
+_LEAST_S, _WANTED_S = 2.0, 4.0
 
 
-def short_run(study: Study, run: StudyRun) -> StudyRun:
+def short_run(study: Study, run: StudyRun, num_lines: int = _FEWEST_LINES) -> StudyRun:
     """The same config, some steps of each stage, without measuring and drawing.
 
     Args:
         study: the study.
         run: any run of the config.
+        num_lines: log lines of each stage, of 16 steps of the largest batch.
     """
     assert run.budget is not None
     run_id = f"{SPEED}/{run.budget.key}"
     largest = max(stage.batch for stage in run.config.stages)
     every = _LINE_STEPS * largest / 1000
-    stages = tuple(_short(stage, every * _NUM_LINES) for stage in run.config.stages)
+    stages = tuple(_short(stage, every * num_lines) for stage in run.config.stages)
     never = 1e9
     log = LogConfig(every_kimg=every, probe_kimg=never, samples_kimg=never, num_samples=1)
     changes = {
@@ -96,6 +101,26 @@ def add_speed(study: Study, short: StudyRun, run: StudyRun) -> str:
     return measured.words
 
 
+def lines_wanted(short: StudyRun) -> int | None:
+    """Log lines that a second short run needs, where the first was too fast to be timed.
+
+    Args:
+        short: see :func:`short_run`; it has ended.
+
+    Returns:
+        None if it took long enough.
+
+    Raises:
+        UserError: a stage has too few log lines.
+    """
+    took = [_times(stage) for stage in short.stages]
+    least = min(times[-1][1] - times[0][1] for times in took)
+    if least >= _LEAST_S:
+        return None
+    num_timed = min(len(times) for times in took) - 1
+    return min(_MOST_LINES, 1 + math.ceil(num_timed * _WANTED_S / max(least, 1e-9)))
+
+
 def stage_speed(stage: Stage) -> float:
     """Images per second of the steps of a stage, without those that warm up.
 
@@ -104,12 +129,17 @@ def stage_speed(stage: Stage) -> float:
     Raises:
         UserError: there are fewer than three lines.
     """
-    lines = stage.read_stats({"training_s": amount}).value
-    times = [(one["nimg"], one["training_s"]) for one in lines if one.get("training_s") is not None]
     speeds = [
         (nimg - before) / max(seconds - start, 1e-9)
-        for (before, start), (nimg, seconds) in pairwise(times)
+        for (before, start), (nimg, seconds) in pairwise(_times(stage))
     ]
-    if len(speeds) < 2:
-        raise UserError(f"{stage.stats_file}: holds too few log lines to measure a speed")
     return float(statistics.median(speeds))
+
+
+def _times(stage: Stage) -> list[tuple[int, float]]:
+    """Images, and the seconds that their steps took, of each log line."""
+    lines = stage.read_stats({"training_s": amount}).value
+    times = [(one["nimg"], one["training_s"]) for one in lines if one.get("training_s") is not None]
+    if len(times) < _FEWEST_LINES:
+        raise UserError(f"{stage.stats_file}: holds too few log lines to measure a speed")
+    return times

@@ -35,6 +35,7 @@ BATCH = "stages.0.batch=64"  # at which that was; parts of a larger one launch a
 OTHERS = {
     "fp16": ("dcgan_64 progressive_gan_64 guided_text_64", "engine.precision=fp16"),
     "fp32": ("dcgan_64", "engine.precision=fp32"),
+    "latents": ("flow_latent_fast", "engine.precision=bf16"),
     "two ranks": ("vae_64 wgan_gp_64 guided_energy_64", "engine.precision=bf16", "--ranks", "2"),
 }
 
@@ -123,4 +124,26 @@ def test_alignment_waits_for_nothing(tmp_path):
     (tmp_path / "repa.yaml").write_text(REPA)
     name = str(tmp_path / "repa.yaml")
     found = counted(tmp_path / "json", [name], "engine.precision=bf16", "--steps", "1")
+    assert waits(found[name]["steps"]["1"]) == {}
+
+
+# a feature that a small network generates, and images from it, in both orientations
+RCG = """
+guide: {name: dinov2, path: facebook/dinov2-small}
+augment: {flip: 0.5}
+family:
+  name: flow
+  network: dit
+  num_classes: 2
+  dit: {width: 64, depth: 2, num_heads: 2, patch: 4}
+  representation: {width: 64, depth: 2}
+stages: [{resolution: 64, kimg: 100, lr: 1.0e-4}]
+"""
+
+
+@pytest.mark.parametrize("ranks", [[], ["--ranks", "2"]])
+def test_generating_the_features_first_waits_for_nothing(tmp_path, ranks):
+    (tmp_path / "rcg.yaml").write_text(RCG)
+    name = str(tmp_path / "rcg.yaml")
+    found = counted(tmp_path / "json", [name], "engine.precision=bf16", "--steps", "1", *ranks)
     assert waits(found[name]["steps"]["1"]) == {}

@@ -160,6 +160,25 @@ def test_stages_of_different_speeds_take_the_minutes_together(played, tmp_path):
     assert "nothing" not in study("measure", path).output and len(player.done) == 2
 
 
+def test_a_config_too_fast_to_be_timed_is_measured_over_more_steps(played, tmp_path):
+    path, player = played(tracks=tracks(minutes=2))
+    player.speeds = {"speed/gan/a": 1280.0, "speed/gan/b": 25.0}
+    seen = []
+    log = player._log_steps
+
+    def noted(run, config, stage, start):
+        seen.append((run, stage.kimg))
+        log(run, config, stage, start)
+
+    player._log_steps = noted
+    assert study("measure", path).exit_code == 0
+    # lines of 16 steps of 8 images: two take 0.2 s, and 40 of them 4 s
+    wanted = [("speed/gan/a", 0.384), ("speed/gan/a", 41 * 0.128), ("speed/gan/b", 0.384)]
+    assert [one for one, _ in seen] == [one for one, _ in wanted]
+    assert [kimg for _, kimg in seen] == pytest.approx([kimg for _, kimg in wanted])
+    assert lengths(path)["gan/a-seed0"] == [153.6]
+
+
 def test_a_speed_that_cannot_be_measured_stops_no_other_config(played, tmp_path):
     path, player = played(tracks=tracks(minutes=2))
     player.codes["speed/gan/a", "train"] = 3
@@ -195,7 +214,7 @@ def test_slurm_needs_a_speed_of_the_nodes_that_train(played, monkeypatch):
 
 
 def test_a_lost_or_another_budget_is_refused_once_runs_have_begun(played, tmp_path):
-    path, player = played(tracks=tracks(minutes=2))
+    path, _ = played(tracks=tracks(minutes=2))
     assert study("run", path).exit_code == 0
     file = tmp_path / "study" / "budget.json"
     kept = file.read_text()
@@ -250,7 +269,7 @@ def test_killed_while_it_measures_and_while_it_trains_it_is_the_same_study(tmp_p
     kill_all(process.pid)
     process.join()
     first = json.loads((folder / "budget.json").read_text())["configs"]
-    assert list(first)[0] == "both/vae"
+    assert next(iter(first)) == "both/vae"
     process = start_study(path, said)
     checkpoints = folder / "both" / "dcgan-seed0" / "16x16" / "checkpoints"
     wait_for(lambda: any(checkpoints.glob("0*")) or not process.is_alive(), process)

@@ -225,8 +225,12 @@ def test_the_study_of_the_repository_is_whole(monkeypatch):
     at_64 = {path.name for path in Path("configs").glob("*_64.yaml") if "cats" not in path.name}
     hypothesis = open_study(Path("configs/hypothesis.yaml"))
     guided = {run.source.name for track in hypothesis.tracks.values() for run in track}
-    assert named == ablations | at_64 - guided - {"guided_text_64.yaml"}
-    assert len(guided) >= 8
+    today = open_study(Path("configs/today.yaml"))
+    compared = {run.source.name for run in today.runs}
+    # what other configs are trained on, and what needs captions
+    apart = {"guided_text_64.yaml", "vae_latent_64.yaml"}
+    assert named | guided | compared == ablations | at_64 - apart
+    assert len(guided) >= 8 and len(compared) >= 10 and "flow_dit_repa_64.yaml" in compared
     assert opened.plan.final_tracks == ("gan", "vae", "diffusion", "guided")
     best = {track: opened.plan.tracks[track].configs[0].label for track in opened.tracks}
     final = opened.final_runs(best)
@@ -237,6 +241,24 @@ def test_the_study_of_the_repository_is_whole(monkeypatch):
     page = (ROOT / "docs" / "study.md").read_text()
     text = re.findall(r"```yaml\n(.*?)```", page, re.S)[0]
     assert set(yaml.safe_load(text)) == set(type(opened.plan).model_fields)
+
+
+@pytest.mark.parametrize("name", ["today", "today_fast"])
+def test_todays_generators_are_compared_on_equal_terms(monkeypatch, name):
+    monkeypatch.chdir(ROOT)
+    opened = open_study(Path(f"configs/{name}.yaml"))
+    tracks = {key: {run.name for run in runs} for key, runs in opened.tracks.items()}
+    assert tracks["images"] == tracks["minutes"] and len(tracks["images"]) == 8
+    assert len({run.config.data.path for run in opened.runs}) == 1
+    assert {run.config.augment.flip for run in opened.runs} == {0}
+    assert {run.config.seed for run in opened.runs} == {0, 1}
+    assert len({run.config.eval.generated for run in opened.runs}) == 1
+    images = [run for run in opened.runs if run.track == "images"]
+    total = {round(sum(stage.kimg for stage in run.config.stages), 6) for run in images}
+    assert total == {opened.plan.tracks["images"].kimg}
+    points = {round(run.config.eval.every_kimg, 6) for run in images}
+    assert points == {next(iter(total)) / opened.plan.tracks["images"].measurements}
+    assert all(run.unmeasured for run in opened.runs if run.track == "minutes")
 
 
 def test_plan_names_the_run_that_cannot_work(tmp_path, monkeypatch):
