@@ -270,15 +270,7 @@ def test_only_dist_reads_where_this_process_stands(path):
 @pytest.mark.parametrize("path", under("dinogen/training", "launch"), ids=name_of)
 def test_trainer_and_launcher_name_no_family(path):
     folder = ROOT / "dinogen" / "families"
-    shared = {
-        "__init__",
-        "abilities",
-        "base",
-        "denoiser",
-        "gan",
-        "latent",
-        "registry",
-    }
+    shared = {"__init__", "abilities", "base", "denoiser", "gan", "latent", "registry"}
     families = {file.stem for file in folder.glob("*.py")} - shared
     assert families
     strings = {
