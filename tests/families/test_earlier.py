@@ -153,6 +153,7 @@ def test_every_member_of_0_1_may_call_super_and_keeps_its_meaning(old):
         abilities.ChecksData,
         abilities.Recalls,
         abilities.AddsNoise,
+        abilities.Varies,
     }
     assert {item for item in ABILITIES if not isinstance(family, item)} == newer
     assert not abilities.truncates(family)
