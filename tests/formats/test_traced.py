@@ -30,6 +30,7 @@ SIDE_4 = "family.attention_resolutions=[4]"
 MORE = {
     "stylegan2_ada": ["family.num_classes=3", "family.truncation=0.7", "stages.0.resolution=8"],
     **dict.fromkeys(("ddpm-dit", "flow-dit"), CLASSES),
+    "guided-dit": ["family.num_classes=3"],
     **{name: [*CLASSES, SIDE_4] for name in ("ddpm", "ddpm-edm", "ddpm-snr")},
     "flow": [
         *(*CLASSES, SIDE_4),
@@ -166,6 +167,9 @@ def test_a_graph_gives_the_images_of_sample(files, kind, num):
     elif files.case == "stylegan2_ada":
         found = run(z=latents, psi=np.float32(graph["psi"]), label=label)
         assert graph["psi"] == 0.7
+    elif files.case == "guided-dit":
+        found = run(z=latents, label=label, guidance=np.float32(graph["guidance"]))
+        assert graph["guidance"] == 1.5 and graph["guidance_range"] == [1, 4]
     elif files.case == "text":
         texts = np.random.default_rng(0).standard_normal((num, 6), np.float32)
         found = run(z=latents, embedding=texts, guidance=np.float32(0))
