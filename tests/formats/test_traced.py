@@ -34,6 +34,7 @@ MORE = {
     **dict.fromkeys(("ddpm-dit", "flow-dit"), CLASSES),
     **dict.fromkeys(("ddpm-repa", "flow-repa", "ddpm-latent", "flow-latent"), CLASSES[:-1]),
     **dict.fromkeys(("ddpm-rcg", "flow-rcg"), CLASSES[:-1]),
+    "guided-dit": ["family.num_classes=3"],
     **{name: [*CLASSES, SIDE_4] for name in ("ddpm", "ddpm-edm", "ddpm-snr")},
     "flow": [
         *(*CLASSES, SIDE_4),
@@ -206,6 +207,9 @@ def test_a_graph_gives_the_images_of_sample(files, kind, num):
     elif files.case == "stylegan2_ada":
         found = run(z=latents, psi=np.float32(graph["psi"]), label=label)
         assert graph["psi"] == 0.7
+    elif files.case == "guided-dit":
+        found = run(z=latents, label=label, guidance=np.float32(graph["guidance"]))
+        assert graph["guidance"] == 1.5 and graph["guidance_range"] == [1, 4]
     elif files.case == "text":
         texts = np.random.default_rng(0).standard_normal((num, 6), np.float32)
         found = run(z=latents, embedding=texts, guidance=np.float32(0))
