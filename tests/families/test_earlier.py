@@ -150,7 +150,6 @@ def test_every_member_of_0_1_may_call_super_and_keeps_its_meaning(old):
         abilities.HasGraph,
         abilities.HasLatentSpaces,
         abilities.Inverts,
-        abilities.ChecksData,
         abilities.Recalls,
         abilities.AddsNoise,
         abilities.Varies,
