@@ -42,7 +42,7 @@ class Flow(Denoiser):
         )
         times_std: float = Field(1.0, gt=0, description="of logit_normal, before the sigmoid")
         sampler: Literal["euler", "heun", "midpoint"] = Field(
-            "heun", description="heun and midpoint call the network twice a step, and err less"
+            "midpoint", description="midpoint and heun call the network twice a step, and err less"
         )
         sample_steps: int = Field(25, ge=1, description="steps from noise to an image")
 
