@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def config_with_data(
         own += [f"clip.path={folder}/clip", "clip.revision=null"]
     if config.family.options.get("lambda_perceptual"):
         own.append("family.perceptual_weights=random")
-    if (latent := config.family.options.get("latent")) is not None:
+    # a number is the size of a vae's own
+    if isinstance(latent := config.family.options.get("latent"), Mapping):
         size = max(stage.resolution for stage in config.stages)
         _make_random_autoencoder(folder / "vae.safetensors", size, LatentOptions(**latent))
         own += [f"family.latent.path={folder}/vae.safetensors", "family.latent.revision=null"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dinogen.batch import Batch, Scalars
-from dinogen.errors import ConfigError, UserError
-from dinogen.families.base import Condition, Family, Graph, Health, Networks
+from dinogen.errors import ConfigError
+from dinogen.families.base import Condition, Family, Graph, Health, Networks, not_trained_with_text
 from shards.read.dataset import Dataset
 
 # --- training
@@ -93,17 +93,10 @@ class Describes(Protocol):
 
 @runtime_checkable
 class ChecksData(Protocol):
-    """It reads something of the shards that fits only some configs, such as latents."""
+    """The manifest tells whether data fit, before a job is queued or anything is loaded."""
 
     def check_data(self, data: Dataset) -> None:
-        """Refuse shards that do not fit; called before anything is loaded, in every stage.
-
-        Args:
-            data: its manifest is enough.
-
-        Raises:
-            ConfigError: naming the key and what it has to be.
-        """
+        """Raise a ConfigError that names the key that does not fit the data, and what would."""
 
 
 @runtime_checkable
@@ -111,12 +104,7 @@ class Recalls(Protocol):
     """What its samples need besides the networks is named in the facts of a checkpoint."""
 
     def recall(self, facts: Mapping[str, Any], folder: Path) -> None:
-        """Called once after a checkpoint is read to sample from; loads nothing.
-
-        Args:
-            facts: what :class:`Describes` said in training.
-            folder: of the run, or of the exported file; what is needed may lie there.
-        """
+        """Take what :class:`Describes` said in training; ``folder`` is that of the run or file."""
 
 
 @runtime_checkable
@@ -254,11 +242,11 @@ class LimitsSampling(Protocol):
 
 @runtime_checkable
 class AddsNoise(Protocol):
-    """Noise may be added on the way to a sample, so that its latent does not tell it alone."""
+    """Noise may be added on the way, so that an image does not follow from its latent alone."""
 
     @property
     def without_noise(self) -> Mapping[str, Any]:
-        """What ``with_sampling`` takes so that an image follows from its latent alone."""
+        """What ``with_sampling`` takes to add none."""
 
 
 @runtime_checkable
@@ -270,6 +258,27 @@ class Reconstructs(Protocol):
 
         Returns:
             (N, 3, R, R) float32 in [-1, 1]; None if there is no encoder.
+        """
+
+
+@runtime_checkable
+class Varies(Protocol):
+    """It generates images from features, and so others with the features of a photo."""
+
+    def variations(
+        self, networks: Networks, batch: Batch, indices: Tensor, seed: int
+    ) -> Tensor | None:
+        """Images with the features of those of a batch.
+
+        Args:
+            networks: the moving averages.
+            batch: of N samples, with what ``inputs`` says but images.
+            indices: (N,) int64 sample numbers: all but the features goes by them.
+            seed: as in ``Family.sample``.
+
+        Returns:
+            (N, 3, R, R) float32 in [-1, 1]; None if the family, as configured, generates images
+            from noise alone.
         """
 
 
@@ -501,8 +510,7 @@ def adjustable(family: Family) -> frozenset[str]:
     """What can be changed of how a family samples: of ``steps``, ``sampler`` and ``guidance``."""
     if isinstance(family, LimitsSampling):
         return family.adjustable
-    every = ("steps", "sampler", "guidance") if isinstance(family, AdjustsSampling) else ()
-    return frozenset(every)
+    return frozenset(["steps", "sampler", "guidance"] * isinstance(family, AdjustsSampling))
 
 
 def num_classes_of(family: Family) -> int:
@@ -526,11 +534,6 @@ def graph_of(family: Family, networks: Networks) -> Graph | None:
         return {"z": family.latents(indices, seed)}
 
     return Graph(networks[family.ema_networks[0]], inputs)
-
-
-def without_noise(family: Family) -> dict[str, Any]:
-    """What :class:`AddsNoise` says; empty for other families."""
-    return dict(family.without_noise) if isinstance(family, AddsNoise) else {}
 
 
 def spaces_of(family: Family) -> dict[str, LatentSpace]:
@@ -581,11 +584,3 @@ def condition_for(
     if not isinstance(family, Conditional):
         raise not_trained_with_text(family)
     return family.condition(texts, guidance, facts)
-
-
-def not_trained_with_text(family: Family) -> UserError:
-    """The error of a run that cannot be conditioned."""
-    return UserError(
-        f"family {family.config.family.name}: this run was not trained with text: leave out "
-        "--text, or train guided with family.text"
-    )

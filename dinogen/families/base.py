@@ -336,3 +336,11 @@ def sample_in_parts(
         for first in range(0, num, part)
     ]
     return torch.cat([images.float().cpu() for images in parts])
+
+
+def not_trained_with_text(family: Family) -> UserError:
+    """The error of a run that cannot be conditioned."""
+    return UserError(
+        f"family {family.config.family.name}: this run was not trained with text: leave out "
+        "--text, or train guided with family.text"
+    )

@@ -133,8 +133,8 @@ class Ddpm(Denoiser):
                     )
             if "sampler" in given and self.sampler not in ("heun", "euler"):
                 raise ValueError(
-                    f"sampler {self.sampler} walks through time steps, which prediction edm has "
-                    "not: take heun or euler"
+                    f"sampler {self.sampler} walks through time steps, and prediction edm has "
+                    "none: take heun or euler"
                 )
             if "sampler" not in given:
                 self.sampler = "heun"

@@ -12,14 +12,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from dinogen.batch import Batch, Losses, Scalars
-from dinogen.config import Config, ConfigError, Section, StageConfig, describe_errors
+from dinogen.config import Config, ConfigError, StageConfig, describe_errors
 from dinogen.distributed import rng
 from dinogen.errors import UserError
 from dinogen.families.base import Family, Graph, Inputs, Networks, Phase, classes_of
@@ -27,7 +27,8 @@ from dinogen.families.latent import LatentOptions, Latents
 from dinogen.guidance.alignment import Repa, RepaOptions
 from dinogen.guidance.representation import Representation, RepresentationOptions
 from dinogen.networks.denoising import DenoisingNetwork, Drop, LatentScale, NoSuchLayer
-from dinogen.networks.dit import SIZES, DiT
+from dinogen.networks.dit import DiT
+from dinogen.networks.options import NetworkOptions
 from dinogen.networks.representation import Embedded, RepresentationMLP
 from dinogen.networks.unet import UNet
 from dinogen.transfer import to_device, to_device_together
@@ -42,105 +43,10 @@ ROUNDING = 1e-6  # of shares of a walk
 Predict = Callable[[Tensor, Tensor, float], Tensor]
 
 
-class UNetOptions(Section):
-    """What a U-Net that was trained elsewhere does otherwise; the defaults are what ours do."""
-
-    norm_groups: int | None = Field(
-        None, ge=1, description="groups of every norm; default: at most 32, of at least 4 channels"
-    )
-    norm_eps: float = Field(1e-5, gt=0, description="added to the variance of a group")
-    scale: bool = Field(
-        True, description="the time embedding scales and shifts; false: it is added, no more"
-    )
-    num_heads: int | None = Field(
-        None, ge=1, description="heads of every attention, in place of head_channels"
-    )
-    middle_norm: bool = Field(True, description="the attention in the middle has a norm")
-    resampling: Literal["conv", "block"] = Field(
-        "conv", description="sides are halved and doubled by a convolution, or a residual block"
-    )
-    downsample_padding: Literal["all", "end"] = Field(
-        "all", description="where a halving convolution adds zeros; end: right and bottom alone"
-    )
-    last_frequency: Literal["near", "exact"] = Field(
-        "near", description="the time embedding ends near a frequency of 1/10000, or exactly there"
-    )
-    time_scale: float = Field(1.0, gt=0, description="factor of time steps before the embedding")
-    time_channels: int | None = Field(
-        None, ge=2, description="size of the time embedding; default: base_channels"
-    )
-
-
-class DiTOptions(Section):
-    """A diffusion transformer, by the name of its size or by its numbers."""
-
-    size: Literal["S", "B", "L", "XL"] | None = Field(
-        None,
-        description="of Peebles and Xie: S 384 wide and 12 deep, B 768 and 12, L 1024 and 24, XL "
-        "1152 and 28; default: S, or the three numbers",
-    )
-    width: int | None = Field(None, ge=4, description="of the tokens")
-    depth: int | None = Field(None, ge=1, description="number of blocks")
-    num_heads: int | None = Field(None, ge=1, description="of each attention")
-    patch: int = Field(2, ge=1, description="side of the patch of pixels that is one token")
-    num_registers: int = Field(0, ge=0, description="tokens that belong to no patch")
-    qk_norm: bool = Field(True, description="normalise the queries and keys of each head")
-
-    @model_validator(mode="after")
-    def _check(self) -> DiTOptions:
-        given = [name for name in _BY_SIZE if getattr(self, name) is not None]
-        if given and self.size is not None:
-            raise ValueError(f"size {self.size} says {given[0]} already: leave out one of them")
-        if given and len(given) < len(_BY_SIZE):
-            missing = next(name for name in _BY_SIZE if name not in given)
-            raise ValueError(
-                f"{missing} is missing: give width, depth and num_heads together, or a size"
-            )
-        return self
-
-    def arguments(self) -> dict[str, Any]:
-        """What a DiT is built with."""
-        own = {name: getattr(self, name) for name in _BY_SIZE}
-        sized = SIZES[self.size or "S"] if self.width is None else own
-        return sized | self.model_dump(include={"patch", "num_registers", "qk_norm"})
-
-
-_BY_SIZE = ("width", "depth", "num_heads")
-# Keys that a U-Net is built with.
-_OF_UNET = (
-    "base_channels",
-    "channel_multipliers",
-    "num_blocks",
-    "attention_resolutions",
-    "head_channels",
-    "unet",
-)
-
-
-class DenoiserOptions(Section):
+class DenoiserOptions(NetworkOptions):
     """Keys of ``family:`` that `ddpm` and `flow` have."""
 
     prediction: str = Field("v", description="what the network predicts")
-    network: Literal["unet", "dit"] = Field(
-        "unet", description="a convolutional U-Net, or a transformer with the keys of dit:"
-    )
-    dit: DiTOptions | None = Field(
-        None, description="size of the transformer of network: dit; default: S, patches of 2"
-    )
-    base_channels: int = Field(128, ge=2, description="channels at full resolution")
-    channel_multipliers: tuple[int, ...] = Field(
-        (1, 2, 3, 4), description="channels of each level over the base; each halves the side"
-    )
-    num_blocks: int = Field(2, ge=1, description="residual blocks per level")
-    attention_resolutions: tuple[int, ...] = Field(
-        (16, 8), description="sides at which blocks have self-attention"
-    )
-    head_channels: int = Field(64, ge=1, description="width of an attention head")
-    unet: UNetOptions | None = Field(
-        None,
-        description="details of a U-Net that was trained elsewhere, as `dinogen import` writes "
-        "them; default: ours",
-    )
     dropout: float = Field(
         0.0,
         ge=0,
@@ -168,17 +74,6 @@ class DenoiserOptions(Section):
     latent: LatentOptions | None = Field(
         None, description="train on latents of an autoencoder in place of pixels; default: pixels"
     )
-
-    @model_validator(mode="after")
-    def _check_network(self) -> DenoiserOptions:
-        if self.network == "unet":
-            if self.dit is not None:
-                raise ValueError("dit: belongs to network: dit: set it, or leave dit: out")
-            return self
-        for name in _OF_UNET:
-            if getattr(self, name) != DenoiserOptions.model_fields[name].default:
-                raise ValueError(f"{name} belongs to network: unet: leave it out beside dit")
-        return self
 
     @model_validator(mode="after")
     def _check_guidance(self) -> DenoiserOptions:
@@ -337,12 +232,14 @@ class Denoiser(Family):
         )
 
     def check_data(self, data: Dataset) -> None:
-        """Refuse shards without the latents."""
-        if self.latent is not None:
-            self.latent.check(data)
+        """Whether the data hold the latents, and the features that tokens are aligned with."""
+        for part in (self.latent, self.repa):
+            if part is not None:
+                part.check_data(data)
 
     def begin(self, data: Dataset) -> None:
-        """Check the features of ``repa``, measure ``representation``, learn the latents' scale."""
+        """Name the guide of ``repa``, measure ``representation``, learn the latents' scale."""
+        self.check_data(data)
         if self.repa is not None:
             self.repa.begin(data)
         if self.latent is not None:
@@ -371,14 +268,7 @@ class Denoiser(Family):
         if network == "R" and features is not None:
             return features.arguments(own.num_classes)
         channels, side, _ = self._shape
-        arguments: dict[str, Any] = {"resolution": side}
-        if own.network == "dit":
-            arguments |= (own.dit or DiTOptions()).arguments()
-        else:
-            names = set(_OF_UNET) - {"unet"}
-            arguments |= own.model_dump(mode="json", include=names)
-            if own.unet is not None:
-                arguments["variant"] = own.unet.model_dump(mode="json")
+        arguments = {"resolution": side} | own.network_arguments()
         if channels != RGB:
             arguments["in_channels"] = channels
         if self.repa is not None:
@@ -416,6 +306,17 @@ class Denoiser(Family):
         """As in the base: with classes, as frequent as in the data."""
         label = self._classes(indices, shares)
         return self._walk(networks, self.latents(indices, seed), label, indices, seed)
+
+    def variations(
+        self, networks: Networks, batch: Batch, indices: Tensor, seed: int
+    ) -> Tensor | None:
+        """Other images with the features of some; None without ``representation``."""
+        if self.representation is None:
+            return None
+        embedding = self.representation.embedding(networks, batch)
+        label = to_device(batch["label"], self.device) if self.options.num_classes else None
+        x = rng.normal(seed, "sample", indices, self._shape, device=self.device)
+        return self._walk_from(networks["G"], x, Conditions(label, embedding), indices, seed)
 
     refines = False  # the walk has too many steps to pass gradients through
 
@@ -473,8 +374,14 @@ class Denoiser(Family):
     ) -> Tensor:
         """Images of latents."""
         x, conditions = self._parted(networks, latents, label)
-        predict = functools.partial(self._guided, networks["G"], conditions)
-        return self._decoded(networks["G"], self._integrate(predict, x, indices, seed))
+        return self._walk_from(networks["G"], x, conditions, indices, seed)
+
+    def _walk_from(
+        self, G: nn.Module, x: Tensor, conditions: Conditions, indices: Tensor, seed: int
+    ) -> Tensor:
+        """Images of noise (N, C, R, R) and of what they are conditioned on."""
+        predict = functools.partial(self._guided, G, conditions)
+        return self._decoded(G, self._integrate(predict, x, indices, seed))
 
     def _classes(self, indices: Tensor, shares: Sequence[float] | None = None) -> Tensor | None:
         """Of samples (N,); ``shares`` are those of the classes, None cycles. None without any."""

@@ -16,7 +16,6 @@ from dinogen.batch import Batch, Features, Losses, Scalars
 from dinogen.config import Config, ConfigError, StageConfig
 from dinogen.distributed import rng
 from dinogen.errors import UserError
-from dinogen.families.abilities import not_trained_with_text
 from dinogen.families.base import (
     Condition,
     Family,
@@ -26,8 +25,8 @@ from dinogen.families.base import (
     Networks,
     Phase,
     classes_of,
+    not_trained_with_text,
 )
-from dinogen.families.denoiser import DiTOptions
 from dinogen.guidance.classes import ClassBatches
 from dinogen.guidance.comparing import MAIN
 from dinogen.guidance.conditioning import (
@@ -48,6 +47,7 @@ from dinogen.guidance.options import (
 from dinogen.guidance.weighted import WeightedObjectives
 from dinogen.losses.features import mean_pairwise_distance
 from dinogen.networks.one_step import OneStepDiT, OneStepImages
+from dinogen.networks.options import DiTOptions
 from dinogen.networks.progressive import ConditionalGenerator, ProgressiveGenerator
 from dinogen.transfer import to_device, to_device_together
 from shards.read.dataset import Dataset

@@ -106,7 +106,7 @@ class Latents:
         mirrored = self.config.augment.flip > 0
         return (self._level, flipped_level(self._level)) if mirrored else (self._level,)
 
-    def check(self, data: Dataset) -> None:
+    def check_data(self, data: Dataset) -> None:
         """Refuse shards without these latents; reads nothing but the manifest.
 
         Raises:
@@ -155,10 +155,9 @@ class Latents:
             scale: of G, whose buffers are set.
 
         Raises:
-            ConfigError: as :meth:`check`; or the autoencoder is not the one that made the latents.
+            ConfigError: the autoencoder is not the one that made the latents.
             GuideError: it cannot be loaded.
         """
-        self.check(data)
         self._known = data.manifest.guides.get(LATENTS)
         _ = self.autoencoder
         scale.set(*self._statistics(data))

@@ -24,8 +24,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dinogen.config import Config, ConfigError, FamilyConfig, Section, describe_errors
-from dinogen.families.abilities import not_trained_with_text
-from dinogen.families.base import Condition, Family, Health, Networks
+from dinogen.families.base import Condition, Family, Health, Networks, not_trained_with_text
 from dinogen.files import module_of_file
 
 ENTRY_POINTS = "dinogen.families"

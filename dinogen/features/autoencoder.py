@@ -192,6 +192,8 @@ def _ours(file: Path, path: str, commit: str | None, key: str) -> FrozenAutoenco
         )
     with damage_as_guide_error(key, path):
         model = Autoencoder(**network["arguments"])
+        if missing := sorted(set(model.state_dict()) - set(tensors)):
+            raise missing_weights(key, path, missing)
         model.load_state_dict(tensors)
     info = GuideInfo(
         name="vae",

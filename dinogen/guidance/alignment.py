@@ -98,32 +98,40 @@ class Repa:
             + f"a level of another grid, as {own.level.removesuffix(str(side))}{found}"
         )
 
-    def begin(self, data: Dataset) -> None:
-        """Check the features of the data, and take note of the guide that made them.
+    def check_data(self, data: Dataset) -> None:
+        """Compare the options with the levels of the data.
 
         Raises:
-            ConfigError: the shards lack the level, or it has another number of channels.
+            ConfigError: the data lack the level, or it has another number of channels.
         """
-        own, manifest = self.options, data.manifest
+        own, there = self.options, data.manifest.levels
         for level in self.levels:
-            if level not in manifest.levels:
+            if level not in there:
                 raise ConfigError(
                     f"family.repa.level: {data.location} has no level {level}; its levels are "
-                    f"{', '.join(manifest.levels) or 'none'}"
+                    f"{', '.join(there) or 'none'}"
                 )
-            channels = manifest.levels[level].channels
+            channels = there[level].channels
             if channels != own.channels:
                 raise ConfigError(
                     f"family.repa.channels: {own.channels}, but level {level} of {data.location} "
                     f"has {channels}: set it to {channels}"
                 )
-        name = level_guide(own.level)
+
+    def begin(self, data: Dataset) -> None:
+        """Take note of the guide that made the features, as the data name it."""
+        name, manifest = level_guide(self.options.level), data.manifest
         self.guide = manifest.guides.get(name, {}) if name else manifest.guide
         if not self.guide:
             _logger.warning(
                 "%s: its manifest does not say which guide made level %s, so neither will the run",
                 data.location,
-                own.level,
+                self.options.level,
+            )
+        if self.config.augment.rotate:
+            _logger.warning(
+                "augment.rotate: %g turns images, but not the features that they are aligned with",
+                self.config.augment.rotate,
             )
 
     def describe(self) -> dict[str, Any]:

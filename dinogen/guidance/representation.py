@@ -189,6 +189,7 @@ class Representation:
                 "level": self.options.level,
                 "mean": R.mean.tolist(),
                 "std": R.std.tolist(),
+                "null": networks["G"].get_parameter("null_embedding").tolist(),
             }
         }
 

@@ -137,17 +137,15 @@ def places_of(features: Tensor, view: View) -> dict[str, Tensor]:
     if view == "global":
         return {view: features.flatten(1)[:, None]}
     grid = math.isqrt(features.shape[1])
-    maps = features.mT.unflatten(2, (grid, grid))
+    maps = features.unflatten(1, (grid, grid))
     found = {}
-    for name in sets_of(view, grid):
-        what, _, size = name.partition("_")
-        side = int(size or grid)
-        parts = maps.unflatten(3, (-1, side)).unflatten(2, (-1, side))
-        if what == "mean":
-            values = parts.mean((3, 5))
-        else:
-            values = (parts.var((3, 5), correction=0) + _LEAST_VARIANCE).sqrt()
-        found[name] = values.flatten(2).mT
+    for size in dict.fromkeys(name.partition("_")[2] for name in sets_of(view, grid)):
+        side, suffix = int(size or grid), f"_{size}" if size else ""
+        parts = maps.unflatten(2, (-1, side)).unflatten(1, (-1, side))
+        mean = parts.mean((2, 4), keepdim=True)
+        variance = (parts - mean).square().mean((2, 4))
+        found[f"mean{suffix}"] = mean.flatten(1, 4)
+        found[f"std{suffix}"] = (variance + _LEAST_VARIANCE).sqrt().flatten(1, 2)
     return found
 
 

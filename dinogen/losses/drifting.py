@@ -93,7 +93,7 @@ def grouped_drift(
         scales = (spans / totals).clamp_(min=_SHORTEST)
         fields = found.fields(scales.expand(len(generated)), widths)
         size = found.num * found.total
-        squares = fields.square().sum((2, 3))
+        squares: Tensor = torch.linalg.vector_norm(fields, dim=(2, 3)).square_()
         if coordinates is not None:
             squares = coordinates.sum_over_ranks(squares)
         if together:
@@ -105,9 +105,10 @@ def grouped_drift(
         lengths = (squares / size).sqrt_().div_(scales[:, None]).clamp_(min=_SHORTEST)
         # each field to a mean square of 1, and added up
         factors = (lengths * scales[:, None]).reciprocal_()
-        step = (fields * factors[:, :, None, None]).sum(1)
+        factors = factors.expand(len(fields), -1)
+        step = torch.bmm(factors[:, None], fields.flatten(2)).view_as(generated)
         count = num_problems * size
-        loss: Tensor = (step.square().sum() / count)[0]
+        loss: Tensor = (torch.linalg.vector_norm(step).square_() / count)[0]
         length: Tensor = lengths.mean()
         if coordinates is not None:
             length = length / coordinates.num_ranks
@@ -189,7 +190,7 @@ class _Problems:
     def _apart(self, both: Tensor) -> Tensor:
         """Distances (k, N, M + L + N) per root of D; 0 from a sample to itself."""
         own = both[:, -self.num :]
-        squares = both.square().sum(2)
+        squares: Tensor = torch.linalg.vector_norm(both, dim=2).square_()
         found = squares[:, -self.num :, None] + squares[:, None, :]
         found.baddbmm_(own, both.mT, alpha=-2).div_(self.total)
         if self._coordinates is not None:

@@ -79,15 +79,16 @@ class OneStepDiT(nn.Module):
 
 
 class OneStepImages(nn.Module):
-    """What samples are of a :class:`OneStepDiT`; inputs that it lacks are left out."""
+    """What samples are of a :class:`OneStepDiT`, with one strength for all."""
 
     def __init__(self, G: OneStepDiT) -> None:
         super().__init__()
         self.G = G
 
-    def forward(self, z: Tensor, *more: Tensor) -> Tensor:
+    def forward(
+        self, z: Tensor, label: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
         """z (B, 3, R, R), label (B,), guidance () -> images (B, 3, R, R) in [-1, 1]."""
-        label = more[0] if self.G.dit.label is not None else None
-        guidance = more[-1].expand(len(z)) if self.G.dit.guidance is not None else None
-        images: Tensor = self.G(z, label, guidance)
+        strengths = None if guidance is None else guidance.expand(z.shape[0])
+        images: Tensor = self.G(z, label, strengths)
         return images.clamp(-1, 1)

@@ -17,6 +17,7 @@ from torch import Tensor
 from dinogen.errors import UserError
 from dinogen.evaluation.record import check_changes
 from dinogen.families.abilities import (
+    AddsNoise,
     AdjustsSampling,
     HasLatentSpaces,
     Inverts,
@@ -24,7 +25,6 @@ from dinogen.families.abilities import (
     adjustable,
     num_classes_of,
     spaces_of,
-    without_noise,
 )
 from dinogen.files import why_not_writable, write_json
 from dinogen.hub import cached_name, shown, working_path
@@ -263,7 +263,8 @@ class _Work:
         family = snapshot.family
         sampling: dict[str, Any] = {}
         if isinstance(family, AdjustsSampling) and "steps" in adjustable(family):
-            sampling = without_noise(family) | ({"steps": request.steps} if request.steps else {})
+            noiseless = family.without_noise if isinstance(family, AddsNoise) else {}
+            sampling = {**noiseless, **({"steps": request.steps} if request.steps else {})}
             family = family.with_sampling(sampling)
         self.family = family
         self.run = cached_name(request.run) or request.run.resolve().name

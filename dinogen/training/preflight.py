@@ -29,7 +29,7 @@ from dinogen.training.checkpointing.checkpoint import (
 )
 from dinogen.training.data import check_classes, data_fingerprint
 from dinogen.training.logging.sinks.registry import check_sinks
-from shards.format.sample import is_flipped
+from shards.format.sample import OF_LATENTS, is_flipped, level_guide
 from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
@@ -141,10 +141,10 @@ def _check_names(config: Config, families: list[Family]) -> None:
 def _check_stage(config: Config, family: Family, data: Dataset) -> None:
     """Levels, image size and batch of one stage."""
     stage, inputs = family.stage, family.inputs
-    if isinstance(family, ChecksData):
-        family.check_data(data)
     name, stored = f"stage {stage.resolution}", data.manifest.image_size
-    missing = [level for level in inputs.levels if level not in data.manifest.levels]
+    # of latents the family says what is missing
+    levels = [level for level in inputs.levels if level_guide(level) not in OF_LATENTS]
+    missing = [level for level in levels if level not in data.manifest.levels]
     if missing:
         raise ConfigError(
             f"{data.location}: {name} reads the level {', '.join(missing)}, the shards have "
@@ -152,6 +152,8 @@ def _check_stage(config: Config, family: Family, data: Dataset) -> None:
         )
     if inputs.labels:
         check_classes(config, data)
+    if isinstance(family, ChecksData):
+        family.check_data(data)
     if inputs.per_class and len(data.sets) > 1:
         raise ConfigError(
             "data.mix: batches by class are read from one dataset: pack the photos together and "

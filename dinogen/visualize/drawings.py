@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,7 +14,13 @@ from torch.nn import functional as F
 
 from dinogen.batch import Batch
 from dinogen.config import ConfigError
-from dinogen.families.abilities import HasFirstLayer, MixesStyles, Reconstructs, truncates
+from dinogen.families.abilities import (
+    HasFirstLayer,
+    MixesStyles,
+    Reconstructs,
+    Varies,
+    truncates,
+)
 from dinogen.report.images import Sheet, with_corner
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.visualize.nearest import real_images
@@ -255,6 +262,7 @@ def _list(numbers: list[int]) -> str:
 NUM_WORST = 16
 NUM_PAIRS = 8
 NUM_ENCODED = 8
+NUM_VARIATIONS = 3
 
 
 def worst(scene: Scene) -> Visualization:
@@ -298,6 +306,33 @@ def neighbours(scene: Scene) -> Visualization:
     return Visualization((Sheet(torch.cat(rows).numpy(), len(order), labels, left),), caption + ".")
 
 
+@torch.no_grad()
+def variations(scene: Scene) -> Visualization:
+    """Real images above generated ones with their features."""
+    family, reason = scene.family, "this family generates no images from features"
+    if not isinstance(family, Varies):
+        raise LeftOut(reason)
+    split, numbers = _some_held_out(scene)
+    images = real_images(scene.data, numbers.tolist(), split, scene.resolution)
+    read = scene.data.read(numbers.tolist(), split=split, levels=family.inputs.levels)
+    rows = [images]
+    for row in range(NUM_VARIATIONS):
+        indices = torch.arange(NUM_ENCODED) + row * NUM_ENCODED
+        found = family.variations(scene.networks, cast(Batch, read), indices, scene.seed)
+        if found is None:
+            raise LeftOut(reason)
+        rows.append(found.cpu())
+    caption = f"Images of split {split}, and below each of them generated ones with its features."
+    sheet = Sheet(torch.cat(rows).numpy(), NUM_ENCODED, left=["real"])
+    return Visualization((sheet,), caption)
+
+
+def _some_held_out(scene: Scene) -> tuple[str, np.ndarray]:
+    """Some samples over all held-out ones, or of what is trained on: their split and numbers."""
+    split = "val" if scene.data.num_samples("val") else scene.family.config.data.split
+    return split, np.linspace(0, scene.data.num_samples(split) - 1, NUM_ENCODED).astype(int)
+
+
 _ENCODES_NOTHING = "this family encodes no images"
 
 
@@ -307,8 +342,7 @@ def reconstructions(scene: Scene) -> Visualization:
     family = scene.family
     if not isinstance(family, Reconstructs):
         raise LeftOut(_ENCODES_NOTHING)
-    split = "val" if scene.data.num_samples("val") else family.config.data.split
-    numbers = np.linspace(0, scene.data.num_samples(split) - 1, NUM_ENCODED).astype(int)
+    split, numbers = _some_held_out(scene)
     images = real_images(scene.data, numbers.tolist(), split, scene.resolution)
     batch: Batch = {
         "image": images.to(family.device),

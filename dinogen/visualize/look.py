@@ -105,6 +105,7 @@ def _makers(scene: Scene) -> dict[str, Maker]:
         "styles": drawings.styles,
         "directions": drawings.directions,
         "reconstructions": drawings.reconstructions,
+        "variations": drawings.variations,
         "worst": drawings.worst,
         "neighbours": drawings.neighbours,
     }

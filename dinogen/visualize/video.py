@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinogen.errors import UserError
 from dinogen.families.abilities import (
+    AddsNoise,
     AdjustsSampling,
     LatentSpace,
     adjustable,
@@ -23,7 +24,6 @@ from dinogen.families.abilities import (
     spaces_of,
     to_space,
     truncates,
-    without_noise,
 )
 from dinogen.files import why_not_writable
 from dinogen.hub import working_path
@@ -307,7 +307,8 @@ def _through_samples(request: VideoRequest) -> Walk:
         raise UserError(f"--class {request.label}: {name}: {what}")
     if isinstance(family, AdjustsSampling) and "steps" in adjustable(family):
         steps = {} if request.steps is None else {"steps": request.steps}
-        family = family.with_sampling({**without_noise(family), **steps})
+        noiseless = family.without_noise if isinstance(family, AddsNoise) else {}
+        family = family.with_sampling({**noiseless, **steps})
         snapshot = replace(snapshot, family=family)
     elif request.steps is not None:
         raise UserError(f"--steps: {name} does not sample in steps: leave it out")

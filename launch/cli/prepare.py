@@ -15,9 +15,11 @@ from launch.cli.console import Move, progress_bar
 if TYPE_CHECKING:
     import torch
 
-    from dinogen.config import Config, GuideConfig
+    from dinogen.config import Config, GuideConfig, LatentsConfig
     from dinogen.features import Guide
     from dinogen.prepare.download.download import DownloadSummary
+    from dinogen.prepare.export_pt import PtFiles
+    from dinogen.prepare.parts import PartFiles
     from dinogen.prepare.photos.summary import FacesSummary
     from dinogen.prepare.pyramid import PyramidMaker
     from shards.format.manifest import Manifest
@@ -207,6 +209,8 @@ def pack(
             "FACES PYRAMIDS DATA, or add prepare.latents=null"
         )
     source = join.open_pyramids(pyramids) if pyramids is not None else None
+    if source is not None and settings.prepare.latents is not None:
+        _check_latents_in(source, settings.prepare.latents)
     named = config is not None or any(item.startswith("guide.") for item in overrides)
     guide = join.guide_of(source, settings.guide if named else None) if source else {}
     finished = _is_finished(data) and not repack
@@ -263,6 +267,23 @@ def _folders(words: list[str]) -> tuple[Path | None, Path, list[str]]:
     if any(data.glob("part-*.safetensors")) or any(data.glob("[!.]*.pt")):
         raise UserError(f"{data} holds pyramids: add the folder of the dataset after it")
     return (paths[0] if len(paths) == 2 else None), data, [word for word in words if "=" in word]
+
+
+def _check_latents_in(pyramids: PartFiles | PtFiles, config: LatentsConfig) -> None:
+    """Refuse pyramids without the latents that a config asks for.
+
+    Raises:
+        UserError: naming the key.
+    """
+    from shards.format.sample import OF_LATENTS
+
+    for name, wanted in zip(OF_LATENTS, (True, config.flips), strict=True):
+        if wanted and name not in pyramids.guides:
+            raise UserError(
+                f"{pyramids.folder}: holds no {name}.*, and the config has prepare.latents"
+                f"{'' if name == OF_LATENTS[0] else '.flips'}: run dinogen pyramids with this "
+                "config into a new folder, or add prepare.latents=null"
+            )
 
 
 def _wants_pyramids(settings: Config) -> bool:

@@ -35,7 +35,15 @@ BATCH = "stages.0.batch=64"  # at which that was; parts of a larger one launch a
 OTHERS = {
     "fp16": ("dcgan_64 progressive_gan_64 guided_text_64", "engine.precision=fp16"),
     "fp32": ("dcgan_64", "engine.precision=fp32"),
+    "latents": ("flow_latent_fast", "engine.precision=bf16"),
     "two ranks": ("vae_64 wgan_gp_64 guided_energy_64", "engine.precision=bf16", "--ranks", "2"),
+}
+
+DENOISERS = {
+    "flow": "{name: flow, base_channels: 32, head_channels: 32, dropout: 0.1}",
+    "flow, transformer, classes": "{name: flow, network: dit, dit: {patch: 8}, num_classes: 3}",
+    "edm": "{name: ddpm, prediction: edm, base_channels: 32, head_channels: 32}",
+    "min-SNR": "{name: ddpm, min_snr: 5, base_channels: 32, head_channels: 32}",
 }
 
 pytestmark = needs_fake_cuda
@@ -79,6 +87,18 @@ def test_a_step_launches_few_kernels(found, name):
     )
 
 
+def test_a_step_of_flow_or_edm_waits_for_nothing(tmp_path):
+    files = {}
+    for number, (kind, family) in enumerate(DENOISERS.items()):
+        files[kind] = tmp_path / f"{number}.yaml"
+        files[kind].write_text(f"family: {family}\nstages: [{{resolution: 64, kimg: 100}}]\n")
+    names = [str(file) for file in files.values()]
+    found = counted(tmp_path / "json", names, "engine.precision=bf16", "--steps", "1")
+    assert {kind: waits(found[str(file)]["steps"]["1"]) for kind, file in files.items()} == {
+        kind: {} for kind in DENOISERS
+    }
+
+
 @pytest.mark.parametrize("kind", OTHERS)
 def test_a_step_waits_for_nothing_in_any_precision_or_on_two_ranks(tmp_path, kind):
     names, *options = OTHERS[kind]
@@ -104,4 +124,26 @@ def test_alignment_waits_for_nothing(tmp_path):
     (tmp_path / "repa.yaml").write_text(REPA)
     name = str(tmp_path / "repa.yaml")
     found = counted(tmp_path / "json", [name], "engine.precision=bf16", "--steps", "1")
+    assert waits(found[name]["steps"]["1"]) == {}
+
+
+# a feature that a small network generates, and images from it, in both orientations
+RCG = """
+guide: {name: dinov2, path: facebook/dinov2-small}
+augment: {flip: 0.5}
+family:
+  name: flow
+  network: dit
+  num_classes: 2
+  dit: {width: 64, depth: 2, num_heads: 2, patch: 4}
+  representation: {width: 64, depth: 2}
+stages: [{resolution: 64, kimg: 100, lr: 1.0e-4}]
+"""
+
+
+@pytest.mark.parametrize("ranks", [[], ["--ranks", "2"]])
+def test_generating_the_features_first_waits_for_nothing(tmp_path, ranks):
+    (tmp_path / "rcg.yaml").write_text(RCG)
+    name = str(tmp_path / "rcg.yaml")
+    found = counted(tmp_path / "json", [name], "engine.precision=bf16", "--steps", "1", *ranks)
     assert waits(found[name]["steps"]["1"]) == {}

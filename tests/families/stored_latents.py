@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from dinogen.distributed import rng
 from dinogen.features.autoencoder import FrozenAutoencoder, load_autoencoder
+from dinogen.networks.autoencoder import Autoencoder
 from tests.families.tiny import LATENT, RESOLUTION, discs, pack_discs
 from tests.features.autoencoders import write_ours
 
@@ -25,6 +27,14 @@ def posteriors(autoencoder: FrozenAutoencoder, pixels: np.ndarray) -> dict[str, 
         side = both.shape[-1]
         found[f"{name}.n{side}"] = both.flatten(2).mT[0].half().numpy()
     return found
+
+
+def make_autoencoder() -> FrozenAutoencoder:
+    """Our own, in no file."""
+    with rng.torch_seed(0, "vae"):
+        G = Autoencoder(RESOLUTION, CHANNELS, base_channels=8, latent_side=SIDE)
+    info = {"weights_sha256": "0" * 64, "num_channels": CHANNELS, "factor": LATENT["factor"]}
+    return FrozenAutoencoder(G, info | {"random": True})
 
 
 def write_autoencoder(folder: Path) -> FrozenAutoencoder:

@@ -142,6 +142,7 @@ def test_every_member_of_0_1_may_call_super_and_keeps_its_meaning(old):
     family = snapshot.family
     newer = {
         abilities.RunsFrozen,
+        abilities.ChecksData,
         abilities.OrdersLayers,
         abilities.HasClasses,
         abilities.AdjustsSampling,
@@ -149,9 +150,9 @@ def test_every_member_of_0_1_may_call_super_and_keeps_its_meaning(old):
         abilities.HasGraph,
         abilities.HasLatentSpaces,
         abilities.Inverts,
-        abilities.ChecksData,
         abilities.Recalls,
         abilities.AddsNoise,
+        abilities.Varies,
     }
     assert {item for item in ABILITIES if not isinstance(family, item)} == newer
     assert not abilities.truncates(family)

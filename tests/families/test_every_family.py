@@ -152,7 +152,7 @@ def one_and_two(disc_data, tmp_path_factory):
     out = tmp_path_factory.mktemp("engines")
     items = [f"{name}:{engine}" for name in TINY for engine in ("ddp", "deepspeed")]
     script = Path(__file__).with_name("train_families.py")
-    done = torchrun(2, script, disc_data, out, *items, timeout=280)
+    done = torchrun(2, script, disc_data, out, *items, timeout=420)
     assert done.returncode == 0, done.stderr[-6000:]
     for name in TINY:
         train(tiny_config(name, disc_data, run_of(out, f"{name}:single")))

@@ -84,7 +84,7 @@ def test_one_objective_may_be_named_alone():
         (["family.discriminator={from_resolution: 32}"], "all stages are smaller"),
         (["family.discriminator={patch_scales: 1}"], "leave out patch_scales, or set kind: patch"),
         (["family.discriminator={kind: patch, grid: 8}"], "leave out grid, or set kind"),
-        (["guides={main: {name: pixels}}"], "not clip, main"),
+        (["guides={main: {name: pixels}}"], "not clip, latents, main"),
         (["family.objectives=[{name: paired, num_latents: 8}]"], "must be > z_dim 8"),
         (
             [

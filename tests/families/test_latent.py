@@ -152,10 +152,10 @@ def test_256_pixels_are_decoded_four_at_a_time():
     ],
 )
 def test_what_does_not_fit_the_data_is_refused(place, options, resolution, sections, message):
+    latents, data = latents_of(options, resolution, **sections), open_dataset(place / "data")
     with pytest.raises((ConfigError, GuideError), match=message):
-        latents_of(options, resolution, **sections).begin(
-            open_dataset(place / "data"), LatentScale(CHANNELS)
-        )
+        latents.check_data(data)
+        latents.begin(data, LatentScale(CHANNELS))
 
 
 def test_a_resolution_that_the_factor_does_not_divide_is_refused():
@@ -166,10 +166,10 @@ def test_a_resolution_that_the_factor_does_not_divide_is_refused():
 def test_data_without_latents_or_without_mirrored_ones_are_refused(tmp_path):
     pack_discs(tmp_path / "images")
     with pytest.raises(ConfigError, match=r"holds no latents.*prepare.latents.path=AUTOENCODER"):
-        latents_of().check(open_dataset(tmp_path / "images"))
+        latents_of().check_data(open_dataset(tmp_path / "images"))
     pack_latents(tmp_path)
     with pytest.raises(ConfigError, match=r"augment.flip: .*prepare.latents.flips=true"):
-        latents_of(augment={"flip": 0.5}).check(open_dataset(tmp_path / "data"))
+        latents_of(augment={"flip": 0.5}).check_data(open_dataset(tmp_path / "data"))
 
 
 def test_another_autoencoder_than_the_data_were_made_by_is_refused(tmp_path):

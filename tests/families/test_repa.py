@@ -205,9 +205,11 @@ def test_an_exported_file_samples_without_data(family, disc_data, tmp_path):
 def test_data_that_name_no_guide_will_do(tmp_path, caplog):
     levels = [{"n16": np.full((256, 32), number + 1.0)} for number in range(24)]
     pack_discs(tmp_path / "data", levels)
-    config = tiny_config("flow-repa", tmp_path / "data", tmp_path / "run", "stages.0.kimg=0.008")
+    changes = ["stages.0.kimg=0.008", "augment.rotate=5"]
+    config = tiny_config("flow-repa", tmp_path / "data", tmp_path / "run", *changes)
     (result,) = train(config)
     assert "does not say which guide made level n16" in caplog.text
+    assert "augment.rotate: 5 turns images, but not the features" in caplog.text
     assert "guide_label" not in result or result["guide_label"] is None
 
 

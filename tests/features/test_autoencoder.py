@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dinogen import hub
@@ -130,8 +131,13 @@ def damaged(tmp_path, kind):
         folder.mkdir()
         (folder / "model_index.json").write_text("{}")
         return folder
-    if kind in ("vector", "unknown file", "text file", "other family"):
+    if kind in ("vector", "unknown file", "text file", "other family", "ours without weights"):
         write_ours(file, latent_side=0 if kind == "vector" else 4)
+        if kind == "ours without weights":
+            tensors = load_file(file)
+            del tensors["to_rgb.bias"]
+            with safe_open(file, "pt") as opened:
+                save_file(tensors, file, opened.metadata())
         if kind == "unknown file":
             save_file({"x": torch.zeros(1)}, file)
         if kind == "text file":
@@ -173,6 +179,7 @@ WRONG = {
     "unknown file": "was not written by `dinogen export`",
     "text file": "is damaged",
     "other family": "of family dcgan, encodes no images",
+    "ours without weights": "lacks 1 weights .to_rgb.bias",
     "run": "is a run: write its weights to a file with `dinogen export",
     "no weights": "lacks config.json or ..safetensors",
     "other weights": f"lacks {WEIGHTS}",

@@ -92,6 +92,20 @@ def test_the_walk_of_ddpm_gives_the_images_of_sample(tmp_path, monkeypatch):
     assert expected.std() > 0.1
 
 
+def test_the_walk_of_flow_gives_the_images_of_sample(tmp_path, monkeypatch):
+    small = ["stages.0.resolution=8", "family.attention_resolutions=[4]"]
+    generator = make_generator("flow", small, tmp_path)
+    write_onnx(generator, tmp_path / "flow.onnx")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(compile(python("flow.onnx"), "docs/weights.md", "exec"), found)
+    noise = np.random.default_rng(0).standard_normal(found["images"].shape, np.float32)
+    networks = {"G": generator.network}
+    expected = generator.family.decode(networks, torch.from_numpy(noise), torch.arange(4), 0)
+    assert np.abs(found["images"] - expected.numpy()).max() < 1e-5
+    assert expected.std() > 0.1
+
+
 def test_the_tables_name_every_family_and_format():
     rows = re.findall(r"^\| (`[^|]*) \|", TEXT, re.M)
     named = [word for row in rows for word in re.findall(r"`(.*?)`", row)]

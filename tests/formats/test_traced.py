@@ -15,10 +15,12 @@ import torch
 
 from dinogen.families.abilities import fade
 from dinogen.families.base import Condition, sample_in_parts
+from dinogen.families.denoiser import Denoiser
 from dinogen.families.registry import family_class
 from dinogen.formats import traced
 from dinogen.formats.traced import ExportError, write_onnx, write_torch_export
 from dinogen.training.checkpointing.export import Generator
+from tests.families.stored_latents import make_autoencoder
 from tests.families.tiny import TINY, tiny_config
 
 # What adds inputs or branches to a family's graph; without them it is a part of this one.
@@ -30,6 +32,9 @@ SIDE_4 = "family.attention_resolutions=[4]"
 MORE = {
     "stylegan2_ada": ["family.num_classes=3", "family.truncation=0.7", "stages.0.resolution=8"],
     **dict.fromkeys(("ddpm-dit", "flow-dit"), CLASSES),
+    **dict.fromkeys(("ddpm-repa", "flow-repa", "ddpm-latent", "flow-latent"), CLASSES[:-1]),
+    **dict.fromkeys(("ddpm-rcg", "flow-rcg"), CLASSES[:-1]),
+    "guided-dit": ["family.num_classes=3"],
     **{name: [*CLASSES, SIDE_4] for name in ("ddpm", "ddpm-edm", "ddpm-snr")},
     "flow": [
         *(*CLASSES, SIDE_4),
@@ -46,15 +51,19 @@ def make_generator(family, overrides, tmp_path):
     config = tiny_config(family, tmp_path / "data", tmp_path / "run", *overrides)
     torch.manual_seed(0)
     made = family_class(config.family)(config, config.stages[0], torch.device("cpu"))
-    G = made.networks["G"].eval().requires_grad_(False)
-    for value in G.parameters():
-        value.add_(0.1 * torch.randn(value.shape))
-    for name, value in G.named_buffers():
-        if name.endswith(("running_mean", "w_avg")):
+    further = {name: made.networks[name] for name in made.ema_networks}
+    for network in further.values():
+        for value in network.eval().requires_grad_(False).parameters():
             value.add_(0.1 * torch.randn(value.shape))
+    G = further.pop("G")
+    for name, value in G.named_buffers():
+        if name.endswith(("running_mean", "w_avg", "latent_scale.mean", "latent_scale.deviation")):
+            value.add_(0.1 * torch.randn(value.shape))
+    if isinstance(made, Denoiser) and made.latent is not None:
+        made.latent._autoencoder = make_autoencoder()
     fade(made, {"G": G}, 0.3, fading=True)
     info = {"random_guide": False, "network": {"name": "G"}, "family": family}
-    return Generator(G, info, made)
+    return Generator(G, info, made, further)
 
 
 class Files:
@@ -96,6 +105,29 @@ def guided(run, facts, x, t, label):
     return without + facts["guidance"] * (with_class - without)
 
 
+def with_embedding(run, facts, embedding):
+    """The same without the input ``embedding``; where there is no class, there is none either."""
+
+    def of(x, t, label):
+        null = np.float32(facts["embedding"]["null"])
+        without = label[:, None] == facts["num_classes"]
+        return run(x=x, t=t, embedding=np.where(without, null, embedding), label=label)
+
+    return of
+
+
+def bounded(facts, x):
+    """Images in [-1, 1]; latents as they are."""
+    return x if "latent" in facts else np.clip(x, -1, 1)
+
+
+def decoded(facts, x, family):
+    """Images of normalised latents, with what the file says of their scale."""
+    mean, deviation = (np.float32(facts["latent"][name]) for name in ("mean", "deviation"))
+    z = x * deviation[:, None, None] + mean[:, None, None]
+    return family.latent.autoencoder.decode(torch.from_numpy(z)).numpy()
+
+
 def walk_flow(run, facts, predicted, x, label):
     """Heun, or the midpoint, in numpy, with what the file says of its times."""
     assert predicted == "v"
@@ -114,7 +146,7 @@ def walk_flow(run, facts, predicted, x, label):
         assert facts["sampler"] == "heun"
         reached = x + (then - now) * first
         x = reached if then == 0 else x + (then - now) / 2 * (first + v(reached, then))
-    return np.clip(x, -1, 1)
+    return bounded(facts, x)
 
 
 def walk_edm(run, facts, predicted, x, label):
@@ -136,7 +168,7 @@ def walk_edm(run, facts, predicted, x, label):
         x = reached
         if then:
             x = reached + (then - now) / 2 * (slope(reached, number + 1) - first)
-    return np.clip(x, -1, 1)
+    return bounded(facts, x)
 
 
 def walk(run, facts, predicted, x, label):
@@ -156,16 +188,28 @@ def walk(run, facts, predicted, x, label):
 def test_a_graph_gives_the_images_of_sample(files, kind, num):
     run = getattr(files, f"run_{kind}")
     generator, graph = files.generator, files.infos[0]["graph"]
-    family, networks, indices = generator.family, {"G": generator.network}, torch.arange(num)
+    family, networks, indices = generator.family, generator.networks, torch.arange(num)
     latents = family.latents(indices, SEED).numpy()
     label = np.arange(num) % 3
     expected = sample_in_parts(family, networks, num, SEED)
+    if "embedding" in graph:
+        latents, noise = np.split(latents, [-len(graph["embedding"]["mean"])], 1)
+        latents = latents.reshape(num, *graph["inputs"]["x"]["shape"][1:])
+        given = family.representation.generate(
+            networks, torch.from_numpy(noise), torch.from_numpy(label)
+        )
+        run = with_embedding(run, graph, given.numpy())
     if files.case.startswith(("ddpm", "flow")):
-        by = {"ddpm-edm": walk_edm, "flow": walk_flow, "flow-dit": walk_flow}
-        found = by.get(files.case, walk)(run, graph, graph["output"], latents, label)
+        by = {"edm": walk_edm, "v": walk_flow if "times" in graph else walk}
+        found = by[graph["output"]](run, graph, graph["output"], latents, label)
+        if "latent" in graph:
+            found = decoded(graph, found, family)
     elif files.case == "stylegan2_ada":
         found = run(z=latents, psi=np.float32(graph["psi"]), label=label)
         assert graph["psi"] == 0.7
+    elif files.case == "guided-dit":
+        found = run(z=latents, label=label, guidance=np.float32(graph["guidance"]))
+        assert graph["guidance"] == 1.5 and graph["guidance_range"] == [1, 4]
     elif files.case == "text":
         texts = np.random.default_rng(0).standard_normal((num, 6), np.float32)
         found = run(z=latents, embedding=texts, guidance=np.float32(0))
@@ -181,7 +225,7 @@ def test_a_graph_gives_the_images_of_sample(files, kind, num):
         found = run(z=latents)
     assert found.shape == expected.shape and found.dtype == np.float32
     # the walk of edm begins at 80 times the noise, which float32 knows to 1e-5
-    within = 2e-4 if files.case == "ddpm-edm" else 1e-5
+    within = 2e-4 if graph["output"] == "edm" else 1e-5
     assert np.abs(found - expected.numpy()).max() < within
     assert expected.std() > 1e-3  # not one colour
 

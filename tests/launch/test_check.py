@@ -9,12 +9,14 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from dinogen.config import load_config
+from dinogen.config import load_config, parse_config
 from dinogen.errors import UserError
 from dinogen.families.registry import family_names
+from launch import check
 from launch.check import check_run_here
 from launch.cli.main import app
 from tests.families.tiny import TINY, pack_discs
+from tests.features.autoencoders import write_ours
 from tests.launch.played_slurm import submitted
 from tests.training.conftest import data_folder, guide_folder  # noqa: F401
 
@@ -64,6 +66,21 @@ def test_a_guide_that_is_not_there(guided):
     assert words.startswith("guide.path: ") and "gone" in words
     assert launch(guided, f"guide.path={guided / 'gone'}", "--unchecked").exit_code == 0
     assert len(submitted(guided)) == 2
+
+
+def test_an_autoencoder_that_cannot_encode_the_photos(tmp_path):
+    config = {
+        "family": {"name": "dcgan"},
+        "prepare": {"latents": {"path": "gone.safetensors"}},
+        "stages": [{"resolution": 32, "kimg": 1}],
+    }
+    with pytest.raises(UserError, match=r"^prepare\.latents\.path: there is no file gone"):
+        check._check_makers(parse_config(config))
+    file, _ = write_ours(tmp_path / "vae.safetensors")
+    found = [f"prepare.latents.path={file}"]
+    check._check_makers(parse_config(config, found))
+    with pytest.raises(UserError, match=r"prepare\.faces\.size: 30 is not a multiple of 4"):
+        check._check_makers(parse_config(config, [*found, "prepare.faces.size=30"]))
 
 
 def test_levels_that_the_data_lack(guided):

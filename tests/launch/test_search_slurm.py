@@ -9,7 +9,6 @@ import pytest
 
 from dinogen.runs.layout import METRICS
 from launch.slurm.jobs import read_jobs
-from launch.study import slurm
 from launch.study.plan import open_study
 from tests.launch.played_slurm import set_state, submitted
 from tests.launch.studies import METRIC, Player, write_study
@@ -74,8 +73,8 @@ class Cluster:
 @pytest.fixture
 def on_slurm(played, tmp_path, monkeypatch):
     """Makes a study on a played SLURM."""
-    monkeypatch.setattr(slurm, "_FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(slurm, "_LAST_PAUSE", 0.05)
+    monkeypatch.setattr("launch.study.slurm._FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("launch.study.slurm._LAST_PAUSE", 0.05)
     monkeypatch.setattr("launch.study.status.write_comparison", compared)
     monkeypatch.setattr("launch.study.search.Search.check_metric", lambda self: None)
     ended = threading.Event()

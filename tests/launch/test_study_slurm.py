@@ -7,7 +7,6 @@ import threading
 import pytest
 
 from launch.slurm.jobs import read_jobs
-from launch.study import slurm
 from tests.launch.played_slurm import set_state, submitted
 from tests.launch.studies import Player, write_study
 from tests.launch.study_words import compared, rows, study
@@ -18,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("calm")
 @pytest.fixture
 def on_slurm(played, tmp_path, monkeypatch):
     """A study on a played SLURM, whose jobs end soon after they are submitted."""
-    monkeypatch.setattr(slurm, "_FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(slurm, "_LAST_PAUSE", 0.05)
+    monkeypatch.setattr("launch.study.slurm._FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("launch.study.slurm._LAST_PAUSE", 0.05)
     monkeypatch.setattr("launch.study.status.write_comparison", compared)
     place = tmp_path / "place"
     path = write_study(place, final={"tracks": ["vae"]})

@@ -328,6 +328,14 @@ def test_both_ways_as_they_are_typed(kl, tmp_path):
     assert dinogen("prepare", photos, once, *asked).stdout.count("already finished") == 1
     done = dinogen("pack", faces, tmp_path / "plain", *asked)
     assert "dinogen pyramids computes" in str(done.exception)
+    done = dinogen("pack", faces, parts, tmp_path / "more", *asked, "prepare.latents.flips=true")
+    assert "holds no latents_flipped.*, and the config has prepare.latents.flips" in str(
+        done.exception
+    )
+    plain = ("guide.name=pixels", "prepare.pyramids.make=always")
+    assert dinogen("pyramids", faces, tmp_path / "pixels", "-c", path, *plain).exit_code == 0
+    done = dinogen("pack", faces, tmp_path / "pixels", tmp_path / "more", *asked)
+    assert "holds no latents.*, and the config has prepare.latents:" in str(done.exception)
 
 
 def test_whether_features_are_made():

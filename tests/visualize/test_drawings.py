@@ -35,6 +35,7 @@ ALL = {
     "styles",
     "directions",
     "reconstructions",
+    "variations",
     "worst",
     "neighbours",
 }
@@ -147,6 +148,10 @@ def test_what_a_family_does_not_have_is_left_out(scene_of):
         drawings.directions(scene_of("ddpm"))
     with pytest.raises(LeftOut, match="encodes no"):
         drawings.reconstructions(scene_of("ddpm"))
+    with pytest.raises(LeftOut, match="no images from features"):
+        drawings.variations(scene_of("ddpm"))
+    with pytest.raises(LeftOut, match="no images from features"):
+        drawings.variations(scene_of("vae"))
 
 
 def test_progression_shows_the_same_latents_at_each_checkpoint(scene_of, runs, sampled):
@@ -182,6 +187,9 @@ def test_everything_is_written_and_said(runs, tmp_path):
         if name == "reconstructions":
             assert entry["file"] is None and "encodes" in entry["reason"]
             continue
+        if name == "variations":
+            assert entry["file"] is None and "from features" in entry["reason"]
+            continue
         with Image.open(folder / entry["file"]) as image:
             assert image.format == ("GIF" if name == "progression_animated" else "PNG")
         assert entry["caption"].endswith(".")
@@ -210,6 +218,7 @@ def test_without_its_data_a_run_still_shows_what_it_makes(runs, tmp_path):
         assert "gone" in entries[name]["reason"]
     assert {n for n, e in entries.items() if e["file"]} == ALL - {
         "reconstructions",
+        "variations",
         "worst",
         "neighbours",
         "psi",
