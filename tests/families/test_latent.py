@@ -147,6 +147,7 @@ def test_256_pixels_are_decoded_four_at_a_time():
     [
         ({"channels": 4}, 16, {}, r"set family.latent.channels=3 and family.latent.factor=4"),
         ({"factor": 8}, 16, {}, r"3 channels at 4x4.*set family.latent.channels=3 and .*factor=4"),
+        ({"factor": 2}, 8, {}, r"stages: stage 8 reads latents of 8x8 images.*one stage of 16"),
         ({}, 32, {}, r"stages: stage 32 reads latents of 32x32 images.*train one stage of 16"),
         ({"path": "nowhere.safetensors"}, 16, {}, r"family.latent.path: there is no file nowhere"),
     ],
@@ -161,6 +162,22 @@ def test_what_does_not_fit_the_data_is_refused(place, options, resolution, secti
 def test_a_resolution_that_the_factor_does_not_divide_is_refused():
     with pytest.raises(ConfigError, match=r"family.latent.factor: images of 16x16 cannot be"):
         latents_of({"factor": 3})
+
+
+def test_of_data_that_do_not_say_their_size_no_factor_of_0_is_advised(tmp_path):
+    pack_discs(tmp_path / "data", [{"latents.n8": np.ones((64, 2 * CHANNELS), np.float16)}] * 24)
+    data = open_dataset(tmp_path / "data")
+    data.manifest = data.manifest.model_copy(update={"image_size": None})
+    with pytest.raises(ConfigError, match=r"stages: stage 4 cannot read the latents.*set it to"):
+        latents_of({"factor": 2}, 4).check_data(data)
+
+
+@pytest.mark.parametrize(("name", "wrong", "right"), [("factor", 2, 4), ("channels", 4, 3)])
+def test_an_autoencoder_of_other_sizes_than_the_options_say_is_refused(place, name, wrong, right):
+    latents = latents_of({name: wrong, "path": str(place / "vae.safetensors")})
+    message = rf"family.latent.{name}: {wrong}, but .*vae.safetensors is {right}: set it to {right}"
+    with pytest.raises(ConfigError, match=message):
+        _ = latents.autoencoder
 
 
 def test_data_without_latents_or_without_mirrored_ones_are_refused(tmp_path):
