@@ -17,8 +17,7 @@ from dinogen.diffusion.flow import target, walk_times
 from dinogen.diffusion.ode import integrate
 from dinogen.diffusion.process import q_sample
 from dinogen.distributed import rng
-from dinogen.features.base import GuideInfo
-from dinogen.guidance.guides import stored_features
+from dinogen.guidance.guides import check_features, stored_features, told_of
 from dinogen.networks.representation import RepresentationMLP
 from dinogen.transfer import to_device
 from shards.errors import ManifestError
@@ -58,7 +57,7 @@ class RepresentationOptions(Section):
     def _of_an_image(cls, level: str) -> str:
         if level_name(level) == "text":
             raise ValueError("level text is of captions: use clip, which is of images, or p1")
-        return level
+        return check_features(level)
 
 
 class Representation:
@@ -142,8 +141,7 @@ class Representation:
         """What made the feature, as the shards name it; empty before :meth:`begin`."""
         if not self._guide or self.options.level in VECTORS:
             return {"clip": self._guide} if self._guide else {}
-        info = GuideInfo(**self._guide)
-        return {"guide": self._guide, "guide_label": info.label, "random_guide": info.random}
+        return told_of(self._guide)
 
     def embedding(self, networks: Networks, batch: Batch) -> Tensor:
         """The normalised features of a batch's images, (B, channels) float32 on the device."""

@@ -197,6 +197,8 @@ def test_clip_that_is_not_there_and_a_level_that_does_not_vary_are_refused(tmp_p
     ("options", "words"),
     [
         ({"level": "text"}, "level text is of captions"),
+        ({"level": "latents.n4"}, "latents.n4 holds latents of an autoencoder.* use features"),
+        ({"level": "latents_flipped.n4"}, "holds latents of an autoencoder"),
         ({"level": "q4"}, "is not the name of a level"),
         ({"dropout": 1.0}, "dropout"),
         ({"width": 7}, "width"),
