@@ -139,8 +139,11 @@ class Representation:
 
     def describe(self) -> dict[str, Any]:
         """What made the feature, as the shards name it; empty before :meth:`begin`."""
-        if not self._guide or self.options.level in VECTORS:
-            return {"clip": self._guide} if self._guide else {}
+        if not self._guide:
+            return {}
+        if self.options.level in VECTORS:
+            random = {"random_guide": True} if self._guide.get("random") else {}
+            return {"clip": self._guide} | random
         return told_of(self._guide)
 
     def embedding(self, networks: Networks, batch: Batch) -> Tensor:
