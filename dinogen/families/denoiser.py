@@ -185,6 +185,8 @@ class Denoiser(Family):
             raise ConfigError(f"family.{section}{error}") from None
         if self.repa is not None:
             self.repa.check(self.G)
+            if self.representation is not None:
+                self.representation.check_beside(self.repa.levels)
 
     @property
     def num_classes(self) -> int:
@@ -233,8 +235,8 @@ class Denoiser(Family):
         )
 
     def check_data(self, data: Dataset) -> None:
-        """Whether the data hold the latents, and the features that tokens are aligned with."""
-        for part in (self.latent, self.repa):
+        """Whether the data hold the latents and features that are read."""
+        for part in (self.latent, self.repa, self.representation):
             if part is not None:
                 part.check_data(data)
 

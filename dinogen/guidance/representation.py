@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -93,23 +93,27 @@ class Representation:
         """What is read of each sample."""
         return (self.options.level,)
 
-    def begin(
-        self, R: RepresentationMLP, data: Dataset, split: str, on_error: Literal["stop", "skip"]
-    ) -> None:
-        """Hand R the mean and deviation of the feature over the training images.
+    def check_beside(self, levels: Sequence[str]) -> None:
+        """Make sure that a batch can hold its level beside those of ``repa``.
 
-        Both are in the statistics of the shards, but for the deviation of the mean of a larger
-        level: this is measured on up to ``NUM_MEASURED`` samples, evenly spaced.
+        Raises:
+            ConfigError: one of them is of the same guide and grid, but of another kind.
+        """
+        own = self.options.level
+        for other in levels:
+            same = (level_guide(other), level_grid(other)) == (level_guide(own), level_grid(own))
+            if same and other != own:
+                raise ConfigError(
+                    f"family.repa.level, family.representation.level: {other} and {own} are of the "
+                    "same guide and grid, of which a batch holds one level: give both the same, or "
+                    "levels of different grids"
+                )
 
-        Args:
-            R: gets them as buffers.
-            data: with the level.
-            split: that is trained on.
-            on_error: what to do about a damaged sample, see ``Dataset.read``.
+    def check_data(self, data: Dataset) -> None:
+        """Compare the options with the levels of the data.
 
         Raises:
             ConfigError: the data lack the level, or it has another number of channels.
-            ManifestError: they have no statistics.
         """
         level, channels = self.options.level, self.options.channels
         try:
@@ -121,6 +125,26 @@ class Representation:
                 f"family.representation.channels: {channels}, but level {level} of "
                 f"{data.location} has {found.channels}: set it to {found.channels}"
             )
+
+    def begin(
+        self, R: RepresentationMLP, data: Dataset, split: str, on_error: Literal["stop", "skip"]
+    ) -> None:
+        """Hand R the mean and deviation of the feature over the training images.
+
+        Both are in the statistics of the shards, but for the deviation of the mean of a larger
+        level: this is measured on up to ``NUM_MEASURED`` samples, evenly spaced.
+
+        Args:
+            R: gets them as buffers.
+            data: with the level, see :meth:`check_data`.
+            split: that is trained on.
+            on_error: what to do about a damaged sample, see ``Dataset.read``.
+
+        Raises:
+            ConfigError: the level is the same in all samples.
+            ManifestError: the data have no statistics.
+        """
+        level = self.options.level
         self._guide = _made_by(data, level)
         mean = data.level_mean(level).mean(0)
         if level_grid(level) == 1:

@@ -21,6 +21,7 @@ from dinogen.features import GuideInfo
 from dinogen.formats.export import export
 from dinogen.formats.traced import write_onnx, write_torch_export
 from dinogen.training.checkpointing.snapshot import load_snapshot
+from dinogen.training.preflight import check_config, check_run
 from dinogen.training.run import train
 from dinogen.training.state import StageState
 from shards.read.dataset import open_dataset
@@ -345,6 +346,24 @@ def test_all_guides_of_features_are_told(names, tmp_path):
     assert all(info["name"] in facts["guide_label"] for info in infos.values())
     trained_with = _trained_with(family, facts)
     assert sorted(trained_with) == sorted({info["name"] for info in infos.values()})
+
+
+def test_two_kinds_of_one_grid_are_refused_by_both_names(tmp_path):
+    overrides = (
+        "family.repa={layer: 1, level: n4, channels: 32, hidden: 8}",
+        "family.representation={level: p4, channels: 32, width: 8, depth: 1}",
+    )
+    config = tiny_config("flow-dit", tmp_path / "data", tmp_path / "run", *overrides)
+    words = r"family\.repa\.level, family\.representation\.level: n4 and p4 are of the same guide"
+    with pytest.raises(ConfigError, match=words):
+        check_config(config, [0])
+
+
+def test_channels_are_compared_before_a_job_is_queued(disc_data, tmp_path):
+    overrides = ("family.representation.channels=384",)
+    config = tiny_config("flow-rcg", disc_data, tmp_path / "run", *overrides)
+    with pytest.raises(ConfigError, match=r"channels: 384, but level n16 .*set it to 32"):
+        check_run(config, [0], open_dataset(disc_data))
 
 
 @pytest.mark.parametrize("random", [True, False])

@@ -177,10 +177,8 @@ def test_the_deviation_is_measured_on_samples_of_the_whole_split(packed, monkeyp
     ],
 )
 def test_what_does_not_fit_the_shards_is_refused(packed, options, words):
-    made = of(**options)
-    R = RepresentationMLP(made.options.channels, 4, 1)
     with pytest.raises(ConfigError, match=words):
-        made.begin(R, packed, "train", "stop")
+        of(**options).check_data(packed)
 
 
 def test_clip_that_is_not_there_and_a_level_that_does_not_vary_are_refused(tmp_path):
@@ -188,9 +186,17 @@ def test_clip_that_is_not_there_and_a_level_that_does_not_vary_are_refused(tmp_p
     data = open_dataset(tmp_path / "data")
     R = RepresentationMLP(3, 4, 1)
     with pytest.raises(ConfigError, match="name a clip: and prepare the photos again"):
-        of(level="clip", channels=3).begin(R, data, "train", "stop")
+        of(level="clip", channels=3).check_data(data)
     with pytest.raises(ConfigError, match="p1 is the same in all samples"):
         of(level="p1", channels=3).begin(R, data, "train", "stop")
+
+
+def test_a_level_of_the_guide_and_grid_of_another_is_refused():
+    made = of(level="flipped.p4")
+    made.check_beside(["p4", "n4", "flipped.p4", "flipped.n8"])
+    of(level="clip").check_beside(["p1"])
+    with pytest.raises(ConfigError, match="flipped.n4 and flipped.p4 are of the same guide"):
+        made.check_beside(["n4", "flipped.n4"])
 
 
 @pytest.mark.parametrize(
