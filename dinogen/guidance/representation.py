@@ -248,12 +248,24 @@ class Representation:
     def _measured(
         self, data: Dataset, split: str, on_error: Literal["stop", "skip"]
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Deviation of the mean over all locations of a level, by channel."""
-        level, num = self.options.level, data.num_samples(split)
-        chosen = np.linspace(0, num - 1, min(num, NUM_MEASURED)).astype(int).tolist()
-        log.info("representation: measuring %s on %d images", level, len(chosen))
-        batch = data.read(chosen, split=split, levels=[level], on_error=on_error)
-        return self._stored(batch).double().std(0, unbiased=False).float().numpy()
+        """Deviation of the mean over all locations of a level, by channel.
+
+        Of a mix, that of samples drawn by weight: the law of total variance.
+        """
+        level = self.options.level
+        middle = data.level_mean(level).astype(np.float64).mean(0)
+        variance = np.zeros(self.options.channels)
+        for one, weight in zip(data.sets, data.weights, strict=True):
+            num = one.num_samples(split)
+            if not num:
+                continue
+            chosen = np.linspace(0, num - 1, min(num, NUM_MEASURED)).astype(int).tolist()
+            log.info("representation: measuring %s on %d images", level, len(chosen))
+            batch = one.read(chosen, split=split, levels=[level], on_error=on_error)
+            within = self._stored(batch).double().var(0, unbiased=False).numpy()
+            mean = one.level_mean(level).astype(np.float64).mean(0)
+            variance += float(weight) * (within + (mean - middle) ** 2)
+        return np.sqrt(variance).astype(np.float32)
 
 
 def _made_by(data: Dataset, level: str) -> dict[str, Any]:

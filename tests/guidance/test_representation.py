@@ -1,5 +1,7 @@
 """The generated feature: R against a known distribution, statistics, draws, what is refused."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from dinogen.guidance import representation
 from dinogen.guidance.representation import Representation, RepresentationOptions
 from dinogen.networks.representation import RepresentationMLP
 from shards.read.dataset import open_dataset
+from shards.read.mixture import MixedDataset
 from tests.families.tiny import pack_discs
 
 CPU = torch.device("cpu")
@@ -166,6 +169,37 @@ def test_the_deviation_is_measured_on_samples_of_the_whole_split(packed, monkeyp
     made.begin(RepresentationMLP(3, 4, 1), packed, "train", "stop")
     last = packed.num_samples("train") - 1
     assert len(read[0]) == 5 and read[0][0] == 0 and read[0][-1] == last
+
+
+def test_of_a_mix_each_dataset_counts_by_its_weight(packed, tmp_path):
+    """Against all samples of both, each with its share of the weight."""
+    values = np.random.default_rng(1).normal([10.0, -4.0, 1.0], [3.0, 0.1, 1.0], (24, 16, 3))
+    values += np.random.default_rng(2).normal(size=(24, 1, 3))
+    levels = [{"p4": one.astype(np.float16), "p1": one.mean(0)[None]} for one in values]
+    pack_discs(tmp_path / "data", levels, val_fraction=0.5)
+    sets = packed, open_dataset(tmp_path / "data")
+    mix = MixedDataset(sets, [Fraction(9, 10), Fraction(1, 10)])
+    features, weights = [], []
+    for data, share in zip(sets, (0.9, 0.1), strict=True):
+        num = data.num_samples("train")
+        batch = data.read(range(num), levels=["p4"])
+        features.append(batch["pyramid"][4].double().mean(1).numpy())
+        weights.append(np.full(num, share / num))
+    values, weight = np.concatenate(features), np.concatenate(weights)
+    mean = weight @ values
+    deviation = np.sqrt(weight @ (values - mean) ** 2)
+    made, R = of(level="p4", channels=3), RepresentationMLP(3, 4, 1)
+    made.begin(R, mix, "train", "stop")
+    np.testing.assert_allclose(R.mean.numpy(), mean, rtol=1e-3)
+    np.testing.assert_allclose(R.std.numpy(), deviation, rtol=2e-3)
+
+
+def test_of_one_dataset_it_is_the_plain_deviation_to_the_bit(packed):
+    made, R = of(level="p4", channels=3), RepresentationMLP(3, 4, 1)
+    made.begin(R, packed, "train", "stop")
+    batch = packed.read(range(packed.num_samples("train")), levels=["p4"])
+    plain = batch["pyramid"][4].float().mean(1).double().std(0, unbiased=False).float()
+    assert torch.equal(R.std[:2], plain[:2])
 
 
 @pytest.mark.parametrize(
