@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dinogen import load_generator
 from dinogen.config import ConfigError
@@ -276,6 +277,29 @@ def test_an_exported_file_samples_without_run_and_data(name, trained, tmp_path):
     }
     again = export(path, tmp_path / "again.safetensors").path
     assert again.read_bytes() == path.read_bytes(), "of a file, the same file"
+
+
+@pytest.mark.parametrize(
+    ("further", "message"),
+    [
+        ({}, "holds G, but its family flow draws with G and R: export the run again"),
+        ({"R": {}, "Q": {}}, "holds G and R and Q, but its family flow draws with G and R"),
+        ("R", "its metadata name the network R, of which it holds no tensors"),
+        (5, "no generator of dinogen"),
+        ([["R"]], "no generator of dinogen"),
+    ],
+)
+def test_a_file_whose_metadata_do_not_fit_is_named(further, message, trained, tmp_path):
+    path = export(trained["flow-rcg"].run, tmp_path / "first.safetensors").path
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    if further == "R":
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("R/")}
+    told = json.loads(metadata["dinogen"]) | {"further": further}
+    save_file(tensors, path, metadata | {"dinogen": json.dumps(told)})
+    with pytest.raises(ConfigError, match=f"first.safetensors: {message}"):
+        load_generator(path)
 
 
 def test_a_run_may_begin_from_an_exported_file(trained, disc_data, tmp_path):
