@@ -117,7 +117,8 @@ class Ddpm(Denoiser):
                     f"sample_steps {self.sample_steps} are more than num_steps {self.num_steps}: "
                     "sample in fewer"
                 )
-            if self.latent is not None and (self.prediction, self.schedule) == ("epsilon", "cosine"):
+            unbounded = self.prediction == "epsilon" and self.schedule == "cosine"
+            if unbounded and self.latent is not None:
                 # its last signal is 5e-5, and latents have no bound to keep predicted ones in
                 raise ValueError(
                     "prediction epsilon on latents with schedule cosine: hardly any signal is left "

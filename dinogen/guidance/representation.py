@@ -252,20 +252,25 @@ class Representation:
 
         Of a mix, that of samples drawn by weight: the law of total variance.
         """
-        level = self.options.level
-        middle = data.level_mean(level).astype(np.float64).mean(0)
-        variance = np.zeros(self.options.channels)
+        level, first = self.options.level, 0
+        shares, means, variances = [], [], []
         for one, weight in zip(data.sets, data.weights, strict=True):
             num = one.num_samples(split)
             if not num:
                 continue
-            chosen = np.linspace(0, num - 1, min(num, NUM_MEASURED)).astype(int).tolist()
+            chosen = np.linspace(0, num - 1, min(num, NUM_MEASURED)).astype(int) + first
             log.info("representation: measuring %s on %d images", level, len(chosen))
-            batch = one.read(chosen, split=split, levels=[level], on_error=on_error)
-            within = self._stored(batch).double().var(0, unbiased=False).numpy()
-            mean = one.level_mean(level).astype(np.float64).mean(0)
-            variance += float(weight) * (within + (mean - middle) ** 2)
-        return np.sqrt(variance).astype(np.float32)
+            batch = data.read(chosen.tolist(), split=split, levels=[level], on_error=on_error)
+            stored = self._stored(batch).double()
+            shares.append(float(weight))
+            means.append(stored.mean(0).numpy())
+            variances.append(stored.var(0, unbiased=False).numpy())
+            first += num
+        share = np.array(shares)[:, None] / sum(shares)
+        middle = (share * means).sum(0)
+        total = (share * (variances + (means - middle) ** 2)).sum(0)
+        deviation: np.ndarray[Any, np.dtype[np.float32]] = np.sqrt(total).astype(np.float32)
+        return deviation
 
 
 def _made_by(data: Dataset, level: str) -> dict[str, Any]:

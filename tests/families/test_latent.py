@@ -15,10 +15,11 @@ from dinogen.errors import UserError
 from dinogen.families.latent import LatentOptions, Latents
 from dinogen.features.base import GuideError
 from dinogen.networks.denoising import LatentScale
+from dinogen.training.preflight import check_run
 from shards import open_dataset
 from shards.read.mixture import MixedDataset
 from tests.families.stored_latents import CHANNELS, SIDE, pack_latents
-from tests.families.tiny import LATENT, pack_discs
+from tests.families.tiny import LATENT, pack_discs, tiny_config
 
 CPU = torch.device("cpu")
 
@@ -187,6 +188,9 @@ def test_data_without_latents_or_without_mirrored_ones_are_refused(tmp_path):
     pack_latents(tmp_path)
     with pytest.raises(ConfigError, match=r"augment.flip: .*prepare.latents.flips=true"):
         latents_of(augment={"flip": 0.5}).check_data(open_dataset(tmp_path / "data"))
+    config = tiny_config("flow-latent", tmp_path / "data", tmp_path / "run", "augment.flip=0.5")
+    with pytest.raises(ConfigError, match=r"augment.flip: .*prepare.latents.flips=true"):
+        check_run(config, [0], open_dataset(tmp_path / "data"))
 
 
 def test_another_autoencoder_than_the_data_were_made_by_is_refused(tmp_path):

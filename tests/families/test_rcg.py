@@ -363,7 +363,7 @@ def test_all_guides_of_features_are_told(names, tmp_path):
     config = tiny_config("flow-dit", tmp_path / "data", tmp_path / "run", *overrides)
     family = StageState(config, 0).family
     facts = family.describe()
-    assert facts["guide"] == infos.get("", infos["other"] if "other" in infos else None)
+    assert facts["guide"] == infos.get("", infos.get("other"))
     others = {name: info for name, info in infos.items() if info != facts["guide"]}
     assert facts.get("guides", {}) == others
     assert facts["random_guide"] is ("other" in names)

@@ -229,7 +229,7 @@ def test_a_level_of_the_guide_and_grid_of_another_is_refused():
     made = of(level="flipped.p4")
     made.check_beside(["p4", "n4", "flipped.p4", "flipped.n8"])
     of(level="clip").check_beside(["p1"])
-    with pytest.raises(ConfigError, match="flipped.n4 and flipped.p4 are of the same guide"):
+    with pytest.raises(ConfigError, match=r"flipped\.n4 and flipped\.p4 are of the same guide"):
         made.check_beside(["n4", "flipped.n4"])
 
 

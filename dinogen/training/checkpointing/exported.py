@@ -27,8 +27,12 @@ _OWN = {
 }
 # Facts that a file is read by, and what they are; bool is a kind of int.
 _NEEDED: dict[str, type | tuple[type, ...]] = {
-    **{"resolution": int, "nimg": int, "alpha": (int, float), "fading": int},
-    **{"config": dict, "versions": dict},
+    "resolution": int,
+    "nimg": int,
+    "alpha": (int, float),
+    "fading": int,
+    "config": dict,
+    "versions": dict,
 }
 
 
