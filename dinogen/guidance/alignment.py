@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinogen.batch import Batch
 from dinogen.config import Config, ConfigError, Section
-from dinogen.guidance.guides import check_features, stored_features, told_of
+from dinogen.guidance.guides import check_features, facts_of_guide, stored_features
 from dinogen.losses.features import alignment
 from dinogen.networks.denoising import Alignment, DenoisingNetwork
 from dinogen.transfer import to_device
@@ -135,7 +135,7 @@ class Repa:
 
     def describe(self) -> dict[str, Any]:
         """The guide that made the features, as the shards name it; empty before :meth:`begin`."""
-        return told_of(self.guide) if self.guide else {}
+        return facts_of_guide(self.guide) if self.guide else {}
 
     def cosine(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Mean cosine of tokens and features, those of the mirrored image where it is mirrored.

@@ -280,7 +280,7 @@ def check_features(level: str) -> str:
     return level
 
 
-def told_of(made_by: Mapping[str, Any]) -> dict[str, Any]:
+def facts_of_guide(made_by: Mapping[str, Any]) -> dict[str, Any]:
     """What a run says of the guide whose stored features it learns from, JSON-ready.
 
     Args:

@@ -17,7 +17,7 @@ from dinogen.diffusion.flow import target, walk_times
 from dinogen.diffusion.ode import integrate
 from dinogen.diffusion.process import q_sample
 from dinogen.distributed import rng
-from dinogen.guidance.guides import check_features, stored_features, told_of
+from dinogen.guidance.guides import check_features, facts_of_guide, stored_features
 from dinogen.networks.representation import RepresentationMLP
 from dinogen.transfer import to_device
 from shards.errors import ManifestError
@@ -168,7 +168,7 @@ class Representation:
         if self.options.level in VECTORS:
             random = {"random_guide": True} if self._guide.get("random") else {}
             return {"clip": self._guide} | random
-        return told_of(self._guide)
+        return facts_of_guide(self._guide)
 
     def embedding(self, networks: Networks, batch: Batch) -> Tensor:
         """The normalised features of a batch's images, (B, channels) float32 on the device."""

@@ -208,7 +208,7 @@ def test_an_exported_file_samples_without_data(family, disc_data, tmp_path):
     [(INFO | {"factor": 8}, "RANDOM guide (dinov2)"), ({"name": "theirs", "random": True}, None)],
 )
 @pytest.mark.parametrize("kind", ["repa", "representation"])
-def test_a_guide_may_be_told_of_in_more_words_or_fewer(made_by, label, kind, tmp_path):
+def test_the_identity_of_a_guide_may_have_more_facts_or_fewer(made_by, label, kind, tmp_path):
     levels = [{"n4": np.full((16, 32), number + 1.0)} for number in range(24)]
     pack_discs(tmp_path / "data", levels, guide=made_by)
     own = {
