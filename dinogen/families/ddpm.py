@@ -117,6 +117,14 @@ class Ddpm(Denoiser):
                     f"sample_steps {self.sample_steps} are more than num_steps {self.num_steps}: "
                     "sample in fewer"
                 )
+            unbounded = self.prediction == "epsilon" and self.schedule == "cosine"
+            if unbounded and self.latent is not None:
+                # its last signal is 5e-5, and latents have no bound to keep predicted ones in
+                raise ValueError(
+                    "prediction epsilon on latents with schedule cosine: hardly any signal is left "
+                    "in its last step, so a small error of the noise is a huge one of the latent: "
+                    "set prediction: v, or schedule: linear"
+                )
             return self
 
         def _checked_edm(self) -> Ddpm.Options:

@@ -32,6 +32,7 @@ from dinogen.networks.options import NetworkOptions
 from dinogen.networks.representation import Embedded, RepresentationMLP
 from dinogen.networks.unet import UNet
 from dinogen.transfer import to_device, to_device_together
+from shards.format.sample import level_guide
 from shards.read.dataset import Dataset
 
 # Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", section 4.2 tries 0.1 to 0.5
@@ -184,6 +185,8 @@ class Denoiser(Family):
             raise ConfigError(f"family.{section}{error}") from None
         if self.repa is not None:
             self.repa.check(self.G)
+            if self.representation is not None:
+                self.representation.check_beside(self.repa.levels)
 
     @property
     def num_classes(self) -> int:
@@ -232,8 +235,8 @@ class Denoiser(Family):
         )
 
     def check_data(self, data: Dataset) -> None:
-        """Whether the data hold the latents, and the features that tokens are aligned with."""
-        for part in (self.latent, self.repa):
+        """Whether the data hold the latents and features that are read."""
+        for part in (self.latent, self.repa, self.representation):
             if part is not None:
                 part.check_data(data)
 
@@ -255,7 +258,22 @@ class Denoiser(Family):
         found = {name: value for one in facts for name, value in one.items()}
         if any(one.get("random_guide") for one in facts):
             found["random_guide"] = True
-        return found
+        return found | self._guides()
+
+    def _guides(self) -> dict[str, Any]:
+        """The guides of features of several, in the form of ``GuideSet.describe``."""
+        parts = (self.repa, self.representation)
+        facts = {level_guide(one.options.level): one.describe() for one in parts if one is not None}
+        told = {name: one for name, one in facts.items() if "guide" in one}
+        if len(told) < 2:
+            return {}
+        main, *others = sorted(told, key=bool)  # that of the config's guide: has no name
+        labels = [one["guide_label"] for one in told.values() if "guide_label" in one]
+        return {
+            "guide": told[main]["guide"],
+            "guides": {name: told[name]["guide"] for name in others},
+            "guide_label": ", ".join(labels),
+        }
 
     def recall(self, facts: Mapping[str, Any], folder: Path) -> None:
         """Which autoencoder decodes."""

@@ -123,29 +123,35 @@ class Latents:
                 f"family.latent: {where} holds no latents: prepare the photos again with "
                 "prepare.latents.path=AUTOENCODER, into a new folder, or leave out family.latent"
             )
-        channels, side, _ = self.shape
-        if self._level in stored and stored[self._level][0] == channels:
-            missing = [level for level in self.levels if level not in levels]
-            if missing:
-                raise ConfigError(
-                    f"augment.flip: {where} holds no latents of mirrored images: prepare the "
-                    "photos again with prepare.latents.flips=true, into a new folder, or leave it "
-                    "out"
-                )
-            return
         found = ", ".join(f"{c} channels at {s}x{s}" for c, s in stored.values())
-        size, wanted = data.manifest.image_size, self.stage.resolution
-        if size is not None and size != wanted:
+        wanted = self.stage.resolution
+        # the same grid can be that of other images at another factor
+        sizes = [one.manifest.image_size for one in data.sets]
+        if size := next((one for one in sizes if one not in (None, wanted)), None):
             raise ConfigError(
                 f"stages: stage {wanted} reads latents of {wanted}x{wanted} images, and {where} "
                 f"holds those of {size}x{size} images ({found}): train one stage of {size}, or "
                 f"prepare with prepare.faces.size={wanted}"
             )
-        channels, side = next(iter(stored.values()))
-        raise ConfigError(
-            f"family.latent: {where} holds {found}, made of images of {wanted}x{wanted}: set "
-            f"family.latent.channels={channels} and family.latent.factor={wanted // side}"
-        )
+        if stored.get(self._level, (0, 0))[0] != self.shape[0]:
+            channels, side = next(iter(stored.values()))
+            factor, rest = divmod(wanted, side)
+            if rest or not factor:
+                raise ConfigError(
+                    f"stages: stage {wanted} cannot read the latents of {where} ({found}): set it "
+                    "to the side of the images that they were made of"
+                )
+            raise ConfigError(
+                f"family.latent: {where} holds {found}, made of images of {wanted}x{wanted}: set "
+                f"family.latent.channels={channels} and family.latent.factor={factor}"
+            )
+        missing = [level for level in self.levels if level not in levels]
+        if missing:
+            raise ConfigError(
+                f"augment.flip: {where} holds no latents of mirrored images: prepare the "
+                "photos again with prepare.latents.flips=true, into a new folder, or leave it "
+                "out"
+            )
 
     def begin(self, data: Dataset, scale: LatentScale) -> None:
         """Load the autoencoder, and take the normalisation from the data.
@@ -272,6 +278,13 @@ class Latents:
                 f"{found.info['weights_sha256'][:12]} instead of {digest[:12]}): give that one, or "
                 "leave it out"
             )
+        wanted = {"channels": self.options.channels, "factor": self.options.factor}
+        for name, value in wanted.items():
+            if (its := getattr(found, name)) != value:
+                raise ConfigError(
+                    f"family.latent.{name}: {value}, but that of the autoencoder {path} is {its}: "
+                    f"set it to {its}"
+                )
         return found
 
     def _statistics(self, data: Dataset) -> tuple[Tensor, Tensor]:

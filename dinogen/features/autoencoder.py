@@ -177,12 +177,13 @@ def _ours(file: Path, path: str, commit: str | None, key: str) -> FrozenAutoenco
         told = json.loads(metadata.get(EXPORTED_INFO, "null"))
         tensors: dict[str, Tensor] = load_file(file)
     network = told.get("network") if isinstance(told, dict) else None
-    if not isinstance(network, dict):
+    arguments = network.get("arguments") if isinstance(network, dict) else None
+    if not isinstance(network, dict) or not isinstance(arguments, dict):
         raise GuideError(
             f"{key}: {path} was not written by `dinogen export`: give a file that it wrote, or the "
             f"folder of an {_KL} of diffusers"
         )
-    if network.get("class") != _OURS or not network["arguments"].get("latent_side"):
+    if network.get("class") != _OURS or not arguments.get("latent_side"):
         what = (
             "has a vector as its latent" if network.get("class") == _OURS else "encodes no images"
         )
@@ -191,7 +192,7 @@ def _ours(file: Path, path: str, commit: str | None, key: str) -> FrozenAutoenco
             "vae_gan that was trained with family.latent_side, as vae_latent_64.yaml is"
         )
     with damage_as_guide_error(key, path):
-        model = Autoencoder(**network["arguments"])
+        model = Autoencoder(**arguments)
         if missing := sorted(set(model.state_dict()) - set(tensors)):
             raise missing_weights(key, path, missing)
         model.load_state_dict(tensors)

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from dinogen.batch import Batch
 from dinogen.config import Config, ConfigError, Section
-from dinogen.features.base import GuideInfo
-from dinogen.guidance.guides import stored_features
+from dinogen.guidance.guides import check_features, facts_of_guide, stored_features
 from dinogen.losses.features import alignment
 from dinogen.networks.denoising import Alignment, DenoisingNetwork
 from dinogen.transfer import to_device
@@ -52,7 +51,7 @@ class RepaOptions(Section):
     def _a_grid(cls, level: str) -> str:
         if level_name(level) in VECTORS:
             raise ValueError(f"{level} is one vector of an image: use a level of a grid, as p16")
-        return level
+        return check_features(level)
 
 
 class Repa:
@@ -136,10 +135,7 @@ class Repa:
 
     def describe(self) -> dict[str, Any]:
         """The guide that made the features, as the shards name it; empty before :meth:`begin`."""
-        if not self.guide:
-            return {}
-        info = GuideInfo(**self.guide)
-        return {"guide": self.guide, "guide_label": info.label, "random_guide": info.random}
+        return facts_of_guide(self.guide) if self.guide else {}
 
     def cosine(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Mean cosine of tokens and features, those of the mirrored image where it is mirrored.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dinogen.batch import Features
 from dinogen.config import Config, ConfigError
-from dinogen.features.base import Guide, same_guide
+from dinogen.features.base import Guide, GuideInfo, same_guide
 from dinogen.features.load import load_guide
 from dinogen.features.pyramid import (
     base_grid_of,
@@ -23,7 +24,7 @@ from dinogen.features.pyramid import (
 from dinogen.guidance.comparing import MAIN
 from dinogen.losses.features import mean_pairwise_distance
 from dinogen.transfer import to_device
-from shards.format.sample import VECTORS, level_grid, level_guide
+from shards.format.sample import OF_LATENTS, VECTORS, level_grid, level_guide
 from shards.read import batch as shards
 from shards.read.dataset import Dataset
 
@@ -262,6 +263,33 @@ def stored_features(batch: shards.Batch, level: str) -> Tensor:
     guide = level_guide(level)
     pyramid = batch["guides"][guide] if guide else batch["pyramid"]
     found: Tensor = pyramid[level_grid(level)]
+    return found
+
+
+def check_features(level: str) -> str:
+    """The level, if it holds features and not latents, to validate options.
+
+    Raises:
+        ValueError: an autoencoder made it.
+    """
+    if level_guide(level) in OF_LATENTS:
+        raise ValueError(
+            f"{level} holds latents of an autoencoder, means beside log variances: use features "
+            "of a guide, as p16 or n4"
+        )
+    return level
+
+
+def facts_of_guide(made_by: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run says of the guide whose stored features it learns from, JSON-ready.
+
+    Args:
+        made_by: the guide as the shards name it, with more facts or less than
+            :class:`GuideInfo` has.
+    """
+    found = {"guide": dict(made_by), "random_guide": bool(made_by.get("random"))}
+    if all(one.name in made_by for one in fields(GuideInfo)):
+        found["guide_label"] = GuideInfo.of(made_by).label
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +17,7 @@ from dinogen.diffusion.flow import target, walk_times
 from dinogen.diffusion.ode import integrate
 from dinogen.diffusion.process import q_sample
 from dinogen.distributed import rng
-from dinogen.features.base import GuideInfo
-from dinogen.guidance.guides import stored_features
+from dinogen.guidance.guides import check_features, facts_of_guide, stored_features
 from dinogen.networks.representation import RepresentationMLP
 from dinogen.transfer import to_device
 from shards.errors import ManifestError
@@ -58,7 +57,7 @@ class RepresentationOptions(Section):
     def _of_an_image(cls, level: str) -> str:
         if level_name(level) == "text":
             raise ValueError("level text is of captions: use clip, which is of images, or p1")
-        return level
+        return check_features(level)
 
 
 class Representation:
@@ -94,23 +93,27 @@ class Representation:
         """What is read of each sample."""
         return (self.options.level,)
 
-    def begin(
-        self, R: RepresentationMLP, data: Dataset, split: str, on_error: Literal["stop", "skip"]
-    ) -> None:
-        """Hand R the mean and deviation of the feature over the training images.
+    def check_beside(self, levels: Sequence[str]) -> None:
+        """Make sure that a batch can hold its level beside those of ``repa``.
 
-        Both are in the statistics of the shards, but for the deviation of the mean of a larger
-        level: this is measured on up to ``NUM_MEASURED`` samples, evenly spaced.
+        Raises:
+            ConfigError: one of them is of the same guide and grid, but of another kind.
+        """
+        own = self.options.level
+        for other in levels:
+            same = (level_guide(other), level_grid(other)) == (level_guide(own), level_grid(own))
+            if same and other != own:
+                raise ConfigError(
+                    f"family.repa.level, family.representation.level: {other} and {own} are of the "
+                    "same guide and grid, of which a batch holds one level: give both the same, or "
+                    "levels of different grids"
+                )
 
-        Args:
-            R: gets them as buffers.
-            data: with the level.
-            split: that is trained on.
-            on_error: what to do about a damaged sample, see ``Dataset.read``.
+    def check_data(self, data: Dataset) -> None:
+        """Compare the options with the levels of the data.
 
         Raises:
             ConfigError: the data lack the level, or it has another number of channels.
-            ManifestError: they have no statistics.
         """
         level, channels = self.options.level, self.options.channels
         try:
@@ -122,6 +125,26 @@ class Representation:
                 f"family.representation.channels: {channels}, but level {level} of "
                 f"{data.location} has {found.channels}: set it to {found.channels}"
             )
+
+    def begin(
+        self, R: RepresentationMLP, data: Dataset, split: str, on_error: Literal["stop", "skip"]
+    ) -> None:
+        """Hand R the mean and deviation of the feature over the training images.
+
+        Both are in the statistics of the shards, but for the deviation of the mean of a larger
+        level: this is measured on up to ``NUM_MEASURED`` samples, evenly spaced.
+
+        Args:
+            R: gets them as buffers.
+            data: with the level, see :meth:`check_data`.
+            split: that is trained on.
+            on_error: what to do about a damaged sample, see ``Dataset.read``.
+
+        Raises:
+            ConfigError: the level is the same in all samples.
+            ManifestError: the data have no statistics.
+        """
+        level = self.options.level
         self._guide = _made_by(data, level)
         mean = data.level_mean(level).mean(0)
         if level_grid(level) == 1:
@@ -140,10 +163,12 @@ class Representation:
 
     def describe(self) -> dict[str, Any]:
         """What made the feature, as the shards name it; empty before :meth:`begin`."""
-        if not self._guide or self.options.level in VECTORS:
-            return {"clip": self._guide} if self._guide else {}
-        info = GuideInfo(**self._guide)
-        return {"guide": self._guide, "guide_label": info.label, "random_guide": info.random}
+        if not self._guide:
+            return {}
+        if self.options.level in VECTORS:
+            random = {"random_guide": True} if self._guide.get("random") else {}
+            return {"clip": self._guide} | random
+        return facts_of_guide(self._guide)
 
     def embedding(self, networks: Networks, batch: Batch) -> Tensor:
         """The normalised features of a batch's images, (B, channels) float32 on the device."""
@@ -223,12 +248,29 @@ class Representation:
     def _measured(
         self, data: Dataset, split: str, on_error: Literal["stop", "skip"]
     ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Deviation of the mean over all locations of a level, by channel."""
-        level, num = self.options.level, data.num_samples(split)
-        chosen = np.linspace(0, num - 1, min(num, NUM_MEASURED)).astype(int).tolist()
-        log.info("representation: measuring %s on %d images", level, len(chosen))
-        batch = data.read(chosen, split=split, levels=[level], on_error=on_error)
-        return self._stored(batch).double().std(0, unbiased=False).float().numpy()
+        """Deviation of the mean over all locations of a level, by channel.
+
+        Of a mix, that of samples drawn by weight: the law of total variance.
+        """
+        level, first = self.options.level, 0
+        shares, means, variances = [], [], []
+        for one, weight in zip(data.sets, data.weights, strict=True):
+            num = one.num_samples(split)
+            if not num:
+                continue
+            chosen = np.linspace(0, num - 1, min(num, NUM_MEASURED)).astype(int) + first
+            log.info("representation: measuring %s on %d images", level, len(chosen))
+            batch = data.read(chosen.tolist(), split=split, levels=[level], on_error=on_error)
+            stored = self._stored(batch).double()
+            shares.append(float(weight))
+            means.append(stored.mean(0).numpy())
+            variances.append(stored.var(0, unbiased=False).numpy())
+            first += num
+        share = np.array(shares)[:, None] / sum(shares)
+        middle = (share * means).sum(0)
+        total = (share * (variances + (means - middle) ** 2)).sum(0)
+        deviation: np.ndarray[Any, np.dtype[np.float32]] = np.sqrt(total).astype(np.float32)
+        return deviation
 
 
 def _made_by(data: Dataset, level: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dinogen.config import Config, ConfigError
+from dinogen.diffusion.process import Schedule, sample, target
 from dinogen.distributed import rng
 from dinogen.families.ddpm import Ddpm
 from dinogen.families.registry import family_options
@@ -215,11 +216,32 @@ def test_the_network_is_rebuilt_from_its_arguments(unet):
         ({"guidance": 2.0}, "num_classes"),
         ({"base_channels": 0}, "base_channels"),
         ({"unet": {"norm_eps": 0}}, "unet.norm_eps"),
+        ({"prediction": "epsilon", "latent": {}}, r"set prediction: v, or schedule: linear"),
     ],
 )
 def test_wrong_options_are_refused_by_name(options, named):
     with pytest.raises(ConfigError, match=named):
         family_options(config_of(**options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prediction": "v"}, {"prediction": "x0"}, {"prediction": "epsilon", "schedule": "linear"}],
+)
+def test_what_is_allowed_on_latents_bears_a_network_that_errs(options):
+    """Of normal latents the best answer is known; with an error of 1 % their spread stays 1."""
+    own = family_options(config_of(latent={}, **options))
+    schedule = Schedule(own.schedule, own.num_steps)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2000, 4, generator=generator, dtype=torch.float64)
+
+    def predict(x, t):
+        level = schedule.signal_noise(t, x)
+        best = target(own.prediction, level[0] * x, level[1] * x, *level)
+        return best + 0.01 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+    found = sample(predict, schedule, own.prediction, noise, own.sample_steps, clip=False)
+    assert float(found.std()) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from dinogen.errors import UserError
 from dinogen.families.latent import LatentOptions, Latents
 from dinogen.features.base import GuideError
 from dinogen.networks.denoising import LatentScale
+from dinogen.training.preflight import check_run
 from shards import open_dataset
 from shards.read.mixture import MixedDataset
 from tests.families.stored_latents import CHANNELS, SIDE, pack_latents
-from tests.families.tiny import LATENT, pack_discs
+from tests.families.tiny import LATENT, pack_discs, tiny_config
 
 CPU = torch.device("cpu")
 
@@ -147,6 +148,7 @@ def test_256_pixels_are_decoded_four_at_a_time():
     [
         ({"channels": 4}, 16, {}, r"set family.latent.channels=3 and family.latent.factor=4"),
         ({"factor": 8}, 16, {}, r"3 channels at 4x4.*set family.latent.channels=3 and .*factor=4"),
+        ({"factor": 2}, 8, {}, r"stages: stage 8 reads latents of 8x8 images.*one stage of 16"),
         ({}, 32, {}, r"stages: stage 32 reads latents of 32x32 images.*train one stage of 16"),
         ({"path": "nowhere.safetensors"}, 16, {}, r"family.latent.path: there is no file nowhere"),
     ],
@@ -163,6 +165,22 @@ def test_a_resolution_that_the_factor_does_not_divide_is_refused():
         latents_of({"factor": 3})
 
 
+def test_of_data_that_do_not_say_their_size_no_factor_of_0_is_advised(tmp_path):
+    pack_discs(tmp_path / "data", [{"latents.n8": np.ones((64, 2 * CHANNELS), np.float16)}] * 24)
+    data = open_dataset(tmp_path / "data")
+    data.manifest = data.manifest.model_copy(update={"image_size": None})
+    with pytest.raises(ConfigError, match=r"stages: stage 4 cannot read the latents.*set it to"):
+        latents_of({"factor": 2}, 4).check_data(data)
+
+
+@pytest.mark.parametrize(("name", "wrong", "right"), [("factor", 2, 4), ("channels", 4, 3)])
+def test_an_autoencoder_of_other_sizes_than_the_options_say_is_refused(place, name, wrong, right):
+    latents = latents_of({name: wrong, "path": str(place / "vae.safetensors")})
+    message = rf"family.latent.{name}: {wrong}, but .*vae.safetensors is {right}: set it to {right}"
+    with pytest.raises(ConfigError, match=message):
+        _ = latents.autoencoder
+
+
 def test_data_without_latents_or_without_mirrored_ones_are_refused(tmp_path):
     pack_discs(tmp_path / "images")
     with pytest.raises(ConfigError, match=r"holds no latents.*prepare.latents.path=AUTOENCODER"):
@@ -170,6 +188,9 @@ def test_data_without_latents_or_without_mirrored_ones_are_refused(tmp_path):
     pack_latents(tmp_path)
     with pytest.raises(ConfigError, match=r"augment.flip: .*prepare.latents.flips=true"):
         latents_of(augment={"flip": 0.5}).check_data(open_dataset(tmp_path / "data"))
+    config = tiny_config("flow-latent", tmp_path / "data", tmp_path / "run", "augment.flip=0.5")
+    with pytest.raises(ConfigError, match=r"augment.flip: .*prepare.latents.flips=true"):
+        check_run(config, [0], open_dataset(tmp_path / "data"))
 
 
 def test_another_autoencoder_than_the_data_were_made_by_is_refused(tmp_path):

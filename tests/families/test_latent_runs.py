@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import shutil
 
@@ -30,6 +31,7 @@ from launch.cli.main import app
 from shards import open_dataset
 from shards.format.sample import Sample
 from shards.write.shard_writer import pack
+from tests.families.stored_latents import pack_latents
 from tests.families.tiny import RESOLUTION, TINY, discs, tiny_config
 from tests.features.autoencoders import write_kl, write_ours
 
@@ -221,6 +223,22 @@ def test_training_goes_on_with_the_same_autoencoder_elsewhere_and_no_other(place
     more = (*more, "stages.0.kimg=0.048")
     with pytest.raises(ConfigError, match=r"family.latent.path: .* is not the autoencoder that"):
         train(tiny_config("flow-latent", place / "data", run, *more))
+
+
+def test_weights_of_a_run_on_another_autoencoder_are_taken_with_a_warning(
+    trained, tmp_path, monkeypatch, caplog
+):
+    export(trained, tmp_path / "flow.safetensors")
+    other = functools.partial(write_ours, seed=1)
+    monkeypatch.setattr("tests.families.stored_latents.write_ours", other)
+    pack_latents(tmp_path)
+    said = "was trained with another network in family.latent.path (SHA-256"
+    for source in (trained, tmp_path / "flow.safetensors"):
+        for data, differs in ((tmp_path / "data", True), (trained.parent / "data", False)):
+            caplog.clear()
+            config = tiny_config("flow-latent", data, tmp_path / "run", f"init_from={source}")
+            StageState(config, 0)
+            assert (said in caplog.text) is differs
 
 
 def test_photos_are_encoded_and_walked_back(trained):

@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dinogen import load_generator
 from dinogen.config import ConfigError
 from dinogen.distributed import rng
 from dinogen.errors import UserError
+from dinogen.evaluation.subject import _trained_with
 from dinogen.families.abilities import graph_of
 from dinogen.families.registry import family_class, family_options
+from dinogen.features import GuideInfo
 from dinogen.formats.export import export
 from dinogen.formats.traced import write_onnx, write_torch_export
 from dinogen.training.checkpointing.snapshot import load_snapshot
+from dinogen.training.preflight import check_config, check_run
 from dinogen.training.run import train
 from dinogen.training.state import StageState
 from shards.read.dataset import open_dataset
@@ -29,6 +33,7 @@ both = pytest.mark.parametrize("name", FAMILIES)
 COLOURS = torch.tensor([[0.8, -0.6, -0.6], [-0.6, -0.6, 0.8]])
 NUMBERS = torch.arange(5)
 NUM_STEPS = 160
+INFO = GuideInfo("dinov2", "here", None, "0" * 64, 32, [1], False).to_dict()
 
 
 def build(name, tmp_path, *overrides, noise=0.1):
@@ -274,6 +279,29 @@ def test_an_exported_file_samples_without_run_and_data(name, trained, tmp_path):
     assert again.read_bytes() == path.read_bytes(), "of a file, the same file"
 
 
+@pytest.mark.parametrize(
+    ("further", "message"),
+    [
+        ({}, "holds G, but its family flow draws with G and R: export the run again"),
+        ({"R": {}, "Q": {}}, "holds G and R and Q, but its family flow draws with G and R"),
+        ("R", "its metadata name the network R, of which it holds no tensors"),
+        (5, "no generator of dinogen"),
+        ([["R"]], "no generator of dinogen"),
+    ],
+)
+def test_a_file_whose_metadata_do_not_fit_is_named(further, message, trained, tmp_path):
+    path = export(trained["flow-rcg"].run, tmp_path / "first.safetensors").path
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    if further == "R":
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("R/")}
+    told = json.loads(metadata["dinogen"]) | {"further": further}
+    save_file(tensors, path, metadata | {"dinogen": json.dumps(told)})
+    with pytest.raises(ConfigError, match=f"first.safetensors: {message}"):
+        load_generator(path)
+
+
 def test_a_run_may_begin_from_an_exported_file(trained, disc_data, tmp_path):
     path = export(trained["flow-rcg"].run, tmp_path / "first.safetensors").path
     state = StageState(tiny_config("flow-rcg", disc_data, tmp_path / "run", f"init_from={path}"), 0)
@@ -317,6 +345,60 @@ def test_the_graph_takes_the_embedding(kind, trained, tmp_path):
     times = torch.full((2,), 1000.0)
     expected = generator.network(given["x"], times)
     torch.testing.assert_close(program(given["x"], times, null), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("names", [("", "other"), ("other", ""), ("other", "third"), ("", "")])
+def test_all_guides_of_features_are_told(names, tmp_path):
+    infos = {name: INFO | {"name": f"net{name}", "random": name == "other"} for name in names}
+    grids = {name: f"{name}.n4".removeprefix(".") for name in names}
+    levels = [
+        {level: np.full((16, 32), number + 1.0) for level in grids.values()} for number in range(24)
+    ]
+    further = {name: info for name, info in infos.items() if name}
+    pack_discs(tmp_path / "data", levels, guide=infos.get("", {}), guides=further)
+    overrides = (
+        f"family.repa={{layer: 1, level: {grids[names[0]]}, channels: 32, hidden: 8}}",
+        f"family.representation={{level: {grids[names[1]]}, channels: 32, width: 8, depth: 1}}",
+    )
+    config = tiny_config("flow-dit", tmp_path / "data", tmp_path / "run", *overrides)
+    family = StageState(config, 0).family
+    facts = family.describe()
+    assert facts["guide"] == infos.get("", infos.get("other"))
+    others = {name: info for name, info in infos.items() if info != facts["guide"]}
+    assert facts.get("guides", {}) == others
+    assert facts["random_guide"] is ("other" in names)
+    assert all(info["name"] in facts["guide_label"] for info in infos.values())
+    trained_with = _trained_with(family, facts)
+    assert sorted(trained_with) == sorted({info["name"] for info in infos.values()})
+
+
+def test_two_kinds_of_one_grid_are_refused_by_both_names(tmp_path):
+    overrides = (
+        "family.repa={layer: 1, level: n4, channels: 32, hidden: 8}",
+        "family.representation={level: p4, channels: 32, width: 8, depth: 1}",
+    )
+    config = tiny_config("flow-dit", tmp_path / "data", tmp_path / "run", *overrides)
+    words = r"family\.repa\.level, family\.representation\.level: n4 and p4 are of the same guide"
+    with pytest.raises(ConfigError, match=words):
+        check_config(config, [0])
+
+
+def test_channels_are_compared_before_a_job_is_queued(disc_data, tmp_path):
+    overrides = ("family.representation.channels=384",)
+    config = tiny_config("flow-rcg", disc_data, tmp_path / "run", *overrides)
+    with pytest.raises(ConfigError, match=r"channels: 384, but level n16 .*set it to 32"):
+        check_run(config, [0], open_dataset(disc_data))
+
+
+@pytest.mark.parametrize("random", [True, False])
+def test_a_random_clip_is_told(random, tmp_path):
+    values = np.random.default_rng(0).normal(size=(24, 1, 6)).astype(np.float16)
+    made_by = {"name": "clip", "path": "here", "weights_sha256": "0" * 64, "random": random}
+    pack_discs(tmp_path / "data", [{"clip": value} for value in values], clip=made_by)
+    overrides = ["family.representation.level=clip", "family.representation.channels=6"]
+    config = tiny_config("flow-rcg", tmp_path / "data", tmp_path / "run", *overrides)
+    facts = StageState(config, 0).family.describe()
+    assert facts["clip"] == made_by and facts.get("random_guide", False) is random
 
 
 def test_clip_is_a_level_too(tmp_path):

@@ -154,6 +154,7 @@ def test_flips_need_features_of_both_orientations(tmp_path):
         (["layer=9"], r"family\.repa\.layer 9: there are layers 1 to 8 \(grids of side 16, 8\)"),
         (["layer=0"], r"family: repa\.layer"),
         (["level=clip"], r"family: repa\.level: clip is one vector of an image"),
+        (["level=latents.n4"], r"family: repa\.level: latents\.n4 holds latents of an autoenc"),
         (["level=sixteen"], r"family: repa\.level: 'sixteen' is not the name of a level"),
         (["level=p16"], r"stage 16 reads the level p16, the shards have .*n16"),
         (["level=wide.n16"], r"stage 16 reads the level wide\.n16"),
@@ -200,6 +201,24 @@ def test_an_exported_file_samples_without_data(family, disc_data, tmp_path):
     export(config.run, path)
     expected = snapshot.sample(2, seed=0)
     assert torch.equal(load_snapshot(path).sample(2, seed=0), expected)
+
+
+@pytest.mark.parametrize(
+    ("made_by", "label"),
+    [(INFO | {"factor": 8}, "RANDOM guide (dinov2)"), ({"name": "theirs", "random": True}, None)],
+)
+@pytest.mark.parametrize("kind", ["repa", "representation"])
+def test_the_identity_of_a_guide_may_have_more_facts_or_fewer(made_by, label, kind, tmp_path):
+    levels = [{"n4": np.full((16, 32), number + 1.0)} for number in range(24)]
+    pack_discs(tmp_path / "data", levels, guide=made_by)
+    own = {
+        "repa": "family.repa={layer: 1, level: n4, channels: 32, hidden: 8}",
+        "representation": "family.representation={level: n4, channels: 32, width: 8, depth: 1}",
+    }
+    config = tiny_config("flow-dit", tmp_path / "data", tmp_path / "run", own[kind])
+    facts = StageState(config, 0).family.describe()
+    assert facts["guide"] == made_by and facts["random_guide"] is True
+    assert facts.get("guide_label") == label
 
 
 def test_data_that_name_no_guide_will_do(tmp_path, caplog):

@@ -120,6 +120,12 @@ def test_addresses_of_the_hub(tmp_path, monkeypatch, kind):
     assert set(asked) == {f"hf://user/name@main{below}"}
 
 
+OF_OURS = {
+    *("vector", "unknown file", "text file", "other family", "ours without weights"),
+    *("no arguments", "text for arguments"),
+}
+
+
 def damaged(tmp_path, kind):
     """A path that is wrong in one way."""
     folder, file = tmp_path / "kl", tmp_path / "vae.safetensors"
@@ -131,7 +137,7 @@ def damaged(tmp_path, kind):
         folder.mkdir()
         (folder / "model_index.json").write_text("{}")
         return folder
-    if kind in ("vector", "unknown file", "text file", "other family", "ours without weights"):
+    if kind in OF_OURS:
         write_ours(file, latent_side=0 if kind == "vector" else 4)
         if kind == "ours without weights":
             tensors = load_file(file)
@@ -142,6 +148,11 @@ def damaged(tmp_path, kind):
             save_file({"x": torch.zeros(1)}, file)
         if kind == "text file":
             file.write_text("no weights")
+        if kind in ("no arguments", "text for arguments"):
+            network = {"class": "dinogen.networks.autoencoder.Autoencoder"}
+            network |= {"arguments": "none"} if kind == "text for arguments" else {}
+            told = {"family": "vae", "network": network}
+            save_file(load_file(file), file, {EXPORTED_INFO: json.dumps(told)})
         if kind == "other family":
             told = {"family": "dcgan", "network": {"class": "x.Y", "arguments": {}}}
             save_file({"x": torch.zeros(1)}, file, {EXPORTED_INFO: json.dumps(told)})
@@ -178,6 +189,8 @@ WRONG = {
     "vector": "of family vae, has a vector as its latent: .* family.latent_side",
     "unknown file": "was not written by `dinogen export`",
     "text file": "is damaged",
+    "no arguments": "vae.safetensors was not written by `dinogen export`",
+    "text for arguments": "vae.safetensors was not written by `dinogen export`",
     "other family": "of family dcgan, encodes no images",
     "ours without weights": "lacks 1 weights .to_rgb.bias",
     "run": "is a run: write its weights to a file with `dinogen export",

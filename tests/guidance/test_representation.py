@@ -1,5 +1,7 @@
 """The generated feature: R against a known distribution, statistics, draws, what is refused."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from dinogen.guidance import representation
 from dinogen.guidance.representation import Representation, RepresentationOptions
 from dinogen.networks.representation import RepresentationMLP
 from shards.read.dataset import open_dataset
+from shards.read.mixture import MixedDataset
 from tests.families.tiny import pack_discs
 
 CPU = torch.device("cpu")
@@ -168,6 +171,37 @@ def test_the_deviation_is_measured_on_samples_of_the_whole_split(packed, monkeyp
     assert len(read[0]) == 5 and read[0][0] == 0 and read[0][-1] == last
 
 
+def test_of_a_mix_each_dataset_counts_by_its_weight(packed, tmp_path):
+    """Against all samples of both, each with its share of the weight."""
+    values = np.random.default_rng(1).normal([10.0, -4.0, 1.0], [3.0, 0.1, 1.0], (24, 16, 3))
+    values += np.random.default_rng(2).normal(size=(24, 1, 3))
+    levels = [{"p4": one.astype(np.float16), "p1": one.mean(0)[None]} for one in values]
+    pack_discs(tmp_path / "data", levels, val_fraction=0.5)
+    sets = packed, open_dataset(tmp_path / "data")
+    mix = MixedDataset(sets, [Fraction(9, 10), Fraction(1, 10)])
+    features, weights = [], []
+    for data, share in zip(sets, (0.9, 0.1), strict=True):
+        num = data.num_samples("train")
+        batch = data.read(range(num), levels=["p4"])
+        features.append(batch["pyramid"][4].double().mean(1).numpy())
+        weights.append(np.full(num, share / num))
+    values, weight = np.concatenate(features), np.concatenate(weights)
+    mean = weight @ values
+    deviation = np.sqrt(weight @ (values - mean) ** 2)
+    made, R = of(level="p4", channels=3), RepresentationMLP(3, 4, 1)
+    made.begin(R, mix, "train", "stop")
+    np.testing.assert_allclose(R.mean.numpy(), mean, rtol=1e-3)
+    np.testing.assert_allclose(R.std.numpy(), deviation, rtol=2e-3)
+
+
+def test_of_one_dataset_it_is_the_plain_deviation_to_the_bit(packed):
+    made, R = of(level="p4", channels=3), RepresentationMLP(3, 4, 1)
+    made.begin(R, packed, "train", "stop")
+    batch = packed.read(range(packed.num_samples("train")), levels=["p4"])
+    plain = batch["pyramid"][4].float().mean(1).double().std(0, unbiased=False).float()
+    assert torch.equal(R.std[:2], plain[:2])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -177,10 +211,8 @@ def test_the_deviation_is_measured_on_samples_of_the_whole_split(packed, monkeyp
     ],
 )
 def test_what_does_not_fit_the_shards_is_refused(packed, options, words):
-    made = of(**options)
-    R = RepresentationMLP(made.options.channels, 4, 1)
     with pytest.raises(ConfigError, match=words):
-        made.begin(R, packed, "train", "stop")
+        of(**options).check_data(packed)
 
 
 def test_clip_that_is_not_there_and_a_level_that_does_not_vary_are_refused(tmp_path):
@@ -188,15 +220,25 @@ def test_clip_that_is_not_there_and_a_level_that_does_not_vary_are_refused(tmp_p
     data = open_dataset(tmp_path / "data")
     R = RepresentationMLP(3, 4, 1)
     with pytest.raises(ConfigError, match="name a clip: and prepare the photos again"):
-        of(level="clip", channels=3).begin(R, data, "train", "stop")
+        of(level="clip", channels=3).check_data(data)
     with pytest.raises(ConfigError, match="p1 is the same in all samples"):
         of(level="p1", channels=3).begin(R, data, "train", "stop")
+
+
+def test_a_level_of_the_guide_and_grid_of_another_is_refused():
+    made = of(level="flipped.p4")
+    made.check_beside(["p4", "n4", "flipped.p4", "flipped.n8"])
+    of(level="clip").check_beside(["p1"])
+    with pytest.raises(ConfigError, match=r"flipped\.n4 and flipped\.p4 are of the same guide"):
+        made.check_beside(["n4", "flipped.n4"])
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"level": "text"}, "level text is of captions"),
+        ({"level": "latents.n4"}, "latents.n4 holds latents of an autoencoder.* use features"),
+        ({"level": "latents_flipped.n4"}, "holds latents of an autoencoder"),
         ({"level": "q4"}, "is not the name of a level"),
         ({"dropout": 1.0}, "dropout"),
         ({"width": 7}, "width"),

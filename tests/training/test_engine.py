@@ -197,8 +197,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are not told")
 def test_memory_that_a_step_frees_is_there_for_the_next():
-    faults = {
-        how: int(subprocess.check_output([sys.executable, "-c", FAULTS, how], text=True))
-        for how in ("kept", "as usual")
-    }
-    assert 10 * faults["kept"] < faults["as usual"]
+    def faults(how):
+        return int(subprocess.check_output([sys.executable, "-c", FAULTS, how], text=True))
+
+    # ten steps touch 163,840 pages, and a tensor has 1,024, one of which may move once
+    assert faults("kept") < 5000
+    # by chance a small block lies above the tensors, and nothing is given back
+    assert any(faults("as usual") > 100_000 for _ in range(20))

@@ -209,6 +209,12 @@ def test_what_is_no_export_is_one_clear_error(make_config, tmp_path):
     save_file(tensors, path, metadata | {"dinogen": json.dumps(info)})
     with pytest.raises(ConfigError, match=r"unknown key 'engine.warp'.*\n.*dinogen 0"):
         load_exported(path)
+    for key in ("resolution", "nimg", "alpha", "fading", "config", "versions", "network"):
+        for wrong in ({}, {key: []}, {key: "x"}, {key: None}):
+            told = {k: v for k, v in json.loads(metadata["dinogen"]).items() if k != key} | wrong
+            save_file(tensors, path, metadata | {"dinogen": json.dumps(told)})
+            with pytest.raises(ConfigError, match=r"G\.safetensors: no generator of dinogen"):
+                load_exported(path)
     save_file({"dense.bias": tensors["dense.bias"]}, path, metadata)
     with pytest.raises(ConfigError, match="its tensors do not fit"):
         load_exported(path)

@@ -25,6 +25,15 @@ _OWN = {
     *("network", "further", "resolution", "alpha", "fading", "nimg", "family", "data", "loss"),
     *("config", "versions", "card"),
 }
+# Facts that a file is read by, and what they are; bool is a kind of int.
+_NEEDED: dict[str, type | tuple[type, ...]] = {
+    "resolution": int,
+    "nimg": int,
+    "alpha": (int, float),
+    "fading": int,
+    "config": dict,
+    "versions": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -49,11 +58,22 @@ class ExportedFile(Checkpoint):
         return (self.network, *self.info.get("further", {}))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Those of a moving average, such as ``G.ema``."""
+        """Those of a moving average, such as ``G.ema``.
+
+        Raises:
+            ConfigError: it holds none of it.
+        """
         if not self.holds(name):
             own = " and ".join(f"{one}.ema" for one in self.networks)
             raise ConfigError(f"{self.folder}: an exported file holds {own} alone")
-        return by_network(load_file(self.folder), self.network)[name.removesuffix(".ema")]
+        found = by_network(load_file(self.folder), self.network)
+        network = name.removesuffix(".ema")
+        if network not in found:
+            raise ConfigError(
+                f"{shown(self.folder)}: its metadata name the network {network}, of which it holds "
+                "no tensors: export the run again"
+            )
+        return found[network]
 
     def holds(self, name: str) -> bool:
         """Whether ``name`` is a moving average that was exported."""
@@ -93,6 +113,11 @@ def open_exported(file: Path) -> ExportedFile:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
         info: dict[str, Any] = json.loads(metadata[EXPORTED_INFO])
+        names = (info["network"]["name"], *info.get("further", {}), info["versions"]["dinogen"])
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a name is not text")
+        if not all(isinstance(info[key], kinds) for key, kinds in _NEEDED.items()):
+            raise TypeError("a fact is not of its kind")
         state = {
             "config": info["config"],
             "versions": info["versions"],
@@ -105,8 +130,8 @@ def open_exported(file: Path) -> ExportedFile:
         raise ConfigError(f"{shown(file)}: cannot be read as safetensors: {error}") from None
     except (KeyError, ValueError, TypeError):
         raise ConfigError(
-            f"{shown(file)}: no generator of dinogen (its metadata lacks {EXPORTED_INFO!r}): give "
-            "a file that `dinogen export` wrote"
+            f"{shown(file)}: no generator of dinogen (its metadata lack {EXPORTED_INFO!r}, or "
+            "this is damaged): give a file that `dinogen export` wrote"
         ) from None
     return ExportedFile(file, state, info)
 

@@ -233,6 +233,12 @@ def _of_file(
     process_group.use_device(config.device)
     stage = config.stages[find_stage(config, info["resolution"])]
     family = family_class(config.family)(config, stage, process_group.device())
+    if set(file.networks) != set(family.ema_networks):
+        raise ConfigError(
+            f"{file.folder}: holds {' and '.join(file.networks)}, but its family "
+            f"{config.family.name} draws with {' and '.join(family.ema_networks)}: export the run "
+            "again"
+        )
     ema = Ema({name: family.networks[name] for name in file.networks}, config.ema)
     try:
         for name, network in ema.networks.items():

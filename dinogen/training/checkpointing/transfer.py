@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from dinogen.config import ConfigError
 from dinogen.distributed import process_group
+from dinogen.families.abilities import facts_of
 from dinogen.families.base import Family
 from dinogen.hub import local_weights, shown
 from dinogen.runs.run import Run
 from dinogen.training.checkpointing.checkpoint import Checkpoint, NewestCheckpoints
-from dinogen.training.checkpointing.exported import by_network
+from dinogen.training.checkpointing.exported import by_network, open_exported
 from dinogen.training.checkpointing.snapshot import Ema
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ def init_from(source: str, family: Family, ema: Ema) -> None:
     Of a run, each network of its newest checkpoint (of its largest stage) goes to the network of
     the same name. The first network of an exported file goes to the one that the family exports,
     others to those of the same name. What does not match keeps its initialisation, and is listed
-    in the log.
+    in the log, and so are frozen networks, such as an autoencoder, that are others than then.
 
     Args:
         source: a run's folder, a file of ``dinogen export``, or an address of the hub.
@@ -40,7 +42,7 @@ def init_from(source: str, family: Family, ema: Ema) -> None:
         ConfigError: there is no such run or file, or nothing in it fits.
     """
     path = local_weights(source)
-    found = _from_file(path, family) if path.is_file() else _from_run(path, family, ema)
+    found, facts = _from_file(path, family) if path.is_file() else _from_run(path, family, ema)
     num_loaded = 0
     for name, network in family.networks.items():
         num_loaded += _load(network, found.get(name, {}), f"{name} of {source}")
@@ -51,9 +53,29 @@ def init_from(source: str, family: Family, ema: Ema) -> None:
             f"init_from: nothing in {source} fits the networks of this config "
             f"({', '.join(family.networks)}): use the same family and sizes, or leave it out"
         )
+    _compare_frozen(source, facts, facts_of(family))
 
 
-def _from_file(path: Path, family: Family) -> dict[str, dict[str, Tensor]]:
+def _compare_frozen(source: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Say which frozen networks are others than those that the weights were trained with."""
+    before, today = then.get("frozen"), now.get("frozen", {})
+    if not isinstance(before, dict) or not process_group.is_main():
+        return
+    for key in before.keys() & today.keys():
+        if before[key] != today[key]:
+            log.warning(
+                "init_from: %s was trained with another network in %s (SHA-256 %.12s, now %.12s): "
+                "its weights, and what they say of that network's outputs, such as the "
+                "normalisation of latents, are kept",
+                source,
+                key,
+                before[key],
+                today[key],
+            )
+
+
+def _from_file(path: Path, family: Family) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors by network, and the facts of a file that `dinogen export` wrote."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -62,10 +84,17 @@ def _from_file(path: Path, family: Family) -> dict[str, dict[str, Tensor]]:
             f"export` wrote; weights of others become a run by `dinogen import` first"
         ) from None
     found = by_network(tensors, family.ema_networks[0])
-    return found | {f"{name}.ema": own for name, own in found.items()}
+    try:
+        facts = open_exported(path).state["facts"]
+    except ConfigError:
+        facts = {}
+    return found | {f"{name}.ema": own for name, own in found.items()}, facts
 
 
-def _from_run(path: Path, family: Family, ema: Ema) -> dict[str, dict[str, Tensor]]:
+def _from_run(
+    path: Path, family: Family, ema: Ema
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors by network of the newest checkpoint, and its facts."""
     run = Run(path)
     if not run.has_config:
         raise ConfigError(
@@ -81,7 +110,7 @@ def _from_run(path: Path, family: Family, ema: Ema) -> dict[str, dict[str, Tenso
         raise ConfigError(f"init_from: {path} has no complete checkpoint: train it first")
     names = [*family.networks, *(f"{name}.ema" for name in ema.networks)]
     there = [n for n in names if (checkpoint.folder / f"{n}.safetensors").is_file()]
-    return {name: checkpoint.tensors(name) for name in there}
+    return {name: checkpoint.tensors(name) for name in there}, checkpoint.state["facts"]
 
 
 def _load(network: nn.Module, tensors: dict[str, Tensor], title: str | None) -> int:
