@@ -12,6 +12,7 @@ from dinogen.guidance.comparing import MAIN, DistributionObjective, PairObjectiv
 from dinogen.guidance.objectives import AnyObjective, Drift, Paired
 from dinogen.guidance.sets import sets_of
 from dinogen.networks.diffaugment import Transform
+from dinogen.networks.options import DiTOptions
 from shards.format.sample import level_grid
 
 NATIVE_UP_TO = 16
@@ -195,6 +196,14 @@ class GuidedOptions(Section):
     channel_base: int = Field(16384, ge=4, description="channels at resolution R: base / R ...")
     channel_max: int = Field(512, ge=1, description="... and at most this")
     probe_samples: int = Field(64, ge=2, description="images per diversity probe")
+    generator: Literal["progressive", "dit"] = Field(
+        "progressive",
+        description="convolutions that grow with the resolution, or a transformer with the "
+        "keys of dit:, which makes an image of noise in one pass",
+    )
+    dit: DiTOptions | None = Field(
+        None, description="size of the transformer of generator: dit; default: S, patches of 2"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -243,6 +252,18 @@ class GuidedOptions(Section):
                 "text: no loss depends on it, so the generator would learn to ignore it: set "
                 "clip_weight, or joint_weight with an objective that has the view global"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_generator(self) -> GuidedOptions:
+        if self.generator == "dit":
+            if self.text is not None or self.table is not None:
+                what = "text" if self.text is not None else "learnt latents (num_latents)"
+                raise ValueError(f"generator: dit takes no {what}: leave one of them out")
+        elif self.dit is not None:
+            raise ValueError("dit: belongs to generator: dit: set it, or leave dit: out")
+        elif self.num_classes:
+            raise ValueError("num_classes: only generator: dit has classes: set it, or use 0")
         return self
 
     @property

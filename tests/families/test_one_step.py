@@ -10,14 +10,18 @@ import torch
 
 from dinogen.config import ConfigError
 from dinogen.errors import UserError
+from dinogen.families import guided
 from dinogen.families.abilities import adjustable
+from dinogen.families.base import classes_of
 from dinogen.families.guided import Guided
 from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from dinogen.training.dataloading import Dataloader
 from dinogen.training.engines import base
+from dinogen.training.preflight import check_run
 from dinogen.training.run import train
 from dinogen.training.state import StageState
 from dinogen.visualize.samples import SampleRequest, write_samples
+from shards import open_dataset, pack
 from tests.families.tiny import BATCH, tiny_config
 
 NAME = "guided-dit"
@@ -110,6 +114,60 @@ def test_the_generator_is_told_the_class_and_the_strength_of_its_group(disc_data
     assert z.shape == (BATCH, 3, 16, 16)
     assert torch.equal(label, batch["label"])
     assert torch.equal(guidance, state.family.training.classes.guidance(batch["position"]))
+
+
+def with_labels(source, folder, labels, **more):
+    """Packed samples of a dataset, those of each split with these labels, which are repeated."""
+    data = open_dataset(source)
+    own = data.manifest
+    samples = [
+        dataclasses.replace(data.sample(number, split), label=labels[number % len(labels)])
+        for split in ("train", "val")
+        for number in range(data.num_samples(split))
+    ]
+    found = {"shard_size": 8, "val_fraction": 0.25, "guide": own.guide, "guides": own.guides}
+    pack(samples, folder, **found, **more)
+    return folder
+
+
+def test_held_out_energy_is_of_the_classes_of_the_data_without_guidance(
+    disc_data, tmp_path, monkeypatch
+):
+    data = with_labels(disc_data, tmp_path / "data", [0, 0, 0, 0, 0, 1])
+    monkeypatch.setattr(guided, "_HELD_OUT", 12)
+    guide = f"guide.path={disc_data.parent / 'guide'}"
+    state = StageState(tiny_config(NAME, data, tmp_path / "run", guide), 0)
+    family = disturbed(state.family)
+    levels = family.inputs.levels
+    batch = state.data.read(range(4), split="val", levels=levels, need_labels=True)
+    with torch.no_grad():
+        found = family.held_out(family.networks, batch)["energy"]
+        numbers = torch.arange(12)
+        num = state.data.num_samples()
+        label = classes_of(numbers, (num - num // 6, num // 6))
+        z = family.latents(numbers, state.config.seed)
+        images = family.G(z, label, torch.ones(12)).clamp(-1, 1)
+        training = family.training
+        want = training.objectives.held_out_distributions(training.guides(images), batch)
+    assert 0 < label.sum() < 4
+    torch.testing.assert_close(found, want["energy"])
+
+
+def test_a_class_without_training_samples_is_refused(disc_data, tmp_path, caplog):
+    guide = f"guide.path={disc_data.parent / 'guide'}"
+    more = (guide, "family.num_classes=3", "family.samples_per_class=4")
+    names = ("ant", "bee", "cat")
+    data = with_labels(disc_data, tmp_path / "two", [0, 2], classes=names)
+    config = tiny_config(NAME, data, tmp_path / "run", *more)
+    with pytest.raises(ConfigError, match=r"family.num_classes: split train.* of class 1 \(bee\)"):
+        train(config)
+    # classes in turn need no photo of each
+    check_run(tiny_config("ddpm-dit", data, tmp_path / "run", more[1]), [0], open_dataset(data))
+    assert "fewer samples" not in caplog.text
+    data = with_labels(disc_data, tmp_path / "few", [1, 2, 1] + [0] * 21, classes=names)
+    check_run(tiny_config(NAME, data, tmp_path / "run", *more), [0], open_dataset(data))
+    assert caplog.text.count("fewer samples than family.samples_per_class=4") == 1
+    assert "class 1 (bee): 2, 2 (cat): 1" in caplog.text
 
 
 def test_samples_follow_class_and_guidance(tmp_path):
