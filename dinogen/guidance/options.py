@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, FiniteFloat, PositiveInt, model_validator
 
 from dinogen.config import ConfigError, GuideConfig, Section, StageConfig
 from dinogen.guidance.comparing import MAIN, DistributionObjective, PairObjective, is_of
@@ -26,6 +26,9 @@ _OF_KIND = {
     "projected": ("guide", "grid", "head_channels"),
     "patch": ("patch_scales", "patch_layers", "patch_channels"),
 }
+
+
+_OF_PROGRESSIVE = ("z_dim", "channel_base", "channel_max")
 
 
 class DiscriminatorOptions(Section):
@@ -167,13 +170,13 @@ class GuidedOptions(Section):
     guidance: float = Field(
         1.0, description="with num_classes: strength of guidance of samples, in guidance_range"
     )
-    guidance_range: tuple[float, float] = Field(
+    guidance_range: tuple[FiniteFloat, FiniteFloat] = Field(
         (1.0, 1.0),
         description="least and greatest strength of guidance to the class that the generator "
         "learns and is told, such as [1, 4]; 1 is the class as it is, and more moves away from "
         "what is not",
     )
-    guidance_power: float = Field(
+    guidance_power: FiniteFloat = Field(
         3.0, ge=0, description="strength a is drawn with a density proportional to a^-power"
     )
     discriminator: DiscriminatorOptions | None = Field(
@@ -264,6 +267,22 @@ class GuidedOptions(Section):
             raise ValueError("dit: belongs to generator: dit: set it, or leave dit: out")
         elif self.num_classes:
             raise ValueError("num_classes: only generator: dit has classes: set it, or use 0")
+        if self.num_classes and any(isinstance(one, Paired) for one in self.objectives):
+            raise ValueError(
+                "objectives: paired cannot be combined with num_classes, whose real samples are "
+                "those of a class: leave out one of them"
+            )
+        for reader, keys, reads in (
+            ("generator: progressive", _OF_PROGRESSIVE, self.generator == "progressive"),
+            ("num_classes", ("samples_per_class",), self.num_classes > 0),
+            ("guidance_range", ("guidance_power",), self.guided),
+        ):
+            # a config that was written whole has their defaults
+            given = [k for k in keys if getattr(self, k) != type(self).model_fields[k].default]
+            if given and not reads:
+                raise ValueError(
+                    f"{given[0]}: only {reader} reads it: leave it out, or set {reader}"
+                )
         return self
 
     @property

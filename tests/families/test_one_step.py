@@ -25,7 +25,12 @@ from shards import open_dataset, pack
 from tests.families.tiny import BATCH, tiny_config
 
 NAME = "guided-dit"
-CLASSES = ("family.num_classes=0", "family.guidance_range=[1, 1]", "family.guidance=1")
+CLASSES = (
+    "family.num_classes=0",
+    "family.guidance_range=[1, 1]",
+    "family.guidance=1",
+    "family.samples_per_class=16",
+)
 
 
 def built(tmp_path, *overrides, name=NAME):
@@ -64,7 +69,31 @@ def disturbed(family):
         (["family.guidance_range=[1, 1]", "family.guidance=1"], "only guidance reads it"),
         (["family.objectives=[{name: mse}]"], "none of family.objectives compares distributions"),
         (["family.objectives=[{name: energy}]"], "energy cannot be guided"),
-        (["family.num_classes=0"], "needs classes to guide to"),
+        (["family.num_classes=0", "family.samples_per_class=16"], "needs classes to guide to"),
+        (["family.guidance_range=[1, .inf]"], "(?s)guidance_range.1.*finite"),
+        (["family.guidance_power=.inf"], "(?s)guidance_power.*finite"),
+        (["family.z_dim=7"], "z_dim: only generator: progressive reads it"),
+        (["family.channel_base=7"], "channel_base: only generator: progressive reads it"),
+        (["family.channel_max=7"], "channel_max: only generator: progressive reads it"),
+        ([*CLASSES, "family.samples_per_class=8"], "samples_per_class: only num_classes reads it"),
+        ([*CLASSES, "family.guidance_power=2"], "guidance_power: only guidance_range reads it"),
+        (
+            ["family.guidance_range=[1, 1]", "family.guidance=1", "family.guidance_power=2"],
+            "guidance_power: only guidance_range reads it",
+        ),
+        (
+            ["family.objectives=[{name: drift}, {name: paired}]"],
+            "paired cannot be combined with num_classes",
+        ),
+        (
+            [
+                "family.objectives=[{name: drift}, {name: paired}]",
+                "family.reference_batch=0",
+                "family.guidance_range=[1, 1]",
+                "family.guidance=1",
+            ],
+            "paired cannot be combined with num_classes",
+        ),
         (
             [
                 "stages=[{resolution: 16, kimg: 1, batch: 8, lr: 0.1}, "
@@ -84,6 +113,14 @@ def disturbed(family):
 def test_what_does_not_fit_is_one_error(overrides, words, tmp_path):
     with pytest.raises((ConfigError, UserError, ValueError), match=words):
         built(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize("more", [(), CLASSES])
+def test_a_config_written_whole_still_loads(more, tmp_path):
+    family = built(tmp_path, *more)
+    whole = family.options.model_dump(mode="json")
+    assert whole["z_dim"] == 512 and whole["samples_per_class"] in (4, 16)
+    assert Guided.Options(**whole) == family.options
 
 
 def test_each_run_of_a_batch_is_of_one_class_wherever_training_resumes(disc_data, tmp_path):
