@@ -389,8 +389,8 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
         for name in {**before, **now}
         if before.get(name) != now.get(name)
     ]
-    guides = [{"": header["guide"]} | header.get("guides", {}) for header in (old, new)]
-    changed += changes_of_guides(*guides, _label)
+    known, wanted = ({"": header["guide"]} | header.get("guides", {}) for header in (old, new))
+    changed += changes_of_guides(known, wanted, _label)
     clips = [network_of(header.get("clip", {})) for header in (old, new)]
     if clips[0] != clips[1]:
         paths = [header.get("clip", {}).get("path", "none") for header in (old, new)]
