@@ -6,10 +6,9 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dinogen.batch import Batch, Features, Losses, Scalars
@@ -75,27 +74,6 @@ class Guided(Family):
 
     class Options(GuidedOptions):
         """Keys of ``family:`` for ``name: guided``."""
-
-        generator: Literal["progressive", "dit"] = Field(
-            "progressive",
-            description="convolutions that grow with the resolution, or a transformer with the "
-            "keys of dit:, which makes an image of noise in one pass",
-        )
-        dit: DiTOptions | None = Field(
-            None, description="size of the transformer of generator: dit; default: S, patches of 2"
-        )
-
-        @model_validator(mode="after")
-        def _check_generator(self) -> Guided.Options:
-            if self.generator == "dit":
-                if self.text is not None or self.table is not None:
-                    what = "text" if self.text is not None else "learnt latents (num_latents)"
-                    raise ValueError(f"generator: dit takes no {what}: leave one of them out")
-            elif self.dit is not None:
-                raise ValueError("dit: belongs to generator: dit: set it, or leave dit: out")
-            elif self.num_classes:
-                raise ValueError("num_classes: only generator: dit has classes: set it, or use 0")
-            return self
 
     def __init__(self, config: Config, stage: StageConfig, device: torch.device) -> None:
         super().__init__(config, stage, device)
@@ -443,8 +421,11 @@ class GuidedTraining:
         if self.text is not None and self.text.options.joint_weight:
             conditions = partial(_conditions, self.text, options.reference_batch > 0)
         self.classes: ClassBatches | None = None
+        self._shares: list[float] | None = None
         if options.num_classes:
             self.classes = ClassBatches(options, self.seed, stage.batch, family.start)
+            counts = data.label_counts(split)
+            self._shares = [float(counts.get(label, 0)) for label in range(options.num_classes)]
         self.objectives = WeightedObjectives(
             options.objectives,
             self.guides,
@@ -514,6 +495,9 @@ class GuidedTraining:
     def held_out(self, networks: Networks, batch: Batch) -> Scalars:
         """See :meth:`Guided.held_out`."""
         found: Scalars = {}
+        # Held-out images are as they are: 1, or the least strength that was learnt.
+        least, family = self.options.guidance_range[0], self.family
+        plain = family.with_sampling({"guidance": least}) if self.options.guided else family
         if self.objectives.pairs:
             # No latents were learnt for held-out samples: theirs are random.
             own = self.objectives.paired and self.rows is None
@@ -521,10 +505,11 @@ class GuidedTraining:
             condition = None
             if self.text is not None:
                 condition = self.text.conditioning(batch, f"{_CONDITION}/held-out", drop=False)
-            features = self.guides(self._generate(networks["G"], z, batch, condition))
+            features = self.guides(self._generate(networks["G"], z, batch, condition, least))
             found |= self.objectives.held_out_pairs(features, batch)
         # The same latents for every batch, so that the mean does not depend on the batches.
-        images = self.family.sample(networks, torch.arange(_HELD_OUT), self.seed)
+        numbers = torch.arange(_HELD_OUT)
+        images = plain.measured(networks, numbers, self.seed, self._shares)
         features = self.guides(images)
         return found | self.objectives.held_out_distributions(features, batch)
 
@@ -540,16 +525,24 @@ class GuidedTraining:
         return rng.normal(self.seed, purpose, positions, self.family.z_shape, self.device)
 
     def _generate(
-        self, G: nn.Module, z: Tensor, batch: Batch, condition: Conditioning | None
+        self,
+        G: nn.Module,
+        z: Tensor,
+        batch: Batch,
+        condition: Conditioning | None,
+        strength: float | None = None,
     ) -> Tensor:
-        """An image for each sample of a microbatch, by its text, or its class and guidance."""
+        """An image for each sample, by its text, or its class and guidance; default: drawn."""
         images: Tensor
         if condition is not None:
             images = G(z, condition.embedding, condition.keep)
         elif self.classes is not None:
             guidance = None
             if self.options.guided:
-                drawn = self.classes.guidance(batch["position"])
+                if strength is None:
+                    drawn = self.classes.guidance(batch["position"])
+                else:
+                    drawn = torch.full((len(z),), strength)
                 (guidance,) = to_device_together([drawn], self.device)
             images = G(z, batch["label"], guidance)
         else:

@@ -19,8 +19,8 @@ class ClassBatches:
     """A batch as groups of one class each, n generated samples and n real ones.
 
     Each group has a strength of guidance, alpha. Its density is proportional to alpha to the power
-    of ``-guidance_power`` (Deng et al. 2026, "Generative Modeling via Drifting", appendix). It
-    follows from the seed and the group's first position.
+    of ``-guidance_power`` (Deng et al. 2026, "Generative Modeling via Drifting", as public
+    re-implementations have it). It follows from the seed and the group's first position.
 
     Args:
         options: of the run, with ``num_classes``.

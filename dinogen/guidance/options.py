@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, FiniteFloat, PositiveInt, model_validator
 
 from dinogen.config import ConfigError, GuideConfig, Section, StageConfig
 from dinogen.guidance.comparing import MAIN, DistributionObjective, PairObjective, is_of
 from dinogen.guidance.objectives import AnyObjective, Drift, Paired
 from dinogen.guidance.sets import sets_of
 from dinogen.networks.diffaugment import Transform
+from dinogen.networks.options import DiTOptions
 from shards.format.sample import level_grid
 
 NATIVE_UP_TO = 16
@@ -25,6 +26,9 @@ _OF_KIND = {
     "projected": ("guide", "grid", "head_channels"),
     "patch": ("patch_scales", "patch_layers", "patch_channels"),
 }
+
+
+_OF_PROGRESSIVE = ("z_dim", "channel_base", "channel_max")
 
 
 class DiscriminatorOptions(Section):
@@ -166,13 +170,13 @@ class GuidedOptions(Section):
     guidance: float = Field(
         1.0, description="with num_classes: strength of guidance of samples, in guidance_range"
     )
-    guidance_range: tuple[float, float] = Field(
+    guidance_range: tuple[FiniteFloat, FiniteFloat] = Field(
         (1.0, 1.0),
         description="least and greatest strength of guidance to the class that the generator "
         "learns and is told, such as [1, 4]; 1 is the class as it is, and more moves away from "
         "what is not",
     )
-    guidance_power: float = Field(
+    guidance_power: FiniteFloat = Field(
         3.0, ge=0, description="strength a is drawn with a density proportional to a^-power"
     )
     discriminator: DiscriminatorOptions | None = Field(
@@ -195,6 +199,14 @@ class GuidedOptions(Section):
     channel_base: int = Field(16384, ge=4, description="channels at resolution R: base / R ...")
     channel_max: int = Field(512, ge=1, description="... and at most this")
     probe_samples: int = Field(64, ge=2, description="images per diversity probe")
+    generator: Literal["progressive", "dit"] = Field(
+        "progressive",
+        description="convolutions that grow with the resolution, or a transformer with the "
+        "keys of dit:, which makes an image of noise in one pass",
+    )
+    dit: DiTOptions | None = Field(
+        None, description="size of the transformer of generator: dit; default: S, patches of 2"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -243,6 +255,34 @@ class GuidedOptions(Section):
                 "text: no loss depends on it, so the generator would learn to ignore it: set "
                 "clip_weight, or joint_weight with an objective that has the view global"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_generator(self) -> GuidedOptions:
+        if self.generator == "dit":
+            if self.text is not None or self.table is not None:
+                what = "text" if self.text is not None else "learnt latents (num_latents)"
+                raise ValueError(f"generator: dit takes no {what}: leave one of them out")
+        elif self.dit is not None:
+            raise ValueError("dit: belongs to generator: dit: set it, or leave dit: out")
+        elif self.num_classes:
+            raise ValueError("num_classes: only generator: dit has classes: set it, or use 0")
+        if self.num_classes and any(isinstance(one, Paired) for one in self.objectives):
+            raise ValueError(
+                "objectives: paired cannot be combined with num_classes, whose real samples are "
+                "those of a class: leave out one of them"
+            )
+        for reader, keys, reads in (
+            ("generator: progressive", _OF_PROGRESSIVE, self.generator == "progressive"),
+            ("num_classes", ("samples_per_class",), self.num_classes > 0),
+            ("guidance_range", ("guidance_power",), self.guided),
+        ):
+            # a config that was written whole has their defaults
+            given = [k for k in keys if getattr(self, k) != type(self).model_fields[k].default]
+            if given and not reads:
+                raise ValueError(
+                    f"{given[0]}: only {reader} reads it: leave it out, or set {reader}"
+                )
         return self
 
     @property

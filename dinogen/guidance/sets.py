@@ -124,7 +124,8 @@ def places_of(features: Tensor, view: View) -> dict[str, Tensor]:
 
     ``mean_std`` are mean and standard deviation over the grid, ``patches`` those of its patches of
     2x2 and 4x4 locations that are smaller than it (Deng et al. 2026, "Generative Modeling via
-    Drifting", appendix A). Deviations are the population's, with 1e-6 added to the variance.
+    Drifting", as public re-implementations have it). Deviations are the population's, with 1e-6
+    added to the variance.
 
     Returns:
         (N, places, D) by the names of :func:`sets_of`.

@@ -255,13 +255,13 @@ def drift(
 ) -> tuple[Tensor, Tensor]:
     """Mean squared distance to where the drift fields of all widths, summed, carry each sample.
 
-    A field (algorithm 2 of the paper) moves samples towards nearby real ones and away from nearby
-    generated ones: the kernel is normalised over both sets and, geometrically averaged with that,
-    over the generated samples. A field is 0 in expectation where the distributions are the same, by
-    antisymmetry.
+    A field (Deng et al. 2026, "Generative Modeling via Drifting", as public re-implementations have
+    it) moves samples towards nearby real ones and away from nearby generated ones: the kernel is
+    normalised over both sets and, geometrically averaged with that, over the generated samples. A
+    field is 0 in expectation where the distributions are the same, by antisymmetry.
 
     Features are scaled so that samples are at a mean distance of the square root of D, and each
-    field so that the mean square of its coordinates is 1 (appendix A.6), so the loss says nothing
+    field so that the mean square of its coordinates is 1, so the loss says nothing
     about how far training is: the fields' lengths before that do.
 
     Args:

@@ -37,11 +37,11 @@ class Negatives:
 def unconditional_weight(guidance: Tensor, num_generated: int, num_negatives: int) -> Tensor:
     """Weight of each unconditional real sample among the negatives, for a strength of guidance.
 
-    Deng et al. 2026, "Generative Modeling via Drifting", section 3.5 and appendix: the negatives
-    are (1 - gamma) q(x | c) + gamma p(x), so the fixed point is q(x | c) = alpha p(x | c) - (alpha
-    - 1) p(x) with alpha = 1 / (1 - gamma). A sample does not repel itself, so N - 1 generated ones
-    of weight 1 and L others of weight w have gamma = L w / (N - 1 + L w), hence w = (N - 1)
-    (alpha - 1) / L.
+    Deng et al. 2026, "Generative Modeling via Drifting", as public re-implementations have it: the
+    negatives are (1 - gamma) q(x | c) + gamma p(x), so the fixed point is q(x | c) =
+    alpha p(x | c) - (alpha - 1) p(x) with alpha = 1 / (1 - gamma). A sample does not repel itself,
+    so N - 1 generated ones of weight 1 and L others of weight w have gamma = L w / (N - 1 + L w),
+    hence w = (N - 1) (alpha - 1) / L.
 
     Args:
         guidance: alpha, 1 or more, of any shape.
@@ -71,7 +71,7 @@ def grouped_drift(
         widths: of the kernels exp(-distance / width), in units of the mean distance.
         negatives: further samples that repel.
         together: whether the mean distance, and the mean square of a field's coordinates, are
-            those of all K problems, as in appendix A.6 of the paper; else of each its own.
+            those of all K problems; else of each its own.
         coordinates: those of all samples, where D is spread over ranks.
         sum_over_ranks: of tensors of one shape, where problems are spread over ranks, of which K
             may be 0 on some; only with ``together``.

@@ -14,8 +14,8 @@ CONTRAST = 0.1
 
 
 class OneStepDiT(nn.Module):
-    """Noise -> images: a DiT whose time is always 0, as in Deng et al. 2026, "Generative Modeling
-    via Drifting", section 4.
+    """Noise -> images: a DiT whose time is always 0 (Deng et al. 2026, "Generative Modeling via
+    Drifting", as public re-implementations have it).
 
     Its images begin near grey, and differ. With the zeros that a DiT otherwise begins with they
     would be one image, where all samples have one drift: of eight modes on a circle a small one

@@ -17,11 +17,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from dinogen.config import PackConfig
-from dinogen.features.base import guide_identity
 from dinogen.prepare.faces.crop import Crop, Rejection
 from dinogen.prepare.faces.folder import REJECTED, FaceFolder, read_rejected
 from dinogen.prepare.faces.settings import current_settings, locked, removed_at_end
-from dinogen.prepare.parts import guide_key, network_of
+from dinogen.prepare.parts import change_of, changes_of_guides, network_of
 from dinogen.prepare.photos.changed import (
     PHOTOS,
     FileRecord,
@@ -261,19 +260,14 @@ def _changed(name: str, old: Any, new: Any) -> list[str]:
             for key in {**old, **new}
             for line in _changed(f"{name}.{key}", old.get(key), new.get(key))
         ]
-    return [] if old == new else [f"{name}: {old}, now {new}"]
+    return [] if old == new else [change_of(name, old, new)]
 
 
 def _other_networks(manifest: Manifest, made_by: Mapping[str, dict[str, Any]]) -> list[str]:
     guide, guides, clip = made_by["guide"], made_by["guides"], made_by["clip"]
-    pairs = [(guide_key(name), manifest.guides.get(name, {}), guides[name]) for name in guides]
-    if guide and manifest.levels:
-        pairs.insert(0, ("guide", manifest.guide, guide))
-    changed = [
-        f"{key}: {_label(before)}, now {_label(now)}"
-        for key, before, now in pairs
-        if guide_identity(before) != guide_identity(now)
-    ]
+    wanted = {"": guide, **guides} if guide and manifest.levels else guides
+    found = {name: manifest.guides.get(name, {}) if name else manifest.guide for name in wanted}
+    changed = changes_of_guides(found, wanted, _label)
     if clip and network_of(manifest.clip) != network_of(clip):
         changed.append(f"clip: {manifest.clip.get('path', 'none')}, now {clip.get('path')}")
     return changed

@@ -26,7 +26,13 @@ from dinogen.prepare.photos.changed import looks_like_an_accident
 from dinogen.prepare.photos.find import counted
 from dinogen.prepare.photos.read import BAD_CAPTION, PrepareError
 from dinogen.prepare.pyramid import Levels, PyramidMaker
-from shards.format.sample import LATENTS, OF_LATENTS, level_guide
+from shards.format.sample import (
+    LATENTS,
+    OF_LATENTS,
+    flipped_guide,
+    is_flipped_guide,
+    level_guide,
+)
 
 _FORMAT = "dinogen-pyramids"
 _VERSION = 1
@@ -379,15 +385,12 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What differs between the headers of two parts, in words; empty if nothing."""
     before, now = old["settings"], new["settings"]
     changed = [
-        f"prepare.pyramids.{name}: {before.get(name)}, now {now.get(name)}"
+        change_of(f"prepare.pyramids.{name}", before.get(name), now.get(name))
         for name in {**before, **now}
         if before.get(name) != now.get(name)
     ]
-    for name in {"": None} | old.get("guides", {}) | new.get("guides", {}):
-        pair = [h.get("guides", {}).get(name, {}) if name else h["guide"] for h in (old, new)]
-        if guide_identity(pair[0]) != guide_identity(pair[1]):
-            key = guide_key(name) if name else "guide"
-            changed.append(f"{key}: {_label(pair[0])}, now {_label(pair[1])}")
+    known, wanted = ({"": header["guide"]} | header.get("guides", {}) for header in (old, new))
+    changed += changes_of_guides(known, wanted, _label)
     clips = [network_of(header.get("clip", {})) for header in (old, new)]
     if clips[0] != clips[1]:
         paths = [header.get("clip", {}).get("path", "none") for header in (old, new)]
@@ -399,11 +402,40 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "; ".join(changed)
 
 
-def guide_key(name: str) -> str:
-    """The key of a config that names a guide, or the autoencoder in the place of one."""
-    if name in OF_LATENTS:
-        return "prepare.latents.path" if name == LATENTS else "prepare.latents.flips"
-    return f"guides.{name}"
+def change_of(key: str, old: Any, new: Any) -> str:
+    """A setting that differs, in words."""
+    if key.endswith(".flips"):  # only true is written down
+        old, new = ("true" if value else "false" for value in (old, new))
+    return f"{key}: {old}, now {new}"
+
+
+def changes_of_guides(
+    old: Mapping[str, dict[str, Any]],
+    new: Mapping[str, dict[str, Any]],
+    label: Callable[[dict[str, Any]], str],
+) -> list[str]:
+    """What differs between guides, in words, each by the key of a config that names it.
+
+    Features of mirrored images come from the same guides: whether there are any is
+    ``prepare.pyramids.flips``, and ``prepare.latents.flips`` for an autoencoder's latents.
+
+    Args:
+        old: identities by the names in a manifest; "" is the main guide.
+        new: the same.
+        label: describes one; an empty one is none.
+    """
+    changed = []
+    for name in dict.fromkeys([*old, *new]):
+        before, now = old.get(name, {}), new.get(name, {})
+        if name == flipped_guide(LATENTS):
+            if bool(before) != bool(now) and old.get(LATENTS) and new.get(LATENTS):
+                changed.append(change_of("prepare.latents.flips", before, now))
+        elif is_flipped_guide(name):
+            continue
+        elif guide_identity(before) != guide_identity(now):
+            key = "prepare.latents.path" if name == LATENTS else f"guides.{name}"
+            changed.append(f"{key if name else 'guide'}: {label(before)}, now {label(now)}")
+    return changed
 
 
 def network_of(clip: Mapping[str, Any]) -> dict[str, Any]:

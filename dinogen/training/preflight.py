@@ -33,6 +33,7 @@ from shards.format.sample import OF_LATENTS, is_flipped, level_guide
 from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
+_NAMED = 8  # classes in a message, at most
 # What may differ from one part of a run to the next: places, lengths, what is logged and kept, and
 # what alters a step by rounding at most. Guide and data are compared by hashes of what they hold.
 MAY_CHANGE: dict[str, Any] = {
@@ -82,6 +83,7 @@ def check_run(
     for index in indices:
         _check_stage(config, families[index], data)
     _check_image_sizes(config, [families[index] for index in indices], data)
+    _check_sizes_of_classes(config, [families[index] for index in indices], data)
     fingerprint = data_fingerprint(data)
     checkpoints = checkpoints or NewestCheckpoints(config.run)
     for stage in config.stages:
@@ -240,6 +242,42 @@ def _check_image_sizes(config: Config, families: list[Family], data: Dataset) ->
                 )
             log.warning("%s; they are skipped (data.on_error=skip)", what)
             break
+
+
+def _check_sizes_of_classes(config: Config, families: list[Family], data: Dataset) -> None:
+    """Batches by class show every class that is there: none may lack, and small ones repeat."""
+    run = max((family.inputs.per_class for family in families), default=0)
+    if not run:
+        return
+    split, names = config.data.split, data.manifest.classes
+    counts = data.label_counts(split)
+    named = [
+        f"{label} ({names[label]})" if names else str(label)
+        for label in range(int(config.family.options["num_classes"]))
+    ]
+    where = f"split {split} of {data.location}"
+    empty = [name for label, name in enumerate(named) if not counts.get(label)]
+    if empty:
+        raise ConfigError(
+            f"family.num_classes: {where} has no sample of class {_some(empty)}, so it would "
+            "be drawn but never learnt: add photos of it and prepare again, with a smaller "
+            "prepare.pack.val_fraction if all of them were held back, or leave its folder out and "
+            "set num_classes lower"
+        )
+    small = [f"{name}: {counts[n]}" for n, name in enumerate(named) if counts[n] < run]
+    if small:
+        log.warning(
+            "%s: fewer samples than family.samples_per_class=%d, so a step shows some of them "
+            "more than once: class %s",
+            where,
+            run,
+            _some(small),
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def check_same_run(

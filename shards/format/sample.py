@@ -170,9 +170,14 @@ def flipped_level(name: str) -> str:
     return f"{flipped_guide(level_guide(name))}.{name.rpartition('.')[2]}"
 
 
+def is_flipped_guide(name: str) -> bool:
+    """Whether a guide's name is one of :func:`flipped_guide`."""
+    return name.rpartition("_")[2] == FLIPPED
+
+
 def is_flipped(name: str) -> bool:
     """Whether a level is that of mirrored images."""
-    return level_guide(name).rpartition("_")[2] == FLIPPED
+    return is_flipped_guide(level_guide(name))
 
 
 def _is_level(name: str) -> bool:

@@ -13,8 +13,9 @@ from shards.format.index import NO_LABEL
 from shards.read.batch import Successor
 from shards.read.order import Ints, Place, Plan, Portion, Shares, share_of
 
-# Orders of classes and of their samples, of which a batch needs one or two of each.
+# Orders of classes, and those of the samples of each class, that are kept.
 _KEPT_ROUNDS = 64
+_KEPT_PASSES = 2
 
 
 class ClassOrder:
@@ -57,7 +58,7 @@ class ClassOrder:
         self.num_samples = rounds * run * len(sizes)
         self.window_span = self.num_samples
         self._rounds: OrderedDict[int, Ints] = OrderedDict()
-        self._passes: OrderedDict[tuple[int, int], Ints] = OrderedDict()
+        self._passes: dict[int, OrderedDict[int, Ints]] = {}
 
     def places(self, start: int, count: int) -> Place:
         """Places of the ``count`` global positions that follow ``start``."""
@@ -133,13 +134,14 @@ class ClassOrder:
 
     def _pass(self, which: int, number: int) -> Ints:
         """The order of the samples of a class in a pass through them."""
-        key = which, number
-        if key not in self._passes:
+        # by class: the many passes through a small one would push out the order of a large one
+        kept = self._passes.setdefault(which, OrderedDict())
+        if number not in kept:
             size = int(self._class_sizes[which])
-            self._passes[key] = self._shuffled(f"class {which} {number}", size)
-            if len(self._passes) > 2 * len(self._class_sizes):
-                self._passes.popitem(last=False)
-        return self._passes[key]
+            kept[number] = self._shuffled(f"class {which} {number}", size)
+            if len(kept) > _KEPT_PASSES:
+                kept.popitem(last=False)
+        return kept[number]
 
     def _shuffled(self, purpose: str, count: int) -> Ints:
         """0 to count - 1; sorting raw Philox output gives the same in every numpy."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from shards.check.adopt import describe_plain
 from shards.errors import ManifestError, show_name
 from shards.files import sha256_file
-from shards.format.index import ShardIndex
+from shards.format.index import NO_LABEL, ShardIndex
 from shards.format.manifest import MANIFEST, PACKING, LevelInfo, Manifest, parse_manifest
 from shards.format.sample import (
     LABEL_SUFFIXES,
@@ -110,6 +110,17 @@ class Dataset(ABC):
     @abstractmethod
     def label_fault(self, split: str = "train") -> str:
         """Description of the first sample whose faulty metadata leave a split without labels."""
+
+    def label_counts(self, split: str = "train") -> dict[int, int]:
+        """Samples of a split by their label, from the indexes; those without one do not count.
+
+        Raises:
+            ManifestError: if a dataset has no such split.
+            IndexFileError: if an index has no labels.
+        """
+        labels = np.concatenate([one.table(split).all_labels() for one in self.sets])
+        found, counts = np.unique(labels[labels != NO_LABEL], return_counts=True)
+        return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
     def level_info(self, level: int | str) -> LevelInfo:
         """What the manifest says about a level.

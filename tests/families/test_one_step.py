@@ -10,18 +10,27 @@ import torch
 
 from dinogen.config import ConfigError
 from dinogen.errors import UserError
+from dinogen.families import guided
 from dinogen.families.abilities import adjustable
+from dinogen.families.base import classes_of
 from dinogen.families.guided import Guided
 from dinogen.training.checkpointing.checkpoint import newest_checkpoint
 from dinogen.training.dataloading import Dataloader
 from dinogen.training.engines import base
+from dinogen.training.preflight import check_run
 from dinogen.training.run import train
 from dinogen.training.state import StageState
 from dinogen.visualize.samples import SampleRequest, write_samples
+from shards import open_dataset, pack
 from tests.families.tiny import BATCH, tiny_config
 
 NAME = "guided-dit"
-CLASSES = ("family.num_classes=0", "family.guidance_range=[1, 1]", "family.guidance=1")
+CLASSES = (
+    "family.num_classes=0",
+    "family.guidance_range=[1, 1]",
+    "family.guidance=1",
+    "family.samples_per_class=16",
+)
 
 
 def built(tmp_path, *overrides, name=NAME):
@@ -60,7 +69,31 @@ def disturbed(family):
         (["family.guidance_range=[1, 1]", "family.guidance=1"], "only guidance reads it"),
         (["family.objectives=[{name: mse}]"], "none of family.objectives compares distributions"),
         (["family.objectives=[{name: energy}]"], "energy cannot be guided"),
-        (["family.num_classes=0"], "needs classes to guide to"),
+        (["family.num_classes=0", "family.samples_per_class=16"], "needs classes to guide to"),
+        (["family.guidance_range=[1, .inf]"], "(?s)guidance_range.1.*finite"),
+        (["family.guidance_power=.inf"], "(?s)guidance_power.*finite"),
+        (["family.z_dim=7"], "z_dim: only generator: progressive reads it"),
+        (["family.channel_base=7"], "channel_base: only generator: progressive reads it"),
+        (["family.channel_max=7"], "channel_max: only generator: progressive reads it"),
+        ([*CLASSES, "family.samples_per_class=8"], "samples_per_class: only num_classes reads it"),
+        ([*CLASSES, "family.guidance_power=2"], "guidance_power: only guidance_range reads it"),
+        (
+            ["family.guidance_range=[1, 1]", "family.guidance=1", "family.guidance_power=2"],
+            "guidance_power: only guidance_range reads it",
+        ),
+        (
+            ["family.objectives=[{name: drift}, {name: paired}]"],
+            "paired cannot be combined with num_classes",
+        ),
+        (
+            [
+                "family.objectives=[{name: drift}, {name: paired}]",
+                "family.reference_batch=0",
+                "family.guidance_range=[1, 1]",
+                "family.guidance=1",
+            ],
+            "paired cannot be combined with num_classes",
+        ),
         (
             [
                 "stages=[{resolution: 16, kimg: 1, batch: 8, lr: 0.1}, "
@@ -80,6 +113,14 @@ def disturbed(family):
 def test_what_does_not_fit_is_one_error(overrides, words, tmp_path):
     with pytest.raises((ConfigError, UserError, ValueError), match=words):
         built(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize("more", [(), CLASSES])
+def test_a_config_written_whole_still_loads(more, tmp_path):
+    family = built(tmp_path, *more)
+    whole = family.options.model_dump(mode="json")
+    assert whole["z_dim"] == 512 and whole["samples_per_class"] in (4, 16)
+    assert Guided.Options(**whole) == family.options
 
 
 def test_each_run_of_a_batch_is_of_one_class_wherever_training_resumes(disc_data, tmp_path):
@@ -110,6 +151,60 @@ def test_the_generator_is_told_the_class_and_the_strength_of_its_group(disc_data
     assert z.shape == (BATCH, 3, 16, 16)
     assert torch.equal(label, batch["label"])
     assert torch.equal(guidance, state.family.training.classes.guidance(batch["position"]))
+
+
+def with_labels(source, folder, labels, **more):
+    """Packed samples of a dataset, those of each split with these labels, which are repeated."""
+    data = open_dataset(source)
+    own = data.manifest
+    samples = [
+        dataclasses.replace(data.sample(number, split), label=labels[number % len(labels)])
+        for split in ("train", "val")
+        for number in range(data.num_samples(split))
+    ]
+    found = {"shard_size": 8, "val_fraction": 0.25, "guide": own.guide, "guides": own.guides}
+    pack(samples, folder, **found, **more)
+    return folder
+
+
+def test_held_out_energy_is_of_the_classes_of_the_data_without_guidance(
+    disc_data, tmp_path, monkeypatch
+):
+    data = with_labels(disc_data, tmp_path / "data", [0, 0, 0, 0, 0, 1])
+    monkeypatch.setattr(guided, "_HELD_OUT", 12)
+    guide = f"guide.path={disc_data.parent / 'guide'}"
+    state = StageState(tiny_config(NAME, data, tmp_path / "run", guide), 0)
+    family = disturbed(state.family)
+    levels = family.inputs.levels
+    batch = state.data.read(range(4), split="val", levels=levels, need_labels=True)
+    with torch.no_grad():
+        found = family.held_out(family.networks, batch)["energy"]
+        numbers = torch.arange(12)
+        num = state.data.num_samples()
+        label = classes_of(numbers, (num - num // 6, num // 6))
+        z = family.latents(numbers, state.config.seed)
+        images = family.G(z, label, torch.ones(12)).clamp(-1, 1)
+        training = family.training
+        want = training.objectives.held_out_distributions(training.guides(images), batch)
+    assert 0 < label.sum() < 4
+    torch.testing.assert_close(found, want["energy"])
+
+
+def test_a_class_without_training_samples_is_refused(disc_data, tmp_path, caplog):
+    guide = f"guide.path={disc_data.parent / 'guide'}"
+    more = (guide, "family.num_classes=3", "family.samples_per_class=4")
+    names = ("ant", "bee", "cat")
+    data = with_labels(disc_data, tmp_path / "two", [0, 2], classes=names)
+    config = tiny_config(NAME, data, tmp_path / "run", *more)
+    with pytest.raises(ConfigError, match=r"family.num_classes: split train.* of class 1 \(bee\)"):
+        train(config)
+    # classes in turn need no photo of each
+    check_run(tiny_config("ddpm-dit", data, tmp_path / "run", more[1]), [0], open_dataset(data))
+    assert "fewer samples" not in caplog.text
+    data = with_labels(disc_data, tmp_path / "few", [1, 2, 1] + [0] * 21, classes=names)
+    check_run(tiny_config(NAME, data, tmp_path / "run", *more), [0], open_dataset(data))
+    assert caplog.text.count("fewer samples than family.samples_per_class=4") == 1
+    assert "class 1 (bee): 2, 2 (cat): 1" in caplog.text
 
 
 def test_samples_follow_class_and_guidance(tmp_path):

@@ -24,7 +24,7 @@ VIEWS = ("location", "global", "mean_std", "patches")
 
 def options(**more):
     given = {"num_classes": 2, "samples_per_class": 2, "guidance_range": (1.0, 4.0)}
-    return GuidedOptions(**given | more)
+    return GuidedOptions(generator="dit", **given | more)
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 3.0])

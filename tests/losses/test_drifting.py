@@ -1,4 +1,4 @@
-"""Drift within groups: against loops over the paper's algorithm, and where samples come to rest."""
+"""Drift within groups: against loops, and where samples come to rest."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sets(seed=0, num_problems=3, num=5, num_real=6, num_negatives=4, size=3):
 
 
 def field_by_loops(x, y, u, weight, width, scale):
-    """One field of one problem, in features: algorithm 2 with weighted negatives.
+    """One field of one problem, in features, with weighted negatives.
 
     ``scale`` is the mean distance; the kernel is normalised over both sets, and over the samples.
     """
@@ -58,7 +58,7 @@ def field_by_loops(x, y, u, weight, width, scale):
 
 
 def drift_by_loops(x, y, u, weights, widths, together):
-    """Loss and gradient, appendix A.6: scaled features, each field to a mean square of 1."""
+    """Loss and gradient: scaled features, each field to a mean square of 1."""
     num_problems, num, size = x.shape
     sums, counts = np.zeros(num_problems), np.zeros(num_problems)
     for k in range(num_problems):
@@ -85,7 +85,7 @@ def drift_by_loops(x, y, u, weights, widths, together):
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_it_is_the_papers_algorithm_by_loops(together):
+def test_it_is_what_loops_find(together):
     x, y, u = sets()
     weights = np.array([0.0, 0.7, 2.5])
     want, gradient = drift_by_loops(x, y, u, weights, WIDTHS, together)
@@ -147,8 +147,8 @@ def pull_to_the_right(share, alpha, num=400):
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.2, 1.6])
-def test_guided_samples_come_to_rest_where_the_paper_says(alpha):
-    """q = alpha p(x | c) - (alpha - 1) p(x) (section 3.5), to within a sample or two."""
+def test_guided_samples_come_to_rest_at_their_fixed_point(alpha):
+    """q = alpha p(x | c) - (alpha - 1) p(x), to within a sample or two."""
     at_rest = 0.75 * alpha - 0.5 * (alpha - 1)
     assert pull_to_the_right(at_rest - 0.02, alpha) > 0
     assert pull_to_the_right(at_rest + 0.02, alpha) < 0

@@ -142,7 +142,7 @@ def test_sliced_wasserstein_of_sets_that_differ_in_size():
 
 
 def drift_by_loops(x, y, width):
-    """Algorithm 2 of the paper, one number at a time."""
+    """The field, one number at a time."""
     num, num_real = len(x), len(y)
     both = np.concatenate([y, x])
     kernel = np.zeros((num, num_real + num))

@@ -37,6 +37,12 @@ def flipped(tmp_path_factory):
     return folder / "data", maker
 
 
+def without_wide():
+    maker = flipping()
+    maker.guides = {name: guide for name, guide in maker.guides.items() if name != "wide"}
+    return maker
+
+
 def test_names_of_mirrored_levels_are_those_of_further_guides():
     assert flipped_level("p16") == "flipped.p16"
     assert flipped_level("pixels.n8") == "pixels_flipped.n8"
@@ -89,8 +95,10 @@ def test_one_pass_gives_the_bytes_of_the_three_steps(flipped, tmp_path):
     source = join.open_pyramids(parts)
     join.pack_faces(faces, source, data, FLIPS.pack, join.guide_of(source, None))
     assert contents(data) == contents(flipped[0])
-    with pytest.raises(PrepareError, match=r"prepare\.pyramids\.flips: True, now None"):
+    with pytest.raises(PrepareError, match=r"\(prepare\.pyramids\.flips: true, now false\)"):
         write_pyramids(faces, parts, maker_of())
+    with pytest.raises(PrepareError, match=r"\(guides\.wide: [^;]*, now none\)"):
+        write_pyramids(faces, parts, without_wide())
 
 
 def test_features_of_images_as_they_are_do_not_change(flipped, tmp_path):
@@ -100,7 +108,7 @@ def test_features_of_images_as_they_are_do_not_change(flipped, tmp_path):
         assert all(np.array_equal(both.levels[n], found) for n, found in plain.levels.items())
     # finished, and found again as it was; what it lacks is said
     pipeline.prepare(photos, tmp_path / "data", settings(), maker_of())
-    with pytest.raises(PrepareError, match=r"prepare\.pyramids\.flips: None, now True"):
+    with pytest.raises(PrepareError, match=r"\(prepare\.pyramids\.flips: false, now true\)"):
         pipeline.prepare(photos, tmp_path / "data", FLIPS, flipping())
 
 
@@ -110,6 +118,10 @@ def test_a_dataset_with_both_orientations_does_where_one_is_asked_for(flipped):
     pipeline.prepare(data.parent / "photos", data, settings(), maker_of())
     pipeline.prepare(data.parent / "photos", data, FLIPS, flipping())
     assert contents(data) == before
+    other = flipping()
+    other.guides["more"] = other.guides["wide"]
+    with pytest.raises(PrepareError, match=r"\(guides\.more: none, now [^;]*\)"):
+        pipeline.prepare(data.parent / "photos", data, FLIPS, other)
 
 
 class Killed(BaseException):

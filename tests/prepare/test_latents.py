@@ -179,7 +179,7 @@ def test_what_a_finished_dataset_lacks_is_said(kl, tmp_path):
     photos, data = fill(tmp_path / "photos"), tmp_path / "data"
     plain, flipped = (maker_of(**NOTHING, latents=latents_of(kl, flips=f)) for f in (False, True))
     pipeline.prepare(photos, data, settings(), plain)
-    with pytest.raises(PrepareError, match=r"prepare\.latents\.flips: none, now autoencoder_kl"):
+    with pytest.raises(PrepareError, match=r"prepare\.latents\.flips: false, now true"):
         pipeline.prepare(photos, data, settings(), flipped)
 
 
@@ -193,7 +193,7 @@ def test_parts_are_continued_and_those_of_others_refused(kl, tmp_path):
     assert write_pyramids(faces, parts, maker).num_done == 1
     assert {path: path.read_bytes() for path in parts.iterdir()} == before
     maker.latents = latents_of(kl, flips=True)
-    with pytest.raises(PrepareError, match=r"prepare\.latents\.flips: none, now autoencoder_kl"):
+    with pytest.raises(PrepareError, match=r"prepare\.latents\.flips: false, now true"):
         write_pyramids(faces, parts, maker)
     maker.latents = latents_of(write_kl(tmp_path / "other", seed=1))
     with pytest.raises(PrepareError, match=r"prepare\.latents\.path: autoencoder_kl"):

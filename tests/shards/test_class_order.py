@@ -80,6 +80,23 @@ def test_samples_without_a_label_are_never_shown():
         order_of([NO_LABEL])
 
 
+def test_the_order_of_a_large_class_outlives_many_passes_through_small_ones(monkeypatch):
+    drawn = []
+    shuffled = ClassOrder._shuffled
+
+    def counted(self, purpose, count):
+        drawn.append((purpose, count))
+        return shuffled(self, purpose, count)
+
+    monkeypatch.setattr(ClassOrder, "_shuffled", counted)
+    order = order_of([0, 1, 2] + [3] * 100, run=8)
+    for start in range(0, 320, 32):
+        order.places(start, 32)
+    assert [purpose for purpose, count in drawn if count == 100] == ["class 3 0"]
+    kept = order._passes.values()
+    assert [len(each) for each in kept] == [2, 2, 2, 1]
+
+
 def test_seeds_passes_and_rounds_differ():
     labels = [0, 1] * 20
     one, other = (order_of(labels, 10, seed=seed).places(0, 160).index for seed in (0, 1))
