@@ -51,7 +51,7 @@ def test_the_fast_study_fits_the_data_that_its_page_prepares(tmp_path, monkeypat
     table = {key: cells for key, cells in rows(told["plan"]).items() if "-seed" in key}
     assert len(table) == 34 and {cells[0] for cells in table.values()} == {"to do"}
     assert not [cells for cells in table.values() if "cannot work" in cells[-1]]
-    assert player.done[:8] == [f"speed/minutes/{name} train" for name in models()]
+    assert player.done[:8] == [f".speed/minutes/{name} train" for name in models()]
     assert sum(one.endswith(" train") for one in player.done) == 8 + 34
     notes = (tmp_path / "runs" / "today_fast" / "report" / "notes").read_text()
     assert "images: 6 k images each" in notes and "minutes: 2 minutes each: dcgan " in notes
@@ -92,5 +92,5 @@ def test_the_example_of_equal_images_and_equal_time(tmp_path, monkeypatch):
     for words in shown:
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, f"{words}\n{result.output}\n{result.exception}"
-    assert player.done == [f"speed/minutes/{name} train" for name in names]
+    assert player.done == [f".speed/minutes/{name} train" for name in names]
     assert "minutes: 3 minutes each: dcgan_fast 9 k images" in result.output
