@@ -137,6 +137,30 @@ def test_who_was_trained_with_the_network_that_measures_is_said(tmp_path):
     assert "(few images, own network)" in text and "(few images)" in text
 
 
+def test_values_after_the_same_training_carry_their_cautions(tmp_path):
+    """Also where only one of several seeds, or one of two points, has a caution."""
+    own = trained_with("onet")
+    for seed in (0, 1):
+        run = timed_run(tmp_path / f"repa-seed{seed}", [4.0, 2.0], 0.01, seed=seed)
+        file = run / "32x32" / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in lines:
+            line["metrics"]["fid768"] |= {"caution": None, "num_samples": 5000}
+        lines[0]["metrics"]["fid768"]["caution"] = own if seed else None
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    timed_run(tmp_path / "b", [3.0, 1.0], 0.01, family="vae")  # from 500 images, without the key
+    page, data, text = compare(tmp_path / "out", *sorted(tmp_path.iterdir()))
+    for one in data["equal"]:
+        assert one["cautions"] == {"repa": {"fid768": "own network"}, "b": {"fid768": "few images"}}
+    tables = text[text.index("## After ") : text.index("## Failures")]
+    assert tables.count("(own network)") == 2 and tables.count("(few images)") == 2
+    tables = page.raw[page.raw.index('id="equal"') : page.raw.index('id="curves"')]
+    assert tables.count('<span class="note">own network</span>') == 2
+    assert tables.count('<span class="note">few images</span>') == 2
+    legend = re.search(r'<ul class="legend">.*?</ul>', page.raw, re.S)[0]
+    assert legend.count("(own network)") == 1 and legend.count("(few images)") == 1
+
+
 def test_the_notes_of_a_study_stand_on_the_page(tmp_path):
     from dinogen.report.compare import write_comparison
 

@@ -304,6 +304,9 @@ def read_measured(run: ComparedRun, stage: Stage) -> None:
     run.measured = take(run, stage.read_sweep()) or in_training
     for line in run.measured:
         run.fingerprints |= line.get("fingerprints") or {}
+        for name, one in line["metrics"].items():
+            if one is not None:
+                one["caution"] = _caution(name, one)
     if in_training:
         newest = in_training[-1]
         run.sources["in_training"] = Source(
