@@ -104,6 +104,18 @@ def test_runs_that_do_not_say_how_long_they_took_are_named(tmp_path):
     assert page.text.count("Without a record of their time: old.") == 2
 
 
+def test_a_run_that_an_earlier_version_began_does_not_say_how_long_it_took(tmp_path):
+    for name in "ab":
+        timed_run(tmp_path / name, [2.0, 1.0], 0.01)
+    run = timed_run(tmp_path / "old", [2.0, 1.0], 0.01)
+    file = run / "32x32" / "stats.jsonl"
+    first, last = map(json.loads, file.read_text().splitlines())
+    del first["training_s"]
+    file.write_text("".join(json.dumps(one) + "\n" for one in (first, last)))
+    _, data, _ = compare(tmp_path / "out", *sorted(tmp_path.iterdir()))
+    assert [one["left_out"] for one in data["equal"]] == [[], ["old"]]
+
+
 def test_values_that_were_measured_differently_are_not_put_side_by_side(tmp_path):
     timed_run(tmp_path / "a", [2.0, 1.0], 0.01)
     run = timed_run(tmp_path / "b", [2.0, 1.0], 0.01)

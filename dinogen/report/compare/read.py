@@ -218,7 +218,7 @@ def _read_losses(run: ComparedRun, stages: list[Stage]) -> None:
         run.loss = (run.loss[0] + kimg, run.loss[1] + loss)
         before = run.times[1][-1] if run.times[1] else 0.0
         kimg, seconds = series(lines, "training_s")
-        if not kimg:
+        if not kimg or len(kimg) < len(lines):  # an earlier version wrote some of the lines
             timed = False
         run.times = (run.times[0] + kimg, run.times[1] + [before + one for one in seconds])
     if not timed:
