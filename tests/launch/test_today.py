@@ -54,7 +54,7 @@ def test_the_fast_study_fits_the_data_that_its_page_prepares(tmp_path, monkeypat
     assert player.done[:9] == [f".speed/minutes/{name} train" for name in models()]
     assert sum(one.endswith(" train") for one in player.done) == 9 + 36
     notes = (tmp_path / "runs" / "today_fast" / "report" / "notes").read_text()
-    assert "images: 6 k images each" in notes and "minutes: 2 minutes each: dcgan " in notes
+    assert "images: 16 k images each" in notes and "minutes: 3 minutes each: dcgan " in notes
 
 
 def models() -> list[str]:
