@@ -15,7 +15,7 @@ from dinogen.errors import ConfigError
 
 # Folders of a study that are not tracks.
 FINAL = "final"
-OWN_FOLDERS = ("configs", "logs", "report", "speed")
+OWN_FOLDERS = ("configs", "logs", "report")
 
 _LENGTH = r"stages\.\d+\.(kimg|epochs)"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

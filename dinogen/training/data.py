@@ -247,7 +247,7 @@ def reads_pyramids(config: Config) -> bool:
         ConfigError: there is no such family, or an option of it is wrong; or it reads features of
             mirrored images, and the config does not make them.
     """
-    levels = _levels_read(config)
+    levels = levels_read(config)
     mirrored = {flipped_guide(name) for name in ("", *config.guides)}
     lacking = sorted({level for level in levels if level_guide(level) in mirrored})
     if lacking and not config.prepare.pyramids.flips:
@@ -274,7 +274,7 @@ def check_latents(config: Config, made: Collection[str]) -> None:
     Raises:
         ConfigError: naming the key and the remedy.
     """
-    lacking = [one for one in _levels_read(config) if level_guide(one) in OF_LATENTS]
+    lacking = [one for one in levels_read(config) if level_guide(one) in OF_LATENTS]
     lacking = [one for one in lacking if one not in made]
     if not lacking:
         return
@@ -297,7 +297,7 @@ def check_latents(config: Config, made: Collection[str]) -> None:
     )
 
 
-def _levels_read(config: Config) -> list[str]:
+def levels_read(config: Config) -> list[str]:
     """The levels that the family reads in any stage; its networks take no memory on ``meta``."""
     cls, nowhere = family_class(config.family), torch.device("meta")
     with nowhere:

@@ -44,7 +44,8 @@ class Progress:
         step: optimizer steps since the first stage began.
         num_skipped: damaged samples that were replaced, in this stage, on all ranks.
         seconds: wall-clock time of this stage so far.
-        measuring_s: those of ``seconds`` that went into metrics, probes and grids of samples.
+        measuring_s: those of ``seconds`` that went into metrics, probes and grids of samples; None
+            if it is unknown: a version that did not count them began the stage.
         loss: main loss of the newest log lines, see :meth:`add_loss`.
         logged: nimg of the newest log line.
         health: what the newest probe found.
@@ -58,7 +59,7 @@ class Progress:
     step: int = 0
     num_skipped: int = 0
     seconds: float = 0.0
-    measuring_s: float = 0.0
+    measuring_s: float | None = 0.0
     loss: float | None = None
     logged: int = 0
     health: str = "ok"
@@ -68,9 +69,9 @@ class Progress:
     num_worse: int = 0
 
     @property
-    def training_s(self) -> float:
+    def training_s(self) -> float | None:
         """Seconds spent on steps alone: how long a model trains, however often it is measured."""
-        return self.seconds - self.measuring_s
+        return None if self.measuring_s is None else self.seconds - self.measuring_s
 
     def add_loss(self, loss: float, every: float) -> None:
         """Take over the mean loss of a log line at ``nimg``.
@@ -262,7 +263,7 @@ class StageState:
         for name, network in self.ema.networks.items():
             network.load_state_dict(checkpoint.tensors(f"{name}.ema"))
         self.engine.load_state(checkpoint.tensors("optim"), state["engine"])
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress(**{"measuring_s": None, **state["progress"]})
         self.logger_state = state["logger"]
         self.last_saved = self.progress.nimg
         if process_group.is_main():

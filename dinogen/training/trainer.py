@@ -369,7 +369,8 @@ class Trainer:
         """Counts the time inside as measuring: the steps of a run are compared without it."""
         began = time.monotonic()
         yield
-        self.progress.measuring_s += time.monotonic() - began
+        if self.progress.measuring_s is not None:
+            self.progress.measuring_s += time.monotonic() - began
 
     def _count(self) -> None:
         """Bring time and skipped samples up to now; every rank has to call it."""

@@ -298,8 +298,9 @@ def plan(file: Plan) -> None:
     from launch.check import why_refused
     from launch.cli.console import Line, print_lines
     from launch.study.cost import NOTHING_LEFT, cost_of, duration, speed_words
+    from launch.study.data import lacking
     from launch.study.plan import check_study
-    from launch.study.runs import is_trained, lacking
+    from launch.study.runs import is_trained
     from launch.study.status import budget_words, study_states
 
     study = _open(file)
@@ -313,7 +314,7 @@ def plan(file: Plan) -> None:
         time = "unknown" if cost.seconds is None else duration(cost.seconds)
         left = "unknown" if cost.num_images is None else f"{cost.num_images / 1000:,.4g} k"
         left_to_train = cost is not NOTHING_LEFT
-        left_to_train &= not is_trained(one.run) and not lacking(one.run)
+        left_to_train &= not is_trained(one.run) and not lacking(study, one.run)
         sizes = [stage.resolution for stage in one.run.stages]
         refused = why_refused(one.run.config, sizes) if left_to_train else None
         why = "; ".join(word for word in (one.why, refused, cost.why) if word)

@@ -95,7 +95,7 @@ def metric_changes(config: Config) -> list[str]:
 
 def _has_held_out(config: Config) -> bool:
     """Whether the data have, or will have, held-out samples."""
-    return any(_holds_back(config, path) for path in _paths(config))
+    return any(_holds_back(config, path) for path in data_paths(config))
 
 
 def _holds_back(config: Config, path: str) -> bool:
@@ -110,13 +110,14 @@ def _holds_back(config: Config, path: str) -> bool:
         return True  # the job will report what is wrong
 
 
-def _paths(config: Config) -> list[str]:
+def data_paths(config: Config) -> list[str]:
+    """Folders or addresses of the run's data, several of a mix."""
     return [one.path for one in config.data.mix] or [config.data.path]
 
 
 def lacking_data(config: Config) -> list[str]:
     """Folders of the run's data that are not packed yet."""
-    paths = [path for path in _paths(config) if "://" not in path]
+    paths = [path for path in data_paths(config) if "://" not in path]
     return [path for path in paths if not (Path(path) / MANIFEST).is_file()]
 
 

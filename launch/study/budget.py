@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dinogen.config import Config, ConfigError
+from dinogen.config import FAMILY_PLACES, Config, ConfigError
 from dinogen.config.study import Length
 from dinogen.errors import UserError
 from dinogen.files import write_json
@@ -35,7 +36,12 @@ _NO_MATTER: dict[str, Any] = {
     "notes": True,
     "metrics": True,
     "eval": True,
-    "data": {"path", "cache_dir", "cache_gb"},
+    "family": {"file": True, **FAMILY_PLACES},
+    "guide": {"file", "path", "revision"},
+    "guides": {"__all__": {"file", "path", "revision"}},
+    "clip": {"path", "revision"},
+    "data": {"path", "mix", "num_threads", "cache_dir", "cache_gb"},
+    "engine": {"max_nonfinite"},
     "stages": {"__all__": {"kimg", "epochs", "fade_kimg", "warmup_kimg", "decay_kimg"}},
 }
 
@@ -134,15 +140,21 @@ def read_budgets(folder: Path) -> Budgets:
 
 
 def fingerprint(config: Config) -> str:
-    """SHA-256 of the part of a config that its speed depends on."""
-    dumped = config.model_dump(mode="json", exclude=_NO_MATTER)
-    return hashlib.sha256(json.dumps(dumped, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of the part of a config that its speed depends on.
+
+    Only keys that differ from their defaults: those that a later version adds do not change it.
+    """
+    dumped = config.model_dump(mode="json", exclude=_NO_MATTER, exclude_defaults=True)
+    kept = {key: value for key, value in dumped.items() if value != {}}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def find_budget(folder: Path, key: str, length: Length, config: Config) -> Budget | None:
     """The minutes that a config is given; None if its length is not in minutes.
 
-    A speed that was measured with another config, or for other minutes, does not count.
+    A speed that was measured for other minutes does not count. One that was measured with another
+    config counts only once a run has begun with it: whether its config may differ is said by the
+    comparison with what the run was trained with.
 
     Args:
         folder: of the study.
@@ -158,9 +170,16 @@ def find_budget(folder: Path, key: str, length: Length, config: Config) -> Budge
     budgets = read_budgets(folder)
     measured = budgets.measured.get(key)
     if measured is not None:
-        same = measured.minutes == length.minutes and measured.config == fingerprint(config)
-        measured = measured if same else None
+        same = measured.config == fingerprint(config) or _has_begun(folder, key)
+        measured = measured if same and measured.minutes == length.minutes else None
     return Budget(key, length.minutes, budgets.path, measured)
+
+
+def _has_begun(folder: Path, key: str) -> bool:
+    """Whether a run of a config has begun: then its config was copied into the study's folder."""
+    track, _, label = key.partition("/")
+    copies = (folder / "configs" / track).glob("*.yaml")
+    return any(re.fullmatch(rf"{re.escape(label)}-seed\d+", one.stem) for one in copies)
 
 
 def length_changes(config: Config, kimg: float, measurements: int | None, where: str) -> list[str]:

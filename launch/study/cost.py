@@ -110,7 +110,9 @@ def _budget_speed(run: StudyRun, stage: str) -> Speed | None:
     if run.budget is None or run.budget.measured is None:
         return None
     known = run.budget.measured
-    speed = known.images_per_s[stage]
+    speed = known.images_per_s.get(stage)
+    if speed is None:  # its stages have changed since
+        return None
     return Speed(speed, run.budget.file, known.device, known.num_processes, True)
 
 

@@ -231,8 +231,8 @@ def lost_budget(study: Study, run: StudyRun) -> str | None:
         return None
     return (
         f"{study.folder / BUDGET}: holds no speed of {run.budget.key} for {run.budget.minutes:g} "
-        f"minutes with this config, but {run.id} has begun: restore the file, and the plan and "
-        f"config as they were; or move {run.folder} and {copy} away, and it is measured again"
+        f"minutes, but {run.id} has begun: restore the file, and the plan as it was; or move "
+        f"{run.folder} and {copy} away, and it is measured again"
     )
 
 

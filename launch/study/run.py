@@ -23,9 +23,10 @@ from launch.local.signals import SignalForwarder
 from launch.local.start import build_command, count_processes
 from launch.request import Request
 from launch.slurm.plan import metric_changes
+from launch.study.data import lacking
 from launch.study.outcome import Outcome, complaint, unwritable
 from launch.study.plan import Study, open_study, present_runs, unmeasured_runs
-from launch.study.runs import STEPS, StudyRun, is_trained, lacking, steps_left
+from launch.study.runs import STEPS, StudyRun, is_trained, steps_left
 from launch.study.search import Search
 from launch.study.speed import add_speed, lines_wanted, short_run
 from launch.study.state import Record, read_record, study_lock
@@ -199,7 +200,7 @@ class LocalStudy(StudyRunner):
             if self._signals.stopping:
                 found.append(Outcome(run, "stopped", EXIT_STOPPED))
                 continue
-            why = lacking(run)
+            why = lacking(self.study, run)
             try:
                 outcome = Outcome(run, why, 1) if why else self._measure_speed(run)
             except (UserError, OSError) as error:
@@ -273,7 +274,7 @@ class LocalStudy(StudyRunner):
 
     def _try(self, run: StudyRun) -> Outcome:
         """Do the steps of a run that are left; a run that is not trained is not measured."""
-        if why := lacking(run):
+        if why := lacking(self.study, run):
             log.warning("%s: %s", run.id, why)
             self._without_data.add(run.id)
             return Outcome(run, why, 1)

@@ -10,7 +10,6 @@ from dinogen.config import Config, ConfigError, load_config
 from dinogen.config.study import FINAL, EntryConfig, Length, StudyConfig
 from dinogen.runs.run import Run, Stage
 from launch.request import choose_stages
-from launch.slurm.plan import lacking_data
 from launch.study.budget import Budget, find_budget, length_changes, stage_shares
 
 # What a study does for each run, in this order.
@@ -193,16 +192,3 @@ def steps_left(run: StudyRun, metric: str | None) -> list[str]:
 def is_trained(run: StudyRun) -> bool:
     """Whether all stages of a run are done."""
     return all(stage.done for stage in run.stages)
-
-
-def lacking(run: StudyRun) -> str | None:
-    """The data that a run lacks and how to make them; None if they exist."""
-    paths = lacking_data(run.config)
-    if not paths:
-        return None
-    if run.config.data.mix:
-        return f"data.mix: {paths[0]} holds no packed data: pack each part of the mix first"
-    return (
-        f"data.path: {paths[0]} holds no packed data: "
-        f"dinogen prepare PHOTOS {paths[0]} -c {run.source}"
-    )

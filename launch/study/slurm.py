@@ -16,10 +16,11 @@ from launch.slurm.jobs import ACTIVE, cancel, launch_folder, read_jobs
 from launch.slurm.plan import lacking_data
 from launch.slurm.status import job_rows
 from launch.slurm.submit import ask_states, launch_slurm
+from launch.study.data import lacking
 from launch.study.outcome import Outcome, is_done, jobless, unwritable
 from launch.study.plan import Study, present_runs
 from launch.study.run import StudyRunner
-from launch.study.runs import StudyRun, lacking, steps_left
+from launch.study.runs import StudyRun, steps_left
 from launch.study.search import Search
 from launch.study.state import JOBS, Attempt
 
@@ -120,7 +121,7 @@ class SlurmStudy(StudyRunner):
                 self.outcomes[run.id] = Outcome(run, "done before")
                 continue
             num += 1
-            why = lacking(run)
+            why = lacking(self.study, run)
             if why and (self.photos is None or run.config.data.mix):
                 log.warning("%s: %s", run.id, why)
                 self._without_data.add(run.id)

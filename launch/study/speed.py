@@ -17,7 +17,8 @@ from launch.study.budget import Measured, fingerprint, read_budgets, stage_share
 from launch.study.plan import Study
 from launch.study.runs import StudyRun
 
-SPEED = "speed"  # folder of the study where these runs are, until they are removed
+# Folder of the study where these runs are, until they are removed: no track can have its name.
+SPEED = ".speed"
 # Regularisers come every 16th step at the latest: so long a line holds each of them once.
 _LINE_STEPS = 16
 _FEWEST_LINES = 3  # of each stage; the first warms up

@@ -12,9 +12,10 @@ from dinogen.report.compare import write_comparison
 from dinogen.report.compare.read import is_run
 from launch.slurm.jobs import ACTIVE, has_slurm, read_jobs
 from launch.slurm.status import Row, job_rows
+from launch.study.data import lacking
 from launch.study.outcome import is_done, jobless
 from launch.study.plan import Choice, Study, changed, present_runs
-from launch.study.runs import StudyRun, is_trained, lacking, steps_left
+from launch.study.runs import StudyRun, is_trained, steps_left
 from launch.study.search import Search
 from launch.study.state import JOBS, Record, is_locked, read_record
 from launch.study.trials import as_yaml
@@ -94,7 +95,7 @@ def _state(study: Study, record: Record, busy: bool, run: StudyRun) -> State:
         return state("failed", failed, good=False)
     if (attempt is None or attempt.step == JOBS) and any(not row.good for row in rows):
         return state("failed", jobless(run, metric, rows), good=False)
-    if why := lacking(run):
+    if why := lacking(study, run):
         return state("no data", why, good=False)
     if is_trained(run):
         left = ", ".join(steps_left(run, metric))

@@ -98,7 +98,7 @@ class Player:
                 "device": "cpu",
             }
             write(self._stage(run, stage.resolution) / "result.json", result)
-            if run.startswith("speed/"):
+            if run.startswith(".speed/"):
                 self._log_steps(run, config, stage, nimg - stage.num_images)
         (self.folder / run / "config.yaml").write_text("{}")
 

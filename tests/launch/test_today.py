@@ -49,10 +49,10 @@ def test_the_fast_study_fits_the_data_that_its_page_prepares(tmp_path, monkeypat
         assert result.exit_code == 0, f"{words}\n{result.output}\n{result.exception}"
         told[words[1]] = result
     table = {key: cells for key, cells in rows(told["plan"]).items() if "-seed" in key}
-    assert len(table) == 34 and {cells[0] for cells in table.values()} == {"to do"}
+    assert len(table) == 36 and {cells[0] for cells in table.values()} == {"to do"}
     assert not [cells for cells in table.values() if "cannot work" in cells[-1]]
-    assert player.done[:8] == [f"speed/minutes/{name} train" for name in models()]
-    assert sum(one.endswith(" train") for one in player.done) == 8 + 34
+    assert player.done[:9] == [f".speed/minutes/{name} train" for name in models()]
+    assert sum(one.endswith(" train") for one in player.done) == 9 + 36
     notes = (tmp_path / "runs" / "today_fast" / "report" / "notes").read_text()
     assert "images: 16 k images each" in notes and "minutes: 3 minutes each: dcgan " in notes
 
@@ -70,6 +70,10 @@ def test_the_pages_table_is_the_plan():
         assert [one["name"] for one in entries] == models()
         shown = dict(re.findall(r"^\| `(\w+)` \| `(\w+)_64` ", text_of("today.md"), re.M))
         suffix = "_64.yaml" if name == "today" else "_fast.yaml"
+        assert plan["tracks"]["minutes"]["configs"] == entries
+        num_runs = sum(len(t["configs"]) * len(t["seeds"]) for t in plan["tracks"].values())
+        said = "The fast study" if name == "today_fast" else "`configs/today.yaml`"
+        assert f"{said} has {num_runs} runs" in text_of("today.md")
         assert [one["config"] for one in entries] == [shown[key] + suffix for key in models()]
 
 
@@ -92,5 +96,5 @@ def test_the_example_of_equal_images_and_equal_time(tmp_path, monkeypatch):
     for words in shown:
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, f"{words}\n{result.output}\n{result.exception}"
-    assert player.done == [f"speed/minutes/{name} train" for name in names]
+    assert player.done == [f".speed/minutes/{name} train" for name in names]
     assert "minutes: 3 minutes each: dcgan_fast 9 k images" in result.output

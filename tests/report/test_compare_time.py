@@ -104,6 +104,18 @@ def test_runs_that_do_not_say_how_long_they_took_are_named(tmp_path):
     assert page.text.count("Without a record of their time: old.") == 2
 
 
+def test_a_run_that_an_earlier_version_began_does_not_say_how_long_it_took(tmp_path):
+    for name in "ab":
+        timed_run(tmp_path / name, [2.0, 1.0], 0.01)
+    run = timed_run(tmp_path / "old", [2.0, 1.0], 0.01)
+    file = run / "32x32" / "stats.jsonl"
+    first, last = map(json.loads, file.read_text().splitlines())
+    del first["training_s"]
+    file.write_text("".join(json.dumps(one) + "\n" for one in (first, last)))
+    _, data, _ = compare(tmp_path / "out", *sorted(tmp_path.iterdir()))
+    assert [one["left_out"] for one in data["equal"]] == [[], ["old"]]
+
+
 def test_values_that_were_measured_differently_are_not_put_side_by_side(tmp_path):
     timed_run(tmp_path / "a", [2.0, 1.0], 0.01)
     run = timed_run(tmp_path / "b", [2.0, 1.0], 0.01)
@@ -135,6 +147,30 @@ def test_who_was_trained_with_the_network_that_measures_is_said(tmp_path):
     assert said.startswith("FD-O-Net: repa learnt from the network that measures")
     assert said in page.text
     assert "(few images, own network)" in text and "(few images)" in text
+
+
+def test_values_after_the_same_training_carry_their_cautions(tmp_path):
+    """Also where only one of several seeds, or one of two points, has a caution."""
+    own = trained_with("onet")
+    for seed in (0, 1):
+        run = timed_run(tmp_path / f"repa-seed{seed}", [4.0, 2.0], 0.01, seed=seed)
+        file = run / "32x32" / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in lines:
+            line["metrics"]["fid768"] |= {"caution": None, "num_samples": 5000}
+        lines[0]["metrics"]["fid768"]["caution"] = own if seed else None
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    timed_run(tmp_path / "b", [3.0, 1.0], 0.01, family="vae")  # from 500 images, without the key
+    page, data, text = compare(tmp_path / "out", *sorted(tmp_path.iterdir()))
+    for one in data["equal"]:
+        assert one["cautions"] == {"repa": {"fid768": "own network"}, "b": {"fid768": "few images"}}
+    tables = text[text.index("## After ") : text.index("## Failures")]
+    assert tables.count("(own network)") == 2 and tables.count("(few images)") == 2
+    tables = page.raw[page.raw.index('id="equal"') : page.raw.index('id="curves"')]
+    assert tables.count('<span class="note">own network</span>') == 2
+    assert tables.count('<span class="note">few images</span>') == 2
+    legend = re.search(r'<ul class="legend">.*?</ul>', page.raw, re.S)[0]
+    assert legend.count("(own network)") == 1 and legend.count("(few images)") == 1
 
 
 def test_the_notes_of_a_study_stand_on_the_page(tmp_path):

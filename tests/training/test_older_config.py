@@ -257,3 +257,18 @@ def test_a_run_that_spells_no_objective_was_trained_with_mse_and_goes_on_with_it
     assert today.family.options["objectives"][0]["name"] == "drift"
     with pytest.raises(ConfigError, match=r"family\.objectives: .*'mse'.*'drift'"):
         train(make_config("family.objectives=[{name: drift}]"), 4)
+
+
+def test_the_time_of_steps_stays_unknown_where_an_earlier_version_did_not_count_it(make_config):
+    """It measured while it trained: that time is not told apart any more."""
+    train(make_config(HALF))
+    for path in make_config().run.glob("*/checkpoints/*/state.json"):
+        state = json.loads(path.read_text())
+        del state["progress"]["measuring_s"]
+        path.write_text(json.dumps(state))
+    config = make_config()
+    train(config)
+    first, second = Run.of(config).planned
+    assert first.result["training_s"] is None and first.result["seconds"] > 0
+    assert first.stats[-1]["training_s"] is None
+    assert second.result["training_s"] > 0

@@ -14,13 +14,12 @@ from dinogen.report.compare.table import (
     Seeds,
     all_digits,
     at_equal,
-    few_images,
+    caution_words,
     label_of,
     main_column,
     make_columns,
     number_rows,
     over_seeds,
-    own_network,
     sort_runs,
     unavailable,
     values_of,
@@ -320,8 +319,8 @@ def _value(run: ComparedRun, column: Column) -> str:
         text += f" (n {number.num_samples:,}{real})"
     if not column.comparable and number.fingerprint:
         text += f" `{number.fingerprint}`"
-    words = [word for word in (few_images(number), own_network(number)) if word]
-    return text + (f" ({', '.join(words)})" if words else "")
+    words = caution_words(number.caution)
+    return text + (f" ({words})" if words else "")
 
 
 def _seeds(comparison: Comparison) -> list[str]:
@@ -353,7 +352,9 @@ def _equal(comparison: Comparison) -> list[str]:
             for metric in one.names:
                 value, spread = values.get(metric, (None, None))
                 text = "–" if value is None else f"{value:.4g}"
-                cells.append(text if spread is None else f"{text} ± {spread:.2g}")
+                text += "" if spread is None else f" ± {spread:.2g}"
+                words = one.cautions[name].get(metric)
+                cells.append(f"{text} ({words})" if words else text)
             rows.append(cells)
         lines += _table(["experiment", "runs", *map(label_of, one.names)], rows)
         if one.left_out:

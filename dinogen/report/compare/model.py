@@ -65,11 +65,16 @@ class Source:
 
 
 class Point(NamedTuple):
-    """A metric value that was measured during training, and after how many thousand images."""
+    """A metric value that was measured during training, and after how many thousand images.
+
+    Attributes:
+        caution: why it is uncertain or favours the run; None if there is no reason.
+    """
 
     kimg: float
     value: float
     fingerprint: str | None
+    caution: str | None
 
 
 @dataclass
@@ -123,7 +128,7 @@ class ComparedRun:
     def curve(self, name: str) -> list[Point]:
         """Values of a metric over training, those that are not available left out."""
         return [
-            Point(line["nimg"] / 1000, one["value"], one.get("fingerprint"))
+            Point(line["nimg"] / 1000, one["value"], one.get("fingerprint"), one.get("caution"))
             for line in self.measured
             if (one := line["metrics"].get(name)) is not None and one.get("value") is not None
         ]

@@ -23,10 +23,9 @@ from dinogen.report.compare.model import ComparedRun, Visualization
 from dinogen.report.compare.table import (
     Column,
     all_digits,
-    few_images,
+    caution_words,
     label_of,
     number_rows,
-    own_network,
     show_counts,
 )
 
@@ -78,6 +77,7 @@ class Plot:
         by_images: wide and narrow.
         by_time: the same; None if no run says how long it took.
         untimed: names of runs that are missing from the plot over time.
+        cautions: by the name of a run: :func:`caution_words` of its points.
     """
 
     title: str
@@ -86,6 +86,7 @@ class Plot:
     by_time: tuple[Markup, Markup] | None
     runs: tuple[ComparedRun, ...]
     untimed: tuple[str, ...]
+    cautions: dict[str, str]
 
 
 def render_page(comparison: Comparison) -> str:
@@ -142,7 +143,7 @@ def _cell(run: ComparedRun, column: Column, place: int) -> Cell:
     if number is None or number.value is None:
         return Cell("–")
     notes = [] if column.counts else [show_counts(number)]
-    notes += [few_images(number), own_network(number)]
+    notes.append(caution_words(number.caution))
     if not column.comparable and number.fingerprint:
         notes.append(number.fingerprint[:ID_DIGITS])
     return Cell(
@@ -183,7 +184,12 @@ def _plots(runs: Sequence[ComparedRun], numbers: dict[str, int]) -> list[Plot]:
         shown = tuple(run for run, _ in curves)
         timed = _drawn(by_time, label, MINUTES) if by_time else None
         images = _drawn(by_images, label, KIMG)
-        plots.append(Plot(label, warning, images, timed, shown, tuple(untimed)))
+        cautions = {
+            run.name: words
+            for run, points in curves
+            if (words := caution_words(*(point.caution for point in points)))
+        }
+        plots.append(Plot(label, warning, images, timed, shown, tuple(untimed), cautions))
     return plots
 
 

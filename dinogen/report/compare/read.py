@@ -218,7 +218,7 @@ def _read_losses(run: ComparedRun, stages: list[Stage]) -> None:
         run.loss = (run.loss[0] + kimg, run.loss[1] + loss)
         before = run.times[1][-1] if run.times[1] else 0.0
         kimg, seconds = series(lines, "training_s")
-        if not kimg:
+        if not kimg or len(kimg) < len(lines):  # an earlier version wrote some of the lines
             timed = False
         run.times = (run.times[0] + kimg, run.times[1] + [before + one for one in seconds])
     if not timed:
@@ -304,6 +304,9 @@ def read_measured(run: ComparedRun, stage: Stage) -> None:
     run.measured = take(run, stage.read_sweep()) or in_training
     for line in run.measured:
         run.fingerprints |= line.get("fingerprints") or {}
+        for name, one in line["metrics"].items():
+            if one is not None:
+                one["caution"] = _caution(name, one)
     if in_training:
         newest = in_training[-1]
         run.sources["in_training"] = Source(

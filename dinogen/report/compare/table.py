@@ -171,15 +171,15 @@ def show_counts(number: Number) -> str:
     return f"n {number.num_samples:,} / {number.num_reference:,}"
 
 
-def few_images(number: Number) -> str:
-    """``few images`` if a value is uncertain because of their number, else empty."""
-    parts = (number.caution or "").split("; ")
-    return "few images" if any(part and not favours(part) for part in parts) else ""
+def caution_words(*cautions: str | None) -> str:
+    """``few images``, ``own network``, both, or nothing: what the cautions of values come to.
 
-
-def own_network(number: Number) -> str:
-    """``own network`` if the run was trained with the network that measures, else empty."""
-    return "own network" if favours(number.caution) else ""
+    Few images make a value uncertain; its own network is one that the run was trained with.
+    """
+    parts = [part for one in cautions if one for part in one.split("; ")]
+    few = any(not favours(part) for part in parts)
+    own = any(favours(part) for part in parts)
+    return ", ".join(word for word, is_so in ((FEW, few), (OWN, own)) if is_so)
 
 
 def all_digits(value: float) -> str:
@@ -191,6 +191,7 @@ def all_digits(value: float) -> str:
 MAIN_METRICS = ("fid", "fd_dinov2", "fid768", "kid", "kid768", "kd_dinov2")
 BY_DEVICE = {"seconds", "training_s", "training_images_per_s", "sampling_images_per_s"}
 DIGITS = 3
+FEW, OWN = "few images", "own network"
 
 
 def make_columns(runs: Sequence[ComparedRun]) -> list[Column]:
@@ -353,6 +354,7 @@ class Equal:
         rows: name of a run, or of an experiment with several seeds; its runs; and the value of each
             metric, over the seeds their mean and standard deviation.
         left_out: runs whose files do not say how long they took.
+        cautions: by the name of a row and the metric: :func:`caution_words` of its values.
     """
 
     folder: str
@@ -361,6 +363,7 @@ class Equal:
     names: tuple[str, ...]
     rows: tuple[tuple[str, tuple[str, ...], dict[str, tuple[float, float | None]]], ...]
     left_out: tuple[str, ...]
+    cautions: dict[str, dict[str, str]]
 
     @property
     def words(self) -> str:
@@ -401,6 +404,7 @@ def _equal(
         return None
     amount = min(end for end in ends.values() if end is not None)
     values: dict[str, dict[str, float]] = {}
+    said: dict[str, dict[str, list[str | None]]] = {}
     for name in names:
         curves = {run.name: run.curve(name) for run in timed}
         if len({point.fingerprint for curve in curves.values() for point in curve}) != 1:
@@ -412,9 +416,10 @@ def _equal(
         }
         if len(found) > 1:
             values[name] = found
+            said[name] = {key: [one.caution for one in curve] for key, curve in curves.items()}
     if not values:
         return None
-    rows = []
+    rows, cautions = [], {}
     for title, some in _experiments(timed, seeds):
         cells = {}
         for name, found in values.items():
@@ -422,9 +427,11 @@ def _equal(
             if len(known) == len(some):
                 spread = statistics.stdev(known) if len(known) > 1 else None
                 cells[name] = (statistics.fmean(known), spread)
+        every = {name: [one for run in some for one in said[name][run]] for name in cells}
+        cautions[title] = {name: words for name in cells if (words := caution_words(*every[name]))}
         rows.append((title, some, cells))
     left_out = tuple(run.name for run in runs if run not in timed)
-    return Equal(folder, unit, amount, tuple(values), tuple(rows), left_out)
+    return Equal(folder, unit, amount, tuple(values), tuple(rows), left_out, cautions)
 
 
 def _x(run: ComparedRun, kimg: float, unit: str) -> float | None:
