@@ -248,7 +248,7 @@ def test_todays_generators_are_compared_on_equal_terms(monkeypatch, name):
     monkeypatch.chdir(ROOT)
     opened = open_study(Path(f"configs/{name}.yaml"))
     tracks = {key: {run.name for run in runs} for key, runs in opened.tracks.items()}
-    assert tracks["images"] == tracks["minutes"] and len(tracks["images"]) == 8
+    assert tracks["images"] == tracks["minutes"] and len(tracks["images"]) == 9
     assert len({run.config.data.path for run in opened.runs}) == 1
     assert {run.config.augment.flip for run in opened.runs} == {0}
     assert {run.config.seed for run in opened.runs} == {0, 1}
