@@ -1,10 +1,13 @@
-"""Finds the nearest real images, by features of an extractor or by pixels."""
+"""Finds the nearest real images, by features of an extractor or by pixels.
+
+What an extractor sees of real images is cached, as for metrics: it takes longer than all else here.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinogen.config.training import MetricsConfig
+from dinogen.errors import UserError
+from dinogen.metrics.collect import seen_of_reference
 from dinogen.metrics.extractors.base import NotAvailable
-from dinogen.metrics.sources import as_pixels
+from dinogen.metrics.sources import Images, Reference, as_pixels
+from dinogen.metrics.suite import BATCH as METRICS_BATCH
 from dinogen.metrics.suite import load_extractor
+from dinogen.metrics.value import Facts
 from shards.read.dataset import Dataset
 
 log = logging.getLogger(__name__)
@@ -39,6 +46,8 @@ class Ruler:
         rows: (N, 3, R, R) in [-1, 1] -> (N, F) float32 on the CPU.
         max_real: largest number of real images to compare with in a reasonable time.
         caution: what else can make images look near; continues a sentence.
+        cached: rows (N, F) of real images, computed once and then read from ``metrics.cache``; None
+            if computing them again is as fast.
     """
 
     label: str
@@ -47,6 +56,7 @@ class Ruler:
     rows: Callable[[Tensor], Tensor]
     max_real: int
     caution: str = ""
+    cached: Callable[[Reference], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,18 +91,52 @@ def nearest_of(
     available = data.num_samples(split)
     chosen = np.linspace(0, available - 1, min(available, ruler.max_real)).astype(int).tolist()
     parts = []
-    for first in range(0, len(chosen), BATCH):
-        numbers = chosen[first : first + BATCH]
-        real = real_images(data, numbers, split, ruler.side)
-        distances = _distances(queries, ruler.rows(real))
+    for numbers, rows, turned in _rows(ruler, data, split, chosen, with_mirrored):
+        distances = _distances(queries, rows)
         mirrored = torch.zeros_like(distances, dtype=torch.bool)
-        if with_mirrored:
-            turned = _distances(queries, ruler.rows(real.flip(3)))
-            mirrored = turned < distances
-            distances = torch.minimum(distances, turned)
+        if turned is not None:
+            others = _distances(queries, turned)
+            mirrored = others < distances
+            distances = torch.minimum(distances, others)
         parts.append(_closest(distances, torch.tensor(numbers).expand_as(distances), mirrored))
     best = _closest(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True)))
     return Nearest(*best, num=len(chosen))
+
+
+class Mirrored(Reference):
+    """The images of another reference, mirrored."""
+
+    def __init__(self, images: Reference) -> None:
+        self.images, self.num, self.resolution = images, images.num, images.resolution
+
+    def read(self, numbers: list[int]) -> Tensor:
+        """(len(numbers), 3, R, R) uint8 RGB."""
+        return self.images.read(numbers).flip(3)
+
+    def facts(self) -> Facts:
+        """Those of the images, and that they are mirrored."""
+        facts = self.images.facts()
+        return {**facts, "resize": f"{facts['resize']}, mirrored"}
+
+
+def _rows(
+    ruler: Ruler, data: Dataset, split: str, chosen: list[int], with_mirrored: bool
+) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+    """In parts: numbers of real images, their rows, and if asked those of the mirrored images."""
+    parts = [chosen[first : first + BATCH] for first in range(0, len(chosen), BATCH)]
+    if ruler.cached is not None:
+        try:
+            images = Images(data, split, chosen, ruler.side)
+            rows = ruler.cached(images).split(BATCH)
+            turned = ruler.cached(Mirrored(images)).split(BATCH) if with_mirrored else None
+        except UserError as error:  # a cached set has no damaged images; below they are replaced
+            log.warning("%s: what the extractor sees of real images is not cached", error)
+        else:
+            yield from zip(parts, rows, turned or [None] * len(parts), strict=True)
+            return
+    for numbers in parts:
+        real = real_images(data, numbers, split, ruler.side)
+        yield numbers, ruler.rows(real), ruler.rows(real.flip(3)) if with_mirrored else None
 
 
 def real_images(data: Dataset, numbers: list[int], split: str, side: int) -> Tensor:
@@ -147,7 +191,14 @@ def _by_extractor(name: str, config: MetricsConfig, resolution: int, device: tor
     def rows(images: Tensor) -> Tensor:
         return torch.cat([extractor(as_pixels(part))["features"] for part in images.split(PART)])
 
+    def cached(images: Reference) -> Tensor:
+        # the batches of metrics, which read and write the same cache
+        seen = seen_of_reference(images, [extractor], [name], METRICS_BATCH, config.cache)[name]
+        assert seen.features is not None  # they were asked for
+        return seen.features
+
     what = f"distance of the features of {name} ({extractor.info.resize})"
     if extractor.info.random:
         what += ", whose weights are RANDOM"
-    return Ruler(name, what, resolution, rows, max_real=50_000 if device.type == "cuda" else 2_000)
+    max_real = 50_000 if device.type == "cuda" else 2_000
+    return Ruler(name, what, resolution, rows, max_real, cached=cached)

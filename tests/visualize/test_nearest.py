@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ import torch
 from PIL import Image
 
 from dinogen.config.training import MetricsConfig
+from dinogen.metrics.collect import seen_of_reference
 from dinogen.metrics.extractors.base import ExtractorInfo
+from dinogen.metrics.sources import Images
 from dinogen.report.images import to_uint8
 from dinogen.training.checkpointing.snapshot import load_snapshot
 from dinogen.visualize import drawings, nearest
 from dinogen.visualize.scene import LeftOut, Scene
+from shards.errors import CorruptSample
 from tests.families.tiny import RESOLUTION
 
 from .visualizations import alike, images_of
@@ -115,6 +119,76 @@ def test_an_extractor_with_named_weights_finds_the_nearest(scene_of, monkeypatch
     assert np.array_equal(found.numbers[:, 0], table.argmin(1))
     np.testing.assert_allclose(found.distances[:, 0], table.min(1), rtol=1e-3, atol=1e-3)
     assert "RANDOM" in drawings.neighbours(scene).caption
+
+
+@pytest.mark.parametrize("family", ["stylegan2_ada", "vae"])
+def test_real_images_are_shown_to_an_extractor_once(family, scene_of, monkeypatch, tmp_path):
+    """stylegan2_ada was trained on mirrored images too, vae was not."""
+    shown = []
+
+    class Counting(Colours):
+        def __call__(self, images):
+            shown.append(len(images))
+            # mirrored images differ: left and right count differently
+            weights = torch.linspace(0, 1, images.shape[3])
+            return {"features": (images.float() * weights).mean((2, 3))}
+
+    monkeypatch.setattr(nearest, "load_extractor", lambda name, config, device: Counting())
+    config = MetricsConfig(inception768="there.safetensors", cache=tmp_path)
+
+    def look():
+        scene = Scene(scene_of(family).snapshot, 5)
+        scene.ruler = nearest.choose_ruler(config, RESOLUTION, torch.device("cpu"))
+        shown.clear()
+        found, usual = scene.nearest
+        return found, usual, sum(shown), scene
+
+    first, usual, num, scene = look()
+    again, usual_again, num_again, _ = look()
+    num_real = scene.data.num_samples() * (2 if family == "stylegan2_ada" else 1)
+    assert num - num_again == num_real
+    assert usual == usual_again
+    assert torch.equal(first.distances, again.distances)
+    assert torch.equal(first.numbers, again.numbers)
+    assert torch.equal(first.mirrored, again.mirrored)
+    ruler = replace(scene.ruler, cached=None)
+    rows = ruler.rows(scene.drawn)
+    slow = nearest.nearest_of(rows, ruler, scene.data, "train", family == "stylegan2_ada")
+    torch.testing.assert_close(first.distances, slow.distances)
+    assert torch.equal(first.numbers, slow.numbers)
+    assert torch.equal(first.mirrored, slow.mirrored)
+
+
+def test_the_features_that_evaluate_has_stored_are_used_by_look(
+    runs, scene_of, monkeypatch, tmp_path
+):
+    scene = Scene(scene_of("vae").snapshot, 5)
+    numbers = list(range(scene.data.num_samples()))
+    images = Images(scene.data, "train", numbers, RESOLUTION)
+    seen_of_reference(images, [Colours()], ["inception768"], 50, tmp_path)
+    monkeypatch.setattr(nearest, "load_extractor", lambda name, config, device: Colours())
+    config = MetricsConfig(inception768="there.safetensors", cache=tmp_path)
+    scene.ruler = nearest.choose_ruler(config, RESOLUTION, torch.device("cpu"))
+    monkeypatch.setattr(Images, "read", None)
+    assert scene.nearest[0].num == len(numbers)
+
+
+def test_damaged_images_are_replaced_with_a_warning_and_not_cached(
+    scene_of, monkeypatch, tmp_path, caplog
+):
+    scene = Scene(scene_of("vae").snapshot, 5)
+    monkeypatch.setattr(nearest, "load_extractor", lambda name, config, device: Colours())
+    config = MetricsConfig(inception768="there.safetensors", cache=tmp_path / "cache")
+    scene.ruler = nearest.choose_ruler(config, RESOLUTION, torch.device("cpu"))
+
+    def damaged(self, numbers):
+        raise CorruptSample("train_0000.tar", "000001", "image", "it is cut off")
+
+    monkeypatch.setattr(Images, "read", damaged)
+    found, _ = scene.nearest
+    assert found.num == scene.data.num_samples()
+    assert "000001" in caplog.text and "is not cached" in caplog.text
+    assert not list((tmp_path / "cache").glob("*"))
 
 
 def test_without_the_extractor_pixels_are_compared_with_a_warning(tmp_path, caplog):

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinogen.errors import UserError
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class NotAvailable(UserError):
@@ -73,6 +75,15 @@ def exactly(device: torch.device) -> Iterator[None]:
         ),
     ):
         yield
+
+
+def placed(network: Network, device: torch.device) -> Network:
+    """A convolutional network on its device, in the layout that the device computes fast in."""
+    network.to(device)
+    if device.type == "cpu":
+        # InceptionV3 takes 0.6 of the time so; rows differ in the last digit of a float
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def resized(images: Tensor, side: int, mode: str, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ from dinogen.metrics.extractors.base import (
     FeatureExtractor,
     NotAvailable,
     exactly,
+    placed,
     resized,
 )
 
@@ -47,7 +48,7 @@ class InceptionExtractor:
     """
 
     def __init__(self, network: Any, sha256: str, device: torch.device) -> None:
-        self.network = network.to(device)
+        self.network = placed(network, device)
         self.device = device
         # torch-fidelity takes uint8 alone, so what is resized is rounded again
         self.info = ExtractorInfo(

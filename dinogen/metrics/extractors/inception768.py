@@ -18,6 +18,7 @@ from dinogen.metrics.extractors.base import (
     FeatureExtractor,
     NotAvailable,
     exactly,
+    placed,
     resized,
 )
 
@@ -34,7 +35,7 @@ class Inception768Extractor:
     """
 
     def __init__(self, trunk: InceptionTrunk, sha256: str, device: torch.device) -> None:
-        self.trunk = trunk.to(device)
+        self.trunk = placed(trunk, device)
         self.device = device
         self.info = ExtractorInfo(
             "inception768",
