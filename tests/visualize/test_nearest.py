@@ -159,9 +159,7 @@ def test_real_images_are_shown_to_an_extractor_once(family, scene_of, monkeypatc
     assert torch.equal(first.mirrored, slow.mirrored)
 
 
-def test_the_features_that_evaluate_has_stored_are_used_by_look(
-    runs, scene_of, monkeypatch, tmp_path
-):
+def test_the_features_that_evaluate_has_stored_are_used_by_look(scene_of, monkeypatch, tmp_path):
     scene = Scene(scene_of("vae").snapshot, 5)
     numbers = list(range(scene.data.num_samples()))
     images = Images(scene.data, "train", numbers, RESOLUTION)

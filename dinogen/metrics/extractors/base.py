@@ -81,7 +81,7 @@ def placed(network: Network, device: torch.device) -> Network:
     """A convolutional network on its device, in the layout that the device computes fast in."""
     network.to(device)
     if device.type == "cpu":
-        # InceptionV3 takes 0.6 of the time so; rows differ in the last digit of a float
+        # InceptionV3 takes half to two thirds of the time; rows differ in the last digit
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
