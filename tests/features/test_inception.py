@@ -202,7 +202,9 @@ def test_fid_768_reads_the_public_file_too(fidelity_network):
     extractor = inception768.load(str(file), CPU)
     images = torch.randint(0, 256, (2, 3, 299, 299), dtype=torch.uint8)
     expected = guide_of(file)(images / 127.5 - 1).mean((2, 3))
-    torch.testing.assert_close(extractor(images)["features"], expected, rtol=1e-4, atol=1e-6)
+    found = extractor(images)["features"]
+    # means near zero differ more: another memory layout sums in another order
+    assert ((found - expected).norm(dim=1) < 1e-5 * expected.norm(dim=1)).all()
 
 
 def test_a_file_that_pickles_an_object_is_not_run(tmp_path):
