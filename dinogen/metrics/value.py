@@ -3,7 +3,7 @@
 Resize filters, reference sets and sample counts move a FID by more than most improvements do
 (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation"; Chong and
 Forsyth 2020, "Effectively Unbiased FID"), so all of them are part of a fingerprint. Only values of
-one fingerprint can be compared.
+one fingerprint can be compared, those of different families by :func:`alike_id`.
 """
 
 from __future__ import annotations
@@ -166,6 +166,30 @@ def fingerprint_id(facts: Mapping[str, Any]) -> str:
     """12 hex digits of a fingerprint, regardless of the order of its keys."""
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+def alike_facts(facts: Facts) -> Facts:
+    """What the values of two models need in common, so that one may be called better.
+
+    That is the fingerprint without how a family samples: noise of each image's own is StyleGAN2's,
+    not the measurement's, and classes in the shares of the data are as good a sample as one of a
+    model without classes. Classes in turn stay: their mix is not that of the data.
+    """
+    rest = {key: value for key, value in facts.items() if key != "sampling"}
+    if (facts.get("sampling") or {}).get("classes") == "in turn":
+        rest["sampling"] = {"classes": "in turn"}
+    return rest
+
+
+def alike_id(fingerprint: str | None, known: Mapping[str, Facts]) -> str | None:
+    """The id of a fingerprint's :func:`alike_facts`.
+
+    Args:
+        fingerprint: its id; None for values without one.
+        known: facts of fingerprints by id; an id that is not among them stays as it is.
+    """
+    facts = known.get(fingerprint or "")
+    return fingerprint_id(alike_facts(facts)) if facts and "sampling" in facts else fingerprint
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -341,7 +341,7 @@ def choose(
     for name, _, metric_value in found:
         values.setdefault(name, []).append(float(metric_value["value"]))
     means = {name: sum(given) / len(given) for name, given in values.items()}
-    kinds = {str(metric_value["fingerprint"]): run for _, run, metric_value in found}
+    kinds = {str(metric_value["alike"]): run for _, run, metric_value in found}
     if len(kinds) > 1:
         told = ", ".join(f"{run} ({kind})" for kind, run in kinds.items())
         return Choice(
@@ -393,7 +393,12 @@ def present_runs(
 
 
 def _metric_value(run: StudyRun, metric: str) -> dict[str, Any] | None:
-    return run.stages[-1].metric(metric)
+    last = run.stages[-1]
+    metric_value = last.metric(metric)
+    if metric_value is None:
+        return None
+    known = (last.evaluation or {}).get("fingerprints") or {}
+    return {**metric_value, "alike": alike_id(metric_value["fingerprint"], known)}
 
 
 def _has_value(metric_value: dict[str, Any]) -> bool:

@@ -66,7 +66,7 @@ def _why(runs: Sequence[ComparedRun], column: Column) -> str:
             source = run.sources.get(number.source)
             facts[name] = {"device": source.device if source else None}
             continue
-        known = run.fingerprints.get(number.fingerprint or "", {})
+        known = alike_facts(run.fingerprints.get(number.fingerprint or "", {}))
         facts[name] = {
             "num_samples": number.num_samples,
             "num_reference": number.num_reference,
@@ -79,7 +79,8 @@ def _why(runs: Sequence[ComparedRun], column: Column) -> str:
     for key in keys:
         groups: dict[str, list[str]] = {}
         for name, one in facts.items():
-            groups.setdefault(_short(one.get(key, "unknown")), []).append(name)
+            missing = "as in the data" if key == "sampling" else "unknown"
+            groups.setdefault(_short(one.get(key, missing)), []).append(name)
         if len(groups) > 1:
             said = "; ".join(f"{value} ({_names(some)})" for value, some in groups.items())
             parts.append(f"{key}: {said}.")

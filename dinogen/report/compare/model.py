@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from dinogen.files import named_folder
+from dinogen.metrics.value import alike_id
 from dinogen.runs.files import Found, Line, read_raw
 from dinogen.runs.run import Stage
 
@@ -27,7 +28,9 @@ class Number:
         better: ``lower``, ``higher`` or ``none``.
         num_samples: number of generated images.
         num_reference: number of real images they were compared with.
-        fingerprint: id of how it was measured; only numbers with the same one can be compared.
+        fingerprint: id of how it was measured.
+        alike: id of what it has in common with those that it can be compared with
+            (:func:`dinogen.metrics.value.alike_id`).
         reason: why there is no value, with the remedy.
         source: key of :attr:`ComparedRun.sources`.
         caution: why it is uncertain; None if it is not.
@@ -41,6 +44,7 @@ class Number:
     num_samples: int | None = None
     num_reference: int | None = None
     fingerprint: str | None = None
+    alike: str | None = None
     reason: str | None = None
     caution: str | None = None
 
@@ -68,12 +72,13 @@ class Point(NamedTuple):
     """A metric value that was measured during training, and after how many thousand images.
 
     Attributes:
+        alike: as of a :class:`Number`.
         caution: why it is uncertain or favours the run; None if there is no reason.
     """
 
     kimg: float
     value: float
-    fingerprint: str | None
+    alike: str | None
     caution: str | None
 
 
@@ -125,10 +130,14 @@ class ComparedRun:
             return None
         return float(np.interp(kimg, [0.0, *images], [0.0, *seconds]))
 
+    def alike(self, value: dict[str, Any]) -> str | None:
+        """Of a metric value as files have it."""
+        return alike_id(value.get("fingerprint"), self.fingerprints)
+
     def curve(self, name: str) -> list[Point]:
         """Values of a metric over training, those that are not available left out."""
         return [
-            Point(line["nimg"] / 1000, one["value"], one.get("fingerprint"), one.get("caution"))
+            Point(line["nimg"] / 1000, one["value"], self.alike(one), one.get("caution"))
             for line in self.measured
             if (one := line["metrics"].get(name)) is not None and one.get("value") is not None
         ]

@@ -164,11 +164,11 @@ def _plots(runs: Sequence[ComparedRun], numbers: dict[str, int]) -> list[Plot]:
         if not any(len(points) > 1 for _, points in curves):
             continue
         label = label_of(name)
-        prints = {point.fingerprint for _, points in curves for point in points}
+        ways = {point.alike for _, points in curves for point in points}
         warning = (
-            f"Measured in {len(prints)} different ways (fingerprints differ): the curves cannot "
+            f"Measured in {len(ways)} different ways (fingerprints differ): the curves cannot "
             "be compared."
-            if len(prints) > 1
+            if len(ways) > 1
             else ""
         )
         by_images, by_time, untimed = [], [], []

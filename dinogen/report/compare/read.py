@@ -364,6 +364,7 @@ def _add_values(run: ComparedRun, values: dict[str, Any], source: str) -> None:
             num_samples=one.get("num_samples"),
             num_reference=one.get("num_reference"),
             fingerprint=one.get("fingerprint"),
+            alike=run.alike(one),
             reason=one.get("reason"),
             caution=_caution(name, one),
         )

@@ -269,7 +269,7 @@ def _column(
         devices = {_device(run, numbers[run.name]) for run in runs if run.name in numbers}
         same = name not in BY_DEVICE or len(devices) == 1
     else:
-        same = len({n.fingerprint for n in numbers.values()}) == 1 and len(counts) == 1
+        same = len({n.alike for n in numbers.values()}) == 1 and len(counts) == 1
     column = replace(column, comparable=same)
     # a single value cannot be the best
     if same and one.better != "none" and len(numbers) > 1:
@@ -407,7 +407,7 @@ def _equal(
     said: dict[str, dict[str, list[str | None]]] = {}
     for name in names:
         curves = {run.name: run.curve(name) for run in timed}
-        if len({point.fingerprint for curve in curves.values() for point in curve}) != 1:
+        if len({point.alike for curve in curves.values() for point in curve}) != 1:
             continue
         found = {
             run.name: value
@@ -494,7 +494,7 @@ def over_seeds(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[S
                 continue
             numbers = [run.numbers.get(column.name) for run in some]
             known = [n.value for n in numbers if n is not None and n.value is not None]
-            if len(known) == len(some) and len({n.fingerprint for n in numbers if n}) == 1:
+            if len(known) == len(some) and len({n.alike for n in numbers if n}) == 1:
                 values[column.name] = (statistics.fmean(known), statistics.stdev(known))
         found.append(Seeds(_common(some), tuple(run.name for run in some), values))
     return found
