@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "dinogen.metrics": {
         "dinogen.distributed",
         "dinogen.features",
+        "dinogen.runs.fingerprint",
         "dinogen.runs.values",
         "dinogen.report.images",
         "dinogen.report.progress",

@@ -16,8 +16,9 @@ from dinogen.errors import UserError
 from dinogen.files import why_not_writable, write_json
 from dinogen.metrics import suite
 from dinogen.metrics.registry import chosen_names
-from dinogen.metrics.value import Facts, MetricValue, differences
+from dinogen.metrics.value import Facts, MetricValue
 from dinogen.runs.files import read_evaluation
+from dinogen.runs.fingerprint import differences
 from dinogen.runs.layout import EVALUATION
 from shards.format.manifest import SPLITS
 

@@ -27,8 +27,9 @@ from dinogen.errors import UserError
 from dinogen.files import weights_sha256, write_bytes, write_json
 from dinogen.metrics.extractors.base import ExtractorInfo, FeatureExtractor
 from dinogen.metrics.sources import Reference
-from dinogen.metrics.value import Facts, fingerprint, fingerprint_id
+from dinogen.metrics.value import Facts, fingerprint
 from dinogen.report.progress import LiveLine
+from dinogen.runs.fingerprint import fingerprint_id
 from shards.errors import ShardsError
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from dinogen.metrics.reconstruction import BETTER as RECONSTRUCTION
 from dinogen.metrics.reconstruction import reconstruction
 from dinogen.metrics.registry import LPIPS_DIVERSITY, OF_FEATURES, Metric, Sets, better
 from dinogen.metrics.sources import Generated, Reconstructed, Reference
-from dinogen.metrics.value import Facts, MetricValue, fingerprint, fingerprint_id
+from dinogen.metrics.value import Facts, MetricValue, fingerprint
+from dinogen.runs.fingerprint import fingerprint_id
 from dinogen.runs.values import caution_of, trained_with
 
 BATCH = 50  # images made and seen by the extractors at a time

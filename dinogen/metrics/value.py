@@ -2,14 +2,12 @@
 
 Resize filters, reference sets and sample counts move a FID by more than most improvements do
 (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation"; Chong and
-Forsyth 2020, "Effectively Unbiased FID"), so all of them are part of a fingerprint. Only values of
-one fingerprint can be compared, those of different families by :func:`alike_id`.
+Forsyth 2020, "Effectively Unbiased FID"), so all of them are part of a fingerprint. Which
+values can be compared, :func:`dinogen.runs.fingerprint.alike_facts` says.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -24,7 +22,6 @@ from dinogen.metrics.extractors.base import ExtractorInfo
 
 Better = Literal["lower", "higher", "none"]
 Facts = dict[str, Any]  # a fingerprint, or a part of one
-_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,7 @@ class MetricValue:
         better: which way is better; ``none`` if neither is.
         num_samples: generated images behind it.
         num_reference: real images behind it; None where it needs none.
-        fingerprint: id of what it was measured against; only metric values of one id can be
-            compared.
+        fingerprint: id of what it was measured against, and how.
         reason: why the value is None, with the remedy; None otherwise.
         caution: why it has to be read with care; None if there is no reason to.
     """
@@ -160,49 +156,3 @@ def fingerprint(
         "random": extractor.random,
         **({"sampling": sampling} if sampling else {}),
     }
-
-
-def fingerprint_id(facts: Mapping[str, Any]) -> str:
-    """12 hex digits of a fingerprint, regardless of the order of its keys."""
-    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
-
-
-def alike_facts(facts: Facts) -> Facts:
-    """What the values of two models need in common, so that one may be called better.
-
-    That is the fingerprint without how a family samples: noise of each image's own is StyleGAN2's,
-    not the measurement's, and classes in the shares of the data are as good a sample as one of a
-    model without classes. Classes in turn stay: their mix is not that of the data.
-    """
-    rest = {key: value for key, value in facts.items() if key != "sampling"}
-    if (facts.get("sampling") or {}).get("classes") == "in turn":
-        rest["sampling"] = {"classes": "in turn"}
-    return rest
-
-
-def alike_id(fingerprint: str | None, known: Mapping[str, Facts]) -> str | None:
-    """The id of a fingerprint's :func:`alike_facts`.
-
-    Args:
-        fingerprint: its id; None for values without one.
-        known: facts of fingerprints by id; an id that is not among them stays as it is.
-    """
-    facts = known.get(fingerprint or "")
-    return fingerprint_id(alike_facts(facts)) if facts and "sampling" in facts else fingerprint
-
-
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """In what two fingerprints differ, a phrase each: ``split: val, not test``."""
-    keys = [*one, *(key for key in other if key not in one)]
-    return [
-        f"{key}: {_short(one.get(key))}, not {_short(other.get(key))}"
-        for key in keys
-        if one.get(key) != other.get(key)
-    ]
-
-
-def _short(value: object) -> str:
-    """A value for people: of a hash its first digits."""
-    text = str(value)
-    return text[:_DIGITS] if isinstance(value, str) and len(text) == 64 else text

@@ -26,6 +26,7 @@ from dinogen.runs.files import (
     read_visualizations,
     stage_folders,
 )
+from dinogen.runs.fingerprint import alike_id
 from dinogen.runs.layout import (
     CHECKPOINTS,
     CONFIG,
@@ -478,11 +479,15 @@ class Stage:
 
         Returns:
             ``value``, ``spread``, ``better``, ``fingerprint``, ...; ``value`` is None where the
-            metric is not available, and ``reason`` says why. None if the metric was not measured.
+            metric is not available, and ``reason`` says why. ``alike`` is added, the same for
+            values that can be compared. None if the metric was not measured.
         """
-        measured = (self._evaluation_at_end() or {}).get("measured") or {}
-        found: dict[str, Any] | None = measured.get(name)
-        return found
+        evaluation = self._evaluation_at_end() or {}
+        found: dict[str, Any] | None = (evaluation.get("measured") or {}).get(name)
+        if found is None:
+            return None
+        known = evaluation.get("fingerprints") or {}
+        return found | {"alike": alike_id(found.get("fingerprint"), known)}
 
     def _evaluation_at_end(self) -> dict[str, Any] | None:
         """evaluation.json of a stage that is done, if it was evaluated at its end."""

@@ -393,12 +393,7 @@ def present_runs(
 
 
 def _metric_value(run: StudyRun, metric: str) -> dict[str, Any] | None:
-    last = run.stages[-1]
-    metric_value = last.metric(metric)
-    if metric_value is None:
-        return None
-    known = (last.evaluation or {}).get("fingerprints") or {}
-    return {**metric_value, "alike": alike_id(metric_value["fingerprint"], known)}
+    return run.stages[-1].metric(metric)
 
 
 def _has_value(metric_value: dict[str, Any]) -> bool:

@@ -178,7 +178,7 @@ class Search:
                 continue
             found = run.stages[-1].metric(self.metric) or {}
             trial.state, trial.why = "done", ""
-            trial.value, trial.fingerprint = found["value"], found["fingerprint"]
+            trial.value, trial.fingerprint = found["value"], found["alike"]
             self.trials.end(trial)
 
     def fail(self, run: StudyRun, why: str) -> None:
@@ -240,7 +240,7 @@ class Search:
         return [
             (
                 trial.name(self._entry.label),
-                {"value": trial.value, "fingerprint": trial.fingerprint, "better": better},
+                {"value": trial.value, "alike": trial.fingerprint, "better": better},
             )
             for trial in self.trials.all()
             if trial.elsewhere and trial.state == "done"

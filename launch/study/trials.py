@@ -48,7 +48,8 @@ class Trial:
         values: by key of the config.
         state: what became of it.
         value: of the study's metric at its end; None if it was not measured.
-        fingerprint: of that value.
+        fingerprint: what that value has in common with those that it can be compared with
+            (:func:`dinogen.runs.fingerprint.alike_id`).
         why: why it was pruned, or failed.
         reports: values that decided about pruning, oldest first.
         elsewhere: whether its run is in the folder of another machine.

@@ -10,7 +10,8 @@ from dinogen.evaluation.evaluate import evaluate
 from dinogen.families.base import classes_of
 from dinogen.families.registry import family_class
 from dinogen.metrics.extractors.base import ExtractorInfo
-from dinogen.metrics.value import fingerprint, fingerprint_id
+from dinogen.metrics.value import fingerprint
+from dinogen.runs.fingerprint import fingerprint_id
 from dinogen.training.data import class_shares
 from dinogen.training.run import train
 from shards import open_dataset, pack

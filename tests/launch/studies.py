@@ -15,6 +15,7 @@ import yaml
 
 from dinogen.config import Config, StageConfig, load_config
 from dinogen.features.dinov2 import make_random_dinov2
+from dinogen.runs.fingerprint import fingerprint_id
 from tests import forked
 from tests.families.tiny import TINY, pack_discs
 
@@ -55,7 +56,7 @@ class Player:
     Attributes:
         codes: what (run, step) ends with; 0 unless given.
         metric values: of a run, by its id; 1 unless given, and a text is why there is none.
-        fingerprints: of a run's metric value.
+        fingerprints: the facts of a run's metric value, by its id; the same ones unless given.
         speeds: images per second of a short run that is timed, by its id; 50 unless given.
         done: what was done, in order: ``gan/a-seed0 train``.
     """
@@ -64,7 +65,7 @@ class Player:
         self.folder = Path(yaml.safe_load(study.read_text())["folder"])
         self.codes: dict[tuple[str, str], int] = {}
         self.metric_values: dict[str, float | str] = {}
-        self.fingerprints: dict[str, str] = {}
+        self.fingerprints: dict[str, dict] = {}
         self.speeds: dict[str, float] = {}
         self.done: list[str] = []
 
@@ -113,14 +114,16 @@ class Player:
 
     def _evaluate(self, run: str, config: Config) -> None:
         given = self.metric_values.get(run, 1.0)
+        facts = self.fingerprints.get(run, {"data": "abc"})
         metric_value = {
             "name": METRIC,
             "value": None if isinstance(given, str) else given,
             "reason": given if isinstance(given, str) else None,
             "better": "lower",
-            "fingerprint": self.fingerprints.get(run, "abc"),
+            "fingerprint": fingerprint_id(facts),
         }
-        self._write(run, config, "evaluation.json", {"measured": {METRIC: metric_value}})
+        found = {"measured": {METRIC: metric_value}, "fingerprints": {fingerprint_id(facts): facts}}
+        self._write(run, config, "evaluation.json", found)
 
     def _look(self, run: str, config: Config) -> None:
         nimg = sum(stage.num_images for stage in config.stages)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 
+from dinogen.runs.fingerprint import fingerprint_id
 from dinogen.runs.layout import METRICS
 from launch.study import run as study_run
 from launch.study.plan import open_study
@@ -331,7 +332,7 @@ def test_two_folders_share_a_storage(played_study, tmp_path):
     said = study("status", path).output
     assert "gan/a: 4 trials, 3 done, 1 on other machines" in said
     trial = theirs.trial_of(run)
-    trial.state, trial.value, trial.fingerprint = "done", 0.125, "abc"
+    trial.state, trial.value, trial.fingerprint = "done", 0.125, fingerprint_id({"data": "abc"})
     theirs.trials.end(trial)
     player.done.clear()
     assert study("run", path).exit_code == 0

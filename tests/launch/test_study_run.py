@@ -12,6 +12,7 @@ import yaml
 
 from dinogen.config import ConfigError
 from dinogen.errors import UserError
+from dinogen.runs.fingerprint import fingerprint_id
 from launch.study import run as study_run
 from launch.study.plan import open_study
 from launch.study.state import is_locked, study_lock
@@ -109,7 +110,7 @@ def test_what_failed_before_comes_after_what_was_never_tried(played_study):
 
 def test_no_best_where_values_cannot_be_compared(played_study):
     path, player = played_study(final={})
-    player.fingerprints["gan/b-seed1"] = "other"
+    player.fingerprints["gan/b-seed1"] = other = {"data": "other"}
     player.metric_values["vae/c-seed0"] = player.metric_values["vae/dd-seed0"] = (
         "no weights: give a path"
     )
@@ -117,9 +118,19 @@ def test_no_best_where_values_cannot_be_compared(played_study):
     assert result.exit_code == 1  # fid is not there
     assert not [one for one in player.done if one.startswith("final")]
     told = study("status", path).output
-    assert "gan: no best (fid was measured in different ways" in told and "(other)" in told
+    assert (
+        "gan: no best (fid was measured in different ways" in told and fingerprint_id(other) in told
+    )
     assert "vae: no best (no run has fid: no weights: give a path)" in told
     assert "fid is not available: no weights" in rows(study("status", path))["vae/c-seed0"][3]
+
+
+def test_noise_of_a_familys_own_does_not_keep_a_track_from_having_a_best(played_study):
+    path, player = played_study(final={})
+    for run in ("gan/b-seed0", "gan/b-seed1"):
+        player.fingerprints[run] = {"data": "abc", "sampling": {"noise": "per image"}}
+    assert study("run", path).exit_code == 0
+    assert "no best" not in study("status", path).output
 
 
 def test_runs_without_data_wait_for_them_and_so_does_the_final(played_study, tmp_path):

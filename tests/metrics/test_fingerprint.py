@@ -9,7 +9,8 @@ import pytest
 
 from dinogen.metrics.extractors.base import ExtractorInfo
 from dinogen.metrics.sources import data_sha256, files_sha256
-from dinogen.metrics.value import differences, fingerprint, fingerprint_id
+from dinogen.metrics.value import fingerprint
+from dinogen.runs.fingerprint import alike_facts, alike_id, differences, fingerprint_id
 from shards.read.dataset import open_dataset
 from shards.read.mixture import MixedDataset
 from tests.families.tiny import discs
@@ -77,6 +78,35 @@ def test_it_is_twelve_digits_and_does_not_change_from_version_to_version():
 def test_each_thing_that_moves_a_value_is_said(change, words):
     assert differences(made(**change), made()) == [words]
     assert fingerprint_id(made(**change)) != fingerprint_id(made())
+
+
+@pytest.mark.parametrize(
+    ("sampling", "same"),
+    [
+        ({"noise": "per image"}, True),
+        ({"classes": [0.25, 0.75]}, True),
+        ({"noise": "per image", "classes": [0.25, 0.75]}, True),
+        ({"classes": "in turn"}, False),
+        ({"noise": "per image", "classes": "in turn"}, False),
+    ],
+)
+def test_draws_of_a_models_own_do_not_keep_values_from_being_compared(sampling, same):
+    """StyleGAN2 and a flow of the same data stand in one column; in-turn classes do not."""
+    known = {fingerprint_id(one): one for one in (made(), made() | {"sampling": sampling})}
+    plain, drawn = known
+    assert plain != drawn
+    assert (alike_id(drawn, known) == plain) is same
+    assert alike_id(plain, known) == plain
+    # what was measured otherwise stays apart
+    small = made(num_samples=50) | {"sampling": sampling}
+    assert alike_id(fingerprint_id(small), {fingerprint_id(small): small}) != plain
+    # nothing is known of it, or it has none
+    assert (alike_id(drawn, {}), alike_id(None, known)) == (drawn, None)
+
+
+def test_classes_in_turn_are_alike_whatever_noise_there_is():
+    one, other = ({"classes": "in turn"}, {"classes": "in turn", "noise": "per image"})
+    assert alike_facts(made() | {"sampling": one}) == alike_facts(made() | {"sampling": other})
 
 
 def test_a_metric_that_compares_with_nothing():

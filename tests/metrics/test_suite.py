@@ -13,7 +13,7 @@ from dinogen.errors import ConfigError, UserError
 from dinogen.metrics.registry import GUIDE_DIVERSITY, NAMES, better, chosen_names
 from dinogen.metrics.sources import Folder, Generated, Images, Reconstructed
 from dinogen.metrics.suite import Extractors, Subject, measure
-from dinogen.metrics.value import differences
+from dinogen.runs.fingerprint import differences
 from tests.metrics.small import Means, only, pack_images, save_images, small_data
 
 ABSENT = UserError("there is none: give it")

@@ -10,6 +10,7 @@ from dinogen.config import ConfigError, parse_config
 from dinogen.errors import UserError
 from dinogen.report.compare import write_comparison
 from dinogen.report.compare.read import find_runs
+from dinogen.runs.fingerprint import fingerprint_id
 
 from .compare_runs import ALIKE, VERSIONS, make_run, metric_value, write
 from .compared_page import cell, compare
@@ -102,6 +103,36 @@ def test_different_fingerprints_are_said_loudly_and_none_is_best(tmp_path):
     assert column["comparable"] is False and column["best"] == []
     # nothing is sorted by what does not compare
     assert [run["name"] for run in data["runs"]] == ["a", "b"]
+
+
+def test_noise_of_a_familys_own_does_not_keep_it_from_being_the_best(tmp_path):
+    """StyleGAN2 draws noise for each image, and says so in its fingerprint."""
+    noisy = {"bbbbbbbbbbbb": ALIKE | {"sampling": {"noise": "per image"}}}
+    plain = {fingerprint_id(ALIKE): ALIKE}
+    run = make_run(
+        tmp_path / "a",
+        measured={"fid768": metric_value(2.0, 0.1, fingerprint=fingerprint_id(ALIKE))},
+        fingerprints=plain,
+    )
+    other = make_run(
+        tmp_path / "b",
+        family="stylegan2_ada",
+        measured={"fid768": metric_value(1.0, 0.1, fingerprint="bbbbbbbbbbbb")},
+        fingerprints=noisy,
+    )
+    page, data, _ = compare(tmp_path / "out", run, other)
+    assert "best" in cell(page, "b", "FID-768")[1]
+    assert not [one for one in data["warnings"] if "different ways" in one]
+    assert data["fingerprints"] == plain | noisy  # the origins still say how each was drawn
+
+
+def test_classes_in_turn_are_said_to_differ(tmp_path):
+    turns = {"bbbbbbbbbbbb": ALIKE | {"sampling": {"classes": "in turn"}}}
+    measured = {"fid768": metric_value(1.0, fingerprint="bbbbbbbbbbbb")}
+    other = make_run(tmp_path / "b", measured=measured, fingerprints=turns)
+    _, data, _ = compare(tmp_path / "out", make_run(tmp_path / "a"), other)
+    (told,) = [one for one in data["warnings"] if "different ways" in one]
+    assert "sampling: as in the data (a); classes in turn (b)." in told
 
 
 def test_different_counts_are_said_even_without_a_fingerprint(tmp_path):

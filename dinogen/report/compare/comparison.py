@@ -24,6 +24,7 @@ from dinogen.report.compare.table import (
     unavailable,
     values_of,
 )
+from dinogen.runs.fingerprint import alike_facts
 from dinogen.runs.values import favours
 
 # of more runs only the number is shown
@@ -79,7 +80,8 @@ def _why(runs: Sequence[ComparedRun], column: Column) -> str:
     for key in keys:
         groups: dict[str, list[str]] = {}
         for name, one in facts.items():
-            missing = "as in the data" if key == "sampling" else "unknown"
+            drawn = key == "sampling" and "judge" in one
+            missing = "as in the data" if drawn else "unknown"
             groups.setdefault(_short(one.get(key, missing)), []).append(name)
         if len(groups) > 1:
             said = "; ".join(f"{value} ({_names(some)})" for value, some in groups.items())

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from dinogen.files import named_folder
-from dinogen.metrics.value import alike_id
 from dinogen.runs.files import Found, Line, read_raw
+from dinogen.runs.fingerprint import alike_id
 from dinogen.runs.run import Stage
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class Number:
         num_reference: number of real images they were compared with.
         fingerprint: id of how it was measured.
         alike: id of what it has in common with those that it can be compared with
-            (:func:`dinogen.metrics.value.alike_id`).
+            (:func:`dinogen.runs.fingerprint.alike_id`).
         reason: why there is no value, with the remedy.
         source: key of :attr:`ComparedRun.sources`.
         caution: why it is uncertain; None if it is not.
