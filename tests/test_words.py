@@ -110,7 +110,7 @@ ALLOWED = {
     "dinogen/networks/stylegan2/discriminator.py": {"figure"},
     "dinogen/networks/stylegan2/generator.py": {"figure"},
     "dinogen/report/compare/page.html": {"figure"},
-    "dinogen/report/compare/page.py": {"figure"},
+    "dinogen/report/compare/plots.py": {"figure"},
     "dinogen/report/curves.py": {"figure"},
     "docs/make_today.py": {"figure"},
     "dinogen/report/page.html": {"figure"},

@@ -275,7 +275,7 @@ def worst(scene: Scene) -> Visualization:
     else:
         distances = scene.nearest[0].distances[:, 0]
         order = torch.nan_to_num(distances, nan=torch.inf).argsort(descending=True)[:NUM_WORST]
-        labels = [f"{scene.ruler.label} {distances[i]:.2f}" for i in order]
+        labels = [f"{distances[i]:.2f}" for i in order]
         why = f"farthest from every training image by the {scene.ruler.what}"
     caption = f"Of the first {len(scene.drawn)} samples, the {len(order)} {why}, worst first."
     return Visualization((Sheet(scene.drawn[order].numpy(), 4, labels),), caption)
@@ -293,7 +293,7 @@ def neighbours(scene: Scene) -> Visualization:
         images = real_images(scene.data, numbers, split, scene.resolution)
         turned = found.mirrored[order, k][:, None, None, None]
         rows.append(torch.where(turned, images.flip(3), images))
-        labels += [f"{scene.ruler.label} {d:.2f}" for d in found.distances[order, k]]
+        labels += [f"{d:.2f}" for d in found.distances[order, k]]
     caption = (
         f"Of the first {len(scene.drawn)} samples, the {len(order)} nearest to a training image, "
         f"each above its neighbours among {found.num:,}, by the {scene.ruler.what}; median of all "

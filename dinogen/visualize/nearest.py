@@ -40,7 +40,6 @@ class Ruler:
     """Turns images into rows whose Euclidean distance measures how much they differ.
 
     Attributes:
-        label: short name of the distance, such as ``rms``.
         what: the distance in words.
         side: largest useful resolution of real images.
         rows: (N, 3, R, R) in [-1, 1] -> (N, F) float32 on the CPU.
@@ -50,7 +49,6 @@ class Ruler:
             if computing them again is as fast.
     """
 
-    label: str
     what: str
     side: int
     rows: Callable[[Tensor], Tensor]
@@ -182,7 +180,7 @@ def _by_pixels(side: int) -> Ruler:
 
     what = f"root mean square difference of a value of 0 to 255 at {side}x{side}"
     caution = " (by pixels a blurred image is near to every image)"
-    return Ruler("rms", what, side, rows, max_real=50_000, caution=caution)
+    return Ruler(what, side, rows, max_real=50_000, caution=caution)
 
 
 def _by_extractor(name: str, config: MetricsConfig, resolution: int, device: torch.device) -> Ruler:
@@ -201,4 +199,4 @@ def _by_extractor(name: str, config: MetricsConfig, resolution: int, device: tor
     if extractor.info.random:
         what += ", whose weights are RANDOM"
     max_real = 50_000 if device.type == "cuda" else 2_000
-    return Ruler(name, what, resolution, rows, max_real, cached=cached)
+    return Ruler(what, resolution, rows, max_real, cached=cached)

@@ -71,7 +71,7 @@ class Measured:
     @property
     def words(self) -> str:
         """The images, and the speeds behind them."""
-        speeds = ", ".join(f"{one:,.3g}/s" for one in self.images_per_s.values())
+        speeds = ", ".join(f"{float(f'{one:.3g}'):,g}/s" for one in self.images_per_s.values())
         words = f"{self.kimg:,.4g} k images in {self.minutes:g} minutes"
         return f"{words}, at {speeds} on {self.num_processes}x {self.device}"
 

@@ -65,7 +65,7 @@ def test_without_times_there_is_no_choice_of_axis(tmp_path):
     page, data, text = compare(tmp_path / "out", *runs)
     assert 'type="radio"' not in page.raw and 'class="by-time"' not in page.raw
     assert [one["unit"] for one in data["equal"]] == ["images"]
-    assert "minutes of training" not in text
+    assert "seconds of training" not in text
 
 
 def test_values_after_equal_images_and_after_equal_time(tmp_path):
@@ -79,7 +79,7 @@ def test_values_after_equal_images_and_after_equal_time(tmp_path):
     values = [{name: cells["fid768"] for name, _, cells in one["rows"]} for one in data["equal"]]
     assert values[0] == {"a": [4.0, None], "b": [5.0, None]}
     assert values[1] == {"a": [1.0, None], "b": [5.0, None]}
-    for told in ("after 2 thousand images", "after 0.667 minutes of training"):
+    for told in ("after 2 thousand images", "after 40 seconds of training"):
         assert told in page.text.lower() and told in text.lower()
 
 
@@ -170,7 +170,7 @@ def test_values_after_the_same_training_carry_their_cautions(tmp_path):
     assert tables.count('<span class="note">own network</span>') == 2
     assert tables.count('<span class="note">few images</span>') == 2
     legend = re.search(r'<ul class="legend">.*?</ul>', page.raw, re.S)[0]
-    assert legend.count("(own network)") == 1 and legend.count("(few images)") == 1
+    assert legend.count("(mean of 2 seeds, own network)") == 1 and legend.count("(few images)") == 1
 
 
 def test_the_notes_of_a_study_stand_on_the_page(tmp_path):

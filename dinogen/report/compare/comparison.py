@@ -173,7 +173,7 @@ class Comparison:
     def __init__(self, runs: Sequence[ComparedRun], title: str, notes: Sequence[str] = ()) -> None:
         self.title, self.notes = title, list(notes)
         self.version = version("dinogen")
-        begun = [run for run in runs if run.numbers]
+        self.begun = begun = [run for run in runs if run.numbers]
         self.columns: list[Column] = make_columns(begun)
         self.main_column = main_column(self.columns, begun)
         self.runs = sort_runs(begun, self.main_column)
@@ -182,7 +182,7 @@ class Comparison:
         self.damaged = [run for run in runs if run.damage]
         self.warnings = [*_damaged(self.damaged, runs), *warnings_of(begun, self.columns)]
         self.unavailable = unavailable(begun, label_of)
-        self.seeds: list[Seeds] = over_seeds(begun, self.columns)
+        self.seeds: list[Seeds] = over_seeds(self.runs, self.columns)
         self.equal: list[Equal] = at_equal(begun, self.seeds)
         self.all_runs = [*self.runs, *(run for run in runs if not run.numbers)]
 
@@ -356,6 +356,8 @@ def _equal(comparison: Comparison) -> list[str]:
                 value, spread = values.get(metric, (None, None))
                 text = "–" if value is None else f"{value:.4g}"
                 text += "" if spread is None else f" ± {spread:.2g}"
+                if name in one.best.get(metric, ()):
+                    text = f"**{text}**"
                 words = one.cautions[name].get(metric)
                 cells.append(f"{text} ({words})" if words else text)
             rows.append(cells)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -273,8 +274,9 @@ def _column(
     column = replace(column, comparable=same)
     # a single value cannot be the best
     if same and one.better != "none" and len(numbers) > 1:
-        best, near = _best(numbers, one.better)
-        column = replace(column, best=best, near=near)
+        values = {key: n.value for key, n in numbers.items() if n.value is not None}
+        best = _best(values, one.better)
+        column = replace(column, best=best, near=_near(numbers, best))
     return column
 
 
@@ -283,21 +285,28 @@ def _device(run: ComparedRun, number: Number) -> str | None:
     return source.device if source else None
 
 
-def _best(numbers: dict[str, Number], better: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names with the best value, and names within two spreads of it."""
-    values = {name: one.value for name, one in numbers.items() if one.value is not None}
+def _best(values: Mapping[str, float], better: str) -> tuple[str, ...]:
+    """Names with the best value; none if all are equal."""
     top = min(values.values()) if better == "lower" else max(values.values())
     best = tuple(name for name, value in values.items() if value == top)
-    if len(best) == len(values):
-        return (), ()  # all are equal
-    spread = numbers[best[0]].spread
-    near = []
-    for name, one in numbers.items():
-        if name in best or one.spread is None or spread is None:
-            continue
-        if abs(values[name] - top) <= 2 * math.hypot(one.spread, spread):
-            near.append(name)
-    return best, tuple(near)
+    return best if len(best) < len(values) else ()
+
+
+def _near(numbers: Mapping[str, Number], best: Sequence[str]) -> tuple[str, ...]:
+    """Names within two spreads of the best value."""
+    known = {
+        name: (one.value, one.spread)
+        for name, one in numbers.items()
+        if one.value is not None and one.spread is not None
+    }
+    if not best or best[0] not in known:
+        return ()
+    top, of_top = known[best[0]]
+    return tuple(
+        name
+        for name, (value, spread) in known.items()
+        if name not in best and abs(value - top) <= 2 * math.hypot(spread, of_top)
+    )
 
 
 def _decimals(numbers: dict[str, Number]) -> int:
@@ -342,6 +351,9 @@ def number_rows(run: ComparedRun) -> list[dict[str, Any]]:
     return rows
 
 
+EqualRow = tuple[str, tuple[str, ...], dict[str, tuple[float, float | None]]]
+
+
 @dataclass(frozen=True)
 class Equal:
     """Metric values of runs after equally much training.
@@ -352,7 +364,8 @@ class Equal:
         amount: how much: what the shortest of the runs had.
         names: metrics.
         rows: name of a run, or of an experiment with several seeds; its runs; and the value of each
-            metric, over the seeds their mean and standard deviation.
+            metric, over the seeds their mean and standard deviation. Best first by the main metric.
+        best: names of the rows with the best value, by metric.
         left_out: runs whose files do not say how long they took.
         cautions: by the name of a row and the metric: :func:`caution_words` of its values.
     """
@@ -361,15 +374,18 @@ class Equal:
     unit: str
     amount: float
     names: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[str, ...], dict[str, tuple[float, float | None]]], ...]
+    rows: tuple[EqualRow, ...]
     left_out: tuple[str, ...]
     cautions: dict[str, dict[str, str]]
+    best: dict[str, tuple[str, ...]]
 
     @property
     def words(self) -> str:
         """How much training, in words."""
         if self.unit == "images":
             return f"{self.amount:,.4g} thousand images"
+        if self.amount < 120:
+            return f"{self.amount:.3g} seconds of training"
         return f"{self.amount / 60:,.3g} minutes of training"
 
 
@@ -419,8 +435,9 @@ def _equal(
             said[name] = {key: [one.caution for one in curve] for key, curve in curves.items()}
     if not values:
         return None
-    rows, cautions = [], {}
-    for title, some in _experiments(timed, seeds):
+    rows: list[EqualRow] = []
+    cautions = {}
+    for title, some in experiments(timed, seeds):
         cells = {}
         for name, found in values.items():
             known = [found[one] for one in some if one in found]
@@ -430,8 +447,28 @@ def _equal(
         every = {name: [one for run in some for one in said[name][run]] for name in cells}
         cautions[title] = {name: words for name in cells if (words := caution_words(*every[name]))}
         rows.append((title, some, cells))
+    # a value of one experiment alone is compared with nothing
+    names = [name for name in values if sum(name in cells for _, _, cells in rows) > 1]
+    if not names:
+        return None
+    better = {name: _better(timed, name) for name in names}
+    best = {
+        name: _best({title: cells[name][0] for title, _, cells in rows if name in cells}, way)
+        for name, way in better.items()
+        if way != "none"
+    }
+    by = next((name for name in MAIN_METRICS if name in names), names[0])
+    if by in best:
+        sign = -1.0 if better[by] == "higher" else 1.0
+        rows.sort(key=lambda row: sign * row[2][by][0] if by in row[2] else math.inf)
     left_out = tuple(run.name for run in runs if run not in timed)
-    return Equal(folder, unit, amount, tuple(values), tuple(rows), left_out, cautions)
+    return Equal(folder, unit, amount, tuple(names), tuple(rows), left_out, cautions, best)
+
+
+def _better(runs: Sequence[ComparedRun], name: str) -> str:
+    """Which way a metric is better."""
+    lines = (line["metrics"].get(name) for run in runs for line in run.measured)
+    return next(str(one.get("better") or "none") for one in lines if one is not None)
 
 
 def _x(run: ComparedRun, kimg: float, unit: str) -> float | None:
@@ -446,7 +483,7 @@ def _value_at(run: ComparedRun, curve: Sequence[Point], amount: float, unit: str
     return float(np.interp(amount, [x for x, _ in points], [value for _, value in points]))
 
 
-def _experiments(
+def experiments(
     runs: Sequence[ComparedRun], seeds: Sequence[Seeds]
 ) -> list[tuple[str, tuple[str, ...]]]:
     """Runs that differ only in the seed together, the others alone."""
@@ -485,7 +522,7 @@ def over_seeds(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[S
         if run.config and run.finished:
             groups.setdefault(_experiment(run.config), []).append(run)
     found = []
-    for some in groups.values():
+    for some in (one for group in groups.values() for one in _apart(group)):
         if len({run.seed for run in some}) < 2:
             continue
         values = {}
@@ -498,6 +535,16 @@ def over_seeds(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[S
                 values[column.name] = (statistics.fmean(known), statistics.stdev(known))
         found.append(Seeds(_common(some), tuple(run.name for run in some), values))
     return found
+
+
+def _apart(runs: list[ComparedRun]) -> list[list[ComparedRun]]:
+    """Runs of one config by folder if a seed occurs twice: two tracks may train the same."""
+    if len({run.seed for run in runs}) == len(runs):
+        return [runs]
+    folders: dict[Path, list[ComparedRun]] = {}
+    for run in runs:
+        folders.setdefault(run.folder.parent, []).append(run)
+    return list(folders.values())
 
 
 def _experiment(config: dict[str, Any]) -> str:
