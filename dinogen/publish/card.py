@@ -31,7 +31,7 @@ _LIMITS = """\
   which cropping removes.
 - Do not use images to pass for a person, to identify one, or to deceive.
 - Metric values say how near the images are to the data, and not that they may be used. They compare
-  only with those of the same fingerprint.
+  only with values that were measured in the same way, as their fingerprints say.
 """
 
 

@@ -124,6 +124,11 @@ def fitting(parts: Sequence[str], width: int) -> str:
     return text
 
 
+def rounded(value: float, num_digits: int) -> str:
+    """A number to N significant digits, such as 1,370, and never as 1.37e+03."""
+    return f"{float(f'{value:.{num_digits}g}'):,.15g}"
+
+
 def duration(seconds: float) -> str:
     """``1:02:03``, or ``2 d 3:04:05`` from a day on."""
     minutes, second = divmod(round(seconds), 60)

@@ -19,14 +19,22 @@ def fingerprint_id(facts: Mapping[str, Any]) -> str:
 def alike_facts(facts: Mapping[str, Any]) -> Mapping[str, Any]:
     """What two values need in common so that they can be compared.
 
-    That is the fingerprint without the draws that are a model's own. Noise for each image belongs
-    to StyleGAN2 and not to the measurement, and classes in the shares of the data are as fair a
-    sample as that of a model without classes. Classes in turn stay, for their mix is another one.
+    That is the fingerprint without how a model draws samples, as far as the samples are what anyone
+    would draw from it: with noise for each image, as StyleGAN2 has it, and with classes in their
+    shares of the data, which are as fair a sample as that of a model without classes. Classes in
+    turn are another mix, and stay.
     """
+    sampling = facts.get("sampling")
+    if not isinstance(sampling, Mapping):
+        return facts
+    left = {
+        key: value
+        for key, value in sampling.items()
+        if not (key == "noise" and value == "per image")
+        and not (key == "classes" and isinstance(value, list))
+    }
     rest = {key: value for key, value in facts.items() if key != "sampling"}
-    if (facts.get("sampling") or {}).get("classes") == "in turn":
-        rest["sampling"] = "classes in turn"
-    return rest
+    return rest | {"sampling": left} if left else rest
 
 
 def alike_id(fingerprint: str | None, known: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -37,7 +45,10 @@ def alike_id(fingerprint: str | None, known: Mapping[str, Mapping[str, Any]]) ->
         known: fingerprints by id; an id that is not among them stays as it is.
     """
     facts = known.get(fingerprint or "")
-    return fingerprint_id(alike_facts(facts)) if facts and "sampling" in facts else fingerprint
+    if facts is None:
+        return fingerprint
+    alike = alike_facts(facts)
+    return fingerprint if alike == facts else fingerprint_id(alike)
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -295,6 +295,7 @@ def plan(file: Plan) -> None:
 
     [bold]Example[/bold]  dinogen study plan configs/study.yaml
     """
+    from dinogen.report.progress import rounded
     from launch.check import why_refused
     from launch.cli.console import Line, print_lines
     from launch.study.cost import NOTHING_LEFT, cost_of, duration, speed_words
@@ -312,7 +313,7 @@ def plan(file: Plan) -> None:
         cost = NOTHING_LEFT if one.state == "pruned" else cost_of(one.run, runs)
         costs.append(cost)
         time = "unknown" if cost.seconds is None else duration(cost.seconds)
-        left = "unknown" if cost.num_images is None else f"{cost.num_images / 1000:,.4g} k"
+        left = "unknown" if cost.num_images is None else f"{rounded(cost.num_images / 1000, 4)} k"
         left_to_train = cost is not NOTHING_LEFT
         left_to_train &= not is_trained(one.run) and not lacking(study, one.run)
         sizes = [stage.resolution for stage in one.run.stages]

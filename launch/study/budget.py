@@ -19,6 +19,7 @@ from dinogen.config import FAMILY_PLACES, Config, ConfigError
 from dinogen.config.study import Length
 from dinogen.errors import UserError
 from dinogen.files import write_json
+from dinogen.report.progress import rounded
 from dinogen.runs.files import read_object
 
 BUDGET = "budget.json"
@@ -71,8 +72,8 @@ class Measured:
     @property
     def words(self) -> str:
         """The images, and the speeds behind them."""
-        speeds = ", ".join(f"{float(f'{one:.3g}'):,g}/s" for one in self.images_per_s.values())
-        words = f"{self.kimg:,.4g} k images in {self.minutes:g} minutes"
+        speeds = ", ".join(f"{rounded(one, 3)}/s" for one in self.images_per_s.values())
+        words = f"{rounded(self.kimg, 4)} k images in {self.minutes:g} minutes"
         return f"{words}, at {speeds} on {self.num_processes}x {self.device}"
 
 

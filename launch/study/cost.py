@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dinogen.config import Config
 from dinogen.errors import UserError
+from dinogen.report.progress import rounded
 from dinogen.runs.run import Run, Stage
 from dinogen.runs.values import amount
 from launch.study.runs import StudyRun
@@ -183,7 +184,7 @@ def duration(seconds: float) -> str:
 def speed_words(speeds: Sequence[Speed]) -> str:
     """The measured speeds behind a time, and where they come from."""
     return "; ".join(
-        f"{one.images_per_s:,.3g}/s"
+        f"{rounded(one.images_per_s, 3)}/s"
         + (f" on {one.num_processes}x {one.device}" if one.device else "")
         + f" in {one.where}"
         + ("" if one.same else " (another config of the family)")

@@ -341,9 +341,12 @@ def choose(
     for name, _, metric_value in found:
         values.setdefault(name, []).append(float(metric_value["value"]))
     means = {name: sum(given) / len(given) for name, given in values.items()}
-    kinds = {str(metric_value["alike"]): run for _, run, metric_value in found}
+    kinds = {
+        metric_value["alike"]: f"{run} ({metric_value.get('fingerprint')})"
+        for _, run, metric_value in found
+    }
     if len(kinds) > 1:
-        told = ", ".join(f"{run} ({kind})" for kind, run in kinds.items())
+        told = ", ".join(kinds.values())
         return Choice(
             track,
             None,

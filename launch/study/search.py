@@ -11,6 +11,7 @@ from typing import Any
 from dinogen.config import ConfigError
 from dinogen.config.study import EntryConfig, StudyConfig
 from dinogen.errors import UserError
+from dinogen.runs.fingerprint import alike_id
 from dinogen.runs.run import Run
 from launch.study.prune import reports_of, why_pruned
 from launch.study.runs import StudyRun, steps_left, track_run
@@ -178,7 +179,8 @@ class Search:
                 continue
             found = run.stages[-1].metric(self.metric) or {}
             trial.state, trial.why = "done", ""
-            trial.value, trial.fingerprint = found["value"], found["alike"]
+            trial.value, trial.fingerprint = found["value"], found["fingerprint"]
+            trial.alike = found["alike"]
             self.trials.end(trial)
 
     def fail(self, run: StudyRun, why: str) -> None:
@@ -236,11 +238,18 @@ class Search:
     @property
     def elsewhere(self) -> list[tuple[str, dict[str, Any]]]:
         """Name and metric value of each trial that other machines have made."""
-        better = self.trials.better
+        known: dict[str, Any] = {}
+        for run in self.runs:
+            known |= (run.stages[-1].evaluation or {}).get("fingerprints") or {}
         return [
             (
                 trial.name(self._entry.label),
-                {"value": trial.value, "alike": trial.fingerprint, "better": better},
+                {
+                    "value": trial.value,
+                    "better": self.trials.better,
+                    "fingerprint": trial.fingerprint,
+                    "alike": trial.alike or alike_id(trial.fingerprint, known),
+                },
             )
             for trial in self.trials.all()
             if trial.elsewhere and trial.state == "done"

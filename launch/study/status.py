@@ -10,6 +10,7 @@ from dinogen.errors import UserError
 from dinogen.files import write_text
 from dinogen.report.compare import write_comparison
 from dinogen.report.compare.read import is_run
+from dinogen.report.progress import rounded
 from launch.slurm.jobs import ACTIVE, has_slurm, read_jobs
 from launch.slurm.status import Row, job_rows
 from launch.study.data import lacking
@@ -132,7 +133,7 @@ def budget_words(study: Study) -> list[str]:
     lines = []
     for name, section in sections:
         if section.kimg is not None:
-            lines.append(f"{name}: {section.kimg:,.6g} k images each")
+            lines.append(f"{name}: {rounded(section.kimg, 6)} k images each")
         if section.minutes is not None:
             budgets = {run.name: run.budget for run in runs if run.track == name}
             parts = [

@@ -344,6 +344,7 @@ class StoredTrials(Trials):
             known = self._known(trial)
             known.set_user_attr("why", trial.why)
             known.set_user_attr("fingerprint", trial.fingerprint)
+            known.set_user_attr("alike", trial.alike)
             self._study.tell(trial.number, value, state=state, skip_if_finished=True)
 
         self._reach(write)
@@ -371,6 +372,7 @@ class StoredTrials(Trials):
             names.get(frozen.state, "begun"),  # type: ignore[arg-type]
             frozen.value if frozen.state == TrialState.COMPLETE else None,
             attributes.get("fingerprint"),
+            attributes.get("alike"),
             attributes.get("why", ""),
             reports,
             elsewhere=here is None or attributes.get("folder") != here,

@@ -48,8 +48,9 @@ class Trial:
         values: by key of the config.
         state: what became of it.
         value: of the study's metric at its end; None if it was not measured.
-        fingerprint: what that value has in common with those that it can be compared with
-            (:func:`dinogen.runs.fingerprint.alike_id`).
+        fingerprint: of that value.
+        alike: what it has in common with the values that it can be compared with
+            (:func:`dinogen.runs.fingerprint.alike_id`); None of trials of earlier versions.
         why: why it was pruned, or failed.
         reports: values that decided about pruning, oldest first.
         elsewhere: whether its run is in the folder of another machine.
@@ -60,6 +61,7 @@ class Trial:
     state: State = "begun"
     value: float | None = None
     fingerprint: str | None = None
+    alike: str | None = None
     why: str = ""
     reports: list[Report] = field(default_factory=list)
     elsewhere: bool = False

@@ -39,7 +39,8 @@ def objective(values):
 
 
 def finish(trials, trial, value):
-    trial.state, trial.value, trial.fingerprint = "done", value, "f"
+    trial.state, trial.value = "done", value
+    trial.fingerprint, trial.alike = "f", "g"
     trials.end(trial)
 
 
@@ -88,7 +89,7 @@ def test_in_a_storage_they_are_the_same(tmp_path, kind):
     assert trials.ask() is None
     assert [one.values for one in trials.all()] == by_optuna_itself(settings, 14)
     assert trials.all()[3].reports == [Report(1, 500, 7.0)]
-    assert trials.all()[3].fingerprint == "f"
+    assert (trials.all()[3].fingerprint, trials.all()[3].alike) == ("f", "g")
 
 
 @pytest.mark.parametrize("method", ["random", "grid"])

@@ -88,6 +88,10 @@ def test_each_thing_that_moves_a_value_is_said(change, words):
         ({"noise": "per image", "classes": [0.25, 0.75]}, True),
         ({"classes": "in turn"}, False),
         ({"noise": "per image", "classes": "in turn"}, False),
+        ({"truncation": 0.5}, False),  # of a family of somebody else
+        ({"noise": "per image", "truncation": 0.5}, False),
+        ({"noise": "constant"}, False),
+        ("anything", False),
     ],
 )
 def test_draws_of_a_models_own_do_not_keep_values_from_being_compared(sampling, same):

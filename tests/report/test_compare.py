@@ -11,6 +11,7 @@ from dinogen.errors import UserError
 from dinogen.report.compare import write_comparison
 from dinogen.report.compare.read import find_runs
 from dinogen.runs.fingerprint import fingerprint_id
+from dinogen.runs.run import Run
 
 from .compare_runs import ALIKE, VERSIONS, make_run, metric_value, write
 from .compared_page import cell, compare
@@ -132,7 +133,42 @@ def test_classes_in_turn_are_said_to_differ(tmp_path):
     other = make_run(tmp_path / "b", measured=measured, fingerprints=turns)
     _, data, _ = compare(tmp_path / "out", make_run(tmp_path / "a"), other)
     (told,) = [one for one in data["warnings"] if "different ways" in one]
-    assert "sampling: as in the data (a); classes in turn (b)." in told
+    assert "sampling: as usual (a); classes in turn (b)." in told
+
+
+@pytest.mark.parametrize("sampling", ["x", ["a"], 3, True, None, {}, {"classes": {"a": 1}}])
+def test_a_fingerprint_may_say_anything_of_its_draws(tmp_path, sampling):
+    """One run with a file of another version, or a damaged one, costs no page."""
+    odd = {"bbbbbbbbbbbb": ALIKE | {"sampling": sampling}}
+    measured = {"fid768": metric_value(1.0, fingerprint="bbbbbbbbbbbb")}
+    run = make_run(tmp_path / "a", measured=measured, fingerprints=odd)
+    lines = [
+        {"nimg": nimg, "stage": 32, "metrics": measured, "fingerprints": odd} for nimg in (1, 2)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run / "32x32" / "metrics.jsonl").write_text(text)
+    page, data, _ = compare(tmp_path / "out", run, make_run(tmp_path / "b"))
+    assert {one["name"]: one["status"] for one in data["runs"]} == dict.fromkeys("ab", "finished")
+    assert not data["damaged"] and "FID-768 over training" in page.text
+    assert Run(run).stage(32).metric("fid768")["value"] == 1.0
+
+
+def test_values_of_training_have_their_fingerprints_beside_those_of_checkpoints(tmp_path):
+    """What only training measured is compared too, where checkpoints were measured since."""
+    noisy = {"bbbbbbbbbbbb": ALIKE | {"sampling": {"noise": "per image"}}}
+    plain = {fingerprint_id(ALIKE): ALIKE}
+    runs = []
+    for name, facts in (("a", noisy), ("b", plain)):
+        run = make_run(tmp_path / name)
+        (mark,) = facts
+        line = {"nimg": 20016, "stage": 32, "fingerprints": facts}
+        for file, metric in (("metrics", "spectrum"), ("checkpoints", "fid768")):
+            line["metrics"] = {metric: metric_value(2.0 if name == "a" else 1.0, fingerprint=mark)}
+            (run / "32x32" / f"{file}.jsonl").write_text(json.dumps(line) + "\n")
+            line["fingerprints"] = {}
+        runs.append(run)
+    page, _, _ = compare(tmp_path / "out", *runs)
+    assert "best" in cell(page, "b", "spectrum")[1]
 
 
 def test_different_counts_are_said_even_without_a_fingerprint(tmp_path):

@@ -5,6 +5,7 @@ import json
 import re
 
 import numpy as np
+import pytest
 
 from .compare_runs import make_run, metric_value
 from .compared_page import compare
@@ -78,3 +79,15 @@ def test_curves_are_where_their_numbers_are(tmp_path):
             slope, offset = np.polyfit(wanted, drawn, 1)
             assert slope > 0
             assert np.allclose(drawn, slope * np.array(wanted) + offset, atol=0.01)
+
+
+@pytest.mark.parametrize(("num", "folded"), [(12, False), (13, True)])
+def test_of_many_runs_only_the_samples_are_unfolded(tmp_path, num, folded):
+    runs = [make_run(tmp_path / f"run{n}") for n in range(num)]
+    page, _, _ = compare(tmp_path / "out", *runs)
+    parts = {
+        key: page.raw[page.raw.index(f'id="{key}"') :] for key in ("samples", "interpolations")
+    }
+    assert 'class="fold"' not in parts["samples"][: -len(parts["interpolations"])]
+    assert (f"Show all {num} runs" in parts["interpolations"]) is folded
+    assert page.raw.count('alt="A straight line."') == num

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from dinogen.report.compare.experiments import (
+    Equal,
+    Experiment,
+    Seeds,
+    at_equal,
+    find_experiments,
+    over_seeds,
+)
 from dinogen.report.compare.model import ComparedRun
 from dinogen.report.compare.table import (
     Column,
-    Equal,
-    Seeds,
     all_digits,
-    at_equal,
     caution_words,
     label_of,
     main_column,
     make_columns,
     number_rows,
-    over_seeds,
     sort_runs,
     unavailable,
     values_of,
@@ -81,7 +85,7 @@ def _why(runs: Sequence[ComparedRun], column: Column) -> str:
         groups: dict[str, list[str]] = {}
         for name, one in facts.items():
             drawn = key == "sampling" and "judge" in one
-            missing = "as in the data" if drawn else "unknown"
+            missing = "as usual" if drawn else "unknown"
             groups.setdefault(_short(one.get(key, missing)), []).append(name)
         if len(groups) > 1:
             said = "; ".join(f"{value} ({_names(some)})" for value, some in groups.items())
@@ -157,6 +161,8 @@ def _names(names: Sequence[str]) -> str:
 
 def _short(value: object) -> str:
     """A value for people; only the first digits of a hash."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {one}" for key, one in value.items())
     text = str(value)
     return text[:DIGITS] if len(text) == 64 and " " not in text else text
 
@@ -173,7 +179,7 @@ class Comparison:
     def __init__(self, runs: Sequence[ComparedRun], title: str, notes: Sequence[str] = ()) -> None:
         self.title, self.notes = title, list(notes)
         self.version = version("dinogen")
-        self.begun = begun = [run for run in runs if run.numbers]
+        begun = [run for run in runs if run.numbers]
         self.columns: list[Column] = make_columns(begun)
         self.main_column = main_column(self.columns, begun)
         self.runs = sort_runs(begun, self.main_column)
@@ -182,9 +188,11 @@ class Comparison:
         self.damaged = [run for run in runs if run.damage]
         self.warnings = [*_damaged(self.damaged, runs), *warnings_of(begun, self.columns)]
         self.unavailable = unavailable(begun, label_of)
-        self.seeds: list[Seeds] = over_seeds(self.runs, self.columns)
-        self.equal: list[Equal] = at_equal(begun, self.seeds)
         self.all_runs = [*self.runs, *(run for run in runs if not run.numbers)]
+        self.experiments: list[Experiment] = find_experiments(self.all_runs)
+        self.seeds: list[Seeds] = over_seeds(self.experiments, self.columns)
+        self.tracks = list(dict.fromkeys(run.track for run in runs))
+        self.equal: list[Equal] = at_equal(begun, self.experiments)
 
     @property
     def fingerprints(self) -> dict[str, dict[str, Any]]:
@@ -349,6 +357,7 @@ def _equal(comparison: Comparison) -> list[str]:
     lines: list[str] = []
     for one in comparison.equal:
         lines += ["", f"## After {one.words}, in {_cell(one.folder)}", ""]
+        heads = [f"{label_of(name)} {one.arrows.get(name, '')}".strip() for name in one.names]
         rows = []
         for name, runs, values in one.rows:
             cells = [name, str(len(runs))]
@@ -361,7 +370,7 @@ def _equal(comparison: Comparison) -> list[str]:
                 words = one.cautions[name].get(metric)
                 cells.append(f"{text} ({words})" if words else text)
             rows.append(cells)
-        lines += _table(["experiment", "runs", *map(label_of, one.names)], rows)
+        lines += _table(["experiment", "runs", *heads], rows)
         if one.left_out:
             lines += ["", f"Without a record of their time: {', '.join(one.left_out)}."]
     return lines

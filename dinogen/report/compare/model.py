@@ -87,6 +87,7 @@ class ComparedRun:
     """Everything that a comparison shows of one run.
 
     Attributes (those that need an explanation):
+        track: folder of the runs of a track, if it belongs to a study; else None.
         times: thousands of images, and the seconds of training that they took, over all stages;
             empty for a run of an earlier version.
         problems: damage, collapse, where it stopped.
@@ -97,6 +98,7 @@ class ComparedRun:
     name: str
     family: str = "unknown"
     status: str = "missing"
+    track: Path | None = None
     seed: int | None = None
     resolution: int | None = None
     config: dict[str, Any] = field(default_factory=dict)

@@ -25,6 +25,8 @@ from dinogen.report.compare.table import (
 
 TEMPLATE = Path(__file__).with_name("page.html")
 ID_DIGITS = 6
+# Losses and sections of images of more runs than this are folded, all but the samples.
+MOST_SHOWN = 12
 SECTIONS = (
     ("samples", "Samples", "The same sample numbers and the same seed for every run."),
     (
@@ -71,8 +73,8 @@ def render_page(comparison: Comparison) -> str:
     environment.filters["breakable"] = _breakable
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     runs, numbers = comparison.all_runs, {r.name: n for n, r in enumerate(comparison.all_runs)}
-    colour_of = colours(runs, comparison.seeds)
-    plots = metric_plots(comparison.begun, comparison.seeds, colour_of)
+    colour_of = colours(comparison.experiments)
+    plots = metric_plots(comparison.experiments, comparison.tracks, colour_of)
     return template.render(
         c=comparison,
         families=list(dict.fromkeys(run.family for run in runs)),
@@ -84,6 +86,7 @@ def render_page(comparison: Comparison) -> str:
         number_of=numbers,
         colour_of=colour_of,
         num_colours=NUM_COLOURS,
+        most_shown=MOST_SHOWN,
         seed_columns=[
             column
             for column in comparison.columns

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -15,10 +17,10 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
-from scipy.optimize import isotonic_regression
 
-from dinogen.report.compare.model import ComparedRun
-from dinogen.report.compare.table import Seeds, caution_words, experiments, label_of
+from dinogen.report.compare.experiments import Experiment
+from dinogen.report.compare.model import ComparedRun, Point
+from dinogen.report.compare.table import caution_words, label_of
 
 NUM_COLOURS = 10
 DASHES: tuple[str | tuple[int, tuple[int, ...]], ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), "-.")  # type: ignore[assignment]
@@ -27,10 +29,10 @@ MAX_POINTS = 160
 INK, SERIES = "#0abcde", "#0abc{:02d}"
 KIMG, MINUTES = "images seen, thousands", "training, minutes"
 WIDE, NARROW, SMALL = (9.2, 3.9), (4.3, 3.7), (3.5, 1.75)
-# An axis is logarithmic if what it shows differs by more than this factor.
+# An axis is logarithmic if what it compares spans more than this factor.
 WIDE_RANGE = 8
-MAX_LETTERS = 26  # of a name beside its line
-LINE_OF_TEXT = 0.06  # of the height of a wide plot
+MAX_LETTERS = 27  # of a name beside its line
+LINE_OF_TEXT = 0.06  # of the height of the axes of a wide plot
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Curve:
-    """An experiment in a plot: a run, or several that differ only in the seed.
+    """An experiment in a plot: a run, or the mean of several that differ only in the seed.
 
     Attributes:
-        number: of its colour.
+        number: of its colour and dashes.
         num_seeds: number of runs that the line is the mean of.
         kimg: thousands of images seen.
         minutes: of training until then, on average; None if a run does not say.
         values: means over the runs.
-        low: the lowest of them.
+        low: the lowest values of the runs.
         high: the highest.
-        caution: :func:`caution_words` of the values.
+        notes: how many seeds, and cautions, in words.
     """
 
     name: str
@@ -75,13 +77,7 @@ class Curve:
     values: list[float]
     low: list[float]
     high: list[float]
-    caution: str
-
-    @property
-    def notes(self) -> list[str]:
-        """The number of its seeds and its cautions, if there is anything to say."""
-        seeds = [f"mean of {self.num_seeds} seeds"] if self.num_seeds > 1 else []
-        return [*seeds, *(self.caution.split(", ") if self.caution else [])]
+    notes: list[str]
 
     def series(self, x: Sequence[float]) -> Series:
         """Its line, with a band if it is of several runs."""
@@ -107,7 +103,7 @@ class Plot:
 
     @property
     def notes(self) -> list[str]:
-        """Those of all curves."""
+        """What holds for all curves."""
         first, *others = self.curves
         return [note for note in first.notes if all(note in curve.notes for curve in others)]
 
@@ -123,74 +119,55 @@ class Plot:
         return [curve.name for curve in self.curves if curve.minutes is None]
 
 
-def folders_of(runs: Sequence[ComparedRun], seeds: Sequence[Seeds]) -> list[str]:
-    """Folders whose runs are compared among themselves, such as the tracks of a study.
-
-    Only if each of at least two folders holds at least two experiments: else runs are all compared
-    with each other, and there is no such folder.
-    """
-    title_of = {name: title for title, some in experiments(runs, seeds) for name in some}
-    found: dict[str, set[str]] = {}
-    for run in runs:
-        found.setdefault(str(run.folder.parent), set()).add(title_of[run.name])
-    apart = len(found) > 1 and all(len(titles) > 1 for titles in found.values())
-    return list(found) if apart else []
-
-
-def colours(runs: Sequence[ComparedRun], seeds: Sequence[Seeds]) -> dict[str, int]:
-    """The number of the colour of each run: one for each experiment, the same in all folders."""
-    apart = bool(folders_of(runs, seeds))
-    title_of = {name: title for title, some in experiments(runs, seeds) for name in some}
+def colours(experiments: Sequence[Experiment]) -> dict[str, int]:
+    """The number of the colour of each run: one for each experiment, the same in all tracks."""
     numbers: dict[str, int] = {}
-    found = {}
-    for run in runs:
-        title = title_of[run.name]
-        key = title.rpartition("/")[2] if apart else title
-        found[run.name] = numbers.setdefault(key, len(numbers))
-    return found
+    return {
+        run.name: numbers.setdefault(one.label, len(numbers))
+        for one in experiments
+        for run in one.runs
+    }
 
 
 def metric_plots(
-    runs: Sequence[ComparedRun], seeds: Sequence[Seeds], numbers: dict[str, int]
+    experiments: Sequence[Experiment], tracks: Sequence[Path | None], numbers: dict[str, int]
 ) -> list[Plot]:
-    """A plot for each metric that was measured at several points of training, and each folder.
+    """A plot for each metric that was measured at several points of training, and each track.
 
     Args:
-        runs: as given, which is the order of the folders.
-        seeds: runs that differ only in the seed: one line, the mean.
-        numbers: see :func:`colours`; their order is that of the legends.
+        experiments: one line each.
+        tracks: of the experiments, in the order of the plots; None: those without a study.
+        numbers: see :func:`colours`; legends are in their order.
     """
-    names = dict.fromkeys(name for run in runs for line in run.measured for name in line["metrics"])
-    folders = folders_of(runs, seeds)
+    lines = [line for one in experiments for run in one.runs for line in run.measured]
+    names = dict.fromkeys(name for line in lines for name in line["metrics"])
     plots = []
     for name in names:
-        for folder in folders or [""]:
-            some = [run for run in runs if not folder or str(run.folder.parent) == folder]
-            plot = _plot(name, folder, some, seeds, numbers)
+        for track in tracks:
+            some = [one for one in experiments if one.track == track]
+            plot = _plot(name, some, numbers, _title(track, tracks))
             if plot is not None:
                 plots.append(plot)
     return plots
 
 
+def _title(track: Path | None, tracks: Sequence[Path | None]) -> str:
+    """The name of a track, with that of its study where another has a track of this name."""
+    if track is None:
+        return ""
+    same = [one for one in tracks if one is not None and one.name == track.name]
+    return f"{track.parent.name}/{track.name}" if len(same) > 1 else track.name
+
+
 def _plot(
-    name: str,
-    folder: str,
-    runs: Sequence[ComparedRun],
-    seeds: Sequence[Seeds],
-    numbers: dict[str, int],
+    name: str, experiments: Sequence[Experiment], numbers: dict[str, int], title: str
 ) -> Plot | None:
-    """A metric of the runs of a folder, or of all; None if there is no curve."""
-    by_name = {run.name: run for run in runs}
-    curves: list[Curve] = []
-    for title, some in experiments(runs, seeds):
-        # below the name of their folder it is not repeated
-        shown = title.rpartition("/")[2] if folder else title
-        curves += _curves(shown, name, [by_name[one] for one in some], numbers)
+    """A metric of the experiments of a track; None if there is no curve."""
+    curves = [curve for one in experiments for curve in _curves(one, name, numbers)]
     if not any(len(curve.kimg) > 1 for curve in curves):
         return None
-    order = {one: place for place, one in enumerate(numbers.values())}
-    curves.sort(key=lambda curve: order[curve.number])
-    ways = {point.alike for run in runs for point in run.curve(name)}
+    curves.sort(key=lambda curve: curve.number)
+    ways = {point.alike for one in experiments for run in one.runs for point in run.curve(name)}
     warning = (
         f"Measured in {len(ways)} different ways (fingerprints differ): the curves cannot be "
         "compared."
@@ -200,29 +177,46 @@ def _plot(
     by_images = [curve.series(curve.kimg) for curve in curves]
     by_time = [curve.series(curve.minutes) for curve in curves if curve.minutes is not None]
     label = label_of(name)
-    where = f"{folder.rpartition('/')[2]}: " if folder else ""
     return Plot(
-        f"{where}{label} over training",
+        f"{title}: {label} over training" if title else f"{label} over training",
         warning,
-        _drawn(by_images, label, KIMG),
-        _drawn(by_time, label, MINUTES) if by_time else None,
+        _drawn(by_images, label, KIMG, title),
+        _drawn(by_time, label, MINUTES, title) if by_time else None,
         tuple(curves),
     )
 
 
-def _curves(
-    title: str, name: str, runs: Sequence[ComparedRun], numbers: dict[str, int]
-) -> list[Curve]:
-    """The curve of an experiment; one for each of its runs if they have no part in common."""
-    measured = [(run, points) for run in runs if (points := run.curve(name))]
+def _curves(experiment: Experiment, name: str, numbers: dict[str, int]) -> list[Curve]:
+    """The mean of the runs; or each of them, if a mean would say less than they do."""
+    measured = [(run, points) for run in experiment.runs if (points := run.curve(name))]
     if not measured:
         return []
     first = max(points[0].kimg for _, points in measured)
     last = min(points[-1].kimg for _, points in measured)
-    if first > last:
-        return [one for run, _ in measured for one in _curves(run.name, name, [run], numbers)]
     every = {point.kimg for _, points in measured for point in points}
     kimg = sorted(one for one in every if first <= one <= last)
+    alike = len({point.alike for _, points in measured for point in points}) == 1
+    if alike and (len(kimg) > 1 or len(every) == 1) and len(measured) > 1:
+        cut = ["as far as all seeds were measured"] if len(kimg) < len(every) else []
+        return [_curve(experiment.label, numbers, measured, kimg, cut)]
+    # of one colour, apart by their dashes
+    apart = {run.name: numbers[run.name] + n * NUM_COLOURS for n, (run, _) in enumerate(measured)}
+    found = []
+    for run, points in measured:
+        label = run.name if run.track is None else run.name.rpartition("/")[2]
+        label = experiment.label if len(experiment.runs) == 1 else label
+        found.append(_curve(label, apart, [(run, points)], [one.kimg for one in points], []))
+    return found
+
+
+def _curve(
+    label: str,
+    numbers: dict[str, int],
+    measured: Sequence[tuple[ComparedRun, list[Point]]],
+    kimg: list[float],
+    notes: list[str],
+) -> Curve:
+    """The mean of runs; between two measurements the curve of a run is a straight line."""
     values = np.array(
         [
             np.interp(kimg, [one.kimg for one in points], [one.value for one in points])
@@ -232,24 +226,24 @@ def _curves(
     seconds = [[run.seconds_at(one) for one in kimg] for run, _ in measured]
     known = [[one / 60 for one in row if one is not None] for row in seconds]
     timed = all(len(row) == len(kimg) for row in known)
-    return [
-        Curve(
-            title,
-            numbers[measured[0][0].name],
-            len(measured),
-            kimg,
-            np.mean(known, 0).tolist() if timed else None,
-            values.mean(0).tolist(),
-            values.min(0).tolist(),
-            values.max(0).tolist(),
-            caution_words(*(point.caution for _, points in measured for point in points)),
-        )
-    ]
+    words = caution_words(*(point.caution for _, points in measured for point in points))
+    seeds = [f"mean of {len(measured)} seeds"] if len(measured) > 1 else []
+    return Curve(
+        label,
+        numbers[measured[0][0].name],
+        len(measured),
+        kimg,
+        np.mean(known, 0).tolist() if timed else None,
+        values.mean(0).tolist(),
+        values.min(0).tolist(),
+        values.max(0).tolist(),
+        [*seeds, *notes, *(words.split(", ") if words else [])],
+    )
 
 
-def _drawn(lines: Sequence[Series], label: str, xlabel: str) -> tuple[Markup, Markup]:
-    wide = curves_svg(lines, label, WIDE, xlabel=xlabel, names=len(lines) > 1)
-    return Markup(wide), Markup(curves_svg(lines, label, NARROW, xlabel=xlabel))
+def _drawn(lines: Sequence[Series], label: str, xlabel: str, title: str) -> tuple[Markup, Markup]:
+    wide = curves_svg(lines, label, WIDE, xlabel=xlabel, names=len(lines) > 1, salt=title)
+    return Markup(wide), Markup(curves_svg(lines, label, NARROW, xlabel=xlabel, salt=title))
 
 
 def loss_plots(
@@ -283,7 +277,7 @@ def curves_svg(
         size: inches.
         xlabel: what ``x`` of the lines is.
         smooth: average neighbouring points.
-        names: write the name of each line beside its end.
+        names: write the name of each line beside its end, if there is room for all.
         salt: makes ids unique in a page where all else is the same.
     """
     canvas = Figure(figsize=size, layout="constrained")
@@ -305,29 +299,33 @@ def curves_svg(
         )
         if line.band is not None:
             axes.fill_between(line.x, *line.band, color=colour, alpha=0.16, linewidth=0)
-    _scale(axes.set_yscale, axes.yaxis, [one for line in lines for one in line.values])
-    if not smooth:
-        ends = [line.x[-1] for line in lines]
-        _scale(axes.set_xscale, axes.xaxis, [one for line in lines for one in line.x], ends)
+    _scale_axes(axes, lines)
     axes.set_xlabel(xlabel, parse_math=False)
     if ylabel:
         axes.set_ylabel(ylabel, parse_math=False)
-    if names:
+    if names and len(lines) * LINE_OF_TEXT <= 1:
         _write_names(axes, lines)
     return _svg(canvas, f"{ylabel}{xlabel}{size}{lines}{salt}")
 
 
+def _scale_axes(axes: Axes, lines: Sequence[Series]) -> None:
+    """Make an axis logarithmic where lines differ by more than :data:`WIDE_RANGE`."""
+    ends = [line.x[-1] for line in lines]
+    _scale(axes.set_xscale, axes.xaxis, ends, [one for line in lines for one in line.x])
+    values = [one for line in lines for one in line.values]
+    lowest = [one for line in lines for one in (line.band or [line.values])[0]]
+    # a band that reaches far below all lines would leave them no room
+    if min(lowest) > min(values) / WIDE_RANGE:
+        _scale(axes.set_yscale, axes.yaxis, values, lowest)
+
+
 def _scale(
-    set_scale: Callable[[str], None],
-    axis: Axis,
-    shown: Sequence[float],
-    compared: Sequence[float] = (),
+    set_scale: Callable[[str], None], axis: Axis, compared: Sequence[float], shown: Sequence[float]
 ) -> None:
-    """Make an axis logarithmic if what it compares differs by so much, and all can be shown."""
-    compared = compared or shown
-    if min(shown) > 0 and max(compared) > WIDE_RANGE * min(compared):
+    """A logarithmic axis, if what it compares spans enough, and what it shows is above 0."""
+    if min(*compared, *shown) > 0 and max(compared) > WIDE_RANGE * min(compared):
+        decade = max(compared) < 10 * min(shown)
         set_scale("log")
-        decade = max(shown) < 10 * min(shown)
         axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if decade else (1, 2, 5)))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_minor_locator(NullLocator())
@@ -335,6 +333,9 @@ def _scale(
 
 def _write_names(axes: Axes, lines: Sequence[Series]) -> None:
     """The name of each line at the right edge, as high as its end or near it."""
+    # takes 0.2 s, which only pages need
+    from scipy.optimize import isotonic_regression
+
     axes.autoscale_view()
     to_edge = axes.transData + axes.transAxes.inverted()
     ends = [to_edge.transform((line.x[-1], line.values[-1])) for line in lines]
@@ -342,11 +343,10 @@ def _write_names(axes: Axes, lines: Sequence[Series]) -> None:
     order = np.argsort(wanted, kind="stable")
     steps = LINE_OF_TEXT * np.arange(len(lines))
     # least squares to the ends, in their order and at least a line of text apart
-    placed = isotonic_regression(wanted[order] - steps).x + steps
+    placed = isotonic_regression(wanted[order] - steps).x.clip(0, 1 - steps[-1]) + steps
     for place, height in zip(order, placed, strict=True):
         line, end = lines[place], ends[place]
         colour = SERIES.format(line.number % NUM_COLOURS)
-        name = line.name if len(line.name) <= MAX_LETTERS else f"{line.name[: MAX_LETTERS - 1]}…"
         axes.plot(
             (end[0], 1.012),
             (end[1], height),
@@ -359,13 +359,20 @@ def _write_names(axes: Axes, lines: Sequence[Series]) -> None:
         axes.text(
             1.02,
             height,
-            name,
+            _shortened(line.name),
             color=colour,
             fontsize=9.5,
             va="center",
             transform=axes.transAxes,
             parse_math=False,
         )
+
+
+def _shortened(name: str) -> str:
+    """A name of one line; of a long one the middle is left out, as names differ at their ends."""
+    name = " ".join(name.split())
+    half = MAX_LETTERS // 2
+    return name if len(name) <= MAX_LETTERS else f"{name[:half]}…{name[-half:]}"
 
 
 def style(axes: Axes) -> None:
@@ -397,20 +404,31 @@ def _svg(canvas: Figure, salt: str) -> str:
     canvas.patch.set_visible(False)
     file = io.StringIO()
     # ids derive from the salt, and must be unique in a page
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+    with (
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}),
+        warnings.catch_warnings(),
+    ):
+        # the browser has glyphs that matplotlib's own font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         names = ("Creator", "Date", "Format", "Type")
         canvas.savefig(file, format="svg", metadata=dict.fromkeys(names))
     text = file.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text)
-    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
-    text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)
+    text = re.sub(r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", text, flags=re.DOTALL)
+    # in tags only: names of runs are text, where < and > are written otherwise
+    text = re.sub(r"<[^>]*>", lambda found: _tag(found[0]), text)
     text = re.sub(r"\s*\n\s*", " ", text)
-    text = text.replace(INK, "currentColor")
-    text = re.sub(r"#0abc(\d\d)", lambda found: f"var(--s{int(found[1])})", text)
     width, height = canvas.get_size_inches() * 72
     return re.sub(
         r"<svg[^>]*>", f'<svg viewBox="0 0 {width:g} {height:g}" role="img">', text, count=1
     )
+
+
+def _tag(tag: str) -> str:
+    """A tag without ids that nothing refers to, in the font and the colours of the page."""
+    tag = re.sub(r' xmlns(:\w+)?="[^"]*"', "", tag).replace("xlink:href", "href")
+    tag = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", tag)
+    tag = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", tag)
+    tag = re.sub(r' transform="rotate\(-0 [^"]*"', "", tag)
+    tag = tag.replace(INK, "currentColor")
+    return re.sub(r"#0abc(\d\d)", lambda found: f"var(--s{int(found[1])})", tag)

@@ -113,6 +113,8 @@ def _read_run(folder: Path, name: str) -> ComparedRun:
 
 def _read_files(run: ComparedRun) -> None:
     folder = run.folder
+    if Run(folder).study is not None:
+        run.track = folder.absolute().parent
     _read_attempts(run)
     _read_config(run)
     if not folder.is_dir():
@@ -309,6 +311,7 @@ def read_measured(run: ComparedRun, stage: Stage) -> None:
                 one["caution"] = _caution(name, one)
     if in_training:
         newest = in_training[-1]
+        run.fingerprints |= newest.get("fingerprints") or {}
         run.sources["in_training"] = Source(
             f"{stage.name}/{METRICS}",
             f"dinogen train {run.folder / CONFIG}",

@@ -1,18 +1,14 @@
-"""The table of a comparison: its columns, the order of its rows, and means over seeds."""
+"""The table of a comparison: its columns and the order of its rows."""
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dinogen.report.compare.model import ComparedRun, Number, Point
+from dinogen.report.compare.model import ComparedRun, Number
 from dinogen.runs.values import favours
 
 # (heading, ((name, label), ...)) in the order of the table; metrics that are not listed come last.
@@ -95,6 +91,9 @@ COSTS: tuple[tuple[str, str], ...] = (
 )
 
 
+ARROWS = {"lower": "↓", "higher": "↑"}
+
+
 @dataclass(frozen=True)
 class Column:
     """One kind of number for all runs.
@@ -134,7 +133,7 @@ class Column:
     @property
     def arrow(self) -> str:
         """The direction that is better."""
-        return {"lower": "↓", "higher": "↑"}.get(self.better, "")
+        return ARROWS.get(self.better, "")
 
     def show(self, number: Number | None) -> str:
         """The value as text, or a dash."""
@@ -275,7 +274,7 @@ def _column(
     # a single value cannot be the best
     if same and one.better != "none" and len(numbers) > 1:
         values = {key: n.value for key, n in numbers.items() if n.value is not None}
-        best = _best(values, one.better)
+        best = best_of(values, one.better)
         column = replace(column, best=best, near=_near(numbers, best))
     return column
 
@@ -285,7 +284,7 @@ def _device(run: ComparedRun, number: Number) -> str | None:
     return source.device if source else None
 
 
-def _best(values: Mapping[str, float], better: str) -> tuple[str, ...]:
+def best_of(values: Mapping[str, float], better: str) -> tuple[str, ...]:
     """Names with the best value; none if all are equal."""
     top = min(values.values()) if better == "lower" else max(values.values())
     best = tuple(name for name, value in values.items() if value == top)
@@ -336,6 +335,7 @@ def number_rows(run: ComparedRun) -> list[dict[str, Any]]:
                 "num_samples": number.num_samples,
                 "num_reference": number.num_reference,
                 "fingerprint": number.fingerprint,
+                "alike": number.alike,
                 "reason": number.reason,
                 "caution": number.caution,
                 "source": number.source,
@@ -349,215 +349,3 @@ def number_rows(run: ComparedRun) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-EqualRow = tuple[str, tuple[str, ...], dict[str, tuple[float, float | None]]]
-
-
-@dataclass(frozen=True)
-class Equal:
-    """Metric values of runs after equally much training.
-
-    Attributes:
-        folder: that holds the runs.
-        unit: ``images`` or ``seconds``.
-        amount: how much: what the shortest of the runs had.
-        names: metrics.
-        rows: name of a run, or of an experiment with several seeds; its runs; and the value of each
-            metric, over the seeds their mean and standard deviation. Best first by the main metric.
-        best: names of the rows with the best value, by metric.
-        left_out: runs whose files do not say how long they took.
-        cautions: by the name of a row and the metric: :func:`caution_words` of its values.
-    """
-
-    folder: str
-    unit: str
-    amount: float
-    names: tuple[str, ...]
-    rows: tuple[EqualRow, ...]
-    left_out: tuple[str, ...]
-    cautions: dict[str, dict[str, str]]
-    best: dict[str, tuple[str, ...]]
-
-    @property
-    def words(self) -> str:
-        """How much training, in words."""
-        if self.unit == "images":
-            return f"{self.amount:,.4g} thousand images"
-        if self.amount < 120:
-            return f"{self.amount:.3g} seconds of training"
-        return f"{self.amount / 60:,.3g} minutes of training"
-
-
-def at_equal(runs: Sequence[ComparedRun], seeds: Sequence[Seeds]) -> list[Equal]:
-    """What the runs of a folder had reached after the same images and after the same time.
-
-    Between two measurements a curve is a straight line. Only metrics that were measured in the same
-    way in all the runs of a folder are compared.
-    """
-    groups: dict[str, list[ComparedRun]] = {}
-    for run in runs:
-        if run.finished and run.measured:
-            groups.setdefault(str(run.folder.parent), []).append(run)
-    tables = []
-    for folder, some in groups.items():
-        for unit in ("images", "seconds"):
-            found = _equal(folder, unit, some, seeds)
-            if found is not None:
-                tables.append(found)
-    return tables
-
-
-def _equal(
-    folder: str, unit: str, runs: Sequence[ComparedRun], seeds: Sequence[Seeds]
-) -> Equal | None:
-    names = list(
-        dict.fromkeys(name for run in runs for line in run.measured for name in line["metrics"])
-    )
-    ends = {run.name: _x(run, run.measured[-1]["nimg"] / 1000, unit) for run in runs}
-    timed = [run for run in runs if ends[run.name] is not None]
-    if len(timed) < 2:
-        return None
-    amount = min(end for end in ends.values() if end is not None)
-    values: dict[str, dict[str, float]] = {}
-    said: dict[str, dict[str, list[str | None]]] = {}
-    for name in names:
-        curves = {run.name: run.curve(name) for run in timed}
-        if len({point.alike for curve in curves.values() for point in curve}) != 1:
-            continue
-        found = {
-            run.name: value
-            for run in timed
-            if (value := _value_at(run, curves[run.name], amount, unit)) is not None
-        }
-        if len(found) > 1:
-            values[name] = found
-            said[name] = {key: [one.caution for one in curve] for key, curve in curves.items()}
-    if not values:
-        return None
-    rows: list[EqualRow] = []
-    cautions = {}
-    for title, some in experiments(timed, seeds):
-        cells = {}
-        for name, found in values.items():
-            known = [found[one] for one in some if one in found]
-            if len(known) == len(some):
-                spread = statistics.stdev(known) if len(known) > 1 else None
-                cells[name] = (statistics.fmean(known), spread)
-        every = {name: [one for run in some for one in said[name][run]] for name in cells}
-        cautions[title] = {name: words for name in cells if (words := caution_words(*every[name]))}
-        rows.append((title, some, cells))
-    # a value of one experiment alone is compared with nothing
-    names = [name for name in values if sum(name in cells for _, _, cells in rows) > 1]
-    if not names:
-        return None
-    better = {name: _better(timed, name) for name in names}
-    best = {
-        name: _best({title: cells[name][0] for title, _, cells in rows if name in cells}, way)
-        for name, way in better.items()
-        if way != "none"
-    }
-    by = next((name for name in MAIN_METRICS if name in names), names[0])
-    if by in best:
-        sign = -1.0 if better[by] == "higher" else 1.0
-        rows.sort(key=lambda row: sign * row[2][by][0] if by in row[2] else math.inf)
-    left_out = tuple(run.name for run in runs if run not in timed)
-    return Equal(folder, unit, amount, tuple(names), tuple(rows), left_out, cautions, best)
-
-
-def _better(runs: Sequence[ComparedRun], name: str) -> str:
-    """Which way a metric is better."""
-    lines = (line["metrics"].get(name) for run in runs for line in run.measured)
-    return next(str(one.get("better") or "none") for one in lines if one is not None)
-
-
-def _x(run: ComparedRun, kimg: float, unit: str) -> float | None:
-    return kimg if unit == "images" else run.seconds_at(kimg)
-
-
-def _value_at(run: ComparedRun, curve: Sequence[Point], amount: float, unit: str) -> float | None:
-    """The curve's value there; None before its first point."""
-    points = [(x, one.value) for one in curve if (x := _x(run, one.kimg, unit)) is not None]
-    if not points or not points[0][0] <= amount <= points[-1][0]:
-        return None
-    return float(np.interp(amount, [x for x, _ in points], [value for _, value in points]))
-
-
-def experiments(
-    runs: Sequence[ComparedRun], seeds: Sequence[Seeds]
-) -> list[tuple[str, tuple[str, ...]]]:
-    """Runs that differ only in the seed together, the others alone."""
-    names = [run.name for run in runs]
-    groups = [(one.name, one.runs) for one in seeds if set(one.runs) <= set(names)]
-    grouped = {name for _, some in groups for name in some}
-    return [*groups, *((name, (name,)) for name in names if name not in grouped)]
-
-
-# Config keys that do not make it a different experiment.
-ASIDE = ("run", "seed", "notes", "cluster", "log", "checkpoint", "device", "metrics", "prepare")
-
-
-@dataclass(frozen=True)
-class Seeds:
-    """Runs of one experiment with different seeds.
-
-    Attributes:
-        name: of the experiment: the common prefix of the run names, else the family.
-        runs: their names.
-        values: by column: mean and standard deviation (N - 1) over the runs.
-    """
-
-    name: str
-    runs: tuple[str, ...]
-    values: dict[str, tuple[float, float]]
-
-
-def over_seeds(runs: Sequence[ComparedRun], columns: Sequence[Column]) -> list[Seeds]:
-    """Groups of at least two runs that differ only in the seed.
-
-    Only metrics that all runs of a group have, measured in the same way, are averaged.
-    """
-    groups: dict[str, list[ComparedRun]] = {}
-    for run in runs:
-        if run.config and run.finished:
-            groups.setdefault(_experiment(run.config), []).append(run)
-    found = []
-    for some in (one for group in groups.values() for one in _apart(group)):
-        if len({run.seed for run in some}) < 2:
-            continue
-        values = {}
-        for column in columns:
-            if column.group == "Cost":
-                continue
-            numbers = [run.numbers.get(column.name) for run in some]
-            known = [n.value for n in numbers if n is not None and n.value is not None]
-            if len(known) == len(some) and len({n.alike for n in numbers if n}) == 1:
-                values[column.name] = (statistics.fmean(known), statistics.stdev(known))
-        found.append(Seeds(_common(some), tuple(run.name for run in some), values))
-    return found
-
-
-def _apart(runs: list[ComparedRun]) -> list[list[ComparedRun]]:
-    """Runs of one config by folder if a seed occurs twice: two tracks may train the same."""
-    if len({run.seed for run in runs}) == len(runs):
-        return [runs]
-    folders: dict[Path, list[ComparedRun]] = {}
-    for run in runs:
-        folders.setdefault(run.folder.parent, []).append(run)
-    return list(folders.values())
-
-
-def _experiment(config: dict[str, Any]) -> str:
-    rest = {key: value for key, value in config.items() if key not in ASIDE}
-    return json.dumps(rest, sort_keys=True, default=str)
-
-
-def _common(runs: Sequence[ComparedRun]) -> str:
-    """The common prefix of the names."""
-    names = [run.name for run in runs]
-    first, last = min(names), max(names)
-    length = next(
-        (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
-        min(len(first), len(last)),
-    )
-    return first[:length].rstrip("-_/. ").removesuffix("seed").rstrip("-_/. ") or runs[0].family
