@@ -66,7 +66,7 @@ def find_experiments(runs: Sequence[ComparedRun]) -> list[Experiment]:
 
 
 def _apart(runs: list[ComparedRun]) -> list[list[ComparedRun]]:
-    """Runs of one config by folder if a seed occurs twice: each folder then repeats the others."""
+    """Runs of one config by folder if a seed occurs twice; alone if it does in one folder."""
     seeds = {run.seed for run in runs}
     if len(seeds) == 1:
         return [[run] for run in runs]
