@@ -68,6 +68,13 @@ def test_without_times_there_is_no_choice_of_axis(tmp_path):
     assert " s of training" not in text
 
 
+def test_without_curves_there_is_no_choice_of_axis(tmp_path):
+    run = timed_run(tmp_path / "a", [2.0, 1.0], 1.0)
+    (run / "32x32" / "metrics.jsonl").unlink()
+    page, _, _ = compare(tmp_path / "out", run)
+    assert "Training loss" in page.text and 'type="radio"' not in page.raw
+
+
 def test_values_after_equal_images_and_after_equal_time(tmp_path):
     """Worked out by hand: a is done after 4,000 images and 40 s, b after 2,000 and 40 s."""
     timed_run(tmp_path / "a", [8.0, 4.0, 2.0, 1.0], 0.01)

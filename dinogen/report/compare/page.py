@@ -94,7 +94,7 @@ def render_page(comparison: Comparison) -> str:
         ],
         plots=plots,
         any_band=any(curve.num_seeds > 1 for plot in plots for curve in plot.curves),
-        timed=any(run.times[0] for run in runs),
+        timed=any(plot.by_time for plot in plots),
         losses=loss_plots(runs, colour_of),
         sections=_sections(comparison),
         more={run.name: _more(run) for run in runs},
