@@ -72,7 +72,7 @@ class Point(NamedTuple):
     """A metric value that was measured during training, and after how many thousand images.
 
     Attributes:
-        alike: as of a :class:`Number`.
+        alike: see :class:`Number`.
         caution: why it is uncertain or favours the run; None if there is no reason.
     """
 
@@ -133,7 +133,7 @@ class ComparedRun:
         return float(np.interp(kimg, [0.0, *images], [0.0, *seconds]))
 
     def alike(self, value: dict[str, Any]) -> str | None:
-        """Of a metric value as files have it."""
+        """What a metric value of its files can be compared by (:func:`alike_id`)."""
         return alike_id(value.get("fingerprint"), self.fingerprints)
 
     def curve(self, name: str) -> list[Point]:
